@@ -1,0 +1,58 @@
+"""How tokens are laid out for a model to read: who sees whom, and what is asked where.
+
+Position i may attend to token j iff they share a `document` and `appears[j] <= looks[i]`. These few functions
+fill the two integer rows; nothing else in firth writes an attention mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Example
+
+
+def causal(n: int) -> Example:
+    """Every position sees itself and what came before it.
+
+    >>> {k: v.tolist() for k, v in causal(3).items()}
+    {'looks': [0, 1, 2], 'appears': [0, 1, 2]}
+    """
+    when = np.arange(n, dtype=np.int32)
+    return {"looks": when, "appears": when}
+
+
+def seq2seq(source: np.ndarray, target: np.ndarray, start: int) -> Example:
+    """Source to the encoder; the decoder is shown the target moved right behind `start` (T5: the pad token).
+
+    >>> seen = seq2seq(np.array([7, 8]), np.array([5, 6]), start=0)
+    >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
+    ([7, 8], [0, 5], [5, 6])
+    """
+    shown = np.concatenate(([start], target[:-1]))
+    return {"source_tokens": source, "tokens": shown, "labels": target} | causal(len(target))
+
+
+def prefix(source: np.ndarray, target: np.ndarray) -> Example:
+    """Read the source both ways, write the target left to right, in one row.
+
+    >>> seen = prefix(np.array([7, 8]), np.array([5, 6]))
+    >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["looks"].tolist()
+    ([7, 8, 5], [-100, 5, 6], [0, 0, 1])
+    """
+    both = np.concatenate((source, target))
+    when = np.concatenate((np.zeros(len(source), np.int32), np.arange(1, len(target) + 1, dtype=np.int32)))
+    labels = np.concatenate((np.full(len(source), IGNORE), target))[1:]
+    return {"tokens": both[:-1], "labels": labels, "looks": when[:-1], "appears": when[:-1]}
+
+
+def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:
+    """[CLS] first [SEP] second [SEP], with segments 0 and 1 (BERT, section 3).
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> {k: v.tolist() for k, v in pair(np.array([5]), np.array([6, 7]), vocab).items()}
+    {'tokens': [1, 5, 2, 6, 7, 2], 'segments': [0, 0, 0, 1, 1, 1]}
+    """
+    tokens = np.concatenate(([vocab.cls], first, [vocab.sep], second, [vocab.sep]))
+    segments = np.repeat(np.array([0, 1]), (len(first) + 2, len(second) + 1))
+    return {"tokens": tokens, "segments": segments}

@@ -1,0 +1,143 @@
+"""What an objective is: show an example, run the model, score what it answers.
+
+Every way of training a language model in firth is one subclass with at most five short methods. They meet the
+trainer in one place, `firth.train.step`, which knows none of them:
+
+    terms = objective.loss(model, objective.run(model, batch), batch)     # one SUM per term
+    sum(terms[t] / count[t] for t in objective.targets).backward()        # counts are over all micro-batches and ranks
+
+A question is asked *at a token*: the field named in `targets` holds a label there and IGNORE elsewhere. So the
+same counting, gathering, padding and packing serve a masked word, the next token, a sentence's class at [CLS]
+and a value estimate. (Whole-row answers, such as which of two responses is preferred, are fields without a token
+axis.) Objectives compose with `+`: BERT is `NSP() + MLM()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Batch, Example, Outputs, UserError
+
+
+class Objective:
+    """The whole interface. Subclasses are frozen dataclasses; their fields are the objective's settings.
+
+    targets: loss term -> the batch field that supervises it.
+    measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
+    """
+
+    targets: ClassVar[dict[str, str]] = {}
+    measures: ClassVar[dict[str, str]] = {}
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        """What it adds to the model: a head, a generator, a value head."""
+        return {}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        """What is shown and what is asked: a pure function of (example, rng), NumPy only, on the CPU."""
+        return example
+
+    def run(self, model: LM, batch: Batch) -> Outputs:
+        """How the model reads the batch; hidden: (..., T, width)."""
+        return {"hidden": model(batch)}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """One SUM (not mean) per term of `targets` and `measures`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def __add__(self, other: Objective) -> Objective:
+        return Sum(self, other)
+
+
+@dataclass(frozen=True)
+class Sum(Objective):
+    """Two objectives on one forward pass: `first` lays the example out, `second` works on what it laid out."""
+
+    first: Objective
+    second: Objective
+
+    def __post_init__(self) -> None:
+        shared = self.first.targets.keys() & self.second.targets.keys()
+        if shared:
+            raise UserError(f"cannot add two objectives that both have the loss term {sorted(shared)[0]!r}")
+        readers = [o for o in (self.first, self.second) if type(o).run is not Objective.run]
+        if len(readers) == 2 and not any(isinstance(o, Sum) for o in readers):
+            raise UserError("cannot add two objectives that each run the model in a way of their own")
+        object.__setattr__(self, "targets", self.first.targets | self.second.targets)
+        object.__setattr__(self, "measures", self.first.measures | self.second.measures)
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return self.first.parts(shape) | self.second.parts(shape)
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        return self.second.view(self.first.view(example, vocab, rng), vocab, rng)
+
+    def run(self, model: LM, batch: Batch) -> Outputs:
+        plain = type(self.second).run is Objective.run
+        return (self.first if plain else self.second).run(model, batch)
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)
+
+
+class Tokens(Objective):
+    """Cross-entropy on `labels`: the loss of MLM, causal and prefix LM, span corruption, denoising and SFT alike."""
+
+    targets: ClassVar[dict[str, str]] = {"tokens": "labels"}
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"lm": Vocabulary(shape)}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"tokens": token_loss(model, outputs["hidden"], batch["labels"])}
+
+
+def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log p(label) over the positions that are asked; the head runs nowhere else.
+
+    hidden (..., T, width), labels (..., T) with IGNORE where nothing is asked. Returns a scalar.
+    """
+    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+    return head.nll(*asked(hidden, labels))
+
+
+def asked(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The states and labels of the asked positions alone: (N, width), (N,), in row order."""
+    at = (labels.flatten() != IGNORE).nonzero()[:, 0]
+    flat = hidden.flatten(0, -2)
+    if len(at) == len(flat):
+        return flat, labels.flatten()
+    return flat.index_select(0, at), labels.flatten().index_select(0, at)
+
+
+def log_probs(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) at every asked position, 0 elsewhere: (..., T) float32. Keeps the graph."""
+    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+    states, wanted = asked(hidden, labels)
+    out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    return out.masked_scatter(labels != IGNORE, head.log_probs(states, wanted))
+
+
+def choice_loss(scores: Tensor, choice: Tensor) -> Tensor:
+    """Sum of -log softmax(scores)[choice]: classification, NSP, multiple choice, Bradley-Terry and DPO alike.
+
+    scores (..., K), choice (...) with IGNORE where nothing is asked. A sigmoid of a difference is K = 2.
+    """
+    return F.cross_entropy(scores.flatten(0, -2).float(), choice.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def correct(scores: Tensor, choice: Tensor) -> Tensor:
+    """How many choices the scores get right; a tie for the best is wrong (what a constant scorer would get for free)."""
+    best = scores.max(-1, keepdim=True).values
+    unique = (scores == best).sum(-1) == 1
+    return ((scores.argmax(-1) == choice) & unique & (choice != IGNORE)).sum().float()

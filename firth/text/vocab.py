@@ -1,0 +1,86 @@
+"""What the rest of the house needs to know of a tokenizer: a handful of ids and three facts about each token.
+
+A view masks, frames and cuts token ids; it never sees text. `Vocab` is therefore plain numbers, cheap to hand
+to a worker, and the same for every tokenizer algorithm.
+
+>>> import numpy as np
+>>> v = Vocab(size=8, roles={"pad": 0, "mask": 1, "cls": 2, "sep": 3}, special=np.arange(8) < 4)
+>>> v.mask, v.frame(np.array([5, 6])).tolist()
+(1, [2, 5, 6, 3])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from firth.types import UserError
+
+ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocab:
+    """The ids that have a role, and per-id facts.
+
+    size: number of ids. roles: role -> id, among ROLES (two roles may share an id: RoBERTa's cls is its bos).
+    sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ... special: (size,) bool, True where no user text can land.
+    begins_word: (size,) bool, True where the token starts a word (whole-word masking); all True if unknown.
+    """
+
+    size: int
+    roles: Mapping[str, int]
+    special: np.ndarray
+    sentinels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    begins_word: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ordinary", np.flatnonzero(~self.special))
+
+    def _role(self, role: str) -> int:
+        if role not in self.roles:
+            raise UserError(
+                f"this tokenizer has no {role} token, which this objective needs; "
+                f"it has {', '.join(self.roles) or 'none'}: train one with `firth tokenizer train`"
+            )
+        return self.roles[role]
+
+    @property
+    def pad(self) -> int:
+        return self._role("pad")
+
+    @property
+    def bos(self) -> int:
+        return self._role("bos")
+
+    @property
+    def eos(self) -> int:
+        return self._role("eos")
+
+    @property
+    def cls(self) -> int:
+        return self._role("cls")
+
+    @property
+    def sep(self) -> int:
+        return self._role("sep")
+
+    @property
+    def mask(self) -> int:
+        return self._role("mask")
+
+    @property
+    def ordinary(self) -> np.ndarray:
+        """Ids that user text can contain, ascending."""
+        ordinary: np.ndarray = self.__dict__["_ordinary"]
+        return ordinary
+
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """n ordinary ids, uniformly."""
+        return self.ordinary[rng.integers(len(self.ordinary), size=n)]
+
+    def frame(self, tokens: np.ndarray) -> np.ndarray:
+        """[CLS] tokens [SEP]: one segment as an encoder reads it."""
+        return np.concatenate(([self.cls], tokens, [self.sep])).astype(tokens.dtype)

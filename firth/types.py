@@ -1,0 +1,36 @@
+"""The words every room shares: what an example and a batch are, two constants, and the error a user sees.
+
+An `Example` is one thing to learn from: NumPy arrays by field name, the last axis is tokens. A `Batch` is
+many of them stacked, packed or padded by field name, as tensors. Nothing here imports torch: `firth --help`
+and everything in `firth.text` must start without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Example = dict[str, Any]
+"""One example: NumPy arrays by field name; the last axis is tokens, the others are free."""
+
+if TYPE_CHECKING:
+    Batch = dict[str, torch.Tensor]
+    Outputs = dict[str, torch.Tensor]
+else:
+    Batch = dict
+    Outputs = dict
+
+IGNORE = -100
+"""The label of a position where nothing is asked (torch's own `ignore_index`)."""
+
+NEVER = 1 << 30
+"""The moment that never comes: a token that `appears` NEVER is seen by no position (padding, query slots)."""
+
+
+class UserError(Exception):
+    """A mistake that a user can mend: one sentence with the file, the line, what was wrong and what to do.
+
+    The command line prints the sentence alone and exits with 2; a library caller catches this one type.
+    """
