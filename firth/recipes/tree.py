@@ -1,0 +1,223 @@
+"""A typed tree of frozen dataclasses, read from YAML and written back: the grammar of a recipe.
+
+A dataclass is its own schema: a field's annotation says what may stand there. Where one of several classes may
+stand, the annotation is a base class and the YAML says which by `kind` (`objective: {kind: mlm, rate: 0.15}`, or
+`objective: mlm` when nothing else is set, or a list for a sum: `[nsp, mlm]`). A value that does not fit, or a
+field that does not exist, is a UserError with the field, the file and line, and the nearest name that does exist.
+
+>>> @dataclass(frozen=True)
+... class Batch:
+...     rows: int = 16
+>>> build(Batch, {"rows": "64"})
+Batch(rows=64)
+>>> build(Batch, {"row": 3})
+Traceback (most recent call last):
+...
+firth.types.UserError: recipe: there is no field 'row' in Batch; did you mean 'rows'?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from firth.types import UserError
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The classes that may stand in one place, by name; `join` makes one value of a list (objectives: a sum)."""
+
+    noun: str
+    names: Callable[[], Sequence[str]]
+    find: Callable[[str], type]
+    join: Callable[[Any, Any], Any] | None = None
+
+
+KINDS: dict[type, Kinds] = {}
+"""Base class -> the kinds that may stand for it; filled by `firth.recipes.recipe`."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place in a recipe: the dotted field, and the line it came from if it came from a file."""
+
+    path: tuple[str, ...] = ()
+    lines: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
+
+    def __truediv__(self, name: str) -> Where:
+        return Where((*self.path, name), self.lines)
+
+    def __str__(self) -> str:
+        for n in range(len(self.path), -1, -1):
+            if self.path[:n] in self.lines:
+                place = self.lines[self.path[:n]]
+                return f"{place}: {'.'.join(self.path)}" if self.path else place
+        return ".".join(self.path) or "recipe"
+
+
+def build(kind: type, value: Any, where: Where | None = None) -> Any:
+    """A `kind` from plain data (what YAML gives): a dataclass, one of KINDS, or a leaf that pydantic can coerce."""
+    where = where or Where()
+    if kind in KINDS:
+        return _choose(KINDS[kind], value, where)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, where)
+    options = typing.get_args(kind)
+    if isinstance(kind, types.UnionType) and any(dataclasses.is_dataclass(o) or o in KINDS for o in options):
+        if value is None:
+            return None
+        return build(next(o for o in options if o is not type(None)), value, where)
+    try:
+        return TypeAdapter(kind).validate_python(_tuple(kind, value))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        raise UserError(f"{where}: {value!r} does not fit: it should be {reason}") from None
+
+
+def _tuple(kind: Any, value: Any) -> Any:
+    """One string where several may stand means a list of one: `path: mine/` (a string is also a sequence of letters)."""
+    return [value] if typing.get_origin(kind) is tuple and not isinstance(value, (list, tuple)) else value
+
+
+def _dataclass(kind: type, value: Any, where: Where) -> Any:
+    if isinstance(value, kind):
+        return value
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind) if f.init]
+    for name in value:
+        if name not in names:
+            raise UserError(f"{where}: there is no field {name!r} in {kind.__name__}{_nearest(name, names)}")
+    missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in value]
+    if missing:
+        raise UserError(f"{where}: {kind.__name__} needs the field {missing[0]!r}")
+    return kind(**{name: build(hints[name], value[name], where / name) for name in value})
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.init and field.default is missing and field.default_factory is missing
+
+
+def _choose(kinds: Kinds, value: Any, where: Where) -> Any:
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, list) and kinds.join and value:
+        built = [_choose(kinds, v, where / str(i)) for i, v in enumerate(value)]
+        total = built[0]
+        for one in built[1:]:
+            total = kinds.join(total, one)
+        return total
+    if not isinstance(value, Mapping):
+        return value
+    names = list(kinds.names())
+    name = value.get("kind")
+    if name not in names:
+        raise UserError(f"{where}: there is no {kinds.noun} {name!r}{_nearest(str(name), names)}")
+    return _dataclass(kinds.find(str(name)), {k: v for k, v in value.items() if k != "kind"}, where)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}"
+
+
+def plain(value: Any) -> Any:
+    """The inverse of `build`: dicts, lists and scalars that YAML and JSON hold. Fields at their default are kept."""
+    for base, kinds in KINDS.items():
+        if isinstance(value, base):
+            return _plain_kind(kinds, value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _plain_kind(kinds: Kinds, value: Any) -> Any:
+    for name in kinds.names():
+        if kinds.find(name) is type(value):
+            return {"kind": name} | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
+    return [plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The mapping in a YAML file, and for each field the `file:line` it stands on."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of fields (name, objective, source, ...), and this is not one")
+    lines: dict[tuple[str, ...], str] = {(): str(path)}
+
+    def walk(node: yaml.Node, at: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, child in node.value:
+                lines[(*at, str(key.value))] = f"{path}:{key.start_mark.line + 1}"
+                walk(child, (*at, str(key.value)))
+
+    walk(node, ())
+    return data, lines
+
+
+def write_yaml(value: Any) -> str:
+    """The tree as YAML that `read_yaml` and `build` turn into an equal one."""
+    text: str = yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    return text
+
+
+def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """`batch.rows=64` laid over plain data; values are read as YAML, so `path=[a, b]` and `start=null` work.
+
+    >>> override({"batch": {"rows": 16, "pack": 0}}, ["batch.rows=64"])
+    {'batch': {'rows': 64, 'pack': 0}}
+    """
+    result: dict[str, Any] = _copy(data)
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise UserError(f"{assignment!r} is no setting: write field=value, for example batch.rows=64")
+        *parents, last = name.split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            if isinstance(inner, str):
+                inner = {"kind": inner}
+            elif not isinstance(inner, dict):
+                inner = {}
+            place[parent] = inner
+            place = inner
+        try:
+            place[last] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            place[last] = text
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
