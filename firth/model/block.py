@@ -1,0 +1,132 @@
+"""One block: attention, cross-attention where there is an encoder, and an MLP, each added to the residual stream.
+
+Pre-norm (GPT-2, Llama, T5): x + f(norm(x)). Post-norm (BERT): norm(x + f(x)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.model.attention import Cache, Visibility, attend
+from firth.model.norm import make_norm
+from firth.model.position import rotate
+from firth.model.shape import GATED, Shape
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU (So 2021, Primer)."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU: GPT-2's and T5's `gelu_new`."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2, "silu": F.silu}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all blocks of a trunk share in one pass: who sees whom, the rotary turns, T5's bias."""
+
+    sees: Visibility
+    turns: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+    cache: Cache | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values. x (B, T, width), memory (B, S, width) -> (B, T, width)."""
+
+    def __init__(self, shape: Shape, layer: int):
+        super().__init__()
+        self.layer, self.head_width, self.qk_norm, self.eps = layer, shape.head_width, shape.qk_norm, shape.norm_eps
+        self.scale = shape.head_width**-0.5 if shape.score_scale else 1.0
+        self.dropout = shape.dropout
+        self.q = nn.Linear(shape.width, shape.heads * shape.head_width, bias=shape.bias)
+        self.k = nn.Linear(shape.width, shape.kv_heads * shape.head_width, bias=shape.bias)
+        self.v = nn.Linear(shape.width, shape.kv_heads * shape.head_width, bias=shape.bias)
+        self.o = nn.Linear(shape.heads * shape.head_width, shape.width, bias=shape.bias)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+    def memorize(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is attended to: two of (B, KV, S, D)."""
+        return self._heads(self.k(memory)), self._heads(self.v(memory))
+
+    def forward(self, x: Tensor, reading: Reading, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q = self._heads(self.q(x))
+        k, v = self.memorize(x) if memory is None else memory
+        if memory is None and reading.turns is not None:
+            q, k = rotate(q, *reading.turns), rotate(k, *reading.turns)
+        if self.qk_norm:
+            q = F.rms_norm(q, (self.head_width,), eps=self.eps)
+            k = F.rms_norm(k, (self.head_width,), eps=self.eps)
+        if memory is None and reading.cache is not None:
+            k, v = reading.cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, k, v, reading.sees, self.scale, reading.bias, dropout)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) for a gated activation."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
+        self.up = nn.Linear(shape.width, shape.hidden, bias=shape.bias)
+        self.gate = nn.Linear(shape.width, shape.hidden, bias=shape.bias) if shape.gated else None
+        self.down = nn.Linear(shape.hidden, shape.width, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer of a trunk; `cross` adds attention to an encoder's memory."""
+
+    def __init__(self, shape: Shape, layer: int, cross: bool):
+        super().__init__()
+        self.post = shape.norm_at == "post"
+        self.attention_norm = make_norm(shape) if shape.first_norm or layer > 0 else nn.Identity()
+        self.attention = Attention(shape, layer)
+        self.cross_norm = make_norm(shape) if cross else None
+        self.cross = Attention(shape, layer) if cross else None
+        self.mlp_norm = make_norm(shape)
+        self.mlp = MLP(shape)
+        self.drop = nn.Dropout(shape.dropout)
+
+    def forward(
+        self, x: Tensor, reading: Reading, across: Reading | None = None, memory: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        if self.post:
+            x = self.attention_norm(x + self.drop(self.attention(x, reading)))
+            if self.cross is not None and self.cross_norm is not None and across is not None:
+                x = self.cross_norm(x + self.drop(self.cross(x, across, memory)))
+            return self.mlp_norm(x + self.drop(self.mlp(x)))
+        x = x + self.drop(self.attention(self.attention_norm(x), reading))
+        if self.cross is not None and self.cross_norm is not None and across is not None:
+            x = x + self.drop(self.cross(self.cross_norm(x), across, memory))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+def initialise(module: nn.Module, shape: Shape) -> None:
+    """Fill a module's matrices as the shape says; offsets and the projections of zero_init with zeros."""
+    for name, child in module.named_modules():
+        if type(child) is nn.Linear:
+            residual = name.endswith((".o", ".down"))
+            std = shape.init or child.in_features**-0.5
+            nn.init.normal_(child.weight, std=std) if not (residual and shape.zero_init) else nn.init.zeros_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+

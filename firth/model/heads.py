@@ -1,0 +1,47 @@
+"""The vocabulary head: hidden states -> logits, and a cross-entropy that never holds all the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.model.block import ACTIVATIONS
+from firth.model.norm import make_norm
+from firth.model.shape import GATED, Shape
+
+
+class Vocabulary(nn.Module):
+    """Hidden states (..., width) -> logits (..., vocab). `LM` replaces `weight` by the token embedding if tied."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.softcap, self.scale = shape.softcap, shape.head_scale
+        self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
+        transform = shape.head == "transform"
+        self.dense = nn.Linear(shape.width, shape.width, bias=shape.bias) if transform else None
+        self.norm = make_norm(shape) if transform else None
+        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.width))
+        self.bias = nn.Parameter(torch.zeros(shape.vocab)) if shape.head_bias else None
+        nn.init.normal_(self.weight, std=shape.init or 0.001)
+        if self.dense is not None:
+            nn.init.normal_(self.dense.weight, std=shape.init or shape.width**-0.5)
+            if self.dense.bias is not None:
+                nn.init.zeros_(self.dense.bias)
+
+    def _transform(self, hidden: Tensor) -> Tensor:
+        if self.dense is not None and self.norm is not None:
+            hidden = self.norm(self.act(self.dense(hidden)))
+        return hidden if self.scale == 1 else hidden * self.scale
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(self._transform(hidden), self.weight, self.bias)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def nll(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32."""
+        return F.cross_entropy(self(states).float(), labels, reduction="sum")
+
+    def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
+        """log p(label), with its graph: states (N, width), labels (N,) -> (N,) float32."""
+        return -F.cross_entropy(self(states).float(), labels, reduction="none")

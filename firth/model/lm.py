@@ -1,0 +1,156 @@
+"""Tokens in, hidden states out: the one model. What an objective adds (heads, a generator) lives in `parts`.
+
+The model reads `tokens`, `positions`, `segments`, `looks`, `appears` and `document`, and for an encoder-decoder
+the same with `source_` before them; it knows no objective. The last axis is tokens, the others are free.
+
+>>> import torch
+>>> from firth.model.shape import decoder
+>>> model = LM(decoder(vocab=50, width=64, depth=1), {})
+>>> model({"tokens": torch.tensor([[3, 4, 5], [6, 7, 8]])}).shape
+torch.Size([2, 3, 64])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.attention import Cache, Visibility
+from firth.model.block import Block, Reading, initialise
+from firth.model.heads import Vocabulary
+from firth.model.norm import make_norm
+from firth.model.position import Relative, sinusoidal, turns
+from firth.model.shape import Shape
+from firth.types import NEVER, Batch, UserError
+
+FIELDS = ("tokens", "positions", "segments", "looks", "appears", "document")
+
+
+class Trunk(nn.Module):
+    """A stack of blocks, what it adds to the embeddings before them and the norm after them."""
+
+    def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
+        super().__init__()
+        self.shape = shape
+        self.embed_norm = make_norm(shape) if shape.embed_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(depth))
+        self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
+        self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
+        self.drop = nn.Dropout(shape.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        fields: Batch,
+        cache: Cache | None = None,
+        memory: Tensor | None = None,
+        source: Batch | None = None,
+    ) -> Tensor:
+        """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
+        x = self.drop(self.embed_norm(x))
+        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
+        looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
+        document = fields.get("document")
+        positions = fields["positions"]
+        keys = {"appears": appears, "positions": positions} | ({} if document is None else {"document": document})
+        if cache is not None:
+            keys = {name: cache.note(name, value) for name, value in keys.items()}
+        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"))
+        bias = None if self.relative is None else self.relative(positions, keys["positions"])
+        angles = turns(positions, self.shape, x.dtype) if self.shape.position == "rotary" else None
+        reading = Reading(sees, angles, bias, cache)
+        across, crossed = None, [None] * len(self.blocks)
+        if source is not None:
+            ever = source.get("appears", torch.zeros_like(source["tokens"], dtype=torch.int32))
+            across = Reading(Visibility.lower(torch.full_like(zeros, NEVER - 1), ever, document, source.get("document")))
+            if cache is None or not cache.cross:
+                assert memory is not None
+                crossed = [block.cross.memorize(memory) for block in self.blocks]  # type: ignore[union-attr]
+                if cache is not None:
+                    cache.cross = crossed
+            else:
+                crossed = cache.cross
+        for block, crossing in zip(self.blocks, crossed, strict=True):
+            x = block(x, reading, across, crossing)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+
+class LM(nn.Module):
+    """A language model without its head. parts: name -> module; parts["lm"] is tied to the embedding if the shape says so."""
+
+    def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
+        super().__init__()
+        self.shape = shape
+        self.tokens = nn.Embedding(shape.vocab, shape.width)
+        self.places = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
+        self.segments = nn.Embedding(shape.segments, shape.width) if shape.segments else None
+        self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
+        self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=shape.encoder == 0)
+        for child in self.children():
+            initialise(child, shape)
+        for table in (self.tokens, self.places, self.segments):
+            if table is not None:
+                nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
+        self.parts = nn.ModuleDict(dict(parts))
+        if shape.tied and "lm" in self.parts:
+            head: Vocabulary = self.parts["lm"]  # type: ignore[assignment]
+            head.weight = self.tokens.weight
+
+    def embed(self, fields: Batch) -> Tensor:
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, width)."""
+        x: Tensor = self.tokens(fields["tokens"])
+        positions = fields["positions"]
+        if self.places is not None:
+            if positions.shape[-1] > self.shape.context:
+                raise UserError(
+                    f"a row of {positions.shape[-1]} tokens is longer than shape.context={self.shape.context}, "
+                    "the number of positions this model has learned: cut the rows or train with a longer context"
+                )
+            x = x + self.places(positions)
+        if self.shape.position == "sinusoidal":
+            x = x + sinusoidal(positions, self.shape.width).to(x.dtype)
+        if self.segments is not None:
+            given = fields.get("segments")
+            x = x + (self.segments.weight[0] if given is None else self.segments(given))
+        return x
+
+    def encode(self, batch: Batch) -> Tensor:
+        """The encoder's memory of the source: (..., S, width)."""
+        if self.encoder is None:
+            raise UserError("this model has no encoder: shape.encoder is 0")
+        fields = rows(batch, "source_")
+        return self.encoder(self.embed(fields), fields).unflatten(0, batch["source_tokens"].shape[:-1])
+
+    def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only."""
+        fields = rows(batch, "", 0 if cache is None else cache.length)
+        memory, source = None, None
+        if self.encoder is not None:
+            if cache is not None and cache.source:
+                memory, source = cache.memory, cache.source
+            else:
+                source = rows(batch, "source_")
+                memory = self.encode(batch).flatten(0, -3)
+                if cache is not None:
+                    cache.memory, cache.source = memory, source
+        hidden = self.trunk(self.embed(fields), fields, cache, memory, source)
+        return hidden.unflatten(0, batch["tokens"].shape[:-1])
+
+    def cache(self, rows: int, capacity: int) -> Cache:
+        """Room for `capacity` tokens of each of `rows` rows."""
+        return Cache(rows, capacity)
+
+
+def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:
+    """The model's own fields, their free axes flattened to rows: (..., T) -> (B, T); positions filled in."""
+    tokens = batch[prefix + "tokens"]
+    fields = {name: batch[prefix + name].flatten(0, -2) if tokens.dim() > 2 else batch[prefix + name]
+              for name in FIELDS if prefix + name in batch}  # fmt: skip
+    if "positions" not in fields:
+        reach = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
+        fields["positions"] = reach.expand(fields["tokens"].shape)
+    return fields

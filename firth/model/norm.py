@@ -1,0 +1,46 @@
+"""The two norms: LayerNorm (Ba 2016) and RMSNorm (Zhang and Sennrich 2019), each with or without gain and offset.
+
+>>> import torch
+>>> RMSNorm(4, weight=False, eps=0.0)(torch.tensor([1.0, -1.0, 1.0, -1.0]) * 3).tolist()
+[1.0, -1.0, 1.0, -1.0]
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.model.shape import Shape
+
+
+class LayerNorm(nn.Module):
+    """(..., width) -> (..., width): zero mean, unit variance, then gain and offset where there are any."""
+
+    def __init__(self, width: int, weight: bool, bias: bool, eps: float):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """(..., width) -> (..., width): unit root mean square, then gain where there is one."""
+
+    def __init__(self, width: int, weight: bool, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def make_norm(shape: Shape) -> nn.Module:
+    """The norm that a shape asks for, over its width."""
+    if shape.norm == "layer":
+        return LayerNorm(shape.width, shape.norm_weight, shape.norm_bias, shape.norm_eps)
+    return RMSNorm(shape.width, shape.norm_weight, shape.norm_eps)

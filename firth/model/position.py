@@ -1,0 +1,71 @@
+"""How order enters: learned and sinusoidal vectors added to the embeddings, rotary turns, T5's relative bias.
+
+All of them read explicit integer positions, never the slot in the row, so that packing several documents into a
+row, a permuted order and a cache with gaps change nothing.
+
+>>> import torch
+>>> bucket(torch.tensor([0, 1, 7, 8, 200, -1, -200]), buckets=32, distance=128, both_ways=True).tolist()
+[0, 17, 23, 24, 31, 1, 15]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.shape import Shape
+
+
+def sinusoidal(positions: Tensor, width: int) -> Tensor:
+    """Vaswani 2017, section 3.5: positions (..., T) -> (..., T, width) float32, sines then cosines interleaved."""
+    rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width))
+    angles = positions[..., None].float() * rates
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+
+
+def turns(positions: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles (Su 2021): positions (B, T) -> two of (B, 1, T, head_width / 2)."""
+    pairs = torch.arange(0, shape.head_width, 2, device=positions.device, dtype=torch.float32) / shape.head_width
+    angles = positions[:, None, :, None].float() * (shape.rotary_theta**-pairs)
+    return angles.cos().to(dtype), (angles.sin() * shape.rotary_sign).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + half]) of each head: x (B, H, T, D), cos and sin (B, 1, T, D / 2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
+    """T5's bucket of a relative position (Raffel 2019, section 2.1): exact when near, logarithmic when far.
+
+    distance_to: key position minus query position, any integer tensor. Both ways: half of the buckets for keys after.
+    """
+    base = torch.zeros_like(distance_to)
+    if both_ways:
+        buckets //= 2
+        base = (distance_to > 0) * buckets
+        near = distance_to.abs()
+    else:
+        near = (-distance_to).clamp(min=0)
+    exact = buckets // 2
+    ratio = torch.log(near.clamp(min=1).float() / exact) / math.log(distance / exact)
+    far = exact + (ratio * (buckets - exact)).to(near.dtype)
+    return base + torch.where(near < exact, near, far.clamp(max=buckets - 1))
+
+
+class Relative(nn.Module):
+    """T5's bias on the scores: one learned number per (bucket, head), shared by all blocks of a trunk."""
+
+    def __init__(self, shape: Shape, both_ways: bool):
+        super().__init__()
+        self.distance, self.both_ways = shape.distance, both_ways
+        self.weight = nn.Parameter(torch.zeros(shape.buckets, shape.heads))
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Positions of the queries (B, T) and of the keys (B, S) -> bias (B, heads, T, S)."""
+        between = keys[:, None, :] - queries[:, :, None]
+        index = bucket(between, len(self.weight), self.distance, self.both_ways)
+        return self.weight[index].permute(0, 3, 1, 2)

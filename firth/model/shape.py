@@ -1,0 +1,178 @@
+"""An architecture is a `Shape`: a few numbers and choices, from which `LM` builds the model.
+
+The published families are points in this space, not classes:
+
+    BERT        norm_at="post", position="learned", segments=2, embed_norm, head="transform", head_bias
+    GPT-2       position="learned", activation="gelu_tanh", tied
+    Llama       norm="rms", norm_bias off, position="rotary", activation="swiglu", bias off
+    T5          encoder=12, norm="rms", position="t5", activation="relu" or "geglu_tanh", score_scale off
+    NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
+    ModernBERT  norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
+
+>>> decoder(vocab=8192, width=384, depth=6).parameters()
+16908288
+>>> Shape(vocab=100, width=30, depth=1, heads=4)
+Traceback (most recent call last):
+    ...
+firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change one of them, or state shape.head_width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from firth.types import UserError
+
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+"""Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything about an architecture; the defaults are GPT-2's. Raises UserError when the numbers do not fit.
+
+    vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
+    heads, kv_heads (0: as many as heads), head_width (0: width / heads). hidden: inner size of the MLP (0: 4 width).
+    context: longest row it is meant for; a hard limit with learned positions only.
+    encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention.
+    norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
+    first_norm: False leaves out the first block's norm before attention (ModernBERT).
+    position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
+    buckets, distance: T5's relative positions. score_scale: whether scores are divided by sqrt(head_width).
+    bias: whether the linear maps of the blocks have one. qk_norm: unit-RMS queries and keys.
+    segments: number of segment types, 0 for none. dropout: on embeddings, attention weights and each branch's output.
+    tied: the vocabulary head uses the token embedding. head: "linear", or "transform" for a dense layer,
+    an activation and a norm before it (BERT, appendix of the code). head_bias: an offset per token id.
+    head_scale: multiplies the states before the head (T5 v1.0: width ** -0.5). softcap: logits are
+    softcap * tanh(logits / softcap); 0 for none (Gemma 2).
+    init: standard deviation of the initial matrices, 0 for 1 / sqrt(fan in). zero_init: the two matrices that
+    write into the residual stream start at zero, so that a block starts as the identity.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int = 0
+    head_width: int = 0
+    hidden: int = 0
+    context: int = 1024
+    encoder: int = 0
+    norm: Literal["layer", "rms"] = "layer"
+    norm_at: Literal["pre", "post"] = "pre"
+    norm_weight: bool = True
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+    embed_norm: bool = False
+    first_norm: bool = True
+    position: Literal["learned", "sinusoidal", "rotary", "t5", "none"] = "learned"
+    rotary_theta: float = 10000.0
+    rotary_sign: int = 1
+    buckets: int = 32
+    distance: int = 128
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
+    bias: bool = True
+    score_scale: bool = True
+    qk_norm: bool = False
+    segments: int = 0
+    dropout: float = 0.0
+    tied: bool = True
+    head: Literal["linear", "transform"] = "linear"
+    head_bias: bool = False
+    head_scale: float = 1.0
+    softcap: float = 0.0
+    init: float = 0.02
+    zero_init: bool = False
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: int) -> None:
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+
+        for name in ("vocab", "width", "depth", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
+        for name in ("kv_heads", "head_width", "hidden", "encoder", "segments"):
+            if getattr(self, name) < 0:
+                raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"shape.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        fill("kv_heads", self.heads)
+        if not self.head_width and self.width % self.heads:
+            raise UserError(
+                f"shape.width={self.width} is not a multiple of shape.heads={self.heads}: "
+                "change one of them, or state shape.head_width"
+            )
+        fill("head_width", self.width // self.heads)
+        fill("hidden", 4 * self.width)
+        if self.heads % self.kv_heads:
+            raise UserError(f"shape.heads={self.heads} is not a multiple of shape.kv_heads={self.kv_heads}")
+        if self.position == "rotary" and self.head_width % 2:
+            raise UserError(f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even")
+        if self.position == "sinusoidal" and self.width % 2:
+            raise UserError(f"sinusoidal positions come in pairs, and shape.width={self.width} is odd: make it even")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
+        if self.rotary_sign not in (1, -1):
+            raise UserError(f"shape.rotary_sign={self.rotary_sign} must be 1 or -1")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate beside its input map."""
+        return self.activation in GATED
+
+    def parameters(self) -> int:
+        """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
+        norm = (self.width if self.norm_weight else 0) + (self.width if self.norm_bias and self.norm == "layer" else 0)
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
+        inner = self.hidden * (2 if self.gated else 1)
+        mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
+        block = attention + mlp + 2 * norm
+        trunks = [self.depth] + ([self.encoder] if self.encoder else [])
+        total = self.vocab * self.width + sum(trunks) * block + self.depth * (attention + norm) * (self.encoder > 0)
+        for _ in trunks:
+            total += norm * ((self.norm_at == "pre") + self.embed_norm - (not self.first_norm))
+            total += self.heads * self.buckets * (self.position == "t5")
+        total += self.width * (self.context * (self.position == "learned") + self.segments)
+        total += self.vocab * (self.head_bias + self.width * (not self.tied))
+        transform = self.width * self.width + self.width * self.bias + norm
+        return total + transform * (self.head == "transform")
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("layer", "rms"),
+    "norm_at": ("pre", "post"),
+    "position": ("learned", "sinusoidal", "rotary", "t5", "none"),
+    "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
+    "head": ("linear", "transform"),
+}
+
+
+def decoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:
+    """The default decoder, a NanoChat: what learns fastest here per second (docs/results.md). heads 0: width / 64."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context, hidden=hidden,
+        norm="rms", norm_weight=False, norm_bias=False, norm_eps=1e-6, embed_norm=True, position="rotary",
+        rotary_sign=-1, activation="relu2", bias=False, qk_norm=True, tied=False, softcap=15.0, init=0.0, zero_init=True,
+    )  # fmt: skip
+
+
+def encoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:
+    """The default encoder, a ModernBERT with full attention in every layer."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context,
+        hidden=hidden or 2 * width, norm_bias=False, embed_norm=True, first_norm=False, position="rotary",
+        activation="geglu", bias=False, head="transform", head_bias=True, init=0.0, zero_init=True,
+    )  # fmt: skip
+
+
+def encoder_decoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:
+    """The default encoder-decoder, a T5 v1.1 with `depth` blocks on each side."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads or max(1, width // 64), context=context,
+        hidden=hidden or 2 * width, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+        activation="geglu_tanh", bias=False, score_scale=False, tied=False, init=0.0, zero_init=True,
+    )  # fmt: skip
