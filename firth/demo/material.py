@@ -1,0 +1,108 @@
+"""What the demo learns from: one small set of files, made from Shakespeare's plays or from a user's own folder.
+
+    train.jsonl, valid.jsonl           {"text"}: documents to pretrain on, and documents held out whole
+    labelled-train.jsonl, -valid       {"text", "label"}: a real label of passages; the held-out ones come from held-out documents
+    dialogues-train.jsonl, -valid      {"prompt", "completion"}: a cue and its answer
+    material.json                      the questions in words, and which true scorer judges an answer
+
+Every stage of the demo reads these files and nothing else, so whatever can be brought into this form walks the
+same path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from firth.types import UserError
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The stated questions of one demo. The files lie in `directory`.
+
+    held_out: names of the held-out documents, for the report. question: what the label asks. labels: its answers.
+    cue: what a dialogue asks. scorer: name in `firth.demo.scorers.SCORERS`. samples: beginnings to continue.
+    """
+
+    title: str
+    held_out: tuple[str, ...]
+    question: str
+    labels: tuple[str, ...]
+    cue: str
+    scorer: str
+    samples: tuple[str, ...]
+    bytes: int
+
+    def save(self, directory: Path) -> None:
+        (directory / "material.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
+
+    @staticmethod
+    def load(directory: Path) -> Material:
+        fields = json.loads((directory / "material.json").read_text("utf-8"))
+        return Material(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+@dataclass(frozen=True)
+class Files:
+    """The rows that a maker of material hands over, before they are written."""
+
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    labelled_train: Sequence[Row]
+    labelled_valid: Sequence[Row]
+    dialogues_train: Sequence[Row]
+    dialogues_valid: Sequence[Row]
+
+
+def write(directory: Path, files: Files, material: Material) -> Material:
+    """All of it or nothing: the folder appears under its name only when it is whole."""
+    for name, rows in asdict(files).items():
+        if not rows:
+            raise UserError(
+                f"the text is too small for the demo: no {name.replace('_', ' ')} rows; give it about 200 kB or more"
+            )
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, rows in vars(files).items():
+        write_rows(partial / f"{name.replace('_', '-')}.jsonl", rows)
+    material.save(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
+    return material
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def balanced(rows: Sequence[Row], n: int, rng: random.Random) -> list[Row]:
+    """At most n rows in random order, every label equally often: a constant answer scores 1 / labels."""
+    by_label: dict[str, list[Row]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], []).append(row)
+    if not by_label:
+        return []
+    each = min(n // len(by_label), *(len(some) for some in by_label.values()))
+    chosen = [row for label in sorted(by_label) for row in rng.sample(by_label[label], each)]
+    rng.shuffle(chosen)
+    return chosen
