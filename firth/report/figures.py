@@ -1,0 +1,291 @@
+"""Curves as inline SVG, written by hand so that the page's own style colours them in light and in dark.
+
+A plotting library writes its colours into the picture; here every stroke is a class of the page's style sheet
+(`c0`..`c5`, a colour-blind-safe palette with a light and a dark set), so one picture serves both themes and weighs
+a few kilobytes. Curves carry their names at their ends, not in a legend; the value under the pointer is a plain
+`<title>`, which needs no script.
+
+>>> figure = Figure("Loss", "step", "nats per token", (Curve("train", (0, 1, 2), (3.0, 2.0, 1.5)),))
+>>> picture = svg(figure)
+>>> picture.count("<polyline"), "<title>train, step 2: 1.5</title>" in picture
+(1, True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+COLOURS = 6
+"""How many colours the style sheet names; a figure with more curves than these repeats them, dashed."""
+
+_GLYPH = 6.5  # px: a generous mean width of one character at the 12 px of the style sheet
+_LINE = 15.0  # px between two end labels
+_DRAWN = 320  # points of a polyline: about two per pixel column
+_HOVER = 48  # points of a curve that answer the pointer
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: x and y of equal length; points that are not finite break it.
+
+    smooth: half-width in points of the moving average to draw over the raw line, which is then thin; 0 draws it raw.
+    colour: which colour of the palette; -1 takes the next one. dashed: for what is a comparison, not a result.
+    points: mark every point, for a curve of few measurements.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    smooth: int = 0
+    colour: int = -1
+    dashed: bool = False
+    points: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"curve {self.label!r} has {len(self.x)} x and {len(self.y)} y")
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line to compare with: chance, a reference, what was reached elsewhere."""
+
+    label: str
+    y: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Curves on one pair of axes. x, y: axis labels with their units."""
+
+    title: str
+    x: str
+    y: str
+    curves: tuple[Curve, ...]
+    note: str = ""
+    levels: tuple[Level, ...] = ()
+    log_x: bool = False
+    log_y: bool = False
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number for reading: `digits` significant figures, thousands as k, M, G from 10,000 on.
+
+    >>> [number(v) for v in (0, 3, 2.5, 0.000125, 9999, 12000, 3_250_000, -0.5)]
+    ['0', '3', '2.5', '0.000125', '9,999', '12k', '3.25M', '−0.5']
+    """
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
+    sign, size = ("−" if value < 0 else ""), abs(value)
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit and size >= 1e4:
+            return f"{sign}{size / unit:.{digits}g}{letter}"
+    if size and size < 1e-4:
+        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+        return f"{sign}{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if size >= 1000:
+        return f"{sign}{size:,.0f}"
+    return f"{sign}{float(f'{size:.{digits}g}'):.10f}".rstrip("0").rstrip(".")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A scale from values to pixels, and the values that get a tick."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+    ticks: tuple[float, ...]
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.log else (
+            self.low, self.high, value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
+    """Round values that enclose or meet [low, high], about `wanted` of them.
+
+    >>> linear_ticks(0.13, 0.92, 5)
+    (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """
+    if high <= low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    rough = (high - low) / max(1, wanted)
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = unit * min((m for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * (1 - 1e-9)), default=10)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return tuple(round(k * step, 12) for k in range(first, last + 1))
+
+
+def log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Powers of ten within a factor of the range; 1, 2, 5 of each where it spans under two decades.
+
+    >>> log_ticks(0.5, 3000), log_ticks(2, 30)
+    ((1.0, 10.0, 100.0, 1000.0), (2.0, 5.0, 10.0, 20.0))
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if high / low < 100 else (1,)
+    return tuple(float(d * 10.0**k) for k in decades for d in digits if low <= d * 10.0**k * (1 + 1e-9) and
+                 d * 10.0**k <= high * (1 + 1e-9))
+
+
+def _finite(curve: Curve, figure: Figure) -> np.ndarray:
+    """The curve's points as (n, 2), NaN where it breaks; what a log axis cannot show is a break too."""
+    points = np.stack([np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)], -1).reshape(-1, 2)
+    bad = ~np.isfinite(points).all(-1)
+    bad |= (figure.log_x & (points[:, 0] <= 0)) | (figure.log_y & (points[:, 1] <= 0))
+    return np.where(bad[:, None], np.nan, points)
+
+
+def average(y: np.ndarray, half: int) -> np.ndarray:
+    """Centred moving mean over 2*half+1 points, shorter at the ends; breaks stay breaks.
+
+    >>> average(np.array([0.0, 3.0, 6.0, 3.0]), 1).tolist()
+    [1.5, 3.0, 4.0, 4.5]
+    """
+    known = np.isfinite(y)
+    total = np.concatenate(([0.0], np.cumsum(np.where(known, y, 0.0))))
+    count = np.concatenate(([0], np.cumsum(known)))
+    i = np.arange(len(y))
+    low, high = np.maximum(0, i - half), np.minimum(len(y), i + half + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (total[high] - total[low]) / (count[high] - count[low])
+    return np.where(known, mean, np.nan)
+
+
+def thin(points: np.ndarray, most: int) -> np.ndarray:
+    """At most about `most` of the points, keeping the lowest and highest of every bin so that no spike is lost."""
+    if len(points) <= most:
+        return points
+    kept = [0, len(points) - 1]
+    for part in np.array_split(np.arange(len(points)), most // 2):
+        y = points[part, 1]
+        if np.isfinite(y).any():
+            kept += [int(part[np.nanargmin(y)]), int(part[np.nanargmax(y)])]
+        if not np.isfinite(y).all():
+            kept.append(int(part[np.flatnonzero(~np.isfinite(y))[0]]))
+    return points[sorted(set(kept))]
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places as near as possible to the wanted ones, in their order, `gap` apart and within [low, high].
+
+    >>> spread([10, 12, 50], 10, 0, 55)
+    [10, 20, 50]
+    >>> spread([50, 52], 10, 0, 55)
+    [45, 55]
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    place = [min(max(wanted[i], low), high) for i in order]
+    for k in range(1, len(place)):
+        place[k] = max(place[k], place[k - 1] + gap)
+    for k in reversed(range(len(place))):
+        place[k] = min(place[k], high if k == len(place) - 1 else place[k + 1] - gap)
+    back = dict(zip(order, place, strict=True))
+    return [back[i] for i in range(len(wanted))]
+
+
+def _axes(figure: Figure, lines: Sequence[np.ndarray], width: float, height: float) -> tuple[_Axis, _Axis]:
+    """The two scales, with room on the left for the ticks and on the right for the curves' names."""
+    known = np.concatenate([line[np.isfinite(line[:, 0])] for line in lines])
+    values = np.concatenate([known[:, 1], [level.y for level in figure.levels]])
+    x_low, x_high = float(known[:, 0].min()), float(known[:, 0].max())
+    y_low, y_high = float(values.min()), float(values.max())
+    if figure.log_y:
+        y_low, y_high = (y_low / 1.1, y_high * 1.1)
+        y_ticks = log_ticks(y_low, y_high)
+    else:
+        y_ticks = linear_ticks(y_low, y_high, 5 if height > 220 else 4)
+        y_low, y_high = y_ticks[0], y_ticks[-1]
+    names = [curve.label for curve in figure.curves] + [level.label for level in figure.levels]
+    left = max(len(number(t)) for t in y_ticks or (0.0,)) * _GLYPH + 10
+    right = min(max(len(name) for name in names) * _GLYPH + 14, 0.36 * width)
+    if x_high <= x_low:
+        x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
+    room = (width - left - right) / 70
+    ticks = log_ticks(x_low, x_high) if figure.log_x else tuple(
+        t for t in linear_ticks(x_low, x_high, max(2, int(room))) if x_low <= t <= x_high)
+    across = _Axis(x_low, x_high, left, width - right, figure.log_x, ticks)
+    return across, _Axis(y_low, y_high, height - 40, 26, figure.log_y, y_ticks)
+
+
+def _path(line: np.ndarray, across: _Axis, up: _Axis, style: str) -> str:
+    """One polyline per unbroken stretch."""
+    stretches: list[list[str]] = [[]]
+    for x, y in thin(line, _DRAWN):
+        if math.isfinite(x):
+            stretches[-1].append(f"{across(x):.1f},{up(y):.1f}")
+        elif stretches[-1]:
+            stretches.append([])
+    return "".join(f'<polyline class="{style}" points="{" ".join(s)}"/>' for s in stretches if len(s) > 1)
+
+
+def _shorten(label: str, room: float) -> str:
+    most = max(3, int(room / _GLYPH))
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide") -> Markup:
+    """The figure as one `<svg>` of that size in CSS pixels; colours and type are the page's style sheet.
+
+    style: the page draws each figure "wide" and "narrow" and shows the one that fits the screen.
+    """
+    lines = [_finite(curve, figure) for curve in figure.curves]
+    head = f'<svg class="plot {style}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
+    head += f' aria-label="{escape(figure.title)}: {escape(figure.y)} against {escape(figure.x)}">'
+    if not any(np.isfinite(line).any() for line in lines):
+        return Markup(f'{head}<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no values</text></svg>')
+    across, up = _axes(figure, lines, width, height)
+    out = [head]
+    for tick in up.ticks:
+        y = up(tick)
+        out.append(f'<line class="grid" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text class="tick" x="{across.start - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    for tick in across.ticks:
+        x = across(tick)
+        out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{up.start:.1f}" y2="{up.start + 4:.1f}"/>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{up.start + 17:.1f}" text-anchor="middle">{number(tick)}</text>')
+    out.append(f'<line class="axis" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{up.start:.1f}" y2="{up.start:.1f}"/>')
+    out.append(f'<text class="unit" x="0" y="12">{escape(figure.y)}</text>')
+    out.append(f'<text class="unit" x="{across.end:.1f}" y="{height - 5}" text-anchor="end">{escape(figure.x)}</text>')
+
+    ends: list[tuple[str, str, float, float]] = []  # label, style, x and y where the line ends
+    for level in figure.levels:
+        y = up(level.y)
+        out.append(f'<line class="level" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        ends.append((level.label, "quiet", across.end, y))
+    for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
+        if not np.isfinite(line).any():
+            continue
+        colour = i if curve.colour < 0 else curve.colour
+        style = f"c{colour % COLOURS}"
+        dash = " dashed" if curve.dashed or colour >= COLOURS else ""
+        drawn = line
+        if curve.smooth:
+            out.append(_path(line, across, up, f"raw {style}"))
+            drawn = np.stack([line[:, 0], average(line[:, 1], curve.smooth)], -1)
+        out.append(_path(drawn, across, up, f"curve {style}{dash}"))
+        known = drawn[np.isfinite(drawn[:, 0])]
+        shown = known[np.unique(np.linspace(0, len(known) - 1, _HOVER).round().astype(int))]
+        mark = "dot" if curve.points or len(known) == 1 else "hit"
+        for x, y in shown:
+            text = f"{curve.label}, {figure.x} {number(x)}: {number(y)}"
+            out.append(f'<circle class="{mark} {style}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{3 if mark == "dot" else 6}">'
+                       f"<title>{escape(text)}</title></circle>")
+        ends.append((curve.label, f"name {style}", across(known[-1, 0]), up(known[-1, 1])))
+    places = spread([y for *_, y in ends], _LINE, up.end, up.start)
+    for (label, style, x, y), place in zip(ends, places, strict=True):
+        if abs(place - y) > 5 or across.end - x > 5:
+            out.append(f'<line class="leader" x1="{x + 3:.1f}" y1="{y:.1f}" x2="{across.end + 7:.1f}" y2="{place:.1f}"/>')
+        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{place + 4:.1f}">'
+                   f"{escape(_shorten(label, width - across.end - 9))}</text>")
+    return Markup("".join(out) + "</svg>")
