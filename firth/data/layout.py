@@ -6,10 +6,12 @@ fill the two integer rows; nothing else in firth writes an attention mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Example
+from firth.types import IGNORE, NEVER, Example
 
 
 def causal(n: int) -> Example:
@@ -56,3 +58,20 @@ def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:
     tokens = np.concatenate(([vocab.cls], first, [vocab.sep], second, [vocab.sep]))
     segments = np.repeat(np.array([0, 1]), (len(first) + 2, len(second) + 1))
     return {"tokens": tokens, "segments": segments}
+
+
+def group(rows: Sequence[Example]) -> Example:
+    """Rows of different lengths on one new axis, the shorter ones padded on the right: fields (n,) -> (K, T).
+
+    >>> seen = group([{"tokens": np.array([5, 6, 7])} | causal(3), {"tokens": np.array([5, 8])} | causal(2)])
+    >>> seen["tokens"].tolist(), seen["appears"].tolist()
+    ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]])
+    """
+    fill = {"labels": IGNORE, "appears": NEVER}
+    most = max(len(row["tokens"]) for row in rows)
+    return {
+        name: np.stack(
+            [np.pad(row[name], (0, most - len(row[name])), constant_values=fill.get(name, 0)) for row in rows]
+        )
+        for name in rows[0]
+    }

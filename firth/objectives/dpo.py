@@ -1,0 +1,89 @@
+"""Direct preference optimisation: the language model is the reward model (Rafailov 2023, equation 7).
+
+The best policy under a KL penalty beta satisfies r(x, y) = beta log p(y|x) / p_ref(y|x) + Z(x), and Z cancels in a
+comparison. So the Bradley-Terry loss needs no reward model, no sampling and no value: a pair of rows and two numbers,
+the reference's log-probabilities, which are data (`firth.align.annotate`).
+
+    loss = -log sigma(beta (log p/p_ref (chosen) - log p/p_ref (rejected)))  =  a two-way softmax over the gains
+
+The loss sees only the difference, and may lower the probability of both answers: the log-ratios of the chosen and of
+the rejected are measured apart, so that the log shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from firth.data import layout
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.objective import Objective, choice_loss, correct, log_probs
+from firth.objectives.sft import answer
+from firth.text.vocab import Vocab
+from firth.types import Batch, Example, Outputs
+
+
+def comparison(example: Example) -> Example:
+    """Chosen and rejected as two causal rows, asked is every answered token. Fields (2, T).
+
+    >>> on = np.array([False, True, True])
+    >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
+    ...         "rejected_tokens": np.array([5, 8]), "rejected_mask": on[:2]}
+    >>> comparison(pair)["labels"].tolist()
+    [[6, 7], [8, -100]]
+    """
+    return layout.group([answer(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")])
+
+
+@torch.no_grad()
+def reference(model: LM, batch: Batch) -> dict[str, Tensor]:
+    """What DPO needs of its frozen reference: the summed log-probability of each answer, {"reference": (B, 2)}."""
+    return {"reference": log_probs(model, model(batch), batch["labels"]).sum(-1)}
+
+
+@dataclass(frozen=True)
+class DPO(Objective):
+    """A comparison with its reference log-probabilities: `comparison` | {"reference": (2,)}.
+
+    beta: how dear it is to leave the reference. smoothing: the share of comparisons believed to be the wrong way
+    round (conservative DPO, Mitchell 2023).
+    """
+
+    beta: float = 0.1
+    smoothing: float = 0.0
+
+    targets: ClassVar[dict[str, str]] = {"dpo": "preferred"}
+    measures: ClassVar[dict[str, str]] = {
+        "accuracy": "preferred",
+        "margin": "preferred",
+        "chosen": "preferred",
+        "rejected": "preferred",
+    }
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"lm": Vocabulary(shape)}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        frozen = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
+        return comparison(example) | frozen
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        now = log_probs(model, outputs["hidden"], batch["labels"]).sum(-1)  # (B, 2)
+        gain = now - batch["reference"]
+        preferred = batch["preferred"]
+        right = choice_loss(self.beta * gain, preferred)
+        wrong = choice_loss(-self.beta * gain, preferred)
+        chosen, rejected = gain.detach().sum(0)
+        return {
+            "dpo": (1 - self.smoothing) * right + self.smoothing * wrong,
+            "accuracy": correct(gain.detach(), preferred),
+            "margin": self.beta * (chosen - rejected),
+            "chosen": chosen,
+            "rejected": rejected,
+        }

@@ -1,0 +1,113 @@
+"""Proximal policy optimisation: several careful steps on the same samples (Schulman 2017; Ziegler 2019; Ouyang 2022).
+
+A row is one sampled answer, with per-token numbers written once by the source that drew it (`firth.align.rollouts`):
+the log-probability under the policy that drew it (`old`) and under the frozen starting point (`reference`), the value
+estimate (`values`), the advantage and the return. With ratio = p(token) / p_old(token):
+
+    policy   -min(ratio * advantage, clip(ratio, 1 - c, 1 + c) * advantage)
+    value     weight * 1/2 max((v - return)^2, (clip(v, values - c', values + c') - return)^2)
+
+The penalty beta * KL(p || p_ref) is inside the reward, token by token (the source subtracts it), not in the loss.
+Differences from the original: the value is a linear head on the policy's own trunk; no entropy bonus, as in
+InstructGPT; estimates of KL are of the non-negative kind (Schulman 2020, "Approximating KL divergence", k3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.objective import Objective, asked
+from firth.objectives.sft import answer
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Batch, Example, Outputs
+
+PER_TOKEN = ("old", "reference", "values", "advantage", "returns")
+"""The numbers a sampled token carries, aligned with `tokens`; a view shifts them as it shifts the labels."""
+
+
+def value_head(width: int) -> nn.Linear:
+    """A scalar reading that starts at zero: the first advantages are then the discounted rewards themselves."""
+    head = nn.Linear(width, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def kl(towards: Tensor, away: Tensor) -> Tensor:
+    """An unbiased, never negative estimate of KL(p || q) from a token that p drew: q/p - 1 - log q/p.
+
+    towards = log p(token), away = log q(token); any shape.
+    """
+    apart = away - towards
+    return torch.expm1(apart) - apart
+
+
+@dataclass(frozen=True)
+class PPO(Objective):
+    """An answer, the mask of its sampled tokens and PER_TOKEN, each (n,).
+
+    clip: how far a token's probability may move, as a ratio, before its gradient stops. clip_value: the same for the
+    value, in units of reward; 0 for none. value: the weight of the value loss.
+
+    >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
+    >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True])}
+    >>> drawn |= {name: np.array([0.0, 0.1, 0.2], np.float32) for name in PER_TOKEN}
+    >>> seen = PPO().view(drawn, vocab, np.random.default_rng(0))
+    >>> seen["labels"].tolist(), [round(float(x), 1) for x in seen["old"]]
+    ([6, 7], [0.1, 0.2])
+    """
+
+    clip: float = 0.2
+    clip_value: float = 0.2
+    value: float = 0.1
+
+    targets: ClassVar[dict[str, str]] = {"policy": "labels", "value": "labels"}
+    measures: ClassVar[dict[str, str]] = {
+        "kl": "labels",
+        "moved": "labels",
+        "entropy": "labels",
+        "clipped": "labels",
+        "value_error": "labels",
+    }
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"lm": Vocabulary(shape), "value": value_head(shape.width)}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        shifted = {name: example[name][1:] for name in PER_TOKEN}
+        return answer(example["tokens"], example["mask"]) | shifted
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the sampled tokens. Measured: `kl` to the reference and `moved`, the KL from the policy that drew
+        the samples (both k3); `entropy`, reweighted to the policy as it is now; `clipped`, the tokens whose gradient
+        the clip has stopped; `value_error`, the squared distance to the return."""
+        head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+        states, labels = asked(outputs["hidden"], batch["labels"])  # (N, width), (N,)
+        at = batch["labels"] != IGNORE
+        old, reference, values, advantage, returns = (batch[name][at] for name in PER_TOKEN)
+        now = head.log_probs(states, labels)
+        ratio = (now - old).exp()
+        free, held = ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
+        value = model.parts["value"](states)[:, 0].float()
+        error = (value - returns) ** 2
+        worst = error
+        if self.clip_value:
+            near = values + (value - values).clamp(-self.clip_value, self.clip_value)
+            worst = torch.maximum(error, (near - returns) ** 2)
+        with torch.no_grad():
+            measures = {
+                "kl": kl(now, reference).sum(),
+                "moved": (ratio - 1 - (now - old)).sum(),
+                "entropy": -(ratio * now).sum(),
+                "clipped": (held < free).float().sum(),
+                "value_error": error.sum(),
+            }
+        return {"policy": -torch.minimum(free, held).sum(), "value": self.value * 0.5 * worst.sum()} | measures

@@ -1,0 +1,55 @@
+"""The policy gradient: make what was rewarded more likely (Williams 1992).
+
+    grad E[R(s)] = E[(R(s) - b) grad log p(s)]          for s drawn from p itself, b any number that s does not move
+
+A row is one sampled answer with its advantage R - b, written by the source that drew it (`firth.align.rollouts`).
+The loss is -advantage * log p(s), summed over the answer's tokens and averaged over *answers*, not tokens: dividing
+by tokens would weigh an answer by the others' lengths and is no longer the gradient of the expected reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.objective import Objective, log_probs
+from firth.objectives.sft import answer
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Batch, Example, Outputs
+
+
+@dataclass(frozen=True)
+class Reinforce(Objective):
+    """An answer, the mask of its sampled tokens and their advantage: {"tokens", "mask", "advantage"}, each (n,).
+
+    `answer_labels` holds a 0 at the last asked position: it counts answers, in packed rows too.
+
+    >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
+    >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True]),
+    ...          "advantage": np.array([0.0, 1.5, 1.5], np.float32)}
+    >>> seen = Reinforce().view(drawn, vocab, np.random.default_rng(0))
+    >>> seen["labels"].tolist(), seen["advantage"].tolist(), seen["answer_labels"].tolist()
+    ([6, 7], [1.5, 1.5], [-100, 0])
+    """
+
+    targets: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
+    measures: ClassVar[dict[str, str]] = {"surprise": "labels"}
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"lm": Vocabulary(shape)}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        seen = answer(example["tokens"], example["mask"])
+        once = np.full(len(seen["labels"]), IGNORE)
+        once[np.flatnonzero(example["mask"][1:])[-1]] = 0
+        return seen | {"advantage": example["advantage"][1:], "answer_labels": once}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        now = log_probs(model, outputs["hidden"], batch["labels"])  # (B, T), 0 where nothing is asked
+        return {"policy": -(now * batch["advantage"]).sum(), "surprise": -now.detach().sum()}
