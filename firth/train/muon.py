@@ -1,7 +1,24 @@
 """Muon: momentum, then the nearest orthogonal matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 
-The polar factor U V^T of M = U S V^T comes from a few matrix products and no decomposition: an odd polynomial
-p(x) = x (a + b x^2 + c x^4) is applied to every singular value at once, again and again, until all of them are near 1.
+A gradient's few large directions drown its many small ones; Muon gives all of them the same length. The polar factor
+U V^T of M = U S V^T comes from matrix products alone: an odd polynomial p(x) = x (a + b x^2 + c x^4) acts on
+every singular value at once, and a few of them, each the best for the interval the last one left, bring all to about 1.
+
+>>> torch.manual_seed(0) is not None
+True
+>>> torch.linalg.svdvals(orthogonalise(torch.randn(1, 32, 96))[0]).sub(1).abs().max().item() < 0.21
+True
+
+Where we differ from the original, and what each is worth for the 36 matrices of 6 layers of width 384 (101 GFLOP
+a step in the original; 62 here):
+- Coefficients. Five rounds of one polynomial take singular values to [0.68, 1.13]; four rounds of minimax
+  polynomials (Amsel et al. 2025, "The Polar Express", theorem 3.1) take [0.003, 1] to [0.80, 1.20].
+- Size. Values are divided by an upper bound of the largest. The Frobenius norm overestimates it up to sqrt(s) times; the
+  Schatten-4 norm, which the Gram matrix that is computed anyway gives for nothing, at most s^(1/4) times.
+  Values start nearer to 1, which is worth about one round.
+- The smaller side. For an s x n matrix with n > s all rounds act on the s x s Gram matrix, and their product meets the
+  matrix once, at the end: 18 + 4 n/s + 8 products of s^3 flops where the plain way takes 4 (2 + 4 n/s).
+- All matrices of one shape are one batched product.
 """
 
 from __future__ import annotations
@@ -9,28 +26,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Odd quintics x (a + b x^2 + c x^4), one per iteration (Amsel et al. 2025, "The Polar Express", table for l = 1e-3).
 COEFFICIENTS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
 )
+"""(a, b, c) of each round: the composition is within BAND on [REACH, 1]; found by linear programming on a fine grid."""
+
+REACH = 0.003
+"""Singular values above this share of the Schatten-4 norm end inside BAND; smaller ones are multiplied by about 290."""
+
+BAND = (0.80, 1.204)
+"""Where orthogonalise puts singular values."""
 
 
-def orthogonalise(x: Tensor) -> Tensor:
-    """The polar factor of each matrix of a stack, singular values near 1. x: (K, rows, columns)."""
-    tall = x.shape[-2] > x.shape[-1]
-    gram = x.mT @ x if tall else x @ x.mT  # (K, s, s), s the smaller side
-    size = gram.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-30)  # >= the largest singular value squared
-    gram = gram / size
-    whole: Tensor | None = None  # the product of the polynomials so far, applied to x once, at the end
+def orthogonalise(stack: Tensor) -> Tensor:
+    """The polar factor of each matrix, singular values within BAND: (K, rows, columns) -> the same. Zeros stay zeros.
+
+    Works in the dtype it is given. The Gram form squares the singular values, so half precision takes the plain one.
+    """
+    tall = stack.shape[-2] > stack.shape[-1]
+    wide = stack.mT if tall else stack  # (K, s, n) with s <= n
+    gram = wide @ wide.mT  # (K, s, s), eigenvalues: squared singular values
+    square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=1e-30)  # Schatten-4 norm, squared
+    if stack.dtype == torch.float32 and wide.shape[-1] > 1.4 * wide.shape[-2]:  # where the Gram form costs less
+        factor = _product_of_rounds(gram / square) / square.sqrt()
+        return stack @ factor if tall else factor @ stack
+    done = _rounds(wide / square.sqrt(), gram / square)
+    return done.mT if tall else done
+
+
+def _rounds(x: Tensor, gram: Tensor) -> Tensor:
+    """Each polynomial applied to the matrices themselves: (K, s, n) and their Gram matrices (K, s, s) -> (K, s, n)."""
+    for i, (a, b, c) in enumerate(COEFFICIENTS):
+        if i:
+            gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _product_of_rounds(gram: Tensor) -> Tensor:
+    """All rounds as one matrix to multiply by; all matrices here are polynomials of `gram`, so they commute: (K, s, s)."""
+    product: Tensor | None = None
     for i, (a, b, c) in enumerate(COEFFICIENTS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        whole = factor if whole is None else whole @ factor
+        product = factor if product is None else product @ factor
         if i + 1 < len(COEFFICIENTS):
-            gram = gram @ factor @ factor
-    assert whole is not None
-    whole = whole / size.sqrt()
-    return x @ whole if tall else whole @ x
+            gram = factor @ gram @ factor
+    assert product is not None
+    return product

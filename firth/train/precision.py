@@ -1,0 +1,56 @@
+"""bf16 or fp32, by what the hardware is fast at.
+
+That a CPU supports bf16 says nothing of its speed: without avx512_bf16 or amx it is emulated, and a matrix product takes
+four times as long as in fp32. So a small product is timed in both, once per process (about 50 ms).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+WORTH = 1.2
+"""bf16 must be this many times as fast as fp32 to be chosen: around the products there are casts to pay for."""
+
+
+def choose(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What to train in: `wanted`, or what `device` is fast at."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "mps":
+        return "fp32"
+    speed = measured_speed()
+    return "bf16" if speed["bf16"] > WORTH * speed["fp32"] else "fp32"
+
+
+@cache
+def measured_speed(size: int = 512, seconds: float = 0.02) -> dict[str, float]:
+    """FLOP/s of a (size, size, size) matrix product on the CPU in fp32 and bf16: the best of what fits into `seconds`."""
+    return {"fp32": _speed(torch.float32, size, seconds), "bf16": _speed(torch.bfloat16, size, seconds)}
+
+
+def _speed(dtype: torch.dtype, size: int, seconds: float) -> float:
+    x = torch.ones(size, size, dtype=dtype)
+    x @ x  # the first product sets up threads and kernels
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """The context that a forward pass runs in: nothing, or autocast over fp32 master weights."""
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
