@@ -1,0 +1,140 @@
+"""Numbers that say how well: pure functions of what was right and what was answered, NumPy only.
+
+Each agrees with scikit-learn or SciPy where those have it (tests/test_evaluate_metrics.py); the intervals say how
+much of a difference is luck, which a score alone never does.
+
+>>> gold, answered = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 1]
+>>> round(accuracy(gold, answered), 3), round(macro_f1(gold, answered), 3), round(matthews(gold, answered), 3)
+(0.833, 0.829, 0.707)
+>>> bootstrap(accuracy, gold, answered, seed=0)
+(0.5, 1.0)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from firth.types import UserError
+
+Labels = Sequence[Any] | np.ndarray
+"""One label per item: ints, strings or bools."""
+
+
+def accuracy(gold: Labels, answered: Labels) -> float:
+    """The share answered right."""
+    gold, answered = _paired(gold, answered)
+    return float((gold == answered).mean())
+
+
+def macro_f1(gold: Labels, answered: Labels) -> float:
+    """The unweighted mean over classes (all that occur on either side) of F1; a class never right counts 0."""
+    table = confusion(gold, answered)
+    right = np.diag(table)
+    return float((2 * right / (table.sum(0) + table.sum(1))).mean())
+
+
+def matthews(gold: Labels, answered: Labels) -> float:
+    """Matthews' correlation, for any number of classes (Gorodkin 2004): 1 perfect, 0 no better than chance.
+
+    0 where one side holds a single class only, for which it is not defined.
+    """
+    table = confusion(gold, answered).astype(np.float64)
+    n, truth, said = table.sum(), table.sum(1), table.sum(0)
+    covariance = np.trace(table) * n - truth @ said
+    spread = (n**2 - said @ said) * (n**2 - truth @ truth)
+    return float(covariance / math.sqrt(spread)) if spread > 0 else 0.0
+
+
+def confusion(gold: Labels, answered: Labels) -> np.ndarray:
+    """Counts (K, K), gold by row and answer by column, over the K labels that occur, in sorted order.
+
+    >>> confusion(["a", "b", "b"], ["a", "a", "b"]).tolist()
+    [[1, 0], [1, 1]]
+    """
+    gold, answered = _paired(gold, answered)
+    names, index = np.unique(np.concatenate((gold, answered)), return_inverse=True)
+    flat = index[: len(gold)] * len(names) + index[len(gold) :]
+    return np.bincount(flat, minlength=len(names) ** 2).reshape(len(names), len(names))
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """exp of the mean -log p per token. Depends on the tokenizer: compare bits per byte across tokenizers."""
+    return math.exp(nll / tokens) if nll / tokens < 700 else math.inf
+
+
+def bits_per_byte(nll: float, size: int) -> float:
+    """nll in nats over text of `size` UTF-8 bytes -> bits per byte, comparable across tokenizers.
+
+    >>> bits_per_byte(math.log(256), 1)
+    8.0
+    """
+    return nll / math.log(2) / size
+
+
+def exact_match(gold: Sequence[str], answered: Sequence[str]) -> float:
+    """The share of answers equal to the gold one after SQuAD's normalisation.
+
+    >>> exact_match(["The Globe Theatre"], ["globe theatre."])
+    1.0
+    """
+    return accuracy([normalise(text) for text in gold], [normalise(text) for text in answered])
+
+
+def normalise(text: str) -> str:
+    """Lower case without punctuation, English articles and runs of space (SQuAD's official evaluation script)."""
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def bootstrap(
+    statistic: Callable[..., float], *columns: Labels, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """A percentile interval of `statistic(*columns)` over items drawn anew with replacement (Efron 1979).
+
+    columns: one value per item each, resampled together; for text the items are documents, not tokens, since
+    the tokens of a document stand or fall together.
+    """
+    arrays = [np.asarray(column) for column in columns]
+    n = _length(*arrays)
+    rng = np.random.default_rng(seed)
+    picks = (rng.integers(n, size=n) for _ in range(draws))
+    values = [statistic(*(a[pick] for a in arrays)) for pick in picks]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mcnemar(first_right: Labels, second_right: Labels) -> float:
+    """Exact two-sided p-value that two models on the same items are equally often right (McNemar 1947).
+
+    first_right, second_right: whether each model got each item. Only items on which they differ say anything.
+    """
+    first, second = _paired(np.asarray(first_right, bool), np.asarray(second_right, bool))
+    gained, lost = int((~first & second).sum()), int((first & ~second).sum())
+    n, fewer = gained + lost, min(gained, lost)
+    tail = math.fsum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(fewer + 1))
+    return min(1.0, 2 * tail)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _paired(gold: Labels, answered: Labels) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(gold), np.asarray(answered)
+    _length(first, second)
+    return first, second
+
+
+def _length(*arrays: np.ndarray) -> int:
+    lengths = {len(a) for a in arrays}
+    if len(lengths) != 1:
+        raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+    if lengths == {0}:
+        raise UserError("there is nothing to score: the held-out data holds no item")
+    return lengths.pop()

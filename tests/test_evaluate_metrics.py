@@ -1,0 +1,89 @@
+"""The metrics against scikit-learn and SciPy, and against what is known by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as oracle
+
+from firth.evaluate import metrics
+from firth.types import UserError
+
+
+def labels(seed, n=200, classes=4):
+    """Gold labels and answers that are right more often than chance; rare classes, one never answered."""
+    rng = np.random.default_rng(seed)
+    gold = rng.choice(classes, n, p=[0.55, 0.3, 0.1, 0.05][:classes])
+    answered = np.where(rng.random(n) < 0.5, gold, rng.integers(classes - 1, size=n))
+    return gold, answered
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_agrees_with_scikit_learn(seed):
+    gold, answered = labels(seed)
+    assert metrics.accuracy(gold, answered) == pytest.approx(oracle.accuracy_score(gold, answered))
+    assert metrics.macro_f1(gold, answered) == pytest.approx(oracle.f1_score(gold, answered, average="macro"))
+    assert metrics.matthews(gold, answered) == pytest.approx(oracle.matthews_corrcoef(gold, answered))
+    assert (metrics.confusion(gold, answered) == oracle.confusion_matrix(gold, answered)).all()
+    assert metrics.macro_f1(gold, answered) != pytest.approx(oracle.f1_score(gold, answered, average="micro"))
+
+
+def test_labels_may_be_words():
+    gold, answered = ["verse", "prose", "verse", "verse"], ["verse", "verse", "verse", "song"]
+    assert metrics.accuracy(gold, answered) == 0.5
+    assert metrics.macro_f1(gold, answered) == pytest.approx(
+        oracle.f1_score(gold, answered, average="macro", zero_division=0)
+    )
+
+
+@pytest.mark.parametrize(("gold", "answered"), [([0, 1, 0, 1], [1, 1, 1, 1]), ([2, 2, 2], [2, 2, 2])])
+def test_matthews_where_one_side_is_constant(gold, answered):
+    assert metrics.matthews(gold, answered) == 0.0 == oracle.matthews_corrcoef(gold, answered)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    rng = np.random.default_rng(1)
+    for n, edge in ((40, 0.1), (300, 0.05), (3000, 0.02), (12, 0.0)):
+        first, second = rng.random(n) < 0.6, rng.random(n) < 0.6 + edge
+        gained, lost = int((~first & second).sum()), int((first & ~second).sum())
+        wanted = stats.binomtest(gained, gained + lost).pvalue
+        assert metrics.mcnemar(first, second) == pytest.approx(wanted, rel=1e-9)
+    assert metrics.mcnemar([True, False], [True, False]) == 1.0
+
+
+def test_bootstrap_agrees_with_scipy_and_covers_the_truth():
+    values = np.random.default_rng(0).normal(size=80)
+    ours = metrics.bootstrap(np.mean, values, draws=4000, seed=0)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    covered = 0
+    for seed in range(200):
+        sample = np.random.default_rng(seed).random(60) < 0.7
+        low, high = metrics.bootstrap(np.mean, sample, draws=200, seed=seed)
+        covered += low <= 0.7 <= high
+    assert 180 <= covered <= 199  # 95% of 200 is 190; five standard deviations is 15
+
+
+def test_bootstrap_resamples_columns_together():
+    gold = np.arange(50)
+    assert metrics.bootstrap(metrics.accuracy, gold, gold) == (1.0, 1.0)
+
+
+def test_bits_and_perplexity():
+    assert metrics.perplexity(10 * math.log(7), 10) == pytest.approx(7)
+    assert metrics.bits_per_byte(3 * math.log(2), 12) == pytest.approx(0.25)
+    assert metrics.perplexity(1e6, 10) == math.inf
+
+
+def test_exact_match_normalises_as_squad_does():
+    gold = ["the Denver Broncos", "1,000", "an A-frame", "Theatre"]
+    answered = ["Denver Broncos!", "1000", "Aframe", "the atre"]
+    assert metrics.exact_match(gold, answered) == 0.75
+
+
+def test_nothing_to_score_is_said_in_words():
+    with pytest.raises(UserError, match="holds no item"):
+        metrics.accuracy([], [])
+    with pytest.raises(ValueError, match="different lengths"):
+        metrics.accuracy([1], [1, 2])
