@@ -16,6 +16,7 @@ class Vocabulary(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
+        self.shape = shape
         self.softcap, self.scale = shape.softcap, shape.head_scale
         self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
         transform = shape.head == "transform"

@@ -96,7 +96,11 @@ class LM(nn.Module):
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
-        if shape.tied and "lm" in self.parts:
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head's matrix the embedding's, if the shape says so: one Parameter, one gradient."""
+        if self.shape.tied and "lm" in self.parts:
             head: Vocabulary = self.parts["lm"]  # type: ignore[assignment]
             head.weight = self.tokens.weight
 

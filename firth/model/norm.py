@@ -32,11 +32,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, weight: bool, eps: float):
         super().__init__()
-        self.eps = eps
+        self.width, self.eps = width, eps
         self.weight = nn.Parameter(torch.ones(width)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 
 def make_norm(shape: Shape) -> nn.Module:

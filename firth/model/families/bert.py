@@ -1,0 +1,60 @@
+"""BERT (Devlin 2018): post-norm, learned positions, two segments, GELU, a transform before the tied head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firth.model.families.family import Entry, Family, activation, both
+from firth.model.shape import Shape
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in ACTIVATIONS.items()}
+    return {
+        "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads, "intermediate_size": shape.hidden,
+        "hidden_act": theirs.get(shape.activation, shape.activation), "hidden_dropout_prob": shape.dropout,
+        "attention_probs_dropout_prob": shape.dropout, "max_position_embeddings": shape.context,
+        "type_vocab_size": shape.segments, "layer_norm_eps": shape.norm_eps, "initializer_range": 0.02,
+        "tie_word_embeddings": shape.tied,
+    }  # fmt: skip
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    return Shape(
+        vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"], hidden=config["intermediate_size"],
+        context=config["max_position_embeddings"], segments=config["type_vocab_size"], norm_at="post",
+        norm_eps=config.get("layer_norm_eps", 1e-12), embed_norm=True,
+        activation=activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
+        dropout=config.get("hidden_dropout_prob", 0.1), head="transform", head_bias=True,
+        tied=config.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    embeddings = {"tokens": "word_embeddings", "places": "position_embeddings", "segments": "token_type_embeddings"}
+    out = both(embeddings, "", "bert.embeddings.", bias=False)
+    out += both({"trunk.embed_norm": "LayerNorm"}, "", "bert.embeddings.", bias=True)
+    block = {
+        "attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
+        "attention.o": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
+        "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
+    }  # fmt: skip
+    for i in range(shape.depth):
+        out += both(block, f"trunk.blocks.{i}.", f"bert.encoder.layer.{i}.", bias=True)
+    if head:
+        transform = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
+        out += both(transform, "parts.lm.", "cls.predictions.", bias=True)
+        out.append(Entry("cls.predictions.bias", ("parts.lm.bias",)))
+        out += [Entry("cls.predictions.decoder.weight", ("parts.lm.weight",))] * (not shape.tied)
+    return out
+
+
+FAMILY = Family(
+    "bert", ("BertForMaskedLM", "BertModel"), config, shape, entries, "bert.",
+    spare=r"pooler|position_ids|seq_relationship|predictions\.decoder|^cls\.|^bert\.cls\.",
+    renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+)  # fmt: skip

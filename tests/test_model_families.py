@@ -1,0 +1,238 @@
+"""Parity with transformers: each family, both directions, logits and loss, on models of random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.model.families import FAMILIES, family_of
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.weights import load_model, save_model, start_from
+from firth.types import NEVER, UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+transformers.logging.set_verbosity_error()
+
+SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
+BERT = Shape(
+    **SIZES, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu", head="transform", head_bias=True
+)
+LLAMA = Shape(
+    **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
+)  # fmt: skip
+T5 = Shape(
+    **SIZES | {"context": 512}, encoder=3, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+    activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
+)  # fmt: skip
+SHAPES = {
+    "bert": BERT,
+    "gpt2": Shape(**SIZES),
+    "llama": LLAMA,
+    "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
+    "t5-v1.0": T5,
+    "t5-v1.1": replace(T5, activation="geglu_tanh", head_scale=1.0, tied=False),
+    "t5-v1.1-tied": replace(T5, activation="geglu_tanh", head_scale=1.0),
+    "nanochat": replace(decoder(61, 32, 2, heads=4, context=40), kv_heads=2, zero_init=False),
+    "modernbert": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False),
+    "modernbert-silu": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
+}  # fmt: skip
+AUTO = {
+    "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
+}  # fmt: skip
+
+
+def built(shape: Shape, seed: int = 0) -> LM:
+    """A model whose every parameter is random, norms and offsets too, so that a swapped tensor shows."""
+    torch.manual_seed(seed)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """The same right-padded rows for us and for transformers, and the mask of real tokens."""
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 61, (3, 20))
+    real = torch.arange(20) < torch.tensor([20, 13, 7])[:, None]
+    steps = torch.arange(20).expand(3, 20)
+    ours = {"tokens": tokens}
+    theirs = {"input_ids": tokens, "attention_mask": real.long()}
+    if family in ("bert", "modernbert"):
+        ours["appears"] = torch.where(real, 0, NEVER)
+    else:
+        ours |= {"looks": steps, "appears": torch.where(real, steps, NEVER)}
+    if family == "bert":
+        ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
+    if family == "t5":
+        source = torch.randint(1, 61, (3, 26))
+        theirs = {"input_ids": source, "decoder_input_ids": tokens}
+        keep = torch.arange(26) < torch.tensor([26, 9, 18])[:, None]
+        theirs["attention_mask"] = keep.long()
+        ours |= {"source_tokens": source, "source_appears": torch.where(keep, 0, NEVER), "appears": steps}
+    return ours, theirs, real
+
+
+@torch.no_grad()
+def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
+    """Largest difference of logits and of loss on real positions."""
+    ours_in, theirs_in, real = batches(family)
+    hidden = model(ours_in)
+    head = model.parts["lm"]
+    labels = ours_in["tokens"].roll(-1, 1)
+    want = theirs(**theirs_in).logits
+    difference = (head(hidden) - want)[real].abs().max().item()
+    loss = head.nll(hidden[real], labels[real]) / real.sum()  # type: ignore[operator]
+    expected = torch.nn.functional.cross_entropy(want[real].float(), labels[real])
+    assert abs(loss.item() - expected.item()) < 1e-5
+    assert want[real].std() > 0.05
+    return difference
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
+    shape, family = SHAPES[name], name.split("-")[0]
+    model = built(shape)
+    found = family_of(shape)
+    assert found is not None and found.name == family
+    said = save_model(model, None, tmp_path)
+    assert said.endswith(found.classes[0])
+    auto = getattr(transformers, AUTO[family])
+    theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert agree(model, theirs.eval(), family) < 1e-4
+    again = load_model(tmp_path)
+    assert again.shape == shape
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+def random_theirs(name: str) -> torch.nn.Module:
+    t = transformers
+    torch.manual_seed(3)
+    configs = {
+        "bert": lambda: t.BertForMaskedLM(t.BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50, max_position_embeddings=40)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=1)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=50)),
+        "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(vocab_size=61, d_model=32, d_kv=6, d_ff=50, num_layers=2, num_decoder_layers=3, num_heads=4)),
+        "t5-gated": lambda: t.T5ForConditionalGeneration(t.T5Config(vocab_size=61, d_model=32, d_kv=6, d_ff=50, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+        "nanochat": lambda: t.NanoChatForCausalLM(t.NanoChatConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50)),
+        "modernbert": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, layer_types=["full_attention"] * 2)),
+    }  # fmt: skip
+    model = configs[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"])
+@pytest.mark.parametrize("shards", ["50GB", "20KB"])
+def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:
+    theirs = random_theirs(name)
+    theirs.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "20KB")
+    model = load_model(tmp_path)
+    assert "lm" in model.parts
+    assert agree(model, theirs, name.split("-")[0]) < 1e-4
+
+
+def test_a_bare_model_has_no_head(tmp_path: Path) -> None:
+    theirs = random_theirs("bert")
+    theirs.bert.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert not len(model.parts)
+    ours_in, theirs_in, real = batches("bert")
+    with torch.no_grad():
+        assert (model(ours_in) - theirs.bert(**theirs_in).last_hidden_state)[real].abs().max() < 1e-4
+
+
+def test_config_is_read_by_both_versions(tmp_path: Path) -> None:
+    save_model(built(SHAPES["llama-tied"]), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000.0
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert "lm_head.weight" not in file.keys()
+
+
+def test_parts_survive(tmp_path: Path) -> None:
+    shape = SHAPES["bert"]
+    inner = replace(shape, depth=1)
+    torch.manual_seed(0)
+    parts = {
+        "lm": Vocabulary(shape),
+        "classes": torch.nn.Linear(32, 3),
+        "pair": torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)),
+        "generator": LM(inner, {"lm": Vocabulary(inner)}),
+    }
+    model = LM(shape, parts).eval()
+    save_model(model, None, tmp_path, {"steps": 7})
+    again = load_model(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+    assert again.parts["lm"].weight is again.tokens.weight
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert agree(again, theirs.eval(), "bert") < 1e-4
+
+
+def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
+    shape = SHAPES["bert"]
+    old = built(shape)
+    save_model(old, None, tmp_path)
+    torch.manual_seed(9)
+    new = LM(shape, {"classes": torch.nn.Linear(32, 3)})
+    assert start_from(new, tmp_path) == (["lm"], ["classes"])
+    assert torch.equal(new.trunk.blocks[1].mlp.up.weight, old.trunk.blocks[1].mlp.up.weight)
+    with pytest.raises(UserError, match="shape.hidden is 48 there and 64 here"):
+        start_from(LM(replace(shape, hidden=64), {}), tmp_path)
+
+
+def test_a_shape_of_no_family_is_saved_all_the_same(tmp_path: Path) -> None:
+    shape = Shape(**SIZES, position="sinusoidal", activation="relu2")
+    assert family_of(shape) is None
+    model = built(shape)
+    assert "only firth" in save_model(model, None, tmp_path)
+    again = load_model(tmp_path)
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no model"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 5}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="pickled"):
+        load_model(tmp_path)
+    save_model(built(SHAPES["gpt2"]), None, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "firth.json").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
+    save = tmp_path / "model.safetensors"
+    save.unlink()
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, save)
+    with pytest.raises(UserError, match="family 'rwkv'"):
+        load_model(tmp_path)
+
+
+def test_every_family_has_its_place() -> None:
+    assert {n.split("-")[0] for n in SHAPES} == set(FAMILIES)
+    for shape in (decoder(61, 64, 2), encoder(61, 64, 2), encoder_decoder(61, 64, 2)):
+        assert family_of(shape) is not None
