@@ -1,0 +1,106 @@
+"""What a model wrote: a `Completion`, and the `Answer` it is while it grows.
+
+Two things make text harder than tokens. A character can be spread over several tokens, so the text of the first
+tokens is not always the beginning of the text of all. And a stop string may begin in one token and end in another, so
+the end of what is written may turn out not to be part of the answer. `Answer.settled` is the part that is sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from firth.generate.sample import Sampling
+from firth.text.vocab import Vocab
+
+Finish = Literal["stop", "length", "context"]
+HALF = "\ufffd"
+"""What a decoder writes for bytes that are not (yet) a character."""
+
+
+class Coder(Protocol):
+    """What the engine asks of a tokenizer (`firth.text.tokenizer.Tokenizer`)."""
+
+    @property
+    def vocab(self) -> Vocab:
+        """The ids that have a role."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, none of them special."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids, special ones left out."""
+
+    def token(self, id: int) -> str:
+        """The piece with this id."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote.
+
+    tokens: (n,) int32, the stop token included. logprobs: (n,) float32, log p of each under the model itself
+    (temperature 1, no filter). text: their text, without a stop string. finish: "stop" (a stop token or string),
+    "length" (max_new) or "context" (no room left).
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    finish: Finish
+
+
+class Answer:
+    """The answer of one row as it grows: its tokens, its text and whether it has ended."""
+
+    def __init__(self, coder: Coder, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
+        self.coder, self.stop, self.stops, self.room = coder, sampling.stop, stops, room
+        self.limit = min(room, sampling.max_new)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: Finish | None = None
+        # A continuation is decoded behind the end of its prompt, because decoders trim the first space of a text;
+        # an unfinished character at that end is completed by, and so belongs to, the continuation.
+        self.before = [int(t) for t in before[-8:]]
+        self.skip = len(coder.decode(self.before).rstrip(HALF)) if self.before else 0
+        self.cut: int | None = None
+
+    def take(self, token: int, logprob: float) -> None:
+        """One more token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.stop:
+            text = self._decoded()
+            found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+            self.cut = min(found) if found else None
+        if token in self.stops or self.cut is not None:
+            self.finish = "stop"
+        elif len(self.tokens) == self.limit:
+            self.finish = "context" if self.limit == self.room else "length"
+
+    def _decoded(self) -> str:
+        return self.coder.decode(self.before + self.tokens)[self.skip :]
+
+    @property
+    def text(self) -> str:
+        """What is written so far, up to a stop string."""
+        return self._decoded()[: self.cut]
+
+    @property
+    def settled(self) -> str:
+        """The part of the text that later tokens cannot change: no half character, no beginning of a stop string."""
+        text = self.text
+        if self.finish is not None:
+            return text
+        text = text.rstrip(HALF)
+        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: len(text) - held]
+
+    def done(self) -> Completion:
+        """The finished answer."""
+        assert self.finish is not None
+        tokens, logprobs = np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32)
+        return Completion(tokens, logprobs, self.text, self.finish)

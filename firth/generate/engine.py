@@ -1,0 +1,182 @@
+"""Using a trained model: write a continuation, score one, choose among several, fill a gap.
+
+`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then writes one token
+per row and step against the key-value cache; a row that has finished is dropped as soon as half of the rows have.
+`score` is the sum of log p(completion | prompt), `choose` the likeliest of several options, `fill` a masked model's
+candidates for each mask. With `generate` and `stream`, these are the verbs that evaluation, alignment and serving use.
+
+    engine = Engine(model, tokenizer)
+    [answer] = engine.generate([tokenizer.encode("To be, or not")], Sampling(temperature=0, max_new=8))
+    answer.text          # " to be, that is the"
+    answer.finish        # "length"
+
+Decoders and encoder-decoders write alike: the prompt of an encoder-decoder goes to its encoder, and its decoder
+begins at the pad token (T5). What a model can read is `shape.context`: a longer prompt is refused, and an answer that
+reaches the end of the context finishes there ("context"). Nothing slides out of sight unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firth.generate.answer import Answer, Coder, Completion
+from firth.generate.masked import Candidate, fill
+from firth.generate.rows import Rows, reading, rectangle, stacked
+from firth.generate.sample import Sampling
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.types import IGNORE, NEVER, UserError
+
+TURN_END = "<|im_end|>"
+
+
+class Engine:
+    """One model, one tokenizer, and the verbs.
+
+    stops: ids that end an answer; default the tokenizer's eos and `<|im_end|>`. rows: most rows in one batch.
+    """
+
+    def __init__(self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64):
+        self.model, self.coder, self.rows = model, tokenizer, rows
+        vocab = tokenizer.vocab
+        if stops is None:
+            ends = [int(i) for i in np.flatnonzero(vocab.special) if tokenizer.token(int(i)) == TURN_END]
+            stops = [*ends, *([vocab.eos] if "eos" in vocab.roles else [])]
+        self.stops = frozenset(int(i) for i in stops)
+        self.start = vocab.pad if model.shape.encoder else None
+        self.device = model.tokens.weight.device
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], sampling: Sampling, progress: Callable[[int], None] | None = None
+    ) -> list[Completion]:
+        """Continue each prompt. prompts: token ids (n,) each; progress is told how many prompts are done.
+
+        Raises UserError for an empty prompt or one longer than the model's context.
+        """
+        done: list[Completion | None] = [None] * len(prompts)
+        # Rows of like length together: less padding. A row draws from seed + its own index, wherever it is computed.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for first in range(0, len(order), self.rows):
+            index = order[first : first + self.rows]
+            seeds = [sampling.seed + i for i in index]
+            for i, answer in zip(index, self._write([prompts[i] for i in index], sampling, seeds), strict=True):
+                done[i] = answer.done()
+            if progress is not None:
+                progress(first + len(index))
+        return [answer for answer in done if answer is not None]
+
+    def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
+        """Continue one prompt, a piece of text at a time; joined, the pieces are the text of `generate`."""
+        [answer] = self._answers([prompt], sampling)
+        with reading(self.model):
+            rows = Rows(self.model, [prompt], self.start, sampling, [sampling.seed])
+        shown = 0
+        while answer.finish is None:
+            with reading(self.model):
+                [token], [logprob] = rows.step()
+            answer.take(token, logprob)
+            settled = answer.settled
+            if len(settled) > shown:
+                yield settled[shown:]
+                shown = len(settled)
+
+    def _answers(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[Answer]:
+        answers = []
+        for i, prompt in enumerate(prompts):
+            self._fits(f"prompt {i}", len(prompt), len(prompt))
+            # The last token written is never read, so there is room for one more than the context leaves.
+            shown = prompt if self.start is None else prompt[:0]
+            room = self.model.shape.context - max(1, len(shown)) + 1
+            answers.append(Answer(self.coder, shown, sampling, self.stops, room))
+        return answers
+
+    def _write(self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int]) -> list[Answer]:
+        answers = self._answers(prompts, sampling)
+        with reading(self.model):
+            rows = Rows(self.model, prompts, self.start, sampling, seeds)
+            there = answers  # the answer of each row of the batch, finished or not
+            while True:
+                for answer, token, logprob in zip(there, *rows.step(), strict=True):
+                    if answer.finish is None:
+                        answer.take(token, logprob)
+                open_rows = [i for i, answer in enumerate(there) if answer.finish is None]
+                if not open_rows:
+                    return answers
+                if 2 * len(open_rows) <= len(there):
+                    rows.keep(open_rows)
+                    there = [there[i] for i in open_rows]
+
+    def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[float]:
+        """log p(completion | prompt) of each pair, summed over the completion's tokens, in nats."""
+        pairs = [(np.asarray(p), np.asarray(c)) for p, c in zip(prompts, completions, strict=True)]
+        for i, (p, c) in enumerate(pairs):
+            self._fits(f"pair {i}", len(p), max(len(p), len(c)) if self.start is not None else len(p) + len(c) - 1)
+        scores = np.zeros(len(pairs))
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+        with reading(self.model):
+            for first in range(0, len(order), self.rows):
+                index = order[first : first + self.rows]
+                scores[index] = self._log_probs([pairs[i] for i in index])
+        return [float(x) for x in scores]
+
+    def options(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> list[float]:
+        """log p(option | prompt) of each option, as `score` has it; a decoder reads the prompt only once."""
+        if self.start is not None:
+            return self.score([prompt] * len(options), options)
+        read = len(prompt) + max(map(len, options)) - 1
+        self._fits("the prompt with its longest option", len(prompt), read)
+        with reading(self.model):
+            cache = self.model.cache(1, read)
+            if len(prompt) > 1:
+                self.model(rectangle([prompt[:-1]], self.device), cache)
+                cache.select(torch.zeros(len(options), dtype=torch.int64, device=self.device))
+            else:
+                cache = self.model.cache(len(options), read)
+            batch = rectangle([np.concatenate((prompt[-1:], o[:-1])) for o in options], self.device)
+            place = batch["looks"] + len(prompt) - 1
+            appears = torch.where(batch["appears"] == NEVER, NEVER, place)
+            hidden = self.model(batch | {"positions": place, "looks": place, "appears": appears}, cache)
+            return [float(x) for x in self._read(hidden, stacked(options, IGNORE, self.device))]
+
+    def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:
+        """The index of the likeliest option; the first of equals."""
+        return int(np.argmax(self.options(prompt, options)))
+
+    def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
+        """The k likeliest tokens for each mask written in the text: a masked model's verb (`firth.generate.masked`)."""
+        return fill(self.model, self.coder, text, k)
+
+    def _fits(self, what: str, prompt: int, read: int) -> None:
+        """Refuse what the model cannot read."""
+        context = self.model.shape.context
+        if not prompt:
+            raise UserError(f"{what} has an empty prompt: begin with a token at least")
+        if read > context:
+            raise UserError(
+                f"{what} has {read} tokens and this model reads at most {context}: shorten it, "
+                "or use a model with a longer shape.context"
+            )
+
+    def _log_probs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Summed log-probabilities of the second of each pair: (rows,)."""
+        if self.start is None:
+            batch = rectangle([np.concatenate((p, c))[:-1] for p, c in pairs], self.device)
+            labels = [np.concatenate((np.full(len(p) - 1, IGNORE), c)) for p, c in pairs]
+        else:
+            source = rectangle([p for p, _ in pairs], self.device, causal=False)
+            batch = {f"source_{name}": field for name, field in source.items()}
+            batch |= rectangle([np.concatenate(([self.start], c[:-1])) for _, c in pairs], self.device)
+            labels = [c for _, c in pairs]
+        return self._read(self.model(batch), stacked(labels, IGNORE, self.device))
+
+    def _read(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
+        """Summed log p(labels) per row of hidden (rows, T, width): (rows,), IGNORE adding nothing."""
+        head: Vocabulary = self.model.parts["lm"]  # type: ignore[assignment]
+        at = labels != IGNORE
+        out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+        out[at] = head.log_probs(hidden[at], labels[at])
+        return out.sum(-1).cpu().numpy()

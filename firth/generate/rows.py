@@ -1,0 +1,106 @@
+"""Rows of tokens as a model reads them to write or to score: rectangles, and a batch that grows by a token a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firth.generate.sample import Sampling, draw, filtered, repeated, uniforms
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.types import NEVER, Batch
+
+
+@contextmanager
+def reading(model: LM) -> Iterator[None]:
+    """Without gradients and without dropout; the model is left in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def stacked(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tensor:
+    """Rows on the left of a rectangle: (rows, T) int64."""
+    most = max(map(len, rows))
+    full = np.stack([np.pad(np.asarray(r, np.int64), (0, most - len(r)), constant_values=fill) for r in rows])
+    return torch.from_numpy(full).to(device)
+
+
+def rectangle(rows: Sequence[np.ndarray], device: torch.device, causal: bool = True) -> Batch:
+    """Rows as a model is trained on them, padded on the right: tokens, looks, appears, each (rows, T) int64."""
+    when = [np.arange(len(r)) * causal for r in rows]
+    looks, appears = stacked(when, 0, device), stacked(when, NEVER, device)
+    return {"tokens": stacked(rows, 0, device), "looks": looks, "appears": appears}
+
+
+class Rows:
+    """A batch of rows being written: the cache, and the newest token of each row.
+
+    Prompts are padded on the left, so that all rows write into the same slot; padding appears NEVER. Positions are
+    each row's own, so that a row reads as it would alone. prompts: (n,) ids each. start: None, or the token that the
+    decoder begins with while the prompt goes to the encoder. seeds: one per row.
+    """
+
+    def __init__(
+        self, model: LM, prompts: Sequence[np.ndarray], start: int | None, sampling: Sampling, seeds: Sequence[int]
+    ):
+        self.model, self.sampling = model, sampling
+        self.head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+        self.device = model.tokens.weight.device
+        batch: Batch = {}
+        if start is not None:
+            source = rectangle(prompts, self.device, causal=False)
+            batch = {f"source_{name}": field for name, field in source.items()}
+            prompts = [np.array([start])] * len(prompts)
+        batch |= self._aligned(prompts)
+        self.seen = batch["tokens"]
+        self.next = batch["looks"][:, -1:] + 1
+        self.written = 0
+        # Every number that this batch will draw with: (rows, max_new).
+        self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new)).to(self.device)
+        self.cache = model.cache(len(prompts), self.seen.shape[1] + sampling.max_new)
+        self.state = model(batch, self.cache)[:, -1]  # (rows, width)
+
+    def _aligned(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Rows on the right of a rectangle: tokens, positions, looks, appears, each (rows, T) int64."""
+        most = max(map(len, rows))
+        # Padding repeats the row's first token: nobody sees it, and a penalty on tokens seen falls on no other.
+        tokens = np.stack([np.concatenate((np.full(most - len(r), r[0]), r)) for r in rows]).astype(np.int64)
+        when = np.stack([np.arange(most) - (most - len(r)) for r in rows])
+        place = torch.from_numpy(when.clip(0)).to(self.device)
+        appears = torch.from_numpy(np.where(when < 0, NEVER, when)).to(self.device)
+        shown = torch.from_numpy(tokens).to(self.device)
+        return {"tokens": shown, "positions": place, "looks": place, "appears": appears}
+
+    def step(self) -> tuple[list[int], list[float]]:
+        """Write one token in every row; return the tokens and their log-probabilities."""
+        if self.written:
+            now = {"tokens": self.seen[:, -1:], "positions": self.next, "looks": self.next, "appears": self.next}
+            self.state = self.model(now, self.cache)[:, -1]
+            self.next = self.next + 1
+        logits = self.head(self.state).float()  # (rows, V)
+        options = logits
+        if self.sampling.repetition != 1:
+            options = repeated(options, self.seen, self.sampling.repetition)
+        if self.sampling.greedy:
+            token = options.argmax(-1, keepdim=True)
+        else:
+            token = draw(filtered(options, self.sampling), self.uniform[:, self.written])[:, None]
+        logprob = logits.gather(-1, token)[:, 0] - logits.logsumexp(-1)
+        self.seen = torch.cat((self.seen, token), 1) if self.sampling.repetition != 1 else token
+        self.written += 1
+        return token[:, 0].tolist(), logprob.tolist()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        index = torch.tensor(rows, device=self.device)
+        self.cache.select(index)
+        self.seen, self.next, self.uniform = self.seen[index], self.next[index], self.uniform[index]

@@ -1,0 +1,232 @@
+"""The engine: cached equals uncached, a row does not feel its neighbours, text ends where it should."""
+
+import numpy as np
+import pytest
+import torch
+from bytecoder import ByteCoder
+
+from firth.generate.answer import Answer
+from firth.generate.engine import Engine
+from firth.generate.masked import masked, pseudo
+from firth.generate.rows import rectangle
+from firth.generate.sample import Sampling
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.types import UserError
+
+V = ByteCoder.vocab.size
+SHAPES = {
+    "nanochat": decoder(vocab=V, width=32, depth=2, heads=2, context=64),
+    "gpt2": Shape(vocab=V, width=32, depth=2, heads=2, context=64),
+    "sinusoidal, post-norm, grouped": Shape(
+        vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, position="sinusoidal", norm_at="post"
+    ),
+    "t5": encoder_decoder(vocab=V, width=32, depth=2, heads=2, context=64),
+}
+DECODERS = [name for name in SHAPES if name != "t5"]
+
+
+def random_model(shape: Shape, seed: int = 0) -> LM:
+    """A model with something to say: every weight drawn, none left at its (often zero) start."""
+    torch.manual_seed(seed)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(params=SHAPES)
+def model(request: pytest.FixtureRequest) -> LM:
+    return random_model(SHAPES[request.param])
+
+
+def engine(model: LM, stops: tuple[int, ...] = ()) -> Engine:
+    return Engine(model, ByteCoder(), stops=stops)
+
+
+def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(7, V, rng.integers(1, 20)) for _ in range(count)]
+
+
+@torch.no_grad()
+def logits_of(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch.Tensor:
+    """Logits at every written position from one uncached pass over the unpadded row: (n, V)."""
+    if model.shape.encoder:
+        batch = {"source_tokens": torch.as_tensor(prompt)[None]}
+        row, first = np.concatenate(([ByteCoder.vocab.pad], written)), 0
+    else:
+        batch, row, first = {}, np.concatenate((prompt, written)), len(prompt) - 1
+    hidden = model(batch | rectangle([row[:-1]], torch.device("cpu")))
+    return model.parts["lm"](hidden[0, first:])
+
+
+def test_cached_generation_is_uncached_generation(model: LM) -> None:
+    rows = prompts(5)
+    for prompt, answer in zip(rows, engine(model).generate(rows, Sampling(max_new=24, temperature=0)), strict=True):
+        logits = logits_of(model, prompt, answer.tokens)
+        assert np.array_equal(logits.argmax(-1).numpy(), answer.tokens)
+        expected = logits.log_softmax(-1).gather(-1, torch.as_tensor(answer.tokens, dtype=torch.int64)[:, None])[:, 0]
+        assert np.allclose(answer.logprobs, expected.numpy(), atol=1e-4)
+        assert answer.finish == "length"
+
+
+def test_a_row_does_not_feel_its_neighbours(model: LM) -> None:
+    rows = prompts(6)
+    sampling = Sampling(max_new=16, temperature=0.9, top_p=0.95, seed=40)
+    together = engine(model).generate(rows, sampling)
+    for i, row in enumerate(rows):
+        [alone] = engine(model).generate([row], Sampling(max_new=16, temperature=0.9, top_p=0.95, seed=40 + i))
+        assert np.array_equal(alone.tokens, together[i].tokens)
+    small = Engine(model, ByteCoder(), stops=(), rows=2).generate(rows, sampling)
+    assert [a.tokens.tolist() for a in small] == [a.tokens.tolist() for a in together]
+
+
+def test_the_same_prompt_twice_is_answered_in_two_ways(model: LM) -> None:
+    one, two = engine(model).generate([prompts(1)[0]] * 2, Sampling(max_new=16))
+    assert not np.array_equal(one.tokens, two.tokens)
+
+
+def test_rows_that_finish_early_leave_the_others_as_they_were(model: LM) -> None:
+    rows = prompts(8)
+    whole = engine(model).generate(rows, Sampling(max_new=20, seed=3))
+    stops = (int(whole[0].tokens[2]), int(whole[1].tokens[5]), int(whole[2].tokens[5]), int(whole[3].tokens[9]))
+    cut = engine(model, stops).generate(rows, Sampling(max_new=20, seed=3))
+    for a, b in zip(whole, cut, strict=True):
+        hits = np.flatnonzero(np.isin(a.tokens, stops))
+        n = hits[0] + 1 if len(hits) else len(a.tokens)
+        assert np.array_equal(b.tokens, a.tokens[:n]), "the stop token is the last one, and is kept"
+        assert b.finish == ("stop" if len(hits) else "length")
+    assert len({len(b.tokens) for b in cut}) > 2
+
+
+def test_score_is_the_sum_of_the_log_probabilities(model: LM) -> None:
+    rows = prompts(5)
+    answers = engine(model).generate(rows, Sampling(max_new=12))
+    scores = engine(model).score(rows, [a.tokens for a in answers])
+    assert np.allclose(scores, [a.logprobs.sum() for a in answers], atol=1e-3)
+
+
+def test_options_read_the_prompt_once_and_score_the_same(model: LM) -> None:
+    for prompt in (prompts(1)[0], np.array([9])):
+        options = prompts(4, seed=5)
+        scores = engine(model).score([prompt] * 4, options)
+        assert np.allclose(engine(model).options(prompt, options), scores, atol=1e-3)
+        assert engine(model).choose(prompt, options) == int(np.argmax(scores))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_an_answer_ends_with_the_context(name: str) -> None:
+    model = random_model(SHAPES[name])
+    prompt = np.full(60, 50)
+    [answer] = engine(model).generate([prompt], Sampling(max_new=100, temperature=0))
+    assert answer.finish == "context"
+    assert len(answer.tokens) == 64 - 60 + 1
+    assert np.array_equal(logits_of(model, prompt, answer.tokens).argmax(-1).numpy(), answer.tokens)
+
+
+def test_what_cannot_be_read_is_refused_in_one_sentence(model: LM) -> None:
+    for wrong, sentence in (
+        (np.full(65, 50), "65 tokens and this model reads at most 64"),
+        (np.zeros(0, int), "empty"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            engine(model).generate([wrong], Sampling())
+        with pytest.raises(UserError, match=sentence):
+            engine(model).score([wrong], [np.array([9])])
+
+
+def test_generating_leaves_a_model_in_training_and_trainable() -> None:
+    model = random_model(SHAPES["nanochat"]).train()
+    engine(model).generate(prompts(2), Sampling(max_new=4))
+    assert model.training
+    model({"tokens": torch.tensor([[9, 10]])}).sum().backward()
+    assert model.tokens.weight.grad is not None
+
+
+# ---- text
+
+
+def answer_of(pieces: list[bytes], **sampling: object) -> tuple[Answer, list[str]]:
+    """Feed bytes one by one; return the answer and what was settled after each."""
+    growing = Answer(ByteCoder(), ByteCoder().encode("Q: "), Sampling(**sampling), frozenset({3}), room=1000)  # type: ignore[arg-type]
+    settled = []
+    for byte in b"".join(pieces):
+        if growing.finish is None:
+            growing.take(byte + 7, 0.0)
+            settled.append(growing.settled)
+    return growing, settled
+
+
+def test_half_a_character_is_not_shown() -> None:
+    growing, settled = answer_of(["né €".encode()])
+    assert settled == ["n", "n", "né", "né ", "né ", "né ", "né €"]
+    assert growing.text == "né €"
+
+
+def test_a_stop_string_across_tokens_ends_the_answer_and_is_not_part_of_it() -> None:
+    growing, settled = answer_of([b"yes\nUs\nUser: no"], stop=("\nUser:", "###"))
+    assert growing.finish == "stop"
+    assert growing.done().text == "yes\nUs"
+    assert settled[:7] == ["y", "ye", "yes", "yes", "yes", "yes", "yes\nUs"]
+    assert len(growing.tokens) == len("yes\nUs\nUser:"), "nothing is written after the stop string"
+
+
+def test_the_first_character_may_have_begun_in_the_prompt() -> None:
+    growing = Answer(ByteCoder(), ByteCoder().encode("€")[:2], Sampling(), frozenset(), room=10)
+    growing.take(int(ByteCoder().encode("€")[2]), 0.0)
+    assert growing.text == "€"
+
+
+def test_a_stream_is_the_text_of_generate(model: LM) -> None:
+    prompt = ByteCoder().encode("hello")
+    for seed in range(5):
+        sampling = Sampling(max_new=40, seed=seed, stop=("e", "\n"))
+        pieces = list(engine(model, (3,)).stream(prompt, sampling))
+        [answer] = engine(model, (3,)).generate([prompt], sampling)
+        assert "".join(pieces) == answer.text
+        assert all(pieces)
+
+
+def test_default_stops_are_end_of_text_and_end_of_turn() -> None:
+    assert Engine(random_model(SHAPES["gpt2"]), ByteCoder()).stops == {3, 6}
+
+
+# ---- masked models
+
+
+def test_fill_offers_what_the_model_says_at_each_mask() -> None:
+    shape = encoder(vocab=V, width=32, depth=2, heads=2, context=64)
+    model = random_model(shape)
+    text = "the <mask> sat<mask>"
+    tokens = masked(ByteCoder(), text)
+    assert tokens.tolist() == [2, *ByteCoder().encode("the"), 4, *ByteCoder().encode(" sat"), 4, 3]
+    with torch.no_grad():
+        p = model.parts["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
+    answers = Engine(model, ByteCoder()).fill(text, k=3)
+    for at, candidates in zip(np.flatnonzero(tokens == 4), answers, strict=True):
+        best = p[at, 7:].topk(3)
+        assert [c.token - 7 for c in candidates] == best.indices.tolist()
+        assert np.allclose([c.probability for c in candidates], best.values.numpy(), atol=1e-5)
+    with pytest.raises(UserError, match="nothing to fill: write <mask>"):
+        Engine(model, ByteCoder()).fill("the cat")
+
+
+def test_pseudo_likelihood_hides_one_token_at_a_time() -> None:
+    model = random_model(encoder(vocab=V, width=32, depth=2, heads=2, context=64))
+    texts = [ByteCoder().encode(t) for t in ("abcd", "xy")]
+    asked = [np.array([False, True, False, True]), np.array([True, True])]
+    expected = []
+    for text, ask in zip(texts, asked, strict=True):
+        total = 0.0
+        for at in np.flatnonzero(ask):
+            shown = np.concatenate(([2], text, [3]))
+            shown[at + 1] = 4
+            with torch.no_grad():
+                logits = model.parts["lm"](
+                    model({"tokens": torch.as_tensor(shown, dtype=torch.int64)[None]})[0, at + 1]
+                )
+            total += float(logits.log_softmax(-1)[int(text[at])])
+        expected.append(total)
+    assert np.allclose(pseudo(model, ByteCoder(), texts, asked, rows=3), expected, atol=1e-4)
