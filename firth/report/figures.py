@@ -13,6 +13,7 @@ a few kilobytes. Curves carry their names at their ends, not in a legend; the va
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from markupsafe import Markup, escape
 COLOURS = 6
 """How many colours the style sheet names; a figure with more curves than these repeats them, dashed."""
 
-_GLYPH = 6.5  # px: a generous mean width of one character at the 12 px of the style sheet
+_GLYPH = 6.5  # px: a generous mean width of one digit at the 12 px of the style sheet
+_BOLD = 7.3  # px: the same for a letter of a curve's name
 _LINE = 15.0  # px between two end labels
 _DRAWN = 320  # points of a polyline: about two per pixel column
 _HOVER = 48  # points of a curve that answer the pointer
@@ -61,7 +63,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Figure:
-    """Curves on one pair of axes. x, y: axis labels with their units."""
+    """Curves on one pair of axes. x, y: axis labels with their units. zero: the y axis begins at 0."""
 
     title: str
     x: str
@@ -71,6 +73,7 @@ class Figure:
     levels: tuple[Level, ...] = ()
     log_x: bool = False
     log_y: bool = False
+    zero: bool = False
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -105,9 +108,24 @@ class _Axis:
     ticks: tuple[float, ...]
 
     def __call__(self, value: float) -> float:
-        low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.log else (
-            self.low, self.high, value)
+        low, high, value = (
+            (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """What stands at the ticks: equal decimals, so that they read as one column.
+
+    >>> labels((0.0, 0.25, 0.5)), labels((0.0, 1e6, 2e6)), labels((0.1, 1.0, 10.0))
+    (['0.00', '0.25', '0.50'], ['0', '1M', '2M'], ['0.1', '1', '10'])
+    """
+    texts = [number(t) for t in ticks]
+    steps = {round(b - a, 12) for a, b in itertools.pairwise(ticks)}
+    decimals = max((len(t.partition(".")[2]) for t in texts), default=0)
+    if len(steps) != 1 or not decimals or any(t[-1].isalpha() or "e" in t for t in texts):
+        return texts
+    return [f"{t:.{decimals}f}".replace("-", "−") for t in ticks]
 
 
 def linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
@@ -134,8 +152,12 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
     """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if high / low < 100 else (1,)
-    return tuple(float(d * 10.0**k) for k in decades for d in digits if low <= d * 10.0**k * (1 + 1e-9) and
-                 d * 10.0**k <= high * (1 + 1e-9))
+    return tuple(
+        float(d * 10.0**k)
+        for k in decades
+        for d in digits
+        if low <= d * 10.0**k * (1 + 1e-9) and d * 10.0**k <= high * (1 + 1e-9)
+    )
 
 
 def _finite(curve: Curve, figure: Figure) -> np.ndarray:
@@ -147,16 +169,19 @@ def _finite(curve: Curve, figure: Figure) -> np.ndarray:
 
 
 def average(y: np.ndarray, half: int) -> np.ndarray:
-    """Centred moving mean over 2*half+1 points, shorter at the ends; breaks stay breaks.
+    """Moving mean over 2*half+1 points; breaks stay breaks.
+
+    It stays centred at the left end, where a loss is steep, and looks back at the right end, where it is noisy.
 
     >>> average(np.array([0.0, 3.0, 6.0, 3.0]), 1).tolist()
-    [1.5, 3.0, 4.0, 4.5]
+    [0.0, 3.0, 4.0, 4.5]
     """
     known = np.isfinite(y)
     total = np.concatenate(([0.0], np.cumsum(np.where(known, y, 0.0))))
     count = np.concatenate(([0], np.cumsum(known)))
     i = np.arange(len(y))
-    low, high = np.maximum(0, i - half), np.minimum(len(y), i + half + 1)
+    reach = np.minimum(half, i)
+    low, high = i - reach, np.minimum(len(y), i + reach + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (total[high] - total[low]) / (count[high] - count[low])
     return np.where(known, mean, np.nan)
@@ -194,28 +219,55 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return [back[i] for i in range(len(wanted))]
 
 
-def _axes(figure: Figure, lines: Sequence[np.ndarray], width: float, height: float) -> tuple[_Axis, _Axis]:
+@dataclass(frozen=True)
+class _Box:
+    """The picture's size and what its names take of it: a right margin, or a key above the axes."""
+
+    width: float
+    height: float
+    top: float
+    right: float
+    key: str
+
+
+def _box(width: float, height: float, names: Sequence[tuple[str, str]]) -> _Box:
+    """Names stand at the ends of their lines if those leave three quarters of the width, else in a key above.
+
+    names: (label, style) in the order drawn.
+    """
+    widest = max(len(label) for label, _ in names) * _BOLD + 12
+    if widest <= 0.27 * width:
+        return _Box(width, height, 26, widest, "")
+    out, x, y = [], 0.0, 12.0
+    for label, style in names:
+        long = len(label) * _BOLD + 14
+        if x and x + long > width:
+            x, y = 0.0, y + _LINE + 1
+        out.append(f'<text class="{style}" x="{x:.0f}" y="{y:.0f}">{escape(label)}</text>')
+        x += long
+    return _Box(width, height + y + 8, y + 34, 8, "".join(out))
+
+
+def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis, _Axis]:
     """The two scales, with room on the left for the ticks and on the right for the curves' names."""
     known = np.concatenate([line[np.isfinite(line[:, 0])] for line in lines])
-    values = np.concatenate([known[:, 1], [level.y for level in figure.levels]])
+    values = np.concatenate([known[:, 1], [level.y for level in figure.levels], [0.0] * figure.zero])
     x_low, x_high = float(known[:, 0].min()), float(known[:, 0].max())
     y_low, y_high = float(values.min()), float(values.max())
     if figure.log_y:
-        y_low, y_high = (y_low / 1.1, y_high * 1.1)
+        y_low, y_high = y_low / 1.1, y_high * 1.1
         y_ticks = log_ticks(y_low, y_high)
     else:
-        y_ticks = linear_ticks(y_low, y_high, 5 if height > 220 else 4)
+        y_ticks = linear_ticks(y_low, y_high, 5 if box.height > 240 else 4)
         y_low, y_high = y_ticks[0], y_ticks[-1]
-    names = [curve.label for curve in figure.curves] + [level.label for level in figure.levels]
-    left = max(len(number(t)) for t in y_ticks or (0.0,)) * _GLYPH + 10
-    right = min(max(len(name) for name in names) * _GLYPH + 14, 0.36 * width)
+    left = max((len(t) for t in labels(y_ticks)), default=1) * _GLYPH + 8
     if x_high <= x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
-    room = (width - left - right) / 70
-    ticks = log_ticks(x_low, x_high) if figure.log_x else tuple(
-        t for t in linear_ticks(x_low, x_high, max(2, int(room))) if x_low <= t <= x_high)
-    across = _Axis(x_low, x_high, left, width - right, figure.log_x, ticks)
-    return across, _Axis(y_low, y_high, height - 40, 26, figure.log_y, y_ticks)
+    wanted = max(3, int((box.width - left - box.right) / 75))
+    x_ticks = log_ticks(x_low, x_high) if figure.log_x else linear_ticks(x_low, x_high, wanted)
+    shown = tuple(t for t in x_ticks if x_low <= t <= x_high)
+    across = _Axis(x_low, x_high, left, box.width - box.right, figure.log_x, shown)
+    return across, _Axis(y_low, y_high, box.height - 40, box.top, figure.log_y, y_ticks)
 
 
 def _path(line: np.ndarray, across: _Axis, up: _Axis, style: str) -> str:
@@ -229,63 +281,89 @@ def _path(line: np.ndarray, across: _Axis, up: _Axis, style: str) -> str:
     return "".join(f'<polyline class="{style}" points="{" ".join(s)}"/>' for s in stretches if len(s) > 1)
 
 
-def _shorten(label: str, room: float) -> str:
-    most = max(3, int(room / _GLYPH))
-    return label if len(label) <= most else label[: most - 1] + "…"
-
-
 def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide") -> Markup:
     """The figure as one `<svg>` of that size in CSS pixels; colours and type are the page's style sheet.
 
     style: the page draws each figure "wide" and "narrow" and shows the one that fits the screen.
     """
     lines = [_finite(curve, figure) for curve in figure.curves]
-    head = f'<svg class="plot {style}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
-    head += f' aria-label="{escape(figure.title)}: {escape(figure.y)} against {escape(figure.x)}">'
     if not any(np.isfinite(line).any() for line in lines):
-        return Markup(f'{head}<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no values</text></svg>')
-    across, up = _axes(figure, lines, width, height)
-    out = [head]
-    for tick in up.ticks:
+        text = f'<text class="quiet" x="{width / 2}" y="{height / 2}" text-anchor="middle">no values</text></svg>'
+        return Markup(_open(figure, style, width, height) + text)
+    names = [(level.label, "quiet") for level in figure.levels]
+    names += [(curve.label, f"name {_style(i, curve)}") for i, curve in enumerate(figure.curves)]
+    box = _box(width, height, names)
+    across, up = _axes(figure, lines, box)
+    out = [_open(figure, style, width, box.height), box.key]
+    for tick, label in zip(up.ticks, labels(up.ticks), strict=True):
         y = up(tick)
         out.append(f'<line class="grid" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick" x="{across.start - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in across.ticks:
-        x = across(tick)
-        out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{up.start:.1f}" y2="{up.start + 4:.1f}"/>')
-        out.append(f'<text class="tick" x="{x:.1f}" y="{up.start + 17:.1f}" text-anchor="middle">{number(tick)}</text>')
-    out.append(f'<line class="axis" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{up.start:.1f}" y2="{up.start:.1f}"/>')
-    out.append(f'<text class="unit" x="0" y="12">{escape(figure.y)}</text>')
-    out.append(f'<text class="unit" x="{across.end:.1f}" y="{height - 5}" text-anchor="end">{escape(figure.x)}</text>')
+        out.append(f'<text class="tick" x="{across.start - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    base = f"{up.start:.1f}"
+    for tick, label in zip(across.ticks, labels(across.ticks), strict=True):
+        x = f"{across(tick):.1f}"
+        out.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{up.start + 4:.1f}"/>')
+        out.append(f'<text class="tick" x="{x}" y="{up.start + 17:.1f}" text-anchor="middle">{label}</text>')
+    out.append(f'<line class="axis" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{base}" y2="{base}"/>')
+    out.append(f'<text class="unit" x="0" y="{box.top - 14:.0f}">{escape(figure.y)}</text>')
+    out.append(
+        f'<text class="unit" x="{across.end:.1f}" y="{box.height - 5:.0f}" text-anchor="end">{escape(figure.x)}</text>'
+    )
 
-    ends: list[tuple[str, str, float, float]] = []  # label, style, x and y where the line ends
+    ends: list[tuple[str, str, float, float]] = []  # label, style, and where the line ends
     for level in figure.levels:
         y = up(level.y)
         out.append(f'<line class="level" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         ends.append((level.label, "quiet", across.end, y))
     for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
-        if not np.isfinite(line).any():
-            continue
-        colour = i if curve.colour < 0 else curve.colour
-        style = f"c{colour % COLOURS}"
-        dash = " dashed" if curve.dashed or colour >= COLOURS else ""
-        drawn = line
-        if curve.smooth:
-            out.append(_path(line, across, up, f"raw {style}"))
-            drawn = np.stack([line[:, 0], average(line[:, 1], curve.smooth)], -1)
-        out.append(_path(drawn, across, up, f"curve {style}{dash}"))
-        known = drawn[np.isfinite(drawn[:, 0])]
-        shown = known[np.unique(np.linspace(0, len(known) - 1, _HOVER).round().astype(int))]
-        mark = "dot" if curve.points or len(known) == 1 else "hit"
-        for x, y in shown:
-            text = f"{curve.label}, {figure.x} {number(x)}: {number(y)}"
-            out.append(f'<circle class="{mark} {style}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{3 if mark == "dot" else 6}">'
-                       f"<title>{escape(text)}</title></circle>")
-        ends.append((curve.label, f"name {style}", across(known[-1, 0]), up(known[-1, 1])))
+        if np.isfinite(line).any():
+            drawn = _smooth(line, curve)
+            colour = _style(i, curve)
+            if curve.smooth:
+                out.append(_path(line, across, up, f"raw {colour}"))
+            out.append(_path(drawn, across, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= COLOURS)))
+            out += _points(curve, drawn, colour, figure.x, across, up)
+            x, y = drawn[np.isfinite(drawn[:, 0])][-1]
+            ends.append((curve.label, f"name {colour}", across(x), up(y)))
+    if not box.key:
+        out += _names(ends, across, up)
+    return Markup("".join(out) + "</svg>")
+
+
+def _open(figure: Figure, style: str, width: float, height: float) -> str:
+    label = escape(f"{figure.title}: {figure.y} against {figure.x}")
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+    return f'<svg class="plot {style}" {size} role="img" aria-label="{label}">'
+
+
+def _style(i: int, curve: Curve) -> str:
+    return f"c{(i if curve.colour < 0 else curve.colour) % COLOURS}"
+
+
+def _smooth(line: np.ndarray, curve: Curve) -> np.ndarray:
+    return np.stack([line[:, 0], average(line[:, 1], curve.smooth)], -1) if curve.smooth else line
+
+
+def _points(curve: Curve, line: np.ndarray, colour: str, unit: str, across: _Axis, up: _Axis) -> list[str]:
+    """Circles that say their value under the pointer: seen if the curve asks for it, else only when pointed at."""
+    known = line[np.isfinite(line[:, 0])]
+    shown = known[np.unique(np.linspace(0, len(known) - 1, _HOVER).round().astype(int))]
+    seen = curve.points or len(known) == 1
+    mark, radius = ("dot", 3) if seen else ("hit", 6)
+    return [
+        f'<circle class="{mark} {colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{radius}">'
+        f"<title>{escape(f'{curve.label}, {unit} {number(x)}: {number(y)}')}</title></circle>"
+        for x, y in shown
+    ]
+
+
+def _names(ends: Sequence[tuple[str, str, float, float]], across: _Axis, up: _Axis) -> list[str]:
+    """Each name beside the end of its line, moved apart where they would touch, with a thin leader if moved."""
+    out = []
     places = spread([y for *_, y in ends], _LINE, up.end, up.start)
     for (label, style, x, y), place in zip(ends, places, strict=True):
         if abs(place - y) > 5 or across.end - x > 5:
-            out.append(f'<line class="leader" x1="{x + 3:.1f}" y1="{y:.1f}" x2="{across.end + 7:.1f}" y2="{place:.1f}"/>')
-        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{place + 4:.1f}">'
-                   f"{escape(_shorten(label, width - across.end - 9))}</text>")
-    return Markup("".join(out) + "</svg>")
+            x1, x2 = f"{x + 3:.1f}", f"{across.end + 7:.1f}"
+            out.append(f'<line class="leader" x1="{x1}" y1="{y:.1f}" x2="{x2}" y2="{place:.1f}"/>')
+        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{place + 4:.1f}">{escape(label)}</text>')
+    return out

@@ -12,6 +12,7 @@ True
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -76,13 +77,14 @@ class Command:
 
 @dataclass(frozen=True)
 class Section:
-    """Prose (blank lines part paragraphs, `backticks` set code), then figures, tables and samples, in that order."""
+    """Prose (blank lines part paragraphs, `backticks` set code), then figures, tables, samples and a listing."""
 
     title: str
     text: str = ""
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     samples: Sequence[Sample] = ()
+    listing: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,19 @@ def _column(values: Sequence[Cell], best: str | None) -> list[Set]:
 
 
 def _aligned(value: Cell, column: Sequence[float]) -> str:
-    """A number with as many decimals as its column needs for three figures of its largest member (at most 6)."""
+    """A number with the decimals of its column: three figures of its smallest, at most four of its largest."""
     if value is None or isinstance(value, str):
         return "–"
-    if all(isinstance(v, int) for v in column):
-        return f"{value:,}".replace("-", "−")
-    largest = max((abs(v) for v in column if abs(v) < float("inf")), default=0.0)
-    decimals = next((d for d in range(2, 6) if largest * 10**d >= 100), 6)
-    return number(value) if abs(value) == float("inf") or value != value else f"{value:,.{decimals}f}".replace("-", "−")
+    if not math.isfinite(value):
+        return number(value)
+    sizes = [abs(v) for v in column if v and math.isfinite(v)]
+    whole = all(isinstance(v, int) for v in column) or not sizes
+    decimals = 0 if whole else max(0, min(2 - _magnitude(min(sizes)), 3 - _magnitude(max(sizes))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def _magnitude(size: float) -> int:
+    return math.floor(math.log10(size))
 
 
 def _anchors(sections: Sequence[Section]) -> list[str]:

@@ -1,0 +1,275 @@
+"""The report of any run directory, read from what the run wrote.
+
+    metrics.jsonl   one row per logged step, as `firth.train.log` writes it:
+                    {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "rate": 0.003, ...}
+                    {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
+    recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
+    counts.json     optional: what was read, cut and skipped: {"records": 1000, "not UTF-8": 2}
+    samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
+
+A term that this file does not know gets a figure of its own, so a new objective's measures need no change here.
+
+    write(run_report(Path("runs/gpt")), Path("runs/gpt/report.html"))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from firth import __version__
+from firth.report.figures import Curve, Figure, number
+from firth.report.page import Command, Number, Report, Sample, Section, Table
+from firth.types import UserError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Term:
+    """How a measured thing is called and drawn. unit: the label of its axis; noisy: a long curve is smoothed."""
+
+    title: str
+    unit: str
+    log: bool = False
+    zero: bool = False
+    noisy: bool = True
+
+
+TERMS = {
+    "loss": Term("Loss", "nats"),
+    "bits_per_byte": Term("Bits per byte", "bits per byte of text"),
+    "accuracy": Term("Accuracy", "share right"),
+    "kl": Term("Distance from the reference", "KL, nats"),
+    "rate": Term("Learning rate", "learning rate", noisy=False),
+    "norm": Term("Gradient before clipping", "norm", log=True),
+    "tokens_per_second": Term("Speed", "tokens per second", zero=True),
+}
+
+MACHINERY = ("rate", "norm", "tokens_per_second")
+"""Terms that say how the run went, not what it learnt."""
+
+_ASIDE = ("split", "step", "seconds", "tokens", "skipped", "flops_per_second")
+"""Fields of a row that are told in words, not drawn."""
+
+_NEXT = {
+    "causal": ("generate", "Let it write", '"Once"'),
+    "span_corruption": ("generate", "Let it fill in what a sentinel stands for", '"To be, or <extra_id_0> to be"'),
+    "text_to_text": ("generate", "Give it an input", '"..."'),
+    "mlm": ("fill", "Let it fill a gap", '"To be, or not to <mask>."'),
+} | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Talk with it", ""))
+"""Objective -> the command that shows it at work, why, and an argument."""
+
+
+def run_report(directory: Path) -> Report:
+    """The report of a run directory. Raises UserError if it holds no metrics, or a row that is not JSON."""
+    rows = read_rows(directory / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{directory / 'metrics.jsonl'} holds no row yet: train a few more steps")
+    recipe_file = directory / "recipe.yaml"
+    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
+    kinds = objectives(recipe)
+    learnt, ran = figures(rows)
+    sections = [Section("What it learnt", figures=learnt)]
+    samples = read_samples(directory / "samples.jsonl")
+    if samples:
+        text = "The same prompts and the same random numbers, at the first and at the last of the logged samples."
+        sections.append(Section("Samples", text, samples=samples))
+    sections.append(Section("How it ran", _trouble(rows), figures=ran))
+    counts = directory / "counts.json"
+    if counts.exists():
+        counted = json.loads(counts.read_text(encoding="utf-8"))
+        table = Table("What was read, and what was not", ("what", "count"), list(counted.items()))
+        sections.append(Section("Data", tables=(table,)))
+    if recipe:
+        told = f"Everything the run depends on. `firth train {_quoted(recipe_file)}` repeats it."
+        sections.append(Section("Recipe", told, listing=recipe))
+    return Report(
+        title=" + ".join(kinds) + f": {directory.name}" if kinds else directory.name,
+        text=summary(rows),
+        numbers=numbers(rows),
+        sections=sections,
+        commands=commands(directory, kinds),
+        facts={
+            "made with": f"firth {__version__}, torch {version('torch')}",
+            "run": f"{rows[-1]['step']:,} steps, {_clock(rows[-1]['seconds'])} of training",
+        },
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of metrics.jsonl; a last line that a kill has cut is left out."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: a report needs the metrics of a run, give a run directory")
+    rows: list[Row] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for at, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if at == len(lines):
+                    break
+                raise UserError(f"{path}, line {at}: this is not JSON: remove the line, or train again") from None
+    return rows
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The first and the last text of each prompt."""
+    if not path.exists():
+        return []
+    by_prompt: dict[str, list[Row]] = {}
+    for row in read_rows(path):
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    return [
+        Sample(prompt, {f"step {row['step']:,}": row["text"] for row in (said[0], said[-1])})
+        for prompt, said in by_prompt.items()
+    ]
+
+
+def objectives(recipe: str) -> list[str]:
+    """Names of the objectives in a recipe's YAML.
+
+    >>> objectives("objective: [nsp, {kind: mlm, rate: 0.2}]"), objectives("objective: causal"), objectives("")
+    (['nsp', 'mlm'], ['causal'], [])
+    """
+    said = (yaml.safe_load(recipe) or {}).get("objective", [])
+    listed = said if type(said) is list else [said]
+    return [str(one["kind"] if type(one) is dict else one) for one in listed]
+
+
+def series(rows: Sequence[Row], split: str, name: str, x: str) -> tuple[list[float], list[float]]:
+    """x and y of a term on one split; null is a break."""
+    found = [(row[x], row[name]) for row in rows if row["split"] == split and name in row]
+    return [float(a) for a, _ in found], [math.nan if b is None else float(b) for _, b in found]
+
+
+def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
+    """What was learnt, and how the run went: one figure per term, with the loss's own terms in one."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in _ASIDE))
+    x, unit = ("tokens", "tokens read") if rows[-1]["tokens"] else ("step", "steps")
+    parts = [name for name in names if name.startswith("loss/")]
+    single = [name for name in names if name not in parts and name not in MACHINERY]
+    learnt = [_figure(rows, name, x, unit) for name in single]
+    if parts:
+        curves = []
+        for i, name in enumerate(parts):
+            for split, dashed in (("train", False), ("valid", True)):
+                xs, ys = series(rows, split, name, x)
+                if xs:
+                    label = name.removeprefix("loss/") + (", held out" if dashed else "")
+                    curves.append(_curve(label, xs, ys, split, colour=i, dashed=dashed))
+        learnt.append(Figure("Loss by term", unit, "nats", tuple(curves)))
+    return learnt, [_figure(rows, name, x, unit) for name in MACHINERY if name in names]
+
+
+def _figure(rows: Sequence[Row], name: str, x: str, unit: str) -> Figure:
+    plain = name.replace("_", " ")
+    term = TERMS.get(name, Term(plain[:1].upper() + plain[1:], plain))
+    curves = []
+    for colour, (split, label) in enumerate((("train", "train"), ("valid", "held out"))):
+        xs, ys = series(rows, split, name, x)
+        if xs:
+            curves.append(_curve(label, xs, ys, split, colour, noisy=term.noisy))
+    smooth = max((curve.smooth for curve in curves), default=0)
+    note = f"Thin: every logged step. Thick: the mean over {2 * smooth + 1} of them." if smooth else ""
+    return Figure(term.title, unit, term.unit, tuple(curves), note=note, log_y=term.log, zero=term.zero)
+
+
+def _curve(
+    label: str, xs: list[float], ys: list[float], split: str, colour: int, dashed: bool = False, noisy: bool = True
+) -> Curve:
+    """A long noisy curve of the train split is smoothed over a sixtieth of the run each way."""
+    smooth = len(xs) // 60 if noisy and split == "train" else 0
+    return Curve(label, xs, ys, smooth=smooth, colour=colour, dashed=dashed, points=split == "valid" and len(xs) < 40)
+
+
+def numbers(rows: Sequence[Row]) -> list[Number]:
+    """The few figures that matter: where the run ended on held-out text, what it read, how fast."""
+    out = []
+    for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"), ("loss", "loss")):
+        _, known = _known(rows, "valid", name)
+        if known:
+            first = f", {number(known[0], 3)} at the first check" if len(known) > 1 else ""
+            out.append(Number(label, float(f"{known[-1]:.4g}"), f"held-out text{first}"))
+    steps, known = _known(rows, "train", "loss")
+    if known:
+        first = f", {number(known[0], 3)} at step {steps[0]:,.0f}" if len(known) > 1 else ""
+        out.append(Number("training loss", float(f"{known[-1]:.4g}"), f"last logged step{first}"))
+    _, speed = _known(rows, "train", "tokens_per_second")
+    if speed:
+        _, work = _known(rows, "train", "flops_per_second")
+        work_said = f", {number(median(work), 3)}FLOP/s" if work else ""
+        out.append(Number("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{work_said}"))
+    return out
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What happened, in two or three sentences."""
+    last = rows[-1]
+    said = [f"{last['step']:,} steps over {number(last['tokens'], 3)} tokens in {_clock(last['seconds'])}."]
+    steps, known = _known(rows, "valid", "loss")
+    where = "held-out text" if known else "the training text"
+    if not known:
+        steps, known = _known(rows, "train", "loss")
+    if len(known) > 1:
+        first, best = number(known[0], 3), min(known)
+        if known[-1] < known[0]:
+            said.append(f"The loss on {where} fell from {first} to {number(known[-1], 3)}.")
+        else:
+            said.append(f"The loss on {where} did not fall: it was {first} and is {number(known[-1], 3)}.")
+        if where == "held-out text" and known[-1] > 1.01 * best and best < known[0]:
+            at = steps[known.index(best)]
+            said.append(f"Its best was {number(best, 3)} at step {at:,.0f}; since then the model has been overfitting.")
+    return " ".join(said)
+
+
+def _known(rows: Sequence[Row], split: str, name: str) -> tuple[list[float], list[float]]:
+    pairs = [(a, b) for a, b in zip(*series(rows, split, name, "step"), strict=True) if math.isfinite(b)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _trouble(rows: Sequence[Row]) -> str:
+    skipped = max((row.get("skipped") or 0 for row in rows), default=0)
+    one = skipped == 1
+    return f"{skipped:,} step{'' if one else 's'} had no finite gradient and moved nothing." if skipped else ""
+
+
+def commands(directory: Path, kinds: Sequence[str]) -> list[Command]:
+    """What to type next with this run, exactly."""
+    place = _quoted(directory)
+    out = []
+    for kind in kinds:
+        if kind in _NEXT:
+            verb, why, argument = _NEXT[kind]
+            out.append(Command(why, f"firth {verb} {place} {argument}".rstrip()))
+    out.append(Command("Measure it on text or records of your own", f"firth evaluate {place} my-text.txt"))
+    config = directory / "model" / "config.json"
+    if config.exists():
+        [name] = json.loads(config.read_text(encoding="utf-8"))["architectures"]
+        code = f"from transformers import {name} as M; print(M.from_pretrained({json.dumps(str(config.parent))}))"
+        out.append(Command("Load it with transformers", f"python -c {shlex.quote(code)}"))
+    return out
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _clock(seconds: float) -> str:
+    """
+    >>> _clock(7), _clock(75), _clock(3675)
+    ('7 s', '1 min 15 s', '1 h 1 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
