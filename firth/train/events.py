@@ -10,11 +10,10 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 
 class Events:
-    """An event file in a directory: `with Events(directory, first=0) as events: events.scalars(1, {"loss": 2.5})`."""
+    """An event file in a directory: `Events(directory, first=1).scalars(1, {"loss": 2.5})`."""
 
     def __init__(self, directory: Path, first: int):
         """first: the first step to come; a viewer forgets what earlier files say of this step and later ones."""
@@ -22,10 +21,7 @@ class Events:
         self._record(_double(1, time.time()) + _bytes(3, b"brain.Event:2"))
         self._record(_double(1, time.time()) + _integer(2, first) + _bytes(7, _integer(1, 1)))  # SessionLog.START
 
-    def __enter__(self) -> Events:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,7 +77,7 @@ def masked_crc(data: bytes) -> int:
     """CRC-32C, rotated and shifted as TFRecord does, so that a CRC of data that holds CRCs stays good.
 
     >>> hex(masked_crc(b"123456789"))
-    '0xc78bf3e9'
+    '0xc78ab0e5'
     """
     crc = 0xFFFFFFFF
     for byte in data:

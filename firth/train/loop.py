@@ -1,17 +1,43 @@
-"""The loop: steps until the run is long enough. (First version.)"""
+"""The loop: the one step, again and again, until the run is long enough.
+
+    prepare    the source may refresh itself from the model (on-policy data)
+    step       gradients of the terms' sums over counts known for the whole step and all ranks (`firth.train.step`)
+    clip, move a step without a finite gradient is left out, on all ranks together
+    then       a row in metrics.jsonl, a measurement on held-out text, a checkpoint
+
+It knows no objective: pretraining, finetuning, reward models, DPO and PPO differ in what they pass in.
+
+    train(model, MLM(), batches, Path("runs/bert"), length=Length(steps=1000))
+
+Killed, interrupted or finished, the same call goes on from the last whole checkpoint, with the bits that an
+uninterrupted run would have (same layout and thread count; a length in seconds cannot promise that).
+"""
 
 from __future__ import annotations
 
-import json
+import errno
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from firth.scaling import flops
+from firth.train import checkpoint, precision, state
+from firth.train.distributed import Ranks
+from firth.train.guard import Stopped, alone_in, ctrl_c
+from firth.train.log import Log, Silence, Voice, clock, short, voice
+from firth.train.memory import keep_freed_memory
 from firth.train.optimizer import Mover, Optimizer
 from firth.train.schedule import Length, Schedule
-from firth.train.step import step as train_step
+from firth.train.state import Progress
+from firth.train.step import count_targets
+from firth.train.step import step as gradients
+from firth.train.validate import named, to
+from firth.types import Batch, UserError
 
 if TYPE_CHECKING:
     from firth.data.batch import Batches
@@ -19,15 +45,43 @@ if TYPE_CHECKING:
     from firth.objectives.objective import Objective
 
 Evaluate = Callable[["LM", int], dict[str, float]]
-"""Measures the model at a step: name -> number."""
+"""Measures the model after a step: name -> number. Called in eval mode, without gradients; every rank calls it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When to look, when to save, what to run in.
+
+    log_every, evaluate_every, save_every: in steps; 0 means only at the end. keep: checkpoints kept besides the best.
+    best: the held-out metric whose lowest value makes a checkpoint the best, where the two coincide.
+    precision: "auto" takes what this machine is fast at; a resumed run keeps what it had.
+    compile: torch.compile the model; worth its half minute for runs over about 150 steps on a CPU.
+    bad_steps: how many steps in a row may lack a finite gradient before the run gives up.
+    """
+
+    log_every: int = 1
+    evaluate_every: int = 0
+    save_every: int = 500
+    keep: int = 2
+    best: str = "loss"
+    precision: precision.Precision = "auto"
+    compile: bool = False
+    bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name, least in (("log_every", 0), ("evaluate_every", 0), ("save_every", 0), ("keep", 1), ("bad_steps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to."""
+    """What a run came to. metrics: the last row of each split, held-out ones as `valid/NAME`."""
 
     step: int
+    tokens: int
     seconds: float
+    skipped: int
     metrics: dict[str, float]
 
 
@@ -38,30 +92,219 @@ def train(
     directory: Path,
     *,
     length: Length,
-    optimizer: Optimizer = Optimizer(),
-    schedule: Schedule = Schedule(),
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    plan: Plan | None = None,
     evaluate: Evaluate | None = None,
-    evaluate_every: int = 0,
-    log_every: int = 10,
+    ranks: Ranks | None = None,
+    recipe: str = "",
+    name: str = "",
+    told: Voice | None = None,
 ) -> Trained:
-    """Train `model` in place."""
-    directory.mkdir(parents=True, exist_ok=True)
-    mover = Mover(optimizer, model)
-    model.train()
-    start, step, metrics = time.monotonic(), 0, {}
-    with open(directory / "metrics.jsonl", "a") as log:
-        while (passed := length.passed(step, time.monotonic() - start)) < 1:
-            batches.source.prepare(model, step)
-            metrics = {k: float(v) for k, v in train_step(model, objective, batches.batches(step)).items()}
-            metrics["norm"] = float(mover.clip())
-            mover.move(schedule.factor(passed))
-            step += 1
-            last = length.passed(step, time.monotonic() - start) >= 1
-            if evaluate and (last or (evaluate_every and step % evaluate_every == 0)):
-                model.eval()
-                metrics |= evaluate(model, step)
-                model.train()
-            if step % log_every == 0 or last:
-                print(step, metrics, flush=True)
-                log.write(json.dumps({"step": step, "seconds": time.monotonic() - start} | metrics) + "\n")
-    return Trained(step, time.monotonic() - start, metrics)
+    """Train `model` in place, or go on where the directory's last checkpoint is. Leaves the model in eval mode.
+
+    recipe: a hash of everything the run depends on; a directory with another's checkpoints is refused.
+    name: how progress lines begin; the directory's name if empty. told: where progress goes instead of the terminal.
+    Raises UserError (nothing to learn from, directory taken, disk full, gradients not finite) and Stopped (Ctrl-C).
+    """
+    ranks = ranks or Ranks()
+    keep_freed_memory()
+    with alone_in(directory) if ranks.first else nullcontext():
+        told = (told or voice(name or directory.name)) if ranks.first else Silence()
+        run = _Run(model, objective, batches, directory, length, optimizer or Optimizer(), schedule or Schedule(),
+                   plan or Plan(), evaluate, ranks, recipe, told)  # fmt: skip
+        try:
+            return run.whole()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"{directory}: the disk is full; free some room and run the same command again") from error
+        finally:
+            told.close()
+
+
+class _Run:
+    """One call of `train`: what it was given, and how far it is."""
+
+    def __init__(
+        self, model: LM, objective: Objective, batches: Batches, directory: Path, length: Length, optimizer: Optimizer,
+        schedule: Schedule, plan: Plan, evaluate: Evaluate | None, ranks: Ranks, recipe: str, told: Voice,
+    ):  # fmt: skip
+        self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
+        self.length, self.schedule, self.plan, self.evaluate = length, schedule, plan, evaluate
+        self.ranks, self.recipe, self.told = ranks, recipe, told
+        self.rate = optimizer.rate
+        self.device = next(model.parameters()).device
+        self.mover = Mover(optimizer, model)
+        self.at = self._begin()
+        self.casts = precision.casts(self.at.precision, self.device)
+        self.saved = self.at.step if (directory / "checkpoints").exists() else -1
+        self.fields = frozenset(objective.targets.values())
+        self.marked, self.marked_tokens, self.flops = self.at.seconds, self.at.tokens, 0.0  # since the last row
+        self.took = 0.0
+        self.score: float | None = None
+
+    def _begin(self) -> Progress:
+        """Go on from the last whole checkpoint, or begin."""
+        self.ranks.copy_from_first([p.data for p in self.model.parameters()])
+        if self.ranks.first:
+            checkpoint.remove_partial(self.directory)
+        self.ranks.wait()
+        saved = checkpoint.newest(self.directory, self.told.say)
+        if saved is None:
+            if self.ranks.rank:  # the same dropout on every rank would be a poorer estimate
+                torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+            return Progress(precision.choose(self.plan.precision, self.device))
+        if saved.recipe != self.recipe:
+            raise UserError(
+                f"{self.directory} holds a run of another recipe ({saved.recipe or 'unnamed'}, this one is "
+                f"{self.recipe or 'unnamed'}); choose another directory, or delete that one to begin anew"
+            )
+        at = state.restore(saved, self.model, self.mover, self.batches.source, self.ranks)
+        self.told.say(f"going on from {saved.path.name}")
+        here = state.layout(self.ranks, self.device)
+        changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in here.items() if saved.layout.get(k) != v]
+        if changed:
+            self.told.say(f"not bit for bit, for the layout has changed: {', '.join(changed)}")
+        return at
+
+    def whole(self) -> Trained:
+        """Every step that is left."""
+        at = self.at
+        log = Log(self.directory, at.step) if self.ranks.first else None
+        if self.plan.compile:
+            self.model.compile()
+        self.model.train()
+        try:
+            with ctrl_c(self.told.say) as stop:
+                checked = False
+                while self.length.passed(at.step, at.seconds) < 1:
+                    start = time.perf_counter()
+                    self.batches.source.prepare(self.model, at.step)
+                    here = self.batches.batches(at.step)
+                    if not checked:
+                        self._refuse_silence(here)
+                        checked = True
+                    stopping = self._step(here, start, stop.asked)
+                    self._after(log, stopping)
+                if self.saved != at.step:
+                    self._save()
+        finally:
+            if log is not None:
+                log.close()
+            self.model.eval()
+        return Trained(at.step, at.tokens, at.seconds, at.skipped, at.metrics)
+
+    def _refuse_silence(self, here: list[Batch]) -> None:
+        """Training on nothing looks like training: the loss is 0 and no weight moves."""
+        counts = count_targets(self.objective, [to(b, self.device) for b in here], self.ranks.sum)
+        for term, target in self.objective.targets.items():
+            if not counts[term]:
+                raise UserError(
+                    f"the first step asks nothing: no row of it holds a target in the field {target!r} (loss term {term!r}); "
+                    "check that the data has answers there, and that rows are not cut off before them"
+                )
+
+    def _step(self, here: list[Batch], start: float, asked: bool) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop."""
+        at, ranks = self.at, self.ranks
+        tokens, work = 0, 0.0
+        for batch in here:
+            done = flops.work(batch, flops.asked_positions(batch, self.fields) if "lm" in self.model.parts else 0)
+            tokens += done.positions + done.source_positions
+            work += done.flops(self.model.shape)
+        on_device = [to(batch, self.device) for batch in here]
+        means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts)
+        ranks.sum_gradients(self.mover.parameters)
+        norm = self.mover.clip()
+        values = torch.stack([*(means[t] for t in self.objective.targets), norm])
+        fine = bool(torch.isfinite(values).all())
+        passed = self.length.passed(at.step + 0.5, at.seconds + 0.5 * self.took)  # the rate of a step's middle
+        factor = self.schedule.factor(passed)
+        took = time.perf_counter() - start
+        if ranks.world > 1:  # one clock, one verdict, one will
+            agreed = torch.tensor([took / ranks.world, not fine, asked, tokens, work], device=self.device)
+            took, bad, stops, tokens_, work = ranks.sum(agreed.double()).tolist()
+            fine, asked, tokens = not bad, stops > 0, round(tokens_)
+        before = time.perf_counter()
+        if fine:
+            self.mover.move(factor)
+            at.in_a_row = 0
+        else:
+            self.mover.clear()
+            at.skipped += 1
+            at.in_a_row += 1
+        self.took = took + time.perf_counter() - before
+        at.step += 1
+        at.tokens += tokens
+        at.seconds += self.took
+        self.flops += work
+        at.metrics = {k: v for k, v in at.metrics.items() if k.startswith("valid/")} | named(
+            self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+        )
+        at.metrics |= {"norm": float(norm), "rate": self.rate * factor}
+        if at.in_a_row >= self.plan.bad_steps:
+            raise UserError(
+                f"{at.in_a_row} steps in a row, the last of them step {at.step}, gave a loss or a gradient that is not finite; "
+                f"lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
+            )
+        return asked
+
+    def _after(self, log: Log | None, stopping: bool) -> None:
+        """Rows, measurements, checkpoints."""
+        at, plan = self.at, self.plan
+        last = self.length.passed(at.step, at.seconds) >= 1
+        self._tell(log, last or stopping)
+        self.score = None
+        if self.evaluate is not None and (last or _due(at.step, plan.evaluate_every)):
+            found = self._measure(self.evaluate)
+            self.score = found.get(plan.best)
+            at.metrics = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
+            at.metrics |= {f"valid/{name}": value for name, value in found.items()}
+            if log is not None:
+                log.row("valid", at.step, at.seconds, at.tokens, found)
+            self.told.say(f"step {at.step}  held out: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        if last or stopping or _due(at.step, plan.save_every):
+            self._save()
+        if stopping and not last:
+            raise Stopped(f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on")
+
+    def _tell(self, log: Log | None, now: bool) -> None:
+        at = self.at
+        if not now and not _due(at.step, self.plan.log_every):
+            return
+        spent = max(at.seconds - self.marked, 1e-9)
+        speed, work = (at.tokens - self.marked_tokens) / spent, self.flops / spent
+        self.marked, self.marked_tokens, self.flops = at.seconds, at.tokens, 0.0
+        own = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
+        own |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work), "skipped": at.skipped}
+        if log is not None:
+            log.row("train", at.step, at.seconds, at.tokens, own)
+        passed = self.length.passed(at.step, at.seconds)
+        steps = f"/{self.length.steps}" if self.length.steps else ""
+        left = clock(at.seconds * (1 - passed) / passed)
+        self.told.progress(
+            passed,
+            f"step {at.step}{steps}  loss {own['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  {left} left"
+            + (f"  {at.skipped} skipped" if at.skipped else ""),
+        )
+
+    def _measure(self, evaluate: Evaluate) -> dict[str, float]:
+        """Looking must not change what is looked at: mode and random state are put back."""
+        self.model.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            found = evaluate(self.model, self.at.step)
+        self.model.train()
+        return found
+
+    def _save(self) -> None:
+        state.save(
+            self.directory, self.at, self.model, self.mover, self.batches.source, self.ranks,
+            recipe=self.recipe, keep=self.plan.keep, score=self.score,
+        )  # fmt: skip
+        self.saved = self.at.step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,11 +1,25 @@
-"""AdamW for vectors and tables, Muon for hidden matrices, clipping, and who gets which rate and decay.
+"""How weights move: who gets Muon and who AdamW, at which rate and with which decay; clipping.
 
-first version: see below
+Hidden matrices are moved by Muon (`firth.train.muon`), everything else by AdamW (Loshchilov & Hutter 2019), or all by AdamW:
+
+    weight                        optimizer   rate             decay
+    blocks.3.attention.q.weight   muon        rate             weight_decay
+    tokens.weight (tied or not)   adamw       embedding_rate   none
+    parts.lm.weight (untied)      adamw       rest_rate        weight_decay
+    norms, biases, scalars        adamw       rest_rate        none
+
+Rates. An orthogonal matrix of m rows and n columns has root-mean-square entries of 1 / sqrt(max(m, n)); Muon's update is
+multiplied by 0.2 sqrt(max(m, n)), so every entry moves by about 0.2 of the rate, as under AdamW (Liu et al. 2025,
+"Muon is scalable for LLM training", equation 4). One rate and one decay then serve both, for every shape; Jordan's own
+sqrt(max(1, m / n)) needs a second rate. Decay is decoupled: a weight shrinks by rate * weight_decay a step.
+
+Momentum is Jordan's: an exponential mean (1 - momentum) g + momentum b, looked through once more (Nesterov).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +34,10 @@ from firth.types import UserError
 class Optimizer:
     """How weights move.
 
-    rate: of hidden matrices under "muon", of everything under "adamw", at the schedule's factor 1.
+    rate: of hidden matrices under "muon", of everything under "adamw", where the schedule's factor is 1.
     embedding_rate, rest_rate: of embedding tables, and of heads, norms and biases; None means `rate`.
-    weight_decay: decoupled, times the rate; only on matrices (see `place`).
+    weight_decay: decoupled, times the rate; on hidden matrices and untied heads only.
+    beta1, beta2, eps: AdamW's. momentum: Muon's.
     clip: the global norm that gradients are scaled down to; 0 leaves them alone.
     """
 
@@ -40,19 +55,19 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.name not in ("muon", "adamw"):
             raise UserError(f"optimizer.name is {self.name!r}: use muon or adamw")
-        for field in ("beta1", "beta2", "momentum"):
-            value = getattr(self, field)
+        for field, value in (("beta1", self.beta1), ("beta2", self.beta2), ("momentum", self.momentum)):
             if not 0 <= value < 1:
                 raise UserError(f"optimizer.{field} is {value:g}: it must lie in [0, 1)")
-        for field in ("rate", "weight_decay", "eps", "clip"):
-            value = getattr(self, field)
-            if value < 0:
-                raise UserError(f"optimizer.{field} is {value:g}: it cannot be negative")
+        rates = (("rate", self.rate), ("embedding_rate", self.embedding_rate), ("rest_rate", self.rest_rate))
+        rest = (("weight_decay", self.weight_decay), ("eps", self.eps), ("clip", self.clip))
+        for field, given in (*rates, *rest):
+            if given is not None and not given >= 0:
+                raise UserError(f"optimizer.{field} is {given:g}: it cannot be negative")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which optimizer moves a parameter, at which rate, and whether it decays."""
+    """Which optimizer moves a parameter, at which rate, and how much it decays."""
 
     name: str
     parameter: nn.Parameter
@@ -64,9 +79,9 @@ class Place:
 def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
     """Sort the trainable parameters, in the model's own order.
 
-    Hidden matrix: a 2-D weight inside a stack of layers (an `nn.ModuleList`) that is not a table. Muon moves these,
-    and they decay. Table: the weight of an `nn.Embedding`, tied heads with it: no decay, since a row's decay would
-    depend on how rare its token is. Heads decay; norms, biases and scalars do not.
+    Hidden matrix: the 2-D weight of a module inside a stack of layers (an `nn.ModuleList`). Table: the weight of an
+    `nn.Embedding`, a tied head with it; it does not decay, for its rare rows would shrink without ever being read.
+    Head: any other 2-D weight among the model's `parts`.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = {id(p) for m in model.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
@@ -76,45 +91,53 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        table, matrix = id(p) in tables, p.ndim == 2
-        hidden = matrix and not table and id(p) in layers
+        table = id(p) in tables
+        matrix = p.ndim == 2 and not table
+        hidden = matrix and id(p) in layers
+        decays = hidden or (matrix and name.startswith("parts."))
         rate = embedding_rate if table else optimizer.rate if hidden else rest_rate
-        decay = optimizer.weight_decay if matrix and not table else 0.0
+        decay = optimizer.weight_decay if decays else 0.0
         placed.append(Place(name, p, hidden and optimizer.name == "muon", rate, decay))
     return placed
 
 
 class Mover:
-    """Moves a model's weights: one AdamW, and one Muon stack per shape of hidden matrix."""
+    """Moves a model's weights along their gradients, and remembers what that takes.
+
+    Raises UserError when nothing in the model is trainable.
+    """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         self.optimizer = optimizer
         self.placed = place(optimizer, model)
         self.parameters = [p.parameter for p in self.placed]
-        adam: dict[tuple[float, float], list[Place]] = {}
+        if not self.placed:
+            raise UserError("there is nothing to train: every weight of the model is frozen")
+        alike: dict[tuple[float, float], list[Place]] = {}
         shapes: dict[tuple[int, ...], list[Place]] = {}
         for p in self.placed:
             if p.muon:
                 shapes.setdefault(tuple(p.parameter.shape), []).append(p)
             else:
-                adam.setdefault((p.rate, p.decay), []).append(p)
-        self.rates = [rate for rate, _ in adam]
-        groups = [{"params": [p.parameter for p in g], "lr": r, "weight_decay": d} for (r, d), g in adam.items()]
-        betas = (optimizer.beta1, optimizer.beta2)
-        self.adam = torch.optim.AdamW(groups, betas=betas, eps=optimizer.eps, fused=True) if groups else None
-        self.stacks = [Stack(group, optimizer) for group in shapes.values()]
+                alike.setdefault((p.rate, p.decay), []).append(p)
+        self.stacks = [_Stack(group, optimizer.momentum) for group in shapes.values()]
+        self.rates = [rate for rate, _ in alike]
+        groups = [{"params": [p.parameter for p in g], "weight_decay": decay} for (_, decay), g in alike.items()]
+        self.adam: torch.optim.AdamW | None = None
+        if groups:
+            betas = (optimizer.beta1, optimizer.beta2)
+            self.adam = torch.optim.AdamW(groups, lr=optimizer.rate, betas=betas, eps=optimizer.eps, fused=True)
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to the global norm `clip`; return the norm they had (a scalar)."""
+        """Scale the gradients down to the global norm `optimizer.clip`; return the norm they had (a scalar)."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        limit = self.optimizer.clip
-        if limit and norm > limit:
-            torch._foreach_mul_(grads, limit / norm)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
+        if self.optimizer.clip and norm > self.optimizer.clip:
+            torch._foreach_mul_(grads, self.optimizer.clip / norm)
         return norm
 
     def move(self, factor: float) -> None:
-        """One step along the gradients, every rate times the schedule's `factor`; clears the gradients."""
+        """One step, every rate times the schedule's `factor`; clears the gradients."""
         if self.adam is not None:
             for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
@@ -124,50 +147,58 @@ class Mover:
         self.clear()
 
     def clear(self) -> None:
+        """Forget the gradients; the next backward pass then writes them and does not add."""
         for p in self.parameters:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything it remembers, by parameter name: `mean/NAME`, `square/NAME`, `step/NAME`, `momentum/NAME`."""
+        """What it remembers, by parameter: `mean/NAME`, `square/NAME` and `step/NAME`, or `momentum/NAME`."""
         state: dict[str, Tensor] = {}
-        for p in self.placed:
-            kept = {} if self.adam is None else self.adam.state.get(p.parameter, {})
-            if kept:
-                state[f"mean/{p.name}"] = kept["exp_avg"]
-                state[f"square/{p.name}"] = kept["exp_avg_sq"]
-                state[f"step/{p.name}"] = kept["step"]
+        if self.adam is not None:
+            for p in self.placed:
+                for ours, theirs in _ADAM.items() if p.parameter in self.adam.state else ():
+                    state[f"{ours}/{p.name}"] = self.adam.state[p.parameter][theirs]
         for stack in self.stacks:
             state |= {f"momentum/{p.name}": m for p, m in zip(stack.placed, stack.momentum, strict=True)}
         return state
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for p in self.placed:
-            if f"mean/{p.name}" in state and self.adam is not None:
-                self.adam.state[p.parameter] = {
-                    "step": state[f"step/{p.name}"].clone(),
-                    "exp_avg": state[f"mean/{p.name}"].clone(),
-                    "exp_avg_sq": state[f"square/{p.name}"].clone(),
-                }
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        if self.adam is not None:
+            for p in self.placed:
+                if f"step/{p.name}" in state:
+                    self.adam.state[p.parameter] = {
+                        theirs: state[f"{ours}/{p.name}"].to(p.parameter.device, copy=True)
+                        for ours, theirs in _ADAM.items()
+                    }
         for stack in self.stacks:
             for p, m in zip(stack.placed, stack.momentum, strict=True):
                 m.copy_(state[f"momentum/{p.name}"])
 
 
-class Stack:
-    """Muon on all hidden matrices of one shape at once: one batched product in place of many small ones."""
+_ADAM = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}
+"""Our names for what AdamW remembers -> torch's."""
 
-    def __init__(self, placed: list[Place], optimizer: Optimizer) -> None:
-        self.placed, self.optimizer = placed, optimizer
+
+class _Stack:
+    """Muon on all hidden matrices of one shape at once: (K, rows, columns)."""
+
+    def __init__(self, placed: list[Place], momentum: float) -> None:
+        self.placed, self.looked_through = placed, momentum
         self.weights = [p.parameter for p in placed]
-        first = self.weights[0]
-        self.scale = 0.2 * math.sqrt(max(first.shape))
-        self.momentum = torch.zeros((len(placed), *first.shape), dtype=torch.float32, device=first.device)
+        shape, device = self.weights[0].shape, self.weights[0].device
+        self.scale = 0.2 * math.sqrt(max(shape))
+        self.momentum = torch.zeros((len(placed), *shape), device=device)
+        # Tensor cores are made for bf16, and the rounds bear its error (Jordan et al. 2024); a CPU's fp32 is faster.
+        self.products = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     @torch.no_grad()
     def move(self, factor: float) -> None:
+        """A weight without a gradient counts as one with a gradient of zeros."""
         grads = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]).float()
-        self.momentum.lerp_(grads, 1 - self.optimizer.momentum)
-        update = orthogonalise(grads.lerp_(self.momentum, self.optimizer.momentum))
+        self.momentum.lerp_(grads, 1 - self.looked_through)
+        grads.lerp_(self.momentum, self.looked_through)
+        update = orthogonalise(grads.to(self.products)).to(self.weights[0].dtype)
         rate, decay = self.placed[0].rate * factor, self.placed[0].decay
         torch._foreach_mul_(self.weights, 1 - rate * decay)
-        torch._foreach_add_(self.weights, list(update.to(self.weights[0].dtype).unbind()), alpha=-rate * self.scale)
+        torch._foreach_add_(self.weights, update.unbind(), alpha=-rate * self.scale)

@@ -36,8 +36,8 @@ class Length:
                 f"length has steps={self.steps} and seconds={self.seconds:g}: set exactly one of them to more than 0"
             )
 
-    def passed(self, step: int, seconds: float) -> float:
-        """The fraction of the run that has passed after `step` whole steps and `seconds` of training, in [0, 1]."""
+    def passed(self, step: float, seconds: float) -> float:
+        """The fraction of the run that has passed after `step` steps and `seconds` of training, in [0, 1]."""
         return min(1.0, step / self.steps if self.steps else seconds / self.seconds)
 
 
@@ -79,5 +79,5 @@ _FALL = {
     "cosine": lambda f: (1 + math.cos(math.pi * f)) / 2,
     "linear": lambda f: 1 - f,
     "wsd": lambda f: 1 - f,
-    "constant": lambda f: 1.0,
+    "constant": lambda _: 1.0,
 }

@@ -1,0 +1,109 @@
+"""What a run remembers between two steps: all of it, so that going on equals never having stopped."""
+
+from __future__ import annotations
+
+import base64
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from firth.train import checkpoint
+from firth.train.checkpoint import Checkpoint
+from firth.train.distributed import Ranks
+from firth.train.optimizer import Mover
+from firth.types import UserError
+
+if TYPE_CHECKING:
+    from firth.data.source import Source
+
+
+@dataclass
+class Progress:
+    """How far a run is. skipped: steps without a finite gradient, `in_a_row` of them just now."""
+
+    precision: Literal["fp32", "bf16"]
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    in_a_row: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and lasting buffers by name, a tied one once."""
+    lasting = model.state_dict()
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: x for name, x in named.items() if name in lasting}
+
+
+def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """What must be the same for two runs to agree bit for bit."""
+    return {
+        "world": ranks.world, "device": device.type, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def save(
+    run: Path, progress: Progress, model: nn.Module, mover: Mover, source: Source, ranks: Ranks, *,
+    recipe: str, keep: int, score: float | None,
+) -> None:  # fmt: skip
+    """Write a checkpoint on rank 0; every rank calls it, for the random states are each rank's own."""
+    device = next(model.parameters()).device
+    random = {name: [base64.b64encode(bytes(row.tolist())).decode() for row in ranks.gather(x.to(device)).cpu()]
+              for name, x in _random_states(device).items()}  # fmt: skip
+    if ranks.first:
+        files = {
+            "model": weights(model), "optimizer": mover.state(),
+            "source": {name: torch.as_tensor(x) for name, x in source.state().items()},
+        }  # fmt: skip
+        state = asdict(progress) | {"random": random}
+        checkpoint.save(run, progress.step, files, state, layout=layout(ranks, device), recipe=recipe, score=score)
+        checkpoint.prune(run, keep)
+    ranks.wait()
+
+
+def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, ranks: Ranks) -> Progress:
+    """Put everything back where it was. Raises UserError when the checkpoint belongs to another model."""
+    ours, theirs = weights(model), saved.files["model"]
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        raise UserError(f"{saved.path}: the weight {name!r} is on one side only; this is a checkpoint of another model")
+    with torch.no_grad():
+        for name, x in ours.items():
+            if x.shape != theirs[name].shape:
+                raise UserError(
+                    f"{saved.path}: the weight {name!r} has shape {list(theirs[name].shape)} there and "
+                    f"{list(x.shape)} here; this is a checkpoint of another model"
+                )
+            x.copy_(theirs[name])
+    mover.restore(saved.files.get("optimizer", {}))
+    source.restore({name: x.numpy() for name, x in saved.files.get("source", {}).items()})
+    state = dict(saved.state)
+    random = state.pop("random")
+    device = next(model.parameters()).device
+    if len(random["cpu"]) == ranks.world:
+        mine = {name: rows[ranks.rank] for name, rows in random.items()}
+        _restore_random({n: torch.tensor(list(base64.b64decode(t)), dtype=torch.uint8) for n, t in mine.items()}, device)
+    return Progress(**state)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _restore_random(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -1,0 +1,73 @@
+"""The loss on text that is not trained on: each term's mean over everything asked, and bits per byte of text.
+
+Bits per byte do not depend on the tokenizer, so runs with different vocabularies can be compared:
+
+    bits per byte = (nats per token / ln 2) * (tokens / bytes)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from firth.train.step import Reduce, alone, count_targets
+from firth.types import Batch
+
+if TYPE_CHECKING:
+    from firth.model.lm import LM
+    from firth.objectives.objective import Objective
+
+
+@torch.no_grad()
+def validate(
+    model: LM,
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    bytes_per_target: float = 0.0,
+    reduce: Reduce = alone,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:
+    """Score `batches` without learning: `Batches.once()` for every held-out example, always seen in the same way.
+
+    bytes_per_target: bytes of text for each token that the objective asks (the store's bytes / its tokens, if every
+    token is asked); adds "bits_per_byte". Returns "loss", "loss/TERM" if there are several, and the measures.
+    """
+    device = next(model.parameters()).device
+    was = model.training
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    model.eval()
+    for batch in (to(batch, device) for batch in batches):
+        for term, n in count_targets(objective, [batch]).items():
+            counts[term] = n + counts.get(term, torch.zeros_like(n))
+        with precision():
+            terms = objective.loss(model, objective.run(model, batch), batch)
+        for term, value in terms.items():
+            sums[term] = value.double() + sums.get(term, torch.zeros_like(value, dtype=torch.float64))
+    model.train(was)
+    names = sorted(sums)
+    total = reduce(torch.stack([torch.stack([sums[t], counts[t].double()]) for t in names])).tolist()
+    means = {t: s / max(n, 1.0) for t, (s, n) in zip(names, total, strict=True)}
+    found = named(objective, means)
+    if bytes_per_target:
+        found["bits_per_byte"] = found["loss"] / math.log(2) / bytes_per_target
+    return found
+
+
+def named(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+    """Terms as metrics.jsonl names them: their sum as "loss", each as "loss/TERM" if there are several, and measures."""
+    targets = [t for t in means if t in objective.targets]
+    parts = {f"loss/{t}": means[t] for t in targets} if len(targets) > 1 else {}
+    rest = {t: v for t, v in means.items() if t not in objective.targets}
+    return {"loss": sum(means[t] for t in targets)} | parts | rest
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
