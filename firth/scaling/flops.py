@@ -1,7 +1,7 @@
-"""What a batch costs to train on: the multiplications and additions of every matrix product, counted and not estimated.
+"""What a batch costs to train on: the multiplications and additions of its matrix products, counted and not estimated.
 
-Forward, a linear map of m to n numbers costs 2 m n per position; scores and weighted values cost 2 * 2 * head_width * heads
-per pair of positions that see each other (masked pairs are not counted, though a dense kernel computes them); the
+Forward, a linear map of m to n numbers costs 2 m n per position; scores and weighted values cost 4 * head_width * heads
+per pair of positions of which one sees the other (a dense kernel computes masked pairs too; they are not counted); the
 vocabulary head costs 2 width vocab at the positions where something is asked. Backward costs twice the forward. Norms,
 activations and softmax are not matrix products and are left out. 6 N D (Kaplan et al. 2020) is this without attention.
 
@@ -24,7 +24,7 @@ from firth.types import IGNORE, NEVER, Batch
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do in a batch: positions, visible pairs and asked positions; for an encoder-decoder its source."""
+    """What there is to do in a batch: positions, visible pairs, asked positions; and an encoder-decoder's source."""
 
     positions: int
     pairs: int
@@ -42,15 +42,13 @@ class Work:
         trunk = shape.depth * (self.positions * (ends + both + mlp) + self.pairs * seen)
         if shape.encoder:
             trunk += shape.encoder * (self.source_positions * (ends + both + mlp) + self.source_pairs * seen)
-            trunk += shape.depth * (
-                self.positions * ends + self.source_positions * both + self.crossing_pairs * seen
-            )
+            trunk += shape.depth * (self.positions * ends + self.source_positions * both + self.crossing_pairs * seen)
         head = self.asked * shape.width * (shape.vocab + shape.width * (shape.head == "transform"))
         return 3.0 * 2.0 * (trunk + head)
 
 
 def work(batch: Batch, asked: int) -> Work:
-    """Count a batch. asked: positions at which the vocabulary head runs. Padding (`appears` NEVER) costs nothing here."""
+    """Count a batch. asked: positions where the vocabulary head runs. Padding (`appears` NEVER) counts as nothing."""
     looks, appears, document = _rows(batch, "")
     own = int((appears != NEVER).sum())
     pairs = _pairs(looks, appears, document, appears != NEVER, document)
@@ -58,10 +56,9 @@ def work(batch: Batch, asked: int) -> Work:
         return Work(own, pairs, asked)
     source_looks, source_appears, source_document = _rows(batch, "source_")
     there = source_appears != NEVER
-    return Work(
-        own, pairs, asked, int(there.sum()), _pairs(source_looks, source_appears, source_document, there, source_document),
-        _pairs(torch.full_like(looks, NEVER - 1), source_appears, source_document, appears != NEVER, document),
-    )  # fmt: skip
+    within = _pairs(source_looks, source_appears, source_document, there, source_document)
+    across = _pairs(torch.full_like(looks, NEVER - 1), source_appears, source_document, appears != NEVER, document)
+    return Work(own, pairs, asked, int(there.sum()), within, across)
 
 
 def asked_positions(batch: Batch, fields: frozenset[str]) -> int:
@@ -79,7 +76,7 @@ def _rows(batch: Batch, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pairs(looks: Tensor, appears: Tensor, key_document: Tensor, real: Tensor, document: Tensor) -> int:
-    """How many (i, j) share a document with appears[j] <= looks[i], over real positions i; by sorting, not by a mask."""
+    """How many (i, j) share a document with appears[j] <= looks[i], i real: by sorting, without a mask."""
     keys = (key_document * (NEVER + 1) + appears).sort(-1).values
     start = document * (NEVER + 1)
     seen = torch.searchsorted(keys, start + looks, right=True) - torch.searchsorted(keys, start)

@@ -10,7 +10,7 @@
 They are written into `step-000400.partial/`; each file is flushed to the disk, the manifest last; then the directory is
 renamed. A run that is killed at any moment leaves whole checkpoints and at most one `.partial`, which the next start
 removes. `newest` takes the last checkpoint whose every byte agrees with its manifest, and says which it passed over
-and why. (Distributed Checkpoint, overwritten in place and killed half-way, loads a mixture of two steps without a word.)
+and why. (Distributed Checkpoint, overwritten in place and killed half-way, loads a mixture of two steps silently.)
 
 Nothing here reads or writes a pickle.
 """
@@ -74,7 +74,8 @@ def save(
         written = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", _safetensors(tensors))
                    for name, tensors in files.items() if tensors}  # fmt: skip
         written["state.json"] = _write(partial / "state.json", [_json(state)])
-        body = {"format": FORMAT, "step": step, "recipe": recipe, "layout": dict(layout), "score": score, "files": written}
+        facts = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
+        body = {"format": FORMAT, "files": written} | facts
         _write(partial / "manifest.json", [_json(body | {"manifest": _digest(body)})])
         _flush_directory(partial)
         if final.exists():  # a checkpoint that was passed over as damaged
@@ -87,8 +88,8 @@ def save(
             raise
         need = sum(t.nbytes for tensors in files.values() for t in tensors.values()) / 1e6
         raise UserError(
-            f"{final}: no room for a checkpoint of {need:.0f} MB on this disk; free some and run the same command again, "
-            f"it goes on from {_last_name(home)}"
+            f"{final}: no room on this disk for a checkpoint of {need:.0f} MB; free some and run the same command "
+            f"again, it goes on from {_last_name(home)}"
         ) from error
     shutil.rmtree(home / f"{final.name}.old.partial", ignore_errors=True)
     return final
@@ -229,4 +230,4 @@ def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for x in tensors.values():
-        yield memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -57,7 +57,7 @@ def ctrl_c(say: Callable[[str], None]) -> Iterator[Stop]:
         yield stop
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(_number: int, _frame: FrameType | None) -> None:
         stop.asked = True
         for n in before:
             signal.signal(n, signal.default_int_handler)

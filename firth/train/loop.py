@@ -201,8 +201,8 @@ class _Run:
         for term, target in self.objective.targets.items():
             if not counts[term]:
                 raise UserError(
-                    f"the first step asks nothing: no row of it holds a target in the field {target!r} (loss term {term!r}); "
-                    "check that the data has answers there, and that rows are not cut off before them"
+                    f"the first step asks nothing: no row of it holds a target in the field {target!r} (loss term "
+                    f"{term!r}); check that the data has answers there, and that rows are not cut off before them"
                 )
 
     def _step(self, here: list[Batch], start: float, asked: bool) -> bool:
@@ -245,8 +245,8 @@ class _Run:
         at.metrics |= {"norm": float(norm), "rate": self.rate * factor}
         if at.in_a_row >= self.plan.bad_steps:
             raise UserError(
-                f"{at.in_a_row} steps in a row, the last of them step {at.step}, gave a loss or a gradient that is not finite; "
-                f"lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
+                f"{at.in_a_row} steps in a row, the last of them step {at.step}, gave a loss or a gradient that is not "
+                f"finite; lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
             )
         return asked
 
@@ -267,7 +267,9 @@ class _Run:
         if last or stopping or _due(at.step, plan.save_every):
             self._save()
         if stopping and not last:
-            raise Stopped(f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on")
+            raise Stopped(
+                f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on"
+            )
 
     def _tell(self, log: Log | None, now: bool) -> None:
         at = self.at

@@ -13,8 +13,8 @@ Where we differ from the original, and what each is worth for the 36 matrices of
 a step in the original; 62 here):
 - Coefficients. Five rounds of one polynomial take singular values to [0.68, 1.13]; four rounds of minimax
   polynomials (Amsel et al. 2025, "The Polar Express", theorem 3.1) take [0.003, 1] to [0.80, 1.20].
-- Size. Values are divided by an upper bound of the largest. The Frobenius norm overestimates it up to sqrt(s) times; the
-  Schatten-4 norm, which the Gram matrix that is computed anyway gives for nothing, at most s^(1/4) times.
+- Size. Values are divided by an upper bound of the largest. The Frobenius norm overestimates it up to sqrt(s) times;
+  the Schatten-4 norm, which the Gram matrix that is computed anyway gives for nothing, at most s^(1/4) times.
   Values start nearer to 1, which is worth about one round.
 - The smaller side. For an s x n matrix with n > s all rounds act on the s x s Gram matrix, and their product meets the
   matrix once, at the end: 18 + 4 n/s + 8 products of s^3 flops where the plain way takes 4 (2 + 4 n/s).
@@ -52,7 +52,7 @@ def orthogonalise(stack: Tensor) -> Tensor:
     square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=1e-30)  # Schatten-4 norm, squared
     if stack.dtype == torch.float32 and wide.shape[-1] > 1.4 * wide.shape[-2]:  # where the Gram form costs less
         factor = _product_of_rounds(gram / square) / square.sqrt()
-        return stack @ factor if tall else factor @ stack
+        return torch.bmm(stack, factor) if tall else torch.bmm(factor, stack)
     done = _rounds(wide / square.sqrt(), gram / square)
     return done.mT if tall else done
 
@@ -67,7 +67,7 @@ def _rounds(x: Tensor, gram: Tensor) -> Tensor:
 
 
 def _product_of_rounds(gram: Tensor) -> Tensor:
-    """All rounds as one matrix to multiply by; all matrices here are polynomials of `gram`, so they commute: (K, s, s)."""
+    """All rounds as one matrix to multiply by, (K, s, s): all here are polynomials of `gram`, so they commute."""
     product: Tensor | None = None
     for i, (a, b, c) in enumerate(COEFFICIENTS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

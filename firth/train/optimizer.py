@@ -1,6 +1,6 @@
 """How weights move: who gets Muon and who AdamW, at which rate and with which decay; clipping.
 
-Hidden matrices are moved by Muon (`firth.train.muon`), everything else by AdamW (Loshchilov & Hutter 2019), or all by AdamW:
+Muon (`firth.train.muon`) moves hidden matrices, AdamW (Loshchilov & Hutter 2019) the rest, or everything:
 
     weight                        optimizer   rate             decay
     blocks.3.attention.q.weight   muon        rate             weight_decay
@@ -8,10 +8,10 @@ Hidden matrices are moved by Muon (`firth.train.muon`), everything else by AdamW
     parts.lm.weight (untied)      adamw       rest_rate        weight_decay
     norms, biases, scalars        adamw       rest_rate        none
 
-Rates. An orthogonal matrix of m rows and n columns has root-mean-square entries of 1 / sqrt(max(m, n)); Muon's update is
-multiplied by 0.2 sqrt(max(m, n)), so every entry moves by about 0.2 of the rate, as under AdamW (Liu et al. 2025,
-"Muon is scalable for LLM training", equation 4). One rate and one decay then serve both, for every shape; Jordan's own
-sqrt(max(1, m / n)) needs a second rate. Decay is decoupled: a weight shrinks by rate * weight_decay a step.
+Rates. An orthogonal matrix of m rows and n columns has root-mean-square entries of 1 / sqrt(max(m, n)); Muon's update
+is multiplied by 0.2 sqrt(max(m, n)), so an entry moves by about 0.2 of the rate, as under AdamW (Liu et al. 2025,
+"Muon is scalable for LLM training", equation 4). One rate and one decay then serve both, for every shape; Jordan's
+own sqrt(max(1, m / n)) needs a second rate. Decay is decoupled: a weight shrinks by rate * weight_decay a step.
 
 Momentum is Jordan's: an exponential mean (1 - momentum) g + momentum b, looked through once more (Nesterov).
 """
@@ -131,7 +131,7 @@ class Mover:
     def clip(self) -> Tensor:
         """Scale the gradients down to the global norm `optimizer.clip`; return the norm they had (a scalar)."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
         if self.optimizer.clip and norm > self.optimizer.clip:
             torch._foreach_mul_(grads, self.optimizer.clip / norm)
         return norm
@@ -185,7 +185,7 @@ class _Stack:
 
     def __init__(self, placed: list[Place], momentum: float) -> None:
         self.placed, self.looked_through = placed, momentum
-        self.weights = [p.parameter for p in placed]
+        self.weights: list[Tensor] = [p.parameter for p in placed]
         shape, device = self.weights[0].shape, self.weights[0].device
         self.scale = 0.2 * math.sqrt(max(shape))
         self.momentum = torch.zeros((len(placed), *shape), device=device)

@@ -1,7 +1,7 @@
 """bf16 or fp32, by what the hardware is fast at.
 
-That a CPU supports bf16 says nothing of its speed: without avx512_bf16 or amx it is emulated, and a matrix product takes
-four times as long as in fp32. So a small product is timed in both, once per process (about 50 ms).
+That a CPU supports bf16 says nothing of its speed: without avx512_bf16 or amx it is emulated, and a matrix product
+takes four times as long as in fp32. So a small product is timed in both, once per process (about 50 ms).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def choose(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
 
 @cache
 def measured_speed(size: int = 512, seconds: float = 0.02) -> dict[str, float]:
-    """FLOP/s of a (size, size, size) matrix product on the CPU in fp32 and bf16: the best of what fits into `seconds`."""
+    """FLOP/s of a (size, size, size) matrix product on the CPU, fp32 and bf16: the best that `seconds` each show."""
     return {"fp32": _speed(torch.float32, size, seconds), "bf16": _speed(torch.bfloat16, size, seconds)}
 
 

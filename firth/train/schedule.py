@@ -14,6 +14,7 @@ Hu et al. 2024 (MiniCPM), section 4.2; its decay is linear here (Haegele et al. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,7 @@ class Schedule:
         return self.floor + (1 - self.floor) * _FALL[self.kind](min(1.0, falling))
 
 
-_FALL = {
+_FALL: dict[str, Callable[[float], float]] = {
     "cosine": lambda f: (1 + math.cos(math.pi * f)) / 2,
     "linear": lambda f: 1 - f,
     "wsd": lambda f: 1 - f,

@@ -87,8 +87,8 @@ def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, r
     random = state.pop("random")
     device = next(model.parameters()).device
     if len(random["cpu"]) == ranks.world:
-        mine = {name: rows[ranks.rank] for name, rows in random.items()}
-        _restore_random({n: torch.tensor(list(base64.b64decode(t)), dtype=torch.uint8) for n, t in mine.items()}, device)
+        mine = {name: list(base64.b64decode(rows[ranks.rank])) for name, rows in random.items()}
+        _restore_random({name: torch.tensor(row, dtype=torch.uint8) for name, row in mine.items()}, device)
     return Progress(**state)
 
 

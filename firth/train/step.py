@@ -57,7 +57,7 @@ def step(
         with precision():
             terms = objective.loss(model, objective.run(model, batch), batch)
         loss = sum((terms[t] * share[t] for t in objective.targets), torch.zeros((), device=share_device(share)))
-        loss.backward()
+        torch.autograd.backward(loss)
         for term, value in terms.items():
             total[term] = total.get(term, 0) + value.detach().float() * share[term]
     names = sorted(total)

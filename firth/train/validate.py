@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from firth.train.step import Reduce, alone, count_targets
 from firth.types import Batch
@@ -40,20 +39,21 @@ def validate(
     """
     device = next(model.parameters()).device
     was = model.training
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
     model.eval()
     for batch in (to(batch, device) for batch in batches):
         for term, n in count_targets(objective, [batch]).items():
-            counts[term] = n + counts.get(term, torch.zeros_like(n))
+            counts[term] = counts.get(term, 0.0) + float(n)
         with precision():
             terms = objective.loss(model, objective.run(model, batch), batch)
         for term, value in terms.items():
-            sums[term] = value.double() + sums.get(term, torch.zeros_like(value, dtype=torch.float64))
+            sums[term] = sums.get(term, 0.0) + float(value)
     model.train(was)
-    names = sorted(sums)
-    total = reduce(torch.stack([torch.stack([sums[t], counts[t].double()]) for t in names])).tolist()
-    means = {t: s / max(n, 1.0) for t, (s, n) in zip(names, total, strict=True)}
+    names = sorted(objective.targets | objective.measures)
+    own = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)
+    total = reduce(own.to(device) if device.type == "cuda" else own).tolist()
+    means = {t: s / max(n, 1.0) for t, s, n in zip(names, *total, strict=True)}
     found = named(objective, means)
     if bytes_per_target:
         found["bits_per_byte"] = found["loss"] / math.log(2) / bytes_per_target
@@ -61,7 +61,7 @@ def validate(
 
 
 def named(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
-    """Terms as metrics.jsonl names them: their sum as "loss", each as "loss/TERM" if there are several, and measures."""
+    """As metrics.jsonl names them: the terms' sum as "loss", each as "loss/TERM" if there are several, and measures."""
     targets = [t for t in means if t in objective.targets]
     parts = {f"loss/{t}": means[t] for t in targets} if len(targets) > 1 else {}
     rest = {t: v for t, v in means.items() if t not in objective.targets}

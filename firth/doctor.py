@@ -1,0 +1,143 @@
+"""What this machine is, and what to do about it: `firth doctor`.
+
+Each row is a fact that decides how fast or whether firth runs here. The device is chosen as training chooses it, and the
+precision by the measurement that training makes (`firth.train.precision`), so what is printed is what will happen.
+
+    Python       3.11.2
+    bf16         supported, 62 GFLOP/s (fp32: 250)     emulated here: training will use fp32
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from firth.train import precision
+from firth.train.log import short
+from firth.train.memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fact, and what follows from it; `well` is False where something should be done."""
+
+    name: str
+    value: str
+    advice: str = ""
+    well: bool = True
+
+
+def device() -> torch.device:
+    """The device that training uses unless told otherwise: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def doctor(directory: Path | None = None) -> list[Row]:
+    """All rows; disk space is that of `directory` (default: where we are). Takes about a tenth of a second."""
+    return [_python(), _torch(), _cores(), *_precision(), _memory(), _disk(directory or Path.cwd()), _device()]
+
+
+def _python() -> Row:
+    fine = sys.version_info >= (3, 11)
+    return Row("Python", platform.python_version(), "" if fine else "install Python 3.11 or later", fine)
+
+
+def _torch() -> Row:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    fine = version >= (2, 10)
+    return Row("torch", torch.__version__, "" if fine else "install torch 2.10 or later", fine)
+
+
+def _cores() -> Row:
+    usable, threads = usable_cores(), torch.get_num_threads()
+    value = f"{usable} usable of {os.cpu_count()}, {threads} threads for torch"
+    if threads > usable:
+        return Row("cores", value, f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other", False)
+    return Row("cores", value)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _precision() -> list[Row]:
+    speed = precision.measured_speed()
+    chosen = precision.choose("auto", torch.device("cpu"))
+    ratio = speed["bf16"] / speed["fp32"]
+    if chosen == "bf16":
+        advice = f"training on the CPU will use bf16, {ratio:.1f} times as fast"
+    elif ratio < 0.9:
+        advice = f"{1 / ratio:.1f} times slower than fp32 on this CPU: training on it will use fp32"
+    else:
+        advice = "not worth its rounding on this CPU: training on it will use fp32"
+    kept = keep_freed_memory()
+    return [
+        Row("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
+        Row("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
+        Row("malloc", "glibc keeps freed memory for the next step" if kept else "not glibc: freed memory is returned"),
+    ]
+
+
+def _memory() -> Row:
+    total, free = memory()
+    value = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}"
+    if free < 2e9:
+        return Row(
+            "memory", value, "a 14 M model at 16 x 256 tokens wants 2 GB: close something, or lower batch.rows", False
+        )
+    return Row("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of main memory: all, and what can be had without swapping (all again, where the system does not say)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform != "linux":
+        return total, total
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit, used in _CGROUPS:
+        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max" and int(text) < total:
+            total = int(text)
+            free = min(free, total - int(Path(used).read_text()))
+    return total, free
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""A container's limit on memory and what it has used, in the two versions of Linux control groups."""
+
+
+def _disk(directory: Path) -> Row:
+    usage = shutil.disk_usage(directory)
+    fine = usage.free > 5e9
+    advice = "" if fine else "the corpora and a few checkpoints want 5 GB: free some"
+    return Row("disk", f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f}", advice, fine)
+
+
+def _device() -> Row:
+    chosen = device()
+    if chosen.type == "cuda":
+        facts = torch.cuda.get_device_properties(chosen)
+        use = precision.choose("auto", chosen)
+        return Row("device", f"cuda: {facts.name}, {facts.total_memory / 1e9:.0f} GB", f"training will use it in {use}")
+    if chosen.type == "mps":
+        return Row("device", "mps", "training will use it in fp32")
+    if platform.system() == "Linux" and Path("/dev/nvidiactl").exists():
+        return Row(
+            "device",
+            "cpu",
+            "there is an NVIDIA device that this build of torch cannot use: install torch for CUDA",
+            False,
+        )
+    return Row("device", "cpu", "no accelerator: models up to about 30 M parameters train in minutes to hours")
