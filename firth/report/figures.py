@@ -22,7 +22,10 @@ import numpy as np
 from markupsafe import Markup, escape
 
 COLOURS = 6
-"""How many colours the style sheet names; a figure with more curves than these repeats them, dashed."""
+"""How many colours the style sheet names; a figure with more curves repeats them."""
+
+DISTINCT = 4
+"""How many of them every eye tells apart (tests/test_report_page.py); a curve of a later colour is dashed as well."""
 
 _GLYPH = 6.5  # px: a generous mean width of one digit at the 12 px of the style sheet
 _BOLD = 7.3  # px: the same for a letter of a curve's name
@@ -84,7 +87,7 @@ def number(value: float, digits: int = 4) -> str:
     """
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
-    sign, size = ("−" if value < 0 else ""), abs(value)
+    sign, size = ("−" if value < 0 else ""), float(f"{abs(value):.{digits}g}")
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit and size >= 1e4:
             return f"{sign}{size / unit:.{digits}g}{letter}"
@@ -93,7 +96,7 @@ def number(value: float, digits: int = 4) -> str:
         return f"{sign}{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if size >= 1000:
         return f"{sign}{size:,.0f}"
-    return f"{sign}{float(f'{size:.{digits}g}'):.10f}".rstrip("0").rstrip(".")
+    return f"{sign}{size:.10f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -321,7 +324,7 @@ def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide"
             colour = _style(i, curve)
             if curve.smooth:
                 out.append(_path(line, across, up, f"raw {colour}"))
-            out.append(_path(drawn, across, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= COLOURS)))
+            out.append(_path(drawn, across, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= DISTINCT)))
             out += _points(curve, drawn, colour, figure.x, across, up)
             x, y = drawn[np.isfinite(drawn[:, 0])][-1]
             ends.append((curve.label, f"name {colour}", across(x), up(y)))

@@ -22,7 +22,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from firth.report.figures import Figure, number, svg
+from firth.report.figures import COLOURS, Figure, number, svg
 
 Cell = str | int | float | None
 
@@ -101,7 +101,8 @@ class Report:
 
 def render(report: Report) -> str:
     """The page as HTML. Every word of the report is escaped; only the figures' own SVG is not."""
-    return _ENVIRONMENT.get_template("template.html.j2").render(report=report, anchors=_anchors(report.sections))
+    template = _ENVIRONMENT.get_template("template.html.j2")
+    return template.render(report=report, anchors=_anchors(report.sections), colours=COLOURS)
 
 
 def write(report: Report, path: Path) -> Path:

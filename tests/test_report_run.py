@@ -1,0 +1,120 @@
+"""The report of a run directory: what happened, from the files that a run leaves."""
+
+import json
+import math
+
+import pytest
+from test_report_page import Reader
+
+from firth.report.page import render, write
+from firth.report.run import numbers, run_report, summary
+from firth.types import UserError
+
+
+def rows(valid=lambda s: 2 + 6 * math.exp(-s / 100), steps=600, **more):
+    """Rows as firth.train.log writes them."""
+    out = []
+    for s in range(10, steps + 1, 10):
+        place = {"step": s, "seconds": s * 0.15, "tokens": s * 4096}
+        measured = {"loss": 1.9 + 6 * math.exp(-s / 100), "norm": 1.0, "rate": 1e-3, "tokens_per_second": 27_000.0}
+        out.append({"split": "train"} | place | measured | {"flops_per_second": 2.4e11, "skipped": 0} | more)
+        if s % 100 == 0:
+            out.append({"split": "valid"} | place | {"loss": valid(s), "bits_per_byte": valid(s) / 2.2})
+    return out
+
+
+def directory(path, metrics, recipe="name: gpt\nobjective: causal\n"):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    if recipe:
+        (path / "recipe.yaml").write_text(recipe)
+    return path
+
+
+def test_a_whole_run(tmp_path):
+    run = directory(tmp_path / "my run", rows())
+    (run / "counts.json").write_text('{"records": 1000, "not UTF-8": 2}')
+    said = [{"step": s, "prompt": "ROMEO:", "text": f"<b>{s}</b>"} for s in (0, 300, 600)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in said))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text('{"architectures": ["NanoChatForCausalLM"]}')
+    report = run_report(run)
+    assert [section.title for section in report.sections] == [
+        "What it learnt",
+        "Samples",
+        "How it ran",
+        "Data",
+        "Recipe",
+    ]
+    assert [figure.title for figure in report.sections[0].figures] == ["Loss", "Bits per byte"]
+    assert [figure.title for figure in report.sections[2].figures] == [
+        "Learning rate",
+        "Gradient before clipping",
+        "Speed",
+    ]
+    assert dict(report.sections[1].samples[0].answers) == {"step 0": "<b>0</b>", "step 600": "<b>600</b>"}
+    assert report.sections[3].tables[0].rows[1] == ("not UTF-8", 2)
+    lines = [command.line for command in report.commands]
+    assert lines[0] == f"firth generate '{run}' \"Once\""
+    assert lines[1] == f"firth evaluate '{run}' my-text.txt"
+    assert f'NanoChatForCausalLM as M; print(M.from_pretrained("{run}/model"))' in lines[2]
+    page = render(report)
+    Reader(page)
+    assert "&lt;b&gt;600&lt;/b&gt;" in page
+    assert write(report, run / "report.html").stat().st_size < 300_000
+
+
+def test_the_summary_tells_what_happened():
+    assert summary(rows()) == (
+        "600 steps over 2.46M tokens in 1 min 30 s. The loss on held-out text fell from 4.21 to 2.01."
+    )
+    worse = summary(rows(valid=lambda s: 3 + abs(s - 300) / 300))
+    assert "did not fall: it was 3.67 and is 4." in worse
+    assert "Its best was 3 at step 300; since then the model has been overfitting." in worse
+    untested = [row for row in rows() if row["split"] == "train"]
+    assert "on the training text fell from 7.33 to 1.91" in summary(untested)
+
+
+def test_the_numbers_that_matter_come_first():
+    found = {n.label: (n.value, n.note) for n in numbers(rows())}
+    assert list(found) == ["bits per byte", "loss", "training loss", "tokens per second"]
+    assert found["loss"] == (2.015, "held-out text, 4.21 at the first check")
+    assert found["tokens per second"] == (27000.0, "median over the run, 240GFLOP/s")
+
+
+def test_terms_of_a_sum_share_a_figure_and_unknown_measures_get_one(tmp_path):
+    more = {"loss/pair": 0.7, "loss/tokens": 3.0, "true_reward": 1.5}
+    report = run_report(directory(tmp_path, rows(**more), "objective: [nsp, {kind: mlm}]\n"))
+    assert report.title.startswith("nsp + mlm: ")
+    figures = {figure.title: figure for figure in report.sections[0].figures}
+    assert [curve.label for curve in figures["Loss by term"].curves] == ["pair", "tokens"]
+    assert figures["True reward"].y == "true reward"
+    assert report.commands[0].line.startswith("firth fill ")
+
+
+def test_steps_that_moved_nothing_are_told(tmp_path):
+    report = run_report(directory(tmp_path, rows(skipped=3, loss=None)))
+    assert "3 steps had no finite gradient" in report.sections[1].text
+    Reader(render(report))
+
+
+def test_one_row_is_a_report(tmp_path):
+    Reader(render(run_report(directory(tmp_path, rows(steps=10), recipe=""))))
+
+
+def test_a_line_cut_by_a_kill_is_left_out_and_any_other_is_named(tmp_path):
+    run = directory(tmp_path, rows())
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + '{"split": "tr')
+    assert "600 steps" in run_report(run).text
+    (run / "metrics.jsonl").write_text('{"split": "tr\n' + whole)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: this is not JSON"):
+        run_report(run)
+
+
+def test_what_is_no_run_is_said_in_words(tmp_path):
+    with pytest.raises(UserError, match="give a run directory"):
+        run_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no row yet"):
+        run_report(tmp_path)
