@@ -14,46 +14,8 @@ from firth.report import figures
 from firth.report.page import Number, Report, Sample, Section, Table, cells, prose, render, write
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-ALLOWED = set(
-    [
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "div",
-        "header",
-        "main",
-        "section",
-        "nav",
-        "h1",
-        "h2",
-        "p",
-        "dl",
-        "dt",
-        "dd",
-        "ol",
-        "li",
-        "a",
-        "figure",
-        "figcaption",
-        "b",
-        "code",
-        "pre",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "svg",
-        "text",
-        "line",
-        "polyline",
-        "circle",
-    ]
-)
+STRUCTURE = "html head meta title style body div header main section nav h1 h2 p dl dt dd ol li a figure figcaption b"
+ALLOWED = {*f"{STRUCTURE} code pre table thead tbody tr th td svg text line polyline circle".split()}
 
 
 class Reader(HTMLParser):
