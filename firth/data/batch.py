@@ -1,0 +1,203 @@
+"""From examples to tensors: stack and pad by field name, or pack several examples into a row.
+
+>>> a, b = {"tokens": np.array([5, 6, 7]), "labels": np.array([6, 7, 8])}, {"tokens": np.array([9]), "labels": np.array([4])}
+>>> {name: field.tolist() for name, field in collate([a, b]).items()}
+{'tokens': [[5, 6, 7], [9, 0, 0]], 'labels': [[6, 7, 8], [4, -100, -100]], 'appears': [[0, 0, 0], [0, 1073741824, 1073741824]]}
+>>> {name: field.tolist() for name, field in pack([a, b], length=4).items()}
+{'tokens': [[5, 6, 7, 9]], 'labels': [[6, 7, 8, 4]], 'document': [[1, 1, 1, 2]], 'positions': [[0, 1, 2, 0]]}
+
+Padding must not change an answer, so it is seen by nobody (`appears` NEVER) and asks nothing (IGNORE in every field
+that an objective names as a target). What nobody needs is left out: a batch without `appears` has no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from firth.data.order import Draws
+from firth.data.place import Places, first_fit
+from firth.data.source import Source
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, NEVER, Batch, Example, UserError
+
+LABELS = frozenset({"labels"})
+SOURCE = "source_"
+
+
+class Shows(Protocol):
+    """What a batch needs of an objective: its view, and the names of the fields that hold answers."""
+
+    @property
+    def targets(self) -> Mapping[str, str]: ...
+
+    @property
+    def measures(self) -> Mapping[str, str]: ...
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example: ...
+
+
+class Batches:
+    """The batches of every step of a run, as a pure function of the step.
+
+    Example k of step s is number s * rows + k of the run; ranks, and the `accumulate` micro-batches within them, take
+    contiguous shares of the `rows`. So the same run on two ranks, or cut into other micro-batches, reads the same
+    examples with the same random draws. pack: 0 pads each micro-batch; n packs it into rows of at most n tokens.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        objective: Shows,
+        vocab: Vocab,
+        *,
+        rows: int,
+        seed: int,
+        accumulate: int = 1,
+        pack: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not len(source):
+            raise UserError(f"there is nothing to train on: {dict(source.counts)}")
+        if rows < accumulate * world:
+            raise UserError(f"{rows} rows a step cannot be shared by {world} ranks of {accumulate} micro-batches each")
+        self.source, self.objective, self.vocab = source, objective, vocab
+        self.rows, self.seed, self.accumulate, self.pack = rows, seed, accumulate, pack
+        self.rank, self.world = rank, world
+        self._draws = Draws(seed)
+        self._asked = frozenset({*objective.targets.values(), *objective.measures.values()}) | LABELS
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, `accumulate` of them."""
+        cells = self.world * self.accumulate
+        cuts = [self.rows * c // cells for c in range(cells + 1)]
+        first = self.rank * self.accumulate
+        return [self.batch(step, cuts[c], cuts[c + 1]) for c in range(first, first + self.accumulate)]
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        """Examples start..stop of a step as one batch."""
+        positions = np.arange(start, stop) + step * self.rows
+        return self._assemble(*self.source.order(self.seed, positions))
+
+    def once(self) -> Iterator[Batch]:
+        """Every example of the source once, in the source's own order, `rows` at a time: what an evaluation reads.
+
+        Each rank takes every `world`-th batch; the draws are those of epoch 0.
+        """
+        for start in range(self.rank * self.rows, len(self.source), self.world * self.rows):
+            index = np.arange(start, min(start + self.rows, len(self.source)))
+            yield self._assemble(np.zeros_like(index), index)
+
+    def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
+        source, view, vocab, at = self.source, self.objective.view, self.vocab, self._draws.at
+        shown = [view(source[i], vocab, at(e, i)) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
+        return pack(shown, self.pack, self._asked) if self.pack else collate(shown, self._asked)
+
+
+def collate(examples: Sequence[Example], asked: Collection[str] = LABELS) -> Batch:
+    """One row per example, padded at the end of the token axis: (B, ..., T).
+
+    asked: the fields that hold answers, padded with IGNORE. Examples may differ in which of looks, appears, document
+    and positions they have, but in no other field. A field without a token axis is stacked as it is.
+    """
+    rows, starts = np.arange(len(examples)), np.zeros(len(examples), np.int64)
+    laid: dict[str, np.ndarray] = {}
+    for side in _sides(examples):
+        laid |= _lay(examples, side, Places(rows, starts, _lengths(examples, side)), asked)
+    for name in examples[0].keys() - laid.keys():
+        values = [np.asarray(e[name]) for e in examples]
+        if any(v.shape != values[0].shape for v in values):
+            raise ValueError(f"the field {name!r} is neither as long as the tokens nor of one shape in all examples")
+        laid[name] = np.stack(values).astype(_dtype(name, values[0]))
+    return {name: torch.from_numpy(field) for name, field in laid.items()}
+
+
+def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABELS) -> Batch:
+    """Several examples in a row of at most `length` tokens, kept apart by `document` (1, 2, ...; 0 is padding).
+
+    First-fit decreasing: the longest examples first, each into the first row with room. `positions` count from 0 in
+    every example. An encoder-decoder's source rows hold the same examples as its target rows. Raises UserError for an
+    example longer than a row, and for a field without a token axis, which a row of several examples cannot hold.
+    """
+    sides = _sides(examples)
+    lengths = np.stack([_lengths(examples, side) for side in sides])
+    rows, starts = first_fit(lengths, length)
+    first = _first_documents(examples, sides, rows, starts[0])
+    laid: dict[str, np.ndarray] = {}
+    for side, start, n in zip(sides, starts, lengths, strict=True):
+        places = Places(rows, start, n)
+        lead = examples[0][side + "tokens"].shape[:-1]
+        laid |= _lay(examples, side, places, asked)
+        own = laid.get(side + "document")
+        number = places.spread(np.repeat(first, n), lead, 0, np.int32)
+        laid[side + "document"] = number if own is None else number + own
+        if side + "positions" not in laid:
+            laid[side + "positions"] = places.spread(places.within, lead, 0, np.int32)
+    for name in examples[0].keys() - laid.keys():
+        raise UserError(f"the field {name!r} has no token axis, so these examples cannot be packed: set pack to 0")
+    return {name: torch.from_numpy(field) for name, field in laid.items()}
+
+
+def _first_documents(examples: Sequence[Example], sides: Sequence[str], rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The number that each example's document 0 gets in its row: (N,). Both sides of an example share it."""
+    fields = [side + "document" for side in sides]
+    spans = np.array([1 + max((int(e[f].max()) for f in fields if f in e), default=0) for e in examples])
+    along = np.lexsort((starts, rows))
+    before = np.cumsum(spans[along]) - spans[along]
+    opens = np.flatnonzero(np.diff(rows[along], prepend=-1))  # the first example of each row
+    first = np.empty_like(spans)
+    first[along] = 1 + before - np.repeat(before[opens], np.diff(opens, append=len(along)))
+    return first
+
+
+def _lay(examples: Sequence[Example], side: str, places: Places, asked: Collection[str]) -> dict[str, np.ndarray]:
+    """All token fields of one side ("" or "source_"): those whose last axis is as long as the side's tokens."""
+    lead = examples[0][side + "tokens"].shape[:-1]
+    laid: dict[str, np.ndarray] = {}
+    for name in {name: None for example in examples for name in example}:
+        if name.startswith(SOURCE) != bool(side):
+            continue
+        bare = name.removeprefix(side)
+        given = [e[name] for e in examples if name in e]
+        if np.ndim(given[0]) <= len(lead):
+            continue
+        if len(given) < len(examples):
+            if bare not in DEFAULTS:
+                raise ValueError(f"the field {name!r} is in {len(given)} of {len(examples)} examples")
+            shapes = (e[side + "tokens"].shape for e in examples)
+            given = [e[name] if name in e else DEFAULTS[bare](s) for e, s in zip(examples, shapes, strict=True)]
+        if np.array_equal([a.shape[-1] for a in given], places.lengths):
+            fill = NEVER if bare == "appears" else IGNORE if name in asked else 0
+            laid[name] = places.lay(given, fill, _dtype(bare, given[0]))
+    if side + "appears" not in laid and not places.full:
+        laid[side + "appears"] = places.spread(np.zeros_like(places.within), lead, NEVER, np.int32)
+    return laid
+
+
+DEFAULTS: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
+    "looks": lambda shape: np.zeros(shape, np.int32),
+    "appears": lambda shape: np.zeros(shape, np.int32),
+    "document": lambda shape: np.zeros(shape, np.int32),
+    "positions": lambda shape: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
+}
+"""What a missing field of the visibility rule stands for."""
+
+
+def _sides(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The token axes that the examples have: the one the model writes, and the source it reads."""
+    return ("", SOURCE) if SOURCE + "tokens" in examples[0] else ("",)
+
+
+def _lengths(examples: Sequence[Example], side: str) -> np.ndarray:
+    return np.array([e[side + "tokens"].shape[-1] for e in examples])
+
+
+def _dtype(name: str, value: np.ndarray) -> type:
+    """int32 for the fields of the visibility rule, int64 for ids, float32 for real numbers."""
+    if name in DEFAULTS:
+        return np.int32
+    return {"f": np.float32, "b": np.bool_}.get(value.dtype.kind, np.int64)

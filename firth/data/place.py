@@ -1,0 +1,100 @@
+"""Where tokens go: rows and columns for many examples at once, and the arrays filled accordingly (NumPy only).
+
+>>> places = Places(rows=np.array([0, 1]), starts=np.array([0, 0]), lengths=np.array([3, 1]))
+>>> places.lay([np.array([5, 6, 7]), np.array([9])], fill=0, dtype=np.int64).tolist()
+[[5, 6, 7], [9, 0, 0]]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from firth.types import UserError
+
+
+def first_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """First-fit decreasing: the longest first, each into the first row with room (at most 11/9 of the fewest rows).
+
+    lengths (sides, N) -> the row of each example (N,) and its first column there (sides, N). An encoder-decoder has
+    two sides, and an example goes where both have room.
+
+    >>> rows, starts = first_fit(np.array([[3, 5, 2, 1]]), room=6)
+    >>> rows.tolist(), starts.tolist()
+    ([1, 0, 1, 0], [[0, 0, 3, 5]])
+    """
+    longest = lengths.max(0)
+    if longest.max() > room:
+        raise UserError(
+            f"an example of {longest.max()} tokens does not fit into packed rows of {room}: "
+            "make the examples shorter or the rows longer"
+        )
+    used: list[tuple[int, ...]] = []
+    rows, starts = np.empty(lengths.shape[1], np.int64), np.empty(lengths.shape, np.int64)
+    tried: dict[tuple[int, ...], int] = {}
+    for i in np.argsort(-longest, kind="stable").tolist():
+        need = tuple(lengths[:, i].tolist())
+        # Rows only fill up: where an example of this size found no room before, there is none now.
+        row = tried.get(need, 0)
+        while row < len(used) and any(u + n > room for u, n in zip(used[row], need, strict=True)):
+            row += 1
+        if row == len(used):
+            used.append((0,) * len(need))
+        tried[need] = rows[i] = row
+        starts[:, i] = used[row]
+        used[row] = tuple(u + n for u, n in zip(used[row], need, strict=True))
+    return rows, starts
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of N examples: their rows, first columns and lengths, each (N,)."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns): no wider than the fullest row."""
+        return int(self.rows.max()) + 1, int((self.starts + self.lengths).max())
+
+    @cached_property
+    def full(self) -> bool:
+        """Nothing is padded."""
+        return int(self.lengths.sum()) == self.shape[0] * self.shape[1]
+
+    @cached_property
+    def within(self) -> np.ndarray:
+        """The number of each token in its example: (tokens,)."""
+        ends = np.cumsum(self.lengths)
+        return np.arange(ends[-1]) - np.repeat(ends - self.lengths, self.lengths)
+
+    @cached_property
+    def _flat(self) -> np.ndarray:
+        """The place of each token in the flattened (rows, columns): (tokens,)."""
+        return np.repeat(self.rows * self.shape[1] + self.starts, self.lengths) + self.within
+
+    def lay(self, arrays: Sequence[np.ndarray], fill: int, dtype: type) -> np.ndarray:
+        """One array (..., n) per example -> (rows, ..., columns)."""
+        lead = arrays[0].shape[:-1]
+        if self.full and len(self.rows) == self.shape[0] and not self.starts.any():
+            stacked = np.concatenate(arrays, dtype=dtype, casting="unsafe").reshape(len(arrays), *lead, -1)
+            return stacked[np.argsort(self.rows)] if (np.diff(self.rows) < 0).any() else stacked
+        values = np.concatenate(arrays, axis=-1, dtype=dtype, casting="unsafe")
+        out = np.full((self.shape[0] * self.shape[1], *lead), fill, dtype)
+        out[self._flat] = np.moveaxis(values, -1, 0) if lead else values
+        out = out.reshape(*self.shape, *lead)
+        return np.ascontiguousarray(np.moveaxis(out, 1, -1)) if lead else out
+
+    def spread(self, values: np.ndarray, lead: tuple[int, ...], fill: int, dtype: type) -> np.ndarray:
+        """One value per token (tokens,) -> (rows, *lead, columns), the same along the free axes."""
+        out = np.full(self.shape[0] * self.shape[1], fill, dtype)
+        out[self._flat] = values
+        return np.repeat(out.reshape(self.shape[0], 1, self.shape[1]), math.prod(lead), 1).reshape(
+            self.shape[0], *lead, self.shape[1]
+        )

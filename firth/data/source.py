@@ -1,0 +1,163 @@
+"""Where examples come from: a source is a sequence of examples and the order in which a run meets them.
+
+>>> class Letters(Source):
+...     def __len__(self): return 3
+...     def __getitem__(self, i): return {"tokens": np.array([i])}
+>>> epoch, index = Letters().order(seed=0, positions=np.arange(3))
+>>> sorted(index.tolist())
+[0, 1, 2]
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from firth.data.order import order
+from firth.types import Example, UserError
+
+if TYPE_CHECKING:
+    from firth.model.lm import LM
+
+
+class Source:
+    """`source[i]` is a pure function of i; everything that a run must remember is in `state`."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What was read, cut and skipped, for the report."""
+        return {"examples": len(self)}
+
+    def __len__(self) -> int:
+        raise NotImplementedError(type(self).__name__)
+
+    def __getitem__(self, index: int) -> Example:
+        raise NotImplementedError(type(self).__name__)
+
+    def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The (epoch, index) of each position of an endless run: every epoch is a permutation."""
+        return order(len(self), seed, positions)
+
+    def prepare(self, model: LM, step: int) -> None:
+        """Called before the batches of a step are made: an on-policy source asks the model for its text here."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint must hold so that the run can go on: nothing, for a source that only reads."""
+        return {}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """The inverse of `state`."""
+
+
+class Mixture(Source):
+    """Several sources in fixed shares: after any m examples each has had its share of m to within one example.
+
+    Position k of the run is a draw from one source, by a schedule that is a pure function of k; the draws from a
+    source go through its own permuted epochs. So a small source with a large weight is repeated, a large one with
+    a small weight is read once in part, and resume is still a number. weights need not sum to one; they are kept
+    exactly when they are a ratio of integers with a sum of at most 65536, else to the nearest 1/65536.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        if len(sources) != len(weights) or not sources:
+            raise UserError(f"a mixture needs one weight per source: {len(sources)} sources, {len(weights)} weights")
+        if not all(math.isfinite(w) and w > 0 for w in weights):
+            raise UserError(f"the weights of a mixture must be positive numbers, not {list(weights)}")
+        self.sources = tuple(sources)
+        self.quotas = _quotas(weights)
+        self._starts = np.cumsum([0, *(len(s) for s in sources)])
+        self._which = _schedule(self.quotas)
+        """Source of each position within one period."""
+        self._rank = np.empty_like(self._which)
+        for which in range(len(sources)):
+            at = self._which == which
+            self._rank[at] = np.arange(at.sum())
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        total: dict[str, int] = {}
+        for source in self.sources:
+            for name, n in source.counts.items():
+                total[name] = total.get(name, 0) + n
+        return total
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.sources[which][index - int(self._starts[which])]
+
+    def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        period, at = np.divmod(np.asarray(positions, np.int64), len(self._which))
+        which = self._which[at]
+        epoch, index = np.empty_like(at), np.empty_like(at)
+        for i, source in enumerate(self.sources):
+            mine = which == i
+            draws = period[mine] * self.quotas[i] + self._rank[at[mine]]
+            epoch[mine], local = source.order(seed + i, draws)
+            index[mine] = local + self._starts[i]
+        return epoch, index
+
+    def prepare(self, model: LM, step: int) -> None:
+        for source in self.sources:
+            source.prepare(model, step)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {f"{i}.{k}": v for i, source in enumerate(self.sources) for k, v in source.state().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        for i, source in enumerate(self.sources):
+            mine = f"{i}."
+            source.restore({k[len(mine) :]: v for k, v in state.items() if k.startswith(mine)})
+
+
+LONGEST_PERIOD = 65536
+
+
+def _quotas(weights: Sequence[float]) -> list[int]:
+    """Integers in the ratio of the weights: how many of each source in one period.
+
+    >>> _quotas([0.7, 0.2, 0.1]), _quotas([2, 2])
+    ([7, 2, 1], [1, 1])
+    """
+    exact = [Fraction(str(w)) for w in weights]
+    scale = math.lcm(*(f.denominator for f in exact))
+    whole = [int(f * scale) for f in exact]
+    whole = [n // math.gcd(*whole) for n in whole]
+    if sum(whole) <= LONGEST_PERIOD:
+        return whole
+    share = [Fraction(n, sum(whole)) * LONGEST_PERIOD for n in whole]
+    floors = [max(1, int(s)) for s in share]
+    spare = LONGEST_PERIOD - sum(floors)
+    largest = sorted(range(len(share)), key=lambda i: floors[i] - share[i])
+    for i in largest[: max(spare, 0)]:
+        floors[i] += 1
+    return floors
+
+
+def _schedule(quotas: Sequence[int]) -> np.ndarray:
+    """Source of each position of one period, so that every prefix is within one example of its shares.
+
+    The j-th draw of a source with share w belongs into the window [floor((j-1)/w), ceil(j/w)); taking the earliest
+    deadline among the open windows never misses one (proportionate fairness, Baruah et al. 1996).
+    """
+    period = sum(quotas)
+    which = np.empty(period, np.int32)
+    taken = [0] * len(quotas)
+    waiting = [(0, i) for i in range(len(quotas))]  # (release, source)
+    ready: list[tuple[int, int]] = []  # (deadline, source)
+    for at in range(period):
+        while waiting and waiting[0][0] <= at:
+            _, i = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(taken[i] + 1) * period // quotas[i]), i))
+        _, i = heapq.heappop(ready)
+        which[at] = i
+        taken[i] += 1
+        heapq.heappush(waiting, (taken[i] * period // quotas[i], i))
+    return which
