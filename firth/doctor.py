@@ -1,7 +1,7 @@
 """What this machine is, and what to do about it: `firth doctor`.
 
-Each row is a fact that decides how fast or whether firth runs here. The device is chosen as training chooses it, and the
-precision by the measurement that training makes (`firth.train.precision`), so what is printed is what will happen.
+Each row is a fact that decides how fast or whether firth runs here. The device is chosen as training chooses it, and
+the precision by the measurement that training makes (`firth.train.precision`), so what is printed will happen.
 
     Python       3.11.2
     bf16         supported, 62 GFLOP/s (fp32: 250)     emulated here: training will use fp32
