@@ -1,0 +1,145 @@
+"""House rules that a machine can check. Each rule is a function of a text, and each is shown to find a breach."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "firth").rglob("*.py"))
+TEXTS = [
+    path
+    for top in ("firth", "tests", "bench", "docs", ".ci")
+    for path in sorted((ROOT / top).rglob("*"))
+    if path.is_file()
+    and path.suffix in (".py", ".j2", ".md", ".yaml", ".toml", ".sh", "")
+    and "__pycache__" not in path.parts
+] + [path for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt") if (path := ROOT / name).exists()]
+
+LONGEST = 420
+
+
+def too_long(source: str) -> list[str]:
+    """A file that no longer fits the head is two files."""
+    lines = source.count("\n")
+    return [f"{lines} lines, of at most {LONGEST}"] if lines > LONGEST else []
+
+
+def broad_excepts(source: str) -> list[str]:
+    """`except:`, and `except Exception` that does not raise again: faults must not be swallowed."""
+    out = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = "" if node.type is None else ast.unparse(node.type)
+            again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            if not caught or (re.search(r"\b(Base)?Exception\b", caught) and not again):
+                out.append(f"line {node.lineno}: except {caught or 'anything'}")
+    return out
+
+
+def dispatch(source: str) -> list[str]:
+    """`hasattr` asks what a thing happens to have, and `strict=False` on weights hides what does not fit."""
+    out = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name == "hasattr":
+                out.append(f"line {node.lineno}: hasattr")
+            if name.endswith("load_state_dict"):
+                out += [
+                    f"line {node.lineno}: {ast.unparse(k)}" for k in node.keywords if ast.unparse(k) == "strict=False"
+                ]
+    return out
+
+
+def vague_names(source: str) -> list[str]:
+    """Classes called Config, Manager or Utils say nothing."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    return [f"line {n.lineno}: {n.name}" for n in found if re.search(r"(Config|Manager|Utils?)$", n.name)]
+
+
+def unread_pickles(source: str) -> list[str]:
+    """Nothing pickled is read, ever: it runs code. (torch.load, numpy's allow_pickle, pickle itself.)"""
+    out = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] + [getattr(node, "module", None)]
+            out += [f"line {node.lineno}: {n}" for n in names if n in ("pickle", "dill", "joblib", "shelve", "marshal")]
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func) == "torch.load":
+                out.append(f"line {node.lineno}: torch.load")
+            out += [f"line {node.lineno}: allow_pickle" for k in node.keywords if ast.unparse(k) == "allow_pickle=True"]
+    return out
+
+
+def no_docstring(source: str) -> list[str]:
+    """A module says what it is for."""
+    tree = ast.parse(source)
+    return [] if not tree.body or ast.get_docstring(tree) else ["no module docstring"]
+
+
+def machine_paths(text: str) -> list[str]:
+    """Places that exist on one machine only."""
+    return re.findall(r"(?<![\w.])(?:/home/\w+|/root/|/work/|/Users/\w+|/tmp/\w+|[A-Z]:\\\\Users)[\w/.-]*", text)
+
+
+def breaches(rule, paths):
+    """Every breach of a rule, with its file."""
+    return [f"{p.relative_to(ROOT)}: {what}" for p in paths for what in rule(p.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, vague_names, unread_pickles, no_docstring])
+def test_sources_keep_the_rules(rule):
+    assert len(SOURCES) > 20
+    assert breaches(rule, SOURCES) == []
+
+
+def test_no_machine_paths():
+    assert breaches(machine_paths, [path for path in TEXTS if path != Path(__file__)]) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        (too_long, "x = 1\n" * (LONGEST + 1)),
+        (broad_excepts, "try:\n    f()\nexcept:\n    raise"),
+        (broad_excepts, "try:\n    f()\nexcept Exception:\n    pass"),
+        (broad_excepts, "try:\n    f()\nexcept (OSError, BaseException) as e:\n    print(e)"),
+        (dispatch, "hasattr(model, 'lm')"),
+        (dispatch, "model.load_state_dict(state, strict=False)"),
+        (vague_names, "class TrainConfig: ..."),
+        (unread_pickles, "import pickle"),
+        (unread_pickles, "from pickle import load"),
+        (unread_pickles, "import torch\nx = torch.load('a')"),
+        (unread_pickles, "np.load('a', allow_pickle=True)"),
+        (no_docstring, "x = 1"),
+        (machine_paths, "see /home/ann/firth and nothing else"),
+        (machine_paths, 'open("/root/x")'),
+    ],
+)
+def test_a_breach_is_found(rule, source):
+    assert len(rule(source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        (broad_excepts, "try:\n    f()\nexcept BaseException:\n    clean()\n    raise"),
+        (broad_excepts, "try:\n    f()\nexcept OSError:\n    pass"),
+        (machine_paths, "https://example.com/home/ann ./work/ and runs/tmp/x"),
+        (no_docstring, ""),
+    ],
+)
+def test_what_is_allowed_is_no_breach(rule, source):
+    assert rule(source) == []
+
+
+def test_the_readme_begins_with_make_demo_and_make_test():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    commands = [line.split("#")[0].strip() for line in lines if line and not line.startswith(("git clone", "cd ", "#"))]
+    assert commands[:2] == ["make demo", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert {"demo", "test"} <= set(targets)

@@ -1,0 +1,194 @@
+"""Imports go down only: the direction in which the rooms may know each other, read from the source with `ast`.
+
+What stands under `if TYPE_CHECKING:` names a type and runs nothing; it is held to the last two rules alone.
+"""
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "firth"
+
+BELOW = {
+    "firth": (),
+    "types": (),
+    "text": ("types",),
+    "data": ("types", "text"),
+    "model": ("types",),
+    "objectives": ("types", "text", "data", "model"),
+    "train": ("types", "text", "data", "model", "objectives.objective", "scaling.flops"),
+    "generate": ("types", "text", "data", "model"),
+    "align": ("types", "text", "data", "model", "objectives", "generate"),
+    "evaluate": ("types", "text", "data", "model", "objectives", "generate"),
+    "serve": ("types", "text", "data", "model", "objectives", "generate"),
+    "scaling": ("types", "model"),
+    "report": ("types",),
+    "doctor": ("types", "text", "data", "model", "train"),
+}
+"""Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
+
+ABOVE = {"recipes": ("cli", "demo"), "demo": ("cli",), "cli": ()}
+"""Rooms that may import everything -> the rooms that they may not."""
+
+LEARNERS = ("torch", "safetensors")
+TORCH_FREE = ("types", "text", "cli", "report")
+ORACLES = {
+    "transformers", "peft", "trl", "sklearn", "scipy", "lm_eval", "openai", "accelerate", "datasets", "sentencepiece",
+    "gensim", "pytest",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Import:
+    """One name imported: `firth.model.lm.LM`. typing: under TYPE_CHECKING. top: when the module itself is imported."""
+
+    name: str
+    typing: bool
+    top: bool
+    line: int
+
+
+def imports(source: str) -> list[Import]:
+    """Every import of a module, wherever it stands. `from a import b` is `a.b`."""
+    found: list[Import] = []
+
+    def walk(node: ast.AST, typing: bool, top: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend(Import(alias.name, typing, top, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"line {child.lineno}: a relative import hides where it leads"
+                found.extend(Import(f"{child.module}.{a.name}", typing, top, child.lineno) for a in child.names)
+            elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                for part in child.body:
+                    walk(ast.Module([part], []), True, top)
+                for part in child.orelse:
+                    walk(ast.Module([part], []), typing, top)
+            else:
+                walk(child, typing, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    walk(ast.parse(source), False, True)
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room of a module of firth: `firth.model.lm.LM` -> model; what firth itself holds -> firth."""
+    parts = module.split(".")
+    rooms = {*BELOW, *ABOVE}
+    return parts[1] if len(parts) > 1 and parts[1] in rooms else "firth"
+
+
+def faults(module: str, source: str) -> list[str]:
+    """What a module imports and may not."""
+    out = []
+    room = room_of(module)
+    for one in imports(source):
+        outer = one.name.split(".")[0]
+        where = f"{module}, line {one.line}: imports {one.name}"
+        if outer in ORACLES:
+            out.append(f"{where}, an oracle: tests and benchmarks only")
+        if outer == "firth":
+            target = room_of(one.name)
+            if target == "recipes" and room not in ("recipes", "demo", "cli"):
+                out.append(f"{where}: only cli and demo know recipes")
+            elif room in ABOVE and target in ABOVE[room]:
+                out.append(f"{where}: {target} is above {room}")
+            elif room in BELOW and not one.typing and target not in (room, "firth"):
+                inside = one.name.removeprefix("firth.")
+                if not any(inside == known or inside.startswith(f"{known}.") for known in BELOW[room]):
+                    out.append(f"{where}: {room} may import {', '.join(BELOW[room]) or 'nothing'}")
+        if outer in LEARNERS and not one.typing:
+            if room in TORCH_FREE and (room != "cli" or one.top):
+                out.append(f"{where}: {room} must start without it")
+            if room == "data" and module != "firth.data.batch":
+                out.append(f"{where}: in data only batch.py makes tensors")
+    return out
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_down_only(module):
+    assert faults(module, modules()[module].read_text(encoding="utf-8")) == []
+
+
+def test_every_room_has_its_place():
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert there - {"__init__", "__main__"} <= {*BELOW, *ABOVE}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("firth.model.lm", "from firth.objectives.objective import Objective"),
+        ("firth.model.lm", "import firth.train.step"),
+        ("firth.train.loop", "from firth.objectives.mlm import MLM"),
+        ("firth.train.loop", "from firth.objectives import mlm"),
+        ("firth.text.vocab", "def f():\n    from firth.data import layout"),
+        ("firth.text.tokenizer", "def f():\n    import torch"),
+        ("firth.text.tokenizer", "from torch import Tensor"),
+        ("firth.data.source", "import torch.nn as nn"),
+        ("firth.cli", "import torch"),
+        ("firth.types", "import torch"),
+        ("firth.evaluate.task", "from firth.recipes.recipe import load"),
+        ("firth.train.loop", "if TYPE_CHECKING:\n    from firth.recipes.recipe import Recipe"),
+        ("firth.recipes.run", "from firth.demo.walk import walk"),
+        ("firth.model.weights", "def f():\n    import transformers"),
+        ("firth.evaluate.metrics", "if TYPE_CHECKING:\n    from sklearn.metrics import f1_score"),
+        ("firth.evaluate.task", "from firth.train.loop import train"),
+        ("firth.objectives.mlm", "if TYPE_CHECKING:\n    pass\nelse:\n    from firth.generate.engine import Engine"),
+    ],
+)
+def test_a_fault_is_found(module, source):
+    assert len(faults(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("firth.types", "if TYPE_CHECKING:\n    import torch"),
+        ("firth.data.source", "if TYPE_CHECKING:\n    from firth.model.lm import LM"),
+        ("firth.data.batch", "import torch"),
+        ("firth.train.step", "from firth.objectives.objective import Objective"),
+        ("firth.cli", "def train():\n    import torch\n    from firth.recipes.run import run"),
+        ("firth.demo.walk", "from firth.recipes.recipe import load"),
+        ("firth.report.run", "from firth import __version__"),
+    ],
+)
+def test_what_is_allowed_is_not_a_fault(module, source):
+    assert faults(module, source) == []
+
+
+def test_relative_imports_are_refused():
+    with pytest.raises(AssertionError, match="line 1"):
+        imports("from . import lm")
+
+
+def loads(statement: str) -> set[str]:
+    """The outermost modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(said.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in modules() if room_of(m) in TORCH_FREE or (room_of(m) == "data" and m != "firth.data.batch")]
+)
+def test_starts_without_torch(module):
+    assert not loads(f"import {module}") & {"torch", *ORACLES}
+
+
+def test_loads_would_see_torch():
+    assert "torch" in loads("import firth.data.batch")
