@@ -28,7 +28,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from firth.types import UserError
 
@@ -59,9 +59,8 @@ class Counts:
         return {name: n for name, n in vars(self).items() if n}
 
 
-@dataclass(frozen=True)
-class Document:
-    """name: the file (and record) it came from, relative to what the user named; text: what it says."""
+class Document(NamedTuple):
+    """name: the file (and record) it came from; text: what it says."""
 
     name: str
     text: str

@@ -133,9 +133,9 @@ class Tokenizer:
         return starts
 
     @functools.cached_property
-    def hash(self) -> str:
-        """A short name of the tokenizer's content."""
-        return hashlib.sha256(self.engine.to_str().encode()).hexdigest()[:16]
+    def digest(self) -> str:
+        """SHA-256 of everything that decides which ids a text gets."""
+        return hashlib.sha256(self.engine.to_str().encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too."""
