@@ -12,14 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility, attend
+from firth.model.fused import relu2, turn, unit
 from firth.model.norm import make_norm
-from firth.model.position import rotate
 from firth.model.shape import GATED, Shape
-
-
-def relu2(x: Tensor) -> Tensor:
-    """Squared ReLU (So 2021, Primer)."""
-    return F.relu(x).square()
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -54,20 +49,22 @@ class Attention(nn.Module):
         self.o = nn.Linear(shape.heads * shape.head_width, shape.width, bias=shape.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_width))
 
-    def memorize(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def memorize(self, memory: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: two of (B, KV, S, D)."""
-        return self._heads(self.k(memory)), self._heads(self.v(memory))
+        return self._place(self.k(memory), turns).transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
+
+    def _place(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries or keys, split into heads, turned to their positions and made unit RMS, as the shape says."""
+        x = self._heads(x)
+        if turns is not None:
+            return turn(x, *turns, self.eps if self.qk_norm else -1.0)
+        return unit(x, self.eps) if self.qk_norm else x
 
     def forward(self, x: Tensor, reading: Reading, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q = self._heads(self.q(x))
-        k, v = self.memorize(x) if memory is None else memory
-        if memory is None and reading.turns is not None:
-            q, k = rotate(q, *reading.turns), rotate(k, *reading.turns)
-        if self.qk_norm:
-            q = F.rms_norm(q, (self.head_width,), eps=self.eps)
-            k = F.rms_norm(k, (self.head_width,), eps=self.eps)
+        q = self._place(self.q(x), reading.turns).transpose(1, 2)
+        k, v = self.memorize(x, reading.turns) if memory is None else memory
         if memory is None and reading.cache is not None:
             k, v = reading.cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
+from firth.model.cross_entropy import LogProbs, SumNLL
 from firth.model.norm import make_norm
 from firth.model.shape import GATED, Shape
 
@@ -40,9 +41,12 @@ class Vocabulary(nn.Module):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32."""
-        return F.cross_entropy(self(states).float(), labels, reduction="sum")
+        """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32. Never holds all the logits."""
+        learn = torch.is_grad_enabled()
+        loss: Tensor = SumNLL.apply(self._transform(states), self.weight, self.bias, labels, self.softcap, learn)
+        return loss
 
     def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
-        """log p(label), with its graph: states (N, width), labels (N,) -> (N,) float32."""
-        return -F.cross_entropy(self(states).float(), labels, reduction="none")
+        """log p(label) of each row, with its graph: states (N, width), labels (N,) -> (N,) float32."""
+        out: Tensor = LogProbs.apply(self._transform(states), self.weight, self.bias, labels, self.softcap)
+        return out

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firth.model.fused import unit
 from firth.model.shape import Shape
 
 
@@ -36,7 +37,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        y = unit(x, self.eps)
+        return y if self.weight is None else y * self.weight
 
 
 def make_norm(shape: Shape) -> nn.Module:

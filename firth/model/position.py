@@ -26,16 +26,11 @@ def sinusoidal(positions: Tensor, width: int) -> Tensor:
 
 
 def turns(positions: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles (Su 2021): positions (B, T) -> two of (B, 1, T, head_width / 2)."""
+    """cos (B, T, 1, head_width), both halves alike, and sin (B, T, 1, head_width / 2) of the rotary angles (Su 2021)."""
     pairs = torch.arange(0, shape.head_width, 2, device=positions.device, dtype=torch.float32) / shape.head_width
-    angles = positions[:, None, :, None].float() * (shape.rotary_theta**-pairs)
-    return angles.cos().to(dtype), (angles.sin() * shape.rotary_sign).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + half]) of each head: x (B, H, T, D), cos and sin (B, 1, T, D / 2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    angles = positions[:, :, None, None].float() * (shape.rotary_theta**-pairs)
+    cos = angles.cos().to(dtype)
+    return torch.cat((cos, cos), -1), (angles.sin() * shape.rotary_sign).to(dtype)
 
 
 def bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
