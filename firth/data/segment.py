@@ -1,0 +1,183 @@
+"""From a store's documents to examples: windows of the running text, pieces of one document, neighbouring pairs.
+
+    Windows    tokens of the whole store, in rows of one length     (causal language modelling)
+    Pieces     parts of single documents, of varied length          (masked language modelling, span corruption)
+    Pairs      two neighbours, and a stranger                       (next sentence and sentence order prediction)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from firth.data.order import Draws
+from firth.data.shards import TokenStore
+from firth.data.source import Source
+from firth.text.vocab import Vocab
+from firth.types import Example, UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Windows(Source):
+    """Non-overlapping windows of the running text: {"tokens" (length + ahead,)}.
+
+    ahead: tokens shown beyond `length`, which are the first of the next window: 1 where the next token is asked, so that
+    each token is asked exactly once; 0 where the answers are in the window. isolate: in a window with several
+    documents, "document" numbers them from 0 and they do not see each other. tail: the last, shorter window too, so
+    that every token of a held-out store is scored.
+    """
+
+    store: TokenStore
+    length: int
+    ahead: int = 1
+    isolate: bool = True
+    tail: bool = False
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise UserError(
+                f"{self.store.directory}: {len(self.store.tokens)} tokens are too few for one window of {self.length}: "
+                "use more text or shorter windows"
+            )
+
+    def __len__(self) -> int:
+        usable = len(self.store.tokens) - self.ahead
+        return -(-usable // self.length) if self.tail else max(usable, 0) // self.length
+
+    def __getitem__(self, index: int) -> Example:
+        start = index * self.length
+        tokens = self.store.tokens[start : start + self.length + self.ahead].astype(np.int32)
+        if not self.isolate:
+            return {"tokens": tokens}
+        # Documents that begin inside the window.
+        first, last = self.store.offsets.searchsorted((start, start + len(tokens) - 1), "right")
+        if first == last:
+            return {"tokens": tokens}
+        document = np.zeros(len(tokens), np.int32)
+        document[self.store.offsets[first:last] - start] = 1
+        return {"tokens": tokens, "document": document.cumsum(dtype=np.int32)}
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces(Source):
+    """Parts of single documents, at most `length` tokens long: {"tokens"}.
+
+    A document that is too long is cut into as few parts as it takes, of nearly equal length. frame: the vocabulary
+    whose [CLS] and [SEP] go around each (a text as an encoder reads it); None leaves the bare text.
+    """
+
+    store: TokenStore
+    length: int
+    frame: Vocab | None = None
+
+    def __post_init__(self) -> None:
+        if self._room < 1:
+            raise UserError(f"pieces of {self.length} tokens have no room for text: make them longer")
+
+    @property
+    def _room(self) -> int:
+        return self.length - (2 if self.frame else 0)
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        return _Parts(self.store, self._room, shortest=1)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: int) -> Example:
+        start, stop = self._parts.bounds(index)
+        tokens = self.store.tokens[start:stop].astype(np.int32)
+        return {"tokens": self.frame.frame(tokens) if self.frame else tokens}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(Source):
+    """Two neighbouring segments and one from another document: {"first", "second", "other"}, which fit into `length`
+    as [CLS] first [SEP] second [SEP].
+
+    first and second are a part of a document, cut at a random place; other begins at a random token of another document
+    and is exactly as long as second, so that lengths do not give the answer away. The draws are fixed by the index.
+    """
+
+    store: TokenStore
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 5:
+            raise UserError(f"pairs of {self.length} tokens have no room for two segments: make them longer")
+        if len(self.store) < 2:
+            raise UserError(f"{self.store.directory}: pairs need two documents or more, one to take a stranger from")
+        if not len(self):
+            raise UserError(f"{self.store.directory}: no document has two tokens or more to make a pair from")
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        return _Parts(self.store, self.length - 3, shortest=2)
+
+    @cached_property
+    def _draws(self) -> Draws:
+        return Draws(seed=0)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: int) -> Example:
+        start, stop = self._parts.bounds(index)
+        rng = self._draws.at(0, index)
+        cut = start + 1 + int(rng.random() * (stop - start - 1))
+        low, high = self._stranger(start, stop - cut, rng)
+        tokens = self.store.tokens
+        first, second, other = tokens[start:cut], tokens[cut : cut + high - low], tokens[low:high]
+        return {"first": first.astype(np.int32), "second": second.astype(np.int32), "other": other.astype(np.int32)}
+
+    def _stranger(self, start: int, need: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Bounds of `need` tokens of a document other than the one at `start`; fewer if ten documents had not enough."""
+        best = (0, 0)
+        tried = 0
+        while tried < 10 or best[1] == best[0]:
+            at = int(rng.random() * len(self.store.tokens))
+            low, high = self._parts.document(at)
+            tried += 1
+            if low <= start < high or low == high:
+                continue
+            at = max(low, min(at, high - need))
+            if min(high, at + need) - at > best[1] - best[0]:
+                best = (at, min(high, at + need))
+            if best[1] - best[0] == need:
+                break
+        return best
+
+
+class _Parts:
+    """Every document's text in as few parts of at most `room` tokens as it takes, of nearly equal length.
+
+    Costs 8 bytes a document and two binary searches a look-up. Documents of fewer than `shortest` tokens have none.
+    """
+
+    def __init__(self, store: TokenStore, room: int, shortest: int) -> None:
+        self.store = store
+        lengths = np.diff(store.offsets) - store.opened - 1
+        self._ends = np.cumsum(np.where(lengths < shortest, 0, -(-lengths // room)))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """Where part `index` is in the store's tokens."""
+        document = int(self._ends.searchsorted(index, "right"))
+        before = self._ends.item(document - 1) if document else 0
+        parts = self._ends.item(document) - before
+        low, high = self._text(document)
+        n, at = high - low, index - before
+        return low + n * at // parts, low + n * (at + 1) // parts
+
+    def document(self, at: int) -> tuple[int, int]:
+        """The bounds of the text of the document that holds the store's token `at`."""
+        return self._text(int(self.store.offsets.searchsorted(at, "right")) - 1)
+
+    def _text(self, document: int) -> tuple[int, int]:
+        offsets = self.store.offsets
+        return offsets.item(document) + self.store.opened, offsets.item(document + 1) - 1

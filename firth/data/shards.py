@@ -1,0 +1,284 @@
+"""The token store: a corpus as one long memory-mapped row of token ids, with the documents' places in it.
+
+    store/tokens.bin       uint16 (uint32 from 65537 ids on), every document as [bos] text [eos]
+    store/offsets.bin      int64 (documents + 1,): document i is tokens[offsets[i]:offsets[i+1]]
+    store/bytes.bin        int64 (documents,): UTF-8 bytes of its text, so that bits per byte are exact
+    store/manifest.json    tokenizer, dtype, counts and content hash; written last
+
+A store is built in `store.partial` and renamed when it is whole, so a directory that exists is complete. An interrupted
+build keeps what it has and goes on (see `_Build`). bos is left out where the tokenizer has none, as T5's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from firth.text.vocab import Vocab
+from firth.types import UserError
+
+FORMAT = 1
+FILES = ("tokens.bin", "offsets.bin", "bytes.bin")
+STAMPS = "stamps.bin"
+STAMP = 16
+PART = 1 << 18
+"""Characters encoded as one text. A longer document is cut before a space, so a 50 MB line costs what a short one does;
+byte-level tokenizers split there anyway, others may split one word in a quarter of a million differently."""
+CHUNK = 1 << 21
+"""Characters encoded at once: enough to keep all cores busy, and what the engine makes of them stays within 200 MB."""
+
+
+class Document(NamedTuple):
+    """A text, and the name by which it is held out or reported."""
+
+    name: str
+    text: str
+
+
+class Encoder(Protocol):
+    """What a store needs of a tokenizer; digest changes whenever any text would be encoded differently."""
+
+    @property
+    def vocab(self) -> Vocab: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+
+
+class TokenStore:
+    """An open store. tokens (n,), offsets (documents + 1,) and bytes (documents,) are memory-mapped, read only."""
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        self.directory, self.manifest = directory, manifest
+        self.tokens, self.offsets, self.bytes = (
+            np.memmap(directory / name, dtype, "r").view(np.ndarray)
+            for name, dtype in zip(FILES, (manifest["dtype"], np.int64, np.int64), strict=True)
+        )
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self.bytes)
+
+    @property
+    def opened(self) -> bool:
+        """Every document begins with bos."""
+        return bool(self.manifest["opened"])
+
+    @classmethod
+    def open(cls, directory: Path | str, tokenizer: Encoder | None = None) -> TokenStore:
+        """Open a finished store; with a tokenizer, refuse one whose tokens were made by another."""
+        directory = Path(directory)
+        path = directory / "manifest.json"
+        if not path.exists():
+            raise UserError(f"{directory}: no token store here (it has no manifest.json): build it first")
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: store format {manifest['format']}, this firth reads {FORMAT}: build it again")
+        if tokenizer is not None and manifest["tokenizer"] != tokenizer.digest:
+            raise UserError(
+                f"{directory}: its tokens were made by another tokenizer ({manifest['tokenizer'][:12]}, not "
+                f"{tokenizer.digest[:12]}): build the store again, or use the tokenizer it was built with"
+            )
+        for name, size in manifest["sizes"].items():
+            if not (directory / name).exists() or (directory / name).stat().st_size != size:
+                raise UserError(f"{directory / name}: not the {size} bytes that were written: build the store again")
+        return cls(directory, manifest)
+
+    def verify(self) -> None:
+        """Read everything and compare it with the manifest's content hash."""
+        if _content(self.directory) != self.manifest["content"]:
+            raise UserError(f"{self.directory}: its content is not what was written (a damaged disk?): build it again")
+
+    @classmethod
+    def build(
+        cls,
+        documents: Iterable[Document],
+        tokenizer: Encoder,
+        directory: Path | str,
+        *,
+        counts: Mapping[str, int] | None = None,
+        progress: Callable[[int], None] = lambda read: None,
+    ) -> TokenStore:
+        """Encode all documents into `directory`, which must not exist yet.
+
+        counts: the reader's own, taken into the manifest when everything is read. progress: is told the bytes so far.
+        """
+        directory = Path(directory)
+        if directory.exists():
+            raise UserError(f"{directory}: exists already: open it, or delete it to build it again")
+        with _Build(directory, tokenizer) as build:
+            build.extend(documents, progress)
+            build.finish(dict(counts or {}))
+        return cls.open(directory, tokenizer)
+
+
+class _Build:
+    """The files of a store while they grow. Each document also has a stamp: 8 bytes of hash of its text and of its ids.
+
+    So an interrupted build needs no journal: the leading documents whose text comes again, and whose ids on disk are
+    those of their stamps, are kept; the files are cut behind them and the rest is encoded.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Encoder) -> None:
+        self.directory, self.tokenizer = directory, tokenizer
+        self.partial = directory.with_name(directory.name + ".partial")
+        roles, size = tokenizer.vocab.roles, tokenizer.vocab.size
+        self.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
+        self.before = np.array([roles["bos"]] if "bos" in roles else [], self.dtype)
+        self.after = np.array([tokenizer.vocab.eos], self.dtype)
+        self.documents = self.tokens = self.bytes = 0
+
+    def __enter__(self) -> _Build:
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.partial / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"{self.partial}: another process is building this store: wait for it to end") from None
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock.close()
+
+    def extend(self, documents: Iterable[Document], progress: Callable[[int], None]) -> None:
+        """Append the documents, less those that an earlier build has left."""
+        rest = self._kept(iter(documents))
+        progress(self.bytes)
+        files = {name: (self.partial / name).open("ab") for name in (*FILES, STAMPS)}
+        try:
+            ids, raw = [self.before], bytearray()
+            for chunk in _chunks(rest):
+                encoded = self.tokenizer.encode_batch([text for text, _ in chunk])
+                for (text, last), some in zip(chunk, encoded, strict=True):
+                    ids.append(some.astype(self.dtype))
+                    raw += text.encode()
+                    if last:
+                        row = np.concatenate((*ids, self.after))
+                        self._count(len(row), len(raw))
+                        files["tokens.bin"].write(row.tobytes())
+                        files["offsets.bin"].write(np.int64(self.tokens).tobytes())
+                        files["bytes.bin"].write(np.int64(len(raw)).tobytes())
+                        files[STAMPS].write(_hash(raw) + _hash(row.tobytes()))
+                        ids, raw = [self.before], bytearray()
+                progress(self.bytes)
+        finally:
+            for file in files.values():
+                file.close()
+
+    def _count(self, tokens: int, size: int) -> None:
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += size
+
+    def _kept(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """Cut the files to what is still right of an earlier build; return the documents that are left to encode."""
+        made_by, paths = self.partial / "tokenizer", [self.partial / name for name in (*FILES, STAMPS)]
+        if not (made_by.exists() and made_by.read_text("utf-8") == self.tokenizer.digest):
+            for path in paths:
+                path.write_bytes(np.int64(0).tobytes() if path.name == "offsets.bin" else b"")
+            made_by.write_text(self.tokenizer.digest, "utf-8")  # last: without it all the rest is begun anew
+        sizes, stamps = (np.fromfile(self.partial / name, np.uint8) for name in ("bytes.bin", STAMPS))
+        offsets = np.fromfile(self.partial / "offsets.bin", np.int64, count=paths[1].stat().st_size // 8)
+        there = min(len(offsets) - 1, len(sizes) // 8, len(stamps) // STAMP)
+        with paths[0].open("rb") as tokens:
+            for document in documents:
+                raw = document.text.encode()
+                again = self.documents < there and _hash(raw) == stamps[STAMP * self.documents :][:8].tobytes()
+                n = int(offsets[self.documents + 1] - offsets[self.documents]) if again else 0
+                row = tokens.read(n * self.dtype.itemsize)
+                if not again or _hash(row) != stamps[STAMP * self.documents + 8 :][:8].tobytes():
+                    documents = chain([document], documents)
+                    break
+                self._count(n, len(raw))
+        item = (self.dtype.itemsize * self.tokens, 8 * (self.documents + 1), 8 * self.documents, STAMP * self.documents)
+        for path, size in zip(paths, item, strict=True):
+            os.truncate(path, size)
+        return documents
+
+    def finish(self, counts: Mapping[str, int]) -> None:
+        """Write the manifest and give the store its name."""
+        if not self.documents:
+            raise UserError(f"{self.directory}: no documents to build a store from; the reader counted {dict(counts)}")
+        manifest = {
+            "format": FORMAT,
+            "tokenizer": self.tokenizer.digest,
+            "dtype": self.dtype.name,
+            "opened": bool(len(self.before)),
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "counts": counts,
+            "sizes": {name: (self.partial / name).stat().st_size for name in FILES},
+            "content": _content(self.partial),
+        }
+        (self.partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        for name in (*FILES, "manifest.json"):
+            with (self.partial / name).open("rb") as file:
+                os.fsync(file.fileno())
+        for name in (STAMPS, "tokenizer", "lock"):
+            (self.partial / name).unlink()
+        os.replace(self.partial, self.directory)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
+    """The documents' texts in lists of about CHUNK characters: (part of a text, whether it is the last part)."""
+    chunk: list[tuple[str, bool]] = []
+    size = 0
+    for document in documents:
+        for part in _parts(document.text):
+            chunk.append(part)
+            size += len(part[0])
+            if size >= CHUNK:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """A text in parts of at most PART characters, cut before white space where there is any in the second half."""
+    start = 0
+    while len(text) - start > PART:
+        lowest, highest = start + PART // 2, start + PART
+        cut = max(text.rfind(" ", lowest, highest), text.rfind("\n", lowest, highest))
+        cut = highest if cut < 0 else cut
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
+
+
+def _hash(raw: bytes | bytearray) -> bytes:
+    return hashlib.blake2b(raw, digest_size=8).digest()
+
+
+def _content(directory: Path) -> str:
+    """SHA-256 over the three files."""
+    whole = hashlib.sha256()
+    for name in FILES:
+        with (directory / name).open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def held_out(name: str, share: float | Iterable[str]) -> bool:
+    """Whether a document is held out for validation: by its name alone, so adding others moves none.
+
+    share: a fraction, or the names themselves.
+
+    >>> sum(held_out(f"play {i}", 0.1) for i in range(10_000)), held_out("hamlet", ["hamlet", "macbeth"])
+    (1012, True)
+    """
+    if not isinstance(share, float):
+        return name in share
+    return int.from_bytes(_hash(name.encode())) < share * 2**64
