@@ -1,0 +1,132 @@
+"""From a recipe's source to files on disk: the tokenizer, the held-out split and the token stores of a run.
+
+All of it is made once per run directory and found again by a fingerprint of what it was made from, so a second
+start of a run reads no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from firth.data.shards import TokenStore
+from firth.data.split import split
+from firth.text import corpora, read, show
+from firth.text.read import Counts, Document
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+Echo = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where a run's text or records are.
+
+    path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place.
+    field: the field of records that holds the text. split: a text file is one document ("file"), or one per "blank"
+    line or "line". valid: files held out; where there are none, the share `held_out` of the documents is, drawn by
+    the names of the documents, never by lines.
+    store: a directory in which token stores are kept and shared with other runs; the run's own if empty.
+    """
+
+    path: tuple[str, ...] = ()
+    corpus: str = ""
+    field: str = "text"
+    split: str = "file"
+    valid: tuple[str, ...] = ()
+    held_out: float = 0.05
+    store: str = ""
+
+    def paths(self, echo: Echo) -> list[str]:
+        """The training files. Raises UserError where neither path nor corpus is set."""
+        if self.path:
+            return list(self.path)
+        if not self.corpus:
+            raise UserError("the recipe says no text: set source.path=FILES or source.corpus=NAME (see `firth list`)")
+        return [str(corpora.fetch(self.corpus, echo=echo))]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a segment is cut from: the source, the tokenizer, the run's directory and what it begins from."""
+
+    source: Text
+    tokenizer: Tokenizer
+    directory: Path
+    start: str = ""
+    seed: int = 0
+    echo: Echo = print
+    counts: Counts = field(default_factory=Counts)
+
+    def stores(self) -> tuple[TokenStore, TokenStore | None]:
+        """The training and the held-out token store, built where they are not there yet."""
+        paths = self.source.paths(self.echo)
+        folder = Path(self.source.store or self.directory / "data") / fingerprint(self.source, paths, self.tokenizer)
+        parts: list[TokenStore | None] = []
+        for held_out in (False, True):
+            place = folder / ("valid" if held_out else "train")
+            if not place.exists():
+                self.echo(f"reading {'held-out' if held_out else 'training'} text into {place}")
+                counts = Counts()
+                documents = documents_of(self.source, paths, held_out, counts)
+                first = next(documents, None)
+                if first is None:
+                    if not held_out:
+                        raise UserError(f"{', '.join(paths)}: there is no text to train on")
+                    parts.append(None)
+                    continue
+                TokenStore.build(_again(first, documents), self.tokenizer, place, counts=counts.rows())
+            parts.append(TokenStore.open(place, self.tokenizer))
+        assert parts[0] is not None
+        return parts[0], parts[1]
+
+
+def _again(first: Document, rest: Iterator[Document]) -> Iterator[Document]:
+    yield first
+    yield from rest
+
+
+def documents_of(source: Text, paths: Sequence[str], held_out: bool, counts: Counts | None = None) -> Iterator[Document]:
+    """The documents that are learnt from, or those held out."""
+    if source.valid:
+        chosen = source.valid if held_out else paths
+        yield from read.documents(chosen, field=source.field, split=source.split, counts=counts)
+        return
+    everything = read.documents(paths, field=source.field, split=source.split, counts=counts)
+    yield from split(everything, source.held_out, held_out=held_out)
+
+
+def fingerprint(source: Text, paths: Sequence[str], tokenizer: Tokenizer) -> str:
+    """A short name for these files (paths, sizes, times of change), read in this way, by this tokenizer."""
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in read.files([*paths, *source.valid])]
+    how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store")}
+    told = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def train_tokenizer(
+    paths: Sequence[str],
+    out: Path,
+    *,
+    algorithm: str,
+    size: int,
+    field: str = "text",
+    split: str = "file",
+    sample: int = 200_000_000,
+    seed: int = 0,
+    echo: Echo = print,
+) -> Tokenizer:
+    """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`)."""
+    counts = Counts()
+    texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
+    tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
+    tokenizer.save(out)
+    show.keep_counts(tokenizer, (d.text for d in read.documents(paths, field=field, split=split)), out, sample=sample, seed=seed)
+    rows = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.rows().items())
+    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size} ids from {rows}: {out}")
+    return tokenizer
