@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from firth.text.vocab import Vocab
+from firth.types import UserError
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<|im_start|>", "<|im_end|>")
 ROLES = {"pad": 0, "unk": 1, "bos": 2, "cls": 2, "eos": 3, "sep": 3, "mask": 4}
@@ -23,3 +24,8 @@ class ByteCoder:
 
     def token(self, id: int) -> str:
         return SPECIAL[id] if id < len(SPECIAL) else chr(id - len(SPECIAL))
+
+    def id(self, token: str) -> int:
+        if token not in SPECIAL:
+            raise UserError(f"this tokenizer has no token {token!r}")
+        return SPECIAL.index(token)

@@ -7,7 +7,7 @@ from bytecoder import ByteCoder
 
 from firth.generate.answer import Answer
 from firth.generate.engine import Engine
-from firth.generate.masked import masked, pseudo
+from firth.generate.masked import masked
 from firth.generate.rows import rectangle
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
@@ -211,22 +211,3 @@ def test_fill_offers_what_the_model_says_at_each_mask() -> None:
         assert np.allclose([c.probability for c in candidates], best.values.numpy(), atol=1e-5)
     with pytest.raises(UserError, match="nothing to fill: write <mask>"):
         Engine(model, ByteCoder()).fill("the cat")
-
-
-def test_pseudo_likelihood_hides_one_token_at_a_time() -> None:
-    model = random_model(encoder(vocab=V, width=32, depth=2, heads=2, context=64))
-    texts = [ByteCoder().encode(t) for t in ("abcd", "xy")]
-    asked = [np.array([False, True, False, True]), np.array([True, True])]
-    expected = []
-    for text, ask in zip(texts, asked, strict=True):
-        total = 0.0
-        for at in np.flatnonzero(ask):
-            shown = np.concatenate(([2], text, [3]))
-            shown[at + 1] = 4
-            with torch.no_grad():
-                logits = model.parts["lm"](
-                    model({"tokens": torch.as_tensor(shown, dtype=torch.int64)[None]})[0, at + 1]
-                )
-            total += float(logits.log_softmax(-1)[int(text[at])])
-        expected.append(total)
-    assert np.allclose(pseudo(model, ByteCoder(), texts, asked, rows=3), expected, atol=1e-4)

@@ -37,6 +37,9 @@ class Coder(Protocol):
     def token(self, id: int) -> str:
         """The piece with this id."""
 
+    def id(self, token: str) -> int:
+        """The id of a piece; UserError if there is none such."""
+
 
 @dataclass(frozen=True)
 class Completion:

@@ -34,6 +34,16 @@ from firth.types import IGNORE, NEVER, UserError
 TURN_END = "<|im_end|>"
 
 
+def ends(coder: Coder) -> list[int]:
+    """The tokens that end an answer: the end of a text and, where the tokenizer has it, of a chat turn."""
+    roles = coder.vocab.roles
+    found = [roles["eos"]] if "eos" in roles else []
+    try:
+        return [*found, coder.id(TURN_END)]
+    except UserError:
+        return found
+
+
 class Engine:
     """One model, one tokenizer, and the verbs.
 
@@ -44,8 +54,7 @@ class Engine:
         self.model, self.coder, self.rows = model, tokenizer, rows
         vocab = tokenizer.vocab
         if stops is None:
-            ends = [int(i) for i in np.flatnonzero(vocab.special) if tokenizer.token(int(i)) == TURN_END]
-            stops = [*ends, *([vocab.eos] if "eos" in vocab.roles else [])]
+            stops = ends(tokenizer)
         self.stops = frozenset(int(i) for i in stops)
         self.start = vocab.pad if model.shape.encoder else None
         self.device = model.tokens.weight.device

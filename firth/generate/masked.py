@@ -1,13 +1,11 @@
-"""What a masked model answers: candidates for the masks of a text, and a score for a whole one.
+"""What a masked model answers: candidates for the masks of a text.
 
-`fill` reads "The <mask> sat on the mat." and returns, for each mask, the likeliest tokens. `pseudo` hides every asked
-token in turn and adds up what the others say of it (pseudo-log-likelihood; Salazar 2020): the nearest a masked model
-has to the probability of a text, and comparable between texts of one model only.
+`fill` reads "The <mask> sat on the mat." and returns the likeliest tokens for each mask, each mask given all that is
+written and none of the other masks' answers. (What a masked model says of a whole text is `firth.evaluate.likelihood`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +38,10 @@ def masked(coder: Coder, text: str) -> np.ndarray:
     parts = text.split(mark)
     if len(parts) == 1:
         raise UserError(f"there is nothing to fill: write {mark} where a token is missing")
-    ids = [np.asarray(coder.encode(part.removesuffix(" ")), np.int64) for part in parts[:-1]]
-    row: list[np.ndarray] = []
-    for part in [*ids, np.asarray(coder.encode(parts[-1]), np.int64)]:
-        row += [np.array([vocab.mask]), part] if row else [part]
-    return vocab.frame(np.concatenate(row))
+    row = [coder.encode(parts[-1])]
+    for part in reversed(parts[:-1]):
+        row = [coder.encode(part.removesuffix(" ")), np.array([vocab.mask]), *row]
+    return vocab.frame(np.concatenate(row).astype(np.int64))
 
 
 def fill(model: LM, coder: Coder, text: str, k: int = 5) -> list[list[Candidate]]:
@@ -63,37 +60,9 @@ def fill(model: LM, coder: Coder, text: str, k: int = 5) -> list[list[Candidate]
         hidden = model(rectangle([tokens], device, causal=False))[0]
         at = torch.from_numpy(np.flatnonzero(tokens == coder.vocab.mask)).to(device)
         share = head(hidden[at]).float().softmax(-1)  # (masks, V)
-        best = share.masked_fill(torch.from_numpy(coder.vocab.special).to(device), 0.0).topk(min(k, coder.vocab.size), -1)
+        share[:, np.flatnonzero(coder.vocab.special)] = 0.0
+        best = share.topk(min(k, len(coder.vocab.ordinary)), -1)
     return [
         [Candidate(i, coder.token(i), p) for i, p in zip(index, probability, strict=True)]
         for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def pseudo(
-    model: LM, coder: Coder, texts: Sequence[np.ndarray], asked: Sequence[np.ndarray], rows: int = 64
-) -> list[float]:
-    """The sum over asked tokens of log p(token | all others), in nats, for each text.
-
-    texts: token ids (n,), unframed. asked: (n,) bool each. rows: how many masked copies are read together.
-    """
-    vocab, device = coder.vocab, model.tokens.weight.device
-    copies: list[tuple[int, int, np.ndarray]] = []
-    for i, (text, ask) in enumerate(zip(texts, asked, strict=True)):
-        for at in np.flatnonzero(ask):
-            hidden = np.array(text, np.int64)
-            hidden[at] = vocab.mask
-            copies.append((i, int(at), vocab.frame(hidden)))
-    copies.sort(key=lambda copy: -len(copy[2]))
-    scores = np.zeros(len(texts))
-    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
-    with reading(model):
-        for first in range(0, len(copies), rows):
-            batch = copies[first : first + rows]
-            states = model(rectangle([row for _, _, row in batch], device, causal=False))
-            # The frame puts one token before the text, so that token `at` stands at at + 1.
-            places = torch.tensor([at + 1 for _, at, _ in batch], device=device)
-            labels = torch.tensor([int(texts[i][at]) for i, at, _ in batch], device=device)
-            log_p = head.log_probs(states[torch.arange(len(batch), device=device), places], labels)
-            np.add.at(scores, [i for i, _, _ in batch], log_p.cpu().numpy())
-    return [float(x) for x in scores]

@@ -51,7 +51,8 @@ def last_state(hidden: Tensor, batch: Batch) -> Tensor:
 
 def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
     """One reward per row: (..., T, width) -> (...) float32."""
-    return model.parts["reward"](last_state(hidden, batch))[..., 0].float()
+    scores: Tensor = model.parts["reward"](last_state(hidden, batch))
+    return scores[..., 0].float()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""Who says what is good: a stated scorer, a reward model, and comparisons made from either.
+
+A `Judge` gives one number to each sampled answer. `Truth` reads the number off the text with a function that everybody
+can see (in life there is none: it stands in for people, so that a method can be held to what was really wanted);
+`RewardModel` has learnt it from comparisons (`firth.objectives.reward`). `prefer` asks a judge to compare, with a
+stated amount of human inconstancy.
+
+    truth = Truth(lambda text: float(text.endswith(".")))
+    comparisons = prefer(first, second, truth, noise=1.0, rng=np.random.default_rng(0))      # Bradley-Terry
+    source = Comparisons(comparisons)          # {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from firth.data.source import Source
+from firth.generate.answer import Completion
+from firth.generate.rows import reading, rectangle
+from firth.model.lm import LM
+from firth.objectives.reward import rewards
+from firth.types import Example, UserError
+
+Scorer = Callable[[str], float]
+"""A pure function of an answer's text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """An answer as a judge sees it: prompt (m,) and answer (n,) token ids, the stop token included where `finished`."""
+
+    prompt: np.ndarray
+    answer: np.ndarray
+    text: str
+    finished: bool
+
+    @staticmethod
+    def of(prompt: np.ndarray, written: Completion) -> Sample:
+        """A prompt and what the engine wrote after it."""
+        return Sample(np.asarray(prompt, np.int32), written.tokens, written.text, written.finish == "stop")
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Prompt and answer in one row: (m + n,) int32."""
+        return np.concatenate((self.prompt, self.answer)).astype(np.int32)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """True on the answer: (m + n,)."""
+        return np.arange(len(self.prompt) + len(self.answer)) >= len(self.prompt)
+
+
+class Judge(Protocol):
+    """Scores answers."""
+
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+        """One number per sample: (N,) float32."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A judge that reads the score off the text."""
+
+    scorer: Scorer
+
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+        return np.array([self.scorer(sample.text) for sample in samples], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class RewardModel:
+    """A judge that has learnt from comparisons: (score - mean) / scale.
+
+    A reward model knows differences only; its zero and its unit are whatever training left. `normalised` sets them by
+    reference answers, so that a KL penalty means the same whichever reward model stands beside it.
+    """
+
+    model: LM
+    rows: int = 32
+    mean: float = 0.0
+    scale: float = 1.0
+
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+        scores = np.zeros(len(samples), np.float32)
+        order = sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens))
+        device = self.model.tokens.weight.device
+        with reading(self.model):
+            for first in range(0, len(order), self.rows):
+                index = order[first : first + self.rows]
+                batch = rectangle([samples[i].tokens for i in index], device)
+                scores[index] = rewards(self.model, self.model(batch), batch).cpu().numpy()
+        return (scores - np.float32(self.mean)) / np.float32(self.scale)
+
+    def normalised(self, samples: Sequence[Sample]) -> RewardModel:
+        """The same judge with mean 0 and standard deviation 1 on these samples."""
+        scores = self(samples) * self.scale + self.mean
+        return replace(self, mean=float(scores.mean()), scale=float(scores.std()) or 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Two answers to one prompt, one of them preferred. margin: the judge's score of the chosen less the rejected's;
+    below zero where noise has turned the preference round."""
+
+    chosen: Sample
+    rejected: Sample
+    margin: float
+
+
+def prefer(
+    first: Sequence[Sample], second: Sequence[Sample], judge: Judge, *, noise: float = 0.0, rng: np.random.Generator
+) -> list[Comparison]:
+    """Compare answers pairwise. noise 0 prefers the higher score, and leaves ties out; above it, the first is preferred
+    with probability sigma((score_1 - score_2) / noise) (Bradley & Terry 1952). Equal answers are left out."""
+    drawn = rng.random(len(first))
+    kept = []
+    scores = zip(judge(first), judge(second), strict=True)
+    for a, b, (x, y), u in zip(first, second, scores, drawn, strict=True):
+        if not np.array_equal(a.prompt, b.prompt):
+            raise UserError("only answers to the same prompt can be compared")
+        apart = float(x) - float(y)
+        if np.array_equal(a.answer, b.answer) or (noise == 0 and apart == 0):
+            continue
+        wins = apart > 0 if noise == 0 else bool(u < 1 / (1 + np.exp(-apart / noise)))
+        kept.append(Comparison(a, b, apart) if wins else Comparison(b, a, -apart))
+    return kept
+
+
+class Comparisons(Source):
+    """Comparisons as examples of reward models and DPO: chosen and rejected rows of tokens with their masks."""
+
+    def __init__(self, comparisons: Sequence[Comparison]) -> None:
+        self.comparisons = list(comparisons)
+
+    def __len__(self) -> int:
+        return len(self.comparisons)
+
+    def __getitem__(self, index: int) -> Example:
+        sides = {"chosen": self.comparisons[index].chosen, "rejected": self.comparisons[index].rejected}
+        tokens = {f"{side}_tokens": sample.tokens for side, sample in sides.items()}
+        return tokens | {f"{side}_mask": sample.mask for side, sample in sides.items()}
+
+
+def write_comparisons(comparisons: Iterable[Comparison], path: Path) -> None:
+    """One JSON record a line: the texts for people, the tokens so that training reads exactly what was sampled."""
+    with path.open("w", encoding="utf-8") as file:
+        for c in comparisons:
+            sides = {side: {"text": s.text, "tokens": s.answer.tolist(), "finished": s.finished}
+                     for side, s in (("chosen", c.chosen), ("rejected", c.rejected))}  # fmt: skip
+            file.write(json.dumps({"prompt": c.chosen.prompt.tolist(), "margin": c.margin} | sides) + "\n")
+
+
+def read_comparisons(path: Path) -> list[Comparison]:
+    """What `write_comparisons` wrote. Raises UserError with file and line for a record that is not one."""
+    found = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            prompt = np.array(record["prompt"], np.int32)
+            chosen, rejected = (
+                Sample(prompt, np.array(s["tokens"], np.int32), s["text"], s["finished"])
+                for s in (record["chosen"], record["rejected"])
+            )
+            found.append(Comparison(chosen, rejected, record["margin"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{n}: not a comparison written by firth ({error}): delete the file to make it anew"
+            ) from error
+    return found

@@ -1,0 +1,237 @@
+"""An on-policy source: examples which the model being trained has written itself.
+
+Training asks a source for the examples of a step; this one first asks the model for its text. Every `phase.steps`
+steps it draws a new phase of answers from the model as it is then, has a judge score them, and writes down all that
+policy gradients need, per token: the log-probability under the policy that drew it (`old`) and under the frozen
+starting point (`reference`), value estimates, and from the penalised rewards
+
+    r_t = -beta (log p(token_t) - log p_ref(token_t)),   and at the last token + the judge's score
+
+advantages and returns (`firth.align.credit`). Then it is a source like any other, read for one or more epochs by
+`PPO` or `Reinforce` through the one training loop. Old log-probabilities are computed by the pass that training makes,
+not taken from the sampler, so that the first ratios are 1 up to rounding. A phase is part of the checkpoint (`state`):
+a run killed in its middle goes on with the very same answers.
+
+    rollouts = Rollouts(prompts, tokenizer, judge, reference=copy.deepcopy(policy), phase=Phase(answers=64, steps=8))
+    train(policy, PPO(), Batches(rollouts, PPO(), vocab, rows=32, seed=0), directory, ...)     # 64 x 4 epochs = 8 x 32
+
+With several ranks each draws the whole phase from the same seeds and reads its own share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firth.align.credit import GAE, Credit
+from firth.align.rewards import Judge, Sample
+from firth.data.order import order
+from firth.data.source import Source
+from firth.generate.answer import Coder
+from firth.generate.engine import Engine
+from firth.generate.rows import reading, rectangle
+from firth.generate.sample import Sampling
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.objectives.ppo import PER_TOKEN, kl
+from firth.types import Example, UserError
+
+STATISTICS = (
+    "reward", "reward_deviation", "truth", "penalised", "kl", "kl_token", "kl_estimate", "entropy", "explained",
+    "length", "finished",
+)  # fmt: skip
+CHUNK = 512
+"""Positions whose full distributions are held at once."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How much is drawn, and how often.
+
+    answers: sampled per phase. group: answers per prompt. steps: training steps on each phase; with `rows` examples a
+    step and E epochs that is answers * E / rows. max_new: most tokens of an answer. beta: what a nat of divergence from
+    the reference costs. unfinished: the judge's score for an answer without a stop token; None leaves it to the judge.
+    """
+
+    answers: int = 64
+    group: int = 1
+    steps: int = 8
+    max_new: int = 48
+    beta: float = 0.05
+    unfinished: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.answers < 1 or self.group < 1 or self.steps < 1 or self.answers % self.group:
+            raise UserError(f"{self.answers} answers a phase cannot be shared out in groups of {self.group}")
+
+
+class Rollouts(Source):
+    """The newest phase of answers. len() = phase.answers.
+
+    prompts: token ids (n,) each, taken in a permuted order that goes on from phase to phase. judge: scores answers.
+    reference: the frozen model; it is never part of the trained one. truth: a second judge which is measured but not
+    learnt from. precision: the context that training runs in, so that old log-probabilities are those of training.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        tokenizer: Coder,
+        judge: Judge,
+        reference: LM,
+        *,
+        phase: Phase | None = None,
+        credit: Credit | None = None,
+        truth: Judge | None = None,
+        stops: Sequence[int] | None = None,
+        seed: int = 0,
+        rows: int = 32,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        if not prompts:
+            raise UserError("there are no prompts to answer")
+        self.prompts, self.coder, self.judge, self.reference = prompts, tokenizer, judge, reference
+        self.phase, self.credit, self.truth = phase or Phase(), credit or GAE(), truth
+        self.stops, self.seed, self.rows, self.precision = stops, seed, rows, precision
+        self.number = -1
+        self.history: list[dict[str, float]] = []
+        self.samples: list[Sample] = []
+        self._lengths = np.zeros((0, 2), np.int64)
+        self._tokens = np.zeros(0, np.int32)
+        self._told = np.zeros((len(PER_TOKEN), 0), np.float32)
+
+    def __len__(self) -> int:
+        return self.phase.answers
+
+    def __getitem__(self, index: int) -> Example:
+        if self.number < 0:
+            raise UserError("no answers have been drawn yet: call prepare(model, step) first")
+        ends = self._lengths.sum(1).cumsum()
+        there = slice(ends[index] - self._lengths[index].sum(), ends[index])
+        tokens = self._tokens[there]
+        told = dict(zip(PER_TOKEN, self._told[:, there], strict=True))
+        return {"tokens": tokens, "mask": np.arange(len(tokens)) >= self._lengths[index, 0]} | told
+
+    def prepare(self, model: LM, step: int) -> None:
+        """Draw the phase that this step belongs to, unless it is there."""
+        number = step // self.phase.steps
+        if number != self.number:
+            self.number = number
+            self._draw(model)
+
+    def measures(self) -> dict[str, float]:
+        """The newest phase in numbers, for the log: means over its answers (kl: nats per answer) or its tokens."""
+        return dict(self.history[-1]) if self.history else {}
+
+    def _draw(self, model: LM) -> None:
+        prompts = self._asked()
+        seed = int(np.random.SeedSequence([self.seed, self.number]).generate_state(1)[0])
+        engine = Engine(model, self.coder, self.stops, rows=self.rows)
+        written = engine.generate(prompts, Sampling(max_new=self.phase.max_new, seed=seed))
+        self.samples = [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+        score = np.asarray(self.judge(self.samples), np.float64)
+        finished = np.array([s.finished for s in self.samples])
+        if self.phase.unfinished is not None:
+            score = np.where(finished, score, self.phase.unfinished)
+        now = self._read(model)
+        real, old, reference = now["real"], now["old"], now["reference"]
+        rewards = np.where(real, -self.phase.beta * (old - reference), 0.0)
+        rewards[np.arange(len(real)), real.sum(1) - 1] += score
+        advantage, returns = self.credit(rewards, now["values"], real, self.phase.group)
+        self._store(real, now | {"advantage": advantage, "returns": returns})
+        values, told = now["values"][real], returns[real]
+        self.history.append({
+            "phase": float(self.number),
+            "reward": float(score.mean()),
+            "reward_deviation": float(score.std()),
+            "truth": float(np.mean(self.truth(self.samples))) if self.truth else float("nan"),
+            "penalised": float(rewards.sum(1).mean()),
+            "kl": float(now["kl"].sum(1).mean()),
+            "kl_token": float(now["kl"][real].mean()),
+            "kl_estimate": float(kl(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
+            "entropy": float(now["entropy"][real].mean()),
+            "explained": 1 - float((told - values).var() / (told.var() + 1e-8)),
+            "length": float(real.sum(1).mean()),
+            "finished": float(finished.mean()),
+        })  # fmt: skip
+
+    def _asked(self) -> list[np.ndarray]:
+        """This phase's prompts, each `group` times."""
+        count = self.phase.answers // self.phase.group
+        _, index = order(len(self.prompts), self.seed, np.arange(count) + count * self.number)
+        return [self.prompts[i] for i in index.tolist() for _ in range(self.phase.group)]
+
+    def _read(self, model: LM) -> dict[str, np.ndarray]:
+        """What policy and reference say of each sampled token: (N, T) float64 each, and `real`."""
+        longest = max(len(s.answer) for s in self.samples)
+        real = np.stack([np.arange(longest) < len(s.answer) for s in self.samples])
+        out = {name: np.zeros(real.shape) for name in ("old", "reference", "values", "kl", "entropy")}
+        for first in range(0, len(self.samples), self.rows):
+            some = self.samples[first : first + self.rows]
+            there = real[first : first + self.rows]
+            for name, told in self._told_by(model, some).items():
+                out[name][first : first + self.rows][there] = told.double().cpu().numpy()
+        return out | {"real": real}
+
+    def _told_by(self, model: LM, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """One number per sampled token of these answers, in row order: (tokens,) each."""
+        device = model.tokens.weight.device
+        batch = rectangle([s.tokens[:-1] for s in samples], device)
+        asked = rectangle([s.mask[1:] for s in samples], device)["tokens"].bool()
+        labels = torch.from_numpy(np.concatenate([s.answer for s in samples]).astype(np.int64)).to(device)
+        with reading(model), reading(self.reference), self.precision():
+            states, frozen = model(batch)[asked], self.reference(batch)[asked]
+            ours: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+            theirs: Vocabulary = self.reference.parts["lm"]  # type: ignore[assignment]
+            told: dict[str, list[Tensor]] = {"old": [], "reference": [], "kl": [], "entropy": []}
+            for at in range(0, len(labels), CHUNK):
+                here = slice(at, at + CHUNK)
+                p = ours(states[here]).float().log_softmax(-1)  # (chunk, V)
+                q = theirs(frozen[here]).float().log_softmax(-1)
+                pick = labels[here, None]
+                told["old"].append(p.gather(-1, pick)[:, 0])
+                told["reference"].append(q.gather(-1, pick)[:, 0])
+                # Over the whole vocabulary, not the sampled token alone: exact at each state, and never negative.
+                told["kl"].append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+                told["entropy"].append(-(p.exp() * p).sum(-1))
+            out = {name: torch.cat(pieces) for name, pieces in told.items()}
+            if "value" in model.parts:
+                out["values"] = model.parts["value"](states)[:, 0].float()
+        return out
+
+    def _store(self, real: np.ndarray, numbers: Mapping[str, np.ndarray]) -> None:
+        """Keep the phase as flat arrays: tokens of all answers in a row, and PER_TOKEN beside them, 0 on prompts."""
+        self._lengths = np.array([(len(s.prompt), len(s.answer)) for s in self.samples])
+        self._tokens = np.concatenate([s.tokens for s in self.samples])
+        on = np.concatenate([s.mask for s in self.samples])
+        self._told = np.zeros((len(PER_TOKEN), len(on)), np.float32)
+        for row, name in zip(self._told, PER_TOKEN, strict=True):
+            row[on] = numbers[name][real]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The phase as it is, and the history: all that a run in its middle cannot compute again."""
+        history = np.array([[row[name] for name in ("phase", *STATISTICS)] for row in self.history], np.float64)
+        return {
+            "number": np.array([self.number]),
+            "lengths": self._lengths,
+            "tokens": self._tokens,
+            "told": self._told,
+            "finished": np.array([s.finished for s in self.samples], bool),
+            "history": history.reshape(-1, 1 + len(STATISTICS)),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self.number = int(state["number"][0])
+        self._lengths, self._tokens = np.array(state["lengths"]), np.array(state["tokens"])
+        self._told = np.array(state["told"])
+        self.history = [dict(zip(("phase", *STATISTICS), map(float, row), strict=True)) for row in state["history"]]
+        self.samples = []
+        ends = self._lengths.sum(1).cumsum()
+        for (asked, answered), end, finished in zip(self._lengths, ends, state["finished"], strict=True):
+            prompt, answer = np.split(self._tokens[end - asked - answered : end], [asked])
+            self.samples.append(Sample(prompt, answer, self.coder.decode(answer), bool(finished)))
