@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,7 +162,7 @@ def plain(turn: Turn) -> None:
 # ------------------------------------------------------------------------------- firth
 
 
-def firth_parts(seed: int = 0) -> tuple[object, object, object]:
+def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train` builds for the default decoder on these windows."""
     from firth.data.batch import Batches
     from firth.data.source import Source
@@ -184,29 +185,34 @@ def firth_parts(seed: int = 0) -> tuple[object, object, object]:
     objective = CausalLM()
     shape = decoder(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LENGTH)
     vocab = Vocab(size=VOCAB, roles={"pad": 0, "bos": 2, "eos": 3}, special=np.arange(VOCAB) < 107)
-    return LM(shape, objective.parts(shape)), objective, Batches(Drawn(), objective.view, vocab, rows=ROWS, seed=seed)
+    return LM(shape, objective.parts(shape)), objective, Batches(Drawn(), objective, vocab, rows=ROWS, seed=seed)
 
 
-def firth(turn: Turn, optimizer: str = "muon") -> None:
-    """The inside of `firth.train.loop` without its log: batches, step, clip, move."""
-    from firth.train.optimizer import Mover, Optimizer
-    from firth.train.step import step
+def firth_run(turn: Turn, optimizer: str, units: Callable[[int], float], made: tuple[Any, Any, Any]) -> None:
+    """firth's own loop with its progress, log and counting; its share ends where a user's evaluation would be."""
+    from firth.train.log import Silence
+    from firth.train.loop import Plan, train
+    from firth.train.optimizer import Optimizer
+    from firth.train.schedule import Length
 
-    model, objective, batches = firth_parts()
-    mover = Mover(Optimizer(name=optimizer), model)  # type: ignore[arg-type]
-    model.train()  # type: ignore[attr-defined]
-    number = 0
-    while True:
-        step(model, objective, batches.batches(number))  # type: ignore[arg-type, attr-defined]
-        mover.clip()
-        mover.move(0.5)
-        number += 1
-        if number % SHARE == 0:
-            turn(SHARE * ROWS * LENGTH)
+    def evaluate(model: object, step: int) -> dict[str, float]:
+        turn(units(step))
+        return {}
+
+    model, objective, batches = made
+    with tempfile.TemporaryDirectory() as directory:
+        train(
+            model, objective, batches, Path(directory), length=Length(steps=1_000_000), told=Silence(),
+            optimizer=Optimizer(name=optimizer), plan=Plan(evaluate_every=SHARE, save_every=0), evaluate=evaluate,
+        )  # fmt: skip
+
+
+def firth(turn: Turn) -> None:
+    firth_run(turn, "muon", lambda step: SHARE * ROWS * LENGTH, firth_parts())
 
 
 def firth_adamw(turn: Turn) -> None:
-    firth(turn, "adamw")
+    firth_run(turn, "adamw", lambda step: SHARE * ROWS * LENGTH, firth_parts())
 
 
 CONTENDERS: dict[str, Callable[[Turn], None]] = {

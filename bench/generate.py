@@ -1,0 +1,176 @@
+"""Speed of cached greedy generation: a decoder of 29 M parameters (8 layers, width 512) writes 128 tokens, CPU.
+
+    python -m bench.generate --batch 1     # and --batch 16
+    python -m bench.generate --check       # the same weights write the same tokens on both sides; no timing
+
+Contenders: transformers' `generate()` on a `GPT2LMHeadModel` as it comes, the same with its weights in bf16, firth's
+`Engine` reading the very same GPT-2 from its directory, and firth's `Engine` on its own default decoder of that size.
+firth in its default precision is what `firth generate` picks on this machine; here that is also said in the table.
+Every contender gets the same prompts (32 tokens a row) and must write 128 tokens a row: nothing can end an answer.
+
+At batch 1 the floor is the weights' bytes over the memory bandwidth (embeddings of tokens that are not read excluded).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.harness import Turn, compare
+
+VOCAB, WIDTH, DEPTH, HEADS, CONTEXT = 8192, 512, 8, 8, 256
+PROMPT, NEW = 32, 128
+
+
+def prompts(batch: int) -> np.ndarray:
+    """(batch, PROMPT) int64 ordinary ids."""
+    return np.random.default_rng(0).integers(200, VOCAB, size=(batch, PROMPT))
+
+
+# ------------------------------------------------------------------------------- transformers
+
+
+def hf_model() -> Any:
+    """GPT-2 with random weights large enough that greedy text is not one token for ever."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS, initializer_range=0.05,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )
+    ).eval()  # fmt: skip
+
+
+def hf_write(model: Any, batch: int) -> list[list[int]]:
+    ids = torch.from_numpy(prompts(batch))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    return out[:, PROMPT:].tolist()  # type: ignore[no-any-return]
+
+
+def transformers_generate(turn: Turn, batch: int, dtype: torch.dtype) -> None:
+    model = hf_model().to(dtype)
+    while True:
+        turn(sum(map(len, hf_write(model, batch))))
+
+
+# ------------------------------------------------------------------------------- firth
+
+
+class Numbers:
+    """A tokenizer whose text is its token ids: nothing to encode or decode, so that the model alone is measured."""
+
+    def __init__(self) -> None:
+        from firth.text.vocab import Vocab
+
+        self.vocab = Vocab(size=VOCAB, roles={"pad": 0}, special=np.arange(VOCAB) < 1)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([int(piece) for piece in text.split()], np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    def token(self, id: int) -> str:
+        return str(id)
+
+
+def same_gpt2() -> Any:
+    """The peer's weights, read by firth from the directory that transformers wrote."""
+    from firth.model.weights import load_model
+
+    with tempfile.TemporaryDirectory() as directory:
+        hf_model().save_pretrained(directory)
+        return load_model(Path(directory))
+
+
+def own_decoder() -> Any:
+    """firth's default decoder. Its zero-initialised projections are filled, or it would only repeat itself."""
+    from firth.model.heads import Vocabulary
+    from firth.model.lm import LM
+    from firth.model.shape import decoder
+
+    torch.manual_seed(0)
+    shape = decoder(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def firth_write(engine: Any, batch: int) -> list[list[int]]:
+    from firth.generate.sample import Sampling
+
+    done = engine.generate(list(prompts(batch)), Sampling(temperature=0, max_new=NEW))
+    return [c.tokens.tolist() for c in done]
+
+
+def firth_generate(turn: Turn, batch: int, make: Callable[[], Any], dtype: torch.dtype) -> None:
+    from firth.generate.engine import Engine
+
+    engine = Engine(make().to(dtype), Numbers(), stops=())
+    while True:
+        turn(sum(map(len, firth_write(engine, batch))))
+
+
+def contenders(batch: int) -> dict[str, Callable[[Turn], None]]:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return {
+        "transformers": partial(transformers_generate, batch=batch, dtype=fp32),
+        "transformers, bf16": partial(transformers_generate, batch=batch, dtype=bf16),
+        "firth, the same GPT-2": partial(firth_generate, batch=batch, make=same_gpt2, dtype=fp32),
+        "firth, the same GPT-2, bf16": partial(firth_generate, batch=batch, make=same_gpt2, dtype=bf16),
+        "firth": partial(firth_generate, batch=batch, make=own_decoder, dtype=fp32),
+        "firth, bf16": partial(firth_generate, batch=batch, make=own_decoder, dtype=bf16),
+    }
+
+
+def check() -> None:
+    """The same weights write the same tokens, whoever runs them, at batch 1 and 4."""
+    from firth.generate.engine import Engine
+
+    theirs, engine = hf_model(), Engine(same_gpt2(), Numbers(), stops=())
+    sizes = {
+        "transformers": sum(p.numel() for p in theirs.parameters()),
+        "firth, the same GPT-2": sum(p.numel() for p in engine.model.parameters()),
+        "firth": sum(p.numel() for p in own_decoder().parameters()),
+    }
+    assert sizes["transformers"] == sizes["firth, the same GPT-2"], sizes
+    for batch in (1, 4):
+        want, got = hf_write(theirs, batch), firth_write(engine, batch)
+        assert all(len(row) == NEW for row in want + got), "an answer ended early"
+        assert len({t for row in want for t in row}) > NEW // 4, "the text is too dull to show a difference"
+        agree = np.mean(np.array(want) == np.array(got))
+        assert agree == 1, f"batch {batch}: only {agree:.1%} of the tokens agree"
+    print(f"parameters {sizes}; {5 * NEW} greedy tokens of the same weights agree")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", choices=list(contenders(1)), help="a subset of the contenders")
+    parser.add_argument("--save", type=Path, help="write every sample as JSON")
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    if given.check:
+        return check()
+    everyone = contenders(given.batch)
+    chosen = {n: everyone[n] for n in (given.only or everyone)}
+    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)))
+    if given.save:
+        report.save(given.save)
+    print(f"batch {given.batch}\n{report.table('firth' if 'firth' in chosen else list(chosen)[-1])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Where a training step goes: seconds by phase and by kind of work, beside the floor that the arithmetic sets.
+
+    python -m bench.profile                # firth's causal step of bench/causal.py
+    python -m bench.profile --plain        # the plain fp32 loop, for comparison
+    python -m bench.profile --ops 25       # the costliest single operators by shape too
+
+The floor is the matrix products' FLOPs over the GEMM rate measured in the same minute: no program that does the same
+arithmetic in the same precision can be quicker. What lies above it is memory traffic, kernels that are not GEMMs,
+and GEMMs of shapes that the library is slow at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from bench.causal import (
+    DEPTH, LENGTH, ROWS, VOCAB, WIDTH, Plain, firth_parts, plain_optimizer, rows_for_ever, windows,
+)  # fmt: skip
+from bench.harness import gemm_rate
+
+KINDS = (
+    ("linear", ("addmm", "aten::mm", "mkldnn_linear")),
+    ("batched products (attention, Muon)", ("aten::bmm", "baddbmm")),
+    ("fused attention", ("flash_attention", "scaled_dot_product")),
+    ("norms", ("layer_norm", "rms_norm", "rsqrt")),
+    ("activation", ("gelu", "relu", "tanh", "silu", "threshold", "aten::pow", "square")),
+    ("softmax, cross-entropy", ("softmax", "nll_loss", "logsumexp")),
+    ("embedding", ("embedding", "index", "gather", "scatter")),
+    ("optimizer", ("_foreach", "_fused_adam", "lerp")),
+    ("copies", ("copy_", "aten::cat", "aten::stack", "contiguous", "clone")),
+    ("elementwise", ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::neg", "aten::sum", "aten::exp")),
+)
+"""Kind of work -> parts of operator names, the first that matches."""
+
+Phases = list[tuple[str, Callable[[], object]]]
+
+
+def flops() -> dict[str, float]:
+    """FLOPs of the matrix products of one step, forward and backward (three products per map)."""
+    tokens = ROWS * LENGTH
+    return {
+        "blocks' linear maps": 6 * tokens * 12 * DEPTH * WIDTH**2,
+        "vocabulary head": 6 * tokens * VOCAB * WIDTH,
+        "attention, the causal half": 3 * DEPTH * ROWS * 2 * 2 * LENGTH**2 * WIDTH / 2,
+    }
+
+
+def firth_phases(name: str) -> Phases:
+    """The phases of firth's step, in order; each leaves what the next one needs."""
+    from firth.train.memory import keep_freed_memory
+    from firth.train.optimizer import Mover, Optimizer
+    from firth.train.step import step
+
+    keep_freed_memory()
+    model, objective, batches = firth_parts()
+    mover = Mover(Optimizer(name=name), model)  # type: ignore[arg-type]
+    made: list[object] = []
+    number = iter(range(1_000_000))
+
+    def batch() -> None:
+        made[:] = batches.batches(next(number))  # type: ignore[attr-defined]
+
+    return [
+        ("view and batch", batch),
+        ("forward and backward", lambda: step(model, objective, made)),  # type: ignore[arg-type]
+        ("clip", mover.clip),
+        (f"move ({name})", lambda: mover.move(0.5)),
+    ]
+
+
+def plain_phases() -> Phases:
+    model = Plain()
+    optimizer = plain_optimizer(model, 6e-4)
+    batches = rows_for_ever(windows(), ROWS, seed=0)
+    made: list[torch.Tensor] = []
+
+    def batch() -> None:
+        made[:] = [next(batches)]
+
+    def move() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return [
+        ("view and batch", batch),
+        ("forward and backward", lambda: model(made[0][:, :-1], made[0][:, 1:]).backward()),
+        ("clip", lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
+        ("move (AdamW)", move),
+    ]
+
+
+def kind(operator: str) -> str:
+    return next((k for k, parts in KINDS if any(p in operator for p in parts)), "other")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--ops", type=int, default=0)
+    given = parser.parse_args()
+    phases = plain_phases() if given.plain else firth_phases(given.optimizer)
+    spent: dict[str, list[float]] = defaultdict(list)
+    for number in range(given.steps + 2):
+        for name, work in phases:
+            began = time.perf_counter()
+            work()
+            if number >= 2:
+                spent[name].append(time.perf_counter() - began)
+    least = {name: min(seconds) for name, seconds in spent.items()}
+    total = sum(least.values())
+    rate, work = gemm_rate(torch.float32), flops()
+    floor = sum(work.values()) / rate
+    print(f"step {total * 1e3:,.0f} ms = {ROWS * LENGTH / total:,.0f} tokens/s (the best of {given.steps} per phase)")
+    print(f"floor {floor * 1e3:,.0f} ms at {rate / 1e9:,.0f} GFLOP/s fp32: the step runs at {floor / total:.0%} of it")
+    for name, n in work.items():
+        print(f"  {name:36} {n / 1e9:7.1f} GFLOP {n / rate * 1e3:7.0f} ms at least")
+    for name, seconds in least.items():
+        print(f"  {name:36} {seconds * 1e3:7.0f} ms {seconds / total:6.1%}")
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as traced:
+        for _ in range(2):
+            for _, step_phase in phases:
+                step_phase()
+    kinds: dict[str, float] = defaultdict(float)
+    for event in traced.key_averages():
+        kinds[kind(event.key)] += event.self_cpu_time_total / 2e3
+    print("by kind of operator, own time:")
+    whole = sum(kinds.values())
+    for name, ms in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f"  {name:36} {ms:7.0f} ms {ms / whole:6.1%}")
+    if given.ops:
+        by_shape = traced.key_averages(group_by_input_shape=True)
+        for event in sorted(by_shape, key=lambda e: -e.self_cpu_time_total)[: given.ops]:
+            ms = event.self_cpu_time_total / 2e3
+            print(f"  {ms:7.1f} ms x{event.count // 2:<4} {event.key:44} {str(event.input_shapes)[:90]}")
+
+
+if __name__ == "__main__":
+    main()
