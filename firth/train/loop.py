@@ -138,7 +138,6 @@ class _Run:
         self.mover = Mover(optimizer, model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
-        self.saved = self.at.step if (directory / "checkpoints").exists() else -1
         self.fields = frozenset(objective.targets.values())
         self.marked, self.marked_tokens, self.flops = self.at.seconds, self.at.tokens, 0.0  # since the last row
         self.took = 0.0
@@ -171,29 +170,31 @@ class _Run:
     def whole(self) -> Trained:
         """Every step that is left."""
         at = self.at
-        log = Log(self.directory, at.step) if self.ranks.first else None
-        if self.plan.compile:
-            self.model.compile()
-        self.model.train()
-        try:
-            with ctrl_c(self.told.say) as stop:
-                checked = False
-                while self.length.passed(at.step, at.seconds) < 1:
-                    start = time.perf_counter()
-                    self.batches.source.prepare(self.model, at.step)
-                    here = self.batches.batches(at.step)
-                    if not checked:
-                        self._refuse_silence(here)
-                        checked = True
-                    stopping = self._step(here, start, stop.asked)
-                    self._after(log, stopping)
-                if self.saved != at.step:
-                    self._save()
-        finally:
-            if log is not None:
-                log.close()
-            self.model.eval()
+        if self.length.passed(at.step, at.seconds) < 1:
+            log = Log(self.directory, at.step) if self.ranks.first else None
+            if self.plan.compile:
+                self.model.compile()
+            self.model.train()
+            try:
+                self._go_on(log)
+            finally:
+                if log is not None:
+                    log.close()
+        self.model.eval()
         return Trained(at.step, at.tokens, at.seconds, at.skipped, at.metrics)
+
+    def _go_on(self, log: Log | None) -> None:
+        at, checked = self.at, False
+        with ctrl_c(self.told.say) as stop:
+            while self.length.passed(at.step, at.seconds) < 1:
+                start = time.perf_counter()
+                self.batches.source.prepare(self.model, at.step)
+                here = self.batches.batches(at.step)
+                if not checked:
+                    self._refuse_silence(here)
+                    checked = True
+                stopping = self._step(here, start, stop.asked)
+                self._after(log, stopping)
 
     def _refuse_silence(self, here: list[Batch]) -> None:
         """Training on nothing looks like training: the loss is 0 and no weight moves."""
@@ -305,7 +306,6 @@ class _Run:
             self.directory, self.at, self.model, self.mover, self.batches.source, self.ranks,
             recipe=self.recipe, keep=self.plan.keep, score=self.score,
         )  # fmt: skip
-        self.saved = self.at.step
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,329 @@
+"""The loop: goes on bit for bit, splits change nothing, bad steps are left out, nothing is looked at that changes."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import train_room
+from firth.model.lm import LM
+from firth.train import loop
+from firth.train.checkpoint import load
+from firth.train.distributed import Ranks
+from firth.train.guard import alone_in
+from firth.train.log import Lines, Log, Silence
+from firth.train.loop import Plan, train
+from firth.train.optimizer import Optimizer
+from firth.train.precision import choose, measured_speed
+from firth.train.schedule import Length, Schedule
+from firth.train.step import step
+from firth.train.validate import validate
+from firth.types import IGNORE, Batch, Outputs, UserError
+from train_room import Chains, Scored, small_batches, small_model, small_run
+
+TIMED = {"seconds", "tokens_per_second", "flops_per_second"}
+
+
+def rows(directory: Path) -> list[dict[str, object]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Weights, momenta, source and random states agree to the last bit, and so do the metrics."""
+    assert rows(one) == rows(other)
+    a, b = (load(p / "checkpoints" / f"step-{step:06d}") for p in (one, other))
+    assert a.files.keys() == b.files.keys() == {"model", "optimizer", "source"}
+    for name in a.files:
+        assert a.files[name].keys() == b.files[name].keys()
+        for key, x in a.files[name].items():
+            assert torch.equal(x, b.files[name][key]), key
+    assert a.state | {"seconds": 0} == b.state | {"seconds": 0}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 steps without a stop."""
+    directory = tmp_path_factory.mktemp("whole")
+    small_run(directory, 120)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def children() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have torch imported already."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_room"])
+    warm = context.Process(target=time.sleep, args=(0,))
+    warm.start()
+    warm.join()
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+    return context
+
+
+def until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_killed_twenty_times_it_equals_the_uninterrupted_run(
+    tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
+) -> None:
+    chance = random.Random(0)
+    kills, finished = 0, 0
+    directory = tmp_path / "run"
+    while kills < 20 or not (directory / "ended").exists():
+        if (directory / "ended").exists():  # done before the twentieth kill: compare, and begin another
+            assert_same_run(uninterrupted, directory, 120)
+            finished += 1
+            shutil.rmtree(directory)
+        child = children.Process(target=train_room.run_in_process, args=(str(directory), 120))
+        child.start()
+        until(lambda child=child: (directory / "lock").exists() or not child.is_alive())
+        if kills < 20:
+            child.join(chance.uniform(0.02, 0.5))
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                kills += 1
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+    assert (directory / "ended").read_text() == "finished"
+    assert_same_run(uninterrupted, directory, 120)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
+) -> None:
+    child = children.Process(target=train_room.run_in_process, args=(str(tmp_path), 120))
+    child.start()
+    log = tmp_path / "metrics.jsonl"
+    until(lambda: log.exists() and log.read_text().count("\n") >= 5)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    ended = (tmp_path / "ended").read_text()
+    assert ended.startswith("stopped at step ")
+    assert "run the same command again to go on" in ended
+    at = int(ended.split()[3])
+    assert 5 <= at < 120
+    assert load(tmp_path / "checkpoints" / f"step-{at:06d}").state["step"] == at
+    small_run(tmp_path, 120)
+    assert_same_run(uninterrupted, tmp_path, 120)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(
+    tmp_path: Path, children: multiprocessing.context.ForkServerContext
+) -> None:
+    child = children.Process(target=train_room.stuck_in_process, args=(str(tmp_path),))
+    child.start()
+    until((tmp_path / "stuck").exists)  # in the middle of a step that takes a minute
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert child.is_alive()
+    os.kill(child.pid, signal.SIGINT)
+    child.join(10)
+    assert not child.is_alive()
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000001", "step-000002"]
+    for path in (tmp_path / "checkpoints").iterdir():
+        load(path)
+
+
+def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} is training in this directory"):
+        small_run(tmp_path, 2)
+    small_run(tmp_path, 2)  # and afterwards it is free
+
+
+def test_a_finished_run_is_finished(tmp_path: Path) -> None:
+    first = small_run(tmp_path, 4)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
+    again = small_run(tmp_path, 4)
+    assert again == first
+    assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_another_recipe_or_model_is_refused(tmp_path: Path) -> None:
+    small_run(tmp_path, 2)
+    with pytest.raises(UserError, match=r"another recipe \(r, this one is other\)"):
+        small_run(tmp_path, 4, recipe="other")
+    model = small_model()
+    model.parts["extra"] = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"'parts.extra.bias' is on one side only"):
+        small_run(tmp_path, 4, model=model)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_is_the_same(tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "checkpoints" / "step-000120" / "optimizer.safetensors"
+    last.write_bytes(last.read_bytes()[:-1] + b"!")
+    small_run(tmp_path, 120)
+    assert_same_run(uninterrupted, tmp_path, 120)
+
+
+def test_looking_more_often_changes_no_weight(tmp_path: Path) -> None:
+    often = Plan(evaluate_every=1, save_every=1, log_every=5, precision="fp32")
+    never = Plan(evaluate_every=0, save_every=0, precision="fp32")
+    small_run(tmp_path / "often", 6, often)
+    small_run(tmp_path / "never", 6, never)
+    a, b = (load(tmp_path / n / "checkpoints" / "step-000006") for n in ("often", "never"))
+    assert all(torch.equal(x, b.files["model"][k]) for k, x in a.files["model"].items())
+    assert a.state["random"] == b.state["random"]
+
+
+def test_accumulation_does_not_change_the_gradient() -> None:
+    grads = []
+    for accumulate in (1, 3, 7):
+        model = small_model(dropout=0.0)
+        means = step(model, Scored(), small_batches(Chains(), accumulate).batches(0))
+        grads.append((means, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    for means, found in grads[1:]:
+        for term, value in grads[0][0].items():
+            assert value.item() == pytest.approx(means[term].item(), rel=1e-5)
+        for name, g in grads[0][1].items():
+            assert torch.allclose(g, found[name], atol=1e-6, rtol=1e-4), name
+
+
+class Sometimes(Scored):
+    """Its loss is not a number in the given calls."""
+
+    bad: frozenset[int] = frozenset()
+    calls: list[int]
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        terms = super().loss(model, outputs, batch)
+        self.calls.append(len(self.calls))
+        if self.calls[-1] in self.bad:
+            terms["tokens"] = terms["tokens"] * float("nan")
+        return terms
+
+
+def run_badly(directory: Path, bad: frozenset[int], steps: int, limit: int = 10) -> loop.Trained:
+    objective = Sometimes()
+    object.__setattr__(objective, "bad", bad)
+    object.__setattr__(objective, "calls", [])
+    plan = Plan(save_every=0, bad_steps=limit, precision="fp32")
+    return train(
+        small_model(dropout=0.0), objective, small_batches(Chains(), accumulate=1), directory,
+        length=Length(steps=steps), schedule=Schedule("constant", warmup=0.0), plan=plan, told=Silence(),
+    )  # fmt: skip
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    found = run_badly(tmp_path, frozenset({1, 2}), steps=4)
+    assert found.skipped == 2
+    log = rows(tmp_path)
+    assert [row["loss"] is None for row in log] == [False, True, True, False]
+    assert [row["skipped"] for row in log] == [0, 1, 2, 2]
+    saved = load(tmp_path / "checkpoints" / "step-000004")
+    assert all(torch.isfinite(x).all() for x in saved.files["model"].values())
+    assert {x.item() for k, x in saved.files["optimizer"].items() if k.startswith("step/")} == {2}
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 5, .* lower optimizer.rate"):
+        run_badly(tmp_path, frozenset({0, 2, 3, 4}), steps=9, limit=3)
+
+
+def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
+    class Silent(Scored):
+        def view(self, example, vocab, rng):  # type: ignore[no-untyped-def]
+            shown = super().view(example, vocab, rng)
+            return shown | {"labels": shown["labels"] * 0 + IGNORE}
+
+    batches = small_batches(Chains())
+    batches.objective = Silent()
+    with pytest.raises(UserError, match=r"asks nothing.*field 'labels' \(loss term 'tokens'\)"):
+        train(small_model(), Silent(), batches, tmp_path, length=Length(steps=2), told=Silence())
+
+
+def test_a_length_in_seconds_ends_and_counts_only_training(tmp_path: Path) -> None:
+    def slow(model: LM, step: int) -> dict[str, float]:
+        time.sleep(0.3)
+        return {"loss": 1.0}
+
+    start = time.monotonic()
+    found = train(
+        small_model(), Scored(), small_batches(), tmp_path, length=Length(seconds=0.3), evaluate=slow,
+        plan=Plan(evaluate_every=10**9), told=Silence(),
+    )  # fmt: skip
+    assert 0.3 <= found.seconds < 1.0
+    assert time.monotonic() - start > 0.6
+    assert found.step > 3
+    assert found.metrics["rate"] < 0.2 * Optimizer().rate  # the schedule has come to its end
+
+
+def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = train(
+        small_model(dropout=0.0), Scored(), small_batches(Chains()), tmp_path, name="chains",
+        length=Length(steps=60), optimizer=Optimizer(rate=0.01), told=Lines("chains", every=0.0),
+        evaluate=lambda model, _: validate(model, Scored(), small_batches(Chains()).once(), bytes_per_target=2.0),
+    )  # fmt: skip
+    log = rows(tmp_path)
+    assert log[0]["loss"] > 3
+    assert found.metrics["valid/loss"] < 1
+    assert found.metrics["valid/accuracy"] > 0.8
+    assert found.metrics["valid/bits_per_byte"] == pytest.approx(found.metrics["valid/loss"] / 0.6931472 / 2.0)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("chains   2%  step 1/60  loss 3.")
+    assert all(word in out[-2] for word in ("step 60/60", "tokens/s", "FLOP/s", "left"))
+
+
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    small_run(tmp_path, 3)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    wanted = [(row["step"], row["loss"]) for row in rows(tmp_path) if row["split"] == "train"]
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == wanted
+    assert len(events.Scalars("valid/bits_per_byte")) == 1
+
+
+def test_rows_after_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0)
+    for n in range(1, 5):
+        log.row("train", n, 0.5 * n, n, {"loss": float("inf") if n == 2 else 1.0})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"split": "tra')
+    Log(tmp_path, 3).close()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, None), (3, 1.0)]
+
+
+def test_validation_is_the_mean_over_all_that_is_asked() -> None:
+    model = small_model(dropout=0.5)
+    model.train()
+    whole = validate(model, Scored(), [*small_batches(Chains()).once()])
+    assert model.training
+    one_by_one = validate(model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, rows=1, seed=0).once())
+    assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
+    assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
+
+
+def test_precision_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert choose("bf16", cpu) == "bf16"
+    for speed, wanted in (({"fp32": 1.0, "bf16": 2.0}, "bf16"), ({"fp32": 1.0, "bf16": 1.1}, "fp32")):
+        monkeypatch.setattr("firth.train.precision.measured_speed", lambda speed=speed: speed)
+        assert choose("auto", cpu) == wanted
+    assert min(measured_speed(size=64, seconds=0.001).values()) > 0
+
+
+def test_alone_the_sums_are_the_identity() -> None:
+    x = torch.randn(3)
+    assert torch.equal(Ranks().sum(x.clone()), x)
+    assert Ranks().gather(x).shape == (1, 3)

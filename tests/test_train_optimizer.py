@@ -1,0 +1,186 @@
+"""Muon against the singular value decomposition, AdamW against its formula, and who gets which."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from firth.model.lm import LM
+from firth.model.shape import decoder, encoder_decoder
+from firth.objectives.causal import CausalLM
+from firth.train.muon import BAND, REACH, orthogonalise
+from firth.train.optimizer import Mover, Optimizer, place
+from firth.types import UserError
+
+
+def tiny() -> LM:
+    torch.manual_seed(0)
+    shape = decoder(vocab=40, width=32, depth=2)
+    return LM(shape, CausalLM().parts(shape))
+
+
+def with_spectrum(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
+    s = len(values)
+    u = torch.linalg.qr(torch.randn(rows, s, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(columns, s, dtype=torch.float64)).Q
+    return (u * values.double()) @ v.mT
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (64, 80), (48, 192), (192, 48), (7, 5), (1, 9)])
+def test_singular_values_end_in_the_band(rows: int, columns: int) -> None:
+    torch.manual_seed(1)
+    s = min(rows, columns)
+    # From the smallest share of the Schatten-4 norm that is promised up to the largest; three matrices at three scales.
+    values = torch.logspace(math.log10(2 * REACH), 0, s)
+    exact = torch.stack([with_spectrum(rows, columns, values * scale) for scale in (1e-6, 1.0, 1e4)])
+    found = orthogonalise(exact.float())
+    got = torch.linalg.svdvals(found.double())
+    assert got.min() > BAND[0] - 1e-3, got.min()
+    assert got.max() < BAND[1] + 1e-3, got.max()
+    # The same directions: U^T found V is diagonal and positive.
+    for m, f in zip(exact, found.double(), strict=True):
+        u, _, v = torch.linalg.svd(m, full_matrices=False)
+        core = u.mT @ f @ v.mT
+        assert (core - torch.diag(core.diag())).abs().max() < 2e-3
+        assert core.diag().min() > 0
+
+
+def test_both_forms_agree_and_bf16_stays_near_the_band() -> None:
+    torch.manual_seed(2)
+    wide = torch.randn(3, 32, 128)
+    exact = orthogonalise(wide.double())  # the plain form
+    assert (orthogonalise(wide).double() - exact).abs().max() < 1e-4  # the Gram form
+    assert (orthogonalise(wide.mT.contiguous()).mT.double() - exact).abs().max() < 1e-4
+    rough = torch.linalg.svdvals(orthogonalise(wide.bfloat16()).float())
+    assert rough.min() > BAND[0] - 0.05
+    assert rough.max() < BAND[1] + 0.05
+
+
+def test_small_singular_values_grow_and_zeros_stay() -> None:
+    torch.manual_seed(3)
+    values = torch.cat([torch.ones(8), torch.full((24,), 1e-4)])
+    got = torch.linalg.svdvals(orthogonalise(with_spectrum(32, 128, values).float()[None])[0])
+    assert got[8:].min() > 1e-4 * 100  # multiplied by hundreds, still short of the band
+    assert torch.equal(orthogonalise(torch.zeros(2, 8, 8)), torch.zeros(2, 8, 8))
+    assert torch.equal(orthogonalise(torch.zeros(2, 8, 32)), torch.zeros(2, 8, 32))
+
+
+def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
+    torch.manual_seed(4)
+    layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])
+    before = [m.weight.detach().clone() for m in layers]
+    mover = Mover(Optimizer(rate=0.01, weight_decay=0.5, momentum=0.9), layers)
+    grads = [torch.randn(64, 64) for _ in layers]
+    for m, g in zip(layers, grads, strict=True):
+        m.weight.grad = g.clone()
+    mover.move(0.5)
+    for m, w, g in zip(layers, before, grads, strict=True):
+        moved = w * (1 - 0.01 * 0.5 * 0.5) - m.weight.detach()
+        assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01 * 0.5, rel=0.15)
+        u, _, v = torch.linalg.svd(g)
+        cosine = (moved * (u @ v)).sum() / moved.norm() / (u @ v).norm()
+        assert cosine > 0.97
+        assert m.weight.grad is None
+
+
+def test_momentum_is_nesterov() -> None:
+    layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
+    mover = Mover(Optimizer(rate=0.1, weight_decay=0.0, momentum=0.9), layer)
+    first, second = torch.randn(8, 8), torch.randn(8, 8)
+    for g in (first, second):
+        before = layer[0].weight.detach().clone()
+        layer[0].weight.grad = g.clone()
+        mover.move(1.0)
+    kept = 0.9 * (0.1 * first) + 0.1 * second
+    expected = orthogonalise((0.1 * second + 0.9 * kept)[None])[0] * 0.1 * 0.2 * math.sqrt(8)
+    assert torch.allclose(before - layer[0].weight.detach(), expected, atol=1e-6)
+
+
+def test_adamw_is_its_formula() -> None:
+    torch.manual_seed(5)
+    model = tiny()
+    mover = Mover(Optimizer("adamw", rate=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
+    mean = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
+    square = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
+    for t in (1, 2, 3):
+        expected = {}
+        for p in mover.placed:
+            w = p.parameter.detach().clone()
+            g = torch.randn_like(w)
+            p.parameter.grad = g.clone()
+            mean[p.name] = 0.8 * mean[p.name] + 0.2 * g
+            square[p.name] = 0.9 * square[p.name] + 0.1 * g * g
+            step = (mean[p.name] / (1 - 0.8**t)) / ((square[p.name] / (1 - 0.9**t)).sqrt() + 1e-6)
+            expected[p.name] = w * (1 - 0.005 * p.decay) - 0.005 * step
+        mover.move(0.5)
+        for p in mover.placed:
+            assert torch.allclose(p.parameter, expected[p.name], atol=1e-6), p.name
+
+
+def test_who_gets_what() -> None:
+    spec = Optimizer(rate=0.02, embedding_rate=0.3, rest_rate=0.004, weight_decay=0.1)
+    by_name = {p.name: p for p in place(spec, tiny())}
+    q, table, head = (by_name[n] for n in ("trunk.blocks.0.attention.q.weight", "tokens.weight", "parts.lm.weight"))
+    assert (q.muon, q.rate, q.decay) == (True, 0.02, 0.1)
+    assert (table.muon, table.rate, table.decay) == (False, 0.3, 0.0)
+    assert (head.muon, head.rate, head.decay) == (False, 0.004, 0.1)
+    shape = encoder_decoder(vocab=40, width=32, depth=1)
+    for p in place(spec, LM(shape, CausalLM().parts(shape))):
+        if p.parameter.ndim < 2 or "relative" in p.name:
+            assert (p.muon, p.rate, p.decay) == (False, 0.004, 0.0), p.name
+        elif "blocks" in p.name:
+            assert p.muon, p.name
+    assert not any(p.muon for p in place(Optimizer("adamw"), tiny()))
+
+
+def test_a_tied_head_is_a_table() -> None:
+    torch.manual_seed(0)
+    shape = replace(decoder(vocab=40, width=32, depth=1), tied=True)
+    tied = LM(shape, CausalLM().parts(shape))
+    placed = place(Optimizer(embedding_rate=0.5), tied)
+    assert [p.name for p in placed if p.parameter.shape == (40, 32)] == ["tokens.weight"]
+    assert next(p for p in placed if p.name == "tokens.weight").decay == 0
+
+
+def test_clipping_scales_all_gradients_together() -> None:
+    model = tiny()
+    mover = Mover(Optimizer(clip=1.0), model)
+    for p in mover.parameters:
+        p.grad = torch.randn_like(p)
+    whole = torch.cat([p.grad.flatten() for p in mover.parameters])
+    assert mover.clip().item() == pytest.approx(whole.norm().item(), rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in mover.parameters])
+    assert torch.allclose(clipped, whole / whole.norm(), atol=1e-7)
+    before = clipped.clone()
+    mover.clip()  # at the limit already: nothing to do but rounding
+    assert torch.allclose(torch.cat([p.grad.flatten() for p in mover.parameters]), before, rtol=1e-5)
+
+
+def test_state_and_restore_are_inverse() -> None:
+    one, other = tiny(), tiny()
+    movers = [Mover(Optimizer(), m) for m in (one, other)]
+
+    def both(mover: Mover, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in mover.parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        mover.move(1.0)
+
+    both(movers[0], 1)
+    other.load_state_dict(one.state_dict())
+    movers[1].restore(movers[0].state())
+    for mover in movers:
+        both(mover, 2)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match=r"optimizer.beta2 is 1: it must lie in \[0, 1\)"):
+        Optimizer(beta2=1.0)
+    with pytest.raises(UserError, match="optimizer.rate is nan"):
+        Optimizer(rate=float("nan"))
+    with pytest.raises(UserError, match="nothing to train"):
+        Mover(Optimizer(), tiny().requires_grad_(False))

@@ -1,0 +1,44 @@
+"""Shapes of the rate over a run, and lengths in steps and seconds."""
+
+import math
+
+import pytest
+
+from firth.train.schedule import Length, Schedule
+from firth.types import UserError
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_every_kind_warms_up_and_ends_at_its_floor(kind: str) -> None:
+    schedule = Schedule(kind, warmup=0.1, decay=0.3, floor=0.1)
+    assert schedule.factor(0.0) == 0
+    assert schedule.factor(0.05) == pytest.approx(0.5)
+    assert schedule.factor(0.1) == pytest.approx(1.0)
+    assert schedule.factor(1.0) == pytest.approx(1.0 if kind == "constant" else 0.1)
+    after = [schedule.factor(0.1 + 0.9 * i / 200) for i in range(201)]
+    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+
+
+def test_the_middle_of_each_fall() -> None:
+    assert Schedule("cosine", warmup=0.0).factor(0.25) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert Schedule("linear", warmup=0.2).factor(0.6) == pytest.approx(0.5)
+    assert Schedule("wsd", warmup=0.0, decay=0.4).factor(0.6) == 1
+    assert Schedule("wsd", warmup=0.0, decay=0.4).factor(0.9) == pytest.approx(0.25)
+
+
+def test_a_length_is_steps_or_seconds() -> None:
+    assert Length(steps=200).passed(50, 1e9) == 0.25
+    assert Length(seconds=60).passed(10**9, 15) == 0.25
+    assert Length(seconds=60).passed(0, 61) == 1
+    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"steps": -1}):
+        with pytest.raises(UserError, match="exactly one"):
+            Length(**wrong)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match=r"schedule.kind is 'cosin'"):
+        Schedule("cosin")
+    with pytest.raises(UserError, match=r"schedule.warmup is 100"):
+        Schedule(warmup=100)
+    with pytest.raises(UserError, match="more than the whole run"):
+        Schedule("wsd", warmup=0.5, decay=0.6)

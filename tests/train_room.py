@@ -1,0 +1,131 @@
+"""Small runs that the tests of the train room share; importable by a fork server, so that a process starts in no time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firth.data.batch import Batches
+from firth.data.source import Source
+from firth.model.lm import LM
+from firth.model.shape import decoder
+from firth.objectives.causal import CausalLM
+from firth.objectives.objective import asked, correct
+from firth.text.vocab import Vocab
+from firth.train.guard import Stopped
+from firth.train.log import Silence
+from firth.train.loop import Plan, Trained, train
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+from firth.train.validate import validate
+from firth.types import Batch, Example, Outputs
+
+VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 4)
+
+
+class Chains(Source):
+    """Rows of varied length in which each token is the last one plus 3."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> Example:
+        rng = np.random.default_rng(index)
+        return {"tokens": (rng.integers(36) + 3 * np.arange(rng.integers(4, 24))) % 36 + 4}
+
+
+class OnPolicy(Chains):
+    """Every third step it asks the model for text, with torch's random numbers, and appends that to every row."""
+
+    def __init__(self) -> None:
+        self.said = np.full(4, 5)
+
+    def prepare(self, model: LM, step: int) -> None:
+        if step % 3 == 0:
+            with torch.no_grad():
+                logits = model.parts["lm"](model({"tokens": torch.as_tensor(self.said)[None]}))[0]
+            self.said = torch.multinomial(logits.softmax(-1), 1)[:, 0].numpy()
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"said": self.said}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self.said = state["said"].copy()
+
+    def __getitem__(self, index: int) -> Example:
+        return {"tokens": np.concatenate((super().__getitem__(index)["tokens"], self.said))}
+
+
+class Scored(CausalLM):
+    """With a measure beside the loss."""
+
+    measures = {"accuracy": "labels"}  # noqa: RUF012
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        states, labels = asked(outputs["hidden"], batch["labels"])
+        with torch.no_grad():
+            right = correct(model.parts["lm"](states), labels)
+        return super().loss(model, outputs, batch) | {"accuracy": right}
+
+
+def small_model(dropout: float = 0.1, seed: int = 0) -> LM:
+    torch.manual_seed(seed)
+    shape = replace(decoder(vocab=40, width=32, depth=2, heads=2), dropout=dropout)
+    return LM(shape, Scored().parts(shape))
+
+
+def small_batches(source: Source | None = None, accumulate: int = 2, rank: int = 0, world: int = 1) -> Batches:
+    source = source or OnPolicy()
+    return Batches(source, Scored(), VOCAB, rows=7, seed=3, accumulate=accumulate, rank=rank, world=world)
+
+
+def small_run(directory: Path, steps: int, plan: Plan | None = None, recipe: str = "r", model: LM | None = None) -> Trained:
+    """A whole run: dropout, an on-policy source, uneven micro-batches, Muon and AdamW, held-out measurements."""
+    torch.set_num_threads(1)
+    held_out = Batches(Chains(), Scored(), VOCAB, rows=9, seed=4)
+    return train(
+        small_model() if model is None else model, Scored(), small_batches(), directory,
+        length=Length(steps=steps), optimizer=Optimizer(rate=0.01), schedule=Schedule(warmup=0.1),
+        plan=plan or Plan(save_every=3, evaluate_every=10, keep=2, precision="fp32"), recipe=recipe, told=Silence(),
+        evaluate=lambda model, _: validate(model, Scored(), held_out.once(), bytes_per_target=2.0),
+    )  # fmt: skip
+
+
+def run_in_process(directory: str, steps: int) -> None:
+    """What a child process does; how it ended is left in `ended`."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            small_run(Path(directory), steps)
+            ended = "finished"
+        except Stopped as stopped:
+            ended = str(stopped)
+        Path(directory, "ended").write_text(ended)
+
+
+class Stuck(Chains):
+    """Its third step takes a minute to prepare."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def prepare(self, model: LM, step: int) -> None:
+        if step == 2:
+            (self.directory / "stuck").touch()
+            time.sleep(60)
+
+
+def stuck_in_process(directory: str) -> None:
+    torch.set_num_threads(1)
+    train(
+        small_model(), Scored(), small_batches(Stuck(Path(directory))), Path(directory),
+        length=Length(steps=9), plan=Plan(save_every=1, keep=5, precision="fp32"), told=Silence(),
+    )  # fmt: skip
