@@ -165,7 +165,7 @@ def test_nothing_to_say_about_an_empty_text():
 
 HARD = [
     "", " ", "a", "plain words, twice.", "  leading and trailing  \n", "na\u00efve caf\u00e9", "日本語のテキスト",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 and \U0001f3f4", "e\u0301 \u00e9 \ufb01 \u212b", "\ud800 alone", "\x00\x07",
+    "\U0001f469\u200d\U0001f467 and \U0001f3f4", "e\u0301 \u00e9 \ufb01 \u212b", "\ud800 alone", "\x00\x07",
     "ÀÉÎ Straße ŒUVRE", "<mask> </s> <extra_id_0>", "a" * 400, "\u202eright\u202c",
 ]  # fmt: skip
 
