@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
 import train_room
+from torch import Tensor
+from train_room import Chains, Scored, small_batches, small_model, small_run
+
 from firth.model.lm import LM
 from firth.train import loop
 from firth.train.checkpoint import load
@@ -28,7 +29,6 @@ from firth.train.schedule import Length, Schedule
 from firth.train.step import step
 from firth.train.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
-from train_room import Chains, Scored, small_batches, small_model, small_run
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second"}
 
@@ -252,7 +252,7 @@ def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
 
 
 def test_a_length_in_seconds_ends_and_counts_only_training(tmp_path: Path) -> None:
-    def slow(model: LM, step: int) -> dict[str, float]:
+    def slow(_model: LM, _step: int) -> dict[str, float]:
         time.sleep(0.3)
         return {"loss": 1.0}
 
@@ -309,7 +309,9 @@ def test_validation_is_the_mean_over_all_that_is_asked() -> None:
     model.train()
     whole = validate(model, Scored(), [*small_batches(Chains()).once()])
     assert model.training
-    one_by_one = validate(model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, rows=1, seed=0).once())
+    one_by_one = validate(
+        model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, rows=1, seed=0).once()
+    )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
 

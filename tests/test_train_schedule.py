@@ -1,5 +1,6 @@
 """Shapes of the rate over a run, and lengths in steps and seconds."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def test_every_kind_warms_up_and_ends_at_its_floor(kind: str) -> None:
     assert schedule.factor(0.1) == pytest.approx(1.0)
     assert schedule.factor(1.0) == pytest.approx(1.0 if kind == "constant" else 0.1)
     after = [schedule.factor(0.1 + 0.9 * i / 200) for i in range(201)]
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(after))
 
 
 def test_the_middle_of_each_fall() -> None:

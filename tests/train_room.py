@@ -87,7 +87,9 @@ def small_batches(source: Source | None = None, accumulate: int = 2, rank: int =
     return Batches(source, Scored(), VOCAB, rows=7, seed=3, accumulate=accumulate, rank=rank, world=world)
 
 
-def small_run(directory: Path, steps: int, plan: Plan | None = None, recipe: str = "r", model: LM | None = None) -> Trained:
+def small_run(
+    directory: Path, steps: int, plan: Plan | None = None, recipe: str = "r", model: LM | None = None
+) -> Trained:
     """A whole run: dropout, an on-policy source, uneven micro-batches, Muon and AdamW, held-out measurements."""
     torch.set_num_threads(1)
     held_out = Batches(Chains(), Scored(), VOCAB, rows=9, seed=4)

@@ -32,7 +32,7 @@ COEFFICIENTS = (
     (3.4735, -2.5057, 0.4810),
     (2.5044, -1.7907, 0.4071),
 )
-"""(a, b, c) of each round, by linear programming on a grid: each is the best for the interval that the last one left,
+"""(a, b, c) of each round, by linear programming on a grid: each is the best for the interval that the last one left
 with 2% more at its upper end. Without that, values which bf16 rounds past the end are thrown out to 7 and stay there."""
 
 REACH = 0.003

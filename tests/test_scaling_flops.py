@@ -1,0 +1,70 @@
+"""Counted FLOPs against torch's own counter on the real model, and pairs against the mask written out."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.objectives.causal import CausalLM
+from firth.objectives.objective import asked
+from firth.scaling.flops import asked_positions, work
+from firth.types import IGNORE, NEVER, Batch
+
+
+def random_batch(vocab: int, sides: tuple[str, ...]) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    batch: Batch = {}
+    for side, length in zip(sides, (12, 17), strict=False):
+        shape = (3, length)
+        batch[side + "tokens"] = torch.randint(1, vocab, shape, generator=generator)
+        batch[side + "looks"] = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
+        appears = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
+        appears[:, -3:] = NEVER
+        batch[side + "appears"] = appears
+        batch[side + "document"] = torch.randint(1, 4, shape, generator=generator, dtype=torch.int32)
+    return batch
+
+
+@pytest.mark.parametrize("sides", [("",), ("", "source_")])
+def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
+    batch = random_batch(30, sides)
+
+    def pairs(query: str, key: str, looks: torch.Tensor) -> int:
+        real = (batch[query + "appears"] != NEVER)[..., None]
+        same = batch[query + "document"][..., None] == batch[key + "document"][:, None]
+        return int((real & same & (batch[key + "appears"][:, None] <= looks[..., None])).sum())
+
+    found = work(batch, asked=5)
+    assert found.positions == 3 * 9
+    assert found.pairs == pairs("", "", batch["looks"])
+    if "source_" in sides:
+        assert found.source_positions == 3 * 14
+        assert found.source_pairs == pairs("source_", "source_", batch["source_looks"])
+        assert found.crossing_pairs == pairs("", "source_", torch.full_like(batch["looks"], NEVER - 1))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        decoder(vocab=70, width=32, depth=2, heads=2),
+        encoder(vocab=70, width=32, depth=2, heads=2),
+        encoder_decoder(vocab=70, width=32, depth=2, heads=2),
+        Shape(vocab=70, width=32, depth=1, heads=4, kv_heads=2, hidden=40, position="rotary", activation="swiglu"),
+    ],
+)
+def test_a_step_costs_what_torch_counts(shape: Shape) -> None:
+    torch.manual_seed(0)
+    objective = CausalLM()
+    model = LM(shape, objective.parts(shape))
+    batch: Batch = {"tokens": torch.randint(1, 70, (2, 12)), "labels": torch.randint(1, 70, (2, 12))}
+    batch["labels"][:, :5] = IGNORE
+    if shape.encoder:
+        batch["source_tokens"] = torch.randint(1, 70, (2, 9))
+    counted = work(batch, asked_positions(batch, frozenset({"labels"})))
+    assert (counted.positions, counted.pairs, counted.asked) == (24, 2 * 12 * 12, 14)  # no fields: all see all
+    # The counter knows plain products only: no fused attention kernel on the CPU, no head that works in chunks.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.parts["lm"](asked(model(batch), batch["labels"])[0]).sum().backward()
+    assert counter.get_total_flops() == counted.flops(shape)
