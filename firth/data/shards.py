@@ -18,11 +18,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
-from firth.text.vocab import Vocab
+from firth.text.read import Document
+from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 FORMAT = 1
@@ -34,25 +35,6 @@ PART = 1 << 18
 byte-level tokenizers split there anyway, others may split one word in a quarter of a million differently."""
 CHUNK = 1 << 21
 """Characters encoded at once: enough to keep all cores busy, and what the engine makes of them stays within 200 MB."""
-
-
-class Document(NamedTuple):
-    """A text, and the name by which it is held out or reported."""
-
-    name: str
-    text: str
-
-
-class Encoder(Protocol):
-    """What a store needs of a tokenizer; digest changes whenever any text would be encoded differently."""
-
-    @property
-    def vocab(self) -> Vocab: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
 
 
 class TokenStore:
@@ -75,7 +57,7 @@ class TokenStore:
         return bool(self.manifest["opened"])
 
     @classmethod
-    def open(cls, directory: Path | str, tokenizer: Encoder | None = None) -> TokenStore:
+    def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> TokenStore:
         """Open a finished store; with a tokenizer, refuse one whose tokens were made by another."""
         directory = Path(directory)
         path = directory / "manifest.json"
@@ -103,7 +85,7 @@ class TokenStore:
     def build(
         cls,
         documents: Iterable[Document],
-        tokenizer: Encoder,
+        tokenizer: Tokenizer,
         directory: Path | str,
         *,
         counts: Mapping[str, int] | None = None,
@@ -129,7 +111,7 @@ class _Build:
     those of their stamps, are kept; the files are cut behind them and the rest is encoded.
     """
 
-    def __init__(self, directory: Path, tokenizer: Encoder) -> None:
+    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         self.directory, self.tokenizer = directory, tokenizer
         self.partial = directory.with_name(directory.name + ".partial")
         roles, size = tokenizer.vocab.roles, tokenizer.vocab.size
@@ -269,16 +251,3 @@ def _content(directory: Path) -> str:
         with (directory / name).open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
-
-
-def held_out(name: str, share: float | Iterable[str]) -> bool:
-    """Whether a document is held out for validation: by its name alone, so adding others moves none.
-
-    share: a fraction, or the names themselves.
-
-    >>> sum(held_out(f"play {i}", 0.1) for i in range(10_000)), held_out("hamlet", ["hamlet", "macbeth"])
-    (1012, True)
-    """
-    if not isinstance(share, float):
-        return name in share
-    return int.from_bytes(_hash(name.encode())) < share * 2**64

@@ -1,0 +1,103 @@
+"""Which tokens are hidden: one by one, by whole words, or in spans.
+
+`NOISES[name](tokens, vocab, rate, rng)` returns (n,) bool, True where a token is hidden. In expectation `rate` of the
+tokens are; control tokens never.
+
+    iid         each token by itself                                      BERT (Devlin 2019), RoBERTa
+    words       each word by itself, with all its tokens                  BERT, "whole word masking"
+    spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020, its `random_spans_noise_mask`)
+    geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
+
+>>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
+>>> tokens = np.array([0] + [1, 2] * 12 + [0])
+>>> for name, noise in NOISES.items():
+...     print("".join(".#"[int(hidden)] for hidden in noise(tokens, vocab, 0.25, np.random.default_rng(3))), name)
+    .#..#..#.#..........#..... iid
+    .##....##....##..##....... words
+    ............###.......###. spans
+    .....######............... geometric
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from firth.text.vocab import Vocab
+
+Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
+Kind = Literal["iid", "words", "spans", "geometric"]
+
+MEAN = 3
+"""Tokens in a span of `spans`, on average."""
+MOST_WORDS = 10
+WORDS = 0.8 ** np.arange(MOST_WORDS)
+WORDS = WORDS.cumsum() / WORDS.sum()
+"""Cumulative probabilities of a geometric span's words: 0.2 * 0.8**(k - 1) up to 10, normalised; 3.8 on average."""
+
+
+def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Each token with probability `rate`."""
+    return (rng.random(len(tokens)) < rate) & ~vocab.special[tokens]
+
+
+def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Each word with probability `rate`: so each token too, but a word is hidden as a whole."""
+    allowed = ~vocab.special[tokens]
+    word = _begins(tokens, allowed, vocab).cumsum()
+    return (rng.random(word[-1] + 1)[word] < rate) & allowed
+
+
+def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """round(rate * n) tokens in round(that / MEAN) spans, which take turns with what is left; the first is left.
+
+    Where control tokens stand between, a span goes on behind them.
+    """
+    allowed = np.flatnonzero(~vocab.special[tokens])
+    n = len(allowed)
+    hidden = np.zeros(len(tokens), bool)
+    if n < 2:
+        return hidden
+    drop = min(max(round(n * rate), 1), n - 1)
+    count = min(max(round(drop / MEAN), 1), n - drop)
+    lengths = np.stack((_segments(n - drop, count, rng), _segments(drop, count, rng)), 1).ravel()
+    hidden[allowed] = np.repeat(np.arange(2 * count) % 2 == 1, lengths)
+    return hidden
+
+
+def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Spans of whole words from random places until rate * n tokens are hidden (the last one is cut to that)."""
+    allowed = ~vocab.special[tokens]
+    n = int(allowed.sum())
+    hidden = np.zeros(len(tokens), bool)
+    left = int(n * rate + rng.random())  # rounded up or down so that the mean is exact
+    begins = np.append(np.flatnonzero(_begins(tokens, allowed, vocab) | ~allowed), len(tokens))
+    while left:
+        at = int(rng.random() * len(tokens))
+        if hidden[at] or not allowed[at]:
+            continue
+        first = int(begins.searchsorted(at, "right")) - 1
+        last = min(first + 1 + int(WORDS.searchsorted(rng.random(), "right")), len(begins) - 1)
+        inside = np.arange(begins[first], begins[last])
+        inside = inside[(allowed & ~hidden)[inside]][:left]
+        hidden[inside] = True
+        left -= len(inside)
+    return hidden
+
+
+NOISES: dict[str, Noise] = {"iid": iid, "words": words, "spans": spans, "geometric": geometric}
+
+
+def _begins(tokens: np.ndarray, allowed: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Where a word begins; the first token behind a control token begins one whatever it is."""
+    if vocab.begins_word is None:
+        return allowed
+    return (vocab.begins_word[tokens] | ~np.append(False, allowed[:-1])) & allowed
+
+
+def _segments(items: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`items` cut into `count` non-empty segments, all such cuts being equally likely: their lengths."""
+    cuts = np.sort(rng.permutation(items - 1)[: count - 1]) + 1
+    return np.diff(cuts, prepend=0, append=items)

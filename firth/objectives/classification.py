@@ -1,0 +1,59 @@
+"""Classification: a linear reading of one state, y ~ A h_T + b, with the gradient through everything (GPT, Radford 2018;
+BERT, Devlin 2019).
+
+An encoder reads both ways and answers at [CLS]; a decoder reads left to right and answers at the last token, the only
+one that has seen the whole text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from firth.data import layout
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.objective import Objective, asked, choice_loss, correct
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Batch, Example, Outputs
+
+
+@dataclass(frozen=True)
+class Classification(Objective):
+    """Which of the classes a text has: {"tokens", "label"} (and "segments", of a pair).
+
+    classes: their names; a label is a number into them. at: "first" for an encoder, "last" for a decoder.
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> example = {"tokens": np.array([1, 5, 6, 2]), "label": 1}
+    >>> seen = Classification(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["class"].tolist()
+    ([1, 5, 6, 2], [1, -100, -100, -100])
+    """
+
+    targets: ClassVar[dict[str, str]] = {"class": "class"}
+    measures: ClassVar[dict[str, str]] = {"accuracy": "class"}
+
+    classes: tuple[str, ...] = ()
+    at: Literal["first", "last"] = "first"
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        head = nn.Linear(shape.width, len(self.classes))
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return {"classes": head}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        shown = {name: example[name] for name in ("tokens", "segments") if name in example}
+        n = len(shown["tokens"])
+        answer = np.full(n, IGNORE)
+        answer[0 if self.at == "first" else -1] = example["label"]
+        return shown | {"class": answer} | (layout.causal(n) if self.at == "last" else {})
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        states, answers = asked(outputs["hidden"], batch["class"])
+        scores = model.parts["classes"](states)  # (N, classes)
+        return {"class": choice_loss(scores, answers), "accuracy": correct(scores, answers)}

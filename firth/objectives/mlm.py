@@ -1,0 +1,69 @@
+"""Masked language modelling: hide some tokens, guess them from both sides (BERT, Devlin 2019, section 3.1).
+
+15% of the tokens are asked. Of those 80% are shown as [MASK], 10% as some other token and 10% as they are, so that
+the model cannot know which words it may trust. BERT drew the masks once for each of ten copies of the text;
+RoBERTa (Liu 2019) draws them anew at each visit, which is the default here.
+
+    the quick brown fox jumps over     shown    the [MASK] brown fox tree over
+                                       asked     -   quick   -    -  jumps  -
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from firth.data.noise import NOISES, Kind
+from firth.objectives.objective import Tokens
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Example, UserError
+
+
+@dataclass(frozen=True)
+class MLM(Tokens):
+    """Guess the hidden tokens. Control tokens are never hidden; other fields of the example (segments) pass through.
+
+    rate: share of the tokens that is asked. noise: which (`firth.data.noise`). masked, random: shares of the asked
+    that are shown as [MASK] and as a random token; the rest is shown as it is. alike: one such draw for each run of
+    hidden tokens (SpanBERT), not for each token. masks: 0 draws anew at every visit; n takes one of n maskings that are
+    fixed by the example's own tokens (BERT: 10).
+
+    >>> vocab = Vocab(size=10, roles={"mask": 1, "cls": 2, "sep": 3}, special=np.arange(10) < 4)
+    >>> seen = MLM(rate=0.5, masked=1.0, random=0.0).view(
+    ...     {"tokens": np.array([2, 5, 6, 7, 8, 3])}, vocab, np.random.default_rng(2))
+    >>> seen["tokens"].tolist(), seen["labels"].tolist()
+    ([2, 1, 6, 1, 8, 3], [-100, 5, -100, 7, -100, -100])
+    """
+
+    rate: float = 0.15
+    noise: Kind = "iid"
+    masked: float = 0.8
+    random: float = 0.1
+    alike: bool = False
+    masks: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rate < 1 and self.masked >= 0 and self.random >= 0 and self.masked + self.random <= 1):
+            raise UserError(
+                f"mlm: rate={self.rate} must be between 0 and 1, and masked={self.masked} and random={self.random} "
+                "shares that together are at most 1"
+            )
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        if self.masks:
+            rng = np.random.default_rng((zlib.crc32(tokens.tobytes()), int(rng.integers(self.masks))))
+        at = NOISES[self.noise](tokens, vocab, self.rate, rng).nonzero()[0]
+        kind = rng.random(len(at))
+        if self.alike:
+            kind = kind[(np.diff(at, prepend=-1) != 1).cumsum() - 1]
+        labels = np.full(len(tokens), IGNORE, tokens.dtype)
+        labels[at] = tokens[at]
+        shown = tokens.copy()
+        shown[at[kind < self.masked]] = vocab.mask
+        others = at[(kind >= self.masked) & (kind < self.masked + self.random)]
+        if len(others):
+            shown[others] = vocab.draw(len(others), rng)
+        return example | {"tokens": shown, "labels": labels}

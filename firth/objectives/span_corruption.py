@@ -1,0 +1,78 @@
+"""Span corruption: drop spans of the text and write only what was dropped (T5, Raffel 2020, section 3.1.4).
+
+15% of the tokens go, in spans of 3 on average; each span leaves one sentinel behind:
+
+    Thank you for inviting me to your party last week.
+    shown    Thank you <X> me to your party <Y> week.
+    asked    <X> for inviting <Y> last <Z>
+
+Both rows end with the stop token, as T5's do. The final sentinel is always there, as in the paper's figure (T5's own
+code leaves it out when the text ends in a dropped span, where nothing follows it but the stop token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from firth.data import layout
+from firth.data.noise import NOISES, Kind
+from firth.objectives.objective import Tokens
+from firth.text.vocab import Vocab
+from firth.types import Example, UserError
+
+
+def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(what is shown, what is asked): every run of `dropped` becomes one sentinel, in order. tokens, dropped: (n,).
+
+    >>> words = np.array("Thank you for inviting me to your party last week.".split())
+    >>> gone = np.isin(words, ["for", "inviting", "last"])
+    >>> shown, wanted = corrupt(words, gone, np.array(["<X>", "<Y>", "<Z>"]))
+    >>> print(*shown); print(*wanted)
+    Thank you <X> me to your party <Y> week.
+    <X> for inviting <Y> last <Z>
+    """
+    begins = dropped & ~np.append(False, dropped[:-1])
+    runs = int(begins.sum())
+    if runs >= len(sentinels):
+        raise UserError(
+            f"{runs} spans were dropped, and a tokenizer with {len(sentinels)} sentinels (<extra_id_0>, ...) can tell "
+            f"{max(len(sentinels) - 1, 0)} apart: use shorter pieces, or a tokenizer with more of them"
+        )
+    places = np.flatnonzero(begins)
+    shown = tokens.copy()
+    shown[places] = sentinels[:runs]
+    shown = shown[begins | ~dropped]
+    # The sentinel of a run goes in front of its first token, and one more behind all of them.
+    wanted = np.insert(tokens[dropped], np.append(dropped.cumsum()[places] - 1, dropped.sum()), sentinels[: runs + 1])
+    return shown, wanted
+
+
+@dataclass(frozen=True)
+class SpanCorruption(Tokens):
+    """Write what was dropped from {"tokens"}, a bare text.
+
+    rate: share of the tokens that is dropped. noise: which (`firth.data.noise`). layout: "seq2seq" shows the text to an
+    encoder and asks the decoder; "prefix" does both in one row, read both ways up to the end of the text.
+
+    >>> vocab = Vocab(size=20, roles={"pad": 0, "eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
+    >>> seen = SpanCorruption(rate=0.3).view({"tokens": np.arange(10, 20)}, vocab, np.random.default_rng(0))
+    >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
+    source_tokens [10, 11, 12, 13, 14, 15, 16, 2, 1]
+    tokens [0, 2, 17, 18, 19, 3]
+    labels [2, 17, 18, 19, 3, 1]
+    """
+
+    rate: float = 0.15
+    noise: Kind = "spans"
+    layout: Literal["seq2seq", "prefix"] = "seq2seq"
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        dropped = NOISES[self.noise](tokens, vocab, self.rate, rng)
+        source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
+        if self.layout == "prefix":
+            return layout.prefix(source, target)
+        return layout.seq2seq(source, target, vocab.pad)
