@@ -7,13 +7,14 @@ start of a run reads no text.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from firth.data.shards import TokenStore
-from firth.data.split import split
+from firth.data.split import enough, split
 from firth.text import corpora, read, show
 from firth.text.read import Counts, Document
 from firth.text.tokenizer import Tokenizer
@@ -61,44 +62,57 @@ class Material:
     start: str = ""
     seed: int = 0
     echo: Echo = print
-    counts: Counts = field(default_factory=Counts)
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """The training and the held-out token store, built where they are not there yet."""
         paths = self.source.paths(self.echo)
         folder = Path(self.source.store or self.directory / "data") / fingerprint(self.source, paths, self.tokenizer)
         parts: list[TokenStore | None] = []
-        for held_out in (False, True):
-            place = folder / ("valid" if held_out else "train")
+        for apart in (False, True):
+            place = folder / ("valid" if apart else "train")
             if not place.exists():
-                self.echo(f"reading {'held-out' if held_out else 'training'} text into {place}")
                 counts = Counts()
-                documents = documents_of(self.source, paths, held_out, counts)
+                documents = documents_of(self.source, paths, apart, counts)
                 first = next(documents, None)
                 if first is None:
-                    if not held_out:
+                    if not apart:
                         raise UserError(f"{', '.join(paths)}: there is no text to train on")
                     parts.append(None)
                     continue
-                TokenStore.build(_again(first, documents), self.tokenizer, place, counts=counts.rows())
+                place.parent.mkdir(parents=True, exist_ok=True)
+                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows())
+                kind = "held out" if apart else "to learn from"
+                self.echo(f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens")
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
 
 
-def _again(first: Document, rest: Iterator[Document]) -> Iterator[Document]:
-    yield first
-    yield from rest
+def documents_of(source: Text, paths: Sequence[str], apart: bool, counts: Counts | None = None) -> Iterator[Document]:
+    """The documents that are learnt from, or (apart) those held out.
 
-
-def documents_of(source: Text, paths: Sequence[str], held_out: bool, counts: Counts | None = None) -> Iterator[Document]:
-    """The documents that are learnt from, or those held out."""
+    Which are held out is decided by their names. Of a single document that is its last share, cut between paragraphs.
+    """
+    chosen = source.valid if apart and source.valid else paths
+    documents = read.documents(chosen, field=source.field, split=source.split, counts=counts)
     if source.valid:
-        chosen = source.valid if held_out else paths
-        yield from read.documents(chosen, field=source.field, split=source.split, counts=counts)
+        yield from documents
         return
-    everything = read.documents(paths, field=source.field, split=source.split, counts=counts)
-    yield from split(everything, source.held_out, held_out=held_out)
+    names = [d.name for d in read.documents(paths, field=source.field, split=source.split)]
+    if len(names) == 1:
+        yield from _share(next(documents), source.held_out, apart)
+    else:
+        yield from split(documents, enough(source.held_out, names), held_out=apart)
+
+
+def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
+    """The last share of the only document there is, or what stands before it."""
+    cut = int(len(document.text) * (1 - share))
+    at = document.text.find("\n\n", cut)
+    cut = at if at >= 0 else cut
+    text = document.text[cut:] if apart else document.text[:cut]
+    if text.strip():
+        yield Document(document.name, text)
 
 
 def fingerprint(source: Text, paths: Sequence[str], tokenizer: Tokenizer) -> str:

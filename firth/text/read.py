@@ -60,20 +60,23 @@ class Counts:
 
 
 class Document(NamedTuple):
-    """name: the file (and record) it came from; text: what it says."""
+    """name: its file within what the user named (and the record's number), the same on every machine; text: what it says."""
 
     name: str
     text: str
 
 
-def files(paths: Sequence[str]) -> list[Path]:
+def files(paths: Sequence[str]) -> dict[Path, str]:
     """The readable files under files, directories and globs, each once, sorted within each path that was given.
+
+    File -> its name within the directory that was given, which does not depend on where that lies.
 
     Raises UserError where a path matches nothing, or only files of a kind that is not read.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, str] = {}
     for given in paths:
         path = Path(given).expanduser()
+        root = path if path.is_dir() else None
         if path.is_dir():
             some = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path) and _kind(p) is not None)
             if not some:
@@ -86,8 +89,8 @@ def files(paths: Sequence[str]) -> list[Path]:
             some = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
             if not some:
                 raise UserError(f"{given}: there is no such file or directory, and it matches none as a pattern")
-        found |= dict.fromkeys(some)
-    return list(found)
+        found |= {p: p.relative_to(root).as_posix() if root else p.name for p in some if p not in found}
+    return found
 
 
 def documents(
@@ -100,19 +103,18 @@ def documents(
     if split not in SPLITS:
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     counts = counts if counts is not None else Counts()
-    for path in files(paths):
+    for path, name in files(paths).items():
         if _kind(path) == "text":
             counts.files += 1
             for number, text in enumerate(_split(_chunks(path, counts), split, counts), 1):
-                name = str(path) if split == "file" and number == 1 else f"{path}:{number}"
-                yield Document(name, text)
+                yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
         else:
             for place, record in _records(path, counts):
                 text = clean(text_field(record, field, place), counts)
                 if text.strip():
                     counts.documents += 1
                     counts.bytes += len(text.encode("utf-8", "replace"))
-                    yield Document(str(record.get("name") or place), text)
+                    yield Document(str(record.get("name") or name + place.removeprefix(str(path))), text)
                 else:
                     counts.empty += 1
 

@@ -1,0 +1,200 @@
+"""From a recipe to a run directory: tokenizer, data, model, training, export, report.
+
+    recipe.yaml  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
+
+The same call on the same directory goes on where an earlier one stopped, and returns at once when it had finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from firth.data.batch import Batches
+from firth.doctor import device as best_device
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import load_model, save_model, start_from
+from firth.recipes import tree
+from firth.recipes.material import Echo, Material, train_tokenizer
+from firth.recipes.recipe import Recipe
+from firth.recipes.segments import Cut
+from firth.report.page import write as write_report
+from firth.report.run import run_report
+from firth.text.tokenizer import Tokenizer
+from firth.train import precision
+from firth.train.distributed import Ranks, join
+from firth.train.loop import Evaluate, Plan, train
+from firth.train.validate import validate
+from firth.types import UserError
+
+T = TypeVar("T")
+
+DONE = "done.json"
+"""Written last of all: steps, seconds, metrics; its presence means that the run is whole."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run. metrics: the last ones, held-out ones as `valid/NAME`."""
+
+    directory: Path
+    steps: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.directory / "model"
+
+
+def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
+    """Do what the recipe says in `directory`, or what is left of it.
+
+    Raises UserError where the directory holds a run of another recipe, and for everything a recipe can get wrong.
+    """
+    ranks = join(best_device())
+    tell = echo if ranks.first else _silent
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = _first_alone(ranks, lambda: _tokenizer(recipe, directory, tell))
+    material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.seed, tell)
+    settled = _settled(recipe, material)
+    if (directory / DONE).exists():
+        return _finished(directory, settled)
+    cut = _first_alone(ranks, lambda: settled.segment.cut(material))
+    torch.manual_seed(settled.seed)
+    assert settled.shape is not None
+    model = LM(settled.shape, settled.objective.parts(settled.shape))
+    if settled.start:
+        dropped, added = start_from(model, model_directory(settled.start))
+        changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
+        tell(f"{settled.name} starts from {settled.start}" + (f": {'; '.join(changed)}" if changed else ""))
+    model.to(best_device())
+    tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    if ranks.first:
+        _write(directory / "recipe.yaml", tree.write_yaml(settled))
+    batches = _batches(settled, cut, tokenizer, ranks)
+    trained = train(
+        model, settled.objective, batches, directory,
+        length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
+        plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
+                  precision=settled.precision, compile=settled.compile),
+        evaluate=_evaluation(settled, cut, tokenizer, ranks), ranks=ranks, recipe=settled.hash(), name=settled.name,
+    )  # fmt: skip
+    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.metrics)
+    if ranks.first:
+        facts = {"recipe": settled.hash(), "steps": trained.step, "tokens": trained.tokens, "metrics": trained.metrics}
+        said = save_model(model, tokenizer, directory / "model", facts)
+        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": dict(cut.train.counts)}
+        _write(directory / DONE, json.dumps(told, indent=1))
+        write_report(run_report(directory), directory / "report.html")
+        tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
+    ranks.wait()
+    return finished
+
+
+def model_directory(path: str | Path) -> Path:
+    """The model in a run directory, or the directory itself where it is one."""
+    path = Path(path)
+    return path / "model" if (path / "model").is_dir() else path
+
+
+def _silent(_: str) -> None:
+    """What the other ranks say."""
+
+
+def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
+    """Let the first rank write files before the others find them written."""
+    if not ranks.first:
+        ranks.wait()
+        return make()
+    made = make()
+    ranks.wait()
+    return made
+
+
+def _tokenizer(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
+    """The run's own copy of its tokenizer: from a path, from the model it starts from, or trained on its text."""
+    own = directory / "tokenizer"
+    if not (own / "tokenizer.json").exists():
+        plan = recipe.tokenizer
+        given = plan.path or (str(model_directory(recipe.start)) if recipe.start else "")
+        if given:
+            Tokenizer.load(given).save(own)
+        else:
+            source = recipe.source
+            train_tokenizer(
+                source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
+                split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo,
+            )  # fmt: skip
+    return Tokenizer.load(own)
+
+
+def _settled(recipe: Recipe, material: Material) -> Recipe:
+    """The recipe with nothing left open: the shape with its vocabulary, the classes with their names."""
+    shape = recipe.shape
+    if recipe.start:
+        theirs = load_model(model_directory(recipe.start)).shape
+        shape = theirs if shape is None else shape
+    if shape is None:
+        raise UserError(f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN")
+    if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
+        shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
+    segment, objective = recipe.segment.settle(recipe.objective, material)
+    return dataclasses.replace(recipe, shape=shape, segment=segment, objective=objective)
+
+
+def _finished(directory: Path, recipe: Recipe) -> Finished:
+    """What done.json says, if it is of this recipe."""
+    facts: dict[str, Any] = json.loads((directory / "model" / "firth.json").read_text("utf-8"))["facts"]
+    if facts["recipe"] != recipe.hash():
+        raise UserError(
+            f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
+            "choose another directory with --out, or delete that one"
+        )
+    told = json.loads((directory / DONE).read_text("utf-8"))
+    return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["metrics"])
+
+
+def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
+    return Batches(
+        cut.train, recipe.objective, tokenizer.vocab, rows=recipe.batch.rows, seed=recipe.seed,
+        accumulate=recipe.batch.accumulate, pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip
+
+
+def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Evaluate | None:
+    """Score the first `checks.examples` held-out examples, the same ones each time and always shown alike."""
+    if cut.valid is None or not len(cut.valid):
+        return None
+    held = Batches(
+        cut.valid, recipe.objective, tokenizer.vocab, rows=min(recipe.batch.rows, 64), seed=recipe.seed,
+        pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip
+    wanted = -(-recipe.checks.examples // (held.rows * ranks.world))
+
+    def evaluate(model: LM, step: int) -> dict[str, float]:
+        device = model.tokens.weight.device
+        casts = precision.casts(precision.choose(recipe.precision, device), device)
+        some = itertools.islice(held.once(), wanted)
+        return validate(
+            model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum, precision=casts
+        )
+
+    return evaluate
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
