@@ -1,10 +1,11 @@
 """From examples to tensors: stack and pad by field name, or pack several examples into a row.
 
->>> a, b = {"tokens": np.array([5, 6, 7]), "labels": np.array([6, 7, 8])}, {"tokens": np.array([9]), "labels": np.array([4])}
+>>> a = {"tokens": np.array([5, 6]), "labels": np.array([6, 7])}
+>>> b = {"tokens": np.array([9]), "labels": np.array([4])}
 >>> {name: field.tolist() for name, field in collate([a, b]).items()}
-{'tokens': [[5, 6, 7], [9, 0, 0]], 'labels': [[6, 7, 8], [4, -100, -100]], 'appears': [[0, 0, 0], [0, 1073741824, 1073741824]]}
+{'tokens': [[5, 6], [9, 0]], 'labels': [[6, 7], [4, -100]], 'appears': [[0, 0], [0, 1073741824]]}
 >>> {name: field.tolist() for name, field in pack([a, b], length=4).items()}
-{'tokens': [[5, 6, 7, 9]], 'labels': [[6, 7, 8, 4]], 'document': [[1, 1, 1, 2]], 'positions': [[0, 1, 2, 0]]}
+{'tokens': [[5, 6, 9]], 'labels': [[6, 7, 4]], 'document': [[1, 1, 2]], 'positions': [[0, 1, 0]]}
 
 Padding must not change an answer, so it is seen by nobody (`appears` NEVER) and asks nothing (IGNORE in every field
 that an objective names as a target). What nobody needs is left out: a batch without `appears` has no padding.
@@ -142,7 +143,9 @@ def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABE
     return {name: torch.from_numpy(field) for name, field in laid.items()}
 
 
-def _first_documents(examples: Sequence[Example], sides: Sequence[str], rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _first_documents(
+    examples: Sequence[Example], sides: Sequence[str], rows: np.ndarray, starts: np.ndarray
+) -> np.ndarray:
     """The number that each example's document 0 gets in its row: (N,). Both sides of an example share it."""
     fields = [side + "document" for side in sides]
     spans = np.array([1 + max((int(e[f].max()) for f in fields if f in e), default=0) for e in examples])

@@ -5,17 +5,17 @@ tokens are; control tokens never.
 
     iid         each token by itself                                      BERT (Devlin 2019), RoBERTa
     words       each word by itself, with all its tokens                  BERT, "whole word masking"
-    spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020, its `random_spans_noise_mask`)
+    spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020: `random_spans_noise_mask`)
     geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
 
 >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
 >>> tokens = np.array([0] + [1, 2] * 12 + [0])
 >>> for name, noise in NOISES.items():
 ...     print("".join(".#"[int(hidden)] for hidden in noise(tokens, vocab, 0.25, np.random.default_rng(3))), name)
-    .#..#..#.#..........#..... iid
-    .##....##....##..##....... words
-    ............###.......###. spans
-    .....######............... geometric
+.#..#..#.#..........#..... iid
+.##....##....##..##....... words
+............###.......###. spans
+.....######............... geometric
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ WORDS = WORDS.cumsum() / WORDS.sum()
 
 def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Each token with probability `rate`."""
-    return (rng.random(len(tokens)) < rate) & ~vocab.special[tokens]
+    hidden: np.ndarray = (rng.random(len(tokens)) < rate) & ~vocab.special[tokens]
+    return hidden
 
 
 def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Each word with probability `rate`: so each token too, but a word is hidden as a whole."""
     allowed = ~vocab.special[tokens]
     word = _begins(tokens, allowed, vocab).cumsum()
-    return (rng.random(word[-1] + 1)[word] < rate) & allowed
+    hidden: np.ndarray = (rng.random(word[-1] + 1)[word] < rate) & allowed
+    return hidden
 
 
 def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -94,7 +96,8 @@ def _begins(tokens: np.ndarray, allowed: np.ndarray, vocab: Vocab) -> np.ndarray
     """Where a word begins; the first token behind a control token begins one whatever it is."""
     if vocab.begins_word is None:
         return allowed
-    return (vocab.begins_word[tokens] | ~np.append(False, allowed[:-1])) & allowed
+    begins: np.ndarray = (vocab.begins_word[tokens] | ~np.append(False, allowed[:-1])) & allowed
+    return begins
 
 
 def _segments(items: int, count: int, rng: np.random.Generator) -> np.ndarray:

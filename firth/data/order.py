@@ -36,7 +36,8 @@ def _encrypt(x: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
     """A permutation of 0..2**bits - 1 for each key: two unequal halves take turns at being scrambled by the other."""
     low_bits = bits // 2
     widths = (np.uint64(low_bits), np.uint64(bits - low_bits))
-    low, high = x & _ones(widths[0]), x >> widths[0]
+    low: np.ndarray = x & _ones(widths[0])
+    high: np.ndarray = x >> widths[0]
     for turn in range(ROUNDS):
         # The half that was `high` (of width widths[1] on even turns) scrambles the other; then they change places.
         low, high = high, low ^ (mix(high + key + np.uint64(turn * _STEP & _WORD)) & _ones(widths[turn % 2]))

@@ -72,21 +72,23 @@ class Places:
     def within(self) -> np.ndarray:
         """The number of each token in its example: (tokens,)."""
         ends = np.cumsum(self.lengths)
-        return np.arange(ends[-1]) - np.repeat(ends - self.lengths, self.lengths)
+        numbers: np.ndarray = np.arange(ends[-1]) - np.repeat(ends - self.lengths, self.lengths)
+        return numbers
 
     @cached_property
     def _flat(self) -> np.ndarray:
         """The place of each token in the flattened (rows, columns): (tokens,)."""
-        return np.repeat(self.rows * self.shape[1] + self.starts, self.lengths) + self.within
+        flat: np.ndarray = np.repeat(self.rows * self.shape[1] + self.starts, self.lengths) + self.within
+        return flat
 
     def lay(self, arrays: Sequence[np.ndarray], fill: int, dtype: type) -> np.ndarray:
         """One array (..., n) per example -> (rows, ..., columns)."""
         lead = arrays[0].shape[:-1]
         if self.full and len(self.rows) == self.shape[0] and not self.starts.any():
-            stacked = np.concatenate(arrays, dtype=dtype, casting="unsafe").reshape(len(arrays), *lead, -1)
+            stacked: np.ndarray = np.concatenate(arrays, dtype=dtype, casting="unsafe").reshape(len(arrays), *lead, -1)
             return stacked[np.argsort(self.rows)] if (np.diff(self.rows) < 0).any() else stacked
-        values = np.concatenate(arrays, axis=-1, dtype=dtype, casting="unsafe")
-        out = np.full((self.shape[0] * self.shape[1], *lead), fill, dtype)
+        values: np.ndarray = np.concatenate(arrays, axis=-1, dtype=dtype, casting="unsafe")
+        out: np.ndarray = np.full((self.shape[0] * self.shape[1], *lead), fill, dtype)
         out[self._flat] = np.moveaxis(values, -1, 0) if lead else values
         out = out.reshape(*self.shape, *lead)
         return np.ascontiguousarray(np.moveaxis(out, 1, -1)) if lead else out

@@ -1,8 +1,10 @@
 """From a store's documents to examples: windows of the running text, pieces of one document, neighbouring pairs.
 
-    Windows    tokens of the whole store, in rows of one length     (causal language modelling)
-    Pieces     parts of single documents, of varied length          (masked language modelling, span corruption)
-    Pairs      two neighbours, and a stranger                       (next sentence and sentence order prediction)
+    `Windows`    tokens of the whole store, in rows of one length     (causal language modelling)
+    `Pieces`     parts of single documents, of varied length          (masked language modelling, span corruption)
+    `Pairs`      two neighbours, and a stranger                       (next sentence and sentence order prediction)
+
+Each is a `Source`: indices are fixed by the store, and the order of a run is drawn elsewhere (`firth.data.order`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from firth.types import Example, UserError
 class Windows(Source):
     """Non-overlapping windows of the running text: {"tokens" (length + ahead,)}.
 
-    ahead: tokens shown beyond `length`, which are the first of the next window: 1 where the next token is asked, so that
-    each token is asked exactly once; 0 where the answers are in the window. isolate: in a window with several
+    ahead: tokens shown beyond `length`, which are the first of the next window: 1 where the next token is asked, so
+    that each token is asked exactly once; 0 where the answers are in the window. isolate: in a window with several
     documents, "document" numbers them from 0 and they do not see each other. tail: the last, shorter window too, so
     that every token of a held-out store is scored.
     """
@@ -134,7 +136,7 @@ class Pairs(Source):
         return {"first": first.astype(np.int32), "second": second.astype(np.int32), "other": other.astype(np.int32)}
 
     def _stranger(self, start: int, need: int, rng: np.random.Generator) -> tuple[int, int]:
-        """Bounds of `need` tokens of a document other than the one at `start`; fewer if ten documents had not enough."""
+        """Bounds of `need` tokens of a document other than the one at `start`; fewer if ten had not enough."""
         best = (0, 0)
         tried = 0
         while tried < 10 or best[1] == best[0]:

@@ -89,7 +89,7 @@ class TokenStore:
         directory: Path | str,
         *,
         counts: Mapping[str, int] | None = None,
-        progress: Callable[[int], None] = lambda read: None,
+        progress: Callable[[int], None] | None = None,
     ) -> TokenStore:
         """Encode all documents into `directory`, which must not exist yet.
 
@@ -99,7 +99,7 @@ class TokenStore:
         if directory.exists():
             raise UserError(f"{directory}: exists already: open it, or delete it to build it again")
         with _Build(directory, tokenizer) as build:
-            build.extend(documents, progress)
+            build.extend(documents, progress or _silent)
             build.finish(dict(counts or {}))
         return cls.open(directory, tokenizer)
 
@@ -211,6 +211,10 @@ class _Build:
         for name in (STAMPS, "tokenizer", "lock"):
             (self.partial / name).unlink()
         os.replace(self.partial, self.directory)
+
+
+def _silent(read: int) -> None:
+    """Progress that nobody asked for."""
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:

@@ -3,8 +3,10 @@
 Validation text is whole documents, never lines: the lines of one play know each other.
 
 >>> plays = [Document("hamlet", "To be"), Document("macbeth", "Out, out"), Document("othello", "Put out")]
->>> [d.name for d in split(plays, ["macbeth"], held_out=True)], [d.name for d in split(plays, ["macbeth"], held_out=False)]
-(['macbeth'], ['hamlet', 'othello'])
+>>> [d.name for d in split(plays, ["macbeth"], held_out=True)]
+['macbeth']
+>>> [d.name for d in split(plays, ["macbeth"], held_out=False)]
+['hamlet', 'othello']
 """
 
 from __future__ import annotations

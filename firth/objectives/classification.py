@@ -1,5 +1,6 @@
-"""Classification: a linear reading of one state, y ~ A h_T + b, with the gradient through everything (GPT, Radford 2018;
-BERT, Devlin 2019).
+"""Classification: a linear reading of one state, y ~ A h_T + b, with the gradient through everything.
+
+(GPT, Radford 2018, section 3.2; BERT, Devlin 2019, section 4.1.)
 
 An encoder reads both ways and answers at [CLS]; a decoder reads left to right and answers at the last token, the only
 one that has seen the whole text.

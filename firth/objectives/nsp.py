@@ -25,11 +25,11 @@ from firth.types import IGNORE, Batch, Example, Outputs
 
 def pooled(width: int, answers: int) -> nn.Sequential:
     """BERT's pooler and a classifier: width -> width -> tanh -> answers, initialised as there."""
-    head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, answers))
-    for linear in (head[0], head[2]):
+    pooler, classifier = nn.Linear(width, width), nn.Linear(width, answers)
+    for linear in (pooler, classifier):
         nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
-    return head
+    return nn.Sequential(pooler, nn.Tanh(), classifier)
 
 
 @dataclass(frozen=True)
