@@ -1,4 +1,4 @@
-"""Small runs that the tests of the train room share; importable by a fork server, so that a process starts in no time."""
+"""Small runs that the tests of the train room share; a fork server imports them, so that a process starts at once."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ COEFFICIENTS = (
     (3.4735, -2.5057, 0.4810),
     (2.5044, -1.7907, 0.4071),
 )
-"""(a, b, c) of each round, by linear programming on a grid: each is the best for the interval that the last one left
-with 2% more at its upper end. Without that, values which bf16 rounds past the end are thrown out to 7 and stay there."""
+"""(a, b, c) of each round, by linear programming on a grid: each is the best for the interval that the last one
+left with 2% more at its upper end. Without that, values which bf16 rounds past the end are thrown out to 7 and stay."""
 
 REACH = 0.003
-"""Singular values above this share of the Schatten-4 norm end inside BAND; smaller ones are multiplied by up to 284."""
+"""Singular values over this share of the Schatten-4 norm end inside BAND; smaller ones grow up to 284 times."""
 
 BAND = (0.778, 1.222)
 """Where orthogonalise puts singular values."""
