@@ -29,9 +29,8 @@ from firth.generate.rows import Rows, reading, rectangle, stacked
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
+from firth.text import chat
 from firth.types import IGNORE, NEVER, UserError
-
-TURN_END = "<|im_end|>"
 
 
 def ends(coder: Coder) -> list[int]:
@@ -39,7 +38,7 @@ def ends(coder: Coder) -> list[int]:
     roles = coder.vocab.roles
     found = [roles["eos"]] if "eos" in roles else []
     try:
-        return [*found, coder.id(TURN_END)]
+        return [*found, coder.id(chat.END)]
     except UserError:
         return found
 

@@ -1,0 +1,371 @@
+"""Rollouts, judges and annotation: they learn, they resume bit for bit, and their numbers are what they say."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bytecoder import ByteCoder
+
+from firth.align.annotate import Annotated, annotate
+from firth.align.credit import Baseline
+from firth.align.rewards import (
+    Comparison,
+    Comparisons,
+    RewardModel,
+    Sample,
+    Truth,
+    prefer,
+    read_comparisons,
+    write_comparisons,
+)
+from firth.align.rollouts import Phase, Rollouts
+from firth.data.batch import Batches
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.lm import LM
+from firth.model.shape import decoder
+from firth.objectives.dpo import DPO, comparison, reference
+from firth.objectives.objective import Objective
+from firth.objectives.ppo import PER_TOKEN, PPO
+from firth.objectives.reinforce import Reinforce
+from firth.objectives.reward import Reward
+from firth.train.step import step
+from firth.types import UserError
+
+VOCAB = ByteCoder.vocab
+SHAPE = decoder(vocab=VOCAB.size, width=32, depth=1, heads=2, context=32)
+truth = Truth(lambda text: sum(c in "aeiou" for c in text) / 8)
+"""The toy's true reward: how many of eight letters are vowels."""
+
+
+def policy(objective: Objective, seed: int = 0) -> LM:
+    """A model that writes only a to p and the end of text, about evenly: enough to learn on, quickly."""
+    torch.manual_seed(seed)
+    model = LM(SHAPE, objective.parts(SHAPE))
+    with torch.no_grad():
+        for block in model.trunk.blocks:
+            for linear in (block.attention.o, block.mlp.down):
+                linear.weight.normal_(std=0.02)
+        model.parts["lm"].weight.normal_(std=0.02)
+    return model
+
+
+def letters_only(model: LM) -> LM:
+    """Teach the model, in a few steps, to write letters from a to p."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        rows = torch.tensor(rng.integers(7 + ord("a"), 7 + ord("q"), (32, 10)))
+        when = torch.arange(9).expand(32, 9)
+        optimizer.zero_grad()
+        hidden = model({"tokens": rows[:, :-1], "looks": when, "appears": when})
+        model.parts["lm"].nll(hidden.flatten(0, 1), rows[:, 1:].flatten()).div(32 * 9).backward()
+        optimizer.step()
+    return model
+
+
+PROMPTS = [ByteCoder().encode(text) for text in ("a", "bc", "def", "g", "hi", "jkl", "m", "no")]
+
+
+def rollouts(frozen: LM, **changes: object) -> Rollouts:
+    settings = {"phase": Phase(answers=32, steps=4, max_new=8, beta=0.02), "stops": [3], "seed": 5} | changes
+    return Rollouts(PROMPTS, ByteCoder(), truth, frozen, **settings)  # type: ignore[arg-type]
+
+
+def run(model: LM, objective: Objective, source: Rollouts, steps: int, rate: float, start: int = 0, rows: int = 16,
+        optimizer: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:  # fmt: skip
+    batches = Batches(source, objective, VOCAB, rows=rows, seed=0)
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), rate)
+    for k in range(start, start + steps):
+        source.prepare(model, k)
+        optimizer.zero_grad()
+        step(model, objective, batches.batches(k))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return optimizer
+
+
+# ---- learning
+
+
+def test_ppo_raises_the_true_reward_and_reports_a_kl_that_is_not_negative() -> None:
+    objective = PPO()
+    model = letters_only(policy(objective))
+    source = rollouts(copy.deepcopy(model), truth=truth)
+    run(model, objective, source, steps=80, rate=3e-3)
+    reward = [row["reward"] for row in source.history]
+    assert len(reward) == 20
+    assert reward[0] < 0.45, "five letters of sixteen are vowels"
+    assert np.mean(reward[-3:]) > 0.8
+    assert all(row["kl"] >= 0 and row["kl_token"] >= 0 and row["kl_estimate"] >= 0 for row in source.history)
+    assert source.history[0]["kl"] < 1e-3 < source.history[-1]["kl"], "the first phase is drawn from the reference"
+    assert source.history[-1]["entropy"] < source.history[0]["entropy"]
+    assert [row["truth"] for row in source.history] == pytest.approx(reward)
+    assert source.measures() == source.history[-1]
+
+
+def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
+    final = {}
+    for beta in (0.0, 1.0):
+        objective = PPO()
+        model = letters_only(policy(objective))
+        phase = Phase(answers=32, steps=4, max_new=8, beta=beta)
+        source = rollouts(copy.deepcopy(model), phase=phase)
+        run(model, objective, source, steps=40, rate=3e-3)
+        final[beta] = source.history[-1]["kl"]
+    assert final[1.0] < 0.5 * final[0.0]
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_reinforce_raises_the_true_reward(group: int) -> None:
+    objective = Reinforce()
+    model = letters_only(policy(objective))
+    phase = Phase(answers=32, group=group, steps=1, max_new=8, beta=0.0)
+    source = rollouts(copy.deepcopy(model), phase=phase, credit=Baseline())
+    run(model, objective, source, steps=60, rate=3e-3, rows=32)
+    reward = [row["reward"] for row in source.history]
+    assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3
+
+
+def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[Comparison]:
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    engine = Engine(model, ByteCoder(), stops=[3])
+    one, two = (
+        [Sample.of(p, w) for p, w in zip(prompts, engine.generate(prompts, Sampling(max_new=8, seed=s)), strict=True)]
+        for s in (0, 1000)
+    )
+    return prefer(one, two, truth, noise=noise, rng=np.random.default_rng(0))
+
+
+def test_dpo_raises_the_margin_and_the_true_reward() -> None:
+    model = letters_only(policy(DPO()))
+    frozen = copy.deepcopy(model)
+    source = annotate(Comparisons(compared(model)), frozen, comparison, reference)
+    objective = DPO(beta=0.1)
+    batches = Batches(source, objective, VOCAB, rows=16, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    log = []
+    for k in range(100):
+        optimizer.zero_grad()
+        log.append({name: float(x) for name, x in step(model, objective, batches.batches(k)).items()})
+        optimizer.step()
+    assert log[0]["dpo"] == pytest.approx(np.log(2), abs=1e-5)
+    assert log[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert np.mean([row["margin"] for row in log[-4:]]) > 0.5
+    assert np.mean([row["accuracy"] for row in log[-4:]]) > 0.9
+    for row in log:
+        assert row["margin"] == pytest.approx(0.1 * (row["chosen"] - row["rejected"]), abs=1e-3)
+
+    def mean_truth(m: LM) -> float:
+        answers = Engine(m, ByteCoder(), stops=[3]).generate(PROMPTS * 8, Sampling(max_new=8, seed=7))
+        return float(np.mean([truth.scorer(a.text) for a in answers]))
+
+    assert mean_truth(model) > mean_truth(frozen) + 0.15
+
+
+def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
+    writer = letters_only(policy(PPO()))
+    comparisons = compared(writer, 512)
+    held, learnt = comparisons[:60], comparisons[60:]
+    model = policy(Reward() + PPO(), seed=1)
+    batches = Batches(Comparisons(learnt), Reward(), VOCAB, rows=32, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for k in range(100):
+        optimizer.zero_grad()
+        step(model, Reward(), batches.batches(k))
+        optimizer.step()
+    judge = RewardModel(model, rows=7)
+    right = judge([c.chosen for c in held]) > judge([c.rejected for c in held])
+    assert right.mean() > 0.9
+    sides = [c.chosen for c in held] + [c.rejected for c in held]
+    normal = judge.normalised(sides)
+    assert normal(sides).mean() == pytest.approx(0, abs=1e-5)
+    assert normal(sides).std() == pytest.approx(1, abs=1e-5)
+    assert np.allclose(normal.normalised(sides)(sides), normal(sides), atol=1e-5)
+    [alone] = judge(sides[:1])
+    assert alone == pytest.approx(judge(sides)[0], abs=1e-4), "padding does not move a score"
+
+
+# ---- what a phase holds
+
+
+def test_old_log_probabilities_are_those_of_training_so_the_first_ratio_is_one() -> None:
+    objective = PPO()
+    model = letters_only(policy(objective))
+    source = rollouts(copy.deepcopy(model))
+    source.prepare(model, 0)
+    terms = step(model, objective, Batches(source, objective, VOCAB, rows=32, seed=0).batches(0))
+    assert float(terms["moved"]) == pytest.approx(0, abs=1e-6)
+    assert float(terms["clipped"]) == 0
+    assert float(terms["kl"]) == pytest.approx(0, abs=1e-6)
+    assert float(terms["policy"]) == pytest.approx(0, abs=1e-3), "advantages are whitened over the phase"
+
+
+def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None:
+    objective = PPO()
+    model, frozen = letters_only(policy(objective)), letters_only(policy(objective, seed=3))
+    phase = Phase(answers=16, steps=4, max_new=8, beta=0.3)
+    source = rollouts(frozen, phase=phase)
+    source.prepare(model, 0)
+    penalised = []
+    for i in range(len(source)):
+        example, sample = source[i], source.samples[i]
+        tokens, mask = example["tokens"], example["mask"]
+        assert np.array_equal(tokens, np.concatenate((sample.prompt, sample.answer)))
+        assert np.array_equal(np.flatnonzero(mask), len(sample.prompt) + np.arange(len(sample.answer)))
+        n = len(tokens) - 1
+        for who, name in ((model, "old"), (frozen, "reference")):
+            with torch.no_grad():
+                when = torch.arange(n)[None]
+                hidden = who(
+                    {"tokens": torch.tensor(tokens[None, :-1].astype(np.int64)), "looks": when, "appears": when}
+                )
+                log_p = who.parts["lm"](hidden)[0].log_softmax(-1)
+            expected = log_p[torch.arange(n), torch.tensor(tokens[1:].astype(np.int64))].numpy()
+            assert np.allclose(example[name][1:][mask[1:]], expected[mask[1:]], atol=1e-4)
+        assert all(not example[name][~mask].any() for name in PER_TOKEN)
+        away = (example["old"] - example["reference"])[mask].sum()
+        penalised.append(truth.scorer(sample.text) - 0.3 * away)
+        # With gamma 1 and a value head that is still zero, the return of the first token under lam = 1 is the whole.
+    assert source.history[-1]["penalised"] == pytest.approx(np.mean(penalised), abs=1e-3)
+    white = np.concatenate([source[i]["advantage"][source[i]["mask"]] for i in range(len(source))])
+    assert white.mean() == pytest.approx(0, abs=1e-5)
+    assert white.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_an_unfinished_answer_can_be_given_a_score_of_its_own() -> None:
+    model = letters_only(policy(PPO()))
+    ends = [7 + ord("e")]
+    phase = Phase(answers=32, steps=1, max_new=4, unfinished=-2.0, beta=0.0)
+    source = rollouts(copy.deepcopy(model), phase=phase, stops=ends)
+    source.prepare(model, 0)
+    scores = [truth.scorer(s.text) if s.finished else -2.0 for s in source.samples]
+    assert 0 < source.history[-1]["finished"] < 1
+    assert source.history[-1]["reward"] == pytest.approx(np.mean(scores), abs=1e-6)
+
+
+def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
+    model = letters_only(policy(PPO()))
+    source = rollouts(copy.deepcopy(model), phase=Phase(answers=4, group=2, steps=3, max_new=2))
+    with pytest.raises(UserError, match="prepare"):
+        source[0]
+    seen = []
+    for k in range(12):
+        source.prepare(model, k)
+        if k % 3 == 0:
+            assert np.array_equal(source.samples[0].prompt, source.samples[1].prompt)
+            seen += [bytes(s.prompt) for s in source.samples[::2]]
+    assert [row["phase"] for row in source.history] == [0, 1, 2, 3]
+    assert len(set(seen)) == 8, "eight prompts, two a phase: all asked once in four phases"
+    with pytest.raises(UserError, match="groups of 3"):
+        Phase(answers=4, group=3)
+
+
+@pytest.mark.parametrize("stop", [5, 6, 8])
+def test_a_run_killed_within_a_phase_goes_on_bit_for_bit(stop: int) -> None:
+    """As a checkpoint does: weights, optimizer and the source's arrays are kept; all else is built anew."""
+    objective = PPO()
+    start = letters_only(policy(objective))
+    frozen = copy.deepcopy(start)
+    whole, source = copy.deepcopy(start), rollouts(frozen)
+    run(whole, objective, source, steps=10, rate=3e-3)
+
+    first, begun = copy.deepcopy(start), rollouts(frozen)
+    optimizer = run(first, objective, begun, steps=stop, rate=3e-3)
+    kept = {name: array.copy() for name, array in begun.state().items()}
+    weights, moments = copy.deepcopy(first.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+    second, resumed = policy(objective, seed=9), rollouts(frozen)
+    second.load_state_dict(weights)
+    again = torch.optim.Adam(second.parameters(), 3e-3)
+    again.load_state_dict(moments)
+    resumed.restore(kept)
+    run(second, objective, resumed, steps=10 - stop, rate=3e-3, start=stop, optimizer=again)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    # repr, because a truth that nobody measures is nan.
+    assert repr(resumed.history) == repr(source.history)
+    assert [s.text for s in resumed.samples] == [s.text for s in source.samples]
+
+
+# ---- judges and comparisons
+
+
+def sample(text: str, prompt: str = "q") -> Sample:
+    return Sample(ByteCoder().encode(prompt), np.append(ByteCoder().encode(text), 3).astype(np.int32), text, True)
+
+
+def test_preference_without_noise_is_the_truth_and_ties_say_nothing() -> None:
+    first, second = (
+        [sample("ab"), sample("xy"), sample("xx"), sample("ab")],
+        [sample("ee"), sample("xa"), sample("zz"), sample("ab")],
+    )
+    kept = prefer(first, second, truth, rng=np.random.default_rng(0))
+    assert [(c.chosen.text, c.rejected.text) for c in kept] == [("ee", "ab"), ("xa", "xy")]
+    assert [c.margin for c in kept] == pytest.approx([1 / 8, 1 / 8])
+    with pytest.raises(UserError, match="same prompt"):
+        prefer([sample("a", "p")], [sample("b", "q")], truth, rng=np.random.default_rng(0))
+
+
+def test_noisy_preference_is_bradley_terry() -> None:
+    first, second = [sample("aaaa")] * 4000, [sample("axyz")] * 4000
+    kept = prefer(first, second, truth, noise=0.5, rng=np.random.default_rng(0))
+    share = np.mean([c.chosen.text == "aaaa" for c in kept])
+    expected = 1 / (1 + np.exp(-(3 / 8) / 0.5))
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
+    assert all(c.margin == pytest.approx(3 / 8 if c.chosen.text == "aaaa" else -3 / 8) for c in kept)
+
+
+def test_comparisons_come_back_from_their_file(tmp_path: Path) -> None:
+    kept = prefer([sample("é€")], [sample("aa")], truth, rng=np.random.default_rng(0))
+    write_comparisons(kept, tmp_path / "c.jsonl")
+    [back] = read_comparisons(tmp_path / "c.jsonl")
+    a, b = Comparisons(kept)[0], Comparisons([back])[0]
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert (back.chosen.text, back.rejected.text, back.margin) == ("aa", "é€", kept[0].margin)
+    (tmp_path / "c.jsonl").write_text('{"prompt": [1]}\n')
+    with pytest.raises(UserError, match=r"c\.jsonl:1: not a comparison"):
+        read_comparisons(tmp_path / "c.jsonl")
+
+
+# ---- annotation
+
+
+def annotated(model: LM, count: int, **where: object) -> tuple[Annotated, Comparisons]:
+    source = Comparisons([Comparison(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(count)])
+    return annotate(source, model, comparison, reference, rows=2, **where), source  # type: ignore[arg-type]
+
+
+def test_annotation_is_what_the_model_says_of_each_example() -> None:
+    model = letters_only(policy(DPO()))
+    found, source = annotated(model, 50)
+    for i in (0, 13, 31, 32, 49):
+        rows = comparison(source[i])
+        with torch.no_grad():
+            expected = reference(model, {name: torch.as_tensor(x)[None] for name, x in rows.items()})["reference"][0]
+        assert np.allclose(found[i]["reference"], expected.numpy(), atol=1e-4)
+        assert found[i].keys() == source[i].keys() | {"reference"}
+
+
+def test_annotation_goes_on_where_it_was_and_knows_its_model(tmp_path: Path) -> None:
+    model = letters_only(policy(DPO()))
+    whole, _ = annotated(model, 50)
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt(done)
+
+    with pytest.raises(KeyboardInterrupt, match="32"):
+        annotated(model, 50, directory=tmp_path, progress=interrupt)
+    [place] = tmp_path.iterdir()
+    assert json.loads((place / "done.json").read_text()) == {"done": 32, "fields": ["reference"]}
+    told: list[int] = []
+    resumed, _ = annotated(model, 50, directory=tmp_path, progress=told.append)
+    assert told == [50]
+    assert np.array_equal(resumed.fields["reference"], whole.fields["reference"])
+    annotated(model, 50, directory=tmp_path, progress=told.append)
+    assert told == [50], "a finished annotation is only opened"
+    other, _ = annotated(letters_only(policy(DPO(), seed=4)), 50, directory=tmp_path)
+    assert not np.allclose(other.fields["reference"], whole.fields["reference"])

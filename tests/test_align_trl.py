@@ -1,0 +1,128 @@
+"""DPO's and the reward model's loss and gradients against TRL's own trainers, on one Llama with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bytecoder import SPECIAL, ByteCoder
+
+from firth.align.annotate import annotate
+from firth.align.rewards import Comparison, Comparisons, Sample
+from firth.data.batch import Batches
+from firth.model.lm import LM
+from firth.model.weights import load_model
+from firth.objectives.dpo import DPO, comparison, reference
+from firth.objectives.reward import Reward
+from firth.train.step import step
+
+transformers = pytest.importorskip("transformers")
+trl = pytest.importorskip("trl", reason="TRL is the oracle: pip install -e .[test]")
+
+V = 64
+PAIRS = 6
+
+
+def llama(seed: int, kind: type) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2, num_labels=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return kind(config)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    from tokenizers import Tokenizer, models
+
+    words = {name: i for i, name in enumerate([*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), V))])}
+    engine = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[dict[str, list[int]]]:
+    """Prompts and two answers each, of very different lengths."""
+    rng = np.random.default_rng(0)
+
+    def row(least: int, most: int) -> list[int]:
+        return rng.integers(len(SPECIAL), V, rng.integers(least, most)).tolist()
+
+    return [{"prompt_ids": row(1, 12), "chosen_ids": row(1, 20), "rejected_ids": row(1, 20)} for _ in range(PAIRS)]
+
+
+@pytest.fixture(scope="module")
+def source(pairs: list[dict[str, list[int]]]) -> Comparisons:
+    def sample(p: dict[str, list[int]], side: str) -> Sample:
+        return Sample(np.array(p["prompt_ids"]), np.array(p[f"{side}_ids"]), "", True)
+
+    return Comparisons([Comparison(sample(p, "chosen"), sample(p, "rejected"), 1.0) for p in pairs])
+
+
+def trainer(
+    kind: str, model: torch.nn.Module, tokenizer: object, directory: Path, settings: dict, **extra: object
+) -> object:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"prompt": "w9", "chosen": "w10", "rejected": "w11"}] * 2)
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(directory), use_cpu=True, report_to=[], bf16=False, gradient_checkpointing=False,
+        max_length=None, **settings,
+    )  # fmt: skip
+    return getattr(trl, f"{kind}Trainer")(
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer, **extra
+    )
+
+
+def imported(model: torch.nn.Module, directory: Path) -> LM:
+    model.save_pretrained(directory)
+    return load_model(directory)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_dpo_is_that_of_trl(beta: float, pairs: list, source: Comparisons, tokenizer: object, tmp_path: Path) -> None:
+    policy, frozen = (llama(seed, transformers.LlamaForCausalLM) for seed in (0, 1))
+    ours, ours_frozen = imported(policy, tmp_path / "a"), imported(frozen, tmp_path / "b")
+    theirs = trainer("DPO", policy, tokenizer, tmp_path / "t", {"beta": beta}, ref_model=frozen)
+    policy.eval()
+    loss = theirs.compute_loss(policy, theirs.data_collator(pairs))
+    loss.backward()
+
+    annotated = annotate(source, ours_frozen, comparison, reference, rows=4)
+    objective = DPO(beta=beta)
+    # Two micro-batches of unequal content, which must not matter.
+    batches = Batches(annotated, objective, ByteCoder.vocab, rows=PAIRS, seed=0, accumulate=2).batches(0)
+    terms = step(ours, objective, batches)
+    assert abs(float(terms["dpo"]) - float(loss)) < 1e-5
+    logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
+    assert float(terms["margin"]) == pytest.approx(logged["rewards/margins"], abs=1e-5)
+    assert beta * float(terms["chosen"]) == pytest.approx(logged["rewards/chosen"], abs=1e-5)
+    assert beta * float(terms["rejected"]) == pytest.approx(logged["rewards/rejected"], abs=1e-5)
+    assert float(terms["accuracy"]) == pytest.approx(logged["rewards/accuracies"])
+    assert torch.allclose(ours.tokens.weight.grad, policy.model.embed_tokens.weight.grad, atol=1e-5)
+
+
+def test_the_reward_loss_is_that_of_trl(pairs: list, source: Comparisons, tokenizer: object, tmp_path: Path) -> None:
+    scorer = llama(2, transformers.LlamaForSequenceClassification)
+    trunk = llama(3, transformers.LlamaForCausalLM)
+    trunk.model.load_state_dict(scorer.model.state_dict())
+    head = torch.nn.Linear(32, 1, bias=False)
+    head.weight.data.copy_(scorer.score.weight)
+    ours = imported(trunk, tmp_path / "a")
+    ours.parts["reward"] = head
+    theirs = trainer("Reward", scorer, tokenizer, tmp_path / "t", {})
+    scorer.eval()
+    whole = [{f"{side}_ids": p["prompt_ids"] + p[f"{side}_ids"] for side in ("chosen", "rejected")} for p in pairs]
+    loss = theirs.compute_loss(scorer, theirs.data_collator(whole))
+    loss.backward()
+
+    batches = Batches(source, Reward(), ByteCoder.vocab, rows=PAIRS, seed=0).batches(0)
+    terms = step(ours, Reward(), batches)
+    assert abs(float(terms["reward"]) - float(loss)) < 1e-5
+    logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
+    assert float(terms["accuracy"]) == pytest.approx(logged["accuracy"])
+    assert float(terms["margin"]) == pytest.approx(logged["margin"], abs=1e-5)
+    assert torch.allclose(head.weight.grad, scorer.score.weight.grad, atol=1e-5)
+    assert torch.allclose(ours.tokens.weight.grad, scorer.model.embed_tokens.weight.grad, atol=1e-5)
