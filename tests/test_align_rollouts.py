@@ -166,11 +166,18 @@ def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     assert mean_truth(model) > mean_truth(frozen) + 0.15
 
 
+def agreement(judge: RewardModel, comparisons: list[Comparison]) -> float:
+    """The share of comparisons that a judge decides as they were."""
+    chosen, rejected = (judge([getattr(c, side) for c in comparisons]) for side in ("chosen", "rejected"))
+    return float((chosen > rejected).mean())
+
+
 def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
     writer = letters_only(policy(PPO()))
     comparisons = compared(writer, 512)
-    held, learnt = comparisons[:60], comparisons[60:]
+    held, learnt = comparisons[:120], comparisons[120:]
     model = policy(Reward() + PPO(), seed=1)
+    before = agreement(RewardModel(model), held)
     batches = Batches(Comparisons(learnt), Reward(), VOCAB, rows=32, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for k in range(100):
@@ -178,8 +185,9 @@ def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
         step(model, Reward(), batches.batches(k))
         optimizer.step()
     judge = RewardModel(model, rows=7)
-    right = judge([c.chosen for c in held]) > judge([c.rejected for c in held])
-    assert right.mean() > 0.9
+    assert before < 0.7
+    # Most comparisons are decided by one letter of eight, so a small judge is not always right.
+    assert agreement(judge, held) > 0.8
     sides = [c.chosen for c in held] + [c.rejected for c in held]
     normal = judge.normalised(sides)
     assert normal(sides).mean() == pytest.approx(0, abs=1e-5)
