@@ -123,7 +123,7 @@ def one_at_a_time(document: Document, context: int, vocab: Vocab) -> Iterator[Ex
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in one_at_a_time(two, 8, vocab)]
     [([1, 3, 6, 2], [-100, 5, -100, -100]), ([1, 5, 3, 2], [-100, -100, 6, -100])]
     """
-    for piece in _pieces(document, context - 2):
+    for piece in pieces(document, context - 2):
         framed = vocab.frame(piece.tokens)
         sizes = np.concatenate(([0], piece.sizes, [0]))
         zeros = np.zeros(len(framed), np.int32)
@@ -142,14 +142,14 @@ def halves(document: Document, context: int, vocab: Vocab) -> Iterator[Example]:
     >>> x["source_tokens"].tolist(), x["tokens"].tolist(), x["labels"].tolist()
     ([5, 6, 2], [0, 7], [7, 8])
     """
-    for piece in _pieces(document, 2 * context - 2):
+    for piece in pieces(document, 2 * context - 2):
         cut = len(piece.tokens) // 2
         source = np.concatenate((piece.tokens[:cut], [vocab.eos]))
         shown = layout.seq2seq(source, piece.tokens[cut:], start=vocab.pad)
         yield shown | {"sizes": piece.sizes[cut:]}
 
 
-def _pieces(document: Document, most: int) -> Iterator[Document]:
+def pieces(document: Document, most: int) -> Iterator[Document]:
     """The document in as few pieces of at most `most` tokens as will do, of equal length to within one."""
     if most < 1:
         raise UserError("the context is too short to hold a token between its frame: use at least 4")

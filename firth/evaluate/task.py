@@ -1,0 +1,153 @@
+"""A task is a source, a prompt and a metric; `evaluate` measures any run or model directory by one of them.
+
+    evaluate(Path("runs/gpt"), ["held-out/"])               {"task": "likelihood", "bits_per_byte": 2.31, ...}
+    evaluate(Path("runs/verse"), ["held-out.jsonl"])        {"task": "classification", "accuracy": 0.75, ...}
+
+What is asked follows from what the model has: a head for classes answers "classification", a reward head
+"comparisons", a vocabulary head "likelihood"; `task` asks for another one. The tasks are in `firth.evaluate.tasks`.
+Every score of items comes with a 95% bootstrap interval, and with what the commonest answer alone would get.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firth.evaluate import metrics
+from firth.model.lm import LM
+from firth.model.weights import load_model
+from firth.text.chat import Message
+from firth.text.tokenizer import Tokenizer
+from firth.text.vocab import Vocab
+from firth.types import UserError
+
+Record = Mapping[str, Any]
+Metric = Callable[[Sequence[Any], Sequence[Any]], float]
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item. prompt: what the model is given. answer: what is right, one of `options` if it may only choose.
+
+    dialogues: for a choice between dialogues, each of them whole, in the order of the options.
+    """
+
+    prompt: str
+    answer: str
+    options: tuple[str, ...] = ()
+    dialogues: tuple[tuple[Message, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model and its tokenizer. directory: what the user named; place: where the model is."""
+
+    model: LM
+    tokenizer: Tokenizer
+    directory: Path
+    place: Path
+
+    @property
+    def vocab(self) -> Vocab:
+        """The tokenizer's ids and roles."""
+        return self.tokenizer.vocab
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.tokens.weight.device
+
+
+def open_subject(directory: Path) -> Subject:
+    """The model and tokenizer of a run directory (its `model/`) or of a model directory."""
+    place = directory / "model" if (directory / "model").is_dir() else directory
+    return Subject(load_model(place), Tokenizer.load(place), directory, place)
+
+
+def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
+    """The option with the highest score; "" where two share it, since whoever cannot tell them apart does not know.
+
+    >>> likeliest(["a", "b"], [0.1, 0.3]), likeliest(["a", "b"], [0.3, 0.3])
+    ('b', '')
+    """
+    best = max(scores)
+    at = [i for i, score in enumerate(scores) if score == best]
+    return options[at[0]] if len(at) == 1 else ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """source: files -> (file:line, record). prompt: a record as a question; raises UserError without the place.
+
+    answer: what the subject says to each question. metrics: name -> function of (right, answered) over all items.
+    """
+
+    name: str
+    source: Callable[[Sequence[str]], Iterator[tuple[str, Record]]]
+    prompt: Callable[[Record], Question]
+    answer: Callable[[Subject, Sequence[Question], Progress], list[str]]
+    metrics: Mapping[str, Metric]
+
+    def questions(self, paths: Sequence[str]) -> list[Question]:
+        """Every item of the files. Raises UserError with the place of a record that is no item, or if there is none."""
+        found = []
+        for place, record in self.source(paths):
+            try:
+                found.append(self.prompt(record))
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+        if not found:
+            raise UserError(f"{', '.join(paths)}: there is no record to score")
+        return found
+
+    def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
+        """All metrics, each with its interval as `NAME_interval`, the number of items, for classes the commonest."""
+        questions = self.questions(paths)
+        answered = self.answer(subject, questions, progress)
+        right = [q.answer for q in questions]
+        out: dict[str, Any] = {"items": len(questions)}
+        for name, metric in self.metrics.items():
+            out[name] = metric(right, answered)
+            out[f"{name}_interval"] = metrics.bootstrap(metric, right, answered)
+        if not any(question.options for question in questions):
+            commonest, count = Counter(right).most_common(1)[0]
+            out |= {"commonest": commonest, "commonest_accuracy": count / len(right)}
+        return out
+
+
+def evaluate(
+    directory: Path,
+    paths: Sequence[str],
+    *,
+    task: str | None = None,
+    limit: int | None = None,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Measure the model of a run or model directory on files; plain numbers by name.
+
+    task: a name of `firth.evaluate.tasks.TASKS`, or "likelihood"; None chooses by the parts of the model.
+    limit: for likelihood, ask at most about this many tokens, spread over the text. progress: told the share done.
+    Raises UserError where the directory holds no model, the files no item, or the model cannot do the task.
+    """
+    from firth.evaluate.tasks import DEFAULTS, TASKS
+    from firth.evaluate.text import likelihood
+
+    subject = open_subject(directory)
+    if task is None:
+        task = next((name for part, name in DEFAULTS.items() if part in subject.model.parts), None)
+    if task is None:
+        parts = ", ".join(subject.model.parts) or "no part"
+        raise UserError(f"{directory}: this model has {parts} and so nothing to measure: name a task")
+    if task == "likelihood":
+        found = likelihood(subject, paths, limit, progress)
+    elif task in TASKS:
+        found = TASKS[task].run(subject, paths, progress)
+    else:
+        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}")
+    return {"task": task} | found

@@ -1,0 +1,135 @@
+"""Likelihood of the text in files: documents in, one result out, read as the model was trained to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from firth.evaluate import metrics
+from firth.evaluate.likelihood import Document, Likelihood, halves, one_at_a_time, pieces, read, score, strided
+from firth.model.shape import Shape
+from firth.text.read import documents
+from firth.text.tokenizer import Tokenizer
+from firth.types import Example, UserError
+
+if TYPE_CHECKING:
+    from firth.evaluate.task import Progress, Subject
+
+Reads = Literal["causal", "masked", "halves"]
+
+BLOCK = 2048
+"""Asked tokens scored together; the interval is over blocks of whole pieces."""
+
+MASKED_LIMIT = 16384
+"""Tokens that a masked model is asked unless told otherwise: each costs a row of its own."""
+
+
+def reads_of(shape: Shape) -> Reads:
+    """An encoder-decoder reads halves; one whose head transforms first, as BERT's line does, masked; others causal."""
+    if shape.encoder:
+        return "halves"
+    return "masked" if shape.head == "transform" else "causal"
+
+
+def leading(directory: Path, tokenizer: Tokenizer) -> int | None:
+    """The bos that a causal model was trained to read at the head of every row, None if it was not.
+
+    `add_bos_token` of tokenizer_config.json says so; where it is silent, what the tokenizer itself puts in front.
+    """
+    bos = tokenizer.vocab.roles.get("bos")
+    file = directory / "tokenizer_config.json"
+    said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else None
+    if bos is None or said is False:
+        return None
+    framed = tokenizer.engine.encode("a", add_special_tokens=True).ids
+    return bos if said or framed[:1] == [bos] else None
+
+
+def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progress: Progress) -> dict[str, Any]:
+    """Perplexity and bits per byte of the files' documents, with an interval where there are enough blocks.
+
+    With a limit, whole pieces are asked, evenly spread over the text; "share" says how much of it that is.
+    """
+    model, tokenizer = subject.model, subject.tokenizer
+    if "lm" not in model.parts:
+        raise UserError(
+            f"{subject.directory}: this model has no vocabulary head, so no text is likely or unlikely to it"
+        )
+    reads = reads_of(model.shape)
+    bos = leading(subject.place, tokenizer) if reads == "causal" else None
+    context = model.shape.context
+    whole = [read(tokenizer, d.text) for d in documents(paths)]
+    room = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[reads]
+    cut = [piece for document in whole for piece in (pieces(document, room) if reads != "causal" else [document])]
+    total = sum(len(d.tokens) for d in cut)
+    limit = MASKED_LIMIT if limit is None and reads == "masked" else limit
+    chosen = cut if limit is None else spread(cut, limit)
+    if not total:
+        raise UserError(f"{', '.join(paths)}: there is no text to score")
+
+    def show(document: Document) -> Iterator[Example]:
+        if reads == "causal":
+            return strided(document, context, bos)
+        return (one_at_a_time if reads == "masked" else halves)(document, context, tokenizer.vocab)
+
+    asked = sum(len(d.tokens) for d in chosen)
+    done, results = 0, []
+    for block in blocks(chosen):
+        results.append(score(model, (example for document in block for example in show(document))))
+        done += sum(len(d.tokens) for d in block)
+        progress(done / asked)
+    return summary(results) | {"reads": reads, "documents": len(whole), "share": asked / total, "bos": bos is not None}
+
+
+def blocks(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Consecutive documents, as many as hold BLOCK tokens."""
+    block: list[Document] = []
+    for document in documents:
+        block.append(document)
+        if sum(len(d.tokens) for d in block) >= BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def spread(documents: Sequence[Document], limit: int) -> list[Document]:
+    """Documents evenly spaced over all of them that hold about `limit` tokens, at least one.
+
+    >>> ten = [Document(np.array([i, i]), np.array([1, 1])) for i in range(10)]
+    >>> [int(d.tokens[0]) for d in spread(ten, limit=8)]
+    [1, 3, 6, 8]
+    """
+    total = sum(len(d.tokens) for d in documents)
+    if total <= limit:
+        return list(documents)
+    count = max(1, round(len(documents) * limit / total))
+    return [documents[(2 * i + 1) * len(documents) // (2 * count)] for i in range(count)]
+
+
+def summary(results: Sequence[Likelihood]) -> dict[str, Any]:
+    """The numbers of all blocks together."""
+    total = sum(results, Likelihood())
+    if not total.tokens:
+        raise UserError(
+            "the text is too short to score: a model without bos is not asked the first token of a document"
+        )
+    out: dict[str, Any] = {
+        "perplexity": total.perplexity,
+        "bits_per_byte": total.bits_per_byte if total.size else float("nan"),
+        "nll": total.nll,
+        "tokens": total.tokens,
+        "bytes": total.size,
+    }
+    if len(results) >= 8:
+        nll, size = [r.nll for r in results], [r.size for r in results]
+        out["bits_per_byte_interval"] = metrics.bootstrap(_ratio, nll, size)
+    return out
+
+
+def _ratio(nll: np.ndarray, size: np.ndarray) -> float:
+    return metrics.bits_per_byte(float(nll.sum()), int(size.sum()))

@@ -1,0 +1,273 @@
+"""`evaluate` on directories: against transformers reading the same, and scikit-learn counting the same answers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from test_model_families import built
+
+from firth.data.batch import collate
+from firth.evaluate.task import evaluate, likeliest, open_subject
+from firth.evaluate.tasks.choices import cut
+from firth.evaluate.text import MASKED_LIMIT, leading
+from firth.model.lm import LM
+from firth.model.shape import decoder, encoder, encoder_decoder
+from firth.model.weights import save_model
+from firth.objectives.classification import Classification
+from firth.objectives.reward import reward_head
+from firth.text.train import train
+from firth.train.step import step
+from firth.types import IGNORE, UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+
+TEXT = "the king is dead, long live the queen; the fool speaks and nobody listens to the fool. " * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train([TEXT * 3], "byte-bpe", 330, sentinels=4)
+
+
+def saved(directory, tokenizer, make, facts=None, parts=("lm",)):
+    """A run directory with a model of random weights."""
+    shape = make(tokenizer.vocab.size, 64, 1, context=32)
+    if parts == ("lm",):
+        model = built(shape)
+    else:
+        torch.manual_seed(0)
+        model = LM(shape, {"classes": torch.nn.Linear(64, 3)} if "classes" in parts else {"reward": reward_head(64)})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    save_model(model, tokenizer, directory / "model", facts)
+    return model
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [str(path)]
+
+
+def test_causal_perplexity_is_theirs(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer, decoder)
+    (tmp_path / "a.txt").write_text("the fool speaks and the queen listens")
+    found = evaluate(tmp_path, [str(tmp_path / "a.txt")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = their_tokenizer(
+        "the fool speaks and the queen listens", return_tensors="pt", add_special_tokens=False
+    ).input_ids
+    with torch.no_grad():
+        mean = float(theirs(input_ids=ids, labels=ids).loss)
+    assert found["task"] == "likelihood"
+    assert found["reads"] == "causal"
+    assert (found["tokens"], found["documents"], found["share"], found["bos"]) == (ids.shape[1] - 1, 1, 1.0, False)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    first = len(their_tokenizer.decode(ids[0, :1]).encode())
+    assert found["bytes"] == len("the fool speaks and the queen listens") - first
+    assert found["bits_per_byte"] == pytest.approx(mean * found["tokens"] / math.log(2) / found["bytes"], rel=1e-5)
+
+
+def test_bos_is_added_when_the_tokenizer_says_so(tmp_path, tokenizer):
+    model = saved(tmp_path, tokenizer, decoder)
+    (tmp_path / "a.txt").write_text("the fool speaks")
+    without = evaluate(tmp_path, [str(tmp_path / "a.txt")])
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    subject = open_subject(tmp_path)
+    bos = tokenizer.vocab.bos
+    assert leading(tmp_path / "model", subject.tokenizer) == bos
+    found = evaluate(tmp_path, [str(tmp_path / "a.txt")])
+    assert (found["bos"], without["bos"]) == (True, False)
+    assert (found["tokens"], found["bytes"]) == (without["tokens"] + 1, len("the fool speaks"))
+    ids = torch.tensor([[bos, *tokenizer.encode("the fool speaks")]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        mean = float(theirs(input_ids=ids, labels=ids).loss)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert model.shape.context == 32
+
+
+def test_a_tokenizer_that_frames_its_text_means_bos(tmp_path, tokenizer):
+    """Llama's tokenizer.json puts <s> in front by itself; its configuration may forbid it."""
+    from tokenizers.processors import TemplateProcessing
+
+    framing = train([TEXT], "byte-bpe", 330, sentinels=0)
+    framing.engine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", framing.vocab.bos)])
+    framing.save(tmp_path)
+    assert leading(tmp_path, framing) == framing.vocab.bos
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": False}))
+    assert leading(tmp_path, framing) is None
+    assert leading(tmp_path, tokenizer) is None
+
+
+def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(TEXT)
+    tokens = len(tokenizer.encode(TEXT))
+    saved(tmp_path / "e", tokenizer, encoder)
+    masked = evaluate(tmp_path / "e", [str(tmp_path / "a.txt")])
+    assert (masked["reads"], masked["tokens"], masked["bytes"]) == ("masked", tokens, len(TEXT))
+    saved(tmp_path / "t", tokenizer, encoder_decoder)
+    second = evaluate(tmp_path / "t", [str(tmp_path / "a.txt")])
+    assert second["reads"] == "halves"
+    assert tokens / 2 <= second["tokens"] <= tokens / 2 + 5
+    few = evaluate(tmp_path / "e", [str(tmp_path / "a.txt")], limit=60)
+    assert 30 <= few["tokens"] <= 90
+    assert few["share"] == few["tokens"] / tokens
+    assert tokens < MASKED_LIMIT
+
+
+def test_enough_text_has_an_interval_around_its_score(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer, decoder)
+    rows = [{"text": f"{TEXT} {i} {TEXT[i:]}"} for i in range(200)]
+    told = []
+    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows), progress=told.append)
+    low, high = found["bits_per_byte_interval"]
+    assert low < found["bits_per_byte"] < high < 1.1 * low
+    assert found["documents"] == 200
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
+def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, tokenizer):
+    names = ("verse", "prose", "song")
+    model = saved(tmp_path, tokenizer, encoder, {"classes": names}, parts=("classes",))
+    rng = np.random.default_rng(0)
+    words = TEXT.split()
+    texts = [" ".join(rng.choice(words, rng.integers(1, 60))) for _ in range(40)]
+    gold = rng.choice(names, 40).tolist()
+    rows = [{"text": t, "label": g} for t, g in zip(texts, gold, strict=True)]
+    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
+
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
+    answered = []
+    for text in texts:
+        ids = torch.tensor([tokenizer.vocab.frame(tokenizer.encode(text)[:30]).tolist()])
+        with torch.no_grad():
+            state = theirs(input_ids=ids).last_hidden_state[0, 0]
+            answered.append(names[int(model.parts["classes"](state).argmax())])
+    assert len(set(answered)) > 1
+    assert found["task"] == "classification"
+    assert found["items"] == 40
+    assert found["accuracy"] == pytest.approx(accuracy_score(gold, answered))
+    assert found["macro_f1"] == pytest.approx(f1_score(gold, answered, average="macro"))
+    assert found["matthews"] == pytest.approx(matthews_corrcoef(gold, answered))
+    assert found["accuracy_interval"][0] <= found["accuracy"] <= found["accuracy_interval"][1]
+    assert found["commonest_accuracy"] == max(gold.count(n) for n in names) / 40
+
+
+def test_classification_is_what_training_measures(tmp_path, tokenizer):
+    """A head trained by the one step until it knows the difference; its logged accuracy is the evaluated one."""
+    objective = Classification(classes=("fool", "queen"))
+    shape = encoder(tokenizer.vocab.size, 64, 1, context=32)
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape))
+    rng = np.random.default_rng(0)
+    words = ["the", "king", "is", "dead", "long", "live"]
+    texts = [" ".join([*rng.choice(words, 6), ("the fool", "the queen")[i % 2]]) for i in range(32)]
+    examples = [{"tokens": tokenizer.vocab.frame(tokenizer.encode(t)), "label": i % 2} for i, t in enumerate(texts)]
+    batch = collate([objective.view(e, tokenizer.vocab, rng) for e in examples], {"class"})
+    moves = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(40):
+        logged = step(model, objective, [batch])
+        moves.step()
+        moves.zero_grad()
+    save_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text("objective:\n  kind: classification\n  classes: [fool, queen]\n")
+    rows = [{"text": t, "label": objective.classes[i % 2]} for i, t in enumerate(texts)]
+    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
+    assert found["accuracy"] == 1.0 == float(logged["accuracy"])
+
+
+def test_comparisons_prefer_the_higher_reward(tmp_path, tokenizer):
+    model = saved(tmp_path, tokenizer, decoder, parts=("reward",))
+    rows = [
+        {"prompt": "the king", "chosen": f"is dead {i}", "rejected": f"long live the queen {i}"} for i in range(12)
+    ] + [{"prompt": [{"role": "user", "content": "hail"}], "chosen": "the fool", "rejected": "speaks"}]
+    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
+    turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    other = evaluate(tmp_path, written(tmp_path / "b.jsonl", turned))
+    assert (found["task"], found["items"]) == ("comparisons", 13)
+    assert found["accuracy"] + other["accuracy"] == pytest.approx(1.0)
+    assert "commonest" not in found
+    same = [row | {"rejected": row["chosen"]} for row in rows]
+    assert evaluate(tmp_path, written(tmp_path / "c.jsonl", same))["accuracy"] == 0.0
+    torch.nn.init.zeros_(model.parts["reward"].weight)
+    save_model(model, tokenizer, tmp_path / "model")
+    assert evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))["accuracy"] == 0.0
+
+
+def test_choices_are_by_their_log_likelihood(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer, decoder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    options = ["queen", "fool speaks", "dead", "king, long live the king"]
+    rows = [
+        {"prompt": f"{start} the ", "options": options, "answer": i % 4} for i, start in enumerate(TEXT.split()[:8])
+    ]
+
+    def log_likelihood(prompt, option):
+        before, whole = len(tokenizer.encode(prompt.rstrip())), torch.tensor(tokenizer.encode(prompt + option)).long()
+        labels = whole.clone()
+        labels[:before] = IGNORE
+        with torch.no_grad():
+            return -float(theirs(input_ids=whole[None], labels=labels[None]).loss) * (len(whole) - before)
+
+    right = [
+        max(range(4), key=lambda k, r=row: log_likelihood(r["prompt"], options[k])) == row["answer"] for row in rows
+    ]
+    assert 0 < sum(right) < 8
+    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows), task="choices")
+    assert found["accuracy"] == sum(right) / 8
+    named = [row | {"answer": options[row["answer"]]} for row in rows]
+    assert evaluate(tmp_path, written(tmp_path / "b.jsonl", named), task="choices") == found
+
+
+def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer, decoder)
+    subject = open_subject(tmp_path)
+    for prompt, option in (("the king", "is"), ("the king ", "is"), ("the king", " is"), ("the king  ", "is")):
+        before, after = cut(subject, prompt, option)
+        assert tokenizer.decode(before) == "the king"
+        assert tokenizer.decode(after) in (" is", "  is")
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    ([{"text": "a", "label": "ode"}], "the label 'ode' is none of the classes that this run knows: verse, prose, song"),
+    ([{"text": "a"}], r"a\.jsonl:1: there is no field 'label'; it has text"),
+    ([{"words": "a", "label": "verse"}], r"a\.jsonl:1: .*no field 'text'"),
+])  # fmt: skip
+def test_a_record_that_does_not_fit_is_named(tmp_path, tokenizer, rows, said):
+    saved(tmp_path, tokenizer, encoder, {"classes": ["verse", "prose", "song"]}, parts=("classes",))
+    with pytest.raises(UserError, match=said):
+        evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
+
+
+def test_what_a_model_cannot_do_is_said_in_words(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer, encoder)
+    file = written(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
+    for task, said in (
+        ("classification", "no head for classes"),
+        ("comparisons", "no reward head"),
+        ("x", "no task 'x'"),
+    ):
+        if task == "comparisons":
+            file = written(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        with pytest.raises(UserError, match=said):
+            evaluate(tmp_path, file, task=task)
+    choice = written(tmp_path / "c.jsonl", [{"prompt": "a", "options": ["b", "c"], "answer": 0}])
+    with pytest.raises(UserError, match="writes no text"):
+        evaluate(tmp_path, choice, task="choices")
+    for row, said in (({"prompt": "a", "options": ["b"], "answer": 0}, "two or more"),
+                      ({"prompt": "a", "options": ["b", "c"], "answer": 2}, "neither one of the options")):  # fmt: skip
+        with pytest.raises(UserError, match=rf"d\.jsonl:1: .*{said}"):
+            evaluate(tmp_path, written(tmp_path / "d.jsonl", [row]), task="choices")
+
+
+def test_a_tie_is_no_answer():
+    assert likeliest(["a", "b", "c"], [1.0, 2.0, 2.0]) == ""
+    assert likeliest(["a", "b", "c"], [1.0, 2.0, 1.0]) == "b"
