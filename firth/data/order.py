@@ -41,7 +41,8 @@ def _encrypt(x: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
     for turn in range(ROUNDS):
         # The half that was `high` (of width widths[1] on even turns) scrambles the other; then they change places.
         low, high = high, low ^ (mix(high + key + np.uint64(turn * _STEP & _WORD)) & _ones(widths[turn % 2]))
-    return (high << widths[0]) | low
+    whole: np.ndarray = (high << widths[0]) | low
+    return whole
 
 
 def _ones(bits: np.uint64) -> np.uint64:
@@ -56,7 +57,8 @@ def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): every input bit moves every output bit. x: array of uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 class Draws:

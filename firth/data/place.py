@@ -95,7 +95,7 @@ class Places:
 
     def spread(self, values: np.ndarray, lead: tuple[int, ...], fill: int, dtype: type) -> np.ndarray:
         """One value per token (tokens,) -> (rows, *lead, columns), the same along the free axes."""
-        out = np.full(self.shape[0] * self.shape[1], fill, dtype)
+        out: np.ndarray = np.full(self.shape[0] * self.shape[1], fill, dtype)
         out[self._flat] = values
         return np.repeat(out.reshape(self.shape[0], 1, self.shape[1]), math.prod(lead), 1).reshape(
             self.shape[0], *lead, self.shape[1]
