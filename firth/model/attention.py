@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from firth.model import blocked
 from firth.types import NEVER
 
 
@@ -57,6 +58,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, sees: Visibility, scale: float, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """softmax(scale q k' + bias) v where it is seen: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
+    if sees.causal and bias is None and not dropout and blocked.serves(q, k):
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return blocked.causal(q, k, v, scale)
     mask = sees.mask
     if bias is not None:
         if sees.causal:
