@@ -161,3 +161,20 @@ def _schedule(quotas: Sequence[int]) -> np.ndarray:
         taken[i] += 1
         heapq.heappush(waiting, (taken[i] * period // quotas[i], i))
     return which
+
+
+class Subset(Source):
+    """Some examples of a source that only reads, in the order of `indices`."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {**self.source.counts, "examples": len(self)}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]

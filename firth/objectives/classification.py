@@ -8,6 +8,8 @@ one that has seen the whole text.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -40,6 +42,9 @@ class Classification(Objective):
 
     classes: tuple[str, ...] = ()
     at: Literal["first", "last"] = "first"
+
+    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
+        return self if self.classes else dataclasses.replace(self, classes=classes())
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         head = nn.Linear(shape.width, len(self.classes))

@@ -14,6 +14,7 @@ axis.) Objectives compose with `+`: BERT is `NSP() + MLM()`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,10 +35,16 @@ class Objective:
 
     targets: loss term -> the batch field that supervises it.
     measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
+    classes: the names of the answers, for objectives that choose among some.
     """
 
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
+    classes: tuple[str, ...] = ()
+
+    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
+        """The objective with the classes that its data has; those that have none are what they were."""
+        return self
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         """What it adds to the model: a head, a generator, a value head."""

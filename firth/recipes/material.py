@@ -54,12 +54,13 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a segment is cut from: the source, the tokenizer, the run's directory and what it begins from."""
+    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step."""
 
     source: Text
     tokenizer: Tokenizer
     directory: Path
     start: str = ""
+    rows: int = 1
     seed: int = 0
     echo: Echo = print
 

@@ -26,7 +26,7 @@ from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import tree
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
-from firth.recipes.segments import Cut
+from firth.recipes.segments import Cut, model_directory
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
@@ -67,11 +67,11 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     tell = echo if ranks.first else _silent
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _first_alone(ranks, lambda: _tokenizer(recipe, directory, tell))
-    material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.seed, tell)
+    material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
     if (directory / DONE).exists():
         return _finished(directory, settled)
-    cut = _first_alone(ranks, lambda: settled.segment.cut(material))
+    cut = _first_alone(ranks, lambda: settled.segment.cut(material, settled.objective))
     torch.manual_seed(settled.seed)
     assert settled.shape is not None
     model = LM(settled.shape, settled.objective.parts(settled.shape))
@@ -101,12 +101,6 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
     ranks.wait()
     return finished
-
-
-def model_directory(path: str | Path) -> Path:
-    """The model in a run directory, or the directory itself where it is one."""
-    path = Path(path)
-    return path / "model" if (path / "model").is_dir() else path
 
 
 def _silent(_: str) -> None:
@@ -150,8 +144,8 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         raise UserError(f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN")
     if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
-    segment, objective = recipe.segment.settle(recipe.objective, material)
-    return dataclasses.replace(recipe, shape=shape, segment=segment, objective=objective)
+    objective = recipe.segment.settle(recipe.objective, material)
+    return dataclasses.replace(recipe, shape=shape, objective=objective)
 
 
 def _finished(directory: Path, recipe: Recipe) -> Finished:

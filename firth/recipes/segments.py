@@ -7,15 +7,31 @@ dialogues, prompted, preferences and comparisons read records; rollouts ask the 
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Literal
 
-from firth.data import segment
-from firth.data.source import Source
+import numpy as np
+
+from firth.align.annotate import annotate
+from firth.align.credit import GAE, Baseline
+from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, read_comparisons
+from firth.align.rollouts import Phase
+from firth.align.rollouts import Rollouts as OnPolicy
+from firth.data import records, segment
+from firth.data.source import Source, Subset
+from firth.data.split import place
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.lm import LM
+from firth.model.weights import load_model
+from firth.objectives.dpo import comparison, reference
+from firth.objectives.objective import Objective
 from firth.recipes.material import Material
-
-if TYPE_CHECKING:
-    from firth.objectives.objective import Objective
+from firth.types import UserError
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,13 @@ class Cut:
 class Segment:
     """One way to cut the material. Subclasses are frozen dataclasses."""
 
-    def cut(self, material: Material) -> Cut:
+    def cut(self, material: Material, objective: Objective) -> Cut:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
 
-    def settle(self, objective: Objective, material: Material) -> tuple[Segment, Objective]:
+    def settle(self, objective: Objective, material: Material) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
-        return self, objective
+        return objective
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Windows(Segment):
 
     length: int = 256
 
-    def cut(self, material: Material) -> Cut:
+    def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Windows(valid, self.length, tail=True) if valid else None
         # Asked is every token of the held-out store but the first, which nothing stands before.
@@ -61,7 +77,7 @@ class Pieces(Segment):
     length: int = 128
     frame: bool = True
 
-    def cut(self, material: Material) -> Cut:
+    def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         frame = material.tokenizer.vocab if self.frame else None
         held = segment.Pieces(valid, self.length, frame) if valid else None
@@ -74,11 +90,191 @@ class Pairs(Segment):
 
     length: int = 128
 
-    def cut(self, material: Material) -> Cut:
+    def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Pairs(valid, self.length) if valid and len(valid) > 1 else None
         return Cut(segment.Pairs(train, self.length), held)
 
 
-SEGMENTS: dict[str, type[Segment]] = {"windows": Windows, "pieces": Pieces, "pairs": Pairs}
+@dataclass(frozen=True)
+class Labelled(Segment):
+    """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
+
+    length: int = 128
+    text: str = "text"
+    label: str = "label"
+    pair: str = ""
+
+    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> records.Labelled:
+        return records.Labelled(
+            paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, classes=classes
+        )
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """The classes are named by the records, unless the recipe names them."""
+        return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
+
+
+@dataclass(frozen=True)
+class Dialogues(Segment):
+    """Dialogues, asked on what the assistant says; the beginning is kept where one is longer than `length` tokens."""
+
+    length: int = 256
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return _recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length))
+
+
+@dataclass(frozen=True)
+class Prompted(Segment):
+    """Prompts for an encoder and answers from a decoder, at most `length` and `answer` tokens."""
+
+    length: int = 256
+    answer: int = 128
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return _recorded(
+            material, lambda paths: records.Prompted(paths, material.tokenizer, self.length, answer=self.answer)
+        )
+
+
+@dataclass(frozen=True)
+class Preferences(Segment):
+    """Records with a prompt, a chosen and a rejected answer."""
+
+    length: int = 256
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return _recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))
+
+
+@dataclass(frozen=True)
+class Sampled(Segment):
+    """Comparisons of answers that a model of ours has sampled, with the very tokens it wrote (`firth.align.rewards`)."""
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        def read(paths: Sequence[str]) -> Source:
+            return Comparisons([c for path in paths for c in read_comparisons(Path(path))])
+
+        return _recorded(material, read)
+
+
+@dataclass(frozen=True)
+class Referenced(Segment):
+    """Comparisons with the log-probabilities that the model they start from gives to both answers: what DPO reads."""
+
+    pairs: Segment = Preferences()
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        model = load_model(_needed(material.start, "start", "the model that DPO starts from and is held to"))
+        plain = self.pairs.cut(material, objective)
+        known = [
+            annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
+            if source is not None else None
+            for part, source in (("train", plain.train), ("valid", plain.valid))
+        ]  # fmt: skip
+        assert known[0] is not None
+        return Cut(known[0], known[1])
+
+
+@dataclass(frozen=True)
+class Rollouts(Segment):
+    """Answers that the model itself writes to the prompts of the records, judged, and learnt from for `epochs`.
+
+    answers: drawn per phase, `group` to each prompt.
+    max_new: most tokens of an answer. longest: most tokens of a prompt. beta: the price of a nat of divergence from
+    the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
+    truth: a second such function that is measured and not learnt from. credit: "gae" for PPO, "group" for REINFORCE.
+    """
+
+    answers: int = 64
+    group: int = 1
+    epochs: int = 2
+    max_new: int = 48
+    longest: int = 192
+    beta: float = 0.05
+    reward: str = ""
+    scorer: str = ""
+    truth: str = ""
+    credit: Literal["gae", "group"] = "gae"
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        start = load_model(_needed(material.start, "start", "the model that writes the first answers and is held to"))
+        prompts, _ = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
+        if bool(self.reward) == bool(self.scorer):
+            raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
+        judge: Judge = Truth(function(self.scorer)) if self.scorer else self._reward_model(material, prompts, start)
+        steps, over = divmod(self.answers * self.epochs, material.rows)
+        if over or not steps:
+            raise UserError(
+                f"{self.answers} answers for {self.epochs} epochs do not fill steps of batch.rows={material.rows} evenly"
+            )
+        source = OnPolicy(
+            prompts, material.tokenizer, judge, start, seed=material.seed,
+            phase=Phase(answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta),
+            credit=Baseline() if self.credit == "group" else GAE(),
+            truth=Truth(function(self.truth)) if self.truth else None,
+        )  # fmt: skip
+        return Cut(source, None)
+
+    def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> Judge:
+        """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
+        judge = RewardModel(load_model(model_directory(self.reward)))
+        some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
+        written = Engine(start, material.tokenizer).generate(some, Sampling(max_new=self.max_new, seed=material.seed))
+        return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
+
+
+def function(name: str) -> Callable[[str], float]:
+    """The scorer that `module:function` names; UserError where there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{name!r} names no function: write package.module:function ({error})") from None
+    return found
+
+
+def model_directory(path: str | Path) -> Path:
+    """The model in a run directory, or the directory itself where it is one."""
+    path = Path(path)
+    return path / "model" if (path / "model").is_dir() else path
+
+
+def _needed(path: str, field: str, what: str) -> Path:
+    if not path:
+        raise UserError(f"the recipe lacks `{field}`: {what}")
+    return model_directory(path)
+
+
+FEW = 20
+"""Records: of fewer, none is held out."""
+
+
+def _recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut:
+    """The records to learn from, and the held-out files; without those, the share `source.held_out` of the records."""
+    source = make(material.source.paths(material.echo))
+    if material.source.valid:
+        return Cut(source, make(material.source.valid))
+    apart = np.array([place(str(i)) < material.source.held_out for i in range(len(source))])
+    if len(source) < FEW or not apart.any() or apart.all():
+        return Cut(source, None)
+    return Cut(Subset(source, np.flatnonzero(~apart)), Subset(source, np.flatnonzero(apart)))
+
+
+SEGMENTS: dict[str, type[Segment]] = {
+    "windows": Windows,
+    "pieces": Pieces,
+    "pairs": Pairs,
+    "labelled": Labelled,
+    "dialogues": Dialogues,
+    "prompted": Prompted,
+    "preferences": Preferences,
+    "sampled": Sampled,
+    "referenced": Referenced,
+    "rollouts": Rollouts,
+}
 """Name in a recipe -> class."""

@@ -1,0 +1,103 @@
+"""How large a demo is: the recipes of its stages at two sizes.
+
+small is meant to be watched: five to six minutes on two cores. tiny checks that the path is whole, in a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from firth.model.shape import decoder, encoder, encoder_decoder
+from firth.recipes import pretrain
+from firth.recipes.recipe import Batch, Checks, Recipe
+from firth.recipes.segments import Dialogues, Labelled, Pieces, Referenced, Rollouts, Sampled, Windows
+from firth.train.schedule import Length
+
+
+@dataclass(frozen=True)
+class Size:
+    """vocab, width, depth, context of the models. Steps of each stage. labels: labelled passages to learn from.
+
+    comparisons, held_comparisons: prompts that two answers are drawn for. noise: the judge's inconstancy, in units of
+    true score. answer, sample: most tokens of an answer and of a printed sample. judged: held-out prompts at the end.
+    """
+
+    vocab: int = 4096
+    width: int = 256
+    depth: int = 4
+    context: int = 256
+    steps: tuple[int, int, int] = (300, 250, 350)
+    labels: int = 300
+    classify_steps: int = 100
+    instruct_steps: int = 200
+    reward_steps: int = 80
+    dpo_steps: int = 60
+    ppo_steps: int = 64
+    comparisons: int = 700
+    held_comparisons: int = 250
+    noise: float = 0.4
+    answer: int = 40
+    sample: int = 60
+    judged: int = 128
+
+    def pretraining(self, vocab: int) -> dict[str, Recipe]:
+        """The three families, smallest shapes that still show what each learns."""
+        of = {"vocab": vocab, "width": self.width, "depth": self.depth, "context": self.context}
+        mlm, spans, causal = self.steps
+        checks = Checks(every=max(50, causal // 4), examples=128, save=100, keep=1)
+        return {
+            "encoder": dataclasses.replace(
+                pretrain.bert(), shape=encoder(**of), segment=Pieces(length=128), batch=Batch(rows=32, pack=128),
+                length=Length(steps=mlm), checks=checks,
+            ),
+            "encoder-decoder": dataclasses.replace(
+                pretrain.t5(), shape=encoder_decoder(**(of | {"depth": max(1, self.depth // 2)})),
+                segment=Pieces(length=128, frame=False), batch=Batch(rows=32),
+                length=Length(steps=spans), checks=checks,
+            ),
+            "decoder": dataclasses.replace(
+                pretrain.gpt(), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=32),
+                length=Length(steps=causal), checks=checks,
+            ),
+        }  # fmt: skip
+
+    def classify(self, recipe: Recipe) -> Recipe:
+        return dataclasses.replace(
+            recipe, segment=Labelled(length=96), batch=Batch(rows=24), length=Length(steps=self.classify_steps),
+            checks=Checks(every=max(1, self.classify_steps // 4), examples=2000, save=0, keep=1),
+        )  # fmt: skip
+
+    def instruct(self, recipe: Recipe) -> Recipe:
+        return dataclasses.replace(
+            recipe, segment=Dialogues(length=self.context // 2), length=Length(steps=self.instruct_steps),
+            checks=Checks(every=max(1, self.instruct_steps // 4), examples=200, save=100, keep=1),
+        )  # fmt: skip
+
+    def reward(self, recipe: Recipe) -> Recipe:
+        return dataclasses.replace(
+            recipe, segment=Sampled(), length=Length(steps=self.reward_steps),
+            checks=Checks(every=max(1, self.reward_steps // 4), examples=2000, save=0, keep=1),
+        )  # fmt: skip
+
+    def dpo(self, recipe: Recipe) -> Recipe:
+        return dataclasses.replace(
+            recipe, segment=Referenced(pairs=Sampled()), length=Length(steps=self.dpo_steps),
+            checks=Checks(every=max(1, self.dpo_steps // 4), examples=2000, save=0, keep=1),
+        )  # fmt: skip
+
+    def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
+        segment = Rollouts(answers=64, epochs=2, max_new=self.answer, reward=reward, truth=scorer, beta=0.05,
+                           longest=self.context - self.answer)  # fmt: skip
+        return dataclasses.replace(
+            recipe, segment=segment, length=Length(steps=self.ppo_steps), checks=Checks(save=16, keep=1)
+        )
+
+
+SIZES = {
+    "small": Size(),
+    "tiny": Size(
+        vocab=600, width=32, depth=1, context=128, steps=(4, 4, 4), labels=40, classify_steps=4, instruct_steps=4,
+        reward_steps=3, dpo_steps=3, ppo_steps=4, comparisons=24, held_comparisons=12, answer=8, sample=8, judged=8,
+    ),
+}  # fmt: skip

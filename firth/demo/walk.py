@@ -1,0 +1,340 @@
+"""The demo: the whole way once, on real text, in five to six minutes on two cores.
+
+    1 subwords   2 three families pretrained   3 a finetuned task   4 instruction tuning
+    5 preferences and a reward model   6 PPO and DPO   7 report, models, what to type next
+
+Every stage is an ordinary recipe in an ordinary run directory, so whatever the demo does a user can do with
+`firth train`, and an interrupted demo goes on where it was: finished stages return at once, a started one resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from firth.align.rewards import RewardModel, Sample, Truth, prefer, write_comparisons
+from firth.align.rollouts import Phase, Rollouts
+from firth.demo import folder, plays
+from firth.demo.material import Material, read_rows
+from firth.demo.scorers import SCORERS
+from firth.demo.sizes import SIZES, Size
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.lm import LM
+from firth.model.weights import load_model
+from firth.recipes import tune
+from firth.recipes.material import Echo, Text, train_tokenizer
+from firth.recipes.recipe import Recipe, TokenizerPlan
+from firth.recipes.run import Finished, run
+from firth.recipes.use import Opened, open_run, opening
+from firth.text import chat, corpora
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+Facts = dict[str, Any]
+WORDS = ("taaaaasty", "laern", "Transformerify")
+
+
+def walk(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
+    """Do every stage that is not done yet in `out`; return the report.
+
+    text: a user's own files or folders in place of the plays. Raises UserError for an unknown size, text that is too
+    small, and a directory that holds another demo.
+    """
+    if size not in SIZES:
+        raise UserError(f"there is no size {size!r} of the demo; there is {', '.join(SIZES)}")
+    out.mkdir(parents=True, exist_ok=True)
+    _same(out, {"text": [str(Path(t).resolve()) for t in text], "size": size, "seed": seed})
+    return _Walk(out, list(text), SIZES[size], seed, echo).whole()
+
+
+def _same(out: Path, asked: Facts) -> None:
+    path = out / "demo.json"
+    if not path.exists():
+        path.write_text(json.dumps(asked), "utf-8")
+    elif json.loads(path.read_text("utf-8")) != asked:
+        raise UserError(f"{out} holds a demo of other text, size or seed: delete it, or choose another place with --out")
+
+
+@dataclass
+class _Walk:
+    """One walk: where, on what, how large."""
+
+    out: Path
+    text: list[str]
+    size: Size
+    seed: int
+    echo: Echo
+
+    def whole(self) -> Path:
+        began = time.monotonic()
+        self.material = self.material_made()
+        self.say(1, f"subwords from {self.material.title}, {self.material.bytes / 1e6:.1f} MB of text to learn from")
+        self.tokenizer = self.subwords()
+        self.say(2, "an encoder, an encoder-decoder and a decoder learn from the raw text")
+        self.families = self.pretrained()
+        self.say(3, f"a real label: {self.material.question}")
+        self.classified()
+        self.say(4, f"instruction tuning. {self.material.cue}")
+        self.instructed = self.tuned()
+        self.say(5, "pairwise preferences, and a reward model that learns them")
+        self.reward = self.rewarded()
+        self.say(6, "PPO and DPO from the same start")
+        self.aligned()
+        self.say(7, "the report")
+        from firth.demo.page import demo_report
+        from firth.report.page import write
+
+        path = write(demo_report(self.out, self.material, self.size), self.out / "report.html")
+        self.echo(f"\nDone in {time.monotonic() - began:.0f} s. Open {path}\nThen, for example:")
+        for line in next_commands(self.out):
+            self.echo(f"  {line}")
+        return path
+
+    def say(self, number: int, what: str) -> None:
+        self.echo(f"\n[{number}/7] {what}")
+
+    def once(self, name: str, make: Callable[[], Facts]) -> Facts:
+        """A stage's findings: computed once and kept as JSON."""
+        path = self.out / "findings" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            found = make()
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
+            os.replace(partial, path)
+        kept: Facts = json.loads(path.read_text("utf-8"))
+        return kept
+
+    # 1
+
+    def material_made(self) -> Material:
+        place = self.out / "material"
+        if (place / "material.json").exists():
+            return Material.load(place)
+        if self.text:
+            return folder.make(self.text, place, labels=self.size.labels, seed=self.seed)
+        return plays.make(corpora.fetch("shakespeare", echo=self.echo), place, labels=self.size.labels, seed=self.seed)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return read_rows(self.out / "material" / f"{name}.jsonl")
+
+    def file(self, name: str) -> str:
+        return str(self.out / "material" / f"{name}.jsonl")
+
+    def subwords(self) -> Tokenizer:
+        from firth.text import show
+
+        place = self.out / "tokenizer"
+        if not (place / "merges.json").exists():
+            train_tokenizer(
+                [self.file("train")], place, algorithm="byte-bpe", size=self.size.vocab, seed=self.seed, echo=self.echo
+            )
+        self.echo(show.report(place, WORDS, first=12))
+        return Tokenizer.load(place)
+
+    # 2
+
+    def pretrained(self) -> dict[str, Finished]:
+        source = Text(path=(self.file("train"),), valid=(self.file("valid"),), store=str(self.out / "stores"))
+        plan = TokenizerPlan(path=str(self.out / "tokenizer"))
+        done = {}
+        for name, recipe in self.size.pretraining(self.tokenizer.vocab.size).items():
+            here = dataclasses.replace(recipe, name=name, source=source, tokenizer=plan, seed=self.seed)
+            done[name] = run(here, self.out / name, echo=self.echo)
+            found = self.once(f"samples-{name}", lambda n=name, r=here: self.before_and_after(n, r))
+            for sample in found["samples"][:1]:
+                self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
+        return done
+
+    def before_and_after(self, name: str, recipe: Recipe) -> Facts:
+        """The same prompts answered by the untrained and the trained model, and the held-out loss of both."""
+        after = open_run(self.out / name)
+        torch.manual_seed(self.seed)
+        untrained = LM(after.model.shape, recipe.objective.parts(after.model.shape))
+        before = Opened(untrained, self.tokenizer, Engine(untrained, self.tokenizer))
+        prompts = self.prompts(name)
+        answers = [self.answers(name, opened, prompts) for opened in (before, after)]
+        samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]
+        return {"samples": samples}
+
+    def prompts(self, name: str) -> list[str]:
+        """Held-out text in the form that the family reads."""
+        if name == "decoder":
+            return list(self.material.samples)
+        rng = random.Random(self.seed)
+        said = [row["completion"] for row in self.rows("dialogues-valid") if 8 <= len(row["completion"].split()) <= 24]
+        gap = self.tokenizer.token(self.tokenizer.vocab.mask) if name == "encoder" else "<extra_id_0>"
+        prompts = []
+        for line in rng.sample(said, min(4, len(said))):
+            words = line.split()
+            at = rng.randrange(1, len(words) - 2)
+            words[at : at + (1 if name == "encoder" else 2)] = [gap]
+            prompts.append(" ".join(words))
+        return prompts
+
+    def answers(self, name: str, opened: Opened, prompts: Sequence[str]) -> list[str]:
+        from firth.text.show import readable
+
+        if name == "encoder":
+            found = []
+            for prompt in prompts:
+                [candidates] = opened.engine.fill(prompt, 5)
+                found.append("  ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in candidates))
+            return found
+        sampling = Sampling(max_new=self.size.sample, temperature=0.7, min_p=0.05, seed=self.seed)
+        if name == "decoder":
+            return opened.continue_text(prompts, sampling)
+        sentinel = self.tokenizer.id("<extra_id_0>")
+        ids = []
+        for prompt in prompts:
+            left, right = prompt.split("<extra_id_0>")
+            parts = (self.tokenizer.encode(left.rstrip()), [sentinel], self.tokenizer.encode(right), [self.tokenizer.vocab.eos])
+            ids.append(np.concatenate(parts).astype(np.int32))
+        short = dataclasses.replace(sampling, max_new=12)
+        return [c.text for c in opened.engine.generate(ids, short)]
+
+    # 3
+
+    def classified(self) -> None:
+        source = Text(path=(self.file("labelled-train"),), valid=(self.file("labelled-valid"),))
+        base = self.size.classify(tune.classify())
+        shape = load_model(self.families["encoder"].model).shape
+        plan = TokenizerPlan(path=str(self.out / "tokenizer"))
+        for name, begins in (("classify-pretrained", {"start": str(self.out / "encoder")}), ("classify-scratch", {"shape": shape})):
+            recipe = dataclasses.replace(base, name=name, source=source, seed=self.seed, tokenizer=plan, **begins)
+            done = run(recipe, self.out / name, echo=self.echo)
+            self.echo(f"  {name}: {done.metrics['valid/accuracy']:.1%} of the held-out passages right")
+
+    # 4
+
+    def tuned(self) -> Path:
+        source = Text(path=(self.file("dialogues-train"),), valid=(self.file("dialogues-valid"),))
+        recipe = dataclasses.replace(
+            self.size.instruct(tune.instruct()), name="instruct", source=source, start=str(self.out / "decoder"), seed=self.seed
+        )
+        run(recipe, self.out / "instruct", echo=self.echo)
+        found = self.once("samples-instruct", self.dialogues)
+        for sample in found["samples"][:2]:
+            self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
+        return self.out / "instruct"
+
+    def asked(self, part: str, n: int) -> list[dict[str, Any]]:
+        """The first n rows of dialogues whose prompts leave room for an answer."""
+        rows = self.rows(f"dialogues-{part}")
+        room = self.size.context - self.size.answer
+        return [r for r in rows if len(self.prompt(r["prompt"])) <= room][:n]
+
+    def prompt(self, text: str) -> np.ndarray:
+        return chat.encode(self.tokenizer, [{"role": "user", "content": text}], open=True)[0]
+
+    def dialogues(self) -> Facts:
+        prompts = [row["prompt"] for row in self.asked("valid", 4)]
+        answers = []
+        for name in ("decoder", "instruct"):
+            opened = open_run(self.out / name)
+            read = [self.prompt(p) if name == "instruct" else opening(self.tokenizer, p, opened.model) for p in prompts]
+            sampling = Sampling(max_new=self.size.answer, temperature=0.7, min_p=0.05, seed=self.seed)
+            answers.append([c.text for c in opened.engine.generate(read, sampling)])
+        return {"samples": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]}
+
+    # 5
+
+    def truth(self) -> Truth:
+        return Truth(SCORERS[self.material.scorer])
+
+    def drawn(self, model: LM, prompts: Sequence[np.ndarray], seed: int) -> list[Sample]:
+        sampling = Sampling(max_new=self.size.answer, seed=seed)
+        written = Engine(model, self.tokenizer).generate(prompts, sampling)
+        return [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+
+    def rewarded(self) -> Path:
+        self.once("preferences", self.preferences)
+        source = Text(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        recipe = dataclasses.replace(
+            self.size.reward(tune.reward()), name="reward", source=source, start=str(self.instructed), seed=self.seed
+        )
+        done = run(recipe, self.out / "reward", echo=self.echo)
+        self.echo(f"  the reward model agrees with {done.metrics['valid/accuracy']:.1%} of the held-out comparisons")
+        return self.out / "reward"
+
+    def preferences(self) -> Facts:
+        """Two answers to each prompt, compared by the true scorer with a stated inconstancy (Bradley-Terry)."""
+        model = load_model(self.instructed / "model")
+        counts: Facts = {}
+        for part, n in (("train", self.size.comparisons), ("valid", self.size.held_comparisons)):
+            prompts = [self.prompt(row["prompt"]) for row in self.asked(part, n)]
+            first, second = (self.drawn(model, prompts, self.seed + s) for s in (1, 100_001))
+            rng = np.random.default_rng((self.seed, len(part)))
+            found = prefer(first, second, self.truth(), noise=self.size.noise, rng=rng)
+            write_comparisons(found, Path(self.file(f"preferences-{part}")))
+            counts[part] = len(found)
+            counts[f"{part}-agree"] = float(np.mean([c.margin > 0 for c in found]))
+        self.echo(
+            f"  {counts['train']} comparisons to learn from and {counts['valid']} held out; the judge is inconstant: "
+            f"{counts['train-agree']:.0%} of its choices have the higher true score"
+        )
+        return counts
+
+    # 6
+
+    def aligned(self) -> None:
+        start = str(self.instructed)
+        prompts = Text(path=(self.file("dialogues-train"),))
+        ppo = dataclasses.replace(
+            self.size.ppo(tune.ppo(), reward=str(self.reward), scorer=f"firth.demo.scorers:{self.material.scorer}"),
+            name="ppo", source=prompts, start=start, seed=self.seed,
+        )  # fmt: skip
+        pairs = Text(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        dpo = dataclasses.replace(self.size.dpo(tune.dpo()), name="dpo", source=pairs, start=start, seed=self.seed)
+        for recipe in (ppo, dpo):
+            run(recipe, self.out / recipe.name, echo=self.echo)
+        found = self.once("alignment", self.alignment)
+        for name, row in found["models"].items():
+            self.echo(
+                f"  {name:<9} true reward {row['truth']:.2f}   reward model {row['reward']:+.2f}   "
+                f"KL to the start {row['kl']:.1f} nats an answer   {row['length']:.0f} tokens"
+            )
+
+    def alignment(self) -> Facts:
+        """True reward, learnt reward and KL to the reference of all three, on the same held-out prompts."""
+        reference = load_model(self.instructed / "model")
+        held = self.asked("valid", self.size.judged)
+        prompts = [self.prompt(row["prompt"]) for row in held]
+        judge = RewardModel(load_model(self.reward / "model"))
+        judge = judge.normalised(self.drawn(reference, prompts, self.seed + 9))
+        phase = Phase(answers=len(prompts), max_new=self.size.answer, steps=1)
+        models: Facts = {}
+        texts: dict[str, list[str]] = {}
+        for name in ("instruct", "ppo", "dpo"):
+            source = Rollouts(prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7)
+            source.prepare(load_model(self.out / name / "model"), 0)
+            models[name] = source.measures()
+            order = [tuple(s.prompt.tolist()) for s in source.samples]
+            texts[name] = [source.samples[order.index(tuple(p.tolist()))].text for p in prompts[:6]]
+        samples = [
+            {"prompt": row["prompt"], **{name: texts[name][i] for name in texts}} for i, row in enumerate(held[:6])
+        ]
+        return {"models": models, "samples": samples, "prompts": len(prompts)}
+
+
+def next_commands(out: Path) -> list[str]:
+    """What to type after the demo."""
+    return [
+        f"firth chat {out}/ppo",
+        f"firth generate {out}/decoder 'My lord, '",
+        f"firth fill {out}/encoder 'I will <mask> thee.'",
+        f"firth tokenizer show {out}/tokenizer unbelievable",
+        "firth demo --text MY_FOLDER --out my-demo",
+        "firth train gpt source.path=MY_FOLDER --out runs/mine",
+    ]

@@ -1,0 +1,108 @@
+"""What is done to a pretrained model: a classifier, instruction tuning, a reward model, DPO, REINFORCE, PPO.
+
+    firth train classify start=runs/bert source.path=labelled.jsonl              {"text", "label"}
+    firth train instruct start=runs/gpt source.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
+    firth train reward start=runs/instruct source.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
+    firth train dpo start=runs/instruct source.path=preferences.jsonl
+    firth train ppo start=runs/instruct segment.reward=runs/reward source.path=dialogues.jsonl
+    firth train reinforce start=runs/instruct segment.scorer=my.module:score source.path=dialogues.jsonl
+
+AdamW at a small rate: Muon's even steps help a model that starts from nothing, and undo one that does not.
+"""
+
+from __future__ import annotations
+
+from firth.objectives.classification import Classification
+from firth.objectives.dpo import DPO
+from firth.objectives.ppo import PPO
+from firth.objectives.reinforce import Reinforce
+from firth.objectives.reward import Reward
+from firth.objectives.sft import SFT
+from firth.recipes.recipe import Batch, Checks, Recipe
+from firth.recipes.segments import Dialogues, Labelled, Preferences, Referenced, Rollouts
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def classify() -> Recipe:
+    """A label for a text, read at [CLS] (F1)."""
+    return Recipe(
+        name="classify",
+        objective=Classification(),
+        segment=Labelled(length=128),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=0, examples=2000, save=200),
+    )
+
+
+def instruct() -> Recipe:
+    """Answers to instructions (S1), the stop token inside the mask."""
+    return Recipe(
+        name="instruct",
+        objective=SFT(),
+        segment=Dialogues(length=256),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.05),
+        length=Length(steps=400),
+        checks=Checks(every=200, examples=400, save=200),
+    )
+
+
+def reward() -> Recipe:
+    """A scalar for an answer, learnt from comparisons (R2)."""
+    return Recipe(
+        name="reward",
+        objective=Reward(),
+        segment=Preferences(length=256),
+        batch=Batch(rows=16),
+        optimizer=Optimizer(name="adamw", rate=2e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=50, examples=1000, save=200),
+    )
+
+
+def dpo() -> Recipe:
+    """Preferences without a reward model (R5)."""
+    return Recipe(
+        name="dpo",
+        objective=DPO(beta=0.1),
+        segment=Referenced(pairs=Preferences(length=256)),
+        batch=Batch(rows=16),
+        optimizer=Optimizer(name="adamw", rate=5e-5, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=50, examples=1000, save=200),
+    )
+
+
+def reinforce() -> Recipe:
+    """The policy gradient with the mean of a group of answers as its baseline (R1)."""
+    return Recipe(
+        name="reinforce",
+        objective=Reinforce(),
+        segment=Rollouts(answers=64, group=4, epochs=1, credit="group"),
+        batch=Batch(rows=64),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0),
+        schedule=Schedule("constant", warmup=0.05),
+        length=Length(steps=100),
+        checks=Checks(save=25),
+    )
+
+
+def ppo() -> Recipe:
+    """KL-penalised reinforcement learning from a reward model (R3)."""
+    return Recipe(
+        name="ppo",
+        objective=PPO(),
+        segment=Rollouts(answers=64, epochs=2),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.95),
+        schedule=Schedule("constant", warmup=0.05),
+        length=Length(steps=160),
+        checks=Checks(save=40),
+    )

@@ -1,0 +1,140 @@
+"""A trained run, used from the command line: continue, fill, talk, measure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firth.evaluate.task import evaluate, open_subject
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.lm import LM
+from firth.recipes.recipe import load
+from firth.text import chat
+from firth.text.show import readable
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model with its tokenizer, ready to write."""
+
+    model: LM
+    tokenizer: Tokenizer
+    engine: Engine
+
+    def stream_text(self, text: str, sampling: Sampling) -> Iterator[str]:
+        """The continuation of a text, a piece at a time. A decoder reads it behind the token that begins a document."""
+        return self.engine.stream(opening(self.tokenizer, text, self.model), sampling)
+
+    def continue_text(self, texts: Sequence[str], sampling: Sampling) -> list[str]:
+        """The continuations of several texts."""
+        prompts = [opening(self.tokenizer, text, self.model) for text in texts]
+        return [c.text for c in self.engine.generate(prompts, sampling)]
+
+
+def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
+    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source."""
+    ids = tokenizer.encode(text)
+    roles = tokenizer.vocab.roles
+    if model.shape.encoder:
+        return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
+    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if "bos" in roles else ids
+
+
+def open_run(directory: Path) -> Opened:
+    """The model of a run or model directory; UserError where it cannot write."""
+    subject = open_subject(directory)
+    if "lm" not in subject.model.parts:
+        raise UserError(f"{directory}: this model has no vocabulary head, so it cannot write; it has {list(subject.model.parts)}")
+    return Opened(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
+
+
+def open_engine(directory: Path) -> Opened:
+    """A model that was trained to write from left to right."""
+    opened = open_run(directory)
+    if objective_of(directory) == ["mlm"]:
+        raise UserError(f"{directory}: a masked language model fills gaps: use `firth fill {directory} 'a <mask> text'`")
+    return opened
+
+
+def objective_of(directory: Path) -> list[str]:
+    """The names of the objectives that a run was trained with; none for a model directory without a recipe."""
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        return []
+    objective = load(str(path)).objective
+    from firth.recipes.tree import plain
+
+    told = plain(objective)
+    return [o["kind"] for o in (told if isinstance(told, list) else [told])]
+
+
+def fill_text(directory: Path, text: str, top: int) -> str:
+    """The likeliest tokens for each mask in the text, one line each."""
+    opened = open_run(directory)
+    mask = opened.tokenizer.token(opened.tokenizer.vocab.mask)
+    lines = []
+    for gap in opened.engine.fill(text.replace("[MASK]", mask).replace("<mask>", mask), top):
+        lines.append("   ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in gap))
+    return "\n".join(lines)
+
+
+@dataclass
+class Conversation:
+    """A chat with a run: every turn sees the ones before it, as far as the model's context goes."""
+
+    run: Path
+    sampling: Sampling
+    messages: list[chat.Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.opened = open_engine(self.run)
+
+    def answer(self, said: str) -> Iterator[str]:
+        """Say something; the answer comes a piece at a time. The oldest turns are left out when the context is full."""
+        self.messages.append({"role": "user", "content": said})
+        while True:
+            prompt, _ = chat.encode(self.opened.tokenizer, self.messages, open=True)
+            if len(prompt) < self.opened.model.shape.context - 8 or len(self.messages) <= 1:
+                break
+            del self.messages[0]
+        pieces = []
+        for piece in self.opened.engine.stream(prompt, self.sampling):
+            pieces.append(piece)
+            yield piece
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def evaluate_run(directory: Path, paths: Sequence[str], *, as_json: bool) -> str:
+    """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object."""
+    found = evaluate(directory, list(paths)) if paths else held_out_measures(directory)
+    if as_json:
+        return json.dumps(found)
+    return "\n".join(f"{name:<24} {_readable(value)}" for name, value in found.items())
+
+
+def held_out_measures(directory: Path) -> dict[str, Any]:
+    """What a run's last row on held-out text says; UserError where it held none out."""
+    metrics = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.is_file() else []
+    held = [row for row in rows if row["split"] == "valid"]
+    if not held:
+        raise UserError(f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES")
+    found = {k: v for k, v in held[-1].items() if k not in ("split", "seconds")}
+    if "loss" in found and "bits_per_byte" in found:
+        found["perplexity"] = math.exp(found["loss"])
+    return found
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(_readable(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
