@@ -17,7 +17,12 @@ from firth.types import UserError
 
 FILES = {
     "model": {"a.weight": torch.randn(3, 5), "b": torch.randn(2).bfloat16(), "empty": torch.zeros(0, 4)},
-    "optimizer": {"step/a": torch.tensor(7.0), "mask": torch.tensor([True, False]), "t": torch.arange(6).view(2, 3).T},
+    "optimizer": {
+        "step/a": torch.tensor(7.0),
+        "mask": torch.tensor([True, False]),
+        "t": torch.arange(6).view(2, 3).T,
+        "ids": torch.tensor([65535, 3], dtype=torch.uint16),
+    },
     "source": {},
 }
 

@@ -293,10 +293,10 @@ class _Run:
         )
 
     def _measure(self, evaluate: Evaluate) -> dict[str, float]:
-        """Looking must not change what is looked at: mode and random state are put back."""
+        """Looking must not change what is looked at: mode and random state are put back. Same precision."""
         self.model.eval()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng(devices), self.casts():
             found = evaluate(self.model, self.at.step)
         self.model.train()
         return found

@@ -82,7 +82,7 @@ def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, r
                 )
             x.copy_(theirs[name])
     mover.restore(saved.files.get("optimizer", {}))
-    source.restore({name: x.numpy() for name, x in saved.files.get("source", {}).items()})
+    source.restore({name: x.clone().numpy() for name, x in saved.files.get("source", {}).items()})
     state = dict(saved.state)
     random = state.pop("random")
     device = next(model.parameters()).device

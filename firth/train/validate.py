@@ -8,8 +8,7 @@ Bits per byte do not depend on the tokenizer, so runs with different vocabularie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +29,6 @@ def validate(
     *,
     bytes_per_target: float = 0.0,
     reduce: Reduce = alone,
-    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """Score `batches` without learning: `Batches.once()` for every held-out example, always seen in the same way.
 
@@ -45,8 +43,7 @@ def validate(
     for batch in (to(batch, device) for batch in batches):
         for term, n in count_targets(objective, [batch]).items():
             counts[term] = counts.get(term, 0.0) + float(n)
-        with precision():
-            terms = objective.loss(model, objective.run(model, batch), batch)
+        terms = objective.loss(model, objective.run(model, batch), batch)
         for term, value in terms.items():
             sums[term] = sums.get(term, 0.0) + float(value)
     model.train(was)
