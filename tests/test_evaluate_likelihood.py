@@ -82,13 +82,13 @@ def test_causal_with_bos_asks_the_first_token_too(tmp_path):
     assert result.nll != pytest.approx(score(ours, strided(text, context=40)).nll, rel=1e-3)
 
 
-@pytest.mark.parametrize("bos", [None, 1])
+@pytest.mark.parametrize(("bos", "every"), [(None, True), (1, True), (1, False)])
 @pytest.mark.parametrize("context", [2, 3, 8, 9, 64])
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 30, 65])
-def test_every_token_is_asked_once_with_half_a_context_before_it(n, context, bos):
+def test_every_token_is_asked_once_with_half_a_context_before_it(n, context, bos, every):
     text = Document(np.arange(100, 100 + n), np.ones(n, np.int64))
     asked = []
-    for x in strided(text, context, bos):
+    for x in strided(text, context, bos, every):
         assert len(x["tokens"]) <= context
         for i in np.flatnonzero(x["labels"] != IGNORE):
             asked.append(int(x["labels"][i]))
@@ -97,7 +97,7 @@ def test_every_token_is_asked_once_with_half_a_context_before_it(n, context, bos
             assert len(seen) >= min(place + (bos is not None), context - context // 2)
             real = [bos] * (bos is not None) + list(range(100, 100 + place))
             assert seen[1:] == real[len(real) - len(seen) + 1 :]
-            assert seen[0] == (bos if bos is not None else real[len(real) - len(seen)])
+            assert seen[0] == (bos if bos is not None and every else real[len(real) - len(seen)])
     assert asked == list(range(101 if bos is None else 100, 100 + n))
 
 

@@ -53,57 +53,55 @@ def written(path, rows):
 
 
 def test_causal_perplexity_is_theirs(tmp_path, tokenizer):
+    """A run of ours: [bos] stands where a document begins, so its first token is asked too."""
     saved(tmp_path, tokenizer, decoder)
-    (tmp_path / "a.txt").write_text("the fool speaks and the queen listens")
+    text = "the fool speaks and the queen listens"
+    (tmp_path / "a.txt").write_text(text)
     found = evaluate(tmp_path, [str(tmp_path / "a.txt")])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    ids = their_tokenizer(
-        "the fool speaks and the queen listens", return_tensors="pt", add_special_tokens=False
-    ).input_ids
+    ids = torch.tensor([[their_tokenizer.bos_token_id, *their_tokenizer(text, add_special_tokens=False).input_ids]])
     with torch.no_grad():
         mean = float(theirs(input_ids=ids, labels=ids).loss)
-    assert found["task"] == "likelihood"
-    assert found["reads"] == "causal"
-    assert (found["tokens"], found["documents"], found["share"], found["bos"]) == (ids.shape[1] - 1, 1, 1.0, False)
+    assert (found["task"], found["reads"], found["bos"]) == ("likelihood", "causal", True)
+    assert (found["tokens"], found["bytes"]) == (ids.shape[1] - 1, len(text))
+    assert (found["documents"], found["share"]) == (1, 1.0)
     assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    first = len(their_tokenizer.decode(ids[0, :1]).encode())
-    assert found["bytes"] == len("the fool speaks and the queen listens") - first
-    assert found["bits_per_byte"] == pytest.approx(mean * found["tokens"] / math.log(2) / found["bytes"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(mean * found["tokens"] / math.log(2) / len(text), rel=1e-5)
 
 
-def test_bos_is_added_when_the_tokenizer_says_so(tmp_path, tokenizer):
-    model = saved(tmp_path, tokenizer, decoder)
+def test_a_foreign_model_without_bos_is_not_asked_the_first_token(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer, decoder)
+    (tmp_path / "model" / "firth.json").unlink()
     (tmp_path / "a.txt").write_text("the fool speaks")
-    without = evaluate(tmp_path, [str(tmp_path / "a.txt")])
-    config = tmp_path / "model" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
-    subject = open_subject(tmp_path)
-    bos = tokenizer.vocab.bos
-    assert leading(tmp_path / "model", subject.tokenizer) == bos
     found = evaluate(tmp_path, [str(tmp_path / "a.txt")])
-    assert (found["bos"], without["bos"]) == (True, False)
-    assert (found["tokens"], found["bytes"]) == (without["tokens"] + 1, len("the fool speaks"))
-    ids = torch.tensor([[bos, *tokenizer.encode("the fool speaks")]])
+    ids = torch.tensor([tokenizer.encode("the fool speaks").tolist()])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         mean = float(theirs(input_ids=ids, labels=ids).loss)
+    assert (found["bos"], found["tokens"]) == (False, ids.shape[1] - 1)
+    assert found["bytes"] == len("the fool speaks") - len(tokenizer.decode(ids[0, :1].tolist()))
     assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    assert model.shape.context == 32
 
 
-def test_a_tokenizer_that_frames_its_text_means_bos(tmp_path, tokenizer):
-    """Llama's tokenizer.json puts <s> in front by itself; its configuration may forbid it."""
+def test_who_reads_bos_and_where(tmp_path, tokenizer):
+    """Llama's tokenizer.json puts <s> in front by itself; a configuration may demand or forbid it; ours is silent."""
     from tokenizers.processors import TemplateProcessing
 
+    bos = tokenizer.vocab.bos
+    tokenizer.save(tmp_path)
+    assert leading(tmp_path, tokenizer) == (None, False)
+    (tmp_path / "firth.json").write_text("{}")
+    assert leading(tmp_path, tokenizer) == (bos, False)
     framing = train([TEXT], "byte-bpe", 330, sentinels=0)
-    framing.engine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", framing.vocab.bos)])
-    framing.save(tmp_path)
-    assert leading(tmp_path, framing) == framing.vocab.bos
+    framing.engine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    assert leading(tmp_path, framing) == (bos, True)
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": False}))
-    assert leading(tmp_path, framing) is None
-    assert leading(tmp_path, tokenizer) is None
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps(plain | {"add_bos_token": False}))
+    assert leading(tmp_path, framing) == (None, False)
+    config.write_text(json.dumps(plain | {"add_bos_token": True}))
+    assert leading(tmp_path, tokenizer) == (bos, True)
 
 
 def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
@@ -195,8 +193,6 @@ def test_comparisons_prefer_the_higher_reward(tmp_path, tokenizer):
     assert (found["task"], found["items"]) == ("comparisons", 13)
     assert found["accuracy"] + other["accuracy"] == pytest.approx(1.0)
     assert "commonest" not in found
-    same = [row | {"rejected": row["chosen"]} for row in rows]
-    assert evaluate(tmp_path, written(tmp_path / "c.jsonl", same))["accuracy"] == 0.0
     torch.nn.init.zeros_(model.parts["reward"].weight)
     save_model(model, tokenizer, tmp_path / "model")
     assert evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))["accuracy"] == 0.0
@@ -211,7 +207,8 @@ def test_choices_are_by_their_log_likelihood(tmp_path, tokenizer):
     ]
 
     def log_likelihood(prompt, option):
-        before, whole = len(tokenizer.encode(prompt.rstrip())), torch.tensor(tokenizer.encode(prompt + option)).long()
+        before = 1 + len(tokenizer.encode(prompt.rstrip()))
+        whole = torch.tensor([tokenizer.vocab.bos, *tokenizer.encode(prompt + option)])
         labels = whole.clone()
         labels[:before] = IGNORE
         with torch.no_grad():
@@ -237,8 +234,8 @@ def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(("rows", "said"), [
-    ([{"text": "a", "label": "ode"}], "the label 'ode' is none of the classes that this run knows: verse, prose, song"),
-    ([{"text": "a"}], r"a\.jsonl:1: there is no field 'label'; it has text"),
+    ([{"text": "a", "label": "ode"}], r"a\.jsonl:1: the label ode is none of the classes \(verse, prose, song\)"),
+    ([{"text": "a"}], r"a\.jsonl:1: there is no field 'label' for the class; it has text"),
     ([{"words": "a", "label": "verse"}], r"a\.jsonl:1: .*no field 'text'"),
 ])  # fmt: skip
 def test_a_record_that_does_not_fit_is_named(tmp_path, tokenizer, rows, said):
@@ -250,22 +247,27 @@ def test_a_record_that_does_not_fit_is_named(tmp_path, tokenizer, rows, said):
 def test_what_a_model_cannot_do_is_said_in_words(tmp_path, tokenizer):
     saved(tmp_path, tokenizer, encoder)
     file = written(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
-    for task, said in (
-        ("classification", "no head for classes"),
-        ("comparisons", "no reward head"),
-        ("x", "no task 'x'"),
-    ):
-        if task == "comparisons":
-            file = written(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    refused = {
+        "classification": "no head for classes",
+        "comparisons": "no reward head",
+        "choices": "writes no text",
+        "x": "no task 'x'; there is likelihood, classification",
+    }
+    for task, said in refused.items():
         with pytest.raises(UserError, match=said):
             evaluate(tmp_path, file, task=task)
-    choice = written(tmp_path / "c.jsonl", [{"prompt": "a", "options": ["b", "c"], "answer": 0}])
-    with pytest.raises(UserError, match="writes no text"):
-        evaluate(tmp_path, choice, task="choices")
-    for row, said in (({"prompt": "a", "options": ["b"], "answer": 0}, "two or more"),
-                      ({"prompt": "a", "options": ["b", "c"], "answer": 2}, "neither one of the options")):  # fmt: skip
-        with pytest.raises(UserError, match=rf"d\.jsonl:1: .*{said}"):
-            evaluate(tmp_path, written(tmp_path / "d.jsonl", [row]), task="choices")
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"prompt": "a", "options": ["b"], "answer": 0}, "two or more"),
+    ({"prompt": "a", "options": ["b", "c"], "answer": 2}, "neither one of the options"),
+    ({"prompt": "a", "options": ["b", "c"], "answer": "d"}, "neither one of the options"),
+    ({"options": ["b", "c"], "answer": 0}, "no field 'prompt'"),
+])  # fmt: skip
+def test_a_question_that_is_none_is_named(tmp_path, tokenizer, row, said):
+    saved(tmp_path, tokenizer, decoder)
+    with pytest.raises(UserError, match=rf"d\.jsonl:1: .*{said}"):
+        evaluate(tmp_path, written(tmp_path / "d.jsonl", [row]), task="choices")
 
 
 def test_a_tie_is_no_answer():

@@ -33,7 +33,7 @@ def directory(path, metrics, recipe="name: gpt\nobjective: causal\n"):
 
 def test_a_whole_run(tmp_path):
     run = directory(tmp_path / "my run", rows())
-    (run / "counts.json").write_text('{"records": 1000, "not UTF-8": 2}')
+    (run / "done.json").write_text('{"steps": 600, "counts": {"documents": 1000, "bad_utf8": 2}}')
     said = [{"step": s, "prompt": "ROMEO:", "text": f"<b>{s}</b>"} for s in (0, 300, 600)]
     (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in said))
     (run / "model").mkdir()
@@ -53,7 +53,7 @@ def test_a_whole_run(tmp_path):
         "Speed",
     ]
     assert dict(report.sections[1].samples[0].answers) == {"step 0": "<b>0</b>", "step 600": "<b>600</b>"}
-    assert report.sections[3].tables[0].rows[1] == ("not UTF-8", 2)
+    assert report.sections[3].tables[0].rows[1] == ("bad utf8", 2)
     lines = [command.line for command in report.commands]
     assert lines[0] == f"firth generate '{run}' \"Once\""
     assert lines[1] == f"firth evaluate '{run}' my-text.txt"

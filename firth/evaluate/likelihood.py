@@ -83,12 +83,12 @@ class Likelihood:
         return metrics.bits_per_byte(self.nll, self.size)
 
 
-def strided(document: Document, context: int, bos: int | None = None) -> Iterator[Example]:
+def strided(document: Document, context: int, bos: int | None = None, every: bool = True) -> Iterator[Example]:
     """For causal models: windows of `context` inputs that overlap by half, each token asked once.
 
-    Every token but those of the first window is asked with at least half a context before it. bos: what stands at
-    the head of every window, for a model that was trained to read it there; without one the document's first token
-    is not asked, since nothing precedes it (and its bytes are not counted).
+    Every token but those of the first window is asked with at least half a context before it. bos: what the model was
+    trained to read before a document, and if `every`, at the head of every row; without one the document's first
+    token is not asked, since nothing precedes it (and its bytes are not counted).
 
     >>> five = Document(np.array([5, 6, 7, 8, 9]), np.array([1, 1, 1, 1, 1]))
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in strided(five, context=2)]
@@ -107,7 +107,7 @@ def strided(document: Document, context: int, bos: int | None = None) -> Iterato
         start = max(0, stop - context)
         shown, labels = tokens[start:stop].copy(), tokens[start + 1 : stop + 1].copy()
         labels[: asked - start] = IGNORE
-        if bos is not None:
+        if bos is not None and every:
             shown[0] = bos
         yield {"tokens": shown, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | layout.causal(len(shown))
         asked = stop

@@ -11,7 +11,7 @@ Every score of items comes with a 95% bootstrap interval, and with what the comm
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,14 @@ import torch
 from firth.evaluate import metrics
 from firth.model.lm import LM
 from firth.model.weights import load_model
-from firth.text.chat import Message
 from firth.text.tokenizer import Tokenizer
 from firth.text.vocab import Vocab
 from firth.types import UserError
 
-Record = Mapping[str, Any]
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
 Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One item. prompt: what the model is given. answer: what is right, one of `options` if it may only choose.
-
-    dialogues: for a choice between dialogues, each of them whole, in the order of the options.
-    """
-
-    prompt: str
-    answer: str
-    options: tuple[str, ...] = ()
-    dialogues: tuple[tuple[Message, ...], ...] = ()
+Answers = tuple[list[str], list[str]]
+"""What is right and what was answered, item by item."""
 
 
 @dataclass(frozen=True)
@@ -83,41 +70,30 @@ def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """source: files -> (file:line, record). prompt: a record as a question; raises UserError without the place.
+    """source: the items of the files, as this subject reads them. answer: puts each before the subject.
 
-    answer: what the subject says to each question. metrics: name -> function of (right, answered) over all items.
+    metrics: name -> function of (right, answered). commonest: whether the commonest right answer is worth knowing.
     """
 
     name: str
-    source: Callable[[Sequence[str]], Iterator[tuple[str, Record]]]
-    prompt: Callable[[Record], Question]
-    answer: Callable[[Subject, Sequence[Question], Progress], list[str]]
+    source: Callable[[Subject, Sequence[str]], Any]
+    answer: Callable[[Subject, Any, Progress], Answers]
     metrics: Mapping[str, Metric]
-
-    def questions(self, paths: Sequence[str]) -> list[Question]:
-        """Every item of the files. Raises UserError with the place of a record that is no item, or if there is none."""
-        found = []
-        for place, record in self.source(paths):
-            try:
-                found.append(self.prompt(record))
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from None
-        if not found:
-            raise UserError(f"{', '.join(paths)}: there is no record to score")
-        return found
+    commonest: bool = False
 
     def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
-        """All metrics, each with its interval as `NAME_interval`, the number of items, for classes the commonest."""
-        questions = self.questions(paths)
-        answered = self.answer(subject, questions, progress)
-        right = [q.answer for q in questions]
-        out: dict[str, Any] = {"items": len(questions)}
+        """The number of items, all metrics, and the interval of each as `NAME_interval`."""
+        items = self.source(subject, paths)
+        if not len(items):
+            raise UserError(f"{', '.join(paths)}: there is no record to score")
+        right, answered = self.answer(subject, items, progress)
+        out: dict[str, Any] = {"items": len(right)}
         for name, metric in self.metrics.items():
             out[name] = metric(right, answered)
             out[f"{name}_interval"] = metrics.bootstrap(metric, right, answered)
-        if not any(question.options for question in questions):
-            commonest, count = Counter(right).most_common(1)[0]
-            out |= {"commonest": commonest, "commonest_accuracy": count / len(right)}
+        if self.commonest:
+            label, count = Counter(right).most_common(1)[0]
+            out |= {"commonest": label, "commonest_accuracy": count / len(right)}
         return out
 
 

@@ -35,18 +35,20 @@ def reads_of(shape: Shape) -> Reads:
     return "masked" if shape.head == "transform" else "causal"
 
 
-def leading(directory: Path, tokenizer: Tokenizer) -> int | None:
-    """The bos that a causal model was trained to read at the head of every row, None if it was not.
+def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
+    """(bos, whether at the head of every row): what a causal model was trained to read before a text; None for nothing.
 
-    `add_bos_token` of tokenizer_config.json says so; where it is silent, what the tokenizer itself puts in front.
+    A tokenizer that frames its texts (`add_bos_token`, or in tokenizer.json itself, as Llama's and Gemma's) begins
+    every row so. firth's own runs read [bos] where a document begins, and windows that begin anywhere.
     """
     bos = tokenizer.vocab.roles.get("bos")
     file = directory / "tokenizer_config.json"
     said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else None
     if bos is None or said is False:
-        return None
-    framed = tokenizer.engine.encode("a", add_special_tokens=True).ids
-    return bos if said or framed[:1] == [bos] else None
+        return None, False
+    if said or tokenizer.engine.encode("a", add_special_tokens=True).ids[:1] == [bos]:
+        return bos, True
+    return (bos, False) if (directory / "firth.json").exists() else (None, False)
 
 
 def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progress: Progress) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
             f"{subject.directory}: this model has no vocabulary head, so no text is likely or unlikely to it"
         )
     reads = reads_of(model.shape)
-    bos = leading(subject.place, tokenizer) if reads == "causal" else None
+    bos, every = leading(subject.place, tokenizer) if reads == "causal" else (None, False)
     context = model.shape.context
     whole = [read(tokenizer, d.text) for d in documents(paths)]
     room = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[reads]
@@ -73,7 +75,7 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
 
     def show(document: Document) -> Iterator[Example]:
         if reads == "causal":
-            return strided(document, context, bos)
+            return strided(document, context, bos, every)
         return (one_at_a_time if reads == "masked" else halves)(document, context, tokenizer.vocab)
 
     asked = sum(len(d.tokens) for d in chosen)

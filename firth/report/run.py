@@ -4,7 +4,7 @@
                     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "rate": 0.003, ...}
                     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
-    counts.json     optional: what was read, cut and skipped: {"records": 1000, "not UTF-8": 2}
+    done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
 
 A term that this file does not know gets a figure of its own, so a new objective's measures need no change here.
@@ -85,11 +85,11 @@ def run_report(directory: Path) -> Report:
         text = "The same prompts and the same random numbers, at the first and at the last of the logged samples."
         sections.append(Section("Samples", text, samples=samples))
     sections.append(Section("How it ran", _trouble(rows), figures=ran))
-    counts = directory / "counts.json"
-    if counts.exists():
-        counted = json.loads(counts.read_text(encoding="utf-8"))
-        table = Table("What was read, and what was not", ("what", "count"), list(counted.items()))
-        sections.append(Section("Data", tables=(table,)))
+    done = directory / "done.json"
+    counts = json.loads(done.read_text(encoding="utf-8")).get("counts") if done.exists() else None
+    if counts:
+        counted = [(name.replace("_", " "), count) for name, count in counts.items()]
+        sections.append(Section("Data", tables=(Table("What was read, and what was not", ("what", "count"), counted),)))
     if recipe:
         told = f"Everything the run depends on. `firth train {_quoted(recipe_file)}` repeats it."
         sections.append(Section("Recipe", told, listing=recipe))

@@ -7,29 +7,47 @@ would in running text; blanks at the prompt's end go to the option (both as the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from firth.evaluate import metrics
-from firth.evaluate.task import Progress, Question, Record, Subject, Task, likeliest
+from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
 from firth.evaluate.text import leading, reads_of
 from firth.generate.engine import Engine
 from firth.text.read import records, text_field
 from firth.types import UserError
 
 
-def prompt(record: Record) -> Question:
+@dataclass(frozen=True)
+class Question:
+    """One item: what stands before the options, the options, and which of them is right."""
+
+    prompt: str
+    options: tuple[str, ...]
+    right: str
+
+
+def source(subject: Subject, paths: Sequence[str]) -> list[Question]:
+    """The questions of the files; UserError with the file and line of a record that is none."""
+    if reads_of(subject.model.shape) == "masked" or "lm" not in subject.model.parts:
+        raise UserError(f"{subject.directory}: this model writes no text, so no option follows a prompt: use a decoder")
+    return [question(record, place) for place, record in records(paths)]
+
+
+def question(record: Mapping[str, Any], place: str) -> Question:
     """{"prompt": "2 + 2 =", "options": ["3", "4"], "answer": 1}; the answer is an option or its place, from 0."""
-    text = text_field(dict(record), "prompt", "this record")
+    text = text_field(dict(record), "prompt", place)
     options, right = record.get("options"), record.get("answer")
     if not isinstance(options, list) or len(options) < 2:
-        raise UserError("the field 'options' holds no list of two or more")
+        raise UserError(f"{place}: the field 'options' holds no list of two or more")
     told = [str(option) for option in options]
-    place = right if isinstance(right, int) else told.index(str(right)) if str(right) in told else -1
-    if not 0 <= place < len(told):
-        raise UserError(f"the answer {right!r} is neither one of the options nor the place of one")
-    return Question(text, told[place], tuple(told))
+    at = right if isinstance(right, int) else told.index(str(right)) if str(right) in told else -1
+    if not 0 <= at < len(told):
+        raise UserError(f"{place}: the answer {right!r} is neither one of the options nor the place of one")
+    return Question(text, tuple(told), told[at])
 
 
 def cut(subject: Subject, text: str, option: str) -> tuple[np.ndarray, np.ndarray]:
@@ -40,23 +58,20 @@ def cut(subject: Subject, text: str, option: str) -> tuple[np.ndarray, np.ndarra
     return whole[:before], whole[before:]
 
 
-def answer(subject: Subject, questions: Sequence[Question], progress: Progress) -> list[str]:
+def answer(subject: Subject, items: Sequence[Question], progress: Progress) -> Answers:
     """The likeliest option of each question, "" for a tie."""
-    reads = reads_of(subject.model.shape)
-    if reads == "masked" or "lm" not in subject.model.parts:
-        raise UserError(f"{subject.directory}: this model writes no text, so no option follows a prompt: use a decoder")
     engine = Engine(subject.model, subject.tokenizer)
-    bos = leading(subject.place, subject.tokenizer) if reads == "causal" else None
+    encoder = subject.model.shape.encoder > 0
+    bos, _ = (None, False) if encoder else leading(subject.place, subject.tokenizer)
     head = [] if bos is None else [bos]
-    tail = [subject.vocab.eos] if reads == "halves" else []
+    tail = [subject.vocab.eos] if encoder else []
     said = []
-    for done, question in enumerate(questions, 1):
-        pairs = [cut(subject, str(question.prompt), option) for option in question.options]
+    for done, item in enumerate(items, 1):
+        pairs = [cut(subject, item.prompt, option) for option in item.options]
         prompts = [np.concatenate((head, before, tail)).astype(np.int32) for before, _ in pairs]
-        scores = engine.score(prompts, [after for _, after in pairs])
-        said.append(likeliest(question.options, scores))
-        progress(done / len(questions))
-    return said
+        said.append(likeliest(item.options, engine.score(prompts, [after for _, after in pairs])))
+        progress(done / len(items))
+    return [item.right for item in items], said
 
 
-CHOICES = Task("choices", records, prompt, answer, {"accuracy": metrics.accuracy})
+CHOICES = Task("choices", source, answer, {"accuracy": metrics.accuracy})

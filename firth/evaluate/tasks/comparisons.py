@@ -1,6 +1,6 @@
-"""Comparisons: records {"prompt", "chosen", "rejected"}; how often a reward model prefers what was chosen.
+"""Comparisons: preferences in records; how often a reward model prefers what was chosen. A tie is wrong.
 
-The dialogue is encoded as training encodes it, and read at the last token of the answer. A tie is wrong.
+Dialogues are read and encoded as in training (`firth.data.records.Preferences`), up to the last token of the answer.
 """
 
 from __future__ import annotations
@@ -8,44 +8,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from firth.data.batch import collate
+from firth.data.records import Preferences
 from firth.evaluate import metrics
 from firth.evaluate.likelihood import groups
-from firth.evaluate.task import Progress, Question, Record, Subject, Task, likeliest
+from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
 from firth.generate.rows import reading
 from firth.objectives.reward import rewards, whole
-from firth.text import chat
-from firth.text.read import records
 from firth.types import Example, UserError
 
-
-def prompt(record: Record) -> Question:
-    """{"prompt": "Hail!", "chosen": "Well met.", "rejected": "No."}, each a string or a list of messages."""
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in record]
-    if missing:
-        raise UserError(f"there is no field {missing[0]!r}; it has {', '.join(record) or 'none'}")
-    asked = chat.prompt_of(record["prompt"])
-    dialogues = tuple((*asked, *chat.answer_of(record[name])) for name in ("chosen", "rejected"))
-    return Question(asked[-1]["content"] if asked else "", "chosen", ("chosen", "rejected"), dialogues)
+SIDES = ("chosen", "rejected")
 
 
-def answer(subject: Subject, questions: Sequence[Question], progress: Progress) -> list[str]:
-    """Which of the two has the higher reward, "" for a tie."""
+def source(subject: Subject, paths: Sequence[str]) -> Preferences:
+    """The comparisons of the files, as far as both answers have a place in the model's context."""
     if "reward" not in subject.model.parts:
         raise UserError(f"{subject.directory}: this model has no reward head: train one with `firth train reward`")
+    return Preferences(paths, subject.tokenizer, subject.model.shape.context)
 
-    def rows() -> Iterator[Example]:
-        for question in questions:
-            for dialogue in question.dialogues:
-                yield whole(*chat.encode(subject.tokenizer, dialogue))
+
+def answer(subject: Subject, items: Preferences, progress: Progress) -> Answers:
+    """Which of the two has the higher reward, "" for a tie."""
+
+    def shown() -> Iterator[Example]:
+        for i in range(len(items)):
+            pair = items[i]
+            for side in SIDES:
+                yield whole(pair[f"{side}_tokens"], pair[f"{side}_mask"])
 
     scores: list[float] = []
     with reading(subject.model):
-        for group in groups(rows(), room=8192):
+        for group in groups(shown(), room=8192):
             batch = {name: x.to(subject.device) for name, x in collate(group).items()}
             scores += rewards(subject.model, subject.model(batch), batch).tolist()
-            progress(len(scores) / (2 * len(questions)))
-    pairs = zip(scores[::2], scores[1::2], strict=True)
-    return [likeliest(q.options, pair) for q, pair in zip(questions, pairs, strict=True)]
+            progress(len(scores) / (2 * len(items)))
+    said = [likeliest(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
+    return ["chosen"] * len(said), said
 
 
-COMPARISONS = Task("comparisons", records, prompt, answer, {"accuracy": metrics.accuracy})
+COMPARISONS = Task("comparisons", source, answer, {"accuracy": metrics.accuracy})
