@@ -104,6 +104,18 @@ def test_who_reads_bos_and_where(tmp_path, tokenizer):
     assert leading(tmp_path, tokenizer) == (bos, True)
 
 
+def test_rows_are_as_long_as_training_read_them(tmp_path, tokenizer):
+    """A shape may be meant for 32 where training read 8: beyond that a model has never been."""
+    saved(tmp_path, tokenizer, decoder)
+    (tmp_path / "a.txt").write_text(TEXT)
+    whole = evaluate(tmp_path, [str(tmp_path / "a.txt")])
+    (tmp_path / "recipe.yaml").write_text("objective: causal\nsegment: {kind: windows, length: 8}\n")
+    short = evaluate(tmp_path, [str(tmp_path / "a.txt")])
+    assert (whole["context"], short["context"]) == (32, 8)
+    assert short["tokens"] == whole["tokens"]
+    assert short["nll"] != pytest.approx(whole["nll"], rel=1e-4)
+
+
 def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(TEXT)
     tokens = len(tokenizer.encode(TEXT))

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from firth.evaluate import metrics
 from firth.model.lm import LM
@@ -31,7 +33,7 @@ Answers = tuple[list[str], list[str]]
 """What is right and what was answered, item by item."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """What is measured: a model and its tokenizer. directory: what the user named; place: where the model is."""
 
@@ -44,6 +46,25 @@ class Subject:
     def vocab(self) -> Vocab:
         """The tokenizer's ids and roles."""
         return self.tokenizer.vocab
+
+    @cached_property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe that a run kept, as plain data; empty for a bare model directory."""
+        file = self.directory / "recipe.yaml"
+        found = yaml.safe_load(file.read_text("utf-8")) if file.exists() else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def segment(self) -> Mapping[str, Any]:
+        """How the recipe cuts text: its settings, empty where it says none."""
+        found = self.recipe.get("segment")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def context(self) -> int:
+        """The longest row to read: what training read, which may be shorter than what the shape is meant for."""
+        shape: int = self.model.shape.context
+        return min(shape, int(self.segment.get("length", shape)))
 
     @property
     def device(self) -> torch.device:

@@ -63,7 +63,7 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
         )
     reads = reads_of(model.shape)
     bos, every = leading(subject.place, tokenizer) if reads == "causal" else (None, False)
-    context = model.shape.context
+    context = subject.context
     whole = [read(tokenizer, d.text) for d in documents(paths)]
     room = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[reads]
     cut = [piece for document in whole for piece in (pieces(document, room) if reads != "causal" else [document])]
@@ -84,7 +84,13 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
         results.append(score(model, (example for document in block for example in show(document))))
         done += sum(len(d.tokens) for d in block)
         progress(done / asked)
-    return summary(results) | {"reads": reads, "documents": len(whole), "share": asked / total, "bos": bos is not None}
+    return summary(results) | {
+        "reads": reads,
+        "context": context,
+        "documents": len(whole),
+        "share": asked / total,
+        "bos": bos is not None,
+    }
 
 
 def blocks(documents: Sequence[Document]) -> Iterator[list[Document]]:

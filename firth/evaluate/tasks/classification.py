@@ -7,11 +7,9 @@ the accuracy that training logged, with what one number hides beside it: macro-F
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import yaml
 
 from firth.data.batch import collate
 from firth.data.records import Labelled
@@ -31,24 +29,16 @@ def source(subject: Subject, paths: Sequence[str]) -> Labelled:
         raise UserError(
             f"{subject.directory}: this model has no head for classes: finetune it with `firth train classify`"
         )
-    cut = recipe(subject).get("segment")
-    told: Mapping[str, Any] = cut if isinstance(cut, dict) else {}
+    told = subject.segment
     return Labelled(
         paths,
         subject.tokenizer,
-        int(told.get("length", subject.model.shape.context)),
+        subject.context,
         text=told.get("text", "text"),
         label=told.get("label", "label"),
         pair=told.get("pair", ""),
         classes=class_names(subject),
     )
-
-
-def recipe(subject: Subject) -> dict[str, Any]:
-    """The recipe that the run kept, as plain data; empty for a bare model directory."""
-    file = subject.directory / "recipe.yaml"
-    found = yaml.safe_load(file.read_text("utf-8")) if file.exists() else None
-    return found if isinstance(found, dict) else {}
 
 
 def class_names(subject: Subject) -> tuple[str, ...]:
@@ -58,7 +48,7 @@ def class_names(subject: Subject) -> tuple[str, ...]:
     """
     facts = subject.place / "firth.json"
     said = json.loads(facts.read_text("utf-8"))["facts"].get("classes") if facts.exists() else None
-    objective = recipe(subject).get("objective")
+    objective = subject.recipe.get("objective")
     if said is None and isinstance(objective, dict):
         said = objective.get("classes")
     rows = subject.model.parts["classes"].out_features

@@ -20,10 +20,10 @@ SIDES = ("chosen", "rejected")
 
 
 def source(subject: Subject, paths: Sequence[str]) -> Preferences:
-    """The comparisons of the files, as far as both answers have a place in the model's context."""
+    """The comparisons of the files, as far as both answers have a place in a row."""
     if "reward" not in subject.model.parts:
         raise UserError(f"{subject.directory}: this model has no reward head: train one with `firth train reward`")
-    return Preferences(paths, subject.tokenizer, subject.model.shape.context)
+    return Preferences(paths, subject.tokenizer, subject.context)
 
 
 def answer(subject: Subject, items: Preferences, progress: Progress) -> Answers:
