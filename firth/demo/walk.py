@@ -26,6 +26,7 @@ from firth.align.rewards import RewardModel, Sample, Truth, prefer, write_compar
 from firth.align.rollouts import Phase, Rollouts
 from firth.demo import folder, plays
 from firth.demo.material import Material, read_rows
+from firth.demo.page import WORDS, commands, demo_report
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES, Size
 from firth.generate.engine import Engine
@@ -37,12 +38,13 @@ from firth.recipes.material import Echo, Text, train_tokenizer
 from firth.recipes.recipe import Recipe, TokenizerPlan
 from firth.recipes.run import Finished, run
 from firth.recipes.use import Opened, open_run, opening
-from firth.text import chat, corpora
+from firth.report.page import write
+from firth.text import chat, corpora, show
+from firth.text.show import readable
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 Facts = dict[str, Any]
-WORDS = ("taaaaasty", "laern", "Transformerify")
 
 
 def walk(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
@@ -92,13 +94,10 @@ class _Walk:
         self.say(6, "PPO and DPO from the same start")
         self.aligned()
         self.say(7, "the report")
-        from firth.demo.page import demo_report
-        from firth.report.page import write
-
         path = write(demo_report(self.out, self.material, self.size), self.out / "report.html")
         self.echo(f"\nDone in {time.monotonic() - began:.0f} s. Open {path}\nThen, for example:")
-        for line in next_commands(self.out):
-            self.echo(f"  {line}")
+        for command in commands(self.out):
+            self.echo(f"  {command.line}")
         return path
 
     def say(self, number: int, what: str) -> None:
@@ -133,8 +132,6 @@ class _Walk:
         return str(self.out / "material" / f"{name}.jsonl")
 
     def subwords(self) -> Tokenizer:
-        from firth.text import show
-
         place = self.out / "tokenizer"
         if not (place / "merges.json").exists():
             train_tokenizer(
@@ -184,8 +181,6 @@ class _Walk:
         return prompts
 
     def answers(self, name: str, opened: Opened, prompts: Sequence[str]) -> list[str]:
-        from firth.text.show import readable
-
         if name == "encoder":
             found = []
             for prompt in prompts:
@@ -326,15 +321,3 @@ class _Walk:
             {"prompt": row["prompt"], **{name: texts[name][i] for name in texts}} for i, row in enumerate(held[:6])
         ]
         return {"models": models, "samples": samples, "prompts": len(prompts)}
-
-
-def next_commands(out: Path) -> list[str]:
-    """What to type after the demo."""
-    return [
-        f"firth chat {out}/ppo",
-        f"firth generate {out}/decoder 'My lord, '",
-        f"firth fill {out}/encoder 'I will <mask> thee.'",
-        f"firth tokenizer show {out}/tokenizer unbelievable",
-        "firth demo --text MY_FOLDER --out my-demo",
-        "firth train gpt source.path=MY_FOLDER --out runs/mine",
-    ]

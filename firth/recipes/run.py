@@ -30,7 +30,6 @@ from firth.recipes.segments import Cut, model_directory
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
-from firth.train import precision
 from firth.train.distributed import Ranks, join
 from firth.train.loop import Evaluate, Plan, train
 from firth.train.validate import validate
@@ -178,11 +177,9 @@ def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) ->
     wanted = -(-recipe.checks.examples // (held.rows * ranks.world))
 
     def evaluate(model: LM, step: int) -> dict[str, float]:
-        device = model.tokens.weight.device
-        casts = precision.casts(precision.choose(recipe.precision, device), device)
         some = itertools.islice(held.once(), wanted)
         return validate(
-            model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum, precision=casts
+            model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum
         )
 
     return evaluate
