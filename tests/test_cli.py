@@ -1,0 +1,112 @@
+"""The command line as a user meets it: fast help, one-sentence errors, a run from a folder of text to its samples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FIRTH = [sys.executable, "-m", "firth.cli"]
+SMALL = ["tokenizer.size=500", "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64",
+         "segment.length=32", "batch.rows=4", "length.steps=3", "checks.every=2", "checks.examples=8"]  # fmt: skip
+
+
+def firth(*arguments: str, code: int = 0, stdin: str | None = None) -> str:
+    done = subprocess.run([*FIRTH, *arguments], capture_output=True, text=True, input=stdin, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"Letter {i}. " + "The quick brown fox jumps over the lazy dog again. " * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    out = folder.parent / "run-gpt"
+    said = firth("train", "gpt", "source.corpus=", f"source.path={folder}", *SMALL, "--out", str(out))
+    assert "held out" in said and "parameters" in said
+    return out
+
+
+def test_help_is_fast_and_needs_no_torch() -> None:
+    code = "import sys, firth.cli; sys.exit('torch' in sys.modules or 'tokenizers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        assert "evaluate" in firth("--help")
+        best = min(best, time.perf_counter() - start)
+    assert best < 2.5  # one second alone on a machine; room for a busy one
+
+
+def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
+    names = {p.name for p in run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "tokenizer", "model", "report.html"} <= names
+    model = {p.name for p in (run / "model").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja"} <= model  # fmt: skip
+
+
+def test_the_run_again_does_nothing_and_another_recipe_is_refused(run: Path, folder: Path) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    arguments = ["train", "gpt", "source.corpus=", f"source.path={folder}", *SMALL, "--out", str(run)]
+    firth(*arguments)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert "another recipe" in firth(*arguments, "seed=5", code=2)
+
+
+def test_its_own_recipe_repeats_the_run_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    firth("train", str(run / "recipe.yaml"), "--out", str(tmp_path / "again"))
+    ours, again = ((d / "model" / "model.safetensors").read_bytes() for d in (run, tmp_path / "again"))
+    assert ours == again
+
+
+def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path) -> None:
+    first = firth("generate", str(run), "The quick", "-n", "8", "--seed", "3")
+    assert first == firth("generate", str(run), "The quick", "-n", "8", "--seed", "3")
+    assert "bits_per_byte" in firth("evaluate", str(run))
+    found = json.loads(firth("evaluate", str(run), str(folder / "3.txt"), "--json"))
+    assert found["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nosuch"], "no recipe 'nosuch'"),
+        (["train", "gpt", "batch.row=3"], "did you mean 'rows'"),
+        (["train", "gpt", "source.corpus=", "--out", "NEW"], "source.path"),
+        (["train", "gpt", "source.corpus=", "source.path=/no/such/place", "--out", "NEW"], "/no/such/place"),
+        (["generate", "/no/such/run", "x"], "no model"),
+        (["tokenizer", "show", "/no/such/run"], "no tokenizer"),
+        (["fetch", "nosuch"], "nosuch"),
+        (["demo", "--size", "huge", "--out", "NEW"], "no size 'huge'"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], said: str, tmp_path: Path) -> None:
+    told = firth(*(str(tmp_path / "new") if a == "NEW" else a for a in arguments), code=2)
+    assert said in told
+    assert told.count("\n") == 1, told
+
+
+def test_the_tokenizer_commands(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tok"
+    firth("tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--size", "200")
+    page = firth("tokenizer", "show", str(out), "laern", "--first", "3")
+    assert "->" in page and "laern" in page
+
+
+def test_an_empty_folder_and_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no text" in firth("train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "a"), code=2)
+    (tmp_path / "empty" / "a.txt").write_text("")
+    assert "empty" in firth("train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "b"), code=2)

@@ -1,0 +1,94 @@
+"""A recipe's grammar: what is written comes back, and what does not fit is told with its field, line and nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective, Sum
+from firth.recipes import tree
+from firth.recipes.names import RECIPES
+from firth.recipes.recipe import Recipe, load, published
+from firth.types import UserError
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
+    recipe = published(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tree.write_yaml(recipe))
+    assert load(str(path)) == recipe
+    assert load(str(tmp_path)).hash() == recipe.hash()
+    assert load(str(path), ["seed=1"]).hash() != recipe.hash()
+
+
+def test_a_sum_of_objectives_is_a_list() -> None:
+    both = NSP() + MLM(rate=0.2)
+    told = tree.plain(both)
+    assert [one["kind"] for one in told] == ["nsp", "mlm"]
+    built = tree.build(Objective, told)
+    assert isinstance(built, Sum) and built == both
+    assert tree.build(Objective, ["nsp", {"kind": "mlm", "rate": 0.2}]) == both
+
+
+def test_derived_numbers_follow_an_override() -> None:
+    assert load("gpt").shape.hidden == 4 * 384
+    assert load("gpt", ["shape.width=192", "shape.heads=3"]).shape.hidden == 4 * 192
+
+
+def test_yaml_numbers_that_look_like_text() -> None:
+    """YAML 1.1 reads 1e-5 as a string."""
+    assert load("gpt", ["optimizer.rate=1e-5"]).optimizer.rate == 1e-5
+    assert load("gpt", ["source.path=mine/"]).source.path == ("mine/",)
+    assert load("gpt", ["source.path=[a, b]"]).source.path == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "line", "said"),
+    [
+        ("name: x\nobjective: mlm\nsegment: pieces\nbatch:\n  row: 3\n", 5, "did you mean 'rows'"),
+        ("name: x\nobjective: mlm\nsegment: pieces\nbatch: {rows: many}\n", 4, "'many' does not fit"),
+        ("name: x\nobjective: mln\nsegment: pieces\n", 2, "no objective 'mln'; did you mean 'mlm'"),
+        ("name: x\nobjective: mlm\nsegment: pieces\noptimiser: {}\n", 4, "did you mean 'optimizer'"),
+        ("name: x\nobjective: {kind: mlm, noise: nosuch}\nsegment: pieces\n", 2, "'nosuch' does not fit"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(yaml: str, line: int, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml)
+    with pytest.raises(UserError) as caught:
+        load(str(path))
+    # An unknown field is told at the mapping it stands in, whose first line is its own or the one before.
+    places = {f"{path}:{line}", f"{path}:{line - 1}", f"{path}:"}
+    assert any(str(caught.value).startswith(p) for p in places), str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_not_yaml_and_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: [x\n")
+    with pytest.raises(UserError, match="not YAML"):
+        load(str(path))
+    with pytest.raises(UserError, match="did you mean 'gpt'"):
+        load("gtp")
+    with pytest.raises(UserError, match="no such file"):
+        load(str(tmp_path / "other.yaml"))
+
+
+def test_a_missing_field_and_a_bad_setting() -> None:
+    with pytest.raises(UserError, match="needs the field 'objective'"):
+        tree.build(Recipe, {"name": "x"})
+    with pytest.raises(UserError, match="field=value"):
+        load("gpt", ["batch.rows"])
+    with pytest.raises(UserError, match=r"batch\.rwos|no field 'rwos'"):
+        load("gpt", ["batch.rwos=3"])
+
+
+def test_recipes_are_values() -> None:
+    recipe = published("gpt")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 3  # type: ignore[misc]
