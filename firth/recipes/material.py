@@ -49,7 +49,7 @@ class Text:
             return list(self.path)
         if not self.corpus:
             raise UserError("the recipe says no text: set source.path=FILES or source.corpus=NAME (see `firth list`)")
-        return [str(corpora.fetch(self.corpus, echo=echo))]
+        return corpora.paths(self.corpus, echo)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +81,13 @@ class Material:
                     parts.append(None)
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
-                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows())
+                store = TokenStore.build(
+                    itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows()
+                )
                 kind = "held out" if apart else "to learn from"
-                self.echo(f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens")
+                self.echo(
+                    f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
+                )
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
@@ -141,7 +145,9 @@ def train_tokenizer(
     texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
-    show.keep_counts(tokenizer, (d.text for d in read.documents(paths, field=field, split=split)), out, sample=sample, seed=seed)
+    show.keep_counts(
+        tokenizer, (d.text for d in read.documents(paths, field=field, split=split)), out, sample=sample, seed=seed
+    )
     rows = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.rows().items())
     echo(f"{algorithm} tokenizer of {tokenizer.vocab.size} ids from {rows}: {out}")
     return tokenizer

