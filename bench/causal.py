@@ -11,20 +11,18 @@ batches. The tokens are drawn once from a Zipf distribution: speed does not depe
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Turn, compare
+from bench.harness import Turn, arguments, command
 
 VOCAB, WIDTH, DEPTH, HEADS, ROWS, LENGTH = 8192, 384, 6, 6, 16, 256
 SHARE = 3  # steps in a turn
@@ -45,12 +43,13 @@ def hf_model() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
+    model: nn.Module = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB, n_positions=LENGTH, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
+    return model
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -104,7 +103,8 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.n1(x)).chunk(3, -1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.n2(x))))
+        out: Tensor = x + self.down(F.gelu(self.up(self.n2(x))))
+        return out
 
 
 class Plain(nn.Module):
@@ -116,7 +116,8 @@ class Plain(nn.Module):
         self.blocks, self.norm = nn.ModuleList(PlainBlock() for _ in range(DEPTH)), nn.LayerNorm(WIDTH)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * DEPTH) if name.endswith(("out.weight", "down.weight")) else 1))
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * DEPTH) if residual else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -125,7 +126,8 @@ class Plain(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+        loss: Tensor = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+        return loss
 
 
 def plain_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -188,14 +190,16 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
     return LM(shape, objective.parts(shape)), objective, Batches(Drawn(), objective, vocab, rows=ROWS, seed=seed)
 
 
-def firth_run(turn: Turn, optimizer: str, units: Callable[[int], float], made: tuple[Any, Any, Any]) -> None:
+def firth_run(
+    turn: Turn, optimizer: Literal["muon", "adamw"], units: Callable[[int], float], made: tuple[Any, Any, Any]
+) -> None:
     """firth's own loop with its progress, log and counting; its share ends where a user's evaluation would be."""
     from firth.train.log import Silence
     from firth.train.loop import Plan, train
     from firth.train.optimizer import Optimizer
     from firth.train.schedule import Length
 
-    def evaluate(model: object, step: int) -> dict[str, float]:
+    def evaluate(_: object, step: int) -> dict[str, float]:
         turn(units(step))
         return {}
 
@@ -208,11 +212,11 @@ def firth_run(turn: Turn, optimizer: str, units: Callable[[int], float], made: t
 
 
 def firth(turn: Turn) -> None:
-    firth_run(turn, "muon", lambda step: SHARE * ROWS * LENGTH, firth_parts())
+    firth_run(turn, "muon", lambda _: SHARE * ROWS * LENGTH, firth_parts())
 
 
 def firth_adamw(turn: Turn) -> None:
-    firth_run(turn, "adamw", lambda step: SHARE * ROWS * LENGTH, firth_parts())
+    firth_run(turn, "adamw", lambda _: SHARE * ROWS * LENGTH, firth_parts())
 
 
 CONTENDERS: dict[str, Callable[[Turn], None]] = {
@@ -236,39 +240,32 @@ def check() -> None:
             "plain": ours(rows[:, :-1], rows[:, 1:]).item(),
         }
         model, objective, batches = firth_parts()
-        sizes["firth"] = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
+        sizes["firth"] = sum(p.numel() for p in model.parameters())
         from firth.train.step import count_targets
 
-        batch = batches.batches(0)[0]  # type: ignore[attr-defined]
-        asked = count_targets(objective, [batch])["tokens"].item()  # type: ignore[arg-type]
-        loss = objective.loss(model, objective.run(model, batch), batch)["tokens"]  # type: ignore[attr-defined]
+        batch = batches.batches(0)[0]
+        asked = count_targets(objective, [batch])["tokens"].item()
+        loss = objective.loss(model, objective.run(model, batch), batch)["tokens"]
         first["firth"] = loss.item() / asked
         assert asked == ROWS * LENGTH, asked
         known = {tuple(r) for r in windows()[:, :LENGTH].tolist()}
         assert all(tuple(r) in known for r in batch["tokens"].tolist()), "firth was shown other windows"
     for name, loss in first.items():
         assert abs(loss - math.log(VOCAB)) < 0.2, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
-    matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)  # type: ignore[attr-defined]
+    matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)
     assert matrices == 12 * DEPTH * WIDTH**2, "firth's blocks do other work than the peers'"
     print(f"parameters {sizes} (firth's head is not tied to its embedding: same work, {VOCAB * WIDTH:,} more numbers)")
-    print(f"first losses {({n: round(v, 3) for n, v in first.items()})}, ln {VOCAB} = {math.log(VOCAB):.3f}")
+    shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
+    print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), help="a subset of the contenders")
-    parser.add_argument("--save", type=Path, help="write every sample as JSON")
-    parser.add_argument("--check", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__, CONTENDERS).parse_args()
     if given.check:
-        return check()
-    chosen = {n: CONTENDERS[n] for n in (given.only or CONTENDERS)}
-    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)))
-    if given.save:
-        report.save(given.save)
-    print(report.table("firth" if "firth" in chosen else list(chosen)[-1]))
+        check()
+    else:
+        command(given, CONTENDERS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,8 +13,6 @@ At batch 1 the floor is the weights' bytes over the memory bandwidth (embeddings
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import Turn, compare
+from bench.harness import Turn, arguments, command
 
 VOCAB, WIDTH, DEPTH, HEADS, CONTEXT = 8192, 512, 8, 8, 256
 PROMPT, NEW = 32, 128
@@ -43,12 +41,13 @@ def hf_model() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
+    model: Any = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS, initializer_range=0.05,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return model.eval()
 
 
 def hf_write(model: Any, batch: int) -> list[list[int]]:
@@ -82,6 +81,9 @@ class Numbers:
 
     def token(self, id: int) -> str:
         return str(id)
+
+    def id(self, token: str) -> int:
+        return int(token)
 
 
 def same_gpt2() -> Any:
@@ -129,8 +131,8 @@ def contenders(batch: int) -> dict[str, Callable[[Turn], None]]:
         "transformers, bf16": partial(transformers_generate, batch=batch, dtype=bf16),
         "firth, the same GPT-2": partial(firth_generate, batch=batch, make=same_gpt2, dtype=fp32),
         "firth, the same GPT-2, bf16": partial(firth_generate, batch=batch, make=same_gpt2, dtype=bf16),
-        "firth": partial(firth_generate, batch=batch, make=own_decoder, dtype=fp32),
         "firth, bf16": partial(firth_generate, batch=batch, make=own_decoder, dtype=bf16),
+        "firth": partial(firth_generate, batch=batch, make=own_decoder, dtype=fp32),
     }
 
 
@@ -155,22 +157,14 @@ def check() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", choices=list(contenders(1)), help="a subset of the contenders")
-    parser.add_argument("--save", type=Path, help="write every sample as JSON")
-    parser.add_argument("--check", action="store_true")
+    parser = arguments(__doc__, contenders(1))
+    parser.add_argument("--batch", type=int, default=1, help="rows written at once")
     given = parser.parse_args()
     if given.check:
-        return check()
-    everyone = contenders(given.batch)
-    chosen = {n: everyone[n] for n in (given.only or everyone)}
-    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)))
-    if given.save:
-        report.save(given.save)
-    print(f"batch {given.batch}\n{report.table('firth' if 'firth' in chosen else list(chosen)[-1])}")
+        check()
+    else:
+        command(given, contenders(given.batch))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,6 +20,8 @@ the contender's own CPU time; where there is no /proc/stat nothing can be told d
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -28,7 +30,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -81,7 +83,8 @@ class Report:
         if not self.rounds:
             return "No clean round: the machine was busy with something else."
         lines = [
-            f"| contender | {self.unit}/s, median | best | seconds a share, median (min) | peak MB | {ours} against it |",
+            f"| contender | {self.unit}/s, median | best | seconds a share, median (min) | peak MB "
+            f"| {ours} against it |",
             "|---|---|---|---|---|---|",
         ]
         for name in self.rounds[0]:
@@ -165,7 +168,7 @@ class Worker:
         try:
             answer: tuple[float, float, float] = self.line.recv()
         except EOFError:
-            raise RuntimeError(f"the contender {self.name!r} ended before its turn was over: see its traceback") from None
+            raise RuntimeError(f"the contender {self.name!r} ended before its turn was over (see above)") from None
         return answer
 
     def stop(self) -> float:
@@ -173,10 +176,8 @@ class Worker:
         peak = 0.0
         if self.process.is_alive():
             self.line.send("stop")
-            try:
+            with contextlib.suppress(EOFError):
                 peak = self.line.recv()
-            except EOFError:
-                pass
         self.process.join(10)
         self.process.kill()
         return peak
@@ -227,6 +228,28 @@ def others(before: float | None, after: float | None, own: float, seconds: float
     if before is None or after is None:
         return None
     return max(0.0, (after - before - own) / (seconds * (os.cpu_count() or 1)))
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def arguments(about: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that the comparisons share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", choices=list(names), help="a subset of the contenders")
+    parser.add_argument("--save", type=Path, help="write every sample as JSON")
+    parser.add_argument("--check", action="store_true", help="assert what makes it fair; no timing")
+    return parser
+
+
+def command(given: argparse.Namespace, everyone: Mapping[str, Contender], unit: str = "tokens") -> None:
+    """Compare what was asked for and print the table; ratios are of the contender named last, which is firth."""
+    chosen = {name: everyone[name] for name in (given.only or everyone)}
+    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)), unit=unit)
+    if given.save:
+        report.save(given.save)
+    print(report.table(list(chosen)[-1]))
 
 
 # ------------------------------------------------------------------------------------------- the machine

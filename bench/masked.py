@@ -16,9 +16,7 @@ with the frame), the tokens by Zipf's law: what the text says does not change th
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.causal import DEPTH, HEADS, VOCAB, WIDTH, firth_run
-from bench.harness import Turn, compare
+from bench.harness import Turn, arguments, command
 
 LONGEST, ROWS, SHARE, STORE = 128, 64, 6, 16384
 PAD, UNK, CLS, SEP, MASK, FIRST = 0, 1, 2, 3, 4, 107
@@ -50,12 +48,12 @@ def sentences(n: int = STORE, seed: int = 0) -> list[np.ndarray]:
 
 def hf_tokenizer(directory: Path) -> Any:
     """What the collator needs of a tokenizer: ids of the specials, padding. Its words are their ids' names."""
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = names + [f"w{i}" for i in range(len(names), VOCAB)]
     (directory / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = BertTokenizerFast.from_pretrained(directory)
+    tokenizer = BertTokenizer.from_pretrained(directory)
     assert (tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer)) == (PAD, MASK, VOCAB)
     return tokenizer
 
@@ -92,7 +90,7 @@ def trainer(turn: Turn, **chosen: Any) -> None:
 
     model, useful = hf_model(), [0]
 
-    def count(module: object, args: object, fields: dict[str, Tensor]) -> None:
+    def count(_: object, __: object, fields: dict[str, Tensor]) -> None:
         useful[0] += int(fields["attention_mask"].sum())
 
     model.register_forward_pre_hook(count, with_kwargs=True)
@@ -194,7 +192,8 @@ def check() -> None:
 
     rows = sentences()
     lengths = np.array([len(row) for row in rows])
-    assert 26 < lengths.mean() < 28 and lengths.max() == LONGEST, (lengths.mean(), lengths.max())
+    assert 26 < lengths.mean() < 28, lengths.mean()
+    assert lengths.max() == LONGEST, lengths.max()
     theirs = hf_model()
     sizes = {"transformers": sum(p.numel() for p in theirs.parameters())}
     some = [torch.from_numpy(row)[None] for row in rows[:8]]
@@ -219,25 +218,18 @@ def check() -> None:
         assert abs(loss - math.log(VOCAB)) < 0.3, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
     padded = np.mean([lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, STORE, ROWS)])
     print(f"parameters {sizes}")
-    print(f"first losses {({n: round(float(v), 3) for n, v in first.items()})}, ln {VOCAB} = {math.log(VOCAB):.3f}")
+    shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
+    print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
     print(f"mean length {lengths.mean():.1f}; slots per useful token: {padded:.2f} padded, {slots / useful:.2f} packed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), help="a subset of the contenders")
-    parser.add_argument("--save", type=Path, help="write every sample as JSON")
-    parser.add_argument("--check", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__, CONTENDERS).parse_args()
     if given.check:
-        return check()
-    chosen = {n: CONTENDERS[n] for n in (given.only or CONTENDERS)}
-    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)), unit="useful tokens")
-    if given.save:
-        report.save(given.save)
-    print(report.table("firth" if "firth" in chosen else list(chosen)[-1]))
+        check()
+    else:
+        command(given, CONTENDERS, unit="useful tokens")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,13 +15,23 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.causal import (
-    DEPTH, LENGTH, ROWS, VOCAB, WIDTH, Plain, firth_parts, plain_optimizer, rows_for_ever, windows,
+    DEPTH,
+    LENGTH,
+    ROWS,
+    VOCAB,
+    WIDTH,
+    Plain,
+    firth_parts,
+    plain_optimizer,
+    rows_for_ever,
+    windows,
 )  # fmt: skip
 from bench.harness import gemm_rate
 
@@ -61,15 +71,15 @@ def firth_phases(name: str) -> Phases:
     keep_freed_memory()
     model, objective, batches = firth_parts()
     mover = Mover(Optimizer(name=name), model)  # type: ignore[arg-type]
-    made: list[object] = []
+    made: list[Any] = []
     number = iter(range(1_000_000))
 
     def batch() -> None:
-        made[:] = batches.batches(next(number))  # type: ignore[attr-defined]
+        made[:] = batches.batches(next(number))
 
     return [
         ("view and batch", batch),
-        ("forward and backward", lambda: step(model, objective, made)),  # type: ignore[arg-type]
+        ("forward and backward", lambda: step(model, objective, made)),
         ("clip", mover.clip),
         (f"move ({name})", lambda: mover.move(0.5)),
     ]
@@ -117,11 +127,11 @@ def main() -> None:
                 spent[name].append(time.perf_counter() - began)
     least = {name: min(seconds) for name, seconds in spent.items()}
     total = sum(least.values())
-    rate, work = gemm_rate(torch.float32), flops()
-    floor = sum(work.values()) / rate
+    rate, products = gemm_rate(torch.float32), flops()
+    floor = sum(products.values()) / rate
     print(f"step {total * 1e3:,.0f} ms = {ROWS * LENGTH / total:,.0f} tokens/s (the best of {given.steps} per phase)")
     print(f"floor {floor * 1e3:,.0f} ms at {rate / 1e9:,.0f} GFLOP/s fp32: the step runs at {floor / total:.0%} of it")
-    for name, n in work.items():
+    for name, n in products.items():
         print(f"  {name:36} {n / 1e9:7.1f} GFLOP {n / rate * 1e3:7.0f} ms at least")
     for name, seconds in least.items():
         print(f"  {name:36} {seconds * 1e3:7.0f} ms {seconds / total:6.1%}")

@@ -1,0 +1,486 @@
+"""Time to a loss: how soon firth's default recipe reaches what others reach in T seconds of training, CPU.
+
+    python -m bench.time_to_loss --tune plain --seconds 60        # the peers' small grid; likewise adamw, firth
+    python -m bench.time_to_loss --run --seconds 180              # every contender, three seeds; resumable
+    python -m bench.time_to_loss --run --seconds 180 --limit 4    # in pieces: at most four new runs, then stop
+    python -m bench.time_to_loss --table --seconds 180            # markdown for docs/results.md
+
+All train a decoder of 6 layers and width 384 on Shakespeare's plays (a byte-level BPE of 8192, windows of 256) and are
+scored on the same windows of held-out plays:
+
+    trainer   transformers' Trainer on a GPT2LMHeadModel, everything as it comes (rate 5e-5, linear, 8 rows, fp32)
+    plain     bench/causal.py's plain fp32 loop: AdamW, tuned
+    adamw     firth's own loop on the same GPT-2 with AdamW, tuned
+    firth     the recipe `gpt` as it stands: its shape, Muon, its schedule
+
+The clock runs while a program trains: making batches, logging, the optimizer, the first slow step. It stands still
+while the held-out text is scored, and starts after the model is built, for all alike. Schedules follow the clock, so
+each run decays to its end exactly at T. A run of firth that is stopped early has not decayed its rate: so shorter runs
+of it (T/8, T/5, T/2.5), each with a full schedule of its own, stand beside the curve of the long one.
+
+Each run is a process of its own and leaves one JSON in the results directory; what is there is not run again. A run
+during which others used more than 3% of the machine says so in the table: delete its file and run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from bench.causal import LENGTH, VOCAB, Plain, Rows, hf_model, plain_optimizer, rows_for_ever
+from bench.harness import DIRTY, busy, describe, machine, others
+
+MARKS = (1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+"""Fractions of the run after which the held-out text is scored."""
+
+SCORED = 128
+"""Held-out windows that are scored: 32,768 tokens, spread evenly over the held-out plays."""
+
+SHORTER = (8, 5, 2.5)
+"""Parts of T that firth must need for what trainer, plain and adamw reach in T (issue 2)."""
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tuned. rate: the peak. warmup: fraction of the run. rows: windows of 256 in a step."""
+
+    rate: float
+    warmup: float
+    rows: int
+
+
+TUNED = {
+    "plain": Settings(rate=2e-3, warmup=0.05, rows=8),
+    "adamw": Settings(rate=2e-3, warmup=0.05, rows=8),
+}
+"""The best of `--tune`; the whole grid is in docs/results.md."""
+
+GRID: dict[str, tuple[float, ...]] = {
+    "rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "rows": (4, 8, 16, 32),
+    "warmup": (0.02, 0.05, 0.15, 0.3),
+}
+"""Tried one after the other, each from the best so far; the rate once more at the end."""
+
+START = Settings(rate=2e-3, warmup=0.05, rows=16)
+
+
+@dataclass(frozen=True)
+class Text:
+    """train: (windows, LENGTH + 1) token ids; valid: (SCORED, LENGTH + 1); the stores they were cut from."""
+
+    train: np.ndarray
+    valid: Tensor
+    store: Any
+    tokenizer: Any
+
+
+def text(corpus: str, results: Path) -> Text:
+    """The corpus cut into plays that are learnt from and plays held out; the tokenizer sees only the former."""
+    from firth.data.segment import Windows
+    from firth.recipes.material import Material, documents_of
+    from firth.recipes.material import Text as Where
+    from firth.text.corpora import fetch
+    from firth.text.tokenizer import Tokenizer
+    from firth.text.train import train
+
+    # Plain files only: records beside them (speeches.jsonl) say the same text again, that of held-out plays too.
+    where = Where(path=(str(fetch(corpus) / "*.txt"),))
+    folder = results / corpus
+    if not (folder / "tokenizer").exists():
+        texts = (d.text for d in documents_of(where, where.paths(print), apart=False))
+        train(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    assert tokenizer.vocab.size == VOCAB, tokenizer.vocab.size
+    learnt, held = Material(where, tokenizer, folder).stores()
+    assert held is not None
+    rows, scored = (Windows(store, LENGTH, isolate=False) for store in (learnt, held))
+    spread = np.linspace(0, len(scored) - 1, SCORED).round().astype(int)
+    valid = np.stack([scored[int(i)]["tokens"] for i in spread]).astype(np.int64)
+    everything = np.stack([rows[i]["tokens"] for i in range(len(rows))])
+    return Text(everything, torch.from_numpy(valid), learnt, tokenizer)
+
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""tokens (rows, LENGTH), labels (rows, LENGTH) -> the sum of -log p(label)."""
+
+
+class Clock:
+    """Seconds of training, and the held-out loss at MARKS. curve: [(seconds, step, held-out loss)]."""
+
+    def __init__(self, seconds: float, valid: Tensor) -> None:
+        self.seconds, self.valid, self.step = seconds, valid, 0
+        self.curve: list[tuple[float, int, float]] = []
+        self._marks = [m * seconds for m in MARKS]
+        self._spent, self._own, self._busy = 0.0, 0.0, 0.0
+        self._since: float | None = None
+        self.others: float | None = None
+
+    def start(self) -> None:
+        self._since, self._cpu, self._all = time.perf_counter(), time.process_time(), busy()
+
+    @property
+    def passed(self) -> float:
+        """The fraction of the run that is behind, 0 to 1."""
+        return min(1.0, self.now / self.seconds)
+
+    @property
+    def now(self) -> float:
+        """Seconds of training so far; 0 before `start`."""
+        return self._spent + (0 if self._since is None else time.perf_counter() - self._since)
+
+    def tick(self, score: Score, last: bool = False) -> bool:
+        """To be called after each step; True when the time is up. `last` scores, whatever the time."""
+        self.step += 1
+        now = self.now
+        if not last and (not self._marks or now < self._marks[0]):
+            return False
+        self._pause()
+        self._marks = [m for m in self._marks if m > now]
+        self.curve.append((round(now, 3), self.step, self._loss(score)))
+        print(f"  {now:7.1f} s  step {self.step:5}  held out {self.curve[-1][2]:.4f}", flush=True)
+        self.start()
+        return now >= self.seconds
+
+    def _pause(self) -> None:
+        self._spent, self._since = self.now, None
+        self._own += time.process_time() - self._cpu
+        after = busy()
+        if self._all is None or after is None:
+            return
+        self._busy += after - self._all
+        self.others = others(0.0, self._busy, self._own, self._spent)
+
+    @torch.no_grad()
+    def _loss(self, score: Score) -> float:
+        total = sum(score(rows[:, :-1], rows[:, 1:]).item() for rows in torch.split(self.valid, 16))
+        return total / self.valid[:, 1:].numel()
+
+
+# ------------------------------------------------------------------------------- contenders
+
+
+def run_trainer(clock: Clock, data: Text, seed: int, _: Settings | None) -> nn.Module:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(seed)
+    model: Any = hf_model()
+
+    def score(tokens: Tensor, labels: Tensor) -> Tensor:
+        model.eval()
+        logits = model(input_ids=tokens).logits
+        model.train()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    class Timed(TrainerCallback):
+        def on_train_begin(self, args: object, state: object, control: object, **rest: object) -> None:
+            clock.start()
+
+        def on_step_end(self, args: object, state: object, control: Any, **rest: object) -> None:
+            control.should_training_stop = clock.tick(score)
+
+    class ByTheClock(Trainer):
+        """The default linear decay, with the clock in the place of a number of steps that nobody knows yet."""
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            assert self.optimizer is not None
+            self.lr_scheduler = LambdaLR(self.optimizer, lambda _: 1 - clock.passed)
+            return self.lr_scheduler
+
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory, max_steps=10_000_000, seed=seed, use_cpu=True, save_strategy="no", disable_tqdm=True
+        )
+        ByTheClock(model, arguments, train_dataset=Rows(data.train.astype(np.int64)), callbacks=[Timed()]).train()
+    trained: nn.Module = model
+    return trained
+
+
+def run_plain(clock: Clock, data: Text, seed: int, settings: Settings | None) -> nn.Module:
+    assert settings is not None
+    torch.manual_seed(seed)
+    model = Plain()
+    optimizer = plain_optimizer(model, settings.rate)
+    score: Score = partial(model, reduction="sum")
+    clock.start()
+    for batch in rows_for_ever(data.train, settings.rows, seed):
+        passed = clock.passed
+        factor = min(passed / settings.warmup, (1 - passed) / (1 - settings.warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * factor
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if clock.tick(score):
+            return model
+    raise AssertionError("rows_for_ever ended")
+
+
+def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, adamw: bool = False) -> nn.Module:
+    """firth's loop on the recipe `gpt`; adamw: on the peers' GPT-2, with AdamW and a linear decay, in its place."""
+    from firth.data.batch import Batches
+    from firth.data.segment import Windows
+    from firth.model.lm import LM
+    from firth.model.shape import Shape
+    from firth.recipes.pretrain import gpt
+    from firth.train.log import Silence
+    from firth.train.loop import Plan, train
+    from firth.train.optimizer import Optimizer
+    from firth.train.schedule import Length, Schedule
+
+    recipe = gpt()
+    optimizer, schedule, shape, rows = recipe.optimizer, recipe.schedule, recipe.shape, recipe.batch.rows
+    if adamw:
+        assert settings is not None
+        shape = Shape(vocab=VOCAB, width=384, depth=6, heads=6, context=LENGTH)
+        optimizer, schedule = Optimizer(name="adamw"), Schedule("linear")
+    if settings is not None:
+        optimizer, rows = replace(optimizer, rate=settings.rate), settings.rows
+        schedule = replace(schedule, warmup=settings.warmup)
+    assert shape is not None
+    assert shape.vocab == VOCAB
+    torch.manual_seed(seed)
+    objective = recipe.objective
+    model = LM(shape, objective.parts(shape))
+    segment: Any = recipe.segment
+    assert segment.length == LENGTH, "the recipe's windows are not of the peers' length"
+    batches = Batches(Windows(data.store, LENGTH), objective, data.tokenizer.vocab, rows=rows, seed=seed)
+    when = torch.arange(LENGTH, dtype=torch.int32)
+
+    def score(tokens: Tensor, labels: Tensor) -> Tensor:
+        moments = when.expand(tokens.shape)
+        batch = {"tokens": tokens, "labels": labels, "looks": moments, "appears": moments}
+        return objective.loss(model, objective.run(model, batch), batch)["tokens"]
+
+    def evaluate(_: LM, __: int) -> dict[str, float]:
+        clock.tick(score)
+        return {}
+
+    with tempfile.TemporaryDirectory() as directory:
+        clock.start()
+        train(
+            model, objective, batches, Path(directory), length=Length(seconds=clock.seconds), optimizer=optimizer,
+            schedule=schedule, plan=Plan(evaluate_every=1, save_every=0), evaluate=evaluate, told=Silence(),
+        )  # fmt: skip
+    if not clock.curve or clock.curve[-1][1] != clock.step:  # the loop's own clock does not count its log
+        clock.step -= 1
+        clock.tick(score, last=True)
+    return model
+
+
+CONTENDERS: dict[str, Callable[[Clock, Text, int, Settings | None], nn.Module]] = {
+    "trainer": run_trainer,
+    "plain": run_plain,
+    "adamw": partial(run_firth, adamw=True),
+    "firth": run_firth,
+}
+
+
+# ------------------------------------------------------------------------------- runs and what they leave
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's key. settings: None is as it comes (trainer) or as the recipe says (firth)."""
+
+    contender: str
+    seconds: float
+    seed: int
+    settings: Settings | None
+
+    def file(self, results: Path) -> Path:
+        s = self.settings
+        tuned = "" if s is None else f"-rate{s.rate:g}-warmup{s.warmup:g}-rows{s.rows}"
+        return results / "runs" / f"{self.contender}-{self.seconds:g}s-seed{self.seed}{tuned}.json"
+
+
+@dataclass
+class Result:
+    """What a run left. curve: [(training seconds, step, held-out loss in nats a token)]."""
+
+    run: Run
+    curve: list[tuple[float, int, float]]
+    parameters: int
+    others: float | None
+    machine: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def final(self) -> float:
+        return self.curve[-1][2]
+
+    def reaches(self, loss: float) -> float | None:
+        """Seconds until the curve first is at `loss` or below, interpolated between the marks; None: never."""
+        before: tuple[float, int, float] | None = None
+        for point in self.curve:
+            if point[2] <= loss:
+                if before is None:
+                    return point[0]
+                share = (before[2] - loss) / (before[2] - point[2])
+                return before[0] + share * (point[0] - before[0])
+            before = point
+        return None
+
+
+def load(file: Path) -> Result:
+    data = json.loads(file.read_text())
+    run = data["run"]
+    settings = None if run["settings"] is None else Settings(**run["settings"])
+    curve = [(float(t), int(n), float(v)) for t, n, v in data["curve"]]
+    return Result(Run(run["contender"], run["seconds"], run["seed"], settings), curve,
+                  data["parameters"], data["others"], data["machine"])  # fmt: skip
+
+
+def perform(run: Run, corpus: str, results: Path) -> None:
+    """Train, in this process, and write the JSON when all is done."""
+    data = text(corpus, results)
+    facts = machine()
+    clock = Clock(run.seconds, data.valid)
+    model = CONTENDERS[run.contender](clock, data, run.seed, run.settings)
+    found = Result(run, clock.curve, sum(p.numel() for p in model.parameters()), clock.others, facts)
+    file = run.file(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(asdict(found), indent=1))
+    partial_file.rename(file)
+
+
+class Runner:
+    """Performs runs that are not there yet, each in a fresh process, until `limit` new ones are done."""
+
+    def __init__(self, corpus: str, results: Path, limit: int) -> None:
+        self.corpus, self.results, self.left = corpus, results, limit
+
+    def get(self, run: Run) -> Result | None:
+        """The run's result; None if it would be one more than the limit."""
+        file = run.file(self.results)
+        if not file.exists():
+            if self.left == 0:
+                return None
+            self.left -= 1
+            print(file.stem, flush=True)
+            order = json.dumps(asdict(run))
+            command = [sys.executable, "-m", "bench.time_to_loss", "--one", order, "--corpus", self.corpus]
+            subprocess.run([*command, "--results", str(self.results)], check=True)
+        return load(file)
+
+    def tune(self, contender: str, seconds: float) -> None:
+        """Coordinate by coordinate over GRID, seed 0; prints every run, the best first."""
+        best, done = START, {}
+        for name in (*GRID, "rate"):
+            for value in GRID[name]:
+                tried = replace(best, **{name: type(getattr(best, name))(value)})
+                found = self.get(Run(contender, seconds, 0, tried))
+                if found is None:
+                    print("stopped at the limit: run the same command again to go on")
+                    return
+                done[tried] = found
+            best = min(done, key=lambda s: done[s].final)
+        print(f"\n{contender}, {seconds:g} s, seed 0\n\n| rate | warmup | rows | held-out loss | steps | others |")
+        print("|---|---|---|---|---|---|")
+        for s, r in sorted(done.items(), key=lambda item: item[1].final):
+            print(f"| {s.rate:g} | {s.warmup:g} | {s.rows} | {r.final:.4f} | {r.curve[-1][1]} | {busier(r)} |")
+        print(f"\nthe best: {best}")
+
+
+def plan(seconds: float, contenders: Iterable[str], seeds: Sequence[int]) -> list[Run]:
+    """All runs of a table, firth's short ones among them; seed by seed, so that an early stop leaves whole rows."""
+    runs = []
+    for seed in seeds:
+        runs += [Run(c, seconds, seed, TUNED.get(c)) for c in contenders]
+        if "firth" in contenders:
+            runs += [Run("firth", round(seconds / part, 3), seed, None) for part in SHORTER]
+    return runs
+
+
+def busier(r: Result) -> str:
+    """What others used of the machine during a run, and whether that spoils it."""
+    return "unknown" if r.others is None else f"{r.others:.1%}{' DIRTY' if r.others > DIRTY else ''}"
+
+
+def table(seconds: float, results: Path) -> str:
+    """Markdown of what is there."""
+    files = [run.file(results) for run in plan(seconds, CONTENDERS, SEEDS)]
+    found = [load(f) for f in files if f.exists()]
+    long = {(r.run.contender, r.run.seed): r for r in found if r.run.seconds == seconds}
+    short = {(r.run.seconds, r.run.seed): r for r in found if r.run.contender == "firth"}
+    lines = [
+        f"Held-out loss (nats a token) after {seconds:g} s of training, and when firth reaches it.",
+        "",
+        "| contender | seed | loss | steps | parameters | others used | firth reaches it after | part of T "
+        "| goal | a whole firth run of that goal ends at |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    parts: dict[str, list[float]] = {}
+    for (name, seed), r in sorted(long.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1])):
+        cells = ["", "", "", ""]
+        ours = long.get(("firth", seed))
+        if name != "firth":
+            goal = SHORTER[list(CONTENDERS).index(name)]
+            whole = short.get((round(seconds / goal, 3), seed))
+            at = None if ours is None else ours.reaches(r.final)
+            if at is not None:
+                parts.setdefault(name, []).append(seconds / at)
+            when = ["not reached", ""] if at is None else [f"{at:.1f} s", f"1/{seconds / at:.1f}"]
+            verdict = "" if whole is None else f"{whole.final:.4f} {'yes' if whole.final <= r.final else 'no'}"
+            cells = [*when, f"1/{goal:g}", verdict]
+        row = [name, str(seed), f"{r.final:.4f}", str(r.curve[-1][1]), f"{r.parameters:,}", busier(r), *cells]
+        lines.append(f"| {' | '.join(row)} |")
+    lines.append("")
+    for name, p in parts.items():
+        lines.append(f"{name}: firth's curve crosses at 1/{statistics.median(p):.1f} of T, median of {len(p)} seeds.")
+    if found:
+        lines += [describe(found[0].machine)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--tune", choices=("plain", "adamw", "firth"))
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--contenders", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--limit", type=int, default=-1, help="at most so many new runs; -1: all")
+    parser.add_argument("--corpus", default="shakespeare")
+    parser.add_argument("--results", type=Path, default=Path("runs/time_to_loss"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        order = json.loads(given.one)
+        settings = None if order["settings"] is None else Settings(**order["settings"])
+        perform(Run(order["contender"], order["seconds"], order["seed"], settings), given.corpus, given.results)
+        return
+    runner = Runner(given.corpus, given.results, given.limit)
+    if given.tune:
+        runner.tune(given.tune, given.seconds)
+    if given.run:
+        for run in plan(given.seconds, given.contenders, given.seeds):
+            if runner.get(run) is None:
+                print("stopped at the limit: run the same command again to go on")
+                break
+    if given.table:
+        print(table(given.seconds, given.results))
+
+
+if __name__ == "__main__":
+    main()
