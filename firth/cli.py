@@ -61,7 +61,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def demo(
     text: Annotated[list[str] | None, typer.Option(help="Your own files or folders in place of Shakespeare.")] = None,
     out: Annotated[Path, typer.Option(help="Where the demo keeps what it makes.")] = Path("demo"),
-    size: Annotated[str, typer.Option(help="small: 5 to 6 minutes on two cores; tiny: a check in under one.")] = "small",
+    size: Annotated[
+        str, typer.Option(help="small: 5 to 6 minutes on two cores; tiny: a check in under one.")
+    ] = "small",
     seed: Seed = 0,
 ) -> None:
     """Walk the whole way once on real text: pretrain, finetune, align, evaluate, report (5 to 6 minutes)."""
@@ -73,9 +75,15 @@ def demo(
 @app.command()
 def doctor() -> None:
     """What this machine is and how firth will use it."""
-    from firth.doctor import report
+    from rich.console import Console
+    from rich.table import Table
 
-    typer.echo(report())
+    from firth.doctor import doctor as rows
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows():
+        table.add_row(row.name, row.value, ("" if row.well else "[bold]") + row.advice)
+    Console().print(table)
 
 
 @app.command("list")
@@ -165,7 +173,13 @@ def generate(
     from firth.recipes.use import open_engine
 
     sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=tokens, stop=tuple(stop or ()), seed=seed
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        max_new=tokens,
+        stop=tuple(stop or ()),
+        seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     for piece in open_engine(run).stream_text(text, sampling):
@@ -216,7 +230,9 @@ def chat(
 @app.command()
 def evaluate(
     run: Run,
-    paths: Annotated[list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity, bits per byte or accuracy of a run on held-out text."""

@@ -107,6 +107,10 @@ def test_the_tokenizer_commands(folder: Path, tmp_path: Path) -> None:
 
 def test_an_empty_folder_and_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no text" in firth("train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "a"), code=2)
+    assert "no text" in firth(
+        "train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "a"), code=2
+    )
     (tmp_path / "empty" / "a.txt").write_text("")
-    assert "empty" in firth("train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "b"), code=2)
+    assert "empty" in firth(
+        "train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "b"), code=2
+    )

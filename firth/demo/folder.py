@@ -6,6 +6,7 @@ text it stands in. A dialogue is a paragraph and the one that follows it.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -112,7 +113,7 @@ def _dialogues(rows: list[Row]) -> list[Row]:
     pairs = []
     for row in rows:
         paragraphs = [" ".join(p.split()) for p in _paragraphs(row["text"])]
-        for first, second in zip(paragraphs, paragraphs[1:], strict=False):
+        for first, second in itertools.pairwise(paragraphs):
             answer = _sentences(second, 200)
             if len(first) >= 10 and len(answer) >= 10:
                 pairs.append({"prompt": f"Go on: {first[-300:]}", "completion": answer})

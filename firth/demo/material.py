@@ -47,8 +47,10 @@ class Material:
 
     @staticmethod
     def load(directory: Path) -> Material:
-        fields = json.loads((directory / "material.json").read_text("utf-8"))
-        return Material(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields: dict[str, Any] = json.loads((directory / "material.json").read_text("utf-8"))
+        lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+        whole: Any = fields | lists
+        return Material(**whole)
 
 
 @dataclass(frozen=True)

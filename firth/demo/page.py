@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from firth.demo.material import Material, read_rows
 from firth.demo.sizes import Size
 from firth.report.figures import Curve, Figure, Level
-from firth.report.page import Command, Number, Report, Sample, Section, Table
+from firth.report.page import Cell, Command, Number, Report, Sample, Section, Table
 from firth.report.run import read_rows as metric_rows
 from firth.report.run import series
 from firth.text import show
@@ -29,7 +29,9 @@ FAMILIES = {
 
 def demo_report(out: Path, material: Material, size: Size) -> Report:
     """Everything the walk left in `out`, as one page."""
-    held = {name: last(out, name) for name in (*FAMILIES, "classify-pretrained", "classify-scratch", "instruct", "reward")}
+    held = {
+        name: last(out, name) for name in (*FAMILIES, "classify-pretrained", "classify-scratch", "instruct", "reward")
+    }
     models = finding(out, "alignment")["models"]
     pretrained, scratch = held["classify-pretrained"]["accuracy"], held["classify-scratch"]["accuracy"]
     seconds = sum(json.loads((out / name / "done.json").read_text("utf-8"))["seconds"] for name in runs(out))
@@ -37,7 +39,11 @@ def demo_report(out: Path, material: Material, size: Size) -> Report:
         Number("held-out bits per byte, decoder", held["decoder"]["bits_per_byte"], "8 = no model at all"),
         Number("classifier, pretrained", f"{pretrained:.1%}", f"the same model from random weights: {scratch:.1%}"),
         Number("reward model", f"{held['reward']['accuracy']:.1%}", "of the held-out comparisons"),
-        Number("true reward, PPO", models["ppo"]["truth"], f"before {models['instruct']['truth']:.2f}, DPO {models['dpo']['truth']:.2f}"),
+        Number(
+            "true reward, PPO",
+            models["ppo"]["truth"],
+            f"before {models['instruct']['truth']:.2f}, DPO {models['dpo']['truth']:.2f}",
+        ),
     ]
     return Report(
         title=f"firth demo: {material.title}",
@@ -56,7 +62,11 @@ def demo_report(out: Path, material: Material, size: Size) -> Report:
             directories(out),
         ],
         commands=commands(out),
-        facts={"text": material.title, "learnt from": f"{material.bytes:,} bytes", "seconds of training": f"{seconds:.0f}"},
+        facts={
+            "text": material.title,
+            "learnt from": f"{material.bytes:,} bytes",
+            "seconds of training": f"{seconds:.0f}",
+        },
     )
 
 
@@ -65,7 +75,7 @@ def runs(out: Path) -> Iterator[str]:
     return (path.parent.name for path in sorted(out.glob("*/done.json")))
 
 
-def last(out: Path, name: str) -> dict[str, float]:
+def last(out: Path, name: str) -> Mapping[str, float]:
     """The last held-out row of a run."""
     return [row for row in metric_rows(out / name / "metrics.jsonl") if row["split"] == "valid"][-1]
 
@@ -75,7 +85,9 @@ def finding(out: Path, name: str) -> Facts:
     return found
 
 
-def curves(out: Path, names: list[tuple[str, str]], metric: str, title: str, unit: str, *, level: Level | None = None) -> Figure:
+def curves(
+    out: Path, names: list[tuple[str, str]], metric: str, title: str, unit: str, *, level: Level | None = None
+) -> Figure:
     """One metric on held-out text of several runs, against seconds of training."""
     lines = []
     for name, label in names:
@@ -87,12 +99,15 @@ def curves(out: Path, names: list[tuple[str, str]], metric: str, title: str, uni
 def subwords(out: Path) -> Section:
     tokenizer = Tokenizer.load(out / "tokenizer")
     merges = show.kept(out / "tokenizer", 24)
-    rows = [[i, f"{readable(m.left)} + {readable(m.right)}", readable(m.left + m.right), m.count] for i, m in enumerate(merges, 1)]
+    rows = [
+        [i, f"{readable(m.left)} + {readable(m.right)}", readable(m.left + m.right), m.count]
+        for i, m in enumerate(merges, 1)
+    ]
     words = [[word, "  ".join(readable(p) for p in tokenizer.pieces(word))] for word in WORDS]
     return Section(
         "1  Subwords",
-        f"Byte-level BPE begins with the 256 bytes and merges the most frequent neighbours, again and again, to {tokenizer.vocab.size} ids. "
-        "No word is unknown: what was never seen falls into pieces that were. (␣ is a blank, ⏎ a line break.)",
+        f"Byte-level BPE begins with the 256 bytes and merges the most frequent neighbours, again and again, "
+        f"to {tokenizer.vocab.size} ids. No word is unknown: what was never seen falls into pieces that were. (␣ is a blank, ⏎ a line break.)",
         tables=[
             Table("The first merges, in the order they were learnt", ["#", "pair", "piece", "count"], rows),
             Table("How unseen words split", ["word", "pieces"], words),
@@ -100,10 +115,10 @@ def subwords(out: Path) -> Section:
     )
 
 
-def pretraining(out: Path, held: dict[str, dict[str, float]]) -> Section:
+def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
     tokenizer = Tokenizer.load(out / "tokenizer")
     chance = math.log(len(tokenizer.vocab.ordinary))
-    rows = []
+    rows: list[list[Cell]] = []
     for name in FAMILIES:
         facts = json.loads((out / name / "done.json").read_text("utf-8"))
         rows.append([name, facts["steps"], facts["tokens"], facts["seconds"], held[name]["loss"]])
@@ -126,11 +141,11 @@ def pretraining(out: Path, held: dict[str, dict[str, float]]) -> Section:
     )  # fmt: skip
 
 
-def finetuning(out: Path, material: Material, held: dict[str, dict[str, float]]) -> Section:
+def finetuning(out: Path, material: Material, held: Mapping[str, Mapping[str, float]]) -> Section:
     labelled = len(read_rows(out / "material" / "labelled-train.jsonl"))
     tested = len(read_rows(out / "material" / "labelled-valid.jsonl"))
     names = [("classify-pretrained", "from the pretrained encoder"), ("classify-scratch", "from random weights")]
-    rows = [[label, held[name]["accuracy"], held[name]["loss"]] for name, label in names]
+    rows: list[list[Cell]] = [[label, held[name]["accuracy"], held[name]["loss"]] for name, label in names]
     gain = held["classify-pretrained"]["accuracy"] - held["classify-scratch"]["accuracy"]
     verdict = (
         f"The starting point is worth {gain * 100:.0f} points of accuracy." if gain > 0.02
@@ -148,7 +163,10 @@ def finetuning(out: Path, material: Material, held: dict[str, dict[str, float]])
 
 
 def instruction(out: Path, material: Material) -> Section:
-    samples = [Sample(s["prompt"], {"before": s["before"], "after": s["after"]}) for s in finding(out, "samples-instruct")["samples"]]
+    samples = [
+        Sample(s["prompt"], {"before": s["before"], "after": s["after"]})
+        for s in finding(out, "samples-instruct")["samples"]
+    ]
     return Section(
         "4  Instruction tuning",
         f"{material.cue} The decoder learns only what the answer says, and the token that ends it.",
@@ -157,7 +175,7 @@ def instruction(out: Path, material: Material) -> Section:
     )
 
 
-def preferences(out: Path, held: dict[str, dict[str, float]], size: Size) -> Section:
+def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: Size) -> Section:
     counts = finding(out, "preferences")
     return Section(
         "5  Preferences and a reward model",
@@ -193,7 +211,8 @@ def alignment(out: Path, models: Facts, material: Material) -> Section:
         "6  PPO and DPO",
         f"Both begin at the instruction-tuned model. PPO writes answers, has the reward model judge them and pays for distance from "
         f"the start; DPO reads the comparisons alone. All three answer the same {found['prompts']} held-out prompts, judged by the true "
-        f"scorer (`{material.scorer}`), which neither has seen. A reward-model score that rises while the true one does not is reward hacking.",
+        f"scorer (`{material.scorer}`), which neither has seen. "
+        "A reward-model score that rises while the true one does not is reward hacking.",
         figures=figures,
         tables=[
             Table("On held-out prompts", ["model", "true reward", "reward model", "KL, nats", "tokens", "finished"], rows,

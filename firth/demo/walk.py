@@ -10,6 +10,7 @@ Every stage is an ordinary recipe in an ordinary run directory, so whatever the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -65,7 +66,9 @@ def _same(out: Path, asked: Facts) -> None:
     if not path.exists():
         path.write_text(json.dumps(asked), "utf-8")
     elif json.loads(path.read_text("utf-8")) != asked:
-        raise UserError(f"{out} holds a demo of other text, size or seed: delete it, or choose another place with --out")
+        raise UserError(
+            f"{out} holds a demo of other text, size or seed: delete it, or choose another place with --out"
+        )
 
 
 @dataclass
@@ -149,7 +152,7 @@ class _Walk:
         for name, recipe in self.size.pretraining(self.tokenizer.vocab.size).items():
             here = dataclasses.replace(recipe, name=name, source=source, tokenizer=plan, seed=self.seed)
             done[name] = run(here, self.out / name, echo=self.echo)
-            found = self.once(f"samples-{name}", lambda n=name, r=here: self.before_and_after(n, r))
+            found = self.once(f"samples-{name}", functools.partial(self.before_and_after, name, here))
             for sample in found["samples"][:1]:
                 self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
         return done
@@ -194,7 +197,12 @@ class _Walk:
         ids = []
         for prompt in prompts:
             left, right = prompt.split("<extra_id_0>")
-            parts = (self.tokenizer.encode(left.rstrip()), [sentinel], self.tokenizer.encode(right), [self.tokenizer.vocab.eos])
+            parts = (
+                self.tokenizer.encode(left.rstrip()),
+                [sentinel],
+                self.tokenizer.encode(right),
+                [self.tokenizer.vocab.eos],
+            )
             ids.append(np.concatenate(parts).astype(np.int32))
         short = dataclasses.replace(sampling, max_new=12)
         return [c.text for c in opened.engine.generate(ids, short)]
@@ -206,7 +214,10 @@ class _Walk:
         base = self.size.classify(tune.classify())
         shape = load_model(self.families["encoder"].model).shape
         plan = TokenizerPlan(path=str(self.out / "tokenizer"))
-        for name, begins in (("classify-pretrained", {"start": str(self.out / "encoder")}), ("classify-scratch", {"shape": shape})):
+        for name, begins in (
+            ("classify-pretrained", {"start": str(self.out / "encoder")}),
+            ("classify-scratch", {"shape": shape}),
+        ):
             recipe = dataclasses.replace(base, name=name, source=source, seed=self.seed, tokenizer=plan, **begins)
             done = run(recipe, self.out / name, echo=self.echo)
             self.echo(f"  {name}: {done.metrics['valid/accuracy']:.1%} of the held-out passages right")
@@ -216,7 +227,11 @@ class _Walk:
     def tuned(self) -> Path:
         source = Text(path=(self.file("dialogues-train"),), valid=(self.file("dialogues-valid"),))
         recipe = dataclasses.replace(
-            self.size.instruct(tune.instruct()), name="instruct", source=source, start=str(self.out / "decoder"), seed=self.seed
+            self.size.instruct(tune.instruct()),
+            name="instruct",
+            source=source,
+            start=str(self.out / "decoder"),
+            seed=self.seed,
         )
         run(recipe, self.out / "instruct", echo=self.echo)
         found = self.once("samples-instruct", self.dialogues)
@@ -312,7 +327,9 @@ class _Walk:
         models: Facts = {}
         texts: dict[str, list[str]] = {}
         for name in ("instruct", "ppo", "dpo"):
-            source = Rollouts(prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7)
+            source = Rollouts(
+                prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7
+            )
             source.prepare(load_model(self.out / name / "model"), 0)
             models[name] = source.measures()
             order = [tuple(s.prompt.tolist()) for s in source.samples]

@@ -23,12 +23,13 @@ from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
 from firth.recipes import segments, tree
-from firth.recipes.names import RECIPES
 from firth.recipes.material import Text
+from firth.recipes.names import RECIPES
 from firth.recipes.segments import Segment
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 from firth.types import UserError
+
 
 @dataclass(frozen=True)
 class TokenizerPlan:

@@ -21,7 +21,6 @@ import torch
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
 from firth.model.lm import LM
-from firth.model.shape import Shape
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import tree
 from firth.recipes.material import Echo, Material, train_tokenizer
@@ -140,7 +139,9 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         theirs = load_model(model_directory(recipe.start)).shape
         shape = theirs if shape is None else shape
     if shape is None:
-        raise UserError(f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN")
+        raise UserError(
+            f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN"
+        )
     if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     objective = recipe.segment.settle(recipe.objective, material)
@@ -178,9 +179,7 @@ def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) ->
 
     def evaluate(model: LM, step: int) -> dict[str, float]:
         some = itertools.islice(held.once(), wanted)
-        return validate(
-            model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum
-        )
+        return validate(model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum)
 
     return evaluate
 

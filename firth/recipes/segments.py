@@ -7,7 +7,6 @@ dialogues, prompted, preferences and comparisons read records; rollouts ask the 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

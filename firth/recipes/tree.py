@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def build(kind: type, value: Any, where: Where | None = None) -> Any:
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)
     options = typing.get_args(kind)
-    if isinstance(kind, types.UnionType) and any(dataclasses.is_dataclass(o) or o in KINDS for o in options):
+    if any(dataclasses.is_dataclass(o) or o in KINDS for o in options) and type(None) in options:
         if value is None:
             return None
         return build(next(o for o in options if o is not type(None)), value, where)
@@ -162,7 +161,8 @@ def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
         return False
 
 
-def _plain_kind(kinds: Kinds, value: Any) -> Any:
+def _plain_kind(kinds: Kinds, given: object) -> Any:
+    value: Any = given
     for name in kinds.names():
         if kinds.find(name) is type(value):
             fields = dataclasses.fields(value)
@@ -194,7 +194,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
                 lines[(*at, str(key.value))] = f"{path}:{key.start_mark.line + 1}"
                 walk(child, (*at, str(key.value)))
 
-    walk(node, ())
+    if node is not None:
+        walk(node, ())
     return data, lines
 
 

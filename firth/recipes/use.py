@@ -53,7 +53,9 @@ def open_run(directory: Path) -> Opened:
     """The model of a run or model directory; UserError where it cannot write."""
     subject = open_subject(directory)
     if "lm" not in subject.model.parts:
-        raise UserError(f"{directory}: this model has no vocabulary head, so it cannot write; it has {list(subject.model.parts)}")
+        raise UserError(
+            f"{directory}: this model has no vocabulary head, so it cannot write; it has {list(subject.model.parts)}"
+        )
     return Opened(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
 
 
@@ -61,7 +63,9 @@ def open_engine(directory: Path) -> Opened:
     """A model that was trained to write from left to right."""
     opened = open_run(directory)
     if objective_of(directory) == ["mlm"]:
-        raise UserError(f"{directory}: a masked language model fills gaps: use `firth fill {directory} 'a <mask> text'`")
+        raise UserError(
+            f"{directory}: a masked language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
+        )
     return opened
 
 
@@ -127,7 +131,9 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.is_file() else []
     held = [row for row in rows if row["split"] == "valid"]
     if not held:
-        raise UserError(f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES")
+        raise UserError(
+            f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES"
+        )
     found = {k: v for k, v in held[-1].items() if k not in ("split", "seconds")}
     if "loss" in found and "bits_per_byte" in found:
         found["perplexity"] = math.exp(found["loss"])

@@ -86,7 +86,9 @@ def prompt_of(prompt: Any) -> list[Message]:
 
 def answer_of(answer: Any) -> list[Message]:
     """An answer as messages: a string is one assistant's turn."""
-    return [_message(t) for t in answer] if isinstance(answer, list) else [{"role": "assistant", "content": _text(answer)}]
+    return (
+        [_message(t) for t in answer] if isinstance(answer, list) else [{"role": "assistant", "content": _text(answer)}]
+    )
 
 
 def _message(turn: Any) -> Message:
@@ -95,7 +97,9 @@ def _message(turn: Any) -> Message:
     role = str(turn.get("role", turn.get("from", "")))
     content = turn.get("content", turn.get("value"))
     if role not in ROLES or content is None:
-        raise UserError(f"a turn needs a role (user, assistant, system, tool) and a content, and this has {dict(turn)!r:.80}")
+        raise UserError(
+            f"a turn needs a role (user, assistant, system, tool) and a content, and this has {dict(turn)!r:.80}"
+        )
     return {"role": ROLES[role], "content": _text(content)}
 
 

@@ -80,7 +80,9 @@ def files(paths: Sequence[str]) -> dict[Path, str]:
         if path.is_dir():
             some = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path) and _kind(p) is not None)
             if not some:
-                raise UserError(f"{given}: there is no text in this directory; firth reads .txt, .md, .jsonl and .parquet")
+                raise UserError(
+                    f"{given}: there is no text in this directory; firth reads .txt, .md, .jsonl and .parquet"
+                )
         elif path.is_file():
             if _kind(path) is None:
                 raise UserError(f"{given}: files of this kind are not read; firth reads text, .jsonl and .parquet")
@@ -232,7 +234,7 @@ def _split(chunks: Iterator[str], split: str, counts: Counts) -> Iterator[str]:
 
 def _records(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
     counts.files += 1
-    yield from (_table(path, counts) if _kind(path) == "table" else _lines(path, counts))
+    yield from (_table(path) if _kind(path) == "table" else _lines(path, counts))
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -271,7 +273,7 @@ def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
     return record
 
 
-def _table(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 

@@ -9,6 +9,7 @@ the reason it was merged. `keep_counts` counts it again after training and leave
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -47,7 +48,13 @@ def merges(tokenizer: Tokenizer, first: int) -> list[Pair]:
 
 
 def keep_counts(
-    tokenizer: Tokenizer, texts: Iterable[str], directory: Path, *, sample: int = SAMPLE, seed: int = 0, first: int = COUNTED
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    directory: Path,
+    *,
+    sample: int = SAMPLE,
+    seed: int = 0,
+    first: int = COUNTED,
 ) -> None:
     """Count the first merges again, on the sample that training saw (SAMPLE bytes of it at most), into merges.json.
 
@@ -81,7 +88,7 @@ def count(pairs: Sequence[Pair], words: collections.Counter[str], suffix: str = 
         letters = list(word)
         letters[-1] += suffix
         spelled[word] = letters
-        for pair in zip(letters, letters[1:], strict=False):
+        for pair in itertools.pairwise(letters):
             where[pair].add(word)
     counted = []
     for pair in pairs:
@@ -98,7 +105,7 @@ def count(pairs: Sequence[Pair], words: collections.Counter[str], suffix: str = 
                     merged.append(letters[i])
                     i += 1
             spelled[word] = merged
-            for new in zip(merged, merged[1:], strict=False):
+            for new in itertools.pairwise(merged):
                 where[new].add(word)
         counted.append(Merge(*pair, total))
     return counted
@@ -106,7 +113,9 @@ def count(pairs: Sequence[Pair], words: collections.Counter[str], suffix: str = 
 
 def kept(directory: Path, first: int) -> list[Merge]:
     """The first merges of a tokenizer's directory, with their counts where merges.json has them."""
-    place = next((p for p in (directory, directory / "tokenizer", directory / "model") if (p / "merges.json").exists()), None)
+    place = next(
+        (p for p in (directory, directory / "tokenizer", directory / "model") if (p / "merges.json").exists()), None
+    )
     counts: dict[Pair, int] = {}
     if place is not None:
         rows: list[dict[str, Any]] = json.loads((place / "merges.json").read_text("utf-8"))["merges"]
@@ -142,7 +151,10 @@ def report(directory: Path, words: Sequence[str], first: int = 20) -> str:
     else:
         longer = [t for t, _ in sorted(kind["vocab"].items(), key=lambda row: row[1]) if len(t.removeprefix("##")) > 1]
         ordinary = [t for t in longer if not vocab.special[tokenizer.id(t)]]
-        lines += [f"the first {first} pieces of more than one letter, in the order of their ids", "  " + "  ".join(ordinary[:first])]
+        lines += [
+            f"the first {first} pieces of more than one letter, in the order of their ids",
+            "  " + "  ".join(ordinary[:first]),
+        ]
     lines += ["", "words"]
     lines += [f"  {word:<16} {'  '.join(readable(p) for p in tokenizer.pieces(word))}" for word in words]
     return "\n".join(lines)

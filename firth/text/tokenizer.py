@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
-from tokenizers import models, pre_tokenizers
 from tokenizers import decoders as engine_decoders
+from tokenizers import models, pre_tokenizers
 
 from firth.text.vocab import Vocab
 from firth.types import UserError
@@ -101,7 +101,7 @@ class Tokenizer:
             special[i] = added.special
         for token in self._roles.values():
             special[ids[token]] = True
-        sentinels = []
+        sentinels: list[int] = []
         while f"<extra_id_{len(sentinels)}>" in ids:
             sentinels.append(ids[f"<extra_id_{len(sentinels)}>"])
         return Vocab(

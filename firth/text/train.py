@@ -18,6 +18,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -51,7 +52,9 @@ def train(
     control += [f"<extra_id_{i}>" for i in range(sentinels)]
     least = len(control) + (256 if algorithm == "byte-bpe" else 1)
     if size < least:
-        raise UserError(f"a {algorithm} tokenizer needs at least {least} ids for its control tokens and alphabet, not {size}")
+        raise UserError(
+            f"a {algorithm} tokenizer needs at least {least} ids for its control tokens and alphabet, not {size}"
+        )
     pieces = list(reservoir(texts, sample, seed))
     if not pieces:
         raise UserError("there is no text to train a tokenizer on: every document is empty")
@@ -64,7 +67,7 @@ def train(
 
 def _engine(algorithm: str, size: int, control: list[str]) -> tuple[Engine, trainers.Trainer]:
     unk = control[1]
-    common = {"vocab_size": size, "special_tokens": control, "show_progress": False}
+    common: dict[str, Any] = {"vocab_size": size, "special_tokens": control, "show_progress": False}
     if algorithm == "byte-bpe":
         engine = Engine(models.BPE())
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
