@@ -107,7 +107,8 @@ def subwords(out: Path) -> Section:
     return Section(
         "1  Subwords",
         f"Byte-level BPE begins with the 256 bytes and merges the most frequent neighbours, again and again, "
-        f"to {tokenizer.vocab.size} ids. No word is unknown: what was never seen falls into pieces that were. (␣ is a blank, ⏎ a line break.)",
+        f"to {tokenizer.vocab.size} ids. No word is unknown: what was never seen falls into pieces that were. "
+        "(␣ is a blank, ⏎ a line break.)",
         tables=[
             Table("The first merges, in the order they were learnt", ["#", "pair", "piece", "count"], rows),
             Table("How unseen words split", ["word", "pieces"], words),

@@ -3,7 +3,7 @@
 In life the true reward is people's judgement, known only through comparisons. Here it is a function of the text,
 so that the report can show both what the reward model believes and what is true.
 
->>> brief("I will.") > brief("I will") > brief("")
+>>> brief("I will go.") > brief("I will go") > brief("")
 True
 >>> thou("What wilt thou do?") > thou("What will you do?")
 True

@@ -93,7 +93,11 @@ class Recipe:
 
 
 tree.KINDS[Objective] = tree.Kinds(
-    "objective", lambda: list(objectives.OBJECTIVES), objectives.find, lambda first, second: first + second
+    "objective",
+    lambda: list(objectives.OBJECTIVES),
+    objectives.find,
+    join=lambda first, second: first + second,
+    part=lambda total: (total.first, total.second),
 )
 tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(segments.SEGMENTS), segments.SEGMENTS.__getitem__)
 

@@ -34,12 +34,14 @@ from firth.types import UserError
 
 @dataclass(frozen=True)
 class Kinds:
-    """The classes that may stand in one place, by name; `join` makes one value of a list (objectives: a sum)."""
+    """The classes that may stand in one place, by name; `join` makes one value of a list (objectives: a sum), `part`
+    is its inverse."""
 
     noun: str
     names: Callable[[], Sequence[str]]
     find: Callable[[str], type]
     join: Callable[[Any, Any], Any] | None = None
+    part: Callable[[Any], Sequence[Any]] | None = None
 
 
 KINDS: dict[type, Kinds] = {}
@@ -161,14 +163,13 @@ def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
         return False
 
 
-def _plain_kind(kinds: Kinds, given: object) -> Any:
-    value: Any = given
+def _plain_kind(kinds: Kinds, value: Any) -> Any:
     for name in kinds.names():
         if kinds.find(name) is type(value):
             fields = dataclasses.fields(value)
             return {"kind": name} | {f.name: plain(getattr(value, f.name)) for f in fields if not _derived(value, f)}
     # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
-    addends = [plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    addends = [plain(addend) for addend in (kinds.part(value) if kinds.part else ())]
     return [one for a in addends for one in (a if isinstance(a, list) else [a])]
 
 
