@@ -165,8 +165,9 @@ def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
 
 def _plain_kind(kinds: Kinds, value: Any) -> Any:
     for name in kinds.names():
-        if kinds.find(name) is type(value):
-            fields = dataclasses.fields(value)
+        cls = kinds.find(name)
+        if cls is type(value):
+            fields = dataclasses.fields(cls)
             return {"kind": name} | {f.name: plain(getattr(value, f.name)) for f in fields if not _derived(value, f)}
     # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
     addends = [plain(addend) for addend in (kinds.part(value) if kinds.part else ())]
