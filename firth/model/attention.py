@@ -3,8 +3,16 @@
     position i may attend to token j   iff   document[i] == document[j] and appears[j] <= looks[i]
 
 Full attention: zeros. Causal: 0..n-1. Prefix: the prefix at 0, then counting. Permutation: the drawn order.
-Padding: appears NEVER. `Visibility` lowers the rule once per batch to the cheapest form that expresses it; a
-position that sees nothing reads zeros.
+Padding: appears NEVER. A position that sees nothing reads zeros. One whose looks is -NEVER is not there at all: what
+it reads is finite and meant for nobody, so a right-padded causal batch is still simply causal.
+
+`Visibility.lower` turns the rule, once per batch, into the cheapest form that says the same:
+
+    nothing at all                   every position sees every token
+    causal                           position i sees slots 0..i: no mask, half of the work
+    mask (B, 1, 1, S)                the same tokens for all positions of a row: padding
+    block                            FlexAttention's block mask (He 2024): long rows on CUDA
+    mask (B, 1, T, S)                the rule itself; `below` says that nothing after i is seen, as in packed causal rows
 
 >>> import torch
 >>> when = torch.arange(3)[None]
@@ -15,35 +23,84 @@ True
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from firth.model import blocked
 from firth.types import NEVER
 
+FLEX = 256
+"""Rows from this length on are worth a block mask on CUDA; shorter ones fit in two tiles."""
+
 
 @dataclass(frozen=True)
 class Visibility:
-    """Who sees whom, lowered. `causal`: position i sees slots 0..i. `mask`: (B, 1, 1 or T, S) bool; None: everything."""
+    """Who sees whom, lowered (see above). `blind` (B, 1, T or 1, 1): positions that see nothing; in `mask` they see all."""
 
     causal: bool = False
     mask: Tensor | None = None
+    below: bool = False
+    blind: Tensor | None = None
+    block: BlockMask | None = None
 
     @staticmethod
     def lower(
-        looks: Tensor, appears: Tensor, document: Tensor | None = None, key_document: Tensor | None = None
+        looks: Tensor,
+        appears: Tensor,
+        document: Tensor | None = None,
+        key_document: Tensor | None = None,
+        flex: bool | None = None,
     ) -> Visibility:
-        """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each."""
-        same = document is None or key_document is None or bool((document[:, :1] == key_document).all() and (document == document[:, :1]).all())
-        if same and bool((appears.amax(-1) <= looks.amin(-1)).all()):
-            return Visibility()
-        if same and looks.shape == appears.shape:
+        """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each.
+
+        flex: whether to make a block mask where a mask is needed; None: on CUDA, for long rows. A block mask can
+        carry neither a bias nor dropout.
+        """
+        queries, keys = looks.shape[-1], appears.shape[-1]
+        absent = looks <= -NEVER
+        low, high = looks.masked_fill(absent, NEVER - 1), looks.masked_fill(absent, -NEVER)
+        one = torch.ones((), dtype=torch.bool, device=looks.device)
+        if document is not None and key_document is not None:
+            one = (key_document == document[:, :1]).all() & (document == document[:, :1]).all()
+        ever = appears < NEVER
+        last = appears.masked_fill(~ever, -NEVER).amax(-1)
+        alike = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
+        stairs = torch.zeros_like(one)
+        if queries == keys and queries > 1:
             after = appears.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
-            if bool((appears.cummax(-1).values <= looks).all() and (after > looks[:, :-1]).all()):
-                return Visibility(causal=True)
-        return Visibility(mask=rule(looks, appears, document, key_document)[:, None])
+            stairs = one & (appears.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
+        # All questions in one go: each answer read alone would make an accelerator wait.
+        everything, same, causal = torch.stack((alike & ever.all(), alike, stairs)).tolist()
+        if everything:
+            return Visibility()
+        if causal:
+            return Visibility(causal=True)
+        if same:
+            return _masked(ever[:, None, None, :])
+        if flex is None:
+            flex = looks.device.type == "cuda" and queries >= FLEX
+        seen = rule(looks, appears, document, key_document)[:, None]
+        if not flex:
+            below = looks.device.type == "cpu" and queries == keys and not bool(seen.triu(1).any())
+            return _masked(seen, below)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return seen[batch, 0, query, key]
+
+        block = create_block_mask(visible, len(looks), None, queries, keys, device=looks.device)
+        return Visibility(block=block, blind=~seen.any(-1, keepdim=True))
+
+
+def _masked(seen: Tensor, below: bool = False) -> Visibility:
+    """A mask in which no row is empty, since kernels disagree on those, and which rows those were."""
+    blind = ~seen.any(-1, keepdim=True)
+    if blind.device.type == "cpu" and not bool(blind.any()):
+        return Visibility(mask=seen, below=below)
+    return Visibility(mask=seen | blind, blind=blind)
 
 
 def rule(looks: Tensor, appears: Tensor, document: Tensor | None, key_document: Tensor | None) -> Tensor:
@@ -54,45 +111,60 @@ def rule(looks: Tensor, appears: Tensor, document: Tensor | None, key_document: 
     return seen
 
 
+@cache
+def _compiled_flex() -> object:
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sees: Visibility, scale: float, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(scale q k' + bias) v where it is seen: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
-    if sees.causal and bias is None and not dropout and blocked.serves(q, k):
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return blocked.causal(q, k, v, scale)
-    mask = sees.mask
-    if bias is not None:
-        if sees.causal:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, float("-inf"))
-    causal = sees.causal and bias is None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    """softmax(scale q k' + bias) v over what is seen: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
+
+    bias: (B or 1, H, T, S), added to the scores and given a gradient.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if not dropout and sees.block is None and blocked.serves(q, k):
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias)
+    elif sees.block is not None:
+        flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
+        out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]
+    else:
+        mask, causal = sees.mask, sees.causal
+        if bias is not None:
+            if causal:
+                mask, causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), False
+            mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, float("-inf"))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
+        )
+    return out if sees.blind is None else out.masked_fill(sees.blind, 0)
 
 
 class Cache:
     """Keys and values of the tokens read so far, in preallocated slots, and what is needed to see them.
 
-    rows: batch size. capacity: most slots a row may fill. Slots of padding keep their place and are seen by nobody.
+    rows: batch size. capacity: most slots a row may fill; one that has been filled keeps its place, padding too, which
+    nobody sees. For an encoder-decoder also the keys and values of the source, made once.
     """
 
     def __init__(self, rows: int, capacity: int):
         self.rows, self.capacity, self.length = rows, capacity, 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.cross: list[tuple[Tensor, Tensor]] = []
-        self.memory: Tensor | None = None
         self.fields: dict[str, Tensor] = {}
+        self.cross: list[tuple[Tensor, Tensor]] = []
         self.source: dict[str, Tensor] = {}
 
     def note(self, name: str, value: Tensor) -> Tensor:
-        """Store a field (B, T) of the new tokens; return that field of all tokens: (B, length + T)."""
+        """Store a field (B or 1, T) of the new tokens; return that field of all tokens: (B, length + T)."""
         end = self.length + value.shape[-1]
+        if end > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} slots cannot hold {end} tokens")
         if name not in self.fields:
-            self.fields[name] = value.new_full((self.rows, self.capacity), NEVER if name == "appears" else 0)
+            self.fields[name] = value.new_empty((self.rows, self.capacity))
         self.fields[name][:, self.length : end] = value
         return self.fields[name][:, :end]
 
@@ -102,10 +174,11 @@ class Cache:
             size = (self.rows, k.shape[1], self.capacity, k.shape[3])
             self.keys.append(k.new_empty(size))
             self.values.append(v.new_empty(size))
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values, count = self.keys[layer], self.values[layer], k.shape[2]
+        keys.narrow(2, self.length, count).copy_(k)
+        values.narrow(2, self.length, count).copy_(v)
+        end = self.length + count
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows (indices, repeats allowed), in this order."""
@@ -115,4 +188,3 @@ class Cache:
         self.cross = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.cross]
         self.fields = {n: x.index_select(0, rows) for n, x in self.fields.items()}
         self.source = {n: x.index_select(0, rows) for n, x in self.source.items()}
-        self.memory = None if self.memory is None else self.memory.index_select(0, rows)

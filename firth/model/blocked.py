@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU, in blocks of query rows: what a flash kernel does for memory, for speed.
+"""Attention for training on a CPU, in blocks of query rows: what a flash kernel does for memory, done for speed.
 
 torch's CPU flash kernel runs at a third of the machine's product rate at 256 tokens. Batched products of a block of
 query rows against the keys before them run near that rate, and what lies above the diagonal is never computed.
@@ -29,7 +29,10 @@ def _flat(x: Tensor) -> Tensor:
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, below: bool, hidden: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         batch, heads, length, width = q.shape
         queries = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
         keys, values = _flat(k), _flat(v)
@@ -37,35 +40,49 @@ class _Blocked(torch.autograd.Function):
         corner = q.new_full((min(ROWS, length),) * 2, float("-inf")).triu_(1)
         for start in range(0, length, ROWS):
             end = min(start + ROWS, length)
-            scores = torch.bmm(queries[:, start:end], keys[:, :end].mT)
-            scores[:, :, start:].add_(corner[: end - start, : end - start])
+            reach = end if causal or below else keys.shape[1]
+            scores = torch.bmm(queries[:, start:end], keys[:, :reach].mT)
+            if causal:
+                scores[:, :, start:].add_(corner[: end - start, : end - start])
+            by_head = scores.view(batch, heads, end - start, reach)
+            if hidden is not None:
+                by_head += hidden[:, :, start:end, :reach] if hidden.shape[2] > 1 else hidden[..., :reach]
+            if bias is not None:
+                by_head += bias[:, :, start:end, :reach]
             kept.append(torch.softmax(scores, -1, out=scores))
-            out.append(torch.bmm(kept[-1], values[:, :end]))
-        ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.scale, ctx.shape = scale, q.shape
+            out.append(torch.bmm(scores, values[:, :reach]))
+        ctx.save_for_backward(queries, keys, values, bias, *kept)
+        ctx.scale, ctx.shapes = scale, (q.shape, k.shape)
         return torch.cat(out, 1).view(q.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries, keys, values, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, bias, *kept = ctx.saved_tensors
+        (batch, heads, *_), whole = ctx.shapes[0], keys.shape[1]
         grad = _flat(grad)
+        dbias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
         # Batched products are fast only into contiguous results: whole tensors first, then earlier blocks added in.
-        slopes, dk, dv = [], torch.empty(0), torch.empty(0)
+        slopes, dk, dv = [], None, None
         for block in reversed(range(len(kept))):
             weights, start = kept[block], block * ROWS
-            end = start + weights.shape[1]
+            end, reach = start + weights.shape[1], weights.shape[2]
             here = grad[:, start:end]
-            slope = torch.bmm(here, values[:, :end].mT)
+            slope = torch.bmm(here, values[:, :reach].mT)
             slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
-            slopes.insert(0, torch.bmm(slope, keys[:, :end]))
-            if end == keys.shape[1]:
-                dv, dk = torch.bmm(weights.mT, here), torch.bmm(slope.mT, queries[:, start:end])
+            slopes.insert(0, torch.bmm(slope, keys[:, :reach]))
+            more_k, more_v = torch.bmm(slope.mT, queries[:, start:end]), torch.bmm(weights.mT, here)
+            if dk is None or dv is None:
+                dk, dv = more_k, more_v
             else:
-                dv[:, :end] += torch.bmm(weights.mT, here)
-                dk[:, :end] += torch.bmm(slope.mT, queries[:, start:end])
-        dq = torch.cat(slopes, 1)
-        return dq.mul_(ctx.scale).view(ctx.shape), dk.view(ctx.shape), dv.view(ctx.shape), None
+                dk[:, :reach] += more_k
+                dv[:, :reach] += more_v
+            if dbias is not None:
+                by_head = slope.view(batch, heads, end - start, reach)
+                dbias[:, :, start:end, :reach] += by_head if len(dbias) == batch else by_head.sum(0)
+        assert dk is not None and dv is not None and dk.shape[1] == whole
+        dq = torch.cat(slopes, 1).mul_(ctx.scale).view(ctx.shapes[0])
+        return dq, dk.view(ctx.shapes[1]), dv.view(ctx.shapes[1]), None, None, None, None, dbias
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
@@ -74,6 +91,13 @@ def serves(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and wide and torch.is_grad_enabled() and q.requires_grad and k.shape[2] <= LONGEST
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention: q, k, v (B, H, T, D) -> (B, H, T, D)."""
-    return _Blocked.apply(q, k, v, scale)  # type: ignore[no-any-return]
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, below: bool, mask: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """softmax(scale q k' + bias) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    causal: position i sees slots 0..i. below: the mask shows nothing after i, which need not be computed.
+    mask (B, 1, T or 1, S) bool without an empty row. bias (B or 1, H, T, S), given a gradient.
+    """
+    hidden = None if mask is None else q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    return _Blocked.apply(q, k, v, scale, causal, below, hidden, bias)  # type: ignore[no-any-return]

@@ -69,7 +69,17 @@ class _Relu2(torch.autograd.Function):
 
 def relu2(x: Tensor) -> Tensor:
     """Squared ReLU (So 2021, Primer): two passes forward, one back, one tensor kept."""
+    if not torch.is_grad_enabled():
+        return F.relu(x).square_()
     return _Relu2.apply(x)  # type: ignore[no-any-return]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    y = x * cos
+    y.narrow(-1, 0, half).addcmul_(x.narrow(-1, half, half), sin, value=-1)
+    y.narrow(-1, half, half).addcmul_(x.narrow(-1, 0, half), sin)
+    return y
 
 
 class _Turn(torch.autograd.Function):
@@ -79,21 +89,14 @@ class _Turn(torch.autograd.Function):
         if eps >= 0:
             inverse = _inverse_rms(x, eps)
             x = x * inverse
-        half = x.shape[-1] // 2
-        y = x * cos
-        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin)
         ctx.save_for_backward(x if eps >= 0 else None, inverse, cos, sin)
-        return y
+        return _turned(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, inverse, cos, sin = ctx.saved_tensors
-        half = grad.shape[-1] // 2
-        back = grad * cos
-        back[..., :half].addcmul_(grad[..., half:], sin)
-        back[..., half:].addcmul_(grad[..., :half], sin, value=-1)
+        back = _turned(grad, cos, -sin)
         return (back if x is None else _through_unit(back, x, inverse)), None, None, None
 
 
@@ -104,4 +107,6 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, eps: float = -1.0) -> Tensor:
     "rotary, then unit RMS" (NanoChat) and "unit RMS, then rotary" are one function. Forward: two passes to the unit
     RMS and two to turn; back: two and four.
     """
+    if not torch.is_grad_enabled():
+        return _turned(unit(x, eps) if eps >= 0 else x, cos, sin)
     return _Turn.apply(x, cos, sin, eps)  # type: ignore[no-any-return]

@@ -57,21 +57,19 @@ class Trunk(nn.Module):
         keys = {"appears": appears, "positions": positions} | ({} if document is None else {"document": document})
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
-        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"))
+        # A block mask can carry neither T5's bias nor dropout.
+        flex = False if self.relative is not None or (self.training and self.shape.dropout) else None
+        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), flex)
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
         angles = turns(positions, self.shape, x.dtype) if self.shape.position == "rotary" else None
         reading = Reading(sees, angles, bias, cache)
         across, crossed = None, [None] * len(self.blocks)
         if source is not None:
-            ever = source.get("appears", torch.zeros_like(source["tokens"], dtype=torch.int32))
-            across = Reading(Visibility.lower(torch.full_like(zeros, NEVER - 1), ever, document, source.get("document")))
-            if cache is None or not cache.cross:
-                assert memory is not None
-                crossed = [block.cross.memorize(memory) for block in self.blocks]  # type: ignore[union-attr]
-                if cache is not None:
-                    cache.cross = crossed
-            else:
-                crossed = cache.cross
+            whenever = torch.full_like(zeros, NEVER - 1)
+            across = Reading(Visibility.lower(whenever, source["appears"], document, source.get("document"), flex))
+            crossed = [block.cross.memorize(memory) for block in self.blocks] if memory is not None else cache.cross  # type: ignore[union-attr]
+            if cache is not None:
+                cache.cross, cache.source = crossed, source
         for block, crossing in zip(self.blocks, crossed, strict=True):
             x = block(x, reading, across, crossing)
         if cache is not None:
@@ -133,14 +131,13 @@ class LM(nn.Module):
         """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only."""
         fields = rows(batch, "", 0 if cache is None else cache.length)
         memory, source = None, None
-        if self.encoder is not None:
-            if cache is not None and cache.source:
-                memory, source = cache.memory, cache.source
-            else:
-                source = rows(batch, "source_")
-                memory = self.encode(batch).flatten(0, -3)
-                if cache is not None:
-                    cache.memory, cache.source = memory, source
+        if self.encoder is not None and cache is not None and cache.source:
+            source = cache.source
+        elif self.encoder is not None:
+            whole = rows(batch, "source_")
+            memory = self.encoder(self.embed(whole), whole)
+            nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
+            source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
         hidden = self.trunk(self.embed(fields), fields, cache, memory, source)
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
@@ -156,5 +153,5 @@ def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:
               for name in FIELDS if prefix + name in batch}  # fmt: skip
     if "positions" not in fields:
         reach = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
-        fields["positions"] = reach.expand(fields["tokens"].shape)
+        fields["positions"] = reach[None]  # (1, T): the same for all rows, so angles and biases are computed once
     return fields

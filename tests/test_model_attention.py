@@ -1,0 +1,205 @@
+"""Who sees whom: every lowering of the rule against the rule written out in loops; the cache against no cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from firth.model import blocked
+from firth.model.attention import Visibility, attend
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.types import NEVER, Batch
+
+B, T, H, D = 3, 9, 4, 8
+STEPS = torch.arange(T).expand(B, T)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, fields: dict[str, Tensor], scale: float, bias: Tensor | None) -> Tensor:
+    """The rule and attention in plain loops: one query, one key at a time."""
+    groups = q.shape[1] // k.shape[1]
+    rows = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                seen = [
+                    j for j in range(k.shape[2])
+                    if fields["document"][b, i] == fields["key_document"][b, j] and fields["appears"][b, j] <= fields["looks"][b, i]
+                ]  # fmt: skip
+                if not seen:
+                    rows.append(q[b, h, i] * 0)
+                    continue
+                scores = torch.stack([scale * q[b, h, i] @ k[b, h // groups, j] for j in seen])
+                if bias is not None:
+                    scores = scores + bias[b % len(bias), h, i, seen]
+                rows.append(scores.softmax(0) @ v[b, h // groups, seen])
+    return torch.stack(rows).view(q.shape)
+
+
+def padded(lengths: list[int], looks: Tensor, appears: Tensor, fill: int) -> dict[str, Tensor]:
+    real = torch.arange(looks.shape[1]) < torch.tensor(lengths)[:, None]
+    return {"looks": torch.where(real, looks, fill), "appears": torch.where(real, appears, NEVER)}
+
+
+ORDER = torch.stack([torch.randperm(T, generator=torch.Generator().manual_seed(s)) for s in range(B)])
+PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9, [0, 1, 1, 1, 1, 1, 2, 3, 3]])
+ZERO = torch.zeros(B, T, dtype=torch.long)
+CASES = {
+    "full": ({"looks": ZERO, "appears": ZERO}, "none"),
+    "causal": ({"looks": STEPS, "appears": STEPS}, "causal"),
+    "causal from five": ({"looks": STEPS + 5, "appears": STEPS + 5}, "causal"),
+    "prefix": ({"looks": (STEPS - 3).clamp(0), "appears": (STEPS - 3).clamp(0)}, "mask"),
+    "permuted": ({"looks": ORDER, "appears": ORDER}, "mask"),
+    "two streams": ({"looks": ORDER - 1, "appears": torch.where(STEPS < 6, ORDER, NEVER)}, "mask"),
+    "padded": (padded([9, 5, 1], ZERO, ZERO, 0), "keys"),
+    "padded, absent": (padded([9, 5, 1], ZERO, ZERO, -NEVER), "keys"),
+    "a whole row of padding": (padded([9, 0, 3], ZERO, ZERO, 0), "keys"),
+    "causal, padded": (padded([9, 5, 1], STEPS, STEPS, 0), "mask"),
+    "causal, absent": (padded([9, 5, 1], STEPS, STEPS, -NEVER), "causal"),
+    "causal, padded on the left": ({"looks": STEPS - 2, "appears": torch.where(STEPS < 2, NEVER, STEPS - 2)}, "mask"),
+    "packed": ({"looks": ZERO, "appears": ZERO, "document": PACKED}, "mask"),
+    "packed causal": ({"looks": STEPS, "appears": STEPS, "document": PACKED}, "below"),
+    "nobody sees anything": ({"looks": ZERO - 1, "appears": ZERO}, "mask"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("way", ["train", "read", "flex", "bias", "groups"])
+def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, kind = CASES[name]
+    document = fields.get("document")
+    monkeypatch.setattr(blocked, "ROWS", 4)  # several blocks, the last one short
+    torch.manual_seed(0)
+    kv = 2 if way == "groups" else H
+    q, k, v = (torch.randn(B, n, T, D, dtype=torch.float64, requires_grad=way != "read") for n in (H, kv, kv))
+    bias = torch.randn(1, H, T, T, dtype=torch.float64, requires_grad=True) if way == "bias" else None
+    if way == "flex":
+        q, k, v = (x.detach().float() for x in (q, k, v))
+    with torch.set_grad_enabled(way not in ("read", "flex")):
+        sees = Visibility.lower(fields["looks"], fields["appears"], document, document, flex=way == "flex")
+        found = attend(q, k, v, sees, 0.3, bias)
+    lowered = "causal" if sees.causal else "none" if sees.mask is None else "below" if sees.below else "mask"
+    lowered = "keys" if sees.mask is not None and sees.mask.shape[-2] == 1 else lowered
+    assert sees.block is not None if way == "flex" and kind in ("mask", "below") else lowered in (kind, "below")
+    owned = ZERO if document is None else document
+    want = written_out(q, k, v, fields | {"document": owned, "key_document": owned}, 0.3, bias)
+    there = (fields["looks"] > -NEVER)[:, None, :, None]
+    assert found.isfinite().all()
+    assert torch.allclose(found * there, want * there, atol=1e-6 if way == "flex" else 1e-12)
+    if q.requires_grad:
+        inputs = [x for x in (q, k, v, bias) if x is not None]
+        weight = torch.randn_like(want) * there
+        ours = torch.autograd.grad((found * weight).sum(), inputs)
+        theirs = torch.autograd.grad((want * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(mine, other, atol=1e-12)
+
+
+def test_across_the_rule_is_the_same() -> None:
+    """Cross-attention of packed rows: other lengths, other documents, padding."""
+    torch.manual_seed(0)
+    source = torch.tensor([[0, 0, 1, 1, 2, 2, 2], [0] * 7, [0, 1, 1, 2, 2, 3, 3]])
+    appears = torch.where(torch.arange(7) < torch.tensor([7, 4, 6])[:, None], 0, NEVER)
+    looks = torch.full((B, T), NEVER - 1)
+    q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True) for n in (T, 7, 7))
+    sees = Visibility.lower(looks, appears, PACKED, source)
+    fields = {"looks": looks, "appears": appears, "document": PACKED, "key_document": source}
+    assert torch.allclose(attend(q, k, v, sees, 0.3), written_out(q, k, v, fields, 0.3, None), atol=1e-12)
+    keys = Visibility.lower(looks, appears)
+    assert keys.mask is not None and keys.mask.shape == (B, 1, 1, 7)
+
+
+POSITIONS = ["learned", "sinusoidal", "rotary", "t5", "none"]
+
+
+def made(shape: Shape) -> LM:
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("source", [False, True], ids=["decoder", "encoder-decoder"])
+@torch.inference_mode()
+def test_cached_equals_uncached(position: str, source: bool) -> None:
+    """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
+    make = encoder_decoder if source else decoder
+    model = made(replace(make(50, 32, 2, heads=4, context=64), position=position, kv_heads=2, zero_init=False))
+    lengths, more = [6, 3, 1], 4
+    tokens = torch.randint(50, (3, 10))
+    extra = {}
+    if source:
+        keep = torch.arange(8) < torch.tensor([8, 2, 5])[:, None]
+        extra = {"source_tokens": torch.randint(50, (3, 8)), "source_appears": torch.where(keep, 0, NEVER)}
+    cache = model.cache(3, 6 + more)
+    when = torch.arange(6).expand(3, 6)
+    prompt = {"tokens": tokens[:, :6]} | padded(lengths, when, when, 0) | extra
+    first = model(prompt, cache)
+    steps = []
+    at = torch.tensor(lengths)[:, None]
+    new = tokens[:, 6:]
+    for i in range(more):
+        batch = {"tokens": new[:, i : i + 1], "positions": at + i, "looks": at + i, "appears": at + i}
+        steps.append(model(batch, cache))
+    for row, length in enumerate(lengths):
+        whole = torch.cat((tokens[row, :length], new[row]))[None]
+        order = torch.arange(length + more)[None]
+        alone: Batch = {"tokens": whole, "looks": order, "appears": order}
+        alone |= {name: field[row : row + 1] for name, field in extra.items()}
+        want = model(alone)[0]
+        got = torch.cat((first[row, :length], torch.cat(steps, 1)[row]))
+        assert torch.allclose(got, want, atol=2e-5), (position, row)
+    assert cache.length == 10
+
+
+@torch.inference_mode()
+def test_cache_keeps_chosen_rows() -> None:
+    model = made(replace(encoder_decoder(50, 32, 2, heads=4), zero_init=False))
+    when = torch.arange(5).expand(3, 5)
+    batch = {"tokens": torch.randint(50, (3, 5)), "looks": when, "appears": when, "source_tokens": torch.randint(50, (3, 7))}
+    last = {"tokens": torch.tensor([[7]] * 3), "looks": torch.full((3, 1), 5), "appears": torch.full((3, 1), 5)}
+    whole, some = model.cache(3, 6), model.cache(3, 6)
+    model(batch, whole)
+    model(batch, some)
+    keep = torch.tensor([2, 0])
+    some.select(keep)
+    got = model({n: x[keep] for n, x in last.items()}, some)
+    assert torch.allclose(got, model(last, whole)[keep], atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [decoder, encoder, encoder_decoder])
+def test_packing_padding_and_groups_change_nothing(make: object) -> None:
+    """Two texts alone, padded side by side, packed into one row, and as a group (1, 2, T): the same states."""
+    shape = replace(make(50, 32, 2, heads=4), zero_init=False)  # type: ignore[operator]
+    model = made(shape).train()
+    a, b, s, t = (torch.randint(50, (n,)) for n in (5, 3, 4, 6))
+    causal = make is not encoder
+
+    def alone(tokens: Tensor, source: Tensor) -> Tensor:
+        when = torch.arange(len(tokens))[None] * causal
+        return model({"tokens": tokens[None], "looks": when, "appears": when, "source_tokens": source[None]})[0]
+
+    want = torch.cat((alone(a, s), alone(b, t)))
+    join, count = torch.cat, torch.arange
+    batch = {
+        "tokens": join((a, b))[None], "positions": join((count(5), count(3)))[None],
+        "document": torch.tensor([[0] * 5 + [1] * 3]), "source_tokens": join((s, t))[None],
+        "source_positions": join((count(4), count(6)))[None], "source_document": torch.tensor([[0] * 4 + [1] * 6]),
+    }  # fmt: skip
+    batch["looks"] = batch["appears"] = batch["positions"] * causal
+    assert torch.allclose(model(batch)[0], want, atol=1e-5)
+    pad = torch.zeros(2, dtype=torch.long)
+    when = count(5).expand(2, 5) * causal
+    rows = {"tokens": torch.stack((a, join((b, pad)))), "source_tokens": torch.stack((join((s, pad)), t))}
+    rows |= padded([5, 3], when, when, 0)
+    rows["source_appears"] = torch.tensor([[0, 0, 0, 0, NEVER, NEVER], [0] * 6])
+    got = model(rows)
+    assert torch.allclose(join((got[0], got[1, :3])), want, atol=1e-5)
+    assert torch.allclose(model({n: x[None] for n, x in rows.items()})[0], got, atol=1e-6)
