@@ -148,7 +148,11 @@ def _first_documents(
 ) -> np.ndarray:
     """The number that each example's document 0 gets in its row: (N,). Both sides of an example share it."""
     fields = [side + "document" for side in sides]
-    spans = np.array([1 + max((int(e[f].max()) for f in fields if f in e), default=0) for e in examples])
+    spans = np.ones(len(examples), np.int64)
+    for i, example in enumerate(examples):
+        for field in fields:
+            if field in example:
+                spans[i] = max(spans[i], 1 + int(example[field].max()))
     along = np.lexsort((starts, rows))
     before = np.cumsum(spans[along]) - spans[along]
     opens = np.flatnonzero(np.diff(rows[along], prepend=-1))  # the first example of each row

@@ -40,7 +40,8 @@ WORDS = WORDS.cumsum() / WORDS.sum()
 
 def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Each token with probability `rate`."""
-    hidden: np.ndarray = (rng.random(len(tokens)) < rate) & ~vocab.special[tokens]
+    # For booleans a > b is "a and not b", in one pass: this runs 40,000 times a second on short sentences.
+    hidden: np.ndarray = (rng.random(len(tokens)) < rate) > vocab.special[tokens]
     return hidden
 
 

@@ -160,7 +160,7 @@ class _Parts:
     """
 
     def __init__(self, store: TokenStore, room: int, shortest: int) -> None:
-        self.store = store
+        self._offsets, self._opened = store.offsets, int(store.opened)
         lengths = np.diff(store.offsets) - store.opened - 1
         self._ends = np.cumsum(np.where(lengths < shortest, 0, -(-lengths // room)))
 
@@ -178,8 +178,7 @@ class _Parts:
 
     def document(self, at: int) -> tuple[int, int]:
         """The bounds of the text of the document that holds the store's token `at`."""
-        return self._text(int(self.store.offsets.searchsorted(at, "right")) - 1)
+        return self._text(int(self._offsets.searchsorted(at, "right")) - 1)
 
     def _text(self, document: int) -> tuple[int, int]:
-        offsets = self.store.offsets
-        return offsets.item(document) + self.store.opened, offsets.item(document + 1) - 1
+        return self._offsets.item(document) + self._opened, self._offsets.item(document + 1) - 1

@@ -59,11 +59,13 @@ class MLM(Tokens):
         kind = rng.random(len(at))
         if self.alike:
             kind = kind[(np.diff(at, prepend=-1) != 1).cumsum() - 1]
-        labels = np.full(len(tokens), IGNORE, tokens.dtype)
+        labels, shown = np.empty_like(tokens), tokens.copy()
+        labels.fill(IGNORE)
         labels[at] = tokens[at]
-        shown = tokens.copy()
-        shown[at[kind < self.masked]] = vocab.mask
-        others = at[(kind >= self.masked) & (kind < self.masked + self.random)]
-        if len(others):
+        shown[at] = vocab.mask
+        legible = at[kind >= self.masked]
+        if len(legible):
+            shown[legible] = tokens[legible]
+            others = at[(kind >= self.masked) & (kind < self.masked + self.random)]
             shown[others] = vocab.draw(len(others), rng)
         return example | {"tokens": shown, "labels": labels}

@@ -1,0 +1,98 @@
+"""The input pipeline alone: source, view and batch on one core, in tokens per second.
+
+    python bench/pipeline.py
+
+The text is Python's own help (in every installation, 465 kB), its tokens repeated to 2 M; sentences are its lines and
+sentences by themselves, 27 tokens on average as in BERT's day. The bar (docs/results.md): 5 M tokens a second for causal
+language modelling, 1 M for masked, so that no accelerator of the size that we train on waits for its input.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+
+from firth.data.batch import Batches
+from firth.data.segment import Pairs, Pieces, Windows
+from firth.data.shards import TokenStore
+from firth.data.source import Source
+from firth.objectives.causal import CausalLM
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective
+from firth.objectives.span_corruption import SpanCorruption
+from firth.text.read import Document
+from firth.text.train import train
+
+SECONDS = 1.0
+ROUNDS = 3
+
+
+def sentences() -> Iterator[Document]:
+    """Lines and sentences of at least 40 characters."""
+    for name, text in topics.items():
+        for number, sentence in enumerate(re.split(r"\n\n|(?<=[.:]) ", text)):
+            if len(sentence) >= 40:
+                yield Document(f"{name}:{number}", " ".join(sentence.split())[:400])
+
+
+def speed(batches: Batches) -> float:
+    """Real (not padded) tokens per second of processor time (one thread), so that a busy machine tells the same."""
+    tokens = done = 0
+    start = time.process_time()
+    while (spent := time.process_time() - start) < SECONDS:
+        for batch in batches.batches(done):
+            tokens += sum(real(batch, side) for side in ("", "source_") if side + "tokens" in batch)
+        done += 1
+    return tokens / spent
+
+
+def real(batch: dict[str, torch.Tensor], side: str) -> int:
+    """Tokens that are not padding."""
+    if side + "appears" not in batch:
+        return batch[side + "tokens"].numel()
+    return int((batch[side + "appears"] < 1 << 30).sum())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = train(topics.values(), "byte-bpe", size=8192, seed=0)
+    vocab = tokenizer.vocab
+    long = [Document(f"{copy}:{name}", text) for copy in range(20) for name, text in topics.items()]
+    store = TokenStore.build(long, tokenizer, folder / "long")
+    short = TokenStore.build(list(sentences()) * 10, tokenizer, folder / "short")
+    print(f"{len(store.tokens)} tokens in {len(store)} documents; {len(short)} sentences of "
+          f"{len(short.tokens) / len(short) - 2:.1f} tokens")  # fmt: skip
+
+    def over(source: Source, objective: Objective, rows: int, pack: int = 0) -> Batches:
+        return Batches(source, objective, vocab, rows=rows, seed=0, pack=pack)
+
+    cases = {
+        "causal, windows of 256, isolated": (5, over(Windows(store, 256), CausalLM(), 64)),
+        "causal, windows of 256": (5, over(Windows(store, 256, isolate=False), CausalLM(), 64)),
+        "mlm, pieces of 128, padded": (1, over(Pieces(store, 128, vocab), MLM(), 64)),
+        "mlm, pieces of 256, padded": (1, over(Pieces(store, 256, vocab), MLM(), 64)),
+        "mlm, sentences packed into 128": (1, over(Pieces(short, 128, vocab), MLM(), 512, pack=128)),
+        "mlm by words, sentences packed": (0, over(Pieces(short, 128, vocab), MLM(noise="words"), 512, pack=128)),
+        "nsp + mlm, pairs of 128, padded": (0, over(Pairs(store, 128), NSP() + MLM(), 64)),
+        "span corruption, 256, packed": (0, over(Pieces(store, 256), SpanCorruption(), 64, pack=256)),
+    }
+    missed = []
+    for name, (bar, batches) in cases.items():
+        best = max(speed(batches) for _ in range(ROUNDS))
+        print(f"{name:36s} {best / 1e6:6.2f} M tokens/s" + (f"   (bar {bar:g})" if bar else ""), flush=True)
+        missed += [name] if best < bar * 1e6 else []
+    if missed:
+        sys.exit(f"under the bar: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
