@@ -1,0 +1,165 @@
+"""The hand-written gradients against plain formulas: gradcheck in float64, and against autograd of the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from firth.model import blocked, cross_entropy, fused
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.position import turns
+from firth.model.shape import Shape, decoder, encoder
+
+
+def numbers(*size: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+
+def test_unit() -> None:
+    x = numbers(3, 5, 8)
+    assert torch.allclose(fused._Unit.apply(x, 1e-3), F.rms_norm(x, (8,), eps=1e-3))
+    assert gradcheck(lambda x: fused._Unit.apply(x, 1e-3), x)
+    large = torch.randn(64, 512)
+    assert large.numel() > fused.SMALL
+    assert torch.allclose(fused.unit(large, 1e-6), F.rms_norm(large, (512,), eps=1e-6), atol=1e-6)
+
+
+def test_relu2() -> None:
+    x = numbers(4, 6)
+    assert torch.equal(fused.relu2(x), F.relu(x).square())
+    assert gradcheck(fused.relu2, x)
+    with torch.no_grad():
+        assert torch.equal(fused.relu2(x), F.relu(x).square())
+
+
+@pytest.mark.parametrize("eps", [-1.0, 1e-3])
+def test_turn(eps: float) -> None:
+    x = numbers(2, 3, 4, 6)
+    shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
+    cos, sin = turns(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape, torch.float64)
+    a, b = x.chunk(2, -1)
+    turned = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
+    plain = torch.cat((turned.real, turned.imag), -1)
+    if eps > 0:
+        plain = F.rms_norm(plain, (6,), eps=eps)
+    assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
+    with torch.no_grad():
+        assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
+    assert gradcheck(lambda x: fused.turn(x, cos, sin, eps), x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "ROWS", 2)
+    q, k, v, bias = numbers(2, 2, 5, 3), numbers(2, 2, 5, 3) * 2, numbers(2, 2, 5, 3) + 1, numbers(1, 2, 5, 5)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
+    assert gradcheck(lambda q, k, v, b: blocked.attend(q, k, v, 0.4, causal, False, None, b), leaves)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_cross_entropy(cap: float, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 7 * 4)  # chunks of four rows, the last one short
+    torch.manual_seed(0)
+    states, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (10, 7))
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if biased else None
+    labels = torch.randint(7, (10,))
+    inputs = [x for x in (states, weight, bias) if x is not None]
+
+    def plain() -> Tensor:
+        logits = F.linear(states, weight, bias)
+        return -F.log_softmax(cap * torch.tanh(logits / cap) if cap else logits, -1)[torch.arange(10), labels]
+
+    total = cross_entropy.SumNLL.apply(states, weight, bias, labels, cap, True)
+    assert torch.allclose(total, plain().sum())
+    for mine, other in zip(torch.autograd.grad(total * 3, inputs), torch.autograd.grad(plain().sum() * 3, inputs), strict=True):
+        assert torch.allclose(mine, other)
+    each = cross_entropy.LogProbs.apply(states, weight, bias, labels, cap)
+    assert torch.allclose(each, -plain())
+    towards = torch.randn(10, dtype=torch.float64)
+    for mine, other in zip(torch.autograd.grad(each, inputs, towards), torch.autograd.grad(-plain(), inputs, towards), strict=True):
+        assert torch.allclose(mine, other)
+    frozen = weight.detach()
+    alone = cross_entropy.SumNLL.apply(states, frozen, None, labels, cap, True)
+    assert gradcheck(lambda s: cross_entropy.SumNLL.apply(s, frozen, None, labels, cap, True), states) and alone.requires_grad
+    none = cross_entropy.SumNLL.apply(states[:0], weight, bias, labels[:0], cap, True)
+    assert none == 0 and torch.autograd.grad(none, weight)[0].abs().sum() == 0
+
+
+def test_confident_and_hopeless_labels_stay_finite() -> None:
+    states, weight = torch.tensor([[200.0], [-200.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = cross_entropy.SumNLL.apply(states, weight, None, torch.tensor([0, 0]), 0.0, True)
+    assert loss == 400
+    assert torch.autograd.grad(loss, states)[0].tolist() == [[0.0], [-2.0]]
+
+
+@pytest.mark.parametrize("make", [decoder, encoder])
+def test_head_under_autocast_and_without_gradients(make: object) -> None:
+    shape = make(vocab=60, width=32, depth=1, heads=2)  # type: ignore[operator]
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    head = model.parts["lm"]
+    torch.nn.init.normal_(head.weight, std=0.3)
+    states, labels = torch.randn(50, 32, requires_grad=True), torch.randint(60, (50,))
+    exact = head.nll(states, labels)
+    exact.backward()
+    kept = {n: p.grad.clone() for n, p in head.named_parameters()}
+    with torch.no_grad():
+        assert torch.allclose(head.nll(states, labels), exact) and torch.allclose(-head.log_probs(states, labels).sum(), exact)
+        assert torch.allclose(F.cross_entropy(head(states), labels, reduction="sum"), exact)
+    head.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = head.nll(states, labels)
+        each = head.log_probs(states, labels)
+    assert rough.dtype == each.dtype == torch.float32 and abs(rough / exact - 1) < 0.01
+    rough.backward()
+    for name, parameter in head.named_parameters():
+        assert (parameter.grad - kept[name]).norm() < 0.03 * kept[name].norm() + 1e-6, name
+    head.zero_grad()
+    each.sum().neg().backward()
+    for name, parameter in head.named_parameters():
+        assert (parameter.grad - kept[name]).norm() < 0.03 * kept[name].norm() + 1e-6, name
+
+
+def test_a_tied_matrix_gets_both_gradients() -> None:
+    """The finite difference of the loss along a random direction of the tied matrix."""
+    shape = replace(decoder(vocab=20, width=16, depth=1, heads=2), tied=True, zero_init=False, init=0.3)
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)}).double()
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters()
+    when = torch.arange(6)[None]
+    batch = {"tokens": torch.randint(20, (1, 6)), "looks": when, "appears": when}
+    labels = torch.randint(20, (6,))
+
+    def loss() -> Tensor:
+        return model.parts["lm"].nll(model(batch)[0], labels)
+
+    loss().backward()
+    weight, towards = model.tokens.weight, torch.randn(20, 16, dtype=torch.float64)
+    with torch.no_grad():
+        weight += 1e-5 * towards
+        up = loss()
+        weight -= 2e-5 * towards
+        down = loss()
+    assert torch.allclose((up - down) / 2e-5, (weight.grad * towards).sum(), rtol=1e-6)
+
+
+def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
+    for shape in (
+        decoder(50, 32, 2, heads=2), encoder(50, 32, 2, heads=2), Shape(50, 32, 2, 4),
+        Shape(50, 32, 2, 4, kv_heads=2, encoder=3, position="t5", activation="swiglu", tied=False, head_bias=True),
+        Shape(50, 32, 2, 4, norm_at="post", embed_norm=True, segments=2, head="transform", head_bias=True, first_norm=False),
+    ):  # fmt: skip
+        torch.manual_seed(5)
+        model = LM(shape, {"lm": Vocabulary(shape)})
+        assert sum(p.numel() for p in model.parameters()) == shape.parameters(), shape
+        torch.manual_seed(5)
+        again = LM(shape, {"lm": Vocabulary(shape)})
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
