@@ -69,6 +69,8 @@ def group(rows: Sequence[Example]) -> Example:
     """
     fill = {"labels": IGNORE, "appears": NEVER}
     most = max(len(row["tokens"]) for row in rows)
+    # Without `appears` every token is seen by all: what is padded must say that it is not.
+    rows = [{"appears": np.zeros(len(row["tokens"]), np.int32)} | row for row in rows]
     return {
         name: np.stack(
             [np.pad(row[name], (0, most - len(row[name])), constant_values=fill.get(name, 0)) for row in rows]

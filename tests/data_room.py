@@ -1,0 +1,46 @@
+"""What the tests of the data room share: a small tokenizer, documents, a store of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+
+from firth.data.shards import TokenStore
+from firth.data.source import Source
+from firth.text.read import Document
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import Example
+
+TEXTS = [text for text in topics.values() if len(text) > 400][:40]
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """600 byte-level subwords of Python's help, with eight sentinels."""
+    return train(TEXTS, "byte-bpe", size=600, seed=0, sentinels=8)
+
+
+def documents(n: int = 30, longest: int = 3000) -> list[Document]:
+    """Documents of very different lengths, an empty one among them."""
+    return [Document(f"doc {i}", TEXTS[i % len(TEXTS)][: (i * 97) % longest]) for i in range(n)]
+
+
+def store(folder: Path, n: int = 30) -> TokenStore:
+    return TokenStore.build(documents(n), tokenizer(), folder / "store")
+
+
+class Counting(Source):
+    """Examples of random lengths whose tokens tell which example they are: i, i, i, ..."""
+
+    def __init__(self, n: int, longest: int = 20) -> None:
+        self.lengths = np.random.default_rng(0).integers(2, longest + 1, n)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"tokens": np.full(self.lengths[index], 1 + index, np.int32)}

@@ -1,0 +1,117 @@
+"""The order of a run: every epoch a fair permutation, a mixture always in its shares, resume only a number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_room import Counting
+from firth.data.order import Draws, order
+from firth.data.source import Mixture
+from firth.types import UserError
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 255, 256, 257, 1000, 65537])
+def test_every_epoch_is_a_permutation(n: int) -> None:
+    epoch, index = order(n, 3, np.arange(3 * n))
+    for e in range(3):
+        assert (epoch[e * n : (e + 1) * n] == e).all()
+        assert np.array_equal(np.sort(index[e * n : (e + 1) * n]), np.arange(n))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    n = 1000
+    drawn = [order(n, seed, np.arange(n) + e * n)[1] for seed in (0, 1) for e in (0, 1)]
+    for i in range(4):
+        for j in range(i):
+            # Two random permutations agree in one place on average.
+            assert (drawn[i] == drawn[j]).sum() < 10
+
+
+def test_any_part_of_the_order_is_that_part() -> None:
+    whole = order(97, 5, np.arange(400))
+    for start in (0, 1, 96, 97, 300):
+        part = order(97, 5, np.arange(start, start + 50))
+        assert np.array_equal(part[0], whole[0][start : start + 50])
+        assert np.array_equal(part[1], whole[1][start : start + 50])
+
+
+def test_permutations_are_even() -> None:
+    """All 24 permutations of four examples come equally often (chi-square, 23 degrees of freedom, p = 1e-4 at 55)."""
+    epochs = 24_000
+    drawn = order(4, 0, np.arange(4 * epochs))[1].reshape(epochs, 4)
+    count = np.unique(drawn @ np.array([64, 16, 4, 1]), return_counts=True)[1]
+    assert len(count) == 24
+    assert ((count - 1000) ** 2 / 1000).sum() < 55
+
+
+def test_places_and_neighbours_are_even() -> None:
+    """Over many epochs an example is anywhere equally often, and followed by any other equally often."""
+    n, epochs = 20, 8000
+    drawn = order(n, 1, np.arange(n * epochs))[1].reshape(epochs, n)
+    place = np.stack([np.bincount(drawn[:, k], minlength=n) for k in range(n)])
+    assert ((place - epochs / n) ** 2 / (epochs / n)).sum() < 480  # 361 degrees of freedom, p = 2e-5
+    pairs = np.bincount((drawn[:, :-1] * n + drawn[:, 1:]).ravel(), minlength=n * n).reshape(n, n)
+    expected = epochs / n
+    others = pairs[~np.eye(n, dtype=bool)]
+    assert ((others - expected) ** 2 / expected).sum() < 480
+
+
+def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
+    draws, again = Draws(7), Draws(7)
+    first = draws.at(2, 9).random(5)
+    draws.at(0, 1).integers(10, size=3)  # leaves half a word in the generator's buffer
+    assert np.array_equal(first, draws.at(2, 9).random(5))
+    assert np.array_equal(first, again.at(2, 9).random(5))
+    seen = {Draws(s).at(e, i).random() for s in range(5) for e in range(5) for i in range(5)}
+    assert len(seen) == 125
+
+
+def test_draws_are_uniform_across_examples() -> None:
+    draws = Draws(0)
+    first = np.array([draws.at(e, i).random() for e in range(10) for i in range(1000)])
+    assert abs(first.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 100
+    assert np.abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.2, 0.1), (5, 3, 1, 1, 1, 1), (0.123456789, 3.3, 1e-4), (1, 1, 1)])
+def test_a_mixture_is_always_in_its_shares(weights: tuple[float, ...]) -> None:
+    sources = [Counting(n) for n in (5, 50, 500, 11, 3, 2)[: len(weights)]]
+    mixture = Mixture(sources, weights)
+    _, index = mixture.order(0, np.arange(70_000))
+    which = np.searchsorted(mixture._starts, index, side="right") - 1
+    share = np.array(mixture.quotas) / sum(mixture.quotas)
+    assert np.abs(share - np.array(weights) / sum(weights)).max() < 1 / 65536 + 1e-12
+    for i, s in enumerate(share):
+        off = (which == i).cumsum() - s * np.arange(1, 70_001)
+        assert np.abs(off).max() < 1
+
+
+def test_each_source_of_a_mixture_goes_through_its_own_epochs() -> None:
+    mixture = Mixture([Counting(5), Counting(40)], [0.5, 0.5])
+    epoch, index = mixture.order(3, np.arange(80))
+    small, large = index < 5, index >= 5
+    assert np.bincount(index[small]).tolist() == [8] * 5
+    assert np.bincount(index[large] - 5).tolist() == [1] * 40
+    assert epoch[small].tolist() == np.repeat(np.arange(8), 5).tolist()
+    for e in range(8):
+        assert sorted(index[small][epoch[small] == e].tolist()) == list(range(5))
+
+
+def test_a_mixture_is_a_function_of_the_position_and_nests() -> None:
+    inner = Mixture([Counting(3), Counting(7)], [1, 2])
+    outer = Mixture([inner, Counting(4)], [3, 1])
+    epoch, index = outer.order(0, np.arange(100))
+    later = outer.order(0, np.arange(60, 100))
+    assert np.array_equal(later[0], epoch[60:])
+    assert np.array_equal(later[1], index[60:])
+    assert outer[12]["tokens"][0] == 3  # 3 + 7 of the inner, then the third of the other
+    assert len(outer) == 14
+
+
+def test_a_mixture_refuses_what_it_cannot_mean() -> None:
+    with pytest.raises(UserError, match="one weight per source"):
+        Mixture([Counting(3)], [1, 2])
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="positive"):
+            Mixture([Counting(3), Counting(3)], [1, bad])
