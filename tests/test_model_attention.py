@@ -19,7 +19,9 @@ B, T, H, D = 3, 9, 4, 8
 STEPS = torch.arange(T).expand(B, T)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, fields: dict[str, Tensor], scale: float, bias: Tensor | None) -> Tensor:
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, fields: dict[str, Tensor], scale: float, bias: Tensor | None
+) -> Tensor:
     """The rule and attention in plain loops: one query, one key at a time."""
     groups = q.shape[1] // k.shape[1]
     rows = []
@@ -163,7 +165,12 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 def test_cache_keeps_chosen_rows() -> None:
     model = made(replace(encoder_decoder(50, 32, 2, heads=4), zero_init=False))
     when = torch.arange(5).expand(3, 5)
-    batch = {"tokens": torch.randint(50, (3, 5)), "looks": when, "appears": when, "source_tokens": torch.randint(50, (3, 7))}
+    batch = {
+        "tokens": torch.randint(50, (3, 5)),
+        "looks": when,
+        "appears": when,
+        "source_tokens": torch.randint(50, (3, 7)),
+    }
     last = {"tokens": torch.tensor([[7]] * 3), "looks": torch.full((3, 1), 5), "appears": torch.full((3, 1), 5)}
     whole, some = model.cache(3, 6), model.cache(3, 6)
     model(batch, whole)

@@ -21,7 +21,14 @@ transformers.logging.set_verbosity_error()
 
 SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
 BERT = Shape(
-    **SIZES, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu", head="transform", head_bias=True
+    **SIZES,
+    norm_at="post",
+    norm_eps=1e-12,
+    segments=2,
+    embed_norm=True,
+    activation="gelu",
+    head="transform",
+    head_bias=True,
 )
 LLAMA = Shape(
     **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
@@ -118,15 +125,35 @@ def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
 def random_theirs(name: str) -> torch.nn.Module:
     t = transformers
     torch.manual_seed(3)
+    usual = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 50,
+    }
+    five = {"vocab_size": 61, "d_model": 32, "d_kv": 6, "d_ff": 50, "num_layers": 2, "num_heads": 4}
+    two = {
+        "vocab_size": 61,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 40,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    full = {"layer_types": ["full_attention"] * 2}
     configs = {
-        "bert": lambda: t.BertForMaskedLM(t.BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50, max_position_embeddings=40)),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=1)),
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=50)),
-        "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(vocab_size=61, d_model=32, d_kv=6, d_ff=50, num_layers=2, num_decoder_layers=3, num_heads=4)),
-        "t5-gated": lambda: t.T5ForConditionalGeneration(t.T5Config(vocab_size=61, d_model=32, d_kv=6, d_ff=50, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
-        "nanochat": lambda: t.NanoChatForCausalLM(t.NanoChatConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50)),
-        "modernbert": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, layer_types=["full_attention"] * 2)),
-    }  # fmt: skip
+        "bert": lambda: t.BertForMaskedLM(t.BertConfig(**usual, max_position_embeddings=40)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**two)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**usual, num_key_value_heads=2)),
+        "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, num_decoder_layers=3)),
+        "t5-gated": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, **gated)),
+        "nanochat": lambda: t.NanoChatForCausalLM(t.NanoChatConfig(**usual)),
+        "modernbert": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(**usual, **ids, **full)),
+    }
     model = configs[name]()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -164,7 +191,7 @@ def test_config_is_read_by_both_versions(tmp_path: Path) -> None:
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert "lm_head.weight" not in file.keys()
+        assert "lm_head.weight" not in set(file.keys())
 
 
 def test_parts_survive(tmp_path: Path) -> None:
@@ -196,7 +223,7 @@ def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
     new = LM(shape, {"classes": torch.nn.Linear(32, 3)})
     assert start_from(new, tmp_path) == (["lm"], ["classes"])
     assert torch.equal(new.trunk.blocks[1].mlp.up.weight, old.trunk.blocks[1].mlp.up.weight)
-    with pytest.raises(UserError, match="shape.hidden is 48 there and 64 here"):
+    with pytest.raises(UserError, match=r"shape\.hidden is 48 there and 64 here"):
         start_from(LM(replace(shape, hidden=64), {}), tmp_path)
 
 

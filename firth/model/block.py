@@ -5,9 +5,9 @@ Pre-norm (GPT-2, Llama, T5): x + f(norm(x)). Post-norm (BERT): norm(x + f(x)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +22,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+    "relu2": relu2,
+    "silu": F.silu,
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,11 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
         self.drop = nn.Dropout(shape.dropout)
 
+    def crossing(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-attention's keys and values of an encoder's memory (B, S, width)."""
+        assert self.cross is not None
+        return self.cross.memorize(memory)
+
     def forward(
         self, x: Tensor, reading: Reading, across: Reading | None = None, memory: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
@@ -122,8 +133,6 @@ def initialise(module: nn.Module, shape: Shape) -> None:
         if type(child) is nn.Linear:
             residual = name.endswith((".o", ".down"))
             std = shape.init or child.in_features**-0.5
-            nn.init.normal_(child.weight, std=std) if not (residual and shape.zero_init) else nn.init.zeros_(child.weight)
+            nn.init.normal_(child.weight, std=0.0 if residual and shape.zero_init else std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
-
-

@@ -33,7 +33,7 @@ class _Blocked(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, below: bool, hidden: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        batch, heads, length, width = q.shape
+        batch, heads, length, _ = q.shape
         queries = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
         keys, values = _flat(k), _flat(v)
         kept, out = [], []
@@ -63,7 +63,9 @@ class _Blocked(torch.autograd.Function):
         grad = _flat(grad)
         dbias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
         # Batched products are fast only into contiguous results: whole tensors first, then earlier blocks added in.
-        slopes, dk, dv = [], None, None
+        slopes: list[Tensor] = []
+        dk: Tensor | None = None
+        dv: Tensor | None = None
         for block in reversed(range(len(kept))):
             weights, start = kept[block], block * ROWS
             end, reach = start + weights.shape[1], weights.shape[2]
@@ -100,4 +102,4 @@ def attend(
     mask (B, 1, T or 1, S) bool without an empty row. bias (B or 1, H, T, S), given a gradient.
     """
     hidden = None if mask is None else q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-    return _Blocked.apply(q, k, v, scale, causal, below, hidden, bias)  # type: ignore[no-any-return]
+    return _Blocked.apply(q, k, v, scale, causal, below, hidden, bias)

@@ -28,7 +28,11 @@ class _Rows:
     """One pass over chunks of rows; all its arithmetic, shared by the two functions below."""
 
     def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, cap: float):
-        self.dtype = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else states.dtype
+        self.dtype = (
+            torch.get_autocast_dtype(states.device.type)
+            if torch.is_autocast_enabled(states.device.type)
+            else states.dtype
+        )
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.states = states if self.dtype == states.dtype else states.to(self.dtype)
         self.weight = weight if self.dtype == weight.dtype else weight.to(self.dtype)

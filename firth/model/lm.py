@@ -12,14 +12,13 @@ torch.Size([2, 3, 64])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Reading, initialise
-from firth.model.heads import Vocabulary
 from firth.model.norm import make_norm
 from firth.model.position import Relative, sinusoidal, turns
 from firth.model.shape import Shape
@@ -39,6 +38,10 @@ class Trunk(nn.Module):
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
         self.drop = nn.Dropout(shape.dropout)
+
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -63,13 +66,18 @@ class Trunk(nn.Module):
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
         angles = turns(positions, self.shape, x.dtype) if self.shape.position == "rotary" else None
         reading = Reading(sees, angles, bias, cache)
-        across, crossed = None, [None] * len(self.blocks)
+        across: Reading | None = None
+        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
         if source is not None:
             whenever = torch.full_like(zeros, NEVER - 1)
             across = Reading(Visibility.lower(whenever, source["appears"], document, source.get("document"), flex))
-            crossed = [block.cross.memorize(memory) for block in self.blocks] if memory is not None else cache.cross  # type: ignore[union-attr]
-            if cache is not None:
-                cache.cross, cache.source = crossed, source
+            if memory is not None:
+                made = [block.crossing(memory) for block in self.layers()]
+                if cache is not None:
+                    cache.cross, cache.source = made, source
+            elif cache is not None:
+                made = cache.cross
+            crossed = made
         for block, crossing in zip(self.blocks, crossed, strict=True):
             x = block(x, reading, across, crossing)
         if cache is not None:
@@ -99,8 +107,7 @@ class LM(nn.Module):
     def tie(self) -> None:
         """Make the head's matrix the embedding's, if the shape says so: one Parameter, one gradient."""
         if self.shape.tied and "lm" in self.parts:
-            head: Vocabulary = self.parts["lm"]  # type: ignore[assignment]
-            head.weight = self.tokens.weight
+            self.parts["lm"].weight = self.tokens.weight
 
     def embed(self, fields: Batch) -> Tensor:
         """Token, position and segment vectors added up: fields (B, T) -> (B, T, width)."""

@@ -38,7 +38,9 @@ def rebuilt(description: Description, name: str) -> nn.Module:
     """The module a description speaks of. UserError if it is of no known kind."""
     kind = description.get("kind", "other")
     if kind not in REBUILD:
-        raise UserError(f"firth.json describes part {name!r} as {kind!r}, which cannot be rebuilt: give it to load_model")
+        raise UserError(
+            f"firth.json describes part {name!r} as {kind!r}, which cannot be rebuilt: give it to load_model"
+        )
     return REBUILD[kind](description)
 
 

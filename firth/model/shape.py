@@ -110,7 +110,9 @@ class Shape:
         if self.heads % self.kv_heads:
             raise UserError(f"shape.heads={self.heads} is not a multiple of shape.kv_heads={self.kv_heads}")
         if self.position == "rotary" and self.head_width % 2:
-            raise UserError(f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even")
+            raise UserError(
+                f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even"
+            )
         if self.position == "sinusoidal" and self.width % 2:
             raise UserError(f"sinusoidal positions come in pairs, and shape.width={self.width} is odd: make it even")
         if not 0 <= self.dropout < 1:

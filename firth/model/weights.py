@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from firth.text.tokenizer import Tokenizer
 
 
-def save_model(
-    model: LM, tokenizer: Tokenizer | None, directory: Path, facts: Mapping[str, Any] | None = None
-) -> str:
+def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: Mapping[str, Any] | None = None) -> str:
     """Write a model directory; return one sentence that says what others can load it as.
 
     facts: anything worth keeping beside the weights (steps, loss, recipe hash), as JSON.
@@ -58,7 +56,9 @@ def save_model(
     else:
         entries = family.entries(model.shape, head)
         written = to_theirs(state, entries)
-        theirs = {ours for entry in entries for ours in entry.ours} | ({"parts.lm.weight"} if model.shape.tied else set())
+        theirs = {ours for entry in entries for ours in entry.ours} | (
+            {"parts.lm.weight"} if model.shape.tied else set()
+        )
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(model.tokens.weight.dtype).removeprefix("torch.")
         ids = token_ids(tokenizer, model.shape)
@@ -113,7 +113,9 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(f"cannot start from {directory}: {_difference(model.shape, shape)}; use the same shape")
     there, here = _by_part(state), _by_part(mine)
-    kept = [p for p in here if p in there and {n: state[n].shape for n in there[p]} == {n: mine[n].shape for n in here[p]}]
+    kept = [
+        p for p in here if p in there and {n: state[n].shape for n in there[p]} == {n: mine[n].shape for n in here[p]}
+    ]
     fill = {n: t for n, t in state.items() if not n.startswith("parts.")} | {n: state[n] for p in kept for n in here[p]}
     _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, f"{directory}")
     return sorted(there.keys() - set(kept)), sorted(here.keys() - set(kept))
@@ -219,7 +221,9 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
             raise UserError(f"{index} names a file outside of its directory")
         files = [directory / name for name in names]
     elif list(directory.glob("*.bin")) or list(directory.glob("*.pt")):
-        raise UserError(f"{directory} holds pickled weights, which can run code and are never read: save as safetensors")
+        raise UserError(
+            f"{directory} holds pickled weights, which can run code and are never read: save as safetensors"
+        )
     else:
         raise UserError(f"{directory} holds no model.safetensors")
     state: dict[str, Tensor] = {}

@@ -76,7 +76,7 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
         for old, spelling in family.renames:
             new = new.replace(old, spelling)
         names[family.prefix + new if bare else new] = name
-    out = {}
+    out: dict[str, Tensor] = {}
     for entry in entries:
         # A bare prefix must not hide what stands outside it, such as the head of a file that has no prefix at all.
         source = names.pop(entry.theirs, None)

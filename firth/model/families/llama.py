@@ -50,5 +50,11 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
 
 
 FAMILY = Family(
-    "llama", ("LlamaForCausalLM", "LlamaModel"), config, shape, entries, "model.", spare=r"rotary_emb\.inv_freq$|lm_head"
+    "llama",
+    ("LlamaForCausalLM", "LlamaModel"),
+    config,
+    shape,
+    entries,
+    "model.",
+    spare=r"rotary_emb\.inv_freq$|lm_head",
 )

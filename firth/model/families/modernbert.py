@@ -35,7 +35,9 @@ def shape(config: dict[str, Any]) -> Shape:
     depth, every = config["num_hidden_layers"], config.get("global_attn_every_n_layers", 3)
     kinds = config.get("layer_types") or ["sliding" if i % every else "full_attention" for i in range(depth)]
     if set(kinds) != {"full_attention"}:
-        raise UserError("config.json asks for sliding-window layers; firth's ModernBERT has full attention in every layer")
+        raise UserError(
+            "config.json asks for sliding-window layers; firth's ModernBERT has full attention in every layer"
+        )
     act = activation(config.get("hidden_activation", "gelu"), ACTIVATIONS, "hidden_activation")
     return Shape(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=depth, heads=config["num_attention_heads"],

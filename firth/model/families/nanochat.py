@@ -48,4 +48,6 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
 
 
-FAMILY = Family("nanochat", ("NanoChatForCausalLM", "NanoChatModel"), config, shape, entries, "model.", spare=r"lm_head")
+FAMILY = Family(
+    "nanochat", ("NanoChatForCausalLM", "NanoChatModel"), config, shape, entries, "model.", spare=r"lm_head"
+)

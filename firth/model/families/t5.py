@@ -13,7 +13,13 @@ from typing import Any
 from firth.model.families.family import Entry, Family, activation, both
 from firth.model.shape import Shape
 
-ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gelu_new": "gelu_tanh", "silu": "silu"}
+ACTIVATIONS = {
+    "relu": "relu",
+    "gated-gelu": "geglu_tanh",
+    "gated-silu": "swiglu",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+}
 
 
 def config(shape: Shape) -> dict[str, Any]:
