@@ -159,25 +159,20 @@ class Worker:
     def share(self) -> Sample:
         """One turn: wakes the contender, waits until its share is done."""
         before = busy()
-        self.line.send("go")
-        units, seconds, own = self._answer()
+        try:
+            self.line.send("go")
+            units, seconds, own = self.line.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"the contender {self.name!r} ended before its turn was over (see above)") from None
         after = busy()
         return Sample(units, seconds, others(before, after, own, seconds))
-
-    def _answer(self) -> tuple[float, float, float]:
-        try:
-            answer: tuple[float, float, float] = self.line.recv()
-        except EOFError:
-            raise RuntimeError(f"the contender {self.name!r} ended before its turn was over (see above)") from None
-        return answer
 
     def stop(self) -> float:
         """Ends the process; its peak resident size in MB (0 if it had died)."""
         peak = 0.0
-        if self.process.is_alive():
+        with contextlib.suppress(EOFError, BrokenPipeError):
             self.line.send("stop")
-            with contextlib.suppress(EOFError):
-                peak = self.line.recv()
+            peak = self.line.recv()
         self.process.join(10)
         self.process.kill()
         return peak
