@@ -233,12 +233,14 @@ def evaluate(
     paths: Annotated[
         list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")
     ] = None,
+    task: Annotated[str | None, typer.Option(help="likelihood, classification, comparisons or choices.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity, bits per byte or accuracy of a run on held-out text."""
     from firth.recipes.use import evaluate_run
 
-    typer.echo(evaluate_run(run, paths or [], as_json=json))
+    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json))
 
 
 if __name__ == "__main__":

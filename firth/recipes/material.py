@@ -82,7 +82,7 @@ class Material:
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
                 store = TokenStore.build(
-                    itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows()
+                    itertools.chain([first], documents), self.tokenizer, place, counts=vars(counts)
                 )
                 kind = "held out" if apart else "to learn from"
                 self.echo(

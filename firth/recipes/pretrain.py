@@ -34,6 +34,7 @@ def gpt() -> Recipe:
         optimizer=Optimizer(),
         schedule=Schedule("wsd"),
         length=Length(steps=600),
+        samples=("The ", "I think that ", "What is "),
         checks=CHECKS,
     )
 
@@ -51,6 +52,7 @@ def bert() -> Recipe:
         schedule=Schedule("wsd"),
         length=Length(steps=1000),
         checks=CHECKS,
+        samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )
 
 

@@ -68,7 +68,8 @@ class Recipe:
     """Everything a run depends on.
 
     start: a run or model directory whose weights to begin from. shape: None takes the shape of `start`; its `vocab`
-    is set from the tokenizer. precision: "auto" is what this machine is measured to be fast at.
+    is set from the tokenizer. samples: texts that the model continues before training and after, for the report; it fills
+    those with a <mask> in them. precision: "auto" is what this machine is measured to be fast at.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Recipe:
     schedule: Schedule = Schedule()
     length: Length = field(default_factory=lambda: Length(steps=1000))
     checks: Checks = Checks()
+    samples: tuple[str, ...] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     seed: int = 0

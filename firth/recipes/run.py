@@ -20,12 +20,15 @@ import torch
 
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import tree
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory
+from firth.recipes.use import MASK, Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
@@ -81,6 +84,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if ranks.first:
         _write(directory / "recipe.yaml", tree.write_yaml(settled))
+        _samples(settled, model, tokenizer, directory, 0)
     batches = _batches(settled, cut, tokenizer, ranks)
     trained = train(
         model, settled.objective, batches, directory,
@@ -91,9 +95,17 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     )  # fmt: skip
     finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.metrics)
     if ranks.first:
-        facts = {"recipe": settled.hash(), "steps": trained.step, "tokens": trained.tokens, "metrics": trained.metrics}
+        _samples(settled, model, tokenizer, directory, trained.step)
+        facts: dict[str, Any] = {
+            "recipe": settled.hash(),
+            "steps": trained.step,
+            "tokens": trained.tokens,
+            "metrics": trained.metrics,
+        }
+        if settled.objective.classes:
+            facts["classes"] = settled.objective.classes
         said = save_model(model, tokenizer, directory / "model", facts)
-        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": dict(cut.train.counts)}
+        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts}
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
@@ -182,6 +194,21 @@ def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) ->
         return validate(model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum)
 
     return evaluate
+
+
+def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+    """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
+    path = directory / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    if not recipe.samples or any(row["step"] == step for row in rows):
+        return
+    opened = Opened(model, tokenizer, Engine(model, tokenizer))
+    sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
+    with torch.random.fork_rng():
+        for prompt in recipe.samples:
+            said = opened.fill_gaps(prompt, 5) if MASK in prompt else opened.continue_text([prompt], sampling)[0]
+            rows.append({"step": step, "prompt": prompt, "text": said})
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,8 +8,8 @@ dialogues, prompted, preferences and comparisons read records; rollouts ask the 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,11 +36,17 @@ from firth.types import UserError
 @dataclass(frozen=True)
 class Cut:
     """train: to learn from. valid: held out, None where there is nothing. bytes_per_target: UTF-8 bytes of held-out text
-    per token asked, where every token is asked; 0 elsewhere."""
+    per token asked, where every token is asked; 0 elsewhere. read: what the reader counted when a store was built."""
 
     train: Source
     valid: Source | None
     bytes_per_target: float = 0.0
+    read: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was read, mended, cut and left out, for the report."""
+        return {**{name: n for name, n in self.read.items() if n}, **self.train.counts}
 
 
 class Segment:
@@ -66,7 +72,7 @@ class Windows(Segment):
         held = segment.Windows(valid, self.length, tail=True) if valid else None
         # Asked is every token of the held-out store but the first, which nothing stands before.
         ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid else 0.0
-        return Cut(segment.Windows(train, self.length), held, ratio)
+        return Cut(segment.Windows(train, self.length), held, ratio, train.manifest["counts"])
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Pieces(Segment):
         train, valid = material.stores()
         frame = material.tokenizer.vocab if self.frame else None
         held = segment.Pieces(valid, self.length, frame) if valid else None
-        return Cut(segment.Pieces(train, self.length, frame), held)
+        return Cut(segment.Pieces(train, self.length, frame), held, read=train.manifest["counts"])
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Pairs(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Pairs(valid, self.length) if valid and len(valid) > 1 else None
-        return Cut(segment.Pairs(train, self.length), held)
+        return Cut(segment.Pairs(train, self.length), held, read=train.manifest["counts"])
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,15 @@ class Opened:
         prompts = [opening(self.tokenizer, text, self.model) for text in texts]
         return [c.text for c in self.engine.generate(prompts, sampling)]
 
+    def fill_gaps(self, text: str, top: int) -> str:
+        """The likeliest tokens for each <mask> in the text, one line each."""
+        gaps = self.engine.fill(text.replace(MASK, self.tokenizer.token(self.tokenizer.vocab.mask)), top)
+        return "\n".join("   ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in gap) for gap in gaps)
+
+
+MASK = "<mask>"
+"""How a user writes a gap, whatever the tokenizer calls it."""
+
 
 def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source."""
@@ -82,13 +91,8 @@ def objective_of(directory: Path) -> list[str]:
 
 
 def fill_text(directory: Path, text: str, top: int) -> str:
-    """The likeliest tokens for each mask in the text, one line each."""
-    opened = open_run(directory)
-    mask = opened.tokenizer.token(opened.tokenizer.vocab.mask)
-    lines = []
-    for gap in opened.engine.fill(text.replace("[MASK]", mask).replace("<mask>", mask), top):
-        lines.append("   ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in gap))
-    return "\n".join(lines)
+    """The likeliest tokens for each <mask> in the text, one line each; UserError for a model that cannot fill."""
+    return open_run(directory).fill_gaps(text, top)
 
 
 @dataclass
@@ -117,9 +121,9 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def evaluate_run(directory: Path, paths: Sequence[str], *, as_json: bool) -> str:
+def evaluate_run(directory: Path, paths: Sequence[str], *, task: str | None, limit: int | None, as_json: bool) -> str:
     """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object."""
-    found = evaluate(directory, list(paths)) if paths else held_out_measures(directory)
+    found = evaluate(directory, list(paths), task=task, limit=limit) if paths else held_out_measures(directory)
     if as_json:
         return json.dumps(found)
     return "\n".join(f"{name:<24} {_readable(value)}" for name, value in found.items())
