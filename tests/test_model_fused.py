@@ -14,7 +14,7 @@ from firth.model import blocked, cross_entropy, fused
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.position import turns
-from firth.model.shape import Shape, decoder, encoder
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 
 
 def numbers(*size: int) -> Tensor:
@@ -44,7 +44,7 @@ def test_relu2() -> None:
 def test_turn(eps: float) -> None:
     x = numbers(2, 3, 4, 6)
     shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
-    cos, sin = turns(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape, torch.float64)
+    cos, sin = (angle.double() for angle in turns(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape))
     a, b = x.chunk(2, -1)
     turned = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
     plain = torch.cat((turned.real, turned.imag), -1)
@@ -176,3 +176,31 @@ def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
         torch.manual_seed(5)
         again = LM(shape, {"lm": Vocabulary(shape)})
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [decoder, encoder, encoder_decoder])
+def test_a_whole_model_trains_under_autocast_and_in_half(make: object) -> None:
+    """bf16 loss and gradient near those of fp32; the weights in bf16 read the same too."""
+    shape = replace(make(vocab=50, width=32, depth=2, heads=2), zero_init=False)  # type: ignore[operator]
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    torch.nn.init.normal_(model.parts["lm"].weight, std=0.2)
+    when = torch.arange(10).expand(4, 10) * (make is not encoder)
+    tokens = torch.randint(50, (4, 10))
+    batch = {"tokens": tokens, "source_tokens": tokens.flip(1), "looks": when, "appears": when}
+
+    def loss() -> Tensor:
+        return model.parts["lm"].nll(model(batch).flatten(0, 1), tokens.flatten()) / tokens.numel()
+
+    exact = loss()
+    exact.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = loss()
+    rough.backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert abs(rough / exact - 1) < 0.01
+    assert F.cosine_similarity(found, gradient, 0) > 0.99
+    model = model.bfloat16()
+    assert abs(loss().float() / exact - 1) < 0.02

@@ -34,7 +34,7 @@ class _Blocked(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         batch, heads, length, _ = q.shape
-        queries = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
+        queries = _flat(q) * scale
         keys, values = _flat(k), _flat(v)
         kept, out = [], []
         corner = q.new_full((min(ROWS, length),) * 2, float("-inf")).triu_(1)
@@ -90,6 +90,7 @@ class _Blocked(torch.autograd.Function):
 def serves(q: Tensor, k: Tensor) -> bool:
     """Whether this is the quicker way: training on a CPU, in full precision, on rows that are not too long."""
     wide = q.dtype in (torch.float32, torch.float64)
+    wide &= not torch.is_autocast_enabled("cpu")
     return q.device.type == "cpu" and wide and torch.is_grad_enabled() and q.requires_grad and k.shape[2] <= LONGEST
 
 

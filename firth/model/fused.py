@@ -105,6 +105,10 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, eps: float = -1.0) -> Tensor:
     "rotary, then unit RMS" (NanoChat) and "unit RMS, then rotary" are one function. Forward: two passes to the unit
     RMS and two to turn; back: two and four.
     """
-    if not torch.is_grad_enabled():
-        return _turned(unit(x, eps) if eps >= 0 else x, cos, sin)
-    return _Turn.apply(x, cos, sin, eps)
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    wide = x.float() if half else x  # angles and norms are never rounded to half precision
+    if torch.is_grad_enabled():
+        y = _Turn.apply(wide, cos, sin, eps)
+    else:
+        y = _turned(unit(wide, eps) if eps >= 0 else wide, cos, sin)
+    return y.to(x.dtype) if half else y

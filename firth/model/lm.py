@@ -64,7 +64,7 @@ class Trunk(nn.Module):
         flex = False if self.relative is not None or (self.training and self.shape.dropout) else None
         sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), flex)
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
-        angles = turns(positions, self.shape, x.dtype) if self.shape.position == "rotary" else None
+        angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
         reading = Reading(sees, angles, bias, cache)
         across: Reading | None = None
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)

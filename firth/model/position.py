@@ -25,12 +25,12 @@ def sinusoidal(positions: Tensor, width: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
 
-def turns(positions: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def turns(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """cos (B, T, 1, head_width), both halves alike, and sin (B, T, 1, head_width / 2) of the rotary angles (Su 2021)."""
     pairs = torch.arange(0, shape.head_width, 2, device=positions.device, dtype=torch.float32) / shape.head_width
     angles = positions[:, :, None, None].float() * (shape.rotary_theta**-pairs)
-    cos = angles.cos().to(dtype)
-    return torch.cat((cos, cos), -1), (angles.sin() * shape.rotary_sign).to(dtype)
+    cos = angles.cos()
+    return torch.cat((cos, cos), -1), angles.sin() * shape.rotary_sign
 
 
 def bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
