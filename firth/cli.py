@@ -42,8 +42,8 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"firth: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("firth: interrupted", err=True)
+    except KeyboardInterrupt as stopped:  # a run that was asked to stop says what it saved and how to go on
+        typer.echo(f"firth: {stopped or 'interrupted'}", err=True)
         sys.exit(130)
     except BrokenPipeError:  # `firth list | head`
         sys.stderr.close()
