@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -33,8 +34,17 @@ def verse_or_prose(text: str) -> str | None:
 
 
 def passage(text: str) -> str:
-    """A speech as the classifier sees it: one line, small letters, so that the setting itself cannot be read off."""
-    return " ".join(text.split()).lower()
+    """A speech as the classifier sees it: in one line, without the capitals of its lines, so that only the words tell.
+
+    >>> passage("O, what a rogue\\nAnd peasant slave am I!\\nIs it not monstrous")
+    'O, what a rogue and peasant slave am I! Is it not monstrous'
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    joined = lines[:1]
+    for before, line in itertools.pairwise(lines):
+        begins = before.endswith((".", "!", "?")) or re.match(r"(I|O)\b", line)
+        joined.append(line if begins else line[:1].lower() + line[1:])
+    return " ".join(joined)
 
 
 def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> Material:
@@ -70,7 +80,7 @@ def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> M
         Material(
             title="Shakespeare's plays",
             held_out=HELD_OUT,
-            question="Is this speech verse or prose? (set in one line and in small letters)",
+            question="Is this speech verse or prose? (set in one line, without the capitals that begin a verse)",
             labels=("prose", "verse"),
             cue="A speaker's name and the cue that was given; the answer is what that speaker says next.",
             scorer="thou",
