@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-
 from data_room import Counting
+
 from firth.data import layout
 from firth.data.batch import Batches, collate, pack
 from firth.data.place import first_fit

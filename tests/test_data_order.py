@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from data_room import Counting
+
 from firth.data.order import Draws, order
 from firth.data.source import Mixture
 from firth.types import UserError

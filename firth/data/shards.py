@@ -170,19 +170,21 @@ class _Build:
             for path in paths:
                 path.write_bytes(np.int64(0).tobytes() if path.name == "offsets.bin" else b"")
             made_by.write_text(self.tokenizer.digest, "utf-8")  # last: without it all the rest is begun anew
-        sizes, stamps = (np.fromfile(self.partial / name, np.uint8) for name in ("bytes.bin", STAMPS))
-        offsets = np.fromfile(self.partial / "offsets.bin", np.int64, count=paths[1].stat().st_size // 8)
-        there = min(len(offsets) - 1, len(sizes) // 8, len(stamps) // STAMP)
+        offsets, sizes = (
+            np.frombuffer(path.read_bytes()[: path.stat().st_size // 8 * 8], np.int64) for path in paths[1:3]
+        )
+        stamps = paths[3].read_bytes()
+        there = min(len(offsets) - 1, len(sizes), len(stamps) // STAMP)
         with paths[0].open("rb") as tokens:
             for document in documents:
-                raw = document.text.encode()
-                again = self.documents < there and _hash(raw) == stamps[STAMP * self.documents :][:8].tobytes()
-                n = int(offsets[self.documents + 1] - offsets[self.documents]) if again else 0
-                row = tokens.read(n * self.dtype.itemsize)
-                if not again or _hash(row) != stamps[STAMP * self.documents + 8 :][:8].tobytes():
+                i, raw = self.documents, document.text.encode()
+                row = b""
+                if i < there and sizes[i] == len(raw) and offsets[i] == self.tokens:
+                    row = tokens.read(max(int(offsets[i + 1] - offsets[i]), 0) * self.dtype.itemsize)
+                if not row or stamps[STAMP * i :][:STAMP] != _hash(raw) + _hash(row):
                     documents = chain([document], documents)
                     break
-                self._count(n, len(raw))
+                self._count(len(row) // self.dtype.itemsize, len(raw))
         item = (self.dtype.itemsize * self.tokens, 8 * (self.documents + 1), 8 * self.documents, STAMP * self.documents)
         for path, size in zip(paths, item, strict=True):
             os.truncate(path, size)
@@ -238,7 +240,9 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
     while len(text) - start > PART:
         lowest, highest = start + PART // 2, start + PART
         cut = max(text.rfind(" ", lowest, highest), text.rfind("\n", lowest, highest))
-        cut = highest if cut < 0 else cut
+        while cut > lowest and text[cut - 1].isspace():  # not inside a run of white space, which is split as a whole
+            cut -= 1
+        cut = cut if cut > lowest else highest
         yield text[start:cut], False
         start = cut
     yield text[start:], True

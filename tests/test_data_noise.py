@@ -1,0 +1,139 @@
+"""What is hidden: its share, its spans and its words are those that the papers state."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import comb
+
+import numpy as np
+import pytest
+
+from firth.data.noise import NOISES, WORDS
+from firth.text.vocab import Vocab
+
+# Ids below 5 are control tokens; an odd id begins a word.
+VOCAB = Vocab(size=105, roles={}, special=np.arange(105) < 5, begins_word=np.arange(105) % 2 == 1)
+
+
+def text(n: int, rng: np.random.Generator) -> np.ndarray:
+    """[CLS] n tokens [SEP]."""
+    return np.concatenate(([0], rng.integers(5, 105, n), [1]))
+
+
+def runs(hidden: np.ndarray) -> np.ndarray:
+    """Lengths of the runs of True."""
+    edges = np.flatnonzero(np.diff(hidden.astype(int), prepend=0, append=0))
+    return edges[1::2] - edges[::2]
+
+
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("n", [1, 2, 5, 27, 128])
+@pytest.mark.parametrize("rate", [0.15, 0.5])
+def test_the_share_is_the_rate_and_control_tokens_are_never_hidden(name: str, n: int, rate: float) -> None:
+    rng = np.random.default_rng(0)
+    trials = 3000
+    counts = np.zeros(trials)
+    for k in range(trials):
+        tokens = text(n, rng)
+        hidden = NOISES[name](tokens, VOCAB, rate, rng)
+        assert hidden.shape == tokens.shape
+        assert hidden.dtype == bool
+        assert not hidden[[0, -1]].any()
+        counts[k] = hidden.sum()
+    if name == "spans":  # an exact total, rounded, with something left and something dropped
+        assert (counts == (0 if n < 2 else min(max(round(n * rate), 1), n - 1))).all()
+    else:
+        spread = max(counts.std(), 1e-9) / trials**0.5
+        assert abs(counts.mean() - n * rate) < 4.5 * spread
+
+
+def test_iid_tokens_are_independent() -> None:
+    rng = np.random.default_rng(1)
+    tokens = text(200, rng)
+    hidden = np.stack([NOISES["iid"](tokens, VOCAB, 0.15, rng)[1:-1] for _ in range(2000)])
+    each, both = hidden.mean(0), (hidden[:, 1:] & hidden[:, :-1]).mean()
+    assert np.abs(each - 0.15).max() < 5 * (0.15 * 0.85 / 2000) ** 0.5
+    assert abs(both - 0.15**2) < 5 * (0.0225 / 400_000) ** 0.5
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.5])
+def test_whole_words_are_hidden_whole(rate: float) -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(300):
+        tokens = text(60, rng)
+        tokens[20] = 2  # a control token inside, as between two segments
+        hidden = NOISES["words"](tokens, VOCAB, rate, rng)
+        for k in range(2, 61):
+            continues = tokens[k] % 2 == 0 and tokens[k] >= 5 and tokens[k - 1] >= 5
+            if continues:
+                assert hidden[k] == hidden[k - 1]
+    unknown = Vocab(size=105, roles={}, special=np.arange(105) < 5)
+    assert NOISES["words"](text(50, rng), unknown, 0.5, rng).any()
+
+
+def test_t5_spans() -> None:
+    """15% in spans of 3 on average, left and dropped taking turns, every cut equally likely."""
+    rng = np.random.default_rng(3)
+    lengths = []
+    for _ in range(2000):
+        hidden = NOISES["spans"](np.full(200, 50), VOCAB, 0.15, rng)
+        assert not hidden[0]  # T5's masks begin with text and end in a span
+        assert hidden[-1]
+        assert hidden.sum() == 30
+        assert len(runs(hidden)) == 10
+        lengths.append(runs(hidden))
+    found = np.bincount(np.concatenate(lengths), minlength=22)[1:] / 20_000
+    # 30 items in 10 non-empty parts: P(length = k) = C(29 - k, 8) / C(29, 9).
+    expected = np.array([comb(29 - k, 8) / comb(29, 9) for k in range(1, 22)])
+    assert expected.sum() == pytest.approx(1)
+    assert np.abs(found - expected).max() < 0.015
+    assert np.concatenate(lengths).mean() == pytest.approx(3)
+
+
+def written_out(tokens: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """SpanBERT's masking step by step, as its authors' code does it: an anchor, its word, and the words behind it."""
+    total, hidden = int(len(tokens) * rate + rng.random()), np.zeros(len(tokens), bool)
+    begins = VOCAB.begins_word[tokens]
+    lengths = 0.2 * 0.8 ** np.arange(10)
+    while hidden.sum() < total:
+        words = rng.choice(np.arange(1, 11), p=lengths / lengths.sum())
+        at = rng.integers(len(tokens))
+        if hidden[at]:
+            continue
+        while at and not begins[at]:
+            at -= 1
+        for _ in range(words):
+            while at < len(tokens):
+                if hidden.sum() < total:
+                    hidden[at] = True
+                at += 1
+                if at == len(tokens) or begins[at]:
+                    break
+    return hidden
+
+
+def test_spanbert_spans() -> None:
+    """Geometric(0.2) words, at most 10, 3.8 on average; and the runs that result are those of the algorithm written out."""
+    share = np.diff(WORDS, prepend=0)
+    assert share[1:] / share[:-1] == pytest.approx(0.8)
+    assert (share * np.arange(1, 11)).sum() == pytest.approx(3.797, abs=1e-3)
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(5, 105, 120) for _ in range(1500)]
+    found, expected = (
+        np.bincount(np.concatenate([runs(make(t)) for t in texts]).clip(max=18), minlength=19)[1:]
+        for make in (
+            lambda t: NOISES["geometric"](t, VOCAB, 0.15, rng),
+            lambda t: written_out(t, 0.15, rng),
+        )
+    )
+    assert found.sum() > 3000
+    assert found.sum() == pytest.approx(expected.sum(), rel=0.05)
+    a, b = found / found.sum(), expected / expected.sum()
+    n = 1 / (1 / found.sum() + 1 / expected.sum())
+    assert (n * (a - b) ** 2 / ((a + b) / 2 + 1e-9)).sum() < 50  # 17 degrees of freedom, p = 4e-5
+    for tokens in texts[:200]:
+        hidden = NOISES["geometric"](tokens, VOCAB, 0.15, rng)
+        words = np.append(np.flatnonzero(VOCAB.begins_word[tokens] | (np.arange(120) == 0)), 120)
+        torn = sum(hidden[a:b].any() and not hidden[a:b].all() for a, b in pairwise(words))
+        assert torn <= 1  # only the last word, which fills the total
+        assert hidden.sum() == 18

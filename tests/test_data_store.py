@@ -1,0 +1,328 @@
+"""The token store and what is cut from it: exact, whole or not there at all, and small in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_room import TEXTS, documents, store, tokenizer
+
+from firth.data import shards
+from firth.data.batch import Batches
+from firth.data.segment import Pairs, Pieces, Windows
+from firth.data.shards import TokenStore
+from firth.data.split import enough, place, split
+from firth.objectives.causal import CausalLM
+from firth.text import read
+from firth.text.read import Document
+from firth.text.train import train
+from firth.types import IGNORE, UserError
+
+
+def body(made: TokenStore, i: int) -> np.ndarray:
+    return made.tokens[made.offsets[i] + 1 : made.offsets[i + 1] - 1]
+
+
+def same(one: TokenStore, other: TokenStore) -> bool:
+    return one.manifest["content"] == other.manifest["content"]
+
+
+def test_a_store_holds_every_document_exactly(tmp_path: Path) -> None:
+    made, t = store(tmp_path), tokenizer()
+    made.verify()
+    assert len(made) == 30
+    for i, document in enumerate(documents()):
+        assert t.decode(body(made, i)) == document.text
+        assert made.tokens[made.offsets[i]] == t.vocab.bos
+        assert made.tokens[made.offsets[i + 1] - 1] == t.vocab.eos
+        assert made.bytes[i] == len(document.text.encode())
+    assert made.tokens.dtype == np.uint16
+    assert not made.tokens.flags.writeable
+
+
+def test_a_long_document_is_encoded_in_parts_as_if_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = store(tmp_path)
+    monkeypatch.setattr(shards, "PART", 400)
+    monkeypatch.setattr(shards, "CHUNK", 700)
+    (tmp_path / "parts").mkdir()
+    assert same(store(tmp_path / "parts"), whole)
+
+
+class Stop(Exception):  # noqa: N818 - not a mistake
+    """The power goes."""
+
+
+def cut_short(n: int) -> Iterator[Document]:
+    for i, document in enumerate(documents()):
+        if i == n:
+            raise Stop
+        yield document
+
+
+@pytest.mark.parametrize("after", [0, 1, 17, 29])
+def test_an_interrupted_build_goes_on(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = store(tmp_path / "whole")
+    monkeypatch.setattr(shards, "CHUNK", 500)
+    with pytest.raises(Stop):
+        TokenStore.build(cut_short(after), tokenizer(), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    kept = (tmp_path / "store.partial" / "bytes.bin").stat().st_size // 8
+    assert kept <= after
+    asked: list[str] = []
+    engine = tokenizer()
+    encode = engine.encode_batch
+    monkeypatch.setattr(engine, "encode_batch", lambda texts: asked.extend(texts) or encode(texts))
+    assert same(store(tmp_path), whole)
+    assert len("".join(asked)) == sum(len(d.text) for d in documents()[kept:])  # the kept ones were not encoded again
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == sorted([*shards.FILES, "manifest.json"])
+
+
+@pytest.mark.parametrize("name", [*shards.FILES, "stamps.bin"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "more"])
+def test_a_build_goes_on_from_damaged_files_too(
+    tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that lost power may have kept any part of any file."""
+    (tmp_path / "whole").mkdir()
+    whole = store(tmp_path / "whole")
+    monkeypatch.setattr(shards, "CHUNK", 500)
+    with pytest.raises(Stop):
+        TokenStore.build(cut_short(25), tokenizer(), tmp_path / "store")
+    path = tmp_path / "store.partial" / name
+    raw = bytearray(path.read_bytes())
+    assert len(raw) > 40
+    if damage == "cut":
+        raw = raw[: len(raw) // 2 + 3]
+    elif damage == "flip":
+        raw[len(raw) // 2] ^= 1
+    else:
+        raw += b"\x01" * 13
+    path.write_bytes(raw)
+    assert same(store(tmp_path), whole)
+
+
+def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        TokenStore.build(cut_short(25), tokenizer(), tmp_path / "store")
+    other = documents()
+    other[3] = Document("changed", "other words")
+    made = TokenStore.build(other, tokenizer(), tmp_path / "store")
+    (tmp_path / "fresh").mkdir()
+    assert same(made, TokenStore.build(other, tokenizer(), tmp_path / "fresh" / "store"))
+
+    with pytest.raises(Stop):
+        TokenStore.build(cut_short(25), tokenizer(), tmp_path / "again")
+    another = train(TEXTS[:5], "byte-bpe", size=400, seed=0, sentinels=2)
+    made = TokenStore.build(documents(), another, tmp_path / "again")
+    assert another.decode(body(made, 7)) == documents()[7].text
+
+
+def test_one_builder_at_a_time(tmp_path: Path) -> None:
+    def twice() -> Iterator[Document]:
+        yield Document("a", "text")
+        TokenStore.build(documents(), tokenizer(), tmp_path / "store")
+
+    with pytest.raises(UserError, match="another process is building"):
+        TokenStore.build(twice(), tokenizer(), tmp_path / "store")
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    made = store(tmp_path)
+    another = train(TEXTS[:5], "byte-bpe", size=400, seed=0)
+    with pytest.raises(UserError, match="another tokenizer"):
+        TokenStore.open(tmp_path / "store", another)
+    with pytest.raises(UserError, match="exists already"):
+        store(tmp_path)
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        TokenStore.open(tmp_path)
+    with pytest.raises(UserError, match="no documents"):
+        TokenStore.build([], tokenizer(), tmp_path / "none")
+    path = tmp_path / "store" / "tokens.bin"
+    raw = bytearray(path.read_bytes())
+    raw[99] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="not what was written"):
+        TokenStore.open(tmp_path / "store").verify()
+    path.write_bytes(raw[:-2])
+    with pytest.raises(UserError, match="bytes that were written"):
+        TokenStore.open(tmp_path / "store")
+    manifest = dict(made.manifest, format=99)
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="format 99"):
+        TokenStore.open(tmp_path / "store")
+
+
+def test_windows_ask_every_token_once(tmp_path: Path) -> None:
+    """Over the windows with their tail, each token but the first of each document is a label exactly once: the bytes
+    of the store over that count are exact."""
+    made = store(tmp_path)
+    for length in (7, 64, 10_000):
+        windows = Windows(made, length, tail=True)
+        rng = np.random.default_rng(0)
+        asked = [CausalLM().view(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))]
+        labels = np.concatenate(asked)
+        expected = np.concatenate(
+            [made.tokens[a + 1 : b] for a, b in zip(made.offsets, made.offsets[1:], strict=False)]
+        )
+        assert np.array_equal(labels[labels != IGNORE], expected)
+        assert all(len(a) == length for a in asked[:-1])
+    assert len(Windows(made, 64)) == (len(made.tokens) - 1) // 64
+    plain = Windows(made, 64, ahead=0, isolate=False)
+    assert np.array_equal(
+        np.concatenate([plain[i]["tokens"] for i in range(len(plain))]), made.tokens[: 64 * len(plain)]
+    )
+    assert set(plain[0]) == {"tokens"}
+
+
+def test_windows_number_their_documents(tmp_path: Path) -> None:
+    made = store(tmp_path)
+    windows = Windows(made, 100)
+    number = np.repeat(np.arange(len(made)), np.diff(made.offsets))
+    several = 0
+    for i in range(len(windows)):
+        own = number[i * 100 : i * 100 + 101]
+        shown = windows[i].get("document", np.zeros(101))
+        assert np.array_equal(shown, own - own[0])
+        assert ("document" in windows[i]) == (own[0] != own[-1])
+        several += own[0] != own[-1]
+    assert several
+    with pytest.raises(UserError, match="too few for one window"):
+        Windows(made, 1 << 20)
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_pieces_are_all_of_every_document(tmp_path: Path, framed: bool) -> None:
+    made, vocab = store(tmp_path), tokenizer().vocab
+    pieces = Pieces(made, 50, vocab if framed else None)
+    at = 0
+    for i in range(len(made)):
+        whole, got = body(made, i), []
+        while sum(map(len, got)) < len(whole):
+            tokens = pieces[at]["tokens"]
+            assert 0 < len(tokens) <= 50
+            if framed:
+                assert (tokens[0], tokens[-1]) == (vocab.cls, vocab.sep)
+                tokens = tokens[1:-1]
+            got.append(tokens)
+            at += 1
+        if got:
+            assert np.array_equal(np.concatenate(got), whole)
+            assert max(map(len, got)) - min(map(len, got)) <= 1
+            assert len(got) == -(-len(whole) // (48 if framed else 50))
+    assert at == len(pieces)
+
+
+def test_pairs_are_neighbours_and_a_stranger_of_the_same_length(tmp_path: Path) -> None:
+    made = store(tmp_path)
+    pairs = Pairs(made, 64)
+    bodies = [body(made, i).tolist() for i in range(len(made))]
+    joined = [" ".join(map(str, b)) for b in bodies]
+
+    def holders(tokens: np.ndarray) -> set[int]:
+        text = " ".join(map(str, tokens.tolist()))
+        return {i for i, b in enumerate(joined) if f" {text} " in f" {b} "}
+
+    cuts = []
+    for i in range(len(pairs)):
+        example = pairs[i]
+        first, second, other = (example[k] for k in ("first", "second", "other"))
+        assert min(map(len, (first, second, other))) >= 1
+        assert len(second) == len(other)
+        assert len(first) + len(second) + 3 <= 64
+        assert holders(np.concatenate((first, second)))
+        if len(other) > 8:  # short ones are found in many documents
+            assert holders(other) - holders(np.concatenate((first, second)))
+        assert all(np.array_equal(example[k], pairs[i][k]) for k in example)
+        cuts.append(len(first))
+    assert len(set(cuts)) > 40
+    with pytest.raises(UserError, match="two documents"):
+        Pairs(TokenStore.build(documents()[5:6], tokenizer(), tmp_path / "one"), 64)
+
+
+def test_a_wordpiece_like_store_without_bos(tmp_path: Path) -> None:
+    """T5 has no bos: documents are text and eos, and pieces are still the bare text."""
+    t = train(TEXTS[:5], "byte-bpe", size=400, seed=0)
+    vocab = t.vocab
+    roles = {role: i for role, i in vocab.roles.items() if role != "bos"}
+    t.__dict__["vocab"] = type(vocab)(vocab.size, roles, vocab.special, vocab.sentinels, vocab.begins_word)
+    made = TokenStore.build(documents(), t, tmp_path / "store")
+    assert not made.opened
+    assert t.decode(Pieces(made, 10_000)[3]["tokens"]) == [d.text for d in documents() if d.text][3]
+
+
+def test_held_out_documents_are_a_function_of_their_names() -> None:
+    some = [Document(f"{i}.txt", "text") for i in range(5000)]
+    held = {d.name for d in split(some, 0.05, held_out=True)}
+    rest = {d.name for d in split(some, 0.05, held_out=False)}
+    assert held | rest == {d.name for d in some}
+    assert not held & rest
+    assert abs(len(held) - 250) < 4 * (5000 * 0.05 * 0.95) ** 0.5
+    assert {d.name for d in split(reversed(some[:100]), 0.05, held_out=True)} == {d.name for d in some[:100]} & held
+    with pytest.raises(UserError, match="held-out share"):
+        split(some, 1.5, held_out=True)
+
+
+def test_enough_holds_out_one_of_two_at_least() -> None:
+    for names in (["a", "b"], [f"play {i}" for i in range(38)], [str(i) for i in range(3000)]):
+        share = enough(0.01, names)
+        held = [n for n in names if place(n) < share]
+        assert 1 <= len(held) < len(names)
+        if sum(place(n) < 0.01 for n in names):
+            assert share == 0.01
+
+
+def test_a_document_of_6_mb_needs_little_memory(tmp_path: Path) -> None:
+    """The peak of the whole process, torch and tokenizer included. What a document costs is its own text, and what the
+    tokenizer makes of it is bounded: by hand, 50 MB on one line take PEAK."""
+    text = " ".join(TEXTS)
+    line = (text.replace("\n", " ") * (6_000_000 // len(text) + 1))[:6_000_000]
+    (tmp_path / "long.txt").write_text(line)
+    tokenizer().save(tmp_path / "tokenizer")
+    told = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    ).stdout.split()  # fmt: skip
+    peak, tokens, size = map(int, told)
+    assert size == len(line.encode())
+    assert tokens > 1_000_000
+    assert peak < 800_000_000
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from firth.data.batch import Batches
+from firth.data.segment import Windows
+from firth.data.shards import TokenStore
+from firth.objectives.causal import CausalLM
+from firth.text import read
+from firth.text.tokenizer import Tokenizer
+folder = Path(sys.argv[1])
+t = Tokenizer.load(folder / "tokenizer")
+one = read.Document("one", (folder / "long.txt").read_text())
+s = TokenStore.build([one], t, folder / "store")
+Batches(Windows(s, 256), CausalLM(), t.vocab, rows=16, seed=0).batches(5)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(s.tokens), int(s.bytes.sum()))
+"""
+
+
+def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfgood \xff\xfe day\x00 all")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
+    counts = read.Counts()
+    some = list(read.documents([str(tmp_path)], counts=counts))
+    made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows())
+    assert len(made) == 2
+    assert made.manifest["counts"]["nul"] == 1
+    assert made.manifest["counts"]["empty"] == 2
+    assert "good" in tokenizer().decode(body(made, 0))
+    batch = Batches(Pieces(made, 16), CausalLM(), tokenizer().vocab, rows=2, seed=0).batches(0)[0]
+    assert batch["tokens"].shape[0] == 2

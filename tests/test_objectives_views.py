@@ -1,0 +1,296 @@
+"""What the objectives of pretraining and classification show and ask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from firth.data.batch import collate, pack
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.causal import CausalLM
+from firth.objectives.classification import Classification
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective
+from firth.objectives.span_corruption import SpanCorruption, corrupt
+from firth.text.vocab import Vocab
+from firth.train.step import step
+from firth.types import IGNORE, NEVER, Example, UserError
+
+SENTINELS = 20
+VOCAB = Vocab(
+    size=100,
+    roles={"pad": 0, "unk": 1, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4},
+    special=np.arange(100) < 5 + SENTINELS,
+    sentinels=np.arange(5, 5 + SENTINELS),
+    begins_word=np.arange(100) % 3 == 0,
+)
+
+
+def some_text(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.integers(25, 100, n).astype(np.int32)
+
+
+def framed(rng: np.random.Generator) -> Example:
+    return {"tokens": VOCAB.frame(some_text(rng, int(rng.integers(5, 40))))}
+
+
+def bare(rng: np.random.Generator) -> Example:
+    return {"tokens": some_text(rng, int(rng.integers(5, 40)))}
+
+
+def pairs(rng: np.random.Generator) -> Example:
+    n = int(rng.integers(2, 15))
+    return {"first": some_text(rng, 9), "second": some_text(rng, n), "other": some_text(rng, n)}
+
+
+def labelled(rng: np.random.Generator) -> Example:
+    return framed(rng) | {"label": int(rng.integers(3))}
+
+
+CASES = {
+    "causal": (CausalLM(), bare),
+    "mlm": (MLM(), framed),
+    "mlm by words": (MLM(noise="words"), framed),
+    "mlm in spans, alike": (MLM(noise="geometric", alike=True), framed),
+    "mlm, static": (MLM(masks=10), framed),
+    "nsp + mlm": (NSP() + MLM(), pairs),
+    "span corruption": (SpanCorruption(), bare),
+    "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
+    "classification": (Classification(classes=("a", "b", "c")), labelled),
+    "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
+    objective, source = CASES[name]
+    for seed in range(50):
+        example = source(np.random.default_rng(seed))
+        kept = {k: np.copy(v) for k, v in example.items()}
+        shown, again = (objective.view(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
+        assert shown.keys() == again.keys()
+        assert all(np.array_equal(shown[k], again[k]) for k in shown)
+        assert all(np.array_equal(example[k], kept[k]) for k in kept)
+        n = len(shown["tokens"])
+        asked = {*objective.targets.values(), *objective.measures.values()}
+        assert asked <= shown.keys()
+        for field in asked | {"looks", "appears"} & shown.keys():
+            assert shown[field].shape == (n,)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_and_padded_batches_have_one_loss(name: str) -> None:
+    objective, source = CASES[name]
+    rng = np.random.default_rng(0)
+    shown = [objective.view(source(rng), VOCAB, rng) for _ in range(8)]
+    asked = {*objective.targets.values(), *objective.measures.values()}
+    torch.manual_seed(0)
+    shape = Shape(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128,
+                  encoder=int("source_tokens" in shown[0]), segments=2)  # fmt: skip
+    model = LM(shape, objective.parts(shape))
+    found, gradient = [], []
+    for batches in (
+        [collate(shown, asked)],
+        [pack(shown, 64, asked)],
+        [collate(shown[:3], asked), pack(shown[3:], 90, asked)],
+    ):
+        model.zero_grad()
+        found.append({k: float(v) for k, v in step(model, objective, batches).items()})
+        gradient.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    for other, g in zip(found[1:], gradient[1:], strict=True):
+        assert other == pytest.approx(found[0], rel=1e-5)
+        torch.testing.assert_close(g, gradient[0], rtol=1e-4, atol=1e-6)
+
+
+def share_within(count: int, of: int, p: float, together: float = 1) -> bool:
+    """Within 4.5 standard deviations of a binomial whose trials come in clusters of `together`."""
+    return abs(count - of * p) < 4.5 * (together * of * p * (1 - p)) ** 0.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": "words"}, {"masks": 10}, {"noise": "geometric"}])
+def test_the_three_shares_of_mlm(settings: dict[str, object]) -> None:
+    rng = np.random.default_rng(0)
+    asked = masked = kept = total = 0
+    drawn = np.zeros(100, np.int64)
+    for _ in range(3000):
+        tokens = VOCAB.frame(some_text(rng, 50))
+        seen = MLM(**settings).view({"tokens": tokens}, VOCAB, rng)
+        at = seen["labels"] != IGNORE
+        assert np.array_equal(seen["labels"][at], tokens[at])
+        assert np.array_equal(seen["tokens"][~at], tokens[~at])
+        assert not at[[0, -1]].any()
+        shown = seen["tokens"][at]
+        total += 50
+        asked += int(at.sum())
+        masked += int((shown == VOCAB.mask).sum())
+        kept += int((shown == tokens[at]).sum())
+        drawn += np.bincount(shown[(shown != VOCAB.mask) & (shown != tokens[at])], minlength=100)
+    if settings.get("noise") != "geometric":  # which has an exact total
+        # Words of geometric length, 3 on average: their tokens fall together, which spreads the sum by E[n^2] / E[n] = 5.
+        assert share_within(asked, total, 0.15, together=5 if settings.get("noise") == "words" else 1)
+    random = asked - masked - kept
+    assert share_within(masked, asked, 0.8)
+    assert share_within(kept, asked, 0.1 + 0.1 / 75)  # a random token is the same one now and then
+    assert share_within(random, asked, 0.1 * 74 / 75)
+    assert drawn[:25].sum() == 0  # no control token is ever drawn
+    assert ((drawn[25:] - random / 75) ** 2 / (random / 75)).sum() < 140  # 74 degrees of freedom, p = 5e-6
+
+
+def test_static_masks_are_few_and_dynamic_ones_are_not() -> None:
+    tokens = VOCAB.frame(some_text(np.random.default_rng(0), 60))
+
+    def maskings(objective: MLM) -> set[bytes]:
+        return {
+            objective.view({"tokens": tokens}, VOCAB, np.random.default_rng(s))["tokens"].tobytes() for s in range(200)
+        }
+
+    assert len(maskings(MLM(masks=10))) == 10
+    assert len(maskings(MLM(masks=1))) == 1
+    assert len(maskings(MLM())) == 200
+
+
+def test_alike_spans_are_shown_in_one_way() -> None:
+    rng = np.random.default_rng(0)
+    mixed = 0
+    for objective in (MLM(noise="geometric", alike=True), MLM(noise="geometric")):
+        mixed = 0
+        for _ in range(200):
+            tokens = some_text(rng, 80)
+            seen = objective.view({"tokens": tokens}, VOCAB, rng)
+            asked = seen["labels"] != IGNORE
+            edges = np.flatnonzero(np.diff(asked.astype(int), prepend=0, append=0))
+            for a, b in zip(edges[::2], edges[1::2], strict=True):
+                masked = seen["tokens"][a:b] == VOCAB.mask
+                mixed += masked.any() and not masked.all()
+        assert (mixed == 0) == objective.alike
+    assert mixed
+
+
+@pytest.mark.parametrize("name", ["mlm", "mlm by words", "span corruption", "span corruption in one row"])
+def test_what_was_hidden_cannot_leak(name: str) -> None:
+    """Another token in a hidden place changes nothing that is shown (but where it was shown on purpose)."""
+    objective, source = CASES[name]
+    if isinstance(objective, MLM):
+        objective = MLM(noise=objective.noise, masked=1.0, random=0.0)
+    for seed in range(30):
+        example = source(np.random.default_rng(seed))
+        shown = objective.view(example, VOCAB, np.random.default_rng(seed))
+        changed = example["tokens"].copy()
+        side = "source_tokens" if "source_tokens" in shown else "tokens"
+        if isinstance(objective, MLM):
+            hidden = np.flatnonzero(shown["labels"] != IGNORE)
+        else:
+            kept = set(shown[side][: len(changed)].tolist())
+            hidden = np.array([i for i, t in enumerate(changed) if t not in kept])
+        if not len(hidden):
+            continue
+        # The same word structure, so that noise by words falls alike.
+        changed[hidden] = 25 + (changed[hidden] - 25 + 3) % 75
+        other = objective.view(example | {"tokens": changed}, VOCAB, np.random.default_rng(seed))
+        free = shown["looks"] == 0 if side == "tokens" and "looks" in shown else slice(None)
+        assert np.array_equal(shown[side][free], other[side][free])
+        assert not np.array_equal(shown["labels"], other["labels"])
+
+
+def test_the_example_of_t5_letter_for_letter() -> None:
+    words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week."]
+    names = [*words, "<X>", "<Y>", "<Z>"]
+    gone = np.isin(words, ["for", "inviting", "last"])
+    shown, asked = corrupt(np.arange(len(words)), gone, np.array([10, 11, 12]))
+    assert " ".join(names[i] for i in shown) == "Thank you <X> me to your party <Y> week."
+    assert " ".join(names[i] for i in asked) == "<X> for inviting <Y> last <Z>"
+
+
+@pytest.mark.parametrize("mask", ["#..", "..#", "###", "...", "#.#.#", ".##.##", "##..", ""])
+def test_what_was_dropped_can_be_put_back(mask: str) -> None:
+    tokens, dropped = np.arange(25, 25 + len(mask)), np.array([c == "#" for c in mask], bool)
+    shown, asked = corrupt(tokens, dropped, VOCAB.sentinels)
+    answer: dict[int, list[int]] = {}
+    for t in asked.tolist():
+        if t in VOCAB.sentinels:
+            last = answer.setdefault(t, [])
+        else:
+            last.append(t)
+    whole = [x for t in shown.tolist() for x in (answer[t] if t in VOCAB.sentinels else [t])]
+    assert whole == tokens.tolist()
+    assert asked[-1] == VOCAB.sentinels[len(answer) - 1]
+    assert answer[int(asked[-1])] == []
+
+
+def test_span_corruption_has_t5_s_rows() -> None:
+    rng = np.random.default_rng(0)
+    seen = SpanCorruption().view({"tokens": some_text(rng, 100)}, VOCAB, rng)
+    # 15 tokens in 5 spans: 85 + 5 + stop; 15 + 5 + the last sentinel + stop.
+    assert len(seen["source_tokens"]) == 91
+    assert len(seen["labels"]) == 22
+    assert seen["source_tokens"][-1] == seen["labels"][-1] == VOCAB.eos
+    assert seen["tokens"][0] == VOCAB.pad
+    assert np.array_equal(seen["tokens"][1:], seen["labels"][:-1])
+    with pytest.raises(UserError, match="20 sentinels"):
+        SpanCorruption(noise="iid", rate=0.5).view({"tokens": some_text(rng, 200)}, VOCAB, rng)
+
+
+def test_next_sentence_is_asked_at_cls_alone_and_fairly() -> None:
+    rng = np.random.default_rng(0)
+    strangers = 0
+    for _ in range(2000):
+        example = pairs(rng)
+        seen = NSP().view(example, VOCAB, rng)
+        stranger = int(seen["next"][0])
+        strangers += stranger
+        assert (seen["next"][1:] == IGNORE).all()
+        tail = example["other" if stranger else "second"]
+        assert seen["tokens"].tolist() == [2, *example["first"].tolist(), 3, *tail.tolist(), 3]
+        assert seen["segments"].sum() == len(tail) + 1
+    assert share_within(strangers, 2000, 0.5)
+
+
+def test_bert_is_nsp_and_mlm() -> None:
+    rng = np.random.default_rng(0)
+    bert: Objective = NSP() + MLM()
+    seen = bert.view(pairs(rng), VOCAB, rng)
+    assert set(seen) == {"tokens", "segments", "next", "labels"}
+    assert bert.targets == {"next": "next", "tokens": "labels"}
+    assert seen["tokens"][0] == VOCAB.cls
+
+
+def test_a_class_is_asked_once_per_text() -> None:
+    example = {"tokens": VOCAB.frame(np.arange(30, 35)), "label": 2, "record": 5}
+    first = Classification(classes=("a", "b", "c")).view(example, VOCAB, np.random.default_rng(0))
+    assert first["class"].tolist() == [2] + [IGNORE] * 6
+    assert set(first) == {"tokens", "class"}
+    last = Classification(classes=("a", "b", "c"), at="last").view(example, VOCAB, np.random.default_rng(0))
+    assert last["class"].tolist() == [IGNORE] * 6 + [2]
+    assert last["looks"].tolist() == list(range(7))
+
+
+def test_accuracy_counts_right_answers() -> None:
+    objective = Classification(classes=("a", "b"))
+    shape = Shape(vocab=100, width=8, depth=1, heads=1, hidden=8, context=16)
+    model = LM(shape, objective.parts(shape))
+    with torch.no_grad():
+        model.parts["classes"].weight.zero_()
+        model.parts["classes"].bias.copy_(torch.tensor([1.0, 0.0]))
+    shown = [
+        objective.view({"tokens": np.arange(30, 34), "label": k}, VOCAB, np.random.default_rng(0)) for k in (0, 0, 1, 0)
+    ]
+    assert float(step(model, objective, [collate(shown, {"class"})])["accuracy"]) == pytest.approx(0.75)
+
+
+def test_settings_of_mlm_that_mean_nothing_are_refused() -> None:
+    for bad in ({"rate": 0.0}, {"rate": 1.0}, {"masked": 0.95, "random": 0.1}, {"masked": -0.1}):
+        with pytest.raises(UserError, match="mlm: rate"):
+            MLM(**bad)
+
+
+def test_padding_is_never_seen() -> None:
+    rng = np.random.default_rng(0)
+    shown = [MLM().view(framed(rng), VOCAB, rng) for _ in range(5)]
+    batch = collate(shown)
+    lengths = [len(s["tokens"]) for s in shown]
+    for row, n in zip(batch["appears"], lengths, strict=True):
+        assert (row[:n] == 0).all()
+        assert (row[n:] == NEVER).all()
