@@ -1,0 +1,243 @@
+"""Records become examples of every usual shape; what is cut or left out is counted; mistakes name file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_room import tokenizer
+
+from firth.data.batch import Batches
+from firth.data.records import Dialogues, Labelled, Preferences, Prompted, Records, comparison, prompts
+from firth.objectives.classification import Classification
+from firth.objectives.dpo import DPO
+from firth.objectives.reward import Reward
+from firth.objectives.sft import SFT, TextToText
+from firth.text import chat
+from firth.types import IGNORE, UserError
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Rows -> the path of a JSONL file that holds them."""
+
+    def lines(*rows: Any, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return lines
+
+
+def text(ids: np.ndarray) -> str:
+    return tokenizer().decode(ids)
+
+
+def test_labelled_texts(write: Write) -> None:
+    path = write(*({"text": f"text {i}", "label": ("good", "bad", "odd")[i % 3]} for i in range(9)))
+    source = Labelled([path], tokenizer(), 32)
+    assert source.classes == ("bad", "good", "odd")
+    vocab = tokenizer().vocab
+    for i in range(9):
+        example = source[i]
+        assert set(example) == {"tokens", "label"}
+        assert (example["tokens"][0], example["tokens"][-1]) == (vocab.cls, vocab.sep)
+        assert text(example["tokens"]) == f"text {i}"
+        assert source.classes[example["label"]] == ("good", "bad", "odd")[i % 3]
+    held = Labelled([write({"text": "x", "label": "odd"}, name="held.jsonl")], tokenizer(), 32, classes=source.classes)
+    assert held[0]["label"] == 2
+    assert source.counts == {"examples": 9, "records": 9, "files": 1}
+
+
+def test_labels_may_be_numbers(write: Write) -> None:
+    path = write(*({"text": "x", "label": n} for n in (10, 2, 2, 0)))
+    source = Labelled([path], tokenizer(), 32)
+    assert source.classes == ("0", "2", "10")
+    assert [int(source[i]["label"]) for i in range(4)] == [2, 1, 1, 0]
+    named = Labelled(
+        [write({"text": "x", "label": 1}, {"text": "x", "label": "no"})], tokenizer(), 32, classes=("no", "yes")
+    )
+    assert [int(named[i]["label"]) for i in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize(("first", "second"), [(40, 40), (40, 3), (3, 40), (5, 5), (9, 8), (0, 40)])
+def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: int) -> None:
+    words = [tokenizer().token(i) for i in range(300)]
+    assert words
+    path = write({"a": "x " * first, "b": "y " * second, "label": "same"})
+    source = Labelled([path], tokenizer(), 20, text="a", pair="b")
+    example = source[0]
+    lengths = [len(tokenizer().encode(s)) for s in ("x " * first, "y " * second)]
+    kept = int((example["segments"] == 0).sum()) - 2, int((example["segments"] == 1).sum()) - 1
+    assert len(example["tokens"]) <= 20
+    if sum(lengths) <= 17:
+        assert kept == tuple(lengths)
+        assert "cut" not in source.counts
+    else:
+        assert sum(kept) == 17
+        assert all(k == n or k >= 8 for k, n in zip(kept, lengths, strict=True))
+        assert source.counts["cut"] == 1
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello you"}]},
+    {"conversations": [{"from": "human", "value": "hi there"}, {"from": "gpt", "value": "hello you"}]},
+    {"prompt": "hi there", "completion": "hello you"},
+    {
+        "prompt": [{"role": "user", "content": "hi there"}],
+        "completion": [{"role": "assistant", "content": "hello you"}],
+    },
+    {"instruction": "hi there", "input": "", "output": "hello you"},
+]
+
+
+def test_dialogues_of_every_shape_are_one(write: Write) -> None:
+    source = Dialogues([write(*SHAPES)], tokenizer(), 64)
+    expected, mask = chat.encode(tokenizer(), SHAPES[0]["messages"])
+    for i in range(len(SHAPES)):
+        assert np.array_equal(source[i]["tokens"], expected)
+        assert np.array_equal(source[i]["mask"], mask)
+    assert text(expected[mask]) == "hello you"
+    batch = Batches(source, SFT(), tokenizer().vocab, rows=4, seed=0, pack=64).batches(0)[0]
+    assert int((batch["labels"] != IGNORE).sum()) == 4 * mask.sum()
+
+
+def test_what_is_too_long_is_cut_and_what_is_unanswered_left_out(write: Write) -> None:
+    long = {"prompt": "why " * 200, "completion": "because"}
+    half = {"prompt": "why", "completion": "because " * 200}
+    unanswered = {"messages": [{"role": "user", "content": "hello?"}]}
+    source = Dialogues([write(long, half, unanswered, SHAPES[0])], tokenizer(), 64)
+    assert source.counts == {"examples": 2, "records": 4, "cut": 2, "unanswered": 2, "files": 1}
+    assert len(source[0]["tokens"]) == 64
+    assert source[0]["mask"][-1]  # the answer was cut: no stop token is asked
+    with pytest.raises(UserError, match=r"no record to learn from.*'unanswered': 2"):
+        Dialogues([write(long, unanswered)], tokenizer(), 64)
+
+
+def test_text_to_text(write: Write) -> None:
+    source = Prompted([write(*SHAPES, {"prompt": "a " * 90, "completion": "b " * 90})], tokenizer(), 32, answer=16)
+    eos = tokenizer().vocab.eos
+    for i in range(len(SHAPES)):
+        assert text(source[i]["source"]) == "hi there"
+        assert text(source[i]["target"]) == "hello you"
+        assert source[i]["source"][-1] == source[i]["target"][-1] == eos
+    assert (len(source[5]["source"]), len(source[5]["target"])) == (32, 16)
+    assert source[5]["target"][-1] != eos
+    assert source.counts["cut"] == 2
+    batch = Batches(source, TextToText(), tokenizer().vocab, rows=6, seed=0, pack=48).batches(0)[0]
+    assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
+    with pytest.raises(UserError, match=r"rows.jsonl:1: text to text needs a prompt"):
+        Prompted([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
+
+
+def test_preferences(write: Write) -> None:
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    good, bad = ({"role": "assistant", "content": c} for c in ("four", "fish"))
+    rows = [
+        {"prompt": turns, "chosen": [good], "rejected": [bad]},
+        {"chosen": [*turns, good], "rejected": [*turns, bad]},
+        {"prompt": turns, "chosen": "four", "rejected": "fish"},
+    ]
+    source = Preferences([write(*rows, {"prompt": "x", "chosen": "same", "rejected": "same"})], tokenizer(), 64)
+    assert source.counts["unanswered"] == 1
+    for i in range(3):
+        example = source[i]
+        assert text(example["chosen_tokens"][example["chosen_mask"]]) == "four"
+        assert text(example["rejected_tokens"][example["rejected_mask"]]) == "fish"
+        assert np.array_equal(example["chosen_tokens"], source[0]["chosen_tokens"])
+    batch = Batches(source, Reward(), tokenizer().vocab, rows=3, seed=0).batches(0)[0]
+    assert batch["tokens"].shape[:2] == (3, 2)
+    assert DPO().targets
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a preference needs `chosen` and `rejected`"):
+        Preferences([write({"prompt": "x", "chosen": "y"})], tokenizer(), 64)
+    with pytest.raises(UserError, match="needs a `prompt`"):
+        comparison({"chosen": "a", "rejected": "b"})
+
+
+def test_prompts_end_with_the_answer_begun(write: Write) -> None:
+    found, counts = prompts([write(*SHAPES, {"prompt": "long " * 99})], tokenizer(), 40)
+    assert len(found) == len(SHAPES) == counts["examples"]
+    assert counts["too_long"] == 1
+    for prompt in found:
+        assert np.array_equal(prompt, found[0])
+        assert text(prompt).endswith("assistant\n")
+
+
+def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None:
+    rows = [{"text": f"text number {i}", "label": i % 2} for i in range(3000)]
+    path = write(*rows)
+    plain = Labelled([path], tokenizer(), 32)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(path).read_bytes()))
+    table = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=100)
+    for other in (packed, table):
+        source = Labelled([str(other)], tokenizer(), 32)
+        assert len(source) == 3000
+        for i in (0, 1, 1023, 1024, 2999):
+            assert np.array_equal(source[i]["tokens"], plain[i]["tokens"])
+            assert source[i]["label"] == plain[i]["label"]
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "told"),
+    [
+        (Labelled, '{"text": "x", "label": "a"', "rows.jsonl:2: this line is not JSON"),
+        (Labelled, '["x"]', "rows.jsonl:2: a record is a JSON object"),
+        (Labelled, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
+        (Labelled, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
+        (Labelled, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label \[1\] is none"),
+        (Labelled, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
+        (Dialogues, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
+        (Dialogues, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
+        (Prompted, '{"prompt": 3, "completion": "x"}', "rows.jsonl:2: text was expected"),
+        (Preferences, '{"prompt": "x", "chosen": ["y"], "rejected": "z"}', "rows.jsonl:2: a turn of a dialogue"),
+    ],
+)
+def test_mistakes_name_file_and_line(write: Write, source: type[Records], line: str, told: str) -> None:
+    good = {"text": "x", "label": "a", "prompt": "p", "completion": "c", "chosen": "d", "rejected": "e"}
+    with pytest.raises(UserError, match=told) as raised:
+        source([write(good, line)], tokenizer(), 32)
+    assert str(raised.value).count("rows.jsonl:2") == 1
+    assert "\n" not in str(raised.value)
+
+
+def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the label maybe is none of the classes \(no, yes\)"):
+        Labelled(
+            [write({"text": "x", "label": "yes"}, {"text": "x", "label": "maybe"})],
+            tokenizer(),
+            32,
+            classes=("no", "yes"),
+        )
+    with pytest.raises(UserError, match="no record to learn from"):
+        Labelled([write()], tokenizer(), 32)
+
+
+def test_lone_surrogates_and_nul_are_only_text(write: Write) -> None:
+    source = Labelled([write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer(), 32)
+    assert "a" in text(source[0]["tokens"])
+    objective = Classification(classes=source.classes)
+    batch = Batches(source, objective, tokenizer().vocab, rows=1, seed=0).batches(0)[0]
+    assert int((batch["class"] != IGNORE).sum()) == 1
+
+
+def test_a_source_of_records_keeps_no_text_in_memory(write: Write) -> None:
+    """What stays is the map of the file and 8 bytes a record and column."""
+    source = Dialogues([write(*SHAPES)], tokenizer(), 64)
+    tokens = source[0]["tokens"]
+    assert tokens.base is not None
+    assert not tokens.flags.writeable
