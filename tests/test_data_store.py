@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,21 @@ def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path:
     another = train(TEXTS[:5], "byte-bpe", size=400, seed=0, sentinels=2)
     made = TokenStore.build(documents(), another, tmp_path / "again")
     assert another.decode(body(made, 7)) == documents()[7].text
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_lost_is_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = store(tmp_path / "whole")
+    monkeypatch.setattr(shards, "CHUNK", 500)
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.tokens.nbytes * 2 // 3, was[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not be written .*make room and start again"):
+            store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert not (tmp_path / "store").exists()
+    assert same(store(tmp_path), whole)
 
 
 def test_one_builder_at_a_time(tmp_path: Path) -> None:
@@ -280,7 +296,8 @@ def test_enough_holds_out_one_of_two_at_least() -> None:
 
 def test_a_document_of_6_mb_needs_little_memory(tmp_path: Path) -> None:
     """The peak of the whole process, torch and tokenizer included. What a document costs is its own text, and what the
-    tokenizer makes of it is bounded: by hand, 50 MB on one line take PEAK."""
+    tokenizer makes of it is bounded: by hand, 50 MB on one line peak at 540 MB from a file and at
+    610 MB as one document, of which 425 MB are torch and the libraries."""
     text = " ".join(TEXTS)
     line = (text.replace("\n", " ") * (6_000_000 // len(text) + 1))[:6_000_000]
     (tmp_path / "long.txt").write_text(line)
@@ -292,7 +309,7 @@ def test_a_document_of_6_mb_needs_little_memory(tmp_path: Path) -> None:
     peak, tokens, size = map(int, told)
     assert size == len(line.encode())
     assert tokens > 1_000_000
-    assert peak < 800_000_000
+    assert peak < 700_000_000
 
 
 MEASURE = """

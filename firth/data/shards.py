@@ -11,6 +11,7 @@ build keeps what it has and goes on (see `_Build`). bos is left out where the to
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -98,9 +99,17 @@ class TokenStore:
         directory = Path(directory)
         if directory.exists():
             raise UserError(f"{directory}: exists already: open it, or delete it to build it again")
-        with _Build(directory, tokenizer) as build:
-            build.extend(documents, progress or _silent)
-            build.finish(dict(counts or {}))
+        try:
+            with _Build(directory, tokenizer) as build:
+                build.extend(documents, progress or _silent)
+                build.finish(counts or {})
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"{directory}: the store could not be written ({error.strerror}): make room and start again, "
+                "it goes on from where it was"
+            ) from None
         return cls.open(directory, tokenizer)
 
 
@@ -202,7 +211,7 @@ class _Build:
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
-            "counts": counts,
+            "counts": dict(counts),
             "sizes": {name: (self.partial / name).stat().st_size for name in FILES},
             "content": _content(self.partial),
         }
@@ -212,6 +221,8 @@ class _Build:
                 os.fsync(file.fileno())
         for name in (STAMPS, "tokenizer", "lock"):
             (self.partial / name).unlink()
+        if self.directory.exists():
+            raise UserError(f"{self.directory}: another process has built this store in the meantime: open it")
         os.replace(self.partial, self.directory)
 
 
