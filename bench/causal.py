@@ -197,7 +197,7 @@ def firth_run(
     from firth.train.log import Silence
     from firth.train.loop import Plan, train
     from firth.train.optimizer import Optimizer
-    from firth.train.schedule import Length
+    from firth.train.schedule import Length, Schedule
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         turn(units(step))
@@ -207,7 +207,8 @@ def firth_run(
     with tempfile.TemporaryDirectory() as directory:
         train(
             model, objective, batches, Path(directory), length=Length(steps=1_000_000), told=Silence(),
-            optimizer=Optimizer(name=optimizer), plan=Plan(evaluate_every=SHARE, save_every=0), evaluate=evaluate,
+            optimizer=Optimizer(name=optimizer), schedule=Schedule("constant", warmup=0), evaluate=evaluate,
+            plan=Plan(evaluate_every=SHARE, save_every=0),
         )  # fmt: skip
 
 
