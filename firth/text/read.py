@@ -3,10 +3,17 @@
 Everything streams, in an order that does not depend on the file system. What is wrong with a file has a stated
 policy, and each use of it is counted:
 
-    bad UTF-8                 read as U+FFFD, counted               a byte-order mark     dropped
-    NUL bytes                 removed, counted                      an empty document     skipped, counted
-    text without a break      cut at a blank every LONGEST bytes    a record over LONGEST bytes   skipped, counted
-    a line that is not JSON, a field that is missing or no text     UserError with file, line and the nearest field
+    bad UTF-8, lone surrogates    read as U+FFFD, counted
+    NUL characters                removed, counted
+    a byte-order mark             dropped
+    line breaks of Windows        read as \\n (in text files; a record says what it says)
+    nothing but white space       skipped, counted (so is a record whose text is null)
+    text over LONGEST             cut at a paragraph, a line or a blank, counted
+    a record over LONGEST         skipped, counted
+    a file met twice              read once (through links too); hidden files and linked directories are not entered
+
+and a UserError with file and line (and the nearest field) where a line is not JSON, a field is missing or holds no
+text, an archive is damaged or cut off, a file cannot be read, or is UTF-16.
 
 >>> import tempfile, pathlib
 >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -23,9 +30,13 @@ import difflib
 import glob
 import gzip
 import io
+import itertools
 import json
+import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -38,7 +49,9 @@ LONGEST = 4 << 20
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", "")
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet",)
-SPLITS = ("file", "blank", "line")
+PACKED = (".gz", ".zst")
+SPLITS = {"file": None, "blank": re.compile(r"\n\s*\n"), "line": re.compile(r"\n")}
+READ = "firth reads .txt, .md and such, .jsonl and .parquet, plain or as .gz and .zst"
 
 
 @dataclass
@@ -60,7 +73,8 @@ class Counts:
 
 
 class Document(NamedTuple):
-    """name: its file within what the user named (and the record's number), the same on every machine; text: what it says."""
+    """name: its file within what the user named (and its number there), the same on every machine and used once; a
+    record's own `name` where it has one (records that share it are held out together). text: what it says."""
 
     name: str
     text: str
@@ -69,30 +83,64 @@ class Document(NamedTuple):
 def files(paths: Sequence[str]) -> dict[Path, str]:
     """The readable files under files, directories and globs, each once, sorted within each path that was given.
 
-    File -> its name within the directory that was given, which does not depend on where that lies.
+    File -> its name within the directory that was given (or a glob's fixed part), which does not depend on where that
+    lies. Of two files with one name the later is called `name~2`.
 
     Raises UserError where a path matches nothing, or only files of a kind that is not read.
     """
     found: dict[Path, str] = {}
+    met: set[Path] = set()
+    names: set[str] = set()
     for given in paths:
-        path = Path(given).expanduser()
-        root = path if path.is_dir() else None
-        if path.is_dir():
-            some = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path) and _kind(p) is not None)
-            if not some:
-                raise UserError(
-                    f"{given}: there is no text in this directory; firth reads .txt, .md, .jsonl and .parquet"
-                )
-        elif path.is_file():
-            if _kind(path) is None:
-                raise UserError(f"{given}: files of this kind are not read; firth reads text, .jsonl and .parquet")
-            some = [path]
-        else:
-            some = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            if not some:
-                raise UserError(f"{given}: there is no such file or directory, and it matches none as a pattern")
-        found |= {p: p.relative_to(root).as_posix() if root else p.name for p in some if p not in found}
+        for path, root in _under(given):
+            real = path.resolve()
+            if real in met:
+                continue
+            met.add(real)
+            plain = name = path.relative_to(root).as_posix()
+            again = 1
+            while name in names:
+                again += 1
+                name = f"{plain}~{again}"
+            names.add(name)
+            found[path] = name
     return found
+
+
+def _under(given: str) -> list[tuple[Path, Path]]:
+    """The readable files that one given path means, each with the directory that its name starts from."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        some = _inside(path)
+        if not some:
+            raise UserError(f"{given}: there is no text in this directory; {READ}")
+        return [(p, path) for p in some]
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"{given}: this is neither a file nor a directory")
+        if _kind(path) is None:
+            raise UserError(f"{given}: files of this kind are not read; {READ}")
+        return [(path, path.parent)]
+    matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if not matched:
+        raise UserError(f"{given}: there is no such file or directory, and it matches none as a pattern")
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
+    some = [p for m in matched for p in (_inside(m) if m.is_dir() else [m]) if p.is_file() and _kind(p) is not None]
+    if not some:
+        raise UserError(f"{given}: what matches this pattern is not read; {READ}")
+    return [(p, Path(*fixed)) for p in some]
+
+
+def _inside(root: Path) -> list[Path]:
+    def denied(error: OSError) -> None:
+        raise UserError(f"{error.filename}: this directory cannot be read: {error.strerror}") from None
+
+    found = []
+    for directory, below, names in os.walk(root, onerror=denied):
+        below[:] = [name for name in below if not name.startswith(".")]
+        some = [Path(directory, name) for name in names if not name.startswith(".")]
+        found += [p for p in some if _kind(p) is not None and p.is_file()]
+    return sorted(found)
 
 
 def documents(
@@ -100,7 +148,7 @@ def documents(
 ) -> Iterator[Document]:
     """The documents under `paths`. split: a text file is one document ("file"), or one per paragraph or line.
 
-    A text file over LONGEST bytes comes in several documents, cut at white space.
+    field: where a record's text is. A text file over LONGEST comes in several documents.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
@@ -108,15 +156,17 @@ def documents(
     for path, name in files(paths).items():
         if _kind(path) == "text":
             counts.files += 1
-            for number, text in enumerate(_split(_chunks(path, counts), split, counts), 1):
+            for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
                 yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
         else:
-            for place, record in _records(path, counts):
-                text = clean(text_field(record, field, place), counts)
+            for place, record in _records(path, counts, (field, "name")):
+                value = record.get(field)
+                text = "" if value is None and field in record else clean(text_field(record, field, place), counts)
                 if text.strip():
                     counts.documents += 1
-                    counts.bytes += len(text.encode("utf-8", "replace"))
-                    yield Document(str(record.get("name") or name + place.removeprefix(str(path))), text)
+                    counts.bytes += len(text.encode())
+                    own = record.get("name")
+                    yield Document(str(own) if own else name + place.removeprefix(str(path)), text)
                 else:
                     counts.empty += 1
 
@@ -127,7 +177,7 @@ def records(paths: Sequence[str], *, counts: Counts | None = None) -> Iterator[t
     for path in files(paths):
         if _kind(path) == "text":
             raise UserError(f"{path}: records are wanted here (.jsonl or .parquet), and this is plain text")
-        yield from _records(path, counts)
+        yield from _records(path, counts, ())
 
 
 def text_field(record: dict[str, Any], field: str, place: str) -> str:
@@ -156,85 +206,114 @@ def clean(text: str, counts: Counts) -> str:
 
 def open_bytes(path: Path) -> BinaryIO:
     """The file's content, unpacked where its name says .gz or .zst."""
-    if path.suffix == ".gz":
+    packed = path.suffix.lower()
+    if packed == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        import zstandard
-
-        raw = path.open("rb")
-        return cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(raw, closefd=True, read_across_frames=True))
+    if packed == ".zst":
+        return io.BufferedReader(_Zstd(path), 1 << 20)
     return path.open("rb")
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+class _Zstd(io.RawIOBase):
+    """Unpacks frame after frame. zstandard's own reader takes a file that is cut off for one that ends."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self.file = path.open("rb")
+        self.frames = zstandard.ZstdDecompressor()
+        self.frame = self.frames.decompressobj()
+        self.within = False  # a frame has begun and not ended
+        self.held = io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not (n := self.held.readinto(buffer)):
+            raw = self.file.read(1 << 10)  # a kilobyte can unpack to 32 MB
+            if not raw:
+                if self.within:
+                    raise EOFError("the file ends within a zstd frame")
+                return 0
+            self.held = io.BytesIO()
+            while raw:
+                self.within = True
+                self.held.write(self.frame.decompress(raw))
+                raw = b""
+                if self.frame.eof:
+                    raw, self.within = self.frame.unused_data, False
+                    self.frame = self.frames.decompressobj()
+            self.held.seek(0)
+        return n
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _kind(path: Path) -> str | None:
-    suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
-    suffix = suffix.lower()
+    suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
     return "text" if suffix in TEXT else "lines" if suffix in LINES else "table" if suffix in TABLES else None
 
 
-def _chunks(path: Path, counts: Counts) -> Iterator[str]:
-    """A text file in pieces of about LONGEST bytes, cut at white space, decoded and cleaned."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
+    """A text file in pieces of about LONGEST, decoded and cleaned, cut where `split` cuts it, else at white space."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held, first = "", True
     with _guarded(path) as file:
         while True:
             raw = file.read(LONGEST)
-            try:
-                piece = decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError:
-                waiting, _ = decoder.getstate()
-                decoder.reset()
-                whole = waiting + raw
-                tail = _incomplete(whole) if raw else 0
-                piece = whole[: len(whole) - tail].decode("utf-8", "replace")
-                counts.bad_utf8 += max(1, piece.count("\ufffd"))
-                decoder.decode(whole[len(whole) - tail :])
-            if first:
+            whole = decoder.getstate()[0] + raw
+            if first and whole[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
+            piece = decoder.decode(raw, final=not raw)
+            if "\ufffd" in piece:  # those that the file itself has are not damage
+                counts.bad_utf8 += piece.count("\ufffd") - whole.count("\ufffd".encode())
+            if first and piece:
                 piece, first = piece.removeprefix("\ufeff"), False
-            held += clean(piece, counts)
+            held = (held + clean(piece, counts)).replace("\r\n", "\n")
             if not raw:
                 yield held
                 return
-            if len(held) >= LONGEST:
-                cut = max(held.rfind("\n\n"), held.rfind("\n"), held.rfind(" ")) + 1
-                cut = cut or len(held)
-                counts.cut += 1
+            while len(held) > LONGEST:
+                cut, clean_cut = _cut(held, split)
+                counts.cut += not clean_cut
                 yield held[:cut]
                 held = held[cut:]
 
 
-def _incomplete(data: bytes) -> int:
-    """How many bytes at the end are the beginning of a character that the next block completes."""
-    for n in range(1, min(4, len(data)) + 1):
-        lead = data[-n]
-        if lead >= 0xC0:
-            width = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            return n if width > n else 0
-        if lead < 0x80:
-            return 0
-    return 0
+def _cut(text: str, split: str) -> tuple[int, bool]:
+    """Where to cut a text longer than LONGEST, and whether a document ends there anyway."""
+    if split != "file":
+        ends = "\n" if split == "line" else "\n\n"
+        at = text.rfind(ends, 0, LONGEST)
+        if at >= 0:
+            return at + len(ends), True
+    for sign in ("\n\n", "\n", " "):
+        at = text.rfind(sign, LONGEST // 2, LONGEST)
+        if at >= 0:
+            return at + len(sign), False
+    return LONGEST - (LONGEST > 1 and text[LONGEST - 1] == "\r"), False
 
 
 def _split(chunks: Iterator[str], split: str, counts: Counts) -> Iterator[str]:
-    pattern = {"blank": r"\n\s*\n", "line": r"\n"}.get(split)
+    pattern = SPLITS[split]
     empty = True
     for chunk in chunks:
-        for text in re.split(pattern, chunk) if pattern else [chunk]:
+        for text in pattern.split(chunk) if pattern else [chunk]:
             if text.strip():
                 empty = False
                 counts.documents += 1
-                counts.bytes += len(text.encode("utf-8"))
+                counts.bytes += len(text.encode())
                 yield text
     counts.empty += empty
 
 
-def _records(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """columns: those of a table that are wanted, all where none is named."""
     counts.files += 1
-    yield from (_table(path) if _kind(path) == "table" else _lines(path, counts))
+    yield from (_table(path, counts, columns) if _kind(path) == "table" else _lines(path, counts))
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -249,6 +328,8 @@ def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
                     pass
                 continue
             if number == 1:
+                if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
@@ -266,6 +347,8 @@ def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
         counts.bad_utf8 += 1
     try:
         record = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{place}: this record is nested too deeply; mend or remove it") from None
     except ValueError as error:
         raise UserError(f"{place}: this line is not JSON: {error}; mend or remove it") from None
     if not isinstance(record, dict):
@@ -273,35 +356,44 @@ def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
     return record
 
 
-def _table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        row = 0
-        for batch in table.iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                row += 1
-                yield f"{path}: row {row}", record
+        with pyarrow.parquet.ParquetFile(path) as table:
+            there = table.schema_arrow.names
+            some = [c for c in columns if c in there] if columns and columns[0] in there else None
+            row = 0
+            for batch in table.iter_batches(batch_size=64, columns=some):
+                many = [batch] if batch.nbytes <= LONGEST else [batch.slice(i, 1) for i in range(len(batch))]
+                for part in many:
+                    if part.nbytes > LONGEST:
+                        counts.too_long += len(part)
+                        row += len(part)
+                        continue
+                    for record in part.to_pylist():
+                        row += 1
+                        yield f"{path}:{row}", record
+            if not row:
+                counts.empty += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text behind row {row} is not UTF-8: {error.reason}") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: this is not a Parquet file that can be read: {error}") from None
 
 
-class _guarded:  # noqa: N801 - used as a `with` statement reads
+@contextmanager
+def _guarded(path: Path) -> Iterator[BinaryIO]:
     """An open file whose damage (a cut-off archive, missing rights) is told in one sentence."""
+    import zstandard
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> BinaryIO:
+    try:
+        file = open_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path}: this file cannot be read: {error.strerror or error}") from None
+    with file:
         try:
-            self.file = open_bytes(self.path)
-        except OSError as error:
-            raise UserError(f"{self.path}: this file cannot be read: {error.strerror or error}") from None
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.file.close()
-        if isinstance(error, (OSError, EOFError)) or type(error).__name__ == "ZstdError":
-            raise UserError(f"{self.path}: the archive is damaged or cut off: {error}") from None
+            yield file
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(f"{path}: the archive is damaged or cut off: {error}") from None
