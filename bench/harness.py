@@ -190,7 +190,11 @@ def serve(line: Connection, contender: Contender) -> None:
         if began:
             wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
             line.send((units, wall, cpu))
-        if line.recv() == "stop":
+        try:
+            order = line.recv()
+        except EOFError:  # whoever compares us was killed
+            raise Over from None
+        if order == "stop":
             line.send(peak_mb())
             raise Over
         began[:] = time.perf_counter(), time.process_time()
