@@ -95,9 +95,7 @@ NOISES: dict[str, Noise] = {"iid": iid, "words": words, "spans": spans, "geometr
 
 def _begins(tokens: np.ndarray, allowed: np.ndarray, vocab: Vocab) -> np.ndarray:
     """Where a word begins; the first token behind a control token begins one whatever it is."""
-    if vocab.begins_word is None:
-        return allowed
-    begins: np.ndarray = (vocab.begins_word[tokens] | ~np.append(False, allowed[:-1])) & allowed
+    begins: np.ndarray = (vocab.starts(tokens) | ~np.append(False, allowed[:-1])) & allowed
     return begins
 
 

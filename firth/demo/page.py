@@ -14,7 +14,6 @@ from firth.report.figures import Curve, Figure, Level
 from firth.report.page import Cell, Command, Number, Report, Sample, Section, Table
 from firth.report.run import read_rows as metric_rows
 from firth.report.run import series
-from firth.text import show
 from firth.text.show import readable
 from firth.text.tokenizer import Tokenizer
 
@@ -98,7 +97,7 @@ def curves(
 
 def subwords(out: Path) -> Section:
     tokenizer = Tokenizer.load(out / "tokenizer")
-    merges = show.kept(out / "tokenizer", 24)
+    merges = tokenizer.learnt[:24]
     rows = [
         [i, f"{readable(m.left)} + {readable(m.right)}", readable(m.left + m.right), m.count]
         for i, m in enumerate(merges, 1)

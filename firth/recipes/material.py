@@ -15,7 +15,7 @@ from pathlib import Path
 
 from firth.data.shards import TokenStore
 from firth.data.split import enough, split
-from firth.text import corpora, read, show
+from firth.text import corpora, read
 from firth.text.read import Counts, Document
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
@@ -145,9 +145,6 @@ def train_tokenizer(
     texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
-    show.keep_counts(
-        tokenizer, (d.text for d in read.documents(paths, field=field, split=split)), out, sample=sample, seed=seed
-    )
     rows = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.rows().items())
     echo(f"{algorithm} tokenizer of {tokenizer.vocab.size} ids from {rows}: {out}")
     return tokenizer

@@ -17,15 +17,19 @@ import functools
 import hashlib
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders as engine_decoders
-from tokenizers import models, pre_tokenizers
 
+from firth.text import foreign
+from firth.text.merges import Merge
+from firth.text.normalize import whole
 from firth.text.vocab import Vocab
 from firth.types import UserError
 
@@ -45,23 +49,44 @@ USUAL = {
 
 
 class Tokenizer:
-    """One tokenizer. template: its chat template (Jinja), None for firth's own."""
+    """One tokenizer.
 
-    def __init__(self, engine: Engine, roles: dict[str, str] | None = None, template: str | None = None) -> None:
+    roles: role -> the token that has it; where nothing is said, the usual names. template: its chat template (Jinja),
+    None for firth's own. learnt: the merges with their counts, as `firth.text.train` found them, first to last.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: dict[str, str] | None = None,
+        template: str | None = None,
+        learnt: Sequence[Merge] = (),
+    ) -> None:
+        engine.no_padding()
+        engine.no_truncation()
+        # transformers 4 and 5 both honour a control token written in a template, so the file itself does not bar it.
+        engine.encode_special_tokens = False
+        self.definition: str = engine.to_str(pretty=True)
         self.engine = engine
         self.engine.encode_special_tokens = True
-        self.engine.no_padding()
-        self.engine.no_truncation()
         self.template = template
+        self.learnt = tuple(learnt)
         self._roles = _roles(engine, roles or {})
+        _guard(engine, json.loads(self.definition))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.definition, self._roles, self.template, self.learnt)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, without any special one: (n,) int32. Lone surrogates are read as U+FFFD."""
-        return np.array(self.engine.encode(_clean(text), add_special_tokens=False).ids, np.int32)
+        """Ids of a text: (n,) int32, never a control token, but unk where a character is unknown.
+
+        Lone surrogates are read as U+FFFD.
+        """
+        return np.array(self.engine.encode(whole(text), add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for many texts, on all cores."""
-        found = self.engine.encode_batch_fast([_clean(t) for t in texts], add_special_tokens=False)
+        found = self.engine.encode_batch_fast([whole(t) for t in texts], add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -69,9 +94,14 @@ class Tokenizer:
         text: str = self.engine.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
+    def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) int32 as of `encode`, and where in the text each begins and ends: (n, 2) in characters."""
+        found = self.engine.encode(whole(text), add_special_tokens=False)
+        return np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
+
     def pieces(self, text: str) -> list[str]:
         """The tokens of a text, as the vocabulary writes them."""
-        return list(self.engine.encode(_clean(text), add_special_tokens=False).tokens)
+        return list(self.engine.encode(whole(text), add_special_tokens=False).tokens)
 
     def token(self, id: int) -> str:
         """How the vocabulary writes an id; UserError if there is none such."""
@@ -104,41 +134,26 @@ class Tokenizer:
         sentinels: list[int] = []
         while f"<extra_id_{len(sentinels)}>" in ids:
             sentinels.append(ids[f"<extra_id_{len(sentinels)}>"])
+        begins, ends = _words(json.loads(self.definition), ids, special)
         return Vocab(
             size=size,
             roles={role: ids[token] for role, token in self._roles.items()},
             special=special,
             sentinels=np.array(sentinels, np.int64),
-            begins_word=self._begins_word(ids, size),
+            begins_word=begins,
+            ends_word=ends,
         )
-
-    def _begins_word(self, ids: dict[str, int], size: int) -> np.ndarray | None:
-        """Which ids start a word, where the spelling says so: WordPiece marks the rest, byte-level and Unigram the start.
-
-        BPE with an end-of-word symbol marks only ends, so there it is unknown from one token alone.
-        """
-        kind = json.loads(self.engine.to_str())["model"]
-        starts = np.ones(size, bool)
-        if kind["type"] == "WordPiece":
-            prefix = kind["continuing_subword_prefix"]
-            for token, i in ids.items():
-                starts[i] = not token.startswith(prefix)
-            return starts
-        if kind.get("end_of_word_suffix"):
-            return None
-        for token, i in ids.items():
-            letter = token[:1]
-            # Ġ Ċ ĉ: the byte alphabet's blank, line break and tab; ▁: SentencePiece's blank. Other signs stand alone.
-            starts[i] = letter in ("Ġ", "Ċ", "ĉ", "▁") or not letter.isalnum()
-        return starts
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides which ids a text gets."""
-        return hashlib.sha256(self.engine.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.definition.encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too."""
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too.
+
+        Beside them goes merges.json, where it is known how often each pair was seen when it was merged.
+        """
         from firth.text.chat import TEMPLATE
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -148,12 +163,14 @@ class Tokenizer:
         config["extra_special_tokens"] = [t for t in extra if t not in named]
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config["model_max_length"] = int(1e30)
-        # transformers 4 and 5 both honour a control token written in a template, so the file itself does not bar it.
-        self.engine.encode_special_tokens = False
-        _write(directory / "tokenizer.json", self.engine.to_str(pretty=True))
-        self.engine.encode_special_tokens = True
+        _write(directory / "tokenizer.json", self.definition)
         _write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
         _write(directory / "chat_template.jinja", self.template or TEMPLATE)
+        if self.learnt:
+            _write(
+                directory / "merges.json",
+                json.dumps([[m.left, m.right, m.count] for m in self.learnt], ensure_ascii=False),
+            )
 
     @staticmethod
     def load(path: Path | str) -> Tokenizer:
@@ -164,17 +181,86 @@ class Tokenizer:
         path = Path(path)
         folder = path
         if path.is_dir():
-            places = [path, path / "tokenizer", path / "model"]
-            folder = next((p for p in places if _engine_file(p)), path)
-        file = path if path.is_file() else _engine_file(folder)
+            folder = next((p for p in (path, path / "tokenizer", path / "model") if foreign.find(p)), path)
+        file = path if path.is_file() else foreign.find(folder)
         if file is None:
-            raise UserError(f"{path}: there is no tokenizer.json here (nor vocab.txt, nor vocab.json with merges.txt)")
-        engine = _read(file)
+            raise UserError(
+                f"{path}: there is no tokenizer here: no tokenizer.json, vocab.txt, vocab.json with merges.txt, nor "
+                "SentencePiece .model; make one with `firth tokenizer train`"
+            )
+        engine = foreign.read(file)
         config = _json(file.parent / "tokenizer_config.json")
         named = {role: _content(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
         template = file.parent / "chat_template.jinja"
         text = template.read_text("utf-8") if template.exists() else config.get("chat_template")
-        return Tokenizer(engine, named, text if isinstance(text, str) else None)
+        learnt = _json(file.parent / "merges.json") if file.name == "tokenizer.json" else []
+        return Tokenizer(
+            engine, named, text if isinstance(text, str) else None, [Merge(*row) for row in learnt if len(row) == 3]
+        )
+
+
+def _again(definition: str, roles: dict[str, str], template: str | None, learnt: Sequence[Merge]) -> Tokenizer:
+    return Tokenizer(Engine.from_str(definition), roles, template, learnt)
+
+
+def _guard(engine: Engine, definition: dict[str, Any]) -> None:
+    """Bar the engine's model from making a control token out of text that spells one.
+
+    The engine already finds no control token *in* a text. But a Unigram model may hold its control symbols among its
+    pieces, BPE may take a whole word for a piece, and text that was `</s>` would come out as the end of the sequence.
+    So words are cut behind the first character of a control token's spelling, which leaves all other text alone.
+    """
+    model = definition["model"]
+    control = [t["content"] for t in definition["added_tokens"] if t["special"] and len(t["content"]) > 1]
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]}
+        suffix = model.get("end_of_word_suffix") or ""
+        control = [token for token in control if token in made or (suffix and token.endswith(suffix))]
+    elif model["type"] == "WordPiece" and (definition["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer":
+        control = [token for token in control if token.isalnum()]  # others have signs, at which words are cut anyway
+    if not control:
+        return
+    rests: dict[str, list[str]] = {}
+    for token in sorted(control):
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    pattern = "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+    steps = [engine.pre_tokenizer] if engine.pre_tokenizer is not None else []
+    engine.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.Split(Regex(pattern), "isolated")])
+
+
+def _words(definition: dict[str, Any], ids: dict[str, int], special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which ids begin a word and which end one, as far as their own spelling says: two (size,) bool.
+
+    WordPiece marks what goes on with a word, BPE with an end-of-word symbol where one ends. Elsewhere a word is a run
+    of letters and digits with the blank before it; a line break ends one, and every sign is a word of its own, as
+    ALBERT has it for SentencePiece.
+    """
+    model = definition["model"]
+    begins, ends = special.copy(), special.copy()
+    on, end = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+    bytewise = "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
+    alphabet = decoders.ByteLevel()
+    for token, i in ids.items():
+        if special[i]:
+            continue
+        if model["type"] == "WordPiece":
+            begins[i] = not token.startswith(on)
+        elif end:
+            ends[i] = token.endswith(end)
+        else:
+            text = alphabet.decode([token]) if bytewise else BYTE.sub("\ufffd", token).replace("▁", " ")
+            begins[i] = text[:1].isspace() or _is_sign(text[:1])
+            ends[i] = text[-1:] in ("\n", "\r", "\t") or _is_sign(text[-1:])
+    return begins, ends
+
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""How SentencePiece writes a byte of a character that is no piece."""
+
+
+def _is_sign(character: str) -> bool:
+    """Neither letter, digit, mark nor blank. A part of a character (U+FFFD) counts as a letter: most are."""
+    return unicodedata.category(character or "a")[0] in "PS" and character != "\ufffd"
 
 
 def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
@@ -191,74 +277,19 @@ def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
     return roles
 
 
-def _engine_file(folder: Path) -> Path | None:
-    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "encoder.json"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
-
-
-def _read(file: Path) -> Engine:
-    try:
-        if file.name == "vocab.txt":
-            return _bert(file)
-        if file.name in ("vocab.json", "encoder.json"):
-            return _gpt2(file)
-        return Engine.from_str(file.read_text("utf-8"))
-    except UserError:
-        raise
-    except Exception as error:  # the engine raises bare Exception for whatever it cannot read
-        raise UserError(f"{file}: this is not a tokenizer that the tokenizers library reads: {error}") from None
-
-
-def _bert(file: Path) -> Engine:
-    """BERT's vocab.txt: one token per line; uncased unless a capital stands in it."""
-    from tokenizers import normalizers
-
-    tokens = file.read_text("utf-8").splitlines()
-    engine = Engine(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
-    plain = [t for t in tokens if not t.startswith("[")]
-    engine.normalizer = normalizers.BertNormalizer(lowercase=not any(t != t.lower() for t in plain))
-    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    engine.decoder = engine_decoders.WordPiece()
-    engine.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in set(tokens)])
-    return engine
-
-
-def _gpt2(file: Path) -> Engine:
-    """GPT-2's vocabulary (vocab.json or encoder.json) and merges (merges.txt or vocab.bpe)."""
-    merges = next((p for n in ("merges.txt", "vocab.bpe") if (p := file.parent / n).is_file()), None)
-    if merges is None:
-        raise UserError(f"{file}: the merges that belong to it are missing: put merges.txt beside it")
-    vocab = json.loads(file.read_text("utf-8"))
-    lines = [line for line in merges.read_text("utf-8").splitlines() if line and not line.startswith("#version")]
-    pairs = [(a, b) for a, _, b in (line.partition(" ") for line in lines)]
-    engine = Engine(models.BPE(vocab, pairs))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = engine_decoders.ByteLevel()
-    if "<|endoftext|>" in vocab:
-        engine.add_special_tokens(["<|endoftext|>"])
-    return engine
-
-
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> Any:
+    """What a JSON file holds; nothing where there is none."""
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: this is not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _content(token: Any) -> str:
     """A special token in tokenizer_config.json is a string or an object that holds one."""
     return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _clean(text: str) -> str:
-    """A lone surrogate is valid JSON and no UTF-8: the engine refuses it."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,34 +2,47 @@
 
     bpe         characters and `</w>`; the most frequent pair is merged, again and again (Sennrich 2016; GPT)
     byte-bpe    the same on bytes: nothing is unknown, every text comes back (GPT-2, RoBERTa, BART, Llama)
-    wordpiece   `##` continuations (BERT)
+    wordpiece   `##` continuations, longest match first (BERT). Google never published how BERT's were learnt; here,
+                as in the tokenizers library, by the most frequent pair
     unigram     a probability for each piece, pruned from a large seed vocabulary (Kudo 2018; T5, XLNet, ALBERT)
 
-Memory is bounded: a corpus larger than `sample` bytes is read once and a uniform sample of its pieces is kept
-(reservoir sampling by bytes, seeded), so the same text and seed give the same tokenizer.
+Memory is bounded: of a corpus larger than `sample` bytes, read once, a uniform sample is kept (reservoir sampling,
+seeded). The same text and seed give the same tokenizer.json, byte for byte. Of two pairs that are equally frequent the
+one whose pieces have the smaller ids is merged first, and ids are settled before anything is counted: control tokens,
+then characters in the order of their code points, then what is learnt. (Left to itself the library numbers `e</w>` and
+`##e` in the order of a hash table that differs in each process, and so breaks ties by chance.)
 
->>> t = train(["low lower lowest " * 9], "bpe", size=22, sentinels=0)
+>>> t = train(["low lower lowest " * 9], "bpe", size=24, sentinels=0)
 >>> t.pieces("lowest")
-['lowe', 'st</w>']
+['lowe', 's', 't</w>']
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 import random
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from firth.text import merges, unigram
+from firth.text.normalize import whole
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 ALGORITHMS = ("bpe", "byte-bpe", "wordpiece", "unigram")
 CONTROL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<|im_start|>", "<|im_end|>")
+END, ON = "</w>", "##"
+"""The marks of a word's end (bpe) and of what goes on with a word (wordpiece)."""
 BERT = {"<pad>": "[PAD]", "<unk>": "[UNK]", "<s>": "[CLS]", "</s>": "[SEP]", "<mask>": "[MASK]"}
-PIECE = 1 << 14  # characters: what the reservoir keeps or drops as one, so that one huge document does not fill it
+PIECE = 1 << 12
+"""Characters that the reservoir keeps or drops as one: a huge document does not fill it."""
+LETTERS = 250
+"""So many different characters are always known; of more, at most a quarter as many as there are ids."""
 
 
 def train(
@@ -41,56 +54,117 @@ def train(
     sample: int = 200_000_000,
     sentinels: int = 100,
 ) -> Tokenizer:
-    """A tokenizer of `size` ids, among them CONTROL and `sentinels` of T5's `<extra_id_n>`.
+    """A tokenizer of `size` ids, among them CONTROL and `sentinels` of T5's `<extra_id_n>`; fewer where text is scarce.
 
-    sample: bytes of text to look at. Raises UserError for an unknown algorithm, a size too small for the control
-    tokens and the alphabet, and a corpus without text.
+    sample: bytes of text to look at; memory is about four times that at most. Its `learnt` has the merges with their
+    counts. Raises UserError for an unknown algorithm, a size too small for the control tokens and the alphabet, and a
+    corpus without text.
     """
     if algorithm not in ALGORITHMS:
         raise UserError(f"there is no tokenizer algorithm {algorithm!r}; use one of {', '.join(ALGORITHMS)}")
-    control = [BERT.get(t, t) if algorithm == "wordpiece" else t for t in CONTROL]
+    control = [BERT.get(token, token) if algorithm == "wordpiece" else token for token in CONTROL]
     control += [f"<extra_id_{i}>" for i in range(sentinels)]
-    least = len(control) + (256 if algorithm == "byte-bpe" else 1)
+    engine = blank(algorithm, control[1])
+    pieces = list(reservoir(texts, sample, seed))
+    words = count_words(engine, pieces)
+    if not words:
+        raise UserError("there is no text to train a tokenizer on: every document is empty")
+    letters, rare = _letters(algorithm, words, size - len(control))
+    if rare:  # read as blanks: no piece reaches across a character that is not known
+        pieces = [_normal(engine, piece).translate(dict.fromkeys(map(ord, rare), " ")) for piece in pieces]
+        words = count_words(engine, pieces)
+    forms = {"bpe": [c + END for c in letters], "wordpiece": [ON + c for c in letters]}.get(algorithm, [])
+    least = len(control) + len(letters) + len(forms)
     if size < least:
         raise UserError(
-            f"a {algorithm} tokenizer needs at least {least} ids for its control tokens and alphabet, not {size}"
+            f"a {algorithm} tokenizer of this text needs at least {least} ids for its {len(control)} control tokens "
+            f"and {len(letters)} characters, not {size}"
         )
-    pieces = list(reservoir(texts, sample, seed))
-    if not pieces:
-        raise UserError("there is no text to train a tokenizer on: every document is empty")
-    engine, trainer = _engine(algorithm, size, control)
-    engine.train_from_iterator(pieces, trainer)
-    if engine.get_vocab_size() <= len(control) + 1:
-        raise UserError(f"the text is too small for a tokenizer: no piece beyond the {len(control)} control tokens")
-    return Tokenizer(engine)
+    if algorithm == "unigram":
+        learnt = unigram.learn(words, size - len(control))
+        engine.model = models.Unigram([(token, 0.0) for token in control] + learnt, unk_id=1)
+        engine.add_special_tokens(control)
+        return Tokenizer(engine)
+    vocab, pairs = _merge(engine, algorithm, size, [*control, *letters, *forms], pieces)
+    if algorithm == "wordpiece":
+        # BERT's limit is 100 characters; a longer word would be unknown as a whole.
+        engine.model = models.WordPiece(vocab, unk_token=control[1], max_input_chars_per_word=1000)
+    elif algorithm == "bpe":
+        engine.model = models.BPE(vocab, pairs, unk_token=control[1], end_of_word_suffix=END)
+    else:
+        engine.model = models.BPE(vocab, pairs)
+    engine.add_special_tokens(control)
+    prefix, suffix = ON if algorithm == "wordpiece" else "", END if algorithm == "bpe" else ""
+    return Tokenizer(engine, learnt=merges.count(pairs, words, prefix, suffix))
 
 
-def _engine(algorithm: str, size: int, control: list[str]) -> tuple[Engine, trainers.Trainer]:
-    unk = control[1]
-    common: dict[str, Any] = {"vocab_size": size, "special_tokens": control, "show_progress": False}
+def blank(algorithm: str, unk: str) -> Engine:
+    """The engine of an algorithm with nothing learnt: how text is normalised and cut into words, and put together."""
     if algorithm == "byte-bpe":
         engine = Engine(models.BPE())
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         engine.decoder = decoders.ByteLevel()
-        return engine, trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **common)
-    if algorithm == "bpe":
-        engine = Engine(models.BPE(unk_token=unk, end_of_word_suffix="</w>"))
+    elif algorithm == "bpe":
+        engine = Engine(models.BPE(unk_token=unk, end_of_word_suffix=END))
         engine.normalizer = normalizers.NFC()
         engine.pre_tokenizer = pre_tokenizers.Whitespace()
-        engine.decoder = decoders.BPEDecoder(suffix="</w>")
-        # Every known character is also kept without the end-of-word symbol, so that known letters are never unknown.
-        return engine, trainers.BpeTrainer(end_of_word_suffix="</w>", **common)
-    if algorithm == "wordpiece":
+        # Signs are words of their own; put together again they stand close to the word before them.
+        close = [decoders.Replace(f" {sign}", sign) for sign in ".,!?;:"]
+        engine.decoder = decoders.Sequence([decoders.BPEDecoder(suffix=END), decoders.Fuse(), *close])
+    elif algorithm == "wordpiece":
         engine = Engine(models.WordPiece(unk_token=unk))
         engine.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
         engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        engine.decoder = decoders.WordPiece(prefix="##")
-        return engine, trainers.WordPieceTrainer(continuing_subword_prefix="##", **common)
-    engine = Engine(models.Unigram())
-    engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
-    engine.pre_tokenizer = pre_tokenizers.Metaspace()
-    engine.decoder = decoders.Metaspace()
-    return engine, trainers.UnigramTrainer(unk_token=unk, **common)
+        engine.decoder = decoders.WordPiece(prefix=ON)
+    else:
+        # Each word holds the blank in front of it, at the beginning of the text and of a line too; so line breaks and
+        # runs of blanks come back (T5's own normalisation drops them, and verse and programs with them).
+        engine = Engine(models.Unigram())
+        lines = normalizers.Replace(Regex(r"\n(?=[\s\S])"), "\n ")
+        engine.normalizer = normalizers.Sequence([normalizers.NFKC(), lines, normalizers.Prepend(" ")])
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        joined = [decoders.Metaspace(prepend_scheme="always"), decoders.Fuse()]
+        engine.decoder = decoders.Sequence([*joined, decoders.Replace("\n ", "\n")])
+    return engine
+
+
+def count_words(engine: Engine, pieces: Iterable[str]) -> Counter[str]:
+    """Word -> how often, after the engine's normalisation, as its pre-tokenizer cuts."""
+    words: Counter[str] = Counter()
+    for piece in pieces:
+        words.update([word for word, _ in engine.pre_tokenizer.pre_tokenize_str(_normal(engine, piece))])
+    return words
+
+
+def _normal(engine: Engine, text: str) -> str:
+    return text if engine.normalizer is None else str(engine.normalizer.normalize_str(text))
+
+
+def _letters(algorithm: str, words: Counter[str], room: int) -> tuple[list[str], list[str]]:
+    """The characters that are known and those too rare to be, in the order of code points (ties of count too)."""
+    if algorithm == "byte-bpe":
+        return sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    found: Counter[str] = Counter()
+    for word, often in words.items():
+        for letter in word:
+            found[letter] += often
+    most = sorted(found, key=lambda letter: (letter != unigram.BLANK, -found[letter], letter))
+    known = max(LETTERS, room // 4)
+    return sorted(most[:known]), sorted(most[known:])
+
+
+def _merge(
+    engine: Engine, algorithm: str, size: int, first: list[str], pieces: Sequence[str]
+) -> tuple[dict[str, int], list[merges.Pair]]:
+    """Vocabulary and merges. `first` are the ids from 0 on: control tokens, characters, their marked forms."""
+    learner = Engine(models.BPE())
+    learner.normalizer, learner.pre_tokenizer = engine.normalizer, engine.pre_tokenizer
+    # What the trainer calls special tokens are the ids it begins with: that is how marked characters get theirs.
+    settings: dict[str, Any] = {"vocab_size": size, "special_tokens": first, "show_progress": False}
+    marks = {"bpe": {"end_of_word_suffix": END}, "wordpiece": {"continuing_subword_prefix": ON}}
+    learner.train_from_iterator(pieces, trainers.BpeTrainer(**settings | marks.get(algorithm, {})))
+    model = json.loads(learner.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
 def reservoir(texts: Iterable[str], sample: int, seed: int) -> Iterator[str]:
@@ -104,22 +178,21 @@ def reservoir(texts: Iterable[str], sample: int, seed: int) -> Iterator[str]:
     size = 0
     for at, piece in enumerate(_pieces(texts)):
         heapq.heappush(kept, (-rng.random(), at, piece))
-        size += len(piece.encode("utf-8", "replace"))
+        size += len(piece.encode())
         while size > sample and len(kept) > 1:
-            size -= len(heapq.heappop(kept)[2].encode("utf-8", "replace"))
+            size -= len(heapq.heappop(kept)[2].encode())
     for _, _, piece in sorted(kept, key=lambda k: k[1]):
         yield piece
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
     """Documents cut at white space into pieces of at most about PIECE characters."""
-    for text in texts:
-        text = text.encode("utf-8", "replace").decode("utf-8")
+    for text in map(whole, texts):
         start = 0
         while start < len(text):
             end = min(start + PIECE, len(text))
             if end < len(text):
-                blank = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
-                end = blank if blank > start else end
+                space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+                end = space if space > start else end
             yield text[start:end]
             start = end

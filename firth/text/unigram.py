@@ -42,15 +42,13 @@ LEAST = 0.5
 BLANK = "▁"
 
 
-def learn(words: Mapping[str, int], size: int, alphabet: frozenset[str] | None = None) -> list[tuple[str, float]]:
+def learn(words: Mapping[str, int], size: int) -> list[tuple[str, float]]:
     """At most `size` pieces with their natural log-probabilities, likeliest first, ties by spelling.
 
-    words: word -> how often it occurs; a blank is written `▁`, at the start of a word. alphabet: the characters that
-    must be pieces (all that occur if None), at most `size`; others are unknown, and no piece reaches across one.
+    words: word -> how often it occurs, at least one; a blank is written `▁`, at the start of a word. Every character
+    that occurs becomes a piece: there may be at most `size` of them.
     """
-    if alphabet is None:
-        alphabet = frozenset(itertools.chain.from_iterable(words))
-    table = Table.of(parts(words, alphabet))
+    table = Table.of(parts(words))
     pieces, weight = seeds(table)
     p = weight / weight.sum()
     wanted = max(size * 11 // 10, int((pieces.length == 1).sum()))
@@ -62,39 +60,35 @@ def learn(words: Mapping[str, int], size: int, alphabet: frozenset[str] | None =
             # Not expected / sum: the digammas favour few pieces (Liang & Klein 2007, as in SentencePiece).
             p = np.exp(digamma(expected) - digamma(expected.sum(keepdims=True)))
         if len(p) <= wanted:
-            return _final(table, pieces, p, size, alphabet)
+            return _final(table, pieces, p, size, set(itertools.chain.from_iterable(words)))
         kept = worthiest(table, pieces, np.log(p), expected, max(wanted, int(SHRINK * len(p))))
         pieces, p = pieces.keep(kept), p[kept]
 
 
-def parts(words: Mapping[str, int], alphabet: frozenset[str]) -> Mapping[str, int]:
-    """Words cut where no piece may reach across: between scripts, letters, digits and signs, at unknown characters.
+def parts(words: Mapping[str, int]) -> Mapping[str, int]:
+    """Words cut where no piece may reach across: between scripts, letters, digits and signs.
 
-    >>> sorted(parts({"▁low,": 2, "▁x86": 1}, frozenset("▁low,x86")).items())
+    >>> sorted(parts({"▁low,": 2, "▁x86": 1}).items())
     [(',', 2), ('86', 1), ('▁low', 2), ('▁x', 1)]
     """
     found: Counter[str] = Counter()
     for word, count in words.items():
-        for part in _runs(word, alphabet):
+        for part in _runs(word):
             found[part] += count
     if len(found) <= PARTS:
         return found
     return dict(sorted(found.items(), key=lambda row: (-row[1], row[0]))[:PARTS])
 
 
-def _runs(word: str, alphabet: frozenset[str]) -> Iterator[str]:
+def _runs(word: str) -> Iterator[str]:
     start, before = 0, ""  # before: the kind of what the part already holds; a blank joins whatever follows it
     for i, character in enumerate(word):
-        known = character in alphabet
         kind = "" if character == BLANK else kind_of(character)
-        if i > start and (not known or kind == "" or i - start == STRETCH or before not in ("", kind)):
+        if i > start and (kind == "" or i - start == STRETCH or before not in ("", kind)):
             yield word[start:i]
             start = i
-        if not known:
-            start, kind = i + 1, ""
         before = kind
-    if start < len(word):
-        yield word[start:]
+    yield word[start:]
 
 
 @functools.cache
@@ -128,7 +122,8 @@ class Table:
     def of(found: Mapping[str, int]) -> Table:
         """The table of some parts."""
         rows = sorted(found, key=lambda part: (-len(part), part))
-        live = [sum(1 for _ in itertools.takewhile(lambda part: len(part) > o, rows)) for o in range(len(rows[0]))]
+        lengths = np.array([len(part) for part in rows])
+        live = [int((lengths > o).sum()) for o in range(len(rows[0]))]
         text = np.concatenate([np.array([ord(part[o]) for part in rows[:k]]) for o, k in enumerate(live)])
         count = np.array([found[part] for part in rows], np.float64)
         return Table(text, count, live, [0, *itertools.accumulate(live)])
@@ -290,19 +285,15 @@ def alternatives(table: Table, pieces: Pieces, log_p: np.ndarray) -> np.ndarray:
     return found
 
 
-def _final(
-    table: Table, pieces: Pieces, p: np.ndarray, size: int, alphabet: frozenset[str]
-) -> list[tuple[str, float]]:
+def _final(table: Table, pieces: Pieces, p: np.ndarray, size: int, alphabet: set[str]) -> list[tuple[str, float]]:
     base = np.array(table.base)
-    order = np.lexsort((np.arange(len(p)), -p, pieces.length > 1))[:size]  # characters, then the likeliest
+    order = np.lexsort((np.arange(len(p)), -p, pieces.length > 1))  # characters, then the likeliest
     score = np.log(p)
-    spelled = {}
-    for i in order:
+    missing = sorted(alphabet - {chr(table.text[base[o] + r]) for o, r in zip(pieces.offset, pieces.row, strict=True)})
+    spelled = dict.fromkeys(missing, round(float(score.min()), 6))  # characters that only parts beyond PARTS have
+    for i in order[: size - len(missing)]:
         places = base[pieces.offset[i] + np.arange(pieces.length[i])] + pieces.row[i]
         spelled["".join(map(chr, table.text[places]))] = round(float(score[i]), 6)
-    least = min(spelled.values())
-    for character in sorted(alphabet - spelled.keys())[: size - len(spelled)]:
-        spelled[character] = least
     return sorted(spelled.items(), key=lambda row: (-row[1], row[0]))
 
 
@@ -318,4 +309,6 @@ def digamma(x: np.ndarray) -> np.ndarray:
         result[small] -= 1 / x[small]
         x[small] += 1
     y = 1 / (x * x)
-    return np.asarray(result + np.log(x) - 0.5 / x - y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132)))))
+    return np.asarray(
+        result + np.log(x) - 0.5 / x - y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132))))
+    )

@@ -1,4 +1,4 @@
-"""What the rest of the house needs to know of a tokenizer: a handful of ids and three facts about each token.
+"""What the rest of the house needs to know of a tokenizer: a handful of ids and a few facts about each token.
 
 A view masks, frames and cuts token ids; it never sees text. `Vocab` is therefore plain numbers, cheap to hand
 to a worker, and the same for every tokenizer algorithm.
@@ -27,7 +27,8 @@ class Vocab:
 
     size: number of ids. roles: role -> id, among ROLES (two roles may share an id: RoBERTa's cls is its bos).
     sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ... special: (size,) bool, True where no user text can land.
-    begins_word: (size,) bool, True where the token starts a word (whole-word masking); all True if unknown.
+    begins_word, ends_word: (size,) bool, True where a token by its own spelling begins a word, or ends one so that the
+    next token begins one (BPE's `</w>`, a line break); None if the spelling says nothing. See `starts`.
     """
 
     size: int
@@ -35,6 +36,7 @@ class Vocab:
     special: np.ndarray
     sentinels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     begins_word: np.ndarray | None = None
+    ends_word: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_ordinary", np.flatnonzero(~self.special))
@@ -76,6 +78,21 @@ class Vocab:
         """Ids that user text can contain, ascending."""
         ordinary: np.ndarray = self.__dict__["_ordinary"]
         return ordinary
+
+    def starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Where in a text's tokens (n,) a word begins: (n,) bool. Without any spelling each token is a word.
+
+        >>> v = Vocab(4, {}, np.zeros(4, bool), begins_word=np.arange(4) == 1, ends_word=np.arange(4) == 3)
+        >>> v.starts(np.array([2, 2, 1, 2, 3, 2])).astype(int).tolist()
+        [1, 0, 1, 0, 0, 1]
+        """
+        if self.begins_word is None:
+            return np.ones(len(tokens), bool)
+        starts: np.ndarray = self.begins_word[tokens]
+        starts[:1] = True
+        if self.ends_word is not None:
+            starts[1:] |= self.ends_word[tokens[:-1]]
+        return starts
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """n ordinary ids, uniformly."""
