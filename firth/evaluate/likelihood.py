@@ -27,6 +27,7 @@ from firth.evaluate import metrics
 from firth.generate.rows import reading
 from firth.model.lm import LM
 from firth.objectives.objective import token_loss
+from firth.text.normalize import whole
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, UserError
 
@@ -48,7 +49,7 @@ def read(tokenizer: Tokenizer, text: str) -> Document:
     A byte belongs to the first token that reaches it: a blank that the tokenizer drops to the next token, the bytes
     of a character that is spread over several tokens to the first of them, what no token reaches to the last.
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = whole(text)
     found = tokenizer.engine.encode(text, add_special_tokens=False)
     tokens = np.array(found.ids, np.int64)
     if not len(tokens):
