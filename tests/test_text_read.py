@@ -76,7 +76,7 @@ def test_what_is_mended_is_counted(tmp_path):
     assert texts(write(tmp_path / "e.jsonl", b"")) == ([], {"empty": 1})
     rows = b'{"text": "a\\u0000b"}\n{"text": "x\\ud800y"}\n\n{"text": " "}\n{"text": null}\n{"text": "\xff"}\n'
     assert texts(write(tmp_path / "f.jsonl", rows)) == (
-        ["ab", "x?y", "\ufffd"], {"bad_utf8": 2, "nul": 1, "empty": 2},
+        ["ab", "x\ufffdy", "\ufffd"], {"bad_utf8": 2, "nul": 1, "empty": 2},
     )  # fmt: skip
 
 

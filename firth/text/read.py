@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from firth.text.normalize import whole
 from firth.types import UserError
 
 LONGEST = 4 << 20
@@ -197,11 +198,9 @@ def clean(text: str, counts: Counts) -> str:
     if "\0" in text:
         counts.nul += text.count("\0")
         text = text.replace("\0", "")
-    if not text.isascii():
-        whole = text.encode("utf-8", "replace").decode("utf-8")
-        counts.bad_utf8 += whole != text
-        text = whole
-    return text
+    mended = whole(text)
+    counts.bad_utf8 += mended is not text
+    return mended
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -264,12 +263,12 @@ def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
     with _guarded(path) as file:
         while True:
             raw = file.read(LONGEST)
-            whole = decoder.getstate()[0] + raw
-            if first and whole[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            block = decoder.getstate()[0] + raw
+            if first and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
             piece = decoder.decode(raw, final=not raw)
             if "\ufffd" in piece:  # those that the file itself has are not damage
-                counts.bad_utf8 += piece.count("\ufffd") - whole.count("\ufffd".encode())
+                counts.bad_utf8 += piece.count("\ufffd") - block.count("\ufffd".encode())
             if first and piece:
                 piece, first = piece.removeprefix("\ufeff"), False
             held = (held + clean(piece, counts)).replace("\r\n", "\n")

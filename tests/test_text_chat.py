@@ -1,0 +1,288 @@
+"""Dialogues to tokens: the mask, what users may write, other people's templates; transformers as the oracle."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from firth.text import chat
+from firth.text.chat import Message, encode, messages_of
+from firth.text.template import parts
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+PROSE = "user assistant system hello there, what is it? It is a cat; you know that well.\n\nYes!  No.\n" * 9
+
+
+def told(*contents: str, system: str = "") -> list[Message]:
+    """Turns of user and assistant alternately."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + turns
+
+
+DIALOGUES = [
+    told("hello", "there"),
+    told("hello there", "It is a cat.", "what?", "Yes!\n\nNo.", system="you know"),
+    told("what is it?", "a cat; you know", "well?"),
+    told("", ""),
+]
+
+SMOL = (  # as SmolLM2-Instruct has it
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+LLAMA3 = (  # as Llama 3 has it, with control tokens of ours
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|im_start|>' + "
+    "message['role'] + '<mask>\n\n'+ message['content'] | trim + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content "
+    "= bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant"
+    "<mask>\n\n' }}{% endif %}"
+)
+LLAMA2 = (  # as Llama 2 and Mistral have it
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] | trim"
+    " + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ '<<SYS>> ' + message['content'] + ' <</SYS>> ' }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (  # as Zephyr has it, with a block that marks what the assistant says
+    "{% for message in messages %}\n{% if message['role'] == 'assistant' %}\n{% generation %}{{ '<|assistant|>\n' + "
+    "message['content'] + eos_token }}{% endgeneration %}\n{% else %}\n{{ '<|' + message['role'] + '|>\n' + "
+    "message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n"
+    "{% endif %}\n{% endfor %}"
+)
+TEMPLATES = {"smol": SMOL, "llama3": LLAMA3, "llama2": LLAMA2, "zephyr": ZEPHYR}
+
+
+def llama_engine() -> Engine:
+    """Llama's own arrangement of the engine: a blank put before each text, byte fallback, no pre-tokenizer."""
+    trained = Engine(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    control = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<mask>"]
+    learner = Engine(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace()]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    learner.train_from_iterator(
+        [PROSE, PROSE.replace("\n", " ")],
+        trainers.BpeTrainer(vocab_size=500, special_tokens=control + bytes_, show_progress=False),
+    )
+    learner.model.unk_token = "<unk>"
+    learner.model.byte_fallback = True
+    learner.model.fuse_unk = True
+    trained.model = learner.model
+    trained.add_special_tokens(control)
+    trained.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return trained
+
+
+ENGINES = {
+    "byte-bpe": lambda: train([PROSE], "byte-bpe", 420, sentinels=0).engine,
+    "bpe": lambda: train([PROSE], "bpe", 120, sentinels=0).engine,
+    "wordpiece": lambda: train([PROSE], "wordpiece", 120, sentinels=0).engine,
+    "unigram": lambda: train([PROSE], "unigram", 120, sentinels=0).engine,
+    "llama": llama_engine,
+}
+
+
+@pytest.fixture(scope="module")
+def own() -> Tokenizer:
+    return train([PROSE], "byte-bpe", 420, sentinels=0)
+
+
+def mirrored(tokenizer: Tokenizer, directory: Path):
+    """The same tokenizer as transformers loads it."""
+    tokenizer.save(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+# --- our own template -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram"])
+@pytest.mark.parametrize("open", [False, True])
+def test_transformers_writes_the_same_dialogue(tmp_path, algorithm, open):
+    tokenizer = train([PROSE], algorithm, 420, sentinels=3)
+    peer = mirrored(tokenizer, tmp_path)
+    for messages in DIALOGUES:
+        wanted = peer.apply_chat_template(messages, add_generation_prompt=open, return_dict=False)
+        assert encode(tokenizer, messages, open)[0].tolist() == wanted
+
+
+def test_the_mask_is_on_answers_and_their_stop_tokens(own):
+    tokens, mask = encode(own, told("hello", "there", "you?", "Yes!", system="cat"))
+    said = "".join(own.token(i) for i in tokens[mask])
+    assert said == "there<|im_end|>Yes!<|im_end|>"
+    assert tokens.dtype == np.int32 and mask.dtype == bool and tokens.shape == mask.shape
+    opened, none = encode(own, told("hello"), open=True)
+    assert not none.any() and opened.tolist() == tokens_before_the_answer(own)
+
+
+def tokens_before_the_answer(tokenizer: Tokenizer) -> list[int]:
+    tokens, mask = encode(tokenizer, told("hello", "there"))
+    return tokens[: int(mask.argmax())].tolist()
+
+
+def test_no_messages(own):
+    for tokenizer in (own, Tokenizer(own.engine, template=SMOL)):
+        tokens, mask = encode(tokenizer, [])
+        assert tokens.shape == mask.shape == (0,) and tokens.dtype == np.int32 and mask.dtype == bool
+
+
+HOSTILE = ["<|im_end|>", "<|im_start|>", "</s>", "<s>", "<mask>", "<pad>", "[/INST]", "{{", "}}", "{% raw %}", "a", " "]
+HOSTILE += ["\n", "é", "\ud800", "\ue0000\ue001", "\ue000", "\0"]
+
+
+@pytest.mark.parametrize("kind", ["own", *TEMPLATES])
+@given(texts=st.lists(st.lists(st.sampled_from(HOSTILE), max_size=6).map("".join), min_size=1, max_size=4))
+def test_what_users_write_never_becomes_a_control_token(own, kind, texts):
+    """As many control tokens as the same dialogue has with plain words, in the same order."""
+    tokenizer = own if kind == "own" else Tokenizer(Engine.from_str(own.definition), template=TEMPLATES[kind])
+
+    def control(messages):
+        tokens, mask = encode(tokenizer, messages)
+        special = tokenizer.vocab.special[tokens]
+        return tokens[special].tolist(), mask[special].tolist()
+
+    assert control(told(*texts)) == control(told(*("a" for _ in texts)))
+
+
+# --- other people's templates -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["byte-bpe", "llama"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("open", [False, True])
+def test_a_foreign_template_gives_transformers_ids(tmp_path, kind, name, open):
+    roles = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
+    tokenizer = Tokenizer(ENGINES[kind](), roles, TEMPLATES[name])
+    peer = mirrored(tokenizer, tmp_path)
+    for messages in DIALOGUES[:3]:
+        wanted = peer.apply_chat_template(messages, add_generation_prompt=open, return_dict=False)
+        tokens, mask = encode(Tokenizer.load(tmp_path), messages, open)
+        assert tokenizer.decode(tokens) == tokenizer.decode(wanted)
+        assert tokens.tolist() == wanted
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        runs = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]]))).reshape(-1, 2)
+        assert [tokenizer.decode(tokens[a:b]).strip() for a, b in runs] == answers
+        assert {tokenizer.token(tokens[b - 1]) for _, b in runs} == {
+            "<|im_end|>" if name in ("smol", "llama3") else "</s>"
+        }
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ENGINES)
+def test_what_is_asked_is_a_prefix_of_what_is_answered(kind, name):
+    """A model is asked with the very tokens behind which it learnt to answer."""
+    tokenizer = Tokenizer(ENGINES[kind](), {"bos": "<s>", "eos": "</s>"}, TEMPLATES[name])
+    asked, _ = encode(tokenizer, told("hello", "there", "what is it?"), open=True)
+    tokens, mask = encode(tokenizer, told("hello", "there", "what is it?", "a cat"))
+    answer = int(np.flatnonzero(np.diff(mask.astype(int)) == 1)[-1]) + 1  # where the last run of the mask begins
+    if name == "llama2":  # what stands before an answer is a blank, which belongs to the answer's first word
+        assert tokens[: len(asked)].tolist() == asked.tolist() and answer in (len(asked), len(asked) + 1)
+    else:
+        assert tokens[:answer].tolist() == asked.tolist()
+
+
+def test_our_own_template_read_from_a_file_changes_nothing(own, tmp_path):
+    own.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.template == chat.TEMPLATE
+    as_a_stranger = Tokenizer(Engine.from_str(own.definition), template=chat.TEMPLATE + "{# strange #}")
+    for messages in [*DIALOGUES, told("a</s>", "<|im_end|>\n"), told("\n x \n", " ")]:
+        for open in (False, True):
+            (tokens, mask), *others = (encode(t, messages, open) for t in (own, loaded, as_a_stranger))
+            assert all(np.array_equal(tokens, t) and np.array_equal(mask, m) for t, m in others)
+
+
+@pytest.mark.parametrize(
+    ("template", "wrong"),
+    [
+        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "does not show the message 'hello' as it was"),
+        ("{{ messages[-1].content }}</s>", "shows a message 0 times or out of order"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}</s>{% endfor %}", "shows a message 2 times"),
+        ("{% for m in messages | reverse %}{{ m.content }}</s>{% endfor %}", "shows a message 0 times or out of order"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'x' * messages[0].content | length }}", "writes something else"),
+        ("{{ messages[0].content | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}", "does not show"),
+        ("{{ raise_exception('no system role') }}", "cannot write this dialogue: no system role"),
+        ("{{ 1 / 0 }}", "has a fault: ZeroDivisionError"),
+        ("{{ messages.nothing.at_all }}", "cannot write this dialogue: "),
+        ("{% for %}", "cannot write this dialogue: "),
+        ("{{ ''.__class__.__mro__ }}", "cannot write this dialogue: "),
+        ("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}", "puts no stop token behind the answer"),
+    ],
+)  # fmt: skip
+def test_a_template_that_cannot_be_followed_is_refused_in_one_sentence(own, template, wrong):
+    strange = Tokenizer(Engine.from_str(own.definition), template=template)
+    with pytest.raises(UserError, match="the tokenizer's chat template .*" + wrong) as error:
+        encode(strange, told("hello", "there"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_knows_no_turns_is_refused():
+    plain = Engine(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(UserError, match=r"this tokenizer cannot write a dialogue: .*firth tokenizer train"):
+        encode(Tokenizer(plain), told("a", "a"))
+    assert chat.stops(Tokenizer(plain)) == []
+
+
+def test_stops(own):
+    assert [own.token(i) for i in chat.stops(own)] == ["</s>", "<|im_end|>"]
+    llama = Tokenizer(Engine.from_str(own.definition), {"eos": "<pad>"}, LLAMA3.replace("<|im_end|>", "<mask>"))
+    assert [own.token(i) for i in chat.stops(llama)] == ["<pad>", "<mask>"]
+
+
+def test_parts_of_a_template_with_a_default_system_prompt():
+    pieces, shown = parts(SMOL, told(" hello ", "there"), {}, open=True)
+    assert pieces[0].startswith("<|im_start|>system\nYou are") and pieces[0].endswith("<|im_start|>user\n")
+    assert pieces[1:] == ["<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>assistant\n"]
+    assert shown == [" hello ", "there"]
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": told("q", "a")},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": told("q"), "completion": [{"role": "assistant", "content": "a"}]},
+        {"prompt": "q", "response": "a"},
+        {"instruction": "q", "input": "", "output": "a"},
+    ],
+)
+def test_every_form_of_a_dialogue(record):
+    assert messages_of(record) == told("q", "a")
+
+
+def test_alpaca_with_input_and_system():
+    record = {"instruction": "q", "input": "i", "output": "a", "system": "s"}
+    assert messages_of(record) == told("q\n\ni", "a", system="s")
+
+
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        ({"text": "x"}, "this record has text"),
+        ({}, "this record has nothing"),
+        ({"messages": ["x"]}, "a turn of a dialogue is an object with role and content, not 'x'"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "a turn needs a role"),
+        ({"messages": [{"role": "user"}]}, "a turn needs a role"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, r"text was expected where \['x'\] stands"),
+        ({"prompt": "q", "completion": 5}, "text was expected where 5 stands"),
+        ({"instruction": "q", "output": None}, "text was expected where None stands"),
+    ],
+)
+def test_what_is_no_dialogue_is_told(record, wrong):
+    with pytest.raises(UserError, match=wrong):
+        messages_of(record)
