@@ -13,9 +13,14 @@ from data_room import Counting
 from firth.data import layout
 from firth.data.batch import Batches, collate, pack
 from firth.data.place import first_fit
+from firth.model.attention import Visibility
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
+from firth.objectives.dpo import DPO
+from firth.objectives.objective import Objective
+from firth.objectives.reward import Reward
+from firth.objectives.sft import SFT
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
@@ -133,7 +138,7 @@ def test_examples_may_differ_in_the_fields_of_the_rule_only() -> None:
     several = {"tokens": np.array([3, 4, 5]), "document": np.array([0, 0, 1]), **layout.causal(3)}
     batch = collate([plain, several])
     assert batch["document"].tolist() == [[0, 0, 0], [0, 0, 1]]
-    assert batch["looks"].tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert batch["looks"].tolist() == [[0, 0, -NEVER], [0, 1, 2]]
     assert batch["appears"].tolist() == [[0, 0, NEVER], [0, 1, 2]]
     with pytest.raises(ValueError, match="'old' is in 1 of 2"):
         collate([plain, plain | {"old": np.zeros(2)}])
@@ -254,6 +259,53 @@ def test_padding_and_packing_change_no_answer(encoder: int) -> None:
             )
             seen += 1
     assert seen == len(examples)
+
+
+def preference(rng: np.random.Generator) -> Example:
+    """A comparison of two answers of their own lengths, with the reference's log-probabilities."""
+    example: Example = {"reference": rng.normal(size=2)}
+    for which in ("chosen", "rejected"):
+        n = int(rng.integers(4, 20))
+        example |= {f"{which}_tokens": rng.integers(1, 50, n), f"{which}_mask": np.arange(n) >= 2}
+    return example
+
+
+@pytest.mark.parametrize("objective", [CausalLM(), SFT(), DPO(), Reward()], ids=lambda o: type(o).__name__)
+def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
+    objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learn what each row alone would teach: the same losses and the same gradients."""
+    lowered: list[Visibility] = []
+    lower = Visibility.lower
+    monkeypatch.setattr(Visibility, "lower", lambda *given: lowered.append(lower(*given)) or lowered[-1])
+    torch.manual_seed(0)
+    shape = Shape(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64)
+    model = LM(shape, objective.parts(shape))
+    rng = np.random.default_rng(1)
+    shown = [objective.view({"tokens": rng.integers(1, 50, n), "mask": np.arange(n) >= 3} | preference(rng), VOCAB, rng)
+             for n in (19, 4, 11, 7)]  # fmt: skip
+
+    def learn(batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        terms = [objective.loss(model, objective.run(model, b), b) for b in batches]
+        loss = sum((t[name] for t in terms for name in objective.targets), start=torch.zeros(()))
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    batch = collate(shown)
+    assert (batch["appears"] == NEVER).any(), "nothing is padded here"
+    together, gradients = learn([batch])
+    assert [sees.causal for sees in lowered] == [True]
+    assert lowered[0].mask is None
+    alone, wanted = learn([collate([one]) for one in shown])
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert len(gradients) == len(wanted) > 20
+    for mine, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
+    # The same rows with padding that looks: another kernel, the same answers.
+    looking, _ = learn([batch | {"looks": batch["looks"].clamp(min=0)}])
+    assert not lowered[-1].causal
+    assert looking == pytest.approx(together, rel=1e-5)
 
 
 def test_batches_refuse_what_cannot_be_shared_or_is_empty() -> None:

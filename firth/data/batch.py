@@ -8,7 +8,9 @@
 {'tokens': [[5, 6, 9]], 'labels': [[6, 7, 4]], 'document': [[1, 1, 2]], 'positions': [[0, 1, 0]]}
 
 Padding must not change an answer, so it is seen by nobody (`appears` NEVER) and asks nothing (IGNORE in every field
-that an objective names as a target). What nobody needs is left out: a batch without `appears` has no padding.
+that an objective names as a target). Nor is it anybody who looks (`looks` -NEVER): what it reads is nobody's concern,
+so rows that are causal and padded at their end still take the causal kernel. What nobody needs is left out: a batch
+without `appears` has no padding.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from firth.data.layout import PADDING
 from firth.data.order import Draws
 from firth.data.place import Places, first_fit
 from firth.data.source import Source
@@ -178,7 +181,7 @@ def _lay(examples: Sequence[Example], side: str, places: Places, asked: Collecti
             shapes = (e[side + "tokens"].shape for e in examples)
             given = [e[name] if name in e else DEFAULTS[bare](s) for e, s in zip(examples, shapes, strict=True)]
         if np.array_equal([a.shape[-1] for a in given], places.lengths):
-            fill = NEVER if bare == "appears" else IGNORE if name in asked else 0
+            fill = PADDING.get(bare, IGNORE if name in asked else 0)
             laid[name] = places.lay(given, fill, _dtype(bare, given[0]))
     if side + "appears" not in laid and not places.full:
         laid[side + "appears"] = places.spread(np.zeros_like(places.within), lead, NEVER, np.int32)

@@ -13,6 +13,9 @@ import numpy as np
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
 
+PADDING = {"appears": NEVER, "looks": -NEVER}
+"""What padding says: it is seen by nobody, and nobody looks from there."""
+
 
 def causal(n: int) -> Example:
     """Every position sees itself and what came before it.
@@ -67,7 +70,7 @@ def group(rows: Sequence[Example]) -> Example:
     >>> seen["tokens"].tolist(), seen["appears"].tolist()
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]])
     """
-    fill = {"labels": IGNORE, "appears": NEVER}
+    fill = {"labels": IGNORE} | PADDING
     most = max(len(row["tokens"]) for row in rows)
     # Without `appears` every token is seen by all: what is padded must say that it is not.
     rows = [{"appears": np.zeros(len(row["tokens"]), np.int32)} | row for row in rows]

@@ -145,9 +145,9 @@ class Engine:
             else:
                 cache = self.model.cache(len(options), read)
             batch = rectangle([np.concatenate((prompt[-1:], o[:-1])) for o in options], self.device)
-            place = batch["looks"] + len(prompt) - 1
-            appears = torch.where(batch["appears"] == NEVER, NEVER, place)
-            hidden = self.model(batch | {"positions": place, "looks": place, "appears": appears}, cache)
+            place = torch.arange(len(prompt) - 1, read, device=self.device)[None]
+            when = {name: torch.where(batch["appears"] == NEVER, batch[name], place) for name in ("looks", "appears")}
+            hidden = self.model(batch | when | {"positions": place}, cache)
             return [float(x) for x in self._read(hidden, stacked(options, IGNORE, self.device))]
 
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:

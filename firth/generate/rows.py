@@ -37,7 +37,7 @@ def stacked(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tens
 def rectangle(rows: Sequence[np.ndarray], device: torch.device, causal: bool = True) -> Batch:
     """Rows as a model is trained on them, padded on the right: tokens, looks, appears, each (rows, T) int64."""
     when = [np.arange(len(r)) * causal for r in rows]
-    looks, appears = stacked(when, 0, device), stacked(when, NEVER, device)
+    looks, appears = stacked(when, -NEVER, device), stacked(when, NEVER, device)
     return {"tokens": stacked(rows, 0, device), "looks": looks, "appears": appears}
 
 
