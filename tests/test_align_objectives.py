@@ -172,6 +172,18 @@ def test_a_ranking_that_says_nothing_is_not_counted() -> None:
         objective.view(ranked([0, 1, 2, 3]), VOCAB, np.random.default_rng(0))
 
 
+def test_a_reward_is_read_at_the_last_answered_token_and_not_behind_it() -> None:
+    """A chat template writes a line break after the turn; a sampled answer has none."""
+    pair = {"chosen_tokens": np.array([9, 20, 6]), "chosen_mask": np.array([False, True, True]),
+            "rejected_tokens": np.array([9, 30, 31, 6]), "rejected_mask": np.array([False, True, True, True])}  # fmt: skip
+    behind = dict(pair)
+    for side in ("chosen", "rejected"):
+        behind[f"{side}_tokens"] = np.append(pair[f"{side}_tokens"], 17)
+        behind[f"{side}_mask"] = np.append(pair[f"{side}_mask"], False)
+    one, two = shown(Reward(), [pair, behind])
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
 # ---- credit
 
 
@@ -312,6 +324,21 @@ def test_padding_packing_and_splitting_change_nothing(objective: Objective) -> N
 
 
 # ---- the policy gradient
+
+
+def test_reinforce_is_the_mean_over_answers_not_over_tokens() -> None:
+    model = model_for(Reinforce())
+    rows = sampled(5)
+    terms = step(model, Reinforce(), [collate(shown(Reinforce(), rows), asked(Reinforce()))])
+    total = 0.0
+    for row in rows:
+        n = len(row["tokens"])
+        with torch.no_grad():
+            log_p = model.parts["lm"](model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)}))[0].log_softmax(
+                -1
+            )
+        total -= sum(float(log_p[t - 1, row["tokens"][t]] * row["advantage"][t]) for t in np.flatnonzero(row["mask"]))
+    assert float(terms["policy"]) == pytest.approx(total / 5, rel=1e-4)
 
 
 def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:

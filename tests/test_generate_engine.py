@@ -13,6 +13,7 @@ from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.text.train import train
 from firth.types import UserError
 
 V = ByteCoder.vocab.size
@@ -211,3 +212,21 @@ def test_fill_offers_what_the_model_says_at_each_mask() -> None:
         assert np.allclose([c.probability for c in candidates], best.values.numpy(), atol=1e-5)
     with pytest.raises(UserError, match="nothing to fill: write <mask>"):
         Engine(model, ByteCoder()).fill("the cat")
+
+
+# ---- real tokenizers
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "byte-bpe", "wordpiece", "unigram"])
+def test_a_continuation_joins_its_prompt_whatever_the_tokenizer(algorithm: str) -> None:
+    text = "the quick brown fox jumps over the lazy dog and the slow dog sleeps under the old oak tree by the river"
+    tokenizer = train([text] * 20, algorithm, size=400)
+    tokens = tokenizer.encode(text)
+    whole = tokenizer.decode(tokens)
+    assert len(tokens) > 15
+    for cut in range(1, len(tokens)):
+        growing = Answer(tokenizer, tokens[:cut], Sampling(), frozenset(), room=1000)
+        for token in tokens[cut:].tolist():
+            growing.take(token, 0.0)
+        assert whole.endswith(growing.text)
+        assert tokenizer.decode(tokens[:cut]) + growing.text == whole

@@ -32,7 +32,7 @@ from firth.align.credit import GAE, Credit
 from firth.align.rewards import Judge, Sample
 from firth.data.order import order
 from firth.data.source import Source
-from firth.generate.answer import Coder
+from firth.generate.answer import Behind, Coder
 from firth.generate.engine import Engine
 from firth.generate.rows import reading, rectangle
 from firth.generate.sample import Sampling
@@ -234,4 +234,6 @@ class Rollouts(Source):
         ends = self._lengths.sum(1).cumsum()
         for (asked, answered), end, finished in zip(self._lengths, ends, state["finished"], strict=True):
             prompt, answer = np.split(self._tokens[end - asked - answered : end], [asked])
-            self.samples.append(Sample(prompt, answer, self.coder.decode(answer), bool(finished)))
+            self.samples.append(
+                Sample(prompt, answer, Behind(self.coder, prompt).text(answer.tolist()), bool(finished))
+            )

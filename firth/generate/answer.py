@@ -56,19 +56,32 @@ class Completion:
     finish: Finish
 
 
+class Behind:
+    """The end of a prompt, behind which a continuation is decoded: decoders trim the first space of a text.
+
+    A character left unfinished at that end is completed by, and so belongs to, the continuation.
+    """
+
+    def __init__(self, coder: Coder, prompt: np.ndarray) -> None:
+        self.coder = coder
+        self.tokens = [int(t) for t in prompt[-8:]]
+        self.skip = len(coder.decode(self.tokens).rstrip(HALF)) if self.tokens else 0
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens add to the prompt."""
+        return self.coder.decode([*self.tokens, *tokens])[self.skip :]
+
+
 class Answer:
     """The answer of one row as it grows: its tokens, its text and whether it has ended."""
 
     def __init__(self, coder: Coder, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
-        self.coder, self.stop, self.stops, self.room = coder, sampling.stop, stops, room
+        self.stop, self.stops, self.room = sampling.stop, stops, room
         self.limit = min(room, sampling.max_new)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Finish | None = None
-        # A continuation is decoded behind the end of its prompt, because decoders trim the first space of a text;
-        # an unfinished character at that end is completed by, and so belongs to, the continuation.
-        self.before = [int(t) for t in before[-8:]]
-        self.skip = len(coder.decode(self.before).rstrip(HALF)) if self.before else 0
+        self.before = Behind(coder, before)
         self.cut: int | None = None
 
     def take(self, token: int, logprob: float) -> None:
@@ -85,7 +98,7 @@ class Answer:
             self.finish = "context" if self.limit == self.room else "length"
 
     def _decoded(self) -> str:
-        return self.coder.decode(self.before + self.tokens)[self.skip :]
+        return self.before.text(self.tokens)
 
     @property
     def text(self) -> str:
