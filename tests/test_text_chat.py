@@ -117,6 +117,16 @@ def test_transformers_writes_the_same_dialogue(tmp_path, algorithm, open):
         assert encode(tokenizer, messages, open)[0].tolist() == wanted
 
 
+def test_transformers_takes_the_same_mask_from_our_template(own, tmp_path):
+    """Templates without `generation` marks give an assistant mask of zeros, and training learns nothing."""
+    peer = mirrored(own, tmp_path)
+    for messages in DIALOGUES:
+        theirs = peer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        mask = encode(own, messages)[1]
+        assert mask.any() == any(message["role"] == "assistant" for message in messages)
+        assert mask.astype(int).tolist() == list(theirs["assistant_masks"])
+
+
 def test_the_mask_is_on_answers_and_their_stop_tokens(own):
     tokens, mask = encode(own, told("hello", "there", "you?", "Yes!", system="cat"))
     said = "".join(own.token(i) for i in tokens[mask])

@@ -260,6 +260,21 @@ def controls_spelled(text: str) -> bool:
     return any(t in unicodedata.normalize("NFKC", text) for t in [*SPELLED.split(), "<extra_id_1>", "<extra_id_2>"])
 
 
+def test_a_template_is_kept_and_firths_own_goes_only_with_its_tokens(tmp_path, trained):
+    engine = Engine(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    Tokenizer(engine).save(tmp_path / "none")
+    assert not (tmp_path / "none" / "chat_template.jinja").exists()
+    Tokenizer(engine, template="{{ 1 }}").save(tmp_path / "own")
+    assert Tokenizer.load(tmp_path / "own").template == "{{ 1 }}"
+    trained["bpe"].save(tmp_path / "chat")
+    assert "<|im_start|>" in (tmp_path / "chat" / "chat_template.jinja").read_text()
+    config = tmp_path / "none" / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ 3 }}"}]
+    for stated, read in (("{{ 4 }}", "{{ 4 }}"), (named, "{{ 3 }}"), (named[:1], None), (None, None)):
+        config.write_text(json.dumps({"chat_template": stated}))
+        assert Tokenizer.load(tmp_path / "none").template == read
+
+
 def test_damaged_files_are_one_sentence(tmp_path, trained):
     trained["bpe"].save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")

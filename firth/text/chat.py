@@ -30,10 +30,12 @@ Message = dict[str, str]
 START, END = "<|im_start|>", "<|im_end|>"
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The same in Jinja, saved as chat_template.jinja for other tools."""
+"""The same in Jinja, saved as chat_template.jinja for other tools. `generation` tells transformers and TRL the mask."""
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], open: bool = False) -> tuple[np.ndarray, np.ndarray]:

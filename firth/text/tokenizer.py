@@ -152,9 +152,9 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too.
 
-        Beside them goes merges.json, where it is known how often each pair was seen when it was merged.
+        The template is its own, else firth's where it has the tokens of turns. Beside them goes merges.json, where it is known how often each pair was seen when it was merged.
         """
-        from firth.text.chat import TEMPLATE
+        from firth.text.chat import END, START, TEMPLATE
 
         directory.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {ROLE_KEYS[role]: token for role, token in self._roles.items()}
@@ -165,7 +165,9 @@ class Tokenizer:
         config["model_max_length"] = int(1e30)
         _write(directory / "tokenizer.json", self.definition)
         _write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
-        _write(directory / "chat_template.jinja", self.template or TEMPLATE)
+        turns = all(self.engine.token_to_id(token) is not None for token in (START, END))
+        if self.template is not None or turns:
+            _write(directory / "chat_template.jinja", TEMPLATE if self.template is None else self.template)
         if self.learnt:
             _write(
                 directory / "merges.json",
@@ -192,11 +194,9 @@ class Tokenizer:
         config = _json(file.parent / "tokenizer_config.json")
         named = {role: _content(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
         template = file.parent / "chat_template.jinja"
-        text = template.read_text("utf-8") if template.exists() else config.get("chat_template")
+        text = template.read_text("utf-8") if template.exists() else _default(config.get("chat_template"))
         learnt = _json(file.parent / "merges.json") if file.name == "tokenizer.json" else []
-        return Tokenizer(
-            engine, named, text if isinstance(text, str) else None, [Merge(*row) for row in learnt if len(row) == 3]
-        )
+        return Tokenizer(engine, named, text, [Merge(*row) for row in learnt if len(row) == 3])
 
 
 def _again(definition: str, roles: dict[str, str], template: str | None, learnt: Sequence[Merge]) -> Tokenizer:
@@ -290,6 +290,13 @@ def _json(file: Path) -> Any:
 def _content(token: Any) -> str:
     """A special token in tokenizer_config.json is a string or an object that holds one."""
     return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _default(template: Any) -> str | None:
+    """The chat template in tokenizer_config.json: one text, or a list of named ones."""
+    if isinstance(template, list):
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def _write(path: Path, text: str) -> None:
