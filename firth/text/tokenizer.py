@@ -152,7 +152,8 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too.
 
-        The template is its own, else firth's where it has the tokens of turns. Beside them goes merges.json, where it is known how often each pair was seen when it was merged.
+        The template is its own, else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
+        known how often each pair was seen when it was merged.
         """
         from firth.text.chat import END, START, TEMPLATE
 
