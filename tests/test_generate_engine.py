@@ -63,8 +63,19 @@ def logits_of(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch.Tenso
     return model.parts["lm"](hidden[0, first:])
 
 
-def test_cached_generation_is_uncached_generation(model: LM) -> None:
-    rows = prompts(5)
+ROWS = {
+    "one": prompts(1),
+    "gaps": prompts(5),
+    "no gaps": [np.random.default_rng(i).integers(7, V, 9) for i in range(3)],
+    "many, gaps": prompts(18),
+    "many, no gaps": [np.random.default_rng(i).integers(7, V, 9) for i in range(16)],
+}
+"""Gaps are masked; from eight rows on the products are taken the other way round."""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_cached_generation_is_uncached_generation(model: LM, name: str) -> None:
+    rows = ROWS[name]
     for prompt, answer in zip(rows, engine(model).generate(rows, Sampling(max_new=24, temperature=0)), strict=True):
         logits = logits_of(model, prompt, answer.tokens)
         assert np.array_equal(logits.argmax(-1).numpy(), answer.tokens)

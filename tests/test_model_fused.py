@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from firth.model import blocked, cross_entropy, fused
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.position import turns
+from firth.model.position import rotation, turns
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 
 
@@ -54,6 +54,32 @@ def test_turn(eps: float) -> None:
     with torch.no_grad():
         assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
     assert gradcheck(lambda x: fused.turn(x, cos, sin, eps), x)
+
+
+@pytest.mark.parametrize("eps", [-1.0, 1e-3])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rows", [1, 5])
+@torch.no_grad()
+def test_a_turn_is_a_product(eps: float, sign: int, rows: int) -> None:
+    shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=sign)
+    angles = turns(torch.tensor([[3], [0], [9], [1], [200]])[:rows], shape)
+    for dtype, near in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        x = torch.randn(5, 1, 4, 6).to(dtype)
+        found = fused.rotated(x, rotation(*angles), eps)
+        assert found.dtype == dtype
+        assert torch.allclose(found, fused.turn(x, *angles, eps), atol=near)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 48, 49])
+@pytest.mark.parametrize("biased", [False, True])
+def test_project_is_linear(rows: int, biased: bool) -> None:
+    x, weight, bias = torch.randn(2, rows, 12), torch.randn(20, 12), torch.randn(20) if biased else None
+    with torch.no_grad():
+        for given in (x, x[:1], x[0], x[0].t().contiguous().t(), x[:, : rows // 2 + 1]):
+            found = fused.project(given, weight, bias)
+            assert found.shape == (*given.shape[:-1], 20)
+            assert torch.allclose(found, F.linear(given, weight, bias), atol=1e-5)
+    assert torch.equal(fused.project(x, weight.requires_grad_(), bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("causal", [True, False])

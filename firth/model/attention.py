@@ -157,6 +157,23 @@ class Cache:
         self.fields: dict[str, Tensor] = {}
         self.cross: list[tuple[Tensor, Tensor]] = []
         self.source: dict[str, Tensor] = {}
+        self.across: Visibility | None = None
+        self.shown: Tensor | None = None
+        self.gaps = False
+
+    def write_on(self) -> None:
+        """From here on each row grows by one token a pass, which sees all of its row that is not padding.
+
+        Nothing about the new tokens need be noted or lowered any more, which would take longer than a block.
+        """
+        self.shown = torch.ones(self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["appears"].device)
+        self.shown[:, 0, 0, : self.length] = self.fields["appears"][:, : self.length] < NEVER
+        self.gaps = not bool(self.shown.all())
+
+    def latest(self) -> Visibility:
+        """What the next token of each row sees, after `write_on`: all slots, itself too, but those of padding."""
+        assert self.shown is not None
+        return Visibility(mask=self.shown[..., : self.length + 1] if self.gaps else None)
 
     def note(self, name: str, value: Tensor) -> Tensor:
         """Store a field (B or 1, T) of the new tokens; return that field of all tokens: (B, length + T)."""
@@ -188,3 +205,4 @@ class Cache:
         self.cross = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.cross]
         self.fields = {n: x.index_select(0, rows) for n, x in self.fields.items()}
         self.source = {n: x.index_select(0, rows) for n, x in self.source.items()}
+        self.across, self.shown = None, None if self.shown is None else self.shown.index_select(0, rows)

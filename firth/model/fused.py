@@ -7,12 +7,37 @@ here states the passes it makes. All are checked against the plain formula with 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+FEW = range(8, 49)
+"""Numbers of rows for which a CPU's product is quicker with the weights on the left (see `project`)."""
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out).
+
+    For a few rows of fp32, MKL shares out the rows of x among the threads where there is more to share in the weights.
+    Asked for weight @ x' it takes, for 16 rows and two threads, 0.19 ms a 2048 x 512 matrix and not 0.37; one thread
+    gains a tenth, one row nothing, and from 64 rows on the two are equal. The answer lies transposed in memory.
+    """
+    rows = x.numel() // x.shape[-1]
+    if torch.is_grad_enabled() or rows not in FEW or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, -1).t()
+    out = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return out.t().view(*x.shape[:-1], -1)
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor, made once: making one takes as long as adding a thousand."""
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -47,7 +72,9 @@ def unit(x: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16):
         return F.rms_norm(x, x.shape[-1:], eps=eps)  # one kernel on CUDA; sums in fp32 everywhere
     if not torch.is_grad_enabled():
-        return x * _inverse_rms(x, eps)  # torch's own takes 55 us for a single token on a CPU
+        # For a single token a call costs 1 us, whatever it does: four calls. torch's own rms_norm takes 55 us.
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(_constant(eps, x.dtype, x.device), size, size, value=1 / x.shape[-1]).rsqrt_()
     return _Unit.apply(x, eps)
 
 
@@ -111,4 +138,15 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, eps: float = -1.0) -> Tensor:
         y = _Turn.apply(wide, cos, sin, eps)
     else:
         y = _turned(unit(wide, eps) if eps >= 0 else wide, cos, sin)
+    return y.to(x.dtype) if half else y
+
+
+def rotated(x: Tensor, rotation: Tensor, eps: float = -1.0) -> Tensor:
+    """`turn` by the matrices of `position.rotation`: x (B, 1, H, D), rotation (B or 1, 1, D, D), for reading only.
+
+    One product in place of seven calls: 3 us and not 15 for a single token.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    wide = x.float() if half else x
+    y = (unit(wide, eps) if eps >= 0 else wide) @ rotation.to(wide.dtype)
     return y.to(x.dtype) if half else y

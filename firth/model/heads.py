@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
 from firth.model.cross_entropy import LogProbs, SumNLL
+from firth.model.fused import project
 from firth.model.norm import make_norm
 from firth.model.shape import GATED, Shape
 
@@ -37,8 +37,13 @@ class Vocabulary(nn.Module):
         return hidden if self.scale == 1 else hidden * self.scale
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(self._transform(hidden), self.weight, self.bias)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        # In one piece: what reads a row of logits then takes a tenth of the time.
+        logits = project(self._transform(hidden), self.weight, self.bias).contiguous()
+        if not self.softcap:
+            return logits
+        if torch.is_grad_enabled():
+            return self.softcap * torch.tanh(logits / self.softcap)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32. Never holds all the logits."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Reading, initialise
 from firth.model.norm import make_norm
-from firth.model.position import Relative, sinusoidal, turns
+from firth.model.position import Relative, rotation, sinusoidal, turns
 from firth.model.shape import Shape
 from firth.types import NEVER, Batch, UserError
 
@@ -37,7 +37,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
-        self.drop = nn.Dropout(shape.dropout)
+        self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
         """The blocks, typed."""
@@ -53,24 +53,11 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
         x = self.drop(self.embed_norm(x))
-        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
-        looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
-        document = fields.get("document")
-        positions = fields["positions"]
-        keys = {"appears": appears, "positions": positions} | ({} if document is None else {"document": document})
-        if cache is not None:
-            keys = {name: cache.note(name, value) for name, value in keys.items()}
-        # A block mask can carry neither T5's bias nor dropout.
-        flex = False if self.relative is not None or (self.training and self.shape.dropout) else None
-        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), flex)
-        bias = None if self.relative is None else self.relative(positions, keys["positions"])
-        angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
-        reading = Reading(sees, angles, bias, cache)
+        reading = self.reading(fields, cache)
         across: Reading | None = None
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
         if source is not None:
-            whenever = torch.full_like(zeros, NEVER - 1)
-            across = Reading(Visibility.lower(whenever, source["appears"], document, source.get("document"), flex))
+            across = Reading(self.crossing(fields, source, cache))
             if memory is not None:
                 made = [block.crossing(memory) for block in self.layers()]
                 if cache is not None:
@@ -83,6 +70,39 @@ class Trunk(nn.Module):
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
+
+    def reading(self, fields: Batch, cache: Cache | None) -> Reading:
+        """What the blocks share: who sees whom among these tokens and the cached ones, and where each stands."""
+        positions = fields["positions"]
+        angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
+        if cache is not None and cache.shown is not None:
+            bias = None if self.relative is None else self.relative(positions, cache.note("positions", positions))
+            return Reading(cache.latest(), None, None if angles is None else rotation(*angles), bias, cache)
+        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
+        looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
+        document = fields.get("document")
+        keys = {"appears": appears, "positions": positions} | ({} if document is None else {"document": document})
+        if cache is not None:
+            keys = {name: cache.note(name, value) for name, value in keys.items()}
+        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex)
+        bias = None if self.relative is None else self.relative(positions, keys["positions"])
+        return Reading(sees, angles, None, bias, cache)
+
+    def crossing(self, fields: Batch, source: Batch, cache: Cache | None) -> Visibility:
+        """Which tokens of the source these tokens see: all of their document's. Lowered once where a row is written."""
+        writing = cache is not None and cache.shown is not None
+        if cache is not None and writing and cache.across is not None:
+            return cache.across
+        whenever = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
+        sees = Visibility.lower(whenever, source["appears"], fields.get("document"), source.get("document"), self.flex)
+        if cache is not None and writing:
+            cache.across = sees
+        return sees
+
+    @property
+    def flex(self) -> bool | None:
+        """Whether to make block masks, which can carry neither T5's bias nor dropout. None: where they pay."""
+        return False if self.relative is not None or (self.training and self.shape.dropout) else None
 
 
 class LM(nn.Module):

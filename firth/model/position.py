@@ -11,6 +11,7 @@ row, a permuted order and a cache with gaps change nothing.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ def turns(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     angles = positions[:, :, None, None].float() * (shape.rotary_theta**-pairs)
     cos = angles.cos()
     return torch.cat((cos, cos), -1), angles.sin() * shape.rotary_sign
+
+
+def rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    """What `turns` gives, as matrices to multiply a head with from the right: (B, T, head_width, head_width)."""
+    itself, partner = _places(cos.shape[-1], cos.device)
+    both = torch.cat((sin, -sin), -1)
+    return torch.addcmul(cos.mT * itself, both.mT, partner)
+
+
+@cache
+def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ones where a number stays, and where it goes to its partner, half a head on: two of (width, width)."""
+    itself = torch.eye(width, device=device)
+    return itself, itself.roll(width // 2, 1)
 
 
 def bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
