@@ -19,7 +19,7 @@ BELOW = {
     "types": (),
     "text": ("types",),
     "data": ("types", "text"),
-    "model": ("types",),
+    "model": ("types", "text.chat"),
     "objectives": ("types", "text", "data", "model"),
     "train": ("types", "text", "data", "model", "objectives.objective", "scaling.flops"),
     "generate": ("types", "text", "data", "model"),

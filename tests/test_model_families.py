@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_room import tokenizer
 
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
 from firth.model.families import FAMILIES, family_of
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
@@ -263,3 +266,25 @@ def test_every_family_has_its_place() -> None:
     assert {n.split("-")[0] for n in SHAPES} == set(FAMILIES)
     for shape in (decoder(61, 64, 2), encoder(61, 64, 2), encoder_decoder(61, 64, 2)):
         assert family_of(shape) is not None
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
+def test_transformers_ends_an_answer_where_we_do(end: str, tmp_path: Path) -> None:
+    """At the end of a text and at the end of a turn: the model is made to say it, and says it first on its n-th word."""
+    coder = tokenizer()
+    model = built(replace(decoder(coder.vocab.size, 32, 2, heads=4, context=64), zero_init=False))
+    prompt, greedy = coder.encode("What is a module?"), Sampling(max_new=12, temperature=0)
+    [unending] = Engine(model, coder, stops=()).generate([prompt], greedy)
+    words = unending.tokens.tolist()
+    n = max(i for i in range(12) if words[i] not in words[:i])
+    assert n > 1
+    head = model.parts["lm"].weight.data
+    swap = [words[n], coder.id(end)]
+    head[swap] = head[swap[::-1]].clone()
+    save_model(model, coder, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generation_config.eos_token_id == [coder.id("</s>"), coder.id("<|im_end|>")]
+    ids = torch.as_tensor(prompt, dtype=torch.int64)[None]
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    [ours] = Engine(model, coder).generate([prompt], greedy)
+    assert out[0, len(prompt) :].tolist() == ours.tokens.tolist() == [*words[:n], coder.id(end)]
