@@ -119,12 +119,10 @@ def test_one_large_file_is_enough(tmp_path: Path) -> None:
     assert Material.load(tmp_path / "out") == material
 
 
-def test_verse_prose_and_balance() -> None:
-    assert (
-        plays.verse_or_prose("It is the East,\nAnd Juliet is the sun.\nArise, fair sun,\nAnd kill the moon") == "verse"
-    )
-    assert plays.verse_or_prose("I would the\nfool were married\nto her grave, and\nall") == "prose"
-    assert plays.verse_or_prose("One line only") is None
+def test_questions_statements_and_balance() -> None:
+    found = plays.sentences("What is it\nyou would see, my lord? It is a ghost that walks at night. Nay! Ay.")
+    assert [row["label"] for row in found] == ["question", "statement"]
+    assert found[0]["text"] == "What is it you would see, my lord"
     rows = [{"text": str(i), "label": "a" if i % 4 else "b"} for i in range(40)]
     kept = balanced(rows, 100, random.Random(0))
     assert sum(r["label"] == "a" for r in kept) == sum(r["label"] == "b" for r in kept) == 10

@@ -1,8 +1,7 @@
-"""Shakespeare's plays as material for the demo: whole plays held out, verse or prose, and cues with their answers."""
+"""Shakespeare's plays as material for the demo: whole plays held out, questions and statements, cues with their answers."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -11,40 +10,24 @@ from pathlib import Path
 
 from firth.demo.material import Files, Material, Row, balanced, write
 
-# One play of each kind, with both verse and prose in it; nothing of them is seen in any training stage.
+# One play of each kind; nothing of them is seen in any training stage.
 HELD_OUT = ("the-tempest", "much-ado-about-nothing", "henry-iv-part-1", "julius-caesar")
 
-PASSAGE = range(80, 1200)  # letters: shorter speeches show no metre, longer ones are cut by the model's length
+WORDS = range(5, 26)  # of a sentence: shorter ones say too little, longer ones are cut by the model's length
+MARKS = {"?": "question", ".": "statement"}
 
 
-def verse_or_prose(text: str) -> str | None:
-    """How a speech is set: in verse every line begins with a capital, in prose lines break anywhere.
+def sentences(text: str) -> list[Row]:
+    """The questions and statements of a speech, without the mark that ends them: what is asked must be read off the words.
 
-    None where it cannot be told (fewer than three continuation lines, or a mixture).
-
-    >>> verse_or_prose("To be, or not\\nTo suffer\\nThe slings\\nAnd arrows")
-    'verse'
+    >>> sentences("Who's there, my lord, at this hour? I know not, for the night is dark. Nay!")[0]
+    {'text': "Who's there, my lord, at this hour", 'label': 'question'}
     """
-    starts = [re.sub(r"^[^A-Za-z]*", "", line)[:1] for line in text.split("\n")[1:]]
-    starts = [s for s in starts if s]
-    if len(starts) < 3:
-        return None
-    share = sum(s.isupper() for s in starts) / len(starts)
-    return "verse" if share >= 0.95 else "prose" if share <= 0.6 else None
-
-
-def passage(text: str) -> str:
-    """A speech as the classifier sees it: in one line, without the capitals of its lines, so that only the words tell.
-
-    >>> passage("O, what a rogue\\nAnd peasant slave am I!\\nIs it not monstrous")
-    'O, what a rogue and peasant slave am I! Is it not monstrous'
-    """
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    joined = lines[:1]
-    for before, line in itertools.pairwise(lines):
-        begins = before.endswith((".", "!", "?")) or re.match(r"(I|O)\b", line)
-        joined.append(line if begins else line[:1].lower() + line[1:])
-    return " ".join(joined)
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+        if len(sentence.split()) in WORDS and sentence[-1] in MARKS:
+            found.append({"text": sentence[:-1].rstrip(), "label": MARKS[sentence[-1]]})
+    return found
 
 
 def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> Material:
@@ -60,9 +43,7 @@ def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> M
     for speech in _speeches(plays / "speeches.jsonl"):
         held = speech["play"] in HELD_OUT
         text = speech["text"]
-        label = verse_or_prose(text)
-        if label and len(text) in PASSAGE:
-            labelled[held].append({"text": passage(text), "label": label})
+        labelled[held] += sentences(text)
         if before.get("play") == speech["play"] and before["speaker"] != speech["speaker"]:
             cue, answer = " ".join(before["text"].split()), " ".join(text.split())
             if 10 <= len(cue) <= 300 and 10 <= len(answer) <= 200:
@@ -80,8 +61,8 @@ def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> M
         Material(
             title="Shakespeare's plays",
             held_out=HELD_OUT,
-            question="Is this speech verse or prose? (set in one line, without the capitals that begin a verse)",
-            labels=("prose", "verse"),
+            question="Is this sentence a question or a statement? (the mark at its end is taken away)",
+            labels=("question", "statement"),
             cue="A speaker's name and the cue that was given; the answer is what that speaker says next.",
             scorer="thou",
             samples=("O, what a ", "My lord, the king is ", "Enter "),

@@ -9,9 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from firth.model.shape import decoder, encoder, encoder_decoder
+from firth.objectives.mlm import MLM
 from firth.recipes import pretrain
 from firth.recipes.recipe import Batch, Checks, Recipe
 from firth.recipes.segments import Dialogues, Labelled, Pieces, Referenced, Rollouts, Sampled, Windows
+from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length
 
 
@@ -24,16 +26,16 @@ class Size:
     """
 
     vocab: int = 4096
-    width: int = 256
-    depth: int = 4
+    width: int = 128
+    depth: int = 3
     context: int = 256
-    steps: tuple[int, int, int] = (300, 250, 350)
+    steps: tuple[int, int, int] = (800, 400, 600)
     labels: int = 300
-    classify_steps: int = 100
-    instruct_steps: int = 200
-    reward_steps: int = 80
-    dpo_steps: int = 60
-    ppo_steps: int = 64
+    classify_steps: int = 60
+    instruct_steps: int = 120
+    reward_steps: int = 60
+    dpo_steps: int = 40
+    ppo_steps: int = 40
     comparisons: int = 700
     held_comparisons: int = 250
     noise: float = 0.4
@@ -48,23 +50,24 @@ class Size:
         checks = Checks(every=max(50, causal // 4), examples=128, save=100, keep=1)
         return {
             "encoder": dataclasses.replace(
-                pretrain.bert(), shape=encoder(**of), segment=Pieces(length=128), batch=Batch(rows=32, pack=128),
+                pretrain.bert(), objective=MLM(rate=0.3), shape=encoder(**of), segment=Pieces(length=96),
+                batch=Batch(rows=24, pack=96), optimizer=Optimizer(embedding_rate=2e-3, rest_rate=2e-3),
                 length=Length(steps=mlm), checks=checks,
             ),
             "encoder-decoder": dataclasses.replace(
                 pretrain.t5(), shape=encoder_decoder(**(of | {"depth": max(1, self.depth // 2)})),
-                segment=Pieces(length=128, frame=False), batch=Batch(rows=32),
+                segment=Pieces(length=96, frame=False), batch=Batch(rows=24),
                 length=Length(steps=spans), checks=checks,
             ),
             "decoder": dataclasses.replace(
-                pretrain.gpt(), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=32),
+                pretrain.gpt(), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=24),
                 length=Length(steps=causal), checks=checks,
             ),
         }  # fmt: skip
 
     def classify(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=Labelled(length=96), batch=Batch(rows=24), length=Length(steps=self.classify_steps),
+            recipe, segment=Labelled(length=48), batch=Batch(rows=32), length=Length(steps=self.classify_steps),
             checks=Checks(every=max(1, self.classify_steps // 4), examples=2000, save=0, keep=1),
         )  # fmt: skip
 
