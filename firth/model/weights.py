@@ -30,7 +30,6 @@ from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.parts import described, rebuilt
 from firth.model.shape import Shape
-from firth.text import chat
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
         _write(directory / "config.json", common | family.config(model.shape))
         if head and family.name not in ("bert", "modernbert"):
             known = {name: id for name, id in ids.items() if id is not None}
-            stops = [] if tokenizer is None else chat.stops(tokenizer)
+            stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
             _write(directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {}))
         said = f"transformers loads it as {kind}"

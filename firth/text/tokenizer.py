@@ -149,6 +149,13 @@ class Tokenizer:
         """SHA-256 of everything that decides which ids a text gets."""
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end an answer (`firth.text.chat.stops`)."""
+        from firth.text import chat
+
+        return chat.stops(self)
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too.
 
