@@ -92,6 +92,18 @@ def test_terms_of_a_sum_share_a_figure_and_unknown_measures_get_one(tmp_path):
     assert report.commands[0].line.startswith("firth fill ")
 
 
+def test_answers_that_the_model_wrote_have_figures_of_their_own(tmp_path):
+    place = {"split": "rollouts", "seconds": 1.0, "tokens": 0}
+    drawn = [place | {"step": s, "reward": s / 10, "truth": None, "kl": 0.1, "phase": s} for s in (1, 3, 5)]
+    report = run_report(directory(tmp_path, drawn[:1] + rows(steps=20, kl=0.02) + drawn[1:]))
+    assert [section.title for section in report.sections[:2]] == ["What it learnt", "The answers it wrote"]
+    assert [f.title for f in report.sections[0].figures] == ["Loss", "Distance from the reference"]
+    figures = {f.title: f for f in report.sections[1].figures}
+    assert list(figures["Judge's score"].curves[0].y) == [0.1, 0.3, 0.5]
+    assert list(figures["Distance from the start"].curves[0].x) == [1, 3, 5]
+    Reader(render(report))
+
+
 def test_steps_that_moved_nothing_are_told(tmp_path):
     report = run_report(directory(tmp_path, rows(skipped=3, loss=None)))
     assert "3 steps had no finite gradient" in report.sections[1].text

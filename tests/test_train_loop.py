@@ -82,6 +82,14 @@ def until(happened: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+def test_every_drawing_of_an_on_policy_source_is_one_row_under_the_step_that_first_learns_from_it(
+    uninterrupted: Path,
+) -> None:
+    drawn = [row for row in rows(uninterrupted) if row["split"] == "rollouts"]
+    assert [row["step"] for row in drawn] == list(range(1, 121, 3))
+    assert len({row["sum"] for row in drawn}) > 1
+
+
 def test_killed_twenty_times_it_equals_the_uninterrupted_run(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:

@@ -48,11 +48,13 @@ class OnPolicy(Chains):
     def __init__(self) -> None:
         self.said = np.full(4, 5)
 
-    def prepare(self, model: LM, step: int) -> None:
-        if step % 3 == 0:
-            with torch.no_grad():
-                logits = model.parts["lm"](model({"tokens": torch.as_tensor(self.said)[None]}))[0]
-            self.said = torch.multinomial(logits.softmax(-1), 1)[:, 0].numpy()
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
+        if step % 3:
+            return {}
+        with torch.no_grad():
+            logits = model.parts["lm"](model({"tokens": torch.as_tensor(self.said)[None]}))[0]
+        self.said = torch.multinomial(logits.softmax(-1), 1)[:, 0].numpy()
+        return {"sum": float(self.said.sum())}
 
     def state(self) -> dict[str, np.ndarray]:
         return {"said": self.said}
@@ -119,10 +121,11 @@ class Stuck(Chains):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def prepare(self, model: LM, step: int) -> None:
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         if step == 2:
             (self.directory / "stuck").touch()
             time.sleep(60)
+        return {}
 
 
 def stuck_in_process(directory: str) -> None:

@@ -53,8 +53,8 @@ class Annotated(Source):
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.source.order(seed, positions)
 
-    def prepare(self, model: LM, step: int) -> None:
-        self.source.prepare(model, step)
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
+        return self.source.prepare(model, step)
 
     def state(self) -> dict[str, np.ndarray]:
         return self.source.state()

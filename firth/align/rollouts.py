@@ -20,8 +20,7 @@ With several ranks each draws the whole phase from the same seeds and reads its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +41,8 @@ from firth.objectives.ppo import PER_TOKEN, kl
 from firth.types import Example, UserError
 
 STATISTICS = (
-    "reward", "reward_deviation", "truth", "penalised", "kl", "kl_token", "kl_estimate", "entropy", "explained",
-    "length", "finished",
+    "reward", "truth", "kl", "length", "finished", "reward_deviation", "penalised", "kl_token", "kl_estimate",
+    "entropy", "explained",
 )  # fmt: skip
 CHUNK = 512
 """Positions whose full distributions are held at once."""
@@ -75,7 +74,8 @@ class Rollouts(Source):
 
     prompts: token ids (n,) each, taken in a permuted order that goes on from phase to phase. judge: scores answers.
     reference: the frozen model; it is never part of the trained one. truth: a second judge which is measured but not
-    learnt from. precision: the context that training runs in, so that old log-probabilities are those of training.
+    learnt from. Training calls `prepare` in the precision of its steps, so that old log-probabilities are those of
+    training.
     """
 
     def __init__(
@@ -91,13 +91,12 @@ class Rollouts(Source):
         stops: Sequence[int] | None = None,
         seed: int = 0,
         rows: int = 32,
-        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         if not prompts:
             raise UserError("there are no prompts to answer")
         self.prompts, self.coder, self.judge, self.reference = prompts, tokenizer, judge, reference
         self.phase, self.credit, self.truth = phase or Phase(), credit or GAE(), truth
-        self.stops, self.seed, self.rows, self.precision = stops, seed, rows, precision
+        self.stops, self.seed, self.rows = stops, seed, rows
         self.number = -1
         self.history: list[dict[str, float]] = []
         self.samples: list[Sample] = []
@@ -117,15 +116,17 @@ class Rollouts(Source):
         told = dict(zip(PER_TOKEN, self._told[:, there], strict=True))
         return {"tokens": tokens, "mask": np.arange(len(tokens)) >= self._lengths[index, 0]} | told
 
-    def prepare(self, model: LM, step: int) -> None:
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         """Draw the phase that this step belongs to, unless it is there."""
         number = step // self.phase.steps
-        if number != self.number:
-            self.number = number
-            self._draw(model)
+        if number == self.number:
+            return {}
+        self.number = number
+        self._draw(model)
+        return self.measures()
 
     def measures(self) -> dict[str, float]:
-        """The newest phase in numbers, for the log: means over its answers (kl: nats per answer) or its tokens."""
+        """The newest phase in numbers: means over its answers (kl: nats per answer) or its tokens."""
         return dict(self.history[-1]) if self.history else {}
 
     def _draw(self, model: LM) -> None:
@@ -145,20 +146,20 @@ class Rollouts(Source):
         advantage, returns = self.credit(rewards, now["values"], real, self.phase.group)
         self._store(real, now | {"advantage": advantage, "returns": returns})
         values, told = now["values"][real], returns[real]
-        self.history.append({
-            "phase": float(self.number),
+        found = {
             "reward": float(score.mean()),
-            "reward_deviation": float(score.std()),
             "truth": float(np.mean(self.truth(self.samples))) if self.truth else float("nan"),
-            "penalised": float(rewards.sum(1).mean()),
             "kl": float(now["kl"].sum(1).mean()),
+            "length": float(real.sum(1).mean()),
+            "finished": float(finished.mean()),
+            "reward_deviation": float(score.std()),
+            "penalised": float(rewards.sum(1).mean()),
             "kl_token": float(now["kl"][real].mean()),
             "kl_estimate": float(kl(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
             "entropy": float(now["entropy"][real].mean()),
             "explained": 1 - float((told - values).var() / (told.var() + 1e-8)),
-            "length": float(real.sum(1).mean()),
-            "finished": float(finished.mean()),
-        })  # fmt: skip
+        }
+        self.history.append(found | {"phase": float(self.number)})
 
     def _asked(self) -> list[np.ndarray]:
         """This phase's prompts, each `group` times."""
@@ -184,7 +185,7 @@ class Rollouts(Source):
         batch = rectangle([s.tokens[:-1] for s in samples], device)
         asked = rectangle([s.mask[1:] for s in samples], device)["tokens"].bool()
         labels = torch.from_numpy(np.concatenate([s.answer for s in samples]).astype(np.int64)).to(device)
-        with reading(model), reading(self.reference), self.precision():
+        with reading(model), reading(self.reference):
             states, frozen = model(batch)[asked], self.reference(batch)[asked]
             ours: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
             theirs: Vocabulary = self.reference.parts["lm"]  # type: ignore[assignment]

@@ -43,8 +43,12 @@ class Source:
         """The (epoch, index) of each position of an endless run: every epoch is a permutation."""
         return order(len(self), seed, positions)
 
-    def prepare(self, model: LM, step: int) -> None:
-        """Called before the batches of a step are made: an on-policy source asks the model for its text here."""
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
+        """Called before the batches of a step are made: an on-policy source asks the model for its text here.
+
+        Returns what it measured of the examples that it drew, for the log; nothing where none were drawn.
+        """
+        return {}
 
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold so that the run can go on: nothing, for a source that only reads."""
@@ -104,9 +108,8 @@ class Mixture(Source):
             index[mine] = local + self._starts[i]
         return epoch, index
 
-    def prepare(self, model: LM, step: int) -> None:
-        for source in self.sources:
-            source.prepare(model, step)
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
+        return {name: n for source in self.sources for name, n in source.prepare(model, step).items()}
 
     def state(self) -> dict[str, np.ndarray]:
         return {f"{i}.{k}": v for i, source in enumerate(self.sources) for k, v in source.state().items()}

@@ -18,7 +18,7 @@ from firth.types import UserError
 SMALLEST = 50_000  # bytes: below this there is nothing to learn in minutes, and no held-out text to measure it on
 
 
-def make(paths: list[str], directory: Path, *, labels: int = 300, seed: int = 0) -> Material:
+def make(paths: list[str], directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> Material:
     """Write the demo's files from the documents under `paths` into `directory`.
 
     Raises UserError where the text is smaller than SMALLEST bytes.
@@ -40,7 +40,7 @@ def make(paths: list[str], directory: Path, *, labels: int = 300, seed: int = 0)
         rng.shuffle(rows)
     beginnings = [" ".join(p.split()[:4]) + " " for row in valid for p in _paragraphs(row["text"])][:3]
     files = Files(
-        train, valid, balanced(labelled["train"], labels, rng), balanced(labelled["valid"], 400, rng),
+        train, valid, balanced(labelled["train"], labels, rng), balanced(labelled["valid"], held_labels, rng),
         dialogues[0], dialogues[1][:400],
     )  # fmt: skip
     return write(

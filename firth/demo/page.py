@@ -20,7 +20,7 @@ from firth.text.tokenizer import Tokenizer
 Facts = dict[str, Any]
 WORDS = ("taaaaasty", "laern", "Transformerify")
 FAMILIES = {
-    "encoder": "masked language modelling: 15% of the tokens are hidden and guessed from both sides",
+    "encoder": "masked language modelling: some of the tokens are hidden and guessed from both sides",
     "encoder-decoder": "span corruption: spans are dropped from the source, and the decoder writes them",
     "decoder": "causal language modelling: the next token from those before it",
 }

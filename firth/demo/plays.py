@@ -30,7 +30,7 @@ def sentences(text: str) -> list[Row]:
     return found
 
 
-def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> Material:
+def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> Material:
     """Write the demo's files from the fetched plays (one .txt each, and speeches.jsonl) into `directory`."""
     rng = random.Random(seed)
     train: list[Row] = []
@@ -52,7 +52,7 @@ def make(plays: Path, directory: Path, *, labels: int = 300, seed: int = 0) -> M
     rng.shuffle(dialogues[False])
     rng.shuffle(dialogues[True])
     files = Files(
-        train, valid, balanced(labelled[False], labels, rng), balanced(labelled[True], 400, rng),
+        train, valid, balanced(labelled[False], labels, rng), balanced(labelled[True], held_labels, rng),
         dialogues[False], dialogues[True][:400],
     )  # fmt: skip
     return write(

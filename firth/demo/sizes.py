@@ -19,7 +19,8 @@ from firth.train.schedule import Length
 
 @dataclass(frozen=True)
 class Size:
-    """vocab, width, depth, context of the models. Steps of each stage. labels: labelled passages to learn from.
+    """vocab, width, depth, context of the models. Steps of each stage. labels, held_labels: labelled passages to learn
+    from and to be tested on, at most.
 
     comparisons, held_comparisons: prompts that two answers are drawn for. noise: the judge's inconstancy, in units of
     true score. answer, sample: most tokens of an answer and of a printed sample. judged: held-out prompts at the end.
@@ -29,13 +30,14 @@ class Size:
     width: int = 128
     depth: int = 3
     context: int = 256
-    steps: tuple[int, int, int] = (800, 400, 600)
+    steps: tuple[int, int, int] = (1600, 700, 600)
     labels: int = 300
+    held_labels: int = 1500
     classify_steps: int = 60
     instruct_steps: int = 120
     reward_steps: int = 60
-    dpo_steps: int = 40
-    ppo_steps: int = 40
+    dpo_steps: int = 80
+    ppo_steps: int = 60
     comparisons: int = 700
     held_comparisons: int = 250
     noise: float = 0.4
@@ -51,7 +53,7 @@ class Size:
         return {
             "encoder": dataclasses.replace(
                 pretrain.bert(), objective=MLM(rate=0.3), shape=encoder(**of), segment=Pieces(length=96),
-                batch=Batch(rows=24, pack=96), optimizer=Optimizer(embedding_rate=2e-3, rest_rate=2e-3),
+                batch=Batch(rows=24, pack=96), optimizer=Optimizer(embedding_rate=4e-3, rest_rate=2e-3),
                 length=Length(steps=mlm), checks=checks,
             ),
             "encoder-decoder": dataclasses.replace(
@@ -86,6 +88,7 @@ class Size:
     def dpo(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
             recipe, segment=Referenced(pairs=Sampled()), length=Length(steps=self.dpo_steps),
+            optimizer=dataclasses.replace(recipe.optimizer, rate=1e-4),
             checks=Checks(every=max(1, self.dpo_steps // 4), examples=2000, save=0, keep=1),
         )  # fmt: skip
 
@@ -100,7 +103,7 @@ class Size:
 SIZES = {
     "small": Size(),
     "tiny": Size(
-        vocab=600, width=32, depth=1, context=128, steps=(4, 4, 4), labels=40, classify_steps=4, instruct_steps=4,
+        vocab=600, width=32, depth=1, context=128, steps=(4, 4, 4), labels=40, held_labels=60, classify_steps=4, instruct_steps=4,
         reward_steps=3, dpo_steps=3, ppo_steps=4, comparisons=24, held_comparisons=12, answer=8, sample=8, judged=8,
     ),
 }  # fmt: skip

@@ -122,11 +122,12 @@ class _Walk:
 
     def material_made(self) -> Material:
         place = self.out / "material"
+        plan = {"labels": self.size.labels, "held_labels": self.size.held_labels, "seed": self.seed}
         if (place / "material.json").exists():
             return Material.load(place)
         if self.text:
-            return folder.make(self.text, place, labels=self.size.labels, seed=self.seed)
-        return plays.make(corpora.fetch("shakespeare", echo=self.echo), place, labels=self.size.labels, seed=self.seed)
+            return folder.make(self.text, place, **plan)
+        return plays.make(corpora.fetch("shakespeare", echo=self.echo), place, **plan)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return read_rows(self.out / "material" / f"{name}.jsonl")

@@ -55,6 +55,16 @@ TERMS = {
     "tokens_per_second": Term("Speed", "tokens per second", zero=True),
 }
 
+DRAWN = {
+    "reward": Term("Judge's score", "score"),
+    "truth": Term("True score, not learnt from", "score"),
+    "kl": Term("Distance from the start", "KL, nats an answer"),
+    "entropy": Term("Entropy", "nats a token"),
+    "length": Term("Length", "tokens an answer"),
+    "finished": Term("Answers that end by themselves", "share"),
+}
+"""Measures of the phases of answers, and how they are drawn."""
+
 MACHINERY = ("rate", "norm", "tokens_per_second")
 """Terms that say how the run went, not what it learnt."""
 
@@ -80,6 +90,12 @@ def run_report(directory: Path) -> Report:
     kinds = objectives(recipe)
     learnt, ran = figures(rows)
     sections = [Section("What it learnt", figures=learnt)]
+    drawn = [row for row in rows if row["split"] == "rollouts"]
+    if drawn:
+        told = "Means over the answers of each phase, which the model wrote and then learnt from."
+        sections.append(
+            Section("The answers it wrote", told, figures=[_drawn(drawn, n) for n in DRAWN if n in drawn[0]])
+        )
     samples = read_samples(directory / "samples.jsonl")
     if samples:
         text = "The same prompts and the same random numbers, at the first and at the last of the logged samples."
@@ -155,7 +171,8 @@ def series(rows: Sequence[Row], split: str, name: str, x: str) -> tuple[list[flo
 
 def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     """What was learnt, and how the run went: one figure per term, with the loss's own terms in one."""
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in _ASIDE))
+    learning = [row for row in rows if row["split"] != "rollouts"]
+    names = list(dict.fromkeys(name for row in learning for name in row if name not in _ASIDE))
     x, unit = ("tokens", "tokens read") if rows[-1]["tokens"] else ("step", "steps")
     parts = [name for name in names if name.startswith("loss/")]
     single = [name for name in names if name not in parts and name not in MACHINERY]
@@ -183,6 +200,11 @@ def _figure(rows: Sequence[Row], name: str, x: str, unit: str) -> Figure:
     smooth = max((curve.smooth for curve in curves), default=0)
     note = f"Thin: every logged step. Thick: the mean over {2 * smooth + 1} of them." if smooth else ""
     return Figure(term.title, unit, term.unit, tuple(curves), note=note, log_y=term.log, zero=term.zero)
+
+
+def _drawn(rows: Sequence[Row], name: str) -> Figure:
+    xs, ys = series(rows, "rollouts", name, "step")
+    return Figure(DRAWN[name].title, "steps", DRAWN[name].unit, (Curve("answers", xs, ys, points=len(xs) < 40),))
 
 
 def _curve(

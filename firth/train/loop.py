@@ -16,8 +16,9 @@ uninterrupted run would have (same layout and thread count; a length in seconds 
 from __future__ import annotations
 
 import errno
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,10 @@ class _Run:
         with ctrl_c(self.told.say) as stop:
             while self.length.passed(at.step, at.seconds) < 1:
                 start = time.perf_counter()
-                self.batches.source.prepare(self.model, at.step)
+                with self.casts():
+                    drawn = self.batches.source.prepare(self.model, at.step)
+                if drawn:
+                    self._tell_drawn(log, drawn)
                 here = self.batches.batches(at.step)
                 if not checked:
                     self._refuse_silence(here)
@@ -271,6 +275,17 @@ class _Run:
             raise Stopped(
                 f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on"
             )
+
+    def _tell_drawn(self, log: Log | None, drawn: Mapping[str, float]) -> None:
+        """A row of what the model wrote, under the step that first learns from it: a resumed run writes it once.
+
+        A source names first what matters most, and that much is said aloud.
+        """
+        at = self.at
+        if log is not None:
+            log.row("rollouts", at.step + 1, at.seconds, at.tokens, drawn)
+        known = [f"{name} {value:.4g}" for name, value in drawn.items() if math.isfinite(value)]
+        self.told.say(f"step {at.step}  drawn: " + "  ".join(known[:5]))
 
     def _tell(self, log: Log | None, now: bool) -> None:
         at = self.at
