@@ -10,6 +10,7 @@ from torch import Tensor
 
 from firth.model import blocked
 from firth.model.attention import Visibility, attend
+from firth.model.block import Attention, initialise
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
@@ -210,3 +211,15 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     got = model(rows)
     assert torch.allclose(join((got[0], got[1, :3])), want, atol=1e-5)
     assert torch.allclose(model({n: x[None] for n, x in rows.items()})[0], got, atol=1e-6)
+
+
+@pytest.mark.parametrize("score_scale", [True, False])
+def test_an_untrained_attention_looks_around_evenly(score_scale: bool) -> None:
+    """Scores of unit variance at first: T5 has no 1 / sqrt(d) in the product, so it is in the first queries."""
+    torch.manual_seed(0)
+    shape = Shape(vocab=50, width=256, depth=1, heads=4, score_scale=score_scale, init=0.0)
+    attention = Attention(shape, 0)
+    initialise(attention, shape)
+    x = torch.randn(1, 200, 256)
+    q, k = (f(x).unflatten(-1, (4, 64)).transpose(1, 2) for f in (attention.q, attention.k))
+    assert 0.8 < float((attention.scale * q @ k.transpose(-1, -2)).detach().std()) < 1.25

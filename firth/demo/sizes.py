@@ -30,7 +30,7 @@ class Size:
     width: int = 128
     depth: int = 3
     context: int = 256
-    steps: tuple[int, int, int] = (1600, 700, 600)
+    steps: tuple[int, int, int] = (1600, 600, 600)
     labels: int = 300
     held_labels: int = 1500
     classify_steps: int = 60
@@ -57,7 +57,7 @@ class Size:
                 length=Length(steps=mlm), checks=checks,
             ),
             "encoder-decoder": dataclasses.replace(
-                pretrain.t5(), shape=encoder_decoder(**(of | {"depth": max(1, self.depth // 2)})),
+                pretrain.t5(), shape=encoder_decoder(**(of | {"depth": max(1, self.depth - 1)})),
                 segment=Pieces(length=96, frame=False), batch=Batch(rows=24),
                 length=Length(steps=spans), checks=checks,
             ),

@@ -158,8 +158,11 @@ def initialise(module: nn.Module, shape: Shape) -> None:
     """Fill a module's matrices as the shape says; offsets and the projections of zero_init with zeros."""
     for name, child in module.named_modules():
         if type(child) is Linear:
-            residual = name.endswith((".o", ".down"))
+            last = name.rpartition(".")[2]
+            residual = last in ("o", "down")
             std = shape.init or child.in_features**-0.5
+            if last == "q" and not shape.score_scale:  # the scale of the scores is in the weight, as in T5
+                std *= shape.head_width**-0.5
             nn.init.normal_(child.weight, std=0.0 if residual and shape.zero_init else std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
