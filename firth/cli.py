@@ -6,6 +6,8 @@ commands. A `UserError` is printed as its one sentence, and the exit code is 2; 
 
 from __future__ import annotations
 
+import errno
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +37,14 @@ Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appear
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 
 
+REFUSED = {
+    errno.ENOSPC: "free some room and run the same command again",
+    errno.EDQUOT: "free some room and run the same command again",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EROFS: "choose another place to write to",
+}
+
+
 def main() -> None:
     """Entry point of the `firth` command."""
     try:
@@ -48,6 +58,12 @@ def main() -> None:
     except BrokenPipeError:  # `firth list | head`
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # what the machine refuses is no fault of the program's: no traceback
+        if error.errno not in REFUSED:
+            raise
+        place = error.filename or "a temporary file (TMPDIR says where those lie)"
+        typer.echo(f"firth: {place}: {(error.strerror or 'refused').lower()}; {REFUSED[error.errno]}", err=True)
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -128,6 +144,7 @@ def tokenizer_train(
     from firth.recipes.material import train_tokenizer
 
     train_tokenizer(paths, out, algorithm=algorithm, size=size, field=field, sample=sample, seed=seed, echo=typer.echo)
+    typer.echo(f"See what it learnt:  firth tokenizer show {shlex.quote(str(out))} some words")
 
 
 @tokenizer_app.command("show")

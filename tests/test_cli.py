@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from firth import cli
 
 FIRTH = [sys.executable, "-m", "firth.cli"]
 SMALL = ["tokenizer.size=500", "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64",
@@ -98,9 +102,34 @@ def test_mistakes_are_one_sentence(arguments: list[str], said: str, tmp_path: Pa
     assert told.count("\n") == 1, told
 
 
+@pytest.mark.parametrize(("number", "mend"), [(errno.ENOSPC, "free some room"), (errno.EACCES, "another place")])
+def test_what_the_machine_refuses_is_one_sentence(
+    number: int, mend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(cli, "app", refused)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert "/some/file" in said and mend in said and said.count("\n") == 1
+
+
+def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError(errno.EIO, "a bad disk")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(OSError, match="a bad disk"):
+        cli.main()
+
+
 def test_the_tokenizer_commands(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "tok"
-    firth("tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--size", "200")
+    said = firth("tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--size", "200")
+    assert "12 files" in said and f"firth tokenizer show {out}" in said
     page = firth("tokenizer", "show", str(out), "laern", "--first", "3")
     assert "->" in page and "laern" in page
 

@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_model_families import built
 
 from firth.data.batch import collate
-from firth.evaluate.task import evaluate, likeliest, open_subject
+from firth.evaluate.evaluate import evaluate
+from firth.evaluate.task import likeliest, open_subject
 from firth.evaluate.tasks.choices import cut
 from firth.evaluate.text import MASKED_LIMIT, leading
 from firth.model.lm import LM

@@ -104,7 +104,7 @@ def subwords(out: Path) -> Section:
     ]
     words = [[word, "  ".join(readable(p) for p in tokenizer.pieces(word))] for word in WORDS]
     return Section(
-        "1  Subwords",
+        "Subwords",
         f"Byte-level BPE begins with the 256 bytes and merges the most frequent neighbours, again and again, "
         f"to {tokenizer.vocab.size} ids. No word is unknown: what was never seen falls into pieces that were. "
         "(␣ is a blank, ⏎ a line break.)",
@@ -128,7 +128,7 @@ def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
         for s in finding(out, f"samples-{name}")["samples"][:3]
     ]
     return Section(
-        "2  Three families pretrained",
+        "Three families pretrained",
         "\n\n".join(f"{name}: {what}." for name, what in FAMILIES.items())
         + f"\n\nThe losses ask different questions and cannot be compared with each other, only with the untrained "
         f"model's {chance:.2f} nats, the logarithm of the vocabulary.",
@@ -152,7 +152,7 @@ def finetuning(out: Path, material: Material, held: Mapping[str, Mapping[str, fl
         else "Here the starting point made no clear difference: the pretraining was too short, or the label too easy."
     )  # fmt: skip
     return Section(
-        "3  A finetuned task",
+        "A finetuned task",
         f"{material.question} The answers are {', '.join(material.labels)}, equally many of each, so a constant answer "
         f"gets {1 / len(material.labels):.0%}. {labelled} passages to learn from, {tested} from held-out text to be tested on. "
         f"Both models are the same in all but their first weights. {verdict}",
@@ -168,7 +168,7 @@ def instruction(out: Path, material: Material) -> Section:
         for s in finding(out, "samples-instruct")["samples"]
     ]
     return Section(
-        "4  Instruction tuning",
+        "Instruction tuning",
         f"{material.cue} The decoder learns only what the answer says, and the token that ends it.",
         figures=[curves(out, [("instruct", "instruct")], "loss", "Loss on held-out answers", "nats per token")],
         samples=samples,
@@ -178,7 +178,7 @@ def instruction(out: Path, material: Material) -> Section:
 def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: Size) -> Section:
     counts = finding(out, "preferences")
     return Section(
-        "5  Preferences and a reward model",
+        "Preferences and a reward model",
         f"Two answers to each prompt are sampled from the instruction-tuned model and compared by a judge whose true score is a "
         f"stated function of the text (`firth.demo.scorers`); he prefers the first with probability "
         f"sigma((score_1 - score_2) / {size.noise:g}), so he is not always of one mind: {counts['train-agree']:.0%} of his choices "
@@ -201,6 +201,7 @@ def alignment(out: Path, models: Facts, material: Material) -> Section:
     phases = metric_rows(out / "ppo" / "metrics.jsonl")
     figures = []
     for metric, title, unit in (("reward", "PPO: reward model's score, phase by phase", "standard deviations"),
+                                ("truth", "PPO: true reward, which it never sees", "true reward"),
                                 ("kl", "PPO: KL to the start", "nats per answer")):  # fmt: skip
         x, y = series(phases, "rollouts", metric, "seconds")
         if x:
@@ -208,11 +209,12 @@ def alignment(out: Path, models: Facts, material: Material) -> Section:
     points = tuple(Curve(names[n], [m["kl"]], [m["truth"]], points=True) for n, m in models.items())
     figures.append(Figure("True reward against distance", "KL to the start, nats per answer", "true reward", points))
     return Section(
-        "6  PPO and DPO",
+        "PPO and DPO",
         f"Both begin at the instruction-tuned model. PPO writes answers, has the reward model judge them and pays for distance from "
         f"the start; DPO reads the comparisons alone. All three answer the same {found['prompts']} held-out prompts, judged by the true "
         f"scorer (`{material.scorer}`), which neither has seen. "
-        "A reward-model score that rises while the true one does not is reward hacking.",
+        "A reward-model score that rises while the true one does not is reward hacking. The table's answers are drawn at "
+        "temperature 1, as in training; the samples below at 0.7.",
         figures=figures,
         tables=[
             Table("On held-out prompts", ["model", "true reward", "reward model", "KL, nats", "tokens", "finished"], rows,
@@ -226,7 +228,7 @@ def directories(out: Path) -> Section:
     rows = [[str(out / name / "model"), json.loads((out / name / "model" / "config.json").read_text("utf-8"))["architectures"][0]]
             for name in runs(out) if (out / name / "model" / "config.json").exists()]  # fmt: skip
     return Section(
-        "7  What there is now",
+        "What there is now",
         "Each run directory holds its recipe, its metrics, a report of its own and `model/`, a directory that the transformers "
         "library loads: `AutoModelForCausalLM.from_pretrained(...)` for the decoders.",
         tables=[Table("Model directories", ["directory", "class in transformers"], rows)],

@@ -191,7 +191,7 @@ class _Walk:
                 [candidates] = opened.engine.fill(prompt, 5)
                 found.append("  ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in candidates))
             return found
-        sampling = Sampling(max_new=self.size.sample, temperature=0.7, min_p=0.05, seed=self.seed)
+        sampling = self.legible(self.size.sample)
         if name == "decoder":
             return opened.continue_text(prompts, sampling)
         sentinel = self.tokenizer.id("<extra_id_0>")
@@ -207,6 +207,10 @@ class _Walk:
             ids.append(np.concatenate(parts).astype(np.int32))
         short = dataclasses.replace(sampling, max_new=12)
         return [c.text for c in opened.engine.generate(ids, short)]
+
+    def legible(self, longest: int) -> Sampling:
+        """How a sample for a reader is drawn: somewhat below temperature 1, without the long tail."""
+        return Sampling(max_new=longest, temperature=0.7, min_p=0.05, seed=self.seed)
 
     # 3
 
@@ -255,7 +259,7 @@ class _Walk:
         for name in ("decoder", "instruct"):
             opened = open_run(self.out / name)
             read = [self.prompt(p) if name == "instruct" else opening(self.tokenizer, p, opened.model) for p in prompts]
-            sampling = Sampling(max_new=self.size.answer, temperature=0.7, min_p=0.05, seed=self.seed)
+            sampling = self.legible(self.size.answer)
             answers.append([c.text for c in opened.engine.generate(read, sampling)])
         return {"samples": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]}
 
@@ -328,13 +332,13 @@ class _Walk:
         models: Facts = {}
         texts: dict[str, list[str]] = {}
         for name in ("instruct", "ppo", "dpo"):
+            policy = load_model(self.out / name / "model")
             source = Rollouts(
                 prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7
             )
-            source.prepare(load_model(self.out / name / "model"), 0)
-            models[name] = source.measures()
-            order = [tuple(s.prompt.tolist()) for s in source.samples]
-            texts[name] = [source.samples[order.index(tuple(p.tolist()))].text for p in prompts[:6]]
+            models[name] = dict(source.prepare(policy, 0))
+            written = Engine(policy, self.tokenizer).generate(prompts[:6], self.legible(self.size.answer))
+            texts[name] = [w.text for w in written]
         samples = [
             {"prompt": row["prompt"], **{name: texts[name][i] for name in texts}} for i, row in enumerate(held[:6])
         ]

@@ -28,6 +28,10 @@ class Coder(Protocol):
     def vocab(self) -> Vocab:
         """The ids that have a role."""
 
+    @property
+    def stops(self) -> Sequence[int]:
+        """The ids that end an answer."""
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, none of them special."""
 

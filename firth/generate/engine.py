@@ -29,32 +29,19 @@ from firth.generate.rows import Rows, reading, rectangle, stacked
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.text import chat
 from firth.types import IGNORE, NEVER, UserError
-
-
-def ends(coder: Coder) -> list[int]:
-    """The tokens that end an answer: the end of a text and, where the tokenizer has it, of a chat turn."""
-    roles = coder.vocab.roles
-    found = [roles["eos"]] if "eos" in roles else []
-    try:
-        return [*found, coder.id(chat.END)]
-    except UserError:
-        return found
 
 
 class Engine:
     """One model, one tokenizer, and the verbs.
 
-    stops: ids that end an answer; default the tokenizer's eos and `<|im_end|>`. rows: most rows in one batch.
+    stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch.
     """
 
     def __init__(self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64):
         self.model, self.coder, self.rows = model, tokenizer, rows
         vocab = tokenizer.vocab
-        if stops is None:
-            stops = ends(tokenizer)
-        self.stops = frozenset(int(i) for i in stops)
+        self.stops = frozenset(int(i) for i in (tokenizer.stops if stops is None else stops))
         self.start = vocab.pad if model.shape.encoder else None
         self.device = model.tokens.weight.device
 

@@ -145,6 +145,6 @@ def train_tokenizer(
     texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
-    rows = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.rows().items())
-    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size} ids from {rows}: {out}")
+    rows = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.rows().items())
+    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows}: {out}")
     return tokenizer

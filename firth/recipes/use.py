@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from firth.evaluate.task import evaluate, open_subject
+from firth.evaluate.evaluate import evaluate
+from firth.evaluate.task import open_subject
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
