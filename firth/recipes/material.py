@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from firth.data.shards import TokenStore
@@ -29,6 +29,7 @@ class Text:
     """Where a run's text or records are.
 
     path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place.
+    weights: the share of the examples that each path gives, in any unit; without them each gives what it holds.
     field: the field of records that holds the text. split: a text file is one document ("file"), or one per "blank"
     line or "line". valid: files held out; where there are none, the share `held_out` of the documents is, drawn by
     the names of the documents, never by lines.
@@ -37,6 +38,7 @@ class Text:
 
     path: tuple[str, ...] = ()
     corpus: str = ""
+    weights: tuple[float, ...] = ()
     field: str = "text"
     split: str = "file"
     valid: tuple[str, ...] = ()
@@ -63,6 +65,16 @@ class Material:
     rows: int = 1
     seed: int = 0
     echo: Echo = print
+
+    def parts(self) -> list[Material]:
+        """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""
+        source = self.source
+        if len(source.weights) != len(source.path):
+            raise UserError(
+                f"source.weights has {len(source.weights)} numbers for the {len(source.path)} paths of source.path: "
+                "give one weight per path"
+            )
+        return [replace(self, source=replace(source, path=(path,), weights=())) for path in source.path]
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """The training and the held-out token store, built where they are not there yet."""
@@ -123,7 +135,7 @@ def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
 def fingerprint(source: Text, paths: Sequence[str], tokenizer: Tokenizer) -> str:
     """A short name for these files (paths, sizes, times of change), read in this way, by this tokenizer."""
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in read.files([*paths, *source.valid])]
-    how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store")}
+    how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store", "weights")}
     told = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

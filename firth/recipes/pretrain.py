@@ -32,7 +32,7 @@ def gpt() -> Recipe:
         shape=decoder(vocab=8192, width=384, depth=6, context=512),
         batch=Batch(rows=8),
         # An untied table begins at unit variance, so its steps must be of another size than a matrix's.
-        optimizer=Optimizer(embedding_rate=0.1),
+        optimizer=Optimizer(embedding_rate=0.3),
         schedule=Schedule("wsd"),
         length=Length(steps=1200),
         samples=("The ", "I think that ", "What is "),

@@ -8,7 +8,6 @@ The same call on the same directory goes on where an earlier one stopped, and re
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
-from firth.recipes import tree
+from firth.recipes import segments, tree
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
-from firth.recipes.segments import Cut, model_directory
+from firth.recipes.segments import Cut, model_directory, spread
 from firth.recipes.use import MASK, Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
@@ -72,7 +71,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     settled = _settled(recipe, material)
     if (directory / DONE).exists():
         return _finished(directory, settled)
-    cut = _first_alone(ranks, lambda: settled.segment.cut(material, settled.objective))
+    cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
     assert settled.shape is not None
     model = LM(settled.shape, settled.objective.parts(settled.shape))
@@ -180,18 +179,16 @@ def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Ba
 
 
 def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Evaluate | None:
-    """Score the first `checks.examples` held-out examples, the same ones each time and always shown alike."""
+    """Score `checks.examples` held-out examples, spread over all; the same each time, and always shown alike."""
     if cut.valid is None or not len(cut.valid):
         return None
     held = Batches(
-        cut.valid, recipe.objective, tokenizer.vocab, rows=min(recipe.batch.rows, 64), seed=recipe.seed,
+        spread(cut.valid, recipe.checks.examples), recipe.objective, tokenizer.vocab, rows=min(recipe.batch.rows, 64), seed=recipe.seed,
         pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
-    wanted = -(-recipe.checks.examples // (held.rows * ranks.world))
 
     def evaluate(model: LM, step: int) -> dict[str, float]:
-        some = itertools.islice(held.once(), wanted)
-        return validate(model, recipe.objective, some, bytes_per_target=cut.bytes_per_target, reduce=ranks.sum)
+        return validate(model, recipe.objective, held.once(), bytes_per_target=cut.bytes_per_target, reduce=ranks.sum)
 
     return evaluate
 

@@ -21,7 +21,7 @@ from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, 
 from firth.align.rollouts import Phase
 from firth.align.rollouts import Rollouts as OnPolicy
 from firth.data import records, segment
-from firth.data.source import Source, Subset
+from firth.data.source import Mixture, Source, Subset
 from firth.data.split import place
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
@@ -59,6 +59,33 @@ class Segment:
     def settle(self, objective: Objective, material: Material) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
         return objective
+
+
+def cut(segment: Segment, material: Material, objective: Objective) -> Cut:
+    """What a run learns from and is measured on: a mixture of the paths where the source has weights."""
+    if not material.source.weights:
+        return segment.cut(material, objective)
+    cuts = [segment.cut(part, objective) for part in material.parts()]
+    weights = material.source.weights
+    train = Mixture([c.train for c in cuts], weights)
+    read = {name: sum(c.read.get(name, 0) for c in cuts) for c in cuts for name in c.read}
+    if material.source.valid:  # every part has these files
+        return Cut(train, cuts[0].valid, cuts[0].bytes_per_target, read)
+    held = [(c.valid, c.bytes_per_target, w) for c, w in zip(cuts, weights, strict=True) if c.valid is not None]
+    if not held:
+        return Cut(train, None, read=read)
+    # Held-out text in the same shares, as much of it as the scarcest part allows.
+    unit = min(len(valid) / w for valid, _, w in held)
+    shown = [spread(valid, max(1, int(unit * w))) for valid, _, w in held]
+    ratio = sum(bytes_ * w for _, bytes_, w in held) / sum(w for _, _, w in held)
+    return Cut(train, Mixture(shown, [w for _, _, w in held]), ratio, read)
+
+
+def spread(source: Source, count: int) -> Source:
+    """At most `count` examples of a source, evenly spaced: the first ones alone would be those of one document."""
+    return (
+        source if len(source) <= count else Subset(source, np.linspace(0, len(source) - 1, count).round().astype(int))
+    )
 
 
 @dataclass(frozen=True)

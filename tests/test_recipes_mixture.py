@@ -1,0 +1,91 @@
+"""A mixture of paths in a recipe: the stated shares in training and in the held-out text, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from firth.data.source import Source
+from firth.recipes import segments
+from firth.recipes.material import Material, Text, train_tokenizer
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.segments import Windows, spread
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+WORDS = {"a": "ababab baba abba ", "z": "zyzy yzzy zzyy "}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two languages without a common letter; one has three times the text of the other."""
+    folder = tmp_path_factory.mktemp("two")
+    for letter, files in (("a", 20), ("z", 60)):
+        (folder / letter).mkdir()
+        for i in range(files):
+            (folder / letter / f"{i}.txt").write_text(f"{WORDS[letter]}{'x' * (i % 7)} " * 40)
+    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", size=400, echo=lambda _: None)
+    return folder
+
+
+def material(folder: Path, place: Path, **settings: object) -> Material:
+    paths = (str(folder / "a"), str(folder / "z"))
+    source = Text(path=paths, held_out=0.3, **settings)  # type: ignore[arg-type]
+    return Material(source, Tokenizer.load(folder / "tok"), place, echo=lambda _: None)
+
+
+def share_of_a(source: Source, indices: np.ndarray, tokenizer: Tokenizer) -> float:
+    texts = [tokenizer.decode(source[int(i)]["tokens"]) for i in indices]
+    return float(np.mean([t.count("a") + t.count("b") > t.count("z") + t.count("y") for t in texts]))
+
+
+def test_the_shares_are_the_stated_ones_in_training_and_in_held_out_text(folder: Path, tmp_path: Path) -> None:
+    mixed = material(folder, tmp_path, weights=(3.0, 1.0))
+    cut = segments.cut(Windows(length=32), mixed, load("gpt").objective)
+    _, indices = cut.train.order(seed=0, positions=np.arange(64))
+    assert share_of_a(cut.train, indices, mixed.tokenizer) == 0.75
+    assert cut.valid is not None
+    assert share_of_a(cut.valid, np.arange(len(cut.valid)), mixed.tokenizer) == pytest.approx(0.75, abs=0.06)
+    parts = [Windows(length=32).cut(part, load("gpt").objective) for part in mixed.parts()]
+    assert cut.bytes_per_target == pytest.approx(0.75 * parts[0].bytes_per_target + 0.25 * parts[1].bytes_per_target)
+    assert cut.counts["documents"] == sum(p.counts["documents"] for p in parts)
+
+
+def test_without_weights_each_path_gives_what_it_holds(folder: Path, tmp_path: Path) -> None:
+    plain = material(folder, tmp_path)
+    cut = segments.cut(Windows(length=32), plain, load("gpt").objective)
+    assert share_of_a(cut.train, np.arange(len(cut.train)), plain.tokenizer) == pytest.approx(0.25, abs=0.1)
+
+
+def test_one_weight_too_few_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"source.weights has 1 numbers for the 2 paths"):
+        segments.cut(Windows(length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective)
+
+
+def test_a_recipe_with_weights_runs_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    settings = [f"source.path=[{folder / 'a'}, {folder / 'z'}]", "source.weights=[1, 2]", "tokenizer.size=400",
+                "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64", "segment.length=32",
+                "batch.rows=6", "length.steps=4", "checks.every=2", "checks.examples=20", "samples=[]"]  # fmt: skip
+    done = run(load("gpt", settings), tmp_path / "run", echo=lambda _: None)
+    assert np.isfinite(done.metrics["valid/bits_per_byte"])
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["source"]["weights"] == [1.0, 2.0]
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["counts"]["documents"] > 40
+    assert run(load(str(tmp_path / "run")), tmp_path / "again", echo=lambda _: None).metrics == done.metrics
+
+
+def test_what_is_looked_at_is_spread_over_all() -> None:
+    class Numbers(Source):
+        def __len__(self) -> int:
+            return 100
+
+        def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+            return {"tokens": np.array([index])}
+
+    some = spread(Numbers(), 5)
+    assert [int(some[i]["tokens"][0]) for i in range(len(some))] == [0, 25, 50, 74, 99]
+    assert len(spread(Numbers(), 200)) == 100
