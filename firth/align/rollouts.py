@@ -216,7 +216,7 @@ class Rollouts(Source):
 
     def state(self) -> dict[str, np.ndarray]:
         """The phase as it is, and the history: all that a run in its middle cannot compute again."""
-        history = np.array([[row[name] for name in ("phase", *STATISTICS)] for row in self.history], np.float64)
+        history = np.array([[row[name] for name in (*STATISTICS, "phase")] for row in self.history], np.float64)
         return {
             "number": np.array([self.number]),
             "lengths": self._lengths,
@@ -230,7 +230,7 @@ class Rollouts(Source):
         self.number = int(state["number"][0])
         self._lengths, self._tokens = np.array(state["lengths"]), np.array(state["tokens"])
         self._told = np.array(state["told"])
-        self.history = [dict(zip(("phase", *STATISTICS), map(float, row), strict=True)) for row in state["history"]]
+        self.history = [dict(zip((*STATISTICS, "phase"), map(float, row), strict=True)) for row in state["history"]]
         self.samples = []
         ends = self._lengths.sum(1).cumsum()
         for (asked, answered), end, finished in zip(self._lengths, ends, state["finished"], strict=True):

@@ -14,6 +14,8 @@ import functools
 import json
 import os
 import random
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,9 @@ class _Walk:
         self.say(7, "the report")
         path = write(demo_report(self.out, self.material, self.size), self.out / "report.html")
         self.echo(f"\nDone in {time.monotonic() - began:.0f} s. Open {path}\nThen, for example:")
+        activate = Path(sys.prefix, "bin", "activate")
+        if shutil.which("firth") is None and activate.exists():
+            self.echo(f"  source {os.path.relpath(activate)}")
         for command in commands(self.out):
             self.echo(f"  {command.line}")
         return path
