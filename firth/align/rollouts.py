@@ -117,17 +117,16 @@ class Rollouts(Source):
         return {"tokens": tokens, "mask": np.arange(len(tokens)) >= self._lengths[index, 0]} | told
 
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
-        """Draw the phase that this step belongs to, unless it is there."""
+        """Draw the phase that this step belongs to, unless it is there.
+
+        Returns the fresh phase in numbers: means over its answers (kl: nats per answer) or its tokens.
+        """
         number = step // self.phase.steps
         if number == self.number:
             return {}
         self.number = number
         self._draw(model)
-        return self.measures()
-
-    def measures(self) -> dict[str, float]:
-        """The newest phase in numbers: means over its answers (kl: nats per answer) or its tokens."""
-        return dict(self.history[-1]) if self.history else {}
+        return dict(self.history[-1])
 
     def _draw(self, model: LM) -> None:
         prompts = self._asked()
