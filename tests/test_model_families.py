@@ -25,6 +25,7 @@ transformers.logging.set_verbosity_error()
 SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
 BERT = Shape(
     **SIZES,
+    causal=False,
     norm_at="post",
     norm_eps=1e-12,
     segments=2,

@@ -115,7 +115,7 @@ class LM(nn.Module):
         self.places = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
         self.segments = nn.Embedding(shape.segments, shape.width) if shape.segments else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
-        self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=shape.encoder == 0)
+        self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         for child in self.children():
             initialise(child, shape)
         for table in (self.tokens, self.places, self.segments):

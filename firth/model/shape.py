@@ -2,12 +2,12 @@
 
 The published families are points in this space, not classes:
 
-    BERT        norm_at="post", position="learned", segments=2, embed_norm, head="transform", head_bias
+    BERT        causal off, norm_at="post", position="learned", segments=2, embed_norm, head="transform", head_bias
     GPT-2       position="learned", activation="gelu_tanh", tied
     Llama       norm="rms", norm_bias off, position="rotary", activation="swiglu", bias off
     T5          encoder=12, norm="rms", position="t5", activation="relu" or "geglu_tanh", score_scale off
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
-    ModernBERT  norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
+    ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
 
 >>> decoder(vocab=8192, width=384, depth=6).parameters()
 16908288
@@ -27,6 +27,10 @@ from firth.types import UserError
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
 
+Reads = Literal["any", "left", "both", "free", "source"]
+"""How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
+order of the objective's own (a prefix, a permutation); or a source by an encoder and an answer to it from left to right."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -36,6 +40,8 @@ class Shape:
     heads, kv_heads (0: as many as heads), head_width (0: width / heads). hidden: inner size of the MLP (0: 4 width).
     context: longest row it is meant for; a hard limit with learned positions only.
     encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention.
+    causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
+    this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
@@ -59,6 +65,7 @@ class Shape:
     hidden: int = 0
     context: int = 1024
     encoder: int = 0
+    causal: bool = True
     norm: Literal["layer", "rms"] = "layer"
     norm_at: Literal["pre", "post"] = "pre"
     norm_weight: bool = True
@@ -125,6 +132,20 @@ class Shape:
         """Whether the MLP has a gate beside its input map."""
         return self.activation in GATED
 
+    @property
+    def noun(self) -> str:
+        """What one would call it."""
+        if self.encoder:
+            return "an encoder-decoder"
+        return "a causal decoder" if self.causal else "an encoder"
+
+    @property
+    def honours(self) -> frozenset[Reads]:
+        """The ways of reading that the trunk can do."""
+        if self.encoder:
+            return frozenset({"any", "source"})
+        return frozenset({"any", "left"}) if self.causal else frozenset({"any", "left", "both", "free"})
+
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
         norm = (self.width if self.norm_weight else 0) + (self.width if self.norm_bias and self.norm == "layer" else 0)
@@ -166,7 +187,7 @@ def encoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1
     """The default encoder, a ModernBERT with full attention in every layer."""
     return Shape(
         vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context,
-        hidden=hidden or 2 * width, norm_bias=False, embed_norm=True, first_norm=False, position="rotary",
+        hidden=hidden or 2 * width, causal=False, norm_bias=False, embed_norm=True, first_norm=False, position="rotary",
         activation="geglu", bias=False, head="transform", head_bias=True, init=0.0, zero_init=True,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
+from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Example
@@ -22,6 +23,9 @@ class CausalLM(Tokens):
     >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["looks"].tolist()
     ([5, 6, 7], [6, 7, 8], [0, 1, 2])
     """
+
+    def reads(self) -> Reads:
+        return "left"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

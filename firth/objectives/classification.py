@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from firth.data import layout
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, asked, choice_loss, correct
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
@@ -42,6 +42,9 @@ class Classification(Objective):
 
     classes: tuple[str, ...] = ()
     at: Literal["first", "last"] = "first"
+
+    def reads(self) -> Reads:
+        return "both" if self.at == "first" else "left"
 
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
         return self if self.classes else dataclasses.replace(self, classes=classes())

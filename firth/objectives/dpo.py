@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from firth.data import layout
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, choice_loss, correct, log_probs
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
@@ -65,6 +65,9 @@ class DPO(Objective):
         "chosen": "preferred",
         "rejected": "preferred",
     }
+
+    def reads(self) -> Reads:
+        return "left"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"lm": Vocabulary(shape)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data.noise import NOISES, Kind
+from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
@@ -50,6 +51,9 @@ class MLM(Tokens):
                 f"mlm: rate={self.rate} must be between 0 and 1, and masked={self.masked} and random={self.random} "
                 "shares that together are at most 1"
             )
+
+    def reads(self) -> Reads:
+        return "both"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

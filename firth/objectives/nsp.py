@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from firth.data import layout
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, asked, choice_loss, correct
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
@@ -47,6 +47,9 @@ class NSP(Objective):
     measures: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
 
     follows: float = 0.5
+
+    def reads(self) -> Reads:
+        return "both"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"next": pooled(shape.width, 2)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -45,6 +45,10 @@ class Objective:
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
         """The objective with the classes that its data has; those that have none are what they were."""
         return self
+
+    def reads(self) -> Reads:
+        """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
+        return "any"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         """What it adds to the model: a head, a generator, a value head."""
@@ -80,8 +84,14 @@ class Sum(Objective):
         readers = [o for o in (self.first, self.second) if type(o).run is not Objective.run]
         if len(readers) == 2 and not any(isinstance(o, Sum) for o in readers):
             raise UserError("cannot add two objectives that each run the model in a way of their own")
+        if len({self.first.reads(), self.second.reads()} - {"any"}) == 2:
+            raise UserError("cannot add two objectives that have a text read in different ways")
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
+
+    def reads(self) -> Reads:
+        first = self.first.reads()
+        return self.second.reads() if first == "any" else first
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return self.first.parts(shape) | self.second.parts(shape)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, asked
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
@@ -77,6 +77,9 @@ class PPO(Objective):
         "clipped": "labels",
         "value_error": "labels",
     }
+
+    def reads(self) -> Reads:
+        return "left"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"lm": Vocabulary(shape), "value": value_head(shape.width)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, log_probs
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
@@ -40,6 +40,9 @@ class Reinforce(Objective):
 
     targets: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
     measures: ClassVar[dict[str, str]] = {"surprise": "labels"}
+
+    def reads(self) -> Reads:
+        return "left"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"lm": Vocabulary(shape)}

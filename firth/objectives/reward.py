@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from firth.data import layout
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, choice_loss, correct
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
@@ -70,6 +70,9 @@ class Reward(Objective):
 
     targets: ClassVar[dict[str, str]] = {"reward": "preferred"}
     measures: ClassVar[dict[str, str]] = {"accuracy": "preferred", "margin": "preferred"}
+
+    def reads(self) -> Reads:
+        return "left"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"reward": reward_head(shape.width)}

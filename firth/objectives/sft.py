@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
+from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Example
@@ -38,6 +39,9 @@ class SFT(Tokens):
     [-100, 7, 2]
     """
 
+    def reads(self) -> Reads:
+        return "left"
+
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return answer(example["tokens"], example["mask"])
 
@@ -52,6 +56,9 @@ class TextToText(Tokens):
     >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
     ([7, 8], [0, 5], [5, 2])
     """
+
+    def reads(self) -> Reads:
+        return "source"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return layout.seq2seq(example["source"], example["target"], vocab.pad)

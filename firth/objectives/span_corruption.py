@@ -19,6 +19,7 @@ import numpy as np
 
 from firth.data import layout
 from firth.data.noise import NOISES, Kind
+from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
 from firth.types import Example, UserError
@@ -68,6 +69,9 @@ class SpanCorruption(Tokens):
     rate: float = 0.15
     noise: Kind = "spans"
     layout: Literal["seq2seq", "prefix"] = "seq2seq"
+
+    def reads(self) -> Reads:
+        return "source" if self.layout == "seq2seq" else "free"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

@@ -9,10 +9,10 @@ recipe (a function in this room, see `RECIPES`) and changes fields.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
 from firth.recipes import segments, tree
+from firth.recipes.fits import refuse_misfit
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
 from firth.recipes.segments import Segment
@@ -105,14 +106,19 @@ tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(segments.SEGMENTS), seg
 
 
 def published(name: str) -> Recipe:
-    """The recipe of this name, among RECIPES."""
+    """The recipe of this name, among RECIPES; NAME:SIZE for one that comes in several sizes."""
+    name, colon, size = name.partition(":")
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(RECIPES)}"
         raise UserError(f"there is no recipe {name!r} and no such file; {hint}")
     module, function = RECIPES[name].split(":")
-    make: Callable[[], Recipe] = getattr(importlib.import_module(module), function)
-    return make()
+    make: Callable[..., Recipe] = getattr(importlib.import_module(module), function)
+    if not colon:
+        return make()
+    if "size" not in inspect.signature(make).parameters:
+        raise UserError(f"the recipe {name!r} comes in one size: leave out {colon + size!r}")
+    return make(size)
 
 
 def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
@@ -132,9 +138,6 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     for assignment in assignments:  # what stands on the command line has no line in the file
         lines.pop(tuple(assignment.split("=")[0].split(".")), None)
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines))
+    if recipe.shape is not None:
+        refuse_misfit(recipe.objective, recipe.shape)
     return recipe
-
-
-def with_vocab(shape: Shape, size: int) -> Shape:
-    """The shape with the number of ids that the tokenizer has."""
-    return dataclasses.replace(shape, vocab=size)

@@ -24,6 +24,7 @@ from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
+from firth.recipes.fits import refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory, spread
@@ -156,6 +157,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     objective = recipe.segment.settle(recipe.objective, material)
+    refuse_misfit(objective, shape)
     return dataclasses.replace(recipe, shape=shape, objective=objective)
 
 

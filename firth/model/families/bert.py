@@ -26,6 +26,7 @@ def shape(config: dict[str, Any]) -> Shape:
     return Shape(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
         heads=config["num_attention_heads"], hidden=config["intermediate_size"],
+        causal=False,
         context=config["max_position_embeddings"], segments=config["type_vocab_size"], norm_at="post",
         norm_eps=config.get("layer_norm_eps", 1e-12), embed_norm=True,
         activation=activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def shape(config: dict[str, Any]) -> Shape:
     act = activation(config.get("hidden_activation", "gelu"), ACTIVATIONS, "hidden_activation")
     return Shape(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=depth, heads=config["num_attention_heads"],
-        hidden=config["intermediate_size"], context=config["max_position_embeddings"],
+        hidden=config["intermediate_size"], context=config["max_position_embeddings"], causal=False,
         norm_bias=config.get("norm_bias", False), norm_eps=config.get("norm_eps", 1e-5), embed_norm=True,
         first_norm=False, position="rotary", rotary_theta=theta(config, 160000.0, "full_attention"),
         activation=act, bias=config.get("attention_bias", False),  # type: ignore[arg-type]

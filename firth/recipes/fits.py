@@ -1,0 +1,47 @@
+"""What cannot be trained is refused when the recipe is read: an objective that its architecture cannot serve.
+
+>>> from firth.model.shape import decoder
+>>> from firth.objectives.mlm import MLM
+>>> refuse_misfit(MLM(), decoder(vocab=10, width=64, depth=1))  # doctest: +ELLIPSIS
+Traceback (most recent call last):
+...
+firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false ...
+"""
+
+from __future__ import annotations
+
+from firth import objectives
+from firth.model.shape import Reads, Shape
+from firth.objectives.objective import Objective, Sum
+from firth.types import UserError
+
+NEEDS: dict[Reads, tuple[str, str]] = {
+    "left": ("reads a text from left to right", "set shape.causal=true and shape.encoder=0 (a decoder)"),
+    "both": ("reads a text from both sides", "set shape.causal=false (an encoder)"),
+    "free": ("reads a text in an order of its own", "take attention with shape.causal=false"),
+    "source": ("reads a source and writes an answer", "set shape.encoder (an encoder-decoder)"),
+}
+"""A way of reading -> what the objective does, and the shape that serves it."""
+
+
+def refuse_misfit(objective: Objective, shape: Shape) -> None:
+    """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks."""
+    reads = objective.reads()
+    if reads in shape.honours:
+        return
+    does, remedy = NEEDS[reads]
+    served = sorted(
+        name for name in objectives.OBJECTIVES if objectives.find(name)().reads() in shape.honours - {"any"}
+    )
+    raise UserError(
+        f"objective {_name(objective)} {does}, which {shape.noun} cannot: {remedy}, "
+        f"or take an objective that it serves: {', '.join(served)}"
+    )
+
+
+def _name(objective: Objective) -> str:
+    """As a recipe calls it; the addend that makes the demand, of a sum."""
+    while isinstance(objective, Sum):
+        objective = objective.second if objective.first.reads() == "any" else objective.first
+    known = (name for name in objectives.OBJECTIVES if objectives.find(name) is type(objective))
+    return next(known, type(objective).__name__)

@@ -1,0 +1,53 @@
+"""The sizes that a published recipe comes in, and what all the tiny ones share.
+
+    firth train electra              the default size
+    firth train electra:published    the paper's own, for a machine that has the days
+
+Tiny recipes read one text with one kind of tokenizer and have one body (four blocks of width 192), so that what differs
+between two of them is what their papers changed; each takes about two minutes on two cores. A published size says no
+text: give it yours with source.path=FILES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from firth.model.shape import Shape
+from firth.objectives.objective import Objective
+from firth.recipes.material import Text
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Segment
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+from firth.types import UserError
+
+VOCAB, WIDTH, DEPTH, CONTEXT = 4096, 192, 4, 256
+"""The body that the tiny recipes share; its vocabulary is that of a tokenizer trained on the text."""
+
+TEXT = Text(corpus="shakespeare")
+
+
+def one_of(recipe: str, size: str, sizes: Mapping[str, Recipe]) -> Recipe:
+    """The recipe of a size; UserError with the sizes there are."""
+    if size not in sizes:
+        raise UserError(f"the recipe {recipe!r} has no size {size!r}; there is {', '.join(sizes)}")
+    return sizes[size]
+
+
+def tiny(
+    name: str,
+    objective: Objective,
+    segment: Segment,
+    shape: Shape,
+    *,
+    steps: int,
+    batch: Batch,
+    optimizer: Optimizer | None = None,
+    samples: tuple[str, ...] = (),
+) -> Recipe:
+    """A recipe of the tiny size: Shakespeare's plays, 4,096 subwords, a warm start and a linear fall at the end."""
+    return Recipe(
+        name=name, objective=objective, segment=segment, source=TEXT, tokenizer=TokenizerPlan(size=VOCAB), shape=shape,
+        batch=batch, optimizer=optimizer or Optimizer(), schedule=Schedule("wsd"), length=Length(steps=steps),
+        checks=Checks(every=steps // 4, examples=256, save=steps // 4), samples=samples,
+    )  # fmt: skip
