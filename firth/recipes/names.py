@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 RECIPES = {
-    "gpt": "firth.recipes.pretrain:gpt",
-    "bert": "firth.recipes.pretrain:bert",
-    "t5": "firth.recipes.pretrain:t5",
+    "gpt": "firth.recipes.gpt:gpt",
+    "gpt2": "firth.recipes.gpt:gpt2",
+    "gpt3": "firth.recipes.gpt:gpt3",
+    "llama": "firth.recipes.gpt:llama",
+    "bert": "firth.recipes.bert:bert",
+    "roberta": "firth.recipes.bert:roberta",
+    "t5": "firth.recipes.t5:t5",
     "classify": "firth.recipes.tune:classify",
     "instruct": "firth.recipes.tune:instruct",
     "reward": "firth.recipes.tune:reward",
