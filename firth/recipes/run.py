@@ -24,6 +24,7 @@ from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
+from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
@@ -82,10 +83,14 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         tell(f"{settled.name} starts from {settled.start}" + (f": {'; '.join(changed)}" if changed else ""))
     model.to(best_device())
     tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    batches = _batches(settled, cut, tokenizer, ranks)
+    if settled.unigram and not settled.start:
+        counted = begin(model, settled.objective, batches)
+        if counted:
+            tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
         _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
-    batches = _batches(settled, cut, tokenizer, ranks)
     trained = train(
         model, settled.objective, batches, directory,
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
