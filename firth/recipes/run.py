@@ -45,12 +45,13 @@ DONE = "done.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run. metrics: the last ones, held-out ones as `valid/NAME`."""
+    """A finished run. flops: counted. metrics: the last ones, held-out ones as `valid/NAME`."""
 
     directory: Path
     steps: int
     tokens: int
     seconds: float
+    flops: float
     metrics: dict[str, float]
 
     @property
@@ -93,7 +94,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
                   precision=settled.precision, compile=settled.compile),
         evaluate=_evaluation(settled, cut, tokenizer, ranks), ranks=ranks, recipe=settled.hash(), name=settled.name,
     )  # fmt: skip
-    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.metrics)
+    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.flops, trained.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, trained.step)
         facts: dict[str, Any] = {
@@ -170,7 +171,7 @@ def _finished(directory: Path, recipe: Recipe) -> Finished:
             "choose another directory with --out, or delete that one"
         )
     told = json.loads((directory / DONE).read_text("utf-8"))
-    return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["metrics"])
+    return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
 
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
