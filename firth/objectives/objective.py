@@ -67,6 +67,11 @@ class Objective:
         """One SUM (not mean) per term of `targets` and `measures`."""
         raise NotImplementedError(type(self).__name__)
 
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
+        """How one hidden token of a bare text (n,) is asked: `labels` hold tokens[at] alone, and what is shown is all that
+        the objective lets a model see of the rest. None for an objective that asks for no token."""
+        return None
+
     def run_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
         return flops.trunk(model.shape, flops.work(batch))
@@ -118,6 +123,10 @@ class Sum(Objective):
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
+        asked_ = self.second.cloze(tokens, at, vocab)
+        return self.first.cloze(tokens, at, vocab) if asked_ is None else asked_
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         return self._reader.run_flops(model, batch)
