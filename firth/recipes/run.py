@@ -68,7 +68,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     ranks = join(best_device())
     tell = echo if ranks.first else _silent
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _first_alone(ranks, lambda: _tokenizer(recipe, directory, tell))
+    tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
     if (directory / DONE).exists():
@@ -128,7 +128,7 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
     return made
 
 
-def _tokenizer(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
+def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
     """The run's own copy of its tokenizer: from a path, from the model it starts from, or trained on its text."""
     own = directory / "tokenizer"
     if not (own / "tokenizer.json").exists():
