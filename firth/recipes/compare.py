@@ -1,6 +1,6 @@
 """The arena: recipes that learn from one text, with one tokenizer and equal compute, and are then asked the same.
 
-    firth compare roberta electra gpt t5 source.corpus=sarcasm --flops 4e12 --seeds 3
+    firth compare roberta electra gpt t5 --flops 4e12 --seeds 3
     firth compare gpt lstm source.path=mine/ --seconds 120 --probe none
 
 Every recipe is trained from nothing for each share of the compute and each seed: runs of their own, since the rate of
@@ -38,13 +38,14 @@ from firth.model.weights import load_model
 from firth.objectives.classification import Classification, place
 from firth.recipes import recipe as recipes
 from firth.recipes import segments, tree
+from firth.recipes.compare_page import conclude
 from firth.recipes.fits import refuse_misfit
 from firth.recipes.material import Echo, Material, Text
 from firth.recipes.probe import MOST, Drawn, draw
 from firth.recipes.recipe import Checks, Recipe, TokenizerPlan
 from firth.recipes.run import run, tokenizer_of
 from firth.recipes.segments import Labelled
-from firth.recipes.verdict import Score, conclude
+from firth.recipes.verdict import Score
 from firth.report.figures import number
 from firth.text.tokenizer import Tokenizer
 from firth.train.schedule import Length
@@ -56,8 +57,8 @@ PROBE = "probe."
 NONE = "none"
 """The probe that is none."""
 
-HIDDEN = 512
-"""Hidden tokens that are asked, at most."""
+HIDDEN, LONGEST = 512, 64
+"""Hidden tokens that are asked, and the tokens of the text that each stands in, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ class Terms:
     """On what terms the recipes meet.
 
     compute: what each run gets, seconds or FLOPs. shares: of it, each a run of its own. seeds: how many.
-    probe: files or the name of a corpus of records with a class; "none" for no finetuning. labels: to learn from.
+    probe: records with a class, by file or name (`firth.recipes.probe`); "none" for no finetuning. labels: to learn from.
     """
 
     compute: Length
     shares: tuple[float, ...] = (0.25, 0.5, 1.0)
     seeds: int = 3
-    probe: str = "sarcasm"
-    labels: int = 1000
+    probe: str = ""
+    labels: int = 500
 
     def __post_init__(self) -> None:
         if self.compute.steps:
@@ -123,6 +124,7 @@ class Arena:
         at = place(contender.shape, contender.objective.reads())
         return dataclasses.replace(
             self.probe, objective=Classification(self.drawn.classes, at), source=self.drawn.source(seed), start=start,
+            segment=dataclasses.replace(self.drawn.cut, length=min(self.drawn.cut.length, contender.shape.context)),
             shape=None if start else contender.shape, tokenizer=contender.tokenizer, seed=seed,
         )  # fmt: skip
 
@@ -130,17 +132,25 @@ class Arena:
 def compare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Path, echo: Echo = print) -> str:
     """Do all that is left to do in `out`, write what came of it there, and return it for reading.
 
-    settings: field=value for every recipe; probe.field=value for the finetuning. Raises UserError for what does not fit,
-    before anything is trained.
+    settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
+    Raises UserError for what does not fit, before anything is trained.
     """
     arena = prepare(names, settings, terms, out, echo)
     plan = list(units(arena))
+    echo(
+        f"{sum(share > 0 for _, share, _ in plan)} runs, each then asked and finetuned"
+        + (
+            f": {sum(share for _, share, _ in plan) * terms.compute.seconds / 60:.0f} minutes of pretraining"
+            if terms.compute.seconds
+            else f": {number(sum(share for _, share, _ in plan) * terms.compute.flops, 3)} FLOPs of pretraining"
+        )
+    )
     done: list[Score] = []
     for i, (name, share, seed) in enumerate(plan):
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
         echo(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
         done.append(settle(arena, name, share, seed, done))
-    return conclude(done, list(arena.contenders), facts(arena), out)
+    return conclude(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.seconds > 0)
 
 
 def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
@@ -176,9 +186,7 @@ def _pretrained(arena: Arena, recipe: Recipe, blank: Score) -> Score:
     """Train, ask, finetune."""
     directory = arena.out / "runs" / blank.recipe / f"share-{blank.share:g}" / f"seed-{blank.seed}"
     ended = run(recipe, directory, echo=_silent)
-    shutil.rmtree(
-        directory / "checkpoints", ignore_errors=True
-    )  # the weights are in model/; moments weigh twice as much
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the weights are in model/, the moments weigh more
     model = load_model(ended.model)
     answered = cloze.score(model, recipe.objective, arena.hidden, arena.tokenizer.vocab)
     return dataclasses.replace(
@@ -221,7 +229,7 @@ def facts(arena: Arena) -> dict[str, str]:
     }
     if arena.drawn:
         told["probe"] = (
-            f"{arena.terms.probe}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
+            f"{arena.drawn.name}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
             f"{arena.drawn.tested} records tested, {arena.probe.length.steps} steps of finetuning"
         )
     return told
@@ -255,23 +263,27 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     source = dataclasses.replace(source, store=str(out / "data"))
     contenders = {name: _fitted(name, recipe, source, tokenizer, out, echo) for name, recipe in loaded.items()}
     held = Material(source, tokenizer, out, echo=echo).stores()[1]
-    hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN)
+    longest = min(LONGEST, *(c.shape.context - 2 for c in contenders.values() if c.shape is not None))
+    hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
     return Arena(terms, out, tokenizer, contenders, hidden, probe, drawn)
 
 
 def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
     """The recipes by the names they have in tables; refused where they cannot stand side by side."""
     loaded: dict[str, Recipe] = {}
+    labels = {name: Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-") for name in names}
+    common = [s for s in settings if not s.startswith(tuple(f"{label}." for label in labels.values()))]
     for name in names:
-        label = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-")
-        recipe = recipes.load(name, settings)
-        if recipe.shape is None or recipe.start:
+        label = labels[name]
+        bare = recipes.load(name)
+        if bare.shape is None or bare.start:
             raise UserError(
                 f"{name} goes on from another run, and what is compared begins from nothing: take recipes that pretrain"
             )
         if label in loaded:
             raise UserError(f"{label} is named twice: compare different recipes")
-        loaded[label] = recipe
+        own = [s.removeprefix(f"{label}.") for s in settings if s.startswith(f"{label}.")]
+        loaded[label] = recipes.load(name, [*common, *own])
     if not loaded:
         raise UserError("name the recipes to compare, for example: firth compare roberta gpt --seconds 60")
     first, *rest = loaded
