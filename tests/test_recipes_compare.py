@@ -16,9 +16,11 @@ from firth.data.split import place
 from firth.evaluate.evaluate import evaluate
 from firth.recipes import compare as arena
 from firth.recipes.compare import Terms, compare
-from firth.recipes.material import Echo
+from firth.recipes.material import Echo, Text, documents_of
+from firth.recipes.probe import draw, questions
 from firth.recipes.recipe import Recipe, load
 from firth.recipes.run import Finished, run
+from firth.recipes.segments import Labelled
 from firth.recipes.verdict import MEASURES, Interval, Score, differences, gains, line, markdown, paired
 from firth.text.tokenizer import Tokenizer
 from firth.train.schedule import Length
@@ -277,3 +279,42 @@ def test_a_difference_is_said_only_where_its_interval_leaves_out_nought() -> Non
     assert unsure.startswith("These seeds cannot say whether pretraining helps c: +0.100 (")
     less = [Score(n, 1.0, s, "", bits_per_byte=v + s / 100) for n, v in (("x", 2.0), ("y", 1.5)) for s in range(3)]
     assert differences(less, MEASURES[1]) == ["Held-out text: y is best. Below x by 0.500 (0.500 to 0.500)."]
+
+
+def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_path: Path) -> None:
+    plays = [tmp_path / "text" / f"play-{i}.txt" for i in range(8)]
+    plays[0].parent.mkdir()
+    for play in plays:
+        play.write_text("Who goes there? It is the king. " * 5)
+    rows = [{"text": f"{play.name} {i}", "label": "ab"[i % 2], "name": play.name} for play in plays for i in range(6)]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Text(path=(str(plays[0].parent),), held_out=0.3)
+    drawn = draw(
+        str(tmp_path / "probe.jsonl"),
+        Labelled(),
+        source,
+        source.path,
+        labels=12,
+        seeds=1,
+        folder=tmp_path / "out",
+        echo=print,
+    )
+    held = {d.name for d in documents_of(source, source.path, apart=True)}
+    tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    learnt = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in tested} == held != set()
+    assert len(tested) == drawn.tested == 6 * len(held)
+    assert held.isdisjoint(row["name"] for row in learnt)
+
+
+def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Path) -> None:
+    said = "Who goes there in the night? It is the king of all these lands. He is not well today, they say. Go!"
+    (tmp_path / "speeches.jsonl").write_text(json.dumps({"play": "hamlet", "text": said}) + "\n")
+    rows = [
+        json.loads(text)
+        for text in questions(tmp_path / "speeches.jsonl", tmp_path / "q.jsonl").read_text().splitlines()
+    ]
+    assert rows == [
+        {"text": "Who goes there in the night", "label": "question", "name": "hamlet.txt"},
+        {"text": "It is the king of all these lands", "label": "statement", "name": "hamlet.txt"},
+    ]
