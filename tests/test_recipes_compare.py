@@ -235,6 +235,31 @@ def test_other_terms_in_the_same_place_are_refused(held: tuple[Path, str], recor
         contest(held[0], records, compute=Length(seconds=1))
 
 
+def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory_is_taken(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="too few for one window"):
+        compare(
+            ("gpt",),
+            [*SMALL, f"source.path={records}", "segment.length=100000"],
+            terms(records),
+            tmp_path / "out",
+            print,
+        )
+    made = tmp_path / "out" / "tokenizer" / "tokenizer.json"
+    before = made.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text(records.read_text().replace("king", "emperor"))
+    monkeypatch.setattr(arena, "settle", lambda *_: pytest.fail("mended"))
+    with pytest.raises(pytest.fail.Exception, match="mended"):
+        contest(tmp_path / "out", other, labels=30)
+    assert made.read_bytes() != before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all my work")
+    with pytest.raises(UserError, match="is there already and holds no comparison"):
+        contest(tmp_path / "mine", records)
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"compute": Length(steps=3)}, "not equally dear"),
     ({"shares": (0.0, 1.0)}, "above 0 and up to 1"),

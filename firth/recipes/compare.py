@@ -135,7 +135,7 @@ def compare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
     Raises UserError for what does not fit, before anything is trained.
     """
-    arena = prepare(names, settings, terms, out, echo)
+    arena = prepare(names, settings, terms, out, once(echo))
     plan = list(units(arena))
     echo(
         f"{sum(share > 0 for _, share, _ in plan)} runs, each then asked and finetuned"
@@ -176,9 +176,7 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     else:
         score = Score(name, share, seed, key, accuracy=_finetuned(arena, name, seed, ""))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(asdict(score), indent=1), "utf-8")
-    os.replace(partial, file)
+    _write(file, asdict(score))
     return score
 
 
@@ -205,6 +203,18 @@ def _finetuned(arena: Arena, name: str, seed: int, start: str) -> float:
     ended = run(recipe, directory, echo=_silent)
     shutil.rmtree(directory)
     return ended.metrics["valid/accuracy"]
+
+
+def once(echo: Echo) -> Echo:
+    """Says a thing once: several recipes open one corpus."""
+    said: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            echo(text)
+
+    return tell
 
 
 def _silent(_: str) -> None:
@@ -271,7 +281,7 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
 def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
     """The recipes by the names they have in tables; refused where they cannot stand side by side."""
     loaded: dict[str, Recipe] = {}
-    labels = {name: Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-") for name in names}
+    labels = {name: Path(name).name.removesuffix(".yaml").removesuffix(".yml").replace(":", "-") for name in names}
     common = [s for s in settings if not s.startswith(tuple(f"{label}." for label in labels.values()))]
     for name in names:
         label = labels[name]
@@ -296,18 +306,27 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
 
 
 def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
-    """More recipes, shares and seeds may join a comparison; what they have in common may not change."""
-    out.mkdir(parents=True, exist_ok=True)
-    file, told = out / "compare.json", json.dumps(shared, indent=1, sort_keys=True)
-    if not file.exists():
-        file.write_text(told, "utf-8")
-    before = json.loads(file.read_text("utf-8"))
-    changed = [name for name in shared if before.get(name) != json.loads(told)[name]]
-    if changed:
+    """More recipes, shares and seeds may join a comparison; what they have in common may not change once one has run."""
+    file, told = out / "compare.json", json.loads(json.dumps(shared))
+    if not file.exists() and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is there already and holds no comparison: choose another --out")
+    before = json.loads(file.read_text("utf-8")) if file.exists() else told
+    changed = [name for name in told if before.get(name) != told[name]]
+    if changed and any((out / room).exists() for room in ("runs", "probes", "scores")):
         raise UserError(
             f"{out} holds a comparison on other terms (another {' and '.join(changed)}): choose another --out, or "
             "delete that one"
         )
+    if changed:  # it was refused before anything ran: what was made of another text goes
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(file, told)
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1), "utf-8")
+    os.replace(partial, file)
 
 
 def _fitted(name: str, recipe: Recipe, source: Text, tokenizer: Tokenizer, out: Path, echo: Echo) -> Recipe:
