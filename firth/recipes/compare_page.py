@@ -25,7 +25,7 @@ from firth.recipes.verdict import (
     markdown,
     ranked,
 )
-from firth.report.figures import Curve, Figure, number
+from firth.report.figures import DISTINCT, Curve, Figure, number
 from firth.report.page import Cell, Command, Report, Section, Table
 from firth.report.page import write as write_report
 
@@ -68,9 +68,11 @@ def conclude(
 
 
 def figure(lines: Sequence[Line], measure: Measure, seconds: bool) -> Figure | None:
-    """Score against compute, with intervals; the probe's curves begin where nothing was learnt."""
+    """Score against compute, with intervals, a recipe in one colour throughout; the probe's curves begin where nothing was
+    learnt. None where there is nothing to compare."""
     curves = []
-    for name in dict.fromkeys(row.recipe for row in lines):
+    names = list(dict.fromkeys(row.recipe for row in lines))
+    for i, name in enumerate(names):
         own = sorted((row for row in lines if row.recipe == name), key=lambda row: row.share)
         found = [(row.seconds if seconds else row.flops, row.measured(measure)) for row in own]
         if measure.field == "accuracy":
@@ -79,8 +81,10 @@ def figure(lines: Sequence[Line], measure: Measure, seconds: bool) -> Figure | N
         if known:
             half = [math.nan if i.half is None else i.half for _, i in known]
             y = [i.mean for _, i in known]
-            curves.append(Curve(name, [x for x, _ in known], y, points=True, spread=half))
-    if not curves:
+            curves.append(
+                Curve(name, [x for x, _ in known], y, points=True, spread=half, colour=i, dashed=i >= DISTINCT)
+            )
+    if len(curves) < min(2, len(names)):
         return None
     axis = "seconds of training" if seconds else "FLOPs of training"
     note = "Upright lines are 95% intervals over seeds, the luck of the labels' draw included."
@@ -88,23 +92,15 @@ def figure(lines: Sequence[Line], measure: Measure, seconds: bool) -> Figure | N
 
 
 def listed(title: str, lines: Sequence[Line]) -> Table:
-    """Lines as a table of the page: every interval in two columns."""
+    """Lines as a table of the page."""
     shown = [field for field in COLUMNS if any(getattr(row, field) is not None for row in lines)]
-    head = [
-        "recipe",
-        "share",
-        "parameters",
-        "FLOPs",
-        "seconds",
-        *(c for f in shown for c in (COLUMNS[f], f"± {COLUMNS[f]}")),
-    ]
+    head = ["recipe", "share", "parameters", "FLOPs", "seconds", *(COLUMNS[field] for field in shown)]
     rows: list[list[Cell]] = []
     for row in lines:
         found: list[Interval | None] = [getattr(row, field) for field in shown]
-        pairs: list[Cell] = [v for i in found for v in ((None, None) if i is None else (i.mean, i.half))]
-        rows.append([row.recipe, f"{row.share:.0%}", row.parameters, number(row.flops, 3), row.seconds, *pairs])
-    best = {COLUMNS[m.field]: "max" if m.up else "min" for m in MEASURES if m.field in shown}
-    return Table(title, head, rows, "± is half of a 95% interval over seeds.", best)
+        told = ["–" if interval is None else str(interval) for interval in found]
+        rows.append([row.recipe, f"{row.share:.0%}", row.parameters, number(row.flops, 3), row.seconds, *told])
+    return Table(title, head, rows, "± is half of a 95% interval over seeds.")
 
 
 def _write(path: Path, text: str) -> None:
