@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
+from firth import cli
 from firth.data.shards import TokenStore
 from firth.data.split import place
 from firth.evaluate.evaluate import evaluate
@@ -343,3 +344,29 @@ def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Pa
         {"text": "Who goes there in the night", "label": "question", "name": "hamlet.txt"},
         {"text": "It is the king of all these lands", "label": "statement", "name": "hamlet.txt"},
     ]
+
+
+def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, f"source.path={records}", "gpt.shape.hidden=48", "probe.optimizer.rate=1e-3"]
+    ready = arena.prepare(("roberta", "gpt"), settings, terms(records), tmp_path, lambda _: None)
+    shapes = {name: recipe.shape for name, recipe in ready.contenders.items()}
+    assert (shapes["roberta"].hidden, shapes["gpt"].hidden) == (32, 48)
+    assert shapes["roberta"].vocab == shapes["gpt"].vocab == ready.tokenizer.vocab.size
+    assert ready.probe.optimizer.rate == 1e-3
+    assert [ready.finetuning(name, 0).objective.at for name in ("roberta", "gpt")] == ["first", "last"]
+    assert ready.finetuning("gpt", 0) == ready.finetuning("gpt", 0) != ready.finetuning("gpt", 1)
+
+
+def test_seconds_are_shared_out_too(records: Path, tmp_path: Path) -> None:
+    said = contest(tmp_path, records, ("gpt",), compute=Length(seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none")
+    half, whole = (json.loads((tmp_path / f"runs/gpt/share-{s}/seed-0/done.json").read_text()) for s in ("0.5", "1"))
+    assert 0.2 <= half["seconds"] < 0.4 <= whole["seconds"]
+    assert "gpt" in said and "FLOPs" in said
+
+
+def test_the_command_wants_one_kind_of_compute_and_numbers_for_shares() -> None:
+    for compute in ({}, {"seconds": 1.0, "flops": 1e9}):
+        with pytest.raises(UserError, match="--seconds N or --flops N, one of them"):
+            cli.compare(["gpt"], **compute)
+    with pytest.raises(UserError, match="--shares is 'half'"):
+        cli.compare(["gpt"], seconds=1.0, shares="half")

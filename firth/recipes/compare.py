@@ -3,11 +3,11 @@
     firth compare roberta electra gpt t5 --flops 4e12 --seeds 3
     firth compare gpt lstm source.path=mine/ --seconds 120 --probe none
 
-Every recipe is trained from nothing for each share of the compute and each seed: runs of their own, since the rate of
-a run falls towards its own end. Each is then finetuned on the same labels (`Classification`, read where the shape has
-it read), beside the same shape from random numbers; asked for the same hidden tokens (`firth.evaluate.cloze`); and, where
-its objective says every token from the left, scored in bits per byte of held-out text. This is figure 2 of ELECTRA
-(Clark 2020) on one's own text; the paper gives a curve by checkpoints of one run and says that these understate it.
+Every recipe is trained from nothing for each share of the compute and each seed. Each is then finetuned on the same labels
+(`Classification`, read where the shape has it read), beside the same shape from random numbers; asked for the same hidden
+tokens (`firth.evaluate.cloze`); and, where its objective asks every token from the left, scored in bits per byte of held-out
+text. This is figure 1 of ELECTRA (Clark 2020) on one's own text. Each point is a run of its own and no checkpoint of a
+longer one: the rate falls towards the end of a run, and what it had in the middle looks poorer than the same compute can do.
 
     OUT/runs/NAME/share-0.25/seed-0/      a run directory; its checkpoints go when it has ended
     OUT/scores/NAME/...json               what came of it; what is there is not done again
@@ -271,7 +271,9 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
         )  # fmt: skip
     tokenizer = tokenizer_of(loaded[first], out, echo)
     source = dataclasses.replace(source, store=str(out / "data"))
-    contenders = {name: _fitted(name, recipe, source, tokenizer, out, echo) for name, recipe in loaded.items()}
+    contenders = {
+        name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
+    }
     held = Material(source, tokenizer, out, echo=echo).stores()[1]
     longest = min(LONGEST, *(c.shape.context - 2 for c in contenders.values() if c.shape is not None))
     hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
@@ -329,14 +331,17 @@ def _write(file: Path, value: Mapping[str, Any]) -> None:
     os.replace(partial, file)
 
 
-def _fitted(name: str, recipe: Recipe, source: Text, tokenizer: Tokenizer, out: Path, echo: Echo) -> Recipe:
+def _fitted(
+    name: str, recipe: Recipe, source: Text, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
+) -> Recipe:
     """The recipe on the common text with the common tokenizer. What would fail later fails here, under its name: the text
     is cut, one example is shown, and the model is built without memory."""
     assert recipe.shape is not None
     shape = dataclasses.replace(recipe.shape, vocab=tokenizer.vocab.size)
     try:
         refuse_misfit(recipe.objective, shape)
-        refuse_misfit(Classification(("a", "b"), place(shape, recipe.objective.reads())), shape)
+        if probed:
+            refuse_misfit(Classification(("a", "b"), place(shape, recipe.objective.reads())), shape)
         material = Material(source, tokenizer, out, rows=recipe.batch.rows, echo=echo)
         shown = segments.cut(recipe.segment, material, recipe.objective).train[0]
         recipe.objective.view(shown, tokenizer.vocab, np.random.default_rng(0))
