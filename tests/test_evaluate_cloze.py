@@ -8,7 +8,7 @@ import torch
 
 from firth.data.batch import collate
 from firth.data.shards import TokenStore
-from firth.evaluate.cloze import Item, items, score
+from firth.evaluate.cloze import Item, commonest, items, score
 from firth.model.lm import LM
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 from firth.objectives.causal import CausalLM
@@ -105,6 +105,8 @@ def test_items_are_fixed_and_spread_over_the_store(tmp_path: Path, tokenizer: To
     again = items(store, tokenizer.vocab, count=25, length=32)
     assert [(i.tokens.tolist(), i.at) for i in found] == [(i.tokens.tolist(), i.at) for i in again]
     assert 20 <= len(found) <= 25
+    always = np.bincount(store.tokens).argmax()
+    assert commonest(store, found) == np.mean([i.tokens[i.at] == always for i in found]) > 0
     for item in found:
         assert 8 <= len(item.tokens) <= 32
         assert len(item.tokens) // 4 <= item.at < 3 * len(item.tokens) // 4

@@ -103,13 +103,15 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Arena:
-    """Everything settled: what each contender runs, what all are finetuned by (None: by nothing), what they are asked."""
+    """Everything settled: what each contender runs, the hidden tokens that they are asked (`floor`: what the commonest token
+    gets), and by what they are finetuned (`drawn` None: by nothing)."""
 
     terms: Terms
     out: Path
     tokenizer: Tokenizer
     contenders: Mapping[str, Recipe]
     hidden: Sequence[Item]
+    floor: float
     probe: Recipe
     drawn: Drawn | None
 
@@ -235,12 +237,13 @@ def facts(arena: Arena) -> dict[str, str]:
         "tokenizer": f"{arena.tokenizer.vocab.size:,} ids, trained once for all",
         "compute": f"{number(compute.flops)} FLOPs" if compute.flops else f"{compute.seconds:g} seconds of training",
         "seeds": str(arena.terms.seeds),
-        "hidden tokens": f"{len(arena.hidden)}, in held-out text",
+        "hidden tokens": f"{len(arena.hidden)}, in held-out text; the commonest token alone gets {arena.floor:.3f}",
     }
     if arena.drawn:
         told["probe"] = (
             f"{arena.drawn.name}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
-            f"{arena.drawn.tested} records tested, {arena.probe.length.steps} steps of finetuning"
+            f"{arena.drawn.tested} records tested, {arena.probe.length.steps} steps of finetuning; the commonest class alone "
+            f"gets {arena.drawn.commonest:.3f}"
         )
     return told
 
@@ -274,10 +277,10 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     contenders = {
         name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
     }
-    held = Material(source, tokenizer, out, echo=echo).stores()[1]
+    learnt, held = Material(source, tokenizer, out, echo=echo).stores()
     longest = min(LONGEST, *(c.shape.context - 2 for c in contenders.values() if c.shape is not None))
     hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
-    return Arena(terms, out, tokenizer, contenders, hidden, probe, drawn)
+    return Arena(terms, out, tokenizer, contenders, hidden, cloze.commonest(learnt, hidden), probe, drawn)
 
 
 def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:

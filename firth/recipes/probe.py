@@ -17,6 +17,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,14 @@ DRAW = 0x70726F6265
 
 @dataclass(frozen=True)
 class Drawn:
-    """name: of the probe. cut: how its records are read. classes: their names. tested: how many records are tested on.
-    folder: where test.jsonl and train-SEED.jsonl lie."""
+    """name: of the probe. cut: how its records are read. classes: their names. tested: how many records are tested on, of
+    which the commonest class has the share `commonest`. folder: where test.jsonl and train-SEED.jsonl lie."""
 
     name: str
     cut: Labelled
     classes: tuple[str, ...]
     tested: int
+    commonest: float
     folder: Path
 
     def source(self, seed: int) -> Text:
@@ -94,7 +96,8 @@ def draw(
     for seed in range(seeds):
         some = np.random.default_rng((seed, DRAW)).permutation(len(known))[:labels]
         _write(folder / f"train-{seed}.jsonl", [known[i] for i in some])
-    return Drawn(probe, cut, classes, len(apart), folder)
+    commonest = Counter(_class(row[cut.label]) for row in apart).most_common(1)[0][1] / len(apart)
+    return Drawn(probe, cut, classes, len(apart), commonest, folder)
 
 
 def sentences(text: str) -> list[dict[str, str]]:
