@@ -21,7 +21,7 @@ class Vocabulary(nn.Module):
         self.softcap, self.scale = shape.softcap, shape.head_scale
         self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
         transform = shape.head == "transform"
-        read = shape.table_width if transform else shape.width
+        read = self.reads(shape)
         self.dense = nn.Linear(shape.width, read, bias=shape.bias) if transform else None
         self.norm = make_norm(shape, read) if transform else None
         self.weight = nn.Parameter(torch.empty(shape.vocab, read))
@@ -31,6 +31,11 @@ class Vocabulary(nn.Module):
             nn.init.normal_(self.dense.weight, std=shape.init or shape.width**-0.5)
             if self.dense.bias is not None:
                 nn.init.zeros_(self.dense.bias)
+
+    @staticmethod
+    def reads(shape: Shape) -> int:
+        """Width of what the matrix is multiplied with."""
+        return shape.table_width if shape.head == "transform" else shape.width
 
     def _transform(self, hidden: Tensor) -> Tensor:
         if self.dense is not None and self.norm is not None:
@@ -51,7 +56,7 @@ class Vocabulary(nn.Module):
         return self.matched(self._transform(states), labels)
 
     def matched(self, read: Tensor, labels: Tensor) -> Tensor:
-        """`nll` of what another head has read: (N, width of the matrix), without the transform of this one."""
+        """`nll` of what another head has read: (N, `reads`), without the transform of this one."""
         learn = torch.is_grad_enabled()
         loss: Tensor = SumNLL.apply(read, self.weight, self.bias, labels, self.softcap, learn)
         return loss

@@ -36,11 +36,13 @@ class Objective:
 
     targets: loss term -> the batch field that supervises it.
     measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
+    ratios: what the log shows of two measures with one count, one over the other: (over, under). Exact however a step is cut.
     classes: the names of the answers, for objectives that choose among some.
     """
 
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
+    ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
@@ -102,6 +104,7 @@ class Sum(Objective):
             raise UserError("cannot add two objectives that have a text read in different ways")
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
+        object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
 
     def reads(self) -> Reads:
         first = self.first.reads()
