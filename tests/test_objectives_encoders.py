@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -345,12 +346,9 @@ def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     whole = run(tmp_path / "whole", 6)
     run(tmp_path / "parts", 6)
-    for step_ in (tmp_path / "parts" / "checkpoints").iterdir():
-        if step_.name == "step-6":
-            for file in step_.iterdir():
-                file.unlink()
-            step_.rmdir()
-    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-4"]
+    saved = tmp_path / "parts" / "checkpoints"
+    shutil.rmtree(saved / "step-000006")
+    assert [path.name for path in saved.iterdir()] == ["step-000004"]
     resumed = run(tmp_path / "parts", 6)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert resumed.parts["generator"].tokens.weight is resumed.tokens.weight

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.shape import Shape, encoder
+from firth.model import published
+from firth.model.shape import encoder
 from firth.objectives.mlm import MLM
 from firth.objectives.sop import SOP
 from firth.recipes import sizes
@@ -20,15 +21,6 @@ from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
 OBJECTIVE = SOP() + MLM(noise="ngrams")
-
-
-def body(width: int, depth: int, heads: int) -> Shape:
-    """The shapes of the paper's table 1: 30,000 tokens in tables of width 128."""
-    return Shape(
-        vocab=30000, width=width, depth=depth, heads=heads, context=512, embed=128, groups=1, causal=False,
-        norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu_tanh", head="transform",
-        head_bias=True, dropout=0.1,
-    )  # fmt: skip
 
 
 def albert(size: str = "tiny") -> Recipe:
@@ -48,7 +40,7 @@ def _tiny() -> Recipe:
 def _published() -> Recipe:
     """Section 4.1: 125,000 steps of 4,096 pairs of 512 tokens, LAMB at 1.76e-3. There is no LAMB here: AdamW stands for it,
     at a rate that this batch has been trained with elsewhere (RoBERTa's large batches)."""
-    shape = body(768, 12, 12)
+    shape = published.SHAPES["albert-base"]
     return Recipe(
         name="albert", objective=OBJECTIVE, segment=Pairs(length=512), shape=shape,
         tokenizer=TokenizerPlan(algorithm="unigram", size=shape.vocab), batch=Batch(rows=4096, accumulate=64),

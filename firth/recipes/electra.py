@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from firth.model import published
 from firth.model.shape import Shape, encoder
 from firth.objectives.rtd import RTD
 from firth.recipes import sizes
@@ -22,18 +23,12 @@ from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
 
-def body(width: int, heads: int, embed: int = 0) -> Shape:
-    """The paper's table 6: BERT's twelve blocks and vocabulary."""
-    return Shape(
-        vocab=30522, width=width, depth=12, heads=heads, context=512, embed=embed, causal=False, norm_at="post",
-        norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu", head="transform", head_bias=True, dropout=0.1,
-    )  # fmt: skip
-
-
 def electra(size: str = "tiny") -> Recipe:
     """An encoder that judges every token: `firth train electra`."""
-    small = _published(RTD(size=1 / 4), body(256, 4, embed=128), length=128, rows=128, rate=5e-4, steps=1_000_000)
-    base = _published(RTD(size=1 / 3), body(768, 12), length=512, rows=256, rate=2e-4, steps=766_000)
+    small = _published(
+        RTD(size=1 / 4), published.SHAPES["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
+    )
+    base = _published(RTD(size=1 / 3), published.SHAPES["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
     return sizes.one_of("electra", size, {"tiny": _tiny(), "published": small, "base": base})
 
 

@@ -8,7 +8,8 @@ What a run takes and reaches is in docs/results.md. Single segments and no NSP, 
 
 from __future__ import annotations
 
-from firth.model.shape import Shape, encoder
+from firth.model import published
+from firth.model.shape import encoder
 from firth.objectives.mlm import MLM
 from firth.objectives.sbo import SBO
 from firth.recipes import sizes
@@ -18,12 +19,6 @@ from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
 OBJECTIVE = MLM(noise="geometric", alike=True) + SBO()
-
-LARGE = Shape(
-    vocab=28996, width=1024, depth=24, heads=16, context=512, causal=False, norm_at="post", norm_eps=1e-12, segments=2,
-    embed_norm=True, activation="gelu", head="transform", head_bias=True, dropout=0.1,
-)  # fmt: skip
-"""BERT-large with its cased vocabulary."""
 
 
 def spanbert(size: str = "tiny") -> Recipe:
@@ -41,9 +36,10 @@ def _tiny() -> Recipe:
 
 def _published() -> Recipe:
     """Section 4.2: 2.4 M steps of 256 rows of at most 512 tokens, Adam at 1e-4 with 10,000 steps of warmup."""
+    shape = published.SHAPES["spanbert"]
     return Recipe(
-        name="spanbert", objective=OBJECTIVE, segment=Pieces(length=512), shape=LARGE,
-        tokenizer=TokenizerPlan(algorithm="wordpiece", size=LARGE.vocab), batch=Batch(rows=256),
+        name="spanbert", objective=OBJECTIVE, segment=Pieces(length=512), shape=shape,
+        tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=256),
         optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
         schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Length(steps=2_400_000),
         checks=Checks(every=10_000, save=10_000),
