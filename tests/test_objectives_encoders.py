@@ -23,6 +23,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.rtd import RTD, AdversarialRTD, draw
 from firth.objectives.sbo import SBO
 from firth.objectives.sop import SOP
+from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_misfit
 from firth.text.vocab import Vocab
 from firth.train.log import Silence
@@ -352,6 +353,17 @@ def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
     resumed = run(tmp_path / "parts", 6)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert resumed.parts["generator"].tokens.weight is resumed.tokens.weight
+
+
+def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
+    objective = RTD(rate=0.5)
+    model = LM(shape := encoder(60, 64, 2, context=64), objective.parts(shape))
+    batches = Batches(Chains(), objective, VOCAB, rows=20, seed=3)
+    assert begin(model, objective, batches) > 10_000
+    labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])
+    found = torch.bincount(labels[labels != IGNORE], minlength=60).double()
+    said = model.parts["generator"].parts["lm"].bias.softmax(-1)
+    assert float((said - found / found.sum()).abs().max().detach()) < 2e-3
 
 
 def test_held_out_text_is_scored_alike_whatever_the_random_state() -> None:

@@ -69,6 +69,10 @@ class Objective:
         """One SUM (not mean) per term of `targets` and `measures`."""
         raise NotImplementedError(type(self).__name__)
 
+    def writer(self, model: LM) -> LM:
+        """The model whose vocabulary head answers `labels`, if one does: this one, or one among its parts."""
+        return model
+
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
         """How one hidden token of a bare text (n,) is asked: `labels` hold tokens[at] alone, and what is shown is all that
         the objective lets a model see of the rest. None for an objective that asks for no token."""
@@ -123,6 +127,9 @@ class Sum(Objective):
 
     def run(self, model: LM, batch: Batch) -> Outputs:
         return self._reader.run(model, batch)
+
+    def writer(self, model: LM) -> LM:
+        return self._reader.writer(model)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)

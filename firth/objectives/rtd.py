@@ -85,10 +85,15 @@ class RTD(Objective):
         shown = MLM(rate=self.rate, noise=self.noise, masked=1.0, random=0.0).view(example, vocab, rng)
         return shown | {"real": example["tokens"], "chance": rng.random(len(example["tokens"]), dtype=np.float32)}
 
+    def writer(self, model: LM) -> LM:
+        """The generator."""
+        generator: LM = model.parts["generator"]  # type: ignore[assignment]
+        return generator
+
     def run(self, model: LM, batch: Batch) -> Outputs:
         """draft: the generator's states where it is asked (N, its width); guesses: its logits there (N, vocab), and what it
         drew (N,); shown, hidden: what the discriminator is shown (..., T), and its states (..., T, width)."""
-        generator, at = _generator(model), batch["labels"] != IGNORE
+        generator, at = self.writer(model), batch["labels"] != IGNORE
         draft, _ = asked(generator(batch), batch["labels"])
         guesses = generator.parts["lm"](draft).float()
         drew = draw(guesses.detach(), batch["chance"][at])
@@ -119,7 +124,7 @@ class RTD(Objective):
         }
 
     def run_flops(self, model: LM, batch: Batch) -> float:
-        work, small = flops.work(batch), _generator(model).shape
+        work, small = flops.work(batch), self.writer(model).shape
         both = flops.trunk(model.shape, work) + flops.trunk(small, work)
         return both + flops.head(small, flops.asked_positions(batch["labels"]))
 
@@ -185,8 +190,3 @@ def draw(logits: Tensor, chance: Tensor) -> Tensor:
     passed = logits.softmax(-1).cumsum(-1)
     found = torch.searchsorted(passed, (chance * passed[:, -1])[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)
-
-
-def _generator(model: LM) -> LM:
-    generator: LM = model.parts["generator"]  # type: ignore[assignment]
-    return generator
