@@ -197,7 +197,8 @@ def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) ->
     if cut.valid is None or not len(cut.valid):
         return None
     held = Batches(
-        spread(cut.valid, recipe.checks.examples), recipe.objective, _vocab(recipe, tokenizer), rows=min(recipe.batch.rows, 64), seed=recipe.seed,
+        spread(cut.valid, recipe.checks.examples), recipe.objective, _vocab(recipe, tokenizer),
+        rows=min(recipe.batch.rows, 64), seed=recipe.seed,
         pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 

@@ -111,7 +111,8 @@ class Vocab:
         return starts
 
     def sentences(self, tokens: np.ndarray) -> np.ndarray:
-        """Where in a text's tokens (n,) a sentence begins: (n,) bool, at a word behind a full stop or a line break.
+        """Where in a text's tokens (n,) a sentence begins: (n,) bool, at a word behind a full stop, a line break or a
+        control token.
 
         Raises UserError where the pieces are not known to end sentences.
 
@@ -122,7 +123,7 @@ class Vocab:
         if self.ends_sentence is None:
             raise UserError("nothing is known of where a sentence ends in this vocabulary: use a tokenizer of firth's")
         begins = self.starts(tokens)
-        begins[1:] &= self.ends_sentence[tokens[:-1]]
+        begins[1:] &= (self.ends_sentence | self.special)[tokens[:-1]]
         return begins
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
