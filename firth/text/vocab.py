@@ -111,9 +111,9 @@ class Vocab:
         return starts
 
     def sentences(self, tokens: np.ndarray) -> np.ndarray:
-        """Where in a text's tokens (n,) a sentence begins: (n,) bool, at a word behind a full stop, a line break or a
-        control token.
+        """Where in a text's tokens (n,) a sentence begins: (n,) bool.
 
+        That is at a word behind a full stop (that of 3.5 too, where it is a token), a line break or a control token.
         Raises UserError where the pieces are not known to end sentences.
 
         >>> v = Vocab(4, {}, np.zeros(4, bool), begins_word=np.arange(4) == 1, ends_sentence=np.arange(4) == 3)
