@@ -185,7 +185,8 @@ def random_theirs(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "bart", "albert", "electra", "electra-wide", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"]
+    "name",
+    ["bert", "bart", "albert", "electra", "electra-wide", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"],
 )
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:
