@@ -21,7 +21,7 @@ from firth.data.layout import Answering
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
-from firth.types import Example, UserError
+from firth.types import IGNORE, Example, UserError
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,12 @@ class Denoise(Tokens):
         tokens = example["tokens"]
         damaged = damage(self.noises, tokens, vocab, self.rate, rng)
         return layout.answering(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        """The token is masked, or gone where that is the damage; asked when the answer has come to its place."""
+        gone = np.arange(len(tokens)) == at
+        shown = tokens[~gone] if self.noises == ("deletion",) else np.where(gone, vocab.mask, tokens)
+        seen = layout.answering(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
+        labels = np.full(len(seen["labels"]), IGNORE)
+        labels[-1] = tokens[at]
+        return seen | {"labels": labels}

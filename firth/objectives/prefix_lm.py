@@ -60,6 +60,12 @@ class PrefixLM(Tokens):
         if len(tokens) < 2:
             raise UserError("prefix_lm needs texts of two tokens or more: set segment.shortest=2")
         share = self.least + (self.most - self.least) * rng.random()
-        cut = min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1)
+        return self._show(tokens, min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1), vocab)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        """The prefix ends where the token begins: what stands behind it cannot be shown."""
+        return self._show(tokens[: at + 1], at, vocab)
+
+    def _show(self, tokens: np.ndarray, cut: int, vocab: Vocab) -> Example:
         source = tokens[:cut] if self.layout == "prefix" else np.append(tokens[:cut], vocab.eos)
         return layout.answering(self.layout, source, tokens[cut:], vocab)
