@@ -12,8 +12,10 @@ from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.mlm import MLM
+from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.plm import PLM
 from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.text.vocab import Vocab
 from firth.train.step import step
@@ -56,6 +58,9 @@ CASES = {
     "mlm by words": (MLM(noise="words"), framed),
     "mlm in spans, alike": (MLM(noise="geometric", alike=True), framed),
     "mlm, static": (MLM(masks=10), framed),
+    "plm": (PLM(), framed),
+    "plm in spans": (PLM(noise="contexts", k=3), framed),
+    "mpnet": (MPNet(), framed),
     "nsp + mlm": (NSP() + MLM(), pairs),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),

@@ -65,7 +65,7 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
         kind = family.classes[0 if head else 1]
         common = {"architectures": [kind], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype} | ids
         _write(directory / "config.json", common | family.config(model.shape))
-        if head and family.name not in ("bert", "modernbert"):
+        if head and family.name not in ("bert", "modernbert", "mpnet"):
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.

@@ -56,7 +56,10 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step."""
+    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
+
+    memory: how many tokens before each row the model reads (`Shape.memory`).
+    """
 
     source: Text
     tokenizer: Tokenizer
@@ -64,6 +67,7 @@ class Material:
     start: str = ""
     rows: int = 1
     seed: int = 0
+    memory: int = 0
     echo: Echo = print
 
     def parts(self) -> list[Material]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from firth.model.families import bert, gpt2, llama, modernbert, nanochat, t5
+from firth.model.families import bert, gpt2, llama, modernbert, mpnet, nanochat, t5, xlnet
 from firth.model.families.family import Family
 from firth.model.shape import Shape
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (bert, gpt2, llama, t5, nanochat, modernbert)
+    module.FAMILY.name: module.FAMILY for module in (bert, gpt2, llama, t5, nanochat, modernbert, xlnet, mpnet)
 }
 """`model_type` of a config.json -> the family."""
 
