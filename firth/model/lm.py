@@ -176,9 +176,10 @@ class LM(nn.Module):
             x = torch.where((fields["appears"] == NEVER)[..., None], self.query.to(x.dtype), x)
         positions = fields["positions"]
         if self.places is not None:
-            if positions.shape[-1] > self.shape.context:
+            # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
+            if positions.shape[-1] > self.shape.context and int(positions.amax()) >= self.shape.context:
                 raise UserError(
-                    f"a row of {positions.shape[-1]} tokens is longer than shape.context={self.shape.context}, "
+                    f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.shape.context}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
             x = x + self.places(positions)

@@ -57,7 +57,8 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     if head:
         out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
         out.append(Entry("lm_head.bias", ("parts.lm.bias",)))
-        out += [Entry("lm_head.decoder.weight", ("parts.lm.weight",))] * (not shape.tied)
+        if not shape.tied:  # then theirs takes its offset for another one too, and looks for it
+            out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True)
     return out
 
 
