@@ -180,7 +180,9 @@ def random_theirs(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert", "xlnet", "mpnet"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert", "xlnet", "mpnet"]
+)
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:
     theirs = random_theirs(name)

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from data_room import documents, store, tokenizer
+from data_room import store, tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data import layout
 from firth.data.batch import Batches, collate, pack
 from firth.data.segment import Windows
 from firth.model.attention import rule
-from firth.model.distance import Apart, Distance, between
 from firth.model.block import Linear
+from firth.model.distance import Apart, Distance, between
 from firth.model.lm import LM
 from firth.model.position import waves
+from firth.model.published import SHAPES
 from firth.model.shape import Shape
 from firth.model.weights import load_model, save_model
 from firth.objectives.causal import CausalLM
@@ -28,6 +31,7 @@ from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
 from firth.objectives.plm import PLM
 from firth.recipes.recipe import load
+from firth.scaling.flops import Memory, work
 from firth.text.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
@@ -91,7 +95,9 @@ def two_streams(model: LM, tokens: np.ndarray, order: np.ndarray) -> torch.Tenso
             for j in seen:
                 angles = waves(torch.tensor(i - j), shape.width)
                 far = split(d.r.weight @ torch.cat((angles.sin(), angles.cos())))
-                scores.append((((q + split(d.content)) * keys[j]).sum(-1) + ((q + split(d.place)) * far).sum(-1)) / math.sqrt(8))
+                scores.append(
+                    (((q + split(d.content)) * keys[j]).sum(-1) + ((q + split(d.place)) * far).sum(-1)) / math.sqrt(8)
+                )
             if not scores:
                 read = torch.zeros_like(x)
             else:
@@ -275,7 +281,7 @@ def test_a_third_of_a_text_is_asked_of_k_3_and_control_tokens_never() -> None:
         assert all(not np.isin(s["positions"][62:], (0, 61)).any() for s in asked)
     with pytest.raises(UserError, match="k=0"):
         PLM(k=0)
-    with pytest.raises(UserError, match="rate=1.5"):
+    with pytest.raises(UserError, match=r"rate=1\.5"):
         MPNet(rate=1.5)
 
 
@@ -395,7 +401,12 @@ def test_shapes_that_mean_nothing_are_refused() -> None:
         replace(XLNET, position="rotary", segments=0, memory=4)
     with pytest.raises(UserError, match="position xlnet needs"):
         replace(XLNET, encoder=2)
-    for shape in (XLNET, MPNET, replace(XLNET, segments=0, bias=False, tied=False), replace(MPNET, encoder=0, query=True)):
+    for shape in (
+        XLNET,
+        MPNET,
+        replace(XLNET, segments=0, bias=False, tied=False),
+        replace(MPNET, encoder=0, query=True),
+    ):
         model = LM(shape, PLM().parts(shape))
         assert sum(p.numel() for p in model.parameters()) == shape.parameters()
 
@@ -417,7 +428,6 @@ def test_windows_give_what_stands_before_them(tmp_path: Path) -> None:
     assert "memory_tokens" not in Windows(whole, 32)[3]
     free = Windows(whole, 32, isolate=False, memory=20)
     assert all(len(free[i]["memory_tokens"]) == 20 for i in range(1, len(free)))
-    assert documents
 
 
 @torch.no_grad()
@@ -487,16 +497,76 @@ def test_a_step_with_memory_is_a_pure_function_of_its_number(tmp_path: Path) -> 
 
 
 def test_a_memory_that_nobody_can_give_is_refused() -> None:
-    with pytest.raises(UserError, match=r"shape\.memory=64 needs rows of one text each, and batch\.pack=128 .* batch\.pack=0"):
+    with pytest.raises(
+        UserError, match=r"shape\.memory=64 needs rows of one text each, and batch\.pack=128 .* batch\.pack=0"
+    ):
         load("xlnet", ["shape.memory=64", "batch.pack=128"])
     with pytest.raises(UserError, match=r"shape\.memory=64 .* segment pieces does not give: take segment=windows"):
         load("xlnet", ["shape.memory=64", "segment=pieces"])
     with pytest.raises(UserError, match=r"shape\.memory=64 needs positions that reach back .*'rotary'"):
         load("bert", ["shape.memory=64"])
-    with pytest.raises(UserError, match="objective plm reads a text in an order of its own, which a causal decoder cannot"):
+    with pytest.raises(
+        UserError, match="objective plm reads a text in an order of its own, which a causal decoder cannot"
+    ):
         load("xlnet", ["shape.causal=true"])
     shown = PLM().view({"tokens": text(9), "memory_tokens": text(4)}, VOCAB, np.random.default_rng(0))
     with pytest.raises(UserError, match="cannot be packed"):
         pack([shown], 64)
     with pytest.raises(UserError, match="position 'mpnet' has no place for them"):
         built(MPNET)(collate([shown]))
+
+
+# ------------------------------------------------------------------------------------- what it costs, what it counts
+
+
+@pytest.mark.parametrize("objective", [PLM(k=3), MPNet(rate=0.3)])
+def test_flops_count_queries_stand_ins_and_memory(objective: Objective) -> None:
+    rng = np.random.default_rng(0)
+    examples = [{"tokens": text(n, n), "memory_tokens": text(m, m)} for n, m in ((12, 5), (9, 0), (7, 3))]
+    shown = [objective.view(e, VOCAB, rng) for e in examples]
+    batch = collate(shown)
+    counted = work(batch, asked=3)
+    assert counted.positions == sum(len(s["tokens"]) for s in shown)
+    real = batch["looks"] > -NEVER
+    seen = rule(batch["looks"], batch["appears"], None, None, batch.get("leaves")) & real[..., None]
+    assert counted.pairs == int(seen.sum())
+    lengths = [(5, len(shown[0]["tokens"])), (0, 0), (3, len(shown[2]["tokens"]))]
+    assert counted.memory == Memory(8, 25 + 9, sum(m * n for m, n in lengths))
+    bare = work({name: field for name, field in batch.items() if not name.startswith("memory_")}, asked=3)
+    assert counted.flops(XLNET) > bare.flops(XLNET)
+
+
+def test_flops_of_memory_are_those_that_torch_counts() -> None:
+    """A memory's share, all being seen: the scores of distances are left aside, which torch counts for all distances."""
+    shape = replace(XLNET, memory=6)
+    model = built(shape)
+    example: Example = {"tokens": torch.as_tensor(text(10))[None], "memory_tokens": torch.as_tensor(text(6))[None]}
+    total = []
+    for fields in (example, {"tokens": example["tokens"]}):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(fields).sum().backward()
+        total.append(counter.get_total_flops())
+    inner, width, hidden = 32, 32, 48
+    per_token, keys = 4 * width * inner + 2 * width * hidden, 2 * width * inner
+    # Distances: 16 + 10 - 1 = 25 here, 11 within the memory, 19 without one; scores of them and their map.
+    far = 2 * inner * (width * (2 * (25 - 19)) + 10 * 3 * (25 - 19)) * 2 + 2 * inner * 11 * (width + 6)
+    plain = Memory(6, 36, 60).cost(2, per_token, keys, 2 * inner) * 6
+    assert total[0] - total[1] == plain + far
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("xlnet-large", "XLNetLMHeadModel", {}),
+        ("xlnet-base", "XLNetLMHeadModel", {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072}),
+        ("mpnet-base", "MPNetForMaskedLM", {"max_position_embeddings": 514}),
+    ],
+)
+def test_published_sizes_are_those_of_transformers(name: str, kind: str, settings: dict[str, int]) -> None:
+    """To the weight, but for two rows of MPNet's positions that nobody reads."""
+    transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+    cls = getattr(transformers, kind)
+    with torch.device("meta"):
+        theirs = sum(p.numel() for p in cls(cls.config_class(**settings)).parameters())
+        ours = sum(p.numel() for p in LM(SHAPES[name], PLM().parts(SHAPES[name])).parameters())
+    assert ours == SHAPES[name].parameters() == theirs - 2 * 768 * (name == "mpnet-base")

@@ -144,7 +144,9 @@ def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABE
         if side + "positions" not in laid:
             laid[side + "positions"] = places.spread(places.within, lead, 0, np.int32)
     if MEMORY + "tokens" in examples[0]:
-        raise UserError("rows with memory cannot be packed, for each has one text before it: set batch.pack=0 or shape.memory=0")
+        raise UserError(
+            "rows with memory cannot be packed, for each has one text before it: set batch.pack=0 or shape.memory=0"
+        )
     for name in examples[0].keys() - laid.keys():
         raise UserError(f"the field {name!r} has no token axis, so these examples cannot be packed: set pack to 0")
     return {name: torch.from_numpy(field) for name, field in laid.items()}

@@ -60,7 +60,9 @@ class Distance(nn.Module):
         self.content, self.place = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
         told = shape.segments > 0
         self.segment = nn.Parameter(torch.zeros(inner)) if told else None
-        self.kinds = nn.Parameter(torch.randn(2, shape.heads, shape.head_width) * (shape.init or 0.02)) if told else None
+        self.kinds = (
+            nn.Parameter(torch.randn(2, shape.heads, shape.head_width) * (shape.init or 0.02)) if told else None
+        )
 
     def _offset(self, offset: Tensor) -> Tensor:
         return offset.view(-1, 1, self.head_width)
@@ -68,10 +70,14 @@ class Distance(nn.Module):
     def forward(self, q: Tensor, apart: Apart, scale: float) -> tuple[Tensor, Tensor]:
         """Queries (B, heads, T, head_width) -> those that meet the keys, and the bias (B, heads, T, S)."""
         rows, heads = q.shape[:2]
-        far = self.r(apart.table.to(q.dtype)).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (heads, head_width, distances)
+        far = (
+            self.r(apart.table.to(q.dtype)).unflatten(-1, (heads, -1)).permute(1, 2, 0)
+        )  # (heads, head_width, distances)
         met = (q + self._offset(self.place)) * scale @ far  # (B, heads, T, distances)
         bias = met.gather(-1, apart.index[:, None].expand(rows, heads, -1, -1))
         if apart.other is not None and self.kinds is not None and self.segment is not None:
-            same, other = ((q + self._offset(self.segment)) * scale @ self.kinds[:, :, :, None].to(q.dtype)[:, None]).unbind(0)
+            same, other = (
+                (q + self._offset(self.segment)) * scale @ self.kinds[:, :, :, None].to(q.dtype)[:, None]
+            ).unbind(0)
             bias = bias + torch.where(apart.other[:, None], other, same)
         return q + self._offset(self.content), bias

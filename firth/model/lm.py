@@ -1,7 +1,8 @@
 """Tokens in, hidden states out: the one model. What an objective adds (heads, a generator) lives in `parts`.
 
 The model reads `tokens`, `positions`, `segments`, `looks`, `appears`, `leaves` and `document`, for an encoder-decoder
-the same with `source_` before them, and for one with memory with `memory_`; it knows no objective. The last axis is tokens, the others are free.
+the same with `source_` before them, and for one with memory with `memory_`; it knows no objective. The last axis is
+tokens, the others are free.
 
 >>> import torch
 >>> from firth.model.shape import decoder
@@ -224,7 +225,9 @@ class LM(nn.Module):
         if "memory_tokens" not in batch or not batch["memory_tokens"].shape[-1]:
             return None
         if self.shape.position != "xlnet":
-            raise UserError(f"the batch has tokens before its rows, and position {self.shape.position!r} has no place for them")
+            raise UserError(
+                f"the batch has tokens before its rows, and position {self.shape.position!r} has no place for them"
+            )
         fields = rows(batch, "memory_")
         tokens = fields["tokens"]
         there = fields.get("appears", torch.zeros_like(tokens)) != NEVER

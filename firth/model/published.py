@@ -5,6 +5,8 @@
     gpt2 ... gpt2-xl        124 M to 1.56 B   Radford 2019, table 2 (its 117 M and 345 M are miscounts: 124 M and 355 M)
     gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
+    xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
+    mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
     t5-small ... t5-11b     61 M to 11 B      Raffel 2020, section 3.7 (there 60 M, 220 M, 770 M, 3 B, 11 B)
     llama-7b                6.7 B             Touvron 2023, table 2
 
@@ -13,6 +15,8 @@
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from firth.model.shape import Shape
 
@@ -43,6 +47,19 @@ def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, seg
     )  # fmt: skip
 
 
+def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> Shape:
+    """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, norm_at="post", norm_eps=1e-12,
+        position="xlnet", query=True, segments=2, memory=memory, activation="gelu", dropout=0.1, head_bias=True,
+    )  # fmt: skip
+
+
+def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+    """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
+    return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
+
+
 def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> Shape:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return Shape(
@@ -61,6 +78,9 @@ SHAPES: dict[str, Shape] = {
     "gpt3": gpt2(50257, 12288, 96, 96, context=2048),
     "bert-base": bert(30522, 768, 12, 12),
     "bert-large": bert(30522, 1024, 24, 16),
+    "xlnet-base": xlnet(32000, 768, 12, 12),
+    "xlnet-large": xlnet(32000, 1024, 24, 16),
+    "mpnet-base": mpnet(30527, 768, 12, 12),
     "t5-small": t5(32128, 512, 6, 8, 64, 2048),
     "t5-base": t5(32128, 768, 12, 12, 64, 3072),
     "t5-large": t5(32128, 1024, 24, 16, 64, 4096),

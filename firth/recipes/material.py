@@ -67,8 +67,8 @@ class Material:
     start: str = ""
     rows: int = 1
     seed: int = 0
-    memory: int = 0
     echo: Echo = print
+    memory: int = 0
 
     def parts(self) -> list[Material]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""

@@ -32,7 +32,9 @@ def config(shape: Shape) -> dict[str, Any]:
 def shape(config: dict[str, Any]) -> Shape:
     for field, plain in (("clamp_len", -1), ("same_length", False), ("bi_data", False)):
         if config.get(field, plain) != plain and config[field] is not None:
-            raise UserError(f"config.json asks for {field}={config[field]!r}; firth has XLNet with {field}={plain!r} only")
+            raise UserError(
+                f"config.json asks for {field}={config[field]!r}; firth has XLNet with {field}={plain!r} only"
+            )
     return Shape(
         vocab=config["vocab_size"], width=config["d_model"], depth=config["n_layer"], heads=config["n_head"],
         hidden=config["d_inner"], context=config.get("firth_context", 512), causal=config.get("attn_type", "bi") == "uni",
@@ -51,7 +53,10 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     heads, inner = (shape.heads, shape.head_width), shape.heads * shape.head_width
     apart = ((shape.width, inner), (shape.width, *heads))
     names = {"place": "r_r_bias", "segment": "r_s_bias", "content": "r_w_bias"}
-    rest = {"attention_norm": "rel_attn.layer_norm", "mlp.up": "ff.layer_1", "mlp.down": "ff.layer_2", "mlp_norm": "ff.layer_norm"}  # fmt: skip
+    rest = {
+        "attention_norm": "rel_attn.layer_norm", "mlp.up": "ff.layer_1", "mlp.down": "ff.layer_2",
+        "mlp_norm": "ff.layer_norm",
+    }  # fmt: skip
     for i in range(shape.depth):
         a, b = f"trunk.blocks.{i}.", f"transformer.layer.{i}."
         for name in "qkv":
@@ -59,7 +64,9 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
         out.append(Entry(f"{b}rel_attn.o", (f"{a}attention.o.weight",), folded=apart))
         far = f"{a}attention.distance."
         out.append(Entry(f"{b}rel_attn.r", (f"{far}r.weight",), transposed=True, folded=apart))
-        out += [Entry(f"{b}rel_attn.{theirs}", (far + ours,), folded=((inner,), heads)) for ours, theirs in names.items()]
+        out += [
+            Entry(f"{b}rel_attn.{theirs}", (far + ours,), folded=((inner,), heads)) for ours, theirs in names.items()
+        ]
         out.append(Entry(f"{b}rel_attn.seg_embed", (f"{far}kinds",)))
         out += both(rest, a, b, bias=True)
     if head:
