@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data import layout
 from firth.data.batch import Batches, collate, pack
 from firth.data.segment import Windows
+from firth.evaluate.likelihood import Document, one_at_a_time
+from firth.evaluate.text import reads_of
+from firth.generate.masked import fill
 from firth.model.attention import rule
 from firth.model.block import Linear
 from firth.model.distance import Apart, Distance, between
@@ -570,3 +573,27 @@ def test_published_sizes_are_those_of_transformers(name: str, kind: str, setting
         theirs = sum(p.numel() for p in cls(cls.config_class(**settings)).parameters())
         ours = sum(p.numel() for p in LM(SHAPES[name], PLM().parts(SHAPES[name])).parameters())
     assert ours == SHAPES[name].parameters() == theirs - 2 * 768 * (name == "mpnet-base")
+
+
+# ------------------------------------------------------------------------------------- asking a trained one
+
+
+@torch.no_grad()
+def test_a_gap_is_a_query_that_nobody_sees() -> None:
+    """`fill` and a pseudo-likelihood ask an XLNet as PLM does: a query at the gap, and no [MASK] that others see."""
+    coder = tokenizer()
+    model = built(Shape(**BODY | {"vocab": coder.vocab.size}, position="xlnet", query=True))
+    mask = coder.token(coder.vocab.mask)
+    [found] = fill(model, coder, f"What is a {mask} in Python?", k=3)
+    words = coder.vocab.frame(
+        np.concatenate((coder.encode("What is a"), [coder.vocab.mask], coder.encode(" in Python?")))
+    )
+    at = int(np.flatnonzero(words == coder.vocab.mask)[0])
+    words[at] = found[0].token
+    seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([coder.vocab.mask]))])
+    share = model.parts["lm"](model(seen)[0, -1]).softmax(-1)
+    assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
+    assert reads_of(model.shape) == "masked"
+    document = Document(words[1:-1], np.ones(len(words) - 2, int))
+    asked = list(one_at_a_time(document, 40, coder.vocab, query=True))[at - 1]
+    assert loss(model, PLM(), collate([asked])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)

@@ -104,8 +104,9 @@ class Windows(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Windows(valid, self.length, tail=True, memory=material.memory) if valid else None
-        # Asked is every token of the held-out store but the first, which nothing stands before.
-        ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid else 0.0
+        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before.
+        every = valid is not None and objective.reads() == "left"
+        ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid and every else 0.0
         return Cut(segment.Windows(train, self.length, memory=material.memory), held, ratio, train.manifest["counts"])
 
 

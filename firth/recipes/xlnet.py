@@ -4,8 +4,7 @@
     firth train mpnet
     firth train xlnet:published source.path=BOOKS_WIKIPEDIA_AND_WEB
 
-`firth fill` asks a trained MPNet as it asks BERT. An XLNet has never been shown a [MASK] that others see: it is
-made for finetuning, and its answers there are worth less.
+`firth fill` asks a trained MPNet as it asks BERT, and an XLNet by queries that nobody sees, as it was trained.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ def xlnet(size: str = "tiny") -> Recipe:
     """
     paper = Recipe(
         name="xlnet", objective=PLM(noise="contexts"), segment=Windows(length=512), shape=published.SHAPES["xlnet-large"],
-        tokenizer=TokenizerPlan(algorithm="unigram", size=32000), batch=Batch(rows=8192),
+        tokenizer=TokenizerPlan(algorithm="unigram", size=32000), batch=Batch(rows=8192), samples=SAMPLES,
         optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.999, eps=1e-6),
         schedule=Schedule("linear", warmup=0.08), length=Length(steps=500_000), checks=Checks(every=1000, save=1000),
     )  # fmt: skip
     body = replace(encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), position="xlnet", query=True, memory=128)
     return one_of("xlnet", size, {
-        "tiny": tiny("xlnet", PLM(noise="contexts"), Windows(length=128), body, steps=600, batch=Batch(rows=16)),
+        "tiny": tiny("xlnet", PLM(noise="contexts"), Windows(length=128), body, steps=600, batch=Batch(rows=16), samples=SAMPLES),
         "base": replace(paper, shape=published.SHAPES["xlnet-base"]),
         "published": paper,
     })  # fmt: skip
