@@ -244,6 +244,7 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
     from firth.data.segment import Windows
     from firth.model.lm import LM
     from firth.model.shape import Shape
+    from firth.recipes.begin import begin
     from firth.recipes.gpt import gpt
     from firth.train.log import Silence
     from firth.train.loop import Plan, train
@@ -280,6 +281,8 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
 
     with tempfile.TemporaryDirectory() as directory:
         clock.start()
+        if not adamw:
+            begin(model, objective, batches)
         train(
             model, objective, batches, Path(directory), length=Length(seconds=clock.seconds), optimizer=optimizer,
             schedule=schedule, plan=Plan(evaluate_every=1, save_every=0), evaluate=evaluate, told=Silence(),

@@ -34,7 +34,7 @@ from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
 from firth.objectives.plm import PLM
 from firth.recipes.recipe import load
-from firth.scaling.flops import Memory, work
+from firth.scaling.flops import Memory, real_tokens, trunk, work
 from firth.text.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
@@ -325,6 +325,16 @@ def test_no_token_reaches_its_own_query_or_an_earlier_one(name: str) -> None:
             assert (after[queries + turn + 1 :] - before[queries + turn + 1 :]).abs().amax(-1).min() > 1e-4
 
 
+@pytest.mark.parametrize("objective", [PLM(), MPNet()])
+def test_a_cloze_hides_one_token_and_shows_the_rest(objective: Objective) -> None:
+    tokens = text(9)
+    shown = objective.cloze(tokens, 4, VOCAB)
+    assert shown is not None
+    assert shown["labels"][shown["labels"] != IGNORE].tolist() == [tokens[4]]
+    visible = (shown["appears"] == 0) & (shown["tokens"] > 4)
+    assert shown["tokens"][visible].tolist() == np.delete(tokens, 4).tolist()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_packed_padded_and_split_batches_have_one_gradient(name: str) -> None:
     objective, shape = CASES[name]
@@ -528,15 +538,16 @@ def test_flops_count_queries_stand_ins_and_memory(objective: Objective) -> None:
     examples = [{"tokens": text(n, n), "memory_tokens": text(m, m)} for n, m in ((12, 5), (9, 0), (7, 3))]
     shown = [objective.view(e, VOCAB, rng) for e in examples]
     batch = collate(shown)
-    counted = work(batch, asked=3)
+    counted = work(batch)
     assert counted.positions == sum(len(s["tokens"]) for s in shown)
     real = batch["looks"] > -NEVER
     seen = rule(batch["looks"], batch["appears"], None, None, batch.get("leaves")) & real[..., None]
     assert counted.pairs == int(seen.sum())
     lengths = [(5, len(shown[0]["tokens"])), (0, 0), (3, len(shown[2]["tokens"]))]
     assert counted.memory == Memory(8, 25 + 9, sum(m * n for m, n in lengths))
-    bare = work({name: field for name, field in batch.items() if not name.startswith("memory_")}, asked=3)
-    assert counted.flops(XLNET) > bare.flops(XLNET)
+    assert real_tokens(batch) == 12 + 9 + 7
+    bare = work({name: field for name, field in batch.items() if not name.startswith("memory_")})
+    assert trunk(XLNET, counted) > trunk(XLNET, bare)
 
 
 def test_flops_of_memory_are_those_that_torch_counts() -> None:

@@ -66,6 +66,7 @@ CASES = {
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
     "classification": (Classification(classes=("a", "b", "c")), labelled),
     "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
+    "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),
 }
 
 

@@ -68,3 +68,9 @@ class MLM(Tokens):
         labels[at] = tokens[at]
         shown[at] = disguised(tokens[at], vocab, self.masked, self.random, kind, rng)
         return example | {"tokens": shown, "labels": labels}
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        shown = vocab.frame(tokens)
+        labels = np.full(len(shown), IGNORE)
+        labels[at + 1], shown[at + 1] = tokens[at], vocab.mask
+        return {"tokens": shown, "labels": labels}

@@ -64,3 +64,7 @@ class MPNet(Tokens):
         order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.rate, rng)))
         stands = disguised(tokens[order], vocab, self.masked, self.random, rng.random(len(order)), rng)
         return layout.permuted(example, order, stands, compensated=True)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        framed, mask = {"tokens": vocab.frame(tokens)}, np.array([vocab.mask], tokens.dtype)
+        return layout.permuted(framed, np.array([at + 1]), mask, compensated=True)

@@ -62,3 +62,6 @@ class PLM(Tokens):
         asked = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))
         order = rng.permutation(asked) if self.order == "random" else asked
         return layout.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        return layout.permuted({"tokens": tokens}, np.array([at]), np.array([vocab.mask], tokens.dtype))

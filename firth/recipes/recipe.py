@@ -70,7 +70,8 @@ class Recipe:
 
     start: a run or model directory whose weights to begin from. shape: None takes the shape of `start`; its `vocab`
     is set from the tokenizer. samples: texts that the model continues before training and after, for the report; it fills
-    those with a <mask> in them. precision: "auto" is what this machine is measured to be fast at.
+    those with a <mask> in them. unigram: a model that starts from nothing begins with the frequencies of the answers
+    (`firth.model.unigram`). precision: "auto" is what this machine is measured to be fast at.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Recipe:
     tokenizer: TokenizerPlan = TokenizerPlan()
     shape: Shape | None = None
     start: str = ""
+    unigram: bool = True
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
