@@ -19,7 +19,9 @@ from firth.data.batch import Batches, collate, pack
 from firth.data.segment import Windows
 from firth.evaluate.likelihood import Document, one_at_a_time
 from firth.evaluate.text import reads_of
+from firth.generate.engine import Engine
 from firth.generate.masked import fill
+from firth.generate.sample import Sampling
 from firth.model.attention import rule
 from firth.model.block import Linear
 from firth.model.distance import Apart, Distance, between
@@ -608,3 +610,33 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
     document = Document(words[1:-1], np.ones(len(words) - 2, int))
     asked = list(one_at_a_time(document, 40, coder.vocab, query=True))[at - 1]
     assert loss(model, PLM(), collate([asked])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_decoder_with_relative_positions_writes_what_it_would_read() -> None:
+    """The engine's cache serves position="xlnet" as any other: rows of other lengths beside it, and options of one prompt."""
+    coder = tokenizer()
+    shape = Shape(**BODY | {"vocab": coder.vocab.size, "causal": True}, position="xlnet", query=True, memory=8)
+    model = built(shape)
+    prompts = [coder.encode("What is a module?"), coder.encode("In Python")]
+    written = Engine(model, coder, stops=()).generate(prompts, Sampling(max_new=6, temperature=0))
+    for prompt, answer in zip(prompts, written, strict=True):
+        row = np.asarray(prompt)
+        for token in answer.tokens:
+            when = torch.arange(len(row))[None]
+            hidden = model({"tokens": torch.as_tensor(row)[None].long(), "looks": when, "appears": when})
+            assert int(model.parts["lm"](hidden[0, -1]).argmax()) == token
+            row = np.append(row, token)
+    engine, options = Engine(model, coder), [coder.encode(" of"), coder.encode(" that is")]
+    assert engine.options(prompts[0], options) == pytest.approx(engine.score([prompts[0]] * 2, options), rel=1e-4)
+
+
+def test_half_precision_has_the_gradient_of_full() -> None:
+    model = built(replace(XLNET, memory=6)).train()
+    batch = collate([PLM(k=2).view({"tokens": text(20), "memory_tokens": text(6, 1)}, VOCAB, np.random.default_rng(0))])
+    grads = []
+    for enabled in (False, True):
+        model.zero_grad()
+        step(model, PLM(), [batch], precision=lambda on=enabled: torch.autocast("cpu", torch.bfloat16, enabled=on))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert F.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
