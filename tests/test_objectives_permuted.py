@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
 from firth.objectives.plm import PLM
 from firth.recipes.recipe import load
+from firth.recipes.run import run
 from firth.scaling.flops import Memory, real_tokens, trunk, work
 from firth.text.vocab import Vocab
 from firth.train.step import step
@@ -640,3 +642,25 @@ def test_half_precision_has_the_gradient_of_full() -> None:
         step(model, PLM(), [batch], precision=lambda on=enabled: torch.autocast("cpu", torch.bfloat16, enabled=on))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert F.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
+
+
+def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
+    """Records have nothing before them: what starts from a model with memory reads without, and packs if it likes."""
+    rng = np.random.default_rng(0)
+    plays = tmp_path / "plays"
+    plays.mkdir()
+    for i in range(6):
+        (plays / f"{i}.txt").write_text(
+            " ".join(rng.choice(["the", "king", "and", "queen", "walk", "by", "night"], 300))
+        )
+    rows = [
+        json.dumps({"text": f"the {'king' if i % 2 else 'queen'} did walk", "label": "ab"[i % 2]}) for i in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    small = ["shape.width=32", "shape.heads=2", "shape.depth=2", "shape.head_width=0", "shape.hidden=48", "shape.kv_heads=0",
+             "tokenizer.size=400", "length.steps=2", "batch.rows=4", "checks.every=0"]  # fmt: skip
+    first = run(load("xlnet", [*small, f"source.path={plays}"]), tmp_path / "first", echo=lambda _: None)
+    assert load_model(first.model).shape.memory == 128
+    told = [f"start={tmp_path / 'first'}", f"source.path={tmp_path / 'rows.jsonl'}", "length.steps=2", "batch.pack=64"]
+    second = run(load("classify", told), tmp_path / "second", echo=lambda _: None)
+    assert load_model(second.model).shape.memory == 0

@@ -123,7 +123,7 @@ class Arena:
         at = place(contender.shape, contender.objective.reads())
         return dataclasses.replace(
             self.probe, objective=Classification(self.drawn.classes, at), source=self.drawn.source(seed), start=start,
-            shape=None if start else contender.shape, tokenizer=contender.tokenizer, seed=seed,
+            shape=None if start else dataclasses.replace(contender.shape, memory=0), tokenizer=contender.tokenizer, seed=seed,
         )  # fmt: skip
 
 

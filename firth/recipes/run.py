@@ -156,6 +156,10 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     shape = recipe.shape
     if recipe.start:
         theirs = load_model(model_directory(recipe.start)).shape
+        if (
+            not recipe.segment.remembers or recipe.batch.pack
+        ):  # records have nothing before them: finetuned without memory
+            theirs = dataclasses.replace(theirs, memory=0)
         shape = theirs if shape is None else shape
     if shape is None:
         raise UserError(
