@@ -13,13 +13,13 @@ tokens are; control tokens never.
 >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
 >>> tokens = np.array([0] + [1, 2] * 12 + [0])
 >>> for name, noise in NOISES.items():
-...     print("".join(".#"[int(hidden)] for hidden in noise(tokens, vocab, 0.25, np.random.default_rng(6))), name)
-.........##.#...##...##... iid
-..##.#..............#.##.. count
-.................####..##. words
-....####...............##. spans
-.......####....##......... geometric
-...........######......... contexts
+...     print(f"{name:10}", *(".#"[int(h)] for h in noise(tokens, vocab, 0.25, np.random.default_rng(6))), sep="")
+iid       .........##.#...##...##...
+count     ..##.#..............#.##..
+words     .................####..##.
+spans     ....####...............##.
+geometric .......####....##.........
+contexts  ...........######.........
 """
 
 from __future__ import annotations
