@@ -1,6 +1,6 @@
 """XLNet's relative positions and relative segments (Dai 2019, section 3.3; Yang 2019, section 2.5), as a bias on the scores.
 
-A query q at position i scores a key k at position j by four products (before the scale):
+A query q at position i scores a key k at position j by three products (before the scale):
 
     (q + u) . k                  what the token is              u: `content`, Transformer-XL's u, r_w_bias
     (q + v) . W R[i - j]         how far away it stands         v: `place`, r_r_bias; R: sines and cosines of the distance
