@@ -52,6 +52,10 @@ SHAPES = {
     "mpnet": MPNET,
     "mpnet-untied": replace(MPNET, tied=False),
     "bert": BERT,
+    "bert-untied": replace(BERT, tied=False),
+    "albert": replace(BERT, embed=12, groups=1, depth=3),
+    "albert-two-groups": replace(BERT, embed=32, groups=2, depth=5, activation="gelu_tanh", tied=False),
+    "electra": replace(BERT, embed=12),
     "gpt2": Shape(**SIZES),
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
@@ -64,6 +68,7 @@ SHAPES = {
 }  # fmt: skip
 AUTO = {
     "xlnet": "AutoModelForCausalLM", "mpnet": "AutoModelForMaskedLM",
+    "albert": "AutoModelForMaskedLM", "electra": "AutoModelForMaskedLM",
     "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
@@ -87,13 +92,13 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     steps = torch.arange(20).expand(3, 20)
     ours = {"tokens": tokens}
     theirs = {"input_ids": tokens, "attention_mask": real.long()}
-    if family in ("bert", "modernbert", "mpnet", "xlnet"):
+    if family in ("bert", "albert", "electra", "modernbert", "mpnet", "xlnet"):
         ours["appears"] = torch.where(real, 0, NEVER)
     else:
         ours |= {"looks": steps, "appears": torch.where(real, steps, NEVER)}
     if family == "mpnet":
         theirs["position_ids"] = steps + 2
-    if family in ("bert", "xlnet"):
+    if family in ("bert", "albert", "electra", "xlnet"):
         ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
     if family == "t5":
         source = torch.randint(1, 61, (3, 26))
@@ -166,6 +171,9 @@ def random_theirs(name: str) -> torch.nn.Module:
         "xlnet": lambda: t.XLNetLMHeadModel(t.XLNetConfig(**nine)),
         "mpnet": lambda: t.MPNetForMaskedLM(t.MPNetConfig(**usual, max_position_embeddings=42)),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**usual, max_position_embeddings=40)),
+        "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(**usual, embedding_size=12, num_hidden_groups=2)),
+        "electra": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=12)),
+        "electra-wide": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=32)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**two)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**usual, num_key_value_heads=2)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, num_decoder_layers=3)),
@@ -181,7 +189,21 @@ def random_theirs(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert", "xlnet", "mpnet"]
+    "name",
+    [
+        "bert",
+        "albert",
+        "electra",
+        "electra-wide",
+        "gpt2",
+        "llama",
+        "t5",
+        "t5-gated",
+        "nanochat",
+        "modernbert",
+        "xlnet",
+        "mpnet",
+    ],
 )
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:

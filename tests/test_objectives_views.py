@@ -16,6 +16,9 @@ from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
 from firth.objectives.plm import PLM
+from firth.objectives.rtd import RTD, AdversarialRTD
+from firth.objectives.sbo import SBO
+from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.text.vocab import Vocab
 from firth.train.step import step
@@ -62,6 +65,12 @@ CASES = {
     "plm in spans": (PLM(noise="contexts", k=3), framed),
     "mpnet": (MPNet(), framed),
     "nsp + mlm": (NSP() + MLM(), pairs),
+    "sop + mlm": (SOP() + MLM(noise="ngrams"), pairs),
+    "mlm + sbo": (MLM(noise="geometric", alike=True) + SBO(), framed),
+    "mlm + sbo, bare": (MLM(noise="spans") + SBO(longest=2), bare),
+    "rtd": (RTD(), framed),
+    "rtd of pairs": (SOP() + RTD(size=0.5), pairs),
+    "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
     "classification": (Classification(classes=("a", "b", "c")), labelled),

@@ -8,6 +8,7 @@ tokens are; control tokens never.
     words       each word by itself, with all its tokens                  BERT, "whole word masking"
     spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020: `random_spans_noise_mask`)
     geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
+    ngrams      spans of 1, 2 or 3 whole words, in shares of 1 / length   ALBERT (Lan 2020, section 4.1)
     contexts    spans of 1 to 5 words, each in 1 / rate times its length  XLNet, "span-based prediction"
 
 >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
@@ -19,6 +20,7 @@ count     ..##.#..............#.##..
 words     .................####..##.
 spans     ....####...............##.
 geometric .......####....##.........
+ngrams    .......######.............
 contexts  ...........######.........
 """
 
@@ -32,7 +34,7 @@ import numpy as np
 from firth.text.vocab import Vocab
 
 Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
-Kind = Literal["iid", "count", "words", "spans", "geometric", "contexts"]
+Kind = Literal["iid", "count", "words", "spans", "geometric", "ngrams", "contexts"]
 
 FEW = 5
 """Words in a span of `contexts`, at most."""
@@ -42,6 +44,8 @@ MOST_WORDS = 10
 WORDS = 0.8 ** np.arange(MOST_WORDS)
 WORDS = WORDS.cumsum() / WORDS.sum()
 """Cumulative probabilities of a geometric span's words: 0.2 * 0.8**(k - 1) up to 10, normalised; 3.8 on average."""
+NGRAMS = (1 / np.arange(1, 4)).cumsum() / (1 / np.arange(1, 4)).sum()
+"""The same of an n-gram's words: 6/11, 3/11, 2/11; 1.6 on average."""
 
 
 def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -114,6 +118,18 @@ def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
 
 def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Spans of whole words from random places until rate * n tokens are hidden (the last one is cut to that)."""
+    return _whole_words(tokens, vocab, rate, rng, WORDS)
+
+
+def ngrams(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """The same with shorter spans."""
+    return _whole_words(tokens, vocab, rate, rng, NGRAMS)
+
+
+def _whole_words(
+    tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator, lengths: np.ndarray
+) -> np.ndarray:
+    """lengths: cumulative probabilities of a span's words, from 1 on."""
     allowed = ~vocab.special[tokens]
     n = int(allowed.sum())
     hidden = np.zeros(len(tokens), bool)
@@ -124,7 +140,7 @@ def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
         if hidden[at] or not allowed[at]:
             continue
         first = int(begins.searchsorted(at, "right")) - 1
-        last = min(first + 1 + int(WORDS.searchsorted(rng.random(), "right")), len(begins) - 1)
+        last = min(first + 1 + int(lengths.searchsorted(rng.random(), "right")), len(begins) - 1)
         inside = np.arange(begins[first], begins[last])
         inside = inside[(allowed & ~hidden)[inside]][:left]
         hidden[inside] = True
@@ -133,7 +149,8 @@ def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
 
 
 NOISES: dict[str, Noise] = {
-    "iid": iid, "count": count, "words": words, "spans": spans, "geometric": geometric, "contexts": contexts
+    "iid": iid, "count": count, "words": words, "spans": spans, "geometric": geometric, "ngrams": ngrams,
+    "contexts": contexts,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
-from firth.model.block import Block, Reading, initialise
+from firth.model.block import Block, Linear, Reading, initialise
 from firth.model.distance import Apart, between
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
@@ -42,20 +42,26 @@ class Past:
 
 
 class Trunk(nn.Module):
-    """A stack of blocks, what it adds to the embeddings before them and the norm after them."""
+    """A stack of blocks, what it does to the embeddings before them and the norm after them.
+
+    `blocks` are those that have weights of their own; `layers` says in which order they are passed.
+    """
 
     def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
         super().__init__()
         self.shape = shape
-        self.embed_norm = make_norm(shape) if shape.embed_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(depth))
+        self.embed_norm = make_norm(shape, shape.table_width) if shape.embed_norm else nn.Identity()
+        self.project = Linear(shape.embed, shape.width, bias=shape.bias) if shape.embed else None
+        self.depth = depth
+        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position in BIASED else None
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
-        """The blocks, typed."""
-        return list(self.blocks)  # type: ignore[arg-type]
+        """The block of each layer, first to last; a shared one comes several times."""
+        own: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        return [own[layer * len(own) // self.depth] for layer in range(self.depth)]
 
     def forward(
         self,
@@ -66,31 +72,36 @@ class Trunk(nn.Module):
         source: Batch | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
-        x = self.drop(self.embed_norm(x))
+        """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
+        x = self.enter(x)
         reading = self.reading(fields, cache, past)
         across: Reading | None = None
-        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        layers = self.layers()
+        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         if source is not None:
             across = Reading(self.crossing(fields, source, cache))
             if memory is not None:
-                made = [block.crossing(memory) for block in self.layers()]
+                made = [block.crossing(memory) for block in layers]
                 if cache is not None:
                     cache.cross, cache.source = made, source
             elif cache is not None:
                 made = cache.cross
             crossed = made
-        before = [None] * len(self.blocks) if past is None else past.states
-        for block, crossing, earlier in zip(self.blocks, crossed, before, strict=True):
+        before = [None] * len(layers) if past is None else past.states
+        for block, crossing, earlier in zip(layers, crossed, before, strict=True):
             x = block(x, reading, across, crossing, earlier)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.advance(x.shape[1])
         return self.norm(x)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Embeddings (B, T, table width) as the first block takes them: (B, T, width)."""
+        x = self.drop(self.embed_norm(x))
+        return x if self.project is None else self.project(x)
 
     def entering(self, x: Tensor, fields: Batch) -> list[Tensor]:
         """The states (B, T, width) that enter each block; the last block itself need not be run."""
-        x = self.drop(self.embed_norm(x))
-        reading, out = self.reading(fields, None), [x]
+        reading, out = self.reading(fields, None), [self.enter(x)]
         for block in self.layers()[:-1]:
             out.append(block(out[-1], reading))
         return out
@@ -100,7 +111,9 @@ class Trunk(nn.Module):
         positions = fields["positions"]
         angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
         if cache is not None and cache.shown is not None:
-            known = {n: cache.note(n, v) for n, v in fields.items() if n in ("positions", "segments")}
+            # Noting takes time, of which a token has little: only for those who ask where the earlier ones stand.
+            asked = self.relative is not None or self.shape.position == "xlnet"
+            known = {n: cache.note(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
             bias = None if self.relative is None else self.relative(positions, known["positions"])
             turned = None if angles is None else rotation(*angles)
             return Reading(cache.latest(), None, turned, bias, cache, self.apart(fields, known))
@@ -149,28 +162,45 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
-        self.tokens = nn.Embedding(shape.vocab, shape.width)
-        self.places = nn.Embedding(shape.context, shape.width) if shape.position in LEARNED else None
+        self.tokens = nn.Embedding(shape.vocab, shape.table_width)
+        self.places = nn.Embedding(shape.context, shape.table_width) if shape.position in LEARNED else None
         added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
-        self.segments = nn.Embedding(shape.segments, shape.width) if added else None
-        self.query = nn.Parameter(torch.randn(shape.width) * (shape.init or 0.02)) if shape.query else None
+        self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
+        self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
         self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         for child in self.children():
             initialise(child, shape)
-        for table in (self.tokens, self.places, self.segments):
+        for table in self.tables().values():
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
         self.tie()
 
     def tie(self) -> None:
-        """Make the head's matrix the embedding's, if the shape says so: one Parameter, one gradient."""
+        """Make one Parameter, with one gradient, of what is shared: the head's matrix if tied, and the tables of guests."""
         if self.shape.tied and "lm" in self.parts:
             self.parts["lm"].weight = self.tokens.weight
+        for part in self.parts.values():
+            if isinstance(part, LM):
+                part.join(self)
+
+    def join(self, host: LM) -> None:
+        """Be a part of another model; what that means for what they share."""
+        self.tie()
+
+    def shared(self) -> dict[str, str]:
+        """Names of tensors that are others by a second name -> the first name, under which they are saved."""
+        first: dict[int, str] = {}
+        every = self.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
+
+    def tables(self) -> dict[str, nn.Embedding | None]:
+        """What tokens, positions and segments are looked up in."""
+        return {"tokens": self.tokens, "places": self.places, "segments": self.segments}
 
     def embed(self, fields: Batch) -> Tensor:
-        """Token, position and segment vectors added up: fields (B, T) -> (B, T, width)."""
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width)."""
         x: Tensor = self.tokens(fields["tokens"])
         if self.query is not None and "appears" in fields:
             # Whom nobody can see asks and tells nothing (or is padding): so no token can leak into its own query.
@@ -185,7 +215,7 @@ class LM(nn.Module):
                 )
             x = x + self.places(positions)
         if self.shape.position == "sinusoidal":
-            x = x + sinusoidal(positions, self.shape.width).to(x.dtype)
+            x = x + sinusoidal(positions, self.shape.table_width).to(x.dtype)
         if self.segments is not None:
             given = fields.get("segments")
             x = x + (self.segments.weight[0] if given is None else self.segments(given))
@@ -250,6 +280,27 @@ def _behind(past: Batch, name: str, own: Tensor) -> Tensor:
     if told is None:
         told = torch.full_like(past["tokens"], NEVER if name == "leaves" else 0)
     return torch.cat((told.to(own.dtype), own.expand(len(told), -1)), -1)
+
+
+class Guest(LM):
+    """A model among the parts of another that reads with its host's tables: ELECTRA's generator (Clark 2020, section 3.2).
+
+    Alone it is a whole model, which can be saved and run. Its tables are as wide as its host's.
+    """
+
+    def join(self, host: LM) -> None:
+        """Read with the host's tables from here on. UserError if they are not as large."""
+        for name, table in host.tables().items():
+            own = self.tables()[name]
+            if own is None or table is None:
+                if own is not table:
+                    raise UserError(f"a guest and its host must both have {name}, or neither")
+                continue
+            if own.weight.shape != table.weight.shape:
+                sizes = f"{list(own.weight.shape)} and {list(table.weight.shape)}"
+                raise UserError(f"a guest cannot read with its host's {name}: the tables are {sizes}")
+            own.weight = table.weight
+        self.tie()
 
 
 def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:

@@ -7,6 +7,9 @@
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
     xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
     mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
+    spanbert                334 M             Joshi 2020: BERT-large with its cased vocabulary
+    albert-base ...         12, 18, 60, 223 M Lan 2020, table 1, with the pooler (its 235 M for the last is 223 M as released)
+    electra-small, -base    14 M, 110 M       Clark 2020, table 6: the discriminator
     t5-small ... t5-11b     61 M to 11 B      Raffel 2020, section 3.7 (there 60 M, 220 M, 770 M, 3 B, 11 B)
     llama-7b                6.7 B             Touvron 2023, table 2
 
@@ -60,6 +63,17 @@ def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) ->
     return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
 
 
+def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> Shape:
+    """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
+    like = bert(vocab, width, depth, heads)
+    return replace(like, embed=128, groups=1, activation="gelu_tanh")
+
+
+def electra(width: int, heads: int, embed: int = 0) -> Shape:
+    """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
+    return replace(bert(30522, width, 12, heads), embed=embed)
+
+
 def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> Shape:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return Shape(
@@ -81,6 +95,13 @@ SHAPES: dict[str, Shape] = {
     "xlnet-base": xlnet(32000, 768, 12, 12),
     "xlnet-large": xlnet(32000, 1024, 24, 16),
     "mpnet-base": mpnet(30527, 768, 12, 12),
+    "spanbert": bert(28996, 1024, 24, 16),
+    "albert-base": albert(768, 12, 12),
+    "albert-large": albert(1024, 24, 16),
+    "albert-xlarge": albert(2048, 24, 16),
+    "albert-xxlarge": albert(4096, 12, 64),
+    "electra-small": electra(256, 4, embed=128),
+    "electra-base": electra(768, 12),
     "t5-small": t5(32128, 512, 6, 8, 64, 2048),
     "t5-base": t5(32128, 768, 12, 12, 64, 3072),
     "t5-large": t5(32128, 1024, 24, 16, 64, 4096),

@@ -6,6 +6,8 @@ The published families are points in this space, not classes:
     GPT-2       position="learned", activation="gelu_tanh", tied
     Llama       norm="rms", norm_bias off, position="rotary", activation="swiglu", bias off
     T5          encoder=12, norm="rms", position="t5", activation="relu" or "geglu_tanh", score_scale off
+    ALBERT      BERT's, embed=128, groups=1 (one block for all layers)
+    ELECTRA     BERT's, embed=128 (small)
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
     XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
     MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
@@ -44,6 +46,9 @@ class Shape:
     vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
     heads, kv_heads (0: as many as heads), head_width (0: width / heads). hidden: inner size of the MLP (0: 4 width).
     context: longest row it is meant for; a hard limit with learned positions only.
+    embed: width of the token, position and segment tables, which one matrix then takes to `width`; 0: tables of `width`. A
+    head that is tied to such a table reads back to its width first (head="transform"; ALBERT, Lan 2020, section 3.1).
+    groups: how many blocks have weights of their own: consecutive layers share those of one (ALBERT: 1); 0: every layer.
     encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention.
     causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
     this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
@@ -73,6 +78,8 @@ class Shape:
     head_width: int = 0
     hidden: int = 0
     context: int = 1024
+    embed: int = 0
+    groups: int = 0
     encoder: int = 0
     causal: bool = True
     norm: Literal["layer", "rms"] = "layer"
@@ -111,7 +118,7 @@ class Shape:
         for name in ("vocab", "width", "depth", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_width", "hidden", "encoder", "segments", "memory"):
+        for name in ("kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory"):
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
         for name, choices in CHOICES.items():
@@ -131,8 +138,21 @@ class Shape:
             raise UserError(
                 f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even"
             )
-        if self.position == "sinusoidal" and self.width % 2:
-            raise UserError(f"sinusoidal positions come in pairs, and shape.width={self.width} is odd: make it even")
+        if self.position == "sinusoidal" and self.table_width % 2:
+            raise UserError(
+                f"sinusoidal positions come in pairs, and a width of {self.table_width} is odd: make it even"
+            )
+        if self.embed and self.tied and self.head == "linear":
+            raise UserError(
+                f"a linear head of width {self.width} cannot be tied to tables of shape.embed={self.embed}: "
+                "set shape.head=transform or shape.tied=false"
+            )
+        if self.groups > min(self.depth, self.encoder or self.depth):
+            raise UserError(f"shape.groups={self.groups} is more than there are layers: make it at most shape.depth")
+        if self.groups and not self.first_norm:
+            raise UserError(
+                "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
+            )
         if self.position == "xlnet" and (self.width % 2 or self.encoder or self.kv_heads != self.heads or self.qk_norm):
             raise UserError(
                 f"position xlnet needs an even shape.width (it is {self.width}), encoder=0 ({self.encoder}), as many "
@@ -154,6 +174,11 @@ class Shape:
         return self.activation in GATED
 
     @property
+    def table_width(self) -> int:
+        """Width of the embedding tables."""
+        return self.embed or self.width
+
+    @property
     def noun(self) -> str:
         """What one would call it."""
         if self.encoder:
@@ -169,7 +194,8 @@ class Shape:
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-        norm = (self.width if self.norm_weight else 0) + (self.width if self.norm_bias and self.norm == "layer" else 0)
+        table, each = self.table_width, self.norm_weight + (self.norm_bias and self.norm == "layer")
+        norm = each * self.width
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
         attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
         if self.position == "xlnet":
@@ -179,15 +205,18 @@ class Shape:
         mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
         block = attention + mlp + 2 * norm
         trunks = [self.depth] + ([self.encoder] if self.encoder else [])
-        total = self.vocab * self.width + sum(trunks) * block + self.depth * (attention + norm) * (self.encoder > 0)
-        for _ in trunks:
-            total += norm * ((self.norm_at == "pre") + self.embed_norm - (not self.first_norm))
+        total = self.vocab * table
+        for depth in trunks:
+            total += (self.groups or depth) * block
+            total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
+            total += self.width * (table + self.bias) * (self.embed > 0)
             total += self.heads * self.buckets * (self.position in BIASED)
-        total += self.width * (self.context * (self.position in LEARNED) + self.query)
-        total += self.width * self.segments * (self.position != "xlnet")
-        total += self.vocab * (self.head_bias + self.width * (not self.tied))
-        transform = self.width * self.width + self.width * self.bias + norm
-        return total + transform * (self.head == "transform")
+        total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
+        total += table * (self.context * (self.position in LEARNED) + self.query)
+        total += table * self.segments * (self.position != "xlnet")
+        transform = self.head == "transform"
+        total += self.vocab * (self.head_bias + (table if transform else self.width) * (not self.tied))
+        return total + (self.width + self.bias + each) * table * transform
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
