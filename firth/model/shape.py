@@ -10,6 +10,8 @@ The published families are points in this space, not classes:
     ELECTRA     BERT's, embed=128 (small)
     BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
+    XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
+    MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
     ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
 
 >>> decoder(vocab=8192, width=384, depth=6).parameters()
@@ -29,6 +31,9 @@ from firth.types import UserError
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
+
+LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
+"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
 
 Reads = Literal["any", "left", "both", "free", "source"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
@@ -52,7 +57,11 @@ class Shape:
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
-    buckets, distance: T5's relative positions. score_scale: whether scores are divided by sqrt(head_width).
+    "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
+    attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
+    buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
+    query: a learned vector of its own stands where nobody can look, whatever the token (XLNet's w); else the token's.
+    score_scale: whether scores are divided by sqrt(head_width).
     bias: whether the linear maps of the blocks have one. qk_norm: unit-RMS queries and keys.
     segments: number of segment types, 0 for none. dropout: on embeddings, attention weights and each branch's output.
     tied: the vocabulary head uses the token embedding. head: "linear", or "transform" for a dense layer,
@@ -83,11 +92,13 @@ class Shape:
     norm_eps: float = 1e-5
     embed_norm: bool = False
     first_norm: bool = True
-    position: Literal["learned", "sinusoidal", "rotary", "t5", "none"] = "learned"
+    position: Literal["learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rotary_theta: float = 10000.0
     rotary_sign: int = 1
     buckets: int = 32
     distance: int = 128
+    memory: int = 0
+    query: bool = False
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
     score_scale: bool = True
@@ -110,7 +121,7 @@ class Shape:
         for name in ("vocab", "width", "depth", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments"):
+        for name in ("kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory"):
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
         for name, choices in CHOICES.items():
@@ -144,6 +155,16 @@ class Shape:
         if self.groups and not self.first_norm:
             raise UserError(
                 "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
+            )
+        if self.position == "xlnet" and (self.width % 2 or self.encoder or self.kv_heads != self.heads or self.qk_norm):
+            raise UserError(
+                f"position xlnet needs an even shape.width (it is {self.width}), encoder=0 ({self.encoder}), as many "
+                f"kv_heads as heads ({self.kv_heads} of {self.heads}) and qk_norm=false ({str(self.qk_norm).lower()})"
+            )
+        if self.memory and self.position != "xlnet":
+            raise UserError(
+                f"shape.memory={self.memory} needs positions that reach back before a row, which "
+                f"shape.position={self.position!r} does not: set shape.position=xlnet, or shape.memory=0"
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
@@ -180,6 +201,9 @@ class Shape:
         norm = each * self.width
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
         attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
+        if self.position == "xlnet":
+            attention += self.width * queries + 2 * queries + 3 * queries * (self.segments > 0)
+            attention -= (queries + 2 * keys + self.width) * self.bias
         inner = self.hidden * (2 if self.gated else 1)
         mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
         block = attention + mlp + 2 * norm
@@ -189,9 +213,10 @@ class Shape:
             total += (self.groups or depth) * block
             total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
             total += self.width * (table + self.bias) * (self.embed > 0)
-            total += self.heads * self.buckets * (self.position == "t5")
+            total += self.heads * self.buckets * (self.position in BIASED)
         total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
-        total += table * (self.context * (self.position == "learned") * len(trunks) + self.segments)
+        total += table * (self.context * (self.position in LEARNED) * len(trunks) + self.query)
+        total += table * self.segments * (self.position != "xlnet")
         transform = self.head == "transform"
         total += self.vocab * (self.head_bias + (table if transform else self.width) * (not self.tied))
         return total + (self.width + self.bias + each) * table * transform
@@ -201,7 +226,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_start": ("pad", "eos"),
     "norm": ("layer", "rms"),
     "norm_at": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "rotary", "t5", "none"),
+    "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
     "head": ("linear", "transform"),
 }
