@@ -20,7 +20,7 @@ BELOW = {
     "text": ("types",),
     "data": ("types", "text"),
     "model": ("types", "text.chat"),
-    "objectives": ("types", "text", "data", "model"),
+    "objectives": ("types", "text", "data", "model", "scaling.flops"),
     "train": ("types", "text", "data", "model", "objectives.objective", "scaling.flops"),
     "generate": ("types", "text", "data", "model"),
     "align": ("types", "text", "data", "model", "objectives", "generate"),

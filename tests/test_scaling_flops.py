@@ -9,7 +9,7 @@ from firth.model.lm import LM
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 from firth.objectives.causal import CausalLM
 from firth.objectives.objective import asked
-from firth.scaling.flops import asked_positions, work
+from firth.scaling.flops import asked_positions, real_tokens, work
 from firth.types import IGNORE, NEVER, Batch
 
 
@@ -36,7 +36,8 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
         same = batch[query + "document"][..., None] == batch[key + "document"][:, None]
         return int((real & same & (batch[key + "appears"][:, None] <= looks[..., None])).sum())
 
-    found = work(batch, asked=5)
+    found = work(batch)
+    assert real_tokens(batch) == found.positions + found.source_positions
     assert found.positions == 3 * 9
     assert found.pairs == pairs("", "", batch["looks"])
     if "source_" in sides:
@@ -62,9 +63,10 @@ def test_a_step_costs_what_torch_counts(shape: Shape) -> None:
     batch["labels"][:, :5] = IGNORE
     if shape.encoder:
         batch["source_tokens"] = torch.randint(1, 70, (2, 9))
-    counted = work(batch, asked_positions(batch, frozenset({"labels"})))
-    assert (counted.positions, counted.pairs, counted.asked) == (24, 2 * 12 * 12, 14)  # no fields: all see all
+    counted = work(batch)
+    assert (counted.positions, counted.pairs) == (24, 2 * 12 * 12)  # no fields: all see all
+    assert asked_positions(batch["labels"]) == 14
     # The counter knows plain products only: no fused attention kernel on the CPU, no head that works in chunks.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.parts["lm"](asked(model(batch), batch["labels"])[0]).sum().backward()
-    assert counter.get_total_flops() == counted.flops(shape)
+    assert counter.get_total_flops() == objective.run_flops(model, batch) + objective.loss_flops(model, batch)

@@ -23,7 +23,7 @@ from firth.data import layout
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, choice_loss, correct, log_probs
+from firth.objectives.objective import Objective, choice_loss, correct, log_probs, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
 from firth.types import Batch, Example, Outputs
@@ -90,3 +90,6 @@ class DPO(Objective):
             "chosen": chosen,
             "rejected": rejected,
         }
+
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        return vocabulary_flops(model, batch["labels"])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
+from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -66,6 +67,14 @@ class Objective:
         """One SUM (not mean) per term of `targets` and `measures`."""
         raise NotImplementedError(type(self).__name__)
 
+    def run_flops(self, model: LM, batch: Batch) -> float:
+        """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
+        return flops.trunk(model.shape, flops.work(batch))
+
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        """What `loss` costs beside that: the heads it runs. Those of a few rows are nothing; a vocabulary's counts."""
+        return 0.0
+
     def __add__(self, other: Objective) -> Objective:
         return Sum(self, other)
 
@@ -99,12 +108,22 @@ class Sum(Objective):
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return self.second.view(self.first.view(example, vocab, rng), vocab, rng)
 
+    @property
+    def _reader(self) -> Objective:
+        """The one of the two that runs the model."""
+        return self.first if type(self.second).run is Objective.run else self.second
+
     def run(self, model: LM, batch: Batch) -> Outputs:
-        plain = type(self.second).run is Objective.run
-        return (self.first if plain else self.second).run(model, batch)
+        return self._reader.run(model, batch)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)
+
+    def run_flops(self, model: LM, batch: Batch) -> float:
+        return self._reader.run_flops(model, batch)
+
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        return self.first.loss_flops(model, batch) + self.second.loss_flops(model, batch)
 
 
 class Tokens(Objective):
@@ -118,6 +137,9 @@ class Tokens(Objective):
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"tokens": token_loss(model, outputs["hidden"], batch["labels"])}
 
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        return vocabulary_flops(model, batch["labels"])
+
 
 def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) over the positions that are asked; the head runs nowhere else.
@@ -126,6 +148,11 @@ def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
     """
     head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
     return head.nll(*asked(hidden, labels))
+
+
+def vocabulary_flops(model: LM, labels: Tensor) -> float:
+    """What the vocabulary head costs at the positions that are asked, in `token_loss` or `log_probs`."""
+    return flops.head(model.shape, flops.asked_positions(labels))
 
 
 def asked(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

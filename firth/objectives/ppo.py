@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, asked
+from firth.objectives.objective import Objective, asked, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
@@ -114,3 +114,6 @@ class PPO(Objective):
                 "value_error": error.sum(),
             }
         return {"policy": -torch.minimum(free, held).sum(), "value": self.value * 0.5 * worst.sum()} | measures
+
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        return vocabulary_flops(model, batch["labels"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, log_probs
+from firth.objectives.objective import Objective, log_probs, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
@@ -56,3 +56,6 @@ class Reinforce(Objective):
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         now = log_probs(model, outputs["hidden"], batch["labels"])  # (B, T), 0 where nothing is asked
         return {"policy": -(now * batch["advantage"]).sum(), "surprise": -now.detach().sum()}
+
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        return vocabulary_flops(model, batch["labels"])

@@ -5,9 +5,13 @@ per pair of positions of which one sees the other (a dense kernel computes maske
 vocabulary head costs 2 width vocab at the positions where something is asked. Backward costs twice the forward. Norms,
 activations and softmax are not matrix products and are left out. 6 N D (Kaplan et al. 2020) is this without attention.
 
+What a batch costs is asked of the objective (`Objective.run_flops`, `loss_flops`), which knows how often it runs the model
+and on what; it adds up what stands here: `trunk` for a forward and backward pass of a model of a shape, `head` for its
+vocabulary head, `linear` for a map of its own.
+
 >>> from firth.model.shape import decoder
 >>> shape = decoder(vocab=8192, width=384, depth=6)
->>> f"{Work(positions=4096, pairs=4096 * 128, asked=4096).flops(shape):.3g}"
+>>> f"{trunk(shape, Work(positions=4096, pairs=4096 * 128)) + head(shape, 4096):.3g}"
 '3.53e+11'
 """
 
@@ -24,47 +28,64 @@ from firth.types import IGNORE, NEVER, Batch
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do in a batch: positions, visible pairs, asked positions; and an encoder-decoder's source."""
+    """What there is to read in a batch: positions and visible pairs; and an encoder-decoder's source."""
 
     positions: int
     pairs: int
-    asked: int
     source_positions: int = 0
     source_pairs: int = 0
     crossing_pairs: int = 0
 
-    def flops(self, shape: Shape) -> float:
-        """FLOPs of the forward and the backward pass."""
-        queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        ends, both = 2 * shape.width * queries, 2 * shape.width * keys  # q and o; k and v
-        mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
-        seen = 2 * queries  # scores, and the values weighed by them
-        trunk = shape.depth * (self.positions * (ends + both + mlp) + self.pairs * seen)
-        if shape.encoder:
-            trunk += shape.encoder * (self.source_positions * (ends + both + mlp) + self.source_pairs * seen)
-            trunk += shape.depth * (self.positions * ends + self.source_positions * both + self.crossing_pairs * seen)
-        head = self.asked * shape.width * (shape.vocab + shape.width * (shape.head == "transform"))
-        return 3.0 * 2.0 * (trunk + head)
+
+BOTH = 3.0 * 2.0
+"""A multiplication is added up: 2; the backward pass computes two products for each of the forward one: 3 in all."""
 
 
-def work(batch: Batch, asked: int) -> Work:
-    """Count a batch. asked: positions where the vocabulary head runs. Padding (`appears` NEVER) counts as nothing."""
+def linear(rows: int, inputs: int, outputs: int) -> float:
+    """A linear map of so many rows, forward and backward."""
+    return BOTH * rows * inputs * outputs
+
+
+def trunk(shape: Shape, work: Work) -> float:
+    """FLOPs of the model without its head, forward and backward: the one place that knows what an architecture costs."""
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    ends, both = 2 * shape.width * queries, 2 * shape.width * keys  # q and o; k and v
+    mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
+    seen = 2 * queries  # scores, and the values weighed by them
+    total = shape.depth * (work.positions * (ends + both + mlp) + work.pairs * seen)
+    if shape.encoder:
+        total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
+        total += shape.depth * (work.positions * ends + work.source_positions * both + work.crossing_pairs * seen)
+    return BOTH * total
+
+
+def head(shape: Shape, asked: int) -> float:
+    """FLOPs of the vocabulary head, forward and backward, where it runs at so many positions."""
+    return linear(asked, shape.width, shape.vocab + shape.width * (shape.head == "transform"))
+
+
+def work(batch: Batch) -> Work:
+    """Count a batch. Padding (`appears` NEVER) counts as nothing."""
     looks, appears, document = _rows(batch, "")
     own = int((appears != NEVER).sum())
     pairs = _pairs(looks, appears, document, appears != NEVER, document)
     if "source_tokens" not in batch:
-        return Work(own, pairs, asked)
+        return Work(own, pairs)
     source_looks, source_appears, source_document = _rows(batch, "source_")
     there = source_appears != NEVER
     within = _pairs(source_looks, source_appears, source_document, there, source_document)
     across = _pairs(torch.full_like(looks, NEVER - 1), source_appears, source_document, appears != NEVER, document)
-    return Work(own, pairs, asked, int(there.sum()), within, across)
+    return Work(own, pairs, int(there.sum()), within, across)
 
 
-def asked_positions(batch: Batch, fields: frozenset[str]) -> int:
-    """How many positions of `tokens` hold a label in the fullest of the given fields."""
-    like = [batch[f] for f in fields if batch[f].shape == batch["tokens"].shape]
-    return max((int((labels != IGNORE).sum()) for labels in like), default=0)
+def real_tokens(batch: Batch) -> int:
+    """How many tokens the batch holds, its source's with them and padding without."""
+    return sum(int((_rows(batch, side)[1] != NEVER).sum()) for side in ("", "source_") if side + "tokens" in batch)
+
+
+def asked_positions(labels: Tensor) -> int:
+    """How many positions hold a label."""
+    return int((labels != IGNORE).sum())
 
 
 def _rows(batch: Batch, prefix: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,7 +139,6 @@ class _Run:
         self.mover = Mover(optimizer, model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
-        self.fields = frozenset(objective.targets.values())
         self.marked, self.marked_tokens, self.flops = self.at.seconds, self.at.tokens, 0.0  # since the last row
         self.took = 0.0
         self.score: float | None = None
@@ -215,9 +214,8 @@ class _Run:
         at, ranks = self.at, self.ranks
         tokens, work = 0, 0.0
         for batch in here:
-            done = flops.work(batch, flops.asked_positions(batch, self.fields) if "lm" in self.model.parts else 0)
-            tokens += done.positions + done.source_positions
-            work += done.flops(self.model.shape)
+            tokens += flops.real_tokens(batch)
+            work += self.objective.run_flops(self.model, batch) + self.objective.loss_flops(self.model, batch)
         on_device = [to(batch, self.device) for batch in here]
         means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts)
         ranks.sum_gradients(self.mover.parameters)
