@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Reading, initialise
+from firth.model.characters import Characters
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
+from firth.model.recurrent import Recurrent, States
 from firth.model.shape import Shape
 from firth.types import NEVER, Batch, UserError
 
@@ -50,9 +52,17 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         memory: Tensor | None = None,
         source: Batch | None = None,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
+        """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields.
+
+        kept: takes what went in and what each block handed on, the last one behind the norm.
+        """
         x = self.drop(self.embed_norm(x))
+        if not self.blocks:  # word vectors: nobody sees anybody, and there is nothing to lower
+            kept = [] if kept is None else kept
+            kept.append(x)
+            return self.norm(x)
         reading = self.reading(fields, cache)
         across: Reading | None = None
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
@@ -66,10 +76,15 @@ class Trunk(nn.Module):
                 made = cache.cross
             crossed = made
         for block, crossing in zip(self.blocks, crossed, strict=True):
+            if kept is not None:
+                kept.append(x)
             x = block(x, reading, across, crossing)
         if cache is not None:
             cache.length += x.shape[1]
-        return self.norm(x)
+        x = self.norm(x)
+        if kept is not None:
+            kept.append(x)
+        return x
 
     def reading(self, fields: Batch, cache: Cache | None) -> Reading:
         """What the blocks share: who sees whom among these tokens and the cached ones, and where each stands."""
@@ -111,14 +126,18 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
-        self.tokens = nn.Embedding(shape.vocab, shape.width)
-        self.places = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
-        self.segments = nn.Embedding(shape.segments, shape.width) if shape.segments else None
+        self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.entry)
+        self.places = nn.Embedding(shape.context, shape.entry) if shape.position == "learned" else None
+        self.segments = nn.Embedding(shape.segments, shape.entry) if shape.segments else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
-        self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
+        self.trunk: Trunk | Recurrent
+        if shape.recurrent:
+            self.trunk = Recurrent(shape)
+        else:
+            self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         for child in self.children():
             initialise(child, shape)
-        for table in (self.tokens, self.places, self.segments):
+        for table in (None if shape.characters else self.tokens, self.places, self.segments):
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
@@ -141,7 +160,7 @@ class LM(nn.Module):
                 )
             x = x + self.places(positions)
         if self.shape.position == "sinusoidal":
-            x = x + sinusoidal(positions, self.shape.width).to(x.dtype)
+            x = x + sinusoidal(positions, self.shape.entry).to(x.dtype)
         if self.segments is not None:
             given = fields.get("segments")
             x = x + (self.segments.weight[0] if given is None else self.segments(given))
@@ -154,8 +173,11 @@ class LM(nn.Module):
         fields = rows(batch, "source_")
         return self.encoder(self.embed(fields), fields).unflatten(0, batch["source_tokens"].shape[:-1])
 
-    def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only."""
+    def forward(self, batch: Batch, cache: Cache | None = None, kept: list[Tensor] | None = None) -> Tensor:
+        """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only.
+
+        kept: takes the states of all layers, (B, T, width) each (see `layers`).
+        """
         fields = rows(batch, "", 0 if cache is None else cache.length)
         memory, source = None, None
         if self.encoder is not None and cache is not None and cache.source:
@@ -165,12 +187,21 @@ class LM(nn.Module):
             memory = self.encoder(self.embed(whole), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
-        hidden = self.trunk(self.embed(fields), fields, cache, memory, source)
+        if self.shape.recurrent:
+            hidden = self.trunk(self.embed(fields), fields, cache, kept)
+        else:
+            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, kept)
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
+
+    def layers(self, batch: Batch) -> Tensor:
+        """What went into the trunk and what each of its layers handed on: (depth + 1, ..., T, width)."""
+        kept: list[Tensor] = []
+        self(batch, None, kept)
+        return torch.stack(kept).unflatten(1, batch["tokens"].shape[:-1])
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of each of `rows` rows."""
-        return Cache(rows, capacity)
+        return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity)
 
 
 def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:
