@@ -148,6 +148,11 @@ class LM(nn.Module):
         if self.shape.tied and "lm" in self.parts:
             self.parts["lm"].weight = self.tokens.weight
 
+    def spell(self, pieces: Sequence[str]) -> None:
+        """Tell how each token is written, to a model that reads that; one with a table of tokens has no need of it."""
+        if self.shape.characters:
+            self.tokens.spell(pieces)  # type: ignore[operator]
+
     def embed(self, fields: Batch) -> Tensor:
         """Token, position and segment vectors added up: fields (B, T) -> (B, T, width)."""
         x: Tensor = self.tokens(fields["tokens"])

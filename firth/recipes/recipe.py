@@ -40,7 +40,7 @@ class TokenizerPlan:
     """
 
     path: str = ""
-    algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram"] = "byte-bpe"
+    algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
     size: int = 8192
     sample: int = 200_000_000
 
@@ -68,7 +68,8 @@ class Checks:
 class Recipe:
     """Everything a run depends on.
 
-    start: a run or model directory whose weights to begin from. shape: None takes the shape of `start`; its `vocab`
+    start: a run or model directory whose weights to begin from. embeddings: one of the same tokenizer whose token vectors
+    alone are taken over, into a model that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of `start`; its `vocab`
     is set from the tokenizer. samples: texts that the model continues before training and after, for the report; it fills
     those with a <mask> in them. precision: "auto" is what this machine is measured to be fast at.
     """
@@ -80,6 +81,7 @@ class Recipe:
     tokenizer: TokenizerPlan = TokenizerPlan()
     shape: Shape | None = None
     start: str = ""
+    embeddings: str = ""
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

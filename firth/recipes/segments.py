@@ -20,7 +20,8 @@ from firth.align.credit import GAE, Baseline
 from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, read_comparisons
 from firth.align.rollouts import Phase
 from firth.align.rollouts import Rollouts as OnPolicy
-from firth.data import records, segment
+from firth.data import records, segment, words
+from firth.data.shards import TokenStore
 from firth.data.source import Mixture, Source, Subset
 from firth.data.split import place
 from firth.generate.engine import Engine
@@ -129,6 +130,24 @@ class Pairs(Segment):
 
 
 @dataclass(frozen=True)
+class Words(Segment):
+    """Windows of running text with how often each word stays and is drawn as noise (`firth.data.words`): word2vec."""
+
+    length: int = 512
+    sample: float = 1e-3
+    power: float = 0.75
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        train, valid = material.stores()
+        counts = words.Words.count(train.tokens, material.tokenizer.vocab)
+
+        def shown(store: TokenStore) -> words.Words:
+            return words.Words(segment.Windows(store, self.length, ahead=0, tail=True), counts, self.sample, self.power)
+
+        return Cut(shown(train), shown(valid) if valid else None, read=train.manifest["counts"])
+
+
+@dataclass(frozen=True)
 class Labelled(Segment):
     """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
 
@@ -145,6 +164,26 @@ class Labelled(Segment):
     def settle(self, objective: Objective, material: Material) -> Objective:
         """The classes are named by the records, unless the recipe names them."""
         return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
+
+
+@dataclass(frozen=True)
+class Tagged(Segment):
+    """Records with a tag for each word. words, tags: the fields that list them."""
+
+    length: int = 128
+    words: str = "tokens"
+    tags: str = "tags"
+
+    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> records.Tagged:
+        return records.Tagged(paths, material.tokenizer, self.length, words=self.words, tags=self.tags, classes=classes)
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """The tags are named by all the records, unless the recipe names them."""
+        paths = [*material.source.paths(material.echo), *material.source.valid]
+        return objective.named(lambda: self._read(paths, material).classes)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
@@ -301,7 +340,9 @@ SEGMENTS: dict[str, type[Segment]] = {
     "windows": Windows,
     "pieces": Pieces,
     "pairs": Pairs,
+    "words": Words,
     "labelled": Labelled,
+    "tagged": Tagged,
     "dialogues": Dialogues,
     "prompted": Prompted,
     "preferences": Preferences,
