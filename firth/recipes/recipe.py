@@ -69,8 +69,8 @@ class Recipe:
     """Everything a run depends on.
 
     start: a run or model directory whose weights to begin from. embeddings: one of the same tokenizer whose token vectors
-    alone are taken over, into a model that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of `start`; its `vocab`
-    is set from the tokenizer. samples: texts that the model continues before training and after, for the report; it fills
+    alone are taken over, into a model that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of
+    `start`; its `vocab` is set from the tokenizer. samples: texts that the model continues before training and after, for the report; it fills
     those with a <mask> in them. precision: "auto" is what this machine is measured to be fast at.
     """
 

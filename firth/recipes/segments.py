@@ -98,8 +98,9 @@ class Windows(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Windows(valid, self.length, tail=True) if valid else None
-        # Asked is every token of the held-out store but the first, which nothing stands before.
-        ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid else 0.0
+        # Asked is every token of the held-out store but the first, which nothing stands before; once, by one question.
+        once = valid if len(objective.targets) == 1 else None
+        ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return Cut(segment.Windows(train, self.length), held, ratio, train.manifest["counts"])
 
 
