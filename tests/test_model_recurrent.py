@@ -60,9 +60,7 @@ def test_the_states_and_gradients_are_those_of_torch(kind: str, causal: bool) ->
     layer = ours.trunk.stack()[1]
     torch.testing.assert_close(layer.ahead.weight_hh_l0.grad, theirs.weight_hh_l1.grad, rtol=1e-4, atol=1e-5)
     if layer.back is not None:
-        torch.testing.assert_close(
-            layer.back.weight_ih_l0.grad, theirs.weight_ih_l1_reverse.grad, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(layer.back.weight_ih_l0.grad, theirs.weight_ih_l1_reverse.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_an_lstm_with_a_projection_and_dropout_is_torch_s() -> None:
@@ -105,7 +103,9 @@ def test_padding_and_packing_change_nothing(name: str) -> None:
     packed = pack(rows, 16)
     found = model(packed)
     assert len(found) < len(rows)
-    states = [found[i][packed["document"][i] == d] for i in range(len(found)) for d in packed["document"][i].unique() if d]
+    states = [
+        found[i][packed["document"][i] == d] for i in range(len(found)) for d in packed["document"][i].unique() if d
+    ]
     assert sorted(map(len, states)) == [1, 3, 5, 7, 12]
     for state in states:
         like = next(a for a in alone if len(a) == len(state))

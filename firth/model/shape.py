@@ -209,8 +209,13 @@ class Shape:
         if not self.depth:
             return "a table of word vectors"
         if self.recurrent:
-            name = "RNN" if self.recurrent == "rnn" else self.recurrent.upper()
-            return f"a left-to-right {name}" if self.causal else f"a {name} in two directions" + " apart" * self.apart
+            name = self.recurrent.upper()
+            article = "a" if self.recurrent == "gru" else "an"
+            return (
+                f"a left-to-right {name}"
+                if self.causal
+                else f"{article} {name} in two directions" + " apart" * self.apart
+            )
         if self.encoder:
             return "an encoder-decoder"
         return "a causal decoder" if self.causal else "an encoder"
@@ -315,4 +320,4 @@ def recurrent(
 
 def vectors(vocab: int, width: int) -> Shape:
     """A vector for each word and nothing else: what word2vec learns."""
-    return Shape(vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.003)
+    return Shape(vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.3)

@@ -39,8 +39,8 @@ def word2vec(size: str = "tiny") -> Recipe:
     """
     tiny = Recipe(
         name="word2vec", objective=Word2Vec(), segment=Words(), source=sizes.TEXT, tokenizer=WORDS,
-        shape=vectors(WORDS.size, 128), batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=2e-3, weight_decay=0.0, beta2=0.99, clip=0.0),
+        shape=vectors(WORDS.size, 128), batch=Batch(rows=16),
+        optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.99, clip=0.0),
         schedule=Schedule("linear", warmup=0.02), length=Length(steps=1500),
         checks=Checks(every=500, examples=256, save=500), samples=("king", "good", "went", "blood"),
         precision="fp32",
@@ -60,7 +60,7 @@ def lstm(size: str = "tiny") -> Recipe:
     """
     tiny = sizes.tiny(
         "lstm", CausalLM(), Windows(length=128), recurrent(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
-        steps=600, batch=Batch(rows=16), samples=("The ", "I think that ", "What is "),
+        steps=600, batch=Batch(rows=16), optimizer=Optimizer(rate=6e-3), samples=("The ", "I think that ", "What is "),
     )  # fmt: skip
     published = replace(
         tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=30_000), samples=(),
