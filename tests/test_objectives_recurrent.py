@@ -216,9 +216,9 @@ def test_related_words_come_nearer_than_others() -> None:
         objective = Word2Vec(algorithm=algorithm)
         torch.manual_seed(0)
         model = LM(vectors(60, 16), objective.parts(vectors(60, 16)))
-        mover = Mover(Optimizer(name="adamw", rate=2e-2, weight_decay=0.0), model)
+        mover = Mover(Optimizer(name="adamw", rate=5e-2, weight_decay=0.0), model)
         batches = Batches(Halves(), objective, VOCAB, rows=16, seed=0)
-        for i in range(40):
+        for i in range(100):
             step(model, objective, batches.batches(i))
             mover.move(1.0)
         x = F.normalize(model.tokens.weight[2:].detach(), dim=-1)
