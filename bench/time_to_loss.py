@@ -11,7 +11,7 @@ scored on the same windows of held-out plays:
     trainer   transformers' Trainer on a GPT2LMHeadModel, everything as it comes (rate 5e-5, linear, 8 rows, fp32)
     plain     bench/causal.py's plain fp32 loop: AdamW, tuned
     adamw     firth's own loop on the same GPT-2 with AdamW, tuned
-    firth     the recipe `gpt` as it stands: its shape, Muon, its schedule
+    firth     the recipe `gpt:small` as it stands: its shape, Muon, its schedule
 
 The clock runs while a program trains: making batches, logging, the optimizer, the first slow step. It stands still
 while the held-out text is scored, and starts after the model is built, for all alike. Schedules follow the clock, so
@@ -239,18 +239,19 @@ def run_plain(clock: Clock, data: Text, seed: int, settings: Settings | None) ->
 
 
 def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, adamw: bool = False) -> nn.Module:
-    """firth's loop on the recipe `gpt`; adamw: on the peers' GPT-2, with AdamW and a linear decay, in its place."""
+    """firth's loop on the recipe `gpt:small`; adamw: on the peers' GPT-2, with AdamW and a linear decay, in its place."""
     from firth.data.batch import Batches
     from firth.data.segment import Windows
     from firth.model.lm import LM
     from firth.model.shape import Shape
-    from firth.recipes.pretrain import gpt
+    from firth.recipes.begin import begin
+    from firth.recipes.gpt import gpt
     from firth.train.log import Silence
     from firth.train.loop import Plan, train
     from firth.train.optimizer import Optimizer
     from firth.train.schedule import Length, Schedule
 
-    recipe = gpt()
+    recipe = gpt("small")
     optimizer, schedule, shape, rows = recipe.optimizer, recipe.schedule, recipe.shape, recipe.batch.rows
     if adamw:
         assert settings is not None
@@ -280,6 +281,8 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
 
     with tempfile.TemporaryDirectory() as directory:
         clock.start()
+        if not adamw:
+            begin(model, objective, batches)
         train(
             model, objective, batches, Path(directory), length=Length(seconds=clock.seconds), optimizer=optimizer,
             schedule=schedule, plan=Plan(evaluate_every=1, save_every=0), evaluate=evaluate, told=Silence(),

@@ -176,6 +176,46 @@ def train(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes (NAME, NAME:SIZE, a YAML file); then field=value for all of them, NAME.field=value for one, "
+            "probe.field=value for the finetuning."
+        ),
+    ],
+    seconds: Annotated[float, typer.Option(help="Seconds of training that each run gets.")] = 0.0,
+    flops: Annotated[float, typer.Option(help="Or counted FLOPs, for example 4e12: equal on any machine.")] = 0.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each, from which intervals come.")] = 3,
+    shares: Annotated[
+        str, typer.Option(help="Shares of the compute, each a run: the points of the curve.")
+    ] = "0.25,0.5,1",
+    probe: Annotated[
+        str,
+        typer.Option(
+            help="Records with text and label to finetune on: a file, a corpus's name, questions (Shakespeare's), or none; "
+            "by default questions for models that read Shakespeare, else sarcasm."
+        ),
+    ] = "",
+    labels: Annotated[int, typer.Option(help="How many of them are learnt from.")] = 500,
+    out: Annotated[Path, typer.Option(help="Where the runs, the table and the report go.")] = Path("runs/compare"),
+) -> None:
+    """Compare recipes: one text, one tokenizer, equal compute, the same probe, over seeds; run it again to go on.
+
+    Pretraining shows in a probe of the same kind of text: give both of your own with source.path=FILES --probe FILE.jsonl.
+    """
+    from firth.recipes.compare import Terms, parse_shares
+    from firth.recipes.compare import compare as contest
+    from firth.train.schedule import Length
+
+    if bool(seconds) == bool(flops):
+        raise UserError("say how much compute each run gets: --seconds N or --flops N, one of them")
+    names, settings = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    terms = Terms(Length(seconds=seconds, flops=flops), parse_shares(shares), seeds, probe, labels)
+    typer.echo(contest(names, settings, terms, out, echo=typer.echo))
+
+
+@app.command()
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")] = "",

@@ -43,6 +43,10 @@ T5 = Shape(
 )  # fmt: skip
 SHAPES = {
     "bert": BERT,
+    "bert-untied": replace(BERT, tied=False),
+    "albert": replace(BERT, embed=12, groups=1, depth=3),
+    "albert-two-groups": replace(BERT, embed=32, groups=2, depth=5, activation="gelu_tanh", tied=False),
+    "electra": replace(BERT, embed=12),
     "gpt2": Shape(**SIZES),
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
@@ -54,6 +58,7 @@ SHAPES = {
     "modernbert-silu": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
 AUTO = {
+    "albert": "AutoModelForMaskedLM", "electra": "AutoModelForMaskedLM",
     "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
@@ -77,11 +82,11 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     steps = torch.arange(20).expand(3, 20)
     ours = {"tokens": tokens}
     theirs = {"input_ids": tokens, "attention_mask": real.long()}
-    if family in ("bert", "modernbert"):
+    if family in ("bert", "albert", "electra", "modernbert"):
         ours["appears"] = torch.where(real, 0, NEVER)
     else:
         ours |= {"looks": steps, "appears": torch.where(real, steps, NEVER)}
-    if family == "bert":
+    if family in ("bert", "albert", "electra"):
         ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
     if family == "t5":
         source = torch.randint(1, 61, (3, 26))
@@ -151,6 +156,9 @@ def random_theirs(name: str) -> torch.nn.Module:
     full = {"layer_types": ["full_attention"] * 2}
     configs = {
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**usual, max_position_embeddings=40)),
+        "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(**usual, embedding_size=12, num_hidden_groups=2)),
+        "electra": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=12)),
+        "electra-wide": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=32)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**two)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**usual, num_key_value_heads=2)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, num_decoder_layers=3)),
@@ -165,7 +173,9 @@ def random_theirs(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "albert", "electra", "electra-wide", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"]
+)
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:
     theirs = random_theirs(name)

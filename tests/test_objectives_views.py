@@ -14,6 +14,9 @@ from firth.objectives.classification import Classification
 from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.rtd import RTD, AdversarialRTD
+from firth.objectives.sbo import SBO
+from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.text.vocab import Vocab
 from firth.train.step import step
@@ -57,10 +60,17 @@ CASES = {
     "mlm in spans, alike": (MLM(noise="geometric", alike=True), framed),
     "mlm, static": (MLM(masks=10), framed),
     "nsp + mlm": (NSP() + MLM(), pairs),
+    "sop + mlm": (SOP() + MLM(noise="ngrams"), pairs),
+    "mlm + sbo": (MLM(noise="geometric", alike=True) + SBO(), framed),
+    "mlm + sbo, bare": (MLM(noise="spans") + SBO(longest=2), bare),
+    "rtd": (RTD(), framed),
+    "rtd of pairs": (SOP() + RTD(size=0.5), pairs),
+    "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
     "classification": (Classification(classes=("a", "b", "c")), labelled),
     "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
+    "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),
 }
 
 

@@ -36,8 +36,8 @@ def test_a_sum_of_objectives_is_a_list() -> None:
 
 
 def test_derived_numbers_follow_an_override() -> None:
-    assert load("gpt").shape.hidden == 4 * 384
-    assert load("gpt", ["shape.width=192", "shape.heads=3"]).shape.hidden == 4 * 192
+    assert load("gpt").shape.hidden == 4 * 192
+    assert load("gpt", ["shape.width=128", "shape.heads=2"]).shape.hidden == 4 * 128
 
 
 def test_yaml_numbers_that_look_like_text() -> None:

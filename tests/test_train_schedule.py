@@ -1,4 +1,4 @@
-"""Shapes of the rate over a run, and lengths in steps and seconds."""
+"""Shapes of the rate over a run, and lengths in steps, seconds and FLOPs."""
 
 import itertools
 import math
@@ -27,11 +27,12 @@ def test_the_middle_of_each_fall() -> None:
     assert Schedule("wsd", warmup=0.0, decay=0.4).factor(0.9) == pytest.approx(0.25)
 
 
-def test_a_length_is_steps_or_seconds() -> None:
+def test_a_length_is_steps_seconds_or_flops() -> None:
     assert Length(steps=200).passed(50, 1e9) == 0.25
     assert Length(seconds=60).passed(10**9, 15) == 0.25
     assert Length(seconds=60).passed(0, 61) == 1
-    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"steps": -1}):
+    assert Length(flops=1e12).passed(10**9, 1e9, 2.5e11) == 0.25
+    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "flops": 1e9}, {"steps": -1}):
         with pytest.raises(UserError, match="exactly one"):
             Length(**wrong)
 

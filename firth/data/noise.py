@@ -7,6 +7,7 @@ tokens are; control tokens never.
     words       each word by itself, with all its tokens                  BERT, "whole word masking"
     spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020: `random_spans_noise_mask`)
     geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
+    ngrams      spans of 1, 2 or 3 whole words, in shares of 1 / length   ALBERT (Lan 2020, section 4.1)
 
 >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
 >>> tokens = np.array([0] + [1, 2] * 12 + [0])
@@ -16,6 +17,7 @@ tokens are; control tokens never.
 .##....##....##..##....... words
 ............###.......###. spans
 .....######............... geometric
+.....####......##......... ngrams
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 from firth.text.vocab import Vocab
 
 Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
-Kind = Literal["iid", "words", "spans", "geometric"]
+Kind = Literal["iid", "words", "spans", "geometric", "ngrams"]
 
 MEAN = 3
 """Tokens in a span of `spans`, on average."""
@@ -36,6 +38,8 @@ MOST_WORDS = 10
 WORDS = 0.8 ** np.arange(MOST_WORDS)
 WORDS = WORDS.cumsum() / WORDS.sum()
 """Cumulative probabilities of a geometric span's words: 0.2 * 0.8**(k - 1) up to 10, normalised; 3.8 on average."""
+NGRAMS = (1 / np.arange(1, 4)).cumsum() / (1 / np.arange(1, 4)).sum()
+"""The same of an n-gram's words: 6/11, 3/11, 2/11; 1.6 on average."""
 
 
 def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -72,6 +76,18 @@ def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
 
 def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Spans of whole words from random places until rate * n tokens are hidden (the last one is cut to that)."""
+    return _whole_words(tokens, vocab, rate, rng, WORDS)
+
+
+def ngrams(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """The same with shorter spans."""
+    return _whole_words(tokens, vocab, rate, rng, NGRAMS)
+
+
+def _whole_words(
+    tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator, lengths: np.ndarray
+) -> np.ndarray:
+    """lengths: cumulative probabilities of a span's words, from 1 on."""
     allowed = ~vocab.special[tokens]
     n = int(allowed.sum())
     hidden = np.zeros(len(tokens), bool)
@@ -82,7 +98,7 @@ def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
         if hidden[at] or not allowed[at]:
             continue
         first = int(begins.searchsorted(at, "right")) - 1
-        last = min(first + 1 + int(WORDS.searchsorted(rng.random(), "right")), len(begins) - 1)
+        last = min(first + 1 + int(lengths.searchsorted(rng.random(), "right")), len(begins) - 1)
         inside = np.arange(begins[first], begins[last])
         inside = inside[(allowed & ~hidden)[inside]][:left]
         hidden[inside] = True
@@ -90,7 +106,7 @@ def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
     return hidden
 
 
-NOISES: dict[str, Noise] = {"iid": iid, "words": words, "spans": spans, "geometric": geometric}
+NOISES: dict[str, Noise] = {"iid": iid, "words": words, "spans": spans, "geometric": geometric, "ngrams": ngrams}
 
 
 def _begins(tokens: np.ndarray, allowed: np.ndarray, vocab: Vocab) -> np.ndarray:

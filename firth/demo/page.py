@@ -242,5 +242,5 @@ def commands(out: Path) -> list[Command]:
         Command("Continue a text", f"firth generate {out}/decoder 'My lord, '"),
         Command("Fill a gap", f"firth fill {out}/encoder 'I will <mask> thee.'"),
         Command("The same walk on your own text", "firth demo --text MY_FOLDER --out my-demo"),
-        Command("Pretrain a decoder on your own text", "firth train gpt source.path=MY_FOLDER --out runs/mine"),
+        Command("Pretrain a decoder on your own text", "firth train gpt:small source.path=MY_FOLDER --out runs/mine"),
     ]

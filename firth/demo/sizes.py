@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from firth.model.shape import decoder, encoder, encoder_decoder
 from firth.objectives.mlm import MLM
-from firth.recipes import pretrain
+from firth.recipes.bert import roberta
+from firth.recipes.gpt import gpt
 from firth.recipes.recipe import Batch, Checks, Recipe
 from firth.recipes.segments import Dialogues, Labelled, Pieces, Referenced, Rollouts, Sampled, Windows
+from firth.recipes.t5 import t5
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length
 
@@ -52,17 +54,17 @@ class Size:
         checks = Checks(every=max(50, causal // 4), examples=128, save=100, keep=1)
         return {
             "encoder": dataclasses.replace(
-                pretrain.bert(), objective=MLM(rate=0.3), shape=encoder(**of), segment=Pieces(length=96),
+                roberta("small"), objective=MLM(rate=0.3), shape=encoder(**of), segment=Pieces(length=96),
                 batch=Batch(rows=24, pack=96), optimizer=Optimizer(embedding_rate=4e-3, rest_rate=2e-3),
                 length=Length(steps=mlm), checks=checks,
             ),
             "encoder-decoder": dataclasses.replace(
-                pretrain.t5(), shape=encoder_decoder(**(of | {"depth": max(1, self.depth - 1)})),
+                t5("small"), shape=encoder_decoder(**(of | {"depth": max(1, self.depth - 1)})),
                 segment=Pieces(length=96, frame=False), batch=Batch(rows=24),
                 length=Length(steps=spans), checks=checks,
             ),
             "decoder": dataclasses.replace(
-                pretrain.gpt(), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=24),
+                gpt("small"), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=24),
                 length=Length(steps=causal), checks=checks,
             ),
         }  # fmt: skip

@@ -39,7 +39,7 @@ class Words(Protocol):
 
 @torch.no_grad()
 def table(model: LM) -> Tensor:
-    """The vector of every token: (vocab, entry) float32."""
+    """The vector of every token: (vocab, table width) float32."""
     ids = torch.arange(model.shape.vocab, device=model.tokens.weight.device)
     found: Tensor = model.tokens(ids).float()
     return found
@@ -81,10 +81,10 @@ def take(model: LM, words: Words, directory: Path) -> str:
     here, there = model.shape, theirs.shape
     if here.characters or there.characters:
         raise UserError(f"cannot take embeddings from {directory}: a model that spells its tokens has no table of them")
-    if (here.vocab, here.entry) != (there.vocab, there.entry):
+    if (here.vocab, here.table_width) != (there.vocab, there.table_width):
         raise UserError(
-            f"cannot take embeddings from {directory}: they are {there.vocab} vectors of {there.entry} numbers, and "
-            f"this model has {here.vocab} of {here.entry}: set shape.width={there.entry} and leave the tokenizer theirs"
+            f"cannot take embeddings from {directory}: they are {there.vocab} vectors of {there.table_width} numbers, and "
+            f"this model has {here.vocab} of {here.table_width}: set shape.width={there.table_width} and leave the tokenizer theirs"
         )
     mine, given = model.tokens.weight, theirs.tokens.weight
     scale = float(mine.square().mean().sqrt() / given.square().mean().sqrt().clamp(min=1e-12))

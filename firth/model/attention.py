@@ -151,7 +151,7 @@ class Cache:
     """
 
     def __init__(self, rows: int, capacity: int):
-        self.rows, self.capacity, self.length = rows, capacity, 0
+        self.rows, self.capacity, self.length, self.layer = rows, capacity, 0, 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.fields: dict[str, Tensor] = {}
@@ -185,8 +185,10 @@ class Cache:
         self.fields[name][:, self.length : end] = value
         return self.fields[name][:, :end]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, KV, T, D) of a layer; return those of all tokens."""
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (B, KV, T, D) of the next layer of this pass; return those of all tokens."""
+        layer = self.layer
+        self.layer += 1
         if layer == len(self.keys):
             size = (self.rows, k.shape[1], self.capacity, k.shape[3])
             self.keys.append(k.new_empty(size))
@@ -196,6 +198,10 @@ class Cache:
         values.narrow(2, self.length, count).copy_(v)
         end = self.length + count
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def advance(self, count: int) -> None:
+        """A pass over `count` new tokens is done."""
+        self.length, self.layer = self.length + count, 0
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows (indices, repeats allowed), in this order."""

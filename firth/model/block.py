@@ -54,9 +54,9 @@ class Reading:
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values. x (B, T, width), memory (B, S, width) -> (B, T, width)."""
 
-    def __init__(self, shape: Shape, layer: int):
+    def __init__(self, shape: Shape):
         super().__init__()
-        self.layer, self.head_width, self.qk_norm, self.eps = layer, shape.head_width, shape.qk_norm, shape.norm_eps
+        self.head_width, self.qk_norm, self.eps = shape.head_width, shape.qk_norm, shape.norm_eps
         self.scale = shape.head_width**-0.5 if shape.score_scale else 1.0
         self.dropout = shape.dropout
         self.heads, self.kv_heads = shape.heads, shape.kv_heads
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         both = self._place(joined.narrow(-1, 0, joined.shape[-1] - values), reading).transpose(1, 2)
         v = self._heads(joined.narrow(-1, joined.shape[-1] - values, values)).transpose(1, 2)
         q, k = both.narrow(1, 0, self.heads), both.narrow(1, self.heads, self.kv_heads)
-        return q, *cache.extend(self.layer, k, v)
+        return q, *cache.extend(k, v)
 
     def forward(self, x: Tensor, reading: Reading, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if memory is None and reading.cache is not None:
@@ -122,15 +122,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of a trunk; `cross` adds attention to an encoder's memory."""
+    """One layer of a trunk, or several that share its weights; `cross` adds attention to an encoder's memory."""
 
     def __init__(self, shape: Shape, layer: int, cross: bool):
         super().__init__()
         self.post = shape.norm_at == "post"
         self.attention_norm = make_norm(shape) if shape.first_norm or layer > 0 else nn.Identity()
-        self.attention = Attention(shape, layer)
+        self.attention = Attention(shape)
         self.cross_norm = make_norm(shape) if cross else None
-        self.cross = Attention(shape, layer) if cross else None
+        self.cross = Attention(shape) if cross else None
         self.mlp_norm = make_norm(shape)
         self.mlp = MLP(shape)
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()

@@ -32,7 +32,7 @@ FIRST, LAST = 257, 258
 
 
 class Characters(nn.Module):
-    """Token ids (..., T) -> vectors (..., T, entry). spelling (vocab, characters): the letters of each id, in the file too.
+    """Token ids (..., T) -> vectors (..., T, table width). spelling (vocab, characters): the letters of each id, in the file too.
 
     weight: the vectors of the letters.
     """
@@ -47,7 +47,7 @@ class Characters(nn.Module):
         nn.init.uniform_(self.weight, -1, 1)
         self.filters = nn.ModuleList(nn.Conv1d(LETTER, shape.filters * n // 64, size) for size, n in WINDOWS)
         self.highways = nn.ModuleList(nn.Linear(shape.filters, 2 * shape.filters) for _ in range(2))
-        self.down = nn.Linear(shape.filters, shape.entry)
+        self.down = nn.Linear(shape.filters, shape.table_width)
         for layer in (*self.highways, self.down):
             nn.init.normal_(layer.weight, std=shape.filters**-0.5)
             nn.init.zeros_(layer.bias)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
-from firth.model.block import Block, Reading, initialise
+from firth.model.block import Block, Linear, Reading, initialise
 from firth.model.characters import Characters
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
@@ -30,20 +30,26 @@ FIELDS = ("tokens", "positions", "segments", "looks", "appears", "document")
 
 
 class Trunk(nn.Module):
-    """A stack of blocks, what it adds to the embeddings before them and the norm after them."""
+    """A stack of blocks, what it does to the embeddings before them and the norm after them.
+
+    `blocks` are those that have weights of their own; `layers` says in which order they are passed.
+    """
 
     def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
         super().__init__()
         self.shape = shape
-        self.embed_norm = make_norm(shape) if shape.embed_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(depth))
+        self.embed_norm = make_norm(shape, shape.table_width) if shape.embed_norm else nn.Identity()
+        self.project = Linear(shape.embed, shape.width, bias=shape.bias) if shape.embed else None
+        self.depth = depth
+        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
-        """The blocks, typed."""
-        return list(self.blocks)  # type: ignore[arg-type]
+        """The block of each layer, first to last; a shared one comes several times."""
+        own: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        return [own[layer * len(own) // self.depth] for layer in range(self.depth)]
 
     def forward(
         self,
@@ -54,33 +60,36 @@ class Trunk(nn.Module):
         source: Batch | None = None,
         kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields.
+        """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields.
 
         kept: takes what went in and what each block handed on, the last one behind the norm.
         """
         x = self.drop(self.embed_norm(x))
+        if self.project is not None:
+            x = self.project(x)
         if not self.blocks:  # word vectors: nobody sees anybody, and there is nothing to lower
             kept = [] if kept is None else kept
             kept.append(x)
             return self.norm(x)
         reading = self.reading(fields, cache)
         across: Reading | None = None
-        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        layers = self.layers()
+        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         if source is not None:
             across = Reading(self.crossing(fields, source, cache))
             if memory is not None:
-                made = [block.crossing(memory) for block in self.layers()]
+                made = [block.crossing(memory) for block in layers]
                 if cache is not None:
                     cache.cross, cache.source = made, source
             elif cache is not None:
                 made = cache.cross
             crossed = made
-        for block, crossing in zip(self.blocks, crossed, strict=True):
+        for block, crossing in zip(layers, crossed, strict=True):
             if kept is not None:
                 kept.append(x)
             x = block(x, reading, across, crossing)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.advance(x.shape[1])
         x = self.norm(x)
         if kept is not None:
             kept.append(x)
@@ -126,9 +135,10 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
-        self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.entry)
-        self.places = nn.Embedding(shape.context, shape.entry) if shape.position == "learned" else None
-        self.segments = nn.Embedding(shape.segments, shape.entry) if shape.segments else None
+        self.tokens: nn.Embedding | Characters
+        self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
+        self.places = nn.Embedding(shape.context, shape.table_width) if shape.position == "learned" else None
+        self.segments = nn.Embedding(shape.segments, shape.table_width) if shape.segments else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
         self.trunk: Trunk | Recurrent
         if shape.recurrent:
@@ -137,16 +147,34 @@ class LM(nn.Module):
             self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         for child in self.children():
             initialise(child, shape)
-        for table in (None if shape.characters else self.tokens, self.places, self.segments):
+        for table in self.tables().values():
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
         self.tie()
 
     def tie(self) -> None:
-        """Make the head's matrix the embedding's, if the shape says so: one Parameter, one gradient."""
+        """Make one Parameter, with one gradient, of what is shared: the head's matrix if tied, and the tables of guests."""
         if self.shape.tied and "lm" in self.parts:
             self.parts["lm"].weight = self.tokens.weight
+        for part in self.parts.values():
+            if isinstance(part, LM):
+                part.join(self)
+
+    def join(self, host: LM) -> None:
+        """Be a part of another model; what that means for what they share."""
+        self.tie()
+
+    def shared(self) -> dict[str, str]:
+        """Names of tensors that are others by a second name -> the first name, under which they are saved."""
+        first: dict[int, str] = {}
+        every = self.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
+
+    def tables(self) -> dict[str, nn.Embedding | None]:
+        """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
+        tokens = None if self.shape.characters else self.tokens
+        return {"tokens": tokens, "places": self.places, "segments": self.segments}  # type: ignore[dict-item]
 
     def spell(self, pieces: Sequence[str]) -> None:
         """Tell how each token is written, to a model that reads that; one with a table of tokens has no need of it."""
@@ -154,7 +182,7 @@ class LM(nn.Module):
             self.tokens.spell(pieces)  # type: ignore[operator]
 
     def embed(self, fields: Batch) -> Tensor:
-        """Token, position and segment vectors added up: fields (B, T) -> (B, T, width)."""
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width)."""
         x: Tensor = self.tokens(fields["tokens"])
         positions = fields["positions"]
         if self.places is not None:
@@ -165,7 +193,7 @@ class LM(nn.Module):
                 )
             x = x + self.places(positions)
         if self.shape.position == "sinusoidal":
-            x = x + sinusoidal(positions, self.shape.entry).to(x.dtype)
+            x = x + sinusoidal(positions, self.shape.table_width).to(x.dtype)
         if self.segments is not None:
             given = fields.get("segments")
             x = x + (self.segments.weight[0] if given is None else self.segments(given))
@@ -207,6 +235,27 @@ class LM(nn.Module):
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of each of `rows` rows."""
         return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity)
+
+
+class Guest(LM):
+    """A model among the parts of another that reads with its host's tables: ELECTRA's generator (Clark 2020, section 3.2).
+
+    Alone it is a whole model, which can be saved and run. Its tables are as wide as its host's.
+    """
+
+    def join(self, host: LM) -> None:
+        """Read with the host's tables from here on. UserError if they are not as large."""
+        for name, table in host.tables().items():
+            own = self.tables()[name]
+            if own is None or table is None:
+                if own is not table:
+                    raise UserError(f"a guest and its host must both have {name}, or neither")
+                continue
+            if own.weight.shape != table.weight.shape:
+                sizes = f"{list(own.weight.shape)} and {list(table.weight.shape)}"
+                raise UserError(f"a guest cannot read with its host's {name}: the tables are {sizes}")
+            own.weight = table.weight
+        self.tie()
 
 
 def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:

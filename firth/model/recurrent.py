@@ -38,9 +38,9 @@ CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "ls
 
 
 def cells(shape: Shape) -> nn.RNNBase:
-    """One layer in one direction: (B, T, entry) -> (B, T, stream)."""
+    """One layer in one direction: (B, T, table width) -> (B, T, stream)."""
     projected = {"proj_size": shape.stream} if shape.hidden > shape.stream else {}
-    layer = CELLS[shape.recurrent](shape.entry, shape.hidden, batch_first=True, **projected)
+    layer = CELLS[shape.recurrent](shape.table_width, shape.hidden, batch_first=True, **projected)
     for name, p in layer.named_parameters():
         if name.startswith("bias"):
             nn.init.zeros_(p)
@@ -145,7 +145,7 @@ class Recurrent(nn.Module):
     def forward(
         self, x: Tensor, fields: Batch, cache: States | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        """x: embeddings (B, T, entry) -> (B, T, width). kept: takes what went in and what each layer handed on."""
+        """x: embeddings (B, T, table width) -> (B, T, width). kept: takes what went in and what each layer handed on."""
         runs = Runs.of(fields, x, exact=cache is not None or not self.shape.causal)
         if cache is not None and len(runs.lengths) != len(x):
             raise UserError("rows that a recurrent model goes on with hold one document each: leave out `document`")

@@ -6,6 +6,8 @@ The published families are points in this space, not classes:
     GPT-2       position="learned", activation="gelu_tanh", tied
     Llama       norm="rms", norm_bias off, position="rotary", activation="swiglu", bias off
     T5          encoder=12, norm="rms", position="t5", activation="relu" or "geglu_tanh", score_scale off
+    ALBERT      BERT's, embed=128, groups=1 (one block for all layers)
+    ELECTRA     BERT's, embed=128 (small)
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
     ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
     ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
@@ -50,6 +52,9 @@ class Shape:
     vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
     heads, kv_heads (0: as many as heads), head_width (0: width / heads). hidden: inner size of the MLP (0: 4 width).
     context: longest row it is meant for; a hard limit with learned positions only.
+    embed: width of the token, position and segment tables, which one matrix then takes to `width`; 0: tables of `width`. A
+    head that is tied to such a table reads back to its width first (head="transform"; ALBERT, Lan 2020, section 3.1).
+    groups: how many blocks have weights of their own: consecutive layers share those of one (ALBERT: 1); 0: every layer.
     encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention.
     causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
     this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
@@ -82,6 +87,8 @@ class Shape:
     head_width: int = 0
     hidden: int = 0
     context: int = 1024
+    embed: int = 0
+    groups: int = 0
     encoder: int = 0
     causal: bool = True
     norm: Literal["layer", "rms"] = "layer"
@@ -123,7 +130,9 @@ class Shape:
         for name in ("vocab", "width", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in ("depth", "kv_heads", "head_width", "hidden", "encoder", "segments", "characters"):
+        for name in (
+            "depth", "kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "characters",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
         for name, choices in CHOICES.items():
@@ -143,8 +152,21 @@ class Shape:
             raise UserError(
                 f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even"
             )
-        if self.position == "sinusoidal" and self.width % 2:
-            raise UserError(f"sinusoidal positions come in pairs, and shape.width={self.width} is odd: make it even")
+        if self.position == "sinusoidal" and self.table_width % 2:
+            raise UserError(
+                f"sinusoidal positions come in pairs, and a width of {self.table_width} is odd: make it even"
+            )
+        if self.embed and self.tied and self.head == "linear":
+            raise UserError(
+                f"a linear head of width {self.width} cannot be tied to tables of shape.embed={self.embed}: "
+                "set shape.head=transform or shape.tied=false"
+            )
+        if self.groups > min(self.depth, self.encoder or self.depth):
+            raise UserError(f"shape.groups={self.groups} is more than there are layers: make it at most shape.depth")
+        if self.groups and not self.first_norm:
+            raise UserError(
+                "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
         if self.rotary_sign not in (1, -1):
@@ -167,7 +189,7 @@ class Shape:
 
     def _refuse_blocks(self) -> None:
         """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
-        still = {"encoder": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
+        still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
                  "qk_norm": False, "zero_init": False, "bias": True, "kv_heads": self.heads,
                  "head_width": self.width // self.heads}  # fmt: skip
         for name, value in still.items():
@@ -194,14 +216,14 @@ class Shape:
         return self.width if self.causal else self.width // 2
 
     @property
-    def entry(self) -> int:
-        """Width of an embedding."""
-        return self.width // 2 if self.apart else self.width
-
-    @property
     def gated(self) -> bool:
         """Whether the MLP has a gate beside its input map."""
         return self.activation in GATED
+
+    @property
+    def table_width(self) -> int:
+        """Width of the embedding tables."""
+        return self.embed or (self.width // 2 if self.apart else self.width)
 
     @property
     def noun(self) -> str:
@@ -234,25 +256,29 @@ class Shape:
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-        norm = (self.width if self.norm_weight else 0) + (self.width if self.norm_bias and self.norm == "layer" else 0)
+        table, each = self.table_width, self.norm_weight + (self.norm_bias and self.norm == "layer")
+        norm = each * self.width
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
         attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
         inner = self.hidden * (2 if self.gated else 1)
         mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
         block = attention + mlp + 2 * norm
         trunks = [self.depth] + ([self.encoder] if self.encoder else [])
-        table = self.spelling_parameters() if self.characters else self.vocab * self.entry
+        total = self.spelling_parameters() if self.characters else self.vocab * table
         if self.recurrent:
-            total = table + self.recurrent_products() + 2 * self.depth * (2 - self.causal) * self.cells
-        else:
-            total = table + sum(trunks) * block + self.depth * (attention + norm) * (self.encoder > 0)
-            for _ in trunks:
-                total += norm * ((self.norm_at == "pre") + self.embed_norm - (not self.first_norm))
-                total += self.heads * self.buckets * (self.position == "t5")
-        total += self.entry * (self.context * (self.position == "learned") + self.segments)
-        total += self.vocab * (self.head_bias + self.entry * (not self.tied))
-        transform = self.entry * self.entry + self.entry * self.bias + norm
-        return total + transform * (self.head == "transform")
+            total += self.recurrent_products() + 2 * self.depth * (2 - self.causal) * self.cells
+            trunks = []
+        for depth in trunks:
+            total += (self.groups or depth) * block
+            total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
+            total += self.width * (table + self.bias) * (self.embed > 0)
+            total += self.heads * self.buckets * (self.position == "t5")
+        total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
+        total += table * (self.context * (self.position == "learned") + self.segments)
+        transform = self.head == "transform"
+        read = table if self.apart else self.width
+        total += self.vocab * (self.head_bias + (table if transform else read) * (not self.tied))
+        return total + (read + self.bias + each) * table * transform
 
     @property
     def cells(self) -> int:
@@ -261,14 +287,14 @@ class Shape:
 
     def recurrent_products(self) -> int:
         """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
-        one = self.cells * (self.entry + self.stream) + self.stream * self.hidden * (self.hidden > self.stream)
+        one = self.cells * (self.table_width + self.stream) + self.stream * self.hidden * (self.hidden > self.stream)
         return self.depth * (2 - self.causal) * one
 
     def spelling_parameters(self) -> int:
         """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
         convolved = sum((size * LETTER + 1) * self.filters * share // 64 for size, share in WINDOWS)
         highways = 2 * 2 * (self.filters + 1) * self.filters
-        return LETTERS * LETTER + convolved + highways + (self.filters + 1) * self.entry
+        return LETTERS * LETTER + convolved + highways + (self.filters + 1) * self.table_width
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -67,4 +67,4 @@ class BiLM(Objective):
 
 def one_reader(shape: Shape) -> Shape:
     """The shape of one of the two language models, whose head this is."""
-    return replace(shape, width=shape.entry, head_width=0, apart=False, causal=True)
+    return replace(shape, width=shape.table_width, head_width=0, apart=False, causal=True)

@@ -36,3 +36,11 @@ class CausalLM(Tokens):
             labels = np.where(document[1:] == document[:-1], shown["labels"], IGNORE)
             shown |= {"document": document[:-1], "labels": labels}
         return shown
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        """What stands behind the token cannot be shown."""
+        begin = [vocab.roles["bos"]] if "bos" in vocab.roles else []
+        shown = np.concatenate((begin, tokens[:at])).astype(tokens.dtype)
+        labels = np.full(len(shown), IGNORE)
+        labels[-1] = tokens[at]
+        return {"tokens": shown, "labels": labels} | layout.causal(len(shown))

@@ -3,7 +3,9 @@
 (GPT, Radford 2018, section 3.2; BERT, Devlin 2019, section 4.1.)
 
 An encoder reads both ways and answers at [CLS]; a decoder reads left to right and answers at the last token, the only
-one that has seen the whole text.
+one that has seen the whole text. An encoder-decoder reads the text with its encoder and answers at the first token that
+its decoder would write: T5's text to text (Raffel 2020, section 2.4) with an answer of one word, and that word's place in
+the vocabulary learnt with it. (BART's decoder reads the whole text once more, at twice the cost.)
 """
 
 from __future__ import annotations
@@ -23,6 +25,20 @@ from firth.objectives.objective import Objective, asked, choice_loss, correct
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
+Place = Literal["first", "last", "answer"]
+
+
+def place(shape: Shape, reads: Reads = "any") -> Place:
+    """Where a class is read off a model of this shape that has learnt to read a text so.
+
+    >>> from firth.model.shape import decoder, encoder, encoder_decoder
+    >>> [place(make(vocab=9, width=64, depth=1)) for make in (encoder, decoder, encoder_decoder)]
+    ['first', 'last', 'answer']
+    """
+    if "source" in shape.honours:
+        return "answer"
+    return "first" if "both" in shape.honours and reads != "left" else "last"
+
 
 def answers(width: int, count: int) -> nn.Linear:
     """A linear reading of a state, one number for each answer, that begins near zero."""
@@ -36,7 +52,8 @@ def answers(width: int, count: int) -> nn.Linear:
 class Classification(Objective):
     """Which of the classes a text has: {"tokens", "label"} (and "segments", of a pair).
 
-    classes: their names; a label is a number into them. at: "first" for an encoder, "last" for a decoder.
+    classes: their names; a label is a number into them. at: "first" for an encoder, "last" for a decoder, "answer" for an
+    encoder-decoder (`place`).
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 6, 2]), "label": 1}
@@ -49,10 +66,11 @@ class Classification(Objective):
     measures: ClassVar[dict[str, str]] = {"accuracy": "class"}
 
     classes: tuple[str, ...] = ()
-    at: Literal["first", "last"] = "first"
+    at: Place = "first"
 
     def reads(self) -> Reads:
-        return "both" if self.at == "first" else "left"
+        ways: dict[Place, Reads] = {"first": "both", "last": "left", "answer": "source"}
+        return ways[self.at]
 
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
         return self if self.classes else dataclasses.replace(self, classes=classes())
@@ -62,6 +80,10 @@ class Classification(Objective):
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shown = {name: example[name] for name in ("tokens", "segments") if name in example}
+        if self.at == "answer":
+            asked_ = layout.seq2seq(example["tokens"], np.array([example["label"]]), vocab.pad)
+            asked_["class"] = asked_.pop("labels")
+            return asked_
         n = len(shown["tokens"])
         answer = np.full(n, IGNORE)
         answer[0 if self.at == "first" else -1] = example["label"]

@@ -73,3 +73,9 @@ class MLM(Tokens):
             others = at[(kind >= self.masked) & (kind < self.masked + self.random)]
             shown[others] = vocab.draw(len(others), rng)
         return example | {"tokens": shown, "labels": labels}
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        shown = vocab.frame(tokens)
+        labels = np.full(len(shown), IGNORE)
+        labels[at + 1], shown[at + 1] = tokens[at], vocab.mask
+        return {"tokens": shown, "labels": labels}

@@ -22,7 +22,7 @@ from firth.data.noise import NOISES, Kind
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
-from firth.types import Example, UserError
+from firth.types import IGNORE, Example, UserError
 
 
 def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,17 @@ class SpanCorruption(Tokens):
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        dropped = NOISES[self.noise](tokens, vocab, self.rate, rng)
+        return self._show(tokens, NOISES[self.noise](tokens, vocab, self.rate, rng), vocab)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        """One token is dropped, and asked behind its sentinel."""
+        shown = self._show(tokens, np.arange(len(tokens)) == at, vocab)
+        asked = np.flatnonzero(shown["labels"] != IGNORE)[1]
+        labels = np.full(len(shown["labels"]), IGNORE)
+        labels[asked] = tokens[at]
+        return shown | {"labels": labels}
+
+    def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:
         source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
         if self.layout == "prefix":
             return layout.prefix(source, target)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 RECIPES = {
-    "gpt": "firth.recipes.pretrain:gpt",
-    "bert": "firth.recipes.pretrain:bert",
-    "t5": "firth.recipes.pretrain:t5",
+    "gpt": "firth.recipes.gpt:gpt",
+    "gpt2": "firth.recipes.gpt:gpt2",
+    "gpt3": "firth.recipes.gpt:gpt3",
+    "llama": "firth.recipes.gpt:llama",
+    "bert": "firth.recipes.bert:bert",
+    "roberta": "firth.recipes.bert:roberta",
+    "t5": "firth.recipes.t5:t5",
+    "spanbert": "firth.recipes.spanbert:spanbert",
+    "albert": "firth.recipes.albert:albert",
+    "electra": "firth.recipes.electra:electra",
     "word2vec": "firth.recipes.recurrent:word2vec",
     "lstm": "firth.recipes.recurrent:lstm",
     "elmo": "firth.recipes.recurrent:elmo",

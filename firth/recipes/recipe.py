@@ -71,8 +71,9 @@ class Recipe:
     start: a run or model directory whose weights to begin from. embeddings: one of the same tokenizer whose token vectors
     alone are taken over, into a model that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of
     `start`; its `vocab` is set from the tokenizer. samples: texts that the model continues before training and after, for
-    the report; it fills those with a <mask> in them, and word vectors name a word's neighbours. precision: "auto" is what
-    this machine is measured to be fast at.
+    the report; it fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that
+    starts from nothing begins with the frequencies of the answers (`firth.model.unigram`). precision: "auto" is what this
+    machine is measured to be fast at.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Recipe:
     shape: Shape | None = None
     start: str = ""
     embeddings: str = ""
+    unigram: bool = True
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

@@ -25,6 +25,7 @@ from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
+from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
@@ -46,12 +47,13 @@ DONE = "done.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run. metrics: the last ones, held-out ones as `valid/NAME`."""
+    """A finished run. flops: counted. metrics: the last ones, held-out ones as `valid/NAME`."""
 
     directory: Path
     steps: int
     tokens: int
     seconds: float
+    flops: float
     metrics: dict[str, float]
 
     @property
@@ -68,7 +70,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     ranks = join(best_device())
     tell = echo if ranks.first else _silent
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _first_alone(ranks, lambda: _tokenizer(recipe, directory, tell))
+    tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
     if (directory / DONE).exists():
@@ -88,10 +90,14 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         tell(f"{settled.name} takes {said}; everything else begins at random")
     model.to(best_device())
     tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    batches = _batches(settled, cut, tokenizer, ranks)
+    if settled.unigram and not settled.start:
+        counted = begin(model, settled.objective, batches)
+        if counted:
+            tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
         _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
-    batches = _batches(settled, cut, tokenizer, ranks)
     trained = train(
         model, settled.objective, batches, directory,
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
@@ -99,7 +105,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
                   precision=settled.precision, compile=settled.compile),
         evaluate=_evaluation(settled, cut, tokenizer, ranks), ranks=ranks, recipe=settled.hash(), name=settled.name,
     )  # fmt: skip
-    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.metrics)
+    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.flops, trained.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, trained.step)
         facts: dict[str, Any] = {
@@ -133,7 +139,7 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
     return made
 
 
-def _tokenizer(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
+def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
     """The run's own copy of its tokenizer: from a path, from the model it starts from, or trained on its text."""
     own = directory / "tokenizer"
     if not (own / "tokenizer.json").exists():
@@ -177,7 +183,7 @@ def _finished(directory: Path, recipe: Recipe) -> Finished:
             "choose another directory with --out, or delete that one"
         )
     told = json.loads((directory / DONE).read_text("utf-8"))
-    return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["metrics"])
+    return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
 
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:

@@ -95,7 +95,7 @@ def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | No
 def open_engine(directory: Path) -> Opened:
     """A model that was trained to write from left to right."""
     opened = open_run(directory)
-    if objective_of(directory) == ["mlm"]:
+    if "mlm" in objective_of(directory):
         raise UserError(
             f"{directory}: a masked language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -31,6 +31,7 @@ _GLYPH = 6.5  # px: a generous mean width of one digit at the 12 px of the style
 _BOLD = 7.3  # px: the same for a letter of a curve's name
 _LINE = 15.0  # px between two end labels
 _DRAWN = 320  # points of a polyline: about two per pixel column
+_APART = 4.0  # px between the points of two curves with intervals at one x
 _HOVER = 48  # points of a curve that answer the pointer
 
 
@@ -40,7 +41,8 @@ class Curve:
 
     smooth: half-width in points of the moving average to draw over the raw line, which is then thin; 0 draws it raw.
     colour: which colour of the palette; -1 takes the next one. dashed: for what is a comparison, not a result.
-    points: mark every point, for a curve of few measurements.
+    points: mark every point, for a curve of few measurements. spread: the half-width in y of an interval about each point
+    (NaN where it is not known); curves that have it stand a few pixels apart, so that all can be read at one x.
     """
 
     label: str
@@ -50,10 +52,13 @@ class Curve:
     colour: int = -1
     dashed: bool = False
     points: bool = False
+    spread: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise ValueError(f"curve {self.label!r} has {len(self.x)} x and {len(self.y)} y")
+        if self.spread and len(self.spread) != len(self.y):
+            raise ValueError(f"curve {self.label!r} has {len(self.y)} y and {len(self.spread)} intervals")
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,8 @@ def _box(width: float, height: float, names: Sequence[tuple[str, str]]) -> _Box:
 def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis, _Axis]:
     """The two scales, with room on the left for the ticks and on the right for the curves' names."""
     known = np.concatenate([line[np.isfinite(line[:, 0])] for line in lines])
-    values = np.concatenate([known[:, 1], [level.y for level in figure.levels], [0.0] * figure.zero])
+    spreads = [end for curve in figure.curves for pair in _intervals(curve) for end in pair if math.isfinite(end)]
+    values = np.concatenate([known[:, 1], spreads, [level.y for level in figure.levels], [0.0] * figure.zero])
     x_low, x_high = float(known[:, 0].min()), float(known[:, 0].max())
     y_low, y_high = float(values.min()), float(values.max())
     if figure.log_y:
@@ -266,11 +272,28 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
     left = max((len(t) for t in labels(y_ticks)), default=1) * _GLYPH + 8
     if x_high <= x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
+    elif any(curve.spread for curve in figure.curves) and not figure.log_x:  # room for points that stand apart
+        aside = _APART * len(lines) / 2 * (x_high - x_low) / (box.width - left - box.right)
+        x_low, x_high = x_low - aside, x_high + aside
     wanted = max(3, int((box.width - left - box.right) / 75))
     x_ticks = log_ticks(x_low, x_high) if figure.log_x else linear_ticks(x_low, x_high, wanted)
     shown = tuple(t for t in x_ticks if x_low <= t <= x_high)
     across = _Axis(x_low, x_high, left, box.width - box.right, figure.log_x, shown)
     return across, _Axis(y_low, y_high, box.height - 40, box.top, figure.log_y, y_ticks)
+
+
+def _intervals(curve: Curve) -> list[tuple[float, float]]:
+    """The low and the high end about each point; none for a curve without."""
+    return [(y - s, y + s) for y, s in zip(curve.y, curve.spread, strict=True)] if curve.spread else []
+
+
+def _whiskers(curve: Curve, colour: str, across: _Axis, up: _Axis) -> list[str]:
+    """An upright line through each point that has an interval."""
+    return [
+        f'<polyline class="whisker {colour}" points="{across(x):.1f},{up(low):.1f} {across(x):.1f},{up(high):.1f}"/>'
+        for x, (low, high) in zip(curve.x, _intervals(curve), strict=False)
+        if math.isfinite(low)
+    ]
 
 
 def _path(line: np.ndarray, across: _Axis, up: _Axis, style: str) -> str:
@@ -321,11 +344,14 @@ def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide"
     for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
         if np.isfinite(line).any():
             drawn = _smooth(line, curve)
+            aside = _APART * (i - (len(lines) - 1) / 2) * bool(curve.spread)
+            at = replace(across, start=across.start + aside, end=across.end + aside)
+            out += _whiskers(curve, _style(i, curve), at, up)
             colour = _style(i, curve)
             if curve.smooth:
                 out.append(_path(line, across, up, f"raw {colour}"))
-            out.append(_path(drawn, across, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= DISTINCT)))
-            out += _points(curve, drawn, colour, figure.x, across, up)
+            out.append(_path(drawn, at, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= DISTINCT)))
+            out += _points(curve, drawn, colour, figure.x, at, up)
             x, y = drawn[np.isfinite(drawn[:, 0])][-1]
             ends.append((curve.label, f"name {colour}", across(x), up(y)))
     if not box.key:

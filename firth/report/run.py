@@ -68,7 +68,7 @@ DRAWN = {
 MACHINERY = ("rate", "norm", "tokens_per_second")
 """Terms that say how the run went, not what it learnt."""
 
-_ASIDE = ("split", "step", "seconds", "tokens", "skipped", "flops_per_second")
+_ASIDE = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
 """Fields of a row that are told in words, not drawn."""
 
 _NEXT = {

@@ -55,6 +55,7 @@ def trunk(shape: Shape, work: Work) -> float:
     mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
     seen = 2 * queries  # scores, and the values weighed by them
     total = shape.depth * (work.positions * (ends + both + mlp) + work.pairs * seen)
+    total += (work.positions + work.source_positions) * shape.embed * shape.width
     if shape.encoder:
         total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
         total += shape.depth * (work.positions * ends + work.source_positions * both + work.crossing_pairs * seen)
@@ -63,7 +64,9 @@ def trunk(shape: Shape, work: Work) -> float:
 
 def head(shape: Shape, asked: int) -> float:
     """FLOPs of the vocabulary head, forward and backward, where it runs at so many positions."""
-    return linear(asked, shape.width, shape.vocab + shape.width * (shape.head == "transform"))
+    if shape.head == "transform":
+        return linear(asked, shape.table_width, shape.vocab + shape.width)
+    return linear(asked, shape.width, shape.vocab)
 
 
 def work(batch: Batch) -> Work:

@@ -82,6 +82,7 @@ class Trained:
     step: int
     tokens: int
     seconds: float
+    flops: float
     skipped: int
     metrics: dict[str, float]
 
@@ -139,7 +140,7 @@ class _Run:
         self.mover = Mover(optimizer, model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
-        self.marked, self.marked_tokens, self.flops = self.at.seconds, self.at.tokens, 0.0  # since the last row
+        self.marked = (self.at.seconds, self.at.tokens, self.at.flops)  # at the last row
         self.took = 0.0
         self.score: float | None = None
 
@@ -167,10 +168,15 @@ class _Run:
             self.told.say(f"not bit for bit, for the layout has changed: {', '.join(changed)}")
         return at
 
+    @property
+    def _passed(self) -> float:
+        """The fraction of the run that is behind."""
+        return self.length.passed(self.at.step, self.at.seconds, self.at.flops)
+
     def whole(self) -> Trained:
         """Every step that is left."""
         at = self.at
-        if self.length.passed(at.step, at.seconds) < 1:
+        if self._passed < 1:
             log = Log(self.directory, at.step) if self.ranks.first else None
             if self.plan.compile:
                 self.model.compile()
@@ -181,12 +187,12 @@ class _Run:
                 if log is not None:
                     log.close()
         self.model.eval()
-        return Trained(at.step, at.tokens, at.seconds, at.skipped, at.metrics)
+        return Trained(at.step, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
 
     def _go_on(self, log: Log | None) -> None:
         at, checked = self.at, False
         with ctrl_c(self.told.say) as stop:
-            while self.length.passed(at.step, at.seconds) < 1:
+            while self._passed < 1:
                 start = time.perf_counter()
                 with self.casts():
                     drawn = self.batches.source.prepare(self.model, at.step)
@@ -222,13 +228,13 @@ class _Run:
         norm = self.mover.clip()
         values = torch.stack([*(means[t] for t in self.objective.targets), norm])
         fine = bool(torch.isfinite(values).all())
-        passed = self.length.passed(at.step + 0.5, at.seconds + 0.5 * self.took)  # the rate of a step's middle
-        factor = self.schedule.factor(passed)
         took = time.perf_counter() - start
         if ranks.world > 1:  # one clock, one verdict, one will
             agreed = torch.tensor([took / ranks.world, not fine, asked, tokens, work], device=self.device)
             took, bad, stops, tokens_, work = ranks.sum(agreed.double()).tolist()
             fine, asked, tokens = not bad, stops > 0, round(tokens_)
+        middle = self.length.passed(at.step + 0.5, at.seconds + 0.5 * self.took, at.flops + 0.5 * work)
+        factor = self.schedule.factor(middle)
         before = time.perf_counter()
         if fine:
             self.mover.move(factor)
@@ -241,7 +247,7 @@ class _Run:
         at.step += 1
         at.tokens += tokens
         at.seconds += self.took
-        self.flops += work
+        at.flops += work
         at.metrics = {k: v for k, v in at.metrics.items() if k.startswith("valid/")} | named(
             self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         )
@@ -256,7 +262,7 @@ class _Run:
     def _after(self, log: Log | None, stopping: bool) -> None:
         """Rows, measurements, checkpoints."""
         at, plan = self.at, self.plan
-        last = self.length.passed(at.step, at.seconds) >= 1
+        last = self._passed >= 1
         self._tell(log, last or stopping)
         self.score = None
         if self.evaluate is not None and (last or _due(at.step, plan.evaluate_every)):
@@ -289,14 +295,16 @@ class _Run:
         at = self.at
         if not now and not _due(at.step, self.plan.log_every):
             return
-        spent = max(at.seconds - self.marked, 1e-9)
-        speed, work = (at.tokens - self.marked_tokens) / spent, self.flops / spent
-        self.marked, self.marked_tokens, self.flops = at.seconds, at.tokens, 0.0
+        seconds, tokens, flops_ = self.marked
+        spent = max(at.seconds - seconds, 1e-9)
+        speed, work = (at.tokens - tokens) / spent, (at.flops - flops_) / spent
+        self.marked = (at.seconds, at.tokens, at.flops)
         own = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
-        own |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work), "skipped": at.skipped}
+        own |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work)}
+        own |= {"flops": at.flops, "skipped": at.skipped}
         if log is not None:
             log.row("train", at.step, at.seconds, at.tokens, own)
-        passed = self.length.passed(at.step, at.seconds)
+        passed = self._passed
         steps = f"/{self.length.steps}" if self.length.steps else ""
         left = clock(at.seconds * (1 - passed) / passed)
         self.told.progress(

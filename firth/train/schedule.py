@@ -1,7 +1,8 @@
 """How long a run is, and what part of the full rate each moment of it gets.
 
-Both are functions of one number, the fraction of the run that has passed, so a run can be measured in steps or
-in wall seconds (time-to-loss comparisons) with the same shapes, and a resumed run needs to remember nothing.
+Both are functions of one number, the fraction of the run that has passed, so a run can be measured in steps, in wall
+seconds or in counted FLOPs (comparisons at equal compute) with the same shapes, and a resumed run needs to remember
+nothing.
 
 >>> plan = Schedule("wsd", warmup=0.1, decay=0.2)
 >>> [round(plan.factor(f), 2) for f in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
@@ -23,23 +24,29 @@ from firth.types import UserError
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: `steps` optimizer steps, or `seconds` of wall time; exactly one of them is set.
+    """How long to train: `steps` optimizer steps, `seconds` of wall time, or `flops` of counted work; exactly one is set.
 
-    A run measured in seconds depends on the speed of its machine, so it cannot be repeated bit for bit.
+    A run measured in seconds depends on the speed of its machine, so it cannot be repeated bit for bit. One measured in
+    FLOPs (`firth.scaling.flops`) can: it ends with the first step that reaches them.
     """
 
     steps: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.seconds < 0 or (self.steps > 0) == (self.seconds > 0):
+        said = (self.steps, self.seconds, self.flops)
+        if min(said) < 0 or sum(value > 0 for value in said) != 1:
             raise UserError(
-                f"length has steps={self.steps} and seconds={self.seconds:g}: set exactly one of them to more than 0"
+                f"length has steps={self.steps}, seconds={self.seconds:g} and flops={self.flops:g}: "
+                "set exactly one of them to more than 0"
             )
 
-    def passed(self, step: float, seconds: float) -> float:
-        """The fraction of the run that has passed after `step` steps and `seconds` of training, in [0, 1]."""
-        return min(1.0, step / self.steps if self.steps else seconds / self.seconds)
+    def passed(self, step: float, seconds: float, flops: float = 0.0) -> float:
+        """The fraction of the run that has passed after these steps, seconds of training and FLOPs, in [0, 1]."""
+        if self.steps:
+            return min(1.0, step / self.steps)
+        return min(1.0, seconds / self.seconds if self.seconds else flops / self.flops)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run is. skipped: steps without a finite gradient, `in_a_row` of them just now."""
+    """How far a run is. flops: counted work behind. skipped: steps without a finite gradient, `in_a_row` just now."""
 
     precision: Literal["fp32", "bf16"]
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     skipped: int = 0
     in_a_row: int = 0
     metrics: dict[str, float] = field(default_factory=dict)

@@ -16,9 +16,8 @@ from firth.data.records import Labelled
 from firth.evaluate import metrics
 from firth.evaluate.likelihood import groups
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
-from firth.evaluate.text import reads_of
 from firth.generate.rows import reading
-from firth.objectives.classification import Classification
+from firth.objectives.classification import Classification, Place, place
 from firth.objectives.objective import asked
 from firth.types import Example, UserError
 
@@ -60,10 +59,16 @@ def class_names(subject: Subject) -> tuple[str, ...]:
     return tuple(str(name) for name in said)
 
 
+def where(subject: Subject) -> Place:
+    """Where the class is read: as the run's recipe says, else as suits the shape."""
+    told = subject.recipe.get("objective")
+    said = told.get("at") if isinstance(told, dict) else None
+    return place(subject.model.shape) if said is None else said
+
+
 def answer(subject: Subject, items: Labelled, progress: Progress) -> Answers:
     """The class that the head gives the highest score, "" for a tie."""
-    both_ways = reads_of(subject.model.shape) == "masked"
-    objective = Classification(classes=items.classes, at="first" if both_ways else "last")
+    objective = Classification(classes=items.classes, at=where(subject))
     rng = np.random.default_rng(0)  # the view draws nothing
 
     def shown() -> Iterator[Example]:

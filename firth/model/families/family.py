@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from firth.model.shape import Shape
 from firth.types import UserError
@@ -30,13 +30,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Headed:
+    """One of transformers' classes with other heads than the vocabulary's alone: BertForPreTraining.
+
+    name: of the class. lm: whether it has the vocabulary head too. parts: Shape -> the other heads by the names that our
+    objectives give them; a model or a file is of this class where it has all of them. entries: their tensors.
+    """
+
+    name: str
+    lm: bool
+    parts: Callable[[Shape], dict[str, nn.Module]]
+    entries: Callable[[Shape], list[Entry]]
+
+
+@dataclass(frozen=True)
 class Family:
     """name: `model_type` of the config. classes: transformers' class with and without the vocabulary head.
 
     config: Shape -> config.json without token ids. shape: config.json -> Shape (UserError if it asks for what a Shape
     cannot say). entries: every tensor of the model. prefix: what files saved from the bare model leave out.
     spare: pattern of names that a file may hold and that are no weights of ours (buffers, BERT's pooler).
-    renames: old spelling -> new, applied to a file's names.
+    renames: old spelling -> new, applied to a file's names. headed: its classes that have further heads.
     """
 
     name: str
@@ -47,6 +61,7 @@ class Family:
     prefix: str
     spare: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
+    headed: tuple[Headed, ...] = ()
 
     def expresses(self, shape: Shape) -> bool:
         """Whether this family's config says all that the shape says (how weights are initialised aside)."""

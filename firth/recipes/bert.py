@@ -1,0 +1,69 @@
+"""Encoders that guess hidden tokens: BERT and RoBERTa.
+
+firth train bert              tiny: two minutes on Shakespeare              (docs/results.md has the scores)
+firth train roberta           the same without sentence pairs, masks drawn anew at each visit
+firth train roberta:small     11 M parameters
+firth train bert:published source.path=BOOKS_AND_WIKIPEDIA
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model import published
+from firth.model.shape import encoder
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.recipes.material import Text
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Pairs, Pieces
+from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+SAMPLES = ("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?")
+
+
+def bert(size: str = "tiny") -> Recipe:
+    """Next sentence prediction and masked words together, ten fixed maskings of the text (Devlin 2019).
+
+    The paper (appendix A.2): 256 rows of 512 tokens, 1 M steps, Adam at 1e-4 after 10,000 steps, a linear fall. It reads
+    rows of 128 tokens for the first 90% of the steps; here all are of 512 (set segment.length=128 for theirs).
+    """
+    paper = Recipe(
+        name="bert", objective=NSP() + MLM(masks=10), segment=Pairs(length=512), shape=published.SHAPES["bert-base"],
+        tokenizer=TokenizerPlan(algorithm="wordpiece", size=30522), batch=Batch(rows=256),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.01, beta2=0.999), samples=SAMPLES,
+        schedule=Schedule("linear", warmup=0.01), length=Length(steps=1_000_000), checks=Checks(every=1000, save=1000),
+    )  # fmt: skip
+    body = replace(encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), segments=2)
+    return one_of("bert", size, {
+        "tiny": tiny("bert", NSP() + MLM(masks=10), Pairs(length=128), body, steps=800, batch=Batch(rows=16), samples=SAMPLES),
+        "published": paper,
+        "large": replace(paper, shape=published.SHAPES["bert-large"]),
+    })  # fmt: skip
+
+
+def roberta(size: str = "tiny") -> Recipe:
+    """BERT without sentence pairs, masks drawn anew at each visit, larger batches (Liu 2019, section 5 and table 9).
+
+    The paper (large): 8,192 rows of 512 tokens, 500,000 steps, Adam at 4e-4 after 30,000 steps, byte-level BPE of 50,265.
+    Its position table has two more rows than BERT's, of which nothing is ever read.
+    """
+    small = Recipe(
+        name="roberta", objective=MLM(), segment=Pieces(length=128), source=Text(corpus="shakespeare"),
+        shape=encoder(vocab=8192, width=384, depth=6, context=512), batch=Batch(rows=32, pack=128), samples=SAMPLES,
+        schedule=Schedule("wsd"), length=Length(steps=1000), checks=Checks(every=100, examples=256, save=200),
+    )  # fmt: skip
+    paper = Recipe(
+        name="roberta", objective=MLM(), segment=Pieces(length=512), shape=published.bert(50265, 1024, 24, 16, segments=0),
+        tokenizer=TokenizerPlan(size=50265), batch=Batch(rows=8192, pack=512), samples=SAMPLES,
+        optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
+        schedule=Schedule("linear", warmup=0.06), length=Length(steps=500_000), checks=Checks(every=1000, save=1000),
+    )  # fmt: skip
+    body = encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+    return one_of("roberta", size, {
+        "tiny": tiny("roberta", MLM(), Pieces(length=128), body, steps=800, batch=Batch(rows=16, pack=128), samples=SAMPLES),
+        "small": small,
+        "published": paper,
+    })  # fmt: skip

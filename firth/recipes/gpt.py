@@ -1,0 +1,131 @@
+"""Decoders that predict the next token: GPT, GPT-2, GPT-3's shape, Llama.
+
+    firth train gpt             tiny: two minutes on Shakespeare, firth's own decoder      (docs/results.md has the scores)
+    firth train gpt:small       17 M parameters, the one that the benchmarks train
+    firth train gpt:published source.path=BOOKS
+
+The tiny sizes of gpt2, gpt3 and llama have the blocks of their papers, so that four generations of decoders can be
+compared on one's own text: `firth compare gpt gpt2 llama --seconds 120`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model import published
+from firth.model.shape import Shape, decoder
+from firth.objectives.causal import CausalLM
+from firth.recipes.material import Text
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Windows
+from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+SAMPLES = ("The ", "I think that ", "What is ")
+
+
+def gpt(size: str = "tiny") -> Recipe:
+    """Generative pretraining (Radford 2018): tiny and small have firth's decoder, published has the paper's 117 M.
+
+    The paper: 64 rows of 512 tokens, Adam at 2.5e-4 after 2,000 updates, a cosine to 0, 40,000 merges, dropout 0.1. Its
+    100 epochs of BooksCorpus are about 3.6 M steps by its stated compute (0.96 petaflop/s-days).
+    """
+    # An untied table begins at unit variance, so its steps must be of another size than a matrix's.
+    ours = Optimizer(embedding_rate=0.3)
+    small = Recipe(
+        name="gpt", objective=CausalLM(), segment=Windows(length=256), source=Text(corpus="shakespeare"),
+        shape=decoder(vocab=8192, width=384, depth=6, context=512), batch=Batch(rows=8), optimizer=ours,
+        schedule=Schedule("wsd"), length=Length(steps=1200), checks=Checks(every=100, examples=256, save=200), samples=SAMPLES,
+    )  # fmt: skip
+    adam = Optimizer(name="adamw", rate=2.5e-4, weight_decay=0.01, beta2=0.999, clip=1.0)
+    paper = _long("gpt", published.SHAPES["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
+    return one_of("gpt", size, {
+        "tiny": _tiny("gpt", decoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), ours),
+        "small": small,
+        "published": replace(paper, tokenizer=TokenizerPlan(algorithm="bpe", size=40478)),
+    })  # fmt: skip
+
+
+def gpt2(size: str = "tiny") -> Recipe:
+    """GPT-2 (Radford 2019): the norm goes before, byte-level BPE; published is the 1.5 B one.
+
+    The paper gives 512 rows of 1,024 tokens and no rate; rate, warmup and length are GPT-3's for its sizes (Brown 2020,
+    table 2.1 and appendix B).
+    """
+    steps = {"small": ("gpt2", 6e-4), "medium": ("gpt2-medium", 3e-4), "large": ("gpt2-large", 2.5e-4),
+             "published": ("gpt2-xl", 2e-4)}  # fmt: skip
+    sizes = {
+        name: replace(
+            _long("gpt2", published.SHAPES[shape], 512, 1024, _brown(rate), warmup=715, steps=572_000),
+            tokenizer=TokenizerPlan(size=50257),
+        )
+        for name, (shape, rate) in steps.items()
+    }
+    return one_of("gpt2", size, {"tiny": _tiny("gpt2", _plain(), _adamw())} | sizes)
+
+
+def gpt3(size: str = "tiny") -> Recipe:
+    """GPT-3's shape (Brown 2020): GPT-2's blocks, 96 of them, 12,288 wide; 3.2 M tokens a step, 300 B in all.
+
+    All attention is dense here, where the paper alternates with banded sparse attention. Tiny has eight blocks of half
+    the width, for nothing else of it fits into two minutes.
+    """
+    deep = replace(_plain(), width=WIDTH // 2, depth=2 * DEPTH, heads=3, head_width=32, hidden=2 * WIDTH)
+    whole = _long("gpt3", published.SHAPES["gpt3"], 1563, 2048, _brown(0.6e-4), warmup=117, steps=93_750)
+    return one_of("gpt3", size, {
+        "tiny": _tiny("gpt3", deep, _adamw()),
+        "published": replace(whole, tokenizer=TokenizerPlan(size=50257)),
+    })  # fmt: skip
+
+
+def llama(size: str = "tiny") -> Recipe:
+    """Llama (Touvron 2023): 4 M tokens a step, 1 T in all, AdamW at 3e-4 with a cosine to a tenth."""
+    small = published.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, hidden=2 * WIDTH, context=CONTEXT)
+    adamw = Optimizer(name="adamw", rate=3e-4, weight_decay=0.1, beta2=0.95)
+    whole = _long("llama", published.SHAPES["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
+    return one_of("llama", size, {
+        "tiny": _tiny("llama", small, _adamw()),
+        "published": replace(whole, tokenizer=TokenizerPlan(size=32000), schedule=_tenth(2000, 250_000)),
+    })  # fmt: skip
+
+
+def _plain() -> Shape:
+    """GPT-2's blocks at the tiny size, without dropout: two minutes are less than an epoch."""
+    return replace(published.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, context=CONTEXT), dropout=0.0)
+
+
+def _tiny(name: str, shape: Shape, optimizer: Optimizer) -> Recipe:
+    return tiny(
+        name,
+        CausalLM(),
+        Windows(length=CONTEXT),
+        shape,
+        steps=600,
+        batch=Batch(rows=8),
+        optimizer=optimizer,
+        samples=SAMPLES,
+    )
+
+
+def _adamw() -> Optimizer:
+    """What the papers' blocks are trained with: Muon was tuned for ours."""
+    return Optimizer(name="adamw", rate=2e-3, weight_decay=0.1, beta2=0.95)
+
+
+def _brown(rate: float) -> Optimizer:
+    """GPT-3's AdamW (Brown 2020, appendix B)."""
+    return Optimizer(name="adamw", rate=rate, weight_decay=0.1, beta2=0.95, clip=1.0)
+
+
+def _tenth(warmup: int, steps: int) -> Schedule:
+    return Schedule("cosine", warmup=warmup / steps, floor=0.1)
+
+
+def _long(name: str, shape: Shape, rows: int, length: int, optimizer: Optimizer, warmup: int, steps: int) -> Recipe:
+    """A published size: no text, which the user gives."""
+    schedule = Schedule("cosine", warmup=warmup / steps) if name == "gpt" else _tenth(warmup, steps)
+    return Recipe(
+        name=name, objective=CausalLM(), segment=Windows(length=length), shape=shape, batch=Batch(rows=rows),
+        optimizer=optimizer, schedule=schedule, length=Length(steps=steps), checks=Checks(every=1000, save=1000),
+    )  # fmt: skip

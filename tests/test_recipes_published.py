@@ -1,0 +1,158 @@
+"""The published recipes: their sizes, their parameters on the meta device, and a whole small run of each."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.model.heads import Vocabulary, pooled
+from firth.model.lm import LM
+from firth.model.published import SHAPES
+from firth.model.weights import load_model
+from firth.recipes import tree
+from firth.recipes.fits import refuse_misfit
+from firth.recipes.names import RECIPES
+from firth.recipes.recipe import Recipe, load, published
+from firth.recipes.run import run
+from firth.train import loop
+from firth.train.guard import Stopped
+from firth.types import UserError
+
+COUNTS = {  # the released checkpoints', head and tied matrix counted once
+    "gpt": 116_534_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "llama-7b": 6_738_415_616,
+}
+ABOUT = {"gpt3": 175e9, "bert-base": 110e6, "bert-large": 340e6}  # as the papers round them
+
+
+def on_meta(name: str, pooler: bool = False) -> int:
+    """Parameters of a published shape with its head, built where nothing is stored."""
+    shape = SHAPES[name]
+    with torch.device("meta"):
+        parts = {"lm": Vocabulary(shape)} | ({"next": pooled(shape.width, 2)} if pooler else {})
+        return sum(p.numel() for p in LM(shape, parts).parameters())
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_are_those_of_the_released_checkpoint(name: str) -> None:
+    assert on_meta(name) == SHAPES[name].parameters() == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", ABOUT)
+def test_parameters_are_those_the_paper_says(name: str) -> None:
+    count = on_meta(name, pooler=name.startswith("bert"))
+    assert count == pytest.approx(ABOUT[name], rel=0.015)
+
+
+def test_bert_is_counted_to_the_last_weight() -> None:
+    """BertForPreTraining of bert-base-uncased has 110,106,428 (transformers 5.23)."""
+    assert on_meta("bert-base", pooler=True) == 110_106_428
+
+
+def sizes_of(name: str) -> list[str]:
+    """The sizes that a recipe says it has, from its own refusal."""
+    with pytest.raises(UserError, match="there is") as refusal:
+        published(f"{name}:no-such-size")
+    return str(refusal.value).rpartition("there is ")[2].split(", ")
+
+
+def sized(name: str) -> bool:
+    """Whether a recipe comes in sizes; what is done to a trained model does not."""
+    module, function = RECIPES[name].split(":")
+    return "size" in inspect.signature(getattr(importlib.import_module(module), function)).parameters
+
+
+PRETRAINED = [name for name in RECIPES if sized(name)]
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
+    sizes = sizes_of(name)
+    assert {"tiny", "published"} <= set(sizes)
+    assert published(name) == published(f"{name}:tiny")
+    for size in sizes:
+        recipe = load(f"{name}:{size}")
+        assert recipe.name.startswith(name) and recipe.shape is not None
+        refuse_misfit(recipe.objective, recipe.shape)
+        again = tree.build(Recipe, tree.plain(recipe))
+        assert again == recipe
+
+
+def test_a_recipe_of_one_size_says_so() -> None:
+    with pytest.raises(UserError, match="one size"):
+        published("classify:tiny")
+
+
+WORDS = (
+    "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord! "
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dozen documents of a few hundred words."""
+    folder = tmp_path_factory.mktemp("text")
+    words = WORDS.split()
+    for number in range(24):
+        turned = [words[(i * (number % 7 + 1) + number) % len(words)] for i in range(300)]
+        (folder / f"{number}.txt").write_text(
+            ". ".join(" ".join(turned[i : i + 9]).capitalize() for i in range(0, 300, 9))
+        )
+    return folder
+
+
+SMALL = {
+    "shape.width": 32, "shape.heads": 2, "shape.depth": 2, "shape.head_width": 0, "shape.kv_heads": 0, "shape.hidden": 48,
+    "tokenizer.size": 400, "length.steps": 2, "batch.rows": 4, "checks.every": 0, "checks.save": 1, "checks.examples": 4,
+}  # fmt: skip
+
+
+def small(name: str, text: Path) -> Recipe:
+    """The tiny recipe, made smaller still: nothing but sizes differs."""
+    recipe = published(name)
+    assert recipe.shape is not None
+    more = {"shape.encoder": 2} if recipe.shape.encoder else {}
+    return load(name, [*(f"{field}={value}" for field, value in (SMALL | more).items()), f"source.path={text}"])
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_run_stopped_and_resumed_ends_with_the_same_bits(name: str, text: Path, tmp_path: Path, monkeypatch) -> None:
+    torch.set_num_threads(1)
+    recipe = small(name, text)
+    whole = run(recipe, tmp_path / "whole", echo=lambda _: None)
+    assert whole.steps == 2 and whole.metrics["loss"] > 0
+
+    class Once:
+        """Ctrl-C in the middle of the first step."""
+
+        asked = True
+
+        def __enter__(self) -> Once:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(loop, "ctrl_c", lambda _: Once())
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "cut", echo=lambda _: None)
+    monkeypatch.undo()
+    cut = run(recipe, tmp_path / "cut", echo=lambda _: None)
+    first, second = (load_model(x.model).state_dict() for x in (whole, cut))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    told = json.loads((tmp_path / "cut" / "model" / "firth.json").read_text("utf-8"))
+    assert told["facts"]["steps"] == 2
