@@ -156,7 +156,7 @@ def span_scores(model: LM, objective: Objective, given: Data) -> Scores:
 
 
 def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
-    source, batches = some(pieces(given.held, given.vocab)), []
+    source = some(pieces(given.held, given.vocab))
     batches = list(Batches(source, objective, given.vocab, rows=ROWS, seed=99).once())
     rng = np.random.default_rng(8)
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -172,7 +172,8 @@ def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
                 states, wanted = asked(model(batch | {"tokens": shown}), real)
                 into.append((model.parts["replaced"](states)[:, 0].float(), shown[real != IGNORE] != wanted))
     measured = held_out(model, objective, source, given.vocab)
-    return measured | {"detects_own": curve(own), "detects_by_frequency": curve(common)}
+    nats = measured["surprise"] if "surprise" in measured else measured["loss/generator"]
+    return measured | {"detects_own": curve(own), "detects_by_frequency": curve(common), "generator_nats": nats}
 
 
 def curve(scored: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -246,7 +247,15 @@ SHOWN = {
     "Spans": (("iid", "spans", "sbo"), ("span_exact", "spans_of_1", "spans_of_2_or_3", "token_exact", "loss/boundary")),
     "Replaced tokens": (
         ("rtd", "adversarial"),
-        ("detects_own", "detects_by_frequency", "replaced_accuracy", "original_accuracy", "original_share", "guessed"),
+        (
+            "detects_own",
+            "detects_by_frequency",
+            "replaced_accuracy",
+            "original_accuracy",
+            "original_share",
+            "guessed",
+            "generator_nats",
+        ),
     ),
     "Masks": (("dynamic", "ten", "once"), ("loss",)),
 }

@@ -211,7 +211,7 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     (("roberta", "classify"), (), {}, "classify goes on from another run, and what is compared begins from nothing"),
     (("roberta", "roberta"), (), {}, "roberta is named twice"),
     ((), (), {}, "name the recipes to compare"),
-    (("gpt", "roberta"), ("objective=mlm",), {}, "objective mlm reads a text from both sides, which a causal decoder cannot"),
+    (("gpt", "roberta"), ("objective=mlm",), {}, "gpt: objective mlm reads a text from both sides, which a causal decoder cannot"),
     (("roberta",), ("source.path=nowhere.txt",), {}, "nowhere.txt: there is no such file"),
     (("roberta",), (), {"probe": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
     (("roberta",), (), {"labels": 10_000}, "10000 labels are asked: give more records, or fewer --labels"),

@@ -76,7 +76,9 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
     def show(document: Document) -> Iterator[Example]:
         if reads == "causal":
             return strided(document, context, bos, every)
-        return (one_at_a_time if reads == "masked" else halves)(document, context, tokenizer.vocab)
+        return (one_at_a_time if reads == "masked" else halves)(
+            document, context, tokenizer.vocab.starting(model.shape.decoder_start)
+        )
 
     asked = sum(len(d.tokens) for d in chosen)
     done, results = 0, []

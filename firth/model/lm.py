@@ -135,9 +135,11 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
+        learned = shape.position == "learned"
         self.tokens: nn.Embedding | Characters
         self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
-        self.places = nn.Embedding(shape.context, shape.table_width) if shape.position == "learned" else None
+        self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
+        self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
         self.segments = nn.Embedding(shape.segments, shape.table_width) if shape.segments else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
         self.trunk: Trunk | Recurrent
@@ -147,7 +149,7 @@ class LM(nn.Module):
             self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         for child in self.children():
             initialise(child, shape)
-        for table in self.tables().values():
+        for table in (*self.tables().values(), self.source_places):
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
@@ -181,17 +183,18 @@ class LM(nn.Module):
         if self.shape.characters:
             self.tokens.spell(pieces)  # type: ignore[operator]
 
-    def embed(self, fields: Batch) -> Tensor:
-        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width)."""
+    def embed(self, fields: Batch, source: bool = False) -> Tensor:
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder."""
+        places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
         positions = fields["positions"]
-        if self.places is not None:
+        if places is not None:
             if positions.shape[-1] > self.shape.context:
                 raise UserError(
                     f"a row of {positions.shape[-1]} tokens is longer than shape.context={self.shape.context}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
-            x = x + self.places(positions)
+            x = x + places(positions)
         if self.shape.position == "sinusoidal":
             x = x + sinusoidal(positions, self.shape.table_width).to(x.dtype)
         if self.segments is not None:
@@ -204,7 +207,7 @@ class LM(nn.Module):
         if self.encoder is None:
             raise UserError("this model has no encoder: shape.encoder is 0")
         fields = rows(batch, "source_")
-        return self.encoder(self.embed(fields), fields).unflatten(0, batch["source_tokens"].shape[:-1])
+        return self.encoder(self.embed(fields, source=True), fields).unflatten(0, batch["source_tokens"].shape[:-1])
 
     def forward(self, batch: Batch, cache: Cache | None = None, kept: list[Tensor] | None = None) -> Tensor:
         """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only.
@@ -217,7 +220,7 @@ class LM(nn.Module):
             source = cache.source
         elif self.encoder is not None:
             whole = rows(batch, "source_")
-            memory = self.encoder(self.embed(whole), whole)
+            memory = self.encoder(self.embed(whole, source=True), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
         if self.shape.recurrent:

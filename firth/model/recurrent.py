@@ -166,7 +166,7 @@ class Recurrent(nn.Module):
                 backward = runs.reverse(layer.back(runs.reverse(ahead))[0])
                 ahead = whole = self._handed(i, torch.cat((forward, backward), -1), ahead)
         if cache is not None:
-            cache.length += runs.home.shape[-1]
+            cache.advance(runs.home.shape[-1])
         whole = runs.leave(whole)
         if kept is not None:
             kept.append(whole)

@@ -13,6 +13,8 @@ OBJECTIVES = {
     "rtd": "firth.objectives.rtd:RTD",
     "adversarial_rtd": "firth.objectives.rtd:AdversarialRTD",
     "span_corruption": "firth.objectives.span_corruption:SpanCorruption",
+    "prefix_lm": "firth.objectives.prefix_lm:PrefixLM",
+    "denoise": "firth.objectives.denoise:Denoise",
     "word2vec": "firth.objectives.word2vec:Word2Vec",
     "bilm": "firth.objectives.bilm:BiLM",
     "mixed": "firth.objectives.mixed:Mixed",

@@ -298,7 +298,10 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
         if label in loaded:
             raise UserError(f"{label} is named twice: compare different recipes")
         own = [s.removeprefix(f"{label}.") for s in settings if s.startswith(f"{label}.")]
-        loaded[label] = recipes.load(name, [*common, *own])
+        try:
+            loaded[label] = recipes.load(name, [*common, *own])
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from None
     if not loaded:
         raise UserError("name the recipes to compare, for example: firth compare roberta gpt --seconds 60")
     first, *rest = loaded

@@ -21,12 +21,18 @@ from firth.types import UserError
 
 @dataclass(frozen=True)
 class Entry:
-    """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked."""
+    """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked.
+
+    unread: rows in front of theirs that their model never reads (BART's positions): written as zeros, left out when read.
+    row: theirs is one row of a matrix, (1, n), where ours is (n,).
+    """
 
     theirs: str
     ours: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     transposed: bool = False
+    unread: int = 0
+    row: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,10 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     for entry in entries:
         parts = [state[name] for name in entry.ours]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out[entry.theirs] = (whole.t() if entry.transposed else whole).contiguous()
+        whole = whole.t() if entry.transposed else whole[None] if entry.row else whole
+        if entry.unread:
+            whole = torch.cat((whole.new_zeros(entry.unread, *whole.shape[1:]), whole))
+        out[entry.theirs] = whole.contiguous()
     return out
 
 
@@ -99,7 +108,8 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
             source = names.pop(family.prefix + entry.theirs, None)
         if source is None:
             continue
-        whole = state[source].t() if entry.transposed else state[source]
+        whole = state[source][entry.unread :]
+        whole = whole.t() if entry.transposed else whole[0] if entry.row else whole
         pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
         out |= {ours: piece.contiguous() for ours, piece in zip(entry.ours, pieces, strict=True)}
     unknown = [n for new, n in names.items() if not re.search(family.spare, new)]
