@@ -48,7 +48,7 @@ SPELLER = (
 
 
 def headlines(folder: Path) -> None:
-    """bare.jsonl, few.jsonl and scored.jsonl; a headline is in one of them."""
+    """bare.jsonl, few.jsonl and scored.jsonl; what is scored is in no other, and the few are read as bare text too."""
     [source] = corpora.paths("sarcasm", print)
     lines = next(iter(sorted(Path(source).parent.glob("*.jsonl")))).read_text("utf-8").splitlines()
     order = np.random.default_rng(0).permutation(len(lines))
