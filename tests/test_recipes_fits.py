@@ -21,7 +21,15 @@ SHAPES = {
     "a causal decoder": decoder(vocab=10, width=64, depth=1),
     "an encoder": encoder(vocab=10, width=64, depth=1),
     "an encoder-decoder": encoder_decoder(vocab=10, width=64, depth=1),
+    "a left-to-right LSTM": load("lstm").shape,
+    "an LSTM in two directions": replace(load("lstm").shape, causal=False),
+    "an LSTM in two directions apart": load("elmo").shape,
+    "a table of word vectors": load("word2vec").shape,
 }
+
+
+def test_the_shapes_are_called_what_they_are() -> None:
+    assert {noun: shape.noun for noun, shape in SHAPES.items()} == {noun: noun for noun in SHAPES}
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)

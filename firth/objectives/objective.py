@@ -109,6 +109,10 @@ class Sum(Objective):
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
         object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
+        object.__setattr__(self, "classes", self.first.classes or self.second.classes)
+
+    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
+        return Sum(self.first.named(classes), self.second.named(classes))
 
     def reads(self) -> Reads:
         first = self.first.reads()
