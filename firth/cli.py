@@ -290,7 +290,7 @@ def evaluate(
     paths: Annotated[
         list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="likelihood, classification, comparisons or choices.")] = None,
+    task: Annotated[str | None, typer.Option(help="likelihood, classification, comparisons, choices, answers.")] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -13,9 +13,11 @@ from firth.model.lm import LM
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 from firth.objectives.causal import CausalLM
 from firth.objectives.classification import Classification
+from firth.objectives.denoise import Denoise
 from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.span_corruption import SpanCorruption
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
@@ -32,6 +34,10 @@ ASKED: dict[str, tuple[Objective, Shape]] = {
     "nsp + mlm": (NSP() + MLM(), encoder(**SIZES)),
     "span corruption": (SpanCorruption(), encoder_decoder(**SIZES)),
     "span corruption in one row": (SpanCorruption(layout="prefix"), encoder(**SIZES)),
+    "prefix lm": (PrefixLM(), encoder(**SIZES)),
+    "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), encoder_decoder(**SIZES)),
+    "denoise": (Denoise(), encoder_decoder(**SIZES)),
+    "denoise by deletion, in one row": (Denoise(noises=("deletion",), layout="prefix"), encoder(**SIZES)),
 }
 TOKENS = np.arange(20, 32)
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from firth.data.batch import collate, pack
+from firth.data.corrupt import Damage
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
 from firth.objectives.classification import Classification
+from firth.objectives.denoise import Denoise
 from firth.objectives.mlm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
 from firth.objectives.plm import PLM
+from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.rtd import RTD, AdversarialRTD
 from firth.objectives.sbo import SBO
 from firth.objectives.sop import SOP
@@ -31,6 +36,9 @@ VOCAB = Vocab(
     special=np.arange(100) < 5 + SENTINELS,
     sentinels=np.arange(5, 5 + SENTINELS),
     begins_word=np.arange(100) % 3 == 0,
+    ends_sentence=np.arange(100) % 10 == 1,
+    capital=np.arange(100) % 15 == 0,
+    digit=np.arange(100) % 18 == 3,
 )
 
 
@@ -73,6 +81,13 @@ CASES = {
     "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
+    "prefix lm": (PrefixLM(), bare),
+    "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), bare),
+    "denoise": (Denoise(), bare),
+    "denoise in one row": (Denoise(layout="prefix"), bare),
+    **{f"denoise by {name}": (Denoise(noises=(name,)), bare) for name in get_args(Damage)},
+    "mlm, salient": (MLM(noise="salient"), framed),
+    "span corruption, salient": (SpanCorruption(noise="salient"), bare),
     "classification": (Classification(classes=("a", "b", "c")), labelled),
     "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
     "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),

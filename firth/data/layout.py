@@ -7,6 +7,7 @@ leaves, there is no such row). These few functions fill the integer rows; nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -94,6 +95,15 @@ def prefix(source: np.ndarray, target: np.ndarray) -> Example:
     when = np.concatenate((np.zeros(len(source), np.int32), np.arange(1, len(target) + 1, dtype=np.int32)))
     labels = np.concatenate((np.full(len(source), IGNORE), target))[1:]
     return {"tokens": both[:-1], "labels": labels, "looks": when[:-1], "appears": when[:-1]}
+
+
+Answering = Literal["seq2seq", "prefix"]
+"""How a source and an answer to it are laid out: for an encoder and a decoder, or in one row."""
+
+
+def answering(kind: Answering, source: np.ndarray, target: np.ndarray, vocab: Vocab) -> Example:
+    """A source and an answer to it, laid out in either way."""
+    return prefix(source, target) if kind == "prefix" else seq2seq(source, target, vocab.start)
 
 
 def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:

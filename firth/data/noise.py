@@ -1,7 +1,7 @@
-"""Which tokens are hidden: one by one, by whole words, or in spans.
+"""Which tokens are hidden: one by one, by whole words, in spans, or what bears the facts.
 
 `NOISES[name](tokens, vocab, rate, rng)` returns (n,) bool, True where a token is hidden. In expectation `rate` of the
-tokens are; control tokens never.
+tokens are (of the salient ones at least one, whole); control tokens never.
 
     iid         each token by itself                                      BERT (Devlin 2019), RoBERTa
     count       an exact number of tokens, any such set as likely         XLNet (Yang 2019), MPNet (Song 2020)
@@ -10,9 +10,11 @@ tokens are; control tokens never.
     geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
     ngrams      spans of 1, 2 or 3 whole words, in shares of 1 / length   ALBERT (Lan 2020, section 4.1)
     contexts    spans of 1 to 5 words, each in 1 / rate times its length  XLNet, "span-based prediction"
+    salient     names, dates and numbers, each as a whole                 REALM (Guu 2020), Roberts 2020
 
->>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
->>> tokens = np.array([0] + [1, 2] * 12 + [0])
+>>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1,
+...               ends_sentence=np.arange(9) == 8, capital=np.arange(9) == 3, digit=np.arange(9) == 5)
+>>> tokens = np.array([0] + [1, 2] * 4 + [3, 4] * 2 + [1, 2] * 3 + [5, 6] + [1, 2] * 2 + [0])
 >>> for name, noise in NOISES.items():
 ...     print(f"{name:10}", *(".#"[int(h)] for h in noise(tokens, vocab, 0.25, np.random.default_rng(6))), sep="")
 iid       .........##.#...##...##...
@@ -22,6 +24,7 @@ spans     ....####...............##.
 geometric .......####....##.........
 ngrams    .......######.............
 contexts  ...........######.........
+salient   .........####......##.....
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from typing import Literal
 import numpy as np
 
 from firth.text.vocab import Vocab
+from firth.types import UserError
 
 Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
-Kind = Literal["iid", "count", "words", "spans", "geometric", "ngrams", "contexts"]
+Kind = Literal["iid", "count", "words", "spans", "geometric", "ngrams", "contexts", "salient"]
 
 FEW = 5
 """Words in a span of `contexts`, at most."""
@@ -59,7 +63,7 @@ def count(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
     """rate * n tokens, rounded up or down so that the mean is exact: the last of them in an order drawn at random."""
     allowed = np.flatnonzero(~vocab.special[tokens])
     hidden = np.zeros(len(tokens), bool)
-    hidden[rng.permutation(allowed)[: int(len(allowed) * rate + rng.random())]] = True
+    hidden[rng.permutation(allowed)[: rounded(len(allowed) * rate, rng)]] = True
     return hidden
 
 
@@ -88,7 +92,7 @@ def contexts(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gener
 def _stretch(rate: float, rng: np.random.Generator) -> tuple[int, int]:
     """Words hidden, and words in the stretch that they are hidden in."""
     length = 1 + int(rng.random() * FEW)
-    return length, int(length / rate + rng.random())
+    return length, rounded(length / rate, rng)
 
 
 def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -133,7 +137,7 @@ def _whole_words(
     allowed = ~vocab.special[tokens]
     n = int(allowed.sum())
     hidden = np.zeros(len(tokens), bool)
-    left = int(n * rate + rng.random())  # rounded up or down so that the mean is exact
+    left = rounded(n * rate, rng)
     begins = np.append(np.flatnonzero(_begins(tokens, allowed, vocab) | ~allowed), len(tokens))
     while left:
         at = int(rng.random() * len(tokens))
@@ -148,9 +152,53 @@ def _whole_words(
     return hidden
 
 
+def salient(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Names, dates and numbers (`facts`) in a random order until rate * n tokens are hidden, each whole, one at least.
+
+    A text without any has `spans` hidden, so that it is not shown in vain.
+    """
+    runs = facts(tokens, vocab)
+    lengths = np.bincount(runs)[1:]
+    if not len(lengths):
+        return spans(tokens, vocab, rate, rng)
+    order = rng.permutation(len(lengths))
+    n = int((~vocab.special[tokens]).sum())
+    count = int(lengths[order].cumsum().searchsorted(n * rate)) + 1
+    return np.isin(runs, order[:count] + 1)
+
+
+def facts(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Which name, date or number each token belongs to: (n,) int, 1, 2, ... in the order of the text, 0 for none.
+
+    A number is a word with a digit in it. A name is a word with a capital inside a sentence; one that begins a sentence
+    counts if it stands in the text with its capital inside a sentence too. Neighbours are one: "12 February 1809". This
+    asks no model, unlike REALM's tagger: it takes adjectives (English) for names and misses names in small letters.
+    Raises UserError where the vocabulary does not know which tokens are capitals, digits and full stops.
+    """
+    if vocab.capital is None or vocab.digit is None:
+        raise UserError("nothing is known of capitals and digits in this vocabulary: use a tokenizer of firth's")
+    allowed = ~vocab.special[tokens]
+    first = np.flatnonzero(_begins(tokens, allowed, vocab))
+    if not len(first):
+        return np.zeros(len(tokens), np.int64)
+    heads = tokens[first]
+    capital, opens = vocab.capital[heads], vocab.sentences(tokens)[first]
+    capital &= ~opens | np.isin(heads, heads[capital & ~opens])
+    number = np.logical_or.reduceat(vocab.digit[tokens], first)
+    word = _begins(tokens, allowed, vocab).cumsum()
+    inside = np.append(False, capital | number)[word] & allowed
+    runs: np.ndarray = (inside & ~np.append(False, inside[:-1])).cumsum() * inside
+    return runs
+
+
+def rounded(x: float, rng: np.random.Generator) -> int:
+    """Up or down at random, so that the mean is exact."""
+    return int(x + rng.random())
+
+
 NOISES: dict[str, Noise] = {
     "iid": iid, "count": count, "words": words, "spans": spans, "geometric": geometric, "ngrams": ngrams,
-    "contexts": contexts,
+    "contexts": contexts, "salient": salient,
 }  # fmt: skip
 
 

@@ -77,12 +77,14 @@ class Pieces(Source):
     """Parts of single documents, at most `length` tokens long: {"tokens"}.
 
     A document that is too long is cut into as few parts as it takes, of nearly equal length. frame: the vocabulary
-    whose [CLS] and [SEP] go around each (a text as an encoder reads it); None leaves the bare text.
+    whose [CLS] and [SEP] go around each (a text as an encoder reads it); None leaves the bare text. shortest: documents
+    of fewer tokens are left out.
     """
 
     store: TokenStore
     length: int
     frame: Vocab | None = None
+    shortest: int = 1
 
     def __post_init__(self) -> None:
         if self._room < 1:
@@ -94,7 +96,7 @@ class Pieces(Source):
 
     @cached_property
     def _parts(self) -> _Parts:
-        return _Parts(self.store, self._room, shortest=1)
+        return _Parts(self.store, self._room, self.shortest)
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -62,6 +62,7 @@ def score(model: LM, objective: Objective, asked_of: Sequence[Item], vocab: Voca
 
     Empty where the objective asks for no token, or there is no item.
     """
+    vocab = vocab.starting(model.shape.decoder_start)
     shown = [objective.cloze(item.tokens, item.at, vocab) for item in asked_of]
     examples = [example for example in shown if example is not None]
     if not examples:

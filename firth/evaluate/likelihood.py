@@ -148,7 +148,7 @@ def halves(document: Document, context: int, vocab: Vocab) -> Iterator[Example]:
     for piece in pieces(document, 2 * context - 2):
         cut = len(piece.tokens) // 2
         source = np.concatenate((piece.tokens[:cut], [vocab.eos]))
-        shown = layout.seq2seq(source, piece.tokens[cut:], start=vocab.pad)
+        shown = layout.seq2seq(source, piece.tokens[cut:], start=vocab.start)
         yield shown | {"sizes": piece.sizes[cut:]}
 
 

@@ -79,7 +79,7 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
             return strided(document, context, bos, every)
         if reads == "masked":
             return one_at_a_time(document, context, tokenizer.vocab, model.shape.query)
-        return halves(document, context, tokenizer.vocab)
+        return halves(document, context, tokenizer.vocab.starting(model.shape.decoder_start))
 
     asked = sum(len(d.tokens) for d in chosen)
     done, results = 0, []

@@ -162,8 +162,10 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
+        learned = shape.position in LEARNED
         self.tokens = nn.Embedding(shape.vocab, shape.table_width)
-        self.places = nn.Embedding(shape.context, shape.table_width) if shape.position in LEARNED else None
+        self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
+        self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
         added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
         self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
         self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
@@ -171,7 +173,7 @@ class LM(nn.Module):
         self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         for child in self.children():
             initialise(child, shape)
-        for table in self.tables().values():
+        for table in (*self.tables().values(), self.source_places):
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
@@ -199,21 +201,22 @@ class LM(nn.Module):
         """What tokens, positions and segments are looked up in."""
         return {"tokens": self.tokens, "places": self.places, "segments": self.segments}
 
-    def embed(self, fields: Batch) -> Tensor:
-        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width)."""
+    def embed(self, fields: Batch, source: bool = False) -> Tensor:
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder."""
+        places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
         if self.query is not None and "appears" in fields:
             # Whom nobody can see asks and tells nothing (or is padding): so no token can leak into its own query.
             x = torch.where((fields["appears"] == NEVER)[..., None], self.query.to(x.dtype), x)
         positions = fields["positions"]
-        if self.places is not None:
+        if places is not None:
             # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
             if positions.shape[-1] > self.shape.context and int(positions.amax()) >= self.shape.context:
                 raise UserError(
                     f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.shape.context}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
-            x = x + self.places(positions)
+            x = x + places(positions)
         if self.shape.position == "sinusoidal":
             x = x + sinusoidal(positions, self.shape.table_width).to(x.dtype)
         if self.segments is not None:
@@ -226,7 +229,7 @@ class LM(nn.Module):
         if self.encoder is None:
             raise UserError("this model has no encoder: shape.encoder is 0")
         fields = rows(batch, "source_")
-        return self.encoder(self.embed(fields), fields).unflatten(0, batch["source_tokens"].shape[:-1])
+        return self.encoder(self.embed(fields, source=True), fields).unflatten(0, batch["source_tokens"].shape[:-1])
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only."""
@@ -236,7 +239,7 @@ class LM(nn.Module):
             source = cache.source
         elif self.encoder is not None:
             whole = rows(batch, "source_")
-            memory = self.encoder(self.embed(whole), whole)
+            memory = self.encoder(self.embed(whole, source=True), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
         hidden = self.trunk(self.embed(fields), fields, cache, memory, source, self.before(batch))

@@ -11,6 +11,7 @@
     albert-base ...         12, 18, 60, 223 M Lan 2020, table 1, with the pooler (its 235 M for the last is 223 M as released)
     electra-small, -base    14 M, 110 M       Clark 2020, table 6: the discriminator
     t5-small ... t5-11b     61 M to 11 B      Raffel 2020, section 3.7 (there 60 M, 220 M, 770 M, 3 B, 11 B)
+    bart-base, bart-large   139 M, 406 M      Lewis 2019, section 2.1 (base) and 5 (large)
     llama-7b                6.7 B             Touvron 2023, table 2
 
 >>> f"{SHAPES['gpt2-xl'].parameters():,}"
@@ -83,6 +84,14 @@ def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: 
     )  # fmt: skip
 
 
+def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
+    """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, context=context, decoder_start="eos",
+        norm_at="post", embed_norm=True, activation="gelu", dropout=0.1, head_bias=True,
+    )  # fmt: skip
+
+
 SHAPES: dict[str, Shape] = {
     "gpt": gpt(40478, 768, 12, 12),
     "gpt2": gpt2(50257, 768, 12, 12),
@@ -107,6 +116,8 @@ SHAPES: dict[str, Shape] = {
     "t5-large": t5(32128, 1024, 24, 16, 64, 4096),
     "t5-3b": t5(32128, 1024, 24, 32, 128, 16384),
     "t5-11b": t5(32128, 1024, 24, 128, 128, 65536),
+    "bart-base": bart(50265, 768, 6, 12),
+    "bart-large": bart(50265, 1024, 12, 16),
     "llama-7b": llama(32000, 4096, 32, 32, 11008),
 }
 """Name -> shape, with the vocabulary that the released tokenizer has (T5's rounded up to 32,128)."""

@@ -8,6 +8,7 @@ The published families are points in this space, not classes:
     T5          encoder=12, norm="rms", position="t5", activation="relu" or "geglu_tanh", score_scale off
     ALBERT      BERT's, embed=128, groups=1 (one block for all layers)
     ELECTRA     BERT's, embed=128 (small)
+    BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
     XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
     MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
@@ -49,7 +50,8 @@ class Shape:
     embed: width of the token, position and segment tables, which one matrix then takes to `width`; 0: tables of `width`. A
     head that is tied to such a table reads back to its width first (head="transform"; ALBERT, Lan 2020, section 3.1).
     groups: how many blocks have weights of their own: consecutive layers share those of one (ALBERT: 1); 0: every layer.
-    encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention.
+    encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention, and learned positions
+    have a table for each side. decoder_start: the role of the token that its answers begin behind (T5: pad; BART: eos).
     causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
     this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
@@ -81,6 +83,7 @@ class Shape:
     embed: int = 0
     groups: int = 0
     encoder: int = 0
+    decoder_start: Literal["pad", "eos"] = "pad"
     causal: bool = True
     norm: Literal["layer", "rms"] = "layer"
     norm_at: Literal["pre", "post"] = "pre"
@@ -212,7 +215,7 @@ class Shape:
             total += self.width * (table + self.bias) * (self.embed > 0)
             total += self.heads * self.buckets * (self.position in BIASED)
         total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
-        total += table * (self.context * (self.position in LEARNED) + self.query)
+        total += table * (self.context * (self.position in LEARNED) * len(trunks) + self.query)
         total += table * self.segments * (self.position != "xlnet")
         transform = self.head == "transform"
         total += self.vocab * (self.head_bias + (table if transform else self.width) * (not self.tied))
@@ -220,6 +223,7 @@ class Shape:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "decoder_start": ("pad", "eos"),
     "norm": ("layer", "rms"),
     "norm_at": ("pre", "post"),
     "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),

@@ -105,7 +105,8 @@ def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
     if shape.encoder:
-        ids["pad_token_id"] = ids["decoder_start_token_id"] = roles.get("pad", 0)
+        ids["pad_token_id"] = roles.get("pad", 0)
+        ids["decoder_start_token_id"] = roles.get(shape.decoder_start, 0)
     return ids
 
 

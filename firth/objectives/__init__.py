@@ -15,6 +15,8 @@ OBJECTIVES = {
     "rtd": "firth.objectives.rtd:RTD",
     "adversarial_rtd": "firth.objectives.rtd:AdversarialRTD",
     "span_corruption": "firth.objectives.span_corruption:SpanCorruption",
+    "prefix_lm": "firth.objectives.prefix_lm:PrefixLM",
+    "denoise": "firth.objectives.denoise:Denoise",
     "classification": "firth.objectives.classification:Classification",
     "sft": "firth.objectives.sft:SFT",
     "text_to_text": "firth.objectives.sft:TextToText",

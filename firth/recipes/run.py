@@ -33,6 +33,7 @@ from firth.recipes.use import MASK, Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
+from firth.text.vocab import Vocab
 from firth.train.distributed import Ranks, join
 from firth.train.loop import Evaluate, Plan, train
 from firth.train.validate import validate
@@ -185,9 +186,14 @@ def _finished(directory: Path, recipe: Recipe) -> Finished:
     return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
 
+def _vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
+    """What views know of the tokenizer and of the model."""
+    return tokenizer.vocab if recipe.shape is None else tokenizer.vocab.starting(recipe.shape.decoder_start)
+
+
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
-        cut.train, recipe.objective, tokenizer.vocab, rows=recipe.batch.rows, seed=recipe.seed,
+        cut.train, recipe.objective, _vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
         accumulate=recipe.batch.accumulate, pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
@@ -197,7 +203,8 @@ def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) ->
     if cut.valid is None or not len(cut.valid):
         return None
     held = Batches(
-        spread(cut.valid, recipe.checks.examples), recipe.objective, tokenizer.vocab, rows=min(recipe.batch.rows, 64), seed=recipe.seed,
+        spread(cut.valid, recipe.checks.examples), recipe.objective, _vocab(recipe, tokenizer),
+        rows=min(recipe.batch.rows, 64), seed=recipe.seed,
         pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 

@@ -112,16 +112,18 @@ class Windows(Segment):
 
 @dataclass(frozen=True)
 class Pieces(Segment):
-    """Parts of single documents of at most `length` tokens; frame: [CLS] and [SEP] around each."""
+    """Parts of single documents of at most `length` tokens; frame: [CLS] and [SEP] around each; shortest: documents of
+    fewer tokens are left out."""
 
     length: int = 128
     frame: bool = True
+    shortest: int = 1
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         frame = material.tokenizer.vocab if self.frame else None
-        held = segment.Pieces(valid, self.length, frame) if valid else None
-        return Cut(segment.Pieces(train, self.length, frame), held, read=train.manifest["counts"])
+        held = segment.Pieces(valid, self.length, frame, self.shortest) if valid else None
+        return Cut(segment.Pieces(train, self.length, frame, self.shortest), held, read=train.manifest["counts"])
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from firth.types import UserError
 class Entry:
     """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked.
 
-    unread: rows in front of theirs that their model never reads (MPNet's positions): written as zeros, left out when read.
-    folded: the shape that the result has with us, and the one it has with them, where theirs keeps heads apart.
+    unread: rows in front of theirs that their model never reads (BART's and MPNet's positions): written as zeros, left out
+    when read. folded: the shape that the result has with us, and the one it has with them, where those differ.
     """
 
     theirs: str
