@@ -55,7 +55,8 @@ SIDE = (
 """south central, the far northwestern part of: what stands before a country's name and is not asked for."""
 
 PLACE = re.compile(
-    r"(?P<names>[^:;]+): an? (?:(?!in |on |of |at |that )[\w-]+ )*?(?P<what>city|town|village|port|resort|river|mountain|peak|volcano|lake|island|province)"
+    r"(?P<names>[^:;]+): an? (?:(?!in |on |of |at |that )[\w-]+ )*?"
+    r"(?P<what>city|town|village|port|resort|river|mountain|peak|volcano|lake|island|province)"
     rf" (?:in|of|on) {SIDE}(?P<where>{NAME}(?: of (?:the )?{NAME})?)"
 )
 CAPITAL = re.compile(
