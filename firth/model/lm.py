@@ -271,10 +271,11 @@ class LM(nn.Module):
             memory = self.encoder(self.embed(whole, source=True), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
+        past = self.before(batch)
         if self.shape.recurrent:
             hidden = self.trunk(self.embed(fields), fields, cache, kept)
         else:
-            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, self.before(batch), kept)
+            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, past, kept)
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
     def layers(self, batch: Batch) -> Tensor:
