@@ -231,7 +231,11 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
     with torch.random.fork_rng():
         for prompt in recipe.samples:
-            rows.append({"step": step, "prompt": prompt, "text": opened.sample(prompt, sampling)})
+            try:
+                text = opened.sample(prompt, sampling)
+            except UserError as error:  # a recipe's own samples need not suit a user's words: no reason to stop a run
+                text = f"({error})"
+            rows.append({"step": step, "prompt": prompt, "text": text})
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
