@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility, attend
 from firth.model.fused import project, relu2, rotated, turn, unit
+from firth.model.linformer import Slots
 from firth.model.norm import make_norm
 from firth.model.shape import GATED, Shape
 
@@ -42,13 +43,14 @@ class Linear(nn.Linear):
 @dataclass(frozen=True)
 class Reading:
     """What all blocks of a trunk share in one pass: who sees whom, the rotary turns (as matrices where a row grows by
-    a token), T5's bias."""
+    a token), T5's bias, the slots that a Linformer's keys and values are mixed into."""
 
     sees: Visibility
     turns: tuple[Tensor, Tensor] | None = None
     rotation: Tensor | None = None
     bias: Tensor | None = None
     cache: Cache | None = None
+    slots: Slots | None = None
 
 
 class Attention(nn.Module):
@@ -100,6 +102,8 @@ class Attention(nn.Module):
         else:
             q = self._place(self.q(x), reading).transpose(1, 2)
             k, v = self.memorize(x, reading) if memory is None else memory
+        if reading.slots is not None:
+            k, v = (reading.slots.mix(each, self.layer, side) for side, each in enumerate((k, v)))
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, reading.sees, self.scale, reading.bias, dropout)
         return self.o(out.transpose(1, 2).flatten(2))

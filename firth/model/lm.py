@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Reading, initialise
+from firth.model.latent import Latent
+from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
 from firth.model.shape import Shape
@@ -37,6 +39,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
+        self.linformer = Linformer(shape) if shape.linformer else None
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
@@ -85,6 +88,9 @@ class Trunk(nn.Module):
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
         sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex)
+        if self.linformer is not None:
+            slots = self.linformer.at(positions.shape[-1], sees)
+            return Reading(slots.sees, angles, slots=slots)
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
         return Reading(sees, angles, None, bias, cache)
 
@@ -116,6 +122,7 @@ class LM(nn.Module):
         self.segments = nn.Embedding(shape.segments, shape.width) if shape.segments else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
         self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
+        self.latent = Latent(shape) if shape.latent else None
         for child in self.children():
             initialise(child, shape)
         for table in (self.tokens, self.places, self.segments):
@@ -154,12 +161,27 @@ class LM(nn.Module):
         fields = rows(batch, "source_")
         return self.encoder(self.embed(fields), fields).unflatten(0, batch["source_tokens"].shape[:-1])
 
-    def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only."""
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latent of each source: two of (..., latent)."""
+        if self.latent is None:
+            raise UserError("this model has no latent: shape.latent is 0")
+        fields = rows(batch, "source_")
+        mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("appears"))
+        lead = batch["source_tokens"].shape[:-1]
+        return mean.unflatten(0, lead), log_variance.unflatten(0, lead)
+
+    def forward(self, batch: Batch, cache: Cache | None = None, latent: Tensor | None = None) -> Tensor:
+        """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only.
+
+        latent (..., units): what the decoder is told in place of the source; the posterior's mean where it is not given.
+        """
         fields = rows(batch, "", 0 if cache is None else cache.length)
         memory, source = None, None
         if self.encoder is not None and cache is not None and cache.source:
             source = cache.source
+        elif self.latent is not None:
+            memory = self.latent.write((self.posterior(batch)[0] if latent is None else latent).flatten(0, -2))
+            source = {"appears": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
         elif self.encoder is not None:
             whole = rows(batch, "source_")
             memory = self.encoder(self.embed(whole), whole)
@@ -169,7 +191,9 @@ class LM(nn.Module):
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
     def cache(self, rows: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens of each of `rows` rows."""
+        """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
+        if self.shape.linformer:
+            raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
         return Cache(rows, capacity)
 
 

@@ -19,6 +19,7 @@ firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +28,13 @@ from firth.types import UserError
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
 
-Reads = Literal["any", "left", "both", "free", "source"]
+VECTORS = 4
+"""Vectors that a latent becomes, for a decoder to attend to."""
+
+Reads = Literal["any", "left", "both", "free", "source", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
-order of the objective's own (a prefix, a permutation); or a source by an encoder and an answer to it from left to right."""
+order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
+or the same with nothing but a latent between the two."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Shape:
     an activation and a norm before it (BERT, appendix of the code). head_bias: an offset per token id.
     head_scale: multiplies the states before the head (T5 v1.0: width ** -0.5). softcap: logits are
     softcap * tanh(logits / softcap); 0 for none (Gemma 2).
+    linformer: keys and values are projected along the row into this many slots, 0 for none; an encoder's only, whose rows
+    are one document of at most `context` tokens. linformer_sharing: "headwise" projects keys and values of each layer apart,
+    "key-value" alike, "layerwise" in all layers alike (Wang 2020, section 4).
+    latent: numbers in a Gaussian latent that is all an encoder tells its decoder (a VAE), 0 for none.
     init: standard deviation of the initial matrices, 0 for 1 / sqrt(fan in). zero_init: the two matrices that
     write into the residual stream start at zero, so that a block starts as the identity.
     """
@@ -89,6 +98,9 @@ class Shape:
     head_bias: bool = False
     head_scale: float = 1.0
     softcap: float = 0.0
+    linformer: int = 0
+    linformer_sharing: Literal["headwise", "key-value", "layerwise"] = "layerwise"
+    latent: int = 0
     init: float = 0.02
     zero_init: bool = False
 
@@ -100,7 +112,7 @@ class Shape:
         for name in ("vocab", "width", "depth", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_width", "hidden", "encoder", "segments"):
+        for name in ("kv_heads", "head_width", "hidden", "encoder", "segments", "linformer", "latent"):
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
         for name, choices in CHOICES.items():
@@ -124,6 +136,14 @@ class Shape:
             raise UserError(f"sinusoidal positions come in pairs, and shape.width={self.width} is odd: make it even")
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
+        if self.linformer and (self.causal or self.encoder or self.position == "t5" or self.linformer > self.context):
+            raise UserError(
+                f"shape.linformer={self.linformer} mixes a whole row of at most shape.context={self.context} tokens into "
+                "fewer slots: it needs shape.causal=false, shape.encoder=0, a shape.position other than t5 (which says how "
+                "far two tokens are apart, and a slot is nowhere), and at most `context` slots"
+            )
+        if self.latent and not self.encoder:
+            raise UserError(f"shape.latent={self.latent} stands between an encoder and a decoder: set shape.encoder")
         if self.rotary_sign not in (1, -1):
             raise UserError(f"shape.rotary_sign={self.rotary_sign} must be 1 or -1")
 
@@ -136,15 +156,31 @@ class Shape:
     def noun(self) -> str:
         """What one would call it."""
         if self.encoder:
-            return "an encoder-decoder"
+            return "a variational autoencoder" if self.latent else "an encoder-decoder"
+        if self.linformer:
+            return "a Linformer"
         return "a causal decoder" if self.causal else "an encoder"
 
     @property
     def honours(self) -> frozenset[Reads]:
         """The ways of reading that the trunk can do."""
         if self.encoder:
-            return frozenset({"any", "source"})
+            return frozenset({"any", "latent" if self.latent else "source"})
+        if self.linformer:
+            return frozenset({"any", "both"})
         return frozenset({"any", "left"}) if self.causal else frozenset({"any", "left", "both", "free"})
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several documents that do not see each other."""
+        return not self.linformer and not self.latent
+
+    @property
+    def projections(self) -> tuple[int, int]:
+        """Layers and sides (keys, values) that a Linformer projects apart."""
+        return (1 if self.linformer_sharing == "layerwise" else self.depth), (
+            2 if self.linformer_sharing == "headwise" else 1
+        )
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
@@ -160,6 +196,9 @@ class Shape:
             total += norm * ((self.norm_at == "pre") + self.embed_norm - (not self.first_norm))
             total += self.heads * self.buckets * (self.position == "t5")
         total += self.width * (self.context * (self.position == "learned") + self.segments)
+        total += math.prod(self.projections) * self.context * self.linformer
+        if self.latent:
+            total += 2 * self.latent * (self.width + 1) + VECTORS * self.width * (self.latent + 1)
         total += self.vocab * (self.head_bias + self.width * (not self.tied))
         transform = self.width * self.width + self.width * self.bias + norm
         return total + transform * (self.head == "transform")
@@ -171,6 +210,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "position": ("learned", "sinusoidal", "rotary", "t5", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
     "head": ("linear", "transform"),
+    "linformer_sharing": ("headwise", "key-value", "layerwise"),
 }
 
 

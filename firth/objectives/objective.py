@@ -14,7 +14,8 @@ axis.) Objectives compose with `+`: BERT is `NSP() + MLM()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,10 +38,13 @@ class Objective:
     targets: loss term -> the batch field that supervises it.
     measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
     classes: the names of the answers, for objectives that choose among some.
+    whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
+    micro-batches or shared by ranks, and is refused where it would be.
     """
 
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
+    whole: ClassVar[bool] = False
     classes: tuple[str, ...] = ()
 
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
@@ -50,6 +54,21 @@ class Objective:
     def reads(self) -> Reads:
         """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
         return "any"
+
+    def lacks(self, shape: Shape) -> str:
+        """What else a shape lacks to be trained so, and the setting that mends it; empty where nothing."""
+        return ""
+
+    def scheduled(self, step: int) -> Objective:
+        """The objective as it stands at a step of training: a weight that ramps up is a function of the step alone.
+
+        Training alone asks; held-out text is always scored by the objective as the recipe states it.
+        """
+        return self
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
+        return []
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         """What it adds to the model: a head, a generator, a value head."""
@@ -102,10 +121,24 @@ class Sum(Objective):
             raise UserError("cannot add two objectives that have a text read in different ways")
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
+        object.__setattr__(self, "whole", self.first.whole or self.second.whole)
+        object.__setattr__(self, "classes", self.first.classes or self.second.classes)
+
+    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
+        return Sum(self.first.named(classes), self.second.named(classes))
 
     def reads(self) -> Reads:
         first = self.first.reads()
         return self.second.reads() if first == "any" else first
+
+    def lacks(self, shape: Shape) -> str:
+        return self.first.lacks(shape) or self.second.lacks(shape)
+
+    def scheduled(self, step: int) -> Objective:
+        return dataclasses.replace(self, first=self.first.scheduled(step), second=self.second.scheduled(step))
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        return self.first.remarks(metrics) + self.second.remarks(metrics)
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return self.first.parts(shape) | self.second.parts(shape)

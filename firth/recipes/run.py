@@ -25,11 +25,11 @@ from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
 from firth.recipes.begin import begin
-from firth.recipes.fits import refuse_misfit
+from firth.recipes.fits import refuse_cut, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory, spread
-from firth.recipes.use import MASK, Opened
+from firth.recipes.use import MASK, PRIOR, TO, Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
@@ -72,11 +72,18 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
+    assert settled.shape is not None
+    refuse_cut(
+        settled.objective,
+        settled.shape,
+        pack=settled.batch.pack,
+        accumulate=settled.batch.accumulate,
+        ranks=ranks.world,
+    )
     if (directory / DONE).exists():
         return _finished(directory, settled)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
-    assert settled.shape is not None
     model = LM(settled.shape, settled.objective.parts(settled.shape))
     if settled.start:
         dropped, added = start_from(model, model_directory(settled.start))
@@ -111,7 +118,10 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
         said = save_model(model, tokenizer, directory / "model", facts)
-        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts}
+        remarks = settled.objective.remarks(trained.metrics)
+        for remark in remarks:
+            tell(f"{settled.name}: {remark}")
+        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
@@ -211,7 +221,12 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
     with torch.random.fork_rng():
         for prompt in recipe.samples:
-            said = opened.fill_gaps(prompt, 5) if MASK in prompt else opened.continue_text([prompt], sampling)[0]
+            if MASK in prompt:
+                said = opened.fill_gaps(prompt, 5)
+            elif TO in prompt or PRIOR in prompt:
+                said = opened.between(prompt, sampling)
+            else:
+                said = opened.continue_text([prompt], sampling)[0]
             rows.append({"step": step, "prompt": prompt, "text": said})
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -22,19 +22,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firth.model.shape import Shape
+from firth.model.shape import VECTORS, Shape
 from firth.types import IGNORE, NEVER, Batch
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to read in a batch: positions and visible pairs; and an encoder-decoder's source."""
+    """What there is to read in a batch: positions and visible pairs; and an encoder-decoder's source, in so many rows."""
 
     positions: int
     pairs: int
     source_positions: int = 0
     source_pairs: int = 0
     crossing_pairs: int = 0
+    rows: int = 0
 
 
 BOTH = 3.0 * 2.0
@@ -52,10 +53,15 @@ def trunk(shape: Shape, work: Work) -> float:
     ends, both = 2 * shape.width * queries, 2 * shape.width * keys  # q and o; k and v
     mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
     seen = 2 * queries  # scores, and the values weighed by them
-    total = shape.depth * (work.positions * (ends + both + mlp) + work.pairs * seen)
+    pairs = work.positions * shape.linformer * seen + work.positions * shape.linformer * 2 * keys
+    total = shape.depth * (work.positions * (ends + both + mlp) + (pairs if shape.linformer else work.pairs * seen))
     if shape.encoder:
         total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
-        total += shape.depth * (work.positions * ends + work.source_positions * both + work.crossing_pairs * seen)
+        told, seeing = work.source_positions, work.crossing_pairs
+        if shape.latent:
+            told, seeing = work.rows * VECTORS, work.positions * VECTORS
+            total += work.rows * shape.latent * shape.width * (2 + VECTORS)
+        total += shape.depth * (work.positions * ends + told * both + seeing * seen)
     return BOTH * total
 
 
@@ -75,7 +81,7 @@ def work(batch: Batch) -> Work:
     there = source_appears != NEVER
     within = _pairs(source_looks, source_appears, source_document, there, source_document)
     across = _pairs(torch.full_like(looks, NEVER - 1), source_appears, source_document, appears != NEVER, document)
-    return Work(own, pairs, int(there.sum()), within, across)
+    return Work(own, pairs, int(there.sum()), within, across, len(looks))
 
 
 def real_tokens(batch: Batch) -> int:
