@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from firth.model.block import Linear
 from firth.model.shape import VECTORS, Shape
 from firth.types import NEVER
 
@@ -26,8 +25,12 @@ class Latent(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.posterior = Linear(shape.width, 2 * shape.latent)
-        self.memory = Linear(shape.latent, VECTORS * shape.width)
+        self.posterior = nn.Linear(shape.width, 2 * shape.latent)
+        self.memory = nn.Linear(shape.latent, VECTORS * shape.width)
+        nn.init.normal_(self.posterior.weight, std=0.02)  # q begins near the prior: the first steps owe no KL
+        nn.init.normal_(self.memory.weight, std=shape.latent**-0.5)
+        for linear in (self.posterior, self.memory):
+            nn.init.zeros_(linear.bias)
 
     def read(self, states: Tensor, appears: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | source): states (B, S, width), appears (B, S) -> two of (B, units) float32."""

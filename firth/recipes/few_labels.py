@@ -2,9 +2,9 @@
 
     firth train semi_supervised start=runs/bert source.path=labelled.jsonl segment.few=100
     firth train weak start=runs/bert source.path=labelled.jsonl segment.annotators=5 segment.accuracy=0.7
-    firth train weak start=runs/bert source.path=voted.jsonl segment.kind=votes          records {"text", "labels": [...]}
+    firth train weak start=runs/bert source.path=voted.jsonl segment=votes               records {"text", "labels": [...]}
 
-Beside them: `classify` on the labelled records alone; and `firth train weak objective.kind=classification`, which reads
+Beside them: `classify` on the labelled records alone; and `firth train weak objective=classification`, which reads
 the majority's label of the same votes. What they reach is in docs/results.md.
 """
 
