@@ -14,6 +14,8 @@ from firth.objectives.classification import Classification
 from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.penalty import Penalty
+from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.text.vocab import Vocab
 from firth.train.step import step
@@ -50,6 +52,11 @@ def labelled(rng: np.random.Generator) -> Example:
     return framed(rng) | {"label": int(rng.integers(3))}
 
 
+def partly(rng: np.random.Generator) -> Example:
+    label = int(rng.integers(3)) if rng.random() < 0.5 else IGNORE
+    return framed(rng) | {"label": label, "taught": np.eye(3)[rng.integers(3)]}
+
+
 CASES = {
     "causal": (CausalLM(), bare),
     "mlm": (MLM(), framed),
@@ -59,6 +66,9 @@ CASES = {
     "nsp + mlm": (NSP() + MLM(), pairs),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
+    "mlm + penalty": (MLM() + Penalty(), framed),
+    "pseudo labels": (PseudoLabels(classes=("a", "b", "c")), partly),
+    "consistency": (Consistency(classes=("a", "b", "c")), partly),
     "classification": (Classification(classes=("a", "b", "c")), labelled),
     "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
     "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),
