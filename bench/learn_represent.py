@@ -44,7 +44,7 @@ from firth.recipes.material import Material, Text
 from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
 from firth.recipes.run import run
 from firth.recipes.segments import Labelled, Pairs, Pieces, Segment, spread
-from firth.text import corpora
+from firth.text import corpora, read
 from firth.text.tokenizer import Tokenizer
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
@@ -68,19 +68,24 @@ class Place:
     def steps(self, full: int) -> Length:
         return Length(steps=max(2, round(full * self.scale)))
 
+    @property
+    def many(self) -> str:
+        """The headlines that stand beside few labels: all but those held out; 2,000 in a trial."""
+        return "train" if self.scale == 1 else "some"
+
     def headlines(self, part: str) -> str:
         """`train`, `valid` or `some` (2,000 of train) of the headlines, in an order that has nothing of the file's."""
         path = self.results / f"{part}.jsonl"
         if not path.exists():
-            [source] = corpora.paths("sarcasm", print)
-            lines = [line for p in sorted(Path(source).glob("*.jsonl")) for line in p.read_text("utf-8").splitlines()]
+            lines = [json.dumps(record) for _, record in read.records(corpora.paths("sarcasm", print))]
             random.Random(0).shuffle(lines)
             parts = {"valid": lines[:HELD], "train": lines[HELD:], "some": lines[HELD : HELD + 2000]}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(parts[part]) + "\n", "utf-8")
         return str(path)
 
-    def text(self, part: str = "train") -> Text:
+    def text(self, part: str = "") -> Text:
+        part = part or self.many
         return Text(path=(self.headlines(part),), valid=(self.headlines("valid"),), store=str(self.results / "stores"))
 
 
@@ -93,7 +98,7 @@ def recipe(
         name=name, objective=objective, segment=segment, source=source, shape=shape, start=start, seed=seed,
         tokenizer=TokenizerPlan(size=vocab, path=tokenizer), batch=Batch(rows=rows, pack=pack),
         optimizer=optimizer or Optimizer(), schedule=schedule or Schedule("wsd"), length=place.steps(steps),
-        checks=Checks(examples=HELD, save=0),
+        checks=Checks(examples=max(64, round(HELD * place.scale)), save=0),
     )  # fmt: skip
 
 
@@ -168,11 +173,19 @@ def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         partly = Partly(of=labelled, few=count, unlabelled=3.0)
         alone = replace(partly, unlabelled=0.001)  # next to nothing else is read, and nothing is asked of it
         teacher, found = classifier(
-            place, f"few-alone-{count}", Classification(), alone, seed, rows=32, steps=150, part="train"
+            place, f"few-alone-{count}", Classification(), alone, seed, rows=32, steps=150, part=place.many
         )
         yield f"{count} labels, alone", found
         _, found = classifier(
-            place, f"few-scratch-{count}", Classification(), alone, seed, rows=32, steps=150, part="train", scratch=True
+            place,
+            f"few-scratch-{count}",
+            Classification(),
+            alone,
+            seed,
+            rows=32,
+            steps=150,
+            part=place.many,
+            scratch=True,
         )
         yield f"{count} labels, alone, from scratch", found
         for name, objective in (
@@ -180,13 +193,13 @@ def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
             ("consistency + penalty", Consistency(ramp=100) + Penalty(weight=1e-5)),
         ):
             _, found = classifier(
-                place, f"few-{name.replace(' + ', '-')}-{count}", objective, partly, seed, rows=96, steps=200, part="train"
+                place, f"few-{name.replace(' + ', '-')}-{count}", objective, partly, seed, rows=96, steps=200, part=place.many
             )  # fmt: skip
             yield f"{count} labels, {name}", found
         taught = Taught(of=partly, teacher=str(teacher))
         _, found = classifier(
             place, f"few-pseudo-{count}", PseudoLabels(confidence=0.8, ramp=100), taught, seed, rows=96, steps=200,
-            part="train",
+            part=place.many,
         )  # fmt: skip
         yield f"{count} labels, pseudo-labels", found
 

@@ -19,8 +19,10 @@ from firth.types import UserError
 
 SHAPES = {
     "a causal decoder": decoder(vocab=10, width=64, depth=1),
-    "an encoder": encoder(vocab=10, width=64, depth=1),
+    "an encoder": replace(encoder(vocab=10, width=64, depth=1), dropout=0.1),  # two views differ by it
     "an encoder-decoder": encoder_decoder(vocab=10, width=64, depth=1),
+    "a Linformer": replace(encoder(vocab=10, width=64, depth=1), dropout=0.1, linformer=8),
+    "a variational autoencoder": replace(encoder_decoder(vocab=10, width=64, depth=1), latent=32),
 }
 
 

@@ -8,7 +8,8 @@ What each takes and reaches is in docs/results.md.
 
 from __future__ import annotations
 
-from firth.model.shape import Shape, encoder
+from firth.model.published import SHAPES
+from firth.model.shape import encoder
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.recipes import sizes
 from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
@@ -36,22 +37,7 @@ def contrastive(size: str = "tiny") -> Recipe:
         objective=InfoNCE(at="first"),
         segment=Pieces(length=32),
         tokenizer=TokenizerPlan(algorithm="wordpiece", size=30522),
-        shape=Shape(
-            vocab=30522,
-            width=768,
-            depth=12,
-            heads=12,
-            context=512,
-            causal=False,
-            segments=2,
-            norm_at="post",
-            norm_eps=1e-12,
-            embed_norm=True,
-            activation="gelu",
-            dropout=0.1,
-            head="transform",
-            head_bias=True,
-        ),
+        shape=SHAPES["bert-base"],
         batch=Batch(rows=64),
         optimizer=Optimizer(name="adamw", rate=3e-5, weight_decay=0.0, beta2=0.999),
         schedule=Schedule("linear"),

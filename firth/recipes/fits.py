@@ -33,8 +33,9 @@ def refuse_misfit(objective: Objective, shape: Shape) -> None:
             raise UserError(f"objective {_name(objective)} cannot be trained with this shape: {lacking}")
         return
     does, remedy = NEEDS[reads]
+    known = {name: objectives.find(name)() for name in objectives.OBJECTIVES}
     served = sorted(
-        name for name in objectives.OBJECTIVES if objectives.find(name)().reads() in shape.honours - {"any"}
+        name for name, one in known.items() if one.reads() in shape.honours - {"any"} and not one.lacks(shape)
     )
     raise UserError(
         f"objective {_name(objective)} {does}, which {shape.noun} cannot: {remedy}, "

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.shape import Shape, encoder
+from firth.model.published import bert
+from firth.model.shape import encoder
 from firth.objectives.mlm import MLM
 from firth.recipes import sizes
 from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
@@ -35,10 +36,7 @@ def linformer(size: str = "tiny") -> Recipe:
         objective=MLM(),
         segment=Pieces(length=512),
         tokenizer=TokenizerPlan(size=50265),
-        shape=Shape(
-            vocab=50265, width=768, depth=12, heads=12, context=512, causal=False, norm_at="post", embed_norm=True,
-            norm_eps=1e-5, activation="gelu", dropout=0.1, head="transform", head_bias=True, linformer=256,
-        ),
+        shape=replace(bert(50265, 768, 12, 12, segments=0), linformer=256),
         batch=Batch(rows=256),
         # The paper's 250,000 updates on BookCorpus and Wikipedia; rates and the rest are RoBERTa's.
         optimizer=Optimizer(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
