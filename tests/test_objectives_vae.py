@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.batch import collate, pack
+from firth.evaluate.text import reads_of
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.shape import encoder_decoder
+from firth.model.weights import load_model
 from firth.objectives.span_corruption import SpanCorruption
 from firth.objectives.vae import VAE
 from firth.recipes.fits import refuse_cut, refuse_misfit
 from firth.recipes.recipe import load
+from firth.recipes.run import run
 from firth.scaling.flops import trunk, work
 from firth.train.step import step
 from firth.types import Example, UserError
@@ -173,6 +179,26 @@ def test_texts_are_written_from_a_latent() -> None:
     sampling = Sampling(temperature=0, max_new=6)
     told, read = engine.decode(latents, sampling), engine.generate(ends, sampling)
     assert [one.text for one in told] == [one.text for one in read]
+
+
+def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(tmp_path: Path) -> None:
+    for number in range(24):
+        words = [f"word{(number * i) % 17}" for i in range(1, 60)]
+        (tmp_path / f"{number}.txt").write_text(" ".join(words))
+    small = ["width=32", "heads=2", "depth=1", "encoder=1", "head_width=0", "kv_heads=0", "hidden=48"]
+    settings = ["tokenizer.size=400", "length.steps=2", "batch.rows=4", "checks.every=0", "checks.examples=8"]
+    recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"source.path={tmp_path}"])
+    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    assert done.metrics["valid/elbo"] == pytest.approx(
+        -done.metrics["valid/loss/tokens"] - done.metrics["valid/loss/divergence"], abs=1e-4
+    ), "held-out text is scored with the whole KL, though training has hardly begun to charge it"
+    [remark] = json.loads((done.directory / "done.json").read_text())["remarks"]
+    assert "latent carries" in remark and remark in html.unescape((done.directory / "report.html").read_text())
+    rows = [json.loads(line) for line in (done.directory / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows if row["step"] == 2] == list(recipe.samples)
+    assert all(row["text"].count("\n") >= 4 for row in rows)
+    with pytest.raises(UserError, match="only bounds the likelihood"):
+        reads_of(load_model(done.model).shape)
 
 
 def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
