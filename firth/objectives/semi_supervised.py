@@ -26,7 +26,7 @@ from torch import Tensor
 from firth.data.noise import NOISES, Kind
 from firth.model.lm import LM
 from firth.objectives.classification import Classification
-from firth.objectives.objective import asked, choice_loss
+from firth.objectives.objective import Objective, asked, choice_loss
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -56,33 +56,47 @@ class Related(Classification):
 
 @dataclass(frozen=True)
 class PseudoLabels(Related):
-    """The targets are a teacher's classes, where it gives them `confidence` or more: {"taught": its probabilities}.
+    """The targets are a teacher's classes, {"taught": its probabilities}; one of which it is less than `confidence` sure
+    costs nothing, and counts among the m (FixMatch, Sohn 2020, equation 4).
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE, "taught": np.array([0.02, 0.98])}
     >>> seen = PseudoLabels(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))
-    >>> seen["class"].tolist(), seen["relation"].tolist()
-    ([-100, -100, -100], [1, -100, -100])
+    >>> seen["class"].tolist(), seen["relation"].tolist(), seen["sure"].tolist()
+    ([-100, -100, -100], [1, -100, -100], [True, True, True])
     """
 
     confidence: float = 0.9
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().view(example, vocab, rng)
-        taught = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher
-        sure = taught.max() >= self.confidence
-        return seen | {"relation": self.question(example, seen, int(taught.argmax()) if sure else IGNORE)}
+        said = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher
+        sure = np.full(len(seen["tokens"]), said.max() >= self.confidence)
+        return seen | {"relation": self.question(example, seen, int(said.argmax())), "sure": sure}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, targets = asked(outputs["hidden"], batch["relation"])
+        states, targets = asked(outputs["hidden"], batch["relation"].masked_fill(~batch["sure"], IGNORE))
         relation = choice_loss(model.parts["classes"](states), targets)
         return super().loss(model, outputs, batch) | {"relation": self.weight * relation}
+
+
+def question(objective: Objective, example: Example, vocab: Vocab) -> Example:
+    """A text as a teacher is asked about it, whether it has a label or not: `labels` is 0 where a class is asked.
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE}
+    >>> question(PseudoLabels(classes=("bad", "good")), example, vocab)["labels"].tolist()
+    [0, -100, -100]
+    """
+    seen = objective.view(example | {"label": 0}, vocab, np.random.default_rng(0))
+    kept = {name: seen[name] for name in ("tokens", "segments", "looks", "appears") if name in seen}
+    return kept | {"labels": seen["class"]}
 
 
 @torch.no_grad()
 def taught(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What `PseudoLabels` needs of its teacher, a classifier: its probabilities, {"taught": (B, classes)}."""
-    states, _ = asked(model(batch), batch["class"])
+    states, _ = asked(model(batch), batch["labels"])
     return {"taught": model.parts["classes"](states).float().softmax(-1)}
 
 

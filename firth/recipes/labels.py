@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from firth.align.annotate import annotate
 from firth.data.few import Unlabelled, few_of
 from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators
 from firth.data.votes import Votes as Voting
 from firth.model.weights import load_model
-from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
-from firth.objectives.semi_supervised import taught
+from firth.objectives.semi_supervised import question, taught
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Labelled, Segment, needed, recorded
 from firth.types import Example, UserError
@@ -57,14 +54,10 @@ class Taught(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         model = load_model(needed(self.teacher, "segment.teacher", "the run of a classifier that gives pseudo-labels"))
         plain = self.of.cut(material, objective)
-        vocab, chance, asks = (
-            material.tokenizer.vocab,
-            np.random.default_rng(0),
-            Classification(classes=objective.classes),
-        )
+        vocab = material.tokenizer.vocab
 
         def show(example: Example) -> Example:
-            return asks.view(example | {"label": 0}, vocab, chance)
+            return question(objective, example, vocab)
 
         known = annotate(plain.train, model, show, taught, directory=material.directory / "taught")
         return Cut(known, plain.valid)
