@@ -193,12 +193,12 @@ def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
             ("consistency + penalty", Consistency(ramp=100) + Penalty(weight=1e-5)),
         ):
             _, found = classifier(
-                place, f"few-{name.replace(' + ', '-')}-{count}", objective, partly, seed, rows=96, steps=200, part=place.many
+                place, f"few-{name.replace(' + ', '-')}-{count}", objective, partly, seed, rows=64, steps=150, part=place.many
             )  # fmt: skip
             yield f"{count} labels, {name}", found
         taught = Taught(of=partly, teacher=str(teacher))
         _, found = classifier(
-            place, f"few-pseudo-{count}", PseudoLabels(confidence=0.8, ramp=100), taught, seed, rows=96, steps=200,
+            place, f"few-pseudo-{count}", PseudoLabels(confidence=0.8, ramp=100), taught, seed, rows=64, steps=150,
             part=place.many,
         )  # fmt: skip
         yield f"{count} labels, pseudo-labels", found
