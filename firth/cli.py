@@ -178,8 +178,8 @@ def compare(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            help="Recipes (NAME, NAME:SIZE, a YAML file), then field=value for all of them; probe.field=value is for "
-            "the finetuning."
+            help="Recipes (NAME, NAME:SIZE, a YAML file); then field=value for all of them, NAME.field=value for one, "
+            "probe.field=value for the finetuning."
         ),
     ],
     seconds: Annotated[float, typer.Option(help="Seconds of training that each run gets.")] = 0.0,
@@ -189,14 +189,18 @@ def compare(
         str, typer.Option(help="Shares of the compute, each a run: the points of the curve.")
     ] = "0.25,0.5,1",
     probe: Annotated[
-        str, typer.Option(help="Records with text and label to finetune on: files, a corpus's name, or none.")
-    ] = "sarcasm",
-    labels: Annotated[int, typer.Option(help="How many of them are learnt from.")] = 1000,
+        str,
+        typer.Option(
+            help="Records with text and label to finetune on: a file, a corpus's name, questions (Shakespeare's), or none; "
+            "by default questions for models that read Shakespeare, else sarcasm."
+        ),
+    ] = "",
+    labels: Annotated[int, typer.Option(help="How many of them are learnt from.")] = 500,
     out: Annotated[Path, typer.Option(help="Where the runs, the table and the report go.")] = Path("runs/compare"),
 ) -> None:
     """Compare recipes: one text, one tokenizer, equal compute, the same probe, over seeds; run it again to go on.
 
-    Pretraining shows in a probe of the same kind of text, for example: source.corpus=sarcasm --probe sarcasm.
+    Pretraining shows in a probe of the same kind of text: give both of your own with source.path=FILES --probe FILE.jsonl.
     """
     from firth.recipes.compare import Terms, parse_shares
     from firth.recipes.compare import compare as contest
@@ -286,7 +290,7 @@ def evaluate(
     paths: Annotated[
         list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="likelihood, classification, comparisons or choices.")] = None,
+    task: Annotated[str | None, typer.Option(help="likelihood, classification, comparisons, choices, answers.")] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ def runs(hidden: np.ndarray) -> np.ndarray:
     return edges[1::2] - edges[::2]
 
 
-@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("name", sorted(NOISES.keys() - {"salient"}))  # which hides what there is
 @pytest.mark.parametrize("n", [1, 2, 5, 27, 128])
 @pytest.mark.parametrize("rate", [0.15, 0.5])
 def test_the_share_is_the_rate_and_control_tokens_are_never_hidden(name: str, n: int, rate: float) -> None:

@@ -218,7 +218,7 @@ def test_an_untrained_attention_looks_around_evenly(score_scale: bool) -> None:
     """Scores of unit variance at first: T5 has no 1 / sqrt(d) in the product, so it is in the first queries."""
     torch.manual_seed(0)
     shape = Shape(vocab=50, width=256, depth=1, heads=4, score_scale=score_scale, init=0.0)
-    attention = Attention(shape, 0)
+    attention = Attention(shape)
     initialise(attention, shape)
     x = torch.randn(1, 200, 256)
     q, k = (f(x).unflatten(-1, (4, 64)).transpose(1, 2) for f in (attention.q, attention.k))

@@ -41,8 +41,25 @@ T5 = Shape(
     **SIZES | {"context": 512}, encoder=3, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
 )  # fmt: skip
+BART = Shape(
+    **SIZES, encoder=3, decoder_start="eos", norm_at="post", embed_norm=True, activation="gelu", head_bias=True
+)  # fmt: skip
+XLNET = Shape(
+    **SIZES, causal=False, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu",
+    head_bias=True,
+)  # fmt: skip
+MPNET = replace(BERT, segments=0, position="mpnet")
 SHAPES = {
+    "xlnet": XLNET,
+    "xlnet-untied": replace(XLNET, tied=False, memory=7, activation="relu"),
+    "mpnet": MPNET,
+    "mpnet-untied": replace(MPNET, tied=False),
     "bert": BERT,
+    "bert-untied": replace(BERT, tied=False),
+    "albert": replace(BERT, embed=12, groups=1, depth=3),
+    "albert-two-groups": replace(BERT, embed=32, groups=2, depth=5, activation="gelu_tanh", tied=False),
+    "electra": replace(BERT, embed=12),
+    "bart": BART,
     "gpt2": Shape(**SIZES),
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
@@ -54,8 +71,11 @@ SHAPES = {
     "modernbert-silu": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
 AUTO = {
+    "xlnet": "AutoModelForCausalLM", "mpnet": "AutoModelForMaskedLM",
+    "albert": "AutoModelForMaskedLM", "electra": "AutoModelForMaskedLM",
     "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
 
 
@@ -77,13 +97,15 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     steps = torch.arange(20).expand(3, 20)
     ours = {"tokens": tokens}
     theirs = {"input_ids": tokens, "attention_mask": real.long()}
-    if family in ("bert", "modernbert"):
+    if family in ("bert", "albert", "electra", "modernbert", "mpnet", "xlnet"):
         ours["appears"] = torch.where(real, 0, NEVER)
     else:
         ours |= {"looks": steps, "appears": torch.where(real, steps, NEVER)}
-    if family == "bert":
+    if family == "mpnet":
+        theirs["position_ids"] = steps + 2
+    if family in ("bert", "albert", "electra", "xlnet"):
         ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
-    if family == "t5":
+    if family in ("t5", "bart"):
         source = torch.randint(1, 61, (3, 26))
         theirs = {"input_ids": source, "decoder_input_ids": tokens}
         keep = torch.arange(26) < torch.tensor([26, 9, 18])[:, None]
@@ -146,11 +168,21 @@ def random_theirs(name: str) -> torch.nn.Module:
         "bos_token_id": 1,
         "eos_token_id": 1,
     }
+    six = {"vocab_size": 61, "d_model": 32, "max_position_embeddings": 40}
+    for side, depth in (("encoder", 2), ("decoder", 3)):
+        six |= {f"{side}_layers": depth, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 50}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     full = {"layer_types": ["full_attention"] * 2}
+    nine = {"vocab_size": 61, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 50}
     configs = {
+        "xlnet": lambda: t.XLNetLMHeadModel(t.XLNetConfig(**nine)),
+        "mpnet": lambda: t.MPNetForMaskedLM(t.MPNetConfig(**usual, max_position_embeddings=42)),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**usual, max_position_embeddings=40)),
+        "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(**usual, embedding_size=12, num_hidden_groups=2)),
+        "electra": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=12)),
+        "electra-wide": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=32)),
+        "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**six, **ids)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**two)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**usual, num_key_value_heads=2)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, num_decoder_layers=3)),
@@ -162,10 +194,29 @@ def random_theirs(name: str) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
+        if name == "bart":  # a constant of zeros there: other numbers show that they are read
+            model.final_logits_bias.normal_()
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "bart",
+        "albert",
+        "electra",
+        "electra-wide",
+        "gpt2",
+        "llama",
+        "t5",
+        "t5-gated",
+        "nanochat",
+        "modernbert",
+        "xlnet",
+        "mpnet",
+    ],
+)
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:
     theirs = random_theirs(name)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from firth.data.batch import collate, pack
+from firth.data.corrupt import Damage
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
 from firth.objectives.classification import Classification
+from firth.objectives.denoise import Denoise
 from firth.objectives.mlm import MLM
+from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
 from firth.objectives.penalty import Penalty
+from firth.objectives.plm import PLM
+from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.rtd import RTD, AdversarialRTD
+from firth.objectives.sbo import SBO
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
+from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.text.vocab import Vocab
 from firth.train.step import step
@@ -28,6 +38,9 @@ VOCAB = Vocab(
     special=np.arange(100) < 5 + SENTINELS,
     sentinels=np.arange(5, 5 + SENTINELS),
     begins_word=np.arange(100) % 3 == 0,
+    ends_sentence=np.arange(100) % 10 == 1,
+    capital=np.arange(100) % 15 == 0,
+    digit=np.arange(100) % 18 == 3,
 )
 
 
@@ -63,12 +76,28 @@ CASES = {
     "mlm by words": (MLM(noise="words"), framed),
     "mlm in spans, alike": (MLM(noise="geometric", alike=True), framed),
     "mlm, static": (MLM(masks=10), framed),
+    "plm": (PLM(), framed),
+    "plm in spans": (PLM(noise="contexts", k=3), framed),
+    "mpnet": (MPNet(), framed),
     "nsp + mlm": (NSP() + MLM(), pairs),
+    "sop + mlm": (SOP() + MLM(noise="ngrams"), pairs),
+    "mlm + sbo": (MLM(noise="geometric", alike=True) + SBO(), framed),
+    "mlm + sbo, bare": (MLM(noise="spans") + SBO(longest=2), bare),
+    "rtd": (RTD(), framed),
+    "rtd of pairs": (SOP() + RTD(size=0.5), pairs),
+    "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
     "mlm + penalty": (MLM() + Penalty(), framed),
     "pseudo labels": (PseudoLabels(classes=("a", "b", "c")), partly),
     "consistency": (Consistency(classes=("a", "b", "c")), partly),
+    "prefix lm": (PrefixLM(), bare),
+    "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), bare),
+    "denoise": (Denoise(), bare),
+    "denoise in one row": (Denoise(layout="prefix"), bare),
+    **{f"denoise by {name}": (Denoise(noises=(name,)), bare) for name in get_args(Damage)},
+    "mlm, salient": (MLM(noise="salient"), framed),
+    "span corruption, salient": (SpanCorruption(noise="salient"), bare),
     "classification": (Classification(classes=("a", "b", "c")), labelled),
     "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
     "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),

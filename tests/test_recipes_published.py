@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.heads import Vocabulary
+from firth.model.heads import Vocabulary, pooled
 from firth.model.lm import LM
 from firth.model.published import SHAPES
 from firth.model.weights import load_model
-from firth.objectives.nsp import pooled
 from firth.recipes import tree
 from firth.recipes.fits import refuse_misfit
 from firth.recipes.names import RECIPES

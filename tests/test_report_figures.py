@@ -133,3 +133,19 @@ def test_the_example_has_no_empty_figure():
     for section in example().sections:
         for figure in section.figures:
             assert "no values" not in svg(figure)
+
+
+def test_intervals_are_upright_lines_within_the_axes_and_stand_apart() -> None:
+    low, high = (
+        Curve("low", (0.0, 1.0), (0.5, 0.6), points=True, spread=(0.1, 0.2)),
+        Curve("high", (0.0, 1.0), (0.7, 0.8), spread=(math.nan, 0.3)),
+    )
+    picture = svg(Figure("Score", "FLOPs", "share", (low, high)))
+    found = re.findall(r'<polyline class="whisker (c\d)" points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"/>', picture)
+    assert [colour for colour, *_ in found] == ["c0", "c0", "c1"]
+    for _, x, y, x2, y2 in found:
+        assert x == x2
+        assert 0 < float(y2) < float(y) < 310 - 40 + 1e-6  # within the axes: 1.1 is the highest end
+    assert float(found[2][1]) - float(found[1][1]) == pytest.approx(4.0, abs=0.11)  # px, at one x
+    with pytest.raises(ValueError, match="2 y and 1 intervals"):
+        Curve("x", (0, 1), (0, 1), spread=(0.1,))

@@ -1,21 +1,30 @@
-"""Which tokens are hidden: one by one, by whole words, or in spans.
+"""Which tokens are hidden: one by one, by whole words, in spans, or what bears the facts.
 
 `NOISES[name](tokens, vocab, rate, rng)` returns (n,) bool, True where a token is hidden. In expectation `rate` of the
-tokens are; control tokens never.
+tokens are (of the salient ones at least one, whole); control tokens never.
 
     iid         each token by itself                                      BERT (Devlin 2019), RoBERTa
+    count       an exact number of tokens, any such set as likely         XLNet (Yang 2019), MPNet (Song 2020)
     words       each word by itself, with all its tokens                  BERT, "whole word masking"
     spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020: `random_spans_noise_mask`)
     geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
+    ngrams      spans of 1, 2 or 3 whole words, in shares of 1 / length   ALBERT (Lan 2020, section 4.1)
+    contexts    spans of 1 to 5 words, each in 1 / rate times its length  XLNet, "span-based prediction"
+    salient     names, dates and numbers, each as a whole                 REALM (Guu 2020), Roberts 2020
 
->>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1)
->>> tokens = np.array([0] + [1, 2] * 12 + [0])
+>>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1,
+...               ends_sentence=np.arange(9) == 8, capital=np.arange(9) == 3, digit=np.arange(9) == 5)
+>>> tokens = np.array([0] + [1, 2] * 4 + [3, 4] * 2 + [1, 2] * 3 + [5, 6] + [1, 2] * 2 + [0])
 >>> for name, noise in NOISES.items():
-...     print("".join(".#"[int(hidden)] for hidden in noise(tokens, vocab, 0.25, np.random.default_rng(3))), name)
-.#..#..#.#..........#..... iid
-.##....##....##..##....... words
-............###.......###. spans
-.....######............... geometric
+...     print(f"{name:10}", *(".#"[int(h)] for h in noise(tokens, vocab, 0.25, np.random.default_rng(6))), sep="")
+iid       .........##.#...##...##...
+count     ..##.#..............#.##..
+words     .................####..##.
+spans     ....####...............##.
+geometric .......####....##.........
+ngrams    .......######.............
+contexts  ...........######.........
+salient   .........####......##.....
 """
 
 from __future__ import annotations
@@ -26,16 +35,21 @@ from typing import Literal
 import numpy as np
 
 from firth.text.vocab import Vocab
+from firth.types import UserError
 
 Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
-Kind = Literal["iid", "words", "spans", "geometric"]
+Kind = Literal["iid", "count", "words", "spans", "geometric", "ngrams", "contexts", "salient"]
 
+FEW = 5
+"""Words in a span of `contexts`, at most."""
 MEAN = 3
 """Tokens in a span of `spans`, on average."""
 MOST_WORDS = 10
 WORDS = 0.8 ** np.arange(MOST_WORDS)
 WORDS = WORDS.cumsum() / WORDS.sum()
 """Cumulative probabilities of a geometric span's words: 0.2 * 0.8**(k - 1) up to 10, normalised; 3.8 on average."""
+NGRAMS = (1 / np.arange(1, 4)).cumsum() / (1 / np.arange(1, 4)).sum()
+"""The same of an n-gram's words: 6/11, 3/11, 2/11; 1.6 on average."""
 
 
 def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -43,6 +57,42 @@ def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator)
     # For booleans a > b is "a and not b", in one pass: this runs 40,000 times a second on short sentences.
     hidden: np.ndarray = (rng.random(len(tokens)) < rate) > vocab.special[tokens]
     return hidden
+
+
+def count(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """rate * n tokens, rounded up or down so that the mean is exact: the last of them in an order drawn at random."""
+    allowed = np.flatnonzero(~vocab.special[tokens])
+    hidden = np.zeros(len(tokens), bool)
+    hidden[rng.permutation(allowed)[: rounded(len(allowed) * rate, rng)]] = True
+    return hidden
+
+
+def contexts(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """A length of 1 to FEW words is drawn again and again, and with it a stretch of the text 1 / rate as long: as many
+    words are hidden in it, at a random place (Yang 2019, section 3.1, with words for tokens).
+
+    The text begins somewhere within the first stretch, so that its edges are hidden as often as its middle.
+    """
+    allowed = ~vocab.special[tokens]
+    edges = np.append(np.flatnonzero(_begins(tokens, allowed, vocab)), len(tokens))  # of words
+    hidden = np.zeros(len(tokens), bool)
+    length, context = _stretch(rate, rng)
+    while rng.random() * (FEW / rate + 1) > context:  # what covers a given place is longer than others in proportion
+        length, context = _stretch(rate, rng)
+    at = -int(rng.random() * context)
+    while at < len(edges) - 1:
+        first = at + int(rng.random() * (context - length + 1))
+        low, high = (edges[min(max(i, 0), len(edges) - 1)] for i in (first, first + length))
+        hidden[low:high] = True
+        at += context
+        length, context = _stretch(rate, rng)
+    return hidden & allowed
+
+
+def _stretch(rate: float, rng: np.random.Generator) -> tuple[int, int]:
+    """Words hidden, and words in the stretch that they are hidden in."""
+    length = 1 + int(rng.random() * FEW)
+    return length, rounded(length / rate, rng)
 
 
 def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -72,17 +122,29 @@ def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
 
 def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Spans of whole words from random places until rate * n tokens are hidden (the last one is cut to that)."""
+    return _whole_words(tokens, vocab, rate, rng, WORDS)
+
+
+def ngrams(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """The same with shorter spans."""
+    return _whole_words(tokens, vocab, rate, rng, NGRAMS)
+
+
+def _whole_words(
+    tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator, lengths: np.ndarray
+) -> np.ndarray:
+    """lengths: cumulative probabilities of a span's words, from 1 on."""
     allowed = ~vocab.special[tokens]
     n = int(allowed.sum())
     hidden = np.zeros(len(tokens), bool)
-    left = int(n * rate + rng.random())  # rounded up or down so that the mean is exact
+    left = rounded(n * rate, rng)
     begins = np.append(np.flatnonzero(_begins(tokens, allowed, vocab) | ~allowed), len(tokens))
     while left:
         at = int(rng.random() * len(tokens))
         if hidden[at] or not allowed[at]:
             continue
         first = int(begins.searchsorted(at, "right")) - 1
-        last = min(first + 1 + int(WORDS.searchsorted(rng.random(), "right")), len(begins) - 1)
+        last = min(first + 1 + int(lengths.searchsorted(rng.random(), "right")), len(begins) - 1)
         inside = np.arange(begins[first], begins[last])
         inside = inside[(allowed & ~hidden)[inside]][:left]
         hidden[inside] = True
@@ -90,7 +152,74 @@ def geometric(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
     return hidden
 
 
-NOISES: dict[str, Noise] = {"iid": iid, "words": words, "spans": spans, "geometric": geometric}
+def salient(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Names, dates and numbers (`facts`) in a random order until rate * n tokens are hidden, each whole, one at least.
+
+    A text without any has `spans` hidden, so that it is not shown in vain.
+    """
+    runs = facts(tokens, vocab)
+    lengths = np.bincount(runs)[1:]
+    if not len(lengths):
+        return spans(tokens, vocab, rate, rng)
+    order = rng.permutation(len(lengths))
+    n = int((~vocab.special[tokens]).sum())
+    count = int(lengths[order].cumsum().searchsorted(n * rate)) + 1
+    return np.isin(runs, order[:count] + 1)
+
+
+def facts(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Which name, date or number each token belongs to: (n,) int, 1, 2, ... in the order of the text, 0 for none.
+
+    A number is a word with a digit in it. A name is a word with a capital inside a sentence; one that begins a sentence
+    counts if it stands in the text with its capital inside a sentence too. Neighbours are one: "12 February 1809". This
+    asks no model, unlike REALM's tagger: it takes adjectives (English) for names and misses names in small letters.
+    Raises UserError where the vocabulary does not know which tokens are capitals, digits and full stops.
+    """
+    if vocab.capital is None or vocab.digit is None:
+        raise UserError("nothing is known of capitals and digits in this vocabulary: use a tokenizer of firth's")
+    allowed = ~vocab.special[tokens]
+    first = np.flatnonzero(_begins(tokens, allowed, vocab))
+    if not len(first):
+        return np.zeros(len(tokens), np.int64)
+    heads = tokens[first]
+    capital, opens = vocab.capital[heads], vocab.sentences(tokens)[first]
+    capital &= ~opens | np.isin(heads, heads[capital & ~opens])
+    number = np.logical_or.reduceat(vocab.digit[tokens], first)
+    word = _begins(tokens, allowed, vocab).cumsum()
+    inside = np.append(False, capital | number)[word] & allowed
+    runs: np.ndarray = (inside & ~np.append(False, inside[:-1])).cumsum() * inside
+    return runs
+
+
+def rounded(x: float, rng: np.random.Generator) -> int:
+    """Up or down at random, so that the mean is exact."""
+    return int(x + rng.random())
+
+
+NOISES: dict[str, Noise] = {
+    "iid": iid, "count": count, "words": words, "spans": spans, "geometric": geometric, "ngrams": ngrams,
+    "contexts": contexts, "salient": salient,
+}  # fmt: skip
+
+
+def disguised(
+    tokens: np.ndarray, vocab: Vocab, masked: float, random: float, kind: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """What is shown for hidden tokens (k,): [MASK] where kind (k,), drawn from [0, 1), is below `masked`, some other token
+    where it is in the share `random` above that, and else the token itself.
+
+    >>> vocab = Vocab(size=9, roles={"mask": 0}, special=np.arange(9) < 1)
+    >>> kind = np.array([0.1, 0.85, 0.95])
+    >>> disguised(np.array([5, 6, 7]), vocab, 0.8, 0.1, kind, np.random.default_rng(0)).tolist()
+    [0, 6, 7]
+    """
+    shown = np.full_like(tokens, vocab.mask)
+    legible = kind >= masked
+    if legible.any():
+        shown[legible] = tokens[legible]
+        others = legible & (kind < masked + random)
+        shown[others] = vocab.draw(int(others.sum()), rng)
+    return shown
 
 
 def _begins(tokens: np.ndarray, allowed: np.ndarray, vocab: Vocab) -> np.ndarray:

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from firth.demo.material import Files, Material, Row, balanced, write
+from firth.recipes.probe import sentences
 
 # One play of each kind; nothing of them is seen in any training stage.
 HELD_OUT = ("the-tempest", "much-ado-about-nothing", "henry-iv-part-1", "julius-caesar")
-
-WORDS = range(5, 26)  # of a sentence: shorter ones say too little, longer ones are cut by the model's length
-MARKS = {"?": "question", ".": "statement"}
-
-
-def sentences(text: str) -> list[Row]:
-    """The questions and statements of a speech, without the mark that ends them: what is asked must be read off the words.
-
-    >>> sentences("Who's there, my lord, at this hour? I know not, for the night is dark. Nay!")[0]
-    {'text': "Who's there, my lord, at this hour", 'label': 'question'}
-    """
-    found = []
-    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
-        if len(sentence.split()) in WORDS and sentence[-1] in MARKS:
-            found.append({"text": sentence[:-1].rstrip(), "label": MARKS[sentence[-1]]})
-    return found
 
 
 def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> Material:

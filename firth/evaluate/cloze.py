@@ -51,11 +51,18 @@ def items(store: TokenStore, vocab: Vocab, count: int, length: int = 64, seed: i
     return found
 
 
+def commonest(store: TokenStore, asked_of: Sequence[Item]) -> float:
+    """What the token that is commonest in a store would get, said every time."""
+    always = int(np.bincount(store.tokens).argmax())
+    return float(np.mean([item.tokens[item.at] == always for item in asked_of])) if asked_of else 0.0
+
+
 def score(model: LM, objective: Objective, asked_of: Sequence[Item], vocab: Vocab) -> dict[str, float]:
     """accuracy: share of items whose token is the likeliest. bits: mean -log2 of its probability.
 
     Empty where the objective asks for no token, or there is no item.
     """
+    vocab = vocab.starting(model.shape.decoder_start)
     shown = [objective.cloze(item.tokens, item.at, vocab) for item in asked_of]
     examples = [example for example in shown if example is not None]
     if not examples:

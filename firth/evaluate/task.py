@@ -39,8 +39,8 @@ class Subject:
 
     @property
     def vocab(self) -> Vocab:
-        """The tokenizer's ids and roles."""
-        return self.tokenizer.vocab
+        """The tokenizer's ids and roles, as the model reads them."""
+        return self.tokenizer.vocab.starting(self.model.shape.decoder_start)
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:

@@ -11,8 +11,9 @@ candidates for each mask. With `generate` and `stream`, these are the verbs that
     answer.finish        # "length"
 
 Decoders and encoder-decoders write alike: the prompt of an encoder-decoder goes to its encoder, and its decoder
-begins at the pad token (T5). What a model can read is `shape.context`: a longer prompt is refused, and an answer that
-reaches the end of the context finishes there ("context"). Nothing slides out of sight unasked.
+begins at the token that `Shape.decoder_start` says (T5: pad; BART: the stop token). What a model can read is
+`shape.context`: a longer prompt is refused, and an answer that reaches the end of the context finishes there
+("context"). Nothing slides out of sight unasked.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Engine:
         self.model, self.coder, self.rows = model, tokenizer, rows
         vocab = tokenizer.vocab
         self.stops = frozenset(int(i) for i in (tokenizer.stops if stops is None else stops))
-        self.start = vocab.pad if model.shape.encoder else None
+        self.start = vocab.starting(model.shape.decoder_start).start if model.shape.encoder else None
         self.device = model.tokens.weight.device
 
     def generate(

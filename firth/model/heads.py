@@ -1,4 +1,4 @@
-"""The vocabulary head: hidden states -> logits, and a cross-entropy that never holds all the logits."""
+"""The vocabulary head: hidden states -> logits, and a cross-entropy that never holds all the logits; and small heads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ class Vocabulary(nn.Module):
         self.softcap, self.scale = shape.softcap, shape.head_scale
         self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
         transform = shape.head == "transform"
-        self.dense = nn.Linear(shape.width, shape.width, bias=shape.bias) if transform else None
-        self.norm = make_norm(shape) if transform else None
-        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.width))
+        read = self.reads(shape)
+        self.dense = nn.Linear(shape.width, read, bias=shape.bias) if transform else None
+        self.norm = make_norm(shape, read) if transform else None
+        self.weight = nn.Parameter(torch.empty(shape.vocab, read))
         self.bias = nn.Parameter(torch.zeros(shape.vocab)) if shape.head_bias else None
         nn.init.normal_(self.weight, std=shape.init or 0.001)
         if self.dense is not None:
             nn.init.normal_(self.dense.weight, std=shape.init or shape.width**-0.5)
             if self.dense.bias is not None:
                 nn.init.zeros_(self.dense.bias)
+
+    @staticmethod
+    def reads(shape: Shape) -> int:
+        """Width of what the matrix is multiplied with."""
+        return shape.table_width if shape.head == "transform" else shape.width
 
     def _transform(self, hidden: Tensor) -> Tensor:
         if self.dense is not None and self.norm is not None:
@@ -47,11 +53,32 @@ class Vocabulary(nn.Module):
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32. Never holds all the logits."""
+        return self.matched(self._transform(states), labels)
+
+    def matched(self, read: Tensor, labels: Tensor) -> Tensor:
+        """`nll` of what another head has read: (N, `reads`), without the transform of this one."""
         learn = torch.is_grad_enabled()
-        loss: Tensor = SumNLL.apply(self._transform(states), self.weight, self.bias, labels, self.softcap, learn)
+        loss: Tensor = SumNLL.apply(read, self.weight, self.bias, labels, self.softcap, learn)
         return loss
 
     def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
         """log p(label) of each row, with its graph: states (N, width), labels (N,) -> (N,) float32."""
         out: Tensor = LogProbs.apply(self._transform(states), self.weight, self.bias, labels, self.softcap)
         return out
+
+
+def pooled(width: int, answers: int) -> nn.Sequential:
+    """BERT's pooler and a classifier: (..., width) -> width -> tanh -> (..., answers), initialised as there."""
+    return _chain(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, answers))
+
+
+def detector(width: int) -> nn.Sequential:
+    """ELECTRA's discriminator head: (..., width) -> width -> GELU -> (..., 1), initialised as there."""
+    return _chain(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+
+
+def _chain(first: nn.Linear, act: nn.Module, last: nn.Linear) -> nn.Sequential:
+    for linear in (first, last):
+        nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+    return nn.Sequential(first, act, last)

@@ -8,7 +8,7 @@ uses the first rows of E. Padding is zeroed before it is mixed, so it changes no
 
 >>> shape = Shape(vocab=9, width=8, depth=1, heads=2, causal=False, context=16, linformer=4)
 >>> slots = Linformer(shape).at(6, Visibility())
->>> slots.mix(torch.ones(3, 2, 6, 4), layer=0, side=0).shape
+>>> slots.of(layer=0).mix(torch.ones(3, 2, 6, 4), side=0).shape
 torch.Size([3, 2, 4, 4])
 """
 
@@ -58,8 +58,11 @@ class Slots:
     real: Tensor | None
     sees: Visibility
 
-    def mix(self, x: Tensor, layer: int, side: int) -> Tensor:
-        """Keys (side 0) or values (1) of tokens -> of slots: (B, KV, T, D) -> (B, KV, k, D)."""
-        layers, sides = self.weight.shape[:2]
+    def of(self, layer: int) -> Slots:
+        """Those of one layer."""
+        return Slots(self.weight[layer % len(self.weight)][None], self.real, self.sees)
+
+    def mix(self, x: Tensor, side: int) -> Tensor:
+        """Keys (side 0) or values (1) of tokens -> of slots, in the first layer: (B, KV, T, D) -> (B, KV, k, D)."""
         whole = x if self.real is None else x.masked_fill(~self.real, 0)
-        return self.weight[layer % layers, side % sides].mT @ whole
+        return self.weight[0, side % self.weight.shape[1]].mT @ whole

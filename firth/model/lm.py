@@ -1,7 +1,8 @@
 """Tokens in, hidden states out: the one model. What an objective adds (heads, a generator) lives in `parts`.
 
-The model reads `tokens`, `positions`, `segments`, `looks`, `appears` and `document`, and for an encoder-decoder
-the same with `source_` before them; it knows no objective. The last axis is tokens, the others are free.
+The model reads `tokens`, `positions`, `segments`, `looks`, `appears`, `leaves` and `document`, for an encoder-decoder
+the same with `source_` before them, and for one with memory with `memory_`; it knows no objective. The last axis is
+tokens, the others are free.
 
 >>> import torch
 >>> from firth.model.shape import decoder
@@ -13,38 +14,57 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
-from firth.model.block import Block, Reading, initialise
+from firth.model.block import Block, Linear, Reading, initialise
+from firth.model.distance import Apart, between
 from firth.model.latent import Latent
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
-from firth.model.shape import Shape
+from firth.model.shape import BIASED, LEARNED, Shape
 from firth.types import NEVER, Batch, UserError
 
-FIELDS = ("tokens", "positions", "segments", "looks", "appears", "document")
+FIELDS = ("tokens", "positions", "segments", "looks", "appears", "leaves", "document")
+
+ALWAYS = 1 - NEVER
+"""The moment before all moments: what stands before a row is there from the start."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What stands before a row: the states (B, M, width) that entered each block, and the fields of its tokens, (B, M)."""
+
+    states: Sequence[Tensor]
+    fields: Batch
 
 
 class Trunk(nn.Module):
-    """A stack of blocks, what it adds to the embeddings before them and the norm after them."""
+    """A stack of blocks, what it does to the embeddings before them and the norm after them.
+
+    `blocks` are those that have weights of their own; `layers` says in which order they are passed.
+    """
 
     def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
         super().__init__()
         self.shape = shape
-        self.embed_norm = make_norm(shape) if shape.embed_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(depth))
+        self.embed_norm = make_norm(shape, shape.table_width) if shape.embed_norm else nn.Identity()
+        self.project = Linear(shape.embed, shape.width, bias=shape.bias) if shape.embed else None
+        self.depth = depth
+        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
-        self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
+        self.relative = Relative(shape, both_ways) if shape.position in BIASED else None
         self.linformer = Linformer(shape) if shape.linformer else None
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
-        """The blocks, typed."""
-        return list(self.blocks)  # type: ignore[arg-type]
+        """The block of each layer, first to last; a shared one comes several times."""
+        own: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        return [own[layer * len(own) // self.depth] for layer in range(self.depth)]
 
     def forward(
         self,
@@ -53,46 +73,77 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         memory: Tensor | None = None,
         source: Batch | None = None,
+        past: Past | None = None,
     ) -> Tensor:
-        """x: embeddings (B, T, width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
-        x = self.drop(self.embed_norm(x))
-        reading = self.reading(fields, cache)
+        """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
+        x = self.enter(x)
+        reading = self.reading(fields, cache, past)
         across: Reading | None = None
-        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        layers = self.layers()
+        crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         if source is not None:
             across = Reading(self.crossing(fields, source, cache))
             if memory is not None:
-                made = [block.crossing(memory) for block in self.layers()]
+                made = [block.crossing(memory) for block in layers]
                 if cache is not None:
                     cache.cross, cache.source = made, source
             elif cache is not None:
                 made = cache.cross
             crossed = made
-        for block, crossing in zip(self.blocks, crossed, strict=True):
-            x = block(x, reading, across, crossing)
+        before = [None] * len(layers) if past is None else past.states
+        for layer, (block, crossing, earlier) in enumerate(zip(layers, crossed, before, strict=True)):
+            here = reading if reading.slots is None else replace(reading, slots=reading.slots.of(layer))
+            x = block(x, here, across, crossing, earlier)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.advance(x.shape[1])
         return self.norm(x)
 
-    def reading(self, fields: Batch, cache: Cache | None) -> Reading:
-        """What the blocks share: who sees whom among these tokens and the cached ones, and where each stands."""
+    def enter(self, x: Tensor) -> Tensor:
+        """Embeddings (B, T, table width) as the first block takes them: (B, T, width)."""
+        x = self.drop(self.embed_norm(x))
+        return x if self.project is None else self.project(x)
+
+    def entering(self, x: Tensor, fields: Batch) -> list[Tensor]:
+        """The states (B, T, width) that enter each block; the last block itself need not be run."""
+        reading, out = self.reading(fields, None), [self.enter(x)]
+        for block in self.layers()[:-1]:
+            out.append(block(out[-1], reading))
+        return out
+
+    def reading(self, fields: Batch, cache: Cache | None, past: Past | None = None) -> Reading:
+        """What the blocks share: who sees whom among these tokens and those before them, and where each stands."""
         positions = fields["positions"]
         angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
         if cache is not None and cache.shown is not None:
-            bias = None if self.relative is None else self.relative(positions, cache.note("positions", positions))
-            return Reading(cache.latest(), None, None if angles is None else rotation(*angles), bias, cache)
+            # Noting takes time, of which a token has little: only for those who ask where the earlier ones stand.
+            asked = self.relative is not None or self.shape.position == "xlnet"
+            known = {n: cache.note(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
+            bias = None if self.relative is None else self.relative(positions, known["positions"])
+            turned = None if angles is None else rotation(*angles)
+            return Reading(cache.latest(), None, turned, bias, cache, self.apart(fields, known))
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
         looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
         document = fields.get("document")
-        keys = {"appears": appears, "positions": positions} | ({} if document is None else {"document": document})
+        keys = {"appears": appears, "positions": positions}
+        keys |= {name: fields[name] for name in ("document", "segments", "leaves") if name in fields}
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
-        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex)
+        if past is not None:
+            keys = {name: _behind(past.fields, name, value) for name, value in keys.items()}
+        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex, keys.get("leaves"))
         if self.linformer is not None:
             slots = self.linformer.at(positions.shape[-1], sees)
             return Reading(slots.sees, angles, slots=slots)
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
-        return Reading(sees, angles, None, bias, cache)
+        return Reading(sees, angles, None, bias, cache, self.apart(fields, keys))
+
+    def apart(self, fields: Batch, keys: Batch) -> Apart | None:
+        """How far apart queries and keys stand, for blocks that ask (XLNet's)."""
+        if self.shape.position != "xlnet":
+            return None
+        index, table = between(fields["positions"], keys["positions"], self.shape.width)
+        told = "segments" in fields and self.shape.segments
+        return Apart(index, table, fields["segments"][:, :, None] != keys["segments"][:, None, :] if told else None)
 
     def crossing(self, fields: Batch, source: Batch, cache: Cache | None) -> Visibility:
         """Which tokens of the source these tokens see: all of their document's. Lowered once where a row is written."""
@@ -107,8 +158,9 @@ class Trunk(nn.Module):
 
     @property
     def flex(self) -> bool | None:
-        """Whether to make block masks, which can carry neither T5's bias nor dropout. None: where they pay."""
-        return False if self.relative is not None or (self.training and self.shape.dropout) else None
+        """Whether to make block masks, which can carry neither a bias nor dropout. None: where they pay."""
+        biased = self.relative is not None or self.shape.position == "xlnet"
+        return False if biased or (self.training and self.shape.dropout) else None
 
 
 class LM(nn.Module):
@@ -117,38 +169,64 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
-        self.tokens = nn.Embedding(shape.vocab, shape.width)
-        self.places = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
-        self.segments = nn.Embedding(shape.segments, shape.width) if shape.segments else None
+        learned = shape.position in LEARNED
+        self.tokens = nn.Embedding(shape.vocab, shape.table_width)
+        self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
+        self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
+        added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
+        self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
+        self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
         self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         self.latent = Latent(shape) if shape.latent else None
         for child in self.children():
             initialise(child, shape)
-        for table in (self.tokens, self.places, self.segments):
+        for table in (*self.tables().values(), self.source_places):
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
         self.parts = nn.ModuleDict(dict(parts))
         self.tie()
 
     def tie(self) -> None:
-        """Make the head's matrix the embedding's, if the shape says so: one Parameter, one gradient."""
+        """Make one Parameter, with one gradient, of what is shared: the head's matrix if tied, and the tables of guests."""
         if self.shape.tied and "lm" in self.parts:
             self.parts["lm"].weight = self.tokens.weight
+        for part in self.parts.values():
+            if isinstance(part, LM):
+                part.join(self)
 
-    def embed(self, fields: Batch) -> Tensor:
-        """Token, position and segment vectors added up: fields (B, T) -> (B, T, width)."""
+    def join(self, host: LM) -> None:
+        """Be a part of another model; what that means for what they share."""
+        self.tie()
+
+    def shared(self) -> dict[str, str]:
+        """Names of tensors that are others by a second name -> the first name, under which they are saved."""
+        first: dict[int, str] = {}
+        every = self.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
+
+    def tables(self) -> dict[str, nn.Embedding | None]:
+        """What tokens, positions and segments are looked up in."""
+        return {"tokens": self.tokens, "places": self.places, "segments": self.segments}
+
+    def embed(self, fields: Batch, source: bool = False) -> Tensor:
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder."""
+        places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
+        if self.query is not None and "appears" in fields:
+            # Whom nobody can see asks and tells nothing (or is padding): so no token can leak into its own query.
+            x = torch.where((fields["appears"] == NEVER)[..., None], self.query.to(x.dtype), x)
         positions = fields["positions"]
-        if self.places is not None:
-            if positions.shape[-1] > self.shape.context:
+        if places is not None:
+            # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
+            if positions.shape[-1] > self.shape.context and int(positions.amax()) >= self.shape.context:
                 raise UserError(
-                    f"a row of {positions.shape[-1]} tokens is longer than shape.context={self.shape.context}, "
+                    f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.shape.context}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
-            x = x + self.places(positions)
+            x = x + places(positions)
         if self.shape.position == "sinusoidal":
-            x = x + sinusoidal(positions, self.shape.width).to(x.dtype)
+            x = x + sinusoidal(positions, self.shape.table_width).to(x.dtype)
         if self.segments is not None:
             given = fields.get("segments")
             x = x + (self.segments.weight[0] if given is None else self.segments(given))
@@ -159,7 +237,7 @@ class LM(nn.Module):
         if self.encoder is None:
             raise UserError("this model has no encoder: shape.encoder is 0")
         fields = rows(batch, "source_")
-        return self.encoder(self.embed(fields), fields).unflatten(0, batch["source_tokens"].shape[:-1])
+        return self.encoder(self.embed(fields, source=True), fields).unflatten(0, batch["source_tokens"].shape[:-1])
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent of each source: two of (..., latent)."""
@@ -184,17 +262,73 @@ class LM(nn.Module):
             source = {"appears": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
         elif self.encoder is not None:
             whole = rows(batch, "source_")
-            memory = self.encoder(self.embed(whole), whole)
+            memory = self.encoder(self.embed(whole, source=True), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
-        hidden = self.trunk(self.embed(fields), fields, cache, memory, source)
+        hidden = self.trunk(self.embed(fields), fields, cache, memory, source, self.before(batch))
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
+
+    @torch.no_grad()
+    def before(self, batch: Batch) -> Past | None:
+        """Read the tokens that stand before the rows, without gradient (Dai 2019, section 3.2); None where there are none.
+
+        `memory_tokens` (..., M) end where their row begins: positions -M to -1, padding aside. Every token of the row
+        that is of their document (0, unless told) sees all of them. Transformer-XL keeps the states of the step before,
+        so a step depends on the one before it, and with L blocks a state can know of L memories further back. Here a row is
+        a pure function of its example: it may be shuffled, and a run resumes from a number. The price is one forward pass
+        of the blocks but the last over M tokens, and that nothing further back than M is known.
+        """
+        if "memory_tokens" not in batch or not batch["memory_tokens"].shape[-1]:
+            return None
+        if self.shape.position != "xlnet":
+            raise UserError(
+                f"the batch has tokens before its rows, and position {self.shape.position!r} has no place for them"
+            )
+        fields = rows(batch, "memory_")
+        tokens = fields["tokens"]
+        there = fields.get("appears", torch.zeros_like(tokens)) != NEVER
+        slots = torch.arange(tokens.shape[-1], device=tokens.device)
+        fields["positions"] = slots - there.sum(-1, keepdim=True)
+        # Read as the model reads any text: a causal one from left to right.
+        looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
+        read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
+        states = self.trunk.entering(self.embed(read), read)
+        return Past(states, fields | {"appears": torch.where(there, ALWAYS, NEVER).int()})
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
         if self.shape.linformer:
             raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
         return Cache(rows, capacity)
+
+
+def _behind(past: Batch, name: str, own: Tensor) -> Tensor:
+    """A field of the tokens before a row and of its own: (B, M + T). Whatever the past does not tell is 0; it never leaves."""
+    told = past.get(name)
+    if told is None:
+        told = torch.full_like(past["tokens"], NEVER if name == "leaves" else 0)
+    return torch.cat((told.to(own.dtype), own.expand(len(told), -1)), -1)
+
+
+class Guest(LM):
+    """A model among the parts of another that reads with its host's tables: ELECTRA's generator (Clark 2020, section 3.2).
+
+    Alone it is a whole model, which can be saved and run. Its tables are as wide as its host's.
+    """
+
+    def join(self, host: LM) -> None:
+        """Read with the host's tables from here on. UserError if they are not as large."""
+        for name, table in host.tables().items():
+            own = self.tables()[name]
+            if own is None or table is None:
+                if own is not table:
+                    raise UserError(f"a guest and its host must both have {name}, or neither")
+                continue
+            if own.weight.shape != table.weight.shape:
+                sizes = f"{list(own.weight.shape)} and {list(table.weight.shape)}"
+                raise UserError(f"a guest cannot read with its host's {name}: the tables are {sizes}")
+            own.weight = table.weight
+        self.tie()
 
 
 def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:

@@ -41,8 +41,9 @@ class RMSNorm(nn.Module):
         return y if self.weight is None else y * self.weight
 
 
-def make_norm(shape: Shape) -> nn.Module:
-    """The norm that a shape asks for, over its width."""
+def make_norm(shape: Shape, width: int = 0) -> nn.Module:
+    """The norm that a shape asks for, over `width` numbers (0: its own width)."""
+    width = width or shape.width
     if shape.norm == "layer":
-        return LayerNorm(shape.width, shape.norm_weight, shape.norm_bias, shape.norm_eps)
-    return RMSNorm(shape.width, shape.norm_weight, shape.norm_eps)
+        return LayerNorm(width, shape.norm_weight, shape.norm_bias, shape.norm_eps)
+    return RMSNorm(width, shape.norm_weight, shape.norm_eps)

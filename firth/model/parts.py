@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
+from firth.model.lm import LM, Guest
 from firth.model.norm import LayerNorm, RMSNorm
 from firth.model.shape import Shape
 from firth.types import UserError
@@ -58,6 +58,9 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     },
     RMSNorm: lambda m: {"kind": "rms_norm", "width": m.width, "weight": m.weight is not None, "eps": m.eps},
     Vocabulary: lambda m: {"kind": "vocabulary", "shape": asdict(m.shape)},
+    Guest: lambda m: {
+        "kind": "guest", "shape": asdict(m.shape), "parts": {n: described(p) for n, p in m.parts.items()}
+    },
     LM: lambda m: {"kind": "model", "shape": asdict(m.shape), "parts": {n: described(p) for n, p in m.parts.items()}},
 }  # fmt: skip
 
@@ -73,5 +76,6 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "layer_norm": lambda d: LayerNorm(d["width"], d["weight"], d["bias"], d["eps"]),
     "rms_norm": lambda d: RMSNorm(d["width"], d["weight"], d["eps"]),
     "vocabulary": lambda d: Vocabulary(Shape(**d["shape"])),
+    "guest": lambda d: Guest(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),
     "model": lambda d: LM(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),
 }

@@ -5,7 +5,13 @@
     gpt2 ... gpt2-xl        124 M to 1.56 B   Radford 2019, table 2 (its 117 M and 345 M are miscounts: 124 M and 355 M)
     gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
+    xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
+    mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
+    spanbert                334 M             Joshi 2020: BERT-large with its cased vocabulary
+    albert-base ...         12, 18, 60, 223 M Lan 2020, table 1, with the pooler (its 235 M for the last is 223 M as released)
+    electra-small, -base    14 M, 110 M       Clark 2020, table 6: the discriminator
     t5-small ... t5-11b     61 M to 11 B      Raffel 2020, section 3.7 (there 60 M, 220 M, 770 M, 3 B, 11 B)
+    bart-base, bart-large   139 M, 406 M      Lewis 2019, section 2.1 (base) and 5 (large)
     llama-7b                6.7 B             Touvron 2023, table 2
 
 >>> f"{SHAPES['gpt2-xl'].parameters():,}"
@@ -13,6 +19,8 @@
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from firth.model.shape import Shape
 
@@ -43,12 +51,44 @@ def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, seg
     )  # fmt: skip
 
 
+def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> Shape:
+    """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, norm_at="post", norm_eps=1e-12,
+        position="xlnet", query=True, segments=2, memory=memory, activation="gelu", dropout=0.1, head_bias=True,
+    )  # fmt: skip
+
+
+def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+    """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
+    return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
+
+
+def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> Shape:
+    """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
+    like = bert(vocab, width, depth, heads)
+    return replace(like, embed=128, groups=1, activation="gelu_tanh")
+
+
+def electra(width: int, heads: int, embed: int = 0) -> Shape:
+    """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
+    return replace(bert(30522, width, 12, heads), embed=embed)
+
+
 def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> Shape:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return Shape(
         vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, head_width=head_width, hidden=hidden,
         context=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
         score_scale=False, head_scale=width**-0.5, dropout=0.1, init=0.0,
+    )  # fmt: skip
+
+
+def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
+    """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, context=context, decoder_start="eos",
+        norm_at="post", embed_norm=True, activation="gelu", dropout=0.1, head_bias=True,
     )  # fmt: skip
 
 
@@ -61,11 +101,23 @@ SHAPES: dict[str, Shape] = {
     "gpt3": gpt2(50257, 12288, 96, 96, context=2048),
     "bert-base": bert(30522, 768, 12, 12),
     "bert-large": bert(30522, 1024, 24, 16),
+    "xlnet-base": xlnet(32000, 768, 12, 12),
+    "xlnet-large": xlnet(32000, 1024, 24, 16),
+    "mpnet-base": mpnet(30527, 768, 12, 12),
+    "spanbert": bert(28996, 1024, 24, 16),
+    "albert-base": albert(768, 12, 12),
+    "albert-large": albert(1024, 24, 16),
+    "albert-xlarge": albert(2048, 24, 16),
+    "albert-xxlarge": albert(4096, 12, 64),
+    "electra-small": electra(256, 4, embed=128),
+    "electra-base": electra(768, 12),
     "t5-small": t5(32128, 512, 6, 8, 64, 2048),
     "t5-base": t5(32128, 768, 12, 12, 64, 3072),
     "t5-large": t5(32128, 1024, 24, 16, 64, 4096),
     "t5-3b": t5(32128, 1024, 24, 32, 128, 16384),
     "t5-11b": t5(32128, 1024, 24, 128, 128, 65536),
+    "bart-base": bart(50265, 768, 6, 12),
+    "bart-large": bart(50265, 1024, 12, 16),
     "llama-7b": llama(32000, 4096, 32, 32, 11008),
 }
 """Name -> shape, with the vocabulary that the released tokenizer has (T5's rounded up to 32,128)."""

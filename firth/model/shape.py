@@ -6,7 +6,12 @@ The published families are points in this space, not classes:
     GPT-2       position="learned", activation="gelu_tanh", tied
     Llama       norm="rms", norm_bias off, position="rotary", activation="swiglu", bias off
     T5          encoder=12, norm="rms", position="t5", activation="relu" or "geglu_tanh", score_scale off
+    ALBERT      BERT's, embed=128, groups=1 (one block for all layers)
+    ELECTRA     BERT's, embed=128 (small)
+    BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
+    XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
+    MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
     ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
 
 >>> decoder(vocab=8192, width=384, depth=6).parameters()
@@ -31,6 +36,9 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 VECTORS = 4
 """Vectors that a latent becomes, for a decoder to attend to."""
 
+LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
+"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
+
 Reads = Literal["any", "left", "both", "free", "source", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
 order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
@@ -44,13 +52,21 @@ class Shape:
     vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
     heads, kv_heads (0: as many as heads), head_width (0: width / heads). hidden: inner size of the MLP (0: 4 width).
     context: longest row it is meant for; a hard limit with learned positions only.
-    encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention.
+    embed: width of the token, position and segment tables, which one matrix then takes to `width`; 0: tables of `width`. A
+    head that is tied to such a table reads back to its width first (head="transform"; ALBERT, Lan 2020, section 3.1).
+    groups: how many blocks have weights of their own: consecutive layers share those of one (ALBERT: 1); 0: every layer.
+    encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention, and learned positions
+    have a table for each side. decoder_start: the role of the token that its answers begin behind (T5: pad; BART: eos).
     causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
     this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
-    buckets, distance: T5's relative positions. score_scale: whether scores are divided by sqrt(head_width).
+    "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
+    attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
+    buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
+    query: a learned vector of its own stands where nobody can look, whatever the token (XLNet's w); else the token's.
+    score_scale: whether scores are divided by sqrt(head_width).
     bias: whether the linear maps of the blocks have one. qk_norm: unit-RMS queries and keys.
     segments: number of segment types, 0 for none. dropout: on embeddings, attention weights and each branch's output.
     tied: the vocabulary head uses the token embedding. head: "linear", or "transform" for a dense layer,
@@ -73,7 +89,10 @@ class Shape:
     head_width: int = 0
     hidden: int = 0
     context: int = 1024
+    embed: int = 0
+    groups: int = 0
     encoder: int = 0
+    decoder_start: Literal["pad", "eos"] = "pad"
     causal: bool = True
     norm: Literal["layer", "rms"] = "layer"
     norm_at: Literal["pre", "post"] = "pre"
@@ -82,11 +101,13 @@ class Shape:
     norm_eps: float = 1e-5
     embed_norm: bool = False
     first_norm: bool = True
-    position: Literal["learned", "sinusoidal", "rotary", "t5", "none"] = "learned"
+    position: Literal["learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rotary_theta: float = 10000.0
     rotary_sign: int = 1
     buckets: int = 32
     distance: int = 128
+    memory: int = 0
+    query: bool = False
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
     score_scale: bool = True
@@ -112,7 +133,8 @@ class Shape:
         for name in ("vocab", "width", "depth", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_width", "hidden", "encoder", "segments", "linformer", "latent"):
+        for name in ("kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory", "linformer",
+                     "latent"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
         for name, choices in CHOICES.items():
@@ -132,15 +154,40 @@ class Shape:
             raise UserError(
                 f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even"
             )
-        if self.position == "sinusoidal" and self.width % 2:
-            raise UserError(f"sinusoidal positions come in pairs, and shape.width={self.width} is odd: make it even")
+        if self.position == "sinusoidal" and self.table_width % 2:
+            raise UserError(
+                f"sinusoidal positions come in pairs, and a width of {self.table_width} is odd: make it even"
+            )
+        if self.embed and self.tied and self.head == "linear":
+            raise UserError(
+                f"a linear head of width {self.width} cannot be tied to tables of shape.embed={self.embed}: "
+                "set shape.head=transform or shape.tied=false"
+            )
+        if self.groups > min(self.depth, self.encoder or self.depth):
+            raise UserError(f"shape.groups={self.groups} is more than there are layers: make it at most shape.depth")
+        if self.groups and not self.first_norm:
+            raise UserError(
+                "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
+            )
+        if self.position == "xlnet" and (self.width % 2 or self.encoder or self.kv_heads != self.heads or self.qk_norm):
+            raise UserError(
+                f"position xlnet needs an even shape.width (it is {self.width}), encoder=0 ({self.encoder}), as many "
+                f"kv_heads as heads ({self.kv_heads} of {self.heads}) and qk_norm=false ({str(self.qk_norm).lower()})"
+            )
+        if self.memory and self.position != "xlnet":
+            raise UserError(
+                f"shape.memory={self.memory} needs positions that reach back before a row, which "
+                f"shape.position={self.position!r} does not: set shape.position=xlnet, or shape.memory=0"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
-        if self.linformer and (self.causal or self.encoder or self.position == "t5" or self.linformer > self.context):
+        if self.linformer and (
+            self.causal or self.encoder or self.position in ("t5", "mpnet", "xlnet") or self.linformer > self.context
+        ):
             raise UserError(
                 f"shape.linformer={self.linformer} mixes a whole row of at most shape.context={self.context} tokens into "
-                "fewer slots: it needs shape.causal=false, shape.encoder=0, a shape.position other than t5 (which says how "
-                "far two tokens are apart, and a slot is nowhere), and at most `context` slots"
+                "fewer slots: it needs shape.causal=false, shape.encoder=0, a shape.position other than t5, mpnet and xlnet "
+                "(which say how far two tokens are apart, and a slot is nowhere), and at most `context` slots"
             )
         if self.latent and not self.encoder:
             raise UserError(f"shape.latent={self.latent} stands between an encoder and a decoder: set shape.encoder")
@@ -151,6 +198,11 @@ class Shape:
     def gated(self) -> bool:
         """Whether the MLP has a gate beside its input map."""
         return self.activation in GATED
+
+    @property
+    def table_width(self) -> int:
+        """Width of the embedding tables."""
+        return self.embed or self.width
 
     @property
     def noun(self) -> str:
@@ -184,30 +236,39 @@ class Shape:
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-        norm = (self.width if self.norm_weight else 0) + (self.width if self.norm_bias and self.norm == "layer" else 0)
+        table, each = self.table_width, self.norm_weight + (self.norm_bias and self.norm == "layer")
+        norm = each * self.width
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
         attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
+        if self.position == "xlnet":
+            attention += self.width * queries + 2 * queries + 3 * queries * (self.segments > 0)
+            attention -= (queries + 2 * keys + self.width) * self.bias
         inner = self.hidden * (2 if self.gated else 1)
         mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
         block = attention + mlp + 2 * norm
         trunks = [self.depth] + ([self.encoder] if self.encoder else [])
-        total = self.vocab * self.width + sum(trunks) * block + self.depth * (attention + norm) * (self.encoder > 0)
-        for _ in trunks:
-            total += norm * ((self.norm_at == "pre") + self.embed_norm - (not self.first_norm))
-            total += self.heads * self.buckets * (self.position == "t5")
-        total += self.width * (self.context * (self.position == "learned") + self.segments)
+        total = self.vocab * table
+        for depth in trunks:
+            total += (self.groups or depth) * block
+            total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
+            total += self.width * (table + self.bias) * (self.embed > 0)
+            total += self.heads * self.buckets * (self.position in BIASED)
+        total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
+        total += table * (self.context * (self.position in LEARNED) * len(trunks) + self.query)
+        total += table * self.segments * (self.position != "xlnet")
         total += math.prod(self.projections) * self.context * self.linformer
         if self.latent:
             total += 2 * self.latent * (self.width + 1) + VECTORS * self.width * (self.latent + 1)
-        total += self.vocab * (self.head_bias + self.width * (not self.tied))
-        transform = self.width * self.width + self.width * self.bias + norm
-        return total + transform * (self.head == "transform")
+        transform = self.head == "transform"
+        total += self.vocab * (self.head_bias + (table if transform else self.width) * (not self.tied))
+        return total + (self.width + self.bias + each) * table * transform
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "decoder_start": ("pad", "eos"),
     "norm": ("layer", "rms"),
     "norm_at": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "rotary", "t5", "none"),
+    "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
     "head": ("linear", "transform"),
     "linformer_sharing": ("headwise", "key-value", "layerwise"),

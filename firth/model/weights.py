@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from firth.model.families import FAMILIES, family_of
-from firth.model.families.family import Entry, Family, to_ours, to_theirs
+from firth.model.families import FAMILIES, families_of
+from firth.model.families.family import Entry, Family, Headed, to_ours, to_theirs
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.parts import described, rebuilt
+from firth.model.parts import Description, described, rebuilt
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -42,30 +42,26 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
     facts: anything worth keeping beside the weights (steps, loss, recipe hash), as JSON.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    family, head = family_of(model.shape), "lm" in model.parts
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    parts = {name: described(part) for name, part in model.parts.items()}
+    parts, head = {name: described(part) for name, part in model.parts.items()}, "lm" in model.parts
+    family, headed = _class(families_of(model.shape), model.shape, parts)
     record = {"shape": asdict(model.shape), "parts": parts, "family": None if family is None else family.name}
     if family is None:
-        if model.shape.tied:
-            state.pop("parts.lm.weight", None)
-        written = {name: tensor.contiguous() for name, tensor in state.items()}
+        written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared()}
         (directory / "config.json").unlink(missing_ok=True)
         (directory / "generation_config.json").unlink(missing_ok=True)
         said = "no family of transformers expresses this shape, so only firth loads it"
     else:
-        entries = family.entries(model.shape, head)
+        entries = _entries(family, model.shape, head, headed)
         written = to_theirs(state, entries)
-        theirs = {ours for entry in entries for ours in entry.ours} | (
-            {"parts.lm.weight"} if model.shape.tied else set()
-        )
+        theirs = {ours for entry in entries for ours in entry.ours} | model.shared().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(model.tokens.weight.dtype).removeprefix("torch.")
         ids = token_ids(tokenizer, model.shape)
-        kind = family.classes[0 if head else 1]
+        kind = headed.name if headed else family.classes[0 if head else 1]
         common = {"architectures": [kind], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype} | ids
         _write(directory / "config.json", common | family.config(model.shape))
-        if head and family.name not in ("bert", "modernbert"):
+        if head and model.shape.causal:
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
@@ -78,12 +74,39 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
     return said
 
 
+def _class(
+    families: Sequence[Family], shape: Shape, parts: Mapping[str, Description]
+) -> tuple[Family | None, Headed | None]:
+    """The family, and the class of it, that says the most of a model's parts; the first of those that say as much."""
+    best: tuple[Family | None, Headed | None] = (None, None)
+    most = -1
+    for family in families:
+        for headed in (None, *family.headed):
+            heads = {} if headed is None else _heads(headed, shape)
+            lm = "lm" in parts and (headed is None or headed.lm)
+            whole = headed is None or headed.lm == ("lm" in parts)
+            if whole and heads.items() <= parts.items() and len(heads) + lm > most:
+                best, most = (family, headed), len(heads) + lm
+    return best
+
+
+def _heads(headed: Headed, shape: Shape) -> dict[str, Description]:
+    """The heads that a class has besides the vocabulary's, described."""
+    with torch.device("meta"):
+        return {name: described(part) for name, part in headed.parts(shape).items()}
+
+
+def _entries(family: Family, shape: Shape, head: bool, headed: Headed | None) -> list[Entry]:
+    return family.entries(shape, head) + ([] if headed is None else headed.entries(shape))
+
+
 def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
     """The ids a config states. Explicit nulls: a family's own defaults may lie outside a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
     if shape.encoder:
-        ids["pad_token_id"] = ids["decoder_start_token_id"] = roles.get("pad", 0)
+        ids["pad_token_id"] = roles.get("pad", 0)
+        ids["decoder_start_token_id"] = roles.get(shape.decoder_start, 0)
     return ids
 
 
@@ -111,7 +134,9 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     A part of the same name but of other sizes is both dropped and added. Raises UserError if the trunks differ.
     """
     shape, state, _ = _read(directory)
-    mine = model.state_dict()
+    shared = model.shared()
+    state = {name: tensor for name, tensor in state.items() if name not in shared}
+    mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(f"cannot start from {directory}: {_difference(model.shape, shape)}; use the same shape")
@@ -143,9 +168,7 @@ def _difference(mine: Shape, theirs: Shape) -> str:
 
 def _fill(model: LM, state: Mapping[str, Tensor], where: str) -> None:
     """Copy every tensor in; one missing, left over or of another size is a UserError."""
-    state = dict(state)
-    if model.shape.tied and "lm" in model.parts:
-        state["parts.lm.weight"] = state["tokens.weight"]
+    state = dict(state) | {name: state[first] for name, first in model.shared().items() if first in state}
     mine = model.state_dict()
     for name in sorted(mine.keys() ^ state.keys()):
         raise UserError(f"{where} {'lacks' if name in mine else 'holds an unexpected'} tensor {name!r}")
@@ -166,6 +189,8 @@ def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str
     kind = ours.get("family") if ours else config.get("model_type")
     if kind is None:
         shape = _shape(ours, directory)
+        if shape.tied and "lm" in ours["parts"]:
+            state["parts.lm.weight"] = state["tokens.weight"]
         return shape, state, ours["parts"]
     if kind not in FAMILIES:
         raise UserError(f"{directory}/config.json is of family {kind!r}; firth reads {', '.join(FAMILIES)}")
@@ -174,12 +199,19 @@ def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str
     head = "lm" in ours["parts"] if ours else _has_head(family, shape, state, config)
     extra = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
     rest = {name: tensor for name, tensor in state.items() if name not in extra}
-    found = to_ours(family, rest, family.entries(shape, head), f"{directory}")
+    if ours:
+        parts, (_, headed) = ours["parts"], _class([family], shape, ours["parts"])
+    else:
+        headed = next(
+            (h for h in family.headed if h.lm == head and all(e.theirs in rest for e in h.entries(shape))), None
+        )
+        parts = {"lm": described(_bare_head(shape))} if head else {}
+        parts |= {} if headed is None else _heads(headed, shape)
+    found = to_ours(family, rest, _entries(family, shape, head, headed), f"{directory}")
     if shape.tied:
         found.pop("parts.lm.weight", None)
         if head:
             found["parts.lm.weight"] = found["tokens.weight"]
-    parts = ours["parts"] if ours else ({"lm": described(_bare_head(shape))} if head else {})
     return shape, found | extra, parts
 
 

@@ -3,8 +3,7 @@
     [CLS] the man went to the store [SEP] he bought milk [SEP]            follows (0)
     [CLS] the man went to the store [SEP] penguins cannot fly [SEP]       from another document (1)
 
-The question is asked at [CLS], through BERT's pooler. BERT is `NSP() + MLM()`: the pair is laid out first, and the
-masks are then drawn on what was laid out.
+BERT is `NSP() + MLM()`: the pair is laid out first, and the masks are then drawn on what was laid out.
 """
 
 from __future__ import annotations
@@ -13,27 +12,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor, nn
 
-from firth.data import layout
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, asked, choice_loss, correct
+from firth.objectives.pair import Pair
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
-
-
-def pooled(width: int, answers: int) -> nn.Sequential:
-    """BERT's pooler and a classifier: width -> width -> tanh -> answers, initialised as there."""
-    pooler, classifier = nn.Linear(width, width), nn.Linear(width, answers)
-    for linear in (pooler, classifier):
-        nn.init.normal_(linear.weight, std=0.02)
-        nn.init.zeros_(linear.bias)
-    return nn.Sequential(pooler, nn.Tanh(), classifier)
+from firth.types import Example
 
 
 @dataclass(frozen=True)
-class NSP(Objective):
+class NSP(Pair):
     """From {"first", "second", "other"}: half the time second follows first, half the time other stands there.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
@@ -45,23 +31,10 @@ class NSP(Objective):
 
     targets: ClassVar[dict[str, str]] = {"next": "next"}
     measures: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
+    asks: ClassVar[str] = "next"
 
     follows: float = 0.5
 
-    def reads(self) -> Reads:
-        return "both"
-
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"next": pooled(shape.width, 2)}
-
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        stranger = rng.random() >= self.follows
-        shown = layout.pair(example["first"], example["other" if stranger else "second"], vocab)
-        answer = np.full(len(shown["tokens"]), IGNORE)
-        answer[0] = stranger
-        return shown | {"next": answer}
-
-    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, answers = asked(outputs["hidden"], batch["next"])
-        scores = model.parts["next"](states)  # (N, 2)
-        return {"next": choice_loss(scores, answers), "next_accuracy": correct(scores, answers)}
+        stranger = bool(rng.random() >= self.follows)
+        return self.laid(example["first"], example["other" if stranger else "second"], stranger, vocab)

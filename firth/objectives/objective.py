@@ -37,6 +37,7 @@ class Objective:
 
     targets: loss term -> the batch field that supervises it.
     measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
+    ratios: what the log shows of two measures with one count, one over the other: (over, under). Exact however a step is cut.
     classes: the names of the answers, for objectives that choose among some.
     whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
     micro-batches or shared by ranks, and is refused where it would be.
@@ -45,6 +46,7 @@ class Objective:
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
     whole: ClassVar[bool] = False
+    ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
@@ -86,6 +88,10 @@ class Objective:
         """One SUM (not mean) per term of `targets` and `measures`."""
         raise NotImplementedError(type(self).__name__)
 
+    def writer(self, model: LM) -> LM:
+        """The model whose vocabulary head answers `labels`, if one does: this one, or one among its parts."""
+        return model
+
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
         """How one hidden token of a bare text (n,) is asked: `labels` hold tokens[at] alone, and what is shown is all that
         the objective lets a model see of the rest. None for an objective that asks for no token."""
@@ -122,6 +128,7 @@ class Sum(Objective):
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
         object.__setattr__(self, "whole", self.first.whole or self.second.whole)
+        object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
         object.__setattr__(self, "classes", self.first.classes or self.second.classes)
 
     def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
@@ -153,6 +160,9 @@ class Sum(Objective):
 
     def run(self, model: LM, batch: Batch) -> Outputs:
         return self._reader.run(model, batch)
+
+    def writer(self, model: LM) -> LM:
+        return self._reader.writer(model)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)

@@ -89,7 +89,7 @@ def question(objective: Objective, example: Example, vocab: Vocab) -> Example:
     [0, -100, -100]
     """
     seen = objective.view(example | {"label": 0}, vocab, np.random.default_rng(0))
-    kept = {name: seen[name] for name in ("tokens", "segments", "looks", "appears") if name in seen}
+    kept = {name: seen[name] for name in ("tokens", "segments", "looks", "appears", "source_tokens") if name in seen}
     return kept | {"labels": seen["class"]}
 
 
@@ -119,6 +119,10 @@ class Consistency(Related):
     confidence: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.at == "answer":
+            raise UserError(
+                "consistency reads a text twice, once with masks in it: it needs an encoder or a decoder alone"
+            )
         if not (0 < self.rate < 1 and self.temperature > 0 and 0 <= self.confidence < 1):
             raise UserError(
                 f"consistency: rate={self.rate} must be between 0 and 1, temperature={self.temperature} above 0 and "

@@ -61,4 +61,4 @@ class TextToText(Tokens):
         return "source"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return layout.seq2seq(example["source"], example["target"], vocab.pad)
+        return layout.seq2seq(example["source"], example["target"], vocab.start)

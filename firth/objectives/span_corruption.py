@@ -13,11 +13,11 @@ code leaves it out when the text ends in a dropped span, where nothing follows i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from firth.data import layout
+from firth.data.layout import Answering
 from firth.data.noise import NOISES, Kind
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
@@ -68,7 +68,7 @@ class SpanCorruption(Tokens):
 
     rate: float = 0.15
     noise: Kind = "spans"
-    layout: Literal["seq2seq", "prefix"] = "seq2seq"
+    layout: Answering = "seq2seq"
 
     def reads(self) -> Reads:
         return "source" if self.layout == "seq2seq" else "free"
@@ -87,6 +87,4 @@ class SpanCorruption(Tokens):
 
     def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:
         source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
-        if self.layout == "prefix":
-            return layout.prefix(source, target)
-        return layout.seq2seq(source, target, vocab.pad)
+        return layout.answering(self.layout, source, target, vocab)

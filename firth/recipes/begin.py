@@ -24,7 +24,8 @@ def begin(model: LM, objective: Objective, batches: Batches) -> int:
     Returns how many answers were counted; 0 where nothing is to be done: an objective that asks no tokens, or a head
     that has no place for it (`firth.model.unigram`). A pure function of the run's seed.
     """
-    if LABELS not in objective.targets.values() or "lm" not in model.parts:
+    writer = objective.writer(model)
+    if LABELS not in objective.targets.values() or "lm" not in writer.parts:
         return 0
     counts = torch.zeros(model.shape.vocab)
     first: list[Batch] = []
@@ -39,6 +40,7 @@ def begin(model: LM, objective: Objective, batches: Batches) -> int:
     example = to(first[0], next(model.parameters()).device)
 
     def read() -> torch.Tensor:
-        return asked(objective.run(model, example)["hidden"], example[LABELS])[0]
+        hidden = objective.run(model, example)["hidden"] if writer is model else writer(example)
+        return asked(hidden, example[LABELS])[0]
 
-    return int(counts.sum()) if unigram.begin(model, counts, read) else 0
+    return int(counts.sum()) if unigram.begin(writer, counts, read) else 0

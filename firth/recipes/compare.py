@@ -1,13 +1,13 @@
 """The arena: recipes that learn from one text, with one tokenizer and equal compute, and are then asked the same.
 
-    firth compare roberta electra gpt t5 source.corpus=sarcasm --flops 4e12 --seeds 3
+    firth compare roberta electra gpt t5 --flops 4e12 --seeds 3
     firth compare gpt lstm source.path=mine/ --seconds 120 --probe none
 
-Every recipe is trained from nothing for each share of the compute and each seed: runs of their own, since the rate of
-a run falls towards its own end. Each is then finetuned on the same labels (`Classification`, read where the shape has
-it read), beside the same shape from random numbers; asked for the same hidden tokens (`firth.evaluate.cloze`); and, where
-its objective says every token from the left, scored in bits per byte of held-out text. This is figure 2 of ELECTRA
-(Clark 2020) on one's own text; the paper gives a curve by checkpoints of one run and says that these understate it.
+Every recipe is trained from nothing for each share of the compute and each seed. Each is then finetuned on the same labels
+(`Classification`, read where the shape has it read), beside the same shape from random numbers; asked for the same hidden
+tokens (`firth.evaluate.cloze`); and, where its objective asks every token from the left, scored in bits per byte of held-out
+text. This is figure 1 of ELECTRA (Clark 2020) on one's own text. Each point is a run of its own and no checkpoint of a
+longer one: the rate falls towards the end of a run, and what it had in the middle looks poorer than the same compute can do.
 
     OUT/runs/NAME/share-0.25/seed-0/      a run directory; its checkpoints go when it has ended
     OUT/scores/NAME/...json               what came of it; what is there is not done again
@@ -38,13 +38,14 @@ from firth.model.weights import load_model
 from firth.objectives.classification import Classification, place
 from firth.recipes import recipe as recipes
 from firth.recipes import segments, tree
+from firth.recipes.compare_page import conclude
 from firth.recipes.fits import refuse_misfit
 from firth.recipes.material import Echo, Material, Text
 from firth.recipes.probe import MOST, Drawn, draw
 from firth.recipes.recipe import Checks, Recipe, TokenizerPlan
 from firth.recipes.run import run, tokenizer_of
 from firth.recipes.segments import Labelled
-from firth.recipes.verdict import Score, conclude
+from firth.recipes.verdict import Score
 from firth.report.figures import number
 from firth.text.tokenizer import Tokenizer
 from firth.train.schedule import Length
@@ -56,8 +57,8 @@ PROBE = "probe."
 NONE = "none"
 """The probe that is none."""
 
-HIDDEN = 512
-"""Hidden tokens that are asked, at most."""
+HIDDEN, LONGEST = 512, 64
+"""Hidden tokens that are asked, and the tokens of the text that each stands in, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ class Terms:
     """On what terms the recipes meet.
 
     compute: what each run gets, seconds or FLOPs. shares: of it, each a run of its own. seeds: how many.
-    probe: files or the name of a corpus of records with a class; "none" for no finetuning. labels: to learn from.
+    probe: records with a class, by file or name (`firth.recipes.probe`); "none" for no finetuning. labels: to learn from.
     """
 
     compute: Length
     shares: tuple[float, ...] = (0.25, 0.5, 1.0)
     seeds: int = 3
-    probe: str = "sarcasm"
-    labels: int = 1000
+    probe: str = ""
+    labels: int = 500
 
     def __post_init__(self) -> None:
         if self.compute.steps:
@@ -102,13 +103,15 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Arena:
-    """Everything settled: what each contender runs, what all are finetuned by (None: by nothing), what they are asked."""
+    """Everything settled: what each contender runs, the hidden tokens that they are asked (`floor`: what the commonest token
+    gets), and by what they are finetuned (`drawn` None: by nothing)."""
 
     terms: Terms
     out: Path
     tokenizer: Tokenizer
     contenders: Mapping[str, Recipe]
     hidden: Sequence[Item]
+    floor: float
     probe: Recipe
     drawn: Drawn | None
 
@@ -123,24 +126,34 @@ class Arena:
         at = place(contender.shape, contender.objective.reads())
         return dataclasses.replace(
             self.probe, objective=Classification(self.drawn.classes, at), source=self.drawn.source(seed), start=start,
-            shape=None if start else contender.shape, tokenizer=contender.tokenizer, seed=seed,
+            segment=dataclasses.replace(self.drawn.cut, length=min(self.drawn.cut.length, contender.shape.context)),
+            shape=None if start else dataclasses.replace(contender.shape, memory=0),
+            tokenizer=contender.tokenizer, seed=seed,
         )  # fmt: skip
 
 
 def compare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Path, echo: Echo = print) -> str:
     """Do all that is left to do in `out`, write what came of it there, and return it for reading.
 
-    settings: field=value for every recipe; probe.field=value for the finetuning. Raises UserError for what does not fit,
-    before anything is trained.
+    settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
+    Raises UserError for what does not fit, before anything is trained.
     """
-    arena = prepare(names, settings, terms, out, echo)
+    arena = prepare(names, settings, terms, out, once(echo))
     plan = list(units(arena))
+    echo(
+        f"{sum(share > 0 for _, share, _ in plan)} runs, each then asked and finetuned"
+        + (
+            f": {sum(share for _, share, _ in plan) * terms.compute.seconds / 60:.0f} minutes of pretraining"
+            if terms.compute.seconds
+            else f": {number(sum(share for _, share, _ in plan) * terms.compute.flops, 3)} FLOPs of pretraining"
+        )
+    )
     done: list[Score] = []
     for i, (name, share, seed) in enumerate(plan):
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
         echo(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
         done.append(settle(arena, name, share, seed, done))
-    return conclude(done, list(arena.contenders), facts(arena), out)
+    return conclude(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.seconds > 0)
 
 
 def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
@@ -166,9 +179,7 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     else:
         score = Score(name, share, seed, key, accuracy=_finetuned(arena, name, seed, ""))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(asdict(score), indent=1), "utf-8")
-    os.replace(partial, file)
+    _write(file, asdict(score))
     return score
 
 
@@ -176,9 +187,7 @@ def _pretrained(arena: Arena, recipe: Recipe, blank: Score) -> Score:
     """Train, ask, finetune."""
     directory = arena.out / "runs" / blank.recipe / f"share-{blank.share:g}" / f"seed-{blank.seed}"
     ended = run(recipe, directory, echo=_silent)
-    shutil.rmtree(
-        directory / "checkpoints", ignore_errors=True
-    )  # the weights are in model/; moments weigh twice as much
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the weights are in model/, the moments weigh more
     model = load_model(ended.model)
     answered = cloze.score(model, recipe.objective, arena.hidden, arena.tokenizer.vocab)
     return dataclasses.replace(
@@ -199,6 +208,18 @@ def _finetuned(arena: Arena, name: str, seed: int, start: str) -> float:
     return ended.metrics["valid/accuracy"]
 
 
+def once(echo: Echo) -> Echo:
+    """Says a thing once: several recipes open one corpus."""
+    said: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            echo(text)
+
+    return tell
+
+
 def _silent(_: str) -> None:
     """What a run says beside its progress."""
 
@@ -217,12 +238,13 @@ def facts(arena: Arena) -> dict[str, str]:
         "tokenizer": f"{arena.tokenizer.vocab.size:,} ids, trained once for all",
         "compute": f"{number(compute.flops)} FLOPs" if compute.flops else f"{compute.seconds:g} seconds of training",
         "seeds": str(arena.terms.seeds),
-        "hidden tokens": f"{len(arena.hidden)}, in held-out text",
+        "hidden tokens": f"{len(arena.hidden)}, in held-out text; the commonest token alone gets {arena.floor:.3f}",
     }
     if arena.drawn:
         told["probe"] = (
-            f"{arena.terms.probe}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
-            f"{arena.drawn.tested} records tested, {arena.probe.length.steps} steps of finetuning"
+            f"{arena.drawn.name}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
+            f"{arena.drawn.tested} records tested, {arena.probe.length.steps} steps of finetuning; the commonest class alone "
+            f"gets {arena.drawn.commonest:.3f}"
         )
     return told
 
@@ -253,25 +275,34 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
         )  # fmt: skip
     tokenizer = tokenizer_of(loaded[first], out, echo)
     source = dataclasses.replace(source, store=str(out / "data"))
-    contenders = {name: _fitted(name, recipe, source, tokenizer, out, echo) for name, recipe in loaded.items()}
-    held = Material(source, tokenizer, out, echo=echo).stores()[1]
-    hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN)
-    return Arena(terms, out, tokenizer, contenders, hidden, probe, drawn)
+    contenders = {
+        name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
+    }
+    learnt, held = Material(source, tokenizer, out, echo=echo).stores()
+    longest = min(LONGEST, *(c.shape.context - 2 for c in contenders.values() if c.shape is not None))
+    hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
+    return Arena(terms, out, tokenizer, contenders, hidden, cloze.commonest(learnt, hidden), probe, drawn)
 
 
 def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
     """The recipes by the names they have in tables; refused where they cannot stand side by side."""
     loaded: dict[str, Recipe] = {}
+    labels = {name: Path(name).name.removesuffix(".yaml").removesuffix(".yml").replace(":", "-") for name in names}
+    common = [s for s in settings if not s.startswith(tuple(f"{label}." for label in labels.values()))]
     for name in names:
-        label = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-")
-        recipe = recipes.load(name, settings)
-        if recipe.shape is None or recipe.start:
+        label = labels[name]
+        bare = recipes.load(name)
+        if bare.shape is None or bare.start:
             raise UserError(
                 f"{name} goes on from another run, and what is compared begins from nothing: take recipes that pretrain"
             )
         if label in loaded:
             raise UserError(f"{label} is named twice: compare different recipes")
-        loaded[label] = recipe
+        own = [s.removeprefix(f"{label}.") for s in settings if s.startswith(f"{label}.")]
+        try:
+            loaded[label] = recipes.load(name, [*common, *own])
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from None
     if not loaded:
         raise UserError("name the recipes to compare, for example: firth compare roberta gpt --seconds 60")
     first, *rest = loaded
@@ -284,28 +315,40 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
 
 
 def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
-    """More recipes, shares and seeds may join a comparison; what they have in common may not change."""
-    out.mkdir(parents=True, exist_ok=True)
-    file, told = out / "compare.json", json.dumps(shared, indent=1, sort_keys=True)
-    if not file.exists():
-        file.write_text(told, "utf-8")
-    before = json.loads(file.read_text("utf-8"))
-    changed = [name for name in shared if before.get(name) != json.loads(told)[name]]
-    if changed:
+    """More recipes, shares and seeds may join a comparison; what they have in common may not change once one has run."""
+    file, told = out / "compare.json", json.loads(json.dumps(shared))
+    if not file.exists() and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is there already and holds no comparison: choose another --out")
+    before = json.loads(file.read_text("utf-8")) if file.exists() else told
+    changed = [name for name in told if before.get(name) != told[name]]
+    if changed and any((out / room).exists() for room in ("runs", "probes", "scores")):
         raise UserError(
             f"{out} holds a comparison on other terms (another {' and '.join(changed)}): choose another --out, or "
             "delete that one"
         )
+    if changed:  # it was refused before anything ran: what was made of another text goes
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(file, told)
 
 
-def _fitted(name: str, recipe: Recipe, source: Text, tokenizer: Tokenizer, out: Path, echo: Echo) -> Recipe:
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1), "utf-8")
+    os.replace(partial, file)
+
+
+def _fitted(
+    name: str, recipe: Recipe, source: Text, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
+) -> Recipe:
     """The recipe on the common text with the common tokenizer. What would fail later fails here, under its name: the text
     is cut, one example is shown, and the model is built without memory."""
     assert recipe.shape is not None
     shape = dataclasses.replace(recipe.shape, vocab=tokenizer.vocab.size)
     try:
         refuse_misfit(recipe.objective, shape)
-        refuse_misfit(Classification(("a", "b"), place(shape, recipe.objective.reads())), shape)
+        if probed:
+            refuse_misfit(Classification(("a", "b"), place(shape, recipe.objective.reads())), shape)
         material = Material(source, tokenizer, out, rows=recipe.batch.rows, echo=echo)
         shown = segments.cut(recipe.segment, material, recipe.objective).train[0]
         recipe.objective.view(shown, tokenizer.vocab, np.random.default_rng(0))

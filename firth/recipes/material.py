@@ -28,7 +28,8 @@ Echo = Callable[[str], None]
 class Text:
     """Where a run's text or records are.
 
-    path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place.
+    path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place, or
+    NAME/FILE for one of its side files.
     weights: the share of the examples that each path gives, in any unit; without them each gives what it holds.
     field: the field of records that holds the text. split: a text file is one document ("file"), or one per "blank"
     line or "line". valid: files held out; where there are none, the share `held_out` of the documents is, drawn by
@@ -56,7 +57,10 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step."""
+    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
+
+    memory: how many tokens before each row the model reads (`Shape.memory`).
+    """
 
     source: Text
     tokenizer: Tokenizer
@@ -65,6 +69,7 @@ class Material:
     rows: int = 1
     seed: int = 0
     echo: Echo = print
+    memory: int = 0
 
     def parts(self) -> list[Material]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""

@@ -1,17 +1,23 @@
 """The labelled records that every contender of a comparison is finetuned and tested on.
 
-The records that are tested on are chosen by their names, as held-out documents are: where they are also the text that is
-learnt from (the headlines of `sarcasm`, unlabelled), no model has read a text that it is tested on. The labels that are
-learnt from are drawn anew for each seed, the same for every contender, so that intervals over seeds hold their luck too.
+A record is tested on if the document of its name was held out: of records that are themselves the text (the headlines of
+`sarcasm`, unlabelled), or that name the document they are from (`questions`, the play), no model has read what it is
+tested on. Records from elsewhere are divided by their own names. The labels that are learnt from are drawn anew for each
+seed, the same for every contender, so that intervals over seeds hold their luck too.
 
-    drawn = draw("sarcasm", Labelled(), source, paths, labels=1000, seeds=3, folder=Path("runs/compare/probe"))
-    drawn.classes, drawn.tested          ('sarcastic', 'serious'), 1437
+    drawn = draw("questions", Labelled(), source, paths, labels=500, seeds=3, folder=Path("runs/compare/probe"))
+    drawn.classes, drawn.tested          ('question', 'statement'), 1210
+
+Pretraining shows in a probe of the same kind of text, so `questions` is asked of models that read Shakespeare: whether a
+sentence of a play was a question, its mark taken away.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +31,17 @@ from firth.recipes.segments import Labelled
 from firth.text import corpora, read
 from firth.types import UserError
 
+QUESTIONS, ELSEWHERE = "questions", "sarcasm"
+"""The probe of models that read Shakespeare, and of others, where none is named."""
+
+WORDS = range(5, 26)  # of a sentence: shorter ones say too little, longer ones are cut by the model's length
+MARKS = {"?": "question", ".": "statement"}
+
 MOST = 2000
 """Records that are tested on, at most."""
 
 APART = 0.2
-"""Share of the records that is tested on, where they are not the text."""
+"""Share of the records that is tested on, where they are not from the text."""
 
 DRAW = 0x70726F6265
 """Sets the draw of the labels apart from others of the same seed."""
@@ -37,10 +49,14 @@ DRAW = 0x70726F6265
 
 @dataclass(frozen=True)
 class Drawn:
-    """classes: their names. tested: how many records are tested on. folder: test.jsonl, and train-SEED.jsonl."""
+    """name: of the probe. cut: how its records are read. classes: their names. tested: how many records are tested on, of
+    which the commonest class has the share `commonest`. folder: where test.jsonl and train-SEED.jsonl lie."""
 
+    name: str
+    cut: Labelled
     classes: tuple[str, ...]
     tested: int
+    commonest: float
     folder: Path
 
     def source(self, seed: int) -> Text:
@@ -51,14 +67,21 @@ class Drawn:
 def draw(
     probe: str, cut: Labelled, source: Text, paths: Sequence[str], *, labels: int, seeds: int, folder: Path, echo: Echo
 ) -> Drawn:
-    """Write the files. probe: files or the name of a corpus. paths: the files of the text that is learnt from.
+    """Write the files. probe: files, the name of a corpus, "questions", or "" to choose by the text.
+    paths: the files of the text that is learnt from.
 
     Raises UserError for a record without a text or a class, too few records, or a single class.
     """
-    named = corpora.paths(probe, echo) if probe in corpora.CATALOGUE else [probe]
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = probe or (QUESTIONS if source.corpus == "shakespeare" and not source.path else ELSEWHERE)
+    if probe == QUESTIONS:
+        named = [str(questions(corpora.fetch("shakespeare", echo) / "speeches.jsonl", folder / "questions.jsonl"))]
+    else:
+        named = corpora.paths(probe, echo) if probe in corpora.CATALOGUE else [probe]
     records = _records(named, cut)
-    own = set(read.files(named)) <= set(read.files(paths)) and not source.valid
-    share = enough(source.held_out, [name for name, _ in records]) if own else APART
+    documents = [d.name for d in read.documents(paths, field=source.field, split=source.split)]
+    own = not source.valid and not {name for name, _ in records}.isdisjoint(documents)
+    share = enough(source.held_out, documents) if own else APART
     known = [row for name, row in records if place(name) >= share]
     apart = [row for name, row in records if place(name) < share][:MOST]
     if not apart or len(known) < labels:
@@ -69,12 +92,42 @@ def draw(
     classes = tuple(sorted({_class(row[cut.label]) for _, row in records}))
     if len(classes) < 2:
         raise UserError(f"{probe}: every record has the class {classes[0]!r}: there is nothing to tell apart")
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "test.jsonl", apart)
     for seed in range(seeds):
         some = np.random.default_rng((seed, DRAW)).permutation(len(known))[:labels]
         _write(folder / f"train-{seed}.jsonl", [known[i] for i in some])
-    return Drawn(classes, len(apart), folder)
+    commonest = Counter(_class(row[cut.label]) for row in apart).most_common(1)[0][1] / len(apart)
+    return Drawn(probe, cut, classes, len(apart), commonest, folder)
+
+
+def sentences(text: str) -> list[dict[str, str]]:
+    """The questions and statements of a speech, without the mark that ends them: what is asked must be read off the words.
+
+    >>> sentences("Who's there, my lord, at this hour? I know not, for the night is dark. Nay!")[0]
+    {'text': "Who's there, my lord, at this hour", 'label': 'question'}
+    """
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+        if len(sentence.split()) in WORDS and sentence[-1] in MARKS:
+            found.append({"text": sentence[:-1].rstrip(), "label": MARKS[sentence[-1]]})
+    return found
+
+
+def questions(speeches: Path, file: Path) -> Path:
+    """Write the sentences of the plays with the names of their plays, of each play as many statements as questions."""
+    by_play: dict[str, dict[str, list[dict[str, str]]]] = {}
+    with speeches.open(encoding="utf-8") as lines:
+        for speech in map(json.loads, lines):
+            for row in sentences(speech["text"]):
+                play = by_play.setdefault(f"{speech['play']}.txt", {label: [] for label in MARKS.values()})
+                play[row["label"]].append(row)
+    rows = []
+    for name, labels in by_play.items():
+        few = min(map(len, labels.values()))
+        for some in labels.values():  # spread over the whole play
+            rows += [some[i * len(some) // few] | {"name": name} for i in range(few)]
+    _write(file, rows)
+    return file
 
 
 def _records(paths: Sequence[str], cut: Labelled) -> list[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,7 @@ from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
 from firth.recipes import labels, segments, tree
-from firth.recipes.fits import refuse_cut, refuse_misfit
+from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
 from firth.recipes.segments import Segment
@@ -144,4 +144,5 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape)
         refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.pack, accumulate=recipe.batch.accumulate)
+        refuse_memory(recipe.shape, recipe.segment, recipe.batch.pack)
     return recipe

@@ -25,7 +25,7 @@ from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
 from firth.recipes.begin import begin
-from firth.recipes.fits import refuse_cut, refuse_misfit
+from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory, spread
@@ -33,6 +33,7 @@ from firth.recipes.use import MASK, PRIOR, TO, Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
+from firth.text.vocab import Vocab
 from firth.train.distributed import Ranks, join
 from firth.train.loop import Evaluate, Plan, train
 from firth.train.validate import validate
@@ -82,6 +83,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     )
     if (directory / DONE).exists():
         return _finished(directory, settled)
+    assert settled.shape is not None
+    material = dataclasses.replace(material, memory=settled.shape.memory)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
     model = LM(settled.shape, settled.objective.parts(settled.shape))
@@ -165,6 +168,10 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     shape = recipe.shape
     if recipe.start:
         theirs = load_model(model_directory(recipe.start)).shape
+        if (
+            not recipe.segment.remembers or recipe.batch.pack
+        ):  # records have nothing before them: finetuned without memory
+            theirs = dataclasses.replace(theirs, memory=0)
         shape = theirs if shape is None else shape
     if shape is None:
         raise UserError(
@@ -174,6 +181,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     objective = recipe.segment.settle(recipe.objective, material)
     refuse_misfit(objective, shape)
+    refuse_memory(shape, recipe.segment, recipe.batch.pack)
     return dataclasses.replace(recipe, shape=shape, objective=objective)
 
 
@@ -189,9 +197,14 @@ def _finished(directory: Path, recipe: Recipe) -> Finished:
     return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
 
+def _vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
+    """What views know of the tokenizer and of the model."""
+    return tokenizer.vocab if recipe.shape is None else tokenizer.vocab.starting(recipe.shape.decoder_start)
+
+
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
-        cut.train, recipe.objective, tokenizer.vocab, rows=recipe.batch.rows, seed=recipe.seed,
+        cut.train, recipe.objective, _vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
         accumulate=recipe.batch.accumulate, pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
@@ -201,7 +214,8 @@ def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) ->
     if cut.valid is None or not len(cut.valid):
         return None
     held = Batches(
-        spread(cut.valid, recipe.checks.examples), recipe.objective, tokenizer.vocab, rows=min(recipe.batch.rows, 64), seed=recipe.seed,
+        spread(cut.valid, recipe.checks.examples), recipe.objective, _vocab(recipe, tokenizer),
+        rows=min(recipe.batch.rows, 64), seed=recipe.seed,
         pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 

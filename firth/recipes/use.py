@@ -88,9 +88,9 @@ def open_run(directory: Path) -> Opened:
 def open_engine(directory: Path) -> Opened:
     """A model that was trained to write from left to right."""
     opened = open_run(directory)
-    if objective_of(directory) == ["mlm"]:
+    if {"mlm", "mpnet", "plm"} & {*objective_of(directory)}:
         raise UserError(
-            f"{directory}: a masked language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
+            f"{directory}: a masked or permuted language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
         )
     return opened
 

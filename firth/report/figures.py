@@ -272,6 +272,9 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
     left = max((len(t) for t in labels(y_ticks)), default=1) * _GLYPH + 8
     if x_high <= x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
+    elif any(curve.spread for curve in figure.curves) and not figure.log_x:  # room for points that stand apart
+        aside = _APART * len(lines) / 2 * (x_high - x_low) / (box.width - left - box.right)
+        x_low, x_high = x_low - aside, x_high + aside
     wanted = max(3, int((box.width - left - box.right) / 75))
     x_ticks = log_ticks(x_low, x_high) if figure.log_x else linear_ticks(x_low, x_high, wanted)
     shown = tuple(t for t in x_ticks if x_low <= t <= x_high)

@@ -18,9 +18,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from firth.text import prepare, registry
+from firth.text import facts, prepare, registry
 from firth.text.registry import Package
 from firth.types import UserError
 
@@ -62,6 +63,10 @@ BIGBENCH = Package(
     "pypi-sdist", "bigbench", "1.0.0",
     "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", 358_249_635,
 )  # fmt: skip
+WORDNET = Package(
+    "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
+)  # fmt: skip
+GLOSSES = ("usr/share/wordnet/data.*",)
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
 CANARY = "part of BIG-Bench: for evaluation and for demonstrations of finetuning, never for pretraining text"
 
@@ -94,12 +99,16 @@ ENTRIES = (
         note="the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964",
     ),
     Corpus(
-        "wordnet",
-        Package(
-            "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
-        ),
-        ("usr/share/wordnet/data.*",), "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)",
-        prepare.glosses, "*.jsonl",
+        "wordnet", WORDNET, GLOSSES, "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)", prepare.glosses,
+        "*.jsonl",
+    ),
+    Corpus(
+        "places", WORDNET, GLOSSES, "WordNet 3.0", "1,100 glosses of places; train.jsonl, test.jsonl: what they answer",
+        partial(facts.book, about="places"), "text.jsonl",
+    ),
+    Corpus(
+        "people", WORDNET, GLOSSES, "WordNet 3.0", "2,000 glosses of people; train.jsonl, test.jsonl: what they answer",
+        partial(facts.book, about="people"), "text.jsonl",
     ),
     Corpus(
         "sentiment",
@@ -190,9 +199,16 @@ def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
 def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
     """What `firth.text.read` is to read of a corpus: its documents or records, without its side files.
 
-    UserError: as `fetch`, and for a model, which is no text.
+    NAME/FILE is one of those: "places/train.jsonl". UserError: as `fetch`, for a model, which is no text, and for a file
+    that is not there.
     """
+    name, _, side = name.partition("/")
     directory = fetch(name, echo)
+    if side:
+        there = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+        if side not in there:
+            raise UserError(f"the corpus {name!r} has no file {side!r}: it has {', '.join(there)}")
+        return [glob.escape(str(directory / side))]
     if not CATALOGUE[name].files:
         raise UserError(f"{name} is a model, not a text: start from it instead ({directory})")
     return [str(Path(glob.escape(str(directory))) / CATALOGUE[name].files)]

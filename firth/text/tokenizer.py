@@ -19,7 +19,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,9 @@ class Tokenizer:
         sentinels: list[int] = []
         while f"<extra_id_{len(sentinels)}>" in ids:
             sentinels.append(ids[f"<extra_id_{len(sentinels)}>"])
-        begins, ends = _words(json.loads(self.definition), ids, special)
+        definition = json.loads(self.definition)
+        begins, ends = _words(definition, ids, special)
+        stops, capital, digit = _spellings(definition, ids, special)
         return Vocab(
             size=size,
             roles={role: ids[token] for role, token in self._roles.items()},
@@ -142,6 +144,9 @@ class Tokenizer:
             sentinels=np.array(sentinels, np.int64),
             begins_word=begins,
             ends_word=ends,
+            ends_sentence=stops,
+            capital=capital,
+            digit=digit,
         )
 
     @functools.cached_property
@@ -246,8 +251,7 @@ def _words(definition: dict[str, Any], ids: dict[str, int], special: np.ndarray)
     model = definition["model"]
     begins, ends = special.copy(), special.copy()
     on, end = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
-    bytewise = "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
-    alphabet = decoders.ByteLevel()
+    read = _reader(definition)
     for token, i in ids.items():
         if special[i]:
             continue
@@ -256,10 +260,38 @@ def _words(definition: dict[str, Any], ids: dict[str, int], special: np.ndarray)
         elif end:
             ends[i] = token.endswith(end)
         else:
-            text = alphabet.decode([token]) if bytewise else BYTE.sub("\ufffd", token).replace("▁", " ")
+            text = read(token)
             begins[i] = text[:1].isspace() or _is_sign(text[:1])
             ends[i] = text[-1:] in ("\n", "\r", "\t") or _is_sign(text[-1:])
     return begins, ends
+
+
+def _spellings(
+    definition: dict[str, Any], ids: dict[str, int], special: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which ids end a sentence (a full stop, a line break), begin with a capital (but not I), have a digit: three (size,) bool."""
+    stops, capital, digit = np.zeros_like(special), np.zeros_like(special), np.zeros_like(special)
+    model, read = definition["model"], _reader(definition)
+    end = model.get("end_of_word_suffix") or ""
+    for token, i in ids.items():
+        if not special[i]:
+            text = read(token.removesuffix(end))
+            stops[i] = "\n" in text or text.rstrip("\"')]”’").endswith((".", "!", "?"))
+            capital[i] = text.strip()[:1].isupper() and text.strip() != "I"
+            digit[i] = any(c.isdigit() for c in text)
+    return stops, capital, digit
+
+
+def _reader(definition: dict[str, Any]) -> Callable[[str], str]:
+    """From a piece as the vocabulary writes it to what it says, its blank in front where it has one."""
+    bytewise = "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
+    alphabet = decoders.ByteLevel()
+
+    def read(token: str) -> str:
+        text: str = alphabet.decode([token]) if bytewise else BYTE.sub("\ufffd", token).replace("▁", " ")
+        return text
+
+    return read
 
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")

@@ -12,7 +12,7 @@ to a worker, and the same for every tokenizer algorithm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Vocab:
     sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ... special: (size,) bool, True where no user text can land.
     begins_word, ends_word: (size,) bool, True where a token by its own spelling begins a word, or ends one so that the
     next token begins one (BPE's `</w>`, a line break); None if the spelling says nothing. See `starts`.
+    ends_sentence, capital, digit: (size,) bool, True where a token ends with a full stop or breaks the line, begins with
+    a capital letter, or has a digit in it; None if unknown. See `sentences` and the noise "salient".
+    decoder_start: the role of the token that an encoder-decoder's answers begin behind (`Shape.decoder_start`).
     """
 
     size: int
@@ -37,6 +40,10 @@ class Vocab:
     sentinels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     begins_word: np.ndarray | None = None
     ends_word: np.ndarray | None = None
+    ends_sentence: np.ndarray | None = None
+    capital: np.ndarray | None = None
+    digit: np.ndarray | None = None
+    decoder_start: str = "pad"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_ordinary", np.flatnonzero(~self.special))
@@ -74,6 +81,15 @@ class Vocab:
         return self._role("mask")
 
     @property
+    def start(self) -> int:
+        """What an encoder-decoder's answers begin behind."""
+        return self._role(self.decoder_start)
+
+    def starting(self, role: str) -> Vocab:
+        """The same for a model whose `Shape.decoder_start` is this role."""
+        return replace(self, decoder_start=role)
+
+    @property
     def ordinary(self) -> np.ndarray:
         """Ids that user text can contain, ascending."""
         ordinary: np.ndarray = self.__dict__["_ordinary"]
@@ -93,6 +109,22 @@ class Vocab:
         if self.ends_word is not None:
             starts[1:] |= self.ends_word[tokens[:-1]]
         return starts
+
+    def sentences(self, tokens: np.ndarray) -> np.ndarray:
+        """Where in a text's tokens (n,) a sentence begins: (n,) bool.
+
+        That is at a word behind a full stop (that of 3.5 too, where it is a token), a line break or a control token.
+        Raises UserError where the pieces are not known to end sentences.
+
+        >>> v = Vocab(4, {}, np.zeros(4, bool), begins_word=np.arange(4) == 1, ends_sentence=np.arange(4) == 3)
+        >>> v.sentences(np.array([2, 1, 3, 2, 3, 1, 2])).astype(int).tolist()
+        [1, 0, 0, 0, 0, 1, 0]
+        """
+        if self.ends_sentence is None:
+            raise UserError("nothing is known of where a sentence ends in this vocabulary: use a tokenizer of firth's")
+        begins = self.starts(tokens)
+        begins[1:] &= (self.ends_sentence | self.special)[tokens[:-1]]
+        return begins
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """n ordinary ids, uniformly."""

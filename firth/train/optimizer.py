@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from firth.model.lm import Trunk
 from firth.train.muon import orthogonalise
 from firth.types import UserError
 
@@ -79,12 +80,14 @@ class Place:
 def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
     """Sort the trainable parameters, in the model's own order.
 
-    Hidden matrix: the 2-D weight of a module inside a stack of layers (an `nn.ModuleList`). Table: the weight of an
-    `nn.Embedding`, a tied head with it; it does not decay, for its rare rows would shrink without ever being read.
+    Hidden matrix: the 2-D weight of a module inside a stack of layers (an `nn.ModuleList`), and of the projection that
+    takes narrow tables to them. Table: the weight of an `nn.Embedding`, a tied head or a guest's table with it; it does
+    not decay, for its rare rows would shrink without ever being read.
     Head: any other 2-D weight among the model's `parts`.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = {id(p) for m in model.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
+    layers |= {id(m.project.weight) for m in model.modules() if isinstance(m, Trunk) and m.project is not None}
     embedding_rate = optimizer.rate if optimizer.embedding_rate is None else optimizer.embedding_rate
     rest_rate = optimizer.rate if optimizer.rest_rate is None else optimizer.rest_rate
     placed = []

@@ -58,10 +58,11 @@ def validate(
 
 
 def named(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
-    """As metrics.jsonl names them: the terms' sum as "loss", each as "loss/TERM" if there are several, and measures."""
+    """As metrics.jsonl names them: the terms' sum as "loss", each as "loss/TERM" if there are several, measures, ratios."""
     targets = [t for t in means if t in objective.targets]
     parts = {f"loss/{t}": means[t] for t in targets} if len(targets) > 1 else {}
     rest = {t: v for t, v in means.items() if t not in objective.targets}
+    rest |= {t: means[over] / means[under] for t, (over, under) in objective.ratios.items() if means[under]}
     return {"loss": sum(means[t] for t in targets)} | parts | rest
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.families.family import Entry, Family, activation, both
+from torch import nn
+
+from firth.model.families.family import Entry, Family, Headed, activation, both
+from firth.model.heads import pooled
 from firth.model.shape import Shape
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
@@ -35,27 +38,49 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def tables(prefix: str) -> list[Entry]:
+    """The three tables and the norm behind them, as BERT's descendants name them too."""
     embeddings = {"tokens": "word_embeddings", "places": "position_embeddings", "segments": "token_type_embeddings"}
-    out = both(embeddings, "", "bert.embeddings.", bias=False)
-    out += both({"trunk.embed_norm": "LayerNorm"}, "", "bert.embeddings.", bias=True)
+    out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
+    return out + both({"trunk.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
+
+
+def layers(shape: Shape, prefix: str) -> list[Entry]:
+    """The blocks."""
     block = {
         "attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
         "attention.o": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
         "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
-    for i in range(shape.depth):
-        out += both(block, f"trunk.blocks.{i}.", f"bert.encoder.layer.{i}.", bias=True)
+    layer = f"{prefix}encoder.layer."
+    return [e for i in range(shape.depth) for e in both(block, f"trunk.blocks.{i}.", f"{layer}{i}.", bias=True)]
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = tables("bert.") + layers(shape, "bert.")
     if head:
         transform = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
         out += both(transform, "parts.lm.", "cls.predictions.", bias=True)
         out.append(Entry("cls.predictions.bias", ("parts.lm.bias",)))
-        out += [Entry("cls.predictions.decoder.weight", ("parts.lm.weight",))] * (not shape.tied)
+        # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
+        out += both({"": "decoder"}, "parts.lm", "cls.predictions.", bias=True) * (not shape.tied)
     return out
+
+
+def pair(shape: Shape) -> dict[str, nn.Module]:
+    return {"next": pooled(shape.width, 2)}
+
+
+def pair_entries(shape: Shape) -> list[Entry]:
+    return both({"0": "bert.pooler.dense", "2": "cls.seq_relationship"}, "parts.next.", "", bias=True)
 
 
 FAMILY = Family(
     "bert", ("BertForMaskedLM", "BertModel"), config, shape, entries, "bert.",
     spare=r"pooler|position_ids|seq_relationship|predictions\.decoder|^cls\.|^bert\.cls\.",
     renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+    headed=(
+        Headed("BertForPreTraining", True, pair, pair_entries),
+        Headed("BertForNextSentencePrediction", False, pair, pair_entries),
+    ),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from firth.model.shape import Shape
 from firth.types import UserError
@@ -21,12 +21,32 @@ from firth.types import UserError
 
 @dataclass(frozen=True)
 class Entry:
-    """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked."""
+    """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked.
+
+    unread: rows in front of theirs that their model never reads (BART's and MPNet's positions): written as zeros, left out
+    when read. folded: the shape that the result has with us, and the one it has with them, where those differ.
+    """
 
     theirs: str
     ours: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     transposed: bool = False
+    unread: int = 0
+    folded: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+
+@dataclass(frozen=True)
+class Headed:
+    """One of transformers' classes with other heads than the vocabulary's alone: BertForPreTraining.
+
+    name: of the class. lm: whether it has the vocabulary head too. parts: Shape -> the other heads by the names that our
+    objectives give them; a model or a file is of this class where it has all of them. entries: their tensors.
+    """
+
+    name: str
+    lm: bool
+    parts: Callable[[Shape], dict[str, nn.Module]]
+    entries: Callable[[Shape], list[Entry]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class Family:
     config: Shape -> config.json without token ids. shape: config.json -> Shape (UserError if it asks for what a Shape
     cannot say). entries: every tensor of the model. prefix: what files saved from the bare model leave out.
     spare: pattern of names that a file may hold and that are no weights of ours (buffers, BERT's pooler).
-    renames: old spelling -> new, applied to a file's names.
+    renames: old spelling -> new, applied to a file's names. headed: its classes that have further heads.
     """
 
     name: str
@@ -47,6 +67,7 @@ class Family:
     prefix: str
     spare: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
+    headed: tuple[Headed, ...] = ()
 
     def expresses(self, shape: Shape) -> bool:
         """Whether this family's config says all that the shape says (how weights are initialised aside)."""
@@ -63,7 +84,10 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     for entry in entries:
         parts = [state[name] for name in entry.ours]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out[entry.theirs] = (whole.t() if entry.transposed else whole).contiguous()
+        whole = whole.t() if entry.transposed else whole
+        if entry.unread:
+            whole = torch.cat((whole.new_zeros(entry.unread, *whole.shape[1:]), whole))
+        out[entry.theirs] = (whole.reshape(entry.folded[1]) if entry.folded[1] else whole).contiguous()
     return out
 
 
@@ -84,7 +108,9 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
             source = names.pop(family.prefix + entry.theirs, None)
         if source is None:
             continue
-        whole = state[source].t() if entry.transposed else state[source]
+        whole = state[source][entry.unread :]
+        whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
+        whole = whole.t() if entry.transposed else whole
         pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
         out |= {ours: piece.contiguous() for ours, piece in zip(entry.ours, pieces, strict=True)}
     unknown = [n for new, n in names.items() if not re.search(family.spare, new)]

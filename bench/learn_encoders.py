@@ -1,0 +1,309 @@
+"""What the encoders' objectives learn: sentence pairs, spans and their ends, replaced tokens, masks old and new. CPU.
+
+    python -m bench.learn_encoders --run --threads 2             # every arm, three seeds; resumable (about 15 minutes)
+    python -m bench.learn_encoders --run --limit 4               # in pieces: at most four new runs, then stop
+    python -m bench.learn_encoders --table                       # markdown for docs/results.md
+    python -m bench.learn_encoders --run --only nsp sop --scale 3     # some arms, three times as long
+
+One body for all (4 blocks of width 128, 2,048 subwords), Shakespeare's plays in rows of at most 64 tokens, whole plays
+held out; steps, rates and batches are the same for the arms of a question. Every arm is scored before its first step and
+after its last, on the same held-out text:
+
+    nsp, sop              accuracy on held-out pairs; chance is 1/2
+    iid, spans, sbo       hidden spans (SpanBERT's, all of it masked) that are filled in exactly, and single tokens
+    rtd, adversarial      how well the discriminator tells replaced tokens (area under the curve: 1/2 is chance), of its own
+                          generator and of draws by frequency; how often the generator guesses right; both accuracies
+    dynamic, ten, once    loss on held-out text after many epochs of a small one: masks drawn anew, ten times, once
+
+Each run leaves one JSON in runs/learn_encoders; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.harness import describe, machine
+from firth.data.batch import Batches, collate
+from firth.data.segment import Pairs, Pieces
+from firth.data.shards import TokenStore
+from firth.data.source import Source, Subset
+from firth.generate.rows import reading
+from firth.model.lm import LM
+from firth.model.shape import encoder
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective, asked
+from firth.objectives.rtd import RTD, AdversarialRTD
+from firth.objectives.sbo import SBO
+from firth.objectives.sop import SOP
+from firth.recipes.begin import begin
+from firth.recipes.material import Material, documents_of
+from firth.recipes.material import Text as Where
+from firth.text.corpora import fetch
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train as train_tokenizer
+from firth.text.vocab import Vocab
+from firth.train.log import Silence
+from firth.train.loop import Plan, train
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+from firth.train.validate import validate
+from firth.types import IGNORE
+
+RESULTS = Path("runs/learn_encoders")
+VOCAB, WIDTH, DEPTH, LENGTH, ROWS = 2048, 128, 4, 64, 32
+SEEDS = (0, 1, 2)
+HELD = 512
+"""Held-out examples that are scored, spread over the held-out plays."""
+SMALL = 900
+"""Pieces of the small text: 28 steps an epoch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What is learnt from and what is held out, and the frequencies of the tokens."""
+
+    train: TokenStore
+    held: TokenStore
+    vocab: Vocab
+    counts: np.ndarray
+
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. steps: optimizer steps. pairs: of pairs and not of pieces. small: on the small text alone."""
+
+    objective: Objective
+    scores: Callable[[LM, Objective, Data], Scores]
+    steps: int
+    pairs: bool = False
+    small: bool = False
+
+
+def data() -> Data:
+    where = Where(path=(str(fetch("shakespeare") / "*.txt"),))
+    if not (RESULTS / "tokenizer").exists():
+        texts = (d.text for d in documents_of(where, where.paths(print), apart=False))
+        train_tokenizer(texts, "byte-bpe", VOCAB).save(RESULTS / "tokenizer")
+    tokenizer = Tokenizer.load(RESULTS / "tokenizer")
+    learnt, held = Material(where, tokenizer, RESULTS).stores()
+    assert held is not None
+    counts = np.bincount(learnt.tokens[:], minlength=tokenizer.vocab.size) * ~tokenizer.vocab.special
+    return Data(learnt, held, tokenizer.vocab, counts / counts.sum())
+
+
+def some(source: Source, count: int = HELD) -> Source:
+    return Subset(source, np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)))
+
+
+def pieces(store: TokenStore, vocab: Vocab) -> Source:
+    return Pieces(store, LENGTH, vocab)
+
+
+# ------------------------------------------------------------------------------- scores
+
+
+def held_out(model: LM, objective: Objective, source: Source, vocab: Vocab) -> Scores:
+    """The objective's own terms and measures on held-out examples."""
+    return validate(model, objective, Batches(source, objective, vocab, rows=ROWS, seed=99).once())
+
+
+def pair_scores(model: LM, objective: Objective, given: Data) -> Scores:
+    return held_out(model, objective, some(Pairs(given.held, LENGTH), 4 * HELD), given.vocab)
+
+
+def mask_scores(model: LM, objective: Objective, given: Data) -> Scores:
+    """Loss on masks drawn in one way for all arms."""
+    return held_out(model, MLM(), some(pieces(given.held, given.vocab)), given.vocab)
+
+
+def span_scores(model: LM, objective: Objective, given: Data) -> Scores:
+    """Spans of held-out text, every token of them masked: filled in exactly, by length; and the objective's own terms."""
+    hide, rng = MLM(noise="geometric", masked=1.0, random=0.0), np.random.default_rng(7)
+    source = some(pieces(given.held, given.vocab), 2 * HELD)
+    right: dict[str, list[bool]] = {"span_exact": [], "spans_of_1": [], "spans_of_2_or_3": [], "token_exact": []}
+    with reading(model):
+        for start in range(0, len(source), ROWS):
+            shown = [hide.view(source[i], given.vocab, rng) for i in range(start, min(start + ROWS, len(source)))]
+            batch = collate(shown)
+            states, labels = asked(model(batch), batch["labels"])
+            hits = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            hits[batch["labels"] != IGNORE] = model.parts["lm"](states).argmax(-1) == labels
+            for row, hit in zip(batch["labels"].numpy(), hits.numpy(), strict=True):
+                edges = np.flatnonzero(np.diff((row != IGNORE).astype(int), prepend=0, append=0))
+                for first, last in zip(edges[::2], edges[1::2], strict=True):
+                    right["span_exact"].append(bool(hit[first:last].all()))
+                    right["token_exact"].extend(hit[first:last].tolist())
+                    if last - first <= 3:
+                        name = "spans_of_1" if last - first == 1 else "spans_of_2_or_3"
+                        right[name].append(right["span_exact"][-1])
+    own = held_out(model, objective, some(pieces(given.held, given.vocab)), given.vocab)
+    return {name: float(np.mean(hits)) for name, hits in right.items()} | own
+
+
+def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
+    source = some(pieces(given.held, given.vocab))
+    batches = list(Batches(source, objective, given.vocab, rows=ROWS, seed=99).once())
+    rng = np.random.default_rng(8)
+    own: list[tuple[torch.Tensor, torch.Tensor]] = []
+    common: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with reading(model):
+        for batch in batches:
+            real, at = batch["real"], batch["labels"] != IGNORE
+            drawn = torch.from_numpy(rng.choice(len(given.counts), int(at.sum()), p=given.counts))
+            for shown, into in (
+                (objective.run(model, batch)["shown"], own),
+                (batch["tokens"].masked_scatter(at, drawn), common),
+            ):
+                states, wanted = asked(model(batch | {"tokens": shown}), real)
+                into.append((model.parts["replaced"](states)[:, 0].float(), shown[real != IGNORE] != wanted))
+    measured = held_out(model, objective, source, given.vocab)
+    nats = measured["surprise"] if "surprise" in measured else measured["loss/generator"]
+    return measured | {"detects_own": curve(own), "detects_by_frequency": curve(common), "generator_nats": nats}
+
+
+def curve(scored: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The area under the curve: how often a replaced token scores above an original one, ties counted half."""
+    scores, replaced = (torch.cat([pair[i] for pair in scored]).numpy() for i in (0, 1))
+    _, place, many = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (many.cumsum() - (many - 1) / 2)[place]
+    above, below = int(replaced.sum()), int((~replaced).sum())
+    return float((ranks[replaced].sum() - above * (above + 1) / 2) / max(1, above * below))
+
+
+SPANS = MLM(noise="geometric", alike=True)
+ARMS = {
+    "nsp": Arm(NSP() + MLM(), pair_scores, 1000, pairs=True),
+    "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1000, pairs=True),
+    "iid": Arm(MLM(), span_scores, 450),
+    "spans": Arm(SPANS, span_scores, 450),
+    "sbo": Arm(SPANS + SBO(), span_scores, 450),
+    "rtd": Arm(RTD(), detector_scores, 450),
+    "adversarial": Arm(AdversarialRTD(), detector_scores, 450),
+    "dynamic": Arm(MLM(), mask_scores, 420, small=True),
+    "ten": Arm(MLM(masks=10), mask_scores, 420, small=True),
+    "once": Arm(MLM(masks=1), mask_scores, 420, small=True),
+}
+
+
+# ------------------------------------------------------------------------------- runs
+
+
+def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
+    """Train an arm once: its scores before and after."""
+    arm = ARMS[name]
+    source: Source = Pairs(given.train, LENGTH) if arm.pairs else pieces(given.train, given.vocab)
+    if arm.small:
+        source = some(source, SMALL)
+    shape = replace(encoder(VOCAB, WIDTH, DEPTH, context=LENGTH), segments=2 * arm.pairs)
+    torch.manual_seed(seed)
+    model = LM(shape, arm.objective.parts(shape))
+    batches = Batches(source, arm.objective, given.vocab, rows=ROWS, seed=seed, pack=LENGTH)
+    begin(model, arm.objective, batches)
+    before, started = arm.scores(model, arm.objective, given), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        done = train(
+            model, arm.objective, batches, Path(folder), length=Length(steps=max(2, round(arm.steps * scale))),
+            optimizer=Optimizer(), schedule=Schedule("wsd"), plan=Plan(save_every=0), told=Silence(),
+        )  # fmt: skip
+    return {
+        "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,
+        "epochs": done.step * ROWS / len(source), "before": before, "after": arm.scores(model, arm.objective, given),
+    }  # fmt: skip
+
+
+def run(names: Sequence[str], seeds: Sequence[int], scale: float, limit: int) -> None:
+    given, where = data(), describe(machine())
+    for seed in seeds:
+        for name in names:
+            file = RESULTS / "runs" / f"{name}-x{scale:g}-seed{seed}.json"
+            if file.exists():
+                continue
+            if not limit:
+                return
+            limit -= 1
+            told = one(name, seed, scale, given) | {"machine": where}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(told, indent=1))
+            print(f"{name} seed {seed}: {told['seconds']:.0f} s", flush=True)
+
+
+SHOWN = {
+    "Sentence pairs": (("nsp", "sop"), ("next_accuracy", "order_accuracy", "loss/tokens")),
+    "Spans": (("iid", "spans", "sbo"), ("span_exact", "spans_of_1", "spans_of_2_or_3", "token_exact", "loss/boundary")),
+    "Replaced tokens": (
+        ("rtd", "adversarial"),
+        (
+            "detects_own",
+            "detects_by_frequency",
+            "replaced_accuracy",
+            "original_accuracy",
+            "original_share",
+            "guessed",
+            "generator_nats",
+        ),
+    ),
+    "Masks": (("dynamic", "ten", "once"), ("loss",)),
+}
+
+
+def table(scale: float) -> str:
+    """Means over seeds, the standard deviation behind them, and what the untrained model has."""
+    lines = []
+    for title, (names, measures) in SHOWN.items():
+        lines += [f"**{title}**", "", "| arm | seeds | epochs | " + " | ".join(measures) + " |"]
+        lines.append("|---" * (3 + len(measures)) + "|")
+        for name in names:
+            runs = [json.loads(f.read_text()) for f in sorted((RESULTS / "runs").glob(f"{name}-x{scale:g}-seed*.json"))]
+            if not runs:
+                continue
+            cells = [cell([r["before"] for r in runs], [r["after"] for r in runs], m) for m in measures]
+            lines.append(f"| {name} | {len(runs)} | {runs[0]['epochs']:.1f} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cell(before: Sequence[Scores], after: Sequence[Scores], measure: str) -> str:
+    """`untrained -> trained ± sd`; a dash where the arm has no such measure."""
+    if measure not in after[0]:
+        return "-"
+    values = [scores[measure] for scores in after]
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    untrained = [scores[measure] for scores in before if measure in scores]
+    start = f"{statistics.mean(untrained):.3f} -> " if untrained else ""
+    return f"{start}{statistics.mean(values):.3f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--scale", type=float, default=1.0, help="of every arm's steps")
+    parser.add_argument("--limit", type=int, default=1000, help="at most so many new runs")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.run:
+        run(given.only, given.seeds, given.scale, given.limit)
+    if given.table:
+        print(table(given.scale))
+
+
+if __name__ == "__main__":
+    main()

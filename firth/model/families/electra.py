@@ -1,0 +1,59 @@
+"""ELECTRA (Clark 2020): BERT's blocks behind tables that may be narrower, a generator's head or a discriminator's.
+
+The generator is an ElectraForMaskedLM, the discriminator an ElectraForPreTraining. transformers' summary of a text
+(`summary_*`) is no part of either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from firth.model.families import bert
+from firth.model.families.family import Entry, Family, Headed, activation, both
+from firth.model.heads import detector
+from firth.model.shape import Shape
+
+ACTIVATIONS = {"gelu": "gelu"}
+"""transformers applies GELU in the generator's head whatever the config says, so no other is the same model."""
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    return {**bert.config(shape), "embedding_size": shape.table_width}
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act")
+    narrow = config["embedding_size"]
+    found = bert.shape({"type_vocab_size": 2, "max_position_embeddings": 512} | config)
+    if narrow == found.width:
+        return found
+    return replace(found, embed=narrow)
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = bert.tables("electra.") + bert.layers(shape, "electra.")
+    if shape.embed:
+        out += both({"trunk.project": "embeddings_project"}, "", "electra.", bias=True)
+    if head:
+        out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "generator_predictions.", bias=True)
+        out.append(Entry("generator_lm_head.bias", ("parts.lm.bias",)))
+        out += [Entry("generator_lm_head.weight", ("parts.lm.weight",))] * (not shape.tied)
+    return out
+
+
+def replaced(shape: Shape) -> dict[str, nn.Module]:
+    return {"replaced": detector(shape.width)}
+
+
+def replaced_entries(shape: Shape) -> list[Entry]:
+    return both({"0": "dense", "2": "dense_prediction"}, "parts.replaced.", "discriminator_predictions.", bias=True)
+
+
+FAMILY = Family(
+    "electra", ("ElectraForMaskedLM", "ElectraModel"), config, shape, entries, "electra.",
+    spare=r"position_ids|generator_predictions|generator_lm_head|discriminator_predictions",
+    headed=(Headed("ElectraForPreTraining", False, replaced, replaced_entries),),
+)  # fmt: skip

@@ -1,0 +1,69 @@
+"""Denoising: the text is damaged, the model writes it as it was (BART, Lewis 2019, section 2.2).
+
+The whole text is asked, not what was damaged alone: about seven times the targets of span corruption, and the model
+learns to go on writing. The five ways to damage are in `firth.data.corrupt`; BART itself shuffles the sentences and
+then hides 30% of the tokens by infilling. Both rows end with the stop token; BART's begin with one too, ours do not.
+
+    I came. I saw the sea. I won.
+    shown    I won. I came. I _ sea.                  permutation, then infilling
+    asked    I came. I saw the sea. I won.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from firth.data import layout
+from firth.data.corrupt import Damage, damage
+from firth.data.layout import Answering
+from firth.model.shape import Reads
+from firth.objectives.objective import Tokens
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Example, UserError
+
+
+@dataclass(frozen=True)
+class Denoise(Tokens):
+    """Write {"tokens"}, a bare text, as it was.
+
+    noises: how it is damaged (`firth.data.corrupt`), in the order in which that is done. rate: share of the tokens that
+    masking, deletion and infilling each hit. layout: "seq2seq" shows the damaged text to an encoder; "prefix" does both
+    in one row, read both ways up to the end of the damaged text.
+
+    >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(10) < 3,
+    ...               ends_sentence=np.arange(10) == 5)
+    >>> seen = Denoise().view({"tokens": np.array([3, 4, 5, 6, 7, 8])}, vocab, np.random.default_rng(4))
+    >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
+    source_tokens [6, 7, 8, 3, 2, 1]
+    tokens [0, 3, 4, 5, 6, 7, 8]
+    labels [3, 4, 5, 6, 7, 8, 1]
+    """
+
+    noises: tuple[Damage, ...] = ("permutation", "infilling")
+    rate: float = 0.3
+    layout: Answering = "seq2seq"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise UserError(f"denoise: rate={self.rate} must be between 0 and 1")
+        if not self.noises:
+            raise UserError("denoise: noises names no way to damage the text, so there would be nothing to mend")
+
+    def reads(self) -> Reads:
+        return "source" if self.layout == "seq2seq" else "free"
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        damaged = damage(self.noises, tokens, vocab, self.rate, rng)
+        return layout.answering(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        """The token is masked, or gone where that is the damage; asked when the answer has come to its place."""
+        gone = np.arange(len(tokens)) == at
+        shown = tokens[~gone] if self.noises == ("deletion",) else np.where(gone, vocab.mask, tokens)
+        seen = layout.answering(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
+        labels = np.full(len(seen["labels"]), IGNORE)
+        labels[-1] = tokens[at]
+        return seen | {"labels": labels}

@@ -1,0 +1,50 @@
+"""ALBERT (Lan 2020, arXiv:1909.11942): one block for all layers, narrow tables, and the order of two sentences.
+
+    firth train albert             one block of width 192 passed four times, on Shakespeare: about two minutes on two cores
+    firth train albert:published   ALBERT-base: 12 M parameters; say source.path=FILES
+
+What a run takes and reaches is in docs/results.md. Masks are n-grams of up to three whole words (section 4.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model import published
+from firth.model.shape import encoder
+from firth.objectives.mlm import MLM
+from firth.objectives.sop import SOP
+from firth.recipes import sizes
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Pairs
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+OBJECTIVE = SOP() + MLM(noise="ngrams")
+
+
+def albert(size: str = "tiny") -> Recipe:
+    """An encoder with one block: `firth train albert`."""
+    return sizes.one_of("albert", size, {"tiny": _tiny(), "published": _published()})
+
+
+def _tiny() -> Recipe:
+    modern = encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT)
+    shape = replace(modern, embed=sizes.WIDTH // 3, groups=1, first_norm=True, segments=2)
+    return sizes.tiny(
+        "albert", OBJECTIVE, Pairs(length=128), shape, steps=500, batch=Batch(rows=32, pack=128),
+        samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
+    )  # fmt: skip
+
+
+def _published() -> Recipe:
+    """Section 4.1: 125,000 steps of 4,096 pairs of 512 tokens, LAMB at 1.76e-3. There is no LAMB here: AdamW stands for it,
+    at a rate that this batch has been trained with elsewhere (RoBERTa's large batches)."""
+    shape = published.SHAPES["albert-base"]
+    return Recipe(
+        name="albert", objective=OBJECTIVE, segment=Pairs(length=512), shape=shape,
+        tokenizer=TokenizerPlan(algorithm="unigram", size=shape.vocab), batch=Batch(rows=4096, accumulate=64),
+        optimizer=Optimizer(name="adamw", rate=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
+        schedule=Schedule("linear", warmup=3125 / 125_000), length=Length(steps=125_000),
+        checks=Checks(every=5000, save=5000),
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""A closed book: facts are read, the names and dates in them hidden, and then asked for from memory (P12).
+
+firth train closed_book                                             tiny: 1,100 places of WordNet  (docs/results.md)
+firth train closed_book_questions start=runs/closed_book            questions about three quarters of them
+firth evaluate runs/closed_book_questions "$(firth fetch places | tail -1)/test.jsonl" --task answers
+
+`objective.noise=spans` in the first command hides any tokens: the comparison of Guu 2020 and Roberts 2020. The same with
+source.corpus=people and people/train.jsonl asks who and when.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model import published
+from firth.model.shape import encoder_decoder
+from firth.objectives.sft import TextToText
+from firth.objectives.span_corruption import SpanCorruption
+from firth.recipes.material import Text
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Pieces, Prompted
+from firth.recipes.sizes import CONTEXT, DEPTH, WIDTH, one_of, tiny
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def closed_book(size: str = "tiny") -> Recipe:
+    """Span corruption that hides names, dates and numbers (Guu 2020, section 3.4; Roberts 2020, section 3).
+
+    The paper goes on from T5's weights (give them as `start`) for 100,000 steps of 196,608 tokens at a rate of 0.001, on
+    sentences of Wikipedia; its largest model is T5's largest. Adafactor there, AdamW here.
+    """
+    objective, segment = SpanCorruption(noise="salient"), Pieces(length=128, frame=False)
+    paper = Recipe(
+        name="closed_book", objective=objective, segment=replace(segment, length=512), shape=published.SHAPES["t5-11b"],
+        tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=384),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("constant", warmup=0.01), length=Length(steps=100_000), checks=Checks(every=1000, save=1000),
+    )  # fmt: skip
+    body = encoder_decoder(2048, WIDTH, DEPTH // 2, context=CONTEXT)
+    plan = tiny(
+        "closed_book", objective, segment, body, steps=1200, batch=Batch(rows=64), optimizer=Optimizer(rest_rate=3e-2)
+    )
+    # All of it is read: what is held out cannot be known.
+    book = Text(corpus="places", held_out=0.0)
+    return one_of("closed_book", size, {
+        "tiny": replace(plan, source=book, tokenizer=TokenizerPlan(size=2048)), "published": paper,
+    })  # fmt: skip
+
+
+def closed_book_questions() -> Recipe:
+    """Questions about a part of what was read; those of test.jsonl are about the rest."""
+    return Recipe(
+        name="closed_book_questions",
+        objective=TextToText(),
+        segment=Prompted(length=64, answer=16),
+        source=Text(corpus="places/train.jsonl"),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=50, examples=200, save=200),
+    )

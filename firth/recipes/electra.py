@@ -1,0 +1,48 @@
+"""ELECTRA (Clark 2020, arXiv:2003.10555): tell which tokens a small generator has put there.
+
+    firth train electra             four blocks of width 192 on Shakespeare, about two minutes on two cores
+    firth train electra:published   ELECTRA-small: 14 M parameters, without the generator; say source.path=FILES
+    firth train electra:base        ELECTRA-base: 110 M
+    firth train electra objective.kind=adversarial_rtd      the generator paid for fooling the other (appendix F)
+
+What a run takes and reaches is in docs/results.md. What is saved is an ElectraForPreTraining (of the published shapes),
+with the generator beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model import published
+from firth.model.shape import Shape, encoder
+from firth.objectives.rtd import RTD
+from firth.recipes import sizes
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Pieces
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def electra(size: str = "tiny") -> Recipe:
+    """An encoder that judges every token: `firth train electra`."""
+    small = _published(
+        RTD(size=1 / 4), published.SHAPES["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
+    )
+    base = _published(RTD(size=1 / 3), published.SHAPES["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
+    return sizes.one_of("electra", size, {"tiny": _tiny(), "published": small, "base": base})
+
+
+def _tiny() -> Recipe:
+    shape = replace(encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), embed=sizes.WIDTH // 2)
+    return sizes.tiny("electra", RTD(), Pieces(length=128), shape, steps=450, batch=Batch(rows=32, pack=128))
+
+
+def _published(objective: RTD, shape: Shape, *, length: int, rows: int, rate: float, steps: int) -> Recipe:
+    """The paper's table 6: Adam, a warmup of 10,000 steps, a linear fall to zero."""
+    return Recipe(
+        name="electra", objective=objective, segment=Pieces(length=length), shape=shape,
+        tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=rows),
+        optimizer=Optimizer(name="adamw", rate=rate, weight_decay=0.01, beta2=0.999, eps=1e-6),
+        schedule=Schedule("linear", warmup=10_000 / steps), length=Length(steps=steps),
+        checks=Checks(every=10_000, save=10_000),
+    )  # fmt: skip

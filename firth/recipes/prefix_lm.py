@@ -1,0 +1,48 @@
+"""Prefix language models: the first part read both ways, the rest written.
+
+firth train prefix_lm                 tiny: two minutes on Shakespeare      (docs/results.md has the scores)
+firth train prefix_lm:halves          the first half to an encoder, the second from a decoder
+firth train prefix_lm:published source.path=C4
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model import published
+from firth.model.shape import decoder, encoder_decoder
+from firth.objectives.prefix_lm import PrefixLM
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Pieces
+from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def prefix_lm(size: str = "tiny") -> Recipe:
+    """A decoder that reads a prefix of any length both ways (Raffel 2020, section 3.2, "prefix LM": T5's body, one side).
+
+    The paper: 128 rows of 512 tokens, 2**19 steps with Adafactor, for which AdamW stands here (see `t5`).
+    """
+    segment = Pieces(length=128, frame=False, shortest=2)
+    paper = Recipe(
+        name="prefix_lm", objective=PrefixLM(), segment=replace(segment, length=512),
+        shape=replace(published.SHAPES["t5-base"], encoder=0, causal=False),
+        tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=128),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), checks=Checks(every=1000, save=1000),
+    )  # fmt: skip
+    # What reads both ways is no causal decoder to others: only firth loads it.
+    body = replace(decoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), causal=False)
+    sides = encoder_decoder(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    halves = PrefixLM(least=0.5, most=0.5, layout="seq2seq")
+    return one_of("prefix_lm", size, {
+        "tiny": tiny(
+            "prefix_lm", PrefixLM(), segment, body, steps=800, batch=Batch(rows=16),
+            optimizer=Optimizer(embedding_rate=0.3),
+        ),
+        "halves": tiny(
+            "prefix_lm", halves, segment, sides, steps=800, batch=Batch(rows=16), optimizer=Optimizer(rest_rate=3e-2)
+        ),
+        "published": paper,
+    })  # fmt: skip

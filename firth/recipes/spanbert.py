@@ -1,0 +1,46 @@
+"""SpanBERT (Joshi 2020, arXiv:1907.10529): hide spans, guess each token from its own place and from the span's ends.
+
+    firth train spanbert             four blocks of width 192 on Shakespeare, about two minutes on two cores
+    firth train spanbert:published   BERT-large: 340 M parameters; say source.path=FILES
+
+What a run takes and reaches is in docs/results.md. Single segments and no NSP, as in the paper.
+"""
+
+from __future__ import annotations
+
+from firth.model import published
+from firth.model.shape import encoder
+from firth.objectives.mlm import MLM
+from firth.objectives.sbo import SBO
+from firth.recipes import sizes
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Pieces
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+OBJECTIVE = MLM(noise="geometric", alike=True) + SBO()
+
+
+def spanbert(size: str = "tiny") -> Recipe:
+    """An encoder that learns spans and their ends: `firth train spanbert`."""
+    return sizes.one_of("spanbert", size, {"tiny": _tiny(), "published": _published()})
+
+
+def _tiny() -> Recipe:
+    return sizes.tiny(
+        "spanbert", OBJECTIVE, Pieces(length=128), encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        steps=500, batch=Batch(rows=32, pack=128),
+        samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
+    )  # fmt: skip
+
+
+def _published() -> Recipe:
+    """Section 4.2: 2.4 M steps of 256 rows of at most 512 tokens, Adam at 1e-4 with 10,000 steps of warmup."""
+    shape = published.SHAPES["spanbert"]
+    return Recipe(
+        name="spanbert", objective=OBJECTIVE, segment=Pieces(length=512), shape=shape,
+        tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=256),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
+        schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Length(steps=2_400_000),
+        checks=Checks(every=10_000, save=10_000),
+    )  # fmt: skip

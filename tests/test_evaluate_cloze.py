@@ -1,0 +1,119 @@
+"""Hidden tokens: each objective asks for the same ones, nothing of the answer leaks, and the score is what the logits say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from firth.data.batch import collate
+from firth.data.shards import TokenStore
+from firth.evaluate.cloze import Item, commonest, items, score
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.objectives.causal import CausalLM
+from firth.objectives.classification import Classification
+from firth.objectives.denoise import Denoise
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective
+from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.span_corruption import SpanCorruption
+from firth.text.read import Document
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.text.vocab import Vocab
+from firth.types import IGNORE
+
+ROLES = {"pad": 0, "eos": 1, "mask": 2, "cls": 3, "sep": 4, "bos": 5}
+VOCAB = Vocab(size=60, roles=ROLES, special=np.arange(60) < 12, sentinels=np.arange(6, 12))
+SIZES = {"vocab": 60, "width": 64, "depth": 1}
+ASKED: dict[str, tuple[Objective, Shape]] = {
+    "causal": (CausalLM(), decoder(**SIZES)),
+    "mlm": (MLM(), encoder(**SIZES)),
+    "nsp + mlm": (NSP() + MLM(), encoder(**SIZES)),
+    "span corruption": (SpanCorruption(), encoder_decoder(**SIZES)),
+    "span corruption in one row": (SpanCorruption(layout="prefix"), encoder(**SIZES)),
+    "prefix lm": (PrefixLM(), encoder(**SIZES)),
+    "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), encoder_decoder(**SIZES)),
+    "denoise": (Denoise(), encoder_decoder(**SIZES)),
+    "denoise by deletion, in one row": (Denoise(noises=("deletion",), layout="prefix"), encoder(**SIZES)),
+}
+TOKENS = np.arange(20, 32)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_one_token_is_asked_and_it_is_nowhere_to_be_seen(name: str) -> None:
+    objective, shape = ASKED[name]
+    for at in (1, 5, 11):
+        shown = objective.cloze(TOKENS, at, VOCAB)
+        assert shown is not None
+        assert shown["labels"][shown["labels"] != IGNORE].tolist() == [TOKENS[at]]
+        other = TOKENS.copy()
+        other[at] = 50
+        changed = objective.cloze(other, at, VOCAB)
+        assert changed is not None
+        torch.manual_seed(0)
+        model = LM(shape, objective.parts(shape)).eval()
+        place = int(np.flatnonzero(shown["labels"] != IGNORE)[0])
+        with torch.no_grad():
+            states = [objective.run(model, collate([some]))["hidden"][0, place] for some in (shown, changed)]
+        assert torch.equal(*states)
+
+
+def test_what_each_is_shown() -> None:
+    short = np.array([20, 21, 22, 23])
+    assert MLM().cloze(short, 2, VOCAB)["tokens"].tolist() == [3, 20, 21, 2, 23, 4]
+    assert CausalLM().cloze(short, 2, VOCAB)["tokens"].tolist() == [5, 20, 21]
+    spans = SpanCorruption().cloze(short, 2, VOCAB)
+    assert spans["source_tokens"].tolist() == [20, 21, 6, 23, 1]
+    assert spans["tokens"].tolist()[:2] == [0, 6]
+    assert short.tolist() == [20, 21, 22, 23]
+    assert Classification(classes=("a", "b")).cloze(short, 2, VOCAB) is None
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_score_is_that_of_one_item_at_a_time(name: str) -> None:
+    objective, shape = ASKED[name]
+    rng = np.random.default_rng(0)
+    torch.manual_seed(1)
+    model = LM(shape, objective.parts(shape))
+    asked_of = [Item(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
+    right, bits = [], []
+    for item in asked_of:
+        shown = objective.cloze(item.tokens, item.at, VOCAB)
+        place = int(np.flatnonzero(shown["labels"] != IGNORE)[0])
+        with torch.no_grad():
+            chances = model.parts["lm"](objective.run(model, collate([shown]))["hidden"][0, place]).softmax(-1)
+        right.append(int(chances.argmax()) == item.tokens[item.at])
+        bits.append(-float(torch.log2(chances[item.tokens[item.at]])))
+    found = score(model, objective, asked_of, VOCAB)
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert found["bits"] == pytest.approx(np.mean(bits), rel=1e-5)
+    assert model.training
+
+
+def test_an_objective_that_asks_for_no_token_has_no_score() -> None:
+    objective = Classification(classes=("a", "b"))
+    shape = encoder(**SIZES)
+    assert score(LM(shape, objective.parts(shape)), objective, [Item(TOKENS, 3)], VOCAB) == {}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(["the king is dead and long live the queen of all the sea " * 20], "byte-bpe", 380)
+
+
+def test_items_are_fixed_and_spread_over_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [Document(f"d{i}", "the king is dead and long live the queen " * 5) for i in range(40)]
+    store = TokenStore.build(iter([*texts, Document("short", "the")]), tokenizer, tmp_path / "store")
+    found = items(store, tokenizer.vocab, count=25, length=32)
+    again = items(store, tokenizer.vocab, count=25, length=32)
+    assert [(i.tokens.tolist(), i.at) for i in found] == [(i.tokens.tolist(), i.at) for i in again]
+    assert 20 <= len(found) <= 25
+    always = np.bincount(store.tokens).argmax()
+    assert commonest(store, found) == np.mean([i.tokens[i.at] == always for i in found]) > 0
+    for item in found:
+        assert 8 <= len(item.tokens) <= 32
+        assert len(item.tokens) // 4 <= item.at < 3 * len(item.tokens) // 4
+        assert not tokenizer.vocab.special[item.tokens[item.at]]

@@ -1,0 +1,210 @@
+"""Parity with transformers' classes of pretraining: BERT (MLM + NSP), ALBERT (MLM + SOP), ELECTRA (both models)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from firth.data.batch import collate
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import load_model, save_model
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective
+from firth.objectives.rtd import RTD
+from firth.objectives.sop import SOP
+from firth.text.vocab import Vocab
+from firth.train.step import step
+from firth.types import IGNORE, NEVER, Batch
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+transformers.logging.set_verbosity_error()
+
+VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
+BERT = Shape(
+    vocab=60, width=32, depth=3, heads=4, context=64, hidden=48, causal=False, norm_at="post", norm_eps=1e-12, segments=2,
+    embed_norm=True, activation="gelu", head="transform", head_bias=True,
+)  # fmt: skip
+ALBERT = replace(BERT, embed=12, groups=1, activation="gelu_tanh")
+ELECTRA = replace(BERT, embed=12)
+
+
+def built(objective: Objective, shape: Shape) -> LM:
+    """Every parameter random, so that a swapped tensor shows."""
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+def batch_of(objective: Objective) -> Batch:
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(6):
+        first, second, other = (rng.integers(5, 60, rng.integers(5, 15)) for _ in range(3))
+        seen.append(objective.view({"first": first, "second": second, "other": other}, VOCAB, rng))
+    return collate(seen, {*objective.targets.values(), *objective.measures.values()})
+
+
+def inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    real = batch["appears"] < NEVER
+    return {"input_ids": batch["tokens"], "token_type_ids": batch["segments"], "attention_mask": real.long()}
+
+
+def loaded(model: LM, directory: Path, kind: str) -> torch.nn.Module:
+    """What transformers makes of it, nothing missing and nothing left over but what is ours alone."""
+    assert save_model(model, None, directory) == f"transformers loads it as {kind}"
+    assert json.loads((directory / "config.json").read_text())["architectures"] == [kind]
+    theirs, info = getattr(transformers, kind).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(name.startswith("parts.") for name in info["unexpected_keys"])
+    return theirs.eval()
+
+
+CASES = {
+    "bert": (NSP() + MLM(), BERT, "BertForPreTraining", "next", ("next_sentence_label", "seq_relationship_logits")),
+    "albert": (SOP() + MLM(), ALBERT, "AlbertForPreTraining", "order", ("sentence_order_label", "sop_logits")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_masked_tokens_and_a_pair_are_theirs(name: str, tmp_path: Path) -> None:
+    objective, shape, kind, term, (label, logits) = CASES[name]
+    model, batch = built(objective, shape), batch_of(objective)
+    theirs = loaded(model, tmp_path, kind)
+    said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
+    hidden, real = model(batch), batch["appears"] < NEVER
+    assert (model.parts["lm"](hidden) - said.prediction_logits)[real].abs().max() < 1e-4
+    assert (model.parts[term](hidden[:, 0]) - said[logits]).abs().max() < 1e-4
+    terms = objective.loss(model, objective.run(model, batch), batch)
+    pairs, tokens = len(batch["tokens"]), int((batch["labels"] != IGNORE).sum())
+    assert tokens > 10 and said.prediction_logits[real].std() > 0.05
+    assert abs(terms["tokens"] / tokens + terms[term] / pairs - said.loss) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_takes_their_loss(name: str, tmp_path: Path) -> None:
+    """Through the one training step, gradients included."""
+    objective, shape, kind, term, (label, _) = CASES[name]
+    model, batch = built(objective, shape), batch_of(objective)
+    theirs = loaded(model, tmp_path, kind)
+    found = step(model, objective, [batch])
+    said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
+    said.loss.backward()
+    assert abs(found["tokens"] + found[term] - said.loss) < 1e-5
+    body = theirs.base_model
+    torch.testing.assert_close(
+        model.tokens.weight.grad, body.embeddings.word_embeddings.weight.grad, rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(model.parts[term][0].weight.grad, pooler(body).weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def pooler(body: torch.nn.Module) -> torch.nn.Module:
+    """BERT's stands in a module of its own, ALBERT's does not."""
+    return next(
+        module
+        for name, module in body.named_modules()
+        if name in ("pooler.dense", "pooler") and len(list(module.children())) == 0
+    )
+
+
+@pytest.mark.parametrize("shape", [ELECTRA, BERT], ids=["narrow tables", "wide tables"])
+@torch.no_grad()
+def test_electra_s_two_models_are_theirs(shape: Shape, tmp_path: Path) -> None:
+    objective = SOP() + RTD(rate=0.3, size=0.5)
+    model, batch = built(objective, shape), batch_of(objective)
+    outputs = objective.run(model, batch)
+    terms = objective.loss(model, outputs, batch)
+    real, asked = batch["appears"] < NEVER, batch["labels"] != IGNORE
+    replaced = outputs["shown"] != batch["real"]
+
+    discriminator = loaded(model, tmp_path / "discriminator", "ElectraForPreTraining")
+    there = inputs(batch | {"tokens": outputs["shown"]})
+    said = discriminator(**there, labels=(replaced & real).long())
+    assert (model.parts["replaced"](outputs["hidden"])[..., 0] - said.logits)[real].abs().max() < 1e-4
+    assert abs(terms["replaced"] / 50 / real.sum() - said.loss) < 1e-5
+    assert 0.05 < float((replaced & real).sum() / real.sum()) < 0.4 and said.logits[real].std() > 0.05
+
+    generator = loaded(model.parts["generator"], tmp_path / "generator", "ElectraForMaskedLM")
+    said = generator(**inputs(batch), labels=batch["labels"])
+    assert (outputs["guesses"] - said.logits[asked]).abs().max() < 1e-4
+    assert abs(terms["generator"] / asked.sum() - said.loss) < 1e-5
+    ours, theirs = (m.parts["generator"].tokens.weight for m in (model, load_model(tmp_path / "discriminator")))
+    assert torch.equal(ours, theirs)
+
+
+def theirs(kind: str) -> torch.nn.Module:
+    t = transformers
+    usual = {
+        "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 50,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    configs = {
+        "Bert": lambda: t.BertConfig(**usual),
+        "Albert": lambda: t.AlbertConfig(**usual, embedding_size=12, num_hidden_groups=2),
+        "Electra": lambda: t.ElectraConfig(**usual, embedding_size=12),
+    }
+    torch.manual_seed(3)
+    model = getattr(t, kind)(configs[kind.split("For")[0]]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("BertForPreTraining", {"lm", "next"}),
+        ("BertForNextSentencePrediction", {"next"}),
+        ("AlbertForPreTraining", {"lm", "order"}),
+        ("ElectraForPreTraining", {"replaced"}),
+        ("ElectraForMaskedLM", {"lm"}),
+        ("AlbertForMaskedLM", {"lm"}),
+    ],
+)
+@torch.no_grad()
+def test_we_load_their_classes_with_their_heads(kind: str, parts: set[str], tmp_path: Path) -> None:
+    model = theirs(kind)
+    model.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert set(ours.parts) == parts
+    batch = batch_of(NSP() + MLM())
+    said, hidden, real = model(**inputs(batch)), ours(batch), batch["appears"] < NEVER
+    answers = {"lm": ("prediction_logits", "logits"), "next": ("seq_relationship_logits", "logits"),
+               "order": ("sop_logits",), "replaced": ("logits",)}  # fmt: skip
+    for part in parts:
+        wanted = next(said[name] for name in answers[part] if name in said)
+        if part in ("next", "order"):
+            assert (ours.parts[part](hidden[:, 0]) - wanted).abs().max() < 1e-4
+        else:
+            assert (ours.parts[part](hidden).squeeze(-1) - wanted)[real].abs().max() < 1e-4
+
+
+def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Path) -> None:
+    model = built(NSP() + MLM(), BERT)
+    save_model(model, None, tmp_path)
+    old = {"bert.pooler.dense": "parts.next.0", "cls.seq_relationship": "parts.next.2"}
+    stored = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        stem, _, last = name.rpartition(".")
+        stored[f"{old.get(stem, stem)}.{last}"] = tensor
+    save_file(stored, tmp_path / "model.safetensors")
+    again = load_model(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_head_of_another_form_is_ours_alone(tmp_path: Path) -> None:
+    model = LM(BERT, {"lm": Vocabulary(BERT), "next": torch.nn.Linear(32, 2)})
+    assert save_model(model, None, tmp_path).endswith("BertForMaskedLM")
+    assert set(load_model(tmp_path).parts) == {"lm", "next"}

@@ -1,0 +1,189 @@
+"""Shared blocks, narrow tables and guests: counted once, moved once, saved once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from firth.model.block import Block
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM, Guest
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.weights import load_model, save_model, start_from
+from firth.objectives.rtd import RTD, thinner
+from firth.train.optimizer import Mover, Optimizer, place
+from firth.types import UserError
+
+ALBERT = Shape(
+    vocab=61, width=32, depth=6, heads=4, context=40, embed=12, groups=1, causal=False, norm_at="post", segments=2,
+    embed_norm=True, head="transform", head_bias=True,
+)  # fmt: skip
+ENCODER = replace(encoder(61, 64, 3, context=40), zero_init=False)
+SHAPES = {
+    "albert": ALBERT,
+    "two groups": replace(ALBERT, groups=2, norm_at="pre", norm="rms", bias=False),
+    "untied": replace(ALBERT, tied=False, head="linear"),
+    "untied, transformed": replace(ALBERT, tied=False),
+    "default encoder, shared and narrow": replace(ENCODER, groups=1, embed=20, first_norm=True),
+    "shared decoder": replace(decoder(61, 64, 4), groups=2, embed=16),
+    "encoder-decoder": replace(encoder_decoder(61, 64, 4), groups=2, embed=16),
+}
+
+
+def built(shape: Shape) -> LM:
+    torch.manual_seed(0)
+    return LM(shape, {"lm": Vocabulary(shape)})
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_counted_exactly(name: str) -> None:
+    model = built(SHAPES[name])
+    assert SHAPES[name].parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_a_shared_block_is_the_same_block_again_and_again() -> None:
+    """Six layers of one block are an unshared model whose six blocks are copies; its gradient is the sum of theirs."""
+    shape = SHAPES["two groups"]
+    shared, plain = built(shape), built(replace(shape, groups=0))
+    state = shared.state_dict()
+    for name in plain.state_dict():
+        parts = name.split(".")
+        if parts[:2] == ["trunk", "blocks"]:
+            parts[2] = str(int(parts[2]) // 3)
+        plain.state_dict()[name].copy_(state[".".join(parts)])
+    tokens = torch.randint(0, 61, (3, 17))
+    a, b = shared({"tokens": tokens}), plain({"tokens": tokens})
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for group in (0, 1):
+        summed = sum(plain.trunk.blocks[3 * group + i].mlp.up.weight.grad for i in range(3))
+        torch.testing.assert_close(shared.trunk.blocks[group].mlp.up.weight.grad, summed)
+
+
+@pytest.mark.parametrize("name", ["shared decoder", "encoder-decoder"])
+@torch.no_grad()
+def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
+    shape = replace(SHAPES[name], zero_init=False)
+    model = built(shape).eval()
+    tokens, when = torch.randint(0, 61, (2, 9)), torch.arange(9)[None].expand(2, 9)
+    batch = {"tokens": tokens, "looks": when, "appears": when}
+    if shape.encoder:
+        batch["source_tokens"] = torch.randint(0, 61, (2, 7))
+    whole, cache = model(batch), model.cache(2, 9)
+    source = {n: x for n, x in batch.items() if n.startswith("source")}
+    pieces = [
+        model({n: batch[n][:, i:j] for n in ("tokens", "looks", "appears")} | source, cache)
+        for i, j in ((0, 4), (4, 9))
+    ]
+    assert len(cache.keys) == 4
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head": "linear"}, "cannot be tied to tables of shape.embed=12"),
+        ({"groups": 7}, "shape.groups=7 is more than there are layers"),
+        ({"first_norm": False}, "cannot differ in their first norm"),
+        ({"embed": -1}, "shape.embed=-1 cannot be negative"),
+        ({"embed": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        replace(ALBERT, **changes)
+
+
+def electra(shape: Shape = ENCODER) -> LM:
+    torch.manual_seed(0)
+    return LM(shape, RTD().parts(shape))
+
+
+def test_every_parameter_has_one_place() -> None:
+    shape = replace(ENCODER, embed=24, groups=1, first_norm=True)
+    model = electra(shape)
+    placed = place(Optimizer(), model)
+    assert len({id(p.parameter) for p in placed}) == len(placed) == len(list(model.parameters()))
+    kinds = {p.name: (p.muon, p.decay > 0) for p in placed}
+    assert kinds["trunk.project.weight"] == kinds["parts.generator.trunk.project.weight"] == (True, True)
+    assert (
+        kinds["trunk.blocks.0.mlp.up.weight"] == kinds["parts.generator.trunk.blocks.0.mlp.up.weight"] == (True, True)
+    )
+    assert kinds["tokens.weight"] == (False, False)
+    assert kinds["parts.generator.parts.lm.dense.weight"] == kinds["parts.replaced.0.weight"] == (False, True)
+    assert not {"parts.generator.tokens.weight", "parts.generator.parts.lm.weight"} & kinds.keys()
+    assert not any(name.startswith("trunk.blocks.1") for name in kinds)
+
+
+def test_a_guest_reads_with_its_hosts_tables() -> None:
+    for shape in (ENCODER, ALBERT):
+        model = electra(shape)
+        guest = model.parts["generator"]
+        for name, table in model.tables().items():
+            own = guest.tables()[name]
+            assert (own is None) == (table is None)
+            assert table is None or own.weight is table.weight
+        assert guest.parts["lm"].weight is model.tokens.weight
+        apart = LM(guest.shape, {"lm": Vocabulary(guest.shape)})
+        host = LM(shape, {"replaced": torch.nn.Identity()})
+        head = sum(p.numel() for p in model.parts["replaced"].parameters())
+        tables = sum(t.weight.numel() for t in host.tables().values() if t is not None)
+        both = sum(p.numel() for m in (apart, host) for p in m.parameters())
+        assert sum(p.numel() for p in model.parameters()) == both - tables + head
+
+
+def test_a_guest_of_other_tables_is_refused() -> None:
+    small = thinner(ENCODER, 0.25)
+    for other, said in ((replace(small, vocab=60), "tokens"), (replace(small, segments=2), "segments")):
+        with pytest.raises(UserError, match=said):
+            LM(ENCODER, {"generator": Guest(other, {"lm": Vocabulary(other)})})
+
+
+@pytest.mark.parametrize("shape", [ENCODER, replace(ALBERT, groups=0, activation="gelu")], ids=["modern", "electra"])
+def test_what_is_shared_is_saved_once_and_comes_back_shared(shape: Shape, tmp_path: Path) -> None:
+    model = electra(shape)
+    said = save_model(model, None, tmp_path)
+    assert ("ElectraForPreTraining" in said) == (shape is not ENCODER)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in model.parameters())
+    again = load_model(tmp_path)
+    assert again.shared() == model.shared() and len(model.shared()) >= 2
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    new = electra(shape)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.zero_()
+    assert start_from(new, tmp_path) == ([], [])
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), model.parameters(), strict=True))
+    guest = tmp_path / "generator"
+    save_model(model.parts["generator"], None, guest)
+    assert torch.equal(load_model(guest).tokens.weight, model.tokens.weight)
+
+
+def test_what_the_mover_remembers_of_shared_weights_comes_back() -> None:
+    shape = replace(ALBERT, groups=2)
+    tokens = torch.randint(0, 61, (2, 9))
+
+    def stepped(model: LM, mover: Mover) -> None:
+        torch.manual_seed(1)
+        model({"tokens": tokens}).square().sum().backward()
+        mover.move(1.0)
+
+    whole, part = electra(shape), electra(shape)
+    movers = [Mover(Optimizer(), m) for m in (whole, part)]
+    stepped(whole, movers[0])
+    stepped(part, movers[1])
+    resumed = electra(shape)
+    resumed.load_state_dict(part.state_dict())
+    mover = Mover(Optimizer(), resumed)
+    mover.restore(movers[1].state())
+    stepped(whole, movers[0])
+    stepped(resumed, mover)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert sum(type(m) is Block for m in whole.trunk.modules()) == 2

@@ -1,0 +1,467 @@
+"""SOP, SBO, RTD and its adversarial sibling: what they show and ask, and that their parts and losses are the papers'."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from firth.data.batch import Batches, collate
+from firth.data.noise import NOISES
+from firth.data.source import Source
+from firth.model.lm import LM
+from firth.model.shape import Shape, encoder
+from firth.model.weights import load_model, save_model
+from firth.objectives.mlm import MLM
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective
+from firth.objectives.rtd import RTD, AdversarialRTD, draw
+from firth.objectives.sbo import SBO
+from firth.objectives.sop import SOP
+from firth.recipes.begin import begin
+from firth.recipes.fits import refuse_misfit
+from firth.text.vocab import Vocab
+from firth.train.log import Silence
+from firth.train.loop import Plan, train
+from firth.train.optimizer import Mover, Optimizer
+from firth.train.schedule import Length
+from firth.train.step import step
+from firth.train.validate import validate
+from firth.types import IGNORE, Batch, Example, UserError
+
+VOCAB = Vocab(
+    size=60,
+    roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4},
+    special=np.arange(60) < 5,
+    begins_word=np.arange(60) % 3 == 0,
+)
+SHAPE = Shape(
+    vocab=60, width=32, depth=2, heads=4, hidden=48, context=64, causal=False, norm_at="post", segments=2,
+    embed_norm=True, embed=20, activation="gelu", head="transform", head_bias=True,
+)  # fmt: skip
+SPANBERT = MLM(noise="geometric", alike=True) + SBO()
+
+
+class Chains(Source):
+    """Rows of varied length in which each token is the last one plus 3."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Example:
+        rng = np.random.default_rng(index)
+        text = (rng.integers(55) + 3 * np.arange(rng.integers(8, 30))) % 55 + 5
+        return {"tokens": VOCAB.frame(text.astype(np.int32))}
+
+
+class Pairs(Chains):
+    """The same as two segments, and a stranger."""
+
+    def __getitem__(self, index: int) -> Example:
+        text = super().__getitem__(index)["tokens"][1:-1]
+        half, other = len(text) // 2, np.random.default_rng(index).integers(5, 60, len(text) - len(text) // 2)
+        return {"first": text[:half], "second": text[half:], "other": other}
+
+
+def source(objective: Objective) -> Source:
+    return Pairs() if {"next", "order"} & objective.targets.keys() else Chains()
+
+
+def shown(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    return [objective.view(source(objective)[i], VOCAB, rng) for i in range(count)]
+
+
+def asked_fields(objective: Objective) -> set[str]:
+    return {*objective.targets.values(), *objective.measures.values()}
+
+
+def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:
+    return collate(shown(objective, count, seed), asked_fields(objective))
+
+
+def model_of(objective: Objective, shape: Shape = SHAPE, spread: float = 0.1) -> LM:
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
+# SOP
+
+
+def test_the_order_is_asked_at_cls_alone_and_fairly() -> None:
+    rng, swaps = np.random.default_rng(0), 0
+    for i in range(1600):
+        example = Pairs()[i % 40]
+        seen = SOP().view(example, VOCAB, rng)
+        swapped = int(seen["order"][0])
+        swaps += swapped
+        a, b = example["first"].tolist(), example["second"].tolist()
+        if swapped:
+            a, b = b, a
+        assert seen["tokens"].tolist() == [2, *a, 3, *b, 3]
+        assert (seen["order"][1:] == IGNORE).all()
+        assert seen["segments"].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    assert abs(swaps - 800) < 4.5 * 20
+
+
+# Noise
+
+
+def test_ngrams_have_albert_s_lengths() -> None:
+    """Words of one token each, long rows and little noise: spans hardly ever touch."""
+    vocab = Vocab(size=60, roles={}, special=np.arange(60) < 5, begins_word=np.arange(60) > 4)
+    rng, counts = np.random.default_rng(0), np.zeros(7, int)
+    for _ in range(300):
+        hidden = NOISES["ngrams"](np.full(2000, 9), vocab, 0.01, rng)
+        edges = np.flatnonzero(np.diff(hidden.astype(int), prepend=0, append=0))
+        counts += np.bincount((edges[1::2] - edges[::2]).clip(max=6), minlength=7)
+        assert hidden.sum() in (20, 21)
+    found, total = counts[1:4] / counts.sum(), counts.sum()
+    # The last span of a row is cut to the total, and about one in seventy touches another.
+    assert np.abs(found - np.array([6, 3, 2]) / 11).max() < 4.5 * (0.25 / total) ** 0.5 + 0.03
+    assert counts[4:].sum() < 0.03 * total
+
+
+# SBO
+
+
+@pytest.mark.parametrize("noise", ["iid", "geometric", "spans"])
+def test_boundaries_stand_outside_and_next_to_their_span(noise: str) -> None:
+    rng, asked, deep = np.random.default_rng(0), 0, 0
+    for i in range(400):
+        seen = (MLM(noise=noise, rate=0.4) + SBO(longest=6)).view(Chains()[i % 40], VOCAB, rng)
+        hidden = seen["labels"] != IGNORE
+        for at in np.flatnonzero(seen["boundary"] != IGNORE):
+            left, right = at - seen["before"][at], at + seen["after"][at]
+            assert not hidden[left] and not hidden[right] and hidden[left + 1 : right].all()
+            assert left < at < right and at - left <= 6
+            assert seen["boundary"][at] == seen["labels"][at]
+            asked += 1
+        left_out = np.flatnonzero(hidden & (seen["boundary"] == IGNORE))
+        assert all(hidden[at - 6 : at].all() for at in left_out)  # [CLS] and [SEP] stand at the ends
+        deep += len(left_out)
+    assert asked > 1000 and deep > 0
+
+
+def test_sbo_is_its_formula() -> None:
+    """Equations 3 and 4 written out, token by token; the vocabulary matrix is the model's own."""
+    model, batch = model_of(SPANBERT), batch_of(SPANBERT)
+    outputs = SPANBERT.run(model, batch)
+    one, two, place = model.parts["boundary"][0], model.parts["boundary"][3], model.parts["place"].weight
+    norms = model.parts["boundary"][2], model.parts["boundary"][5]
+    total = torch.zeros(())
+    for row in range(len(batch["tokens"])):
+        hidden = batch["labels"][row] != IGNORE
+        for at in hidden.nonzero()[:, 0].tolist():
+            s, e = at, at
+            while hidden[s - 1]:
+                s -= 1
+            while hidden[e + 1]:
+                e += 1
+            h = torch.cat((outputs["hidden"][row, s - 1], outputs["hidden"][row, e + 1], place[at - s]))
+            h = norms[0](F.gelu(one(h)))
+            h = norms[1](F.gelu(two(h)))
+            logits = model.tokens.weight @ h + model.parts["lm"].bias
+            total = total - logits.log_softmax(-1)[batch["labels"][row, at]]
+    found = SPANBERT.loss(model, outputs, batch)["boundary"]
+    assert total > 10
+    torch.testing.assert_close(found, total, rtol=1e-5, atol=0)
+
+
+def test_spanbert_comes_back_from_disk(tmp_path: Path) -> None:
+    model, batch = model_of(SPANBERT).eval(), batch_of(SPANBERT)
+    assert save_model(model, None, tmp_path).endswith("ElectraForMaskedLM")
+    found, again = (SPANBERT.loss(m, SPANBERT.run(m, batch), batch) for m in (model, load_model(tmp_path)))
+    assert found == again and set(found) == {"tokens", "boundary"}
+
+
+def test_sbo_alone_is_refused() -> None:
+    with pytest.raises(UserError, match=r"MLM\(\) \+ SBO\(\)"):
+        SBO().view({"tokens": np.arange(5, 9)}, VOCAB, np.random.default_rng(0))
+
+
+# RTD
+
+
+def test_a_draw_has_the_distribution_it_is_drawn_from() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9) * 2
+    logits[4] = float("-inf")
+    chance = torch.from_numpy(np.random.default_rng(0).random(40000, dtype=np.float32))
+    counts = torch.bincount(draw(logits.expand(40000, -1), chance), minlength=9)
+    wanted = logits.softmax(-1) * 40000
+    assert counts[4] == 0
+    assert float(((counts - wanted) ** 2 / wanted.clamp(min=1e-9)).sum()) < 30  # 7 degrees of freedom, p = 1e-4
+    ends = draw(torch.tensor([[0.0, 0.0, float("-inf")]] * 2), torch.tensor([0.0, np.nextafter(np.float32(1), 0)]))
+    assert ends.tolist() == [0, 1]
+
+
+def knows(model: LM, batch: Batch) -> None:
+    """Make the generator say one token always: the one that the first masked place holds."""
+    generator = model.parts["generator"]
+    with torch.no_grad():
+        generator.parts["lm"].bias[batch["labels"][batch["labels"] != IGNORE][0]] += 1000
+
+
+@pytest.mark.parametrize("objective", [RTD(), AdversarialRTD()], ids=["likelihood", "adversarial"])
+def test_a_right_guess_counts_as_original(objective: RTD) -> None:
+    model, batch = model_of(objective), batch_of(objective)
+    knows(model, batch)
+    asked = batch["labels"] != IGNORE
+    token = int(batch["labels"][asked][0])
+    outputs = objective.run(model, batch)
+    assert (outputs["drew"] == token).all()
+    assert torch.equal(outputs["shown"], torch.where(asked, token, batch["tokens"]))
+    real = batch["real"] != IGNORE
+    assert torch.equal(real, batch["tokens"] != 0)  # every token is asked, [CLS] and [SEP] too, and no padding
+    replaced = (asked & (batch["labels"] != token)).float()
+    scores = model.parts["replaced"](model(batch | {"tokens": outputs["shown"]}))[..., 0]
+    wanted = F.binary_cross_entropy_with_logits(scores[real], replaced[real], reduction="sum")
+    terms = objective.loss(model, outputs, batch)
+    torch.testing.assert_close(terms["replaced"], 50 * wanted, rtol=1e-5, atol=0)
+    right = (scores > 0) == (replaced > 0)
+    assert terms["replaced_share"] == replaced.sum() and terms["guessed"] == (batch["labels"][asked] == token).sum() > 0
+    assert terms["original_share"] == real.sum() - replaced.sum()
+    assert (
+        terms["caught"] == (right & (replaced > 0)).sum() and terms["passed"] == (right & (replaced == 0) & real).sum()
+    )
+    found = validate(model, objective, [batch])
+    assert found["replaced_accuracy"] == pytest.approx(float(terms["caught"] / replaced.sum()), rel=1e-6)
+    assert found["original_accuracy"] == pytest.approx(float(terms["passed"] / terms["original_share"]), rel=1e-6)
+
+
+def gradients(model: LM, loss: torch.Tensor) -> dict[str, float]:
+    model.zero_grad()
+    loss.backward()
+    return {n: float(p.grad.abs().sum()) for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("objective", [RTD(), AdversarialRTD()], ids=["likelihood", "adversarial"])
+def test_neither_model_has_a_gradient_from_the_other(objective: RTD) -> None:
+    model, batch = model_of(objective), batch_of(objective)
+    tables = {"tokens.weight", "places.weight", "segments.weight"}
+
+    def moved(term: str) -> set[str]:
+        return set(gradients(model, objective.loss(model, objective.run(model, batch), batch)[term]))
+
+    assert not any(name.startswith(("parts.generator", "parts.baseline")) for name in moved("replaced"))
+    assert {"trunk.project.weight", "parts.replaced.2.weight"} <= moved("replaced")
+    own = moved("generator")
+    assert tables <= own
+    assert all(name.startswith("parts.generator") for name in own - tables)
+    if "baseline" in objective.targets:
+        assert moved("baseline") == {"parts.baseline.weight", "parts.baseline.bias"}
+
+
+def test_the_generator_is_a_masked_language_model() -> None:
+    objective = RTD()
+    model, batch = model_of(objective), batch_of(objective)
+    generator = model.parts["generator"]
+    plain = MLM()
+    wanted = plain.loss(generator, plain.run(generator, batch), batch)["tokens"]
+    found = objective.loss(model, objective.run(model, batch), batch)["generator"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    assert (batch["tokens"][batch["labels"] != IGNORE] == VOCAB.mask).all()
+
+
+def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
+    """At one masked place, for a discriminator's answers held fixed: the mean over draws is the exact gradient."""
+    objective = AdversarialRTD(noise="iid")
+    model = model_of(objective)
+    example = {"tokens": VOCAB.frame(np.arange(20, 28))}
+    rng = np.random.default_rng(0)
+    seen = objective.view(example, VOCAB, rng)
+    while (seen["labels"] != IGNORE).sum() != 1:
+        seen = objective.view(example, VOCAB, rng)
+    with torch.no_grad():
+        model.parts["baseline"].bias.fill_(0.3)
+    count = 5000
+    each = []
+    for i in range(count):  # an even grid of chances: what is left is the error of the grid
+        each.append(seen | {"chance": np.full(len(seen["tokens"]), (i + 0.5) / count, np.float32)})
+    batch = collate(each, asked_fields(objective))
+    outputs = objective.run(model, batch)
+    outputs["guesses"].retain_grad()
+    terms = objective.loss(model, outputs, batch)
+    terms["generator"].backward()
+    found = outputs["guesses"].grad.sum(0) / count
+    # Exactly: -d/dlogits of the sum over tokens of p(token) * reward(token).
+    logits = outputs["guesses"][0].detach().requires_grad_()
+    with torch.no_grad():
+        at = int((batch["labels"][0] != IGNORE).nonzero())
+        tokens = batch["real"][0].repeat(60, 1)
+        tokens[:, at] = torch.arange(60)
+        scores = model.parts["replaced"](model({"tokens": tokens}))[:, at, 0]
+        replaced = (torch.arange(60) != batch["real"][0, at]).float()
+        reward = F.binary_cross_entropy_with_logits(scores, replaced, reduction="none")
+    (-(logits.softmax(-1) * reward).sum()).backward()
+    assert logits.grad.abs().max() > 1e-3
+    assert (found - logits.grad).norm() < 0.02 * logits.grad.norm()
+    torch.testing.assert_close(terms["reward"] / count, (logits.softmax(-1) * reward).sum().detach(), rtol=1e-2, atol=0)
+
+
+def test_the_baseline_learns_what_to_expect() -> None:
+    objective = AdversarialRTD()
+    model, batch = model_of(objective, spread=0.3), batch_of(objective)
+    with torch.no_grad():
+        model.parts["baseline"].bias.fill_(3.0)
+        outputs = objective.run(model, batch)
+    mover = Mover(Optimizer(name="adamw", rate=0.03, weight_decay=0.0), model.parts["baseline"])
+    errors = []
+    for _ in range(300):
+        terms = objective.loss(model, outputs, batch)
+        terms["baseline"].backward()
+        errors.append(float(terms["baseline"].detach()))
+        mover.move(1.0)
+    count = int((batch["labels"] != IGNORE).sum())
+    reward = float(terms["reward"]) / count
+    assert errors[-1] < 0.5 * errors[0] and 0.1 < reward < 10
+    expected = F.softplus(model.parts["baseline"](outputs["draft"]))
+    assert float(expected.detach().mean()) == pytest.approx(reward, rel=0.1)
+
+
+def run(directory: Path, steps: int) -> LM:
+    objective = RTD()
+    model = model_of(objective, replace(SHAPE, dropout=0.1), spread=0.0)
+    batches = Batches(Chains(), objective, VOCAB, rows=6, seed=3, accumulate=2)
+    held = Batches(Chains(), objective, VOCAB, rows=9, seed=4)
+    told = train(
+        model, objective, batches, directory, length=Length(steps=steps), optimizer=Optimizer(rate=0.01), recipe="r",
+        plan=Plan(save_every=2, evaluate_every=3, precision="fp32"), told=Silence(),
+        evaluate=lambda m, _: validate(m, objective, held.once()),
+    )  # fmt: skip
+    assert {"valid/replaced_accuracy", "original_accuracy", "guessed"} <= told.metrics.keys()
+    return model
+
+
+def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 6)
+    saved = tmp_path / "parts" / "checkpoints"
+    shutil.rmtree(saved / "step-000006")
+    assert [path.name for path in saved.iterdir()] == ["step-000004"]
+    resumed = run(tmp_path / "parts", 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert resumed.parts["generator"].tokens.weight is resumed.tokens.weight
+
+
+def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
+    objective = RTD(rate=0.5)
+    model = LM(shape := encoder(60, 64, 2, context=64), objective.parts(shape))
+    batches = Batches(Chains(), objective, VOCAB, rows=20, seed=3)
+    assert begin(model, objective, batches) > 10_000
+    labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])
+    found = torch.bincount(labels[labels != IGNORE], minlength=60).double()
+    said = model.parts["generator"].parts["lm"].bias.softmax(-1)
+    assert float((said - found / found.sum()).abs().max().detach()) < 2e-3
+
+
+def test_held_out_text_is_scored_alike_whatever_the_random_state() -> None:
+    objective = RTD()
+    model = model_of(objective).eval()
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        batches = Batches(Chains(), objective, VOCAB, rows=9, seed=4)
+        found.append(validate(model, objective, batches.once()))
+    assert found[0] == found[1] and found[0]["replaced_share"] > 0.05
+
+
+# All of them
+
+ALL = {
+    "sop + mlm": SOP() + MLM(noise="ngrams"),
+    "nsp + mlm": NSP() + MLM(),
+    "mlm + sbo": SPANBERT,
+    "rtd": RTD(),
+    "sop + rtd": SOP() + RTD(),
+    "adversarial rtd": AdversarialRTD(),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
+    """But for the generator that is paid for what it draws, which has a reward and no loss, and for what it expects."""
+    objective = ALL[name]
+    model, batch = model_of(objective, spread=0.0), batch_of(objective)
+    mover = Mover(Optimizer(name="adamw", rate=3e-3), model)
+    first = step(model, objective, [batch])
+    for _ in range(10):
+        mover.move(1.0)
+        last = step(model, objective, [batch])
+    for term in objective.targets.keys() - ({"generator", "baseline"} if name == "adversarial rtd" else set()):
+        assert last[term] < first[term], term
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_split_batches_have_the_gradient_of_whole_ones(name: str) -> None:
+    objective = ALL[name]
+    model, rows = model_of(objective, spread=0.05), shown(objective, 9)
+    found = []
+    fields = asked_fields(objective)
+    for cut in ([rows], [rows[:2], rows[2:3], rows[3:]]):
+        model.zero_grad()
+        step(model, objective, [collate(some, fields) for some in cut])
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
+    """Another token in a hidden place: all states are what they were, those of a discriminator too if the same is drawn."""
+    changed, moved = 0, 0
+    objective = ALL[name]
+    if "tokens" in objective.targets:
+        objective = type(objective)(
+            *(replace(o, masked=1.0, random=0.0) if type(o) is MLM else o for o in (objective.first, objective.second))
+        )
+    model = model_of(objective).eval()
+    for index in range(10):
+        example = source(objective)[index]
+        seen = objective.view(example, VOCAB, np.random.default_rng(index))
+        at = np.flatnonzero(seen["labels"] != IGNORE)
+        if not len(at):
+            continue
+        other = seen | {"labels": seen["labels"].copy()}
+        other["labels"][at] = 5 + (seen["labels"][at] + 4) % 55
+        if "real" in seen:
+            other["real"] = seen["real"].copy()
+            other["real"][at] = other["labels"][at]
+        batches = [collate([s]) for s in (seen, other)]
+        with torch.no_grad():
+            outputs = [objective.run(model, b) for b in batches]
+        for field, value in outputs[0].items():
+            assert torch.equal(value, outputs[1][field]), field
+        changed += 1
+        lost = [objective.loss(model, o, b) for o, b in zip(outputs, batches, strict=True)]
+        moved += any(lost[0][term] != lost[1][term] for term in lost[0])
+    assert changed > 5 and moved == changed
+
+
+def test_a_decoder_is_refused() -> None:
+    from firth.model.shape import decoder
+
+    for objective in ALL.values():
+        with pytest.raises(UserError, match="reads a text from both sides"):
+            refuse_misfit(objective, decoder(60, 64, 2))
+        refuse_misfit(objective, encoder(60, 64, 2))
+
+
+def test_settings_of_rtd_that_mean_nothing_are_refused() -> None:
+    for bad in (0.0, 1.5):
+        with pytest.raises(UserError, match="share of the discriminator"):
+            RTD(size=bad)
+    with pytest.raises(UserError, match="sbo: longest"):
+        SBO(longest=0)

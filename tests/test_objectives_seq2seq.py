@@ -1,0 +1,303 @@
+"""Prefix LM, BART's noises and denoising, and salient spans: what they show, against transformers, and what they learn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from data_room import tokenizer
+from test_objectives_views import VOCAB, bare, some_text
+
+from firth.data.batch import collate
+from firth.data.corrupt import CORRUPTIONS, Damage, infilling, permutation
+from firth.data.noise import Kind, facts, salient
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.lm import LM
+from firth.model.published import SHAPES, bart
+from firth.model.shape import Shape
+from firth.model.weights import save_model
+from firth.objectives.causal import CausalLM
+from firth.objectives.denoise import Denoise
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.sft import TextToText
+from firth.objectives.span_corruption import SpanCorruption
+from firth.text.train import train
+from firth.text.vocab import Vocab
+from firth.train.step import step
+from firth.types import IGNORE, NEVER, Example, UserError
+
+ROW = Shape(vocab=100, width=32, depth=2, heads=2, hidden=48, context=128, causal=False)
+SIDES = replace(ROW, causal=True, encoder=2)
+
+
+def built(objective: Objective, shape: Shape, seed: int = 0) -> LM:
+    torch.manual_seed(seed)
+    return LM(shape, objective.parts(shape))
+
+
+def loss_of(objective: Objective, model: LM, examples: list[Example]) -> float:
+    batch = collate(examples)
+    with torch.no_grad():
+        total = objective.loss(model, objective.run(model, batch), batch)["tokens"]
+    return float(total) / int((batch["labels"] != IGNORE).sum())
+
+
+def test_prefix_one_is_causal_lm() -> None:
+    rng = np.random.default_rng(0)
+    first, causal = PrefixLM(least=0, most=0), CausalLM()
+    model = built(first, ROW)
+    texts = [bare(rng) for _ in range(6)]
+    ours, theirs = ([o.view(t, VOCAB, np.random.default_rng(1)) for t in texts] for o in (first, causal))
+    assert loss_of(first, model, ours) == pytest.approx(loss_of(causal, model, theirs), abs=1e-6)
+
+
+def test_every_cut_is_as_likely() -> None:
+    rng = np.random.default_rng(0)
+    text = {"tokens": some_text(rng, 11)}
+    asked = [int((PrefixLM().view(text, VOCAB, rng)["labels"] != IGNORE).sum()) for _ in range(4000)]
+    counts = np.bincount(asked, minlength=11)[1:]
+    assert counts.sum() == 4000 and ((counts - 400) ** 2 / 400).sum() < 34  # 9 degrees of freedom, p = 1e-4
+    half = PrefixLM(least=0.5, most=0.5, layout="seq2seq")
+    for n in (2, 3, 10):
+        seen = half.view({"tokens": some_text(rng, n)}, VOCAB, rng)
+        assert len(seen["labels"]) == n // 2 and len(seen["source_tokens"]) == n - n // 2 + 1
+    with pytest.raises(UserError, match="two tokens or more"):
+        half.view({"tokens": some_text(rng, 1)}, VOCAB, rng)
+
+
+def hidden_states(model: LM, seen: Example) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(collate([seen]))[0]
+
+
+@pytest.mark.parametrize("layout", ["prefix", "seq2seq"])
+@pytest.mark.parametrize("make", [PrefixLM, Denoise])
+def test_no_answer_is_seen_before_it_is_given(make: type, layout: str) -> None:
+    """Change one token of the answer: nothing moves up to the position where it is asked; after it, all may."""
+    objective = make(layout=layout)
+    rng = np.random.default_rng(3)
+    seen = objective.view({"tokens": some_text(rng, 24)}, VOCAB, np.random.default_rng(8))
+    model = built(objective, SIDES if layout == "seq2seq" else ROW)
+    before = hidden_states(model, seen)
+    for at in np.flatnonzero(seen["labels"] != IGNORE)[:-1]:
+        tokens = seen["tokens"].copy()
+        assert tokens[at + 1] == seen["labels"][at]
+        tokens[at + 1] = 25 + (tokens[at + 1] + 3) % 75
+        after = hidden_states(model, seen | {"tokens": tokens})
+        assert torch.equal(before[: at + 1], after[: at + 1])
+        assert not torch.equal(before[at + 1 :], after[at + 1 :])
+
+
+@pytest.mark.parametrize("name", ["masking", "deletion", "infilling"])
+def test_what_was_damaged_is_not_shown(name: Damage) -> None:
+    """Another token where one was hidden: the source is the same, the answer is not."""
+    for seed in range(20):
+        tokens = np.random.default_rng(seed).permutation(np.arange(25, 100))[:40].astype(np.int32)
+        objective = Denoise(noises=(name,))
+        seen = objective.view({"tokens": tokens}, VOCAB, np.random.default_rng(seed))
+        gone = np.flatnonzero(~np.isin(tokens, seen["source_tokens"]))
+        assert len(gone)
+        changed = tokens.copy()
+        changed[gone] = 25 + (changed[gone] - 25 + 3) % 75
+        other = objective.view({"tokens": changed}, VOCAB, np.random.default_rng(seed))
+        assert np.array_equal(seen["source_tokens"], other["source_tokens"])
+        assert not np.array_equal(seen["labels"], other["labels"])
+
+
+@pytest.mark.parametrize("name", get_args(Damage))
+@pytest.mark.parametrize("n", [0, 1, 2, 50])
+def test_damage_at_every_length(name: Damage, n: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        tokens = some_text(rng, n)
+        damaged = CORRUPTIONS[name](tokens, VOCAB, 0.3, rng)
+        kept = damaged[damaged != VOCAB.mask]
+        if name in ("permutation", "rotation"):
+            assert np.array_equal(np.sort(kept), np.sort(tokens)) and len(kept) == n
+        else:  # what is kept stands in its order
+            left = iter(tokens.tolist())
+            assert all(any(k == t for t in left) for k in kept.tolist())
+        assert len(damaged) == n or name in ("deletion", "infilling")
+
+
+def test_infilling_hides_the_rate_in_spans_of_three() -> None:
+    rng = np.random.default_rng(0)
+    hidden = spans = inserted = 0
+    for _ in range(3000):
+        damaged = infilling(np.arange(25, 85), VOCAB, 0.3, rng)
+        masks = int((damaged == VOCAB.mask).sum())
+        hidden += 60 - (len(damaged) - masks)
+        spans += masks
+        # Where neighbours of a lone mask are neighbours in the text, nothing was hidden.
+        at = np.flatnonzero(damaged == VOCAB.mask)
+        at = at[(at > 0) & (at < len(damaged) - 1)]
+        inserted += int((damaged[at + 1] - damaged[at - 1] == 1).sum())
+    assert hidden == pytest.approx(3000 * 18, rel=1e-9)  # 0.3 * 60 exactly
+    # 18 tokens in lengths of mean 3, the last of them cut: a renewal process, 18 / 3 + (1 + 1 / 3) / 2 spans on average.
+    assert spans / 3000 == pytest.approx(6 + 2 / 3, rel=0.03)
+    assert inserted / spans == pytest.approx(np.exp(-3), rel=0.25)
+
+
+def test_sentences_move_as_a_whole() -> None:
+    vocab = tokenizer().vocab
+    text = "The cat sat. It saw two dogs! Nothing more\nwas said by men? No."
+    tokens = tokenizer().encode(text)
+    begins = np.flatnonzero(vocab.sentences(tokens))
+    pieces = [tokenizer().decode(part).strip() for part in np.split(tokens, begins[1:])]
+    assert pieces == ["The cat sat.", "It saw two dogs!", "Nothing more", "was said by men?", "No."]
+    moved = tokenizer().decode(permutation(tokens, vocab, 1.0, np.random.default_rng(0)))
+    assert all(piece in moved for piece in pieces) and moved != text
+    with pytest.raises(UserError, match="where a sentence ends"):
+        permutation(np.arange(3), Vocab(4, {}, np.zeros(4, bool)), 1.0, np.random.default_rng(0))
+
+
+CASED = (
+    "Old Darwin met Emma in London on 12 February 1839, and then they went home. London is large. Nobody knew I did."
+)
+
+
+@pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram", "wordpiece", "bpe"])
+def test_facts_are_names_and_dates(algorithm: str) -> None:
+    coder = train([CASED] * 30, algorithm, size=400, sentinels=0)
+    tokens = coder.encode(CASED)
+    runs = facts(tokens, coder.vocab)
+    found = [coder.decode(tokens[runs == i]).strip() for i in range(1, runs.max() + 1)]
+    assert found == ["Darwin", "Emma", "London", "12 February 1839", "London"]
+
+
+def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
+    coder = train([CASED] * 30, "unigram", size=400, sentinels=20)
+    vocab, tokens = coder.vocab, coder.encode(CASED)
+    runs = facts(tokens, vocab)
+    rng = np.random.default_rng(0)
+    for rate in (0.01, 0.3, 0.99):
+        for _ in range(30):
+            hidden = salient(tokens, vocab, rate, rng)
+            whole = np.isin(runs, np.unique(runs[hidden]))
+            assert hidden.any() and not (hidden & (runs == 0)).any() and np.array_equal(hidden, whole & (runs > 0))
+    assert np.array_equal(hidden, runs > 0)
+    plain = coder.encode("they went home and then they met on")
+    assert 0 < salient(plain, vocab, 0.3, rng).sum() < len(plain)
+    seen = SpanCorruption(noise="salient").view({"tokens": tokens}, vocab, rng)
+    assert set(seen["labels"]) - set(vocab.sentinels) - {vocab.eos} <= set(tokens[runs > 0])
+    framed = MLM(noise="salient").view({"tokens": vocab.frame(tokens)}, vocab, rng)
+    assert (framed["labels"] != IGNORE).any()
+    with pytest.raises(UserError, match="capitals and digits"):
+        salient(np.arange(3), Vocab(4, {}, np.zeros(4, bool)), 0.3, rng)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [PrefixLM(), PrefixLM(layout="seq2seq"), Denoise(), Denoise(layout="prefix"), SpanCorruption(noise="salient")]
+    + [Denoise(noises=(name,)) for name in get_args(Damage)],
+)  # fmt: skip
+def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
+    rng = np.random.default_rng(0)
+    batch = collate([objective.view(bare(rng), VOCAB, rng) for _ in range(8)])
+    model = built(objective, SIDES if "source_tokens" in batch else ROW)
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    found = []
+    for _ in range(10):
+        adam.zero_grad()
+        found.append(float(step(model, objective, [batch])["tokens"]))
+        adam.step()
+    assert found[-1] < 0.85 * found[0]
+
+
+def same_loss_as(theirs_class: str, objective: Objective, model: LM, vocab: Vocab, folder: Path) -> None:
+    """transformers, given the source and the labels alone, shifts them and sums up to what we have."""
+    transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+    rng = np.random.default_rng(0)
+    batch = collate([objective.view({"tokens": some_text(rng, n)}, vocab, rng) for n in (40, 23, 55)])
+    save_model(model, None, folder)
+    ids = {"pad_token_id": vocab.pad, "decoder_start_token_id": vocab.start}
+    theirs = getattr(transformers, theirs_class).from_pretrained(folder, **ids)
+    seen = batch["source_appears"] != NEVER
+    with torch.no_grad():
+        loss = theirs(input_ids=batch["source_tokens"], attention_mask=seen.long(), labels=batch["labels"]).loss
+        ours = objective.loss(model, objective.run(model, batch), batch)["tokens"] / (batch["labels"] != IGNORE).sum()
+    assert abs(float(ours) - float(loss)) < 1e-5
+
+
+@pytest.mark.parametrize("noise", ["spans", "salient"])
+def test_t5_has_our_loss_on_the_same_corrupted_text(noise: Kind, tmp_path: Path) -> None:
+    shape = Shape(
+        vocab=100, width=32, depth=2, encoder=2, heads=4, head_width=8, hidden=48, context=512, norm="rms", norm_bias=False,
+        norm_eps=1e-6, position="t5", activation="relu", bias=False, score_scale=False, head_scale=32**-0.5,
+    )  # fmt: skip
+    objective = SpanCorruption(noise=noise)
+    same_loss_as("T5ForConditionalGeneration", objective, built(objective, shape).eval(), VOCAB, tmp_path)
+
+
+def a_bart() -> LM:
+    """Every parameter random, so that an exchanged table shows."""
+    model = built(Denoise(), bart(100, 32, 2, 4, context=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def test_bart_has_our_loss_on_the_same_damaged_text(tmp_path: Path) -> None:
+    vocab = VOCAB.starting("eos")
+    assert vocab.start == VOCAB.eos
+    same_loss_as("BartForConditionalGeneration", Denoise(), a_bart(), vocab, tmp_path)
+
+
+class Ids:
+    """A coder of ids alone."""
+
+    vocab = replace(VOCAB)
+    stops = (VOCAB.eos,)
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+    model = a_bart()
+    rng = np.random.default_rng(1)
+    prompts = [some_text(rng, n) for n in (9, 14, 5)]
+    cached = Engine(model, Ids(), stops=()).generate(prompts, Sampling(temperature=0, max_new=12))
+    save_model(model, None, tmp_path)
+    theirs = transformers.BartForConditionalGeneration.from_pretrained(tmp_path)
+    for prompt, answer in zip(prompts, cached, strict=True):
+        source, written = torch.as_tensor(prompt, dtype=torch.int64)[None], [VOCAB.eos]
+        for _ in range(12):
+            tokens = torch.tensor([written])
+            causal = torch.arange(len(written))[None]
+            batch = {"source_tokens": source, "tokens": tokens, "looks": causal, "appears": causal}
+            with torch.no_grad():
+                written.append(int(model.parts["lm"](model(batch)[0, -1]).argmax()))
+        assert answer.tokens.tolist() == written[1:]
+        out = theirs.generate(
+            source, attention_mask=torch.ones_like(source), max_new_tokens=12, do_sample=False, num_beams=1,
+            decoder_start_token_id=VOCAB.eos, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert out[0, 1:].tolist() == written[1:]
+
+
+def test_an_answer_begins_where_the_shape_says() -> None:
+    pair = {"source": np.array([30, 31]), "target": np.array([40, VOCAB.eos])}
+    rng = np.random.default_rng(0)
+    assert TextToText().view(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
+    assert TextToText().view(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
+
+
+@pytest.mark.parametrize("name", ["bart-base", "bart-large"])
+def test_bart_has_the_parameters_of_the_released_checkpoint(name: str) -> None:
+    """Those of transformers, less two unread rows in each position table, and the offset of the logits, a constant there."""
+    shape = SHAPES[name]
+    released = {"bart-base": 139_420_416, "bart-large": 406_291_456}[name]
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in LM(shape, Denoise().parts(shape)).parameters())
+    assert counted == shape.parameters() == released - 4 * shape.width + shape.vocab

@@ -1,0 +1,372 @@
+"""The arena at a very small size: equal FLOPs, one tokenizer, no test text read, resumption, refusals, figures that agree."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from firth import cli
+from firth.data.shards import TokenStore
+from firth.data.split import place
+from firth.evaluate.evaluate import evaluate
+from firth.recipes import compare as arena
+from firth.recipes.compare import Terms, compare
+from firth.recipes.material import Echo, Text, documents_of
+from firth.recipes.probe import draw, questions
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run import Finished, run
+from firth.recipes.segments import Labelled
+from firth.recipes.verdict import MEASURES, Interval, Score, differences, gains, line, markdown, paired
+from firth.text.tokenizer import Tokenizer
+from firth.train.schedule import Length
+from firth.types import UserError
+
+FLOPS = 5e7
+SMALL = (
+    "shape.width=16", "shape.heads=1", "shape.head_width=16", "shape.hidden=32", "shape.depth=1", "segment.length=24", "batch.rows=2",
+    "batch.pack=0", "tokenizer.size=400", "precision=fp32", "source.held_out=0.2",
+    "probe.precision=fp32", "probe.length.steps=3", "probe.batch.rows=4",
+)  # fmt: skip
+WORDS = ["king", "queen", "war", "fool", "lord", "sea", "dead", "speak", "laugh", "again", "every", "while"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences of two kinds, told apart by a word."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("records") / "labelled.jsonl"
+    rows = [
+        {"text": " ".join([*rng.choice(WORDS, 12), ("gladly", "sadly")[i % 2], *rng.choice(WORDS, 4)]), "label": "+-"[i % 2]}
+        for i in range(150)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def terms(records: Path | str, **changes: object) -> Terms:
+    fields = {"compute": Length(flops=FLOPS), "shares": (0.5, 1.0), "seeds": 2, "probe": str(records), "labels": 20}
+    return Terms(**(fields | changes))
+
+
+def contest(out: Path, records: Path, names: tuple[str, ...] = ("roberta", "t5"), **changes: object) -> str:
+    settings = [*SMALL, f"source.path={records}"]
+    return compare(names, settings, terms(records, **changes), out, echo=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory, records: Path) -> tuple[Path, str]:
+    """A whole comparison, and what it said."""
+    out = tmp_path_factory.mktemp("arena")
+    return out, contest(out, records)
+
+
+def rows(directory: Path) -> list[dict[str, float]]:
+    found = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["split"] == "train"]
+
+
+def test_every_run_ends_with_the_step_that_reaches_its_share_of_the_flops(held: tuple[Path, str]) -> None:
+    out, _ = held
+    runs = sorted((out / "runs").glob("*/share-*/seed-*"))
+    assert len(runs) == 2 * 2 * 2
+    for directory in runs:
+        wanted = FLOPS * float(directory.parent.name.removeprefix("share-"))
+        *_, before, last = [row["flops"] for row in rows(directory)]
+        assert before < wanted <= last
+        assert json.loads((directory / "done.json").read_text())["flops"] == last
+
+
+def test_all_read_one_text_with_one_tokenizer_and_none_reads_what_it_is_tested_on(
+    held: tuple[Path, str], records: Path
+) -> None:
+    out, _ = held
+    own = (out / "tokenizer" / "tokenizer.json").read_bytes()
+    for file in (out / "runs").rglob("tokenizer/tokenizer.json"):
+        assert file.read_bytes() == own
+    assert [path.name for path in (out / "data").glob("*/*")] in (["train", "valid"], ["valid", "train"])  # made once
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    store = TokenStore.open(next((out / "data").glob("*/train")), tokenizer)
+    read = tokenizer.decode(np.array(store.tokens))
+    tested = [json.loads(text)["text"] for text in (out / "probe" / "test.jsonl").read_text().splitlines()]
+    learnt = [json.loads(text)["text"] for text in (out / "probe" / "train-0.jsonl").read_text().splitlines()]
+    assert len(tested) > 10 and len(learnt) == 20
+    assert not any(text in read for text in tested)
+    assert all(text in read for text in learnt)
+    assert learnt != [json.loads(text)["text"] for text in (out / "probe" / "train-1.jsonl").read_text().splitlines()]
+
+
+def test_the_table_says_what_the_results_say(held: tuple[Path, str]) -> None:
+    out, said = held
+    results = json.loads((out / "results.json").read_text())
+    scores = [Score(**s) for s in results["scores"]]
+    on_disk = [Score(**json.loads(f.read_text())) for f in (out / "scores").rglob("*.json")]
+    assert sorted(scores, key=str) == sorted(on_disk, key=str)
+    assert len(scores) == 2 * 2 * 3
+    table = (out / "table.md").read_text()
+    head, _, *body = [[c.strip() for c in text.strip("|").split("|")] for text in table.splitlines() if text[:1] == "|"]
+    assert {cells[0] for cells in body} == {"roberta", "t5"}
+    for cells in body:
+        row = dict(zip(head, cells, strict=True))
+        own = [s for s in scores if s.recipe == row["recipe"] and s.share == 1.0]
+        scratch = {s.seed: s.accuracy for s in scores if s.recipe == row["recipe"] and s.share == 0.0}
+        assert row["probe accuracy"].startswith(f"{np.mean([s.accuracy for s in own]):.3f} ±")
+        assert row["gain"].startswith(f"{np.mean([s.accuracy - scratch[s.seed] for s in own]):.3f} ±")
+        assert row["hidden tokens"].startswith(f"{np.mean([s.hidden for s in own]):.3f} ±")
+        assert row["parameters"] == f"{own[0].parameters:,}" and own[0].parameters > 1000
+    assert said.startswith(markdown([line(scores, cells[0], 1.0) for cells in body]))
+    page = (out / "report.html").read_text()
+    assert page.count('<svg class="plot wide"') == 2  # the probe and the hidden tokens; none of bits per byte
+    assert page.count("whisker") > 8
+    assert all(word in page for word in results["words"])
+
+
+def test_a_finished_comparison_is_not_done_again_and_may_grow(
+    held: tuple[Path, str], records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, said = held
+    called: list[str] = []
+
+    def stop(recipe: Recipe, directory: Path, echo: Echo) -> Finished:
+        called.append(recipe.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena, "run", stop)
+    assert contest(out, records) == said
+    assert called == []
+    with pytest.raises(KeyboardInterrupt):
+        contest(out, records, seeds=3)
+    assert called == ["probe"]
+
+
+def test_killed_anywhere_and_run_again_it_comes_to_the_same(
+    held: tuple[Path, str], records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = held
+    for killed_at in (0, 3, 5):
+        calls = iter(range(100))
+
+        def mortal(
+            recipe: Recipe, directory: Path, echo: Echo, calls: Iterator[int] = calls, killed_at: int = killed_at
+        ) -> Finished:
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            return run(recipe, directory, echo=echo)
+
+        monkeypatch.setattr(arena, "run", mortal)
+        with pytest.raises(KeyboardInterrupt):
+            contest(tmp_path, records, seeds=1)
+    monkeypatch.setattr(arena, "run", run)
+    contest(tmp_path, records, seeds=1)
+    for file in (tmp_path / "scores").rglob("*.json"):
+        ours, theirs = (
+            json.loads((top / "scores" / file.relative_to(tmp_path / "scores")).read_text())
+            for top in (tmp_path, whole)
+        )
+        # Their directories are in their recipes, and so in their keys.
+        assert ours | {"seconds": 0, "key": ""} == theirs | {"seconds": 0, "key": ""}
+
+
+def test_causal_models_are_compared_by_bits_per_byte_without_a_probe(records: Path, tmp_path: Path) -> None:
+    said = contest(tmp_path, records, ("gpt", "roberta"), probe="none", shares=(1.0,), seeds=1)
+    results = json.loads((tmp_path / "results.json").read_text())
+    by_name = {score["recipe"]: score for score in results["scores"]}
+    held_out = [
+        json.loads(text) for text in (tmp_path / "runs/gpt/share-1/seed-0/metrics.jsonl").read_text().splitlines()
+    ]
+    assert by_name["gpt"]["bits_per_byte"] == held_out[-1]["bits_per_byte"]
+    assert by_name["roberta"]["bits_per_byte"] is None and by_name["gpt"]["accuracy"] is None
+    assert "probe" not in said and "bits per byte" in said
+    assert "One seed cannot tell it apart" in said
+
+
+def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_did(
+    records: Path, tmp_path: Path
+) -> None:
+    shape = [setting for setting in SMALL if setting.startswith("shape.")]
+    t5 = load("t5", [*shape, "shape.encoder=1"])
+    recipe = load("classify", [
+        f"source.path={records}", "tokenizer.size=400", "objective.at=answer", "length.steps=4", "precision=fp32",
+    ])  # fmt: skip
+    ended = run(replace(recipe, shape=t5.shape), tmp_path / "run", echo=lambda _: None)
+    held_out = [r for i, r in enumerate(records.read_text().splitlines()) if place(str(i)) < recipe.source.held_out]
+    (tmp_path / "held.jsonl").write_text("\n".join(held_out) + "\n")
+    found = evaluate(tmp_path / "run", [str(tmp_path / "held.jsonl")])
+    assert found["task"] == "classification" and found["items"] == len(held_out) > 3
+    assert found["accuracy"] == pytest.approx(ended.metrics["valid/accuracy"])
+
+
+@pytest.mark.parametrize(("names", "settings", "changes", "said"), [
+    (("roberta", "nobody"), (), {}, "there is no recipe 'nobody'"),
+    (("roberta", "classify"), (), {}, "classify goes on from another run, and what is compared begins from nothing"),
+    (("roberta", "roberta"), (), {}, "roberta is named twice"),
+    ((), (), {}, "name the recipes to compare"),
+    (("gpt", "roberta"), ("objective=mlm",), {}, "gpt: objective mlm reads a text from both sides, which a causal decoder cannot"),
+    (("roberta",), ("source.path=nowhere.txt",), {}, "nowhere.txt: there is no such file"),
+    (("roberta",), (), {"probe": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
+    (("roberta",), (), {"labels": 10_000}, "10000 labels are asked: give more records, or fewer --labels"),
+    (("roberta",), ("probe.segment.label=tone",), {}, "the field 'tone' should hold a class; the record has text, label"),
+    (("roberta",), ("probe.batch.row=4",), {}, "there is no field 'row' in Batch"),
+    (("roberta", "gpt"), ("segment.length=100000",), {}, "gpt: .*too few for one window"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_trained(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, ...], settings: tuple[str, ...], changes: dict[str, object], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(arena, "run", lambda *_, **__: pytest.fail("something was trained"))
+    before = [*SMALL, f"source.path={records}", *settings]
+    with pytest.raises(UserError, match=said):
+        compare(names, before, terms(records, **changes), tmp_path / "out", echo=lambda _: None)
+
+
+def test_other_terms_in_the_same_place_are_refused(held: tuple[Path, str], records: Path) -> None:
+    with pytest.raises(UserError, match=r"holds a comparison on other terms \(another number of labels\)"):
+        contest(held[0], records, labels=21)
+    with pytest.raises(UserError, match=r"another compute"):
+        contest(held[0], records, compute=Length(seconds=1))
+
+
+def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory_is_taken(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="too few for one window"):
+        compare(
+            ("gpt",),
+            [*SMALL, f"source.path={records}", "segment.length=100000"],
+            terms(records),
+            tmp_path / "out",
+            print,
+        )
+    made = tmp_path / "out" / "tokenizer" / "tokenizer.json"
+    before = made.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text(records.read_text().replace("king", "emperor"))
+    monkeypatch.setattr(arena, "settle", lambda *_: pytest.fail("mended"))
+    with pytest.raises(pytest.fail.Exception, match="mended"):
+        contest(tmp_path / "out", other, labels=30)
+    assert made.read_bytes() != before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all my work")
+    with pytest.raises(UserError, match="is there already and holds no comparison"):
+        contest(tmp_path / "mine", records)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"compute": Length(steps=3)}, "not equally dear"),
+    ({"shares": (0.0, 1.0)}, "above 0 and up to 1"),
+    ({"shares": ()}, "above 0 and up to 1"),
+    ({"seeds": 0}, "at least 1"),
+])  # fmt: skip
+def test_terms_that_mean_nothing_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        terms("none", **changes)
+
+
+def invented(name: str, values: list[float], share: float = 1.0) -> list[Score]:
+    return [Score(name, share, seed, "", accuracy=value) for seed, value in enumerate(values)]
+
+
+def test_intervals_are_students_and_paired() -> None:
+    first, second = [0.71, 0.74, 0.78, 0.80], [0.70, 0.72, 0.75, 0.79]
+    ours = paired(invented("a", first), invented("b", second), MEASURES[0])
+    theirs = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert ours is not None and ours.half is not None
+    assert (ours.mean - ours.half, ours.mean + ours.half) == pytest.approx((theirs.low, theirs.high), rel=1e-4)
+    for n in range(2, 21):
+        values = np.random.default_rng(n).normal(size=n).tolist()
+        made = Interval.of(values)
+        wanted = scipy.stats.t.interval(0.95, n - 1, np.mean(values), scipy.stats.sem(values))
+        assert made is not None and made.half is not None
+        assert (made.mean, made.half) == pytest.approx((np.mean(wanted), np.diff(wanted)[0] / 2), rel=1e-4)
+    assert Interval.of([0.5]) == Interval(0.5, None)
+
+
+def test_a_difference_is_said_only_where_its_interval_leaves_out_nought() -> None:
+    scores = invented("a", [0.80, 0.82, 0.84]) + invented("b", [0.70, 0.71, 0.745]) + invented("c", [0.90, 0.70, 0.80])
+    [said] = differences(scores, MEASURES[0])
+    assert re.match(
+        r"Accuracy of the probe: a is best\. Above b by 0\.102 \(0\.0\d+ to 0\.1\d+\)\. Not told apart from c by", said
+    )
+    rows = [
+        line(scores + invented("a", [0.5, 0.51, 0.52], 0.0) + invented("c", [0.5, 0.9, 0.7], 0.0), n, 1.0) for n in "ac"
+    ]
+    helps, unsure = gains(rows)
+    assert helps.startswith("Pretraining helps a: +0.310 (")
+    assert unsure.startswith("These seeds cannot say whether pretraining helps c: +0.100 (")
+    less = [Score(n, 1.0, s, "", bits_per_byte=v + s / 100) for n, v in (("x", 2.0), ("y", 1.5)) for s in range(3)]
+    assert differences(less, MEASURES[1]) == ["Held-out text: y is best. Below x by 0.500 (0.500 to 0.500)."]
+
+
+def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_path: Path) -> None:
+    plays = [tmp_path / "text" / f"play-{i}.txt" for i in range(8)]
+    plays[0].parent.mkdir()
+    for play in plays:
+        play.write_text("Who goes there? It is the king. " * 5)
+    rows = [{"text": f"{play.name} {i}", "label": "ab"[i % 2], "name": play.name} for play in plays for i in range(6)]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Text(path=(str(plays[0].parent),), held_out=0.3)
+    drawn = draw(
+        str(tmp_path / "probe.jsonl"),
+        Labelled(),
+        source,
+        source.path,
+        labels=12,
+        seeds=1,
+        folder=tmp_path / "out",
+        echo=print,
+    )
+    held = {d.name for d in documents_of(source, source.path, apart=True)}
+    tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    learnt = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in tested} == held != set()
+    assert len(tested) == drawn.tested == 6 * len(held)
+    assert held.isdisjoint(row["name"] for row in learnt)
+
+
+def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Path) -> None:
+    said = "Who goes there in the night? It is the king of all these lands. He is not well today, they say. Go!"
+    (tmp_path / "speeches.jsonl").write_text(json.dumps({"play": "hamlet", "text": said}) + "\n")
+    rows = [
+        json.loads(text)
+        for text in questions(tmp_path / "speeches.jsonl", tmp_path / "q.jsonl").read_text().splitlines()
+    ]
+    assert rows == [
+        {"text": "Who goes there in the night", "label": "question", "name": "hamlet.txt"},
+        {"text": "It is the king of all these lands", "label": "statement", "name": "hamlet.txt"},
+    ]
+
+
+def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, f"source.path={records}", "gpt.shape.hidden=48", "probe.optimizer.rate=1e-3"]
+    ready = arena.prepare(("roberta", "gpt"), settings, terms(records), tmp_path, lambda _: None)
+    shapes = {name: recipe.shape for name, recipe in ready.contenders.items()}
+    assert (shapes["roberta"].hidden, shapes["gpt"].hidden) == (32, 48)
+    assert shapes["roberta"].vocab == shapes["gpt"].vocab == ready.tokenizer.vocab.size
+    assert ready.probe.optimizer.rate == 1e-3
+    assert [ready.finetuning(name, 0).objective.at for name in ("roberta", "gpt")] == ["first", "last"]
+    assert ready.finetuning("gpt", 0) == ready.finetuning("gpt", 0) != ready.finetuning("gpt", 1)
+
+
+def test_seconds_are_shared_out_too(records: Path, tmp_path: Path) -> None:
+    said = contest(tmp_path, records, ("gpt",), compute=Length(seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none")
+    half, whole = (json.loads((tmp_path / f"runs/gpt/share-{s}/seed-0/done.json").read_text()) for s in ("0.5", "1"))
+    assert 0.2 <= half["seconds"] < 0.4 <= whole["seconds"]
+    assert "gpt" in said and "FLOPs" in said
+
+
+def test_the_command_wants_one_kind_of_compute_and_numbers_for_shares() -> None:
+    for compute in ({}, {"seconds": 1.0, "flops": 1e9}):
+        with pytest.raises(UserError, match="--seconds N or --flops N, one of them"):
+            cli.compare(["gpt"], **compute)
+    with pytest.raises(UserError, match="--shares is 'half'"):
+        cli.compare(["gpt"], seconds=1.0, shares="half")

@@ -1,0 +1,108 @@
+"""SpanBERT, ALBERT and ELECTRA: the published shapes have the published sizes, and the tiny ones train, save and reload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from data_room import TEXTS
+
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.published import SHAPES
+from firth.model.shape import Shape
+from firth.model.weights import load_model
+from firth.recipes.recipe import load, published
+from firth.recipes.run import run
+from firth.types import UserError
+
+
+def count(shape: Shape, parts: dict[str, torch.nn.Module] | None = None) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in LM(shape, {} if parts is None else parts).parameters())
+
+
+MILLIONS = {
+    "albert-base": 12,
+    "albert-large": 18,
+    "albert-xlarge": 60,
+    "albert-xxlarge": 223,  # the paper prints 235 M, its released model holds 222.6 M
+    "electra-small": 14,
+    "electra-base": 110,
+    "spanbert": 340,
+}
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_published_sizes(name: str) -> None:
+    """The papers round, and count BERT's pooler (and BERT-large, whose 335 M they call 340 M, with 30,522 tokens)."""
+    shape, millions = SHAPES[name], MILLIONS[name]
+    body = count(shape) + (shape.width + 1) * shape.width
+    assert abs(body / (millions * 1e6) - 1) < 0.04
+    with torch.device("meta"):
+        assert count(shape, {"lm": Vocabulary(shape)}) == shape.parameters()
+
+
+def test_bodies_have_as_many_parameters_as_theirs() -> None:
+    t = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+    albert = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    with torch.device("meta"):
+        theirs = {
+            "albert": t.AlbertModel(t.AlbertConfig(**albert), add_pooling_layer=False),
+            "electra": t.ElectraModel(t.ElectraConfig(hidden_size=256, embedding_size=128, intermediate_size=1024)),
+            "spanbert": t.BertModel(
+                t.BertConfig(vocab_size=28996, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+                add_pooling_layer=False,
+            ),
+        }  # fmt: skip
+    for name, model in theirs.items():
+        shape = published(f"{name}:published").shape
+        assert shape is not None
+        assert count(shape) == sum(p.numel() for p in model.parameters()), name
+
+
+def test_electra_s_generator_is_a_quarter_and_has_no_tables_of_its_own() -> None:
+    recipe = published("electra:published")
+    assert recipe.shape is not None
+    with torch.device("meta"):
+        parts = recipe.objective.parts(recipe.shape)
+    small = parts["generator"].shape
+    assert (small.width, small.heads, small.hidden, small.depth, small.embed) == (64, 1, 256, 12, 128)
+    model = LM(
+        replace(recipe.shape, vocab=100, depth=1), recipe.objective.parts(replace(recipe.shape, vocab=100, depth=1))
+    )
+    assert sum(t.numel() for n, t in model.named_parameters() if t.shape[0] == 100 and t.ndim == 2) == 100 * 128
+
+
+def test_sizes_that_do_not_exist_are_told() -> None:
+    with pytest.raises(UserError, match="no size 'huge'; there is tiny, published, base"):
+        published("electra:huge")
+
+
+SMALL = [
+    "shape.width=32", "shape.heads=2", "shape.depth=2", "shape.hidden=48", "length.steps=3", "batch.rows=4",
+    "batch.pack=64", "segment.length=48", "tokenizer.size=400", "checks.every=2", "checks.examples=4", "checks.save=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("spanbert", []), ("albert", ["shape.embed=16"]), ("electra", ["shape.embed=16"]),
+     ("electra", ["objective.kind=adversarial_rtd"])],
+    ids=["spanbert", "albert", "electra", "adversarial"],
+)  # fmt: skip
+def test_a_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i, words in enumerate(TEXTS[:12]):
+        (text / f"{i}.txt").write_text(words[:900], encoding="utf-8")
+    recipe = load(name, [*SMALL, *more, f"source.path={text}", "source.held_out=0.3"])
+    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    assert done.steps == 3 and any(metric.startswith("valid/") for metric in done.metrics)
+    model = load_model(done.model)
+    assert model.shape == replace(recipe.shape, vocab=model.shape.vocab)
+    with torch.device("meta"):
+        assert set(model.parts) == set(recipe.objective.parts(recipe.shape))
+    assert run(recipe, tmp_path / "run", echo=lambda _: None).metrics == done.metrics

@@ -1,0 +1,72 @@
+"""Counted work of shared blocks, narrow tables, span boundaries and of two models at once: what torch counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from firth.data.batch import collate
+from firth.model.lm import LM
+from firth.model.published import bert
+from firth.model.shape import Shape
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective, asked
+from firth.objectives.rtd import RTD
+from firth.objectives.sbo import SBO
+from firth.text.vocab import Vocab
+from firth.types import Batch
+
+VOCAB = Vocab(size=70, roles={"cls": 2, "sep": 3, "mask": 4}, special=np.arange(70) < 5)
+PLAIN = replace(bert(70, 32, 3, 4, context=40), hidden=48)
+
+
+def case(objective: Objective, shape: Shape) -> tuple[LM, Batch]:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    shown = [objective.view({"tokens": VOCAB.frame(rng.integers(5, 70, 20))}, VOCAB, rng) for _ in range(4)]
+    return LM(shape, objective.parts(shape)), collate(
+        shown, {*objective.targets.values(), *objective.measures.values()}
+    )
+
+
+def counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False)
+
+
+@pytest.mark.parametrize(
+    "shape", [replace(PLAIN, embed=12), replace(PLAIN, embed=12, groups=1)], ids=["narrow", "shared"]
+)
+def test_narrow_tables_and_shared_blocks(shape: Shape) -> None:
+    objective = MLM()
+    model, batch = case(objective, shape)
+    with counter() as count, sdpa_kernel(SDPBackend.MATH):
+        model.parts["lm"](asked(model(batch), batch["labels"])[0]).sum().backward()
+    assert count.get_total_flops() == objective.run_flops(model, batch) + objective.loss_flops(model, batch)
+
+
+@pytest.mark.parametrize("shape", [PLAIN, replace(PLAIN, embed=12)], ids=["wide", "narrow"])
+def test_both_models_of_electra(shape: Shape) -> None:
+    objective = RTD(size=0.5)
+    model, batch = case(objective, shape)
+    with counter() as count, sdpa_kernel(SDPBackend.MATH):
+        terms = objective.loss(model, objective.run(model, batch), batch)
+        (terms["generator"] + terms["replaced"]).backward()
+    found = objective.run_flops(model, batch) + objective.loss_flops(model, batch)
+    assert count.get_total_flops() == found
+    assert found > 1.2 * MLM().run_flops(model, batch)
+
+
+def test_the_span_boundary_head() -> None:
+    """The vocabulary's product is counted by hand: it is made in chunks, which the counter does not see through."""
+    objective = SBO()
+    model, batch = case(MLM(noise="geometric") + objective, replace(PLAIN, embed=12))
+    count = int((batch["boundary"] >= 0).sum())
+    around = torch.randn(count, 3 * 32, requires_grad=True)
+    with counter() as counted:
+        (model.parts["boundary"](around) @ model.tokens.weight.T).sum().backward()
+    assert count > 5 and counted.get_total_flops() == objective.loss_flops(model, batch)

@@ -1,0 +1,112 @@
+"""The closed book: what the patterns read, that no examined name is taught, and the examination by a model."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.evaluate.evaluate import evaluate
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import decoder, encoder_decoder
+from firth.model.weights import save_model
+from firth.text import corpora
+from firth.text.facts import Fact, book, facts, held_out
+from firth.text.train import train
+from firth.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("gloss", "wanted"),
+    [
+        ("Beaumont: a city of southeastern Texas near Houston", ["Texas"]),
+        ("Batna: a town in north central Algeria", ["Algeria"]),
+        ("Shiraz: a city in central southwestern Iran; ruins are nearby", ["Iran"]),
+        ("Panama City, Bay City: a port city on the Gulf of Mexico", ["Gulf of Mexico"]),
+        ("Aachen, Aix-la-Chapelle: a city in the far western part of the Netherlands", ["Netherlands"]),
+        ("Tokyo, Edo, capital of Japan: the capital and largest city of Japan; a center", ["Tokyo"]),
+        ("Kinshasa: the capital of the Democratic Republic of the Congo on the Congo river", ["Kinshasa"]),
+        ("Twain, Mark Twain: United States writer and humorist (1835-1910)", ["United States", "1835", "1910"]),
+        ("Conrad: English novelist (born in Poland) noted for sea stories (1857-1924)", []),
+        ("Conrad: English novelist noted for sea stories (born in Poland) (1857-1924)", []),
+        ("Conrad: English novelist noted for sea stories (born in Poland; 1857-1924)", ["English", "1857", "1924"]),
+        ("Catherine Howard: Queen of England as the fifth wife of Henry VIII (1520-1542)", []),
+        ("South Australia: a province in Australia", []),
+        ("city: a large and densely populated urban area", []),
+        ("Boston: a city of many hills", []),
+    ],
+)
+def test_what_the_patterns_read(gloss: str, wanted: list[str]) -> None:
+    assert [fact.answer for fact in facts(gloss)] == wanted
+
+
+def test_a_question_says_none_of_its_answer() -> None:
+    for gloss in ("Tunis: a city in Tunisia", "Mexico City: capital and largest city of Mexico"):
+        assert facts(gloss) == []
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_the_book_and_its_questions(tmp_path: Path) -> None:
+    senses = [f"Town{i}: a town in northern Land{i % 7}" for i in range(200)]
+    senses += ["Portland: a city in Oregon", "Portland: a city in Maine", "run: move fast"]
+    data = "".join(
+        f"{i:08d} 15 n 01 {sense.split(':')[0]} 0 000 | {sense.split(': ')[1]}\n" for i, sense in enumerate(senses)
+    )
+    said = book([("data.noun", io.BytesIO(data.encode()))], tmp_path, about="places")
+    text, learnt, examined = (rows(tmp_path / f"{name}.jsonl") for name in ("text", "train", "test"))
+    assert "200 glosses" in said and len(text) == 200  # of Portland two glosses say two things
+    assert len(learnt) + len(examined) == 200 and 30 < len(examined) < 70
+    assert all(held_out(Fact("where", row["prompt"][9:-1], "", "")) for row in examined)
+    assert not {row["prompt"] for row in learnt} & {row["prompt"] for row in examined}
+    answer = {row["text"].split(":")[0]: row["text"].split()[-1] for row in text}
+    assert all(answer[row["prompt"][9:-1]] == row["completion"] for row in learnt + examined)
+
+
+def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    [file] = corpora.paths("pydoc/assert.txt", lambda _: None)
+    assert "assert" in Path(file).read_text("utf-8")
+    with pytest.raises(UserError, match="no file 'nosuch"):
+        corpora.paths("pydoc/nosuch.txt", lambda _: None)
+
+
+def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
+    questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    coder = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=80, sentinels=4)
+    shape = encoder_decoder(coder.vocab.size, 32, 1, heads=2, context=64)
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    save_model(model, coder, tmp_path / "model")
+    found = evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")
+    assert (found["items"], found["exact_match"], found["commonest"], found["commonest_accuracy"]) == (
+        4,
+        0.0,
+        "Texas",
+        1.0,
+    )
+    # Made to say it: position by position the decoder is asked for one piece of the answer.
+    wanted = [*coder.encode("Texas").tolist(), coder.vocab.eos]
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    source = torch.as_tensor([[*coder.encode(row["prompt"]).tolist(), coder.vocab.eos] for row in questions])
+    for _ in range(60):
+        adam.zero_grad()
+        reach = torch.arange(len(wanted)).expand(4, -1)
+        tokens = torch.tensor([[coder.vocab.pad, *wanted[:-1]]] * 4)
+        hidden = model({"source_tokens": source, "tokens": tokens, "looks": reach, "appears": reach})
+        logits = model.parts["lm"](hidden)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(wanted * 4)).backward()
+        adam.step()
+    save_model(model, coder, tmp_path / "model")
+    assert evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")["exact_match"] == 1.0
+    causal = LM(decoder(coder.vocab.size, 32, 1), {"lm": Vocabulary(decoder(coder.vocab.size, 32, 1))})
+    save_model(causal, coder, tmp_path / "causal")
+    with pytest.raises(UserError, match="encoder-decoder"):
+        evaluate(tmp_path / "causal", [str(tmp_path / "test.jsonl")], task="answers")
