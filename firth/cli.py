@@ -134,7 +134,9 @@ def fetch(
 def tokenizer_train(
     paths: Annotated[list[str], typer.Argument(help="Files, directories or globs: text, JSONL, Parquet; .gz, .zst.")],
     out: Annotated[Path, typer.Option(help="Directory to write tokenizer.json into.")] = Path("tokenizer"),
-    algorithm: Annotated[str, typer.Option(help="bpe, byte-bpe, wordpiece or unigram.")] = "byte-bpe",
+    algorithm: Annotated[
+        str, typer.Option(help="bpe, byte-bpe, wordpiece, unigram or word (whole words).")
+    ] = "byte-bpe",
     size: Annotated[int, typer.Option(help="Number of ids.")] = 8192,
     field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
     sample: Annotated[int, typer.Option(help="Bytes of text to look at, drawn over the whole corpus.")] = 200_000_000,
@@ -254,6 +256,20 @@ def fill(
     from firth.recipes.use import fill_text
 
     typer.echo(fill_text(run, text, top))
+
+
+@app.command()
+def vectors(
+    run: Run,
+    words: Annotated[list[str] | None, typer.Argument(help="Words whose neighbours to name.")] = None,
+    top: Annotated[int, typer.Option(help="How many neighbours of each.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write all vectors here, as word2vec's text format.")] = None,
+) -> None:
+    """The nearest neighbours of words among a run's token vectors; or all vectors, for gensim and others."""
+    from firth.recipes.use import word_vectors
+
+    for line in word_vectors(run, words or [], top, out):
+        typer.echo(line)
 
 
 @app.command()

@@ -27,7 +27,7 @@ from firth.data import layout
 from firth.data.source import Source
 from firth.text import chat, read
 from firth.text.tokenizer import Tokenizer
-from firth.types import Example, UserError
+from firth.types import IGNORE, Example, UserError
 
 Record = dict[str, Any]
 AT_ONCE = 1024
@@ -191,6 +191,63 @@ class Labelled(Records):
                 raise UserError(f"the label {name} is none of the classes ({classes})")
             self._known[name] = len(self._known)
         return self._known[name]
+
+
+class Tagged(Records):
+    """Sentences with a tag for each word: {"tokens", "tags"}, a tag's number at the first token of its word, IGNORE elsewhere.
+
+    words, tags: the fields that list them. classes: the names of the tags, as of `Labelled`. The words are joined by
+    blanks and framed by [CLS] and [SEP] where the tokenizer has these; a word of which no token is left is not asked.
+    """
+
+    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32}
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        tokenizer: Tokenizer,
+        length: int,
+        *,
+        words: str = "tokens",
+        tags: str = "tags",
+        classes: Sequence[str] = (),
+    ) -> None:
+        self._words, self._tags = words, tags
+        self._known = {name: i for i, name in enumerate(classes)}
+        self._open = not classes
+        super().__init__(paths, tokenizer, length)
+        names = sorted(self._known) if self._open else list(classes)
+        self.classes = tuple(names)
+        self._number = np.array([names.index(name) for name in self._known])
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        asked = example["tags"] != IGNORE
+        tags = np.full(len(asked), IGNORE)
+        tags[asked] = self._number[example["tags"][asked]]
+        return {"tokens": example["tokens"], "tags": tags}
+
+    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
+        words, names = record.get(self._words), record.get(self._tags)
+        if not isinstance(words, list) or not isinstance(names, list) or len(words) != len(names):
+            raise UserError(f"a tagged sentence needs as many {self._words!r} as {self._tags!r}, in two lists")
+        for name in names:
+            if name not in self._known and not self._open:
+                raise UserError(f"the tag {name!r} is none of the {len(self._known)} known ones")
+            self._known.setdefault(name, len(self._known))
+        tokens, spans = self.tokenizer.spans(" ".join(words))
+        ends = np.cumsum([len(word) + 1 for word in words]) - 1
+        word = ends.searchsorted(spans[:, 1])  # a token may begin with the blank before its word, never with one behind
+        first = np.flatnonzero(np.diff(word, prepend=-1))
+        tags = np.full(len(tokens), IGNORE)
+        tags[first] = np.array([self._known[name] for name in names], np.int64)[word[first]]
+        vocab = self.tokenizer.vocab
+        if "cls" in vocab.roles and "sep" in vocab.roles:
+            tokens = vocab.frame(self.fit(tokens, self.length - 2))
+            tags = np.concatenate(([IGNORE], tags[: self.length - 2], [IGNORE]))
+        return (
+            {"tokens": self.fit(tokens, self.length), "tags": tags[: self.length]} if (tags != IGNORE).any() else None
+        )
 
 
 class Dialogues(Records):

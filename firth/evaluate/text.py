@@ -38,7 +38,7 @@ def reads_of(shape: Shape) -> Reads:
         )
     if shape.encoder:
         return "halves"
-    return "masked" if shape.head == "transform" or shape.query else "causal"
+    return "masked" if shape.head == "transform" or (shape.query and not shape.causal) else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:

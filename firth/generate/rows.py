@@ -69,7 +69,7 @@ class Rows:
         # Every number that this batch will draw with: (rows, max_new).
         self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new)).to(self.device)
         self.cache = model.cache(len(prompts), self.seen.shape[1] + sampling.max_new)
-        self.state = model(batch, self.cache, latents)[:, -1]  # (rows, width)
+        self.state = model(batch, self.cache, latent=latents)[:, -1]  # (rows, width)
         self.cache.write_on()
 
     def _aligned(self, rows: Sequence[np.ndarray]) -> Batch:

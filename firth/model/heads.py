@@ -10,6 +10,7 @@ from firth.model.cross_entropy import LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.norm import make_norm
 from firth.model.shape import GATED, Shape
+from firth.types import UserError
 
 
 class Vocabulary(nn.Module):
@@ -17,6 +18,11 @@ class Vocabulary(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
+        if shape.tied and shape.apart:
+            raise UserError(
+                f"a vocabulary head reads {shape.width} numbers and the embeddings of shape.apart have {shape.table_width}: "
+                "set shape.tied=false, or take objective bilm, whose two readers have a half each"
+            )
         self.shape = shape
         self.softcap, self.scale = shape.softcap, shape.head_scale
         self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]

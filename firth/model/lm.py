@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Linear, Reading, initialise
+from firth.model.characters import Characters
 from firth.model.distance import Apart, between
 from firth.model.latent import Latent
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
+from firth.model.recurrent import Recurrent, States
 from firth.model.shape import BIASED, LEARNED, Shape
 from firth.types import NEVER, Batch, UserError
 
@@ -74,9 +76,17 @@ class Trunk(nn.Module):
         memory: Tensor | None = None,
         source: Batch | None = None,
         past: Past | None = None,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields."""
+        """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields.
+
+        kept: takes what went in and what each block handed on, the last one behind the norm.
+        """
         x = self.enter(x)
+        if not self.blocks:  # word vectors: nobody sees anybody, and there is nothing to lower
+            kept = [] if kept is None else kept
+            kept.append(x)
+            return self.norm(x)
         reading = self.reading(fields, cache, past)
         across: Reading | None = None
         layers = self.layers()
@@ -93,10 +103,15 @@ class Trunk(nn.Module):
         before = [None] * len(layers) if past is None else past.states
         for layer, (block, crossing, earlier) in enumerate(zip(layers, crossed, before, strict=True)):
             here = reading if reading.slots is None else replace(reading, slots=reading.slots.of(layer))
+            if kept is not None:
+                kept.append(x)
             x = block(x, here, across, crossing, earlier)
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.norm(x)
+        x = self.norm(x)
+        if kept is not None:
+            kept.append(x)
+        return x
 
     def enter(self, x: Tensor) -> Tensor:
         """Embeddings (B, T, table width) as the first block takes them: (B, T, width)."""
@@ -170,14 +185,19 @@ class LM(nn.Module):
         super().__init__()
         self.shape = shape
         learned = shape.position in LEARNED
-        self.tokens = nn.Embedding(shape.vocab, shape.table_width)
+        self.tokens: nn.Embedding | Characters
+        self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
         self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
         self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
         added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
         self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
         self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
-        self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
+        self.trunk: Trunk | Recurrent
+        if shape.recurrent:
+            self.trunk = Recurrent(shape)
+        else:
+            self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         self.latent = Latent(shape) if shape.latent else None
         for child in self.children():
             initialise(child, shape)
@@ -206,8 +226,14 @@ class LM(nn.Module):
         return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
     def tables(self) -> dict[str, nn.Embedding | None]:
-        """What tokens, positions and segments are looked up in."""
-        return {"tokens": self.tokens, "places": self.places, "segments": self.segments}
+        """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
+        tokens = None if self.shape.characters else self.tokens
+        return {"tokens": tokens, "places": self.places, "segments": self.segments}  # type: ignore[dict-item]
+
+    def spell(self, pieces: Sequence[str]) -> None:
+        """Tell how each token is written, to a model that reads that; one with a table of tokens has no need of it."""
+        if self.shape.characters:
+            self.tokens.spell(pieces)  # type: ignore[operator]
 
     def embed(self, fields: Batch, source: bool = False) -> Tensor:
         """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder."""
@@ -248,10 +274,13 @@ class LM(nn.Module):
         lead = batch["source_tokens"].shape[:-1]
         return mean.unflatten(0, lead), log_variance.unflatten(0, lead)
 
-    def forward(self, batch: Batch, cache: Cache | None = None, latent: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch, cache: Cache | None = None, kept: list[Tensor] | None = None, latent: Tensor | None = None
+    ) -> Tensor:
         """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only.
 
-        latent (..., units): what the decoder is told in place of the source; the posterior's mean where it is not given.
+        kept: takes the states of all layers, (B, T, width) each (see `layers`). latent (..., units): what the decoder is
+        told in place of the source; the posterior's mean where it is not given.
         """
         fields = rows(batch, "", 0 if cache is None else cache.length)
         memory, source = None, None
@@ -265,8 +294,17 @@ class LM(nn.Module):
             memory = self.encoder(self.embed(whole, source=True), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
-        hidden = self.trunk(self.embed(fields), fields, cache, memory, source, self.before(batch))
+        if self.shape.recurrent:
+            hidden = self.trunk(self.embed(fields), fields, cache, kept)
+        else:
+            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, self.before(batch), kept)
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
+
+    def layers(self, batch: Batch) -> Tensor:
+        """What went into the trunk and what each of its layers handed on: (depth + 1, ..., T, width)."""
+        kept: list[Tensor] = []
+        self(batch, None, kept)
+        return torch.stack(kept).unflatten(1, batch["tokens"].shape[:-1])
 
     @torch.no_grad()
     def before(self, batch: Batch) -> Past | None:
@@ -292,14 +330,14 @@ class LM(nn.Module):
         # Read as the model reads any text: a causal one from left to right.
         looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
         read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
-        states = self.trunk.entering(self.embed(read), read)
+        states: list[Tensor] = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
         return Past(states, fields | {"appears": torch.where(there, ALWAYS, NEVER).int()})
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
         if self.shape.linformer:
             raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
-        return Cache(rows, capacity)
+        return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity)
 
 
 def _behind(past: Batch, name: str, own: Tensor) -> Tensor:

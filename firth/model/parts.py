@@ -21,6 +21,7 @@ from torch import nn
 
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM, Guest
+from firth.model.mixture import Mixture
 from firth.model.norm import LayerNorm, RMSNorm
 from firth.model.shape import Shape
 from firth.types import UserError
@@ -57,6 +58,7 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
         "kind": "layer_norm", "width": m.width, "weight": m.weight is not None, "bias": m.bias is not None, "eps": m.eps
     },
     RMSNorm: lambda m: {"kind": "rms_norm", "width": m.width, "weight": m.weight is not None, "eps": m.eps},
+    Mixture: lambda m: {"kind": "mixture", "layers": m.layers},
     Vocabulary: lambda m: {"kind": "vocabulary", "shape": asdict(m.shape)},
     Guest: lambda m: {
         "kind": "guest", "shape": asdict(m.shape), "parts": {n: described(p) for n, p in m.parts.items()}
@@ -75,6 +77,7 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "torch_layer_norm": lambda d: nn.LayerNorm(d["width"], eps=d["eps"]),
     "layer_norm": lambda d: LayerNorm(d["width"], d["weight"], d["bias"], d["eps"]),
     "rms_norm": lambda d: RMSNorm(d["width"], d["weight"], d["eps"]),
+    "mixture": lambda d: Mixture(d["layers"]),
     "vocabulary": lambda d: Vocabulary(Shape(**d["shape"])),
     "guest": lambda d: Guest(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),
     "model": lambda d: LM(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),

@@ -13,6 +13,8 @@ The published families are points in this space, not classes:
     XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
     MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
     ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
+    ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
+    word2vec    depth=0
 
 >>> decoder(vocab=8192, width=384, depth=6).parameters()
 16908288
@@ -38,11 +40,19 @@ VECTORS = 4
 
 LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
 """Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
+LETTERS, LETTER = 259, 16
+"""What a token is spelled with (256 bytes, its beginning, its end, nothing), and the width of the vector of each."""
+WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
+"""Bytes that a filter sees -> 64ths of the filters that see so many, as in ELMo."""
 
-Reads = Literal["any", "left", "both", "free", "source", "latent"]
+Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
 order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
-or the same with nothing but a latent between the two."""
+from left to right and from right to left, by two readers who do not meet; each token by itself; or a
+source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+"""Recurrent cells -> the linear maps in one."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,13 @@ class Shape:
     latent: numbers in a Gaussian latent that is all an encoder tells its decoder (a VAE), 0 for none.
     init: standard deviation of the initial matrices, 0 for 1 / sqrt(fan in). zero_init: the two matrices that
     write into the residual stream start at zero, so that a block starts as the identity.
+    recurrent: recurrent layers (Elman 1990, Cho 2014, Hochreiter 1997) in the place of attention blocks; `depth` of them,
+    read from left to right if `causal`, else in two directions of width / 2 each. What a block is made of (heads, norms,
+    zero_init) says nothing then and is refused; `hidden` is the number of cells of a direction (0: as wide as what it
+    hands on; more than that for an LSTM with a projection, Sak 2014). apart: the two directions are stacks of their own,
+    over embeddings of width / 2 (ELMo). skip: from the second layer on, what goes into a layer is added to what comes out.
+    characters: above 0, no table of tokens: a convolution over the first so many bytes of each token's spelling (Kim 2016),
+    with `filters` filters, a multiple of 64 (`firth.model.characters`). A depth of 0 is the embeddings alone.
     """
 
     vocab: int
@@ -124,17 +141,24 @@ class Shape:
     latent: int = 0
     init: float = 0.02
     zero_init: bool = False
+    recurrent: Literal["", "rnn", "gru", "lstm"] = ""
+    apart: bool = False
+    skip: bool = False
+    characters: int = 0
+    filters: int = 512
 
     def __post_init__(self) -> None:
         def fill(name: str, value: int) -> None:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
 
-        for name in ("vocab", "width", "depth", "heads", "context"):
+        for name in ("vocab", "width", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory", "linformer",
-                     "latent"):  # fmt: skip
+        for name in (
+            "depth", "kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory", "characters",
+            "linformer", "latent",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
         for name, choices in CHOICES.items():
@@ -147,7 +171,7 @@ class Shape:
                 "change one of them, or state shape.head_width"
             )
         fill("head_width", self.width // self.heads)
-        fill("hidden", 4 * self.width)
+        fill("hidden", self.stream if self.recurrent else 4 * self.width)
         if self.heads % self.kv_heads:
             raise UserError(f"shape.heads={self.heads} is not a multiple of shape.kv_heads={self.kv_heads}")
         if self.position == "rotary" and self.head_width % 2:
@@ -182,17 +206,63 @@ class Shape:
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
         if self.linformer and (
-            self.causal or self.encoder or self.position in ("t5", "mpnet", "xlnet") or self.linformer > self.context
+            self.recurrent
+            or self.causal
+            or self.encoder
+            or self.position in ("t5", "mpnet", "xlnet")
+            or self.linformer > self.context
         ):
             raise UserError(
-                f"shape.linformer={self.linformer} mixes a whole row of at most shape.context={self.context} tokens into "
-                "fewer slots: it needs shape.causal=false, shape.encoder=0, a shape.position other than t5, mpnet and xlnet "
-                "(which say how far two tokens are apart, and a slot is nowhere), and at most `context` slots"
+                f"shape.linformer={self.linformer} mixes a whole row of at most shape.context={self.context} tokens into as many "
+                "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
             )
         if self.latent and not self.encoder:
             raise UserError(f"shape.latent={self.latent} stands between an encoder and a decoder: set shape.encoder")
         if self.rotary_sign not in (1, -1):
             raise UserError(f"shape.rotary_sign={self.rotary_sign} must be 1 or -1")
+        if self.recurrent:
+            self._refuse_blocks()
+        elif self.apart or self.skip:
+            raise UserError(
+                "shape.apart and shape.skip are for recurrent layers: set shape.recurrent, or leave them out"
+            )
+        if not self.depth and (self.encoder or self.recurrent):
+            raise UserError(
+                "shape.depth=0 leaves the embeddings alone: leave out shape.encoder and shape.recurrent too"
+            )
+        if self.characters and (self.tied or self.characters < 7 or self.filters < 64 or self.filters % 64):
+            raise UserError(
+                "a model that spells its tokens has no table to tie its head to, reads at least 7 bytes of each, and has "
+                "64, 128, 192 ... filters: set shape.tied=false, shape.characters=16 and shape.filters=512"
+            )
+
+    def _refuse_blocks(self) -> None:
+        """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
+        still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
+                 "qk_norm": False, "zero_init": False, "bias": True, "kv_heads": self.heads,
+                 "head_width": self.width // self.heads}  # fmt: skip
+        for name, value in still.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"shape.{name}={getattr(self, name)} means nothing to recurrent layers: set it to {value}, "
+                    "or begin from the recipe lstm"
+                )
+        if self.position in ("rotary", "t5"):
+            raise UserError(f"{self.position} positions are for attention: set shape.position=none (or learned)")
+        if self.causal and self.apart:
+            raise UserError("shape.apart is for two directions, and shape.causal=true is one: set shape.causal=false")
+        if self.width % 2 and not self.causal:
+            raise UserError(f"two directions share the width, and shape.width={self.width} is odd: make it even")
+        if self.hidden < self.stream or (self.hidden > self.stream and self.recurrent != "lstm"):
+            raise UserError(
+                f"shape.hidden={self.hidden} cells hand on {self.stream} numbers in each direction, and only an LSTM "
+                "projects more cells to fewer: leave shape.hidden out"
+            )
+
+    @property
+    def stream(self) -> int:
+        """Width of what a recurrent direction hands on."""
+        return self.width if self.causal else self.width // 2
 
     @property
     def gated(self) -> bool:
@@ -202,11 +272,18 @@ class Shape:
     @property
     def table_width(self) -> int:
         """Width of the embedding tables."""
-        return self.embed or self.width
+        return self.embed or (self.width // 2 if self.apart else self.width)
 
     @property
     def noun(self) -> str:
         """What one would call it."""
+        if not self.depth:
+            return "a table of word vectors"
+        if self.recurrent:
+            name = self.recurrent.upper()
+            article = "a" if self.recurrent == "gru" else "an"
+            both = f"{article} {name} in two directions" + " apart" * self.apart
+            return f"a left-to-right {name}" if self.causal else both
         if self.encoder:
             return "a variational autoencoder" if self.latent else "an encoder-decoder"
         if self.linformer:
@@ -216,6 +293,11 @@ class Shape:
     @property
     def honours(self) -> frozenset[Reads]:
         """The ways of reading that the trunk can do."""
+        if not self.depth:
+            return frozenset({"any", "alone"})
+        if self.recurrent and not self.causal:
+            # Stacks that are apart have both read all of a text by its ends.
+            return frozenset({"any", "both", "apart"} if self.apart else {"any", "both"})
         if self.encoder:
             return frozenset({"any", "latent" if self.latent else "source"})
         if self.linformer:
@@ -230,9 +312,8 @@ class Shape:
     @property
     def projections(self) -> tuple[int, int]:
         """Layers and sides (keys, values) that a Linformer projects apart."""
-        return (1 if self.linformer_sharing == "layerwise" else self.depth), (
-            2 if self.linformer_sharing == "headwise" else 1
-        )
+        layers = 1 if self.linformer_sharing == "layerwise" else self.depth
+        return layers, 1 + (self.linformer_sharing == "headwise")
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
@@ -247,8 +328,10 @@ class Shape:
         mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
         block = attention + mlp + 2 * norm
         trunks = [self.depth] + ([self.encoder] if self.encoder else [])
-        total = self.vocab * table
-        for depth in trunks:
+        total = self.spelling_parameters() if self.characters else self.vocab * table
+        if self.recurrent:
+            total += self.recurrent_products() + 2 * self.depth * (2 - self.causal) * self.cells
+        for depth in () if self.recurrent else trunks:
             total += (self.groups or depth) * block
             total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
             total += self.width * (table + self.bias) * (self.embed > 0)
@@ -260,12 +343,30 @@ class Shape:
         if self.latent:
             total += 2 * self.latent * (self.width + 1) + VECTORS * self.width * (self.latent + 1)
         transform = self.head == "transform"
-        total += self.vocab * (self.head_bias + (table if transform else self.width) * (not self.tied))
-        return total + (self.width + self.bias + each) * table * transform
+        read = table if self.apart else self.width
+        total += self.vocab * (self.head_bias + (table if transform else read) * (not self.tied))
+        return total + (read + self.bias + each) * table * transform
+
+    @property
+    def cells(self) -> int:
+        """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
+        return GATES[self.recurrent] * self.hidden
+
+    def recurrent_products(self) -> int:
+        """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
+        one = self.cells * (self.table_width + self.stream) + self.stream * self.hidden * (self.hidden > self.stream)
+        return self.depth * (2 - self.causal) * one
+
+    def spelling_parameters(self) -> int:
+        """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
+        convolved = sum((size * LETTER + 1) * self.filters * share // 64 for size, share in WINDOWS)
+        highways = 2 * 2 * (self.filters + 1) * self.filters
+        return LETTERS * LETTER + convolved + highways + (self.filters + 1) * self.table_width
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_start": ("pad", "eos"),
+    "recurrent": ("", *GATES),
     "norm": ("layer", "rms"),
     "norm_at": ("pre", "post"),
     "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
@@ -300,3 +401,18 @@ def encoder_decoder(vocab: int, width: int, depth: int, heads: int = 0, context:
         hidden=hidden or 2 * width, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
         activation="geglu_tanh", bias=False, score_scale=False, tied=False, init=0.0, zero_init=True,
     )  # fmt: skip
+
+
+def recurrent(
+    vocab: int, width: int, depth: int, kind: Literal["rnn", "gru", "lstm"] = "lstm", context: int = 1024
+) -> Shape:
+    """The default recurrent language model: embeddings, layers from left to right, and a head tied to the embeddings."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=1, context=context, norm_at="post", position="none",
+        recurrent=kind, head_bias=True,
+    )  # fmt: skip
+
+
+def vectors(vocab: int, width: int) -> Shape:
+    """A vector for each word and nothing else: what word2vec learns."""
+    return Shape(vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.3)

@@ -40,6 +40,14 @@ def place(shape: Shape, reads: Reads = "any") -> Place:
     return "first" if "both" in shape.honours and reads != "left" else "last"
 
 
+def answers(width: int, count: int) -> nn.Linear:
+    """A linear reading of a state, one number for each answer, that begins near zero."""
+    head = nn.Linear(width, count)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 @dataclass(frozen=True)
 class Classification(Objective):
     """Which of the classes a text has: {"tokens", "label"} (and "segments", of a pair).
@@ -68,10 +76,7 @@ class Classification(Objective):
         return self if self.classes else dataclasses.replace(self, classes=classes())
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        head = nn.Linear(shape.width, len(self.classes))
-        nn.init.normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return {"classes": head}
+        return {"classes": answers(shape.width, len(self.classes))}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shown = {name: example[name] for name in ("tokens", "segments") if name in example}
@@ -85,6 +90,6 @@ class Classification(Objective):
         return shown | {"class": answer} | (layout.causal(n) if self.at == "last" else {})
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, answers = asked(outputs["hidden"], batch["class"])
+        states, wanted = asked(outputs["hidden"], batch["class"])
         scores = model.parts["classes"](states)  # (N, classes)
-        return {"class": choice_loss(scores, answers), "accuracy": correct(scores, answers)}
+        return {"class": choice_loss(scores, wanted), "accuracy": correct(scores, wanted)}

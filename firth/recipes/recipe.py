@@ -40,7 +40,7 @@ class TokenizerPlan:
     """
 
     path: str = ""
-    algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram"] = "byte-bpe"
+    algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
     size: int = 8192
     sample: int = 200_000_000
 
@@ -68,10 +68,12 @@ class Checks:
 class Recipe:
     """Everything a run depends on.
 
-    start: a run or model directory whose weights to begin from. shape: None takes the shape of `start`; its `vocab`
-    is set from the tokenizer. samples: texts that the model continues before training and after, for the report; it fills
-    those with a <mask> in them. unigram: a model that starts from nothing begins with the frequencies of the answers
-    (`firth.model.unigram`). precision: "auto" is what this machine is measured to be fast at.
+    start: a run or model directory whose weights to begin from. embeddings: one of the same tokenizer whose token vectors
+    alone are taken over, into a model that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of
+    `start`; its `vocab` is set from the tokenizer. samples: texts that the model continues before training and after, for
+    the report; it fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that
+    starts from nothing begins with the frequencies of the answers (`firth.model.unigram`). precision: "auto" is what this
+    machine is measured to be fast at.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Recipe:
     tokenizer: TokenizerPlan = TokenizerPlan()
     shape: Shape | None = None
     start: str = ""
+    embeddings: str = ""
     unigram: bool = True
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()

@@ -19,6 +19,7 @@ import torch
 
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
+from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
@@ -29,7 +30,7 @@ from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory, spread
-from firth.recipes.use import MASK, PRIOR, TO, Opened
+from firth.recipes.use import Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
@@ -92,6 +93,11 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         dropped, added = start_from(model, model_directory(settled.start))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         tell(f"{settled.name} starts from {settled.start}" + (f": {'; '.join(changed)}" if changed else ""))
+    else:
+        model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
+    if settled.embeddings:
+        said = vectors.take(model, tokenizer, model_directory(settled.embeddings))
+        tell(f"{settled.name} takes {said}; everything else begins at random")
     model.to(best_device())
     tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     batches = _batches(settled, cut, tokenizer, ranks)
@@ -151,7 +157,8 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
     own = directory / "tokenizer"
     if not (own / "tokenizer.json").exists():
         plan = recipe.tokenizer
-        given = plan.path or (str(model_directory(recipe.start)) if recipe.start else "")
+        begins = recipe.start or recipe.embeddings
+        given = plan.path or (str(model_directory(begins)) if begins else "")
         if given:
             Tokenizer.load(given).save(own)
         else:
@@ -235,13 +242,7 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
     with torch.random.fork_rng():
         for prompt in recipe.samples:
-            if MASK in prompt:
-                said = opened.fill_gaps(prompt, 5)
-            elif TO in prompt or PRIOR in prompt:
-                said = opened.between(prompt, sampling)
-            else:
-                said = opened.continue_text([prompt], sampling)[0]
-            rows.append({"step": step, "prompt": prompt, "text": said})
+            rows.append({"step": step, "prompt": prompt, "text": opened.sample(prompt, sampling)})
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -20,7 +20,8 @@ from firth.align.credit import GAE, Baseline
 from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, read_comparisons
 from firth.align.rollouts import Phase
 from firth.align.rollouts import Rollouts as OnPolicy
-from firth.data import records, segment
+from firth.data import records, segment, words
+from firth.data.shards import TokenStore
 from firth.data.source import Mixture, Source, Subset
 from firth.data.split import place
 from firth.generate.engine import Engine
@@ -104,9 +105,10 @@ class Windows(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Windows(valid, self.length, tail=True, memory=material.memory) if valid else None
-        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before.
-        every = valid is not None and objective.reads() == "left"
-        ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid and every else 0.0
+        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before;
+        # once, if it has one question.
+        once = valid if objective.reads() == "left" and len(objective.targets) == 1 else None
+        ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return Cut(segment.Windows(train, self.length, memory=material.memory), held, ratio, train.manifest["counts"])
 
 
@@ -139,6 +141,24 @@ class Pairs(Segment):
 
 
 @dataclass(frozen=True)
+class Words(Segment):
+    """Windows of running text with how often each word stays and is drawn as noise (`firth.data.words`): word2vec."""
+
+    length: int = 512
+    sample: float = 1e-3
+    power: float = 0.75
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        train, valid = material.stores()
+        counts = words.Words.count(train.tokens, material.tokenizer.vocab)
+
+        def shown(store: TokenStore) -> words.Words:
+            return words.Words(segment.Windows(store, self.length, ahead=0, tail=True), counts, self.sample, self.power)
+
+        return Cut(shown(train), shown(valid) if valid else None, read=train.manifest["counts"])
+
+
+@dataclass(frozen=True)
 class Labelled(Segment):
     """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
 
@@ -155,6 +175,26 @@ class Labelled(Segment):
     def settle(self, objective: Objective, material: Material) -> Objective:
         """The classes are named by the records, unless the recipe names them."""
         return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+
+
+@dataclass(frozen=True)
+class Tagged(Segment):
+    """Records with a tag for each word. words, tags: the fields that list them."""
+
+    length: int = 128
+    words: str = "tokens"
+    tags: str = "tags"
+
+    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> records.Tagged:
+        return records.Tagged(paths, material.tokenizer, self.length, words=self.words, tags=self.tags, classes=classes)
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """The tags are named by all the records, unless the recipe names them."""
+        paths = [*material.source.paths(material.echo), *material.source.valid]
+        return objective.named(lambda: self._read(paths, material).classes)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         return recorded(material, lambda paths: self._read(paths, material, objective.classes))
@@ -311,7 +351,9 @@ SEGMENTS: dict[str, type[Segment]] = {
     "windows": Windows,
     "pieces": Pieces,
     "pairs": Pairs,
+    "words": Words,
     "labelled": Labelled,
+    "tagged": Tagged,
     "dialogues": Dialogues,
     "prompted": Prompted,
     "preferences": Preferences,

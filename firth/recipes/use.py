@@ -14,6 +14,7 @@ import torch
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import open_subject
+from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
@@ -40,6 +41,19 @@ class Opened:
         """The continuations of several texts."""
         prompts = [opening(self.tokenizer, text, self.model) for text in texts]
         return [c.text for c in self.engine.generate(prompts, sampling)]
+
+    def sample(self, text: str, sampling: Sampling) -> str:
+        """What the model makes of a text: it fills the gaps in it, continues it, or names the words that are near."""
+        if MASK in text:
+            return self.fill_gaps(text, 5)
+        if TO in text or PRIOR in text:
+            return self.between(text, sampling)
+        return self.continue_text([text], sampling)[0] if "lm" in self.model.parts else self.near(text, 8)
+
+    def near(self, word: str, top: int) -> str:
+        """The words whose vectors are nearest to that of a word, in one line."""
+        found = vectors.nearest(self.model, self.tokenizer, word, top)
+        return "   ".join(f"{readable(piece)} {likeness:.2f}" for piece, likeness in found)
 
     def fill_gaps(self, text: str, top: int) -> str:
         """The likeliest tokens for each <mask> in the text, one line each."""
@@ -83,6 +97,17 @@ def open_run(directory: Path) -> Opened:
             f"{directory}: this model has no vocabulary head, so it cannot write; it has {list(subject.model.parts)}"
         )
     return Opened(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
+
+
+def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | None) -> list[str]:
+    """The neighbours of each word, a line each; and all vectors into a file that gensim reads, if one is named."""
+    subject = open_subject(directory)
+    opened = Opened(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
+    lines = [f"{word}: {opened.near(word, top)}" for word in words]
+    if out is not None:
+        count, width = vectors.write(subject.model, subject.tokenizer, out)
+        lines.append(f"{out}: {count:,} vectors of {width} numbers, in word2vec's text format")
+    return lines
 
 
 def open_engine(directory: Path) -> Opened:

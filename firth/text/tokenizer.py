@@ -255,7 +255,9 @@ def _words(definition: dict[str, Any], ids: dict[str, int], special: np.ndarray)
     for token, i in ids.items():
         if special[i]:
             continue
-        if model["type"] == "WordPiece":
+        if model["type"] == "WordLevel":
+            begins[i] = True
+        elif model["type"] == "WordPiece":
             begins[i] = not token.startswith(on)
         elif end:
             ends[i] = token.endswith(end)

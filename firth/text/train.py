@@ -5,6 +5,7 @@
     wordpiece   `##` continuations, longest match first (BERT). Google never published how BERT's were learnt; here,
                 as in the tokenizers library, by the most frequent pair
     unigram     a probability for each piece, pruned from a large seed vocabulary (Kudo 2018; T5, XLNet, ALBERT)
+    word        no pieces: the most frequent words, in small letters, and one id for all others (word2vec)
 
 Memory is bounded: of a corpus larger than `sample` bytes, read once, a uniform sample is kept (reservoir sampling,
 seeded). The same text and seed give the same tokenizer.json, byte for byte. Of two pairs that are equally frequent the
@@ -35,6 +36,8 @@ from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 ALGORITHMS = ("bpe", "byte-bpe", "wordpiece", "unigram")
+WHOLE = "word"
+"""The one that gives no text back: it cuts nothing, so that a rare word is lost."""
 CONTROL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<|im_start|>", "<|im_end|>")
 END, ON = "</w>", "##"
 """The marks of a word's end (bpe) and of what goes on with a word (wordpiece)."""
@@ -60,8 +63,9 @@ def train(
     counts. Raises UserError for an unknown algorithm, a size too small for the control tokens and the alphabet, and a
     corpus without text.
     """
-    if algorithm not in ALGORITHMS:
-        raise UserError(f"there is no tokenizer algorithm {algorithm!r}; use one of {', '.join(ALGORITHMS)}")
+    if algorithm not in (*ALGORITHMS, WHOLE):
+        known = ", ".join((*ALGORITHMS, WHOLE))
+        raise UserError(f"there is no tokenizer algorithm {algorithm!r}; use one of {known}")
     control = [BERT.get(token, token) if algorithm == "wordpiece" else token for token in CONTROL]
     control += [f"<extra_id_{i}>" for i in range(sentinels)]
     engine = blank(algorithm, control[1])
@@ -69,6 +73,12 @@ def train(
     words = count_words(engine, pieces)
     if not words:
         raise UserError("there is no text to train a tokenizer on: every document is empty")
+    if algorithm == WHOLE:
+        frequent = sorted(words, key=lambda word: (-words[word], word))[: max(size - len(control), 0)]
+        ids = {token: i for i, token in enumerate([*control, *(w for w in frequent if w not in control)])}
+        engine.model = models.WordLevel(ids, unk_token=control[1])
+        engine.add_special_tokens(control)
+        return Tokenizer(engine)
     letters, rare = _letters(algorithm, words, size - len(control))
     if rare:  # read as blanks: no piece reaches across a character that is not known
         pieces = [_normal(engine, piece).translate(dict.fromkeys(map(ord, rare), " ")) for piece in pieces]
@@ -111,6 +121,10 @@ def blank(algorithm: str, unk: str) -> Engine:
         # Signs are words of their own; put together again they stand close to the word before them.
         close = [decoders.Replace(f" {sign}", sign) for sign in ".,!?;:"]
         engine.decoder = decoders.Sequence([decoders.BPEDecoder(suffix=END), decoders.Fuse(), *close])
+    elif algorithm == WHOLE:
+        engine = Engine(models.WordLevel({}, unk_token=unk))
+        engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        engine.pre_tokenizer = pre_tokenizers.Whitespace()
     elif algorithm == "wordpiece":
         engine = Engine(models.WordPiece(unk_token=unk))
         engine.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)

@@ -197,7 +197,9 @@ class _Stack:
 
     @torch.no_grad()
     def move(self, factor: float) -> None:
-        """A weight without a gradient counts as one with a gradient of zeros."""
+        """A weight without a gradient counts as one with a gradient of zeros, unless none has one: frozen, they stay."""
+        if all(w.grad is None for w in self.weights):
+            return
         grads = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]).float()
         self.momentum.lerp_(grads, 1 - self.looked_through)
         grads.lerp_(self.momentum, self.looked_through)

@@ -1,0 +1,73 @@
+"""An embedding that spells: a convolution over the bytes of a token, in the place of a table of tokens.
+
+Kim 2016 (arXiv:1508.06615), as ELMo has it (Peters 2018, section 3.4): each byte of a token is a vector of 16 numbers,
+filters of 1 to 7 bytes are laid over them and the greatest answer of each is taken; two highway layers (Srivastava
+2015) and a linear map follow. Words that end alike so begin alike, before anything is learnt of either.
+
+>>> from firth.model.shape import Shape
+>>> shape = Shape(vocab=2, width=8, depth=1, heads=1, characters=7, filters=64, tied=False)
+>>> embedding = Characters(shape)
+>>> embedding.spell(["un", "fair"])
+>>> embedding.spelling[0].tolist()
+[257, 118, 111, 258, 0, 0, 0]
+>>> embedding(torch.tensor([[0, 1, 0]])).shape
+torch.Size([1, 3, 8])
+
+Where we differ: bytes, and pieces of words where the tokenizer has such (a piece with its blank, if it has one); each
+token of a batch is read once, however often it stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.model.shape import LETTER, LETTERS, WINDOWS, Shape
+
+FIRST, LAST = 257, 258
+"""The letters before and behind a token; 0 is none, a byte b is b + 1."""
+
+
+class Characters(nn.Module):
+    """Token ids (..., T) -> vectors (..., T, table width). spelling (vocab, characters): the letters of each id, in the file too.
+
+    weight: the vectors of the letters.
+    """
+
+    spelling: Tensor
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.longest = shape.characters
+        self.register_buffer("spelling", torch.zeros(shape.vocab, shape.characters, dtype=torch.int16))
+        self.weight = nn.Parameter(torch.empty(LETTERS, LETTER))
+        nn.init.uniform_(self.weight, -1, 1)
+        self.filters = nn.ModuleList(nn.Conv1d(LETTER, shape.filters * n // 64, size) for size, n in WINDOWS)
+        self.highways = nn.ModuleList(nn.Linear(shape.filters, 2 * shape.filters) for _ in range(2))
+        self.down = nn.Linear(shape.filters, shape.table_width)
+        for layer in (*self.highways, self.down):
+            nn.init.normal_(layer.weight, std=shape.filters**-0.5)
+            nn.init.zeros_(layer.bias)
+        for highway in self.highways:  # begin by carrying, not by changing (ELMo)
+            nn.init.constant_(highway.bias.data[shape.filters :], -2.0)  # type: ignore[index]
+
+    def spell(self, pieces: Sequence[str]) -> None:
+        """Learn how each id is written; of a long piece the first bytes are kept."""
+        rows = []
+        for piece in pieces:
+            letters = [FIRST, *(b + 1 for b in piece.encode()[: self.longest - 2]), LAST]
+            rows.append(letters + [0] * (self.longest - len(letters)))
+        self.spelling.copy_(torch.tensor(rows, dtype=torch.int16))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        known, at = tokens.unique(return_inverse=True)
+        letters = F.embedding(self.spelling[known].int(), self.weight, padding_idx=None).transpose(1, 2)  # (U, 16, L)
+        x = torch.cat([F.relu(convolve(letters).amax(-1)) for convolve in self.filters], -1)  # (U, filters)
+        for highway in self.highways:
+            new, gate = highway(x).chunk(2, -1)
+            gate = gate.sigmoid()
+            x = gate * F.relu(new) + (1 - gate) * x
+        return F.embedding(at, self.down(x))

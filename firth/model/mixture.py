@@ -1,0 +1,26 @@
+"""A mixture of the layers of a model, learnt by the task that reads it (Peters 2018, ELMo, equation 1).
+
+    scale * sum over layers of softmax(weights)[layer] * states[layer]
+
+>>> mixture = Mixture(layers=2)
+>>> mixture(torch.tensor([[[1.0, 3.0]], [[3.0, 5.0]]])).tolist()
+[[2.0, 4.0]]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Mixture(nn.Module):
+    """States of all layers (layers, ..., width) -> (..., width): their mean at first, one weight for each layer later."""
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self.layers = layers
+        self.weights = nn.Parameter(torch.zeros(layers))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.scale * torch.tensordot(self.weights.softmax(0), states, 1)

@@ -1,0 +1,194 @@
+"""Recurrent layers in the place of attention: RNN (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997), by torch.nn.
+
+    causal                 one direction: a language model (Dai and Le 2015)         what lies behind is the state
+    two directions         each layer reads both ways, the halves side by side       (Graves 2005)
+    two directions apart   two stacks that never meet: two language models (Peters 2018, ELMo)
+
+A document is read from an empty state, wherever in a row it lies, and padding is not read at all. To that end the texts
+of a batch are laid out one to a row first (`Runs`), from their beginning, and from their end for the other direction;
+a batch of whole rows is read as it lies. So packed and padded batches give the same states, and torch's own kernels
+read plain rectangles.
+
+>>> import torch
+>>> from firth.model.shape import recurrent
+>>> trunk = Recurrent(recurrent(vocab=9, width=8, depth=2))
+>>> x, fields = torch.randn(1, 5, 8), {"document": torch.tensor([[1, 1, 2, 2, 2]])}
+>>> alone = trunk(x[:, 2:], {"document": torch.ones(1, 3)})
+>>> torch.allclose(trunk(x, fields)[:, 2:], alone, atol=1e-6)
+True
+
+Where we differ from torch.nn.LSTM(bidirectional=True), whose numbers these are: padding, and the biases begin at zero, an
+LSTM's forget gate at one (Jozefowicz 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from firth.model.attention import Cache
+from firth.model.shape import Shape
+from firth.types import NEVER, Batch, UserError
+
+CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+
+
+def cells(shape: Shape) -> nn.RNNBase:
+    """One layer in one direction: (B, T, table width) -> (B, T, stream)."""
+    projected = {"proj_size": shape.stream} if shape.hidden > shape.stream else {}
+    layer = CELLS[shape.recurrent](shape.table_width, shape.hidden, batch_first=True, **projected)
+    for name, p in layer.named_parameters():
+        if name.startswith("bias"):
+            nn.init.zeros_(p)
+            if shape.recurrent == "lstm" and name.startswith("bias_ih"):
+                nn.init.ones_(p.data[shape.hidden : 2 * shape.hidden])  # torch's order is input, forget, cell, output
+    return layer
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where the texts of a batch lie. at (S, L): the slot of each token among B * T, one text to a row, filled up at its
+    end; None where every row is one text already. home (B, T): the way back. turn (S, L): each text from its end."""
+
+    at: Tensor | None
+    home: Tensor
+    turn: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def of(fields: Batch, like: Tensor, exact: bool) -> Runs:
+        """fields: `document` and `appears` (B, T) where the batch has them; like (B, T, ...). exact: padding at the end
+        of a row matters too, because the row is read from there, or because its last state is kept."""
+        rows, length = like.shape[:2]
+        place = torch.arange(rows * length, device=like.device).view(rows, length)
+        real = torch.ones_like(place, dtype=torch.bool)
+        if "appears" in fields:
+            real = fields["appears"] != NEVER
+        begins = real.clone()
+        begins[:, 1:] &= ~real[:, :-1]
+        if "document" in fields:
+            document = fields["document"]
+            begins[:, 1:] |= (document[:, 1:] != document[:, :-1]) & real[:, 1:]
+        if bool(begins[:, 0].all()) and int(begins.sum()) == rows and (not exact or bool(real.all())):
+            turn = torch.arange(length - 1, -1, -1, device=like.device).expand(rows, length)
+            return Runs(None, place, turn, torch.full((rows,), length))
+        run = begins.flatten().cumsum(0)[real.flatten()] - 1  # of each real token
+        slot = place[real]
+        lengths = run.bincount()
+        within = slot - slot[begins[real]][run]
+        longest = int(lengths.max())
+        at = torch.zeros(len(lengths), longest, dtype=torch.int64, device=like.device)
+        at[run, within] = slot
+        home = torch.zeros_like(place)
+        home[real] = run * longest + within
+        back = lengths[:, None] - 1 - torch.arange(longest, device=like.device)
+        turn = torch.where(back < 0, torch.arange(longest, device=like.device), back)
+        return Runs(at, home, turn, lengths)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """(B, T, width) -> (S, L, width)."""
+        return x if self.at is None else x.flatten(0, 1)[self.at]
+
+    def leave(self, x: Tensor) -> Tensor:
+        """(S, L, width) -> (B, T, width). Where padding was, some state that is nobody's concern."""
+        return x if self.at is None else x.flatten(0, 1)[self.home]
+
+    def reverse(self, x: Tensor) -> Tensor:
+        """Each text from its end: (S, L, width) -> the same."""
+        if self.at is None:
+            return x.flip(1)
+        return x.gather(1, self.turn[..., None].expand_as(x))
+
+
+class States(Cache):
+    """What a left-to-right recurrent model remembers of each row: the states of its layers, however long the row is."""
+
+    def __init__(self, rows: int, capacity: int):
+        super().__init__(rows, capacity)
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+
+    def write_on(self) -> None:
+        """Nothing needs be noted: the states are all there is."""
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = len(rows)
+        self.layers = {i: tuple(s.index_select(1, rows) for s in held) for i, held in self.layers.items()}
+
+
+class Layer(nn.Module):
+    """One recurrent layer, in one direction or two."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.ahead: nn.RNNBase = cells(shape)
+        self.back: nn.RNNBase | None = None if shape.causal else cells(shape)
+
+
+class Recurrent(nn.Module):
+    """`depth` recurrent layers: the trunk of a Shape with `recurrent`. Dropout as in Zaremba 2014: on what goes into the
+    first layer and on what comes out of each."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape = shape
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.depth))
+        self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
+
+    def stack(self) -> list[Layer]:
+        """The layers, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def forward(
+        self, x: Tensor, fields: Batch, cache: States | None = None, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        """x: embeddings (B, T, table width) -> (B, T, width). kept: takes what went in and what each layer handed on."""
+        runs = Runs.of(fields, x, exact=cache is not None or not self.shape.causal)
+        if cache is not None and len(runs.lengths) != len(x):
+            raise UserError("rows that a recurrent model goes on with hold one document each: leave out `document`")
+        x = runs.enter(self.drop(x))
+        ahead, back = x, runs.reverse(x) if self.shape.apart else x
+        whole = torch.cat((x, x), -1) if self.shape.apart else x
+        for i, layer in enumerate(self.stack()):
+            if kept is not None:
+                kept.append(runs.leave(whole))
+            forward = self._read(layer.ahead, ahead, i, runs, cache)
+            if layer.back is None:
+                ahead = whole = self._handed(i, forward, ahead)
+                continue
+            if self.shape.apart:
+                ahead, back = self._handed(i, forward, ahead), self._handed(i, layer.back(back)[0], back)
+                whole = torch.cat((ahead, runs.reverse(back)), -1)
+            else:
+                backward = runs.reverse(layer.back(runs.reverse(ahead))[0])
+                ahead = whole = self._handed(i, torch.cat((forward, backward), -1), ahead)
+        if cache is not None:
+            cache.advance(runs.home.shape[-1])
+        whole = runs.leave(whole)
+        if kept is not None:
+            kept.append(whole)
+        return whole
+
+    def _handed(self, i: int, out: Tensor, into: Tensor) -> Tensor:
+        """What a layer hands on: with `skip`, what it was given too."""
+        out = self.drop(out)
+        return out + into if self.shape.skip and i else out
+
+    def _read(self, layer: nn.RNNBase, x: Tensor, i: int, runs: Runs, cache: States | None) -> Tensor:
+        """One direction of a layer; with a cache, from the states it left behind and to those it leaves."""
+        out: Tensor
+        if cache is None:
+            out = layer(x)[0]
+            return out
+        held = cache.layers.get(i)
+        given = None if held is None else held if self.shape.recurrent == "lstm" else held[0]
+        if runs.at is None:
+            out, state = layer(x, given)
+        else:  # the last state of each row is wanted, which is not that of its last slot
+            packed, state = layer(pack_padded_sequence(x, runs.lengths.cpu(), True, False), given)
+            out = pad_packed_sequence(packed, True)[0]
+        cache.layers[i] = state if self.shape.recurrent == "lstm" else (state,)
+        return out

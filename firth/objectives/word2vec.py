@@ -1,0 +1,141 @@
+"""word2vec: a word's vector tells its neighbours from noise (Mikolov 2013, arXiv:1301.3781 and arXiv:1310.4546).
+
+    skip-gram   for each word i and each word j within a window of it      -log s(x_i . c_j) - k E_n log s(-x_i . c_n)
+    CBOW        for each word j, with h the mean of x over its window      -log s(h . c_j)   - k E_n log s(-h . c_n)
+
+x are the vectors of the model's embedding, c those of the part "context". Windows are drawn anew from 1 to `window` for
+every word, frequent words are left out at random, noise words n are drawn by count ** 0.75 (`firth.data.words`).
+
+    the quick brown fox   window 1   pairs   quick-the  quick-brown  brown-quick  brown-fox ...
+
+How the estimate differs from word2vec.c's and gensim's: they draw k noise words for every pair; here the words of a row
+share `noise` of them, each weighed by k / noise. The mean is the same and so is the gradient's; what differs is that
+errors in one row go together. It turns gathers of vectors into two matrix products a row. A noise word that happens to
+be a true neighbour is not left out. And many rows are one step of Adam, where they take a step for each pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.model.lm import LM
+from firth.model.shape import Reads, Shape
+from firth.objectives.objective import Objective
+from firth.scaling import flops
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Batch, Example, Outputs, UserError
+
+BLOCK = 32
+"""Words whose neighbours are scored by one product: of 32 + 2 window columns 2 window are wanted, the rest is waste."""
+
+
+@dataclass(frozen=True)
+class Word2Vec(Objective):
+    """From {"tokens", "kept", "noise"} (and "document"): which words stay, how far each looks, and the row's noise words.
+
+    window: most words to a side. negatives: k above. noise: noise words shared by a row.
+
+    >>> vocab = Vocab(size=6, roles={}, special=np.zeros(6, bool))
+    >>> text = {"tokens": np.array([1, 2, 3, 4]), "kept": np.ones(6), "noise": np.arange(1, 7) / 6}
+    >>> seen = Word2Vec(window=1, noise=3).view(text, vocab, np.random.default_rng(0))
+    >>> for name in ("tokens", "words", "left", "right", "noise"): print(name, seen[name].tolist())
+    tokens [1, 2, 3, 4]
+    words [1, 2, 3, 4]
+    left [0, 1, 1, 1]
+    right [1, 1, 1, 0]
+    noise [4, 5, 3]
+    """
+
+    targets: ClassVar[dict[str, str]] = {"words": "words"}
+
+    algorithm: Literal["skipgram", "cbow"] = "skipgram"
+    window: int = 5
+    negatives: int = 5
+    noise: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.negatives, self.noise) < 1 or self.window > BLOCK:
+            raise UserError(
+                f"word2vec: window={self.window}, negatives={self.negatives} and noise={self.noise} must be 1 or more, "
+                f"and a window reaches at most {BLOCK} words"
+            )
+
+    def reads(self) -> Reads:
+        return "alone"
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        context = nn.Embedding(shape.vocab, shape.width)
+        nn.init.zeros_(context.weight)
+        return {"context": context}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        stay = np.flatnonzero(rng.random(len(tokens)) < example["kept"][tokens])
+        stay = stay if len(stay) else np.arange(1)  # a row of nothing is no row
+        tokens, at = tokens[stay], np.arange(len(stay))
+        reach = rng.integers(1, self.window + 1, len(tokens))
+        first, last = np.zeros_like(at), np.full_like(at, len(tokens) - 1)
+        if "document" in example:
+            document = example["document"][stay]
+            first, last = document.searchsorted(document), document.searchsorted(document, "right") - 1
+        left, right = np.minimum(reach, at - first), np.minimum(reach, last - at)
+        return {
+            "tokens": tokens,
+            "words": np.where(left + right > 0, tokens, IGNORE),
+            "left": left,
+            "right": right,
+            "noise": example["noise"].searchsorted(rng.random(self.noise), "right"),
+        }
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        x = outputs["hidden"]
+        table: Tensor = model.parts["context"].weight  # type: ignore[assignment]
+        # One look-up, so that the table's gradient is made once.
+        vectors = F.embedding(torch.cat((batch["tokens"], batch["noise"]), 1), table)
+        context, noise = vectors.split((x.shape[1], self.noise), 1)
+        near = self._near(batch)  # (B, blocks, BLOCK, BLOCK + 2 window)
+        neighbours = (batch["left"] + batch["right"]).to(x.dtype)
+        if self.algorithm == "skipgram":
+            scores = self._blocks(x) @ self._around(context).mT
+            true = (F.softplus(-scores) * near).sum()
+            asked = neighbours
+        else:
+            asked = (neighbours > 0).to(x.dtype)
+            mean = near / near.sum(-1, keepdim=True).clamp(min=1)
+            x = (mean @ self._around(x)).flatten(1, 2)[:, : x.shape[1]]  # (B, T, width)
+            true = (F.softplus(-(x * context).sum(-1)) * asked).sum()
+        false = F.softplus(x @ noise.mT).sum(-1)  # (B, T)
+        return {"words": true + (false * asked).sum() * (self.negatives / self.noise)}
+
+    def _near(self, batch: Batch) -> Tensor:
+        """1 where a word of the block has a word around it for a neighbour, else 0."""
+        left, right = (self._blocks(batch[side][..., None]) for side in ("left", "right"))  # (B, blocks, BLOCK, 1)
+        wide = torch.arange(BLOCK + 2 * self.window, device=left.device) - self.window
+        offset = wide[None] - torch.arange(BLOCK, device=left.device)[:, None]
+        return ((offset >= -left) & (offset <= right) & (offset != 0)).float()
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """(B, T, n) -> (B, blocks, BLOCK, n), with zeros at the end."""
+        return F.pad(x, (0, 0, 0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+
+    def _around(self, x: Tensor) -> Tensor:
+        """Each block with `window` words before and behind it: (B, T, n) -> (B, blocks, BLOCK + 2 window, n)."""
+        blocks = F.pad(x, (0, 0, BLOCK, BLOCK + -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        # Three slices and not `unfold`, whose gradient takes three times as long.
+        return torch.cat((blocks[:, :-2, BLOCK - self.window :], blocks[:, 1:-1], blocks[:, 2:, : self.window]), 2)
+
+    def run_flops(self, model: LM, batch: Batch) -> float:
+        return 0.0
+
+    def loss_flops(self, model: LM, batch: Batch) -> float:
+        rows, length = batch["tokens"].shape
+        padded = length + -length % BLOCK
+        return flops.linear(rows * padded, model.shape.width, BLOCK + 2 * self.window) + flops.linear(
+            rows * length, model.shape.width, self.noise
+        )

@@ -1,0 +1,107 @@
+"""The ancestors: word vectors and recurrent language models.
+
+    firth train word2vec source.path=mine/        skip-gram with negative sampling (Mikolov 2013): W1
+    firth train lstm source.path=mine/            an LSTM language model (Dai and Le 2015): W2
+    firth train elmo source.path=mine/            two LSTMs that spell their words (Peters 2018): W4
+
+and what is done with them:
+
+    firth vectors runs/word2vec king --out vectors.txt
+    firth train lstm embeddings=runs/word2vec                                     its vectors, all else at random
+    firth train classify start=runs/lstm objective.at=last source.path=labelled.jsonl
+    firth train tag start=runs/elmo source.path=tagged.jsonl                      frozen, a mixture of its layers
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model.shape import Shape, recurrent, vectors
+from firth.objectives.bilm import BiLM
+from firth.objectives.causal import CausalLM
+from firth.objectives.mixed import Mixed
+from firth.objectives.tagging import Tagging
+from firth.objectives.word2vec import Word2Vec
+from firth.recipes import sizes
+from firth.recipes.material import Text
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.segments import Tagged, Windows, Words
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+WORDS = TokenizerPlan(algorithm="word", size=20_000)
+
+
+def word2vec(size: str = "tiny") -> Recipe:
+    """A vector for each word, from the company it keeps: `firth train word2vec`. Numbers: docs/results.md.
+
+    published: 1.6 billion words, windows of 5, 300 numbers for each of 692,000 words (Mikolov 2013b, section 3).
+    """
+    tiny = Recipe(
+        name="word2vec", objective=Word2Vec(), segment=Words(), source=sizes.TEXT, tokenizer=WORDS,
+        shape=vectors(WORDS.size, 128), batch=Batch(rows=16),
+        optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.99, clip=0.0),
+        schedule=Schedule("linear", warmup=0.02), length=Length(steps=1500),
+        checks=Checks(every=500, examples=256, save=500), samples=("king", "good", "went", "blood"),
+        precision="fp32",
+    )  # fmt: skip
+    published = replace(
+        tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=692_000), shape=vectors(692_000, 300),
+        segment=Words(sample=1e-5), batch=Batch(rows=256), length=Length(steps=12_000),
+        checks=Checks(every=1000, save=2000),
+    )  # fmt: skip
+    return sizes.one_of("word2vec", size, {"tiny": tiny, "published": published})
+
+
+def lstm(size: str = "tiny") -> Recipe:
+    """A language model with an LSTM where others have attention: `firth train lstm`. Numbers: docs/results.md.
+
+    published: one layer of 1,024 cells over embeddings of 512 (Dai and Le 2015, section 4). Here its width is 1,024 both.
+    """
+    tiny = sizes.tiny(
+        "lstm", CausalLM(), Windows(length=128), recurrent(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
+        steps=600, batch=Batch(rows=16), optimizer=Optimizer(rate=6e-3), samples=("The ", "I think that ", "What is "),
+    )  # fmt: skip
+    published = replace(
+        tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=30_000), samples=(),
+        shape=replace(recurrent(30_000, 1024, 1, context=400), dropout=0.25), segment=Windows(length=400),
+        batch=Batch(rows=128), length=Length(steps=100_000), checks=Checks(every=2000, save=2000),
+    )  # fmt: skip
+    return sizes.one_of("lstm", size, {"tiny": tiny, "published": published})
+
+
+def elmo(size: str = "tiny") -> Recipe:
+    """Two language models, one from each side, over words that are spelled: `firth train elmo`. Numbers: docs/results.md.
+
+    published: two layers of 4,096 cells that hand on 512 numbers, 2,048 filters over 50 bytes, a billion words for ten
+    epochs (Peters 2018, section 3.4); the softmax is over whole words, as there.
+    """
+    tiny = sizes.tiny(
+        "elmo", BiLM(), Windows(length=64), bilm(sizes.VOCAB, 2 * sizes.WIDTH, 2, characters=16, filters=256),
+        steps=500, batch=Batch(rows=32),
+    )  # fmt: skip
+    published = replace(
+        tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=100_000), segment=Windows(length=20),
+        shape=replace(bilm(100_000, 1024, 2, characters=50, filters=2048, hidden=4096), dropout=0.1, context=400),
+        optimizer=Optimizer(name="adamw", rate=1e-3, weight_decay=0.0), batch=Batch(rows=384),
+        length=Length(steps=1_000_000), checks=Checks(every=5000, save=5000),
+    )  # fmt: skip
+    return sizes.one_of("elmo", size, {"tiny": tiny, "published": published})
+
+
+def bilm(vocab: int, width: int, depth: int, characters: int, filters: int, hidden: int = 0) -> Shape:
+    """ELMo's shape: two stacks apart, over spelled words."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=1, hidden=hidden, context=sizes.CONTEXT, causal=False,
+        norm_at="post", position="none", tied=False, head_bias=True, recurrent="lstm", apart=True, skip=True,
+        characters=characters, filters=filters,
+    )  # fmt: skip
+
+
+def tag() -> Recipe:
+    """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train tag`."""
+    return Recipe(
+        name="tag", objective=Mixed() + Tagging(), segment=Tagged(length=128), batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=300), checks=Checks(examples=2000, save=300),
+    )  # fmt: skip

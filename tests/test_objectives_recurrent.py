@@ -1,0 +1,295 @@
+"""word2vec against its definition written out; the two language models of ELMo; mixtures of layers; tagging."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from firth.data.batch import Batches, collate, pack
+from firth.data.source import Source
+from firth.data.words import Words, kept, noise
+from firth.model.lm import LM
+from firth.model.shape import Shape, recurrent, vectors
+from firth.objectives.bilm import BiLM
+from firth.objectives.mixed import Mixed
+from firth.objectives.objective import Objective
+from firth.objectives.tagging import Tagging
+from firth.objectives.word2vec import Word2Vec
+from firth.recipes.recurrent import bilm
+from firth.text.vocab import Vocab
+from firth.train.optimizer import Mover, Optimizer
+from firth.train.step import step
+from firth.types import IGNORE, NEVER, Example, UserError
+
+VOCAB = Vocab(size=60, roles={"pad": 0, "unk": 1}, special=np.arange(60) < 2)
+COUNTS = np.where(np.arange(60) < 2, 0, 1000 // np.arange(1, 61))
+
+
+def running(rng: np.random.Generator, n: int = 0, documents: int = 1) -> Example:
+    n = n or int(rng.integers(40, 90))
+    example = {"tokens": rng.integers(2, 60, n).astype(np.int32)}
+    if documents > 1:
+        example["document"] = np.sort(rng.integers(0, documents, n)).astype(np.int32)
+    return example
+
+
+def words(rng: np.random.Generator) -> Example:
+    return running(rng, documents=3) | {"kept": kept(COUNTS, 0.05), "noise": noise(COUNTS, 0.75)}
+
+
+def tagged(rng: np.random.Generator) -> Example:
+    example = running(rng, int(rng.integers(3, 20)))
+    tags = rng.integers(0, 4, len(example["tokens"]))
+    return example | {"tags": np.where(rng.random(len(tags)) < 0.3, IGNORE, tags)}
+
+
+def sentence(rng: np.random.Generator) -> Example:
+    return running(rng, int(rng.integers(3, 20)))
+
+
+ELMO = bilm(60, 24, 2, characters=8, filters=64)
+CASES = {
+    "skip-gram": (Word2Vec(noise=7), words, vectors(60, 16)),
+    "cbow": (Word2Vec(algorithm="cbow", noise=7), words, vectors(60, 16)),
+    "bilm": (BiLM(), sentence, ELMO),
+    "bilm, tied": (
+        BiLM(),
+        sentence,
+        Shape(60, 24, 1, 1, causal=False, norm_at="post", position="none", recurrent="gru", apart=True),
+    ),
+    "tagging": (Tagging(classes=("a", "b", "c", "d")), tagged, recurrent(60, 16, 2, "gru")),
+    "mixed + tagging": (Mixed() + Tagging(classes=("a", "b", "c", "d")), tagged, ELMO),
+    "mixed, learning": (
+        Mixed(frozen=False) + Tagging(classes=("a", "b", "c", "d")),
+        tagged,
+        Shape(60, 16, 2, 2, causal=False, context=64),
+    ),
+}
+
+
+def made(name: str) -> tuple[Objective, LM, list[Example]]:
+    objective, source, shape = CASES[name]
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape))
+    model.spell([f"{i} piece" for i in range(60)])
+    if "context" in model.parts:  # zeros, at first, hide mistakes
+        torch.nn.init.normal_(model.parts["context"].weight, std=0.5)
+        torch.nn.init.normal_(model.tokens.weight, std=0.5)
+    rng = np.random.default_rng(0)
+    return objective, model, [objective.view(source(rng), VOCAB, rng) for _ in range(6)]
+
+
+def asked(objective: Objective) -> set[str]:
+    return {*objective.targets.values(), *objective.measures.values()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
+    objective, source, _ = CASES[name]
+    for seed in range(30):
+        example = source(np.random.default_rng(seed))
+        before = {k: np.copy(v) for k, v in example.items()}
+        shown, again = (objective.view(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
+        assert shown.keys() == again.keys() >= asked(objective)
+        assert all(np.array_equal(shown[k], again[k]) for k in shown)
+        assert all(np.array_equal(example[k], before[k]) for k in before)
+        assert all(shown[field].shape == shown["tokens"].shape for field in asked(objective))
+
+
+def found(objective: Objective, model: LM, batches: list) -> tuple[dict[str, float], torch.Tensor]:
+    model.zero_grad()
+    terms = {k: float(v) for k, v in step(model, objective, batches).items()}
+    return terms, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_padded_and_packed_batches_have_one_loss_and_gradient(name: str) -> None:
+    objective, model, shown = made(name)
+    fields = asked(objective)
+    whole, gradient = found(objective, model, [collate(shown, fields)])
+    others = [[collate(shown[:2], fields), collate(shown[2:], fields)]]
+    if "noise" in shown[0]:
+        with pytest.raises(UserError, match="cannot be packed"):
+            pack(shown, 200, fields)
+    else:
+        others.append([pack(shown, 64, fields)])
+    for batches in others:
+        terms, other = found(objective, model, batches)
+        assert terms == pytest.approx(whole, rel=1e-5)
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
+    objective, model, shown = made(name)
+    batch = collate(shown, asked(objective))
+    mover = Mover(Optimizer(name="adamw", rate=1e-2, weight_decay=0.0), model)
+    first = step(model, objective, [batch])
+    for _ in range(10):
+        mover.move(1.0)
+        last = step(model, objective, [batch])
+    assert all(last[term] < first[term] for term in objective.targets)
+
+
+@pytest.mark.parametrize("algorithm", ["skipgram", "cbow"])
+def test_word2vec_is_its_definition_written_out(algorithm: str) -> None:
+    """Pair by pair, and for the noise: k times the mean over the row's noise words, for each pair."""
+    objective, model, shown = made("skip-gram" if algorithm == "skipgram" else "cbow")
+    x, c = model.tokens.weight, model.parts["context"].weight
+    wanted = torch.zeros(())
+    for row in shown:
+        n, tokens = len(row["tokens"]), row["tokens"]
+        for i in range(n):
+            near = [j for j in range(i - row["left"][i], i + row["right"][i] + 1) if j != i]
+            inputs, outputs = [x[tokens[i]]] * len(near), [c[tokens[j]] for j in near]
+            if algorithm == "cbow" and near:
+                inputs, outputs = [torch.stack([x[tokens[j]] for j in near]).mean(0)], [c[tokens[i]]]
+            for a, b in zip(inputs, outputs, strict=True):
+                mean = torch.stack([F.logsigmoid(-(a @ c[w])) for w in row["noise"]]).mean()
+                wanted = wanted - F.logsigmoid(a @ b) - objective.negatives * mean
+    batch = collate(shown, {"words"})
+    got = objective.loss(model, objective.run(model, batch), batch)["words"]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    both = [torch.autograd.grad(loss, (x, c)) for loss in (wanted, got)]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_are_drawn_alike_and_stay_in_their_document() -> None:
+    rng = np.random.default_rng(0)
+    reach = np.zeros(6, int)
+    for _ in range(200):
+        example = words(rng) | {"kept": np.ones(60)}
+        shown = Word2Vec().view(example, VOCAB, rng)
+        document = example["document"]
+        for i, (left, right) in enumerate(zip(shown["left"], shown["right"], strict=True)):
+            assert (document[i - left : i + right + 1] == document[i]).all()
+            if 5 <= i < len(document) - 5 and (document[i - 5 : i + 6] == document[i]).all():
+                assert left == right
+                reach[left] += 1
+        assert ((shown["left"] + shown["right"] == 0) == (shown["words"] == IGNORE)).all()
+    assert reach[0] == 0
+    assert np.abs(reach[1:] / reach.sum() - 0.2).max() < 0.02
+
+
+def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
+    class Text(Source):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Example:
+            return {"tokens": np.repeat(np.arange(60), COUNTS)}
+
+    source = Words(Text(), COUNTS, sample=0.01, power=0.75)
+    rng = np.random.default_rng(0)
+    seen, drawn = np.zeros(60), np.zeros(60)
+    for _ in range(50):
+        shown = Word2Vec(noise=400).view(source[0], VOCAB, rng)
+        seen += np.bincount(shown["tokens"], minlength=60)
+        drawn += np.bincount(shown["noise"], minlength=60)
+    share = COUNTS / COUNTS.sum()
+    chance = np.minimum(1, np.sqrt(0.01 / share[2:]) + 0.01 / share[2:])  # word2vec.c, with numbers of one text
+    assert seen[2:] / (50 * COUNTS[2:]) == pytest.approx(chance, abs=0.05)
+    assert seen[:2].sum() == drawn[:2].sum() == 0
+    assert drawn / drawn.sum() == pytest.approx(COUNTS**0.75 / (COUNTS**0.75).sum(), abs=0.006)
+    with pytest.raises(UserError, match="no word that the tokenizer knows"):
+        Words(Text(), np.zeros(60), 0.01, 0.75)
+
+
+def test_related_words_come_nearer_than_others() -> None:
+    """Two halves of a vocabulary that never meet: after training, a word's neighbours are of its own half."""
+
+    class Halves(Source):
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Example:
+            rng = np.random.default_rng(index)
+            tokens = rng.integers(2, 31, 64) + 29 * (index % 2)
+            return {"tokens": tokens, "kept": np.ones(60), "noise": noise(np.arange(60) > 1, 0.75)}
+
+    for algorithm in ("skipgram", "cbow"):
+        objective = Word2Vec(algorithm=algorithm)
+        torch.manual_seed(0)
+        model = LM(vectors(60, 16), objective.parts(vectors(60, 16)))
+        mover = Mover(Optimizer(name="adamw", rate=5e-2, weight_decay=0.0), model)
+        batches = Batches(Halves(), objective, VOCAB, rows=16, seed=0)
+        for i in range(100):
+            step(model, objective, batches.batches(i))
+            mover.move(1.0)
+        x = F.normalize(model.tokens.weight[2:].detach(), dim=-1)
+        like = x @ x.t()
+        assert like[:29, :29].mean() > like[:29, 29:].mean() + 0.3
+
+
+def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
+    objective, model, _ = made("bilm")
+    model.eval()
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(2, 60, 12)
+    example = {"tokens": tokens, "document": np.repeat([0, 1], (5, 7))}
+    shown = objective.view(example, VOCAB, rng)
+    states = model(collate([shown], asked(objective)))[0]
+    for i in range(12):
+        other = tokens.copy()
+        other[i] = 2 + (other[i] - 2 + 5) % 58
+        moved = (
+            model(collate([objective.view(example | {"tokens": other}, VOCAB, rng)], asked(objective)))[0] - states
+        ) != 0
+        ahead, back = (side.any(-1) for side in moved.chunk(2, -1))
+        where, inside = np.arange(12), example["document"] == example["document"][i]
+        assert ahead.tolist() == ((where >= i) & inside).tolist()
+        assert back.tolist() == ((where <= i) & inside).tolist()
+    assert shown["next"].tolist() == [*tokens[1:5], IGNORE, *tokens[6:], IGNORE]
+    assert shown["previous"].tolist() == [IGNORE, *tokens[:4], IGNORE, *tokens[5:-1]]
+
+
+def test_frozen_features_stay_and_do_not_drop() -> None:
+    shape = dataclasses.replace(ELMO, dropout=0.5)
+    objective = Mixed() + Tagging(classes=("a", "b", "c", "d"))
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape)).train()
+    rng = np.random.default_rng(0)
+    batch = collate([objective.view(tagged(rng), VOCAB, rng) for _ in range(4)], {"tags"})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert torch.equal(objective.run(model, batch)["hidden"], objective.run(model, batch)["hidden"])
+    assert model.training
+    for name in ("adamw", "muon"):
+        mover = Mover(Optimizer(name=name, rate=1e-2), model)
+        for _ in range(2):
+            step(model, objective, [batch])
+            mover.move(1.0)
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {n for n in before if not n.startswith("parts.")}
+    assert objective.run_flops(model, batch) * 3 == pytest.approx(Tagging().run_flops(model, batch))
+
+
+def test_the_mixture_is_that_of_the_paper() -> None:
+    objective, model, shown = made("mixed + tagging")
+    model.eval()
+    with torch.no_grad():
+        model.parts["mixture"].weights.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        model.parts["mixture"].scale.fill_(1.5)
+    batch = collate(shown, {"tags"})
+    layers = model.layers(batch)  # (3, B, T, width)
+    s = torch.tensor([0.5, -1.0, 2.0]).softmax(0)
+    wanted = 1.5 * (s[0] * layers[0] + s[1] * layers[1] + s[2] * layers[2])
+    torch.testing.assert_close(objective.run(model, batch)["hidden"], wanted)
+    e = model.tokens(batch["tokens"])
+    real = batch["appears"] != NEVER
+    torch.testing.assert_close(layers[0][real], torch.cat((e, e), -1)[real])
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for bad in ({"window": 0}, {"negatives": 0}, {"noise": 0}, {"window": 33}):
+        with pytest.raises(UserError, match="word2vec: window"):
+            Word2Vec(**bad)
+    apart = CASES["bilm, tied"][2]
+    from firth.objectives.mlm import MLM
+
+    with pytest.raises(UserError, match=r"shape\.tied=false"):
+        LM(apart, MLM().parts(apart))

@@ -1,0 +1,200 @@
+"""The recurrent recipes from end to end: trained, tuned, taken from, refused; whole words and tags read from records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from firth.data.records import Tagged
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.weights import load_model
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.use import word_vectors
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import IGNORE, UserError
+
+TEXT = "The king loved the queen . A dog barked at a cat ! The queen saw a dog , and the king saw a cat .\n"
+FEW = ["length.steps=2", "checks.every=0", "checks.examples=8", "checks.save=2", "batch.rows=4", "precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(TEXT * 30)
+    rows = [{"text": TEXT[a : a + 20], "label": "even" if a % 2 else "odd"} for a in range(40)]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = TEXT.split()
+    tags = ["sign" if not w.isalpha() else "long" if len(w) > 3 else "short" for w in words]
+    sentence = json.dumps({"tokens": words, "tags": tags})
+    (folder / "tagged.jsonl").write_text(f"{sentence}\n" * 30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each recipe, two steps long."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = [f"source.path={files}/*.txt", *FEW]
+    bytes_ = ["tokenizer.size=400"]
+    small = {
+        "word2vec": ["shape.width=16", "tokenizer.size=200", "segment.length=64", "samples=[king]"],
+        "lstm": ["shape.width=16", "segment.length=16", "samples=['The ']", *bytes_],
+        "elmo": ["shape.width=16", "shape.filters=64", "segment.length=16", *bytes_],
+    }
+    for name, changes in small.items():
+        run(load(name, [*text, *changes]), folder / name, echo=lambda _: None)
+    return folder
+
+
+def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
+    """Dai and Le 2015: `firth train classify start=RUN objective.at=last`."""
+    said: list[str] = []
+    plan = load("classify", [f"start={runs}/lstm", "objective.at=last", f"source.path={files}/labelled.jsonl", *FEW])
+    done = run(plan, tmp_path / "tuned", echo=said.append)
+    assert "drops lm; adds classes" in "\n".join(said)
+    tuned = load_model(done.model)
+    assert tuned.shape.recurrent == "lstm"
+    assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
+    with pytest.raises(UserError, match="left-to-right LSTM cannot"):
+        run(
+            load("classify", [f"start={runs}/lstm", f"source.path={files}/labelled.jsonl"]),
+            tmp_path / "no",
+            said.append,
+        )
+
+
+def test_a_run_writes_as_its_engine_does_without_a_cache(runs: Path) -> None:
+    model, tokenizer = load_model(runs / "lstm" / "model"), Tokenizer.load(runs / "lstm")
+    engine = Engine(model, tokenizer, stops=())
+    prompts = [tokenizer.encode(text) for text in ("The king", "A dog barked at")]
+    answers = engine.generate(prompts, Sampling(max_new=6, temperature=0))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = prompt.tolist()
+        for token in answer.tokens:
+            state = model({"tokens": torch.tensor([row])})[:, -1]
+            assert token == int(model.parts["lm"](state).argmax())
+            row.append(int(token))
+    options = [tokenizer.encode(" king"), tokenizer.encode(" dog barked")]
+    apart = engine.score([prompts[0]] * 2, options)
+    assert engine.options(prompts[0], options) == pytest.approx(apart, abs=1e-4)
+
+
+def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_path: Path) -> None:
+    samples = [json.loads(line) for line in (runs / "word2vec" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 2]
+    out = tmp_path / "vectors.txt"
+    lines = word_vectors(runs / "word2vec", ["queen"], 3, out)
+    assert lines[0].startswith("queen: ") and "queen" not in lines[0][7:]
+    with pytest.raises(UserError, match="no single token"):
+        word_vectors(runs / "word2vec", ["Zwieback"], 3, None)
+    first, *rows = out.read_text().splitlines()
+    model, tokenizer = load_model(runs / "word2vec" / "model"), Tokenizer.load(runs / "word2vec")
+    assert first == f"{len(rows)} 16" == f"{len(tokenizer.vocab.ordinary)} 16"
+    written = {row.split(" ")[0]: np.array(row.split(" ")[1:], float) for row in rows}
+    assert written["king"] == pytest.approx(model.tokens.weight[tokenizer.id("king")].detach().numpy(), abs=1e-5)
+
+    said: list[str] = []
+    taken = [f"embeddings={runs}/word2vec", f"source.path={files}/*.txt", "segment.length=16", *FEW, "samples=[]"]
+    done = run(
+        load("lstm", [*taken, "shape.width=16", "optimizer.rate=0", "length.steps=1"]), tmp_path / "lstm", said.append
+    )
+    assert "everything else begins at random" in "\n".join(said)
+    new = load_model(done.model).tokens.weight.detach()
+    alike = torch.nn.functional.cosine_similarity(new, model.tokens.weight, dim=-1)
+    assert torch.allclose(alike, torch.ones(()), atol=1e-4)
+    assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
+    with pytest.raises(UserError, match=r"set shape\.width=16"):
+        run(load("lstm", [*taken, "shape.width=32"]), tmp_path / "other", said.append)
+    with pytest.raises(UserError, match="spells its tokens"):
+        run(load("lstm", [*taken[1:], f"embeddings={runs}/elmo", "shape.width=16"]), tmp_path / "third", said.append)
+
+
+def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
+    plan = load("tag", [f"start={runs}/elmo", f"source.path={files}/tagged.jsonl", *FEW, "length.steps=40"])
+    done = run(plan, tmp_path / "tags", echo=lambda _: None)
+    assert done.metrics["valid/accuracy"] > 0.6
+    before, after = load_model(runs / "elmo" / "model"), load_model(done.model)
+    theirs = dict(before.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in after.named_parameters() if not n.startswith("parts."))
+    facts = json.loads((done.model / "firth.json").read_text())["facts"]
+    assert facts["classes"] == ["long", "short", "sign"]
+
+
+def test_elmo_spells_with_its_tokenizer(runs: Path) -> None:
+    model, tokenizer = load_model(runs / "elmo" / "model"), Tokenizer.load(runs / "elmo")
+    queen = tokenizer.encode(" queen")[-1]
+    letters = [257, *(b + 1 for b in tokenizer.token(queen).encode()), 258]
+    assert model.tokens.spelling[queen].tolist() == letters + [0] * (16 - len(letters))
+
+
+@pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram", "word"])
+def test_a_word_s_tag_stands_at_its_first_token(algorithm: str, files: Path) -> None:
+    tokenizer = train([TEXT * 5], algorithm, 400 if algorithm != "word" else 140, sentinels=3)
+    source = Tagged([f"{files}/tagged.jsonl"], tokenizer, 200)
+    example = source[0]
+    at = np.flatnonzero(example["tags"] != IGNORE)
+    words = TEXT.split()
+    assert len(at) == len(words)
+    assert source.classes == ("long", "short", "sign")
+    spelled = ["sign" if not w.isalpha() else "long" if len(w) > 3 else "short" for w in words]
+    assert [source.classes[t] for t in example["tags"][at]] == spelled
+    for start, stop, word in zip(at, [*at[1:], len(example["tokens"]) - 1], words, strict=True):
+        text = tokenizer.decode(example["tokens"][start:stop]).strip()
+        assert text.lower() == word.lower()
+
+
+def test_records_that_are_not_tagged_sentences_are_refused(tmp_path: Path, files: Path) -> None:
+    tokenizer = train([TEXT], "word", 140, sentinels=3)
+    for row, said in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=f"bad.jsonl.*{said}"):
+            Tagged([str(tmp_path / "bad.jsonl")], tokenizer, 20)
+    with pytest.raises(UserError, match="none of the 1 known"):
+        Tagged([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
+
+
+def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
+    tokenizer = train(["the The cat , cat zebra THE"], "word", 112, sentinels=100)
+    assert tokenizer.pieces("The cat, a zebra") == ["the", "cat", ",", "<unk>", "zebra"]
+    assert tokenizer.vocab.size == 111
+    assert tokenizer.vocab.begins_word is not None and tokenizer.vocab.begins_word.all()
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    assert (
+        not tokenizer.vocab.special[tokenizer.encode("</s> <mask> <pad>")].sum()
+        - (tokenizer.encode("</s> <mask> <pad>") == tokenizer.vocab.roles["unk"]).sum()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["lstm", "shape.causal=false"], "objective causal reads a text from left to right, which an LSTM in two"),
+        (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
+        (["lstm", "objective=span_corruption"], "an encoder-decoder"),
+        (["lstm", "objective={kind: span_corruption, layout: prefix}", "shape.causal=false"], "in an order of its own"),
+        (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
+        (["word2vec", "objective=causal"], "which a table of word vectors cannot"),
+        (["bert", "objective=bilm"], "two readers who do not meet"),
+        (["elmo", "objective=causal"], "which an LSTM in two directions apart cannot"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(changes[0], changes[1:])
+
+
+def test_two_directions_take_what_an_encoder_takes() -> None:
+    assert (
+        load("lstm", ["shape.causal=false", "objective=mlm", "segment=pieces"]).shape.noun
+        == "an LSTM in two directions"
+    )
+    for name in ("word2vec", "lstm", "elmo"):
+        assert load(f"{name}:published").source.path == ()
