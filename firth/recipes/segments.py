@@ -177,7 +177,7 @@ class Labelled(Segment):
         return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Tagged(Segment):
         return objective.named(lambda: self._read(paths, material).classes)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Dialogues(Segment):
     length: int = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length))
+        return recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length))
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Prompted(Segment):
     answer: int = 128
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(
+        return recorded(
             material, lambda paths: records.Prompted(paths, material.tokenizer, self.length, answer=self.answer)
         )
 
@@ -230,7 +230,7 @@ class Preferences(Segment):
     length: int = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))
+        return recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Sampled(Segment):
         def read(paths: Sequence[str]) -> Source:
             return Comparisons([c for path in paths for c in read_comparisons(Path(path))])
 
-        return _recorded(material, read)
+        return recorded(material, read)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Referenced(Segment):
     pairs: Segment = Preferences()
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        model = load_model(_needed(material.start, "start", "the model that DPO starts from and is held to"))
+        model = load_model(needed(material.start, "start", "the model that DPO starts from and is held to"))
         plain = self.pairs.cut(material, objective)
         known = [
             annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
@@ -284,7 +284,7 @@ class Rollouts(Segment):
     credit: Literal["gae", "group"] = "gae"
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        start = load_model(_needed(material.start, "start", "the model that writes the first answers and is held to"))
+        start = load_model(needed(material.start, "start", "the model that writes the first answers and is held to"))
         prompts, _ = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
         if bool(self.reward) == bool(self.scorer):
             raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
@@ -326,7 +326,7 @@ def model_directory(path: str | Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 
 
-def _needed(path: str, field: str, what: str) -> Path:
+def needed(path: str, field: str, what: str) -> Path:
     if not path:
         raise UserError(f"the recipe lacks `{field}`: {what}")
     return model_directory(path)
@@ -336,7 +336,7 @@ FEW = 20
 """Records: of fewer, none is held out."""
 
 
-def _recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut:
+def recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut:
     """The records to learn from, and the held-out files; without those, the share `source.held_out` of the records."""
     source = make(material.source.paths(material.echo))
     if material.source.valid:
