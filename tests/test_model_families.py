@@ -44,7 +44,16 @@ T5 = Shape(
 BART = Shape(
     **SIZES, encoder=3, decoder_start="eos", norm_at="post", embed_norm=True, activation="gelu", head_bias=True
 )  # fmt: skip
+XLNET = Shape(
+    **SIZES, causal=False, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu",
+    head_bias=True,
+)  # fmt: skip
+MPNET = replace(BERT, segments=0, position="mpnet")
 SHAPES = {
+    "xlnet": XLNET,
+    "xlnet-untied": replace(XLNET, tied=False, memory=7, activation="relu"),
+    "mpnet": MPNET,
+    "mpnet-untied": replace(MPNET, tied=False),
     "bert": BERT,
     "bert-untied": replace(BERT, tied=False),
     "albert": replace(BERT, embed=12, groups=1, depth=3),
@@ -62,6 +71,7 @@ SHAPES = {
     "modernbert-silu": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
 AUTO = {
+    "xlnet": "AutoModelForCausalLM", "mpnet": "AutoModelForMaskedLM",
     "albert": "AutoModelForMaskedLM", "electra": "AutoModelForMaskedLM",
     "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
@@ -87,11 +97,13 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     steps = torch.arange(20).expand(3, 20)
     ours = {"tokens": tokens}
     theirs = {"input_ids": tokens, "attention_mask": real.long()}
-    if family in ("bert", "albert", "electra", "modernbert"):
+    if family in ("bert", "albert", "electra", "modernbert", "mpnet", "xlnet"):
         ours["appears"] = torch.where(real, 0, NEVER)
     else:
         ours |= {"looks": steps, "appears": torch.where(real, steps, NEVER)}
-    if family in ("bert", "albert", "electra"):
+    if family == "mpnet":
+        theirs["position_ids"] = steps + 2
+    if family in ("bert", "albert", "electra", "xlnet"):
         ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
     if family in ("t5", "bart"):
         source = torch.randint(1, 61, (3, 26))
@@ -162,7 +174,10 @@ def random_theirs(name: str) -> torch.nn.Module:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     full = {"layer_types": ["full_attention"] * 2}
+    nine = {"vocab_size": 61, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 50}
     configs = {
+        "xlnet": lambda: t.XLNetLMHeadModel(t.XLNetConfig(**nine)),
+        "mpnet": lambda: t.MPNetForMaskedLM(t.MPNetConfig(**usual, max_position_embeddings=42)),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**usual, max_position_embeddings=40)),
         "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(**usual, embedding_size=12, num_hidden_groups=2)),
         "electra": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=12)),
@@ -186,7 +201,21 @@ def random_theirs(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     "name",
-    ["bert", "bart", "albert", "electra", "electra-wide", "gpt2", "llama", "t5", "t5-gated", "nanochat", "modernbert"],
+    [
+        "bert",
+        "bart",
+        "albert",
+        "electra",
+        "electra-wide",
+        "gpt2",
+        "llama",
+        "t5",
+        "t5-gated",
+        "nanochat",
+        "modernbert",
+        "xlnet",
+        "mpnet",
+    ],
 )
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:

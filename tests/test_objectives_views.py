@@ -16,8 +16,10 @@ from firth.objectives.causal import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.denoise import Denoise
 from firth.objectives.mlm import MLM
+from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.plm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.rtd import RTD, AdversarialRTD
 from firth.objectives.sbo import SBO
@@ -67,6 +69,9 @@ CASES = {
     "mlm by words": (MLM(noise="words"), framed),
     "mlm in spans, alike": (MLM(noise="geometric", alike=True), framed),
     "mlm, static": (MLM(masks=10), framed),
+    "plm": (PLM(), framed),
+    "plm in spans": (PLM(noise="contexts", k=3), framed),
+    "mpnet": (MPNet(), framed),
     "nsp + mlm": (NSP() + MLM(), pairs),
     "sop + mlm": (SOP() + MLM(noise="ngrams"), pairs),
     "mlm + sbo": (MLM(noise="geometric", alike=True) + SBO(), framed),

@@ -21,7 +21,8 @@ def random_batch(vocab: int, sides: tuple[str, ...]) -> Batch:
         batch[side + "tokens"] = torch.randint(1, vocab, shape, generator=generator)
         batch[side + "looks"] = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
         appears = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
-        appears[:, -3:] = NEVER
+        appears[:, -3:] = NEVER  # padding, which nobody sees and which looks nowhere
+        batch[side + "looks"][:, -3:] = -NEVER
         batch[side + "appears"] = appears
         batch[side + "document"] = torch.randint(1, 4, shape, generator=generator, dtype=torch.int32)
     return batch

@@ -29,7 +29,7 @@ from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 LABELS = frozenset({"labels"})
-SOURCE = "source_"
+SOURCE, MEMORY = "source_", "memory_"
 
 
 class Shows(Protocol):
@@ -105,13 +105,15 @@ class Batches:
 def collate(examples: Sequence[Example], asked: Collection[str] = LABELS) -> Batch:
     """One row per example, padded at the end of the token axis: (B, ..., T).
 
-    asked: the fields that hold answers, padded with IGNORE. Examples may differ in which of looks, appears, document
-    and positions they have, but in no other field. A field without a token axis is stacked as it is.
+    asked: the fields that hold answers, padded with IGNORE. Examples may differ in which of looks, appears, leaves,
+    document and positions they have, but in no other field. A field without a token axis is stacked as it is.
     """
     rows, starts = np.arange(len(examples)), np.zeros(len(examples), np.int64)
     laid: dict[str, np.ndarray] = {}
     for side in _sides(examples):
         laid |= _lay(examples, side, Places(rows, starts, _lengths(examples, side)), asked)
+    if MEMORY + "tokens" in examples[0]:
+        laid |= _lay(examples, MEMORY, Places(rows, starts, _lengths(examples, MEMORY)), asked)
     for name in examples[0].keys() - laid.keys():
         values = [np.asarray(e[name]) for e in examples]
         if any(v.shape != values[0].shape for v in values):
@@ -141,6 +143,10 @@ def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABE
         laid[side + "document"] = number if own is None else number + own
         if side + "positions" not in laid:
             laid[side + "positions"] = places.spread(places.within, lead, 0, np.int32)
+    if MEMORY + "tokens" in examples[0]:
+        raise UserError(
+            "rows with memory cannot be packed, for each has one text before it: set batch.pack=0 or shape.memory=0"
+        )
     for name in examples[0].keys() - laid.keys():
         raise UserError(f"the field {name!r} has no token axis, so these examples cannot be packed: set pack to 0")
     return {name: torch.from_numpy(field) for name, field in laid.items()}
@@ -169,7 +175,7 @@ def _lay(examples: Sequence[Example], side: str, places: Places, asked: Collecti
     lead = examples[0][side + "tokens"].shape[:-1]
     laid: dict[str, np.ndarray] = {}
     for name in {name: None for example in examples for name in example}:
-        if name.startswith(SOURCE) != bool(side):
+        if side != next((s for s in (SOURCE, MEMORY) if name.startswith(s)), ""):
             continue
         bare = name.removeprefix(side)
         given = [e[name] for e in examples if name in e]
@@ -191,6 +197,7 @@ def _lay(examples: Sequence[Example], side: str, places: Places, asked: Collecti
 DEFAULTS: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
     "looks": lambda shape: np.zeros(shape, np.int32),
     "appears": lambda shape: np.zeros(shape, np.int32),
+    "leaves": lambda shape: np.full(shape, NEVER, np.int32),
     "document": lambda shape: np.zeros(shape, np.int32),
     "positions": lambda shape: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
 }

@@ -1,7 +1,7 @@
 """How tokens are laid out for a model to read: who sees whom, and what is asked where.
 
-Position i may attend to token j iff they share a `document` and `appears[j] <= looks[i]`. These few functions
-fill the two integer rows; nothing else in firth writes an attention mask.
+Position i may attend to token j iff they share a `document` and `appears[j] <= looks[i] < leaves[j]` (where nothing
+leaves, there is no such row). These few functions fill the integer rows; nothing else in firth writes an attention mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
 
-PADDING = {"appears": NEVER, "looks": -NEVER}
+PADDING = {"appears": NEVER, "looks": -NEVER, "leaves": NEVER}
 """What padding says: it is seen by nobody, and nobody looks from there."""
 
 
@@ -26,6 +26,51 @@ def causal(n: int) -> Example:
     """
     when = np.arange(n, dtype=np.int32)
     return {"looks": when, "appears": when}
+
+
+def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensated: bool = False) -> Example:
+    """Predict the tokens at the places `order` (k,), one after the other, in one row of two streams.
+
+    The text comes first: what is not predicted is there from the start, what is predicted appears when its turn is over.
+    Then one query each, shown as `stands` (k,), that looks one moment earlier and is seen by nobody: XLNet's second
+    stream (Yang 2019, section 2.3). compensated: before the queries a stand-in for each, shown alike, which is
+    there from the start and leaves when its token appears, so that everything sees each place of the text once (MPNet,
+    Song 2020, section 2.2). Fields that say something of each token (document, segments) are carried to the new ones.
+
+    >>> seen = permuted({"tokens": np.array([5, 6, 7, 8])}, np.array([3, 1]), stands=np.array([0, 0]))
+    >>> for name, row in seen.items(): print(f"{name:10}", *(f"{'never' if x == NEVER else x:>5}" for x in row.tolist()))
+    tokens         5     6     7     8     0     0
+    positions      0     1     2     3     3     1
+    looks          0     2     0     1     0     1
+    appears        0     2     0     1 never never
+    labels      -100  -100  -100  -100     8     6
+    """
+    tokens = example["tokens"]
+    n, k = len(tokens), len(order)
+    turn = np.arange(1, k + 1, dtype=np.int32)
+    when = np.zeros(n, np.int32)
+    when[order] = turn
+    times = 2 if compensated else 1
+    extra = np.tile(order, times)
+    start = np.zeros(len(extra) - k, np.int32)
+    shown = {
+        "tokens": np.concatenate((tokens, np.tile(stands, times))),
+        "positions": np.concatenate((np.arange(n, dtype=np.int32), extra.astype(np.int32))),
+        "looks": np.concatenate((when, start, turn - 1)),
+        "appears": np.concatenate((when, start, np.full(k, NEVER, np.int32))),
+        "labels": np.concatenate((np.full(n + len(start), IGNORE), tokens[order])),
+    }
+    if compensated:
+        shown["leaves"] = np.concatenate((np.full(n, NEVER, np.int32), turn, np.full(k, NEVER, np.int32)))
+    for name in ("document", "segments"):
+        if name in example:
+            shown[name] = np.concatenate((example[name], example[name][extra]))
+    return shown | earlier(example)
+
+
+def earlier(example: Example) -> Example:
+    """What the example says of the tokens that stand before it (`firth.data.segment.Windows`)."""
+    return {name: field for name, field in example.items() if name.startswith("memory_")}
 
 
 def seq2seq(source: np.ndarray, target: np.ndarray, start: int) -> Example:

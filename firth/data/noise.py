@@ -4,23 +4,27 @@
 tokens are (of the salient ones at least one, whole); control tokens never.
 
     iid         each token by itself                                      BERT (Devlin 2019), RoBERTa
+    count       an exact number of tokens, any such set as likely         XLNet (Yang 2019), MPNet (Song 2020)
     words       each word by itself, with all its tokens                  BERT, "whole word masking"
     spans       spans of MEAN tokens, random lengths, an exact total      T5 (Raffel 2020: `random_spans_noise_mask`)
     geometric   spans of whole words, of geometric(0.2) words up to 10    SpanBERT (Joshi 2020)
     ngrams      spans of 1, 2 or 3 whole words, in shares of 1 / length   ALBERT (Lan 2020, section 4.1)
+    contexts    spans of 1 to 5 words, each in 1 / rate times its length  XLNet, "span-based prediction"
     salient     names, dates and numbers, each as a whole                 REALM (Guu 2020), Roberts 2020
 
 >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1,
 ...               ends_sentence=np.arange(9) == 8, capital=np.arange(9) == 3, digit=np.arange(9) == 5)
 >>> tokens = np.array([0] + [1, 2] * 4 + [3, 4] * 2 + [1, 2] * 3 + [5, 6] + [1, 2] * 2 + [0])
 >>> for name, noise in NOISES.items():
-...     print("".join(".#"[int(hidden)] for hidden in noise(tokens, vocab, 0.25, np.random.default_rng(3))), name)
-.#..#..#.#..........#..... iid
-.##....##....##..##....... words
-............###.......###. spans
-.....######............... geometric
-.....####......##......... ngrams
-.........####............. salient
+...     print(f"{name:10}", *(".#"[int(h)] for h in noise(tokens, vocab, 0.25, np.random.default_rng(6))), sep="")
+iid       .........##.#...##...##...
+count     ..##.#..............#.##..
+words     .................####..##.
+spans     ....####...............##.
+geometric .......####....##.........
+ngrams    .......######.............
+contexts  ...........######.........
+salient   .........####......##.....
 """
 
 from __future__ import annotations
@@ -34,8 +38,10 @@ from firth.text.vocab import Vocab
 from firth.types import UserError
 
 Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
-Kind = Literal["iid", "words", "spans", "geometric", "ngrams", "salient"]
+Kind = Literal["iid", "count", "words", "spans", "geometric", "ngrams", "contexts", "salient"]
 
+FEW = 5
+"""Words in a span of `contexts`, at most."""
 MEAN = 3
 """Tokens in a span of `spans`, on average."""
 MOST_WORDS = 10
@@ -51,6 +57,42 @@ def iid(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator)
     # For booleans a > b is "a and not b", in one pass: this runs 40,000 times a second on short sentences.
     hidden: np.ndarray = (rng.random(len(tokens)) < rate) > vocab.special[tokens]
     return hidden
+
+
+def count(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """rate * n tokens, rounded up or down so that the mean is exact: the last of them in an order drawn at random."""
+    allowed = np.flatnonzero(~vocab.special[tokens])
+    hidden = np.zeros(len(tokens), bool)
+    hidden[rng.permutation(allowed)[: rounded(len(allowed) * rate, rng)]] = True
+    return hidden
+
+
+def contexts(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """A length of 1 to FEW words is drawn again and again, and with it a stretch of the text 1 / rate as long: as many
+    words are hidden in it, at a random place (Yang 2019, section 3.1, with words for tokens).
+
+    The text begins somewhere within the first stretch, so that its edges are hidden as often as its middle.
+    """
+    allowed = ~vocab.special[tokens]
+    edges = np.append(np.flatnonzero(_begins(tokens, allowed, vocab)), len(tokens))  # of words
+    hidden = np.zeros(len(tokens), bool)
+    length, context = _stretch(rate, rng)
+    while rng.random() * (FEW / rate + 1) > context:  # what covers a given place is longer than others in proportion
+        length, context = _stretch(rate, rng)
+    at = -int(rng.random() * context)
+    while at < len(edges) - 1:
+        first = at + int(rng.random() * (context - length + 1))
+        low, high = (edges[min(max(i, 0), len(edges) - 1)] for i in (first, first + length))
+        hidden[low:high] = True
+        at += context
+        length, context = _stretch(rate, rng)
+    return hidden & allowed
+
+
+def _stretch(rate: float, rng: np.random.Generator) -> tuple[int, int]:
+    """Words hidden, and words in the stretch that they are hidden in."""
+    length = 1 + int(rng.random() * FEW)
+    return length, rounded(length / rate, rng)
 
 
 def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -149,19 +191,35 @@ def facts(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
     return runs
 
 
-NOISES: dict[str, Noise] = {
-    "iid": iid,
-    "words": words,
-    "spans": spans,
-    "geometric": geometric,
-    "ngrams": ngrams,
-    "salient": salient,
-}
-
-
 def rounded(x: float, rng: np.random.Generator) -> int:
     """Up or down at random, so that the mean is exact."""
     return int(x + rng.random())
+
+
+NOISES: dict[str, Noise] = {
+    "iid": iid, "count": count, "words": words, "spans": spans, "geometric": geometric, "ngrams": ngrams,
+    "contexts": contexts, "salient": salient,
+}  # fmt: skip
+
+
+def disguised(
+    tokens: np.ndarray, vocab: Vocab, masked: float, random: float, kind: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """What is shown for hidden tokens (k,): [MASK] where kind (k,), drawn from [0, 1), is below `masked`, some other token
+    where it is in the share `random` above that, and else the token itself.
+
+    >>> vocab = Vocab(size=9, roles={"mask": 0}, special=np.arange(9) < 1)
+    >>> kind = np.array([0.1, 0.85, 0.95])
+    >>> disguised(np.array([5, 6, 7]), vocab, 0.8, 0.1, kind, np.random.default_rng(0)).tolist()
+    [0, 6, 7]
+    """
+    shown = np.full_like(tokens, vocab.mask)
+    legible = kind >= masked
+    if legible.any():
+        shown[legible] = tokens[legible]
+        others = legible & (kind < masked + random)
+        shown[others] = vocab.draw(int(others.sum()), rng)
+    return shown
 
 
 def _begins(tokens: np.ndarray, allowed: np.ndarray, vocab: Vocab) -> np.ndarray:

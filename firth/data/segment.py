@@ -28,7 +28,8 @@ class Windows(Source):
     ahead: tokens shown beyond `length`, which are the first of the next window: 1 where the next token is asked, so
     that each token is asked exactly once; 0 where the answers are in the window. isolate: in a window with several
     documents, "document" numbers them from 0 and they do not see each other. tail: the last, shorter window too, so
-    that every token of a held-out store is scored.
+    that every token of a held-out store is scored. memory: "memory_tokens" too, at most so many tokens that stand before
+    the window in the document that it begins in (in the text, where documents are not kept apart).
     """
 
     store: TokenStore
@@ -36,6 +37,7 @@ class Windows(Source):
     ahead: int = 1
     isolate: bool = True
     tail: bool = False
+    memory: int = 0
 
     def __post_init__(self) -> None:
         if not len(self):
@@ -51,15 +53,23 @@ class Windows(Source):
     def __getitem__(self, index: int) -> Example:
         start = index * self.length
         tokens = self.store.tokens[start : start + self.length + self.ahead].astype(np.int32)
+        example = {"tokens": tokens} | ({"memory_tokens": self._before(start)} if self.memory else {})
         if not self.isolate:
-            return {"tokens": tokens}
+            return example
         # Documents that begin inside the window.
         first, last = self.store.offsets.searchsorted((start, start + len(tokens) - 1), "right")
         if first == last:
-            return {"tokens": tokens}
+            return example
         document = np.zeros(len(tokens), np.int32)
         document[self.store.offsets[first:last] - start] = 1
-        return {"tokens": tokens, "document": document.cumsum(dtype=np.int32)}
+        return example | {"document": document.cumsum(dtype=np.int32)}
+
+    def _before(self, start: int) -> np.ndarray:
+        """What stands before the token `start`, as far as memory and its document reach: (at most memory,)."""
+        offsets = self.store.offsets
+        opens = int(offsets[offsets.searchsorted(start, "right") - 1]) if self.isolate else 0
+        before: np.ndarray = self.store.tokens[max(opens, start - self.memory) : start].astype(np.int32)
+        return before
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from firth.model.lm import LM
 from firth.objectives.objective import token_loss
 from firth.text.normalize import whole
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, UserError
+from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 if TYPE_CHECKING:
     from firth.text.tokenizer import Tokenizer
@@ -114,9 +114,10 @@ def strided(document: Document, context: int, bos: int | None = None, every: boo
         asked = stop
 
 
-def one_at_a_time(document: Document, context: int, vocab: Vocab) -> Iterator[Example]:
+def one_at_a_time(document: Document, context: int, vocab: Vocab, query: bool = False) -> Iterator[Example]:
     """For masked models: each token masked alone and asked, given all the others (Salazar 2020, section 2).
 
+    query: the mask asks and is seen by nobody, which is what a model was trained on that has a vector for it (XLNet).
     A document longer than the context is cut into even pieces. n tokens cost n rows of their piece's length.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2, "mask": 3}, special=np.arange(9) < 4)
@@ -131,7 +132,8 @@ def one_at_a_time(document: Document, context: int, vocab: Vocab) -> Iterator[Ex
         for at in range(1, len(framed) - 1):
             shown, labels = framed.copy(), np.full(len(framed), IGNORE)
             shown[at], labels[at] = vocab.mask, framed[at]
-            yield {"tokens": shown, "labels": labels, "sizes": sizes, "looks": zeros, "appears": zeros}
+            appears = np.where(shown == vocab.mask, NEVER, 0) if query else zeros
+            yield {"tokens": shown, "labels": labels, "sizes": sizes, "looks": zeros, "appears": appears}
 
 
 def halves(document: Document, context: int, vocab: Vocab) -> Iterator[Example]:

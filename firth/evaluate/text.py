@@ -29,10 +29,11 @@ MASKED_LIMIT = 16384
 
 
 def reads_of(shape: Shape) -> Reads:
-    """An encoder-decoder reads halves; one whose head transforms first, as BERT's line does, masked; others causal."""
+    """An encoder-decoder reads halves; one whose head transforms first, as BERT's line does, or which has a vector of its own
+    for what it is asked, as XLNet, masked; others causal."""
     if shape.encoder:
         return "halves"
-    return "masked" if shape.head == "transform" else "causal"
+    return "masked" if shape.head == "transform" or shape.query else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
@@ -76,9 +77,9 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
     def show(document: Document) -> Iterator[Example]:
         if reads == "causal":
             return strided(document, context, bos, every)
-        return (one_at_a_time if reads == "masked" else halves)(
-            document, context, tokenizer.vocab.starting(model.shape.decoder_start)
-        )
+        if reads == "masked":
+            return one_at_a_time(document, context, tokenizer.vocab, model.shape.query)
+        return halves(document, context, tokenizer.vocab.starting(model.shape.decoder_start))
 
     asked = sum(len(d.tokens) for d in chosen)
     done, results = 0, []

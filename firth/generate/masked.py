@@ -15,7 +15,7 @@ from firth.generate.answer import Coder
 from firth.generate.rows import reading, rectangle
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.types import UserError
+from firth.types import NEVER, UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def fill(model: LM, coder: Coder, text: str, k: int = 5) -> list[list[Candidate]
     head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
     with reading(model):
-        hidden = model(rectangle([tokens], device, causal=False))[0]
+        batch = rectangle([tokens], device, causal=False)
+        if model.shape.query:  # what is asked is seen by nobody, as in training
+            batch["appears"] = batch["appears"].masked_fill(batch["tokens"] == coder.vocab.mask, NEVER)
+        hidden = model(batch)[0]
         at = torch.from_numpy(np.flatnonzero(tokens == coder.vocab.mask)).to(device)
         share = head(hidden[at]).float().softmax(-1)  # (masks, V)
         share[:, np.flatnonzero(coder.vocab.special)] = 0.0

@@ -1,9 +1,10 @@
 """The one attention, and the one rule of who sees whom.
 
-    position i may attend to token j   iff   document[i] == document[j] and appears[j] <= looks[i]
+    position i may attend to token j   iff   document[i] == document[j] and appears[j] <= looks[i] < leaves[j]
 
 Full attention: zeros. Causal: 0..n-1. Prefix: the prefix at 0, then counting. Permutation: the drawn order.
-Padding: appears NEVER. A position that sees nothing reads zeros. One whose looks is -NEVER is not there at all: what
+Padding: appears NEVER. What stands in for another until that is known (MPNet) leaves when it is; where nothing leaves,
+there is no such field. A position that sees nothing reads zeros. One whose looks is -NEVER is not there at all: what
 it reads is finite and meant for nobody, so a right-padded causal batch is still simply causal.
 
 `Visibility.lower` turns the rule, once per batch, into the cheapest form that says the same:
@@ -54,8 +55,10 @@ class Visibility:
         document: Tensor | None = None,
         key_document: Tensor | None = None,
         flex: bool | None = None,
+        leaves: Tensor | None = None,
     ) -> Visibility:
-        """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each.
+        """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each;
+        leaves (B, S) of the keys, None where none does.
 
         flex: whether to make a block mask where a mask is needed; None: on CUDA, for long rows. A block mask can
         carry neither a bias nor dropout.
@@ -66,6 +69,8 @@ class Visibility:
         one = torch.ones((), dtype=torch.bool, device=looks.device)
         if document is not None and key_document is not None:
             one = (key_document == document[:, :1]).all() & (document == document[:, :1]).all()
+        if leaves is not None:
+            one = one & (leaves == NEVER).all()
         ever = appears < NEVER
         last = appears.masked_fill(~ever, -NEVER).amax(-1)
         alike = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
@@ -83,7 +88,7 @@ class Visibility:
             return _masked(ever[:, None, None, :])
         if flex is None:
             flex = looks.device.type == "cuda" and queries >= FLEX
-        seen = rule(looks, appears, document, key_document)[:, None]
+        seen = rule(looks, appears, document, key_document, leaves)[:, None]
         if not flex:
             below = looks.device.type == "cpu" and queries == keys and not bool(seen.triu(1).any())
             return _masked(seen, below)
@@ -103,9 +108,17 @@ def _masked(seen: Tensor, below: bool = False) -> Visibility:
     return Visibility(mask=seen | blind, blind=blind)
 
 
-def rule(looks: Tensor, appears: Tensor, document: Tensor | None, key_document: Tensor | None) -> Tensor:
+def rule(
+    looks: Tensor,
+    appears: Tensor,
+    document: Tensor | None,
+    key_document: Tensor | None,
+    leaves: Tensor | None = None,
+) -> Tensor:
     """The rule written out: (B, T, S) bool."""
     seen = appears[:, None, :] <= looks[:, :, None]
+    if leaves is not None:
+        seen &= looks[:, :, None] < leaves[:, None, :]
     if document is not None and key_document is not None:
         seen &= document[:, :, None] == key_document[:, None, :]
     return seen

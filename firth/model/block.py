@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility, attend
+from firth.model.distance import Apart, Distance
 from firth.model.fused import project, relu2, rotated, turn, unit
 from firth.model.norm import make_norm
 from firth.model.shape import GATED, Shape
@@ -42,13 +43,14 @@ class Linear(nn.Linear):
 @dataclass(frozen=True)
 class Reading:
     """What all blocks of a trunk share in one pass: who sees whom, the rotary turns (as matrices where a row grows by
-    a token), T5's bias."""
+    a token), T5's bias, how far apart XLNet's tokens stand."""
 
     sees: Visibility
     turns: tuple[Tensor, Tensor] | None = None
     rotation: Tensor | None = None
     bias: Tensor | None = None
     cache: Cache | None = None
+    apart: Apart | None = None
 
 
 class Attention(nn.Module):
@@ -60,10 +62,12 @@ class Attention(nn.Module):
         self.scale = shape.head_width**-0.5 if shape.score_scale else 1.0
         self.dropout = shape.dropout
         self.heads, self.kv_heads = shape.heads, shape.kv_heads
-        self.q = Linear(shape.width, shape.heads * shape.head_width, bias=shape.bias)
-        self.k = Linear(shape.width, shape.kv_heads * shape.head_width, bias=shape.bias)
-        self.v = Linear(shape.width, shape.kv_heads * shape.head_width, bias=shape.bias)
-        self.o = Linear(shape.heads * shape.head_width, shape.width, bias=shape.bias)
+        self.distance = Distance(shape, Linear) if shape.position == "xlnet" else None
+        bias = shape.bias and self.distance is None  # XLNet's offsets stand in their place
+        self.q = Linear(shape.width, shape.heads * shape.head_width, bias=bias)
+        self.k = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
+        self.v = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
+        self.o = Linear(shape.heads * shape.head_width, shape.width, bias=bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
@@ -94,14 +98,25 @@ class Attention(nn.Module):
         q, k = both.narrow(1, 0, self.heads), both.narrow(1, self.heads, self.kv_heads)
         return q, *cache.extend(k, v)
 
-    def forward(self, x: Tensor, reading: Reading, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        reading: Reading,
+        memory: tuple[Tensor, Tensor] | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """memory: keys and values made elsewhere. before (B, M, width): states that stand in front of x and are read."""
         if memory is None and reading.cache is not None:
             q, k, v = self._remember(x, reading, reading.cache)
         else:
             q = self._place(self.q(x), reading).transpose(1, 2)
-            k, v = self.memorize(x, reading) if memory is None else memory
+            whole = x if before is None else torch.cat((before, x), 1)
+            k, v = self.memorize(whole, reading) if memory is None else memory
+        bias = reading.bias
+        if self.distance is not None and reading.apart is not None:
+            q, bias = self.distance(q, reading.apart, self.scale)
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, reading.sees, self.scale, reading.bias, dropout)
+        out = attend(q, k, v, reading.sees, self.scale, bias, dropout)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -141,14 +156,21 @@ class Block(nn.Module):
         return self.cross.memorize(memory)
 
     def forward(
-        self, x: Tensor, reading: Reading, across: Reading | None = None, memory: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        reading: Reading,
+        across: Reading | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
+        """before: the states of earlier tokens at the entrance of this block, which go through its norm as x does."""
         if self.post:
-            x = self.attention_norm(x + self.drop(self.attention(x, reading)))
+            x = self.attention_norm(x + self.drop(self.attention(x, reading, None, before)))
             if self.cross is not None and self.cross_norm is not None and across is not None:
                 x = self.cross_norm(x + self.drop(self.cross(x, across, memory)))
             return self.mlp_norm(x + self.drop(self.mlp(x)))
-        x = x + self.drop(self.attention(self.attention_norm(x), reading))
+        past = None if before is None else self.attention_norm(before)
+        x = x + self.drop(self.attention(self.attention_norm(x), reading, None, past))
         if self.cross is not None and self.cross_norm is not None and across is not None:
             x = x + self.drop(self.cross(self.cross_norm(x), across, memory))
         return x + self.drop(self.mlp(self.mlp_norm(x)))

@@ -1,7 +1,8 @@
 """Tokens in, hidden states out: the one model. What an objective adds (heads, a generator) lives in `parts`.
 
-The model reads `tokens`, `positions`, `segments`, `looks`, `appears` and `document`, and for an encoder-decoder
-the same with `source_` before them; it knows no objective. The last axis is tokens, the others are free.
+The model reads `tokens`, `positions`, `segments`, `looks`, `appears`, `leaves` and `document`, for an encoder-decoder
+the same with `source_` before them, and for one with memory with `memory_`; it knows no objective. The last axis is
+tokens, the others are free.
 
 >>> import torch
 >>> from firth.model.shape import decoder
@@ -13,6 +14,7 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +22,25 @@ from torch import Tensor, nn
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Linear, Reading, initialise
 from firth.model.characters import Characters
+from firth.model.distance import Apart, between
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
 from firth.model.recurrent import Recurrent, States
-from firth.model.shape import Shape
+from firth.model.shape import BIASED, LEARNED, Shape
 from firth.types import NEVER, Batch, UserError
 
-FIELDS = ("tokens", "positions", "segments", "looks", "appears", "document")
+FIELDS = ("tokens", "positions", "segments", "looks", "appears", "leaves", "document")
+
+ALWAYS = 1 - NEVER
+"""The moment before all moments: what stands before a row is there from the start."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What stands before a row: the states (B, M, width) that entered each block, and the fields of its tokens, (B, M)."""
+
+    states: Sequence[Tensor]
+    fields: Batch
 
 
 class Trunk(nn.Module):
@@ -43,7 +57,7 @@ class Trunk(nn.Module):
         self.depth = depth
         self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
-        self.relative = Relative(shape, both_ways) if shape.position == "t5" else None
+        self.relative = Relative(shape, both_ways) if shape.position in BIASED else None
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
@@ -58,20 +72,19 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         memory: Tensor | None = None,
         source: Batch | None = None,
+        past: Past | None = None,
         kept: list[Tensor] | None = None,
     ) -> Tensor:
         """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields.
 
         kept: takes what went in and what each block handed on, the last one behind the norm.
         """
-        x = self.drop(self.embed_norm(x))
-        if self.project is not None:
-            x = self.project(x)
+        x = self.enter(x)
         if not self.blocks:  # word vectors: nobody sees anybody, and there is nothing to lower
             kept = [] if kept is None else kept
             kept.append(x)
             return self.norm(x)
-        reading = self.reading(fields, cache)
+        reading = self.reading(fields, cache, past)
         across: Reading | None = None
         layers = self.layers()
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
@@ -84,10 +97,11 @@ class Trunk(nn.Module):
             elif cache is not None:
                 made = cache.cross
             crossed = made
-        for block, crossing in zip(layers, crossed, strict=True):
+        before = [None] * len(layers) if past is None else past.states
+        for block, crossing, earlier in zip(layers, crossed, before, strict=True):
             if kept is not None:
                 kept.append(x)
-            x = block(x, reading, across, crossing)
+            x = block(x, reading, across, crossing, earlier)
         if cache is not None:
             cache.advance(x.shape[1])
         x = self.norm(x)
@@ -95,22 +109,49 @@ class Trunk(nn.Module):
             kept.append(x)
         return x
 
-    def reading(self, fields: Batch, cache: Cache | None) -> Reading:
-        """What the blocks share: who sees whom among these tokens and the cached ones, and where each stands."""
+    def enter(self, x: Tensor) -> Tensor:
+        """Embeddings (B, T, table width) as the first block takes them: (B, T, width)."""
+        x = self.drop(self.embed_norm(x))
+        return x if self.project is None else self.project(x)
+
+    def entering(self, x: Tensor, fields: Batch) -> list[Tensor]:
+        """The states (B, T, width) that enter each block; the last block itself need not be run."""
+        reading, out = self.reading(fields, None), [self.enter(x)]
+        for block in self.layers()[:-1]:
+            out.append(block(out[-1], reading))
+        return out
+
+    def reading(self, fields: Batch, cache: Cache | None, past: Past | None = None) -> Reading:
+        """What the blocks share: who sees whom among these tokens and those before them, and where each stands."""
         positions = fields["positions"]
         angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
         if cache is not None and cache.shown is not None:
-            bias = None if self.relative is None else self.relative(positions, cache.note("positions", positions))
-            return Reading(cache.latest(), None, None if angles is None else rotation(*angles), bias, cache)
+            # Noting takes time, of which a token has little: only for those who ask where the earlier ones stand.
+            asked = self.relative is not None or self.shape.position == "xlnet"
+            known = {n: cache.note(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
+            bias = None if self.relative is None else self.relative(positions, known["positions"])
+            turned = None if angles is None else rotation(*angles)
+            return Reading(cache.latest(), None, turned, bias, cache, self.apart(fields, known))
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
         looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
         document = fields.get("document")
-        keys = {"appears": appears, "positions": positions} | ({} if document is None else {"document": document})
+        keys = {"appears": appears, "positions": positions}
+        keys |= {name: fields[name] for name in ("document", "segments", "leaves") if name in fields}
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
-        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex)
+        if past is not None:
+            keys = {name: _behind(past.fields, name, value) for name, value in keys.items()}
+        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex, keys.get("leaves"))
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
-        return Reading(sees, angles, None, bias, cache)
+        return Reading(sees, angles, None, bias, cache, self.apart(fields, keys))
+
+    def apart(self, fields: Batch, keys: Batch) -> Apart | None:
+        """How far apart queries and keys stand, for blocks that ask (XLNet's)."""
+        if self.shape.position != "xlnet":
+            return None
+        index, table = between(fields["positions"], keys["positions"], self.shape.width)
+        told = "segments" in fields and self.shape.segments
+        return Apart(index, table, fields["segments"][:, :, None] != keys["segments"][:, None, :] if told else None)
 
     def crossing(self, fields: Batch, source: Batch, cache: Cache | None) -> Visibility:
         """Which tokens of the source these tokens see: all of their document's. Lowered once where a row is written."""
@@ -125,8 +166,9 @@ class Trunk(nn.Module):
 
     @property
     def flex(self) -> bool | None:
-        """Whether to make block masks, which can carry neither T5's bias nor dropout. None: where they pay."""
-        return False if self.relative is not None or (self.training and self.shape.dropout) else None
+        """Whether to make block masks, which can carry neither a bias nor dropout. None: where they pay."""
+        biased = self.relative is not None or self.shape.position == "xlnet"
+        return False if biased or (self.training and self.shape.dropout) else None
 
 
 class LM(nn.Module):
@@ -135,12 +177,14 @@ class LM(nn.Module):
     def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
-        learned = shape.position == "learned"
+        learned = shape.position in LEARNED
         self.tokens: nn.Embedding | Characters
         self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
         self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
         self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
-        self.segments = nn.Embedding(shape.segments, shape.table_width) if shape.segments else None
+        added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
+        self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
+        self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
         self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
         self.trunk: Trunk | Recurrent
         if shape.recurrent:
@@ -187,11 +231,15 @@ class LM(nn.Module):
         """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder."""
         places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
+        if self.query is not None and "appears" in fields:
+            # Whom nobody can see asks and tells nothing (or is padding): so no token can leak into its own query.
+            x = torch.where((fields["appears"] == NEVER)[..., None], self.query.to(x.dtype), x)
         positions = fields["positions"]
         if places is not None:
-            if positions.shape[-1] > self.shape.context:
+            # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
+            if positions.shape[-1] > self.shape.context and int(positions.amax()) >= self.shape.context:
                 raise UserError(
-                    f"a row of {positions.shape[-1]} tokens is longer than shape.context={self.shape.context}, "
+                    f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.shape.context}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
             x = x + places(positions)
@@ -223,10 +271,11 @@ class LM(nn.Module):
             memory = self.encoder(self.embed(whole, source=True), whole)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
+        past = self.before(batch)
         if self.shape.recurrent:
             hidden = self.trunk(self.embed(fields), fields, cache, kept)
         else:
-            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, kept)
+            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, past, kept)
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
     def layers(self, batch: Batch) -> Tensor:
@@ -235,9 +284,44 @@ class LM(nn.Module):
         self(batch, None, kept)
         return torch.stack(kept).unflatten(1, batch["tokens"].shape[:-1])
 
+    @torch.no_grad()
+    def before(self, batch: Batch) -> Past | None:
+        """Read the tokens that stand before the rows, without gradient (Dai 2019, section 3.2); None where there are none.
+
+        `memory_tokens` (..., M) end where their row begins: positions -M to -1, padding aside. Every token of the row
+        that is of their document (0, unless told) sees all of them. Transformer-XL keeps the states of the step before,
+        so a step depends on the one before it, and with L blocks a state can know of L memories further back. Here a row is
+        a pure function of its example: it may be shuffled, and a run resumes from a number. The price is one forward pass
+        of the blocks but the last over M tokens, and that nothing further back than M is known.
+        """
+        if "memory_tokens" not in batch or not batch["memory_tokens"].shape[-1]:
+            return None
+        if self.shape.position != "xlnet":
+            raise UserError(
+                f"the batch has tokens before its rows, and position {self.shape.position!r} has no place for them"
+            )
+        fields = rows(batch, "memory_")
+        tokens = fields["tokens"]
+        there = fields.get("appears", torch.zeros_like(tokens)) != NEVER
+        slots = torch.arange(tokens.shape[-1], device=tokens.device)
+        fields["positions"] = slots - there.sum(-1, keepdim=True)
+        # Read as the model reads any text: a causal one from left to right.
+        looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
+        read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
+        states = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
+        return Past(states, fields | {"appears": torch.where(there, ALWAYS, NEVER).int()})
+
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of each of `rows` rows."""
         return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity)
+
+
+def _behind(past: Batch, name: str, own: Tensor) -> Tensor:
+    """A field of the tokens before a row and of its own: (B, M + T). Whatever the past does not tell is 0; it never leaves."""
+    told = past.get(name)
+    if told is None:
+        told = torch.full_like(past["tokens"], NEVER if name == "leaves" else 0)
+    return torch.cat((told.to(own.dtype), own.expand(len(told), -1)), -1)
 
 
 class Guest(LM):

@@ -1,4 +1,5 @@
 """How order enters: learned and sinusoidal vectors added to the embeddings, rotary turns, T5's relative bias.
+XLNet's relative positions, which depend on the query, have a file of their own (`firth.model.distance`).
 
 All of them read explicit integer positions, never the slot in the row, so that packing several documents into a
 row, a permuted order and a cache with gaps change nothing.
@@ -21,9 +22,14 @@ from firth.model.shape import Shape
 
 def sinusoidal(positions: Tensor, width: int) -> Tensor:
     """Vaswani 2017, section 3.5: positions (..., T) -> (..., T, width) float32, sines then cosines interleaved."""
-    rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width))
-    angles = positions[..., None].float() * rates
+    angles = waves(positions, width)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+
+
+def waves(positions: Tensor, width: int) -> Tensor:
+    """The angles of `sinusoidal`: positions (..., T) -> (..., T, width / 2) float32."""
+    rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width))
+    return positions[..., None].float() * rates
 
 
 def turns(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@
     gpt2 ... gpt2-xl        124 M to 1.56 B   Radford 2019, table 2 (its 117 M and 345 M are miscounts: 124 M and 355 M)
     gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
+    xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
+    mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
     spanbert                334 M             Joshi 2020: BERT-large with its cased vocabulary
     albert-base ...         12, 18, 60, 223 M Lan 2020, table 1, with the pooler (its 235 M for the last is 223 M as released)
     electra-small, -base    14 M, 110 M       Clark 2020, table 6: the discriminator
@@ -49,6 +51,19 @@ def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, seg
     )  # fmt: skip
 
 
+def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> Shape:
+    """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, norm_at="post", norm_eps=1e-12,
+        position="xlnet", query=True, segments=2, memory=memory, activation="gelu", dropout=0.1, head_bias=True,
+    )  # fmt: skip
+
+
+def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+    """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
+    return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
+
+
 def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> Shape:
     """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
     like = bert(vocab, width, depth, heads)
@@ -86,6 +101,9 @@ SHAPES: dict[str, Shape] = {
     "gpt3": gpt2(50257, 12288, 96, 96, context=2048),
     "bert-base": bert(30522, 768, 12, 12),
     "bert-large": bert(30522, 1024, 24, 16),
+    "xlnet-base": xlnet(32000, 768, 12, 12),
+    "xlnet-large": xlnet(32000, 1024, 24, 16),
+    "mpnet-base": mpnet(30527, 768, 12, 12),
     "spanbert": bert(28996, 1024, 24, 16),
     "albert-base": albert(768, 12, 12),
     "albert-large": albert(1024, 24, 16),

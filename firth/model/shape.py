@@ -10,6 +10,8 @@ The published families are points in this space, not classes:
     ELECTRA     BERT's, embed=128 (small)
     BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
+    XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
+    MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
     ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
     ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
     word2vec    depth=0
@@ -37,6 +39,9 @@ LETTERS, LETTER = 259, 16
 WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
 """Bytes that a filter sees -> 64ths of the filters that see so many, as in ELMo."""
 
+LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
+"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
+
 Reads = Literal["any", "left", "both", "free", "source", "apart", "alone"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
 order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
@@ -63,7 +68,11 @@ class Shape:
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
-    buckets, distance: T5's relative positions. score_scale: whether scores are divided by sqrt(head_width).
+    "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
+    attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
+    buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
+    query: a learned vector of its own stands where nobody can look, whatever the token (XLNet's w); else the token's.
+    score_scale: whether scores are divided by sqrt(head_width).
     bias: whether the linear maps of the blocks have one. qk_norm: unit-RMS queries and keys.
     segments: number of segment types, 0 for none. dropout: on embeddings, attention weights and each branch's output.
     tied: the vocabulary head uses the token embedding. head: "linear", or "transform" for a dense layer,
@@ -101,11 +110,13 @@ class Shape:
     norm_eps: float = 1e-5
     embed_norm: bool = False
     first_norm: bool = True
-    position: Literal["learned", "sinusoidal", "rotary", "t5", "none"] = "learned"
+    position: Literal["learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rotary_theta: float = 10000.0
     rotary_sign: int = 1
     buckets: int = 32
     distance: int = 128
+    memory: int = 0
+    query: bool = False
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
     score_scale: bool = True
@@ -134,7 +145,7 @@ class Shape:
             if getattr(self, name) < 1:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
         for name in (
-            "depth", "kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "characters",
+            "depth", "kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory", "characters",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
@@ -170,6 +181,16 @@ class Shape:
             raise UserError(
                 "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
             )
+        if self.position == "xlnet" and (self.width % 2 or self.encoder or self.kv_heads != self.heads or self.qk_norm):
+            raise UserError(
+                f"position xlnet needs an even shape.width (it is {self.width}), encoder=0 ({self.encoder}), as many "
+                f"kv_heads as heads ({self.kv_heads} of {self.heads}) and qk_norm=false ({str(self.qk_norm).lower()})"
+            )
+        if self.memory and self.position != "xlnet":
+            raise UserError(
+                f"shape.memory={self.memory} needs positions that reach back before a row, which "
+                f"shape.position={self.position!r} does not: set shape.position=xlnet, or shape.memory=0"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
         if self.rotary_sign not in (1, -1):
@@ -192,7 +213,8 @@ class Shape:
 
     def _refuse_blocks(self) -> None:
         """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
-        still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
+        still = {"encoder": 0, "embed": 0, "groups": 0, "query": False, "embed_norm": False, "first_norm": True, "norm_at": "post",
+                 "score_scale": True,
                  "qk_norm": False, "zero_init": False, "bias": True, "kv_heads": self.heads,
                  "head_width": self.width // self.heads}  # fmt: skip
         for name, value in still.items():
@@ -201,7 +223,7 @@ class Shape:
                     f"shape.{name}={getattr(self, name)} means nothing to recurrent layers: set it to {value}, "
                     "or begin from the recipe lstm"
                 )
-        if self.position in ("rotary", "t5"):
+        if self.position not in ("learned", "sinusoidal", "none"):
             raise UserError(f"{self.position} positions are for attention: set shape.position=none (or learned)")
         if self.causal and self.apart:
             raise UserError("shape.apart is for two directions, and shape.causal=true is one: set shape.causal=false")
@@ -263,6 +285,9 @@ class Shape:
         norm = each * self.width
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
         attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
+        if self.position == "xlnet":
+            attention += self.width * queries + 2 * queries + 3 * queries * (self.segments > 0)
+            attention -= (queries + 2 * keys + self.width) * self.bias
         inner = self.hidden * (2 if self.gated else 1)
         mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
         block = attention + mlp + 2 * norm
@@ -274,9 +299,10 @@ class Shape:
             total += (self.groups or depth) * block
             total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
             total += self.width * (table + self.bias) * (self.embed > 0)
-            total += self.heads * self.buckets * (self.position == "t5")
+            total += self.heads * self.buckets * (self.position in BIASED)
         total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
-        total += table * (self.context * (self.position == "learned") * len(trunks) + self.segments)
+        total += table * (self.context * (self.position in LEARNED) * len(trunks) + self.query)
+        total += table * self.segments * (self.position != "xlnet")
         transform = self.head == "transform"
         read = table if self.apart else self.width
         total += self.vocab * (self.head_bias + (table if transform else read) * (not self.tied))
@@ -304,7 +330,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "recurrent": ("", *GATES),
     "norm": ("layer", "rms"),
     "norm_at": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "rotary", "t5", "none"),
+    "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
     "head": ("linear", "transform"),
 }

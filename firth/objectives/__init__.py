@@ -7,6 +7,8 @@ import importlib
 OBJECTIVES = {
     "causal": "firth.objectives.causal:CausalLM",
     "mlm": "firth.objectives.mlm:MLM",
+    "plm": "firth.objectives.plm:PLM",
+    "mpnet": "firth.objectives.mpnet:MPNet",
     "nsp": "firth.objectives.nsp:NSP",
     "sop": "firth.objectives.sop:SOP",
     "sbo": "firth.objectives.sbo:SBO",

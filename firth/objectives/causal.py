@@ -29,7 +29,7 @@ class CausalLM(Tokens):
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        shown = {"tokens": tokens[:-1], "labels": tokens[1:]} | layout.causal(len(tokens) - 1)
+        shown = {"tokens": tokens[:-1], "labels": tokens[1:]} | layout.causal(len(tokens) - 1) | layout.earlier(example)
         if "document" in example:
             document = example["document"]
             # The last token of a document is not asked to predict the first of the next one.

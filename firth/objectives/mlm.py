@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from firth.data.noise import NOISES, Kind
+from firth.data.noise import NOISES, Kind, disguised
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
@@ -66,12 +66,7 @@ class MLM(Tokens):
         labels, shown = np.empty_like(tokens), tokens.copy()
         labels.fill(IGNORE)
         labels[at] = tokens[at]
-        shown[at] = vocab.mask
-        legible = at[kind >= self.masked]
-        if len(legible):
-            shown[legible] = tokens[legible]
-            others = at[(kind >= self.masked) & (kind < self.masked + self.random)]
-            shown[others] = vocab.draw(len(others), rng)
+        shown[at] = disguised(tokens[at], vocab, self.masked, self.random, kind, rng)
         return example | {"tokens": shown, "labels": labels}
 
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:

@@ -127,7 +127,8 @@ class Arena:
         return dataclasses.replace(
             self.probe, objective=Classification(self.drawn.classes, at), source=self.drawn.source(seed), start=start,
             segment=dataclasses.replace(self.drawn.cut, length=min(self.drawn.cut.length, contender.shape.context)),
-            shape=None if start else contender.shape, tokenizer=contender.tokenizer, seed=seed,
+            shape=None if start else dataclasses.replace(contender.shape, memory=0),
+            tokenizer=contender.tokenizer, seed=seed,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from firth import objectives
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, Sum
+from firth.recipes.segments import SEGMENTS, Segment
 from firth.types import UserError
 
 NEEDS: dict[Reads, tuple[str, str]] = {
@@ -42,6 +43,25 @@ def refuse_misfit(objective: Objective, shape: Shape) -> None:
         f"objective {_name(objective)} {does}, which {shape.noun} cannot: {remedy}, "
         f"or take an objective that it serves: {', '.join(served)}"
     )
+
+
+def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
+    """Raise a UserError if the shape's memory is asked of rows that have no text before them.
+
+    (That positions must reach back before a row, `Shape` says itself.)
+    """
+    if shape.memory and pack:
+        raise UserError(
+            f"shape.memory={shape.memory} needs rows of one text each, and batch.pack={pack} puts several into a row: "
+            "set batch.pack=0, or shape.memory=0"
+        )
+    if shape.memory and not segment.remembers:
+        told = ", ".join(name for name, kind in SEGMENTS.items() if kind.remembers)
+        mine = next((name for name, kind in SEGMENTS.items() if kind is type(segment)), type(segment).__name__)
+        raise UserError(
+            f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {mine} does not give: "
+            f"take segment={told}, or set shape.memory=0"
+        )
 
 
 def _name(objective: Objective) -> str:

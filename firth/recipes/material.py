@@ -57,7 +57,10 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step."""
+    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
+
+    memory: how many tokens before each row the model reads (`Shape.memory`).
+    """
 
     source: Text
     tokenizer: Tokenizer
@@ -66,6 +69,7 @@ class Material:
     rows: int = 1
     seed: int = 0
     echo: Echo = print
+    memory: int = 0
 
     def parts(self) -> list[Material]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""

@@ -9,6 +9,8 @@ RECIPES = {
     "llama": "firth.recipes.gpt:llama",
     "bert": "firth.recipes.bert:bert",
     "roberta": "firth.recipes.bert:roberta",
+    "xlnet": "firth.recipes.xlnet:xlnet",
+    "mpnet": "firth.recipes.xlnet:mpnet",
     "t5": "firth.recipes.t5:t5",
     "spanbert": "firth.recipes.spanbert:spanbert",
     "albert": "firth.recipes.albert:albert",

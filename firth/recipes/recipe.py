@@ -23,7 +23,7 @@ from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
 from firth.recipes import segments, tree
-from firth.recipes.fits import refuse_misfit
+from firth.recipes.fits import refuse_memory, refuse_misfit
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
 from firth.recipes.segments import Segment
@@ -145,4 +145,5 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines))
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape)
+        refuse_memory(recipe.shape, recipe.segment, recipe.batch.pack)
     return recipe

@@ -26,7 +26,7 @@ from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
 from firth.recipes.begin import begin
-from firth.recipes.fits import refuse_misfit
+from firth.recipes.fits import refuse_memory, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory, spread
@@ -76,9 +76,10 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     settled = _settled(recipe, material)
     if (directory / DONE).exists():
         return _finished(directory, settled)
+    assert settled.shape is not None
+    material = dataclasses.replace(material, memory=settled.shape.memory)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
-    assert settled.shape is not None
     model = LM(settled.shape, settled.objective.parts(settled.shape))
     if settled.start:
         dropped, added = start_from(model, model_directory(settled.start))
@@ -163,6 +164,10 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     shape = recipe.shape
     if recipe.start:
         theirs = load_model(model_directory(recipe.start)).shape
+        if (
+            not recipe.segment.remembers or recipe.batch.pack
+        ):  # records have nothing before them: finetuned without memory
+            theirs = dataclasses.replace(theirs, memory=0)
         shape = theirs if shape is None else shape
     if shape is None:
         raise UserError(
@@ -172,6 +177,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     objective = recipe.segment.settle(recipe.objective, material)
     refuse_misfit(objective, shape)
+    refuse_memory(shape, recipe.segment, recipe.batch.pack)
     return dataclasses.replace(recipe, shape=shape, objective=objective)
 
 

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -51,7 +51,12 @@ class Cut:
 
 
 class Segment:
-    """One way to cut the material. Subclasses are frozen dataclasses."""
+    """One way to cut the material. Subclasses are frozen dataclasses.
+
+    remembers: whether it gives the tokens before each row, which a model with memory reads.
+    """
+
+    remembers: ClassVar[bool] = False
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         """The training source and the held-out one."""
@@ -93,15 +98,17 @@ def spread(source: Source, count: int) -> Source:
 class Windows(Segment):
     """Windows of `length` tokens of the running text; the documents in one do not see each other."""
 
+    remembers: ClassVar[bool] = True
+
     length: int = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
-        held = segment.Windows(valid, self.length, tail=True) if valid else None
-        # Asked is every token of the held-out store but the first, which nothing stands before; once, by one question.
-        once = valid if len(objective.targets) == 1 else None
-        ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
-        return Cut(segment.Windows(train, self.length), held, ratio, train.manifest["counts"])
+        held = segment.Windows(valid, self.length, tail=True, memory=material.memory) if valid else None
+        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before.
+        every = valid is not None and objective.reads() == "left"
+        ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid and every else 0.0
+        return Cut(segment.Windows(train, self.length, memory=material.memory), held, ratio, train.manifest["counts"])
 
 
 @dataclass(frozen=True)

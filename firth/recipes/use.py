@@ -95,9 +95,9 @@ def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | No
 def open_engine(directory: Path) -> Opened:
     """A model that was trained to write from left to right."""
     opened = open_run(directory)
-    if "mlm" in objective_of(directory):
+    if {"mlm", "mpnet", "plm"} & {*objective_of(directory)}:
         raise UserError(
-            f"{directory}: a masked language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
+            f"{directory}: a masked or permuted language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
         )
     return opened
 

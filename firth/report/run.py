@@ -71,12 +71,15 @@ MACHINERY = ("rate", "norm", "tokens_per_second")
 _ASIDE = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
 """Fields of a row that are told in words, not drawn."""
 
-_NEXT = {
-    "causal": ("generate", "Let it write", '"Once"'),
-    "span_corruption": ("generate", "Let it fill in what a sentinel stands for", '"To be, or <extra_id_0> to be"'),
-    "text_to_text": ("generate", "Give it an input", '"..."'),
-    "mlm": ("fill", "Let it fill a gap", '"To be, or not to <mask>."'),
-} | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Talk with it", ""))
+_NEXT = (
+    {
+        "causal": ("generate", "Let it write", '"Once"'),
+        "span_corruption": ("generate", "Let it fill in what a sentinel stands for", '"To be, or <extra_id_0> to be"'),
+        "text_to_text": ("generate", "Give it an input", '"..."'),
+    }
+    | dict.fromkeys(("mlm", "mpnet", "plm"), ("fill", "Let it fill a gap", '"To be, or not to <mask>."'))
+    | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Talk with it", ""))
+)
 """Objective -> the command that shows it at work, why, and an argument."""
 
 

@@ -3,7 +3,8 @@
 Forward, a linear map of m to n numbers costs 2 m n per position; scores and weighted values cost 4 * head_width * heads
 per pair of positions of which one sees the other (a dense kernel computes masked pairs too; they are not counted); the
 vocabulary head costs 2 width vocab at the positions where something is asked. Backward costs twice the forward. Norms,
-activations and softmax are not matrix products and are left out. 6 N D (Kaplan et al. 2020) is this without attention.
+activations and softmax are not matrix products and are left out; so is XLNet's map of the distances, made once a batch
+and block. 6 N D (Kaplan et al. 2020) is this without attention.
 
 What a batch costs is asked of the objective (`Objective.run_flops`, `loss_flops`), which knows how often it runs the model
 and on what; it adds up what stands here: `trunk` for a forward and backward pass of a model of a shape, `head` for its
@@ -17,6 +18,7 @@ vocabulary head, `linear` for a map of its own.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +29,31 @@ from firth.types import IGNORE, NEVER, Batch
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What there is to read before the rows: tokens, pairs of them, and how often a token of a row sees one."""
+
+    positions: int = 0
+    pairs: int = 0
+    crossing_pairs: int = 0
+
+    def cost(self, depth: int, position: int, keys: int, pair: int) -> float:
+        """In multiplications of a pass forward of which the backward one is twice: position, keys (a position's keys and
+        values) and pair are such costs. All blocks but the last read the memory, without gradient; every block makes keys and
+        values of it, with one."""
+        read = (depth - 1) * (self.positions * position + self.pairs * pair) / 3
+        return read + depth * (self.positions * keys + self.crossing_pairs * pair)
+
+
+@dataclass(frozen=True)
 class Work:
-    """What there is to read in a batch: positions and visible pairs; and an encoder-decoder's source."""
+    """What there is to read in a batch: positions and visible pairs; an encoder-decoder's source; what stands before rows."""
 
     positions: int
     pairs: int
     source_positions: int = 0
     source_pairs: int = 0
     crossing_pairs: int = 0
+    memory: Memory = dataclasses.field(default_factory=lambda: Memory())
 
 
 BOTH = 3.0 * 2.0
@@ -53,12 +72,14 @@ def trunk(shape: Shape, work: Work) -> float:
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     ends, both = 2 * shape.width * queries, 2 * shape.width * keys  # q and o; k and v
     mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
-    seen = 2 * queries  # scores, and the values weighed by them
-    total = shape.depth * (work.positions * (ends + both + mlp) + work.pairs * seen)
+    # Scores, and the values weighed by them; XLNet scores the distance too.
+    seen = (3 if shape.position == "xlnet" else 2) * queries
+    total: float = shape.depth * (work.positions * (ends + both + mlp) + work.pairs * seen)
     total += (work.positions + work.source_positions) * shape.embed * shape.width
     if shape.encoder:
         total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
         total += shape.depth * (work.positions * ends + work.source_positions * both + work.crossing_pairs * seen)
+    total += work.memory.cost(shape.depth, ends + both + mlp, both, seen)
     return BOTH * total
 
 
@@ -72,8 +93,15 @@ def head(shape: Shape, asked: int) -> float:
 def work(batch: Batch) -> Work:
     """Count a batch. Padding (`appears` NEVER) counts as nothing."""
     looks, appears, document = _rows(batch, "")
-    own = int((appears != NEVER).sum())
-    pairs = _pairs(looks, appears, document, appears != NEVER, document)
+    real = appears != NEVER
+    if "looks" in batch:  # a query is seen by nobody, but it looks
+        real |= looks > -NEVER
+    own = int(real.sum())
+    pairs = _pairs(looks, appears, document, real, document)
+    if "leaves" in batch:  # what has left has appeared
+        pairs -= _pairs(looks, batch["leaves"].flatten(0, -2).long(), document, real, document)
+    if "memory_tokens" in batch:
+        return Work(own, pairs, memory=_memory(batch, looks, document, real))
     if "source_tokens" not in batch:
         return Work(own, pairs)
     source_looks, source_appears, source_document = _rows(batch, "source_")
@@ -83,9 +111,21 @@ def work(batch: Batch) -> Work:
     return Work(own, pairs, int(there.sum()), within, across)
 
 
+def _memory(batch: Batch, looks: Tensor, document: Tensor, real: Tensor) -> Memory:
+    """What stands before the rows, which all of its own document see."""
+    _, appears, key_document = _rows(batch, "memory_")
+    there = appears != NEVER
+    within = _pairs(torch.zeros_like(appears), appears, key_document, there, key_document)
+    return Memory(int(there.sum()), within, _pairs(torch.zeros_like(looks), appears, key_document, real, document))
+
+
 def real_tokens(batch: Batch) -> int:
-    """How many tokens the batch holds, its source's with them and padding without."""
-    return sum(int((_rows(batch, side)[1] != NEVER).sum()) for side in ("", "source_") if side + "tokens" in batch)
+    """How many tokens the batch holds, its source's with them; without padding, queries and what only stands in for a token."""
+    own = _rows(batch, "")[1] != NEVER
+    if "leaves" in batch:
+        own &= batch["leaves"].flatten(0, -2) == NEVER
+    source = int((_rows(batch, "source_")[1] != NEVER).sum()) if "source_tokens" in batch else 0
+    return int(own.sum()) + source
 
 
 def asked_positions(labels: Tensor) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from firth.model.families import albert, bart, bert, electra, gpt2, llama, modernbert, nanochat, t5
+from firth.model.families import albert, bart, bert, electra, gpt2, llama, modernbert, mpnet, nanochat, t5, xlnet
 from firth.model.families.family import Family
 from firth.model.shape import Shape
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (bert, albert, electra, gpt2, llama, t5, bart, nanochat, modernbert)
+    module.FAMILY.name: module.FAMILY
+    for module in (bert, albert, electra, gpt2, llama, t5, bart, nanochat, modernbert, xlnet, mpnet)
 }
 """`model_type` of a config.json -> the family."""
 

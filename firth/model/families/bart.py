@@ -63,7 +63,7 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
             block["cross_norm"] = "encoder_attn_layer_norm"
         for i in range(depth):
             out += both(block, f"{ours}blocks.{i}.", f"{theirs}layers.{i}.", bias=True)
-    return out + [Entry("final_logits_bias", ("parts.lm.bias",), row=True)] * head
+    return out + [Entry("final_logits_bias", ("parts.lm.bias",), folded=((shape.vocab,), (1, shape.vocab)))] * head
 
 
 MAPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}

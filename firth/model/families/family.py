@@ -23,8 +23,8 @@ from firth.types import UserError
 class Entry:
     """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked.
 
-    unread: rows in front of theirs that their model never reads (BART's positions): written as zeros, left out when read.
-    row: theirs is one row of a matrix, (1, n), where ours is (n,).
+    unread: rows in front of theirs that their model never reads (BART's and MPNet's positions): written as zeros, left out
+    when read. folded: the shape that the result has with us, and the one it has with them, where those differ.
     """
 
     theirs: str
@@ -32,7 +32,7 @@ class Entry:
     sizes: tuple[int, ...] = ()
     transposed: bool = False
     unread: int = 0
-    row: bool = False
+    folded: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     for entry in entries:
         parts = [state[name] for name in entry.ours]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        whole = whole.t() if entry.transposed else whole[None] if entry.row else whole
+        whole = whole.t() if entry.transposed else whole
         if entry.unread:
             whole = torch.cat((whole.new_zeros(entry.unread, *whole.shape[1:]), whole))
-        out[entry.theirs] = whole.contiguous()
+        out[entry.theirs] = (whole.reshape(entry.folded[1]) if entry.folded[1] else whole).contiguous()
     return out
 
 
@@ -109,7 +109,8 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
         if source is None:
             continue
         whole = state[source][entry.unread :]
-        whole = whole.t() if entry.transposed else whole[0] if entry.row else whole
+        whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
+        whole = whole.t() if entry.transposed else whole
         pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
         out |= {ours: piece.contiguous() for ours, piece in zip(entry.ours, pieces, strict=True)}
     unknown = [n for new, n in names.items() if not re.search(family.spare, new)]

@@ -1,0 +1,70 @@
+"""Masked and permuted language modelling: predict in a random order, and know where every token stands (MPNet, Song 2020).
+
+A masked model predicts each hidden token as if it did not know the others; a permuted one does not know how long the text
+is, nor where its holes are. MPNet predicts one after the other, and shows a [MASK] at each place not yet predicted:
+
+    the quick brown fox jumps    order: quick, jumps
+    MLM     quick | the [M] brown fox [M]     jumps | the [M]   brown fox [M]
+    PLM     quick | the  _  brown fox  _      jumps | the quick brown fox  _
+    MPNet   quick | the [M] brown fox [M]     jumps | the quick brown fox [M]
+
+So everything sees each place once ("position compensation", section 2.2). In one row: the text, a stand-in for each hidden
+token that leaves when the token appears, and the queries (`firth.data.layout.permuted`). The first token of every order is
+predicted exactly as by MLM, and without the stand-ins all of it is PLM. As in MPNet's code, a stand-in and its query are
+shown alike, and in BERT's three shares: 80% [MASK], 10% some other token, 10% the token itself. Of the paper's choices,
+whole words are `noise="words"`; its code draws an exact number of words, which "words" does on average.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from firth.data import layout
+from firth.data.noise import NOISES, Kind, disguised
+from firth.model.shape import Reads
+from firth.objectives.objective import Tokens
+from firth.text.vocab import Vocab
+from firth.types import Example, UserError
+
+
+@dataclass(frozen=True)
+class MPNet(Tokens):
+    """Predict `rate` of the tokens, which `noise` chooses, in a random order. Control tokens are context.
+
+    masked, random: shares of the stand-ins that are [MASK] and some other token; the rest is the token itself.
+
+    >>> vocab = Vocab(size=10, roles={"mask": 1}, special=np.arange(10) < 2)
+    >>> objective = MPNet(rate=0.5, masked=1.0, random=0.0)
+    >>> seen = objective.view({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
+    >>> for name in ("tokens", "positions", "labels"): print(name, seen[name].tolist())
+    tokens [5, 6, 7, 8, 1, 1, 1, 1]
+    positions [0, 1, 2, 3, 0, 2, 0, 2]
+    labels [-100, -100, -100, -100, -100, -100, 5, 7]
+    """
+
+    rate: float = 0.15
+    noise: Kind = "count"
+    masked: float = 0.8
+    random: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rate < 1 and self.masked >= 0 and self.random >= 0 and self.masked + self.random <= 1):
+            raise UserError(
+                f"mpnet: rate={self.rate} must be between 0 and 1, and masked={self.masked} and random={self.random} "
+                "shares that together are at most 1"
+            )
+
+    def reads(self) -> Reads:
+        return "free"
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.rate, rng)))
+        stands = disguised(tokens[order], vocab, self.masked, self.random, rng.random(len(order)), rng)
+        return layout.permuted(example, order, stands, compensated=True)
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        framed, mask = {"tokens": vocab.frame(tokens)}, np.array([vocab.mask], tokens.dtype)
+        return layout.permuted(framed, np.array([at + 1]), mask, compensated=True)
