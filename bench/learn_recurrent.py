@@ -49,8 +49,7 @@ SPELLER = (
 
 def headlines(folder: Path) -> None:
     """bare.jsonl, few.jsonl and scored.jsonl; what is scored is in no other, and the few are read as bare text too."""
-    [source] = corpora.paths("sarcasm", print)
-    lines = next(iter(sorted(Path(source).parent.glob("*.jsonl")))).read_text("utf-8").splitlines()
+    lines = next(corpora.fetch("sarcasm", echo=print).glob("*.jsonl")).read_text("utf-8").splitlines()
     order = np.random.default_rng(0).permutation(len(lines))
     cuts = {"scored": order[:SCORED], "few": order[SCORED : SCORED + LABELS], "bare": order[SCORED:]}
     for name, some in cuts.items():
@@ -141,8 +140,8 @@ def synonyms(directory: Path, text: Path, seed: int) -> dict[str, float]:
     counts = np.bincount(np.concatenate(rows), minlength=tokenizer.vocab.size)
     known = {tokenizer.token(i): i for i in tokenizer.vocab.ordinary if counts[i] >= 20}
     senses: set[tuple[int, int]] = set()
-    for path in corpora.paths("wordnet", print):
-        for line in Path(path).read_text("utf-8").splitlines():
+    for path in sorted(corpora.fetch("wordnet", echo=print).glob("*.jsonl")):
+        for line in path.read_text("utf-8").splitlines():
             same = [known[w] for w in json.loads(line)["text"].partition(": ")[0].split(", ") if w in known]
             senses |= set(itertools.combinations(sorted(set(same)), 2))
     pairs = np.array(sorted(senses))
