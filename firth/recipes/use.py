@@ -45,7 +45,10 @@ class Opened:
         """What the model makes of a text: it fills the gaps in it, continues it, or names the words that are near."""
         if MASK in text:
             return self.fill_gaps(text, 5)
-        return self.continue_text([text], sampling)[0] if "lm" in self.model.parts else self.near(text, 8)
+        if "lm" in self.model.parts:
+            return self.continue_text([text], sampling)[0]
+        # A recipe's words need not stand in a user's text: that is no reason to end a run.
+        return self.near(text, 8) if vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
 
     def near(self, word: str, top: int) -> str:
         """The words whose vectors are nearest to that of a word, in one line."""
