@@ -1,9 +1,9 @@
 """What the encoders' objectives learn: sentence pairs, spans and their ends, replaced tokens, masks old and new. CPU.
 
-    python -m bench.learn_encoders --run --threads 2             # every arm, three seeds; resumable (about 15 minutes)
+    python -m bench.learn_encoders --run --threads 2             # every arm, three seeds; resumable (about 35 minutes)
     python -m bench.learn_encoders --run --limit 4               # in pieces: at most four new runs, then stop
     python -m bench.learn_encoders --table                       # markdown for docs/results.md
-    python -m bench.learn_encoders --run --only nsp sop --scale 3     # some arms, three times as long
+    python -m bench.learn_encoders --run --only nsp sop --scale 3     # some arms, three times as long; below 0.5 nsp is chance
 
 One body for all (4 blocks of width 128, 2,048 subwords), Shakespeare's plays in rows of at most 64 tokens, whole plays
 held out; steps, rates and batches are the same for the arms of a question. Every arm is scored before its first step and
@@ -187,16 +187,16 @@ def curve(scored: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
 
 SPANS = MLM(noise="geometric", alike=True)
 ARMS = {
-    "nsp": Arm(NSP() + MLM(), pair_scores, 1000, pairs=True),
-    "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1000, pairs=True),
-    "iid": Arm(MLM(), span_scores, 450),
-    "spans": Arm(SPANS, span_scores, 450),
-    "sbo": Arm(SPANS + SBO(), span_scores, 450),
-    "rtd": Arm(RTD(), detector_scores, 450),
-    "adversarial": Arm(AdversarialRTD(), detector_scores, 450),
-    "dynamic": Arm(MLM(), mask_scores, 420, small=True),
-    "ten": Arm(MLM(masks=10), mask_scores, 420, small=True),
-    "once": Arm(MLM(masks=1), mask_scores, 420, small=True),
+    "nsp": Arm(NSP() + MLM(), pair_scores, 1800, pairs=True),
+    "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1800, pairs=True),
+    "iid": Arm(MLM(), span_scores, 600),
+    "spans": Arm(SPANS, span_scores, 600),
+    "sbo": Arm(SPANS + SBO(), span_scores, 600),
+    "rtd": Arm(RTD(size=0.5), detector_scores, 900),
+    "adversarial": Arm(AdversarialRTD(size=0.5), detector_scores, 900),
+    "dynamic": Arm(MLM(), mask_scores, 500, small=True),
+    "ten": Arm(MLM(masks=10), mask_scores, 500, small=True),
+    "once": Arm(MLM(masks=1), mask_scores, 500, small=True),
 }
 
 

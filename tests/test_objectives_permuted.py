@@ -608,7 +608,7 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
     seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([coder.vocab.mask]))])
     share = model.parts["lm"](model(seen)[0, -1]).softmax(-1)
     assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
-    assert reads_of(model.shape) == "masked"
+    assert reads_of(model.shape) == "masked" and reads_of(replace(model.shape, causal=True)) == "causal"
     document = Document(words[1:-1], np.ones(len(words) - 2, int))
     asked = list(one_at_a_time(document, 40, coder.vocab, query=True))[at - 1]
     assert loss(model, PLM(), collate([asked])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)

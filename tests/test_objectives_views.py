@@ -19,10 +19,12 @@ from firth.objectives.mlm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.penalty import Penalty
 from firth.objectives.plm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.rtd import RTD, AdversarialRTD
 from firth.objectives.sbo import SBO
+from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.text.vocab import Vocab
@@ -63,6 +65,11 @@ def labelled(rng: np.random.Generator) -> Example:
     return framed(rng) | {"label": int(rng.integers(3))}
 
 
+def partly(rng: np.random.Generator) -> Example:
+    label = int(rng.integers(3)) if rng.random() < 0.5 else IGNORE
+    return framed(rng) | {"label": label, "taught": np.eye(3)[rng.integers(3)]}
+
+
 CASES = {
     "causal": (CausalLM(), bare),
     "mlm": (MLM(), framed),
@@ -81,6 +88,9 @@ CASES = {
     "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
+    "mlm + penalty": (MLM() + Penalty(), framed),
+    "pseudo labels": (PseudoLabels(classes=("a", "b", "c")), partly),
+    "consistency": (Consistency(classes=("a", "b", "c")), partly),
     "prefix lm": (PrefixLM(), bare),
     "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), bare),
     "denoise": (Denoise(), bare),

@@ -19,9 +19,19 @@ from firth.types import UserError
 
 SHAPES = {
     "a causal decoder": decoder(vocab=10, width=64, depth=1),
-    "an encoder": encoder(vocab=10, width=64, depth=1),
+    "an encoder": replace(encoder(vocab=10, width=64, depth=1), dropout=0.1),  # two views differ by it
     "an encoder-decoder": encoder_decoder(vocab=10, width=64, depth=1),
+    "a Linformer": replace(encoder(vocab=10, width=64, depth=1), dropout=0.1, linformer=8),
+    "a variational autoencoder": replace(encoder_decoder(vocab=10, width=64, depth=1), latent=32),
+    "a left-to-right LSTM": load("lstm").shape,
+    "an LSTM in two directions": replace(load("lstm").shape, causal=False, dropout=0.1),
+    "an LSTM in two directions apart": replace(load("elmo").shape, dropout=0.1),
+    "a table of word vectors": load("word2vec").shape,
 }
+
+
+def test_the_shapes_are_called_what_they_are() -> None:
+    assert {noun: shape.noun for noun, shape in SHAPES.items()} == {noun: noun for noun in SHAPES}
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)

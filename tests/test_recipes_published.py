@@ -126,7 +126,7 @@ def small(name: str, text: Path) -> Recipe:
     recipe = published(name)
     assert recipe.shape is not None
     more = {"shape.encoder": 2} if recipe.shape.encoder else {}
-    more |= {} if recipe.shape.depth else {"shape.depth": 0}  # word vectors have no trunk
+    more |= {} if recipe.shape.depth else {"shape.depth": 0}
     return load(name, [*(f"{field}={value}" for field, value in (SMALL | more).items()), f"source.path={text}"])
 
 

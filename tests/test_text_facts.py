@@ -38,6 +38,7 @@ from firth.types import UserError
         ("South Australia: a province in Australia", []),
         ("city: a large and densely populated urban area", []),
         ("Boston: a city of many hills", []),
+        ("Isle Royal: a national park on an island in Michigan", []),
     ],
 )
 def test_what_the_patterns_read(gloss: str, wanted: list[str]) -> None:
@@ -63,10 +64,10 @@ def test_the_book_and_its_questions(tmp_path: Path) -> None:
     text, learnt, examined = (rows(tmp_path / f"{name}.jsonl") for name in ("text", "train", "test"))
     assert "200 glosses" in said and len(text) == 200  # of Portland two glosses say two things
     assert len(learnt) + len(examined) == 200 and 30 < len(examined) < 70
-    assert all(held_out(Fact("where", row["prompt"][9:-1], "", "")) for row in examined)
+    assert all(held_out(Fact("where", row["prompt"].split(" is ")[0], "", "")) for row in examined)
     assert not {row["prompt"] for row in learnt} & {row["prompt"] for row in examined}
     answer = {row["text"].split(":")[0]: row["text"].split()[-1] for row in text}
-    assert all(answer[row["prompt"][9:-1]] == row["completion"] for row in learnt + examined)
+    assert all(answer[row["prompt"].split(" is ")[0]] == row["completion"] for row in learnt + examined)
 
 
 def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ class Labelled(Records):
         return [read.text_field(record, field, place) for field in self._fields]
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        vocab, label = self.tokenizer.vocab, np.array([self._class(record)])
+        vocab, label = self.tokenizer.vocab, np.array(self.labels(record))
         if len(encoded) == 2:
             room = self.length - 3
             first, second = encoded
@@ -174,10 +174,14 @@ class Labelled(Records):
             tokens = np.append(self.fit(encoded[0], self.length - 1), vocab.eos)
         return {"tokens": tokens, "segments": np.zeros(0), "label": label}
 
-    def _class(self, record: Record) -> int:
+    def labels(self, record: Record) -> Sequence[int]:
+        """The numbers of a record's labels: one here."""
         if self._label not in record:
             raise UserError(f"there is no field {self._label!r} for the class; it has {', '.join(record) or 'none'}")
-        value = record[self._label]
+        return [self.number(record[self._label])]
+
+    def number(self, value: Any) -> int:
+        """The number of a label, as it stands in the columns (names found on the way are numbered as they come)."""
         name = value if isinstance(value, str) else json.dumps(value)
         if name not in self._known:
             if type(value) is int and not self._open and 0 <= value < len(self._known):

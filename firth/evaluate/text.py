@@ -30,10 +30,15 @@ MASKED_LIMIT = 16384
 
 def reads_of(shape: Shape) -> Reads:
     """An encoder-decoder reads halves; one whose head transforms first, as BERT's line does, or which has a vector of its own
-    for what it is asked, as XLNet, masked; others causal."""
+    for what it is asked, as XLNet, masked; others causal. UserError for a model that gives a text no likelihood."""
+    if shape.latent:
+        raise UserError(
+            "a variational autoencoder only bounds the likelihood of a text: its ELBO is among its run's held-out measures "
+            "(`firth evaluate RUN` without files)"
+        )
     if shape.encoder:
         return "halves"
-    return "masked" if shape.head == "transform" or shape.query else "causal"
+    return "masked" if shape.head == "transform" or (shape.query and not shape.causal) else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:

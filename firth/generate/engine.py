@@ -65,6 +65,18 @@ class Engine:
                 progress(first + len(index))
         return [answer for answer in done if answer is not None]
 
+    def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
+        """Where a variational autoencoder puts texts: (texts, units), the means. Each text ends with its stop token."""
+        source = rectangle(texts, self.device, causal=False)
+        with reading(self.model):
+            return self.model.posterior({f"source_{name}": field for name, field in source.items()})[0]
+
+    def decode(self, latents: Tensor, sampling: Sampling) -> list[Completion]:
+        """The texts that a variational autoencoder's decoder writes for latents (texts, units)."""
+        nothing = [np.zeros(1, np.int64)] * len(latents)
+        seeds = [sampling.seed + i for i in range(len(latents))]
+        return [answer.done() for answer in self._write(nothing, sampling, seeds, latents)]
+
     def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
         """Continue one prompt, a piece of text at a time; joined, the pieces are the text of `generate`."""
         [answer] = self._answers([prompt], sampling)
@@ -90,10 +102,12 @@ class Engine:
             answers.append(Answer(self.coder, shown, sampling, self.stops, room))
         return answers
 
-    def _write(self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int]) -> list[Answer]:
+    def _write(
+        self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None
+    ) -> list[Answer]:
         answers = self._answers(prompts, sampling)
         with reading(self.model):
-            rows = Rows(self.model, prompts, self.start, sampling, seeds)
+            rows = Rows(self.model, prompts, self.start, sampling, seeds, latents)
             there = answers  # the answer of each row of the batch, finished or not
             while True:
                 for answer, token, logprob in zip(there, *rows.step(), strict=True):

@@ -46,12 +46,14 @@ class Rows:
 
     Prompts are padded on the left, so that all rows write into the same slot; padding appears NEVER. Positions are
     each row's own, so that a row reads as it would alone. prompts: (n,) ids each. start: None, or the token that the
-    decoder begins with while the prompt goes to the encoder. seeds: one per row.
+    decoder begins with while the prompt goes to the encoder. seeds: one per row. latents (rows, units): what a variational
+    autoencoder's decoder is told in place of the prompts.
     """
 
     def __init__(
-        self, model: LM, prompts: Sequence[np.ndarray], start: int | None, sampling: Sampling, seeds: Sequence[int]
-    ):
+        self, model: LM, prompts: Sequence[np.ndarray], start: int | None, sampling: Sampling, seeds: Sequence[int],
+        latents: Tensor | None = None,
+    ):  # fmt: skip
         self.model, self.sampling = model, sampling
         self.head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
         self.device = model.tokens.weight.device
@@ -67,7 +69,7 @@ class Rows:
         # Every number that this batch will draw with: (rows, max_new).
         self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new)).to(self.device)
         self.cache = model.cache(len(prompts), self.seen.shape[1] + sampling.max_new)
-        self.state = model(batch, self.cache)[:, -1]  # (rows, width)
+        self.state = model(batch, self.cache, latent=latents)[:, -1]  # (rows, width)
         self.cache.write_on()
 
     def _aligned(self, rows: Sequence[np.ndarray]) -> Batch:

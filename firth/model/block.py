@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from firth.model.attention import Cache, Visibility, attend
 from firth.model.distance import Apart, Distance
 from firth.model.fused import project, relu2, rotated, turn, unit
+from firth.model.linformer import Slots
 from firth.model.norm import make_norm
 from firth.model.shape import GATED, Shape
 
@@ -43,7 +44,7 @@ class Linear(nn.Linear):
 @dataclass(frozen=True)
 class Reading:
     """What all blocks of a trunk share in one pass: who sees whom, the rotary turns (as matrices where a row grows by
-    a token), T5's bias, how far apart XLNet's tokens stand."""
+    a token), T5's bias, how far apart XLNet's tokens stand, the slots that a Linformer mixes keys and values into."""
 
     sees: Visibility
     turns: tuple[Tensor, Tensor] | None = None
@@ -51,6 +52,7 @@ class Reading:
     bias: Tensor | None = None
     cache: Cache | None = None
     apart: Apart | None = None
+    slots: Slots | None = None
 
 
 class Attention(nn.Module):
@@ -112,6 +114,8 @@ class Attention(nn.Module):
             q = self._place(self.q(x), reading).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
             k, v = self.memorize(whole, reading) if memory is None else memory
+        if reading.slots is not None:
+            k, v = (reading.slots.mix(each, side) for side, each in enumerate((k, v)))
         bias = reading.bias
         if self.distance is not None and reading.apart is not None:
             q, bias = self.distance(q, reading.apart, self.scale)

@@ -14,7 +14,7 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Linear, Reading, initialise
 from firth.model.characters import Characters
 from firth.model.distance import Apart, between
+from firth.model.latent import Latent
+from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
 from firth.model.recurrent import Recurrent, States
@@ -58,6 +60,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position in BIASED else None
+        self.linformer = Linformer(shape) if shape.linformer else None
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
@@ -98,10 +101,11 @@ class Trunk(nn.Module):
                 made = cache.cross
             crossed = made
         before = [None] * len(layers) if past is None else past.states
-        for block, crossing, earlier in zip(layers, crossed, before, strict=True):
+        for layer, (block, crossing, earlier) in enumerate(zip(layers, crossed, before, strict=True)):
+            here = reading if reading.slots is None else replace(reading, slots=reading.slots.of(layer))
             if kept is not None:
                 kept.append(x)
-            x = block(x, reading, across, crossing, earlier)
+            x = block(x, here, across, crossing, earlier)
         if cache is not None:
             cache.advance(x.shape[1])
         x = self.norm(x)
@@ -142,6 +146,9 @@ class Trunk(nn.Module):
         if past is not None:
             keys = {name: _behind(past.fields, name, value) for name, value in keys.items()}
         sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex, keys.get("leaves"))
+        if self.linformer is not None:
+            slots = self.linformer.at(positions.shape[-1], sees)
+            return Reading(slots.sees, angles, slots=slots)
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
         return Reading(sees, angles, None, bias, cache, self.apart(fields, keys))
 
@@ -191,6 +198,7 @@ class LM(nn.Module):
             self.trunk = Recurrent(shape)
         else:
             self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
+        self.latent = Latent(shape) if shape.latent else None
         for child in self.children():
             initialise(child, shape)
         for table in (*self.tables().values(), self.source_places):
@@ -257,15 +265,30 @@ class LM(nn.Module):
         fields = rows(batch, "source_")
         return self.encoder(self.embed(fields, source=True), fields).unflatten(0, batch["source_tokens"].shape[:-1])
 
-    def forward(self, batch: Batch, cache: Cache | None = None, kept: list[Tensor] | None = None) -> Tensor:
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latent of each source: two of (..., latent)."""
+        if self.latent is None:
+            raise UserError("this model has no latent: shape.latent is 0")
+        fields = rows(batch, "source_")
+        mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("appears"))
+        lead = batch["source_tokens"].shape[:-1]
+        return mean.unflatten(0, lead), log_variance.unflatten(0, lead)
+
+    def forward(
+        self, batch: Batch, cache: Cache | None = None, kept: list[Tensor] | None = None, latent: Tensor | None = None
+    ) -> Tensor:
         """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only.
 
-        kept: takes the states of all layers, (B, T, width) each (see `layers`).
+        kept: takes the states of all layers, (B, T, width) each (see `layers`). latent (..., units): what the decoder is
+        told in place of the source; the posterior's mean where it is not given.
         """
         fields = rows(batch, "", 0 if cache is None else cache.length)
         memory, source = None, None
         if self.encoder is not None and cache is not None and cache.source:
             source = cache.source
+        elif self.latent is not None:
+            memory = self.latent.write((self.posterior(batch)[0] if latent is None else latent).flatten(0, -2))
+            source = {"appears": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
         elif self.encoder is not None:
             whole = rows(batch, "source_")
             memory = self.encoder(self.embed(whole, source=True), whole)
@@ -308,11 +331,13 @@ class LM(nn.Module):
         # Read as the model reads any text: a causal one from left to right.
         looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
         read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
-        states = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
+        states: list[Tensor] = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
         return Past(states, fields | {"appears": torch.where(there, ALWAYS, NEVER).int()})
 
     def cache(self, rows: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens of each of `rows` rows."""
+        """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
+        if self.shape.linformer:
+            raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
         return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity)
 
 

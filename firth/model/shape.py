@@ -26,6 +26,7 @@ firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,18 +35,21 @@ from firth.types import UserError
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
 
+VECTORS = 4
+"""Vectors that a latent becomes, for a decoder to attend to."""
+
+LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
+"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
 LETTERS, LETTER = 259, 16
 """What a token is spelled with (256 bytes, its beginning, its end, nothing), and the width of the vector of each."""
 WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
 """Bytes that a filter sees -> 64ths of the filters that see so many, as in ELMo."""
 
-LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
-"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
-
-Reads = Literal["any", "left", "both", "free", "source", "apart", "alone"]
+Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
 order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
-from left to right and from right to left, by two readers who do not meet; or each token by itself."""
+from left to right and from right to left, by two readers who do not meet; each token by itself; or a
+source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 """Recurrent cells -> the linear maps in one."""
@@ -79,6 +83,10 @@ class Shape:
     an activation and a norm before it (BERT, appendix of the code). head_bias: an offset per token id.
     head_scale: multiplies the states before the head (T5 v1.0: width ** -0.5). softcap: logits are
     softcap * tanh(logits / softcap); 0 for none (Gemma 2).
+    linformer: keys and values are projected along the row into this many slots, 0 for none; an encoder's only, whose rows
+    are one document of at most `context` tokens. linformer_sharing: "headwise" projects keys and values of each layer apart,
+    "key-value" alike, "layerwise" in all layers alike (Wang 2020, section 4).
+    latent: numbers in a Gaussian latent that is all an encoder tells its decoder (a VAE), 0 for none.
     init: standard deviation of the initial matrices, 0 for 1 / sqrt(fan in). zero_init: the two matrices that
     write into the residual stream start at zero, so that a block starts as the identity.
     recurrent: recurrent layers (Elman 1990, Cho 2014, Hochreiter 1997) in the place of attention blocks; `depth` of them,
@@ -128,6 +136,9 @@ class Shape:
     head_bias: bool = False
     head_scale: float = 1.0
     softcap: float = 0.0
+    linformer: int = 0
+    linformer_sharing: Literal["headwise", "key-value", "layerwise"] = "layerwise"
+    latent: int = 0
     init: float = 0.02
     zero_init: bool = False
     recurrent: Literal["", "rnn", "gru", "lstm"] = ""
@@ -146,6 +157,7 @@ class Shape:
                 raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
         for name in (
             "depth", "kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory", "characters",
+            "linformer", "latent",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
@@ -193,6 +205,19 @@ class Shape:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
+        if self.linformer and (
+            self.recurrent
+            or self.causal
+            or self.encoder
+            or self.position in ("t5", "mpnet", "xlnet")
+            or self.linformer > self.context
+        ):
+            raise UserError(
+                f"shape.linformer={self.linformer} mixes a whole row of at most shape.context={self.context} tokens into as many "
+                "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
+            )
+        if self.latent and not self.encoder:
+            raise UserError(f"shape.latent={self.latent} stands between an encoder and a decoder: set shape.encoder")
         if self.rotary_sign not in (1, -1):
             raise UserError(f"shape.rotary_sign={self.rotary_sign} must be 1 or -1")
         if self.recurrent:
@@ -213,8 +238,7 @@ class Shape:
 
     def _refuse_blocks(self) -> None:
         """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
-        still = {"encoder": 0, "embed": 0, "groups": 0, "query": False, "embed_norm": False, "first_norm": True, "norm_at": "post",
-                 "score_scale": True,
+        still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
                  "qk_norm": False, "zero_init": False, "bias": True, "kv_heads": self.heads,
                  "head_width": self.width // self.heads}  # fmt: skip
         for name, value in still.items():
@@ -223,7 +247,7 @@ class Shape:
                     f"shape.{name}={getattr(self, name)} means nothing to recurrent layers: set it to {value}, "
                     "or begin from the recipe lstm"
                 )
-        if self.position not in ("learned", "sinusoidal", "none"):
+        if self.position in ("rotary", "t5"):
             raise UserError(f"{self.position} positions are for attention: set shape.position=none (or learned)")
         if self.causal and self.apart:
             raise UserError("shape.apart is for two directions, and shape.causal=true is one: set shape.causal=false")
@@ -258,13 +282,12 @@ class Shape:
         if self.recurrent:
             name = self.recurrent.upper()
             article = "a" if self.recurrent == "gru" else "an"
-            return (
-                f"a left-to-right {name}"
-                if self.causal
-                else f"{article} {name} in two directions" + " apart" * self.apart
-            )
+            both = f"{article} {name} in two directions" + " apart" * self.apart
+            return f"a left-to-right {name}" if self.causal else both
         if self.encoder:
-            return "an encoder-decoder"
+            return "a variational autoencoder" if self.latent else "an encoder-decoder"
+        if self.linformer:
+            return "a Linformer"
         return "a causal decoder" if self.causal else "an encoder"
 
     @property
@@ -276,8 +299,21 @@ class Shape:
             # Stacks that are apart have both read all of a text by its ends.
             return frozenset({"any", "both", "apart"} if self.apart else {"any", "both"})
         if self.encoder:
-            return frozenset({"any", "source"})
+            return frozenset({"any", "latent" if self.latent else "source"})
+        if self.linformer:
+            return frozenset({"any", "both"})
         return frozenset({"any", "left"}) if self.causal else frozenset({"any", "left", "both", "free"})
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several documents that do not see each other."""
+        return not self.linformer and not self.latent
+
+    @property
+    def projections(self) -> tuple[int, int]:
+        """Layers and sides (keys, values) that a Linformer projects apart."""
+        layers = 1 if self.linformer_sharing == "layerwise" else self.depth
+        return layers, 1 + (self.linformer_sharing == "headwise")
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
@@ -303,6 +339,9 @@ class Shape:
         total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
         total += table * (self.context * (self.position in LEARNED) * len(trunks) + self.query)
         total += table * self.segments * (self.position != "xlnet")
+        total += math.prod(self.projections) * self.context * self.linformer
+        if self.latent:
+            total += 2 * self.latent * (self.width + 1) + VECTORS * self.width * (self.latent + 1)
         transform = self.head == "transform"
         read = table if self.apart else self.width
         total += self.vocab * (self.head_bias + (table if transform else read) * (not self.tied))
@@ -333,6 +372,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
     "head": ("linear", "transform"),
+    "linformer_sharing": ("headwise", "key-value", "layerwise"),
 }
 
 

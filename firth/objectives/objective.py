@@ -14,7 +14,8 @@ axis.) Objectives compose with `+`: BERT is `NSP() + MLM()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,10 +39,13 @@ class Objective:
     measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
     ratios: what the log shows of two measures with one count, one over the other: (over, under). Exact however a step is cut.
     classes: the names of the answers, for objectives that choose among some.
+    whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
+    micro-batches or shared by ranks, and is refused where it would be.
     """
 
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
+    whole: ClassVar[bool] = False
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
@@ -52,6 +56,21 @@ class Objective:
     def reads(self) -> Reads:
         """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
         return "any"
+
+    def lacks(self, shape: Shape) -> str:
+        """What else a shape lacks to be trained so, and the setting that mends it; empty where nothing."""
+        return ""
+
+    def scheduled(self, step: int) -> Objective:
+        """The objective as it stands at a step of training: a weight that ramps up is a function of the step alone.
+
+        Training alone asks; held-out text is always scored by the objective as the recipe states it.
+        """
+        return self
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
+        return []
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         """What it adds to the model: a head, a generator, a value head."""
@@ -108,6 +127,7 @@ class Sum(Objective):
             raise UserError("cannot add two objectives that have a text read in different ways")
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
+        object.__setattr__(self, "whole", self.first.whole or self.second.whole)
         object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
         object.__setattr__(self, "classes", self.first.classes or self.second.classes)
 
@@ -117,6 +137,15 @@ class Sum(Objective):
     def reads(self) -> Reads:
         first = self.first.reads()
         return self.second.reads() if first == "any" else first
+
+    def lacks(self, shape: Shape) -> str:
+        return self.first.lacks(shape) or self.second.lacks(shape)
+
+    def scheduled(self, step: int) -> Objective:
+        return dataclasses.replace(self, first=self.first.scheduled(step), second=self.second.scheduled(step))
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        return self.first.remarks(metrics) + self.second.remarks(metrics)
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return self.first.parts(shape) | self.second.parts(shape)

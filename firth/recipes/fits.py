@@ -26,6 +26,7 @@ NEEDS: dict[Reads, tuple[str, str]] = {
     ),
     "alone": ("reads each token by itself", "set shape.depth=0, shape.position=none and shape.norm_at=post"),
     "source": ("reads a source and writes an answer", "set shape.encoder (an encoder-decoder)"),
+    "latent": ("squeezes a text through a latent", "set shape.encoder and shape.latent (a variational autoencoder)"),
 }
 """A way of reading -> what the objective does, and the shape that serves it."""
 
@@ -34,15 +35,31 @@ def refuse_misfit(objective: Objective, shape: Shape) -> None:
     """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks."""
     reads = objective.reads()
     if reads in shape.honours:
+        if lacking := objective.lacks(shape):
+            raise UserError(f"objective {_name(objective)} cannot be trained with this shape: {lacking}")
         return
     does, remedy = NEEDS[reads]
+    known = {name: objectives.find(name)() for name in objectives.OBJECTIVES}
     served = sorted(
-        name for name in objectives.OBJECTIVES if objectives.find(name)().reads() in shape.honours - {"any"}
+        name for name, one in known.items() if one.reads() in shape.honours - {"any"} and not one.lacks(shape)
     )
     raise UserError(
         f"objective {_name(objective)} {does}, which {shape.noun} cannot: {remedy}, "
         f"or take an objective that it serves: {', '.join(served)}"
     )
+
+
+def refuse_cut(objective: Objective, shape: Shape, *, pack: int, accumulate: int, ranks: int = 1) -> None:
+    """Raise a UserError if a step is packed or cut up in a way that the shape or the objective cannot bear."""
+    if pack and not shape.packs:
+        raise UserError(
+            f"{shape.noun} reads one document a row, and batch.pack={pack} puts several there: set batch.pack=0"
+        )
+    if objective.whole and accumulate * ranks > 1:
+        raise UserError(
+            f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
+            f"{accumulate} micro-batches would compare only their own: set batch.accumulate=1 and train on one rank"
+        )
 
 
 def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:

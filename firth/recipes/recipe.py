@@ -22,8 +22,8 @@ from typing import Any, Literal
 from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
-from firth.recipes import segments, tree
-from firth.recipes.fits import refuse_memory, refuse_misfit
+from firth.recipes import labels, segments, tree
+from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
 from firth.recipes.segments import Segment
@@ -107,7 +107,8 @@ tree.KINDS[Objective] = tree.Kinds(
     join=lambda first, second: first + second,
     part=lambda total: (total.first, total.second),
 )
-tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(segments.SEGMENTS), segments.SEGMENTS.__getitem__)
+SEGMENTS = segments.SEGMENTS | labels.SEGMENTS
+tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
 
 
 def published(name: str) -> Recipe:
@@ -145,5 +146,6 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines))
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape)
+        refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.pack, accumulate=recipe.batch.accumulate)
         refuse_memory(recipe.shape, recipe.segment, recipe.batch.pack)
     return recipe

@@ -26,7 +26,7 @@ from firth.model.lm import LM
 from firth.model.weights import load_model, save_model, start_from
 from firth.recipes import segments, tree
 from firth.recipes.begin import begin
-from firth.recipes.fits import refuse_memory, refuse_misfit
+from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
 from firth.recipes.segments import Cut, model_directory, spread
@@ -74,6 +74,14 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
+    assert settled.shape is not None
+    refuse_cut(
+        settled.objective,
+        settled.shape,
+        pack=settled.batch.pack,
+        accumulate=settled.batch.accumulate,
+        ranks=ranks.world,
+    )
     if (directory / DONE).exists():
         return _finished(directory, settled)
     assert settled.shape is not None
@@ -119,7 +127,10 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
         said = save_model(model, tokenizer, directory / "model", facts)
-        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts}
+        remarks = settled.objective.remarks(trained.metrics)
+        for remark in remarks:
+            tell(f"{settled.name}: {remark}")
+        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
@@ -231,7 +242,11 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
     with torch.random.fork_rng():
         for prompt in recipe.samples:
-            rows.append({"step": step, "prompt": prompt, "text": opened.sample(prompt, sampling)})
+            try:
+                text = opened.sample(prompt, sampling)
+            except UserError as error:  # a recipe's own samples need not suit a user's words: no reason to stop a run
+                text = f"({error})"
+            rows.append({"step": step, "prompt": prompt, "text": text})
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

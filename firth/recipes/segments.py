@@ -105,9 +105,10 @@ class Windows(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         held = segment.Windows(valid, self.length, tail=True, memory=material.memory) if valid else None
-        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before.
-        every = valid is not None and objective.reads() == "left"
-        ratio = int(valid.bytes.sum()) / max(1, len(valid.tokens) - len(valid)) if valid and every else 0.0
+        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before;
+        # once, if it has one question.
+        once = valid if objective.reads() == "left" and len(objective.targets) == 1 else None
+        ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return Cut(segment.Windows(train, self.length, memory=material.memory), held, ratio, train.manifest["counts"])
 
 
@@ -176,7 +177,7 @@ class Labelled(Segment):
         return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Tagged(Segment):
         return objective.named(lambda: self._read(paths, material).classes)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: self._read(paths, material, objective.classes))
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Dialogues(Segment):
     length: int = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length))
+        return recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length))
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class Prompted(Segment):
     answer: int = 128
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(
+        return recorded(
             material, lambda paths: records.Prompted(paths, material.tokenizer, self.length, answer=self.answer)
         )
 
@@ -229,7 +230,7 @@ class Preferences(Segment):
     length: int = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return _recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))
+        return recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Sampled(Segment):
         def read(paths: Sequence[str]) -> Source:
             return Comparisons([c for path in paths for c in read_comparisons(Path(path))])
 
-        return _recorded(material, read)
+        return recorded(material, read)
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class Referenced(Segment):
     pairs: Segment = Preferences()
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        model = load_model(_needed(material.start, "start", "the model that DPO starts from and is held to"))
+        model = load_model(needed(material.start, "start", "the model that DPO starts from and is held to"))
         plain = self.pairs.cut(material, objective)
         known = [
             annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
@@ -283,7 +284,7 @@ class Rollouts(Segment):
     credit: Literal["gae", "group"] = "gae"
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        start = load_model(_needed(material.start, "start", "the model that writes the first answers and is held to"))
+        start = load_model(needed(material.start, "start", "the model that writes the first answers and is held to"))
         prompts, _ = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
         if bool(self.reward) == bool(self.scorer):
             raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
@@ -325,7 +326,7 @@ def model_directory(path: str | Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 
 
-def _needed(path: str, field: str, what: str) -> Path:
+def needed(path: str, field: str, what: str) -> Path:
     if not path:
         raise UserError(f"the recipe lacks `{field}`: {what}")
     return model_directory(path)
@@ -335,7 +336,7 @@ FEW = 20
 """Records: of fewer, none is held out."""
 
 
-def _recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut:
+def recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut:
     """The records to learn from, and the held-out files; without those, the share `source.held_out` of the records."""
     source = make(material.source.paths(material.echo))
     if material.source.valid:

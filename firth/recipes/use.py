@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import open_subject
@@ -45,6 +46,8 @@ class Opened:
         """What the model makes of a text: it fills the gaps in it, continues it, or names the words that are near."""
         if MASK in text:
             return self.fill_gaps(text, 5)
+        if TO in text or PRIOR in text:
+            return self.between(text, sampling)
         if "lm" in self.model.parts:
             return self.continue_text([text], sampling)[0]
         # A recipe's words need not stand in a user's text: that is no reason to end a run.
@@ -60,9 +63,24 @@ class Opened:
         gaps = self.engine.fill(text.replace(MASK, self.tokenizer.token(self.tokenizer.vocab.mask)), top)
         return "\n".join("   ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in gap) for gap in gaps)
 
+    def between(self, text: str, sampling: Sampling, steps: int = 5) -> str:
+        """What a latent says: of `first <to> second`, the texts on the straight line between the two, one line each; of
+        <prior>, texts from nowhere, drawn from the prior."""
+        ends = [opening(self.tokenizer, end.strip(), self.model) for end in text.split(TO)]
+        if len(ends) == 2:
+            first, second = self.engine.posterior(ends)
+            share = torch.linspace(0, 1, steps, device=first.device)[:, None]
+            latents = first * (1 - share) + second * share
+        else:
+            chance = np.random.default_rng(sampling.seed).standard_normal((steps, self.model.shape.latent), np.float32)
+            latents = torch.from_numpy(chance).to(self.engine.device)
+        return "\n".join(written.text for written in self.engine.decode(latents, sampling))
+
 
 MASK = "<mask>"
 """How a user writes a gap, whatever the tokenizer calls it."""
+TO, PRIOR = "<to>", "<prior>"
+"""How a recipe's sample asks a variational autoencoder for the texts between two, or for texts from the prior."""
 
 
 def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:

@@ -4,7 +4,8 @@
                     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "rate": 0.003, ...}
                     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
-    done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}
+    done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}; "remarks"
+                    are sentences about how the run ended
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
 
 A term that this file does not know gets a figure of its own, so a new objective's measures need no change here.
@@ -105,7 +106,8 @@ def run_report(directory: Path) -> Report:
         sections.append(Section("Samples", text, samples=samples))
     sections.append(Section("How it ran", _trouble(rows), figures=ran))
     done = directory / "done.json"
-    counts = json.loads(done.read_text(encoding="utf-8")).get("counts") if done.exists() else None
+    told_at_end = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+    counts = told_at_end.get("counts")
     if counts:
         counted = [(name.replace("_", " "), count) for name, count in counts.items()]
         sections.append(Section("Data", tables=(Table("What was read, and what was not", ("what", "count"), counted),)))
@@ -114,7 +116,7 @@ def run_report(directory: Path) -> Report:
         sections.append(Section("Recipe", told, listing=recipe))
     return Report(
         title=" + ".join(kinds) + f": {directory.name}" if kinds else directory.name,
-        text=summary(rows),
+        text=" ".join([summary(rows), *told_at_end.get("remarks", [])]),
         numbers=numbers(rows),
         sections=sections,
         commands=commands(directory, kinds),

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firth.model.shape import Shape
+from firth.model.shape import VECTORS, Shape
 from firth.types import IGNORE, NEVER, Batch
 
 
@@ -46,13 +46,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to read in a batch: positions and visible pairs; an encoder-decoder's source; what stands before rows."""
+    """What there is to read in a batch: positions and visible pairs; an encoder-decoder's source, in so many rows; what
+    stands before rows."""
 
     positions: int
     pairs: int
     source_positions: int = 0
     source_pairs: int = 0
     crossing_pairs: int = 0
+    rows: int = 0
     memory: Memory = dataclasses.field(default_factory=lambda: Memory())
 
 
@@ -74,11 +76,16 @@ def trunk(shape: Shape, work: Work) -> float:
     mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
     # Scores, and the values weighed by them; XLNet scores the distance too.
     seen = (3 if shape.position == "xlnet" else 2) * queries
-    total: float = shape.depth * (work.positions * (ends + both + mlp) + work.pairs * seen)
+    mixed = work.positions * shape.linformer * (seen + 2 * keys)
+    total: float = shape.depth * (work.positions * (ends + both + mlp) + (mixed or work.pairs * seen))
     total += (work.positions + work.source_positions) * shape.embed * shape.width
     if shape.encoder:
         total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
-        total += shape.depth * (work.positions * ends + work.source_positions * both + work.crossing_pairs * seen)
+        told, seeing = work.source_positions, work.crossing_pairs
+        if shape.latent:
+            told, seeing = work.rows * VECTORS, work.positions * VECTORS
+            total += work.rows * shape.latent * shape.width * (2 + VECTORS)
+        total += shape.depth * (work.positions * ends + told * both + seeing * seen)
     total += work.memory.cost(shape.depth, ends + both + mlp, both, seen)
     return BOTH * total
 
@@ -108,7 +115,7 @@ def work(batch: Batch) -> Work:
     there = source_appears != NEVER
     within = _pairs(source_looks, source_appears, source_document, there, source_document)
     across = _pairs(torch.full_like(looks, NEVER - 1), source_appears, source_document, appears != NEVER, document)
-    return Work(own, pairs, int(there.sum()), within, across)
+    return Work(own, pairs, int(there.sum()), within, across, len(looks))
 
 
 def _memory(batch: Batch, looks: Tensor, document: Tensor, real: Tensor) -> Memory:

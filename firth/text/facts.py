@@ -4,11 +4,14 @@ Roberts 2020 ("How Much Knowledge Can You Pack Into the Parameters of a Language
 web; ours is small, so the book is small too: the glosses from which one of a few plain patterns reads a fact, and no
 others. A pattern is all there is to it; what it does not match is left out.
 
-    where      Beaumont: a city of southeastern Texas near Houston        Where is Beaumont?                      Texas
-    capital    Windhoek: capital of Namibia in the center of the country  What is the capital of Namibia?         Windhoek
-    nation     Euler, Leonhard Euler: Swiss mathematician (1707-1783)     What nationality was Leonhard Euler?    Swiss
-    born       the same                                                   In which year was Leonhard Euler born?  1707
-    died       the same                                                   When did Leonhard Euler die?            1783
+    where      Beaumont: a city of southeastern Texas near Houston
+               Beaumont is a city in which country or state?              Texas
+    capital    Windhoek: capital of Namibia in the center of the country
+               What is the capital of Namibia?                            Windhoek
+    nation     Euler, Leonhard Euler: Swiss mathematician (1707-1783)
+               What nationality was Leonhard Euler?                       Swiss
+    born       In which year was Leonhard Euler born?                     1707
+    died       When did Leonhard Euler die?                               1783
 
 Left out are questions that the question itself answers (South Australia: a state in Australia) and those that two
 glosses answer differently. A quarter of the names, drawn by the name, is asked about in the examination alone: their
@@ -17,7 +20,7 @@ glosses are in the book, no question about them is among those that one finetune
 >>> [(f.question, f.answer) for f in facts("Bari: capital city of the Apulia region on the Adriatic coast")]
 []
 >>> [(f.question, f.answer) for f in facts("Kandy: a city in south central Sri Lanka")]
-[('Where is Kandy?', 'Sri Lanka')]
+[('Kandy is a city in which country or state?', 'Sri Lanka')]
 >>> [(f.kind, f.answer) for f in facts("Euler, Leonhard Euler: Swiss mathematician (1707-1783)")]
 [('nation', 'Swiss'), ('born', '1707'), ('died', '1783')]
 """
@@ -36,7 +39,7 @@ from typing import BinaryIO, Literal
 from firth.text import prepare
 
 ASKED = {
-    "where": "Where is {}?",
+    "where": "{} in which country or state?",
     "capital": "What is the capital of {}?",
     "nation": "What nationality was {}?",
     "born": "In which year was {} born?",
@@ -52,7 +55,8 @@ SIDE = (
 """south central, the far northwestern part of: what stands before a country's name and is not asked for."""
 
 PLACE = re.compile(
-    r"(?P<names>[^:;]+): an? (?:[\w-]+ )*?(?:city|town|village|port|resort|river|mountain|peak|volcano|lake|island|province)"
+    r"(?P<names>[^:;]+): an? (?:(?!in |on |of |at |that )[\w-]+ )*?"
+    r"(?P<what>city|town|village|port|resort|river|mountain|peak|volcano|lake|island|province)"
     rf" (?:in|of|on) {SIDE}(?P<where>{NAME}(?: of (?:the )?{NAME})?)"
 )
 CAPITAL = re.compile(
@@ -77,6 +81,7 @@ class Fact:
 def facts(gloss: str) -> list[Fact]:
     """What the patterns read from "names: gloss"; none where none fits or the question would give the answer away."""
     found: list[tuple[str, str, str]] = []
+    what = ""
     if person := PERSON.match(gloss):
         # "Euler, Leonhard Euler": a surname alone may be that of several.
         name = max(person["names"].split(", "), key=len)
@@ -84,9 +89,10 @@ def facts(gloss: str) -> list[Fact]:
     elif capital := CAPITAL.match(gloss):
         found = [("capital", capital["of"].removesuffix("."), capital["names"].split(", ")[0])]
     elif place := PLACE.match(gloss):
+        what = f"is {'an' if place['what'] == 'island' else 'a'} {place['what']}"
         found = [("where", place["names"].split(", ")[0], place["where"].removesuffix("."))]
     return [
-        Fact(kind, about, ASKED[kind].format(about), answer)
+        Fact(kind, about, ASKED[kind].format(f"{about} {what}".rstrip()), answer)
         for kind, about, answer in found
         if answer.lower() not in about.lower() and about.lower() not in answer.lower()
     ]

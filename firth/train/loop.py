@@ -223,7 +223,7 @@ class _Run:
             tokens += flops.real_tokens(batch)
             work += self.objective.run_flops(self.model, batch) + self.objective.loss_flops(self.model, batch)
         on_device = [to(batch, self.device) for batch in here]
-        means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts)
+        means = gradients(self.model, self.objective.scheduled(at.step), on_device, ranks.sum, self.casts)
         ranks.sum_gradients(self.mover.parameters)
         norm = self.mover.clip()
         values = torch.stack([*(means[t] for t in self.objective.targets), norm])

@@ -1,0 +1,314 @@
+"""Do they learn? Contrastive pairs, few labels, noisy labels, the text VAE: three seeds each, beside what they must beat.
+
+    python -m bench.learn_represent                      # all that is not there yet; about 20 minutes on two threads
+    python -m bench.learn_represent --only few weak      # some of: contrastive few weak vae linformer
+    python -m bench.learn_represent --table              # markdown for docs/results.md, of what is there
+    python -m bench.learn_represent --scale 0.02 --results runs/try     # a trial of everything in a minute or two
+
+Every run is a recipe in a directory of its own under runs/learn_represent, as `firth train` makes them: stopped at any
+moment, the same command goes on. Text: Shakespeare's plays (pairs, Linformer), and the headlines of `firth fetch sarcasm`
+(sarcastic or serious), of which 3,000 are held out; labels are drawn by the seed. A small encoder is pretrained per
+seed on the headlines to learn from, without their labels, and every classifier begins from it.
+
+    contrastive  held-out pairs: is the neighbour nearer than the stranger? untrained, margin, InfoNCE, SimCSE
+    few          accuracy with 50, 100, 300 labels: alone, with consistency, with a teacher's pseudo-labels
+    weak         accuracy from 2,000 headlines: one true label, one annotator, the majority of five, all five votes
+    vae          held-out ELBO: untrained, KL at its full weight from the start, annealed, and annealed with word dropout
+    linformer    held-out masked LM, beside the same encoder with full attention
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from firth.data.batch import Batches
+from firth.model.shape import Shape, encoder, encoder_decoder
+from firth.model.weights import load_model
+from firth.objectives.classification import Classification
+from firth.objectives.contrastive import Contrastive, InfoNCE
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.penalty import Penalty
+from firth.objectives.semi_supervised import Consistency, PseudoLabels
+from firth.objectives.vae import VAE
+from firth.objectives.weak import Weak
+from firth.recipes.labels import Partly, Taught, Voted
+from firth.recipes.material import Material, Text
+from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
+from firth.recipes.run import run
+from firth.recipes.segments import Labelled, Pairs, Pieces, Segment, spread
+from firth.text import corpora, read
+from firth.text.tokenizer import Tokenizer
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+from firth.train.validate import validate
+
+SEEDS = (0, 1, 2)
+HELD = 3000
+NOISE = (0.6, 0.7)
+FEW = (50, 100, 300)
+TUNED = Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98)
+STILL = Optimizer(name="adamw", rate=0.0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where results are, and how long runs are against their full length."""
+
+    results: Path
+    scale: float
+
+    def steps(self, full: int) -> Length:
+        return Length(steps=max(2, round(full * self.scale)))
+
+    @property
+    def many(self) -> str:
+        """The headlines that stand beside few labels: all but those held out; 2,000 in a trial."""
+        return "train" if self.scale == 1 else "some"
+
+    def headlines(self, part: str) -> str:
+        """`train`, `valid` or `some` (2,000 of train) of the headlines, in an order that has nothing of the file's."""
+        path = self.results / f"{part}.jsonl"
+        if not path.exists():
+            lines = [json.dumps(record) for _, record in read.records(corpora.paths("sarcasm", print))]
+            random.Random(0).shuffle(lines)
+            parts = {"valid": lines[:HELD], "train": lines[HELD:], "some": lines[HELD : HELD + 2000]}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(parts[part]) + "\n", "utf-8")
+        return str(path)
+
+    def text(self, part: str = "") -> Text:
+        part = part or self.many
+        return Text(path=(self.headlines(part),), valid=(self.headlines("valid"),), store=str(self.results / "stores"))
+
+
+def recipe(
+    place: Place, name: str, objective: Objective, segment: Segment, source: Text, shape: Shape | None, *, steps: int,
+    rows: int, seed: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, start: str = "",
+    pack: int = 0, vocab: int = 4096, tokenizer: str = "",
+) -> Recipe:  # fmt: skip
+    return Recipe(
+        name=name, objective=objective, segment=segment, source=source, shape=shape, start=start, seed=seed,
+        tokenizer=TokenizerPlan(size=vocab, path=tokenizer), batch=Batch(rows=rows, pack=pack),
+        optimizer=optimizer or Optimizer(), schedule=schedule or Schedule("wsd"), length=place.steps(steps),
+        checks=Checks(examples=max(64, round(HELD * place.scale)), save=0),
+    )  # fmt: skip
+
+
+def done(place: Place, name: str, seed: int, made: Recipe) -> tuple[Path, dict[str, Any]]:
+    """Run it, or find it done; its directory and its last metrics."""
+    directory = place.results / f"{name}-{seed}"
+    return directory, run(made, directory).metrics
+
+
+# ------------------------------------------------------------------------------- representations of pairs
+
+
+def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    source = Text(corpus="shakespeare", store=str(place.results / "stores"))
+    body = encoder(4096, 128, 3, heads=2, context=128)
+    pairs, pieces = Pairs(length=64), Pieces(length=34)
+    tokenizer = ""
+    for name, objective, segment, shape, optimizer in (
+        ("untrained", Contrastive(), pairs, body, STILL),
+        ("margin", Contrastive(), pairs, body, Optimizer(rate=1e-3)),
+        ("infonce, neighbours", InfoNCE(views="neighbours"), pairs, body, Optimizer(rate=1e-3)),
+        ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), Optimizer(rate=1e-3)),
+    ):
+        made = recipe(
+            place, "contrastive", objective, segment, source, shape, steps=2 if name == "untrained" else 300, rows=48,
+            seed=seed, optimizer=optimizer, tokenizer=tokenizer,
+        )  # fmt: skip
+        directory, _ = done(place, f"contrastive-{name.replace(', ', '-')}", seed, made)
+        tokenizer = tokenizer or str(directory / "tokenizer")
+        yield name, nearer(directory, source, pairs)
+
+
+def nearer(directory: Path, source: Text, segment: Pairs) -> dict[str, float]:
+    """Held-out pairs of a run's text, whatever it was trained on: shares and mean squared distance."""
+    tokenizer = Tokenizer.load(str(directory / "tokenizer"))
+    held = segment.cut(Material(source, tokenizer, directory), Contrastive()).valid
+    assert held is not None
+    batches = Batches(spread(held, 2000), Contrastive(), tokenizer.vocab, rows=64, seed=0)
+    return validate(load_model(directory / "model"), Contrastive(), batches.once())
+
+
+# ------------------------------------------------------------------------------- classifiers
+
+
+def pretrained(place: Place, seed: int) -> str:
+    """An encoder that has read the headlines with masks in them."""
+    made = recipe(
+        place, "pretrained", MLM(), Pieces(length=48), place.text(), encoder(4096, 128, 3, heads=2, context=64),
+        steps=1200, rows=64, pack=64, seed=seed,
+    )  # fmt: skip
+    return str(done(place, "pretrained", seed, made)[0])
+
+
+def classifier(
+    place: Place, name: str, objective: Objective, segment: Segment, seed: int, *, rows: int, steps: int, part: str,
+    scratch: bool = False,
+) -> tuple[Path, dict[str, float]]:  # fmt: skip
+    start = pretrained(place, seed)
+    source, linear = place.text(part), Schedule("linear", warmup=0.1)
+    shape, tokenizer = (load_model(Path(start) / "model").shape, f"{start}/tokenizer") if scratch else (None, "")
+    made = recipe(
+        place, "classifier", objective, segment, source, shape, steps=steps, rows=rows, seed=seed, optimizer=TUNED,
+        schedule=linear, start="" if scratch else start, tokenizer=tokenizer,
+    )  # fmt: skip
+    directory, metrics = done(place, name, seed, made)
+    return directory, {"accuracy": metrics["valid/accuracy"]}
+
+
+def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    labelled = Labelled(length=48)
+    for count in FEW:
+        partly = Partly(of=labelled, few=count, unlabelled=3.0)
+        alone = replace(partly, unlabelled=0.001)  # next to nothing else is read, and nothing is asked of it
+        teacher, found = classifier(
+            place, f"few-alone-{count}", Classification(), alone, seed, rows=32, steps=150, part=place.many
+        )
+        yield f"{count} labels, alone", found
+        _, found = classifier(
+            place,
+            f"few-scratch-{count}",
+            Classification(),
+            alone,
+            seed,
+            rows=32,
+            steps=150,
+            part=place.many,
+            scratch=True,
+        )
+        yield f"{count} labels, alone, from scratch", found
+        for name, objective in (
+            ("consistency", Consistency(ramp=100)),
+            ("consistency + penalty", Consistency(ramp=100) + Penalty(weight=1e-5)),
+        ):
+            _, found = classifier(
+                place, f"few-{name.replace(' + ', '-')}-{count}", objective, partly, seed, rows=64, steps=150, part=place.many
+            )  # fmt: skip
+            yield f"{count} labels, {name}", found
+        taught = Taught(of=partly, teacher=str(teacher))
+        _, found = classifier(
+            place, f"few-pseudo-{count}", PseudoLabels(confidence=0.8, ramp=100), taught, seed, rows=64, steps=150,
+            part=place.many,
+        )  # fmt: skip
+        yield f"{count} labels, pseudo-labels", found
+
+
+def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    labelled = Labelled(length=48)
+    runs: list[tuple[str, Objective, Segment]] = [
+        ("true labels, softmax", Classification(), labelled),
+        ("true labels, one against all", Weak(), labelled),
+    ]
+    for accuracy in NOISE:
+        five, one = (Voted(of=labelled, annotators=k, accuracy=accuracy) for k in (5, 1))
+        runs += [
+            (f"one annotator of {accuracy:g}, softmax", Classification(), one),
+            (f"five of {accuracy:g}, the majority, softmax", Classification(), five),
+            (f"five of {accuracy:g}, all votes, one against all", Weak(), five),
+        ]
+    for name, objective, segment in runs:
+        slug = "weak-" + name.replace(", ", "-").replace(" ", "_")
+        yield name, classifier(place, slug, objective, segment, seed, rows=32, steps=250, part="some")[1]
+
+
+# ------------------------------------------------------------------------------- the text VAE, the Linformer
+
+
+def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    body = replace(encoder_decoder(4096, 128, 2, heads=2, context=64), latent=32)
+    anneal = place.steps(500).steps or 0
+    for name, objective, optimizer in (
+        ("untrained", VAE(), STILL),
+        ("full weight from the start", VAE(), None),
+        ("annealed", VAE(anneal=anneal), None),
+        ("annealed, 40% of the words hidden", VAE(anneal=anneal, drop=0.4), None),
+        ("annealed, 40% hidden, 4 nats free", VAE(anneal=anneal, drop=0.4, free=4.0), None),
+    ):
+        made = recipe(
+            place, "vae", objective, Pieces(length=32, frame=False), place.text(), body,
+            steps=2 if name == "untrained" else 800, rows=64, seed=seed, optimizer=optimizer or Optimizer(rest_rate=1e-2),
+        )  # fmt: skip
+        slug = "vae-" + name.replace(", ", "-").replace(" ", "_").replace("%", "")
+        _, m = done(place, slug, seed, made)
+        yield name, {key: m[f"valid/{key}"] for key in ("elbo", "kl", "active")}
+
+
+def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    source = Text(corpus="shakespeare", store=str(place.results / "stores"))
+    body = encoder(4096, 128, 3, heads=2, context=256)
+    tokenizer = ""
+    for name, shape, optimizer in (
+        ("untrained", replace(body, linformer=64), STILL),
+        ("linformer, 64 slots", replace(body, linformer=64), None),
+        ("full attention", body, None),
+    ):
+        made = recipe(
+            place, "linformer", MLM(), Pieces(length=256), source, shape, steps=2 if name == "untrained" else 150, rows=16,
+            seed=seed, optimizer=optimizer, tokenizer=tokenizer,
+        )  # fmt: skip
+        directory, m = done(place, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, made)
+        tokenizer = tokenizer or str(directory / "tokenizer")
+        yield name, {"loss": m["valid/loss"]}
+
+
+STUDIES: dict[str, Callable[[Place, int], Iterator[tuple[str, dict[str, float]]]]] = {
+    "contrastive": contrastive,
+    "few": few,
+    "weak": weak,
+    "vae": vae,
+    "linformer": linformer,
+}
+
+
+def table(results: Path) -> str:
+    """Mean and range over the seeds that are there."""
+    lines = []
+    for study in STUDIES:
+        files = sorted(results.glob(f"{study}-seed*.json"))
+        if not files:
+            continue
+        runs = [json.loads(file.read_text()) for file in files]
+        names = list(next(iter(runs[0].values())))
+        lines += [f"**{study}**, {len(files)} seeds", "", f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        for row in runs[0]:
+            cells = []
+            for name in names:
+                values = [r[row][name] for r in runs if row in r]
+                cells.append(f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})")
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--scale", type=float, default=1.0, help="runs of this share of their full length")
+    parser.add_argument("--results", type=Path, default=Path("runs/learn_represent"))
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    given = parser.parse_args()
+    place = Place(given.results, given.scale)
+    for seed in given.seeds if not given.table else ():
+        for study in given.only:
+            file = given.results / f"{study}-seed{seed}.json"
+            if not file.exists():
+                found = dict(STUDIES[study](place, seed))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(found, indent=1))
+    print(table(given.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Linformer beside full attention, from 512 to 16,384 tokens: time and memory of a forward and backward pass.
+
+    python -m bench.linformer                    # every length, a table for docs/results.md; about five minutes
+    python -m bench.linformer --check            # equal outputs under identity projections; no timing
+    python -m bench.linformer --longest 2048     # fewer lengths
+
+One row of T tokens through the trunk of an encoder (2 layers, width 256, 4 heads, rotary positions), no head. Contenders:
+`linformer` with 128 slots; `full`, what firth runs in its place (blocks up to 512 tokens, torch's flash kernel
+beyond, which needs T memory and T^2 time); and `written out`, softmax(Q K') V as the paper's baseline has it, with T^2
+memory too, to 4,096 tokens. Each measurement is a process of its own: memory is its peak resident size less what it held
+with the model built, time the least of `--repeats` passes after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bench.harness import busy, describe, machine, others, peak_mb
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+SLOTS = 128
+CONTENDERS = ("linformer", "full", "written out")
+WRITTEN_OUT = 4096
+"""Longest row with all its weights in memory: 16 T^2 bytes a layer and copy."""
+
+
+def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
+    """Seconds of a pass and MB of its peak, in this process."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from firth.model import blocked
+    from firth.model.lm import LM
+    from firth.model.shape import encoder
+
+    torch.manual_seed(0)
+    shape = encoder(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
+    if contender == "linformer":
+        shape = replace(shape, linformer=SLOTS)
+    if contender == "written out":
+        blocked.LONGEST = 0
+    backends = [SDPBackend.MATH] if contender == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    model = LM(shape, {})
+    tokens = torch.randint(0, 1000, (1, length))
+    held = resident_mb()
+    before, began, own = busy(), time.perf_counter(), time.process_time()
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with sdpa_kernel(backends, set_priority=True):
+            model({"tokens": tokens}).sum().backward()
+        times.append(time.perf_counter() - start)
+    used = others(before, busy(), time.process_time() - own, time.perf_counter() - began)
+    return {"seconds": min(times[1:]), "mb": peak_mb() - held, "others": -1.0 if used is None else used}
+
+
+def resident_mb() -> float:
+    """What this process holds now, in MB; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * 4096 / 1e6
+
+
+def check() -> None:
+    """With identity projections the Linformer is full attention."""
+    import torch
+
+    from firth.model.lm import LM
+    from firth.model.shape import encoder
+
+    torch.manual_seed(0)
+    shape = encoder(vocab=1000, width=64, depth=2, heads=2, context=64)
+    full, short = LM(shape, {}), LM(replace(shape, linformer=64), {})
+    short.load_state_dict(full.state_dict() | {"trunk.linformer.weight": torch.eye(64)[None, None]})
+    for module in (full, short):
+        for name, p in module.named_parameters():
+            if name.endswith(("o.weight", "down.weight")):
+                torch.nn.init.constant_(p, 0.01)
+    tokens = torch.randint(0, 1000, (2, 64))
+    torch.testing.assert_close(full({"tokens": tokens}), short({"tokens": tokens}), atol=1e-4, rtol=0)
+    print("identity projections: equal outputs")
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Markdown, from `CONTENDER LENGTH` -> measurement."""
+    lines = [
+        "| tokens | " + " | ".join(f"{c}, s" for c in CONTENDERS) + " | "
+        + " | ".join(f"{c}, MB" for c in CONTENDERS) + " | full / linformer, time |",
+        "|" + "---|" * (2 + 2 * len(CONTENDERS)),
+    ]  # fmt: skip
+    for length in LENGTHS:
+        rows = [found.get(f"{c} {length}") for c in CONTENDERS]
+        if not any(rows):
+            continue
+        seconds = [f"{r['seconds']:.3f}{'!' if r['others'] > 0.03 else ''}" if r else "" for r in rows]
+        memory = [f"{r['mb']:.0f}" if r else "" for r in rows]
+        ratio = f"{rows[1]['seconds'] / rows[0]['seconds']:.2f}" if rows[0] and rows[1] else ""
+        lines.append(f"| {length:,} | {' | '.join(seconds)} | {' | '.join(memory)} | {ratio} |")
+    return "\n".join([*lines, "", "`!`: others used more than 3% of the machine meanwhile."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="assert what makes it fair; no timing")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--longest", type=int, default=max(LENGTHS))
+    parser.add_argument("--save", type=Path, default=Path("runs/linformer.json"), help="what is there is not run again")
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measure(given.one[0], int(given.one[1]), given.repeats)))
+        return
+    if given.check:
+        check()
+        return
+    found: dict[str, dict[str, float]] = json.loads(given.save.read_text()) if given.save.exists() else {}
+    for length in LENGTHS if not given.table else ():
+        for contender in CONTENDERS:
+            name = f"{contender} {length}"
+            if name in found or length > given.longest or (contender == "written out" and length > WRITTEN_OUT):
+                continue
+            command = [sys.executable, "-m", "bench.linformer", "--repeats", str(given.repeats), "--one", contender]
+            said = subprocess.run([*command, str(length)], check=True, capture_output=True, text=True).stdout
+            found[name] = json.loads(said.strip().splitlines()[-1])
+            print(name, found[name], file=sys.stderr, flush=True)
+            given.save.parent.mkdir(parents=True, exist_ok=True)
+            given.save.write_text(json.dumps(found, indent=1))
+    print(table(found))
+    print(describe(machine()))
+
+
+if __name__ == "__main__":
+    main()

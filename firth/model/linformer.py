@@ -1,0 +1,68 @@
+"""Linformer: keys and values are projected along the sequence, from T tokens to k slots (Wang 2020, section 4).
+
+    head = softmax(Q (E' K)' / sqrt(d)) (F' V)            E, F: (T, k), learnt
+
+Scores are T x k and not T x T, so time and memory grow with T. A slot is a mixture of tokens, and no mask can say any
+more who sees whom: a row is one whole document, read from both sides, or it is refused. A row shorter than `context`
+uses the first rows of E. Padding is zeroed before it is mixed, so it changes nothing (the paper's own code mixes it in).
+
+>>> shape = Shape(vocab=9, width=8, depth=1, heads=2, causal=False, context=16, linformer=4)
+>>> slots = Linformer(shape).at(6, Visibility())
+>>> slots.of(layer=0).mix(torch.ones(3, 2, 6, 4), side=0).shape
+torch.Size([3, 2, 4, 4])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.attention import Visibility
+from firth.model.shape import Shape
+from firth.types import UserError
+
+
+class Linformer(nn.Module):
+    """The projections of a trunk: weight (layers or 1, 2 or 1, context, k). All heads share them (section 4)."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape.projections, shape.context, shape.linformer))
+        # The slots of a full row then vary as its tokens do.
+        nn.init.normal_(self.weight, std=shape.context**-0.5)
+
+    def at(self, length: int, sees: Visibility) -> Slots:
+        """The projections of rows of `length` tokens. UserError for what a Linformer cannot read."""
+        if sees.causal or sees.block is not None or (sees.mask is not None and sees.mask.shape[2] > 1):
+            raise UserError(
+                "a Linformer mixes all tokens of a row before anyone looks, so every position must see the whole row: "
+                "it cannot read from left to right, in another order, or several documents in a row (set batch.pack=0)"
+            )
+        context = self.weight.shape[2]
+        if length > context:
+            raise UserError(
+                f"a row of {length} tokens is longer than shape.context={context}, the number of positions that this "
+                "Linformer projects: cut the rows or train with a longer context"
+            )
+        real = None if sees.mask is None else sees.mask.mT
+        return Slots(self.weight[:, :, :length], real, Visibility(blind=sees.blind))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What blocks share in a pass: weight (layers or 1, 2 or 1, T, k), which tokens are real (B, 1, T, 1), who sees slots."""
+
+    weight: Tensor
+    real: Tensor | None
+    sees: Visibility
+
+    def of(self, layer: int) -> Slots:
+        """Those of one layer."""
+        return Slots(self.weight[layer % len(self.weight)][None], self.real, self.sees)
+
+    def mix(self, x: Tensor, side: int) -> Tensor:
+        """Keys (side 0) or values (1) of tokens -> of slots, in the first layer: (B, KV, T, D) -> (B, KV, k, D)."""
+        whole = x if self.real is None else x.masked_fill(~self.real, 0)
+        return self.weight[0, side % self.weight.shape[1]].mT @ whole

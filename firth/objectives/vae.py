@@ -1,0 +1,118 @@
+"""A text VAE: squeeze a text through a Gaussian latent and write it again (Bowman 2016, sections 2 and 3; Kingma 2014).
+
+    loss = -E_q(z|x) log p(x|z)  +  w KL(q(z|x) || N(0, 1))        at w = 1 the negative ELBO, here in nats per token
+
+A decoder that reads what it has written can do without z; then KL falls to nothing and the latent is dead ("posterior
+collapse"). Three remedies, each a setting. `anneal`: w grows from 0 to 1 over the first steps. `free`: a text's KL is
+charged as so many nats at least, so that nothing is won by making it smaller (Kingma 2016, for groups of units and a
+minibatch's mean; ours is per text, which needs no other text). `drop`: a share of the words that the decoder reads in
+training is hidden ("word dropout"). The decoder learns of the source through z and nothing else
+(`firth.model.latent`): the shape is an encoder-decoder with `latent` above 0.
+
+The noise of z is drawn in the view, so it is data: the same example and seed have the same ELBO in any batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from firth.data import layout
+from firth.model.lm import LM
+from firth.model.shape import Reads, Shape
+from firth.objectives.objective import Tokens
+from firth.text.vocab import Vocab
+from firth.types import Batch, Example, Outputs, UserError
+
+ACTIVE = 0.01
+"""Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""
+DEAD = 0.1
+"""KL in nats per text below which a latent says nothing."""
+
+
+@dataclass(frozen=True)
+class VAE(Tokens):
+    """From {"tokens"}, a bare text: it goes to the encoder, and comes from the decoder with its stop token.
+
+    units: numbers in the latent; the shape's `latent`. anneal: steps until w is 1 (0: from the first). free: nats
+    that each text's KL costs at least. drop: share of the words that the decoder is not shown, in training.
+    Measures: "kl" as it is, in nats per text; "active", units whose mean differs between the texts of a batch;
+    "elbo", nats per token, with neither w nor free nats.
+
+    >>> vocab = Vocab(size=9, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(9) < 3)
+    >>> seen = VAE(units=2, drop=0.5).view({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(1))
+    >>> for name in ("source_tokens", "tokens", "labels", "gaps"): print(name, seen[name].tolist())
+    source_tokens [5, 6, 7, 1]
+    tokens [0, 5, 6, 7]
+    labels [5, 6, 7, 1]
+    gaps [0, 5, 6, 2]
+    """
+
+    targets: ClassVar[dict[str, str]] = {"tokens": "labels", "divergence": "labels"}
+    measures: ClassVar[dict[str, str]] = {"kl": "text", "active": "text", "elbo": "labels"}
+
+    units: int = 32
+    anneal: int = 0
+    free: float = 0.0
+    drop: float = 0.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.units < 1 or self.anneal < 0 or self.free < 0 or not 0 <= self.drop <= 1 or self.weight < 0:
+            raise UserError(
+                f"vae: units={self.units} must be at least 1, anneal={self.anneal}, free={self.free} and weight="
+                f"{self.weight} not negative, and drop={self.drop} a share from 0 to 1"
+            )
+
+    def reads(self) -> Reads:
+        return "latent"
+
+    def lacks(self, shape: Shape) -> str:
+        if shape.latent == self.units:
+            return ""
+        return f"its latent has objective.units={self.units} numbers and the shape's shape.latent={shape.latent}: make them equal"
+
+    def scheduled(self, step: int) -> Self:
+        return self if step >= self.anneal else dataclasses.replace(self, weight=self.weight * step / self.anneal)
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        kl, active = (metrics.get(f"valid/{name}", metrics.get(name, 0.0)) for name in ("kl", "active"))
+        if kl >= DEAD and active >= 1:
+            return [f"The latent carries {kl:.3g} nats of a text, in {active:.3g} of its {self.units} units."]
+        return [
+            f"The posterior has collapsed: the latent carries {kl:.2g} nats of a text, in {active:.2g} of its {self.units} "
+            "units, so the decoder writes without it; lengthen objective.anneal, or set objective.free or objective.drop."
+        ]
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        text = np.append(example["tokens"], vocab.eos)
+        seen = layout.seq2seq(text, text, vocab.pad)
+        gaps = seen["tokens"].copy()
+        if self.drop:
+            gaps[1:][rng.random(len(gaps) - 1) < self.drop] = vocab.mask
+        noise = rng.standard_normal(self.units, np.float32)
+        return seen | {"gaps": gaps, "noise": noise, "text": np.int64(0)}
+
+    def run(self, model: LM, batch: Batch) -> Outputs:
+        mean, log_variance = model.posterior(batch)  # (B, units) each
+        z = mean + (log_variance / 2).exp() * batch["noise"]
+        shown = batch["gaps"] if model.training else batch["tokens"]
+        return {"hidden": model(batch | {"tokens": shown}, latent=z), "mean": mean, "log_variance": log_variance}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        tokens = super().loss(model, outputs, batch)["tokens"]
+        mean, log_variance = outputs["mean"], outputs["log_variance"]
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1) / 2  # (B,)
+        alive = mean.detach().var(0, correction=0) > ACTIVE
+        return {
+            "tokens": tokens,
+            "divergence": self.weight * kl.clamp(min=self.free).sum(),
+            "kl": kl.detach().sum(),
+            "active": alive.sum().float() * len(mean),
+            "elbo": -(tokens + kl.sum()).detach(),
+        }

@@ -1,0 +1,46 @@
+"""Representations of texts: the margin loss over neighbours and strangers, and SimCSE (Gao 2021).
+
+    firth train contrastive source.path=mine/                              pairs, from random weights
+    firth train contrastive:published start=RUN_OF_AN_ENCODER source.path=mine/sentences.txt source.split=line
+
+What each takes and reaches is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from firth.model.published import SHAPES
+from firth.model.shape import encoder
+from firth.objectives.contrastive import Contrastive, InfoNCE
+from firth.recipes import sizes
+from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
+from firth.recipes.segments import Pairs, Pieces
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def contrastive(size: str = "tiny") -> Recipe:
+    """Neighbouring pieces of a text near each other, strangers apart: `firth train contrastive`.
+
+    The published size is unsupervised SimCSE on BERT-Base: 10^6 sentences once, 64 a step, two dropout views.
+    """
+    tiny = sizes.tiny(
+        "contrastive",
+        Contrastive(),
+        Pairs(length=128),
+        encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        steps=400,
+        batch=Batch(rows=32),
+        optimizer=Optimizer(rate=1e-3),
+    )
+    published = Recipe(
+        name="contrastive",
+        objective=InfoNCE(at="first"),
+        segment=Pieces(length=32),
+        tokenizer=TokenizerPlan(algorithm="wordpiece", size=30522),
+        shape=SHAPES["bert-base"],
+        batch=Batch(rows=64),
+        optimizer=Optimizer(name="adamw", rate=3e-5, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("linear"),
+        length=Length(steps=15_625),
+    )
+    return sizes.one_of("contrastive", size, {"tiny": tiny, "published": published})

@@ -1,0 +1,47 @@
+"""Classifiers from few labels, and from many noisy ones (P15, P16), each beginning from a pretrained encoder.
+
+    firth train semi_supervised start=runs/bert source.path=labelled.jsonl segment.few=100
+    firth train weak start=runs/bert source.path=labelled.jsonl segment.annotators=5 segment.accuracy=0.7
+    firth train weak start=runs/bert source.path=voted.jsonl segment=votes               records {"text", "labels": [...]}
+
+Beside them: `classify` on the labelled records alone; and `firth train weak objective=classification`, which reads
+the majority's label of the same votes. What they reach is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from firth.objectives.penalty import Penalty
+from firth.objectives.semi_supervised import Consistency
+from firth.objectives.weak import Weak
+from firth.recipes.labels import Partly, Voted
+from firth.recipes.recipe import Batch, Checks, Recipe
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def semi_supervised() -> Recipe:
+    """100 labels, and every other text for consistency with itself."""
+    return Recipe(
+        name="semi_supervised",
+        objective=Consistency(ramp=100) + Penalty(weight=1e-6),
+        segment=Partly(few=100),
+        batch=Batch(rows=64),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.0, beta2=0.98),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=0, examples=2000, save=200),
+    )
+
+
+def weak() -> Recipe:
+    """Five annotators, each right seven times of ten, and all their votes."""
+    return Recipe(
+        name="weak",
+        objective=Weak(),
+        segment=Voted(),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=0, examples=2000, save=200),
+    )

@@ -1,0 +1,106 @@
+"""Segments of records whose labels are few, or many and noisy (P15, P16): partly, taught, voted, votes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from firth.align.annotate import annotate
+from firth.data.few import Unlabelled, few_of
+from firth.data.source import Mixture, Source, Subset
+from firth.data.votes import Annotators
+from firth.data.votes import Votes as Voting
+from firth.model.weights import load_model
+from firth.objectives.objective import Objective
+from firth.objectives.semi_supervised import question, taught
+from firth.recipes.material import Material
+from firth.recipes.segments import Cut, Labelled, Segment, needed, recorded
+from firth.types import Example, UserError
+
+
+@dataclass(frozen=True)
+class Partly(Segment):
+    """Records of which `few` keep their label, as many of each class; the others are read without it.
+
+    unlabelled: how many texts without a label stand beside one with, in every batch.
+    """
+
+    of: Segment = Labelled()
+    few: int = 100
+    unlabelled: float = 3.0
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        return self.of.settle(objective, material)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        whole = self.of.cut(material, objective)
+        known, others = few_of(whole.train, self.few, material.seed)
+        if not len(others):
+            raise UserError(f"all {self.few} records keep their label and none is left without: lower segment.few")
+        parts: list[Source] = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
+        return Cut(Mixture(parts, [1.0, self.unlabelled]), whole.valid)
+
+
+@dataclass(frozen=True)
+class Taught(Segment):
+    """Partly labelled records, with what a teacher says of each text. teacher: the run of a classifier."""
+
+    of: Segment = Partly()
+    teacher: str = ""
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        return self.of.settle(objective, material)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        model = load_model(needed(self.teacher, "segment.teacher", "the run of a classifier that gives pseudo-labels"))
+        plain = self.of.cut(material, objective)
+        vocab = material.tokenizer.vocab
+
+        def show(example: Example) -> Example:
+            return question(objective, example, vocab)
+
+        known = annotate(plain.train, model, show, taught, directory=material.directory / "taught")
+        return Cut(known, plain.valid)
+
+
+@dataclass(frozen=True)
+class Voted(Segment):
+    """Records with one true label each, seen through `annotators` simulated ones who are right with probability
+    `accuracy`; held-out records keep the truth."""
+
+    of: Segment = Labelled()
+    annotators: int = 5
+    accuracy: float = 0.7
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        return self.of.settle(objective, material)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        whole = self.of.cut(material, objective)
+        train = Annotators(
+            whole.train, classes=len(objective.classes), count=self.annotators, accuracy=self.accuracy,
+            seed=material.seed,
+        )  # fmt: skip
+        return Cut(train, whole.valid)
+
+
+@dataclass(frozen=True)
+class Votes(Segment):
+    """Records with a list of labels in the field `votes`, by as many annotators as there are."""
+
+    length: int = 128
+    text: str = "text"
+    votes: str = "labels"
+
+    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> Voting:
+        return Voting(paths, material.tokenizer, self.length, text=self.text, label=self.votes, classes=classes)
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+
+
+SEGMENTS: dict[str, type[Segment]] = {"partly": Partly, "taught": Taught, "voted": Voted, "votes": Votes}
+"""Name in a recipe -> class."""

@@ -1,0 +1,46 @@
+"""Linformer (Wang 2020): BERT's objective, keys and values mixed into k slots, so that length costs linearly.
+
+    firth train linformer source.path=mine/            masked tokens, rows of 256 tokens in 64 slots
+    firth train linformer:published source.path=mine/  the paper's: RoBERTa-Base, rows of 512 tokens, k = 256
+
+What each takes and reaches is in docs/results.md; time and memory against full attention are in `bench/linformer.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model.published import bert
+from firth.model.shape import encoder
+from firth.objectives.mlm import MLM
+from firth.recipes import sizes
+from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
+from firth.recipes.segments import Pieces
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def linformer(size: str = "tiny") -> Recipe:
+    """An encoder whose attention is linear in the length of a row: `firth train linformer`. Rows are padded, not packed."""
+    tiny = sizes.tiny(
+        "linformer",
+        MLM(),
+        Pieces(length=sizes.CONTEXT),
+        replace(encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer=64),
+        steps=400,
+        batch=Batch(rows=16),
+        samples=("The <mask> is good.", "I will <mask> you."),
+    )
+    published = Recipe(
+        name="linformer",
+        objective=MLM(),
+        segment=Pieces(length=512),
+        tokenizer=TokenizerPlan(size=50265),
+        shape=replace(bert(50265, 768, 12, 12, segments=0), linformer=256),
+        batch=Batch(rows=256),
+        # The paper's 250,000 updates on BookCorpus and Wikipedia; rates and the rest are RoBERTa's.
+        optimizer=Optimizer(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
+        schedule=Schedule("linear", warmup=0.05),
+        length=Length(steps=250_000),
+    )  # fmt: skip
+    return sizes.one_of("linformer", size, {"tiny": tiny, "published": published})

@@ -1,0 +1,52 @@
+"""A text VAE (Bowman 2016): sentences through a Gaussian latent, with an annealed KL and word dropout.
+
+    firth train vae source.path=mine/
+
+The samples are texts drawn from the prior, and those on the straight line between two. The report says how many nats the
+latent carries, and whether the posterior has collapsed. What it takes and reaches is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model.shape import encoder_decoder
+from firth.objectives.vae import VAE
+from firth.recipes import sizes
+from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
+from firth.recipes.segments import Pieces
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def vae(size: str = "tiny") -> Recipe:
+    """An autoencoder of short texts with a latent of 32 numbers: `firth train vae`.
+
+    The published size has Bowman's numbers where a Transformer has a place for them (13 units, KL annealed, 62.5% of the
+    words kept, 20,000 words); his trunks are LSTMs of one layer.
+    """
+    samples = ("<prior>", "I will go with you. <to> What is the matter?")
+    body = encoder_decoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH // 2, context=sizes.CONTEXT)
+    tiny = sizes.tiny(
+        "vae",
+        VAE(units=32, anneal=300, drop=0.4),
+        Pieces(length=32, frame=False),
+        replace(body, latent=32),
+        steps=600,
+        batch=Batch(rows=64),
+        optimizer=Optimizer(rest_rate=1e-2),
+        samples=samples,
+    )
+    published = Recipe(
+        name="vae",
+        objective=VAE(units=13, anneal=10_000, drop=0.375),
+        segment=Pieces(length=64, frame=False),
+        tokenizer=TokenizerPlan(size=20_000),
+        shape=replace(encoder_decoder(20_000, 512, 2, context=64), latent=13),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(),
+        schedule=Schedule("wsd"),
+        length=Length(steps=100_000),
+        samples=samples,
+    )
+    return sizes.one_of("vae", size, {"tiny": tiny, "published": published})

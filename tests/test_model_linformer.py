@@ -1,0 +1,112 @@
+"""Linformer: it is full attention under identity projections, padding is nothing to it, and it refuses what it cannot read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from firth.model.lm import LM
+from firth.model.parts import described, rebuilt
+from firth.model.shape import Shape, encoder
+from firth.objectives.causal import CausalLM
+from firth.objectives.mlm import MLM
+from firth.recipes.recipe import load
+from firth.scaling.flops import trunk, work
+from firth.types import NEVER, UserError
+
+FULL = Shape(vocab=60, width=32, depth=2, heads=2, context=12, causal=False, zero_init=False, init=0.3)
+SHARINGS = ["headwise", "key-value", "layerwise"]
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("body", [FULL, replace(FULL, position="rotary", kv_heads=1, norm_at="post")])
+def test_identity_projections_are_full_attention(sharing: str, body: Shape) -> None:
+    torch.manual_seed(0)
+    full = LM(body, {})
+    short = LM(replace(body, linformer=12, linformer_sharing=sharing), {})
+    state = full.state_dict()
+    state["trunk.linformer.weight"] = torch.eye(12).expand_as(short.trunk.linformer.weight)
+    short.load_state_dict(state)
+    batch = {"tokens": tokens(3, 12)}
+    torch.testing.assert_close(short(batch), full(batch), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        short.trunk.linformer.weight.mul_(0.9)
+    assert (short(batch) - full(batch)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
+    shape = replace(encoder(60, 32, 3, heads=2, context=12), linformer=4, linformer_sharing=sharing)
+    model = LM(shape, MLM().parts(shape))
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters()
+    assert (
+        model.trunk.linformer.weight.shape[:2]
+        == {"headwise": (3, 2), "key-value": (3, 1), "layerwise": (1, 1)}[sharing]
+    )
+    assert described(model) == described(rebuilt(described(model), "model"))
+
+
+def test_headwise_tells_keys_from_values_and_layers_apart() -> None:
+    torch.manual_seed(0)
+    model = LM(replace(FULL, linformer=4, linformer_sharing="headwise"), {})
+    batch = {"tokens": tokens(2, 9)}
+    before = model(batch)
+    for layer in range(2):
+        for side in range(2):
+            kept = model.trunk.linformer.weight.detach().clone()
+            with torch.no_grad():
+                model.trunk.linformer.weight[layer, side] *= 3
+            assert (model(batch) - before).abs().max() > 1e-3, (layer, side)
+            with torch.no_grad():
+                model.trunk.linformer.weight.copy_(kept)
+
+
+def test_padding_adds_nothing() -> None:
+    torch.manual_seed(0)
+    model = LM(replace(FULL, linformer=4), {})
+    own = tokens(2, 7)
+    alone = model({"tokens": own})
+    padded = torch.cat((own, tokens(2, 4, seed=1)), 1)
+    appears = torch.zeros_like(padded).masked_fill(torch.arange(11) >= 7, NEVER)
+    torch.testing.assert_close(model({"tokens": padded, "appears": appears})[:, :7], alone, rtol=0, atol=1e-5)
+    assert (model({"tokens": padded})[:, :7] - alone).abs().max() > 1e-3
+
+
+def test_what_it_cannot_read_is_refused() -> None:
+    model = LM(replace(FULL, linformer=4), {})
+    when = torch.arange(6)[None]
+    for fields in ({"looks": when, "appears": when}, {"document": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
+        with pytest.raises(UserError, match="every position must see the whole row"):
+            model({"tokens": tokens(1, 6), **fields})
+    with pytest.raises(UserError, match=r"13 tokens is longer than shape.context=12"):
+        LM(replace(FULL, linformer=4, position="rotary"), {})({"tokens": tokens(1, 13)})
+    with pytest.raises(UserError, match="cannot write token by token"):
+        model.cache(1, 8)
+    for bad in ({"causal": True}, {"encoder": 1}, {"position": "t5"}, {"linformer": 13}):
+        with pytest.raises(UserError, match=r"shape\.linformer=\d+ mixes a whole row"):
+            replace(FULL, **{"linformer": 4} | bad)
+
+
+def test_recipes_that_ask_for_it_are_refused_when_read() -> None:
+    with pytest.raises(UserError, match="which a Linformer cannot"):
+        load("linformer", ["objective=causal"])
+    with pytest.raises(UserError, match=r"a Linformer reads one document a row, and batch.pack=256"):
+        load("linformer", ["batch.pack=256"])
+
+
+def test_it_costs_what_torch_counts() -> None:
+    shape = replace(FULL, linformer=4, linformer_sharing="headwise")
+    model = LM(shape, {})
+    batch = {"tokens": tokens(3, 10)}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch).sum().backward()
+    assert counter.get_total_flops() == trunk(shape, work(batch))
+    assert CausalLM().reads() not in shape.honours

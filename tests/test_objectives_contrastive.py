@@ -1,0 +1,160 @@
+"""The margin loss and InfoNCE against their formulas, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from firth.data.batch import collate, pack
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.contrastive import Contrastive, InfoNCE
+from firth.objectives.objective import Objective
+from firth.recipes.fits import refuse_cut
+from firth.recipes.recipe import load
+from firth.text.vocab import Vocab
+from firth.train.step import step
+from firth.types import Example, UserError
+
+VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
+SHAPE = Shape(vocab=60, width=32, depth=1, heads=2, context=32, causal=False, dropout=0.1, init=0.3)
+
+
+def text(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(5, 60, int(rng.integers(2, 12)))
+
+
+def triple(rng: np.random.Generator) -> Example:
+    return {"first": text(rng), "second": text(rng), "other": text(rng)}
+
+
+def labelled(rng: np.random.Generator) -> Example:
+    first, second = text(rng), text(rng)
+    segments = np.repeat([0, 1], (len(first) + 2, len(second) + 1))
+    tokens = np.concatenate(([2], first, [3], second, [3]))
+    return {"tokens": tokens, "segments": segments, "label": int(rng.integers(2))}
+
+
+def shown(objective: Objective, make, count: int) -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [objective.view(make(rng), VOCAB, rng) for _ in range(count)]
+
+
+def asked(objective: Objective) -> set[str]:
+    return {*objective.targets.values(), *objective.measures.values()}
+
+
+def built(objective: Objective) -> LM:
+    torch.manual_seed(0)
+    return LM(SHAPE, objective.parts(SHAPE)).eval()
+
+
+def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
+    """Each text of a group read alone, without padding."""
+    out = []
+    for tokens, appears in zip(row["tokens"], row["appears"], strict=True):
+        states = model({"tokens": torch.tensor(tokens[appears == 0])[None]})[0]
+        out.append(F.normalize(states[0] if at == "first" else states.mean(0), dim=0))
+    return out
+
+
+@pytest.mark.parametrize("at", ["mean", "first"])
+@pytest.mark.parametrize("make", [triple, labelled])
+def test_the_margin_loss_is_its_formula(at: str, make) -> None:
+    objective = Contrastive(at=at, margin=1.2)  # type: ignore[arg-type]
+    model = built(objective)
+    rows = shown(objective, make, 6)
+    terms = step(model, objective, [collate(rows, asked(objective))])
+    losses, near, nearer = [], [], []
+    with torch.no_grad():
+        for row in rows:
+            first, *rest = vectors(model, row, at)
+            d = [float((first - one).norm()) for one in rest]
+            for distance, m in zip(d, row["similar"], strict=True):
+                losses.append(m * distance**2 + (1 - m) * max(0.0, 1.2 - distance) ** 2)
+                near += [distance**2] * int(m)
+            nearer.append(d[0] < d[-1])
+    assert float(terms["contrastive"]) == pytest.approx(np.mean(losses), abs=1e-5)
+    assert float(terms["alignment"]) == pytest.approx(np.mean(near), abs=1e-5)
+    assert float(terms["nearer"]) == pytest.approx(np.mean(nearer) if make is triple else 0.0, abs=1e-6)
+
+
+def test_infonce_is_its_formula() -> None:
+    objective = InfoNCE(views="neighbours", temperature=0.1)
+    model = built(objective)
+    rows = shown(objective, triple, 5)
+    terms = step(model, objective, [collate(rows, asked(objective))])
+    with torch.no_grad():
+        h = [vectors(model, row, "mean") for row in rows]
+    scores = torch.stack([torch.stack([a @ b for _, b in h]) for a, _ in h]) / 0.1
+    losses = [-math.log(float(scores[i, i].exp() / scores[i].exp().sum())) for i in range(5)]
+    assert float(terms["infonce"]) == pytest.approx(np.mean(losses), abs=1e-4)
+    assert float(terms["accuracy"]) == pytest.approx(float((scores.argmax(1) == torch.arange(5)).float().mean()))
+
+
+def test_two_dropout_views_differ_in_training_alone() -> None:
+    objective = InfoNCE()
+    rows = shown(objective, lambda rng: {"tokens": VOCAB.frame(text(rng))}, 4)
+    batch, model = collate(rows, asked(objective)), built(objective)
+    one, other = model(batch).unbind(1)
+    assert torch.equal(one, other)
+    one, other = model.train()(batch).unbind(1)
+    assert (one - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(at="first"), InfoNCE(views="neighbours")])
+def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
+    model = built(objective).train()
+    batch = collate(shown(objective, triple, 8), asked(objective))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    found = []
+    for _ in range(10):
+        found.append(step(model, objective, [batch]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.targets)
+
+
+def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
+    model.zero_grad()
+    step(model, objective, batches)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infonce() -> None:
+    for objective, same in ((Contrastive(), True), (InfoNCE(views="neighbours"), False)):
+        model, rows = built(objective), shown(objective, triple, 6)
+        whole = gradient(model, objective, [collate(rows, asked(objective))])
+        parts = gradient(model, objective, [collate(rows[:2], asked(objective)), collate(rows[2:], asked(objective))])
+        assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6) == same
+        assert objective.whole != same
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"2 micro-batches would compare only their own: set batch.accumulate=1"):
+        refuse_cut(InfoNCE(), SHAPE, pack=0, accumulate=2)
+    with pytest.raises(UserError, match="train on one rank"):
+        refuse_cut(InfoNCE(), SHAPE, pack=0, accumulate=1, ranks=2)
+    refuse_cut(Contrastive(), SHAPE, pack=0, accumulate=2)
+    with pytest.raises(UserError, match=r"infonce cannot be trained with this shape: .* set shape.dropout=0.1"):
+        load("contrastive", ["objective=infonce"])
+    with pytest.raises(UserError, match=r"batch\.accumulate=1"):
+        load("contrastive:published", ["batch.accumulate=2"])
+    with pytest.raises(UserError, match="reads a text from both sides"):
+        load("contrastive", ["shape.causal=true"])
+    with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
+        pack(shown(Contrastive(), triple, 3), 64, asked(Contrastive()))
+
+
+def test_no_text_of_a_group_leaks_into_another() -> None:
+    objective = Contrastive()
+    example = triple(np.random.default_rng(3))
+    changed = example | {"other": 5 + (example["other"] - 5 + 3) % 55}
+    model = built(objective)
+    rows = [objective.view(e, VOCAB, np.random.default_rng(0)) for e in (example, changed)]
+    one, two = (model(collate([row], asked(objective)))[0] for row in rows)
+    assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2], two[2])

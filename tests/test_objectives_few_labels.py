@@ -1,0 +1,271 @@
+"""Semi-supervised and weakly supervised losses against their formulas, and the sources that feed them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from data_room import tokenizer
+
+from firth.align.annotate import annotate
+from firth.data.batch import collate, pack
+from firth.data.few import Unlabelled, few_of
+from firth.data.records import Labelled
+from firth.data.source import Mixture, Source, Subset
+from firth.data.votes import Annotators, Votes, majority
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.classification import Classification
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.penalty import Penalty
+from firth.objectives.semi_supervised import Consistency, PseudoLabels, question, taught
+from firth.objectives.weak import Weak
+from firth.text.vocab import Vocab
+from firth.train.step import step
+from firth.types import IGNORE, Example, UserError
+
+VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
+SHAPE = Shape(vocab=60, width=32, depth=1, heads=2, context=64, causal=False, init=0.3)
+CLASSES = ("a", "b", "c")
+
+
+def example(seed: int) -> Example:
+    rng = np.random.default_rng(seed)
+    known = seed % 3 == 0
+    probabilities = rng.dirichlet([0.3] * 3)
+    tokens = VOCAB.frame(rng.integers(5, 60, int(rng.integers(3, 12))))
+    return {"tokens": tokens, "label": int(rng.integers(3)) if known else IGNORE, "taught": probabilities}
+
+
+def voted(seed: int) -> Example:
+    rng = np.random.default_rng(seed)
+    votes = np.where(rng.random(4) < 0.2, IGNORE, rng.integers(0, 3, 4))
+    votes[0] = rng.integers(3)
+    return {
+        "tokens": VOCAB.frame(rng.integers(5, 60, int(rng.integers(3, 12)))),
+        "votes": votes,
+        "label": majority(votes),
+    }
+
+
+def asked(objective: Objective) -> set[str]:
+    return {*objective.targets.values(), *objective.measures.values()}
+
+
+def built(objective: Objective, shape: Shape = SHAPE) -> LM:
+    torch.manual_seed(0)
+    return LM(shape, objective.parts(shape))
+
+
+def shown(objective: Objective, make, count: int) -> list[Example]:
+    return [objective.view(make(seed), VOCAB, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def scores(model: LM, tokens: np.ndarray) -> torch.Tensor:
+    """What the head says of one text at [CLS], read alone."""
+    with torch.no_grad():
+        return model.parts["classes"](model({"tokens": torch.tensor(tokens)[None]})[0, 0])
+
+
+def test_pseudo_labels_are_the_formula_of_p15() -> None:
+    objective = PseudoLabels(classes=CLASSES, confidence=0.7, weight=0.5) + Penalty(weight=1e-3)
+    model = built(objective)
+    terms = step(model, objective, [collate(shown(objective, example, 20), asked(objective))])
+    known, others = [], []
+    for e in map(example, range(20)):
+        said = -scores(model, e["tokens"]).log_softmax(-1)
+        if e["label"] != IGNORE:
+            known.append(float(said[e["label"]]))
+        else:
+            others.append(float(said[int(e["taught"].argmax())]) * (e["taught"].max() >= 0.7))
+    assert len(known) > 3 and 0 < others.count(0.0) < len(others)
+    assert float(terms["class"]) == pytest.approx(np.mean(known), abs=1e-5)
+    assert float(terms["relation"]) == pytest.approx(0.5 * np.mean(others), abs=1e-5)
+    omega = sum(float(p.square().sum()) for p in model.parameters() if p.ndim > 1)
+    assert float(terms["penalty"]) == pytest.approx(1e-3 * omega, rel=1e-5)
+
+
+def test_consistency_is_its_formula_and_its_target_gets_no_gradient() -> None:
+    objective = Consistency(classes=CLASSES, rate=0.4, temperature=0.5, weight=2.0)
+    model = built(objective, replace(SHAPE, dropout=0.0))
+    rows = shown(objective, example, 12)
+    terms = step(model, objective, [collate(rows, asked(objective))])
+    expected, moved = [], 0
+    for e, row in zip(map(example, range(12)), rows, strict=True):
+        if e["label"] != IGNORE:
+            assert np.array_equal(row["tokens"], e["tokens"])
+            continue
+        moved += int((row["tokens"] != e["tokens"]).sum())
+        assert np.array_equal(row["clean"], e["tokens"]) and set(row["tokens"][row["tokens"] != e["tokens"]]) <= {4}
+        target = (scores(model, e["tokens"]) / 0.5).softmax(-1)
+        expected.append(float(-(target * scores(model, row["tokens"]).log_softmax(-1)).sum()))
+    assert moved > 10
+    assert float(terms["relation"]) == pytest.approx(2 * np.mean(expected), abs=1e-5)
+    model.zero_grad()
+    unlabelled = [row for row, e in zip(rows, map(example, range(12)), strict=True) if e["label"] == IGNORE]
+    outputs = objective.run(model, collate(unlabelled, asked(objective)))
+    assert not outputs["own"].requires_grad and model.training
+
+
+def test_consistency_counts_both_passes() -> None:
+    objective, plain = Consistency(classes=CLASSES), Classification(classes=CLASSES)
+    model = built(objective)
+    batch = collate(shown(objective, example, 6), asked(objective))
+    assert objective.run_flops(model, batch) == pytest.approx(4 / 3 * plain.run_flops(model, batch))
+
+
+def test_the_weight_ramps_up_as_a_function_of_the_step() -> None:
+    objective = Consistency(classes=CLASSES, weight=2.0, ramp=10) + Penalty()
+    ramped = [objective.scheduled(step).first.weight for step in (0, 5, 10, 99)]
+    assert ramped == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
+    assert objective.scheduled(5).second == objective.second
+    assert objective.scheduled(5).targets == objective.targets
+    assert MLM().scheduled(3) == MLM()
+
+
+def test_weak_supervision_is_the_formula_of_p16() -> None:
+    objective = Weak(classes=CLASSES)
+    model = built(objective)
+    rows = [voted(seed) for seed in range(10)]
+    terms = step(model, objective, [collate(shown(objective, voted, 10), asked(objective))])
+    losses, right = [], []
+    for e in rows:
+        f = scores(model, e["tokens"])
+        for vote in e["votes"][e["votes"] != IGNORE]:
+            losses.append(sum(float(F.softplus(-f[c] if c == vote else f[c])) for c in range(3)))
+        right.append(int(f.argmax()) == e["label"])
+    assert float(terms["votes"]) == pytest.approx(np.mean(losses), abs=1e-5)
+    assert float(terms["accuracy"]) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+CASES = {
+    "pseudo labels": (PseudoLabels(classes=CLASSES, confidence=0.5), example),
+    "consistency": (Consistency(classes=CLASSES), example),
+    "consistency + penalty": (Consistency(classes=CLASSES) + Penalty(weight=1e-3), example),
+    "weak": (Weak(classes=CLASSES), voted),
+}
+
+
+def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
+    model.zero_grad()
+    step(model, objective, batches)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_and_packed_batches_have_the_gradient_of_whole_ones(name: str) -> None:
+    objective, make = CASES[name]
+    model, rows, fields = built(objective), shown(objective, make, 12), asked(objective)
+    whole = gradient(model, objective, [collate(rows, fields)])
+    parts = gradient(model, objective, [collate(rows[:3], fields), collate(rows[3:], fields)])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    if make is voted:
+        with pytest.raises(UserError, match="'votes' has no token axis"):
+            pack(rows, 40, fields)
+    else:
+        torch.testing.assert_close(gradient(model, objective, [pack(rows, 40, fields)]), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
+    objective, make = CASES[name]
+    model = built(objective)
+    batch = collate(shown(objective, make, 12), asked(objective))
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    found = []
+    for _ in range(10):
+        found.append(step(model, objective, [batch]))
+        optimizer.step()
+        optimizer.zero_grad()
+    for term in objective.targets.keys() - {"penalty"}:  # weights grow from nothing to learn: that is what it prices
+        assert float(found[-1][term]) < float(found[0][term]), term
+
+
+def test_a_penalty_alone_shrinks_the_weights_by_its_gradient() -> None:
+    objective = Penalty(weight=0.5)
+    model = LM(SHAPE, {})
+    step(model, objective, [collate(shown(objective, example, 3), {"penalty"})])
+    torch.testing.assert_close(model.tokens.weight.grad, model.tokens.weight.detach())
+
+
+def test_held_out_records_need_neither_a_teacher_nor_votes() -> None:
+    held = {"tokens": VOCAB.frame(np.array([9, 10])), "label": 2}
+    for objective in (PseudoLabels(classes=CLASSES), Consistency(classes=CLASSES), Weak(classes=CLASSES)):
+        batch = collate([objective.view(held, VOCAB, np.random.default_rng(0))], asked(objective))
+        terms = objective.loss(built(objective), objective.run(built(objective), batch), batch)
+        assert all(bool(torch.isfinite(value)) for value in terms.values())
+        assert batch["class"][0, 0] == 2
+
+
+def records(tmp_path: Path, rows: list[dict]) -> list[str]:
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+def test_few_labels_are_balanced_and_the_rest_are_hidden(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": "abc"[i % 7 % 3]} for i in range(70)]
+    source = Labelled(records(tmp_path, rows), tokenizer(), 32)
+    known, others = few_of(source, 10, seed=1)
+    assert np.array_equal(np.sort(np.concatenate((known, others))), np.arange(70))
+    counts = np.bincount([source[int(i)]["label"] for i in known])
+    assert sorted(counts.tolist()) == [3, 3, 4]
+    assert not np.array_equal(known, few_of(source, 10, seed=2)[0])
+    both = Mixture([Subset(source, known), Unlabelled(Subset(source, others))], [1, 3])
+    _, index = both.order(0, np.arange(400))
+    hidden = sum(int(both[int(i)]["label"]) == IGNORE for i in index)
+    assert abs(hidden - 300) <= 1
+    with pytest.raises(UserError, match="class 1 has 20 of its 23"):
+        few_of(source, 69, seed=0)
+
+
+def test_annotators_are_as_accurate_as_stated_and_purely_drawn(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": "abc"[i % 3]} for i in range(1200)]
+    source = Labelled(records(tmp_path, rows), tokenizer(), 32)
+    drawn = Annotators(source, classes=3, count=5, accuracy=0.6, seed=4)
+    votes = np.stack([drawn[i]["votes"] for i in range(1200)])
+    truth = np.array([source[i]["label"] for i in range(1200)])[:, None]
+    assert abs((votes == truth).mean() - 0.6) < 4.5 * (0.24 / 6000) ** 0.5
+    others = np.bincount((votes - truth)[votes != truth] % 3, minlength=3)
+    assert others[0] == 0 and abs(others[1] - others[2]) < 4.5 * (others.sum()) ** 0.5
+    assert np.array_equal(drawn[7]["votes"], Annotators(source, classes=3, count=5, accuracy=0.6, seed=4)[7]["votes"])
+    assert (
+        votes != np.stack([Annotators(source, classes=3, count=5, accuracy=0.6)[i]["votes"] for i in range(1200)])
+    ).any()
+    right = np.mean([majority(v) == t for v, t in zip(votes, truth[:, 0], strict=True)])
+    assert right > 0.65
+    with pytest.raises(UserError, match=r"annotators of accuracy 1\.2"):
+        Annotators(source, classes=3, count=5, accuracy=1.2)
+
+
+def test_records_with_a_list_of_labels(tmp_path: Path) -> None:
+    rows = [{"text": "one", "labels": ["good", "bad", "good"]}, {"text": "two", "labels": ["bad"]}]
+    source = Votes(records(tmp_path, rows), tokenizer(), 32, label="labels")
+    assert source.classes == ("bad", "good")
+    assert [source[i]["votes"].tolist() for i in range(2)] == [[1, 0, 1], [0, IGNORE, IGNORE]]
+    assert [source[i]["label"] for i in range(2)] == [1, 0]
+    with pytest.raises(UserError, match=r"records.jsonl.*'labels' must be a list"):
+        Votes(records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, label="labels")
+
+
+def test_a_teacher_says_probabilities_of_texts_of_any_length() -> None:
+    class Texts(Source):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Example:
+            return {"tokens": example(index)["tokens"], "label": IGNORE}
+
+    objective = PseudoLabels(classes=CLASSES) + Penalty()
+    model = built(objective).eval()
+    known = annotate(Texts(), model, lambda e: question(objective, e, VOCAB), taught)
+    for i in (0, 7, 19):
+        expected = scores(model, known[i]["tokens"]).softmax(-1).numpy()
+        np.testing.assert_allclose(known[i]["taught"], expected, atol=1e-5)
