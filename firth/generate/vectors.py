@@ -45,11 +45,16 @@ def table(model: LM) -> Tensor:
     return found
 
 
+def ids_of(words: Words, word: str) -> list[int]:
+    """The tokens that are the whole of a word, alone and behind a blank (a byte-level piece holds it); none if unknown."""
+    ids = [words.encode(text) for text in (word, f" {word}")]
+    return [int(i[0]) for i in ids if len(i) == 1 and i[0] != words.vocab.roles.get("unk")]
+
+
 def nearest(model: LM, words: Words, word: str, top: int) -> list[tuple[str, float]]:
     """The tokens whose vectors have the greatest cosine with a word's, as the vocabulary writes them; UserError where
     the word is unknown or of several pieces."""
-    ids = [words.encode(text) for text in (word, f" {word}")]  # a byte-level piece holds the blank in front of it
-    known = [int(i[0]) for i in ids if len(i) == 1 and i[0] != words.vocab.roles.get("unk")]
+    known = ids_of(words, word)
     if not known:
         raise UserError(f"{word!r} is no single token of this model, so it has no vector: try another word")
     vectors = F.normalize(table(model), dim=-1)

@@ -48,7 +48,10 @@ class Opened:
             return self.fill_gaps(text, 5)
         if TO in text or PRIOR in text:
             return self.between(text, sampling)
-        return self.continue_text([text], sampling)[0] if "lm" in self.model.parts else self.near(text, 8)
+        if "lm" in self.model.parts:
+            return self.continue_text([text], sampling)[0]
+        # A recipe's words need not stand in a user's text: that is no reason to end a run.
+        return self.near(text, 8) if vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
 
     def near(self, word: str, top: int) -> str:
         """The words whose vectors are nearest to that of a word, in one line."""
