@@ -58,17 +58,17 @@ def test_places_and_neighbours_are_even() -> None:
 
 
 def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
-    draws, again = Draws(7), Draws(7)
+    draws, again = Draws(7, "view"), Draws(7, "view")
     first = draws.at(2, 9).random(5)
     draws.at(0, 1).integers(10, size=3)  # leaves half a word in the generator's buffer
     assert np.array_equal(first, draws.at(2, 9).random(5))
     assert np.array_equal(first, again.at(2, 9).random(5))
-    seen = {Draws(s).at(e, i).random() for s in range(5) for e in range(5) for i in range(5)}
+    seen = {Draws(s, "view").at(e, i).random() for s in range(5) for e in range(5) for i in range(5)}
     assert len(seen) == 125
 
 
 def test_draws_are_uniform_across_examples() -> None:
-    draws = Draws(0)
+    draws = Draws(0, "view")
     first = np.array([draws.at(e, i).random() for e in range(10) for i in range(1000)])
     assert abs(first.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 100
     assert np.abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.04
@@ -115,3 +115,9 @@ def test_a_mixture_refuses_what_it_cannot_mean() -> None:
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="positive"):
             Mixture([Counting(3), Counting(3)], [1, bad])
+
+
+def test_two_uses_of_one_seed_share_no_stream() -> None:
+    views, pairs = Draws(0, "view"), Draws(0, "pairs")
+    drawn = np.array([(views.at(0, i).random(), pairs.at(0, i).random()) for i in range(4000)])
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.08

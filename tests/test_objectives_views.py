@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
+import data_room
 import numpy as np
 import pytest
 import torch
 
-from firth.data.batch import collate, pack
+from firth.data.batch import Batches, collate, pack
 from firth.data.corrupt import Damage
+from firth.data.segment import Pairs
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
@@ -334,3 +337,15 @@ def test_padding_is_never_seen() -> None:
     for row, n in zip(batch["appears"], lengths, strict=True):
         assert (row[:n] == 0).all()
         assert (row[n:] == NEVER).all()
+
+
+@pytest.mark.parametrize("objective", [NSP(), SOP()], ids=["nsp", "sop"])
+def test_how_a_pair_was_cut_does_not_tell_the_answer(objective: Objective, tmp_path: Path) -> None:
+    """The source cuts and the objective swaps: were both drawn from one stream, the lengths would tell (they once did)."""
+    source, vocab = Pairs(data_room.store(tmp_path), 40), data_room.tokenizer().vocab
+    assert len(source) > 300
+    [batch] = Batches(source, objective, vocab, rows=len(source), seed=0).batches(0)
+    ends = (batch["tokens"] == vocab.sep).int().argmax(-1)
+    answers = batch[next(iter(objective.targets.values()))][:, 0]
+    assert 0.4 < answers.float().mean() < 0.6
+    assert abs(np.corrcoef(ends.numpy(), answers.numpy())[0, 1]) < 0.15

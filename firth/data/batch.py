@@ -72,7 +72,7 @@ class Batches:
         self.source, self.objective, self.vocab = source, objective, vocab
         self.rows, self.seed, self.accumulate, self.pack = rows, seed, accumulate, pack
         self.rank, self.world = rank, world
-        self._draws = Draws(seed)
+        self._draws = Draws(seed, "view")
         self._asked = frozenset({*objective.targets.values(), *objective.measures.values()}) | LABELS
 
     def batches(self, step: int) -> list[Batch]:

@@ -133,7 +133,7 @@ class Pairs(Source):
 
     @cached_property
     def _draws(self) -> Draws:
-        return Draws(seed=0)
+        return Draws(0, "pairs")
 
     def __len__(self) -> int:
         return len(self._parts)

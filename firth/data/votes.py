@@ -57,8 +57,8 @@ class Annotators(Source):
     >>> class One(Source):
     ...     def __len__(self): return 9
     ...     def __getitem__(self, i): return {"tokens": np.array([5]), "label": 1}
-    >>> Annotators(One(), classes=2, count=5, accuracy=0.6)[2]
-    {'tokens': array([5]), 'label': 1, 'votes': array([0, 1, 1, 1, 1])}
+    >>> Annotators(One(), classes=2, count=5, accuracy=0.6)[0]
+    {'tokens': array([5]), 'label': 1, 'votes': array([1, 0, 0, 1, 1])}
     """
 
     def __init__(self, source: Source, *, classes: int, count: int, accuracy: float, seed: int = 0) -> None:
@@ -68,7 +68,7 @@ class Annotators(Source):
                 "two classes or more, and the accuracy is a share from 0 to 1"
             )
         self.source, self.classes, self.count, self.accuracy = source, classes, count, accuracy
-        self._draws = Draws(seed)
+        self._draws = Draws(seed, "votes")
 
     def __len__(self) -> int:
         return len(self.source)

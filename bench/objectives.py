@@ -1,0 +1,413 @@
+"""Each objective's training speed beside a plain PyTorch loop around transformers' class for it, of the same sizes.
+
+    python -m bench.objectives                    # every row of the table, about 10 minutes on two cores
+    python -m bench.objectives --only t5 bart     # some
+    python -m bench.objectives --check
+
+A row is the tiny recipe of that name: its own batches of real text (made before the clock starts, on both sides), its
+step, its optimizer. The peer reads the same examples, padded, and asks the same labels, with AdamW and a clipped gradient,
+fp32 and no dropout: what one would write by hand around the library. Width, layers, heads and vocabulary are the same;
+where firth's block is gated its MLP is half as wide, which is as many numbers. Tokens are the examples' own: no padding,
+no queries. Where the library has no such objective, the peer is the nearest: SpanBERT without span boundaries, MPNet with
+masks alone, the word's state at its last token for an LSTM written with torch.nn. No peer: those with an empty column.
+
+Ratios are medians over rounds in turns (`bench.harness`); absolute speeds belong to the machine in the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.harness import Report, Turn, compare, describe
+from firth.data.batch import Batches, collate
+from firth.model.lm import LM
+from firth.objectives.objective import Objective
+from firth.recipes import segments
+from firth.recipes.begin import begin
+from firth.recipes.material import Material
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run import tokenizer_of
+from firth.train.memory import keep_freed_memory
+from firth.train.optimizer import Mover
+from firth.train.step import step
+from firth.types import IGNORE, NEVER, Batch
+
+POOL, SHARE = 8, 8
+"""Batches that take turns; steps in a share."""
+
+FOLDER = Path("runs/objectives")
+"""Token stores and the tokenizer of the text that all read."""
+
+
+def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
+    """The settled tiny recipe and its batches."""
+    recipe = load(name)
+    folder = FOLDER / recipe.tokenizer.algorithm
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer_of(recipe, folder, lambda _: None)
+    assert recipe.shape is not None
+    material = Material(
+        recipe.source, tokenizer, folder, rows=recipe.batch.rows, memory=recipe.shape.memory, echo=lambda _: None
+    )
+    cut = segments.cut(recipe.segment, material, recipe.objective)
+    batches = Batches(
+        cut.train, recipe.objective, tokenizer.vocab.starting(recipe.shape.decoder_start), rows=recipe.batch.rows, seed=0,
+        pack=recipe.batch.pack,
+    )  # fmt: skip
+    return recipe, recipe.objective, batches
+
+
+def padded(batches: Batches, number: int) -> Batch:
+    """The examples of a step as the peer reads them: one to a row."""
+    epochs, indices = batches.source.order(batches.seed, torch.arange(batches.rows).numpy() + number * batches.rows)
+    at, vocab = batches._draws.at, batches.vocab
+    shown = [
+        batches.objective.view(batches.source[i], vocab, at(e, i))
+        for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)
+    ]
+    asked = frozenset({*batches.objective.targets.values(), *batches.objective.measures.values()})
+    return collate(shown, asked)
+
+
+def useful(batch: Batch) -> int:
+    """Tokens of the examples themselves: no padding, and no query or stand-in behind a text."""
+    total = 0
+    for side in ("", "source_"):
+        if side + "tokens" in batch:
+            appears = batch.get(side + "appears", torch.zeros_like(batch[side + "tokens"]))
+            leaves = batch.get(side + "leaves", torch.full_like(appears, NEVER))
+            total += int(((appears != NEVER) & (leaves == NEVER)).sum())
+    return total
+
+
+def ours(turn: Turn, name: str) -> None:
+    """firth's step on the recipe's own batches."""
+    keep_freed_memory()
+    recipe, objective, batches = prepared(name)
+    assert recipe.shape is not None
+    torch.manual_seed(0)
+    model = LM(recipe.shape, objective.parts(recipe.shape))
+    begin(model, objective, batches)
+    mover = Mover(recipe.optimizer, model)
+    pool = [(batches.batches(i), useful(padded(batches, i))) for i in range(POOL)]
+    model.train()
+    number = 0
+    while True:
+        done = 0
+        for _ in range(SHARE):
+            here, tokens = pool[number % POOL]
+            step(model, objective, here)
+            mover.clip()
+            mover.move(0.1)
+            number, done = number + 1, done + tokens
+        turn(done)
+
+
+def theirs(turn: Turn, name: str) -> None:
+    """A plain loop around the peer's model."""
+    recipe, _, batches = prepared(name)
+    torch.manual_seed(0)
+    model, loss = PEERS[name](recipe)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
+    pool = [(batch, useful(batch)) for batch in (padded(batches, i) for i in range(POOL))]
+    number = 0
+    while True:
+        done = 0
+        for _ in range(SHARE):
+            batch, tokens = pool[number % POOL]
+            optimizer.zero_grad()
+            loss(batch).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            number, done = number + 1, done + tokens
+        turn(done)
+
+
+# ------------------------------------------------------------------------------- peers
+
+Peer = tuple[nn.Module, Callable[[Batch], Tensor]]
+
+
+def mean(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
+
+
+def there(batch: Batch, side: str = "") -> Tensor:
+    """transformers' attention mask."""
+    tokens = batch[side + "tokens"]
+    return (batch.get(side + "appears", torch.zeros_like(tokens)) != NEVER).long()
+
+
+def sizes(recipe: Recipe) -> dict[str, Any]:
+    """As BERT's descendants call them; a gated MLP's two halves are one."""
+    s = recipe.shape
+    assert s is not None
+    hidden = s.hidden * 2 if s.gated else s.hidden
+    return {
+        "vocab_size": s.vocab, "hidden_size": s.width, "num_hidden_layers": s.depth, "num_attention_heads": s.heads,
+        "intermediate_size": hidden, "max_position_embeddings": s.context + 2, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+
+
+def causal(kind: str, recipe: Recipe) -> Peer:
+    import transformers as t
+
+    s = recipe.shape
+    assert s is not None
+    model: Any
+    if kind == "llama":
+        config = t.LlamaConfig(
+            vocab_size=s.vocab, hidden_size=s.width, num_hidden_layers=s.depth, num_attention_heads=s.heads,
+            intermediate_size=s.hidden, max_position_embeddings=s.context,
+        )  # fmt: skip
+        model = t.LlamaForCausalLM(config)
+    else:
+        config = t.GPT2Config(
+            vocab_size=s.vocab, n_embd=s.width, n_layer=s.depth, n_head=s.heads, n_inner=s.hidden, n_positions=s.context,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        model = t.GPT2LMHeadModel(config)
+    return model, lambda b: mean(model(input_ids=b["tokens"], attention_mask=there(b)).logits, b["labels"])
+
+
+def masked(kind: str, recipe: Recipe) -> Peer:
+    """BERT's and MPNet's masks."""
+    import transformers as t
+
+    s = recipe.shape
+    assert s is not None
+    model: Any
+    if kind == "mpnet":
+        model = t.MPNetForMaskedLM(t.MPNetConfig(**sizes(recipe)))
+    else:
+        model = t.BertForMaskedLM(t.BertConfig(**sizes(recipe)))
+
+    def loss(batch: Batch) -> Tensor:
+        if "leaves" not in batch:
+            return mean(model(input_ids=batch["tokens"], attention_mask=there(batch)).logits, batch["labels"])
+        # MPNet's row: the text, stand-ins, queries. The peer sees the text with its masks.
+        rows = int(((batch["leaves"] == NEVER) & (batch["appears"] != NEVER)).sum(-1).max())
+        tokens, labels = batch["tokens"][:, :rows].clone(), torch.full_like(batch["tokens"][:, :rows], IGNORE)
+        row, slot = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
+        place = batch["positions"][row, slot].long()
+        tokens[row, place], labels[row, place] = batch["tokens"][row, slot], batch["labels"][row, slot]
+        return mean(model(input_ids=tokens, attention_mask=there(batch)[:, :rows]).logits, labels)
+
+    return model, loss
+
+
+def paired(kind: str, recipe: Recipe) -> Peer:
+    """BERT's and ALBERT's two losses."""
+    import transformers as t
+
+    s = recipe.shape
+    assert s is not None
+    model: Any
+    if kind == "albert":
+        model = t.AlbertForPreTraining(
+            t.AlbertConfig(**sizes(recipe), embedding_size=s.embed, classifier_dropout_prob=0.0)
+        )
+    else:
+        model = t.BertForPreTraining(t.BertConfig(**sizes(recipe)))
+    field = "order" if kind == "albert" else "next"
+
+    def loss(batch: Batch) -> Tensor:
+        out = model(input_ids=batch["tokens"], attention_mask=there(batch), token_type_ids=batch["segments"])
+        second = out.sop_logits if kind == "albert" else out.seq_relationship_logits
+        return mean(out.prediction_logits, batch["labels"]) + F.cross_entropy(second, batch[field][:, 0])
+
+    return model, loss
+
+
+def electra(recipe: Recipe) -> Peer:
+    """Generator and discriminator, which share their table of tokens."""
+    import transformers as t
+
+    s = recipe.shape
+    assert s is not None
+    objective: Any = recipe.objective
+    large = sizes(recipe) | {"embedding_size": s.embed or s.width}
+    small = large | {
+        "hidden_size": round(s.width * objective.size), "intermediate_size": round(large["intermediate_size"] * objective.size)
+    }  # fmt: skip
+    small["num_attention_heads"] = max(1, small["hidden_size"] // (s.width // s.heads))
+    while small["hidden_size"] % small["num_attention_heads"]:
+        small["num_attention_heads"] -= 1
+    model = nn.ModuleDict(
+        {
+            "writer": t.ElectraForMaskedLM(t.ElectraConfig(**small)),
+            "judge": t.ElectraForPreTraining(t.ElectraConfig(**large)),
+        }
+    )
+    model["judge"].electra.embeddings.word_embeddings = model["writer"].electra.embeddings.word_embeddings
+
+    def loss(batch: Batch) -> Tensor:
+        tokens, labels, mask = batch["tokens"], batch["labels"], there(batch)
+        logits = model["writer"](input_ids=tokens, attention_mask=mask).logits
+        asked = labels != IGNORE
+        with torch.no_grad():
+            drawn = torch.multinomial(logits[asked].softmax(-1), 1)[:, 0]
+            shown, replaced = tokens.clone(), torch.zeros_like(tokens)
+            shown[asked] = drawn
+            replaced[asked] = (drawn != labels[asked]).long()
+        judged = model["judge"](input_ids=shown, attention_mask=mask, labels=replaced).loss
+        return mean(logits, labels) + 50 * judged
+
+    return model, loss
+
+
+def xlnet(recipe: Recipe) -> Peer:
+    """Both streams, by permutation masks and target maps; without memory, which the library keeps from step to step."""
+    import transformers as t
+
+    s = recipe.shape
+    assert s is not None
+    config = t.XLNetConfig(
+        vocab_size=s.vocab, d_model=s.width, n_layer=s.depth, n_head=s.heads, d_inner=2 * s.hidden, dropout=0.0
+    )
+    model = t.XLNetLMHeadModel(config)
+
+    def loss(batch: Batch) -> Tensor:
+        queries = int((batch["labels"] != IGNORE).sum(-1).max())
+        n = batch["tokens"].shape[1] - queries
+        appears, looks = batch["appears"][:, :n], batch["looks"][:, :n]
+        hidden = (appears[:, None, :] > looks[:, :, None]).float()
+        asked = batch["labels"][:, n:]
+        places = F.one_hot(batch["positions"][:, n:].long().clamp(0, n - 1), n).float()
+        out = model(input_ids=batch["tokens"][:, :n], perm_mask=hidden, target_mapping=places)
+        return mean(out.logits, asked)
+
+    return model, loss
+
+
+def written(kind: str, recipe: Recipe) -> Peer:
+    """Encoder-decoders."""
+    import transformers as t
+
+    s = recipe.shape
+    assert s is not None
+    model: Any
+    if kind == "bart":
+        config = t.BartConfig(
+            vocab_size=s.vocab, d_model=s.width, encoder_layers=s.encoder, decoder_layers=s.depth,
+            encoder_attention_heads=s.heads, decoder_attention_heads=s.heads, encoder_ffn_dim=2 * s.hidden,
+            decoder_ffn_dim=2 * s.hidden, max_position_embeddings=s.context, dropout=0.0,
+        )  # fmt: skip
+        model = t.BartForConditionalGeneration(config)
+    else:
+        config = t.T5Config(
+            vocab_size=s.vocab, d_model=s.width, d_kv=s.head_width, d_ff=s.hidden, num_layers=s.encoder,
+            num_decoder_layers=s.depth, num_heads=s.heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        )  # fmt: skip
+        model = t.T5ForConditionalGeneration(config)
+
+    def loss(batch: Batch) -> Tensor:
+        out = model(
+            input_ids=batch["source_tokens"], attention_mask=there(batch, "source_"), decoder_input_ids=batch["tokens"]
+        )
+        return mean(out.logits, batch["labels"])
+
+    return model, loss
+
+
+class Plain(nn.Module):
+    """An LSTM language model as one writes it with torch.nn."""
+
+    def __init__(self, vocab: int, width: int, depth: int):
+        super().__init__()
+        self.table, self.head = nn.Embedding(vocab, width), nn.Linear(width, vocab)
+        self.lstm = nn.LSTM(width, width, depth, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(self.table(tokens))[0])
+        return out
+
+
+def recurrent(recipe: Recipe) -> Peer:
+    s = recipe.shape
+    assert s is not None
+    model = Plain(s.vocab, s.width, s.depth)
+    return model, lambda b: mean(model(b["tokens"]), b["labels"])
+
+
+PEERS: dict[str, Callable[[Recipe], Peer]] = {
+    "gpt": partial(causal, "gpt2"),
+    "gpt2": partial(causal, "gpt2"),
+    "llama": partial(causal, "llama"),
+    "bert": partial(paired, "bert"),
+    "roberta": partial(masked, "bert"),
+    "spanbert": partial(masked, "bert"),
+    "albert": partial(paired, "albert"),
+    "electra": electra,
+    "xlnet": xlnet,
+    "mpnet": partial(masked, "mpnet"),
+    "t5": partial(written, "t5"),
+    "bart": partial(written, "bart"),
+    "lstm": recurrent,
+}
+ALONE = ("prefix_lm", "linformer", "elmo", "contrastive", "vae")
+"""Recipes without a peer."""
+
+
+def check() -> None:
+    """Both sides read as many tokens and ask as many labels, and the peers' losses begin near ln(vocabulary)."""
+    for name, peer in PEERS.items():
+        recipe, objective, batches = prepared(name)
+        model, loss = peer(recipe)
+        batch = padded(batches, 0)
+        asked = [int((b[objective.targets[t]] != IGNORE).sum()) for t in objective.targets for b in (batch,)]
+        own = sum(int((b[objective.targets[t]] != IGNORE).sum()) for t in objective.targets for b in batches.batches(0))
+        assert sum(asked) == own, (name, asked, own)
+        first, numbers = loss(batch).item(), sum(p.numel() for p in model.parameters())
+        assert recipe.shape is not None
+        mine = sum(p.numel() for p in LM(recipe.shape, objective.parts(recipe.shape)).parameters())
+        print(
+            f"{name:10} tokens {useful(batch):6,}  their first loss {first:6.2f}  parameters {numbers:,}, ours {mine:,}"
+        )
+
+
+def row(name: str, rounds: int) -> tuple[str, Report]:
+    """A line of the table."""
+    contenders = {"theirs": partial(theirs, name)} if name in PEERS else {}
+    report = compare(contenders | {"firth": partial(ours, name)}, rounds=rounds, peer=next(iter(contenders), "firth"))
+    if not report.rounds:
+        return f"| {name} | no clean round | | |", report
+    speed = {who: sorted(report.rates(who))[len(report.rounds) // 2] for who in report.rounds[0]}
+    if name not in PEERS:
+        return f"| {name} | {speed['firth']:,.0f} | | |", report
+    middle, low, high = report.ratio("firth")
+    return (
+        f"| {name} | {speed['firth']:,.0f} | {speed['theirs']:,.0f} | **{middle:.2f}x** ({low:.2f} to {high:.2f}) |",
+        report,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[*PEERS, *ALONE], default=[*PEERS, *ALONE])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    if given.check:
+        check()
+        return
+    lines = ["| recipe | firth, tokens/s | plain loop, tokens/s | ratio |", "|---|---|---|---|"]
+    for name in given.only:
+        line, report = row(name, given.rounds)
+        print(line, flush=True)
+        lines.append(line)
+    print("\n".join([*lines, "", describe(report.machine)]))
+
+
+if __name__ == "__main__":
+    main()
