@@ -1,13 +1,14 @@
 """What the encoders' objectives learn: sentence pairs, spans and their ends, replaced tokens, masks old and new. CPU.
 
-    python -m bench.learn_encoders --run --threads 2             # every arm, three seeds; resumable (about 35 minutes)
+    python -m bench.learn_encoders --run --threads 2             # every arm, three seeds; resumable (about 30 minutes)
     python -m bench.learn_encoders --run --limit 4               # in pieces: at most four new runs, then stop
     python -m bench.learn_encoders --table                       # markdown for docs/results.md
-    python -m bench.learn_encoders --run --only nsp sop --scale 3     # some arms, three times as long; below 0.5 nsp is chance
+    python -m bench.learn_encoders --run --only nsp sop --scale 3     # some arms, three times as long
 
-One body for all (4 blocks of width 128, 2,048 subwords), Shakespeare's plays in rows of at most 64 tokens, whole plays
-held out; steps, rates and batches are the same for the arms of a question. Every arm is scored before its first step and
-after its last, on the same held-out text:
+Width 128 and 2,048 subwords; steps, rates and batches are the same for the arms of a question. Pairs are of the Brown
+corpus (500 samples of many kinds, for a play's neighbour and a stranger of the same hand are hard to tell), 128 tokens, two
+blocks; all else is of Shakespeare's plays, 64 tokens, four blocks. Whole documents are held out. Every arm is scored before
+its first step and after its last, on the same held-out text:
 
     nsp, sop              accuracy on held-out pairs; chance is 1/2
     iid, spans, sbo       hidden spans (SpanBERT's, all of it masked) that are filled in exactly, and single tokens
@@ -50,7 +51,6 @@ from firth.objectives.sop import SOP
 from firth.recipes.begin import begin
 from firth.recipes.material import Material, documents_of
 from firth.recipes.material import Text as Where
-from firth.text.corpora import fetch
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train as train_tokenizer
 from firth.text.vocab import Vocab
@@ -63,6 +63,8 @@ from firth.types import IGNORE
 
 RESULTS = Path("runs/learn_encoders")
 VOCAB, WIDTH, DEPTH, LENGTH, ROWS = 2048, 128, 4, 64, 32
+PAIR, PAIRS, SHALLOW = 128, 16, 2
+"""Tokens of a pair, pairs of a step, and the blocks that read them."""
 SEEDS = (0, 1, 2)
 HELD = 512
 """Held-out examples that are scored, spread over the held-out plays."""
@@ -94,13 +96,13 @@ class Arm:
     small: bool = False
 
 
-def data() -> Data:
-    where = Where(path=(str(fetch("shakespeare") / "*.txt"),))
-    if not (RESULTS / "tokenizer").exists():
+def data(corpus: str) -> Data:
+    where, folder = Where(corpus=corpus), RESULTS / corpus
+    if not (folder / "tokenizer").exists():
         texts = (d.text for d in documents_of(where, where.paths(print), apart=False))
-        train_tokenizer(texts, "byte-bpe", VOCAB).save(RESULTS / "tokenizer")
-    tokenizer = Tokenizer.load(RESULTS / "tokenizer")
-    learnt, held = Material(where, tokenizer, RESULTS).stores()
+        train_tokenizer(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    learnt, held = Material(where, tokenizer, folder).stores()
     assert held is not None
     counts = np.bincount(learnt.tokens[:], minlength=tokenizer.vocab.size) * ~tokenizer.vocab.special
     return Data(learnt, held, tokenizer.vocab, counts / counts.sum())
@@ -123,7 +125,7 @@ def held_out(model: LM, objective: Objective, source: Source, vocab: Vocab) -> S
 
 
 def pair_scores(model: LM, objective: Objective, given: Data) -> Scores:
-    return held_out(model, objective, some(Pairs(given.held, LENGTH), 4 * HELD), given.vocab)
+    return held_out(model, objective, some(Pairs(given.held, PAIR), 4 * HELD), given.vocab)
 
 
 def mask_scores(model: LM, objective: Objective, given: Data) -> Scores:
@@ -187,8 +189,8 @@ def curve(scored: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
 
 SPANS = MLM(noise="geometric", alike=True)
 ARMS = {
-    "nsp": Arm(NSP() + MLM(), pair_scores, 1800, pairs=True),
-    "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1800, pairs=True),
+    "nsp": Arm(NSP() + MLM(), pair_scores, 1500, pairs=True),
+    "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1500, pairs=True),
     "iid": Arm(MLM(), span_scores, 600),
     "spans": Arm(SPANS, span_scores, 600),
     "sbo": Arm(SPANS + SBO(), span_scores, 600),
@@ -200,19 +202,24 @@ ARMS = {
 }
 
 
+CORPORA = {False: "shakespeare", True: "brown"}
+"""What is read by arms of pieces, and by those of pairs."""
+
+
 # ------------------------------------------------------------------------------- runs
 
 
 def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     """Train an arm once: its scores before and after."""
     arm = ARMS[name]
-    source: Source = Pairs(given.train, LENGTH) if arm.pairs else pieces(given.train, given.vocab)
+    source: Source = Pairs(given.train, PAIR) if arm.pairs else pieces(given.train, given.vocab)
+    length, rows, depth = (PAIR, PAIRS, SHALLOW) if arm.pairs else (LENGTH, ROWS, DEPTH)
     if arm.small:
         source = some(source, SMALL)
-    shape = replace(encoder(VOCAB, WIDTH, DEPTH, context=LENGTH), segments=2 * arm.pairs)
+    shape = replace(encoder(VOCAB, WIDTH, depth, context=length), segments=2 * arm.pairs)
     torch.manual_seed(seed)
     model = LM(shape, arm.objective.parts(shape))
-    batches = Batches(source, arm.objective, given.vocab, rows=ROWS, seed=seed, pack=LENGTH)
+    batches = Batches(source, arm.objective, given.vocab, rows=rows, seed=seed, pack=length)
     begin(model, arm.objective, batches)
     before, started = arm.scores(model, arm.objective, given), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -222,12 +229,13 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,
-        "epochs": done.step * ROWS / len(source), "before": before, "after": arm.scores(model, arm.objective, given),
+        "epochs": done.step * rows / len(source), "before": before, "after": arm.scores(model, arm.objective, given),
     }  # fmt: skip
 
 
 def run(names: Sequence[str], seeds: Sequence[int], scale: float, limit: int) -> None:
-    given, where = data(), describe(machine())
+    known = {corpus: data(corpus) for corpus in sorted({CORPORA[ARMS[name].pairs] for name in names})}
+    where = describe(machine())
     for seed in seeds:
         for name in names:
             file = RESULTS / "runs" / f"{name}-x{scale:g}-seed{seed}.json"
@@ -236,7 +244,7 @@ def run(names: Sequence[str], seeds: Sequence[int], scale: float, limit: int) ->
             if not limit:
                 return
             limit -= 1
-            told = one(name, seed, scale, given) | {"machine": where}
+            told = one(name, seed, scale, known[CORPORA[ARMS[name].pairs]]) | {"machine": where}
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(told, indent=1))
             print(f"{name} seed {seed}: {told['seconds']:.0f} s", flush=True)
