@@ -115,6 +115,10 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
         run(load("lstm", [*taken, "shape.width=32"]), tmp_path / "other", said.append)
     with pytest.raises(UserError, match="spells its tokens"):
         run(load("lstm", [*taken[1:], f"embeddings={runs}/elmo", "shape.width=16"]), tmp_path / "third", said.append)
+    train(["other words " * 90], "byte-bpe", size=300, sentinels=0).save(tmp_path / "stranger")
+    stranger = [*taken, "shape.width=16", f"tokenizer.path={tmp_path / 'stranger'}"]
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(load("lstm", stranger), tmp_path / "fourth", said.append)
 
 
 def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def write(model: LM, words: Words, path: Path) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def take(model: LM, words: Words, directory: Path) -> str:
+def take(model: LM, directory: Path) -> str:
     """Copy the token vectors of another model into this one, scaled (see above); returns what was taken, in words.
 
     Raises UserError where widths or vocabularies differ, or either model spells its tokens.

@@ -96,7 +96,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     else:
         model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if settled.embeddings:
-        said = vectors.take(model, tokenizer, model_directory(settled.embeddings))
+        _refuse_strangers(tokenizer, settled.embeddings)
+        said = vectors.take(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
     model.to(best_device())
     tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -168,6 +169,16 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
                 split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo,
             )  # fmt: skip
     return Tokenizer.load(own)
+
+
+def _refuse_strangers(tokenizer: Tokenizer, begins: str) -> None:
+    """Raise a UserError if a model's vectors are of other tokens: as many of them are not the same ones."""
+    theirs = model_directory(begins)
+    if Tokenizer.load(theirs).digest != tokenizer.digest:
+        raise UserError(
+            f"{begins} has another tokenizer than this run, so its vectors are of other tokens: leave out tokenizer.path, "
+            "and the run takes that one"
+        )
 
 
 def _settled(recipe: Recipe, material: Material) -> Recipe:
