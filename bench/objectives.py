@@ -379,7 +379,9 @@ def check() -> None:
 def row(name: str, rounds: int) -> tuple[str, Report]:
     """A line of the table."""
     contenders = {"theirs": partial(theirs, name=name)} if name in PEERS else {}
-    report = compare(contenders | {"firth": partial(ours, name=name)}, rounds=rounds, peer=next(iter(contenders), "firth"))
+    report = compare(
+        contenders | {"firth": partial(ours, name=name)}, rounds=rounds, peer=next(iter(contenders), "firth")
+    )
     if not report.rounds:
         return f"| {name} | no clean round | | |", report
     speed = {who: sorted(report.rates(who))[len(report.rounds) // 2] for who in report.rounds[0]}

@@ -3,7 +3,7 @@
     firth train albert             one block of width 192 passed four times, on Shakespeare: about two minutes on two cores
     firth train albert:published   ALBERT-base: 12 M parameters; say source.path=FILES
 
-What a run takes and reaches is in docs/results.md. Masks are n-grams of up to three whole words (section 4.1).
+What was measured of it is in docs/results.md. Masks are n-grams of up to three whole words (section 4.1).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The encoder-decoder that mends a damaged text: BART.
 
-firth train bart              tiny: two minutes on Shakespeare              (docs/results.md has the scores)
+firth train bart              tiny: two minutes on Shakespeare              (docs/results.md: what was measured)
 firth train bart objective.noises=[deletion]                                one damage alone, as in the paper's table 1
 firth train bart:published source.path=BOOKS_NEWS_AND_STORIES
 """

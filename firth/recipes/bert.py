@@ -1,6 +1,6 @@
 """Encoders that guess hidden tokens: BERT and RoBERTa.
 
-firth train bert              tiny: two minutes on Shakespeare              (docs/results.md has the scores)
+firth train bert              tiny: two minutes on Shakespeare              (docs/results.md: what was measured)
 firth train roberta           the same without sentence pairs, masks drawn anew at each visit
 firth train roberta:small     11 M parameters
 firth train bert:published source.path=BOOKS_AND_WIKIPEDIA

@@ -3,7 +3,7 @@
     firth train contrastive source.path=mine/                              pairs, from random weights
     firth train contrastive:published start=RUN_OF_AN_ENCODER source.path=mine/sentences.txt source.split=line
 
-What each takes and reaches is in docs/results.md.
+What was measured of them is in docs/results.md.
 """
 
 from __future__ import annotations

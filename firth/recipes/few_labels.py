@@ -5,7 +5,7 @@
     firth train weak start=runs/bert source.path=voted.jsonl segment=votes               records {"text", "labels": [...]}
 
 Beside them: `classify` on the labelled records alone; and `firth train weak objective=classification`, which reads
-the majority's label of the same votes. What they reach is in docs/results.md.
+the majority's label of the same votes. What was measured of them is in docs/results.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decoders that predict the next token: GPT, GPT-2, GPT-3's shape, Llama.
 
-    firth train gpt             tiny: two minutes on Shakespeare, firth's own decoder      (docs/results.md has the scores)
+    firth train gpt             tiny: two minutes on Shakespeare, firth's own decoder      (docs/results.md: what was measured)
     firth train gpt:small       17 M parameters, the one that the benchmarks train
     firth train gpt:published source.path=BOOKS
 

@@ -3,7 +3,7 @@
     firth train linformer source.path=mine/            masked tokens, rows of 256 tokens in 64 slots
     firth train linformer:published source.path=mine/  the paper's: RoBERTa-Base, rows of 512 tokens, k = 256
 
-What each takes and reaches is in docs/results.md; time and memory against full attention are in `bench/linformer.py`.
+What was measured of them is in docs/results.md; time and memory against full attention are in `bench/linformer.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prefix language models: the first part read both ways, the rest written.
 
-firth train prefix_lm                 tiny: two minutes on Shakespeare      (docs/results.md has the scores)
+firth train prefix_lm                 tiny: two minutes on Shakespeare      (docs/results.md: what was measured)
 firth train prefix_lm:halves          the first half to an encoder, the second from a decoder
 firth train prefix_lm:published source.path=C4
 """

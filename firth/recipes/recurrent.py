@@ -33,7 +33,7 @@ WORDS = TokenizerPlan(algorithm="word", size=20_000)
 
 
 def word2vec(size: str = "tiny") -> Recipe:
-    """A vector for each word, from the company it keeps: `firth train word2vec`. Numbers: docs/results.md.
+    """A vector for each word, from the company it keeps: `firth train word2vec`. What was measured: docs/results.md.
 
     published: 1.6 billion words, windows of 5, 300 numbers for each of 692,000 words (Mikolov 2013b, section 3).
     """
@@ -54,7 +54,7 @@ def word2vec(size: str = "tiny") -> Recipe:
 
 
 def lstm(size: str = "tiny") -> Recipe:
-    """A language model with an LSTM where others have attention: `firth train lstm`. Numbers: docs/results.md.
+    """A language model with an LSTM where others have attention: `firth train lstm`. What was measured: docs/results.md.
 
     published: one layer of 1,024 cells over embeddings of 512 (Dai and Le 2015, section 4). Here its width is 1,024 both.
     """
@@ -71,7 +71,7 @@ def lstm(size: str = "tiny") -> Recipe:
 
 
 def elmo(size: str = "tiny") -> Recipe:
-    """Two language models, one from each side, over words that are spelled: `firth train elmo`. Numbers: docs/results.md.
+    """Two language models, one from each side, over words that are spelled: `firth train elmo`. What was measured: docs/results.md.
 
     published: two layers of 4,096 cells that hand on 512 numbers, 2,048 filters over 50 bytes, a billion words for ten
     epochs (Peters 2018, section 3.4); the softmax is over whole words, as there.

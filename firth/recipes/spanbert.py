@@ -3,7 +3,7 @@
     firth train spanbert             four blocks of width 192 on Shakespeare, about two minutes on two cores
     firth train spanbert:published   BERT-large: 340 M parameters; say source.path=FILES
 
-What a run takes and reaches is in docs/results.md. Single segments and no NSP, as in the paper.
+What was measured of it is in docs/results.md. Single segments and no NSP, as in the paper.
 """
 
 from __future__ import annotations

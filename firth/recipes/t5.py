@@ -1,6 +1,6 @@
 """The encoder-decoder that writes what was dropped: T5.
 
-firth train t5                tiny: two minutes on Shakespeare              (docs/results.md has the scores)
+firth train t5                tiny: two minutes on Shakespeare              (docs/results.md: what was measured)
 firth train t5:small          17 M parameters
 firth train t5:published source.path=C4
 """

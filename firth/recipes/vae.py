@@ -3,7 +3,7 @@
     firth train vae source.path=mine/
 
 The samples are texts drawn from the prior, and those on the straight line between two. The report says how many nats the
-latent carries, and whether the posterior has collapsed. What it takes and reaches is in docs/results.md.
+latent carries, and whether the posterior has collapsed. What was measured of it is in docs/results.md.
 """
 
 from __future__ import annotations

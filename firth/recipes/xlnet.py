@@ -1,6 +1,6 @@
 """Encoders that predict in a random order: XLNet and MPNet.
 
-    firth train xlnet             tiny: two minutes on Shakespeare              (docs/results.md has the scores)
+    firth train xlnet             tiny: two minutes on Shakespeare              (docs/results.md: what was measured)
     firth train mpnet
     firth train xlnet:published source.path=BOOKS_WIKIPEDIA_AND_WEB
 
