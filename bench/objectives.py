@@ -9,7 +9,7 @@ step, its optimizer. The peer reads the same examples, padded, and asks the same
 fp32 and no dropout: what one would write by hand around the library. Width, layers, heads and vocabulary are the same;
 where firth's block is gated its MLP is half as wide, which is as many numbers. Tokens are the examples' own: no padding,
 no queries. Where the library has no such objective, the peer is the nearest: SpanBERT without span boundaries, MPNet with
-masks alone, the word's state at its last token for an LSTM written with torch.nn. No peer: those with an empty column.
+masks alone; the LSTM's peer is written with torch.nn. Rows with empty columns have no peer.
 
 Ratios are medians over rounds in turns (`bench.harness`); absolute speeds belong to the machine in the last line.
 """

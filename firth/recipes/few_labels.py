@@ -10,38 +10,25 @@ the majority's label of the same votes. What was measured of them is in docs/res
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from firth.objectives.penalty import Penalty
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.weak import Weak
 from firth.recipes.labels import Partly, Voted
-from firth.recipes.recipe import Batch, Checks, Recipe
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.recipes.recipe import Batch, Recipe
+from firth.recipes.tune import classify
 
 
 def semi_supervised() -> Recipe:
-    """100 labels, and every other text for consistency with itself."""
-    return Recipe(
-        name="semi_supervised",
-        objective=Consistency(ramp=100) + Penalty(weight=1e-6),
-        segment=Partly(few=100),
-        batch=Batch(rows=64),
-        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.0, beta2=0.98),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        checks=Checks(every=0, examples=2000, save=200),
-    )
+    """100 labels, and every other text for consistency with itself; the penalty stands in the decay's place."""
+    plain = classify()
+    return replace(
+        plain, name="semi_supervised", objective=Consistency(ramp=100) + Penalty(weight=1e-6), segment=Partly(few=100),
+        batch=Batch(rows=64), optimizer=replace(plain.optimizer, weight_decay=0.0),
+    )  # fmt: skip
 
 
 def weak() -> Recipe:
     """Five annotators, each right seven times of ten, and all their votes."""
-    return Recipe(
-        name="weak",
-        objective=Weak(),
-        segment=Voted(),
-        batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        checks=Checks(every=0, examples=2000, save=200),
-    )
+    return replace(classify(), name="weak", objective=Weak(), segment=Voted())

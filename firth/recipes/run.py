@@ -84,7 +84,6 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     )
     if (directory / DONE).exists():
         return _finished(directory, settled)
-    assert settled.shape is not None
     material = dataclasses.replace(material, memory=settled.shape.memory)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
