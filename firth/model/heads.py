@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
+from firth.model.count import GATED
 from firth.model.cross_entropy import LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.norm import make_norm
-from firth.model.shape import GATED, Shape
+from firth.model.shape import Shape
 from firth.types import UserError
 
 
