@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from firth.model.families import FAMILIES, families_of
-from firth.model.families.family import Entry, Family, Headed, to_ours, to_theirs
-from firth.model.heads import Vocabulary
+from firth.model.families.classes import copied, known, labels, of_file, of_model, untied
+from firth.model.families.family import Family, spelled, to_ours, to_theirs
 from firth.model.lm import LM
 from firth.model.parts import Description, described, rebuilt
 from firth.model.shape import Shape
@@ -44,29 +45,34 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     parts, head = {name: described(part) for name, part in model.parts.items()}, "lm" in model.parts
-    family, headed = _class(families_of(model.shape), model.shape, parts)
-    record = {"shape": asdict(model.shape), "parts": parts, "family": None if family is None else family.name}
-    if family is None:
+    form = of_model(_families(model.shape, tokenizer), model.shape, parts)
+    record = {"shape": asdict(model.shape), "parts": parts, "family": None if form is None else form.family.name}
+    if form is None:
         written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared()}
         (directory / "config.json").unlink(missing_ok=True)
         (directory / "generation_config.json").unlink(missing_ok=True)
         said = "no family of transformers expresses this shape, so only firth loads it"
     else:
-        entries = _entries(family, model.shape, head, headed)
+        entries = form.written(model.shape)
         written = to_theirs(state, entries)
         theirs = {ours for entry in entries for ours in entry.ours} | model.shared().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(model.tokens.weight.dtype).removeprefix("torch.")
         ids = token_ids(tokenizer, model.shape)
-        kind = headed.name if headed else family.classes[0 if head else 1]
-        common = {"architectures": [kind], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype} | ids
-        _write(directory / "config.json", common | family.config(model.shape))
+        common = {
+            "architectures": [form.name],
+            "model_type": form.family.name,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        } | ids
+        classes = [str(name) for name in (facts or {}).get("classes", ())]
+        _write(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
         if head and model.shape.causal:
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
             _write(directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {}))
-        said = f"transformers loads it as {kind}"
+        said = f"transformers loads it as {form.name}"
     _save(written, directory / "model.safetensors")
     _write(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
@@ -74,30 +80,10 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
     return said
 
 
-def _class(
-    families: Sequence[Family], shape: Shape, parts: Mapping[str, Description]
-) -> tuple[Family | None, Headed | None]:
-    """The family, and the class of it, that says the most of a model's parts; the first of those that say as much."""
-    best: tuple[Family | None, Headed | None] = (None, None)
-    most = -1
-    for family in families:
-        for headed in (None, *family.headed):
-            heads = {} if headed is None else _heads(headed, shape)
-            lm = "lm" in parts and (headed is None or headed.lm)
-            whole = headed is None or headed.lm == ("lm" in parts)
-            if whole and heads.items() <= parts.items() and len(heads) + lm > most:
-                best, most = (family, headed), len(heads) + lm
-    return best
-
-
-def _heads(headed: Headed, shape: Shape) -> dict[str, Description]:
-    """The heads that a class has besides the vocabulary's, described."""
-    with torch.device("meta"):
-        return {name: described(part) for name, part in headed.parts(shape).items()}
-
-
-def _entries(family: Family, shape: Shape, head: bool, headed: Headed | None) -> list[Entry]:
-    return family.entries(shape, head) + ([] if headed is None else headed.entries(shape))
+def _families(shape: Shape, tokenizer: Tokenizer | None) -> list[Family]:
+    """The families that express a shape, and whose positions a tokenizer's padding does not upset."""
+    pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
+    return [family for family in families_of(shape) if tokenizer is None or family.pad in (None, pad)]
 
 
 def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
@@ -116,15 +102,15 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     parts: modules to fill in place of those that firth.json describes; needed only for kinds it cannot rebuild.
     Raises UserError if the directory holds no model, or tensors that do not fit.
     """
-    shape, state, names = _read(directory)
+    found = _read(directory)
     if parts is None:
         with torch.device("meta"):
-            model = LM(shape, {name: rebuilt(description, name) for name, description in names.items()})
+            model = LM(found.shape, {name: rebuilt(description, name) for name, description in found.parts.items()})
         model = model.to_empty(device="cpu")
         model.tie()
     else:
-        model = LM(shape, parts)
-    _fill(model, state, f"{directory}")
+        model = LM(found.shape, parts)
+    _fill(model, found.state, f"{directory}")
     return model.eval()
 
 
@@ -133,9 +119,9 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
 
     A part of the same name but of other sizes is both dropped and added. Raises UserError if the trunks differ.
     """
-    shape, state, _ = _read(directory)
-    shared = model.shared()
-    state = {name: tensor for name, tensor in state.items() if name not in shared}
+    found = _read(directory)
+    shape, shared = found.shape, model.shared()
+    state = {name: tensor for name, tensor in found.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
@@ -180,8 +166,28 @@ def _fill(model: LM, state: Mapping[str, Tensor], where: str) -> None:
             tensor.copy_(state[name])
 
 
-def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The shape, the tensors by our names, and the descriptions of the parts."""
+def left_out(directory: Path) -> list[str]:
+    """The tensors of a directory, by name, that no model of ours has a place for, and that `load_model` leaves out."""
+    return _read(directory).left_out
+
+
+def class_names(directory: Path) -> tuple[str, ...]:
+    """The names of the classes of a directory's head, in the order of its rows; none where nothing names them."""
+    told = _json(directory / "firth.json").get("facts", {}).get("classes")
+    return labels(_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a directory holds: the shape, the tensors by our names, the parts described, the tensors left out."""
+
+    shape: Shape
+    state: dict[str, Tensor]
+    parts: dict[str, Description]
+    left_out: list[str]
+
+
+def _read(directory: Path) -> Found:
     config, ours = _json(directory / "config.json"), _json(directory / "firth.json")
     if not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
@@ -191,43 +197,50 @@ def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str
         shape = _shape(ours, directory)
         if shape.tied and "lm" in ours["parts"]:
             state["parts.lm.weight"] = state["tokens.weight"]
-        return shape, state, ours["parts"]
+        return Found(shape, state, ours["parts"], [])
     if kind not in FAMILIES:
         raise UserError(f"{directory}/config.json is of family {kind!r}; firth reads {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     shape = _shape(ours, directory) if ours else _guarded(family, config, directory)
-    head = "lm" in ours["parts"] if ours else _has_head(family, shape, state, config)
     extra = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
-    rest = {name: tensor for name, tensor in state.items() if name not in extra}
+    names = spelled(family, state.keys() - extra.keys(), known(family, shape))
+    theirs = {name: state[stored] for name, stored in names.items()}
     if ours:
-        parts, (_, headed) = ours["parts"], _class([family], shape, ours["parts"])
+        form = of_model([family], shape, ours["parts"])
     else:
-        headed = next(
-            (h for h in family.headed if h.lm == head and all(e.theirs in rest for e in h.entries(shape))), None
+        own, [table] = (
+            untied(family, shape, theirs),
+            [e for e in family.entries(shape, False) if "tokens.weight" in e.ours],
         )
-        parts = {"lm": described(_bare_head(shape))} if head else {}
-        parts |= {} if headed is None else _heads(headed, shape)
-    found = to_ours(family, rest, _entries(family, shape, head, headed), f"{directory}")
+        if own is not None and not torch.equal(theirs[own], theirs.get(table.theirs, theirs[own])):
+            # Version 5 of transformers says of an untied T5 that it is tied, and goes by what the file holds.
+            shape = replace(shape, tied=False)
+        form = of_file(family, shape, {name: tensor.shape for name, tensor in theirs.items()}, config, f"{directory}")
+    assert form is not None
+    entries = form.entries(shape)
+    unread = theirs.keys() - {entry.theirs for entry in entries}
+    for name in sorted(unread):
+        if not re.search(f"{family.spare}|{family.unused}", name):
+            raise UserError(f"{directory} holds {names[name]!r}, which is no tensor of a {form.name} of this shape")
+    with torch.device("meta"):
+        wanted = to_theirs(LM(shape, form.parts(shape)).state_dict(), entries)
+    for entry in entries:
+        have, want = theirs.get(entry.theirs), tuple(wanted[entry.theirs].shape)
+        if have is not None and tuple(have.shape) != want:
+            stored = names[entry.theirs]
+            raise UserError(f"{directory}: tensor {stored!r} is {tuple(have.shape)}, and its config expects {want}")
+    found = to_ours(theirs, entries)
+    for entry in entries:
+        # Old versions saved some parts under our names; a second name of what is there already may be left out.
+        if not found.keys() | extra.keys() >= set(entry.ours) and not copied(entry, shape):
+            raise UserError(f"{directory} lacks tensor {entry.theirs!r} of a {form.name}")
     if shape.tied:
         found.pop("parts.lm.weight", None)
-        if head:
+        if form.lm:
             found["parts.lm.weight"] = found["tokens.weight"]
-    return shape, found | extra, parts
-
-
-def _bare_head(shape: Shape) -> Vocabulary:
-    with torch.device("meta"):
-        return Vocabulary(shape)
-
-
-def _has_head(family: Family, shape: Shape, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    """Whether a foreign file holds the vocabulary head: by its tensors, or by its class where all of it is tied."""
-    trunk = set(family.entries(shape, False))
-    own: list[Entry] = [e for e in family.entries(shape, True) if e not in trunk]
-    own = [e for e in own if not (shape.tied and e.ours == ("parts.lm.weight",))]
-    if own:
-        return all(entry.theirs in state for entry in own)
-    return family.classes[1] not in config.get("architectures", [])
+    parts = ours["parts"] if ours else {name: described(part) for name, part in form.parts(shape).items()}
+    dropped = sorted(names[name] for name in unread if not re.search(family.spare, name))
+    return Found(shape, found | extra, parts, dropped)
 
 
 def _guarded(family: Family, config: dict[str, Any], directory: Path) -> Shape:
