@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from firth.model.families import FAMILIES, families_of
 from firth.model.families.classes import copied, known, labels, of_file, of_model, untied
 from firth.model.families.family import Family, spelled, to_ours, to_theirs
+from firth.model.hollow import hollow
 from firth.model.lm import LM
 from firth.model.parts import Description, described, rebuilt
 from firth.model.shape import Shape
@@ -104,7 +105,7 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     """
     found = _read(directory)
     if parts is None:
-        with torch.device("meta"):
+        with hollow():
             model = LM(found.shape, {name: rebuilt(description, name) for name, description in found.parts.items()})
         model = model.to_empty(device="cpu")
         model.tie()
@@ -220,9 +221,9 @@ def _read(directory: Path) -> Found:
     entries = form.entries(shape)
     unread = theirs.keys() - {entry.theirs for entry in entries}
     for name in sorted(unread):
-        if not re.search(f"{family.spare}|{family.unused}", name):
+        if not re.search(f"{family.spare}|{family.tied}|{family.unused}", name):
             raise UserError(f"{directory} holds {names[name]!r}, which is no tensor of a {form.name} of this shape")
-    with torch.device("meta"):
+    with hollow():
         wanted = to_theirs(LM(shape, form.parts(shape)).state_dict(), entries)
     for entry in entries:
         have, want = theirs.get(entry.theirs), tuple(wanted[entry.theirs].shape)
@@ -239,7 +240,8 @@ def _read(directory: Path) -> Found:
         if form.lm:
             found["parts.lm.weight"] = found["tokens.weight"]
     parts = ours["parts"] if ours else {name: described(part) for name, part in form.parts(shape).items()}
-    dropped = sorted(names[name] for name in unread if not re.search(family.spare, name))
+    nothing = f"{family.spare}|{family.tied}" if shape.tied else family.spare
+    dropped = sorted(names[name] for name in unread if not re.search(nothing, name))
     return Found(shape, found | extra, parts, dropped)
 
 

@@ -22,11 +22,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from firth.model.families.family import Entry, Family, Headed
 from firth.model.heads import Vocabulary
+from firth.model.hollow import hollow
 from firth.model.parts import Description, answered, described
 from firth.model.shape import Shape
 from firth.types import UserError
@@ -47,9 +47,14 @@ class Form:
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         """Its heads by our names, as modules that hold nothing."""
-        with torch.device("meta"):
+        with hollow():
             parts: dict[str, nn.Module] = {"lm": Vocabulary(shape)} if self.lm else {}
             return parts | ({self.headed.part: self.headed.make(shape, self.answers)} if self.headed else {})
+
+    @property
+    def named(self) -> set[str]:
+        """Its heads, by our names."""
+        return ({"lm"} if self.lm else set()) | ({self.headed.part} if self.headed else set())
 
     def own(self, shape: Shape) -> list[Entry]:
         """The tensors of its heads; a tied matrix is none."""
@@ -155,8 +160,7 @@ def of_file(
     if said and not named:
         forms = forms[:2]  # a class that we do not have: its trunk, and what else it holds is told
     if named:
-        parts = named[0].parts(shape).keys()
-        forms = named[:1] + [form for form in forms if form.parts(shape).keys() > parts]
+        forms = named[:1] + [form for form in forms if form.named > named[0].named]
     whole = [form for form in forms if there[form] == len(own[form])]
     if named and named[0] not in whole:
         form = named[0]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from firth.model.hollow import hollow
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -57,7 +58,7 @@ class Headed:
 
     def entries(self, shape: Shape, answers: int) -> list[Entry]:
         """The head's tensors; the last has a row for each answer."""
-        with torch.device("meta"):
+        with hollow():
             names = list(self.make(shape, answers).state_dict())
         out = []
         for name in names:
