@@ -57,10 +57,12 @@ def changed(directory: Path, state: dict[str, Tensor]) -> Path:
 def test_whatever_is_missing_unknown_or_of_another_size_is_named(name: str, tmp_path: Path) -> None:
     assert families_of(SHAPES[name])[0].name == name
     state = foreign(SHAPES[name], tmp_path)
-    for key in state:
+    for i, key in enumerate(state):
         rest = {other: tensor for other, tensor in state.items() if other != key}
         with pytest.raises(UserError, match=f"lacks tensor '{re.escape(key)}' of a "):
             load_model(changed(tmp_path, rest))
+        if i % 3:
+            continue
         longer = state[key].new_zeros((state[key].shape[0] + 1, *state[key].shape[1:]))
         with pytest.raises(UserError, match=f"'{re.escape(key)}' is .*, and its config expects"):
             load_model(changed(tmp_path, state | {key: longer}))
@@ -151,6 +153,22 @@ def test_a_window_as_long_as_a_row_changes_nothing(tmp_path: Path) -> None:
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_model(tmp_path).shape == LLAMA
+
+
+@pytest.mark.parametrize(
+    ("millions", "width", "depth", "heads", "head_width"),
+    [(44, 512, 8, 8, 64), (251, 1024, 16, 16, 64), (664, 1408, 24, 11, 128), (1609, 2176, 25, 17, 128),
+     (4516, 3072, 36, 24, 128), (9293, 4096, 42, 32, 128), (11452, 4352, 47, 32, 128), (16183, 5120, 47, 40, 128)],
+)  # fmt: skip
+def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
+    millions: int, width: int, depth: int, heads: int, head_width: int
+) -> None:
+    """Rows of Hoffmann 2022, table A9: the width of the MLP is four times the model's throughout."""
+    shape = published.transformer_xl(width, depth, heads, head_width)
+    assert abs(shape.parameters() - millions * 1e6) < 0.7e6
+    tiny = published.transformer_xl(32, 2, 4, 10, vocab=61)
+    assert sum(p.numel() for p in LM(tiny, {"lm": Vocabulary(tiny)}).parameters()) == tiny.parameters()
+    assert 69.5e9 < published.SHAPES["chinchilla"].parameters() < 70.5e9
 
 
 def test_spanbert_is_a_bert(tmp_path: Path) -> None:

@@ -162,12 +162,11 @@ def of_file(
     if named:
         forms = named[:1] + [form for form in forms if form.named > named[0].named]
     whole = [form for form in forms if there[form] == len(own[form])]
-    if named and named[0] not in whole:
-        form = named[0]
+    if forms[0] not in whole and (named or (there[forms[0]] and not any(there[form] for form in whole))):
+        # Named, or a vocabulary head of which some is there and which no other explains: what it lacks is to be told.
+        form = forms[0]
     else:
-        # Some of a head's tensors and no whole one: it is meant to be there, and what it lacks is to be named.
-        pool = whole if any(there[form] for form in whole) or not any(there[form] for form in forms) else forms
-        form = max(pool, key=lambda form: there[form])
+        form = max(whole, key=lambda form: there[form])
     for field, value in () if form.headed is None else form.headed.says:
         if config.get(field, value) != value:
             raise UserError(f"{where}/config.json asks for {field}={config[field]!r}; firth has {value!r} only")
