@@ -171,6 +171,20 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
     assert 69.5e9 < published.SHAPES["chinchilla"].parameters() < 70.5e9
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("roberta-base", 124_697_433 - 2 * 768),
+        ("roberta-large", 355_412_057 - 2 * 1024),
+        ("distilbert-base", 66_985_530),
+    ],
+)
+def test_released_encoders_are_counted(name: str, count: int) -> None:
+    """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
+    assert published.SHAPES[name].parameters() == count
+    assert family_of(published.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
+
+
 def test_spanbert_is_a_bert(tmp_path: Path) -> None:
     assert family_of(published.SHAPES["spanbert"]) is FAMILIES["bert"]
     model = LM(

@@ -1,5 +1,6 @@
 """Modules that hold nothing, to know their tensors' names and sizes, or to be filled from a file.
 
+>>> from torch import nn
 >>> with hollow():
 ...     matrix = nn.Linear(1_000_000, 1_000_000).weight
 >>> matrix.device.type, tuple(matrix.shape)

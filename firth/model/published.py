@@ -6,6 +6,8 @@
     chinchilla              70 B              Hoffmann 2022, table 4: Gopher's form (see `transformer_xl`)
     gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
+    roberta-base, -large    125 M, 355 M      Liu 2019, section 2 and 5, with one segment, as released
+    distilbert-base         66 M              Sanh 2019, table 3, without the head
     xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
     mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
     spanbert                334 M             Joshi 2020: BERT-large with its cased vocabulary
@@ -120,6 +122,9 @@ SHAPES: dict[str, Shape] = {
     "chinchilla": transformer_xl(8192, 80, 64, 128),
     "bert-base": bert(30522, 768, 12, 12),
     "bert-large": bert(30522, 1024, 24, 16),
+    "roberta-base": bert(50265, 768, 12, 12, segments=1),
+    "roberta-large": bert(50265, 1024, 24, 16, segments=1),
+    "distilbert-base": bert(30522, 768, 6, 12, segments=0),
     "xlnet-base": xlnet(32000, 768, 12, 12),
     "xlnet-large": xlnet(32000, 1024, 24, 16),
     "mpnet-base": mpnet(30527, 768, 12, 12),
