@@ -92,7 +92,7 @@ def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
     pooler = {name: tensor for name, tensor in state.items() if "seq_relationship" not in name}
     assert left_out(changed(tmp_path, pooler)) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
     assert set(load_model(tmp_path).parts) == {"lm"}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMultipleChoice"]}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForRiddles"]}))
     choice = {name: tensor for name, tensor in pooler.items() if not name.startswith("cls")}
     choice |= {"classifier.weight": torch.zeros(1, 32), "classifier.bias": torch.zeros(1)}
     assert left_out(changed(tmp_path, choice)) == [
@@ -207,6 +207,8 @@ HEADS: dict[str, tuple[Shape, str, Callable[[], nn.Module], str]] = {
     "plain classes on BERT": (BERT, "classes", lambda: linear(32, 3), "BertModel"),
     "BERT's own": (BERT, "classes", lambda: pooled(32, 3), "BertForSequenceClassification"),
     "ELECTRA's on BERT": (BERT, "classes", lambda: pooled(32, 3, nn.GELU), "ElectraForSequenceClassification"),
+    "one of BERT's own": (BERT, "score", lambda: pooled(32, 1), "BertForSequenceClassification"),
+    "options": (BERT, "choice", lambda: pooled(32, 1), "BertForMultipleChoice"),
     "tags": (BERT, "tags", lambda: linear(32, 5), "BertForTokenClassification"),
     "a span": (BERT, "span", lambda: linear(32, 2), "BertForQuestionAnswering"),
     "a span of three": (BERT, "span", lambda: linear(32, 3), "BertModel"),

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from firth.model.families import FAMILIES, families_of
-from firth.model.families.classes import copied, known, labels, of_file, of_model, untied
-from firth.model.families.family import Family, spelled, to_ours, to_theirs
+from firth.model.families.classes import labels, of_model
+from firth.model.families.family import Family, to_theirs
+from firth.model.families.reading import Found, foreign, own
 from firth.model.hollow import hollow
 from firth.model.lm import LM
-from firth.model.parts import Description, described, rebuilt
+from firth.model.parts import described, rebuilt
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -178,17 +178,8 @@ def class_names(directory: Path) -> tuple[str, ...]:
     return labels(_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a directory holds: the shape, the tensors by our names, the parts described, the tensors left out."""
-
-    shape: Shape
-    state: dict[str, Tensor]
-    parts: dict[str, Description]
-    left_out: list[str]
-
-
 def _read(directory: Path) -> Found:
+    """What a directory holds, by our names."""
     config, ours = _json(directory / "config.json"), _json(directory / "firth.json")
     if not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
@@ -202,47 +193,9 @@ def _read(directory: Path) -> Found:
     if kind not in FAMILIES:
         raise UserError(f"{directory}/config.json is of family {kind!r}; firth reads {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    shape = _shape(ours, directory) if ours else _guarded(family, config, directory)
-    extra = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
-    names = spelled(family, state.keys() - extra.keys(), known(family, shape))
-    theirs = {name: state[stored] for name, stored in names.items()}
     if ours:
-        form = of_model([family], shape, ours["parts"])
-    else:
-        own, [table] = (
-            untied(family, shape, theirs),
-            [e for e in family.entries(shape, False) if "tokens.weight" in e.ours],
-        )
-        if own is not None and not torch.equal(theirs[own], theirs.get(table.theirs, theirs[own])):
-            # Version 5 of transformers says of an untied T5 that it is tied, and goes by what the file holds.
-            shape = replace(shape, tied=False)
-        form = of_file(family, shape, {name: tensor.shape for name, tensor in theirs.items()}, config, f"{directory}")
-    assert form is not None
-    entries = form.entries(shape)
-    unread = theirs.keys() - {entry.theirs for entry in entries}
-    for name in sorted(unread):
-        if not re.search(f"{family.spare}|{family.tied}|{family.unused}", name):
-            raise UserError(f"{directory} holds {names[name]!r}, which is no tensor of a {form.name} of this shape")
-    with hollow():
-        wanted = to_theirs(LM(shape, form.parts(shape)).state_dict(), entries)
-    for entry in entries:
-        have, want = theirs.get(entry.theirs), tuple(wanted[entry.theirs].shape)
-        if have is not None and tuple(have.shape) != want:
-            stored = names[entry.theirs]
-            raise UserError(f"{directory}: tensor {stored!r} is {tuple(have.shape)}, and its config expects {want}")
-    found = to_ours(theirs, entries)
-    for entry in entries:
-        # Old versions saved some parts under our names; a second name of what is there already may be left out.
-        if not found.keys() | extra.keys() >= set(entry.ours) and not copied(entry, shape):
-            raise UserError(f"{directory} lacks tensor {entry.theirs!r} of a {form.name}")
-    if shape.tied:
-        found.pop("parts.lm.weight", None)
-        if form.lm:
-            found["parts.lm.weight"] = found["tokens.weight"]
-    parts = ours["parts"] if ours else {name: described(part) for name, part in form.parts(shape).items()}
-    nothing = f"{family.spare}|{family.tied}" if shape.tied else family.spare
-    dropped = sorted(names[name] for name in unread if not re.search(nothing, name))
-    return Found(shape, found | extra, parts, dropped)
+        return own(family, _shape(ours, directory), state, ours["parts"], f"{directory}")
+    return foreign(family, _guarded(family, config, directory), state, config, f"{directory}")
 
 
 def _guarded(family: Family, config: dict[str, Any], directory: Path) -> Shape:

@@ -62,6 +62,7 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
+POOLED = {"0": "albert.pooler", "2": "classifier"}
 ORDER = {"0": "albert.pooler", "2": "sop_classifier.classifier"}
 
 FAMILY = Family(
@@ -70,6 +71,6 @@ FAMILY = Family(
     unused=r"^albert\.pooler\.|^predictions\.|^sop_classifier\.|^classifier\.|^qa_outputs\.",
     headed=(
         Headed("AlbertForPreTraining", "order", bert.pooler, ORDER, answers=2, lm=True),
-        *bert.tasks("Albert", {"0": "albert.pooler", "2": "classifier"}),
+        *bert.tasks("Albert", POOLED, POOLED),
     ),
 )  # fmt: skip

@@ -85,15 +85,22 @@ def plain(shape: Shape, answers: int) -> nn.Module:
     return linear(shape.width, answers)
 
 
-def tasks(name: str, classes: dict[str, str], make: Callable[[Shape, int], nn.Module] = pooler) -> tuple[Headed, ...]:
-    """The classes for tasks that a family of encoders has: of a text (`classes` says where), of its words, of a question."""
+def tasks(
+    name: str, text: dict[str, str], option: dict[str, str], make: Callable[[Shape, int], nn.Module] = pooler
+) -> tuple[Headed, ...]:
+    """The classes for tasks that a family of encoders has. text, option: modules of the head that reads a text, or an option
+    of several -> theirs. With a single label theirs is a regression."""
+    reader = f"{name}ForSequenceClassification"
     return (
-        Headed(f"{name}ForSequenceClassification", "classes", make, classes),
+        Headed(reader, "score", make, text, answers=1),
+        Headed(reader, "classes", make, text),
+        Headed(f"{name}ForMultipleChoice", "choice", make, option, answers=1),
         Headed(f"{name}ForTokenClassification", "tags", plain, {"": "classifier"}),
         Headed(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, answers=2),
     )
 
 
+POOLED = {"0": "bert.pooler.dense", "2": "classifier"}
 NEXT = {"0": "bert.pooler.dense", "2": "cls.seq_relationship"}
 
 FAMILY = Family(
@@ -104,6 +111,6 @@ FAMILY = Family(
     headed=(
         Headed("BertForPreTraining", "next", pooler, NEXT, answers=2, lm=True),
         Headed("BertForNextSentencePrediction", "next", pooler, NEXT, answers=2),
-        *tasks("Bert", {"0": "bert.pooler.dense", "2": "classifier"}),
+        *tasks("Bert", POOLED, POOLED),
     ),
 )  # fmt: skip

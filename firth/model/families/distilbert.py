@@ -54,9 +54,11 @@ def through_relu(shape: Shape, answers: int) -> nn.Module:
     return pooled(shape.width, answers, nn.ReLU)
 
 
+READ = {"0": "pre_classifier", "2": "classifier"}
+
 FAMILY = Family(
     "distilbert", ("DistilBertForMaskedLM", "DistilBertModel"), config, shape, entries, "distilbert.",
     spare=r"position_ids$", tied=r"^vocab_projector\.weight$",
     unused=r"^vocab_|^pre_classifier\.|^classifier\.|^qa_outputs\.",
-    headed=bert.tasks("DistilBert", {"0": "pre_classifier", "2": "classifier"}, through_relu),
+    headed=bert.tasks("DistilBert", READ, READ, through_relu),
 )  # fmt: skip

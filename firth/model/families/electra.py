@@ -48,6 +48,7 @@ def through_gelu(shape: Shape, answers: int) -> nn.Module:
     return pooled(shape.width, answers, nn.GELU)
 
 
+SUMMARY = {"0": "sequence_summary.summary", "2": "classifier"}
 REPLACED = {"0": "discriminator_predictions.dense", "2": "discriminator_predictions.dense_prediction"}
 
 FAMILY = Family(
@@ -56,6 +57,6 @@ FAMILY = Family(
     unused=r"^generator_|^discriminator_|^sequence_summary\.|^classifier\.|^qa_outputs\.",
     headed=(
         Headed("ElectraForPreTraining", "replaced", through_gelu, REPLACED, answers=1),
-        *bert.tasks("Electra", {"0": "classifier.dense", "2": "classifier.out_proj"}, through_gelu),
+        *bert.tasks("Electra", {"0": "classifier.dense", "2": "classifier.out_proj"}, SUMMARY, through_gelu),
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ can drift from the first. Tensors: each of theirs is one of ours, or several of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -137,8 +137,11 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
     return out
 
 
-def to_ours(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
-    """Tensors by their names, as the entries spell them, under our names. Those that are not there are left out."""
+def to_ours(state: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """Tensors by their names, as the entries spell them, under our names. Those that are not there are left out.
+
+    They must be of the sizes that the entries expect, and are views of the file's own memory.
+    """
     out: dict[str, Tensor] = {}
     for entry in entries:
         if entry.theirs not in state:
@@ -147,7 +150,7 @@ def to_ours(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, Ten
         whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
         whole = whole.t() if entry.transposed else whole
         pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
-        out |= {ours: piece.contiguous() for ours, piece in zip(entry.ours, pieces, strict=True)}
+        out |= dict(zip(entry.ours, pieces, strict=True))
     return out
 
 

@@ -78,6 +78,7 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
 
 
 ACTS = {"geglu": nn.GELU(), "geglu_tanh": nn.GELU("tanh"), "swiglu": nn.SiLU()}
+FIRST = (("classifier_pooling", "cls"),)
 HEAD = {"0": "head.dense", "2": "head.norm", "3": "classifier"}
 
 
@@ -91,7 +92,9 @@ FAMILY = Family(
     "modernbert", ("ModernBertForMaskedLM", "ModernBertModel"), config, shape, entries, "model.",
     spare=r"inv_freq$", tied=r"^decoder\.weight$", unused=r"^head\.|^decoder\.|^classifier\.",
     headed=(
-        Headed("ModernBertForSequenceClassification", "classes", predicted, HEAD, says=(("classifier_pooling", "cls"),)),
+        Headed("ModernBertForSequenceClassification", "score", predicted, HEAD, answers=1, says=FIRST),
+        Headed("ModernBertForSequenceClassification", "classes", predicted, HEAD, says=FIRST),
+        Headed("ModernBertForMultipleChoice", "choice", predicted, HEAD, answers=1, says=FIRST),
         Headed("ModernBertForTokenClassification", "tags", predicted, HEAD),
         Headed("ModernBertForQuestionAnswering", "span", predicted, HEAD, answers=2),
     ),

@@ -67,5 +67,7 @@ FAMILY = Family(
     "mpnet", ("MPNetForMaskedLM", "MPNetModel"), config, shape, entries, "mpnet.",
     spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
     unused=r"^mpnet\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
-    headed=bert.tasks("MPNet", {"0": "classifier.dense", "2": "classifier.out_proj"}),
+    headed=bert.tasks(
+        "MPNet", {"0": "classifier.dense", "2": "classifier.out_proj"}, {"0": "mpnet.pooler.dense", "2": "classifier"}
+    ),
 )  # fmt: skip

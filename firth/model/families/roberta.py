@@ -46,7 +46,10 @@ FAMILY = Family(
     "roberta", ("RobertaForMaskedLM", "RobertaModel"), config, shape, entries, "roberta.",
     spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
     unused=r"^roberta\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
-    headed=bert.tasks("Roberta", {"0": "classifier.dense", "2": "classifier.out_proj"}),
+    headed=bert.tasks(
+        "Roberta", {"0": "classifier.dense", "2": "classifier.out_proj"},
+        {"0": "roberta.pooler.dense", "2": "classifier"},
+    ),
     pad=PAD,
 )  # fmt: skip
 

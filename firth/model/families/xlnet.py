@@ -78,14 +78,16 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
-SUMMARY = (("summary_type", "last"), ("summary_use_proj", True), ("summary_activation", "tanh"))
+LAST = (("summary_type", "last"), ("summary_use_proj", True), ("summary_activation", "tanh"))
+SUMMARY = {"0": "sequence_summary.summary", "2": "logits_proj"}
 
 FAMILY = Family(
     "xlnet", ("XLNetLMHeadModel", "XLNetModel"), config, shape, entries, "transformer.", tied=r"^lm_loss\.weight$",
     unused=r"^lm_loss\.|^sequence_summary\.|^logits_proj\.|^classifier\.|^qa_outputs\.|_logits\.|^answer_class\.",
     headed=(
-        Headed("XLNetForSequenceClassification", "classes", bert.pooler,
-               {"0": "sequence_summary.summary", "2": "logits_proj"}, says=SUMMARY),
+        Headed("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, answers=1, says=LAST),
+        Headed("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, says=LAST),
+        Headed("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, answers=1, says=LAST),
         Headed("XLNetForTokenClassification", "tags", bert.plain, {"": "classifier"}),
         Headed("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, answers=2),
     ),
