@@ -93,7 +93,9 @@ UNNAMED = "LABEL_"
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes in a config.json, in the order of the head's rows; none where they are only numbered."""
-    said = config.get("id2label") or {}
+    said = config.get("id2label")
+    if type(said) is not dict or not all(str(key).isdigit() for key in said):
+        return ()
     names = tuple(str(said[key]) for key in sorted(said, key=int))
     return () if all(name == f"{UNNAMED}{i}" for i, name in enumerate(names)) else names
 
@@ -155,7 +157,8 @@ def of_file(
             forms.append(Form(family, headed.lm, headed, rows))
     own = {form: {entry.theirs for entry in form.own(shape)} for form in forms}
     there = {form: len(own[form] & sizes.keys()) for form in forms}
-    said = config.get("architectures") or []
+    said = config.get("architectures")
+    said = said if type(said) is list else []
     named = [form for form in forms if form.name in said]
     if said and not named:
         forms = forms[:2]  # a class that we do not have: its trunk, and what else it holds is told

@@ -132,8 +132,10 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
         for other in others:
             if new.startswith(other):
                 new = family.prefix + new.removeprefix(other)
-        inside = bare and (family.prefix + new in known or new not in known)
-        out[family.prefix + new if inside else new] = name
+        new = family.prefix + new if bare and (family.prefix + new in known or new not in known) else new
+        if new in out:
+            raise UserError(f"a file holds {out[new]!r} and {name!r}, which are two names for one tensor")
+        out[new] = name
     return out
 
 
