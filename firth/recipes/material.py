@@ -98,9 +98,7 @@ class Material:
                     parts.append(None)
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
-                store = TokenStore.build(
-                    itertools.chain([first], documents), self.tokenizer, place, counts=vars(counts)
-                )
+                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows)
                 kind = "held out" if apart else "to learn from"
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
-from firth.recipes import labels, segments, tree
+from firth.recipes import labelled, labels, segments, tree
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
@@ -107,7 +107,8 @@ tree.KINDS[Objective] = tree.Kinds(
     join=lambda first, second: first + second,
     part=lambda total: (total.first, total.second),
 )
-SEGMENTS = segments.SEGMENTS | labels.SEGMENTS
+SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS
+tree.SHORT[Text] = "path"
 tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
 
 

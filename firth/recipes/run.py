@@ -127,7 +127,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
         said = save_model(model, tokenizer, directory / "model", facts)
-        remarks = settled.objective.remarks(trained.metrics)
+        remarks = [*settled.objective.remarks(trained.metrics), *cut.remarks]
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
@@ -196,7 +196,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         )
     if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
-    objective = recipe.segment.settle(recipe.objective, material)
+    objective = recipe.segment.settle(recipe.objective, material).fitted(shape)
     refuse_misfit(objective, shape)
     refuse_memory(shape, recipe.segment, recipe.batch.pack)
     return dataclasses.replace(recipe, shape=shape, objective=objective)

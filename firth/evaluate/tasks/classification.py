@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from firth.data.batch import collate
-from firth.data.records import Labelled
+from firth.data.labelled import Labelled
 from firth.evaluate import metrics
 from firth.evaluate.likelihood import groups
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
