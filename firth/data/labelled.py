@@ -257,7 +257,7 @@ class Tagged(Records):
     Text files are read as CoNLL's columns, and IOB1 as BIO. keep: remember the words and tags as they are written.
     """
 
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32}
+    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32, "words": np.int32}
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
 
     def __init__(
@@ -307,8 +307,13 @@ class Tagged(Records):
         if "cls" in vocab.roles and "sep" in vocab.roles:
             tokens = vocab.frame(self.fit(tokens, self.length - 2))
             tags = np.concatenate(([IGNORE], tags[: self.length - 2], [IGNORE]))
-        asked = bool((tags != IGNORE).any())
-        return {"tokens": self.fit(tokens, self.length), "tags": tags[: self.length]} if asked else None
+        tokens, tags = self.fit(tokens, self.length), tags[: self.length]
+        asked = int((tags != IGNORE).sum())
+        return {"tokens": tokens, "tags": tags, "words": word[first][:asked]} if asked else None
+
+    def words(self, index: int) -> np.ndarray:
+        """Which word of its sentence each tag that is asked belongs to."""
+        return self._columns["words"][index]
 
     def _numbers(self, names: list[str]) -> np.ndarray:
         """The numbers of a sentence's tags; UserError with the first that is unknown."""

@@ -86,6 +86,10 @@ class Objective:
         """
         return self
 
+    def finish(self, model: LM) -> None:
+        """What is done to a trained model before it is exported: a head that learnt in units of its own is put into the
+        data's."""
+
     def remarks(self, metrics: Mapping[str, float]) -> list[str]:
         """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
         return []
@@ -164,6 +168,10 @@ class Sum(Objective):
 
     def scheduled(self, step: int) -> Objective:
         return dataclasses.replace(self, first=self.first.scheduled(step), second=self.second.scheduled(step))
+
+    def finish(self, model: LM) -> None:
+        self.first.finish(model)
+        self.second.finish(model)
 
     def remarks(self, metrics: Mapping[str, float]) -> list[str]:
         return self.first.remarks(metrics) + self.second.remarks(metrics)

@@ -3,7 +3,7 @@
     a man plays a guitar / a man is playing music         3.2 of 5
 
 The numbers are learnt in units of their own spread around their mean, so that prices and ratings are learnt at one rate;
-what is told is in the units of the data. (The original learns STS-B's 0 to 5 as they are: `mean=0 spread=1`.)
+the head of the exported model is put into the units of the data. (The original learns STS-B's 0 to 5 as they are: `mean=0 spread=1`.)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from firth.model.lm import LM
@@ -53,6 +54,12 @@ class Regression(Read):
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         score = (float(example["score"]) - (self.mean or 0.0)) / (self.spread or 1.0)
         return ask("score", score, example, self.place, vocab)
+
+    @torch.no_grad()
+    def finish(self, model: LM) -> None:
+        head: nn.Linear = model.parts["score"]  # type: ignore[assignment]
+        head.weight.mul_(self.spread or 1.0)
+        head.bias.mul_(self.spread or 1.0).add_(self.mean or 0.0)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, wanted = asked(outputs["hidden"], batch["score"])

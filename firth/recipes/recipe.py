@@ -56,12 +56,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Checks:
-    """Held-out measurements and saves: every how many steps (0: at the end alone), on how many examples at most."""
+    """Held-out measurements and saves: every how many steps (0: at the end alone), on how many examples at most.
+
+    best: the measurement by which the exported model is the best one and not the last (accuracy, f1, loss, ...); empty: the
+    last. patience: the run ends when so many measurements in a row were no new best (by the loss, if `best` is empty).
+    """
 
     every: int = 0
     examples: int = 512
     save: int = 500
     keep: int = 2
+    best: str = ""
+    patience: int = 0
 
 
 @dataclass(frozen=True)

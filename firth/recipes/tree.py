@@ -236,9 +236,11 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             place[parent] = inner
             place = inner
         try:
-            place[last] = yaml.safe_load(text) if text else ""
+            value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
-            place[last] = text
+            value = text
+        named = isinstance(value, dict) and all(one is None for one in value.values())
+        place[last] = text if named else value  # {title} is a form, not a mapping of nothing
     return result
 
 

@@ -1,0 +1,102 @@
+"""Tagging: a tag for each word of sentences, and where the tags mark names, precision, recall and F1 of whole names.
+
+Every word counts: one that was cut away with the end of its sentence, or of which no token is left, is said to be O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from firth.data.labelled import Tagged
+from firth.data.tags import begun, marked
+from firth.evaluate import entities, metrics
+from firth.evaluate.heads import readings, softmax
+from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.tasks.classification import class_names, examples, needs
+from firth.objectives.tagging import Tagging
+from firth.types import UserError
+
+NONE = "O"
+"""What is said of a word that the model did not see."""
+
+
+def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Tagged:
+    """The sentences of the files, read with the fields and the length of the run's recipe if it has one."""
+    needs(subject, "tags", "tags", "tag")
+    if "mixture" in subject.model.parts:
+        raise UserError(
+            f"{subject.directory}: its tags are read off a mixture of all layers, which is measured in training alone: "
+            "see its report"
+        )
+    told = subject.segment
+    return Tagged(
+        paths, subject.tokenizer, subject.context, words=told.get("words", "tokens"), tags=told.get("tags", "tags"),
+        classes=class_names(subject, "tags"), names=told.get("columns", ()), asked=asked, keep=True,
+    )  # fmt: skip
+
+
+def read(subject: Subject, items: Tagged, progress: Progress) -> Iterator[tuple[list[str], list[str], list[float]]]:
+    """(right, said, how sure) of every sentence of the files, word by word."""
+    assert items.written is not None
+    shape = subject.model.shape
+    objective = Tagging(classes=items.classes, left="both" not in shape.honours)
+    found = readings(subject.model, objective, "tags", examples(items, progress), subject.vocab)
+    owners, at = items.owners.tolist(), 0
+    for number, (words, tags) in enumerate(items.written):
+        said, sure = [NONE] * len(words), [0.0] * len(words)
+        if at < len(owners) and owners[at] == number:
+            _, scores = next(found)
+            shares = softmax(scores)
+            for word, best, share in zip(items.words(at), shares.argmax(-1), shares.max(-1), strict=True):
+                said[word], sure[word] = items.classes[best], round(float(share), 6)
+            at += 1
+        yield begun(tags) if marked(tags) else tags, said, sure
+    next(found, None)  # the model is left in the mode it was in
+
+
+def answer(subject: Subject, items: Tagged, progress: Progress) -> Answers:
+    """Of each sentence: words, words right, names there, names said, names right."""
+    found = [(right, said) for right, said, _ in read(subject, items, progress)]
+    words = [len(right) for right, _ in found]
+    well = [sum(a == b for a, b in zip(right, said, strict=True)) for right, said in found]
+    if not marked(items.classes):
+        return words, well
+    return words, well, *np.array([entities.counts(right, said) for right, said in found]).T
+
+
+def _share(words: Any, well: Any, *_: Any) -> float:
+    return float(np.sum(well) / np.sum(words))
+
+
+def _f1(words: Any, well: Any, *names: Any) -> float:
+    return entities.f1(*names) if names else metrics.mean([])
+
+
+def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """{"tokens", "tags", "probabilities": of each tag}."""
+    items = source(subject, paths, asked=False)
+    assert items.written is not None
+    for (words, _), (_, said, sure) in zip(items.written, read(subject, items, progress), strict=True):
+        yield {"tokens": words, "tags": said, "probabilities": sure}
+
+
+class _Tagging(Task):
+    """With F1 of names where the tags are marks of names."""
+
+    def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
+        items = self.source(subject, paths)
+        columns = self.answer(subject, items, progress)
+        named = {"accuracy": _share} | ({"f1": _f1} if len(columns) > 2 else {})
+        out: dict[str, Any] = {"items": len(columns[0]), "words": int(np.sum(columns[0]))}
+        if len(columns) > 2:
+            out |= entities.scores(*(np.asarray(column) for column in columns[2:]))
+        for name, metric in named.items():
+            out[name] = metric(*columns)
+            out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
+        return out
+
+
+TAGGING = _Tagging("tagging", source, answer, {"accuracy": _share}, tell=tell)
