@@ -36,7 +36,7 @@ def test_logiqa(tmp_path: Path) -> None:
 
 
 def test_lee(tmp_path: Path) -> None:
-    members = given("a", "b", "c", name="x/lee.cor") + given("1\t.2\t.3", ".2\t1\t.4", ".3\t.4\t1", name="x/s.txt")
+    members = given("a", "b", "c", name="x/lee.cor") + given("1\t.2\t.3", "0\t1\t.4", "0\t0\t1", name="x/s.txt")
     assert prepare_tasks.lee(members, tmp_path) == "3 pairs of 3 texts in lee.jsonl"
     assert [row["label"] for row in rows(tmp_path / "lee.jsonl")] == [0.2, 0.3, 0.4]
     assert rows(tmp_path / "lee.jsonl")[2] == {"text": "c", "other": "b", "label": 0.4}

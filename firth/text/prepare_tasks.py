@@ -68,5 +68,5 @@ def lee(members: Members, out: Path) -> str:
     with (out / "lee.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for i, text in enumerate(texts):
             for j in range(i):
-                file.write(line({"text": text, "other": texts[j], "label": likeness[i][j]}))
+                file.write(line({"text": text, "other": texts[j], "label": likeness[j][i]}))
     return f"{len(texts) * (len(texts) - 1) // 2} pairs of {len(texts)} texts in lee.jsonl"
