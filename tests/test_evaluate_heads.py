@@ -8,8 +8,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from firth.data.tags import begun, names
-from firth.evaluate import entities, metrics
+from firth.evaluate import entities, glue, metrics, overlap
 from firth.evaluate.tasks.spans import LONGEST, best
+from firth.types import UserError
 
 
 def test_correlations_and_f1_are_theirs() -> None:
@@ -121,3 +122,35 @@ def test_the_best_span_is_the_best_of_all_that_are_allowed() -> None:
         assert found.probability == pytest.approx(share[a, 0] * share[b, 1])
         assert found.nowhere == scores[0].sum()
     assert best(np.zeros((3, 2)), np.full((3, 2), -1), 0).score == -np.inf
+
+
+RIGHT = ["the cat sat on the mat today", "she walks home in the rain", "it is so"]
+SAID = ["the cat is on the mat today", "she walked home in rain", "so it is, it is"]
+
+
+def test_bleu_is_sacrebleu_s() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the oracle, where it is installed")
+    assert overlap.bleu(*overlap.bleu_counts(RIGHT, SAID)) == pytest.approx(sacrebleu.corpus_bleu(SAID, [RIGHT]).score)
+    assert overlap.chrf(RIGHT, RIGHT) == pytest.approx(100)
+
+
+def test_rouge_is_rouge_score_s() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the oracle, where it is installed")
+    found = overlap.rouge_scores(RIGHT, SAID)
+    theirs = scorer.RougeScorer(["rouge2"], use_stemmer=True)
+    assert found[1].tolist() == [theirs.score(a, b)["rouge2"].fmeasure for a, b in zip(RIGHT, SAID, strict=True)]
+
+
+def test_a_library_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="which is not installed: pip install no-such-library"):
+        overlap.library("no_such_library", "no-such-library")
+
+
+def test_the_glue_score() -> None:
+    found = {name: dict.fromkeys(numbers, 0.8) for name, numbers in glue.NUMBERS.items()}
+    assert glue.score(found) == pytest.approx(80)
+    assert glue.score(found | {"mnli": {"accuracy": 0.8, "accuracy_mismatched": 0.6}}) == pytest.approx(80 - 10 / 9)
+    with pytest.raises(UserError, match="no task 'ax'"):
+        glue.score({"ax": {"accuracy": 1.0}})
+    with pytest.raises(UserError, match="cola is scored by matthews"):
+        glue.score({"cola": {"accuracy": 1.0}})

@@ -65,7 +65,7 @@ def pearson(gold: Labels, answered: Labels) -> float:
     gold, answered = (np.asarray(column, np.float64) for column in _paired(gold, answered))
     a, b = gold - gold.mean(), answered - answered.mean()
     size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size > 0 else 0.0
+    return 0.0 if size == 0 else float(a @ b) / size
 
 
 def spearman(gold: Labels, answered: Labels) -> float:

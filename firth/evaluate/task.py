@@ -24,7 +24,7 @@ from firth.types import UserError
 
 Metric = Callable[..., float]
 Progress = Callable[[float], None]
-Answers = tuple[Sequence[Any], ...]
+Answers = tuple[Any, ...]
 """Columns of one value per item, as the task's metrics take them: what is right, and what was answered."""
 
 
@@ -99,7 +99,8 @@ def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
 class Task:
     """source: the items of the files, as this subject reads them. answer: puts each before the subject.
 
-    metrics: name -> function of those columns. commonest: whether the commonest right answer is worth knowing.
+    metrics: name -> function of those columns; more: those that depend on the items (F1, of two classes).
+    commonest: whether the commonest right answer is worth knowing.
     tell: what the subject says of each record of the files, one row each in their order, for tasks that `predict` serves.
     """
 
@@ -109,6 +110,7 @@ class Task:
     metrics: Mapping[str, Metric]
     commonest: bool = False
     tell: Callable[[Subject, Sequence[str], Progress], Iterator[dict[str, Any]]] | None = None
+    more: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
     def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
         """The number of items, all metrics, and the interval of each as `NAME_interval`."""
@@ -116,9 +118,9 @@ class Task:
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
         columns = self.answer(subject, items, progress)
-        right = columns[0]
+        right: Sequence[Any] = columns[0]
         out: dict[str, Any] = {"items": len(right)}
-        for name, metric in self.metrics.items():
+        for name, metric in {**self.metrics, **self.more(items)}.items():
             out[name] = metric(*columns)
             out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
         if self.commonest:

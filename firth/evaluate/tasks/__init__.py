@@ -11,10 +11,22 @@ from firth.evaluate.tasks.multiple_choice import MULTIPLE_CHOICE
 from firth.evaluate.tasks.regression import REGRESSION
 from firth.evaluate.tasks.spans import SPANS
 from firth.evaluate.tasks.tagging import TAGGING
+from firth.evaluate.tasks.written import SUMMARIES, TRANSLATION
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE, TAGGING, SPANS, COMPARISONS, CHOICES, ANSWERS)
+    for task in (
+        CLASSIFICATION,
+        REGRESSION,
+        MULTIPLE_CHOICE,
+        TAGGING,
+        SPANS,
+        COMPARISONS,
+        CHOICES,
+        ANSWERS,
+        TRANSLATION,
+        SUMMARIES,
+    )
 }
 
 DEFAULTS = {

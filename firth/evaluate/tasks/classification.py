@@ -7,7 +7,7 @@ the accuracy that training logged, with what one number hides beside it: F1, Mat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from firth.data.labelled import Labelled
 from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings, softmax
-from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
+from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
 from firth.model.parts import answered, described
 from firth.objectives.classification import Classification, Place, place
 from firth.types import Example, UserError
@@ -83,6 +83,14 @@ def answer(subject: Subject, items: Labelled, progress: Progress) -> Answers:
     return [names[int(right)] for right, _ in found], [likeliest(names, scores.tolist()) for _, scores in found]
 
 
+def more(items: Labelled) -> Mapping[str, Metric]:
+    """F1 of the second of two classes, as GLUE has it."""
+    if len(items.classes) != 2:
+        return {}
+    name = items.classes[1]
+    return {"f1": lambda right, said: metrics.f1(np.asarray(right) == name, np.asarray(said) == name)}
+
+
 def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
     """{"label", "probability", "probabilities": class -> share}."""
     items = source(subject, paths, asked=False)
@@ -100,4 +108,5 @@ CLASSIFICATION = Task(
     {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1, "matthews": metrics.matthews},
     commonest=True,
     tell=tell,
+    more=more,
 )

@@ -5,16 +5,16 @@ Every word counts: one that was cut away with the end of its sentence, or of whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from firth.data.labelled import Tagged
 from firth.data.tags import begun, marked
-from firth.evaluate import entities, metrics
+from firth.evaluate import entities
 from firth.evaluate.heads import readings, softmax
-from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.task import Answers, Metric, Progress, Subject, Task
 from firth.evaluate.tasks.classification import class_names, examples, needs
 from firth.objectives.tagging import Tagging
 from firth.types import UserError
@@ -71,8 +71,13 @@ def _share(words: Any, well: Any, *_: Any) -> float:
     return float(np.sum(well) / np.sum(words))
 
 
-def _f1(words: Any, well: Any, *names: Any) -> float:
-    return entities.f1(*names) if names else metrics.mean([])
+def more(items: Tagged) -> Mapping[str, Metric]:
+    """Precision, recall and F1 of names, where the tags mark names."""
+
+    def of(name: str) -> Metric:
+        return lambda words, well, *counted: entities.scores(*(np.asarray(column) for column in counted))[name]
+
+    return {name: of(name) for name in ("precision", "recall", "f1")} if marked(items.classes) else {}
 
 
 def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
@@ -83,20 +88,4 @@ def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator
         yield {"tokens": words, "tags": said, "probabilities": sure}
 
 
-class _Tagging(Task):
-    """With F1 of names where the tags are marks of names."""
-
-    def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
-        items = self.source(subject, paths)
-        columns = self.answer(subject, items, progress)
-        named = {"accuracy": _share} | ({"f1": _f1} if len(columns) > 2 else {})
-        out: dict[str, Any] = {"items": len(columns[0]), "words": int(np.sum(columns[0]))}
-        if len(columns) > 2:
-            out |= entities.scores(*(np.asarray(column) for column in columns[2:]))
-        for name, metric in named.items():
-            out[name] = metric(*columns)
-            out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
-        return out
-
-
-TAGGING = _Tagging("tagging", source, answer, {"accuracy": _share}, tell=tell)
+TAGGING = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, more=more)
