@@ -102,7 +102,8 @@ def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     lines = list(predict(place, "-", io.StringIO("a lovely film\n\na grim film\n")))
     records = list(predict(place, "-", io.StringIO('{"review": "a lovely film"}\n{"review": "a grim film"}\n')))
-    assert lines == records == rows
+    table = list(predict(place, "-", io.StringIO(file.read_text())))
+    assert lines == records == table == rows
     found = CliRunner().invoke(app, ["predict", str(place), "-"], input="a lovely film\n")
     assert json.loads(found.output) == rows[0]
     out = folder / "out.csv"
@@ -119,6 +120,26 @@ def test_evaluate_agrees_with_what_training_measured(make: Make, folder: Path) -
     _, place = classified(make, folder)
     found = evaluate(place, [str(folder / "reviews.csv")])
     assert (found["task"], found["accuracy"], found["items"]) == ("classification", 1.0, 120)
+
+
+def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(
+        "text,label\n" + "a fine film,good\na dull film,bad\n" * 10 + "film " * 200 + ",bad\n"
+    )
+    settings = [
+        *SHAPE,
+        f"source={tmp_path}/long.csv",
+        f"tokenizer.path={tokens(folder)}",
+        "length.steps=2",
+        "source.held_out=0",
+    ]
+    run(load("classify", [*settings, "segment.length=500"]), tmp_path / "run", lambda _: None)
+    done = json.loads((tmp_path / "run" / "done.json").read_text())
+    assert done["counts"]["cut"] == 1
+    assert done["remarks"] == [f"1 were longer than 96 tokens and lost their end; the first is {tmp_path}/long.csv:22"]
+    assert "long.csv:22" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(UserError, match=r"set checks\.every"):
+        load("classify", ["checks.patience=2"])
 
 
 def test_numbers_are_told_in_their_own_units(make: Make, folder: Path) -> None:

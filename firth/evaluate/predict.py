@@ -51,13 +51,23 @@ def _spooled(file: str, given: TextIO, folder: Path, subject: Subject, task: str
         if not Path(file).is_file():
             raise UserError(f"{file}: there is no such file")
         lines = Path(file).read_text("utf-8", "replace").splitlines()
-    if next((line for line in lines if line.strip()), "").lstrip().startswith("{"):
-        rows = lines
-    else:
-        rows = [json.dumps(_record(line, subject, task)) for line in lines if line.strip()]
-    path = folder / "given.jsonl"
+    first = next((line for line in lines if line.strip()), "")
+    kind = "jsonl" if first.lstrip().startswith("{") else _table(first, subject.segment.get("text", "text"))
+    rows = lines if kind else [json.dumps(_record(line, subject, task)) for line in lines if line.strip()]
+    path = folder / f"given.{kind or 'jsonl'}"
     path.write_text("\n".join(rows) + "\n", "utf-8")
     return str(path)
+
+
+def _table(head: str, field: str) -> str:
+    """csv or tsv if a line is the head of a table with the field; empty if not.
+
+    >>> _table("id,review", "review"), _table("a fine review, and long", "review")
+    ('csv', '')
+    """
+    signs = {"\t": "tsv", ",": "csv", ";": "csv"}
+    cells = {sign: [cell.strip('" \r') for cell in head.split(sign)] for sign in signs}
+    return next((signs[sign] for sign in signs if len(cells[sign]) > 1 and field in cells[sign]), "")
 
 
 def _record(line: str, subject: Subject, task: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from firth.data.batch import Batches
 from firth.data.source import Source
@@ -47,7 +48,8 @@ class Held:
         """The head whose answers are looked at one by one; empty for most objectives."""
         shape = self.recipe.shape
         assert shape is not None
-        return head_of(self.recipe.objective.parts(shape))
+        with torch.device("meta"):  # only their names are wanted
+            return head_of(self.recipe.objective.parts(shape))
 
     @cached_property
     def batches(self) -> Batches:

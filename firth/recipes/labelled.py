@@ -9,6 +9,7 @@ the mean and spread of numbers, the most options) goes into the settled recipe.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,19 @@ from firth.recipes.segments import Cut, Segment, recorded
 
 
 @dataclass(frozen=True)
-class Labelled(Segment):
-    """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
+class Framed(Segment):
+    """Records that are read in rows of at most `length` tokens, and of no more than the model can."""
 
     length: int = 128
+
+    def within(self, context: int) -> Segment:
+        return dataclasses.replace(self, length=min(self.length, context))
+
+
+@dataclass(frozen=True)
+class Labelled(Framed):
+    """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
+
     text: str = "text"
     label: str = "label"
     pair: str = ""
@@ -50,10 +60,9 @@ class Labelled(Segment):
 
 
 @dataclass(frozen=True)
-class Scored(Segment):
+class Scored(Framed):
     """Records with a number, in the field `label`; the others as of `labelled`."""
 
-    length: int = 128
     text: str = "text"
     label: str = "label"
     pair: str = ""
@@ -79,11 +88,10 @@ class Scored(Segment):
 
 
 @dataclass(frozen=True)
-class Chosen(Segment):
+class Chosen(Framed):
     """Records with options, one of them right. options: the field of their list, or a field for each. begin: a field whose
     text every option begins with. label: the field of the right option's place, or of the option itself."""
 
-    length: int = 128
     text: str = "text"
     label: str = "label"
     options: tuple[str, ...] = ("options",)
@@ -106,10 +114,9 @@ class Chosen(Segment):
 
 
 @dataclass(frozen=True)
-class Tagged(Segment):
+class Tagged(Framed):
     """Records with a tag for each word. words, tags: the fields that list them, or two of CoNLL's `columns`."""
 
-    length: int = 128
     words: str = "tokens"
     tags: str = "tags"
     columns: tuple[str, ...] = ()
@@ -135,7 +142,7 @@ class Tagged(Segment):
 
 
 @dataclass(frozen=True)
-class Questions(Segment):
+class Questions(Framed):
     """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
     question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
 

@@ -69,6 +69,10 @@ class Checks:
     best: str = ""
     patience: int = 0
 
+    def __post_init__(self) -> None:
+        if self.patience and not self.every:
+            raise UserError("checks.patience counts measurements on the way: set checks.every too")
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -207,10 +207,11 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         )
     if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
-    objective = recipe.segment.settle(recipe.objective, material).fitted(shape)
+    segment = recipe.segment.within(shape.context)
+    objective = segment.settle(recipe.objective, material).fitted(shape)
     refuse_misfit(objective, shape)
-    refuse_memory(shape, recipe.segment, recipe.batch.pack)
-    return dataclasses.replace(recipe, shape=shape, objective=objective)
+    refuse_memory(shape, segment, recipe.batch.pack)
+    return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment)
 
 
 def _finished(directory: Path, recipe: Recipe) -> Finished:

@@ -67,6 +67,10 @@ class Segment:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
 
+    def within(self, context: int) -> Segment:
+        """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
+        return self
+
     def settle(self, objective: Objective, material: Material) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
         return objective
