@@ -122,6 +122,17 @@ def test_evaluate_agrees_with_what_training_measured(make: Make, folder: Path) -
     assert (found["task"], found["accuracy"], found["items"]) == ("classification", 1.0, 120)
 
 
+def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
+    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}"
+    settings = [shape, f"source={folder}/reviews.csv", "tokenizer.size=400", "length.steps=1", "checks.save=0"]
+    done = run(
+        load("classify", [*settings, "segment.text=review", "segment.label=stars"]), tmp_path / "run", lambda _: None
+    )
+    assert done.steps == 1
+    [vocabulary] = (tmp_path / "run" / "tokenizer").glob("tokenizer.json")
+    assert "fine" in vocabulary.read_text()
+
+
 def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text(
         "text,label\n" + "a fine film,good\na dull film,bad\n" * 10 + "film " * 200 + ",bad\n"

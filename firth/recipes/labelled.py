@@ -11,20 +11,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from firth.data import labelled, questions
 from firth.objectives.objective import Known, Objective
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Segment, recorded
+from firth.text import read, tables
 
 
 @dataclass(frozen=True)
 class Framed(Segment):
     """Records that are read in rows of at most `length` tokens, and of no more than the model can."""
 
+    reader: ClassVar[tables.Reader | None] = None
+
     length: int = 128
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        """The fields of a record that hold text, or lists of it."""
+        raise NotImplementedError(type(self).__name__)
+
+    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+        for _, record in read.records(paths, columns=self.named, text=type(self).reader):
+            for field in self.read_fields:
+                value = record.get(field, "")
+                yield value if isinstance(value, str) else " ".join(map(str, value))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The columns of a table without a head."""
+        return ()
 
     def within(self, context: int) -> Segment:
         return dataclasses.replace(self, length=min(self.length, context))
@@ -38,6 +58,14 @@ class Labelled(Framed):
     label: str = "label"
     pair: str = ""
     columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text, self.pair) if self.pair else (self.text,)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Labelled:
         return labelled.Labelled(
@@ -67,6 +95,14 @@ class Scored(Framed):
     label: str = "label"
     pair: str = ""
     columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text, self.pair) if self.pair else (self.text,)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
 
     def _read(self, paths: Sequence[str], material: Material) -> labelled.Scored:
         return labelled.Scored(
@@ -98,6 +134,14 @@ class Chosen(Framed):
     begin: str = ""
     columns: tuple[str, ...] = ()
 
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text, *self.options)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
+
     def _read(self, paths: Sequence[str], material: Material) -> labelled.Chosen:
         return labelled.Chosen(
             paths, material.tokenizer, self.length, text=self.text, label=self.label, options=self.options,
@@ -117,9 +161,19 @@ class Chosen(Framed):
 class Tagged(Framed):
     """Records with a tag for each word. words, tags: the fields that list them, or two of CoNLL's `columns`."""
 
+    reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
+
     words: str = "tokens"
     tags: str = "tags"
     columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.words,)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Tagged:
         return labelled.Tagged(
@@ -150,6 +204,10 @@ class Questions(Framed):
     stride: int = 128
     question: int = 64
     context: str = "context"
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.context, "question")
 
     def _read(self, paths: Sequence[str], material: Material) -> questions.Questions:
         return questions.Questions(

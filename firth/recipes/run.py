@@ -177,6 +177,7 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
             train_tokenizer(
                 source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
                 split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo,
+                texts=recipe.segment.texts(source.paths(echo)),
             )  # fmt: skip
     return Tokenizer.load(own)
 

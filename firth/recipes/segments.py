@@ -8,7 +8,7 @@ preferences and comparisons read records, as do those of `firth.recipes.labelled
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -66,6 +66,10 @@ class Segment:
     def cut(self, material: Material, objective: Objective) -> Cut:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
+
+    def texts(self, paths: Sequence[str]) -> Iterator[str] | None:
+        """What a tokenizer is trained on, of records whose fields the segment names; None: the documents of the source."""
+        return None
 
     def within(self, context: int) -> Segment:
         """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""

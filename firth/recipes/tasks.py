@@ -9,8 +9,11 @@
     firth train text_to_text start=runs/t5 source=pairs.csv "segment.prompt=translate to French: {en}" "segment.answer_is={fr}"
     firth train glue:mrpc start=MODEL source=MRPC/train.tsv source.valid=MRPC/dev.tsv
 
-Without start=MODEL they begin from nothing: shape.width=192 and the like say what. An encoder answers at [CLS], a decoder at
-its last token, an encoder-decoder at the first that it would write. Each keeps the model of its best check.
+Without start=MODEL they begin from nothing: shape={vocab: 4096, width: 192, depth: 4, heads: 3, causal: false}. An encoder
+answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
+
+    checks.every=50 checks.best=f1 checks.patience=3     the best of the checks is exported, and three that are no better end it
+    objective.weights=balanced objective.smoothing=0.1   every class counts the same; a tenth of each label is spread over all
 """
 
 from __future__ import annotations
