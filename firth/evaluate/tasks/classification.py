@@ -6,7 +6,6 @@ the accuracy that training logged, with what one number hides beside it: F1, Mat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings, softmax
 from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
+from firth.model import weights
 from firth.model.parts import answered, described
 from firth.objectives.classification import Classification, Place, place
 from firth.types import Example, UserError
@@ -41,16 +41,14 @@ def needs(subject: Subject, part: str, what: str, recipe: str) -> None:
 
 
 def class_names(subject: Subject, part: str) -> tuple[str, ...]:
-    """The classes in the order of the head's rows: of the model's facts, else of the run's recipe.
+    """The classes in the order of the head's rows: as the model's own files say, else the run's recipe.
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
-    facts = subject.place / "firth.json"
-    said = json.loads(facts.read_text("utf-8"))["facts"].get("classes") if facts.exists() else None
-    said = subject.objective.get("classes") if said is None else said
+    said = weights.class_names(subject.place) or subject.objective.get("classes")
     rows = answered(described(subject.model.parts[part]))
-    if said is None or len(said) != rows:
-        there = "says no names" if said is None else f"names {len(said)}"
+    if not said or len(said) != rows:
+        there = "says no names" if not said else f"names {len(said)}"
         raise UserError(
             f"{subject.directory}: the head has {rows} classes and the run {there}: name the run, not its model/"
         )
