@@ -124,7 +124,7 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
     found = list(names)
     others = [headed.prefix for headed in family.headed if headed.prefix is not None]
     bare = not any(name.startswith((family.prefix, *others)) for name in found)
-    out = {}
+    out: dict[str, str] = {}
     for name in found:
         new = name
         for old, spelling in family.renames:
