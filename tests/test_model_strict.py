@@ -185,6 +185,22 @@ def test_released_encoders_are_counted(name: str, count: int) -> None:
     assert family_of(published.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
 
 
+def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Path) -> None:
+    foreign(SHAPES["modernbert"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_parameters"]["full_attention"]["rope_theta"] == 10000.0
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"global_rope_theta": 777.0}))
+    assert load_model(tmp_path).shape.rotary_theta == 777.0
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
+    state = foreign(LLAMA, tmp_path)
+    twice = state | {"transformer.norm.weight": state["model.norm.weight"]}
+    with pytest.raises(UserError, match="two names for one tensor"):
+        load_model(changed(tmp_path, twice))
+
+
 def test_spanbert_is_a_bert(tmp_path: Path) -> None:
     assert family_of(published.SHAPES["spanbert"]) is FAMILIES["bert"]
     model = LM(
