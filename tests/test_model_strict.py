@@ -84,6 +84,18 @@ def test_a_head_that_is_not_whole_is_not_passed_over(tmp_path: Path) -> None:
         load_model(changed(tmp_path, state))
 
 
+@pytest.mark.parametrize("name", ["mpnet", "roberta", "llama"])
+def test_a_trunk_saved_alone_may_name_its_ancestor_s_class(name: str, tmp_path: Path) -> None:
+    """Published encoders of sentences do. With its prefix in front, the same file lacks something."""
+    state = foreign(SHAPES[name], tmp_path)
+    prefix = FAMILIES[name].prefix
+    trunk = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+    changed(tmp_path, {key.removeprefix(prefix): tensor for key, tensor in trunk.items()})
+    assert set(load_model(tmp_path).parts) == set() and left_out(tmp_path) == []
+    with pytest.raises(UserError, match="lacks tensor 'lm_head"):
+        load_model(changed(tmp_path, trunk))
+
+
 def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
     state = foreign(BERT, tmp_path, {"lm": Vocabulary(BERT), "next": pooled(32, 2)})
     assert left_out(tmp_path) == []
