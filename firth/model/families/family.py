@@ -108,11 +108,15 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
             source = names.pop(family.prefix + entry.theirs, None)
         if source is None:
             continue
-        whole = state[source][entry.unread :]
-        whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
-        whole = whole.t() if entry.transposed else whole
-        pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
-        out |= {ours: piece.contiguous() for ours, piece in zip(entry.ours, pieces, strict=True)}
+        try:  # views of the file's own memory: a copy of each would be a second model
+            whole = state[source][entry.unread :]
+            whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
+            whole = whole.t() if entry.transposed else whole
+            pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
+        except (RuntimeError, IndexError):
+            size = tuple(state[source].shape)
+            raise UserError(f"{where}: tensor {source!r} is {size}, which does not fit config.json") from None
+        out |= dict(zip(entry.ours, pieces, strict=True))
     unknown = [n for new, n in names.items() if not re.search(family.spare, new)]
     if unknown:
         raise UserError(f"{where} holds {unknown[0]!r}, which is no tensor of a {family.name} model of this shape")
