@@ -18,7 +18,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,10 @@ def _save(state: dict[str, Tensor], file: Path) -> None:
     os.replace(partial, file)
 
 
-def weight_files(directory: Path) -> Sequence[Path]:
-    """The safetensors files of a directory."""
-    return sorted(directory.glob("*.safetensors"))
+def dtypes(directory: Path) -> list[torch.dtype]:
+    """The types of floating-point numbers in a model directory's files, the commonest first."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in read_tensors(directory).values():
+        if tensor.is_floating_point():
+            counts[tensor.dtype] += tensor.numel()
+    return [dtype for dtype, _ in counts.most_common()]

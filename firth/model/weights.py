@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ def save_model(
     write_tensors(written, directory, storage)
     write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
-        tokenizer.framed("source" if model.shape.encoder else "left" if model.shape.causal else "both").save(directory)
+        reads: Literal["source", "left", "both"] = "left" if model.shape.causal else "both"
+        tokenizer.framed("source" if model.shape.encoder else reads).save(directory, segments=model.shape.segments > 0)
     return said
 
 
@@ -120,7 +121,12 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     parts: modules to fill in place of those that firth.json describes; needed only for kinds it cannot rebuild.
     Raises UserError if the directory holds no model, or tensors that do not fit.
     """
-    shape, state, names = _read(directory)
+    return read_model(directory, parts)[0]
+
+
+def read_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) -> tuple[LM, list[str]]:
+    """`load_model`, and the names of the tensors in the files that are no weights of it (buffers, BERT's pooler)."""
+    shape, state, names, spare = _read(directory)
     if parts is None:
         with torch.device("meta"):
             model = LM(shape, _rebuilt(names, directory))
@@ -130,7 +136,7 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     else:
         model = LM(shape, parts)
     _fill(model, state, directory)
-    return model.eval()
+    return model.eval(), spare
 
 
 def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:
@@ -147,7 +153,7 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
 
     A part of the same name but of other sizes is both dropped and added. Raises UserError if the trunks differ.
     """
-    shape, state, _ = _read(directory)
+    shape, state, _, _ = _read(directory)
     shared = model.shared()
     state = {name: tensor for name, tensor in state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
@@ -201,8 +207,8 @@ def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
             tensor.copy_(state[name])
 
 
-def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The shape, the tensors by our names, and the descriptions of the parts."""
+def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str, Any]], list[str]]:
+    """The shape, the tensors by our names, the descriptions of the parts, and the tensors that are none of ours."""
     config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
     if not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
@@ -218,7 +224,7 @@ def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str
     if kind is None:
         if shape.tied and "lm" in ours["parts"]:
             state["parts.lm.weight"] = state["tokens.weight"]
-        return shape, state, ours["parts"]
+        return shape, state, ours["parts"], []
     family = FAMILIES[kind]
     head = "lm" in ours["parts"] if ours else _has_head(family, shape, state, config)
     extra = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
@@ -231,12 +237,12 @@ def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str
         )
         parts = {"lm": described(_bare_head(shape))} if head else {}
         parts |= {} if headed is None else _heads(headed, shape)
-    found = to_ours(family, rest, _entries(family, shape, head, headed), f"{directory}")
+    found, spare = to_ours(family, rest, _entries(family, shape, head, headed), f"{directory}")
     if shape.tied:
         found.pop("parts.lm.weight", None)
         if head and "tokens.weight" in found:
             found["parts.lm.weight"] = found["tokens.weight"]
-    return shape, found | extra, parts
+    return shape, found | extra, parts, spare
 
 
 def _bare_head(shape: Shape) -> Vocabulary:

@@ -175,10 +175,11 @@ class Tokenizer:
         definition = frame.framed(self.definition, self._roles, reads, self.bos)
         return _again(definition, self._roles, self.template, self.learnt, self.bos, self.ends)
 
-    def save(self, directory: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too.
+    def save(self, directory: Path, segments: bool = False) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too, 4 and 5.
 
-        The template is its own, else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
+        segments: whether the model tells two texts apart, so that others give it token_type_ids. The template is its own,
+        else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
         known how often each pair was seen when it was merged.
         """
         from firth.text.chat import END, START, TEMPLATE
@@ -187,7 +188,8 @@ class Tokenizer:
         config: dict[str, Any] = {ROLE_KEYS[role]: token for role, token in self._roles.items()}
         extra = [self.token(int(i)) for i in np.flatnonzero(self.vocab.special) if self.engine.id_to_token(int(i))]
         named = set(config.values())
-        config["extra_special_tokens"] = [t for t in extra if t not in named]
+        config["additional_special_tokens"] = [t for t in extra if t not in named]
+        config["model_input_names"] = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config["model_max_length"] = int(1e30)
         config |= ({} if self.bos is None else {"add_bos_token": self.bos}) | ({"ends": list(self.ends)} if self.ends else {})

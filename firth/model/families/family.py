@@ -91,8 +91,13 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     return out
 
 
-def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], where: str) -> dict[str, Tensor]:
-    """A file's tensors under our names. Tensors that no entry explains are an error, missing ones are left out."""
+def to_ours(
+    family: Family, state: dict[str, Tensor], entries: Iterable[Entry], where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's tensors under our names, and the names of those that are no weights of ours (`Family.spare`).
+
+    Tensors that neither explains are an error, missing ones are left out. They are views of the file's own memory.
+    """
     names: dict[str, str] = {}
     bare = not any(name.startswith(family.prefix) for name in state)
     for name in state:
@@ -108,7 +113,7 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
             source = names.pop(family.prefix + entry.theirs, None)
         if source is None:
             continue
-        try:  # views of the file's own memory: a copy of each would be a second model
+        try:
             whole = state[source][entry.unread :]
             whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
             whole = whole.t() if entry.transposed else whole
@@ -120,7 +125,7 @@ def to_ours(family: Family, state: dict[str, Tensor], entries: Iterable[Entry], 
     unknown = [n for new, n in names.items() if not re.search(family.spare, new)]
     if unknown:
         raise UserError(f"{where} holds {unknown[0]!r}, which is no tensor of a {family.name} model of this shape")
-    return out
+    return out, sorted(names.values())
 
 
 def activation(given: str, names: dict[str, str], where: str) -> str:
