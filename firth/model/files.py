@@ -58,6 +58,9 @@ class Storage:
     shard: int = 0
 
 
+AS_IT_IS = Storage()
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size as people write it; "" and "0" are no limit. UserError otherwise.
 
@@ -161,7 +164,9 @@ def _kept(file: Path, name: str, said: Any) -> tuple[Kept, tuple[int, int]]:
         if wanted > 1 << 62:
             raise _broken(file, f"{name!r:.80} claims to have more numbers than any file holds")
     if place[1] - place[0] != wanted:
-        raise _broken(file, f"{name!r:.80} has the shape {tuple(shape)} and {place[1] - place[0]:,} bytes, not {wanted:,}")
+        raise _broken(
+            file, f"{name!r:.80} has the shape {tuple(shape)} and {place[1] - place[0]:,} bytes, not {wanted:,}"
+        )
     return Kept(dtype, tuple(shape)), (place[0], place[1])
 
 
@@ -192,7 +197,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         there = header(file)
         for tensor in sorted(wanted ^ there.keys()):
             where = (index.name, name) if tensor in wanted else (name, index.name)
-            raise UserError(f"{directory}: {where[0]} has the tensor {tensor!r:.80}, and {where[1]} has not: copy both again")
+            raise UserError(
+                f"{directory}: {where[0]} has the tensor {tensor!r:.80}, and {where[1]} has not: copy both again"
+            )
         state |= _opened(file, there)
     return state
 
@@ -211,7 +218,9 @@ def _shards(index: Path) -> dict[str, set[str]]:
 
 
 def _without_weights(directory: Path) -> UserError:
-    pickles, others = (next((f.name for p in some for f in sorted(directory.glob(p))), "") for some in (PICKLES, OTHERS))
+    pickles, others = (
+        next((f.name for p in some for f in sorted(directory.glob(p))), "") for some in (PICKLES, OTHERS)
+    )
     if pickles:
         return UserError(
             f"{directory} holds pickled weights ({pickles}), which can run code and are never read: save them as "
@@ -251,17 +260,25 @@ def refuse_numbers(state: Mapping[str, Tensor], where: Path) -> None:
     for name, tensor in state.items():
         if tensor.dtype not in WEIGHTS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{where}: the tensor {name!r} is {kind}, and firth reads weights of fp32, fp16, bf16 and fp64")
+            raise UserError(
+                f"{where}: the tensor {name!r} is {kind}, and firth reads weights of fp32, fp16, bf16 and fp64"
+            )
 
 
-def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage = Storage()) -> None:
+def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage = AS_IT_IS) -> None:
     """Write all tensors, and an index where they take several files; what an earlier write left over is removed.
 
     UserError where a number is too large for fp16.
     """
-    width = {name: (tensor.dtype if storage.dtype is None else storage.dtype).itemsize for name, tensor in state.items()}
+    width = {
+        name: (tensor.dtype if storage.dtype is None else storage.dtype).itemsize for name, tensor in state.items()
+    }
     shards = _packed({name: tensor.numel() * width[name] for name, tensor in state.items()}, storage.shard)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(files, shards, strict=True):
         _save({tensor: _cast(state[tensor], storage.dtype, tensor) for tensor in shard}, directory / name)
     left = [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX]
@@ -308,6 +325,7 @@ def _save(state: dict[str, Tensor], file: Path) -> None:
         state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
     save_file(state, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the library writes for its user alone
     os.replace(partial, file)
 
 

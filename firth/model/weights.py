@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from firth.model.families import FAMILIES, families_of
 from firth.model.families.family import Entry, Family, Headed, to_ours, to_theirs
-from firth.model.files import Storage, read_json, read_tensors, refuse_foreign, refuse_numbers, write_json, write_tensors
+from firth.model.files import (
+    AS_IT_IS,
+    Storage,
+    read_json,
+    read_tensors,
+    refuse_foreign,
+    refuse_numbers,
+    write_json,
+    write_tensors,
+)
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.parts import Description, described, rebuilt
@@ -38,7 +47,7 @@ def save_model(
     tokenizer: Tokenizer | None,
     directory: Path,
     facts: Mapping[str, Any] | None = None,
-    storage: Storage = Storage(),
+    storage: Storage = AS_IT_IS,
 ) -> str:
     """Write a model directory; return one sentence that says what others can load it as.
 
@@ -69,7 +78,9 @@ def save_model(
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
-            write_json(directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {}))
+            write_json(
+                directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
+            )
         said = f"transformers loads it as {kind}"
     write_tensors(written, directory, storage)
     write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
@@ -121,12 +132,7 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     parts: modules to fill in place of those that firth.json describes; needed only for kinds it cannot rebuild.
     Raises UserError if the directory holds no model, or tensors that do not fit.
     """
-    return read_model(directory, parts)[0]
-
-
-def read_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) -> tuple[LM, list[str]]:
-    """`load_model`, and the names of the tensors in the files that are no weights of it (buffers, BERT's pooler)."""
-    shape, state, names, spare = _read(directory)
+    shape, state, names, _ = _read(directory)
     if parts is None:
         with torch.device("meta"):
             model = LM(shape, _rebuilt(names, directory))
@@ -136,7 +142,12 @@ def read_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     else:
         model = LM(shape, parts)
     _fill(model, state, directory)
-    return model.eval(), spare
+    return model.eval()
+
+
+def left_out(directory: Path) -> list[str]:
+    """The tensors in a directory's files that are no weights of the model that is read of it, such as BERT's pooler."""
+    return _read(directory)[3]
 
 
 def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:

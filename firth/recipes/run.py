@@ -24,7 +24,7 @@ from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
-from firth.recipes import segments, tree
+from firth.recipes import card, segments, tree
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
@@ -131,6 +131,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
+        card.write(card.of_run(directory, directory / "model", said, told), directory / "model" / "README.md")
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")

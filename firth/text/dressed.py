@@ -58,9 +58,13 @@ def dressed(engine: Engine, file: Path, config: Mapping[str, Any]) -> None:
     for id, token in _added(engine, config, kind):
         held = engine.token_to_id(token.content)
         if held is None and id is not None and id != engine.get_vocab_size(with_added_tokens=True):
-            raise UserError(f"{file.parent}: tokenizer_config.json gives {token.content!r:.40} the id {id}, which is not free")
+            raise UserError(
+                f"{file.parent}: tokenizer_config.json gives {token.content!r:.40} the id {id}, which is not free"
+            )
         if held is not None and id is not None and held != id:
-            raise UserError(f"{file.parent}: {token.content!r:.40} has the id {held}, and tokenizer_config.json says {id}")
+            raise UserError(
+                f"{file.parent}: {token.content!r:.40} has the id {held}, and tokenizer_config.json says {id}"
+            )
         (engine.add_special_tokens if token.special else engine.add_tokens)([token])
     if kind in CLASSES:
         single, pair = CLASSES[kind]

@@ -76,7 +76,9 @@ def bert(file: Path) -> Engine:
     """BERT's vocab.txt: one token per line; uncased where no capital letter stands in it."""
     tokens = [line.removesuffix("\r") for line in text_of(file).removesuffix("\n").split("\n")]
     if len(set(tokens)) < len(tokens) or "[UNK]" not in tokens:
-        twice = next((t for i, t in enumerate(tokens) if t in tokens[:i]), None) if len(set(tokens)) < len(tokens) else None
+        twice = (
+            next((t for i, t in enumerate(tokens) if t in tokens[:i]), None) if len(set(tokens)) < len(tokens) else None
+        )
         why = "has no [UNK]" if twice is None else f"has the token {twice!r:.40} twice"
         raise UserError(f"{file} {why}: one token on each line is expected, each once; copy it again")
     engine = Engine(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))

@@ -53,6 +53,8 @@ def around(engine: Engine, single: list[str], pair: list[str]) -> None:
     names = {part.split(":")[0] for part in [*single, *pair] if part and not part.startswith("$")}
     there: list[Any] = [] if engine.post_processor is None else [engine.post_processor]
     template = processors.TemplateProcessing(
-        single=[part for part in single if part], pair=pair, special_tokens=[(n, engine.token_to_id(n)) for n in sorted(names)]
+        single=[part for part in single if part],
+        pair=pair,
+        special_tokens=[(n, engine.token_to_id(n)) for n in sorted(names)],
     )
     engine.post_processor = processors.Sequence([*there, template]) if there else template

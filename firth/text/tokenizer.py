@@ -130,7 +130,9 @@ class Tokenizer:
         ids: dict[str, int] = self.engine.get_vocab(with_added_tokens=True)
         size = max(ids.values()) + 1
         if size > 4 * len(ids) + (1 << 20):
-            raise UserError(f"this tokenizer has {len(ids):,} tokens and an id {size - 1:,}: it is damaged, so copy it again")
+            raise UserError(
+                f"this tokenizer has {len(ids):,} tokens and an id {size - 1:,}: it is damaged, so copy it again"
+            )
         special = np.zeros(size, bool)
         taken = np.zeros(size, bool)
         for i in ids.values():
@@ -192,7 +194,9 @@ class Tokenizer:
         config["model_input_names"] = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config["model_max_length"] = int(1e30)
-        config |= ({} if self.bos is None else {"add_bos_token": self.bos}) | ({"ends": list(self.ends)} if self.ends else {})
+        config |= ({} if self.bos is None else {"add_bos_token": self.bos}) | (
+            {"ends": list(self.ends)} if self.ends else {}
+        )
         _write(directory / "tokenizer.json", self.definition)
         _write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
         turns = all(self.engine.token_to_id(token) is not None for token in (START, END))
