@@ -300,15 +300,16 @@ def checked(make: Callable[[], Shape], state: Mapping[str, Tensor], file: Path) 
     held = sum(tensor.numel() for tensor in state.values())
     if layers > DEEPEST or needed > SPARE * held:
         raise UserError(
-            f"{file} describes a model of {layers:,} layers and {needed:,} numbers, and the files beside it hold {held:,}: "
-            "they do not belong together"
+            f"{file} describes a model of {min(layers, MOST):,} layers and {min(needed, MOST):,} numbers, and the files "
+            f"beside it hold {held:,}: they do not belong together"
         )
     return shape
 
 
+MOST = 10**15
 DEEPEST, SPARE = 10_000, 3
 """The most layers of a model from a file (ALBERT's cost nothing there), and how many times the numbers in its files a model
-may have, its head aside: a file may lack what its class does not use."""
+may have, its head aside: a file may lack what its class does not use. No more than MOST are told."""
 
 
 def _typed(shape: Shape) -> None:

@@ -60,7 +60,12 @@ def read(file: Path) -> Engine:
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception for whatever it cannot make an engine of
-        raise UserError(f"{file}: this is not a tokenizer that firth can read ({str(error)[:120]})") from None
+        raise UserError(f"{file}: this is not a tokenizer that firth can read ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:120]
 
 
 def tokenizer_json(file: Path) -> Engine:
@@ -69,7 +74,7 @@ def tokenizer_json(file: Path) -> Engine:
     try:
         return Engine.from_str(text)
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: {str(error)[:120]}") from None
+        raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: {_line(error)}") from None
 
 
 def bert(file: Path) -> Engine:

@@ -67,6 +67,7 @@ class Tokenizer:
         bos: bool | None = None,
         ends: Sequence[str] = (),
     ) -> None:
+        _refuse_holes(engine)
         engine.no_padding()
         engine.no_truncation()
         # transformers 4 and 5 both honour a control token written in a template, so the file itself does not bar it.
@@ -129,10 +130,6 @@ class Tokenizer:
         """Ids, roles and per-id facts, for views."""
         ids: dict[str, int] = self.engine.get_vocab(with_added_tokens=True)
         size = max(ids.values()) + 1
-        if size > 4 * len(ids) + (1 << 20):
-            raise UserError(
-                f"this tokenizer has {len(ids):,} tokens and an id {size - 1:,}: it is damaged, so copy it again"
-            )
         special = np.zeros(size, bool)
         taken = np.zeros(size, bool)
         for i in ids.values():
@@ -245,6 +242,14 @@ def _again(
     ends: Sequence[str],
 ) -> Tokenizer:  # fmt: skip
     return Tokenizer(Engine.from_str(definition), roles, template, learnt, bos, ends)
+
+
+def _refuse_holes(engine: Engine) -> None:
+    """UserError for ids far beyond the number of tokens: tables of ids, the library's own too, are as long as the last."""
+    ids = engine.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) > 4 * len(ids) + (1 << 20):
+        last = f"an id {max(ids):,}" if ids else "no id"
+        raise UserError(f"this tokenizer has {len(ids):,} tokens and {last}: it is damaged, so copy it again")
 
 
 def _guard(engine: Engine, definition: dict[str, Any]) -> None:
