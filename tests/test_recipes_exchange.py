@@ -64,8 +64,8 @@ def trained(folder: Path) -> Path:
     """A run of three steps."""
     paths = ",".join(str(folder / f"{i}.txt") for i in range(12))
     plan = load("gpt", ["source.corpus=", f"source.path=[{paths}]", *TINY, "shape.context=64", 'samples=["The quick"]'])
-    run(plan, folder.parent / "run-gpt", echo=lambda _: None)
-    return folder.parent / "run-gpt"
+    run(plan, folder.parent / "run-card", echo=lambda _: None)
+    return folder.parent / "run-card"
 
 
 @torch.no_grad()

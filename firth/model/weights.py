@@ -189,7 +189,9 @@ def _compare(model: LM, state: Mapping[str, Tensor], where: Path) -> dict[str, T
     for name, tensor in mine.items():
         if tensor.shape != state[name].shape:
             raise UserError(f"{where}: tensor {name!r} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
-    refuse_numbers(state, where)
+        if not tensor.is_floating_point() and state[name].dtype != tensor.dtype:
+            raise UserError(f"{where}: tensor {name!r} is of {state[name].dtype}, expected {tensor.dtype}")
+    refuse_numbers({name: state[name] for name, tensor in mine.items() if tensor.is_floating_point()}, where)
     return state
 
 
