@@ -416,6 +416,24 @@ def test_sentencepiece_files_are_dressed_as_their_class_says(tmp_path: Path) -> 
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("Albert", {}), ("Albert", {"do_lower_case": False}), ("Albert", {"keep_accents": True}), ("XLNet", {})],
+)
+def test_albert_and_xlnet_mend_a_text_as_theirs_do(kind: str, more: dict[str, bool], tmp_path: Path) -> None:
+    from text_packages import SENTENCEPIECE, unpacked
+
+    given = (
+        unpacked(SENTENCEPIECE, ("*/test/botchan_en_unigram_1000.model",), tmp_path) / "botchan_en_unigram_1000.model"
+    )
+    given.rename(tmp_path / "spiece.model")
+    names = dict.fromkeys(("cls_token", "sep_token", "pad_token", "mask_token"), "</s>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": f"{kind}Tokenizer"} | names | more))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello there, it's ``fine'' and dandy", "The Résumé of a Café", "a  b"):
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
 def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     coder = tokenizer()
     shape = Shape(

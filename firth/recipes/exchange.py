@@ -57,8 +57,6 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     given: a directory. The numbers keep their type. UserError for whatever cannot be read whole, and for an `out` that
     is not firth's.
     """
-    if given.suffix == ".gguf":
-        raise UserError(f"{given}: GGUF files are not read yet: give a directory with model.safetensors")
     given = model_directory(given)
     if not given.exists():
         raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")

@@ -53,6 +53,8 @@ def dressed(engine: Engine, file: Path, config: Mapping[str, Any]) -> None:
         kind = "Bert" if file.name == "vocab.txt" else ""
     if file.name == "vocab.txt":
         _letters(engine, config)
+    elif file.suffix == ".model" and kind in PLAINER:
+        _plainer(engine, config, PLAINER[kind])
     elif file.suffix != ".model" and config.get("add_prefix_space"):
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     for id, token in _added(engine, config, kind):
@@ -73,6 +75,20 @@ def dressed(engine: Engine, file: Path, config: Mapping[str, Any]) -> None:
         tokens = [part.split(":")[0] for part in pair if not part.startswith("$")]
         if all(engine.token_to_id(token) is not None for token in tokens):
             around(engine, list(single), list(pair))
+
+
+PLAINER = {"Albert": True, "XLNet": False}
+"""Classes that mend a text before SentencePiece sees it -> whether in lower case, where nothing is said."""
+
+
+def _plainer(engine: Engine, config: Mapping[str, Any], lower: bool) -> None:
+    """ALBERT's and XLNet's own step: straight quotes, no accents, perhaps lower case."""
+    steps: list[normalizers.Normalizer] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    if not config.get("keep_accents", False):
+        steps += [normalizers.NFKD(), normalizers.StripAccents()]
+    if config.get("do_lower_case", lower):
+        steps.append(normalizers.Lowercase())
+    engine.normalizer = normalizers.Sequence([*steps, engine.normalizer])
 
 
 def _letters(engine: Engine, config: Mapping[str, Any]) -> None:
