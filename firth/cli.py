@@ -316,5 +316,30 @@ def evaluate(
     typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json))
 
 
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="A model directory that others wrote.")],
+    out: Annotated[Path, typer.Argument(help="Where the directory for firth's commands goes.")],
+) -> None:
+    """Read a published model and its tokenizer, check them, and write a directory that every command takes."""
+    from firth.recipes.exchange import import_model
+
+    import_model(directory, out, echo=typer.echo)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="Where the directory for others goes.")],
+    form: Annotated[str, typer.Option("--format", help="hf: what transformers loads.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; as the model is by default.")] = "",
+    shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
+) -> None:
+    """Write a run's model for others, with a card that says what it was made of."""
+    from firth.recipes.exchange import export_model
+
+    export_model(run, out, form=form, dtype=dtype, shard=shard_size, echo=typer.echo)
+
+
 if __name__ == "__main__":
     main()

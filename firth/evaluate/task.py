@@ -17,7 +17,7 @@ import yaml
 
 from firth.evaluate import metrics
 from firth.model.lm import LM
-from firth.model.weights import load_model
+from firth.model.weights import load_model, refuse_larger
 from firth.text.tokenizer import Tokenizer
 from firth.text.vocab import Vocab
 from firth.types import UserError
@@ -70,7 +70,9 @@ class Subject:
 def open_subject(directory: Path) -> Subject:
     """The model and tokenizer of a run directory (its `model/`) or of a model directory."""
     place = directory / "model" if (directory / "model").is_dir() else directory
-    return Subject(load_model(place), Tokenizer.load(place), directory, place)
+    model, tokenizer = load_model(place), Tokenizer.load(place)
+    refuse_larger(tokenizer, model.shape, f"{place}")
+    return Subject(model, tokenizer, directory, place)
 
 
 def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:

@@ -84,12 +84,16 @@ TO, PRIOR = "<to>", "<prior>"
 
 
 def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
-    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source."""
+    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source.
+
+    A stranger's tokenizer says whether it puts bos there (GPT-2's has one and does not).
+    """
     ids = tokenizer.encode(text)
     roles = tokenizer.vocab.roles
     if model.shape.encoder:
         return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
-    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if "bos" in roles else ids
+    begins = "bos" in roles and tokenizer.bos is not False
+    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
 
 
 def open_run(directory: Path) -> Opened:

@@ -23,6 +23,9 @@ from firth.types import UserError
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """SentencePiece's types of pieces."""
 
+LONGEST = 1000
+"""Characters of the longest piece that is read: the ways to make one are as many as the square of its length."""
+
 
 def find(folder: Path) -> Path | None:
     """The tokenizer file of a directory, the newest format first; None where there is none."""
@@ -33,27 +36,56 @@ def find(folder: Path) -> Path | None:
     return models_there[0] if models_there else None
 
 
+LARGEST = 1 << 28
+"""Bytes of the largest tokenizer file that is read; the largest in use has a tenth of that."""
+
+
+def text_of(file: Path) -> str:
+    """A file's text. UserError where it is not UTF-8 or larger than any such file is."""
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than any tokenizer needs: it is not read")
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: this is not a tokenizer's text, for it is not UTF-8 ({error})") from None
+
+
 def read(file: Path) -> Engine:
     """The engine in a tokenizer's file. Raises UserError where it cannot be read."""
     reader = READERS.get(file.name, sentencepiece if file.suffix == ".model" else tokenizer_json)
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than any tokenizer needs: it is not read")
     try:
         return reader(file)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, IndexError, struct.error) as error:
-        raise UserError(f"{file}: this is not a tokenizer that firth can read ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception for whatever it cannot make an engine of
+        raise UserError(f"{file}: this is not a tokenizer that firth can read ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:120]
 
 
 def tokenizer_json(file: Path) -> Engine:
     """The tokenizers library's own format."""
-    text = file.read_text("utf-8")
+    text = text_of(file)
     try:
         return Engine.from_str(text)
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: {error}") from None
+        raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: {_line(error)}") from None
 
 
 def bert(file: Path) -> Engine:
     """BERT's vocab.txt: one token per line; uncased where no capital letter stands in it."""
-    tokens = file.read_text("utf-8").removesuffix("\n").split("\n")
+    tokens = [line.removesuffix("\r") for line in text_of(file).removesuffix("\n").split("\n")]
+    if len(set(tokens)) < len(tokens) or "[UNK]" not in tokens:
+        twice = (
+            next((t for i, t in enumerate(tokens) if t in tokens[:i]), None) if len(set(tokens)) < len(tokens) else None
+        )
+        why = "has no [UNK]" if twice is None else f"has the token {twice!r:.40} twice"
+        raise UserError(f"{file} {why}: one token on each line is expected, each once; copy it again")
     engine = Engine(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
     cased = any(token != token.lower() for token in tokens if not token.startswith("["))
     engine.normalizer = normalizers.BertNormalizer(lowercase=not cased)
@@ -68,8 +100,8 @@ def gpt2(file: Path) -> Engine:
     beside = next((p for name in ("merges.txt", "vocab.bpe") if (p := file.parent / name).is_file()), None)
     if beside is None:
         raise UserError(f"{file}: the merges that belong to it are missing: put merges.txt beside it")
-    vocab = json.loads(file.read_text("utf-8"))
-    lines = [line for line in beside.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
+    vocab = json.loads(text_of(file))
+    lines = [line for line in text_of(beside).split("\n") if line and not line.startswith("#version")]
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     engine = Engine(models.BPE(vocab, pairs))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,7 +123,11 @@ def sentencepiece(file: Path) -> Engine:
     kind = trainer.get(3, 1)
     if kind not in (1, 2) or not pieces or any(type == UNUSED for _, _, type in pieces):
         raise UserError(f"{file}: only SentencePiece models of Unigram or BPE pieces, all in use, can be read")
-    unknown = next(i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN)
+    if max(len(text) for text, _, _ in pieces) > LONGEST:
+        raise UserError(f"{file} has a piece of more than {LONGEST} characters: it is not read")
+    unknown = next((i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN), -1)
+    if unknown < 0:
+        raise UserError(f"{file} has no piece for what is unknown: copy it again")
     bytewise = any(type == BYTE for _, _, type in pieces)
     engine = Engine(
         models.Unigram([(text, score) for text, score, _ in pieces], unk_id=unknown, byte_fallback=bytewise)
@@ -159,6 +195,8 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
+        if shift > 63:
+            raise ValueError("no protobuf message: a number of more than 64 bits")
         byte = data[at]
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7

@@ -41,7 +41,8 @@ def own(family: Family, shape: Shape, state: Mapping[str, Tensor], parts: dict[s
     ours = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
     names = spelled(family, state.keys() - ours.keys(), known(family, shape))
     form = of_model([family], shape, parts)
-    assert form is not None
+    if form is None:
+        raise UserError(f"{where}/firth.json says {family.name}, which its shape is not: copy the directory again")
     found, left = _mapped(form, shape, {name: state[stored] for name, stored in names.items()}, names, ours, where)
     return Found(shape, found | ours, parts, left)
 
