@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from firth.gguf import find
+from firth.model import gguf
 from firth.model.families import FAMILIES, families_of
 from firth.model.families.family import Entry, Family, Headed, to_ours, to_theirs
 from firth.model.files import (
@@ -221,17 +223,20 @@ def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
 def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str, Any]], list[str]]:
     """The shape, the tensors by our names, the descriptions of the parts, and the tensors that are none of ours."""
     config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
-    if not config and not ours:
+    file = find(directory)
+    if file is not None:
+        config, ours = gguf.config(file), {}
+    elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
     refuse_foreign(config, directory / "config.json")
     kind = ours.get("family") if ours else config.get("model_type")
     if not (ours and kind is None) and (type(kind) is not str or kind not in FAMILIES):
         raise UserError(f"{directory}/config.json is of family {kind!r:.40}; firth reads {', '.join(FAMILIES)}")
-    state = read_tensors(directory)
+    state = read_tensors(directory) if file is None else gguf.tensors(file)
     if ours:
         shape = checked(lambda: _shape(ours), state, directory / "firth.json")
     else:
-        shape = checked(lambda: FAMILIES[str(kind)].shape(config), state, directory / "config.json")
+        shape = checked(lambda: FAMILIES[str(kind)].shape(config), state, file or directory / "config.json")
     if kind is None:
         if shape.tied and "lm" in ours["parts"]:
             state["parts.lm.weight"] = state["tokens.weight"]
