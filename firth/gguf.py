@@ -127,7 +127,7 @@ class _Reader:
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         # Through NumPy each of a vocabulary's strings would cost four times as much.
-        self.path, self.data, self.at, self.strings = path, memoryview(data), 0, 0
+        self.path, self.data, self.at, self.strings = path, data.data, 0, 0
 
     def refused(self, why: str) -> UserError:
         return UserError(f"{self.path}: this is not a GGUF file that can be read: {why}; fetch or convert it again")

@@ -45,7 +45,7 @@ class Architecture:
     family: of `firth.model.families`. fields: config.json's field -> the key behind `NAME.`; optional: those of them
     that a file may leave out. fixed: fields of config.json that no key says. still: keys that must say this if they are
     there, since firth's models have nothing else; ignored: keys that say what is known already.
-    tensors: the family's module -> theirs, outside of the layers; layers, layer: the same inside of one.
+    names: the family's module -> theirs, outside of the layers; layers, layer: the same inside of one.
     turned: modules whose rows are in the order of neighbouring pairs. transposed: those that the family stores turned over.
     sizes: fields of config.json that are the number of rows of a tensor.
     """
@@ -53,7 +53,7 @@ class Architecture:
     name: str
     family: str
     fields: Mapping[str, str]
-    tensors: Mapping[str, str]
+    names: Mapping[str, str]
     layers: str
     layer: Mapping[str, str]
     fixed: Mapping[str, Any]
@@ -70,13 +70,13 @@ class Architecture:
         inside = re.fullmatch(re.escape(self.layers) + r"(\d+)\.(.+)", module)
         if inside:
             return f"blk.{inside[1]}.{self.layer[inside[2]]}.{kind}"
-        return f"{self.tensors[module]}.{kind}"
+        return f"{self.names[module]}.{kind}"
 
     def ours(self, name: str) -> str | None:
         """What the family calls a tensor of a GGUF file; None where it has none such."""
         module, _, kind = name.rpartition(".")
         inside = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
-        names = {theirs: ours for ours, theirs in (self.layer if inside else self.tensors).items()}
+        names = {theirs: ours for ours, theirs in (self.layer if inside else self.names).items()}
         found = names.get(inside[2] if inside else module)
         return None if found is None else (f"{self.layers}{inside[1]}.{found}" if inside else found) + f".{kind}"
 
@@ -148,22 +148,27 @@ ARCHITECTURES = {
 """`general.architecture` -> how it is spelled. Those whose family firth does not have are refused when they are met."""
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by the family's names, float32) of a GGUF file, as `firth.model.weights` reads a directory.
+def config(path: Path) -> dict[str, Any]:
+    """The config.json that a GGUF file amounts to: what `firth.model.weights` reads of a directory.
 
-    Raises UserError for an architecture firth does not have, and for keys and tensors that say what it cannot do.
+    Raises UserError for an architecture firth does not have, and for keys that say what it cannot do.
     """
     file = gguf.read(path)
+    return configured(file, architecture(file))
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a GGUF file by the family's names, as float32. UserError as `config`, and for one not known."""
+    file = gguf.read(path)
     kind = architecture(file)
-    config = configured(file, kind)
-    state = {}
+    told, state = configured(file, kind), {}
     for name, stored in file.tensors.items():
         ours = kind.ours(name)
         if ours is None:
             raise UserError(f"{path} holds the tensor {name!r}, which firth's {kind.family} models do not have")
         numbers = torch.from_numpy(unpack(stored.kind, stored.data).reshape(stored.shape))
-        state[ours] = _turn(kind, config, ours, numbers, back=True)
-    return config, state
+        state[ours] = _turn(kind, told, ours, numbers, back=True)
+    return state
 
 
 def architecture(file: File) -> Architecture:
@@ -250,26 +255,26 @@ def write(
     if tokenizer.vocab.size > model.shape.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab.size} ids and the model {model.shape.vocab}")
     family = FAMILIES[found.family]
-    config = family.config(model.shape)
-    metadata = {"general.architecture": found.name, "general.type": "model", **(facts or {})}
-    metadata |= described(found, config)
+    told = family.config(model.shape)
+    metadata: dict[str, Any] = {"general.architecture": found.name, "general.type": "model", **(facts or {})}
+    metadata |= described(found, told)
     metadata |= {"general.file_type": FILE_TYPES[kind], "general.quantization_version": 2}
     metadata |= tokenizer.gguf(model.shape.vocab, dialogue)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    entries = family.entries(model.shape, "lm" in model.parts and "lm_head" in found.tensors)
+    entries = family.entries(model.shape, "lm" in model.parts and "lm_head" in found.names)
     left_out = [name for name in state if name not in model.shared() and not any(name in e.ours for e in entries)]
-    tensors = []
+    written = []
     for name, tensor in to_theirs(state, entries).items():
-        make = partial(_made, found, config, name, tensor, kind)
-        theirs, shape = found.theirs(name), tuple(_turn(found, config, name, tensor.to("meta"), back=False).shape)
+        make = partial(_made, found, told, name, tensor, kind)
+        theirs, shape = found.theirs(name), tuple(_turn(found, told, name, tensor.to("meta"), back=False).shape)
         if len(shape) > 1 and shape[-1] % KINDS[kind].block:
             raise UserError(
                 f"{kind} stores {KINDS[kind].block} numbers together, and {theirs} has rows of {shape[-1]}: use F16"
             )
         # token_types and position_embd are read row by row as float32 by llama.cpp.
         exact = len(shape) == 1 or theirs in ("token_types.weight", "position_embd.weight")
-        tensors.append(Writing(theirs, "F32" if exact else kind, shape, partial(make, exact)))
-    gguf.write(path, metadata, tensors)
+        written.append(Writing(theirs, "F32" if exact else kind, shape, partial(make, exact)))
+    gguf.write(path, metadata, written)
     dropped = f", without {', '.join(sorted({n.split('.')[1] for n in left_out}))}" if left_out else ""
     return f"llama.cpp loads it as {found.name}, {kind}{dropped}"
 

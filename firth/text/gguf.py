@@ -91,12 +91,10 @@ ROLES = {
 """Role -> its key behind `tokenizer.ggml.`; the spelling of one is llama.cpp's."""
 
 
-def read(path: Path) -> tuple[Engine, dict[str, str], str | None]:
-    """(engine, role -> token, chat template) of a GGUF file. UserError where it has no tokenizer that can be read.
+def load(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file. UserError where it has none that can be read."""
+    from firth.text.tokenizer import Tokenizer
 
-    Where the file says that no bos stands before a text, the token that it calls so has not this role: in chat models it
-    often begins a turn.
-    """
     file = gguf.read(path)
     tokens = file.list("tokenizer.ggml.tokens")
     if any(len(token) > LONGEST for token in tokens):
@@ -120,9 +118,10 @@ def read(path: Path) -> tuple[Engine, dict[str, str], str | None]:
         id = file.metadata.get(f"tokenizer.ggml.{key}")
         if type(id) is int and 0 <= id < len(tokens):
             named[role] = tokens[id]
-    if not file.metadata.get("tokenizer.ggml.add_bos_token", begins):
-        named.pop("bos", None)
-    return engine, named, file.metadata.get("tokenizer.chat_template") and file.text("tokenizer.chat_template")
+    template = file.text("tokenizer.chat_template") if "tokenizer.chat_template" in file.metadata else None
+    turn = file.metadata.get("tokenizer.ggml.eot_token_id")
+    ends = [tokens[turn]] if type(turn) is int and 0 <= turn < len(tokens) else []
+    return Tokenizer(engine, named, template, bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends=ends)
 
 
 def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
@@ -186,7 +185,7 @@ READERS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
 def metadata(tokenizer: Tokenizer, size: int, dialogue: bool) -> dict[str, Any]:
     """What a GGUF file says of a tokenizer, for a model of `size` ids; ids without a token get names like [PAD7].
 
-    dialogue: its chat template is written, and texts begin without bos. A template that is not firth's own is always
+    dialogue: its chat template is written, and texts begin without bos, unless the tokenizer says whether they do. A template that is not firth's own is always
     written. UserError for a tokenizer that llama.cpp does not have.
     """
     from firth.text.chat import TEMPLATE
@@ -203,7 +202,8 @@ def metadata(tokenizer: Tokenizer, size: int, dialogue: bool) -> dict[str, Any]:
     out |= {f"tokenizer.ggml.{key}": value for key, value in more.items()}
     roles = tokenizer.vocab.roles
     out |= {f"tokenizer.ggml.{key}": int(roles[role]) for role, key in ROLES.items() if role in roles}
-    out["tokenizer.ggml.add_bos_token"] = "bos" in roles and not dialogue
+    begins = not dialogue if tokenizer.bos is None else tokenizer.bos
+    out["tokenizer.ggml.add_bos_token"] = "bos" in roles and begins
     out["tokenizer.ggml.add_eos_token"] = False
     if kind == "bert":
         framed = range(len(tokens))

@@ -225,7 +225,7 @@ class Tokenizer:
         if one is not None:
             from firth.text import gguf
 
-            return Tokenizer(*gguf.read(one))
+            return gguf.load(one)
         folder = path
         if path.is_dir():
             folder = next((p for p in (path, path / "tokenizer", path / "model") if foreign.find(p)), path)
@@ -358,13 +358,13 @@ def _is_sign(character: str) -> bool:
 def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
     """Role -> token: what a configuration names, else the usual names, else the alias (cls is bos, eos is sep).
 
-    A usual name counts where it is an added token: a large vocabulary may have `<s>` as a piece of text (Qwen 2's has).
+    A usual name counts where it is a control token: a large vocabulary may have `<s>` as a piece of text (Qwen 2's has).
     """
-    added = {token.content for token in engine.get_added_tokens_decoder().values()}
+    control = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
     roles = {role: token for role, token in named.items() if engine.token_to_id(token) is not None}
     for role, usual in USUAL.items():
         if role not in roles:
-            token = next((t for t in usual if t in added), None)
+            token = next((t for t in usual if t in control), None)
             if token is not None:
                 roles[role] = token
     for role, alias in (("cls", "bos"), ("bos", "cls"), ("sep", "eos"), ("eos", "sep")):
