@@ -93,15 +93,18 @@ class Server:
 
 
 @contextmanager
-def serving(file: Path, threads: int = 1, context: int = 512, embedding: bool = False) -> Iterator[Server]:
-    """llama.cpp with a file, one row at a time, with float32 keys and values and plain attention."""
+def serving(
+    file: Path, threads: int = 1, context: int = 512, embedding: bool = False, plain: bool = True
+) -> Iterator[Server]:
+    """llama.cpp with a file, one row at a time. plain: with float32 keys and values and plain attention, not as it comes."""
     import xllamacpp as library  # type: ignore[import-not-found]
 
     plan = library.CommonParams()
     plan.model.path = str(file)
     plan.n_ctx, plan.n_parallel, plan.cpuparams.n_threads, plan.cpuparams_batch.n_threads = context, 1, threads, threads
-    plan.cache_type_k = plan.cache_type_v = library.ggml_type.GGML_TYPE_F32
-    plan.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if plain:
+        plan.cache_type_k = plan.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        plan.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     plan.warmup, plan.verbosity, plan.cache_prompt, plan.use_jinja, plan.embedding = False, 0, False, True, embedding
     if embedding:
         plan.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
