@@ -1,8 +1,8 @@
 """What llama.cpp makes of the GGUF files that firth writes: the same ids, the same dialogue, the same greedy text.
 
-    pip install --no-deps --target /tmp/llama xllamacpp gguf          # llama.cpp with a server inside, and no compiler
-    python -m bench.llamacpp --site /tmp/llama                        # a random model; with --run RUN also a trained one
-    python -m bench.llamacpp --site /tmp/llama --run runs/llama --chat runs/instruct --smollm2
+    pip install --no-deps --target LLAMA xllamacpp gguf          # llama.cpp with a server inside, and no compiler
+    python -m bench.llamacpp --site LLAMA                        # a random model; with --run RUN also a trained one
+    python -m bench.llamacpp --site LLAMA --run runs/llama --chat runs/instruct --smollm2
 
 Ids: a vocabulary is written with a small random model, and llama.cpp's `/tokenize` is asked for HARD strings. Text: both
 sides take the likeliest token, firth with the very weights that it reads back from the file, so that rounding them is no

@@ -1,9 +1,9 @@
 """SmolLM2-135M, one row, greedy: firth beside transformers and llama.cpp on the same cores, in the same class of precision.
 
-    pip install --no-deps --target /tmp/llama xllamacpp gguf
-    python -m bench.smollm2 --site /tmp/llama --check      # the same logits, the same 64 tokens on 20 prompts; no timing
-    python -m bench.smollm2 --site /tmp/llama              # the table: NEW tokens behind PROMPT, in turns
-    python -m bench.smollm2 --site /tmp/llama --only "transformers" "firth"
+    pip install --no-deps --target LLAMA xllamacpp gguf
+    python -m bench.smollm2 --site LLAMA --check      # the same logits, the same 64 tokens on 20 prompts; no timing
+    python -m bench.smollm2 --site LLAMA              # the table: NEW tokens behind PROMPT, in turns
+    python -m bench.smollm2 --site LLAMA --only "transformers" "firth"
 
 All begin from the Q4_1 file of `firth fetch smollm2`. firth and transformers (which reads GGUF itself, with the `gguf`
 package) run its weights as float32 or bf16; llama.cpp runs the file as it is, and the F32, F16 and Q8_0 files that firth

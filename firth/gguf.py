@@ -114,7 +114,8 @@ def find(path: Path) -> Path | None:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         return path
-    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "firth.json", "tokenizer.json")):
+    others = ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json")
+    if not path.is_dir() or any((path / name).exists() for name in others):
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:

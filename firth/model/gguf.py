@@ -14,7 +14,9 @@ of q and k are written in the other order, as in llama.cpp's convert_hf_to_gguf.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -169,6 +171,17 @@ def tensors(path: Path) -> dict[str, Tensor]:
         numbers = torch.from_numpy(unpack(stored.kind, stored.data).reshape(stored.shape))
         state[ours] = _turn(kind, told, ours, numbers, back=True)
     return state
+
+
+def dtypes(path: Path) -> list[torch.dtype]:
+    """What the matrices of a file are as PyTorch's types, the commonest first: float32 for those of few bits."""
+    counts: Counter[torch.dtype] = Counter()
+    for stored in gguf.read(path).tensors.values():
+        if len(stored.shape) > 1:
+            counts[{"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.kind, torch.float32)] += math.prod(
+                stored.shape
+            )
+    return [dtype for dtype, _ in counts.most_common()]
 
 
 def architecture(file: File) -> Architecture:

@@ -2,6 +2,7 @@
 
     firth import DIR OUT                                       what generate, chat, fill, evaluate and start= take
     firth export RUN DIR --dtype bf16 --shard-size 2GB         what transformers, vLLM and sentence-transformers take
+    firth export RUN DIR --format gguf --dtype q8_0            what llama.cpp takes: DIR/model.gguf
 
 Both read all of a model, check it against its tokenizer and write into a neighbour of the target that is renamed at the
 end: a directory is there whole or not at all. Neither writes into a directory that another has filled.
@@ -15,18 +16,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from firth.gguf import find, read
+from firth.model import gguf
 from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, write_json
 from firth.model.lm import LM
+from firth.model.parts import described as parts_of
 from firth.model.weights import left_out, load_model, refuse_larger, save_model
 from firth.recipes import card
 from firth.recipes.material import Echo
 from firth.recipes.segments import model_directory
+from firth.recipes.use import objective_of
 from firth.text import chat
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
@@ -37,32 +42,40 @@ MADE = "firth.json"
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """A model on its way out. facts: what firth.json keeps of its training."""
+    """A model on its way out. facts: what firth.json keeps of its training. dtype: as the user wrote it, "" for nothing.
+
+    dialogue: whether it was trained to answer.
+    """
 
     model: LM
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    name: str
+    dtype: str
+    dialogue: bool
 
 
 def import_model(given: Path, out: Path, echo: Echo = print) -> None:
-    """Read a model directory that others wrote, say what it is, and write one that all of firth's commands take.
+    """Read a model directory or GGUF file of others, say what it is, and write a directory that all of firth's commands take.
 
-    The numbers keep their type. UserError for whatever cannot be read whole, and for an `out` that is not firth's.
+    The numbers keep their type; those of few bits become fp32. UserError for whatever cannot be read whole, and for an
+    `out` that is not firth's.
     """
-    if given.suffix == ".gguf":
-        raise UserError(f"{given}: GGUF files are not read yet: give a directory with model.safetensors")
     given = model_directory(given)
-    if not given.is_dir():
+    file = find(given)
+    if file is None and not given.is_dir():
         raise UserError(f"{given} is no directory: give one with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
-    types = dtypes(given)
+    types = dtypes(given) if file is None else gguf.dtypes(file)
     facts = read_json(given / MADE).get("facts", {})
     with _fresh(out, given) as place:
         said = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
         for line in described(given, model, tokenizer, types):
             echo(line)
-        card.write(card.of_directory(place, said, given), place / "README.md")
+        told = card.of_directory(place, said, given)
+        licence = "" if file is None else str(read(file).metadata.get("general.license", ""))
+        card.write(replace(told, licence=told.licence or licence), place / "README.md")
     for line in _uses(out, model, tokenizer):
         echo(line)
 
@@ -70,18 +83,22 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
 def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, echo: Echo = print) -> None:
     """Write the model of a run into a directory for others, with its card.
 
-    form: "hf". dtype: fp32, fp16 or bf16; "" as it is. shard: most bytes in one file, such as "2GB"; "" for one file.
+    form: of FORMS. dtype: fp32, fp16 or bf16; "" as it is; for gguf q8_0 too, and "" is fp16. shard: most bytes in one
+    file, such as "2GB"; "" for one file.
     """
     if form not in FORMS:
         raise UserError(f"there is no format {form!r}; there is {', '.join(FORMS)}")
-    if dtype and dtype not in DTYPES:
-        raise UserError(f"there is no dtype {dtype!r}; there is {', '.join(DTYPES)}")
+    known = KINDS if form == "gguf" else DTYPES
+    if dtype and dtype not in known:
+        raise UserError(f"there is no dtype {dtype!r} in this format; there is {', '.join(known)}")
     given = model_directory(run)
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
     types = dtypes(given)
-    storage = Storage(DTYPES[dtype] if dtype else types[0] if len(types) == 1 else None, parse_size(shard))
-    parcel = Parcel(model, tokenizer, read_json(given / MADE).get("facts", {}))
+    storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, parse_size(shard))
+    talks = bool({"sft", "dpo", "reinforce", "ppo"} & {*objective_of(run)})
+    facts = read_json(given / MADE).get("facts", {})
+    parcel = Parcel(model, tokenizer, facts, run.resolve().name, dtype, talks)
     with _fresh(out, given) as place:
         said = FORMS[form](parcel, place, storage)
         card.write(card.of_run(run, place, said), place / "README.md")
@@ -102,7 +119,23 @@ def _hf(parcel: Parcel, place: Path, storage: Storage) -> str:
     return said
 
 
-FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf}
+def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
+    """One file for llama.cpp, with the tokenizer inside."""
+    if storage.shard:
+        raise UserError("a GGUF file is one file here: leave out --shard-size")
+    kind = KINDS[parcel.dtype or "fp16"]
+    told = {"general.name": parcel.name}
+    said = gguf.write(parcel.model, parcel.tokenizer, place / "model.gguf", kind, dialogue=parcel.dialogue, facts=told)
+    parts = {name: parts_of(part) for name, part in parcel.model.parts.items() if name == "lm"}
+    write_json(
+        place / MADE, {"facts": parcel.facts, "shape": asdict(parcel.model.shape), "parts": parts, "family": None}
+    )
+    return said
+
+
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+"""--dtype -> how a GGUF file calls it."""
+FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
 """Name of a format -> what writes it into a directory and says what others load it as."""
 
 
@@ -122,15 +155,15 @@ def sentences(model: LM, place: Path) -> None:
 
 def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
     """What a directory holds, a line each."""
-    config, shape = read_json(given / "config.json"), model.shape
+    file = find(given)
+    config, shape = read_json(given / "config.json") if file is None else gguf.config(file), model.shape
     kinds = config.get("architectures")
     named = ", ".join(map(str, kinds)) if isinstance(kinds, list) else "no class"
     count = sum(p.numel() for p in model.parameters())
     ids, rows = tokenizer.vocab.size, shape.vocab
-    spare = left_out(given)
-    unused = [
-        p.name for p in sorted(given.iterdir()) if p.is_file() and p.suffix in (".py", ".bin", ".pt", ".h5", ".onnx")
-    ]
+    spare = left_out(given) if file is None else []
+    beside = [] if file is not None else sorted(given.iterdir())
+    unused = [p.name for p in beside if p.is_file() and p.suffix in (".py", ".bin", ".pt", ".h5", ".onnx")]
     padding = f" for {rows:,} vectors: {rows - ids:,} of those are padding" if ids < rows else ""
     return [
         f"{given}: {config.get('model_type', 'firth')} ({named}), {shape.noun}",

@@ -121,7 +121,9 @@ def load(path: Path) -> Tokenizer:
     template = file.text("tokenizer.chat_template") if "tokenizer.chat_template" in file.metadata else None
     turn = file.metadata.get("tokenizer.ggml.eot_token_id")
     ends = [tokens[turn]] if type(turn) is int and 0 <= turn < len(tokens) else []
-    return Tokenizer(engine, named, template, bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends=ends)
+    return Tokenizer(
+        engine, named, template, bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends=ends
+    )
 
 
 def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
@@ -176,7 +178,10 @@ def bert(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
             return token[1:]
         return token if type == CONTROL or bracketed else f"##{token}"
 
-    return foreign.wordpiece([spelled(token, type) for token, _, type in pieces]), True
+    tokens = [spelled(token, type) for token, _, type in pieces]
+    if "[UNK]" not in tokens:
+        raise UserError(f"{file.path}: its WordPiece vocabulary has no [UNK]: convert it again")
+    return foreign.wordpiece(tokens), True
 
 
 READERS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
@@ -185,8 +190,8 @@ READERS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
 def metadata(tokenizer: Tokenizer, size: int, dialogue: bool) -> dict[str, Any]:
     """What a GGUF file says of a tokenizer, for a model of `size` ids; ids without a token get names like [PAD7].
 
-    dialogue: its chat template is written, and texts begin without bos, unless the tokenizer says whether they do. A template that is not firth's own is always
-    written. UserError for a tokenizer that llama.cpp does not have.
+    dialogue: its chat template is written, and texts begin without bos, unless the tokenizer says whether they do. A
+    template that is not firth's own is always written. UserError for a tokenizer that llama.cpp does not have.
     """
     from firth.text.chat import TEMPLATE
 

@@ -181,7 +181,6 @@ class Tokenizer:
 
         return gguf.metadata(self, size, dialogue)
 
-
     def save(self, directory: Path, segments: bool = False) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too, 4 and 5.
 
