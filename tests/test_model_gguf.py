@@ -170,7 +170,7 @@ HOSTILE = {
     "llama.feed_forward_length": (2**31 - 1, "do not belong together"),
     "llama.attention.key_length": (2**30, "heads are|do not belong"),
     "llama.rope.dimension_count": (8, "heads are 16 wide"),
-    "llama.rope.scaling.type": ("linear", "asks for llama.rope.scaling.type = 'linear'"),
+    "llama.rope.scaling.type": ("yarn", "asks for llama.rope.scaling.type = 'yarn'"),
     "llama.expert_count": (8, "asks for llama.expert_count = 8"),
     "llama.attention.sliding_window": (128, "asks for llama.attention.sliding_window = 128"),
     "llama.context_length": ("long", "'long' where a number above 0"),

@@ -97,9 +97,9 @@ BLOCK = {
 LLAMA = Architecture(
     "llama", "llama", ROTARY,
     {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}, "model.layers.", BLOCK,
-    {"hidden_act": "silu"}, {"vocab_size": "token_embd.weight"},
+    {"hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}, {"vocab_size": "token_embd.weight"},
     optional=frozenset({"num_key_value_heads", "head_dim", "rope_theta"}),
-    still={"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0},
+    still={"expert_count": 0, "expert_used_count": 0},
     turned=frozenset({"self_attn.q_proj", "self_attn.k_proj"}),
 )  # fmt: skip
 GPT2 = Architecture(
@@ -115,7 +115,8 @@ GPT2 = Architecture(
         "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
         "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     },
-    {"activation_function": "gelu_new", "resid_pdrop": 0.0}, {"vocab_size": "token_embd.weight"}, optional=frozenset({"n_inner"}),
+    {"activation_function": "gelu_new", "resid_pdrop": 0.0, "architectures": ["GPT2LMHeadModel"]},
+    {"vocab_size": "token_embd.weight"}, optional=frozenset({"n_inner"}),
     transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
 )  # fmt: skip
 BERT = Architecture(
@@ -135,15 +136,20 @@ BERT = Architecture(
         "attention.output.dense": "attn_output", "attention.output.LayerNorm": "attn_output_norm",
         "intermediate.dense": "ffn_up", "output.dense": "ffn_down", "output.LayerNorm": "layer_output_norm",
     },
-    {"hidden_act": "gelu", "hidden_dropout_prob": 0.0}, {"vocab_size": "token_embd.weight", "type_vocab_size": "token_types.weight"},
+    {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "architectures": ["BertModel"]},
+    {"vocab_size": "token_embd.weight", "type_vocab_size": "token_types.weight"},
     still={"attention.causal": False}, ignored=frozenset({"vocab_size", "pooling_type"}),
 )  # fmt: skip
 
 ARCHITECTURES = {
     "llama": LLAMA, "gpt2": GPT2, "bert": BERT,
-    "qwen2": replace(LLAMA, name="qwen2", family="qwen2", turned=frozenset()),
+    "qwen2": replace(
+        LLAMA, name="qwen2", family="qwen2", turned=frozenset(),
+        fixed={"hidden_act": "silu", "architectures": ["Qwen2ForCausalLM"]},
+    ),
     "qwen3": replace(
         LLAMA, name="qwen3", family="qwen3", turned=frozenset(),
+        fixed={"hidden_act": "silu", "architectures": ["Qwen3ForCausalLM"]},
         layer=BLOCK | {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"},
     ),
 }  # fmt: skip
@@ -220,11 +226,27 @@ def configured(file: File, kind: Architecture) -> dict[str, Any]:
     usual = config.get("head_dim", config.get("hidden_size", 0) // config.get("num_attention_heads", 1))
     if any(size not in (None, usual) for size in head):
         raise UserError(f"{file.path}: its heads are {usual} wide, and their values or rotary parts are not ({head})")
+    config |= _stretched(file, prefix, told)
     for key, value in told.items():
         if key not in kind.ignored and (key not in kind.still or value != kind.still[key]):
             raise UserError(f"{file.path} asks for {prefix}{key} = {value!r:.40}, which firth's models do not have")
-    tied, biased = "output.weight" not in file.tensors, "blk.0.attn_q.bias" in file.tensors
-    return config | {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
+    return config | {
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }  # fmt: skip
+
+
+def _stretched(file: File, prefix: str, told: dict[str, Any]) -> dict[str, Any]:
+    """What is said of wavelengths that are stretched, taken out of `told`: nothing, or all by the same factor."""
+    kind, factor = told.pop("rope.scaling.type", "none"), told.pop("rope.scaling.factor", None)
+    original = told.pop("rope.scaling.original_context_length", None)
+    if kind == "none" and factor is None and original is None:
+        return {}
+    if kind != "linear" or type(factor) is not float:
+        raise UserError(
+            f"{file.path} asks for {prefix}rope.scaling.type = {kind!r:.40}, which firth does not read here"
+        )
+    return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
 
 
 def _turn(kind: Architecture, config: Mapping[str, Any], name: str, tensor: Tensor, back: bool) -> Tensor:
