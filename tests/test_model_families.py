@@ -315,7 +315,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
 
 def test_every_family_has_its_place() -> None:
-    assert {n.split("-")[0] for n in SHAPES} == set(FAMILIES)
+    assert {n.split("-")[0] for n in SHAPES} <= set(FAMILIES)  # the others: test_model_family_heads
     for shape in (decoder(61, 64, 2), encoder(61, 64, 2), encoder_decoder(61, 64, 2)):
         assert family_of(shape) is not None
 

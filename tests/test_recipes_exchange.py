@@ -362,6 +362,60 @@ def test_roles_come_from_special_tokens_map_where_nothing_else_says_them(tmp_pat
     }  # fmt: skip
 
 
+def test_how_sentence_vectors_are_made_is_taken_over(tmp_path: Path) -> None:
+    import_model(minilm(), tmp_path / "in", echo=lambda _: None)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    listed = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert [module["type"].split(".")[-1] for module in listed] == ["Transformer", "Pooling", "Normalize"]
+    limits = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+    assert limits["max_seq_length"] == 256 and limits["model_args"] == {"add_pooling_layer": False}
+    (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "../elsewhere"}]))
+    with pytest.raises(UserError, match="a place outside of its directory"):
+        export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": "2_Dense"}]))
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    assert (
+        len(json.loads((tmp_path / "out" / "modules.json").read_text())) == 2
+    )  # the mean, not a map that is not there
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from firth.cli import app
+
+    model, coder = built("encoder")
+    save_model(model, coder, tmp_path / "run")
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), out, "--dtype", "bf16", "--shard-size", "50KB"])
+    assert done.exit_code == 0 and "transformers loads it as ModernBertForMaskedLM" in done.output
+    done = CliRunner().invoke(app, ["import", out, back])
+    assert done.exit_code == 0 and "in bfloat16" in done.output and f"firth fill {back}" in done.output
+    done = CliRunner().invoke(app, ["fill", back, "a <mask> text", "--top", "2"])
+    assert done.exit_code == 0 and len(done.output.split("   ")) == 2
+
+
+def test_sentencepiece_files_are_dressed_as_their_class_says(tmp_path: Path) -> None:
+    from text_packages import SENTENCEPIECE, unpacked
+
+    given = unpacked(SENTENCEPIECE, ("*/test/*.model",), tmp_path) / "botchan_en_unigram_1000.model"
+    given.rename(tmp_path / "spiece.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 10}')
+    t5 = Tokenizer.load(tmp_path)
+    assert (t5.vocab.size, t5.id("<extra_id_0>"), t5.id("<extra_id_9>")) == (1010, 1009, 1000)
+    assert t5.vocab.sentinels.tolist() == list(range(1009, 999, -1))
+    plain = t5.encode("the text").tolist()
+    assert t5.engine.encode("the text", add_special_tokens=True).ids == [*plain, t5.vocab.eos]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    llama = Tokenizer.load(tmp_path)
+    assert llama.engine.encode("the text", add_special_tokens=True).ids == [llama.vocab.bos, *plain]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
+    assert Tokenizer.load(tmp_path).engine.encode("the text", add_special_tokens=True).ids == plain
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    with pytest.raises(UserError, match="the ids of a XLMRobertaTokenizer are not those of this file"):
+        Tokenizer.load(tmp_path)
+
+
 def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     coder = tokenizer()
     shape = Shape(

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.attention import Cache, Visibility, attend
+from firth.model.count import GATED
 from firth.model.distance import Apart, Distance
 from firth.model.fused import project, relu2, rotated, turn, unit
 from firth.model.linformer import Slots
 from firth.model.norm import make_norm
-from firth.model.shape import GATED, Shape
+from firth.model.shape import Shape
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -66,26 +67,34 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = shape.heads, shape.kv_heads
         self.distance = Distance(shape, Linear) if shape.position == "xlnet" else None
         bias = shape.bias and self.distance is None  # XLNet's offsets stand in their place
+        self.q_gain = nn.Parameter(torch.ones(shape.head_width)) if shape.qk_weight else None
+        self.k_gain = nn.Parameter(torch.ones(shape.head_width)) if shape.qk_weight else None
         self.q = Linear(shape.width, shape.heads * shape.head_width, bias=bias)
         self.k = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
         self.v = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
-        self.o = Linear(shape.heads * shape.head_width, shape.width, bias=bias)
+        self.o = Linear(shape.heads * shape.head_width, shape.width, bias=bias and shape.bias_at != "qkv")
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
 
     def memorize(self, memory: Tensor, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: two of (B, KV, S, D)."""
-        return self._place(self.k(memory), reading).transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
+        k = self._place(self.k(memory), reading, self.k_gain)
+        return k.transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
 
-    def _place(self, x: Tensor, reading: Reading | None) -> Tensor:
-        """Queries or keys, split into heads, turned to their positions and made unit RMS, as the shape says."""
+    def _place(self, x: Tensor, reading: Reading | None, gain: Tensor | None) -> Tensor:
+        """Queries or keys, split into heads, turned to their positions and made unit RMS, as the shape says.
+
+        Without a gain (head_width,) the norm commutes with turning, and is done with it; with one it comes before.
+        """
         x, eps = self._heads(x), self.eps if self.qk_norm else -1.0
+        if gain is not None:
+            x, eps = unit(x, eps) * gain, -1.0
         if reading is not None and reading.rotation is not None:
             return rotated(x, reading.rotation, eps)
         if reading is not None and reading.turns is not None:
             return turn(x, *reading.turns, eps)
-        return unit(x, eps) if self.qk_norm else x
+        return unit(x, eps) if eps >= 0 else x
 
     def _remember(self, x: Tensor, reading: Reading, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x, and keys and values of all that has been read.
@@ -95,7 +104,11 @@ class Attention(nn.Module):
         """
         joined = torch.cat((self.q(x), self.k(x), self.v(x)), -1)
         values = self.kv_heads * self.head_width
-        both = self._place(joined.narrow(-1, 0, joined.shape[-1] - values), reading).transpose(1, 2)
+        gains = None
+        if self.q_gain is not None and self.k_gain is not None:
+            each = ((self.q_gain, self.heads), (self.k_gain, self.kv_heads))
+            gains = torch.cat([gain.expand(heads, -1) for gain, heads in each])
+        both = self._place(joined.narrow(-1, 0, joined.shape[-1] - values), reading, gains).transpose(1, 2)
         v = self._heads(joined.narrow(-1, joined.shape[-1] - values, values)).transpose(1, 2)
         q, k = both.narrow(1, 0, self.heads), both.narrow(1, self.heads, self.kv_heads)
         return q, *cache.extend(k, v)
@@ -111,7 +124,7 @@ class Attention(nn.Module):
         if memory is None and reading.cache is not None:
             q, k, v = self._remember(x, reading, reading.cache)
         else:
-            q = self._place(self.q(x), reading).transpose(1, 2)
+            q = self._place(self.q(x), reading, self.q_gain).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
             k, v = self.memorize(whole, reading) if memory is None else memory
         if reading.slots is not None:
@@ -130,9 +143,10 @@ class MLP(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
-        self.up = Linear(shape.width, shape.hidden, bias=shape.bias)
-        self.gate = Linear(shape.width, shape.hidden, bias=shape.bias) if shape.gated else None
-        self.down = Linear(shape.hidden, shape.width, bias=shape.bias)
+        bias = shape.bias and shape.bias_at == "all"
+        self.up = Linear(shape.width, shape.hidden, bias=bias)
+        self.gate = Linear(shape.width, shape.hidden, bias=bias) if shape.gated else None
+        self.down = Linear(shape.hidden, shape.width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.model.shape import LETTER, LETTERS, WINDOWS, Shape
+from firth.model.count import LETTER, LETTERS, WINDOWS
+from firth.model.shape import Shape
 
 FIRST, LAST = 257, 258
 """The letters before and behind a token; 0 is none, a byte b is b + 1."""

@@ -79,15 +79,27 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file. UserError for anything else, NaN and too long a text too."""
     if not file.exists():
         return {}
-    if file.stat().st_size > TEXT:
-        raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file needs: it is not read")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError) as fault:
-        raise UserError(f"{file} is not JSON that can be read ({fault}): copy it again") from None
+    found = _parsed(file)
     if type(found) is not dict:
         raise UserError(f"{file} is not a JSON object")
     return found
+
+
+def read_list(file: Path) -> list[dict[str, Any]]:
+    """The objects listed in a JSON file; UserError for anything else."""
+    found = _parsed(file)
+    if type(found) is not list or not all(type(one) is dict for one in found):
+        raise UserError(f"{file} is not a JSON list of objects")
+    return found
+
+
+def _parsed(file: Path) -> Any:
+    if file.stat().st_size > TEXT:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file needs: it is not read")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{file} is not JSON that can be read ({fault}): copy it again") from None
 
 
 def _no_number(name: str) -> float:

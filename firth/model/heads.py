@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
+from firth.model.count import GATED
 from firth.model.cross_entropy import LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.norm import make_norm
-from firth.model.shape import GATED, Shape
+from firth.model.shape import Shape
 from firth.types import UserError
 
 
@@ -73,18 +74,20 @@ class Vocabulary(nn.Module):
         return out
 
 
-def pooled(width: int, answers: int) -> nn.Sequential:
+def linear(width: int, answers: int, bias: bool = True) -> nn.Linear:
+    """A linear reading of a state: (..., width) -> (..., answers), which begins near zero."""
+    head = nn.Linear(width, answers, bias)
+    nn.init.normal_(head.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(head.bias)
+    return head
+
+
+def pooled(width: int, answers: int, act: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     """BERT's pooler and a classifier: (..., width) -> width -> tanh -> (..., answers), initialised as there."""
-    return _chain(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, answers))
+    return nn.Sequential(linear(width, width), act(), linear(width, answers))
 
 
 def detector(width: int) -> nn.Sequential:
     """ELECTRA's discriminator head: (..., width) -> width -> GELU -> (..., 1), initialised as there."""
-    return _chain(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-
-
-def _chain(first: nn.Linear, act: nn.Module, last: nn.Linear) -> nn.Sequential:
-    for linear in (first, last):
-        nn.init.normal_(linear.weight, std=0.02)
-        nn.init.zeros_(linear.bias)
-    return nn.Sequential(first, act, last)
+    return pooled(width, 1, nn.GELU)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from firth.model.shape import VECTORS, Shape
+from firth.model.count import VECTORS
+from firth.model.shape import Shape
 from firth.types import NEVER
 
 

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Linear, Reading, initialise
 from firth.model.characters import Characters
+from firth.model.count import BIASED, LEARNED
 from firth.model.distance import Apart, between
 from firth.model.latent import Latent
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
 from firth.model.recurrent import Recurrent, States
-from firth.model.shape import BIASED, LEARNED, Shape
+from firth.model.shape import Shape
 from firth.types import NEVER, Batch, UserError
 
 FIELDS = ("tokens", "positions", "segments", "looks", "appears", "leaves", "document")

@@ -45,12 +45,24 @@ def rebuilt(description: Description, name: str) -> nn.Module:
     return REBUILD[kind](description)
 
 
+def answered(description: Description) -> int:
+    """How many numbers a described part gives for a state: the rows of its last linear map; 0 where there is none.
+
+    >>> answered({'kind': 'chain', 'of': [{'kind': 'tanh'}, {'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}]})
+    2
+    """
+    if description.get("kind") == "chain" and description["of"]:
+        return answered(description["of"][-1])
+    return int(description["out"]) if description.get("kind") == "linear" else 0
+
+
 DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     nn.Linear: lambda m: {"kind": "linear", "in": m.in_features, "out": m.out_features, "bias": m.bias is not None},
     nn.Embedding: lambda m: {"kind": "embedding", "in": m.num_embeddings, "out": m.embedding_dim},
     nn.Sequential: lambda m: {"kind": "chain", "of": [described(child) for child in m]},
     nn.Tanh: lambda m: {"kind": "tanh"},
-    nn.GELU: lambda m: {"kind": "gelu"},
+    nn.GELU: lambda m: {"kind": "gelu"} | ({} if m.approximate == "none" else {"approximate": m.approximate}),
+    nn.SiLU: lambda m: {"kind": "silu"},
     nn.ReLU: lambda m: {"kind": "relu"},
     nn.Dropout: lambda m: {"kind": "dropout", "rate": m.p},
     nn.LayerNorm: lambda m: {"kind": "torch_layer_norm", "width": m.normalized_shape[0], "eps": m.eps},
@@ -71,7 +83,8 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "embedding": lambda d: nn.Embedding(d["in"], d["out"]),
     "chain": lambda d: nn.Sequential(*(rebuilt(child, "chain") for child in d["of"])),
     "tanh": lambda d: nn.Tanh(),
-    "gelu": lambda d: nn.GELU(),
+    "gelu": lambda d: nn.GELU(d.get("approximate", "none")),
+    "silu": lambda d: nn.SiLU(),
     "relu": lambda d: nn.ReLU(),
     "dropout": lambda d: nn.Dropout(d["rate"]),
     "torch_layer_norm": lambda d: nn.LayerNorm(d["width"], eps=d["eps"]),

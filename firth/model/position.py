@@ -35,9 +35,25 @@ def waves(positions: Tensor, width: int) -> Tensor:
 def turns(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """cos (B, T, 1, head_width), both halves alike, and sin (B, T, 1, head_width / 2) of the rotary angles (Su 2021)."""
     pairs = torch.arange(0, shape.head_width, 2, device=positions.device, dtype=torch.float32) / shape.head_width
-    angles = positions[:, :, None, None].float() * (shape.rotary_theta**-pairs)
+    angles = positions[:, :, None, None].float() * stretched(shape.rotary_theta**-pairs, shape)
     cos = angles.cos()
     return torch.cat((cos, cos), -1), angles.sin() * shape.rotary_sign
+
+
+def stretched(rates: Tensor, shape: Shape) -> Tensor:
+    """The rates of turning of a model that is read beyond the rows it was trained on (`Shape.rotary_scaling`).
+
+    All `rotary_factor` times as slow (Chen 2023, position interpolation), or only the slow ones (Llama 3.1): by how often
+    each comes round within the rows of the training.
+    """
+    if shape.rotary_scaling == "none":
+        return rates
+    slow = rates / shape.rotary_factor
+    if shape.rotary_scaling == "linear":
+        return slow
+    rounds = shape.rotary_original * rates / (2 * math.pi)
+    kept = ((rounds - shape.rotary_low) / (shape.rotary_high - shape.rotary_low)).clamp(0, 1)
+    return kept * rates + (1 - kept) * slow
 
 
 def rotation(cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
     shape                   parameters        from
     gpt                     117 M             Radford 2018, section 4.1
     gpt2 ... gpt2-xl        124 M to 1.56 B   Radford 2019, table 2 (its 117 M and 345 M are miscounts: 124 M and 355 M)
+    chinchilla              70 B              Hoffmann 2022, table 4: Gopher's form (see `transformer_xl`)
     gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
+    roberta-base, -large    125 M, 355 M      Liu 2019, section 2 and 5, with one segment, as released
+    distilbert-base         66 M              Sanh 2019, table 3, without the head
     xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
     mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
     spanbert                334 M             Joshi 2020: BERT-large with its cased vocabulary
@@ -33,6 +36,23 @@ def gpt(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> S
 def gpt2(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
     """GPT-2: the norm before each branch and one more at the end (Radford 2019, section 2.3)."""
     return Shape(vocab=vocab, width=width, depth=depth, heads=heads, context=context, dropout=0.1)
+
+
+def transformer_xl(
+    width: int, depth: int, heads: int, head_width: int, vocab: int = 32000, context: int = 2048
+) -> Shape:
+    """Gopher's form: RMSNorm before each branch, relative positions as in Transformer-XL, a tied table of 32,000
+    (Rae 2021, section 2.1; Hoffmann 2022, section 4.1).
+
+    The paper says no more, and no weights were released. Its counts agree with this reading: with a matrix of distances in
+    each layer, offsets in the MLP and the two of the scores, this function gives 46 of the 50 sizes of its table A9 to the
+    million, and the others to 0.7 million (16,183 M for 47 layers of 5,120; without those matrices 14,951 M). The activation
+    is not told.
+    """
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, head_width=head_width, context=context, norm="rms",
+        norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
+    )  # fmt: skip
 
 
 def llama(vocab: int, width: int, depth: int, heads: int, hidden: int, context: int = 2048, kv_heads: int = 0) -> Shape:
@@ -99,8 +119,12 @@ SHAPES: dict[str, Shape] = {
     "gpt2-large": gpt2(50257, 1280, 36, 20),
     "gpt2-xl": gpt2(50257, 1600, 48, 25),
     "gpt3": gpt2(50257, 12288, 96, 96, context=2048),
+    "chinchilla": transformer_xl(8192, 80, 64, 128),
     "bert-base": bert(30522, 768, 12, 12),
     "bert-large": bert(30522, 1024, 24, 16),
+    "roberta-base": bert(50265, 768, 12, 12, segments=1),
+    "roberta-large": bert(50265, 1024, 24, 16, segments=1),
+    "distilbert-base": bert(30522, 768, 6, 12, segments=0),
     "xlnet-base": xlnet(32000, 768, 12, 12),
     "xlnet-large": xlnet(32000, 1024, 24, 16),
     "mpnet-base": mpnet(30527, 768, 12, 12),

@@ -11,6 +11,8 @@ The published families are points in this space, not classes:
     BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
     XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
+    RoBERTa     BERT's, segments=1;   DistilBERT: segments=0
+    Qwen2       Llama's, bias, bias_at="qkv";   Qwen3: qk_norm, qk_weight;   Mistral: Llama's
     MPNet       causal off, norm_at="post", position="mpnet", embed_norm, head="transform", head_bias
     ModernBERT  causal off, norm_bias off, embed_norm, first_norm off, position="rotary", activation="geglu", head="transform"
     ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
@@ -26,33 +28,17 @@ firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from firth.types import UserError
-
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-"""Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
-
-VECTORS = 4
-"""Vectors that a latent becomes, for a decoder to attend to."""
-
-LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
-"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
-LETTERS, LETTER = 259, 16
-"""What a token is spelled with (256 bytes, its beginning, its end, nothing), and the width of the vector of each."""
-WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
-"""Bytes that a filter sees -> 64ths of the filters that see so many, as in ELMo."""
+from firth.model.count import GATED, parameters
+from firth.model.valid import refuse_numbers, refuse_together
 
 Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
 order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
 from left to right and from right to left, by two readers who do not meet; each token by itself; or a
 source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
-
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-"""Recurrent cells -> the linear maps in one."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +58,17 @@ class Shape:
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
+    rotary_scaling: how a model is read beyond the rows it was trained on: "linear" makes all wavelengths `rotary_factor`
+    times as long (Chen 2023); "llama3" only those of which fewer than `rotary_low` fit into `rotary_original` tokens,
+    none of which more than `rotary_high` fit, and in between in proportion (Llama 3.1).
     "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
     attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
     buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
     query: a learned vector of its own stands where nobody can look, whatever the token (XLNet's w); else the token's.
     score_scale: whether scores are divided by sqrt(head_width).
-    bias: whether the linear maps of the blocks have one. qk_norm: unit-RMS queries and keys.
+    bias: whether the linear maps of the blocks have one. bias_at: which of them, where not all: those of attention, or
+    those that make queries, keys and values (Qwen2). qk_norm: unit-RMS queries and keys. qk_weight: with a gain for each
+    number of a head (Qwen3).
     segments: number of segment types, 0 for none. dropout: on embeddings, attention weights and each branch's output.
     tied: the vocabulary head uses the token embedding. head: "linear", or "transform" for a dense layer,
     an activation and a norm before it (BERT, appendix of the code). head_bias: an offset per token id.
@@ -121,14 +112,21 @@ class Shape:
     position: Literal["learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rotary_theta: float = 10000.0
     rotary_sign: int = 1
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_factor: float = 1.0
+    rotary_low: float = 1.0
+    rotary_high: float = 4.0
+    rotary_original: int = 8192
     buckets: int = 32
     distance: int = 128
     memory: int = 0
     query: bool = False
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
+    bias_at: Literal["all", "attention", "qkv"] = "all"
     score_scale: bool = True
     qk_norm: bool = False
+    qk_weight: bool = False
     segments: int = 0
     dropout: float = 0.0
     tied: bool = True
@@ -152,112 +150,11 @@ class Shape:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
 
-        for name in ("vocab", "width", "heads", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"shape.{name}={getattr(self, name)} must be at least 1")
-        for name in (
-            "depth", "kv_heads", "head_width", "hidden", "embed", "groups", "encoder", "segments", "memory", "characters",
-            "linformer", "latent",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise UserError(f"shape.{name}={getattr(self, name)} cannot be negative")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"shape.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        refuse_numbers(self)
         fill("kv_heads", self.heads)
-        if not self.head_width and self.width % self.heads:
-            raise UserError(
-                f"shape.width={self.width} is not a multiple of shape.heads={self.heads}: "
-                "change one of them, or state shape.head_width"
-            )
         fill("head_width", self.width // self.heads)
         fill("hidden", self.stream if self.recurrent else 4 * self.width)
-        if self.heads % self.kv_heads:
-            raise UserError(f"shape.heads={self.heads} is not a multiple of shape.kv_heads={self.kv_heads}")
-        if self.position == "rotary" and self.head_width % 2:
-            raise UserError(
-                f"rotary positions turn pairs of numbers, and a head of {self.head_width} is odd: make it even"
-            )
-        if self.position == "sinusoidal" and self.table_width % 2:
-            raise UserError(
-                f"sinusoidal positions come in pairs, and a width of {self.table_width} is odd: make it even"
-            )
-        if self.embed and self.tied and self.head == "linear":
-            raise UserError(
-                f"a linear head of width {self.width} cannot be tied to tables of shape.embed={self.embed}: "
-                "set shape.head=transform or shape.tied=false"
-            )
-        if self.groups > min(self.depth, self.encoder or self.depth):
-            raise UserError(f"shape.groups={self.groups} is more than there are layers: make it at most shape.depth")
-        if self.groups and not self.first_norm:
-            raise UserError(
-                "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
-            )
-        if self.position == "xlnet" and (self.width % 2 or self.encoder or self.kv_heads != self.heads or self.qk_norm):
-            raise UserError(
-                f"position xlnet needs an even shape.width (it is {self.width}), encoder=0 ({self.encoder}), as many "
-                f"kv_heads as heads ({self.kv_heads} of {self.heads}) and qk_norm=false ({str(self.qk_norm).lower()})"
-            )
-        if self.memory and self.position != "xlnet":
-            raise UserError(
-                f"shape.memory={self.memory} needs positions that reach back before a row, which "
-                f"shape.position={self.position!r} does not: set shape.position=xlnet, or shape.memory=0"
-            )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"shape.dropout={self.dropout} must be at least 0 and less than 1")
-        if self.linformer and (
-            self.recurrent
-            or self.causal
-            or self.encoder
-            or self.position in ("t5", "mpnet", "xlnet")
-            or self.linformer > self.context
-        ):
-            raise UserError(
-                f"shape.linformer={self.linformer} mixes a whole row of at most shape.context={self.context} tokens into as many "
-                "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
-            )
-        if self.latent and not self.encoder:
-            raise UserError(f"shape.latent={self.latent} stands between an encoder and a decoder: set shape.encoder")
-        if self.rotary_sign not in (1, -1):
-            raise UserError(f"shape.rotary_sign={self.rotary_sign} must be 1 or -1")
-        if self.recurrent:
-            self._refuse_blocks()
-        elif self.apart or self.skip:
-            raise UserError(
-                "shape.apart and shape.skip are for recurrent layers: set shape.recurrent, or leave them out"
-            )
-        if not self.depth and (self.encoder or self.recurrent):
-            raise UserError(
-                "shape.depth=0 leaves the embeddings alone: leave out shape.encoder and shape.recurrent too"
-            )
-        if self.characters and (self.tied or self.characters < 7 or self.filters < 64 or self.filters % 64):
-            raise UserError(
-                "a model that spells its tokens has no table to tie its head to, reads at least 7 bytes of each, and has "
-                "64, 128, 192 ... filters: set shape.tied=false, shape.characters=16 and shape.filters=512"
-            )
-
-    def _refuse_blocks(self) -> None:
-        """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
-        still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
-                 "qk_norm": False, "zero_init": False, "bias": True, "kv_heads": self.heads,
-                 "head_width": self.width // self.heads}  # fmt: skip
-        for name, value in still.items():
-            if getattr(self, name) != value:
-                raise UserError(
-                    f"shape.{name}={getattr(self, name)} means nothing to recurrent layers: set it to {value}, "
-                    "or begin from the recipe lstm"
-                )
-        if self.position in ("rotary", "t5"):
-            raise UserError(f"{self.position} positions are for attention: set shape.position=none (or learned)")
-        if self.causal and self.apart:
-            raise UserError("shape.apart is for two directions, and shape.causal=true is one: set shape.causal=false")
-        if self.width % 2 and not self.causal:
-            raise UserError(f"two directions share the width, and shape.width={self.width} is odd: make it even")
-        if self.hidden < self.stream or (self.hidden > self.stream and self.recurrent != "lstm"):
-            raise UserError(
-                f"shape.hidden={self.hidden} cells hand on {self.stream} numbers in each direction, and only an LSTM "
-                "projects more cells to fewer: leave shape.hidden out"
-            )
+        refuse_together(self)
 
     @property
     def stream(self) -> int:
@@ -317,63 +214,7 @@ class Shape:
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-        table, each = self.table_width, self.norm_weight + (self.norm_bias and self.norm == "layer")
-        norm = each * self.width
-        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
-        attention = self.width * (2 * queries + 2 * keys) + (queries + 2 * keys + self.width) * self.bias
-        if self.position == "xlnet":
-            attention += self.width * queries + 2 * queries + 3 * queries * (self.segments > 0)
-            attention -= (queries + 2 * keys + self.width) * self.bias
-        inner = self.hidden * (2 if self.gated else 1)
-        mlp = self.width * (inner + self.hidden) + (inner + self.width) * self.bias
-        block = attention + mlp + 2 * norm
-        trunks = [self.depth] + ([self.encoder] if self.encoder else [])
-        total = self.spelling_parameters() if self.characters else self.vocab * table
-        if self.recurrent:
-            total += self.recurrent_products() + 2 * self.depth * (2 - self.causal) * self.cells
-        for depth in () if self.recurrent else trunks:
-            total += (self.groups or depth) * block
-            total += norm * ((self.norm_at == "pre") - (not self.first_norm)) + each * table * self.embed_norm
-            total += self.width * (table + self.bias) * (self.embed > 0)
-            total += self.heads * self.buckets * (self.position in BIASED)
-        total += (self.groups or self.depth) * (attention + norm) * (self.encoder > 0)
-        total += table * (self.context * (self.position in LEARNED) * len(trunks) + self.query)
-        total += table * self.segments * (self.position != "xlnet")
-        total += math.prod(self.projections) * self.context * self.linformer
-        if self.latent:
-            total += 2 * self.latent * (self.width + 1) + VECTORS * self.width * (self.latent + 1)
-        transform = self.head == "transform"
-        read = table if self.apart else self.width
-        total += self.vocab * (self.head_bias + (table if transform else read) * (not self.tied))
-        return total + (read + self.bias + each) * table * transform
-
-    @property
-    def cells(self) -> int:
-        """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
-        return GATES[self.recurrent] * self.hidden
-
-    def recurrent_products(self) -> int:
-        """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
-        one = self.cells * (self.table_width + self.stream) + self.stream * self.hidden * (self.hidden > self.stream)
-        return self.depth * (2 - self.causal) * one
-
-    def spelling_parameters(self) -> int:
-        """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
-        convolved = sum((size * LETTER + 1) * self.filters * share // 64 for size, share in WINDOWS)
-        highways = 2 * 2 * (self.filters + 1) * self.filters
-        return LETTERS * LETTER + convolved + highways + (self.filters + 1) * self.table_width
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "decoder_start": ("pad", "eos"),
-    "recurrent": ("", *GATES),
-    "norm": ("layer", "rms"),
-    "norm_at": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
-    "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
-    "head": ("linear", "transform"),
-    "linformer_sharing": ("headwise", "key-value", "layerwise"),
-}
+        return parameters(self)
 
 
 def decoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:

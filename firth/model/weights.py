@@ -12,7 +12,8 @@ published family expresses is saved with our own names and firth.json alone. Not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from firth.gguf import find
 from firth.model import gguf
 from firth.model.families import FAMILIES, families_of
-from firth.model.families.family import Entry, Family, Headed, to_ours, to_theirs
+from firth.model.families.classes import labels, of_model
+from firth.model.families.family import Family, to_theirs
+from firth.model.families.reading import Found, foreign, own
 from firth.model.files import (
     AS_IT_IS,
     Storage,
@@ -34,9 +37,9 @@ from firth.model.files import (
     write_json,
     write_tensors,
 )
-from firth.model.heads import Vocabulary
+from firth.model.hollow import hollow
 from firth.model.lm import LM
-from firth.model.parts import Description, described, rebuilt
+from firth.model.parts import described, rebuilt
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -59,23 +62,28 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     parts, head = {name: described(part) for name, part in model.parts.items()}, "lm" in model.parts
-    family, headed = _class(families_of(model.shape), model.shape, parts)
-    record = {"shape": asdict(model.shape), "parts": parts, "family": None if family is None else family.name}
-    if family is None:
+    form = of_model(_families(model.shape, tokenizer), model.shape, parts)
+    record = {"shape": asdict(model.shape), "parts": parts, "family": None if form is None else form.family.name}
+    if form is None:
         written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared()}
         (directory / "config.json").unlink(missing_ok=True)
         (directory / "generation_config.json").unlink(missing_ok=True)
         said = "no family of transformers expresses this shape, so only firth loads it"
     else:
-        entries = _entries(family, model.shape, head, headed)
+        entries = form.written(model.shape)
         written = to_theirs(state, entries)
         theirs = {ours for entry in entries for ours in entry.ours} | model.shared().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(storage.dtype or model.tokens.weight.dtype).removeprefix("torch.")
         ids = token_ids(tokenizer, model.shape)
-        kind = headed.name if headed else family.classes[0 if head else 1]
-        common = {"architectures": [kind], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype} | ids
-        write_json(directory / "config.json", common | family.config(model.shape))
+        common = {
+            "architectures": [form.name],
+            "model_type": form.family.name,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        } | ids
+        classes = [str(name) for name in (facts or {}).get("classes", ())]
+        write_json(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
         if head and model.shape.causal:
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else tokenizer.stops
@@ -83,7 +91,7 @@ def save_model(
             write_json(
                 directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
             )
-        said = f"transformers loads it as {kind}"
+        said = f"transformers loads it as {form.name}"
     write_tensors(written, directory, storage)
     write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
@@ -92,30 +100,10 @@ def save_model(
     return said
 
 
-def _class(
-    families: Sequence[Family], shape: Shape, parts: Mapping[str, Description]
-) -> tuple[Family | None, Headed | None]:
-    """The family, and the class of it, that says the most of a model's parts; the first of those that say as much."""
-    best: tuple[Family | None, Headed | None] = (None, None)
-    most = -1
-    for family in families:
-        for headed in (None, *family.headed):
-            heads = {} if headed is None else _heads(headed, shape)
-            lm = "lm" in parts and (headed is None or headed.lm)
-            whole = headed is None or headed.lm == ("lm" in parts)
-            if whole and heads.items() <= parts.items() and len(heads) + lm > most:
-                best, most = (family, headed), len(heads) + lm
-    return best
-
-
-def _heads(headed: Headed, shape: Shape) -> dict[str, Description]:
-    """The heads that a class has besides the vocabulary's, described."""
-    with torch.device("meta"):
-        return {name: described(part) for name, part in headed.parts(shape).items()}
-
-
-def _entries(family: Family, shape: Shape, head: bool, headed: Headed | None) -> list[Entry]:
-    return family.entries(shape, head) + ([] if headed is None else headed.entries(shape))
+def _families(shape: Shape, tokenizer: Tokenizer | None) -> list[Family]:
+    """The families that express a shape, and whose positions a tokenizer's padding does not upset."""
+    pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
+    return [family for family in families_of(shape) if tokenizer is None or family.pad in (None, pad)]
 
 
 def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
@@ -134,22 +122,17 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     parts: modules to fill in place of those that firth.json describes; needed only for kinds it cannot rebuild.
     Raises UserError if the directory holds no model, or tensors that do not fit.
     """
-    shape, state, names, _ = _read(directory)
+    found = _read(directory)
     if parts is None:
-        with torch.device("meta"):
-            model = LM(shape, _rebuilt(names, directory))
-        _compare(model, state, directory)  # before memory is taken for what a stranger's file says there is
+        with hollow(), _described(found.parts, directory):
+            model = LM(found.shape, {name: rebuilt(description, name) for name, description in found.parts.items()})
+        _compare(model, found.state, directory)  # before memory is taken for what a stranger's file says there is
         model = model.to_empty(device="cpu")
         model.tie()
     else:
-        model = LM(shape, parts)
-    _fill(model, state, directory)
+        model = LM(found.shape, parts)
+    _fill(model, found.state, directory)
     return model.eval()
-
-
-def left_out(directory: Path) -> list[str]:
-    """The tensors in a directory's files that are no weights of the model that is read of it, such as BERT's pooler."""
-    return _read(directory)[3]
 
 
 def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:
@@ -166,9 +149,9 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
 
     A part of the same name but of other sizes is both dropped and added. Raises UserError if the trunks differ.
     """
-    shape, state, _, _ = _read(directory)
-    shared = model.shared()
-    state = {name: tensor for name, tensor in state.items() if name not in shared}
+    found = _read(directory)
+    shape, shared = found.shape, model.shared()
+    state = {name: tensor for name, tensor in found.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
@@ -220,8 +203,19 @@ def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
             tensor.copy_(state[name])
 
 
-def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str, Any]], list[str]]:
-    """The shape, the tensors by our names, the descriptions of the parts, and the tensors that are none of ours."""
+def left_out(directory: Path) -> list[str]:
+    """The tensors of a directory, by name, that no model of ours has a place for, and that `load_model` leaves out."""
+    return _read(directory).left_out
+
+
+def class_names(directory: Path) -> tuple[str, ...]:
+    """The names of the classes of a directory's head, in the order of its rows; none where nothing names them."""
+    told = read_json(directory / "firth.json").get("facts", {}).get("classes")
+    return labels(read_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
+
+
+def _read(directory: Path) -> Found:
+    """What a directory holds, by our names."""
     config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
     file = find(directory)
     if file is not None:
@@ -233,47 +227,18 @@ def _read(directory: Path) -> tuple[Shape, dict[str, Tensor], dict[str, dict[str
     if not (ours and kind is None) and (type(kind) is not str or kind not in FAMILIES):
         raise UserError(f"{directory}/config.json is of family {kind!r:.40}; firth reads {', '.join(FAMILIES)}")
     state = read_tensors(directory) if file is None else gguf.tensors(file)
-    if ours:
-        shape = checked(lambda: _shape(ours), state, directory / "firth.json")
-    else:
-        shape = checked(lambda: FAMILIES[str(kind)].shape(config), state, file or directory / "config.json")
-    if kind is None:
-        if shape.tied and "lm" in ours["parts"]:
-            state["parts.lm.weight"] = state["tokens.weight"]
-        return shape, state, ours["parts"], []
-    family = FAMILIES[kind]
-    head = "lm" in ours["parts"] if ours else _has_head(family, shape, state, config)
-    extra = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
-    rest = {name: tensor for name, tensor in state.items() if name not in extra}
-    if ours:
-        parts, (_, headed) = ours["parts"], _class([family], shape, ours["parts"])
-    else:
-        headed = next(
-            (h for h in family.headed if h.lm == head and all(e.theirs in rest for e in h.entries(shape))), None
-        )
-        parts = {"lm": described(_bare_head(shape))} if head else {}
-        parts |= {} if headed is None else _heads(headed, shape)
-    found, spare = to_ours(family, rest, _entries(family, shape, head, headed), f"{directory}")
-    if shape.tied:
-        found.pop("parts.lm.weight", None)
-        if head and "tokens.weight" in found:
-            found["parts.lm.weight"] = found["tokens.weight"]
-    return shape, found | extra, parts, spare
-
-
-def _bare_head(shape: Shape) -> Vocabulary:
-    with torch.device("meta"):
-        return Vocabulary(shape)
-
-
-def _has_head(family: Family, shape: Shape, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    """Whether a foreign file holds the vocabulary head: by its tensors, or by its class where all of it is tied."""
-    trunk = set(family.entries(shape, False))
-    own: list[Entry] = [e for e in family.entries(shape, True) if e not in trunk]
-    own = [e for e in own if not (shape.tied and e.ours == ("parts.lm.weight",))]
-    if own:
-        return all(entry.theirs in state for entry in own)
-    return family.classes[1] not in config.get("architectures", [])
+    refuse_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
+    if not ours:
+        family = FAMILIES[str(kind)]
+        shape = checked(lambda: family.shape(config), state, file or directory / "config.json")
+        return foreign(family, shape, state, config, f"{directory}")
+    shape = checked(lambda: _shape(ours), state, directory / "firth.json")
+    if kind is not None:
+        with _described(ours["parts"], directory):
+            return own(FAMILIES[kind], shape, state, ours["parts"], f"{directory}")
+    if shape.tied and "lm" in ours["parts"] and "tokens.weight" in state:
+        state["parts.lm.weight"] = state["tokens.weight"]
+    return Found(shape, state, ours["parts"], [])
 
 
 def _shape(ours: Mapping[str, Any]) -> Shape:
@@ -326,13 +291,14 @@ def _typed(shape: Shape) -> None:
             raise TypeError(f"{field.name} is {value!r:.40}")
 
 
-def _rebuilt(names: Mapping[str, Any], directory: Path) -> dict[str, nn.Module]:
-    """The parts that firth.json describes, without memory of their own."""
+@contextmanager
+def _described(parts: Mapping[str, Any], directory: Path) -> Iterator[None]:
+    """UserError where what firth.json says of the parts is believed and turns out to be nonsense."""
     try:
-        for shape in _shapes(names):
+        for shape in _shapes(parts):
             if max(shape.get("depth", 0), shape.get("encoder", 0)) > DEEPEST:
                 raise ValueError("a part has too many layers")
-        return {name: rebuilt(description, name) for name, description in names.items()}
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as fault:
         raise UserError(f"{directory}/firth.json describes parts that cannot be rebuilt ({str(fault)[:80]})") from None
 

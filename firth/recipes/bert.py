@@ -56,7 +56,7 @@ def roberta(size: str = "tiny") -> Recipe:
         schedule=Schedule("wsd"), length=Length(steps=1000), checks=Checks(every=100, examples=256, save=200),
     )  # fmt: skip
     paper = Recipe(
-        name="roberta", objective=MLM(), segment=Pieces(length=512), shape=published.bert(50265, 1024, 24, 16, segments=0),
+        name="roberta", objective=MLM(), segment=Pieces(length=512), shape=published.SHAPES["roberta-large"],
         tokenizer=TokenizerPlan(size=50265), batch=Batch(rows=8192, pack=512), samples=SAMPLES,
         optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
         schedule=Schedule("linear", warmup=0.06), length=Length(steps=500_000), checks=Checks(every=1000, save=1000),

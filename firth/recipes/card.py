@@ -1,7 +1,7 @@
 """The model card: README.md beside every exported model, with what it was made of and what it scored.
 
-    of_run(run, place, said)                 from a run's recipe.yaml, done.json and samples.jsonl
-    of_directory(place, said, given)         of a model that came from elsewhere
+    of_run(run, place, model, said, facts)           from a run's recipe.yaml, done.json and samples.jsonl
+    of_directory(given, place, model, said, facts)   of a model that came from elsewhere
 
 The front matter is what model hubs read (licence, language, tags, base_model). A licence is stated where one is known:
 that of the model it began from; what a new model's is, is for its owner to say. Files are called by their names alone.
@@ -22,11 +22,13 @@ from typing import Any
 import yaml
 
 from firth.gguf import find, read
-from firth.model.files import read_json, read_tensors
+from firth.model.files import read_json
+from firth.model.lm import LM
 from firth.text.corpora import CATALOGUE
 
 KINDS = {"left": "text-generation", "both": "fill-mask", "source": "text2text-generation", "": "feature-extraction"}
 """How a model with a vocabulary head reads, or that it has none -> what model hubs call its task."""
+MARK = "Made with firth"
 HEAD = 4096
 """Characters of another's README.md in which its licence is looked for."""
 
@@ -35,12 +37,15 @@ HEAD = 4096
 class Card:
     """What a card says. place: the directory it lies in, as written so far. said: what others load the model as.
 
-    recipe: the settled recipe in plain data, paths by their names; empty for a model from elsewhere. done: what the run
-    came to. samples: rows of samples.jsonl. base, licence, language: of what it began from, "" where nothing is known.
+    facts: what was kept of its training (`firth.json`). recipe: the settled recipe in plain data, paths by their names;
+    empty for a model from elsewhere. done: what the run came to. samples: rows of samples.jsonl. base, licence,
+    language: of what it began from, "" where nothing is known.
     """
 
     place: Path
+    model: LM
     said: str
+    facts: Mapping[str, Any]
     name: str
     recipe: dict[str, Any] = field(default_factory=dict)
     done: Mapping[str, Any] = field(default_factory=dict)
@@ -50,27 +55,30 @@ class Card:
     language: str = ""
 
 
-def of_run(run: Path, place: Path, said: str, done: Mapping[str, Any] | None = None) -> Card:
+def of_run(
+    run: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any], done: Mapping[str, Any] | None = None
+) -> Card:
     """The card of a run's model, or of a model directory that has no recipe. done: in place of the run's done.json."""
     file = run / "recipe.yaml"
     if not file.exists():
-        return of_directory(place, said, run)
-    recipe = nameless(yaml.safe_load(file.read_text("utf-8")))
+        return of_directory(run, place, model, said, facts)
+    given = yaml.safe_load(file.read_text("utf-8"))
+    recipe, start = nameless(given), given.get("start") or ""
     rows = run / "samples.jsonl"
     samples = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
-    start = yaml.safe_load(file.read_text("utf-8")).get("start") or ""
     licence, language = _stated(Path(start)) if start else ("", "")
     corpus = str(_at(recipe, "source", "corpus") or "").partition("/")[0]
     return Card(
-        place, said, run.resolve().name, recipe, read_json(run / "done.json") if done is None else done, samples,
-        PurePath(start).name, licence, language or ("en" if corpus in CATALOGUE else ""),
+        place, model, said, facts, run.resolve().name, recipe, read_json(run / "done.json") if done is None else done,
+        samples, PurePath(start).name, licence, language or ("en" if corpus in CATALOGUE else ""),
     )  # fmt: skip
 
 
-def of_directory(place: Path, said: str, given: Path) -> Card:
+def of_directory(given: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any]) -> Card:
     """The card of a model that came from another directory, and has no recipe."""
     licence, language = _stated(given)
-    return Card(place, said, given.resolve().name, base=given.resolve().name, licence=licence, language=language)
+    name = given.resolve().name
+    return Card(place, model, said, facts, name, base=name, licence=licence, language=language)
 
 
 def write(card: Card, file: Path) -> None:
@@ -92,22 +100,23 @@ def pretty(value: Any) -> str:
 
 def text(card: Card) -> str:
     """The card in Markdown, its front matter in YAML."""
-    ours, config = read_json(card.place / "firth.json"), read_json(card.place / "config.json")
-    shape, parts = ours["shape"], ours["parts"]
-    task = KINDS[("source" if shape["encoder"] else "left" if shape["causal"] else "both") if "lm" in parts else ""]
+    config, shape = read_json(card.place / "config.json"), card.model.shape
+    task = KINDS[
+        ("source" if shape.encoder else "left" if shape.causal else "both") if "lm" in card.model.parts else ""
+    ]
     front: dict[str, Any] = {"license": card.licence or "other"}
     if not card.licence:
         front["license_name"] = "not-stated"
     front |= {"language": card.language} if card.language else {}
     front |= {"base_model": card.base} if card.base else {}
-    front |= {"library_name": "transformers", "pipeline_tag": task} if config else {"library_name": "firth"}
+    front |= {"library_name": "transformers" if config else "firth", "pipeline_tag": task}
     front["tags"] = ["firth", *_objectives(card.recipe)]
     blocks = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {card.name}",
-        _what(card, shape, parts, config),
+        _what(card, config),
         *_training(card),
-        *_scores(card, ours.get("facts", {})),
+        *_scores(card),
         *_samples(card),
         _loading(card, config, task),
         _limits(card),
@@ -115,34 +124,16 @@ def text(card: Card) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _what(card: Card, shape: Mapping[str, Any], parts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _what(card: Card, config: Mapping[str, Any]) -> str:
+    shape = card.model.shape
     rows = [
-        ("parameters", f"{_count(card.place):,}"),
-        ("layers", f"{shape['encoder']} + {shape['depth']}" if shape["encoder"] else f"{shape['depth']}"),
-        ("width", f"{shape['width']:,}"), ("context", f"{shape['context']:,} tokens"), ("vocabulary", f"{shape['vocab']:,}"),
-        ("heads besides the trunk", ", ".join(parts) or "none"), ("numbers", _numbers(card.place, config)),
+        ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
+        ("layers", f"{shape.encoder} + {shape.depth}" if shape.encoder else f"{shape.depth}"),
+        ("width", f"{shape.width:,}"), ("context", f"{shape.context:,} tokens"), ("vocabulary", f"{shape.vocab:,}"),
+        ("heads besides the trunk", ", ".join(card.model.parts) or "none"), ("numbers", _numbers(card.place, config)),
     ]  # fmt: skip
     began = f" It began from {card.base}." if card.base and card.recipe else ""
-    return f"Made with firth; {card.said}.{began}\n\n" + _table(("", ""), rows)
-
-
-def _numbers(place: Path, config: Mapping[str, Any]) -> str:
-    """What most of the weights are stored as."""
-    file = find(place)
-    if file is None:
-        return str(config.get("dtype", "float32"))
-    sizes: Counter[str] = Counter()
-    for stored in read(file).tensors.values():
-        sizes[stored.kind] += math.prod(stored.shape)
-    return sizes.most_common(1)[0][0]
-
-
-def _count(place: Path) -> int:
-    """The numbers in the model's files."""
-    file = find(place)
-    if file is not None:
-        return sum(math.prod(stored.shape) for stored in read(file).tensors.values())
-    return sum(tensor.numel() for tensor in read_tensors(place).values())
+    return f"{MARK}; {card.said}.{began}\n\n" + _table(("", ""), rows)
 
 
 def _training(card: Card) -> list[str]:
@@ -168,9 +159,9 @@ def _training(card: Card) -> list[str]:
     return [f"## Training\n\n{_table(('', ''), rows)}\n\n{command}\n\n```yaml\n{listing}```"]
 
 
-def _scores(card: Card, facts: Mapping[str, Any]) -> list[str]:
-    found = facts.get("metrics") if type(facts.get("metrics")) is dict else {}
-    held = {name.removeprefix("valid/"): value for name, value in (found or {}).items() if name.startswith("valid/")}
+def _scores(card: Card) -> list[str]:
+    found: Mapping[str, Any] = card.facts.get("metrics") or {}
+    held = {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
     rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in held.items() if type(value) in (int, float)]
     if not rows:
         return []
@@ -186,6 +177,17 @@ def _samples(card: Card) -> list[str]:
 def _quoted(text: str) -> str:
     """Text as Markdown shows it: line breaks kept, no signs of its own."""
     return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text).replace("\n", "  \n> ")
+
+
+def _numbers(place: Path, config: Mapping[str, Any]) -> str:
+    """What most of the weights are stored as."""
+    file = find(place)
+    if file is None:
+        return str(config.get("dtype", "float32"))
+    sizes: Counter[str] = Counter()
+    for stored in read(file).tensors.values():
+        sizes[stored.kind] += math.prod(stored.shape)
+    return sizes.most_common(1)[0][0]
 
 
 def _loading(card: Card, config: Mapping[str, Any], task: str) -> str:

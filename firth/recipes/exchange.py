@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ import torch
 
 from firth.gguf import find, read
 from firth.model import gguf
-from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, write_json
+from firth.model.families import family_of
+from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
 from firth.model.lm import LM
-from firth.model.parts import described as parts_of
 from firth.model.weights import left_out, load_model, refuse_larger, save_model
 from firth.recipes import card
 from firth.recipes.material import Echo
@@ -37,43 +37,49 @@ from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 MADE = "firth.json"
-"""What lies in every directory that is written here, and so may be written again."""
+"""What lies in every model directory that is written here."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """A model on its way out. facts: what firth.json keeps of its training. dtype: as the user wrote it, "" for nothing.
+    """A model on its way out. facts: what firth.json keeps of its training. talks: whether it was trained on dialogues.
 
-    dialogue: whether it was trained to answer.
+    given: the directory it comes from. name: what the user called it. dtype: as the user wrote it, "" for nothing.
     """
 
     model: LM
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    talks: bool
+    given: Path
     name: str
     dtype: str
-    dialogue: bool
 
 
 def import_model(given: Path, out: Path, echo: Echo = print) -> None:
-    """Read a model directory or GGUF file of others, say what it is, and write a directory that all of firth's commands take.
+    """Read a model that others wrote, say what it is, and write a directory that all of firth's commands take.
 
-    The numbers keep their type; those of few bits become fp32. UserError for whatever cannot be read whole, and for an
-    `out` that is not firth's.
+    given: a directory or a GGUF file. The numbers keep their type, and those of few bits become fp32. UserError for
+    whatever cannot be read whole, and for an `out` that is not firth's.
     """
+    if given.suffix == ".gguf":
+        raise UserError(f"{given}: GGUF files are not read yet: give a directory with model.safetensors")
     given = model_directory(given)
-    file = find(given)
-    if file is None and not given.is_dir():
-        raise UserError(f"{given} is no directory: give one with config.json, model.safetensors and a tokenizer")
+    if not given.exists():
+        raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
+    file = find(given)
     types = dtypes(given) if file is None else gguf.dtypes(file)
     facts = read_json(given / MADE).get("facts", {})
     with _fresh(out, given) as place:
         said = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
+        carried = given.is_dir() and carry(given, place)
         for line in described(given, model, tokenizer, types):
             echo(line)
-        told = card.of_directory(place, said, given)
+        if carried:
+            echo("  sentence vectors: as its modules.json says")
+        told = card.of_directory(given, place, model, said, facts)
         licence = "" if file is None else str(read(file).metadata.get("general.license", ""))
         card.write(replace(told, licence=told.licence or licence), place / "README.md")
     for line in _uses(out, model, tokenizer):
@@ -83,53 +89,52 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
 def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, echo: Echo = print) -> None:
     """Write the model of a run into a directory for others, with its card.
 
-    form: of FORMS. dtype: fp32, fp16 or bf16; "" as it is; for gguf q8_0 too, and "" is fp16. shard: most bytes in one
-    file, such as "2GB"; "" for one file.
+    form: one of FORMS. dtype: fp32, fp16 or bf16; "" as it is. For gguf q8_0 too, and "" is fp16. shard: most bytes in
+    one file, such as "2GB"; "" for one.
     """
     if form not in FORMS:
         raise UserError(f"there is no format {form!r}; there is {', '.join(FORMS)}")
     known = KINDS if form == "gguf" else DTYPES
     if dtype and dtype not in known:
-        raise UserError(f"there is no dtype {dtype!r} in this format; there is {', '.join(known)}")
-    given = model_directory(run)
+        raise UserError(f"there is no dtype {dtype!r}; there is {', '.join(known)}")
+    size, given = parse_size(shard), model_directory(run)
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
-    types = dtypes(given)
-    storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, parse_size(shard))
-    talks = bool({"sft", "dpo", "reinforce", "ppo"} & {*objective_of(run)})
+    types = dtypes(given) if find(given) is None else [torch.float32]
+    storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
     facts = read_json(given / MADE).get("facts", {})
-    parcel = Parcel(model, tokenizer, facts, run.resolve().name, dtype, talks)
+    parcel = Parcel(model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given, run.resolve().name, dtype)
     with _fresh(out, given) as place:
         said = FORMS[form](parcel, place, storage)
-        card.write(card.of_run(run, place, said), place / "README.md")
-        files = sorted(p for p in place.rglob("*") if p.is_file())
-        size = sum(p.stat().st_size for p in files)
-        echo(f"{out}: {len(files)} files, {size / 1e6:,.1f} MB; {said}")
+        card.write(card.of_run(run, place, model, said, facts), place / "README.md")
+        files = [p for p in place.rglob("*") if p.is_file()]
+        echo(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {said}")
     for line in _uses(out, model, tokenizer):
         echo(line)
+
+
+TALKING = {"sft", "dpo", "reinforce", "ppo"}
+"""Objectives of dialogues."""
 
 
 def _hf(parcel: Parcel, place: Path, storage: Storage) -> str:
     """A directory for transformers, and for sentence-transformers where the model is an encoder."""
     said = save_model(parcel.model, parcel.tokenizer, place, parcel.facts, storage)
     shape = parcel.model.shape
-    if (place / "config.json").exists() and not shape.causal and not shape.encoder:
+    if not (place / "config.json").exists() or shape.causal or shape.encoder:
+        return said
+    if not carry(parcel.given, place):
         sentences(parcel.model, place)
-        return f"{said}, sentence-transformers as it is"
-    return said
+    return f"{said}, sentence-transformers as it is"
 
 
 def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
     """One file for llama.cpp, with the tokenizer inside."""
     if storage.shard:
         raise UserError("a GGUF file is one file here: leave out --shard-size")
-    kind = KINDS[parcel.dtype or "fp16"]
-    told = {"general.name": parcel.name}
-    said = gguf.write(parcel.model, parcel.tokenizer, place / "model.gguf", kind, dialogue=parcel.dialogue, facts=told)
-    parts = {name: parts_of(part) for name, part in parcel.model.parts.items() if name == "lm"}
-    write_json(
-        place / MADE, {"facts": parcel.facts, "shape": asdict(parcel.model.shape), "parts": parts, "family": None}
-    )
+    kind, told = KINDS[parcel.dtype or "fp16"], {"general.name": parcel.name}
+    said = gguf.write(parcel.model, parcel.tokenizer, place / "model.gguf", kind, dialogue=parcel.talks, facts=told)
+    write_json(place / MADE, {"facts": parcel.facts})
     return said
 
 
@@ -137,6 +142,39 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """--dtype -> how a GGUF file calls it."""
 FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
 """Name of a format -> what writes it into a directory and says what others load it as."""
+
+SENTENCE = "sentence_bert_config.json"
+POOLED = ("bert", "roberta", "albert", "mpnet")
+"""Families whose bare class makes a pooler at random where the files have none, unless it is told not to."""
+PLAIN = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers that have no weights of their own besides the model's."""
+
+
+def carry(given: Path, place: Path) -> bool:
+    """Take over how a directory makes sentence vectors, if it says so and needs no further weights for it."""
+    if not (given / "modules.json").is_file():
+        return False
+    listed = read_list(given / "modules.json")
+    paths = [str(module.get("path", "")) for module in listed]
+    if not all(str(module.get("type", "")).endswith(PLAIN) for module in listed):
+        return False
+    if any(Path(path).name != path for path in paths):
+        raise UserError(f"{given / 'modules.json'} names a place outside of its directory")
+    for file in (SENTENCE, *(f"{path}/config.json" for path in paths if path)):
+        if (given / file).is_file():
+            (place / file).parent.mkdir(exist_ok=True)
+            write_json(place / file, read_json(given / file) | (_unpooled(place) if file == SENTENCE else {}))
+    card.write_text(place / "modules.json", card.pretty(listed))
+    return True
+
+
+def _unpooled(place: Path) -> dict[str, Any]:
+    """What sentence-transformers tells the class of a model without a pooler."""
+    return (
+        {"model_args": {"add_pooling_layer": False}}
+        if read_json(place / "config.json").get("model_type") in POOLED
+        else {}
+    )
 
 
 def sentences(model: LM, place: Path) -> None:
@@ -147,7 +185,8 @@ def sentences(model: LM, place: Path) -> None:
         for i, (name, path, kind) in enumerate(modules)
     ]
     (place / "1_Pooling").mkdir(exist_ok=True)
-    write_json(place / "sentence_bert_config.json", {"max_seq_length": model.shape.context, "do_lower_case": False})
+    limits = {"max_seq_length": model.shape.context, "do_lower_case": False}
+    write_json(place / SENTENCE, limits | _unpooled(place))
     pooling = {f"pooling_mode_{way}": way == "mean_tokens" for way in ("cls_token", "mean_tokens", "max_tokens")}
     write_json(place / "1_Pooling" / "config.json", {"word_embedding_dimension": model.shape.width} | pooling)
     card.write_text(place / "modules.json", card.pretty(listed))
@@ -158,15 +197,18 @@ def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dt
     file = find(given)
     config, shape = read_json(given / "config.json") if file is None else gguf.config(file), model.shape
     kinds = config.get("architectures")
-    named = ", ".join(map(str, kinds)) if isinstance(kinds, list) else "no class"
+    named = f" ({', '.join(map(str, kinds))})" if isinstance(kinds, list) else ""
+    family = family_of(shape)
+    kind = config.get("model_type") or (family.name if family else "no family")
     count = sum(p.numel() for p in model.parameters())
     ids, rows = tokenizer.vocab.size, shape.vocab
     spare = left_out(given) if file is None else []
-    beside = [] if file is not None else sorted(given.iterdir())
-    unused = [p.name for p in beside if p.is_file() and p.suffix in (".py", ".bin", ".pt", ".h5", ".onnx")]
+    unused = [
+        p.name for p in sorted(given.glob("*")) if p.is_file() and p.suffix in (".py", ".bin", ".pt", ".h5", ".onnx")
+    ]
     padding = f" for {rows:,} vectors: {rows - ids:,} of those are padding" if ids < rows else ""
     return [
-        f"{given}: {config.get('model_type', 'firth')} ({named}), {shape.noun}",
+        f"{given}: {kind}{named}, {shape.noun}",
         f"  {count:,} parameters in {', '.join(str(t).removeprefix('torch.') for t in types)}; context {shape.context:,}",
         f"  heads: {', '.join(model.parts) or 'none'}",
         f"  tokenizer: {ids:,} ids{padding}; {', '.join(f'{r} {tokenizer.token(i)}' for r, i in tokenizer.vocab.roles.items())}",
@@ -227,5 +269,7 @@ def _fresh(out: Path, given: Path) -> Iterator[Path]:
 
 
 def _ours(out: Path) -> bool:
-    """Whether all that a directory holds was written here: a model directory, and no run."""
-    return (out / MADE).is_file() and not (out / "recipe.yaml").exists() and not (out / "model").exists()
+    """Whether all that a directory holds was written here: an import or an export, and no run."""
+    readme = out / "README.md"
+    made = (out / MADE).is_file() or (readme.is_file() and card.MARK in readme.read_text("utf-8", errors="replace"))
+    return made and not (out / "recipe.yaml").exists() and not (out / "model").exists()

@@ -131,7 +131,9 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
-        card.write(card.of_run(directory, directory / "model", said, told), directory / "model" / "README.md")
+        card.write(
+            card.of_run(directory, directory / "model", model, said, facts, told), directory / "model" / "README.md"
+        )
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firth.model.shape import VECTORS, Shape
+from firth.model.count import VECTORS, recurrent_products
+from firth.model.shape import Shape
 from firth.types import IGNORE, NEVER, Batch
 
 
@@ -70,7 +71,7 @@ def linear(rows: int, inputs: int, outputs: int) -> float:
 def trunk(shape: Shape, work: Work) -> float:
     """FLOPs of the model without its head, forward and backward: the one place that knows what an architecture costs."""
     if shape.recurrent:
-        return BOTH * work.positions * shape.recurrent_products()
+        return BOTH * work.positions * recurrent_products(shape)
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     ends, both = 2 * shape.width * queries, 2 * shape.width * keys  # q and o; k and v
     mlp = shape.width * shape.hidden * (3 if shape.gated else 2)

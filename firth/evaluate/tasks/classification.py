@@ -17,6 +17,7 @@ from firth.evaluate import metrics
 from firth.evaluate.likelihood import groups
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
 from firth.generate.rows import reading
+from firth.model.parts import answered, described
 from firth.objectives.classification import Classification, Place, place
 from firth.objectives.objective import asked
 from firth.types import Example, UserError
@@ -50,7 +51,7 @@ def class_names(subject: Subject) -> tuple[str, ...]:
     objective = subject.recipe.get("objective")
     if said is None and isinstance(objective, dict):
         said = objective.get("classes")
-    rows = subject.model.parts["classes"].out_features
+    rows = answered(described(subject.model.parts["classes"]))
     if said is None or len(said) != rows:
         there = "says no names" if said is None else f"names {len(said)}"
         raise UserError(

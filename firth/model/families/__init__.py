@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from firth.model.families import albert, bart, bert, electra, gpt2, llama, modernbert, mpnet, nanochat, t5, xlnet
+from firth.model.families import (
+    albert,
+    bart,
+    bert,
+    distilbert,
+    electra,
+    gpt,
+    gpt2,
+    llama,
+    mistral,
+    modernbert,
+    mpnet,
+    nanochat,
+    qwen,
+    roberta,
+    t5,
+    xlnet,
+)
 from firth.model.families.family import Family
 from firth.model.shape import Shape
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY
-    for module in (bert, albert, electra, gpt2, llama, t5, bart, nanochat, modernbert, xlnet, mpnet)
-}
+    family.name: family
+    for family in (
+        roberta.FAMILY, roberta.XLM, bert.FAMILY, distilbert.FAMILY, albert.FAMILY, electra.FAMILY, gpt.FAMILY,
+        gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, t5.FAMILY, t5.MT5, bart.FAMILY,
+        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY,
+    )
+}  # fmt: skip
 """`model_type` of a config.json -> the family."""
 
 

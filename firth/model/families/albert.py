@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from firth.model.families import bert
 from firth.model.families.family import Entry, Family, Headed, activation, both
-from firth.model.heads import pooled
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -65,16 +62,15 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
-def order(shape: Shape) -> dict[str, nn.Module]:
-    return {"order": pooled(shape.width, 2)}
-
-
-def order_entries(shape: Shape) -> list[Entry]:
-    return both({"0": "albert.pooler", "2": "sop_classifier.classifier"}, "parts.order.", "", bias=True)
-
+POOLED = {"0": "albert.pooler", "2": "classifier"}
+ORDER = {"0": "albert.pooler", "2": "sop_classifier.classifier"}
 
 FAMILY = Family(
     "albert", ("AlbertForMaskedLM", "AlbertModel"), config, shape, entries, "albert.",
-    spare=r"pooler|position_ids|sop_classifier|predictions\.",
-    headed=(Headed("AlbertForPreTraining", True, order, order_entries),),
+    spare=r"position_ids$", tied=r"^predictions\.decoder\.",
+    unused=r"^albert\.pooler\.|^predictions\.|^sop_classifier\.|^classifier\.|^qa_outputs\.",
+    headed=(
+        Headed("AlbertForPreTraining", "order", bert.pooler, ORDER, answers=2, lm=True),
+        *bert.tasks("Albert", POOLED, POOLED),
+    ),
 )  # fmt: skip

@@ -2,13 +2,17 @@
 
 Its position tables begin with two rows that are never read (an offset left over from padding), and its decoder begins
 at the stop token. The offset of its logits is a constant row of zeros there; here it is a parameter.
+
+For a task its decoder reads the whole text once more: a class is read at the stop token's last place there (part
+`classes`), the ends of an answer at every place (`span`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from firth.model.families.family import Entry, Family, activation, both
+from firth.model.families import bert
+from firth.model.families.family import Entry, Family, Headed, activation, both
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -70,5 +74,11 @@ MAPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 FAMILY = Family(
     "bart", ("BartForConditionalGeneration", "BartModel"), config, shape, entries, "model.",
-    spare=r"embed_tokens\.weight$|lm_head\.weight$",
+    spare=r"embed_tokens\.weight$|\.version$", tied=r"^lm_head\.weight$",
+    unused=r"^classification_head\.|^qa_outputs\.|^final_logits_bias$",
+    headed=(
+        Headed("BartForSequenceClassification", "classes", bert.pooler,
+               {"0": "classification_head.dense", "2": "classification_head.out_proj"}),
+        Headed("BartForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+    ),
 )  # fmt: skip

@@ -1,14 +1,20 @@
-"""BERT (Devlin 2018): post-norm, learned positions, two segments, GELU, a transform before the tied head."""
+"""BERT (Devlin 2018): post-norm, learned positions, two segments, GELU, a transform before the tied head.
+
+SpanBERT (Joshi 2020) is published in this format too, with segments of one kind only; its span boundary objective has
+no place there and stays a part of ours. MiniLM and most encoders of sentences are BERTs of other sizes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from firth.model.families.family import Entry, Family, Headed, activation, both
-from firth.model.heads import pooled
+from firth.model.families.family import Entry, Family, Headed, activation, both, refused
+from firth.model.heads import linear, pooled
 from firth.model.shape import Shape
+from firth.types import UserError
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
@@ -26,6 +32,9 @@ def config(shape: Shape) -> dict[str, Any]:
 
 
 def shape(config: dict[str, Any]) -> Shape:
+    refused(config, {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"})
+    if not config["type_vocab_size"]:
+        raise UserError("config.json has type_vocab_size=0, and the code of its family adds the vector of a segment")
     return Shape(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
         heads=config["num_attention_heads"], hidden=config["intermediate_size"],
@@ -38,10 +47,11 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def tables(prefix: str) -> list[Entry]:
-    """The three tables and the norm behind them, as BERT's descendants name them too."""
-    embeddings = {"tokens": "word_embeddings", "places": "position_embeddings", "segments": "token_type_embeddings"}
+def tables(prefix: str, unread: int = 0) -> list[Entry]:
+    """The three tables and the norm behind them, as BERT's descendants name them too. unread: rows before position 0."""
+    embeddings = {"tokens": "word_embeddings", "segments": "token_type_embeddings"}
     out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
+    out.append(Entry(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), unread=unread))
     return out + both({"trunk.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
 
 
@@ -67,20 +77,40 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
-def pair(shape: Shape) -> dict[str, nn.Module]:
-    return {"next": pooled(shape.width, 2)}
+def pooler(shape: Shape, answers: int) -> nn.Module:
+    return pooled(shape.width, answers)
 
 
-def pair_entries(shape: Shape) -> list[Entry]:
-    return both({"0": "bert.pooler.dense", "2": "cls.seq_relationship"}, "parts.next.", "", bias=True)
+def plain(shape: Shape, answers: int) -> nn.Module:
+    return linear(shape.width, answers)
 
+
+def tasks(
+    name: str, text: dict[str, str], option: dict[str, str], make: Callable[[Shape, int], nn.Module] = pooler
+) -> tuple[Headed, ...]:
+    """The classes for tasks that a family of encoders has. text, option: modules of the head that reads a text, or an option
+    of several -> theirs. With a single label theirs is a regression."""
+    reader = f"{name}ForSequenceClassification"
+    return (
+        Headed(reader, "score", make, text, answers=1),
+        Headed(reader, "classes", make, text),
+        Headed(f"{name}ForMultipleChoice", "choice", make, option, answers=1),
+        Headed(f"{name}ForTokenClassification", "tags", plain, {"": "classifier"}),
+        Headed(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, answers=2),
+    )
+
+
+POOLED = {"0": "bert.pooler.dense", "2": "classifier"}
+NEXT = {"0": "bert.pooler.dense", "2": "cls.seq_relationship"}
 
 FAMILY = Family(
     "bert", ("BertForMaskedLM", "BertModel"), config, shape, entries, "bert.",
-    spare=r"pooler|position_ids|seq_relationship|predictions\.decoder|^cls\.|^bert\.cls\.",
+    spare=r"position_ids$", tied=r"^cls\.predictions\.decoder\.",
+    unused=r"^bert\.pooler\.|^cls\.|^classifier\.|^qa_outputs\.",
     renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     headed=(
-        Headed("BertForPreTraining", True, pair, pair_entries),
-        Headed("BertForNextSentencePrediction", False, pair, pair_entries),
+        Headed("BertForPreTraining", "next", pooler, NEXT, answers=2, lm=True),
+        Headed("BertForNextSentencePrediction", "next", pooler, NEXT, answers=2),
+        *tasks("Bert", POOLED, POOLED),
     ),
 )  # fmt: skip

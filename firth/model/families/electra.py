@@ -1,7 +1,7 @@
 """ELECTRA (Clark 2020): BERT's blocks behind tables that may be narrower, a generator's head or a discriminator's.
 
-The generator is an ElectraForMaskedLM, the discriminator an ElectraForPreTraining. transformers' summary of a text
-(`summary_*`) is no part of either.
+The generator is an ElectraForMaskedLM, the discriminator an ElectraForPreTraining. A text is classified through GELU,
+where BERT has tanh.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from firth.model.families import bert
 from firth.model.families.family import Entry, Family, Headed, activation, both
-from firth.model.heads import detector
+from firth.model.heads import pooled
 from firth.model.shape import Shape
 
 ACTIVATIONS = {"gelu": "gelu"}
@@ -44,16 +44,19 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
-def replaced(shape: Shape) -> dict[str, nn.Module]:
-    return {"replaced": detector(shape.width)}
+def through_gelu(shape: Shape, answers: int) -> nn.Module:
+    return pooled(shape.width, answers, nn.GELU)
 
 
-def replaced_entries(shape: Shape) -> list[Entry]:
-    return both({"0": "dense", "2": "dense_prediction"}, "parts.replaced.", "discriminator_predictions.", bias=True)
-
+SUMMARY = {"0": "sequence_summary.summary", "2": "classifier"}
+REPLACED = {"0": "discriminator_predictions.dense", "2": "discriminator_predictions.dense_prediction"}
 
 FAMILY = Family(
     "electra", ("ElectraForMaskedLM", "ElectraModel"), config, shape, entries, "electra.",
-    spare=r"position_ids|generator_predictions|generator_lm_head|discriminator_predictions",
-    headed=(Headed("ElectraForPreTraining", False, replaced, replaced_entries),),
+    spare=r"position_ids$", tied=r"^generator_lm_head\.weight$",
+    unused=r"^generator_|^discriminator_|^sequence_summary\.|^classifier\.|^qa_outputs\.",
+    headed=(
+        Headed("ElectraForPreTraining", "replaced", through_gelu, REPLACED, answers=1),
+        *bert.tasks("Electra", {"0": "classifier.dense", "2": "classifier.out_proj"}, SUMMARY, through_gelu),
+    ),
 )  # fmt: skip

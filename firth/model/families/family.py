@@ -7,16 +7,18 @@ can drift from the first. Tensors: each of theirs is one of ours, or several of 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from firth.model.hollow import hollow
 from firth.model.shape import Shape
 from firth.types import UserError
+
+Scaling = Literal["none", "linear", "llama3"]
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,47 @@ class Entry:
     folded: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Headed:
-    """One of transformers' classes with other heads than the vocabulary's alone: BertForPreTraining.
+    """One of transformers' classes with a head besides, or in place of, the vocabulary's: BertForPreTraining.
 
-    name: of the class. lm: whether it has the vocabulary head too. parts: Shape -> the other heads by the names that our
-    objectives give them; a model or a file is of this class where it has all of them. entries: their tensors.
+    name: of the class. part: the name that our objectives give the head. make: (Shape, answers) -> the head.
+    maps: modules of the head -> theirs; "" is a head that is one module. answers: how many numbers it gives, 0 for one
+    per label. lm: whether the class has the vocabulary head too. prefix: what stands in front of the trunk's names in
+    this class, where that is not the family's prefix. says: what its config must say, field by field.
     """
 
     name: str
-    lm: bool
-    parts: Callable[[Shape], dict[str, nn.Module]]
-    entries: Callable[[Shape], list[Entry]]
+    part: str
+    make: Callable[[Shape, int], nn.Module]
+    maps: dict[str, str]
+    answers: int = 0
+    lm: bool = False
+    prefix: str | None = None
+    says: tuple[tuple[str, Any], ...] = ()
+
+    def entries(self, shape: Shape, answers: int) -> list[Entry]:
+        """The head's tensors; the last has a row for each answer."""
+        with hollow():
+            names = list(self.make(shape, answers).state_dict())
+        out = []
+        for name in names:
+            module, _, kind = name.rpartition(".")
+            out.append(Entry(f"{self.maps[module]}.{kind}", (f"parts.{self.part}.{name}",)))
+        return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """name: `model_type` of the config. classes: transformers' class with and without the vocabulary head.
 
     config: Shape -> config.json without token ids. shape: config.json -> Shape (UserError if it asks for what a Shape
     cannot say). entries: every tensor of the model. prefix: what files saved from the bare model leave out.
-    spare: pattern of names that a file may hold and that are no weights of ours (buffers, BERT's pooler).
+    spare: pattern of names that a file may hold and that say nothing (buffers). tied: those of a tied matrix's second name.
+    unused: pattern of names of heads that a file may hold and that are left out, and told, where no class of ours has them
+    (BERT's pooler without the question it was trained for).
     renames: old spelling -> new, applied to a file's names. headed: its classes that have further heads.
+    pad: the id that a tokenizer's padding must have, because their model counts positions by it (RoBERTa).
     """
 
     name: str
@@ -66,8 +87,11 @@ class Family:
     entries: Callable[[Shape, bool], list[Entry]]
     prefix: str
     spare: str = r"$^"
+    tied: str = r"$^"
+    unused: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
     headed: tuple[Headed, ...] = ()
+    pad: int | None = None
 
     def expresses(self, shape: Shape) -> bool:
         """Whether this family's config says all that the shape says (how weights are initialised aside)."""
@@ -91,41 +115,45 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     return out
 
 
-def to_ours(
-    family: Family, state: dict[str, Tensor], entries: Iterable[Entry], where: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """A file's tensors under our names, and the names of those that are no weights of ours (`Family.spare`).
+def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict[str, str]:
+    """A file's names as the family's entries spell them -> as they stand in the file. known: all that entries speak of.
 
-    Tensors that neither explains are an error, missing ones are left out. They are views of the file's own memory.
+    Mends old spellings, puts the family's prefix where a class has another, and in front of all where a file has none:
+    but not where that would hide what stands outside of it, such as a head.
     """
-    names: dict[str, str] = {}
-    bare = not any(name.startswith(family.prefix) for name in state)
-    for name in state:
+    found = list(names)
+    others = [headed.prefix for headed in family.headed if headed.prefix is not None]
+    bare = not any(name.startswith((family.prefix, *others)) for name in found)
+    out: dict[str, str] = {}
+    for name in found:
         new = name
         for old, spelling in family.renames:
             new = new.replace(old, spelling)
-        names[family.prefix + new if bare else new] = name
+        for other in others:
+            if new.startswith(other):
+                new = family.prefix + new.removeprefix(other)
+        new = family.prefix + new if bare and (family.prefix + new in known or new not in known) else new
+        if new in out:
+            raise UserError(f"a file holds {out[new]!r} and {name!r}, which are two names for one tensor")
+        out[new] = name
+    return out
+
+
+def to_ours(state: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """Tensors by their names, as the entries spell them, under our names. Those that are not there are left out.
+
+    They must be of the sizes that the entries expect, and are views of the file's own memory.
+    """
     out: dict[str, Tensor] = {}
     for entry in entries:
-        # A bare prefix must not hide what stands outside it, such as the head of a file that has no prefix at all.
-        source = names.pop(entry.theirs, None)
-        if source is None and bare:
-            source = names.pop(family.prefix + entry.theirs, None)
-        if source is None:
+        if entry.theirs not in state:
             continue
-        try:
-            whole = state[source][entry.unread :]
-            whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
-            whole = whole.t() if entry.transposed else whole
-            pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
-        except (RuntimeError, IndexError):
-            size = tuple(state[source].shape)
-            raise UserError(f"{where}: tensor {source!r} is {size}, which does not fit config.json") from None
+        whole = state[entry.theirs][entry.unread :]
+        whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
+        whole = whole.t() if entry.transposed else whole
+        pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
         out |= dict(zip(entry.ours, pieces, strict=True))
-    unknown = [n for new, n in names.items() if not re.search(family.spare, new)]
-    if unknown:
-        raise UserError(f"{where} holds {unknown[0]!r}, which is no tensor of a {family.name} model of this shape")
-    return out, sorted(names.values())
+    return out
 
 
 def activation(given: str, names: dict[str, str], where: str) -> str:
@@ -135,19 +163,63 @@ def activation(given: str, names: dict[str, str], where: str) -> str:
     return names[given]
 
 
+def refused(config: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Raise a UserError for a field of a config that asks for what ours does not compute; null says nothing."""
+    for field, value in plain.items():
+        if config.get(field, value) != value and config[field] is not None:
+            raise UserError(f"config.json asks for {field}={config[field]!r}; firth has {field}={value!r} only")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary fields of a `Shape`, as a config says them."""
+
+    theta: float
+    scaling: Scaling = "none"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+
+def rope(config: dict[str, Any], default: float, layers: str = "") -> Rope:
+    """The rotary fields, as version 5 writes them (`rope_parameters`, perhaps by kind of layer) or version 4 did."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = said.get(layers) or said
+    kind = said.get("rope_type", said.get("type", "default"))
+    theta = float(said.get("rope_theta", config.get("rope_theta", default)))
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", float(said["factor"]))
+    if kind == "llama3":
+        low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
+        return Rope(theta, "llama3", float(said["factor"]), low, high, said["original_max_position_embeddings"])
+    raise UserError(
+        f"config.json asks for rotary positions of type {kind!r}; firth has the types default, linear and llama3"
+    )
+
+
 def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
-    """The rotary base, as version 5 writes it (`rope_parameters`, perhaps by kind of layer) or version 4 did."""
-    ropes = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    ropes = ropes.get(layers) or ropes
-    kind = ropes.get("rope_type", ropes.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"config.json asks for rotary positions of type {kind!r}; firth has the default type only")
-    return float(ropes.get("rope_theta", config.get("rope_theta", default)))
+    """The rotary base, in families whose positions are not stretched."""
+    found = rope(config, default, layers)
+    if found.scaling != "none":
+        raise UserError(
+            f"config.json asks for rotary positions of type {found.scaling!r}; this family has default only"
+        )
+    return found.theta
 
 
-def ropes(base: float) -> dict[str, Any]:
-    """The rotary base for versions 5 and 4."""
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}, "rope_theta": base}
+def ropes(shape: Shape) -> dict[str, Any]:
+    """The rotary fields for versions 5 and 4."""
+    said: dict[str, Any] = {"rope_type": "default" if shape.rotary_scaling == "none" else shape.rotary_scaling}
+    if shape.rotary_scaling != "none":
+        said["factor"] = shape.rotary_factor
+    if shape.rotary_scaling == "llama3":
+        said |= {"low_freq_factor": shape.rotary_low, "high_freq_factor": shape.rotary_high}
+        said["original_max_position_embeddings"] = shape.rotary_original
+    old = {"rope_scaling": said} if shape.rotary_scaling != "none" else {}
+    return {"rope_parameters": said | {"rope_theta": shape.rotary_theta}, "rope_theta": shape.rotary_theta} | old
 
 
 def both(pairs: dict[str, str], ours: str, theirs: str, bias: bool, weight: bool = True) -> list[Entry]:

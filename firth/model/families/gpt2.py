@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.families.family import Entry, Family, activation, both
+from torch import nn
+
+from firth.model.families import bert
+from firth.model.families.family import Entry, Family, Headed, activation, both, refused
+from firth.model.heads import linear
 from firth.model.shape import Shape
-from firth.types import UserError
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
@@ -23,9 +26,8 @@ def config(shape: Shape) -> dict[str, Any]:
 
 
 def shape(config: dict[str, Any]) -> Shape:
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if config.get(name):
-            raise UserError(f"config.json asks for {name}, which firth's models do not have")
+    plain = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "scale_attn_weights": True}
+    refused(config, plain)
     act = activation(config.get("activation_function", "gelu_new"), ACTIVATIONS, "activation_function")
     return Shape(
         vocab=config["vocab_size"], width=config["n_embd"], depth=config["n_layer"], heads=config["n_head"],
@@ -38,6 +40,12 @@ def shape(config: dict[str, Any]) -> Shape:
 def entries(shape: Shape, head: bool) -> list[Entry]:
     out = both({"tokens": "wte", "places": "wpe"}, "", "transformer.", bias=False)
     out += both({"trunk.norm": "ln_f"}, "", "transformer.", bias=True)
+    return out + blocks(shape) + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
+
+
+def blocks(shape: Shape) -> list[Entry]:
+    """The blocks, as GPT names them too."""
+    out: list[Entry] = []
     for i in range(shape.depth):
         ours, theirs = f"trunk.blocks.{i}.", f"transformer.h.{i}."
         out += both({"attention_norm": "ln_1", "mlp_norm": "ln_2"}, ours, theirs, bias=True)
@@ -47,10 +55,29 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
             out.append(Entry(f"{theirs}attn.c_attn.{kind}", stacked, (shape.width,) * 3, turned))
             for a, b in (("attention.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
                 out.append(Entry(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",), transposed=turned))
-    return out + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
+    return out
+
+
+def score(shape: Shape, answers: int) -> nn.Module:
+    return linear(shape.width, answers, bias=False)
+
+
+def scored(name: str) -> tuple[Headed, ...]:
+    """The class of a decoder that judges a text at its last token: by one number a reward, by several the classes."""
+    judge = f"{name}ForSequenceClassification"
+    return (
+        Headed(judge, "reward", score, {"": "score"}, answers=1),
+        Headed(judge, "classes", score, {"": "score"}),
+    )
 
 
 FAMILY = Family(
     "gpt2", ("GPT2LMHeadModel", "GPT2Model"), config, shape, entries, "transformer.",
-    spare=r"attn\.bias$|attn\.masked_bias$|lm_head",
+    spare=r"attn\.bias$|attn\.masked_bias$", tied=r"^lm_head\.weight$",
+    unused=r"^lm_head\.|^score\.|^classifier\.|^qa_outputs\.|^multiple_choice_head\.",
+    headed=(
+        *scored("GPT2"),
+        Headed("GPT2ForTokenClassification", "tags", bert.plain, {"": "classifier"}),
+        Headed("GPT2ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+    ),
 )  # fmt: skip

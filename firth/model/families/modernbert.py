@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.families.family import Entry, Family, activation, both, theta
+from torch import nn
+
+from firth.model.families.family import Entry, Family, Headed, activation, both, refused, theta
+from firth.model.heads import linear
+from firth.model.norm import make_norm
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -38,6 +42,8 @@ def shape(config: dict[str, Any]) -> Shape:
         raise UserError(
             "config.json asks for sliding-window layers; firth's ModernBERT has full attention in every layer"
         )
+    given, bias = config.get("hidden_activation", "gelu"), config.get("attention_bias", False)
+    refused(config, {"classifier_activation": given, "mlp_bias": bias, "classifier_bias": bias})
     act = activation(config.get("hidden_activation", "gelu"), ACTIVATIONS, "hidden_activation")
     return Shape(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=depth, heads=config["num_attention_heads"],
@@ -71,7 +77,25 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
+ACTS = {"geglu": nn.GELU(), "geglu_tanh": nn.GELU("tanh"), "swiglu": nn.SiLU()}
+FIRST = (("classifier_pooling", "cls"),)
+HEAD = {"0": "head.dense", "2": "head.norm", "3": "classifier"}
+
+
+def predicted(shape: Shape, answers: int) -> nn.Module:
+    """The head of all its classes: a dense layer, the activation, a norm, and a linear map."""
+    first = linear(shape.width, shape.width, shape.bias)
+    return nn.Sequential(first, ACTS[shape.activation], make_norm(shape), linear(shape.width, answers))
+
+
 FAMILY = Family(
     "modernbert", ("ModernBertForMaskedLM", "ModernBertModel"), config, shape, entries, "model.",
-    spare=r"inv_freq$|decoder\.weight$|^(model\.)?(head|decoder)\.",
+    spare=r"inv_freq$", tied=r"^decoder\.weight$", unused=r"^head\.|^decoder\.|^classifier\.",
+    headed=(
+        Headed("ModernBertForSequenceClassification", "score", predicted, HEAD, answers=1, says=FIRST),
+        Headed("ModernBertForSequenceClassification", "classes", predicted, HEAD, says=FIRST),
+        Headed("ModernBertForMultipleChoice", "choice", predicted, HEAD, answers=1, says=FIRST),
+        Headed("ModernBertForTokenClassification", "tags", predicted, HEAD),
+        Headed("ModernBertForQuestionAnswering", "span", predicted, HEAD, answers=2),
+    ),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from firth.model.families import bert
 from firth.model.families.family import Entry, Family, activation, both
 from firth.model.shape import Shape
 from firth.types import UserError
@@ -64,5 +65,9 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
 
 FAMILY = Family(
     "mpnet", ("MPNetForMaskedLM", "MPNetModel"), config, shape, entries, "mpnet.",
-    spare=r"pooler|position_ids|lm_head\.decoder",
+    spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
+    unused=r"^mpnet\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
+    headed=bert.tasks(
+        "MPNet", {"0": "classifier.dense", "2": "classifier.out_proj"}, {"0": "mpnet.pooler.dense", "2": "classifier"}
+    ),
 )  # fmt: skip

@@ -20,7 +20,7 @@ def config(shape: Shape) -> dict[str, Any]:
         "max_position_embeddings": shape.context, "rms_norm_eps": shape.norm_eps, "attention_bias": False,
         "attention_dropout": shape.dropout, "final_logit_softcapping": shape.softcap or None,
         "initializer_range": 0.02, "tie_word_embeddings": shape.tied,
-    } | ropes(shape.rotary_theta)  # fmt: skip
+    } | ropes(shape)  # fmt: skip
 
 
 def shape(config: dict[str, Any]) -> Shape:
@@ -49,5 +49,12 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
 
 
 FAMILY = Family(
-    "nanochat", ("NanoChatForCausalLM", "NanoChatModel"), config, shape, entries, "model.", spare=r"lm_head"
+    "nanochat",
+    ("NanoChatForCausalLM", "NanoChatModel"),
+    config,
+    shape,
+    entries,
+    "model.",
+    spare=r"inv_freq$",
+    tied=r"^lm_head\.weight$",
 )

@@ -4,13 +4,18 @@ whose states are scaled by width ** -0.5; v1.1 has GeGLU and no scale. Our defau
 `tie_word_embeddings` is how a config says which: version 5 of transformers reads false as "do not scale" (and ties
 unless the file holds a head of its own), version 4 as "do not scale, do not tie". So an unscaled model is written
 with false and its head stored, tied or not: both versions then compute what we compute.
+
+Its classes for tasks have the decoder read the text once more, as BART's do. mT5 (Xue 2021) is v1.1 under another name, and
+never scales its head whatever its config says.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from firth.model.families.family import Entry, Family, activation, both
+from firth.model.families import bert
+from firth.model.families.family import Entry, Family, Headed, activation, both
 from firth.model.shape import Shape
 
 ACTIVATIONS = {
@@ -71,5 +76,20 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
 
 FAMILY = Family(
     "t5", ("T5ForConditionalGeneration", "T5Model"), config, shape, entries, "",
-    spare=r"embed_tokens\.weight$|lm_head\.weight$",
+    spare=r"embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$", tied=r"^lm_head\.weight$",
+    unused=r"^lm_head\.|^classification_head\.|^qa_outputs\.|^classifier\.",
+    headed=(
+        Headed("T5ForSequenceClassification", "classes", bert.pooler,
+               {"0": "classification_head.dense", "2": "classification_head.out_proj"}, prefix="transformer."),
+        Headed("T5ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+    ),
 )  # fmt: skip
+
+
+def never_scaled(config: dict[str, Any]) -> Shape:
+    return shape(config | {"scale_decoder_outputs": False})
+
+
+MT5 = replace(FAMILY, name="mt5", shape=never_scaled, classes=("MT5ForConditionalGeneration", "MT5Model"), headed=tuple(
+    replace(headed, name=f"M{headed.name}") for headed in FAMILY.headed
+))  # fmt: skip

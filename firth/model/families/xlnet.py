@@ -5,6 +5,8 @@ our `query` (`Shape.query`), which stands wherever nobody can look, so nothing i
 theirs also has, remains a token's. Two streams are `perm_mask` and `target_mapping` there and a row with queries behind
 it here; `mems` are the states of `memory_tokens`. `context` bounds nothing in XLNet, whose config does not know it.
 
+Its class of a text is read at the last token, where its tokenizer writes <cls>, through tanh (part `classes`).
+
 What theirs can and ours cannot say is refused: clamped distances, reversed halves of a batch, a memory that slides.
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from firth.model.families import bert
 from firth.model.families.bert import ACTIVATIONS
-from firth.model.families.family import Entry, Family, activation, both
+from firth.model.families.family import Entry, Family, Headed, activation, both
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -75,6 +78,17 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     return out
 
 
+LAST = (("summary_type", "last"), ("summary_use_proj", True), ("summary_activation", "tanh"))
+SUMMARY = {"0": "sequence_summary.summary", "2": "logits_proj"}
+
 FAMILY = Family(
-    "xlnet", ("XLNetLMHeadModel", "XLNetModel"), config, shape, entries, "transformer.", spare=r"lm_loss\.weight$"
-)
+    "xlnet", ("XLNetLMHeadModel", "XLNetModel"), config, shape, entries, "transformer.", tied=r"^lm_loss\.weight$",
+    unused=r"^lm_loss\.|^sequence_summary\.|^logits_proj\.|^classifier\.|^qa_outputs\.|_logits\.|^answer_class\.",
+    headed=(
+        Headed("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, answers=1, says=LAST),
+        Headed("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, says=LAST),
+        Headed("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, answers=1, says=LAST),
+        Headed("XLNetForTokenClassification", "tags", bert.plain, {"": "classifier"}),
+        Headed("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+    ),
+)  # fmt: skip

@@ -1,0 +1,256 @@
+"""A foreign file is read whole or not at all: what is missing, unknown or of another size is named, what is left is told."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from data_room import tokenizer as coder
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model import published
+from firth.model.families import FAMILIES, families_of, family_of
+from firth.model.heads import Vocabulary, linear, pooled
+from firth.model.lm import LM
+from firth.model.shape import Shape, encoder
+from firth.model.weights import left_out, load_model, save_model, start_from
+from firth.types import UserError
+
+BERT = published.bert(61, 32, 1, 4, context=40)
+GPT2 = published.gpt2(61, 32, 1, 4, context=40)
+LLAMA = published.llama(61, 32, 1, 4, 48, context=40, kv_heads=2)
+QWEN3 = replace(LLAMA, head_width=10, qk_norm=True, qk_weight=True)
+QWEN2 = replace(LLAMA, bias=True, bias_at="qkv")
+T5 = published.t5(61, 32, 1, 4, 8, 48)
+SHAPES = {
+    "bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "t5": T5,
+    "roberta": replace(BERT, segments=1), "distilbert": replace(BERT, segments=0),
+    "openai-gpt": published.gpt(61, 32, 1, 4, context=40), "bart": published.bart(61, 32, 1, 4, context=40),
+    "xlnet": published.xlnet(61, 32, 1, 4), "mpnet": published.mpnet(61, 32, 1, 4, context=40),
+    "albert": replace(BERT, embed=12, groups=1), "electra": replace(BERT, embed=12),
+    "modernbert": replace(encoder(61, 32, 2, heads=4, context=40)),
+}  # fmt: skip
+
+
+def foreign(shape: Shape, directory: Path, parts: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
+    """A directory as transformers would have written it; returns its tensors."""
+    torch.manual_seed(0)
+    save_model(LM(shape, {"lm": Vocabulary(shape)} if parts is None else parts), None, directory)
+    (directory / "firth.json").unlink()
+    return load_file(directory / "model.safetensors")
+
+
+def changed(directory: Path, state: dict[str, Tensor]) -> Path:
+    save_file({name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_whatever_is_missing_unknown_or_of_another_size_is_named(name: str, tmp_path: Path) -> None:
+    assert families_of(SHAPES[name])[0].name == name
+    state = foreign(SHAPES[name], tmp_path)
+    for i, key in enumerate(state):
+        rest = {other: tensor for other, tensor in state.items() if other != key}
+        with pytest.raises(UserError, match=f"lacks tensor '{re.escape(key)}' of a "):
+            load_model(changed(tmp_path, rest))
+        if i % 3:
+            continue
+        longer = state[key].new_zeros((state[key].shape[0] + 1, *state[key].shape[1:]))
+        with pytest.raises(UserError, match=f"'{re.escape(key)}' is .*, and its config expects"):
+            load_model(changed(tmp_path, state | {key: longer}))
+    with pytest.raises(UserError, match=r"holds 'adapter\.weight', which is no tensor of a "):
+        load_model(changed(tmp_path, state | {"adapter.weight": torch.zeros(2)}))
+    assert left_out(changed(tmp_path, state)) == []
+
+
+def test_a_head_that_is_not_whole_is_not_passed_over(tmp_path: Path) -> None:
+    """Without the name of a class too: some of a head's tensors say that there is one."""
+    state = foreign(BERT, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
+    assert set(load_model(tmp_path).parts) == {"lm"}
+    del state["cls.predictions.transform.dense.bias"]
+    with pytest.raises(
+        UserError, match=r"lacks tensor 'cls\.predictions\.transform\.dense\.bias' of a BertForMaskedLM"
+    ):
+        load_model(changed(tmp_path, state))
+
+
+def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
+    state = foreign(BERT, tmp_path, {"lm": Vocabulary(BERT), "next": pooled(32, 2)})
+    assert left_out(tmp_path) == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    pooler = {name: tensor for name, tensor in state.items() if "seq_relationship" not in name}
+    assert left_out(changed(tmp_path, pooler)) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
+    assert set(load_model(tmp_path).parts) == {"lm"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForRiddles"]}))
+    choice = {name: tensor for name, tensor in pooler.items() if not name.startswith("cls")}
+    choice |= {"classifier.weight": torch.zeros(1, 32), "classifier.bias": torch.zeros(1)}
+    assert left_out(changed(tmp_path, choice)) == [
+        "bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"
+    ]  # fmt: skip
+    assert set(load_model(tmp_path).parts) == set()
+
+
+def test_a_released_bert_that_names_one_head_keeps_both(tmp_path: Path) -> None:
+    foreign(BERT, tmp_path, {"lm": Vocabulary(BERT), "next": pooled(32, 2)})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    assert set(load_model(tmp_path).parts) == {"lm", "next"} and left_out(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_a_head_of_its_own_is_not_tied_whatever_the_config_says(name: str, tmp_path: Path) -> None:
+    """As version 5 of transformers has it, which says of an untied T5 that it is tied."""
+    state = foreign(SHAPES[name], tmp_path)
+    key = {"bert": "cls.predictions.decoder.weight"}.get(name, "lm_head.weight")
+    table = next(t for n, t in state.items() if n.endswith(("word_embeddings.weight", "wte.weight", "shared.weight")))
+    assert load_model(changed(tmp_path, state | {key: table})).shape.tied and left_out(tmp_path) == []
+    model = load_model(changed(tmp_path, state | {key: table + 1}))
+    assert not model.shape.tied and torch.equal(model.parts["lm"].weight, table + 1)
+
+
+REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
+    "a window": ("mistral", {"sliding_window": 16}, "a sliding window of 16 tokens in rows of 40"),
+    "a window of some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "a sliding window of 16"),
+    "positions": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary positions of type 'yarn'"),
+    "a decoder": ("bert", {"is_decoder": True}, "is_decoder=True"),
+    "relative positions": ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+    "another pad": ("roberta", {"pad_token_id": 0}, "pad_token_id=0; firth has pad_token_id=1 only"),
+    "biases in the MLP": ("llama", {"mlp_bias": True}, "biases in the MLP alone"),
+    "blocks in a group": ("albert", {"inner_group_num": 2}, "inner_group_num above 1"),
+    "no scale": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+    "a summary": ("xlnet", {"summary_type": "mean"}, "summary_type='mean'; firth has 'last' only"),
+    "a mean": ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'; firth has 'cls' only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_a_config_asks_for_and_we_lack_is_said(why: str, tmp_path: Path) -> None:
+    kind, fields, said = REFUSED[why]
+    shape = SHAPES.get(kind, LLAMA)
+    family = FAMILIES[kind]
+    head = next((h for h in family.headed if h.says), None)
+    foreign(shape, tmp_path, {"classes": head.make(shape, 3)} if head else None)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": kind} | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_model(tmp_path)
+
+
+def test_a_window_as_long_as_a_row_changes_nothing(tmp_path: Path) -> None:
+    foreign(LLAMA, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).shape == LLAMA
+
+
+@pytest.mark.parametrize(
+    ("millions", "width", "depth", "heads", "head_width"),
+    [(44, 512, 8, 8, 64), (251, 1024, 16, 16, 64), (664, 1408, 24, 11, 128), (1609, 2176, 25, 17, 128),
+     (4516, 3072, 36, 24, 128), (9293, 4096, 42, 32, 128), (11452, 4352, 47, 32, 128), (16183, 5120, 47, 40, 128)],
+)  # fmt: skip
+def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
+    millions: int, width: int, depth: int, heads: int, head_width: int
+) -> None:
+    """Rows of Hoffmann 2022, table A9: the width of the MLP is four times the model's throughout."""
+    shape = published.transformer_xl(width, depth, heads, head_width)
+    assert abs(shape.parameters() - millions * 1e6) < 0.7e6
+    tiny = published.transformer_xl(32, 2, 4, 10, vocab=61)
+    assert sum(p.numel() for p in LM(tiny, {"lm": Vocabulary(tiny)}).parameters()) == tiny.parameters()
+    assert 69.5e9 < published.SHAPES["chinchilla"].parameters() < 70.5e9
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("roberta-base", 124_697_433 - 2 * 768),
+        ("roberta-large", 355_412_057 - 2 * 1024),
+        ("distilbert-base", 66_985_530),
+    ],
+)
+def test_released_encoders_are_counted(name: str, count: int) -> None:
+    """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
+    assert published.SHAPES[name].parameters() == count
+    assert family_of(published.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
+
+
+def test_spanbert_is_a_bert(tmp_path: Path) -> None:
+    assert family_of(published.SHAPES["spanbert"]) is FAMILIES["bert"]
+    model = LM(
+        BERT, {"lm": Vocabulary(BERT), "boundary": nn.Sequential(nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 32))}
+    )
+    assert save_model(model, None, tmp_path).endswith("BertForMaskedLM")
+    again = load_model(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_pad_that_roberta_cannot_count_by_makes_a_bert(tmp_path: Path) -> None:
+    tokenizer = coder()
+    shape = replace(BERT, segments=1, vocab=tokenizer.vocab.size)
+    assert tokenizer.vocab.roles["pad"] != 1
+    assert save_model(LM(shape, {}), tokenizer, tmp_path).endswith("BertModel")
+    assert save_model(LM(shape, {}), None, tmp_path).endswith("RobertaModel")
+
+
+HEADS: dict[str, tuple[Shape, str, Callable[[], nn.Module], str]] = {
+    "plain classes on BERT": (BERT, "classes", lambda: linear(32, 3), "BertModel"),
+    "BERT's own": (BERT, "classes", lambda: pooled(32, 3), "BertForSequenceClassification"),
+    "ELECTRA's on BERT": (BERT, "classes", lambda: pooled(32, 3, nn.GELU), "ElectraForSequenceClassification"),
+    "one of BERT's own": (BERT, "score", lambda: pooled(32, 1), "BertForSequenceClassification"),
+    "options": (BERT, "choice", lambda: pooled(32, 1), "BertForMultipleChoice"),
+    "tags": (BERT, "tags", lambda: linear(32, 5), "BertForTokenClassification"),
+    "a span": (BERT, "span", lambda: linear(32, 2), "BertForQuestionAnswering"),
+    "a span of three": (BERT, "span", lambda: linear(32, 3), "BertModel"),
+    "a reward": (GPT2, "reward", lambda: linear(32, 1, bias=False), "GPT2ForSequenceClassification"),
+    "classes with a bias": (LLAMA, "classes", lambda: linear(32, 3), "LlamaModel"),
+    "classes without": (LLAMA, "classes", lambda: linear(32, 3, bias=False), "LlamaForSequenceClassification"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path) -> None:
+    shape, part, make, name = HEADS[what]
+    model = LM(shape, {part: make()})
+    assert save_model(model, None, tmp_path) == f"transformers loads it as {name}"
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(key.startswith(f"parts.{part}") for key in stored) == ("For" not in name)
+    for _ in range(2):
+        again = load_model(tmp_path)
+        assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+        if "For" not in name:
+            break
+        (tmp_path / "firth.json").unlink(missing_ok=True)  # and as a file of theirs
+    assert start_from(LM(shape, {"other": nn.Linear(2, 2)}), tmp_path) == ([part], ["other"])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [QWEN3, QWEN2, replace(LLAMA, rotary_scaling="llama3", rotary_factor=4.0, rotary_original=8),
+     replace(LLAMA, bias=True, bias_at="attention", rotary_scaling="linear", rotary_factor=2.0)],
+)  # fmt: skip
+def test_a_cache_changes_nothing_and_parameters_are_counted(shape: Shape) -> None:
+    tokenizer = coder()
+    torch.manual_seed(0)
+    shape = replace(shape, vocab=tokenizer.vocab.size)
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+        start = [5, 9, 17, 30, 8]
+        [said] = Engine(model, tokenizer, stops=()).generate([start], Sampling(max_new=12, temperature=0))
+        row = torch.tensor([start + said.tokens.tolist()])
+        steps = torch.arange(row.shape[1])[None]
+        logits = model.parts["lm"](model({"tokens": row, "looks": steps, "appears": steps}))
+    assert logits[0, 4:-1].argmax(-1).tolist() == said.tokens.tolist()
