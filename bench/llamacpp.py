@@ -235,6 +235,10 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     biased = replace(shape, bias=True, tied=True, rotary_theta=50000.0, kv_heads=4)
     gguf.write(random(biased), tokenizer, file, "F32")
     yield texts("llama, tied and biased, F32", file, arguments.new)
+    for name, more in (("qwen2", {"bias": True, "bias_at": "qkv"}), ("qwen3", {"qk_norm": True, "qk_weight": True})):
+        made: dict[str, Any] = more
+        gguf.write(random(replace(shape, **made)), tokenizer, file, "F32")
+        yield texts(f"{name}, random, F32", file, arguments.new)
     gguf.write(random(replace(gpt2(size, 128, 3, 4), context=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)
     words = corpora.cache() / "minilm" / "vocab.txt"

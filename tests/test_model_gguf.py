@@ -29,6 +29,9 @@ SHAPES = {
     "llama": llama(SIZE, 64, 2, 4, 96, context=64),
     "llama, grouped and tied": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), tied=True, rotary_theta=5e5),
     "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, context=64), bias=True, head_width=16),
+    "llama, biased in attention alone": replace(llama(SIZE, 64, 2, 4, 96, context=64), bias=True, bias_at="attention"),
+    "qwen2": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), bias=True, bias_at="qkv"),
+    "qwen3": replace(llama(SIZE, 64, 2, 4, 96, context=64), qk_norm=True, qk_weight=True, head_width=32, tied=True),
     "gpt2": gpt2(SIZE, 64, 2, 4, context=64),
 }
 
@@ -213,6 +216,18 @@ def test_tensors_that_do_not_fit_are_named(name, new, why, tmp_path):
     with pytest.raises(UserError, match=why) as told:
         load_model(other)
     assert "\n" not in str(told.value)
+
+
+def test_stretched_wavelengths_are_read(tmp_path):
+    _, file = written(tmp_path)
+    found = container.read(file)
+    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    more = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    container.write(tmp_path / "other.gguf", {**found.metadata, **more}, tensors)
+    shape = load_model(tmp_path / "other.gguf").shape
+    assert (shape.rotary_scaling, shape.rotary_factor) == ("linear", 4.0)
+    with pytest.raises(UserError, match="rotary_scaling is 'linear' where a llama has 'none'"):
+        gguf.write(model_of(shape), TOKENIZER, tmp_path / "a.gguf")
 
 
 def test_a_missing_key_is_named(tmp_path):
