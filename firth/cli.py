@@ -27,7 +27,9 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Run = Annotated[Path, typer.Argument(help="A run directory, or a model directory that transformers reads.")]
+Run = Annotated[
+    Path, typer.Argument(help="A run directory, a model directory that transformers reads, or a GGUF file.")
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")]
 TopK = Annotated[int, typer.Option(help="Sample among the K likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that together have this probability.")]
@@ -318,7 +320,7 @@ def evaluate(
 
 @app.command("import")
 def import_(
-    directory: Annotated[Path, typer.Argument(help="A model directory that others wrote.")],
+    directory: Annotated[Path, typer.Argument(help="A model directory or GGUF file that others wrote.")],
     out: Annotated[Path, typer.Argument(help="Where the directory for firth's commands goes.")],
 ) -> None:
     """Read a published model and its tokenizer, check them, and write a directory that every command takes."""
@@ -331,8 +333,10 @@ def import_(
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="Where the directory for others goes.")],
-    form: Annotated[str, typer.Option("--format", help="hf: what transformers loads.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; as the model is by default.")] = "",
+    form: Annotated[
+        str, typer.Option("--format", help="hf: what transformers loads; gguf: what llama.cpp loads.")
+    ] = "hf",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0); as it is by default.")] = "",
     shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
 ) -> None:
     """Write a run's model for others, with a card that says what it was made of."""
