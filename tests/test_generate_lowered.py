@@ -125,8 +125,8 @@ def test_logits_are_those_of_the_rounded_weights(model: LM) -> None:
     there = batch["looks"] >= 0
     got, want = (logits(m, batch)[there] for m in (lowered(model, "int8"), dequantised(model)))
     plain = logits(model, batch)[there]
-    assert (got - want).norm() <= 1e-3 * want.norm()
-    assert (got - want).norm() < 0.1 * (plain - want).norm(), "the weights' rounding is nearly all of the difference"
+    assert (got - want).norm() <= 3e-4 * want.norm()
+    assert (got - want).norm() < 0.02 * (plain - want).norm(), "the weights' rounding is nearly all of the difference"
     one = logits(lowered(model, "int8-dynamic"), batch)[there]
     assert (one - want).norm() > 10 * (got - want).norm(), "a second digit is worth something"
 
@@ -140,7 +140,7 @@ def test_cached_is_uncached(model: LM, weights: str) -> None:
     scores = using.score(rows, [a.tokens for a in answers])
     # float32 sums differ in the order of additions; where that moves a number over the middle between two steps, a
     # whole step comes of it: 2^-15 of the largest number of its row, or 2^-8.
-    assert np.allclose(scores, [a.logprobs.sum() for a in answers], rtol=2e-3 if weights == "int8" else 5e-2)
+    assert np.allclose(scores, [a.logprobs.sum() for a in answers], rtol=1e-4 if weights == "int8" else 2e-3)
 
 
 @pytest.mark.parametrize("weights", INT8)
@@ -156,9 +156,7 @@ def test_a_row_does_not_feel_its_neighbours(model: LM, weights: str) -> None:
     using = engine(model, weights)
     alone = [using.generate([row], sampling)[0] for row in rows]
     for one, many in zip(alone, using.generate(rows, sampling), strict=True):
-        assert np.allclose(one.logprobs[0], many.logprobs[0], rtol=1e-2, atol=1e-2)
-        if weights == "int8":
-            assert one.tokens.tolist() == many.tokens.tolist()
+        assert one.tokens.tolist() == many.tokens.tolist()
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", *INT8])
