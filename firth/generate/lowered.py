@@ -6,7 +6,8 @@
     bf16            two bytes; all arithmetic is in bf16 too, which a CPU without instructions for it must emulate
     int8            one byte: each output has a step of its own, and its weights are whole multiples of it, -127 to 127.
                     What they are multiplied with keeps 15 bits: as two digits, each a product of whole numbers
-    int8-dynamic    the same weights; what they are multiplied with is rounded to 8 bits as well: half of the products
+    int8-dynamic    the same weights; what they are multiplied with is rounded to 8 bits as well, between the least and
+                    the largest number of a token: half of the products, and most of the error (docs/results.md)
 
 All the maps of the blocks, the vocabulary head and the table of tokens are lowered; norms, places and biases are not.
 The rounding is that of LLM.int8 (Dettmers 2022, arXiv:2208.07339, section 2.1, "vector-wise"): a step per row of the
@@ -77,9 +78,10 @@ class Lowered(nn.Module):
         self.steps: Tensor
         self.bias: Tensor | None
         self.base = base
-        self.unit = 1 / (MOST * self.base)
-        self.register_buffer("least", torch.tensor(SMALLEST), persistent=False)
+        self.register_buffer("least", torch.tensor(SMALLEST))
+        self.register_buffer("sums", weight.sum(-1, dtype=torch.int32) * steps if base == 1 else None)
         self.least: Tensor
+        self.sums: Tensor | None
 
     @staticmethod
     def of(weight: Tensor, steps: Tensor, bias: Tensor | None, digits: int) -> Lowered:
@@ -100,25 +102,32 @@ class Lowered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        # Two calls, since a norm over the largest number takes ten times as long.
-        step = torch.add(self.least, rows.abs().amax(-1, True), alpha=self.unit)
-        whole = rows / step
-        weight = self.weight.t()
-        if self.base == 1:
-            sums = torch._int_mm(whole.round_().to(torch.int8), weight)
-        else:
-            first = (whole * (1 / self.base)).round_()
-            second = whole.sub_(first, alpha=self.base).round_()
-            if len(rows) == 1:  # a product of one row is so much quicker that two of them are quicker than one of two
-                high = torch._int_mm(first.to(torch.int8), weight)
-                low = torch._int_mm(second.to(torch.int8), weight)
-            else:
-                high, low = torch._int_mm(torch.cat((first, second)).to(torch.int8), weight).chunk(2)
-            sums = torch.add(low, high, alpha=self.base)
-        y = (sums * self.steps).mul_(step)
+        y = self._read(rows) if self.sums is None else self._centred(rows, self.sums)
         if self.bias is not None:
             y += self.bias
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Two digits: (n, in) -> (n, out)."""
+        # Two calls, since a norm over the largest number takes ten times as long.
+        step = torch.add(self.least, rows.abs().amax(-1, True), alpha=1 / (MOST * self.base))
+        whole = rows / step
+        first = (whole * (1 / self.base)).round_()
+        second = whole.sub_(first, alpha=self.base).round_()
+        weight = self.weight.t()
+        if len(rows) == 1:  # a product of one row is so much quicker that two of them are quicker than one of two
+            high, low = torch._int_mm(first.to(torch.int8), weight), torch._int_mm(second.to(torch.int8), weight)
+        else:
+            high, low = torch._int_mm(torch.cat((first, second)).to(torch.int8), weight).chunk(2)
+        return (torch.add(low, high, alpha=self.base) * self.steps).mul_(step)
+
+    def _centred(self, rows: Tensor, sums: Tensor) -> Tensor:
+        """One digit, counted from the middle between the least and the largest number of a row: (n, in) -> (n, out)."""
+        most, least = rows.amax(-1, True), rows.amin(-1, True)
+        middle = torch.add(most, least).mul_(0.5)
+        step = torch.add(self.least, most.sub_(least), alpha=0.5 / MOST)
+        whole = (rows - middle).div_(step).round_().to(torch.int8)
+        return (torch._int_mm(whole, self.weight.t()) * self.steps).mul_(step).addcmul_(middle, sums)
 
 
 class Table(nn.Module):
