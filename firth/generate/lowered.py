@@ -12,7 +12,7 @@
 All the maps of the blocks, the vocabulary head and the table of tokens are lowered; norms, places and biases are not.
 The rounding is that of LLM.int8 (Dettmers 2022, arXiv:2208.07339, section 2.1, "vector-wise"): a step per row of the
 weights and one per token. Where they take the few dimensions with outliers out and multiply those in fp16, we give all
-dimensions a second digit: a CPU has no room for a gather, and the second product finds the weights in its cache.
+dimensions a second digit: no column need be picked out, and the second product finds the weights in the cache.
 
 Sums of whole numbers are exact, so it makes no difference to a row beside which others it is computed: the step of a
 token is its own, unlike that of torch's dynamic quantisation, which is one for a whole batch.
