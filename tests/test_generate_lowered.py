@@ -1,13 +1,16 @@
 """Lowered weights: what they compute, written out; what they cost in accuracy, bounded; and that all verbs still hold."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bytecoder import ByteCoder
 from torch import Tensor
+from typer.testing import CliRunner
 
+from firth.cli import app
 from firth.evaluate.likelihood import score
 from firth.generate.engine import Engine
 from firth.generate.lowered import DIGITS, Lowered, LoweredVocabulary, lowered, quantised
@@ -16,6 +19,9 @@ from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurrent
+from firth.model.weights import save_model
+from firth.recipes.use import open_engine
+from firth.text.train import train
 from firth.types import UserError
 
 V = ByteCoder.vocab.size
@@ -249,3 +255,18 @@ def test_a_head_has_no_matrix_of_its_own_left() -> None:
     head = lowered(random_model(SHAPES["gpt2, biases, tied"]), "int8").parts["lm"]
     assert type(head) is LoweredVocabulary
     assert not list(head.head.parameters())
+
+
+def test_the_command_line_lowers_and_refuses(tmp_path: Path) -> None:
+    tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
+    shape = decoder(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
+    save_model(random_model(shape), tokenizer, tmp_path)
+    words = ["to be", "--temperature", "0", "-n", "8"]
+    stored, fp32, int8, refused = (
+        CliRunner().invoke(app, ["generate", str(tmp_path), *words, *given])
+        for given in ([], ["--weights", "fp32"], ["--weights", "int8"], ["--weights", "int4"])
+    )
+    assert stored.exit_code == fp32.exit_code == int8.exit_code == 0
+    assert stored.output == fp32.output
+    assert isinstance(refused.exception, UserError)
+    assert open_engine(tmp_path, "int8").engine.model.tokens.weight.dtype == torch.int8
