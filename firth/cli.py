@@ -36,6 +36,10 @@ TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens tha
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="At most this many new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
+Held = Annotated[
+    str | None,
+    typer.Option("--weights", help="Hold weights in fp32, bf16, int8 or int8-dynamic; by default as stored."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 
 
@@ -228,6 +232,7 @@ def generate(
     min_p: MinP = 0.0,
     stop: Stop = None,
     seed: Seed = 0,
+    weights: Held = None,
 ) -> None:
     """Continue a text (decoders), or answer one (encoder-decoders)."""
     from firth.generate.sample import Sampling
@@ -243,7 +248,7 @@ def generate(
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in open_engine(run).stream_text(text, sampling):
+    for piece in open_engine(run, weights).stream_text(text, sampling):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -283,13 +288,14 @@ def chat(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
+    weights: Held = None,
 ) -> None:
     """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves."""
     from firth.generate.sample import Sampling
     from firth.recipes.use import Conversation
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=tokens, seed=seed)
-    talk = Conversation(run, sampling)
+    talk = Conversation(run, sampling, weights)
     while True:
         try:
             said = input("> " if sys.stdin.isatty() else "")
