@@ -87,6 +87,12 @@ def _families(shape: Shape, tokenizer: Tokenizer | None) -> list[Family]:
     return [family for family in families_of(shape) if tokenizer is None or family.pad in (None, pad)]
 
 
+def published(shape: Shape, parts: Mapping[str, Description]) -> tuple[Family | None, Headed | None, list[Entry]]:
+    """The family and class that say the most of a model, and every tensor that they have a name for; none, None, []."""
+    family, headed = _class(families_of(shape), shape, parts)
+    return family, headed, [] if family is None else _entries(family, shape, "lm" in parts, headed)
+
+
 def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
     """The ids a config states. Explicit nulls: a family's own defaults may lie outside a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles

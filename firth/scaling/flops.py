@@ -22,7 +22,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from firth.model.count import VECTORS, recurrent_products
 from firth.model.shape import Shape
@@ -89,6 +89,31 @@ def trunk(shape: Shape, work: Work) -> float:
         total += shape.depth * (work.positions * ends + told * both + seeing * seen)
     total += work.memory.cost(shape.depth, ends + both + mlp, both, seen)
     return BOTH * total
+
+
+def learning(model: nn.Module) -> float:
+    """What of `trunk`'s work is done where some weights of the trunk are frozen: 1 where all are trained.
+
+    A matrix costs one product forward, one back to what came before it, and one for its own gradient, which a frozen
+    one is spared: 4 N D and not 6; where nothing in the trunk or before it is trained, none goes back at all: 2 N D.
+    Adapters are added with all three of theirs. Scores of attention have no weights, and go by the same share.
+    """
+    own = frozen = low = 0
+    goes_back = False
+    for name, p in model.named_parameters():
+        goes_back |= p.requires_grad and name.partition(".")[2].startswith(("prefix", "prompt")) 
+        if name.startswith("parts.") or p.ndim < 2:
+            continue
+        goes_back |= p.requires_grad
+        if name.endswith((".A", ".B")):
+            low += p.numel()
+        elif p.requires_grad:
+            own += p.numel()
+        else:
+            frozen += p.numel()
+    if not own + frozen:
+        return 1.0
+    return (3 * (own + low) + (1 + goes_back) * frozen) / (3 * (own + frozen))
 
 
 def head(shape: Shape, asked: int) -> float:

@@ -1,0 +1,372 @@
+"""Adapters on disk, as peft writes and reads them: LoRA, prefixes, prompts.
+
+    adapter_config.json           what it is, of which base
+    adapter_model.safetensors     base_model.model.NAME.lora_A.weight ...; or prompt_embeddings, (V, ...), alone
+    parts.safetensors, parts.json the heads that were trained with it and that the family has no name for (peft reads neither)
+
+NAME is a module's in the family's own words (`model.layers.0.self_attn.q_proj`); a base that no family expresses has
+ours. Where theirs is several of ours (GPT-2's `c_attn`, ModernBERT's `Wqkv`), its one A is read into each of them and
+its B is cut by rows; it is written again only while the pieces have one A, for theirs can have no more.
+
+    load(Path("runs/mine/adapter"))        the base that it names, with it
+    read(model, Path("theirs"))            onto a model that is there; returns what it was
+    write(model, Path("adapter"), base)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from firth.model import lora
+from firth.model.families.family import Entry, Family
+from firth.model.lm import LM
+from firth.model.lora import Low, Rank
+from firth.model.parts import described, rebuilt
+from firth.model.prefix import Prefix, Prompt, refuse
+from firth.model.weights import load_model, published
+from firth.types import UserError
+
+FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+OWN, OWN_TENSORS = "parts.json", "parts.safetensors"
+FRONT = "base_model.model."
+
+REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "layer_replication": "replicated layers",
+    "arrow_config": "Arrow",
+}
+"""Settings of peft's that change what its tensors mean and that firth has not."""
+
+
+def present(directory: Path) -> bool:
+    """Whether a directory holds an adapter and not a model."""
+    return (directory / FILE).is_file() and not (directory / "config.json").is_file()
+
+
+def base_of(directory: Path) -> Path:
+    """The model directory that an adapter says it lies on. UserError where that is none of this machine's."""
+    said = _config(directory).get("base_model_name_or_path") or ""
+    for base in (Path(said), directory / said):
+        if said and base.is_dir():
+            return base / "model" if (base / "model").is_dir() else base
+    raise UserError(
+        f"{directory / FILE} names the base {said!r}, which is no directory here: give the model's directory as start= "
+        "and the adapter as adapt.start="
+    )
+
+
+def load(directory: Path) -> LM:
+    """The base that an adapter names with the adapter: LoRA merged into it, a prefix or a prompt among its parts."""
+    model = load_model(base_of(directory))
+    read(model, directory)
+    return lora.fold(model).eval()
+
+
+def read(model: LM, directory: Path, name: str = "default") -> str:
+    """Put an adapter of peft's files onto the base it was made for, and say in a word what it was: lora, prefix, prompt.
+
+    Heads that were trained with it are put in the place of the model's. UserError for what does not fit.
+    """
+    config = _config(directory)
+    kind = config.get("peft_type")
+    state = _tensors(directory / TENSORS)
+    readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
+    if kind not in readers:
+        raise UserError(f"{directory / FILE} is of peft's type {kind!r}; firth reads {', '.join(readers)}")
+    _read_parts(model, directory)
+    readers[kind](model, config, state, directory, name)
+    return {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}[kind]
+
+
+def write(model: LM, directory: Path, base: Path, parts: Sequence[str] = (), name: str = "default") -> str:
+    """Write the adapter that lies on a model; return one sentence about who can load it.
+
+    base: the directory of the model that it was made for. parts: the heads that were trained with it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = _Names.of(model, base)
+    low = lora.lows(model, name)
+    if low:
+        config, tensors = _lora(names, low)
+    elif model.prefix is not None:
+        config, tensors = _prefix(model, model.prefix)
+    elif model.prompt is not None:
+        config, tensors = _prompt(model, model.prompt)
+    else:
+        raise UserError("there is no adapter on this model to be written")
+    heads = {f"parts.{part}." for part in parts}
+    state = {n: t for n, t in model.state_dict().items() if any(n.startswith(head) for head in heads)}
+    theirs = {n: names.tensors[n] for n in state if n in names.tensors} if low else {}
+    tensors |= {FRONT + new: state[n] for n, new in theirs.items()}
+    saved = sorted({new.split(".")[0] for new in theirs.values()})
+    task = _task(model, names)
+    common = {"base_model_name_or_path": str(base), "task_type": task, "inference_mode": True}
+    _json(directory / FILE, config | common | ({"modules_to_save": saved or None} if low else {}))
+    save_file(
+        {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, directory / TENSORS, {"format": "pt"}
+    )
+    rest = {n: t.detach().cpu().contiguous() for n, t in state.items() if n not in theirs}
+    for old in (OWN, OWN_TENSORS):
+        (directory / old).unlink(missing_ok=True)
+    if rest:
+        own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
+        _json(directory / OWN, {part: described(model.parts[part]) for part in own})
+        save_file(rest, directory / OWN_TENSORS, {"format": "pt"})
+    if names.family is None:
+        return "no family of transformers expresses the base, so only firth loads it"
+    return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the modules and tensors of a base are called outside. tensors: ours -> theirs, those that are one to one.
+
+    modules: their module -> ours, in order. skip: what stands before the names in transformers' class for a whole
+    model, and not in its class for a bare one, which is what the base's config names (`bare`).
+    """
+
+    family: Family | None
+    entries: Mapping[str, Entry]
+    tensors: Mapping[str, str]
+    skip: str
+    bare: bool
+
+    @staticmethod
+    def of(model: LM, base: Path | None = None) -> _Names:
+        told = {n: described(p) for n, p in model.parts.items() if n not in ("prefix", "prompt")}
+        if "lm" in told:  # an adapted head is a head
+            told["lm"] = {"kind": "vocabulary"}
+        family, _, entries = published(model.shape, told)
+        config = (
+            json.loads((base / "config.json").read_text("utf-8")) if base and (base / "config.json").is_file() else {}
+        )
+        bare = family is not None and config.get("architectures", [""])[:1] == [family.classes[1]]
+        skip = "" if family is None else family.prefix
+        by_module = {e.theirs.removesuffix(".weight"): e for e in entries if e.theirs.endswith(".weight")}
+        if family is None:
+            known = lora.adaptable(model)
+            by_module = {name: Entry(f"{name}.weight", (f"{name}.weight",)) for name in known}
+        tensors = {
+            e.ours[0]: e.theirs for e in entries if len(e.ours) == 1 and not (e.transposed or e.unread or e.folded[0])
+        }
+        return _Names(family, by_module, tensors, skip, bare)
+
+    def outside(self, name: str) -> str:
+        """As the base's own class calls a module."""
+        return name.removeprefix(self.skip) if self.bare else name
+
+    def inside(self, name: str) -> Entry | None:
+        """What a module of theirs is with us, whichever of their classes it was named in."""
+        return self.entries.get(name) or self.entries.get(self.skip + name)
+
+
+def _modules(entry: Entry) -> list[str]:
+    return [ours.removesuffix(".weight") for ours in entry.ours]
+
+
+def _lora(names: _Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A config and tensors of LoRA's."""
+    tensors: dict[str, Tensor] = {}
+    plans = {one.plan for one in low.values()}
+    plan = next(iter(plans))
+    if len(plans) > 1:
+        raise UserError("the adapter has several ranks or scales, and is written with one: make it with one plan")
+    left, at = set(low), []
+    for theirs, entry in names.entries.items():
+        ours = [module for module in _modules(entry) if module in low]
+        if not ours:
+            continue
+        together = _modules(entry)
+        pieces = [low[module] for module in ours]
+        if ours != together or any(not torch.equal(one.A, pieces[0].A) for one in pieces):
+            raise UserError(
+                f"{theirs} of the family {names.family.name if names.family else ''} is {', '.join(together)} in one "
+                "matrix, which can have one A only: this adapter cannot be written in peft's format, but the merged "
+                "model can"
+            )
+        if entry.folded[0]:
+            raise UserError(
+                f"{theirs} has another shape in its family: leave it out of the targets to write the adapter"
+            )
+        name, (a, b) = names.outside(theirs), (pieces[0].A, torch.cat([one.B for one in pieces]))
+        if entry.unread:
+            b = torch.cat((b.new_zeros(entry.unread, b.shape[1]), b))
+        table = together[0] in ("tokens", "places", "segments", "source_places")
+        if table:  # theirs is turned: rows are columns
+            tensors |= {f"{FRONT}{name}.lora_embedding_A": b.t(), f"{FRONT}{name}.lora_embedding_B": a.t()}
+        else:
+            tensors |= {f"{FRONT}{name}.lora_A.weight": a, f"{FRONT}{name}.lora_B.weight": b}
+        left -= set(ours)
+        at.append(theirs)
+    if left:
+        raise UserError(f"{sorted(left)[0]} has no name in the family {names.family.name if names.family else ''}: "
+                        "leave it out of the targets to write the adapter")  # fmt: skip
+    ends = {theirs.rpartition(".")[2] for theirs in at}
+    whole = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in ends} == set(at)
+    config = {
+        "peft_type": "LORA", "r": plan.rank, "lora_alpha": plan.alpha, "lora_dropout": plan.dropout,
+        "use_rslora": plan.stabilised, "target_modules": sorted(ends if whole else map(names.outside, at)), "bias": "none",
+        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in at), "init_lora_weights": True,
+    }  # fmt: skip
+    return config, tensors
+
+
+def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
+    for setting, what in REFUSED.items():
+        if config.get(setting):
+            raise UserError(f"{where / FILE} asks for {what} ({setting}), which firth has not")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{where / FILE} trained biases too (bias={config['bias']!r}), which firth does not read")
+    names = _Names.of(model)
+    plan = Rank(config["r"], config["lora_alpha"], config.get("use_rslora", False), config.get("lora_dropout", 0.0))
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        module, found, which = key.removeprefix(FRONT).rpartition(".lora_")
+        if found:
+            pairs.setdefault(module, {})["A" if "A" in which else "B"] = tensor.t() if "embedding" in which else tensor
+        else:
+            _put_whole(model, names, key.removeprefix(FRONT), tensor, where)
+    for module, pair in pairs.items():
+        entry = names.inside(module)
+        if entry is None or pair.keys() != {"A", "B"}:
+            raise UserError(f"{where / TENSORS} adapts {module!r}, which is no matrix of the base")
+        turned = any(f"{FRONT}{module}.lora_embedding_A" == key for key in state)
+        a, b = (pair["B"], pair["A"]) if turned else (pair["A"], pair["B"])
+        own = replace(plan, rank=len(a), alpha=_patterned(config.get("alpha_pattern"), module, plan.alpha))
+        for place, rows in zip(_modules(entry), b[entry.unread :].split(list(entry.sizes) or len(b)), strict=True):
+            low = lora.put(model, place, own, name)
+            for mine, theirs in ((low.A, a), (low.B, rows)):
+                if mine.shape != theirs.shape:
+                    raise UserError(f"{where / TENSORS}: {module!r} is made for another matrix than {place}")
+                mine.data.copy_(theirs)
+
+
+def _patterned(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """peft's exceptions by module: a name's end, or an expression for it."""
+    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
+
+
+@torch.no_grad()
+def _put_whole(model: LM, names: _Names, key: str, tensor: Tensor, where: Path) -> None:
+    """A tensor that was trained whole (`modules_to_save`)."""
+    ours = {theirs: mine for mine, theirs in names.tensors.items()}
+    key = key.replace(".base_layer.", ".")  # peft writes tables and heads along with what lies on them
+    mine = ours.get(key) or ours.get(names.skip + key)
+    state = model.state_dict()
+    if mine is None or state[mine].shape != tensor.shape:
+        raise UserError(
+            f"{where / TENSORS} holds {key!r}, which is no tensor of the base: this head is not the model's"
+        )
+    state[mine].copy_(tensor)
+
+
+def _prefix(model: LM, prefix: Prefix) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensor, layers, modules = prefix.whole(), prefix.layers, 1
+    if model.shape.encoder:
+        # peft lays its layers out twice, four to a layer, and reads the first two: a tensor of twice the layers, every
+        # second pair unread, then says what is meant.
+        modules, layers = 2, 2 * prefix.layers
+        pairs = tensor.view(prefix.tokens, prefix.layers, 1, -1)
+        tensor = torch.cat((pairs, torch.zeros_like(pairs)), 2).flatten(1)
+    return {
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": prefix.tokens, "num_layers": layers,
+        "token_dim": prefix.kv_heads * prefix.head_width, "num_attention_heads": prefix.kv_heads,
+        "num_transformer_submodules": modules, "encoder_hidden_size": prefix.hidden or None,
+        "prefix_projection": bool(prefix.hidden),
+    }, {"prompt_embeddings": tensor}  # fmt: skip
+
+
+def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
+    refuse(model.shape, "prefix")
+    shape, tensor = model.shape, state["prompt_embeddings"]
+    each = 2 * shape.kv_heads * shape.head_width
+    if shape.encoder:
+        # The first two of every four, of the layers laid out twice.
+        twice = torch.cat((tensor, tensor), 1)[:, : 2 * shape.depth * each]
+        tensor = twice.view(len(tensor), -1, each)[:, ::2].flatten(1)
+    if tensor.shape[1] != shape.depth * each:
+        raise UserError(
+            f"{where / TENSORS}: a prefix of {tensor.shape[1]} numbers, and this model needs {shape.depth * each}"
+        )
+    prefix = Prefix(len(tensor), shape.depth, shape.kv_heads, shape.head_width)
+    prefix.table.weight.data.copy_(tensor)
+    model.parts["prefix"] = prefix
+
+
+def _prompt(model: LM, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return {
+        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": prompt.tokens, "token_dim": prompt.width,
+        "num_layers": model.shape.depth, "num_attention_heads": model.shape.heads, "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+    }, {"prompt_embeddings": prompt.table.weight}  # fmt: skip
+
+
+def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
+    refuse(model.shape, "prompt")
+    vectors = state["prompt_embeddings"][: config["num_virtual_tokens"]]  # peft stores a decoder's too, and uses none
+    if vectors.shape[1] != model.shape.table_width:
+        raise UserError(
+            f"{where / TENSORS}: vectors of {vectors.shape[1]} numbers, and this model reads {model.shape.table_width}"
+        )
+    prompt = Prompt(*vectors.shape)
+    prompt.table.weight.data.copy_(vectors)
+    model.parts["prompt"] = prompt
+
+
+def _read_parts(model: LM, directory: Path) -> None:
+    """The heads that an adapter of firth's was trained with."""
+    if (directory / OWN).is_file():
+        told, state = json.loads((directory / OWN).read_text("utf-8")), _tensors(directory / OWN_TENSORS)
+        for part, description in told.items():
+            model.parts[part] = rebuilt(description, part)
+            front = f"parts.{part}."
+            model.parts[part].load_state_dict(
+                {n.removeprefix(front): t for n, t in state.items() if n.startswith(front)}
+            )
+
+
+def _task(model: LM, names: _Names) -> str | None:
+    """peft's word for what the base is, which is the class that it wraps it in."""
+    if model.shape.encoder:
+        return "SEQ_2_SEQ_LM"
+    if model.shape.causal and "lm" in model.parts and not names.bare:
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if names.bare else None
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((directory / FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no adapter: {FILE} is not there") from None
+    except ValueError as fault:
+        raise UserError(f"{directory / FILE} is not JSON ({fault})") from fault
+    if type(found) is not dict:
+        raise UserError(f"{directory / FILE} is not a JSON object")
+    return found
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        pickled = file.with_name("adapter_model.bin").exists()
+        why = "its tensors are pickled, which can run code and is never read" if pickled else "the file is not there"
+        raise UserError(f"{file} cannot be read: {why}; save it as safetensors") from None
+    except SafetensorError as fault:
+        raise UserError(f"{file} cannot be read as safetensors ({fault}): copy it again") from fault
+
+
+def _json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
