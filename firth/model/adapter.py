@@ -2,11 +2,15 @@
 
     adapter_config.json           what it is, of which base
     adapter_model.safetensors     base_model.model.NAME.lora_A.weight ...; or prompt_embeddings, (V, ...), alone
-    parts.safetensors, parts.json the heads that were trained with it and that the family has no name for (peft reads neither)
+    firth.json, parts.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts
 
-NAME is a module's in the family's own words (`model.layers.0.self_attn.q_proj`); a base that no family expresses has
-ours. Where theirs is several of ours (GPT-2's `c_attn`, ModernBERT's `Wqkv`), its one A is read into each of them and
-its B is cut by rows; it is written again only while the pieces have one A, for theirs can have no more.
+NAME is a module's in the family's own words (`model.layers.0.self_attn.q_proj`). Where theirs is several of ours (GPT-2's
+`c_attn`, ModernBERT's `Wqkv`), its one A is read into each of them and its B is cut by rows; adapters that were made on
+the pieces are written side by side, with a rank that is the sum of theirs and zeros between them, which is the same map:
+
+    [B_q 0; 0 0; 0 B_v] [A_q; A_v]
+
+A model that no family expresses, or a matrix that it has no name for, is written with our names, for firth alone.
 
     load(Path("runs/mine/adapter"))        the base that it names, with it
     read(model, Path("theirs"))            onto a model that is there; returns what it was
@@ -16,8 +20,10 @@ its B is cut by rows; it is written again only while the pieces have one A, for 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +43,10 @@ from firth.model.weights import load_model, published
 from firth.types import UserError
 
 FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OWN, OWN_TENSORS = "parts.json", "parts.safetensors"
+OWN, OWN_TENSORS = "firth.json", "parts.safetensors"
 FRONT = "base_model.model."
+TABLES = ("tokens", "places", "segments", "source_places")
+"""Modules of ours that are tables and not maps."""
 
 REFUSED = {
     "use_dora": "DoRA",
@@ -89,42 +97,44 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
     return {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}[kind]
 
 
-def write(model: LM, directory: Path, base: Path, parts: Sequence[str] = (), name: str = "default") -> str:
+def write(
+    model: LM, directory: Path, base: Path, parts: Sequence[str] = (), name: str = "default",
+    facts: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """Write the adapter that lies on a model; return one sentence about who can load it.
 
-    base: the directory of the model that it was made for. parts: the heads that were trained with it.
+    base: the directory of the model that it was made for. parts: the heads that were trained with it. facts: anything
+    worth keeping beside it, as JSON.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names = _Names.of(model, base)
     low = lora.lows(model, name)
+    names = _Names.of(model, base, low)
+    heads = tuple(f"parts.{part}." for part in parts)
+    state = {n: t for n, t in model.state_dict().items() if n.startswith(heads)} if heads else {}
+    theirs = {n: names.tensors[n] for n in state if n in names.tensors} if low else {}
+    if theirs:  # whoever has the head has the class with the head
+        names = replace(names, bare=False)
     if low:
         config, tensors = _lora(names, low)
+        config["modules_to_save"] = sorted({new.rpartition(".")[0] for new in theirs.values()}) or None
     elif model.prefix is not None:
         config, tensors = _prefix(model, model.prefix)
     elif model.prompt is not None:
         config, tensors = _prompt(model, model.prompt)
     else:
         raise UserError("there is no adapter on this model to be written")
-    heads = {f"parts.{part}." for part in parts}
-    state = {n: t for n, t in model.state_dict().items() if any(n.startswith(head) for head in heads)}
-    theirs = {n: names.tensors[n] for n in state if n in names.tensors} if low else {}
     tensors |= {FRONT + new: state[n] for n, new in theirs.items()}
-    saved = sorted({new.split(".")[0] for new in theirs.values()})
-    task = _task(model, names)
-    common = {"base_model_name_or_path": str(base), "task_type": task, "inference_mode": True}
-    _json(directory / FILE, config | common | ({"modules_to_save": saved or None} if low else {}))
-    save_file(
-        {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, directory / TENSORS, {"format": "pt"}
-    )
-    rest = {n: t.detach().cpu().contiguous() for n, t in state.items() if n not in theirs}
-    for old in (OWN, OWN_TENSORS):
-        (directory / old).unlink(missing_ok=True)
+    told = {"base_model_name_or_path": str(base), "task_type": _task(model, names), "inference_mode": True}
+    _json(directory / FILE, config | told)
+    _save(tensors, directory / TENSORS)
+    rest = {n: t for n, t in state.items() if n not in theirs}
+    own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
+    _json(directory / OWN, {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})})
+    (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
-        own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
-        _json(directory / OWN, {part: described(model.parts[part]) for part in own})
-        save_file(rest, directory / OWN_TENSORS, {"format": "pt"})
+        _save(rest, directory / OWN_TENSORS)
     if names.family is None:
-        return "no family of transformers expresses the base, so only firth loads it"
+        return "no family of transformers has names for it, so only firth loads it"
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
 
 
@@ -132,35 +142,40 @@ def write(model: LM, directory: Path, base: Path, parts: Sequence[str] = (), nam
 class _Names:
     """What the modules and tensors of a base are called outside. tensors: ours -> theirs, those that are one to one.
 
-    modules: their module -> ours, in order. skip: what stands before the names in transformers' class for a whole
-    model, and not in its class for a bare one, which is what the base's config names (`bare`).
+    entries: by their module. skip: what stands before the names in transformers' class for a whole model, and not in
+    its class for a bare one, which is what the base's config names (`bare`). kind: the class, if it has further heads.
     """
 
     family: Family | None
+    kind: str
     entries: Mapping[str, Entry]
     tensors: Mapping[str, str]
     skip: str
     bare: bool
 
     @staticmethod
-    def of(model: LM, base: Path | None = None) -> _Names:
+    def of(model: LM, base: Path | None = None, needed: Collection[str] = ()) -> _Names:
+        """needed: modules of ours that must have a name; where one has none, all go by our own."""
         told = {n: described(p) for n, p in model.parts.items() if n not in ("prefix", "prompt")}
-        if "lm" in told:  # an adapted head is a head
-            told["lm"] = {"kind": "vocabulary"}
-        family, _, entries = published(model.shape, told)
-        config = (
-            json.loads((base / "config.json").read_text("utf-8")) if base and (base / "config.json").is_file() else {}
-        )
-        bare = family is not None and config.get("architectures", [""])[:1] == [family.classes[1]]
-        skip = "" if family is None else family.prefix
-        by_module = {e.theirs.removesuffix(".weight"): e for e in entries if e.theirs.endswith(".weight")}
-        if family is None:
-            known = lora.adaptable(model)
-            by_module = {name: Entry(f"{name}.weight", (f"{name}.weight",)) for name in known}
-        tensors = {
+        family, headed, entries = published(model.shape, told)
+        modules = {
+            e.theirs.removesuffix(".weight"): e for e in entries if e.theirs.endswith(".weight") and not e.folded[0]
+        }
+        if family is None or not set(needed) <= {ours for e in modules.values() for ours in _modules(e)}:
+            return _Names.own(model)
+        config = base / "config.json" if base else Path()
+        kinds = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else []
+        plain = {
             e.ours[0]: e.theirs for e in entries if len(e.ours) == 1 and not (e.transposed or e.unread or e.folded[0])
         }
-        return _Names(family, by_module, tensors, skip, bare)
+        kind = "" if headed is None else headed.name
+        return _Names(family, kind, modules, plain, family.prefix, family.classes[1] in (kinds or []))
+
+    @staticmethod
+    def own(model: LM) -> _Names:
+        """Ours."""
+        mine = {name: Entry(f"{name}.weight", (f"{name}.weight",)) for name in lora.adaptable(model)}
+        return _Names(None, "", mine, {}, "", False)
 
     def outside(self, name: str) -> str:
         """As the base's own class calls a module."""
@@ -178,48 +193,49 @@ def _modules(entry: Entry) -> list[str]:
 def _lora(names: _Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A config and tensors of LoRA's."""
     tensors: dict[str, Tensor] = {}
-    plans = {one.plan for one in low.values()}
-    plan = next(iter(plans))
-    if len(plans) > 1:
-        raise UserError("the adapter has several ranks or scales, and is written with one: make it with one plan")
-    left, at = set(low), []
+    at: dict[str, tuple[int, float]] = {}  # their module -> rank and alpha
+    first = next(iter(low.values())).plan
     for theirs, entry in names.entries.items():
-        ours = [module for module in _modules(entry) if module in low]
-        if not ours:
+        places = _modules(entry)
+        pieces = [low.get(place) for place in places]
+        there = [one for one in pieces if one is not None]
+        if not there:
             continue
-        together = _modules(entry)
-        pieces = [low[module] for module in ours]
-        if ours != together or any(not torch.equal(one.A, pieces[0].A) for one in pieces):
-            raise UserError(
-                f"{theirs} of the family {names.family.name if names.family else ''} is {', '.join(together)} in one "
-                "matrix, which can have one A only: this adapter cannot be written in peft's format, but the merged "
-                "model can"
-            )
-        if entry.folded[0]:
-            raise UserError(
-                f"{theirs} has another shape in its family: leave it out of the targets to write the adapter"
-            )
-        name, (a, b) = names.outside(theirs), (pieces[0].A, torch.cat([one.B for one in pieces]))
+        name, (a, b) = names.outside(theirs), _together(pieces, entry.sizes)
         if entry.unread:
             b = torch.cat((b.new_zeros(entry.unread, b.shape[1]), b))
-        table = together[0] in ("tokens", "places", "segments", "source_places")
-        if table:  # theirs is turned: rows are columns
+        if places[0] in TABLES:  # theirs are turned: rows are columns
             tensors |= {f"{FRONT}{name}.lora_embedding_A": b.t(), f"{FRONT}{name}.lora_embedding_B": a.t()}
         else:
             tensors |= {f"{FRONT}{name}.lora_A.weight": a, f"{FRONT}{name}.lora_B.weight": b}
-        left -= set(ours)
-        at.append(theirs)
-    if left:
-        raise UserError(f"{sorted(left)[0]} has no name in the family {names.family.name if names.family else ''}: "
-                        "leave it out of the targets to write the adapter")  # fmt: skip
+        rank = len(a)
+        at[theirs] = rank, there[0].plan.scale * (math.sqrt(rank) if first.stabilised else rank)
+    (rank, alpha), _ = Counter(at.values()).most_common(1)[0]
     ends = {theirs.rpartition(".")[2] for theirs in at}
     whole = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in ends} == set(at)
-    config = {
-        "peft_type": "LORA", "r": plan.rank, "lora_alpha": plan.alpha, "lora_dropout": plan.dropout,
-        "use_rslora": plan.stabilised, "target_modules": sorted(ends if whole else map(names.outside, at)), "bias": "none",
-        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in at), "init_lora_weights": True,
-    }  # fmt: skip
-    return config, tensors
+    return {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": first.stabilised,
+        "target_modules": sorted(ends if whole else map(names.outside, at)), "bias": "none", "init_lora_weights": True,
+        "rank_pattern": {names.outside(theirs): r for theirs, (r, _) in at.items() if r != rank},
+        "alpha_pattern": {names.outside(theirs): x for theirs, (_, x) in at.items() if x != alpha},
+        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in at),
+    }, tensors  # fmt: skip
+
+
+def _together(pieces: Sequence[Low | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A and B of a matrix whose rows are those of several, of which some have no adapter. One scale serves them: that of the
+    first, the others' B makes up for theirs."""
+    there = [one for one in pieces if one is not None]
+    if len(there) == len(pieces) and all(torch.equal(one.A, there[0].A) for one in there):
+        return there[0].A, torch.cat([one.B * (one.plan.scale / there[0].plan.scale) for one in there])
+    a = torch.cat([one.A for one in there])
+    b, row, column = a.new_zeros(sum(sizes), len(a)), 0, 0
+    for one, size in zip(pieces, sizes, strict=True):
+        if one is not None:
+            b[row : row + size, column : column + len(one.A)] = one.B * (one.plan.scale / there[0].plan.scale)
+            column += len(one.A)
+        row += size
+    return a, b
 
 
 def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
@@ -228,7 +244,7 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
             raise UserError(f"{where / FILE} asks for {what} ({setting}), which firth has not")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where / FILE} trained biases too (bias={config['bias']!r}), which firth does not read")
-    names = _Names.of(model)
+    names, own_names = _Names.of(model), _Names.own(model)
     plan = Rank(config["r"], config["lora_alpha"], config.get("use_rslora", False), config.get("lora_dropout", 0.0))
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -238,7 +254,7 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
         else:
             _put_whole(model, names, key.removeprefix(FRONT), tensor, where)
     for module, pair in pairs.items():
-        entry = names.inside(module)
+        entry = names.inside(module) or own_names.inside(module)
         if entry is None or pair.keys() != {"A", "B"}:
             raise UserError(f"{where / TENSORS} adapts {module!r}, which is no matrix of the base")
         turned = any(f"{FRONT}{module}.lora_embedding_A" == key for key in state)
@@ -326,18 +342,21 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
 
 def _read_parts(model: LM, directory: Path) -> None:
     """The heads that an adapter of firth's was trained with."""
-    if (directory / OWN).is_file():
-        told, state = json.loads((directory / OWN).read_text("utf-8")), _tensors(directory / OWN_TENSORS)
-        for part, description in told.items():
-            model.parts[part] = rebuilt(description, part)
-            front = f"parts.{part}."
-            model.parts[part].load_state_dict(
-                {n.removeprefix(front): t for n, t in state.items() if n.startswith(front)}
-            )
+    told = json.loads((directory / OWN).read_text("utf-8"))["parts"] if (directory / OWN).is_file() else {}
+    state = _tensors(directory / OWN_TENSORS) if told else {}
+    for part, description in told.items():
+        front = f"parts.{part}."
+        model.parts[part] = rebuilt(description, part)
+        model.parts[part].load_state_dict({n.removeprefix(front): t for n, t in state.items() if n.startswith(front)})
+
+
+TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 
 
 def _task(model: LM, names: _Names) -> str | None:
     """peft's word for what the base is, which is the class that it wraps it in."""
+    if named := TASKS.get(names.kind.rpartition("For")[2]):
+        return named
     if model.shape.encoder:
         return "SEQ_2_SEQ_LM"
     if model.shape.causal and "lm" in model.parts and not names.bare:
@@ -366,6 +385,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read: {why}; save it as safetensors") from None
     except SafetensorError as fault:
         raise UserError(f"{file} cannot be read as safetensors ({fault}): copy it again") from fault
+
+
+def _save(state: Mapping[str, Tensor], file: Path) -> None:
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in state.items()}, file, {"format": "pt"})
 
 
 def _json(file: Path, value: Mapping[str, Any]) -> None:

@@ -225,6 +225,10 @@ class LM(nn.Module):
         every = self.named_parameters(remove_duplicate=False)
         return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
+    def trunks(self) -> list[Trunk]:
+        """The stacks of blocks that it has: an encoder's, its own."""
+        return [trunk for trunk in (self.encoder, self.trunk) if isinstance(trunk, Trunk)]
+
     def tables(self) -> dict[str, nn.Embedding | None]:
         """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
         tokens = None if self.shape.characters else self.tokens

@@ -204,7 +204,8 @@ def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
 
 def vocabulary_flops(model: LM, labels: Tensor) -> float:
     """What the vocabulary head costs at the positions that are asked, in `token_loss` or `log_probs`."""
-    return flops.head(model.shape, flops.asked_positions(labels))
+    whole = flops.head(model.shape, flops.asked_positions(labels))
+    return whole if model.parts["lm"].weight.requires_grad else whole * 2 / 3
 
 
 def asked(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,28 +92,27 @@ def trunk(shape: Shape, work: Work) -> float:
 
 
 def learning(model: nn.Module) -> float:
-    """What of `trunk`'s work is done where some weights of the trunk are frozen: 1 where all are trained.
+    """What of `trunk`'s work is done where weights are frozen: 1 where all are trained.
 
-    A matrix costs one product forward, one back to what came before it, and one for its own gradient, which a frozen
-    one is spared: 4 N D and not 6; where nothing in the trunk or before it is trained, none goes back at all: 2 N D.
-    Adapters are added with all three of theirs. Scores of attention have no weights, and go by the same share.
+    A matrix costs a product forward, one back to what came before it, and one for its own gradient, which a frozen one is
+    spared: 4 N D and not 6. Where nothing that is trained lies in the trunk or before it, nothing goes back: 2 N D.
+    Adapters (`firth.model.lora`) come on top with all three. The scores of attention go by the same share.
     """
     own = frozen = low = 0
-    goes_back = False
+    back = False
     for name, p in model.named_parameters():
-        goes_back |= p.requires_grad and name.partition(".")[2].startswith(("prefix", "prompt")) 
-        if name.startswith("parts.") or p.ndim < 2:
+        room, _, rest = name.partition(".")
+        back |= p.requires_grad and (room != "parts" or rest.startswith(("prefix.", "prompt.")))
+        if p.ndim < 2 or room not in ("trunk", "encoder", "latent"):
             continue
-        goes_back |= p.requires_grad
-        if name.endswith((".A", ".B")):
+        if ".low." in rest:
             low += p.numel()
         elif p.requires_grad:
             own += p.numel()
         else:
             frozen += p.numel()
-    if not own + frozen:
-        return 1.0
-    return (3 * (own + low) + (1 + goes_back) * frozen) / (3 * (own + frozen))
+    whole = own + frozen
+    return (3 * (own + low) + (1 + back) * frozen) / (3 * whole) if whole else 1.0
 
 
 def head(shape: Shape, asked: int) -> float:
