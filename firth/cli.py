@@ -27,7 +27,12 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Run = Annotated[Path, typer.Argument(help="A run directory, or a model directory that transformers reads.")]
+Run = Annotated[
+    Path,
+    typer.Argument(
+        help="A run directory, or a directory of a model or an adapter as transformers and peft write them."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")]
 TopK = Annotated[int, typer.Option(help="Sample among the K likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that together have this probability.")]

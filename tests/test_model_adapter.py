@@ -219,11 +219,20 @@ def written(tmp_path: Path, **changes: Any) -> Path:
         ({"peft_type": "IA3"}, "of peft's type 'IA3'; firth reads LORA, PREFIX_TUNING, PROMPT_TUNING"),
         ({"use_dora": True}, "asks for DoRA"),
         ({"bias": "all"}, "trained biases too"),
+        ({"r": None}, "lacks the number 'r'"),
+        ({"lora_alpha": "big"}, "lacks the number 'lora_alpha'"),
+        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"peft_type": "PREFIX_TUNING"}, "lacks the matrix 'prompt_embeddings'"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         adapter.load(written(tmp_path, **changes))
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds an adapter and no model: start from its base, with adapt.start="):
+        load_model(written(tmp_path))
 
 
 def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:

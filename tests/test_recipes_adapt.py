@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from firth.data.batch import collate, pack
+from firth.data.layout import causal
 from firth.evaluate.task import open_subject
 from firth.model import lora
+from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.weights import load_model
+from firth.model.prefix import prefix_of, prompt_of
+from firth.model.shape import decoder, encoder
+from firth.model.weights import load_model, start_from
+from firth.objectives.causal import CausalLM
+from firth.objectives.classification import Classification
+from firth.objectives.objective import Objective
 from firth.recipes import tree
 from firth.recipes.adapt import ADAPTS, Full, LoRA
-from firth.recipes.recipe import load
+from firth.recipes.recipe import Recipe, load
 from firth.recipes.run import run
 from firth.recipes.use import evaluate_run
 from firth.scaling import flops
+from firth.text.tokenizer import Tokenizer
 from firth.train import checkpoint
+from firth.train.optimizer import Mover, Optimizer
+from firth.train.step import step
 from firth.types import UserError
 
-WORDS = [
-    "the",
-    "king",
-    "and",
-    "the",
-    "queen",
-    "of",
-    "the",
-    "sea",
-    "had",
-    "a",
-    "ship",
-    "with",
-    "no",
-    "sail",
-    "and",
-    "a",
-    "crown",
-    "of",
-    "salt",
-    "upon",
-    "the",
-    "wind",
-]
+WORDS = "the king and the queen of the sea had a ship with no sail and a crown of salt upon the wind".replace(
+    " ", "\n"
+).splitlines()
 SHAPE = [
     "shape.width=32", "shape.depth=2", "shape.heads=2", "shape.kv_heads=2", "shape.head_width=0", "shape.hidden=48",
     "shape.context=64",
@@ -81,7 +74,7 @@ def settings(place: Path, start: str, *more: str, steps: int = 6) -> list[str]:
     ]  # fmt: skip
 
 
-def recipe(place: Path, start: str, *more: str) -> Any:
+def recipe(place: Path, start: str, *more: str) -> Recipe:
     settled = settings(place, start, *more)
     return load("classify" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["shape=null"]))
 
@@ -92,46 +85,92 @@ CASES = [
 ]  # fmt: skip
 
 
+Made = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> Made:
+    """The directory of a finished run of each kind, made once."""
+
+    @functools.cache
+    def make(start: str, kind: str) -> Path:
+        directory = place / f"{start}-{kind}"
+        said: list[str] = []
+        run(measured(place, start, kind), directory, said.append)
+        assert "of which" in next(line for line in said if "parameters" in line)
+        return directory
+
+    return make
+
+
+def measured(place: Path, start: str, kind: str) -> Recipe:
+    return recipe(place, start, f"adapt={kind}", f"source.valid={records_of(place, start)}", "checks.examples=1000")
+
+
+def records_of(place: Path, start: str) -> str:
+    return str(place / ("records.jsonl" if start == "encoder" else "text.txt"))
+
+
 @pytest.mark.parametrize(("start", "kind"), CASES)
-def test_it_learns_resumes_to_the_bit_and_is_what_it_was_when_it_is_read_again(
-    place: Path, tmp_path: Path, start: str, kind: str
-) -> None:
-    plan = recipe(place, start, f"adapt={kind}")
-    said: list[str] = []
-    done = run(plan, tmp_path / "whole", said.append)
-    counts = next(line for line in said if "parameters" in line)
-    assert "of which" in counts and done.steps == 6
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["split"] == "valid" or rows[0]["loss"] > 0
-    # Killed behind its third step, it goes on from there.
-    saved = checkpoint.load(tmp_path / "whole" / "checkpoints" / "step-000003")
+def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: str, kind: str) -> None:
+    """Killed behind its third step, it goes on from there, from a checkpoint of what is trained alone."""
+    directory = made(start, kind)
+    saved = checkpoint.load(directory / "checkpoints" / "step-000003")
     assert not any(name.startswith("trunk.") and ".low." not in name for name in saved.files["model"])
-    killed = tmp_path / "killed"
-    (killed / "checkpoints").mkdir(parents=True)
-    (tmp_path / "whole" / "checkpoints" / "step-000003").rename(killed / "checkpoints" / "step-000003")
-    run(plan, killed, quiet)
-    ours, theirs = load_model(tmp_path / "whole" / "model"), load_model(killed / "model")
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(x, theirs.state_dict()[n]) for n, x in ours.state_dict().items())
-    base = load_model(place / start / "model")
-    same = [torch.equal(x, base.state_dict()[n]) for n, x in ours.state_dict().items() if n.startswith("trunk.")]
+    shutil.copytree(saved.path, tmp_path / "checkpoints" / saved.path.name)
+    run(measured(place, start, kind), tmp_path, quiet)
+    whole, killed = load_model(directory / "model"), load_model(tmp_path / "model")
+    assert whole.state_dict().keys() == killed.state_dict().keys() and not lora.adapted(whole)
+    assert all(torch.equal(x, killed.state_dict()[n]) for n, x in whole.state_dict().items())
+    base = load_model(place / start / "model").state_dict()
+    same = [torch.equal(x, base[n]) for n, x in whole.state_dict().items() if n.startswith("trunk.")]
     assert all(same) == (kind != "lora")
-    # The recipe that the run kept is the run.
-    again = load(str(tmp_path / "whole"))
-    assert type(again.adapt) is ADAPTS[kind] and again == load(str(killed))
-    records = str(place / ("records.jsonl" if start == "encoder" else "text.txt"))
-    found = [evaluate_run(tmp_path / "whole", [records], task=None, limit=None, as_json=True)]
-    if (tmp_path / "whole" / "adapter").is_dir():
-        assert not lora.adapted(ours)
-        whole, apart = open_subject(tmp_path / "whole"), open_subject(tmp_path / "whole" / "adapter")
-        torch.testing.assert_close(states(apart.model), states(whole.model), atol=1e-5, rtol=0)
-        if start == "decoder":
-            found.append(evaluate_run(tmp_path / "whole" / "adapter", [records], task=None, limit=200, as_json=True))
-            found[0] = evaluate_run(tmp_path / "whole" / "model", [records], task=None, limit=200, as_json=True)
-            first, second = (json.loads(one) for one in found)
-            assert first["bits_per_byte"] == pytest.approx(second["bits_per_byte"], abs=1e-5)
+    again = load(str(directory))
+    assert type(again.adapt) is ADAPTS[kind] and again == load(str(tmp_path))
+
+
+@pytest.mark.parametrize(("start", "kind"), CASES)
+def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Made, start: str, kind: str) -> None:
+    directory, valid = made(start, kind), records_of(place, start)
+    places = [directory / "model", *([directory / "adapter"] if (directory / "adapter").is_dir() else [])]
     if start == "encoder":
-        assert json.loads(found[0])["task"] == "classification"
+        logged = json.loads((directory / "done.json").read_text())["metrics"]["valid/accuracy"]
+        found = json.loads(evaluate_run(directory, [valid], task=None, limit=None, as_json=True))
+        assert found["accuracy"] == pytest.approx(logged, abs=1e-6)
+    scores = [json.loads(evaluate_run(one, [valid], task=None, limit=None, as_json=True)) for one in places]
+    name = "accuracy" if start == "encoder" else "bits_per_byte"
+    for score in scores:
+        assert score[name] == pytest.approx(scores[0][name], abs=1e-6)
+    models = [open_subject(one).model for one in places]
+    for model in models:
+        torch.testing.assert_close(states(model), states(models[0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("start", "kind"), CASES)
+def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: Path, start: str, kind: str) -> None:
+    trunk = load_model(place / start / "model")
+    objective: Objective = CausalLM() if start == "decoder" else Classification(classes=("a", "b"))
+    adapt = ADAPTS[kind]()
+    objective = adapt.settle(objective)
+    model = LM(trunk.shape, objective.parts(trunk.shape))
+    _, added = start_from(model, place / start / "model")
+    tokenizer = Tokenizer.load(place / start / "tokenizer")
+    adapt.apply(model, added, tokenizer, 0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rng = np.random.default_rng(0)
+    shown = [objective.view({"tokens": rng.integers(120, 400, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
+             for i in range(6)]  # fmt: skip
+    batch = collate(shown, set(objective.targets.values()))
+    mover = Mover(Optimizer(name="adamw", rate=0.02, weight_decay=0.0), model)
+    term = next(iter(objective.targets))
+    losses = []
+    for _ in range(11):
+        losses.append(float(step(model, objective, [batch])[term]))
+        mover.move(1.0)
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved == trained and not any(n.startswith("trunk.") and ".low." not in n for n in moved)
 
 
 def states(model: LM) -> torch.Tensor:
@@ -245,3 +284,24 @@ def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
     assert flops.learning(model) == pytest.approx((4 * maps + 6 * low) / (6 * maps))
     lora.freeze(lora.fold(model), ["lm"])
     assert flops.learning(model) == pytest.approx(1 / 3)
+
+
+def test_trained_positions_are_counted() -> None:
+    """A prompt costs what as many more tokens in front cost; a prefix only the looking at it."""
+    for make in (decoder, encoder):
+        shape = make(50, 64, 2, heads=2)
+        model, objective = LM(shape, {"lm": Vocabulary(shape)}), CausalLM()
+        texts, longer = ([{"tokens": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3))
+        if shape.causal:
+            texts, longer = ([one | causal(len(one["tokens"])) for one in those] for those in (texts, longer))
+        batch = collate(texts, set())
+        plain = objective.run_flops(model, batch)
+        model.parts["prompt"] = prompt_of(model, [1, 2, 3])
+        assert objective.run_flops(model, batch) == objective.run_flops(LM(shape, {}), collate(longer, set()))
+        packed = flops.fronted(flops.work(pack(texts, 16, set())), pack(texts, 16, set()), shape, 0, 3)
+        assert (packed.positions, packed.pairs) == (
+            flops.work(collate(longer, set())).positions, flops.work(collate(longer, set())).pairs
+        )  # fmt: skip
+        del model.parts["prompt"]
+        model.parts["prefix"] = prefix_of(model, [1, 2, 3])
+        assert objective.run_flops(model, batch) == plain + 6 * shape.depth * 13 * 3 * 2 * 64

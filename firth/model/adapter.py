@@ -245,7 +245,8 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
     if config.get("bias", "none") != "none":
         raise UserError(f"{where / FILE} trained biases too (bias={config['bias']!r}), which firth does not read")
     names, own_names = _Names.of(model), _Names.own(model)
-    plan = Rank(config["r"], config["lora_alpha"], config.get("use_rslora", False), config.get("lora_dropout", 0.0))
+    rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
+    plan = Rank(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         module, found, which = key.removeprefix(FRONT).rpartition(".lora_")
@@ -259,7 +260,7 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
             raise UserError(f"{where / TENSORS} adapts {module!r}, which is no matrix of the base")
         turned = any(f"{FRONT}{module}.lora_embedding_A" == key for key in state)
         a, b = (pair["B"], pair["A"]) if turned else (pair["A"], pair["B"])
-        own = replace(plan, rank=len(a), alpha=_patterned(config.get("alpha_pattern"), module, plan.alpha))
+        own = replace(plan, rank=len(a), alpha=_patterned(config.get("alpha_pattern") or {}, module, plan.alpha, where))
         for place, rows in zip(_modules(entry), b[entry.unread :].split(list(entry.sizes) or len(b)), strict=True):
             low = lora.put(model, place, own, name)
             for mine, theirs in ((low.A, a), (low.B, rows)):
@@ -268,9 +269,24 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
                 mine.data.copy_(theirs)
 
 
-def _patterned(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _patterned(patterns: Mapping[str, float], module: str, default: float, where: Path) -> float:
     """peft's exceptions by module: a name's end, or an expression for it."""
-    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    try:
+        return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    except re.error as fault:
+        raise UserError(f"{where / FILE} has a pattern that is no regular expression ({fault})") from None
+
+
+def _number(config: Mapping[str, Any], name: str, where: Path) -> float:
+    if type(config.get(name)) not in (int, float):
+        raise UserError(f"{where / FILE} lacks the number {name!r}, or it is none")
+    return float(config[name])
+
+
+def _vectors(state: Mapping[str, Tensor], where: Path) -> Tensor:
+    if "prompt_embeddings" not in state or state["prompt_embeddings"].ndim != 2:
+        raise UserError(f"{where / TENSORS} lacks the matrix 'prompt_embeddings'")
+    return state["prompt_embeddings"]
 
 
 @torch.no_grad()
@@ -305,7 +321,7 @@ def _prefix(model: LM, prefix: Prefix) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
     refuse(model.shape, "prefix")
-    shape, tensor = model.shape, state["prompt_embeddings"]
+    shape, tensor = model.shape, _vectors(state, where)
     each = 2 * shape.kv_heads * shape.head_width
     if shape.encoder:
         # The first two of every four, of the layers laid out twice.
@@ -330,7 +346,9 @@ def _prompt(model: LM, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
     refuse(model.shape, "prompt")
-    vectors = state["prompt_embeddings"][: config["num_virtual_tokens"]]  # peft stores a decoder's too, and uses none
+    vectors = _vectors(state, where)[
+        : int(_number(config, "num_virtual_tokens", where))
+    ]  # peft stores a decoder's too, and uses none
     if vectors.shape[1] != model.shape.table_width:
         raise UserError(
             f"{where / TENSORS}: vectors of {vectors.shape[1]} numbers, and this model reads {model.shape.table_width}"

@@ -187,6 +187,8 @@ def class_names(directory: Path) -> tuple[str, ...]:
 def _read(directory: Path) -> Found:
     """What a directory holds, by our names."""
     config, ours = _json(directory / "config.json"), _json(directory / "firth.json")
+    if not config and (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds an adapter and no model: start from its base, with adapt.start={directory}")
     if not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
     state = _tensors(directory)

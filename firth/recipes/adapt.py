@@ -45,7 +45,7 @@ class Adapt:
     def fits(self, shape: Shape) -> None:
         """Raise a UserError for a shape that cannot be adapted so."""
 
-    def apply(self, model: LM, objective: Objective, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
 
     def finish(
@@ -72,8 +72,8 @@ class Full(Adapt):
 class Head(Adapt):
     """The parts of the objective alone are trained; the trunk is not run back through."""
 
-    def apply(self, model: LM, objective: Objective, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        parts = [name for name in objective.parts(model.shape) if name != "lm" or not model.shape.tied]
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        parts = [name for name in model.parts if name != "lm" or not model.shape.tied]
         if not parts:
             raise UserError(
                 "adapt=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
@@ -106,7 +106,7 @@ class Beside(Adapt):
         """Put a new adapter on the model."""
         raise NotImplementedError(type(self).__name__)
 
-    def apply(self, model: LM, objective: Objective, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         place = Path(self.start)
         if self.start:
             kind = adapter.read(model, place / "adapter" if (place / "adapter").is_dir() else place)

@@ -101,7 +101,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         _refuse_strangers(tokenizer, settled.embeddings)
         said = vectors.take(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
-    settled.adapt.apply(model, settled.objective, added, tokenizer, settled.seed)
+    settled.adapt.apply(model, added, tokenizer, settled.seed)
     for trunk in model.trunks():
         trunk.recompute = settled.recompute
     model.to(best_device())

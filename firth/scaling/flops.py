@@ -91,6 +91,24 @@ def trunk(shape: Shape, work: Work) -> float:
     return BOTH * total
 
 
+def fronted(work: Work, batch: Batch, shape: Shape, prefix: int, prompt: int) -> Work:
+    """The work with trained positions before every text (`firth.model.prefix`): so many keys that every token sees, and so
+    many tokens more, which see one another and, in an encoder, their text."""
+    side = "source_" if shape.encoder else ""
+    _, _, document = _rows(batch, side)
+    texts = int((document.amax(-1).clamp(min=1) if f"{side}document" in batch else torch.ones(len(document))).sum())
+    read = work.source_positions if shape.encoder else work.positions
+    causal = shape.causal and not shape.encoder
+    more = prompt * read + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * read + texts * prompt**2
+    seen = work.pairs + prefix * work.positions
+    if shape.encoder:
+        return dataclasses.replace(
+            work, pairs=seen, source_positions=read + texts * prompt, source_pairs=work.source_pairs + more,
+            crossing_pairs=work.crossing_pairs + prompt * work.positions,
+        )  # fmt: skip
+    return dataclasses.replace(work, pairs=seen + more, positions=read + texts * prompt)
+
+
 def learning(model: nn.Module) -> float:
     """What of `trunk`'s work is done where weights are frozen: 1 where all are trained.
 
