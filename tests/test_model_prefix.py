@@ -13,11 +13,12 @@ from firth.data.batch import collate, pack
 from firth.data.layout import causal
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
+from firth.model.attention import EVERY, Visibility, attend
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.prefix import prefix_of, prompt_of
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurrent
-from firth.types import Example, UserError
+from firth.types import ALWAYS, NEVER, Example, UserError
 
 LEARNED = Shape(vocab=50, width=32, depth=2, heads=4, context=40, tied=False)
 SHAPES: dict[str, Shape] = {
@@ -78,6 +79,40 @@ def _texts(hidden: Tensor, document: Tensor, tokens: Tensor) -> dict[tuple[int, 
     """The states of each text of a packed row, by its tokens."""
     numbers = [int(n) for n in document.unique() if n]
     return {tuple(tokens[document == n].tolist()): hidden[document == n] for n in numbers}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
+    shape = SHAPES[name]
+    model, texts = made(shape, kind).train().double(), examples(shape)
+    found = []
+    for rows in (collate(texts, set()), pack(texts, 16, set())):
+        real = rows["document"] > 0 if "document" in rows else rows["appears"] < NEVER
+        model.zero_grad()
+        (model(rows) * real[..., None]).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert float(found[0][f"parts.{kind}.table.weight"].abs().max()) > 0
+    for n, g in found[0].items():
+        torch.testing.assert_close(found[1][n], g, atol=1e-10, rtol=1e-9, msg=n)
+
+
+@pytest.mark.parametrize("lowering", ["mask", "block"])
+def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
+    torch.manual_seed(0)
+    document = torch.tensor([[1, 1, 2, 2, 2, 0]])
+    when = torch.tensor([[0, 1, 0, 1, 2, 0]])
+    appears = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
+    keys = torch.cat((torch.full((1, 2), EVERY), document), 1)
+    q, k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    sees = Visibility.lower(when, appears, document, keys, flex=lowering == "block")
+    wanted = torch.zeros(6, 8, dtype=torch.bool)
+    for i in range(6):
+        for j in range(8):
+            own = j >= 2 and document[0, i] == document[0, j - 2] and when[0, j - 2] <= when[0, i]
+            wanted[i, j] = j < 2 or bool(own)
+    scores = (q @ k.mT).masked_fill(~wanted, float("-inf"))
+    torch.testing.assert_close(attend(q, k, v, sees, 1.0), scores.softmax(-1) @ v, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -211,6 +212,13 @@ def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
     assert rows[1] < rows[0]
     with pytest.raises(UserError, match=r"holds an adapter of kind lora: set adapt.kind=lora"):
         run(recipe(place, "decoder", "adapt=prefix", f"adapt.start={tmp_path / 'one'}"), tmp_path / "three", quiet)
+
+
+def test_recomputing_changes_no_bit(place: Path, made: Made, tmp_path: Path) -> None:
+    """(It is what keeps a long row's memory small; that it does, test_model_prefix shows.)"""
+    run(dataclasses.replace(measured(place, "decoder", "prefix"), recompute=True), tmp_path, quiet)
+    plain, again = (load_model(one / "model").state_dict() for one in (made("decoder", "prefix"), tmp_path))
+    assert all(torch.equal(x, again[n]) for n, x in plain.items())
 
 
 def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) -> None:
