@@ -230,6 +230,22 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], sa
         adapter.load(written(tmp_path, **changes))
 
 
+def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> None:
+    model = base("bert", tmp_path)
+    model.parts["classes"] = torch.nn.Linear(32, 3)
+    lora.add(model, ["q"], Rank(rank=2))
+    said = adapter.write(model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]})
+    again = adapter.load(tmp_path / "ours")
+    assert torch.equal(again.parts["classes"].weight, model.parts["classes"].weight) and "firth's own" in said
+    there = peft.PeftModel.from_pretrained(theirs_of("bert", tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+    (tmp_path / "ours" / adapter.OWN).write_text(
+        '{"parts": {"classes": {"kind": "linear", "in": 32, "out": 4, "bias": true}}}'
+    )
+    with pytest.raises(UserError, match="does not hold the part 'classes'"):
+        adapter.load(tmp_path / "ours")
+
+
 def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds an adapter and no model: start from its base, with adapt.start="):
         load_model(written(tmp_path))

@@ -243,7 +243,8 @@ def test_no_prompt_tells_what_comes_later(name: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    for shape in (recurrent(50, 32, 1), Shape(vocab=50, width=32, depth=1, heads=4, position="xlnet", causal=False)):
+    small = Shape(vocab=50, width=32, depth=1, heads=4, causal=False)
+    for shape in (recurrent(50, 32, 1), replace(small, position="xlnet"), replace(small, context=16, linformer=4)):
         model = LM(shape, {})
         for kind, make in KINDS.items():
             with pytest.raises(

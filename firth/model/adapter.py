@@ -23,8 +23,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from firth.model import lora
-from firth.model.families.family import Entry, Family
+from firth.model.adapter_names import Names, modules
 from firth.model.lm import LM
 from firth.model.lora import Low, Rank
 from firth.model.parts import described, rebuilt
 from firth.model.prefix import Prefix, Prompt, refuse
-from firth.model.weights import load_model, published
+from firth.model.weights import load_model
 from firth.types import UserError
 
 FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,23 +108,23 @@ def write(
     """
     directory.mkdir(parents=True, exist_ok=True)
     low = lora.lows(model, name)
-    names = _Names.of(model, base, low)
+    names = Names.of(model, base, low)
     heads = tuple(f"parts.{part}." for part in parts)
     state = {n: t for n, t in model.state_dict().items() if n.startswith(heads)} if heads else {}
     theirs = {n: names.tensors[n] for n in state if n in names.tensors} if low else {}
     if theirs:  # whoever has the head has the class with the head
-        names = replace(names, bare=False)
+        names = names.headed()
     if low:
         config, tensors = _lora(names, low)
-        config["modules_to_save"] = sorted({new.rpartition(".")[0] for new in theirs.values()}) or None
+        config["modules_to_save"] = sorted({names.outside(new).rpartition(".")[0] for new in theirs.values()}) or None
     elif model.prefix is not None:
         config, tensors = _prefix(model, model.prefix)
     elif model.prompt is not None:
         config, tensors = _prompt(model, model.prompt)
     else:
         raise UserError("there is no adapter on this model to be written")
-    tensors |= {FRONT + new: state[n] for n, new in theirs.items()}
-    told = {"base_model_name_or_path": str(base), "task_type": _task(model, names), "inference_mode": True}
+    tensors |= {FRONT + names.outside(new): state[n] for n, new in theirs.items()}
+    told = {"base_model_name_or_path": str(base.resolve()), "task_type": _task(model, names), "inference_mode": True}
     _json(directory / FILE, config | told)
     _save(tensors, directory / TENSORS)
     rest = {n: t for n, t in state.items() if n not in theirs}
@@ -133,70 +133,18 @@ def write(
     (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
         _save(rest, directory / OWN_TENSORS)
-    if names.family is None:
+    if names.form is None:
         return "no family of transformers has names for it, so only firth loads it"
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
 
 
-@dataclass(frozen=True)
-class _Names:
-    """What the modules and tensors of a base are called outside. tensors: ours -> theirs, those that are one to one.
-
-    entries: by their module. skip: what stands before the names in transformers' class for a whole model, and not in
-    its class for a bare one, which is what the base's config names (`bare`). kind: the class, if it has further heads.
-    """
-
-    family: Family | None
-    kind: str
-    entries: Mapping[str, Entry]
-    tensors: Mapping[str, str]
-    skip: str
-    bare: bool
-
-    @staticmethod
-    def of(model: LM, base: Path | None = None, needed: Collection[str] = ()) -> _Names:
-        """needed: modules of ours that must have a name; where one has none, all go by our own."""
-        told = {n: described(p) for n, p in model.parts.items() if n not in ("prefix", "prompt")}
-        family, headed, entries = published(model.shape, told)
-        modules = {
-            e.theirs.removesuffix(".weight"): e for e in entries if e.theirs.endswith(".weight") and not e.folded[0]
-        }
-        if family is None or not set(needed) <= {ours for e in modules.values() for ours in _modules(e)}:
-            return _Names.own(model)
-        config = base / "config.json" if base else Path()
-        kinds = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else []
-        plain = {
-            e.ours[0]: e.theirs for e in entries if len(e.ours) == 1 and not (e.transposed or e.unread or e.folded[0])
-        }
-        kind = "" if headed is None else headed.name
-        return _Names(family, kind, modules, plain, family.prefix, family.classes[1] in (kinds or []))
-
-    @staticmethod
-    def own(model: LM) -> _Names:
-        """Ours."""
-        mine = {name: Entry(f"{name}.weight", (f"{name}.weight",)) for name in lora.adaptable(model)}
-        return _Names(None, "", mine, {}, "", False)
-
-    def outside(self, name: str) -> str:
-        """As the base's own class calls a module."""
-        return name.removeprefix(self.skip) if self.bare else name
-
-    def inside(self, name: str) -> Entry | None:
-        """What a module of theirs is with us, whichever of their classes it was named in."""
-        return self.entries.get(name) or self.entries.get(self.skip + name)
-
-
-def _modules(entry: Entry) -> list[str]:
-    return [ours.removesuffix(".weight") for ours in entry.ours]
-
-
-def _lora(names: _Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _lora(names: Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A config and tensors of LoRA's."""
     tensors: dict[str, Tensor] = {}
     at: dict[str, tuple[int, float]] = {}  # their module -> rank and alpha
     first = next(iter(low.values())).plan
     for theirs, entry in names.entries.items():
-        places = _modules(entry)
+        places = modules(entry)
         pieces = [low.get(place) for place in places]
         there = [one for one in pieces if one is not None]
         if not there:
@@ -244,24 +192,27 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
             raise UserError(f"{where / FILE} asks for {what} ({setting}), which firth has not")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where / FILE} trained biases too (bias={config['bias']!r}), which firth does not read")
-    names, own_names = _Names.of(model), _Names.own(model)
+    names, own_names = Names.of(model), Names.own(model)
     rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
     plan = Rank(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
     pairs: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, found, which = key.removeprefix(FRONT).rpartition(".lora_")
         if found:
             pairs.setdefault(module, {})["A" if "A" in which else "B"] = tensor.t() if "embedding" in which else tensor
-        else:
-            _put_whole(model, names, key.removeprefix(FRONT), tensor, where)
+        else:  # peft writes tables and heads along with what lies on them
+            whole[key.removeprefix(FRONT).replace(".base_layer.", ".")] = tensor
+    spelling = names.inside([*pairs, *whole])
+    _put_whole(model, names, {spelling[name]: tensor for name, tensor in whole.items()}, where)
     for module, pair in pairs.items():
-        entry = names.inside(module) or own_names.inside(module)
+        entry = names.entries.get(spelling[module]) or own_names.entries.get(module)
         if entry is None or pair.keys() != {"A", "B"}:
             raise UserError(f"{where / TENSORS} adapts {module!r}, which is no matrix of the base")
         turned = any(f"{FRONT}{module}.lora_embedding_A" == key for key in state)
         a, b = (pair["B"], pair["A"]) if turned else (pair["A"], pair["B"])
         own = replace(plan, rank=len(a), alpha=_patterned(config.get("alpha_pattern") or {}, module, plan.alpha, where))
-        for place, rows in zip(_modules(entry), b[entry.unread :].split(list(entry.sizes) or len(b)), strict=True):
+        for place, rows in zip(modules(entry), b[entry.unread :].split(list(entry.sizes) or len(b)), strict=True):
             low = lora.put(model, place, own, name)
             for mine, theirs in ((low.A, a), (low.B, rows)):
                 if mine.shape != theirs.shape:
@@ -290,17 +241,15 @@ def _vectors(state: Mapping[str, Tensor], where: Path) -> Tensor:
 
 
 @torch.no_grad()
-def _put_whole(model: LM, names: _Names, key: str, tensor: Tensor, where: Path) -> None:
-    """A tensor that was trained whole (`modules_to_save`)."""
-    ours = {theirs: mine for mine, theirs in names.tensors.items()}
-    key = key.replace(".base_layer.", ".")  # peft writes tables and heads along with what lies on them
-    mine = ours.get(key) or ours.get(names.skip + key)
-    state = model.state_dict()
-    if mine is None or state[mine].shape != tensor.shape:
-        raise UserError(
-            f"{where / TENSORS} holds {key!r}, which is no tensor of the base: this head is not the model's"
-        )
-    state[mine].copy_(tensor)
+def _put_whole(model: LM, names: Names, whole: Mapping[str, Tensor], where: Path) -> None:
+    """The tensors that were trained whole (`modules_to_save`)."""
+    ours, state = {theirs: mine for mine, theirs in names.tensors.items()}, model.state_dict()
+    for name, tensor in whole.items():
+        if name not in ours or state[ours[name]].shape != tensor.shape:
+            raise UserError(
+                f"{where / TENSORS} holds {name!r}, which is no tensor of the base: this head is not the model's"
+            )
+        state[ours[name]].copy_(tensor)
 
 
 def _prefix(model: LM, prefix: Prefix) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -360,37 +309,49 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
 
 def _read_parts(model: LM, directory: Path) -> None:
     """The heads that an adapter of firth's was trained with."""
-    told = json.loads((directory / OWN).read_text("utf-8"))["parts"] if (directory / OWN).is_file() else {}
+    told = _json_of(directory / OWN).get("parts", {}) if (directory / OWN).is_file() else {}
     state = _tensors(directory / OWN_TENSORS) if told else {}
     for part, description in told.items():
         front = f"parts.{part}."
-        model.parts[part] = rebuilt(description, part)
-        model.parts[part].load_state_dict({n.removeprefix(front): t for n, t in state.items() if n.startswith(front)})
+        module = rebuilt(description, part)
+        try:
+            module.load_state_dict({n.removeprefix(front): t for n, t in state.items() if n.startswith(front)})
+        except RuntimeError as fault:  # torch names every tensor that does not fit
+            raise UserError(
+                f"{directory / OWN_TENSORS} does not hold the part {part!r} that {OWN} describes"
+            ) from fault
+        model.parts[part] = module
 
 
 TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 
 
-def _task(model: LM, names: _Names) -> str | None:
+def _task(model: LM, names: Names) -> str | None:
     """peft's word for what the base is, which is the class that it wraps it in."""
-    if named := TASKS.get(names.kind.rpartition("For")[2]):
+    form = names.form
+    bare = form is not None and bool(form.family.prefix) and not names.front
+    if form is not None and not bare and (named := TASKS.get(form.name.rpartition("For")[2])):
         return named
     if model.shape.encoder:
         return "SEQ_2_SEQ_LM"
-    if model.shape.causal and "lm" in model.parts and not names.bare:
+    if model.shape.causal and "lm" in model.parts and not bare:
         return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if names.bare else None
+    return "FEATURE_EXTRACTION" if bare else None
 
 
 def _config(directory: Path) -> dict[str, Any]:
+    if not (directory / FILE).is_file():
+        raise UserError(f"{directory} holds no adapter: {FILE} is not there")
+    return _json_of(directory / FILE)
+
+
+def _json_of(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads((directory / FILE).read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no adapter: {FILE} is not there") from None
+        found = json.loads(file.read_text("utf-8"))
     except ValueError as fault:
-        raise UserError(f"{directory / FILE} is not JSON ({fault})") from fault
+        raise UserError(f"{file} is not JSON ({fault})") from fault
     if type(found) is not dict:
-        raise UserError(f"{directory / FILE} is not a JSON object")
+        raise UserError(f"{file} is not a JSON object")
     return found
 
 

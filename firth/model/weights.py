@@ -73,7 +73,9 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
             stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
             _write(directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {}))
+        beside = [name for name in ("prefix", "prompt") if name in parts]
         said = f"transformers loads it as {form.name}"
+        said += "".join(f", without its {name}, which peft adds" for name in beside)
     _save(written, directory / "model.safetensors")
     _write(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
@@ -85,12 +87,6 @@ def _families(shape: Shape, tokenizer: Tokenizer | None) -> list[Family]:
     """The families that express a shape, and whose positions a tokenizer's padding does not upset."""
     pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
     return [family for family in families_of(shape) if tokenizer is None or family.pad in (None, pad)]
-
-
-def published(shape: Shape, parts: Mapping[str, Description]) -> tuple[Family | None, Headed | None, list[Entry]]:
-    """The family and class that say the most of a model, and every tensor that they have a name for; none, None, []."""
-    family, headed = _class(families_of(shape), shape, parts)
-    return family, headed, [] if family is None else _entries(family, shape, "lm" in parts, headed)
 
 
 def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
