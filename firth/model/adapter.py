@@ -116,7 +116,7 @@ def write(
         names = names.headed()
     if low:
         config, tensors = _lora(names, low)
-        config["modules_to_save"] = sorted({names.outside(new).rpartition(".")[0] for new in theirs.values()}) or None
+        config["modules_to_save"] = sorted({_saved(names.outside(new)) for new in theirs.values()}) or None
     elif model.prefix is not None:
         config, tensors = _prefix(model, model.prefix)
     elif model.prompt is not None:
@@ -136,6 +136,12 @@ def write(
     if names.form is None:
         return "no family of transformers has names for it, so only firth loads it"
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
+
+
+def _saved(tensor: str) -> str:
+    """The module that peft is told to keep a tensor with: its own, or the head that peft keeps whole unasked."""
+    first = tensor.partition(".")[0]
+    return first if first in ("classifier", "score") else tensor.rpartition(".")[0]
 
 
 def _lora(names: Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[str, Tensor]]:
