@@ -28,7 +28,10 @@ tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look in
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Run = Annotated[
-    Path, typer.Argument(help="A run directory, a model directory that transformers reads, or a GGUF file.")
+    Path,
+    typer.Argument(
+        help="A run directory, a directory of a model or an adapter as transformers and peft write them, or a GGUF file."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")]
 TopK = Annotated[int, typer.Option(help="Sample among the K likeliest tokens; 0: all.")]

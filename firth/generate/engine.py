@@ -103,7 +103,7 @@ class Engine:
             self._fits(f"prompt {i}", len(prompt), len(prompt))
             # The last token written is never read, so there is room for one more than the context leaves.
             shown = prompt if self.start is None else prompt[:0]
-            room = self.model.shape.context - max(1, len(shown)) + 1
+            room = self.model.context - max(1, len(shown)) + 1
             answers.append(Answer(self.coder, shown, sampling, self.stops, room))
         return answers
 
@@ -167,7 +167,7 @@ class Engine:
 
     def _fits(self, what: str, prompt: int, read: int) -> None:
         """Refuse what the model cannot read."""
-        context = self.model.shape.context
+        context = self.model.context
         if not prompt:
             raise UserError(f"{what} has an empty prompt: begin with a token at least")
         if read > context:

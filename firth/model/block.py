@@ -45,7 +45,8 @@ class Linear(nn.Linear):
 @dataclass(frozen=True)
 class Reading:
     """What all blocks of a trunk share in one pass: who sees whom, the rotary turns (as matrices where a row grows by
-    a token), T5's bias, how far apart XLNet's tokens stand, the slots that a Linformer mixes keys and values into."""
+    a token), T5's bias, how far apart XLNet's tokens stand, the slots that a Linformer mixes keys and values into;
+    and what each has of its own: the keys and values (KV, V, D) of a trained prefix that stand before those of the row."""
 
     sees: Visibility
     turns: tuple[Tensor, Tensor] | None = None
@@ -54,6 +55,7 @@ class Reading:
     cache: Cache | None = None
     apart: Apart | None = None
     slots: Slots | None = None
+    front: tuple[Tensor, Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -113,7 +115,7 @@ class Attention(nn.Module):
         both = self._place(joined.narrow(-1, 0, joined.shape[-1] - values), reading, gains).transpose(1, 2)
         v = self._heads(joined.narrow(-1, joined.shape[-1] - values, values)).transpose(1, 2)
         q, k = both.narrow(1, 0, self.heads), both.narrow(1, self.heads, self.kv_heads)
-        return q, *cache.extend(k, v)
+        return q, *cache.extend(*_behind(reading.front, k, v))
 
     def forward(
         self,
@@ -128,7 +130,7 @@ class Attention(nn.Module):
         else:
             q = self._place(self.q(x), reading, self.q_gain).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
-            k, v = self.memorize(whole, reading) if memory is None else memory
+            k, v = _behind(reading.front, *self.memorize(whole, reading)) if memory is None else memory
         if reading.slots is not None:
             k, v = (reading.slots.mix(each, side) for side, each in enumerate((k, v)))
         bias = reading.bias
@@ -137,6 +139,16 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, reading.sees, self.scale, bias, dropout)
         return self.o(out.transpose(1, 2).flatten(2))
+
+
+def _behind(front: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values behind those of a prefix: two of (B, KV, V + T, D)."""
+    if front is None:
+        return k, v
+    first, second = (
+        torch.cat((f.to(x.dtype).expand(len(x), -1, -1, -1), x), 2) for f, x in zip(front, (k, v), strict=True)
+    )
+    return first, second
 
 
 class MLP(nn.Module):

@@ -91,7 +91,9 @@ def save_model(
             write_json(
                 directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
             )
+        beside = [name for name in ("prefix", "prompt") if name in parts]
         said = f"transformers loads it as {form.name}"
+        said += "".join(f", without its {name}, which peft adds" for name in beside)
     write_tensors(written, directory, storage)
     write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
@@ -222,6 +224,8 @@ def _read(directory: Path) -> Found:
     file = find(directory)
     if file is not None:
         config, ours = gguf.config(file), {}
+    elif not config and (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds an adapter and no model: start from its base, with adapt.start={directory}")
     elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
     refuse_foreign(config, directory / "config.json")

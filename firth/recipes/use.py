@@ -162,7 +162,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": said})
         while True:
             prompt, _ = chat.encode(self.opened.tokenizer, self.messages, open=True)
-            if len(prompt) < self.opened.model.shape.context - 8 or len(self.messages) <= 1:
+            if len(prompt) < self.opened.model.context - 8 or len(self.messages) <= 1:
                 break
             del self.messages[0]
         pieces = []
