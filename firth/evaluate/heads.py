@@ -21,6 +21,7 @@ from firth.evaluate.likelihood import groups
 from firth.generate.rows import reading
 from firth.model.lm import LM
 from firth.objectives.choice import MultipleChoice
+from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective, Sum, asked
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
@@ -129,6 +130,8 @@ def readings(
     model: LM, objective: Objective, part: str, examples: Iterable[Example], vocab: Vocab
 ) -> Iterator[Reading]:
     """What the head says of examples, in their order; their views must draw nothing."""
+    if "mixture" in model.parts:
+        objective = Mixed() + objective
     rng, device = np.random.default_rng(0), model.tokens.weight.device
     answers = {*objective.targets.values(), *objective.measures.values()}
     shown = (objective.view(example, vocab, rng) for example in examples)

@@ -28,7 +28,7 @@ def embed(
     model: LM, tokenizer: Tokenizer, texts: Sequence[str], *, length: int = 0, unit: bool = True
 ) -> tuple[np.ndarray, int]:
     """The vectors (n, width) float32, and how many texts were cut to `length` tokens (0: the model's context)."""
-    length = min(length or model.shape.context, model.shape.context)
+    length = min(length or model.context, model.context)
     vocab = tokenizer.vocab
     framed = "cls" in vocab.roles and "sep" in vocab.roles
     found = tokenizer.encode_batch(texts)

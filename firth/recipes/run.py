@@ -23,8 +23,10 @@ from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
-from firth.model.weights import load_model, save_model, start_from
-from firth.recipes import segments, tree
+from firth.model.lora import trained
+from firth.model.weights import load_model, refuse_larger, save_model, start_from
+from firth.recipes import card, segments, tree
+from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.held import Held, vocab
@@ -74,6 +76,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     tell = echo if ranks.first else _silent
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
+    _refuse_strangers(tokenizer, recipe)
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
     assert settled.shape is not None
@@ -90,6 +93,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
     model = LM(settled.shape, settled.objective.parts(settled.shape))
+    added: list[str] = []
     if settled.start:
         dropped, added = start_from(model, model_directory(settled.start))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
@@ -97,11 +101,14 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     else:
         model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if settled.embeddings:
-        _refuse_strangers(tokenizer, settled.embeddings)
         said = vectors.take(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
+    settled.adapt.apply(model, added, tokenizer, settled.seed)
+    for trunk in model.trunks():
+        trunk.recompute = settled.recompute
     model.to(best_device())
-    tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
+    tell(f"{settled.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
     batches = _batches(settled, cut, tokenizer, ranks)
     if settled.unigram and not settled.start:
         counted = begin(model, settled.objective, batches)
@@ -115,7 +122,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if cut.valid is None or not len(cut.valid)
         else Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks)
     )
-    trained = train(
+    ended = train(
         model, settled.objective, batches, directory,
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
         plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
@@ -123,25 +130,33 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
                   patience=settled.checks.patience, precision=settled.precision, compile=settled.compile),
         evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=settled.hash(), name=settled.name,
     )  # fmt: skip
-    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.flops, trained.metrics)
+    finished = Finished(directory, ended.step, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
-        _samples(settled, model, tokenizer, directory, trained.step)
+        _samples(settled, model, tokenizer, directory, ended.step)
         facts: dict[str, Any] = {
             "recipe": settled.hash(),
-            "steps": trained.step,
-            "tokens": trained.tokens,
-            "metrics": trained.metrics,
+            "steps": ended.step,
+            "tokens": ended.tokens,
+            "metrics": ended.metrics,
         }
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
         if shown is not None:
             _write(directory / TOLD, json.dumps(shown.told(model)))
         settled.objective.finish(model)
+        kept = settled.adapt.finish(
+            model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
+        )
         said = save_model(model, tokenizer, directory / "model", facts)
-        remarks = [*settled.objective.remarks(trained.metrics), *cut.remarks]
+        if kept:
+            tell(f"{settled.name}: {directory / 'adapter'} ({kept})")
+        remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
+        card.write(
+            card.of_run(directory, directory / "model", model, said, facts, told), directory / "model" / "README.md"
+        )
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
@@ -182,14 +197,14 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
     return Tokenizer.load(own)
 
 
-def _refuse_strangers(tokenizer: Tokenizer, begins: str) -> None:
-    """Raise a UserError if a model's vectors are of other tokens: as many of them are not the same ones."""
-    theirs = model_directory(begins)
-    if Tokenizer.load(theirs).digest != tokenizer.digest:
-        raise UserError(
-            f"{begins} has another tokenizer than this run, so its vectors are of other tokens: leave out tokenizer.path, "
-            "and the run takes that one"
-        )
+def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
+    for begins in (recipe.start, recipe.embeddings):
+        if begins and Tokenizer.load(model_directory(begins)).digest != tokenizer.digest:
+            raise UserError(
+                f"{begins} has another tokenizer than this run, so its vectors are of other tokens: leave out "
+                "tokenizer.path, and the run takes that one"
+            )
 
 
 def _settled(recipe: Recipe, material: Material) -> Recipe:
@@ -206,12 +221,16 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         raise UserError(
             f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN"
         )
-    if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
+    if recipe.start:
+        refuse_larger(material.tokenizer, shape, recipe.start)
+    else:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     segment = recipe.segment.within(shape.context)
-    objective = segment.settle(recipe.objective, material).fitted(shape)
+    objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
     refuse_misfit(objective, shape)
     refuse_memory(shape, segment, recipe.batch.pack)
+    refuse_adapt(recipe.adapt, recipe.start)
+    recipe.adapt.fits(shape)
     return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment)
 
 

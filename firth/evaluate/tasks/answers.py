@@ -33,7 +33,7 @@ def source(subject: Subject, paths: Sequence[str]) -> Prompted:
 def answer(subject: Subject, items: Prompted, progress: Progress, longest: int = LONGEST) -> Answers:
     """What is right and what the model writes, of at most so many tokens, as text."""
     engine = Engine(subject.model, subject.tokenizer)
-    greedy = Sampling(temperature=0, max_new=min(longest, subject.model.shape.context))
+    greedy = Sampling(temperature=0, max_new=min(longest, subject.model.context))
     right: list[str] = []
     said: list[str] = []
     for first in range(0, len(items), AT_ONCE):

@@ -17,7 +17,6 @@ from firth.evaluate.heads import readings, softmax
 from firth.evaluate.task import Answers, Metric, Progress, Subject, Task
 from firth.evaluate.tasks.classification import class_names, examples, needs
 from firth.objectives.tagging import Tagging
-from firth.types import UserError
 
 NONE = "O"
 """What is said of a word that the model did not see."""
@@ -26,11 +25,6 @@ NONE = "O"
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Tagged:
     """The sentences of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "tags", "tags", "tag")
-    if "mixture" in subject.model.parts:
-        raise UserError(
-            f"{subject.directory}: its tags are read off a mixture of all layers, which is measured in training alone: "
-            "see its report"
-        )
     told = subject.segment
     return Tagged(
         paths, subject.tokenizer, subject.context, words=told.get("words", "tokens"), tags=told.get("tags", "tags"),
