@@ -29,6 +29,10 @@ NEVER = 1 << 30
 """The moment that never comes: a token that `appears` NEVER is seen by no position (padding, query slots)."""
 
 
+ALWAYS = 1 - NEVER
+"""The moment before all moments: what stands before a row is there from the start."""
+
+
 class UserError(Exception):
     """A mistake that a user can mend: one sentence with the file, the line, what was wrong and what to do.
 

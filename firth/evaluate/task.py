@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from firth.evaluate import metrics
+from firth.model import adapter
 from firth.model.lm import LM
 from firth.model.weights import load_model, refuse_larger
 from firth.text.tokenizer import Tokenizer
@@ -58,8 +59,8 @@ class Subject:
     @property
     def context(self) -> int:
         """The longest row to read: what training read, which may be shorter than what the shape is meant for."""
-        shape: int = self.model.shape.context
-        return min(shape, int(self.segment.get("length", shape)))
+        longest: int = self.model.context
+        return min(longest, int(self.segment.get("length", longest)))
 
     @property
     def device(self) -> torch.device:
@@ -68,9 +69,14 @@ class Subject:
 
 
 def open_subject(directory: Path) -> Subject:
-    """The model and tokenizer of a run directory (its `model/`) or of a model directory."""
+    """The model and tokenizer of a run directory (its `model/`), of a model directory, or of an adapter's and its base's."""
     place = directory / "model" if (directory / "model").is_dir() else directory
-    model, tokenizer = load_model(place), Tokenizer.load(place)
+    if adapter.present(place):
+        model = adapter.load(place)
+        place = place if (place / "tokenizer.json").is_file() else adapter.base_of(place)
+    else:
+        model = load_model(place)
+    tokenizer = Tokenizer.load(place)
     refuse_larger(tokenizer, model.shape, f"{place}")
     return Subject(model, tokenizer, directory, place)
 

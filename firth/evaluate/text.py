@@ -50,7 +50,7 @@ def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     """
     bos = tokenizer.vocab.roles.get("bos")
     file, ours = directory / "tokenizer_config.json", directory / "firth.json"
-    said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else None
+    said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else tokenizer.bos
     if bos is None or said is False:
         return None, False
     if not said and ours.exists() and "recipe" in facts_of(directory):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from firth.generate.answer import Answer, Coder, Completion
+from firth.generate.lowered import lowered
 from firth.generate.masked import Candidate, fill
 from firth.generate.rows import Rows, reading, rectangle, stacked
 from firth.generate.sample import Sampling
@@ -36,11 +37,15 @@ from firth.types import IGNORE, NEVER, UserError
 class Engine:
     """One model, one tokenizer, and the verbs.
 
-    stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch.
+    stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch. weights: what the weights are
+    held in, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.lowered`); default as they are.
     """
 
-    def __init__(self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64):
-        self.model, self.coder, self.rows = model, tokenizer, rows
+    def __init__(
+        self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64,
+        weights: str | None = None,
+    ):  # fmt: skip
+        self.model, self.coder, self.rows = model if weights is None else lowered(model, weights), tokenizer, rows
         vocab = tokenizer.vocab
         self.stops = frozenset(int(i) for i in (tokenizer.stops if stops is None else stops))
         self.start = vocab.starting(model.shape.decoder_start).start if model.shape.encoder else None
@@ -98,7 +103,7 @@ class Engine:
             self._fits(f"prompt {i}", len(prompt), len(prompt))
             # The last token written is never read, so there is room for one more than the context leaves.
             shown = prompt if self.start is None else prompt[:0]
-            room = self.model.shape.context - max(1, len(shown)) + 1
+            room = self.model.context - max(1, len(shown)) + 1
             answers.append(Answer(self.coder, shown, sampling, self.stops, room))
         return answers
 
@@ -162,7 +167,7 @@ class Engine:
 
     def _fits(self, what: str, prompt: int, read: int) -> None:
         """Refuse what the model cannot read."""
-        context = self.model.shape.context
+        context = self.model.context
         if not prompt:
             raise UserError(f"{what} has an empty prompt: begin with a token at least")
         if read > context:

@@ -50,10 +50,8 @@ def fill(model: LM, coder: Coder, text: str, k: int = 5) -> list[list[Candidate]
     Raises UserError for a text without a mask, or longer than the model's context.
     """
     tokens = masked(coder, text)
-    if len(tokens) > model.shape.context:
-        raise UserError(
-            f"the text has {len(tokens)} tokens and this model reads at most {model.shape.context}: shorten it"
-        )
+    if len(tokens) > model.context:
+        raise UserError(f"the text has {len(tokens)} tokens and this model reads at most {model.context}: shorten it")
     head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
     with reading(model):

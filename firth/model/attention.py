@@ -1,6 +1,7 @@
 """The one attention, and the one rule of who sees whom.
 
     position i may attend to token j   iff   document[i] == document[j] and appears[j] <= looks[i] < leaves[j]
+                                             (what is of EVERY document is of that of i)
 
 Full attention: zeros. Causal: 0..n-1. Prefix: the prefix at 0, then counting. Permutation: the drawn order.
 Padding: appears NEVER. What stands in for another until that is known (MPNet) leaves when it is; where nothing leaves,
@@ -33,6 +34,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from firth.model import blocked
 from firth.types import NEVER
+
+EVERY = -1
+"""The document of a key that belongs to all documents of its row: a trained prefix (`firth.model.prefix`)."""
 
 FLEX = 256
 """Rows from this length on are worth a block mask on CUDA; shorter ones fit in two tiles."""
@@ -68,7 +72,7 @@ class Visibility:
         low, high = looks.masked_fill(absent, NEVER - 1), looks.masked_fill(absent, -NEVER)
         one = torch.ones((), dtype=torch.bool, device=looks.device)
         if document is not None and key_document is not None:
-            one = (key_document == document[:, :1]).all() & (document == document[:, :1]).all()
+            one = _together(key_document, document[:, :1]).all() & (document == document[:, :1]).all()
         if leaves is not None:
             one = one & (leaves == NEVER).all()
         ever = appears < NEVER
@@ -120,8 +124,12 @@ def rule(
     if leaves is not None:
         seen &= looks[:, :, None] < leaves[:, None, :]
     if document is not None and key_document is not None:
-        seen &= document[:, :, None] == key_document[:, None, :]
+        seen &= _together(key_document[:, None, :], document[:, :, None])
     return seen
+
+
+def _together(key_document: Tensor, document: Tensor) -> Tensor:
+    return (key_document == document) | (key_document == EVERY)
 
 
 @cache

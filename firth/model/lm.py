@@ -14,43 +14,39 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Linear, Reading, initialise
 from firth.model.characters import Characters
 from firth.model.count import BIASED, LEARNED
 from firth.model.distance import Apart, between
+from firth.model.fields import behind, rows
 from firth.model.latent import Latent
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, sinusoidal, turns
+from firth.model.prefix import Past, Prefix, Prompt
 from firth.model.recurrent import Recurrent, States
 from firth.model.shape import Shape
-from firth.types import NEVER, Batch, UserError
+from firth.types import ALWAYS, NEVER, Batch, UserError
 
-FIELDS = ("tokens", "positions", "segments", "looks", "appears", "leaves", "document")
-
-ALWAYS = 1 - NEVER
-"""The moment before all moments: what stands before a row is there from the start."""
-
-
-@dataclass(frozen=True)
-class Past:
-    """What stands before a row: the states (B, M, width) that entered each block, and the fields of its tokens, (B, M)."""
-
-    states: Sequence[Tensor]
-    fields: Batch
+FEW = 8
+"""Up to so many rows that grow by a token, queries and keys are quicker turned by a matrix each."""
 
 
 class Trunk(nn.Module):
     """A stack of blocks, what it does to the embeddings before them and the norm after them.
 
-    `blocks` are those that have weights of their own; `layers` says in which order they are passed.
+    `blocks` are those that have weights of their own; `layers` says in which order they are passed. recompute: keep of a
+    block nothing but what entered it, and run it again on the way back (Chen 2016): less memory, a third more work.
     """
+
+    recompute = False
 
     def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
         super().__init__()
@@ -101,14 +97,20 @@ class Trunk(nn.Module):
             elif cache is not None:
                 made = cache.cross
             crossed = made
-        before = [None] * len(layers) if past is None else past.states
-        for layer, (block, crossing, earlier) in enumerate(zip(layers, crossed, before, strict=True)):
+        again = self.recompute and cache is None and torch.is_grad_enabled()
+        for layer, (block, crossing) in enumerate(zip(layers, crossed, strict=True)):
             here = reading if reading.slots is None else replace(reading, slots=reading.slots.of(layer))
+            if past is not None and past.pairs:
+                here = replace(here, front=past.pairs[layer])
+            earlier = past.states[layer] if past is not None and past.states else None
             if kept is not None:
                 kept.append(x)
-            x = block(x, here, across, crossing, earlier)
+            if again:
+                x = checkpoint(block, x, here, across, crossing, earlier, use_reentrant=False)
+            else:
+                x = block(x, here, across, crossing, earlier)
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance(x.shape[1] + (0 if past is None else past.fields["appears"].shape[1]))
         x = self.norm(x)
         if kept is not None:
             kept.append(x)
@@ -135,17 +137,19 @@ class Trunk(nn.Module):
             asked = self.relative is not None or self.shape.position == "xlnet"
             known = {n: cache.note(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
             bias = None if self.relative is None else self.relative(positions, known["positions"])
-            turned = None if angles is None else rotation(*angles)
-            return Reading(cache.latest(), None, turned, bias, cache, self.apart(fields, known))
+            # One product a layer in place of seven calls, as long as the calls are what costs.
+            turned = None if angles is None or cache.rows > FEW else rotation(*angles)
+            angles = angles if turned is None else None
+            return Reading(cache.latest(), angles, turned, bias, cache, self.apart(fields, known))
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
         looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
         document = fields.get("document")
         keys = {"appears": appears, "positions": positions}
         keys |= {name: fields[name] for name in ("document", "segments", "leaves") if name in fields}
+        if past is not None:
+            keys = {name: behind(past.fields, name, value) for name, value in keys.items()}
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
-        if past is not None:
-            keys = {name: _behind(past.fields, name, value) for name, value in keys.items()}
         sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), self.flex, keys.get("leaves"))
         if self.linformer is not None:
             slots = self.linformer.at(positions.shape[-1], sees)
@@ -226,6 +230,10 @@ class LM(nn.Module):
         every = self.named_parameters(remove_duplicate=False)
         return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
+    def trunks(self) -> list[Trunk]:
+        """The stacks of blocks that it has: an encoder's, its own."""
+        return [trunk for trunk in (self.encoder, self.trunk) if isinstance(trunk, Trunk)]
+
     def tables(self) -> dict[str, nn.Embedding | None]:
         """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
         tokens = None if self.shape.characters else self.tokens
@@ -236,17 +244,44 @@ class LM(nn.Module):
         if self.shape.characters:
             self.tokens.spell(pieces)  # type: ignore[operator]
 
-    def embed(self, fields: Batch, source: bool = False) -> Tensor:
-        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder."""
+    @property
+    def prefix(self) -> Prefix | None:
+        """The trained keys and values that stand before every text, if there are any."""
+        return self.parts["prefix"] if "prefix" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The trained vectors that stand before every text, if there are any."""
+        return self.parts["prompt"] if "prompt" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401
+
+    def ahead(self, source: bool = False) -> int:
+        """How many trained positions stand before every text of the trunk, or of the encoder, and move it on."""
+        prefix, prompt = self.prefix, self.prompt
+        read = 0 if prefix is None or source else prefix.tokens
+        return read + (prompt.tokens if prompt is not None and source == (self.encoder is not None) else 0)
+
+    @property
+    def context(self) -> int:
+        """The longest text that is read."""
+        return self.shape.context - max(self.ahead(), self.ahead(source=True))
+
+    def embed(self, fields: Batch, source: bool = False, front: Tensor | None = None) -> Tensor:
+        """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder.
+
+        front (N, table width): the vectors that the first N tokens of each row have in place of the table's.
+        """
         places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
+        if front is not None:
+            x = torch.cat((front.to(x.dtype).expand(len(x), -1, -1), x[:, len(front) :]), 1)
         if self.query is not None and "appears" in fields:
             # Whom nobody can see asks and tells nothing (or is padding): so no token can leak into its own query.
             x = torch.where((fields["appears"] == NEVER)[..., None], self.query.to(x.dtype), x)
         positions = fields["positions"]
         if places is not None:
             # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
-            if positions.shape[-1] > self.shape.context and int(positions.amax()) >= self.shape.context:
+            reach = self.shape.context - self.ahead(source)
+            if positions.shape[-1] > reach and int(positions.amax()) >= self.shape.context:
                 raise UserError(
                     f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.shape.context}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
@@ -263,8 +298,18 @@ class LM(nn.Module):
         """The encoder's memory of the source: (..., S, width)."""
         if self.encoder is None:
             raise UserError("this model has no encoder: shape.encoder is 0")
-        fields = rows(batch, "source_")
-        return self.encoder(self.embed(fields, source=True), fields).unflatten(0, batch["source_tokens"].shape[:-1])
+        memory, _ = self._remembered(batch)
+        own = memory[:, memory.shape[1] - batch["source_tokens"].shape[-1] :]
+        return own.unflatten(0, batch["source_tokens"].shape[:-1])
+
+    def _remembered(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """The encoder's memory (B, N + S, width) of the source behind its prompt, and what is known of its tokens."""
+        assert self.encoder is not None
+        fields = rows(batch, "source_", ahead=self.ahead(source=True))
+        front = None
+        if self.prompt is not None:
+            front, fields = self.prompt.before(fields, causal=False)
+        return self.encoder(self.embed(fields, True, front), fields), fields
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent of each source: two of (..., latent)."""
@@ -283,7 +328,11 @@ class LM(nn.Module):
         kept: takes the states of all layers, (B, T, width) each (see `layers`). latent (..., units): what the decoder is
         told in place of the source; the posterior's mean where it is not given.
         """
-        fields = rows(batch, "", 0 if cache is None else cache.length)
+        begins = cache is None or not cache.length
+        fields = rows(batch, "", 0 if cache is None else cache.length, self.ahead())
+        length, front = fields["tokens"].shape[-1], None
+        if self.prompt is not None and self.encoder is None and begins:
+            front, fields = self.prompt.before(fields, self.shape.causal)
         memory, source = None, None
         if self.encoder is not None and cache is not None and cache.source:
             source = cache.source
@@ -291,15 +340,21 @@ class LM(nn.Module):
             memory = self.latent.write((self.posterior(batch)[0] if latent is None else latent).flatten(0, -2))
             source = {"appears": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
         elif self.encoder is not None:
-            whole = rows(batch, "source_")
-            memory = self.encoder(self.embed(whole, source=True), whole)
+            memory, whole = self._remembered(batch)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
         past = self.before(batch)
+        if self.prefix is not None and begins:
+            past = self.prefix.past()
+        x = self.embed(fields, front=front)
         if self.shape.recurrent:
-            hidden = self.trunk(self.embed(fields), fields, cache, kept)
+            hidden = self.trunk(x, fields, cache, kept)
         else:
-            hidden = self.trunk(self.embed(fields), fields, cache, memory, source, past, kept)
+            hidden = self.trunk(x, fields, cache, memory, source, past, kept)
+        if front is not None:
+            hidden = hidden[:, -length:]
+            if kept is not None:
+                kept[:] = [states[:, -length:] for states in kept]
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
     def layers(self, batch: Batch) -> Tensor:
@@ -333,21 +388,13 @@ class LM(nn.Module):
         looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
         read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
         states: list[Tensor] = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
-        return Past(states, fields | {"appears": torch.where(there, ALWAYS, NEVER).int()})
+        return Past(fields | {"appears": torch.where(there, ALWAYS, NEVER).int()}, states)
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
         if self.shape.linformer:
             raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
-        return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity)
-
-
-def _behind(past: Batch, name: str, own: Tensor) -> Tensor:
-    """A field of the tokens before a row and of its own: (B, M + T). Whatever the past does not tell is 0; it never leaves."""
-    told = past.get(name)
-    if told is None:
-        told = torch.full_like(past["tokens"], NEVER if name == "leaves" else 0)
-    return torch.cat((told.to(own.dtype), own.expand(len(told), -1)), -1)
+        return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity + self.ahead())
 
 
 class Guest(LM):
@@ -369,14 +416,3 @@ class Guest(LM):
                 raise UserError(f"a guest cannot read with its host's {name}: the tables are {sizes}")
             own.weight = table.weight
         self.tie()
-
-
-def rows(batch: Batch, prefix: str, start: int = 0) -> Batch:
-    """The model's own fields, their free axes flattened to rows: (..., T) -> (B, T); positions filled in."""
-    tokens = batch[prefix + "tokens"]
-    fields = {name: batch[prefix + name].flatten(0, -2) if tokens.dim() > 2 else batch[prefix + name]
-              for name in FIELDS if prefix + name in batch}  # fmt: skip
-    if "positions" not in fields:
-        reach = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
-        fields["positions"] = reach[None]  # (1, T): the same for all rows, so angles and biases are computed once
-    return fields

@@ -23,6 +23,7 @@ from firth.model.heads import Vocabulary
 from firth.model.lm import LM, Guest
 from firth.model.mixture import Mixture
 from firth.model.norm import LayerNorm, RMSNorm
+from firth.model.prefix import Prefix, Prompt
 from firth.model.shape import Shape
 from firth.types import UserError
 
@@ -71,6 +72,11 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     },
     RMSNorm: lambda m: {"kind": "rms_norm", "width": m.width, "weight": m.weight is not None, "eps": m.eps},
     Mixture: lambda m: {"kind": "mixture", "layers": m.layers},
+    Prefix: lambda m: {
+        "kind": "prefix", "tokens": m.tokens, "layers": m.layers, "kv_heads": m.kv_heads, "head_width": m.head_width,
+        "hidden": m.hidden,
+    },
+    Prompt: lambda m: {"kind": "prompt", "tokens": m.tokens, "width": m.width},
     Vocabulary: lambda m: {"kind": "vocabulary", "shape": asdict(m.shape)},
     Guest: lambda m: {
         "kind": "guest", "shape": asdict(m.shape), "parts": {n: described(p) for n, p in m.parts.items()}
@@ -91,6 +97,8 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "layer_norm": lambda d: LayerNorm(d["width"], d["weight"], d["bias"], d["eps"]),
     "rms_norm": lambda d: RMSNorm(d["width"], d["weight"], d["eps"]),
     "mixture": lambda d: Mixture(d["layers"]),
+    "prefix": lambda d: Prefix(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
+    "prompt": lambda d: Prompt(d["tokens"], d["width"]),
     "vocabulary": lambda d: Vocabulary(Shape(**d["shape"])),
     "guest": lambda d: Guest(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),
     "model": lambda d: LM(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),

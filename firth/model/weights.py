@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from firth.gguf import find
+from firth.model import gguf
 from firth.model.families import FAMILIES, families_of
 from firth.model.families.classes import labels, of_model
 from firth.model.families.family import Family, to_theirs
@@ -89,7 +91,9 @@ def save_model(
             write_json(
                 directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
             )
+        beside = [name for name in ("prefix", "prompt") if name in parts]
         said = f"transformers loads it as {form.name}"
+        said += "".join(f", without its {name}, which peft adds" for name in beside)
     write_tensors(written, directory, storage)
     write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
@@ -223,17 +227,22 @@ def class_names(directory: Path) -> tuple[str, ...]:
 def _read(directory: Path) -> Found:
     """What a directory holds, by our names."""
     config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
-    if not config and not ours:
+    file = find(directory)
+    if file is not None:
+        config, ours = gguf.config(file), {}
+    elif not config and (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds an adapter and no model: start from its base, with adapt.start={directory}")
+    elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
     refuse_foreign(config, directory / "config.json")
     kind = ours.get("family") if ours else config.get("model_type")
     if not (ours and kind is None) and (type(kind) is not str or kind not in FAMILIES):
         raise UserError(f"{directory}/config.json is of family {kind!r:.40}; firth reads {', '.join(FAMILIES)}")
-    state = read_tensors(directory)
+    state = read_tensors(directory) if file is None else gguf.tensors(file)
     refuse_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
     if not ours:
         family = FAMILIES[str(kind)]
-        shape = checked(lambda: family.shape(config), state, directory / "config.json")
+        shape = checked(lambda: family.shape(config), state, file or directory / "config.json")
         return foreign(family, shape, state, config, f"{directory}")
     shape = checked(lambda: _shape(ours), state, directory / "firth.json")
     if kind is not None:

@@ -49,4 +49,6 @@ class Mixed(Objective):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         whole = super().run_flops(model, batch)
-        return whole / 3 if self.frozen else whole
+        # A model whose weights are frozen themselves is counted so by the loop (`firth.scaling.flops.learning`).
+        learns = any(p.requires_grad for p in model.trunk.parameters())
+        return whole / 3 if self.frozen and learns else whole

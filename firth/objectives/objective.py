@@ -99,7 +99,11 @@ class Objective:
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
-        return flops.trunk(model.shape, flops.work(batch))
+        work, prefix, prompt = flops.work(batch), model.prefix, model.prompt
+        if prefix is not None or prompt is not None:
+            counts = (0 if part is None else part.tokens for part in (prefix, prompt))
+            work = flops.fronted(work, batch, model.shape, *counts)
+        return flops.trunk(model.shape, work)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         """What `loss` costs beside that: the heads it runs. Those of a few rows are nothing; a vocabulary's counts."""
@@ -204,7 +208,8 @@ def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
 
 def vocabulary_flops(model: LM, labels: Tensor) -> float:
     """What the vocabulary head costs at the positions that are asked, in `token_loss` or `log_probs`."""
-    return flops.head(model.shape, flops.asked_positions(labels))
+    whole = flops.head(model.shape, flops.asked_positions(labels))
+    return whole if model.parts["lm"].weight.requires_grad else whole * 2 / 3
 
 
 def asked(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ that of the model it began from; what a new model's is, is for its owner to say.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -19,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from firth.gguf import find, read
 from firth.model.files import read_json
 from firth.model.lm import LM
 from firth.text.corpora import CATALOGUE
@@ -127,7 +130,7 @@ def _what(card: Card, config: Mapping[str, Any]) -> str:
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
         ("layers", f"{shape.encoder} + {shape.depth}" if shape.encoder else f"{shape.depth}"),
         ("width", f"{shape.width:,}"), ("context", f"{shape.context:,} tokens"), ("vocabulary", f"{shape.vocab:,}"),
-        ("heads besides the trunk", ", ".join(card.model.parts) or "none"), ("numbers", str(config.get("dtype", "float32"))),
+        ("heads besides the trunk", ", ".join(card.model.parts) or "none"), ("numbers", _numbers(card.place, config)),
     ]  # fmt: skip
     began = f" It began from {card.base}." if card.base and card.recipe else ""
     return f"{MARK}; {card.said}.{began}\n\n" + _table(("", ""), rows)
@@ -177,6 +180,17 @@ def _quoted(text: str) -> str:
     return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text).replace("\n", "  \n> ")
 
 
+def _numbers(place: Path, config: Mapping[str, Any]) -> str:
+    """What most of the weights are stored as."""
+    file = find(place)
+    if file is None:
+        return str(config.get("dtype", "float32"))
+    sizes: Counter[str] = Counter()
+    for stored in read(file).tensors.values():
+        sizes[stored.kind] += math.prod(stored.shape)
+    return sizes.most_common(1)[0][0]
+
+
 def _loading(card: Card, config: Mapping[str, Any], task: str) -> str:
     verb = {"text-generation": 'generate DIR "..."', "fill-mask": 'fill DIR "a word is <mask> here"',
             "text2text-generation": 'generate DIR "..."'}.get(task, "evaluate DIR FILES")  # fmt: skip
@@ -187,6 +201,8 @@ def _loading(card: Card, config: Mapping[str, Any], task: str) -> str:
             f"```python\nfrom transformers import AutoTokenizer, {kinds[0]}\n\n"
             f'model, tokenizer = {kinds[0]}.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")\n```'
         )
+    if find(card.place) is not None:
+        blocks.append("```\nllama-cli -m DIR/model.gguf\n```")
     if (card.place / "modules.json").exists():
         blocks.append(
             '```python\nfrom sentence_transformers import SentenceTransformer\n\nSentenceTransformer("DIR").encode(["a text"])\n```'

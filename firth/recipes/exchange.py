@@ -2,6 +2,7 @@
 
     firth import DIR OUT                                       what generate, chat, fill, evaluate and start= take
     firth export RUN DIR --dtype bf16 --shard-size 2GB         what transformers, vLLM and sentence-transformers take
+    firth export RUN DIR --format gguf --dtype q8_0            what llama.cpp takes: DIR/model.gguf
 
 Both read all of a model, check it against its tokenizer and write into a neighbour of the target that is renamed at the
 end: a directory is there whole or not at all. Neither writes into a directory that another has filled.
@@ -15,12 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from firth.gguf import find, read
+from firth.model import gguf
 from firth.model.families import family_of
 from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
 from firth.model.lm import LM
@@ -41,7 +44,7 @@ MADE = "firth.json"
 class Parcel:
     """A model on its way out. facts: what firth.json keeps of its training. talks: whether it was trained on dialogues.
 
-    given: the directory it comes from.
+    given: the directory it comes from. name: what the user called it. dtype: as the user wrote it, "" for nothing.
     """
 
     model: LM
@@ -49,20 +52,23 @@ class Parcel:
     facts: dict[str, Any]
     talks: bool
     given: Path
+    name: str
+    dtype: str
 
 
 def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     """Read a model that others wrote, say what it is, and write a directory that all of firth's commands take.
 
-    given: a directory. The numbers keep their type. UserError for whatever cannot be read whole, and for an `out` that
-    is not firth's.
+    given: a directory or a GGUF file. The numbers keep their type, and those of few bits become fp32. UserError for
+    whatever cannot be read whole, and for an `out` that is not firth's.
     """
     given = model_directory(given)
     if not given.exists():
         raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
-    types = dtypes(given) if given.is_dir() else [torch.float32]
+    file = find(given)
+    types = dtypes(given) if file is None else gguf.dtypes(file)
     facts = facts_of(given)
     with _fresh(out, given) as place:
         said = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
@@ -71,7 +77,9 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
             echo(line)
         if carried:
             echo("  sentence vectors: as its modules.json says")
-        card.write(card.of_directory(given, place, model, said, facts), place / "README.md")
+        told = card.of_directory(given, place, model, said, facts)
+        licence = "" if file is None else str(read(file).metadata.get("general.license", ""))
+        card.write(replace(told, licence=told.licence or licence), place / "README.md")
     for line in _uses(out, model, tokenizer):
         echo(line)
 
@@ -79,19 +87,21 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
 def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, echo: Echo = print) -> None:
     """Write the model of a run into a directory for others, with its card.
 
-    form: one of FORMS. dtype: fp32, fp16 or bf16; "" as it is. shard: most bytes in one file, such as "2GB"; "" for one.
+    form: one of FORMS. dtype: fp32, fp16 or bf16; "" as it is. For gguf q8_0 too, and "" is fp16. shard: most bytes in
+    one file, such as "2GB"; "" for one.
     """
     if form not in FORMS:
         raise UserError(f"there is no format {form!r}; there is {', '.join(FORMS)}")
-    if dtype and dtype not in DTYPES:
-        raise UserError(f"there is no dtype {dtype!r}; there is {', '.join(DTYPES)}")
+    known = KINDS if form == "gguf" else DTYPES
+    if dtype and dtype not in known:
+        raise UserError(f"there is no dtype {dtype!r}; there is {', '.join(known)}")
     size, given = parse_size(shard), model_directory(run)
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
-    types = dtypes(given)
-    storage = Storage(DTYPES[dtype] if dtype else types[0] if len(types) == 1 else None, size)
+    types = dtypes(given) if find(given) is None else [torch.float32]
+    storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
     facts = facts_of(given)
-    parcel = Parcel(model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given)
+    parcel = Parcel(model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given, run.resolve().name, dtype)
     with _fresh(out, given) as place:
         said = FORMS[form](parcel, place, storage)
         card.write(card.of_run(run, place, model, said, facts), place / "README.md")
@@ -116,7 +126,19 @@ def _hf(parcel: Parcel, place: Path, storage: Storage) -> str:
     return f"{said}, sentence-transformers as it is"
 
 
-FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf}
+def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
+    """One file for llama.cpp, with the tokenizer inside."""
+    if storage.shard:
+        raise UserError("a GGUF file is one file here: leave out --shard-size")
+    kind, told = KINDS[parcel.dtype or "fp16"], {"general.name": parcel.name}
+    said = gguf.write(parcel.model, parcel.tokenizer, place / "model.gguf", kind, dialogue=parcel.talks, facts=told)
+    write_json(place / MADE, {"facts": parcel.facts})
+    return said
+
+
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+"""--dtype -> how a GGUF file calls it."""
+FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
 """Name of a format -> what writes it into a directory and says what others load it as."""
 
 SENTENCE = "sentence_bert_config.json"
@@ -170,14 +192,15 @@ def sentences(model: LM, place: Path) -> None:
 
 def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
     """What a directory holds, a line each."""
-    config, shape = read_json(given / "config.json"), model.shape
+    file = find(given)
+    config, shape = read_json(given / "config.json") if file is None else gguf.config(file), model.shape
     kinds = config.get("architectures")
     named = f" ({', '.join(map(str, kinds))})" if isinstance(kinds, list) else ""
     family = family_of(shape)
     kind = config.get("model_type") or (family.name if family else "no family")
     count = sum(p.numel() for p in model.parameters())
     ids, rows = tokenizer.vocab.size, shape.vocab
-    spare = left_out(given)
+    spare = left_out(given) if file is None else []
     unused = [
         p.name for p in sorted(given.glob("*")) if p.is_file() and p.suffix in (".py", ".bin", ".pt", ".h5", ".onnx")
     ]

@@ -23,6 +23,7 @@ from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
 from firth.recipes import labels, segments, tree
+from firth.recipes.adapt import ADAPTS, Adapt, Full, refuse_adapt
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
@@ -68,12 +69,13 @@ class Checks:
 class Recipe:
     """Everything a run depends on.
 
-    start: a run or model directory whose weights to begin from. embeddings: one of the same tokenizer whose token vectors
-    alone are taken over, into a model that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of
-    `start`; its `vocab` is set from the tokenizer. samples: texts that the model continues before training and after, for
-    the report; it fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that
-    starts from nothing begins with the frequencies of the answers (`firth.model.unigram`). precision: "auto" is what this
-    machine is measured to be fast at.
+    start: a run or model directory whose weights to begin from. adapt: how much of them is trained
+    (`firth.recipes.adapt`). embeddings: one of the same tokenizer whose token vectors alone are taken over, into a model
+    that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of `start`; its `vocab` is set from the
+    tokenizer. samples: texts that the model continues before training and after, for the report; it fills those with a
+    <mask> in them, and word vectors name a word's neighbours. unigram: a model that starts from nothing begins with the
+    frequencies of the answers (`firth.model.unigram`). precision: "auto" is what this machine is measured to be fast at.
+    recompute: keep no activations inside of attention blocks, and run these again on the way back.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Recipe:
     tokenizer: TokenizerPlan = TokenizerPlan()
     shape: Shape | None = None
     start: str = ""
+    adapt: Adapt = Full()
     embeddings: str = ""
     unigram: bool = True
     batch: Batch = Batch()
@@ -93,6 +96,7 @@ class Recipe:
     samples: tuple[str, ...] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    recompute: bool = False
     seed: int = 0
 
     def hash(self) -> str:
@@ -107,6 +111,7 @@ tree.KINDS[Objective] = tree.Kinds(
     join=lambda first, second: first + second,
     part=lambda total: (total.first, total.second),
 )
+tree.KINDS[Adapt] = tree.Kinds("way to adapt", lambda: list(ADAPTS), ADAPTS.__getitem__)
 SEGMENTS = segments.SEGMENTS | labels.SEGMENTS
 tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
 
@@ -144,6 +149,7 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     for assignment in assignments:  # what stands on the command line has no line in the file
         lines.pop(tuple(assignment.split("=")[0].split(".")), None)
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines))
+    refuse_adapt(recipe.adapt, recipe.start)
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape)
         refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.pack, accumulate=recipe.batch.accumulate)

@@ -23,8 +23,10 @@ from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
+from firth.model.lora import trained
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
 from firth.recipes import card, segments, tree
+from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Echo, Material, train_tokenizer
@@ -89,6 +91,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
     model = LM(settled.shape, settled.objective.parts(settled.shape))
+    added: list[str] = []
     if settled.start:
         dropped, added = start_from(model, model_directory(settled.start))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
@@ -98,8 +101,12 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     if settled.embeddings:
         said = vectors.take(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
+    settled.adapt.apply(model, added, tokenizer, settled.seed)
+    for trunk in model.trunks():
+        trunk.recompute = settled.recompute
     model.to(best_device())
-    tell(f"{settled.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
+    tell(f"{settled.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
     batches = _batches(settled, cut, tokenizer, ranks)
     if settled.unigram and not settled.start:
         counted = begin(model, settled.objective, batches)
@@ -108,26 +115,31 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     if ranks.first:
         _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
-    trained = train(
+    ended = train(
         model, settled.objective, batches, directory,
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
         plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
                   precision=settled.precision, compile=settled.compile),
         evaluate=_evaluation(settled, cut, tokenizer, ranks), ranks=ranks, recipe=settled.hash(), name=settled.name,
     )  # fmt: skip
-    finished = Finished(directory, trained.step, trained.tokens, trained.seconds, trained.flops, trained.metrics)
+    finished = Finished(directory, ended.step, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
-        _samples(settled, model, tokenizer, directory, trained.step)
+        _samples(settled, model, tokenizer, directory, ended.step)
         facts: dict[str, Any] = {
             "recipe": settled.hash(),
-            "steps": trained.step,
-            "tokens": trained.tokens,
-            "metrics": trained.metrics,
+            "steps": ended.step,
+            "tokens": ended.tokens,
+            "metrics": ended.metrics,
         }
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
+        kept = settled.adapt.finish(
+            model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
+        )
         said = save_model(model, tokenizer, directory / "model", facts)
-        remarks = settled.objective.remarks(trained.metrics)
+        if kept:
+            tell(f"{settled.name}: {directory / 'adapter'} ({kept})")
+        remarks = settled.objective.remarks(ended.metrics)
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
@@ -202,8 +214,11 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     else:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     objective = recipe.segment.settle(recipe.objective, material)
+    objective = recipe.adapt.settle(objective)
     refuse_misfit(objective, shape)
     refuse_memory(shape, recipe.segment, recipe.batch.pack)
+    refuse_adapt(recipe.adapt, recipe.start)
+    recipe.adapt.fits(shape)
     return dataclasses.replace(recipe, shape=shape, objective=objective)
 
 

@@ -22,7 +22,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from firth.model.count import VECTORS, recurrent_products
 from firth.model.shape import Shape
@@ -89,6 +89,48 @@ def trunk(shape: Shape, work: Work) -> float:
         total += shape.depth * (work.positions * ends + told * both + seeing * seen)
     total += work.memory.cost(shape.depth, ends + both + mlp, both, seen)
     return BOTH * total
+
+
+def fronted(work: Work, batch: Batch, shape: Shape, prefix: int, prompt: int) -> Work:
+    """The work with trained positions before every text (`firth.model.prefix`): so many keys that every token sees, and so
+    many tokens more, which see one another and, in an encoder, their text."""
+    side = "source_" if shape.encoder else ""
+    _, _, document = _rows(batch, side)
+    texts = int((document.amax(-1).clamp(min=1) if f"{side}document" in batch else torch.ones(len(document))).sum())
+    read = work.source_positions if shape.encoder else work.positions
+    causal = shape.causal and not shape.encoder
+    more = prompt * read + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * read + texts * prompt**2
+    seen = work.pairs + prefix * work.positions
+    if shape.encoder:
+        return dataclasses.replace(
+            work, pairs=seen, source_positions=read + texts * prompt, source_pairs=work.source_pairs + more,
+            crossing_pairs=work.crossing_pairs + prompt * work.positions,
+        )  # fmt: skip
+    return dataclasses.replace(work, pairs=seen + more, positions=read + texts * prompt)
+
+
+def learning(model: nn.Module) -> float:
+    """What of `trunk`'s work is done where weights are frozen: 1 where all are trained.
+
+    A matrix costs a product forward, one back to what came before it, and one for its own gradient, which a frozen one is
+    spared: 4 N D and not 6. Where nothing that is trained lies in the trunk or before it, nothing goes back: 2 N D.
+    Adapters (`firth.model.lora`) come on top with all three. The scores of attention go by the same share.
+    """
+    own = frozen = low = 0
+    back = False
+    for name, p in model.named_parameters():
+        room, _, rest = name.partition(".")
+        back |= p.requires_grad and (room != "parts" or rest.startswith(("prefix.", "prompt.")))
+        if p.ndim < 2 or room not in ("trunk", "encoder", "latent"):
+            continue
+        if ".low." in rest:
+            low += p.numel()
+        elif p.requires_grad:
+            own += p.numel()
+        else:
+            frozen += p.numel()
+    whole = own + frozen
+    return (3 * (own + low) + (1 + back) * frozen) / (3 * whole) if whole else 1.0
 
 
 def head(shape: Shape, asked: int) -> float:

@@ -22,6 +22,8 @@ from firth.types import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """SentencePiece's types of pieces."""
+Piece = tuple[str, float, int]
+"""(text, score, type)."""
 
 LONGEST = 1000
 """Characters of the longest piece that is read: the ways to make one are as many as the square of its length."""
@@ -86,6 +88,11 @@ def bert(file: Path) -> Engine:
         )
         why = "has no [UNK]" if twice is None else f"has the token {twice!r:.40} twice"
         raise UserError(f"{file} {why}: one token on each line is expected, each once; copy it again")
+    return wordpiece(tokens)
+
+
+def wordpiece(tokens: list[str]) -> Engine:
+    """BERT's WordPiece of these tokens, in the order of their ids."""
     engine = Engine(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
     cased = any(token != token.lower() for token in tokens if not token.startswith("["))
     engine.normalizer = normalizers.BertNormalizer(lowercase=not cased)
@@ -114,7 +121,7 @@ def sentencepiece(file: Path) -> Engine:
     """A SentencePiece model: its Unigram or BPE pieces, its normalisation, its control symbols.
 
     Models with pieces of the type UNUSED, and models of whole words or characters, are refused. The ids are those of
-    sentencepiece but in two places: a text that begins with the sign `▁` itself, and one that spells a control token.
+    sentencepiece but for a text that spells a control token.
     """
     message = list(fields(file.read_bytes()))
     pieces = [_piece(value) for number, value in message if number == 1 and isinstance(value, bytes)]
@@ -125,45 +132,56 @@ def sentencepiece(file: Path) -> Engine:
         raise UserError(f"{file}: only SentencePiece models of Unigram or BPE pieces, all in use, can be read")
     if max(len(text) for text, _, _ in pieces) > LONGEST:
         raise UserError(f"{file} has a piece of more than {LONGEST} characters: it is not read")
-    unknown = next((i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN), -1)
-    if unknown < 0:
+    if all(type != UNKNOWN for _, _, type in pieces):
         raise UserError(f"{file} has no piece for what is unknown: copy it again")
+    charsmap, dummy, squeeze = normalizer.get(2), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
+    return pieced(pieces, kind == 1, charsmap if isinstance(charsmap, bytes) else b"", dummy, squeeze)
+
+
+def pieced(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squeeze: bool) -> Engine:
+    """SentencePiece's engine of these pieces: Unigram, else BPE.
+
+    charsmap: its normalisation, compiled, or nothing. dummy: put a blank before a text. squeeze: make many blanks one.
+    """
+    unknown = next((i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN), 0)
     bytewise = any(type == BYTE for _, _, type in pieces)
     engine = Engine(
         models.Unigram([(text, score) for text, score, _ in pieces], unk_id=unknown, byte_fallback=bytewise)
-        if kind == 1
+        if unigram
         else _bpe(pieces, pieces[unknown][0], bytewise)
     )
-    charsmap, dummy, squeeze = normalizer.get(2), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
     steps: list[normalizers.Normalizer] = []
-    if isinstance(charsmap, bytes) and charsmap:
+    if charsmap:
         steps.append(normalizers.Precompiled(charsmap))
     if squeeze:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if dummy:  # Metaspace would do it too, but not where the text begins with a blank of its own
+        steps.append(normalizers.Prepend("▁"))
     engine.normalizer = normalizers.Sequence(steps)
-    scheme = "always" if dummy else "never"
-    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=kind == 1)
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=unigram)
     back: list[decoders.Decoder] = [decoders.ByteFallback()] if bytewise else []
-    engine.decoder = decoders.Sequence([*back, decoders.Metaspace(prepend_scheme=scheme)])
-    for text, _, type in pieces:
-        if type in (UNKNOWN, CONTROL):
-            engine.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-        elif type == USER:
-            engine.add_tokens([AddedToken(text, normalized=False, special=False)])
+    engine.decoder = decoders.Sequence([*back, decoders.Metaspace(prepend_scheme="always" if dummy else "never")])
+    control = [AddedToken(t, normalized=False, special=True) for t, _, type in pieces if type in (UNKNOWN, CONTROL)]
+    engine.add_special_tokens(control)
+    engine.add_tokens([AddedToken(t, normalized=False, special=False) for t, _, type in pieces if type == USER])
     return engine
 
 
-def _bpe(pieces: list[tuple[str, float, int]], unknown: str, bytewise: bool) -> models.BPE:
+def _bpe(pieces: list[Piece], unknown: str, bytewise: bool) -> models.BPE:
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    return models.BPE(vocab, ways(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=bytewise)
+
+
+def ways(pieces: list[Piece]) -> list[tuple[str, str]]:
     """SentencePiece joins whichever neighbours make the best-scored piece: every way to make each piece, best first."""
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     scores = {text: score for text, score, type in pieces if type in (NORMAL, USER)}
-    ways = []
+    made = []
     for text, score in scores.items():
         splits = [(text[:i], text[i:]) for i in range(1, len(text))]
         found = [(a, b) for a, b in splits if a in scores and b in scores]
-        ways += [(-score, vocab[text], vocab[a], vocab[b], (a, b)) for a, b in found]
-    merges = [way[-1] for way in sorted(ways)]
-    return models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytewise)
+        made += [(-score, vocab[text], vocab[a], vocab[b], (a, b)) for a, b in found]
+    return [way[-1] for way in sorted(made)]
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -204,7 +222,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _piece(data: bytes) -> tuple[str, float, int]:
+def _piece(data: bytes) -> Piece:
     """(text, score, type) of one piece."""
     text, score, type = "", 0.0, NORMAL
     for number, value in fields(data):

@@ -27,6 +27,7 @@ import numpy as np
 from tokenizers import Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
+from firth.gguf import find
 from firth.text import foreign, frame
 from firth.text.dressed import dressed
 from firth.text.merges import Merge
@@ -174,6 +175,12 @@ class Tokenizer:
         definition = frame.framed(self.definition, self._roles, reads, self.bos)
         return _again(definition, self._roles, self.template, self.learnt, self.bos, self.ends)
 
+    def gguf(self, size: int, dialogue: bool) -> dict[str, Any]:
+        """What a GGUF file says of it (`firth.text.gguf`)."""
+        from firth.text import gguf
+
+        return gguf.metadata(self, size, dialogue)
+
     def save(self, directory: Path, segments: bool = False) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too, 4 and 5.
 
@@ -207,11 +214,17 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path | str) -> Tokenizer:
-        """From a tokenizer.json, or a tokenizer, model or run directory that holds one (or GPT-2's or BERT's older files).
+        """From a tokenizer.json, or a tokenizer, model or run directory that holds one (or GPT-2's or BERT's older files), or
+        from a GGUF file.
 
         Raises UserError where nothing of the kind is there.
         """
         path = Path(path)
+        one = find(path)
+        if one is not None:
+            from firth.text import gguf
+
+            return gguf.load(one)
         folder = path
         if path.is_dir():
             folder = next((p for p in (path, path / "tokenizer", path / "model") if foreign.find(p)), path)
@@ -352,11 +365,15 @@ def _is_sign(character: str) -> bool:
 
 
 def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
-    """Role -> token: what a configuration names, else the usual names, else the alias (cls is bos, eos is sep)."""
+    """Role -> token: what a configuration names, else the usual names, else the alias (cls is bos, eos is sep).
+
+    A usual name counts where it is a control token: a large vocabulary may have `<s>` as a piece of text (Qwen 2's has).
+    """
+    control = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
     roles = {role: token for role, token in named.items() if engine.token_to_id(token) is not None}
     for role, usual in USUAL.items():
         if role not in roles:
-            token = next((t for t in usual if engine.token_to_id(t) is not None), None)
+            token = next((t for t in usual if t in control), None)
             if token is not None:
                 roles[role] = token
     for role, alias in (("cls", "bos"), ("bos", "cls"), ("sep", "eos"), ("eos", "sep")):

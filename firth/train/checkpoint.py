@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: everything a run needs to go on bit for bit.
 
     checkpoints/step-000400/
-        model.safetensors      the weights, by name
+        model.safetensors      the weights that are trained, by name
+        frozen.safetensors     a hash of the others (only if there are others)
         optimizer.safetensors  momenta and second moments, by the weight's name
         source.safetensors     what an on-policy source remembers (only if it remembers something)
         state.json             step, tokens, seconds, random states

@@ -138,6 +138,7 @@ class _Run:
         self.rate = optimizer.rate
         self.device = next(model.parameters()).device
         self.mover = Mover(optimizer, model)
+        self.learning = flops.learning(model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
         self.marked = (self.at.seconds, self.at.tokens, self.at.flops)  # at the last row
@@ -221,7 +222,8 @@ class _Run:
         tokens, work = 0, 0.0
         for batch in here:
             tokens += flops.real_tokens(batch)
-            work += self.objective.run_flops(self.model, batch) + self.objective.loss_flops(self.model, batch)
+            work += self.learning * self.objective.run_flops(self.model, batch)
+            work += self.objective.loss_flops(self.model, batch)
         on_device = [to(batch, self.device) for batch in here]
         means = gradients(self.model, self.objective.scheduled(at.step), on_device, ranks.sum, self.casts)
         ranks.sum_gradients(self.mover.parameters)

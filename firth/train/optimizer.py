@@ -7,6 +7,7 @@ Muon (`firth.train.muon`) moves hidden matrices, AdamW (Loshchilov & Hutter 2019
     tokens.weight (tied or not)   adamw       embedding_rate   none
     parts.lm.weight (untied)      adamw       rest_rate        weight_decay
     norms, biases, scalars        adamw       rest_rate        none
+    ...q.low.default.A, ...B      adamw       rate             weight_decay      (LoRA)
 
 Rates. An orthogonal matrix of m rows and n columns has root-mean-square entries of 1 / sqrt(max(m, n)); Muon's update
 is multiplied by 0.2 sqrt(max(m, n)), so an entry moves by about 0.2 of the rate, as under AdamW (Liu et al. 2025,
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.lm import Trunk
+from firth.model.lora import Low
 from firth.train.muon import orthogonalise
 from firth.types import UserError
 
@@ -90,17 +92,18 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
     layers |= {id(m.project.weight) for m in model.modules() if isinstance(m, Trunk) and m.project is not None}
     embedding_rate = optimizer.rate if optimizer.embedding_rate is None else optimizer.embedding_rate
     rest_rate = optimizer.rate if optimizer.rest_rate is None else optimizer.rest_rate
+    low = {id(p) for m in model.modules() if isinstance(m, Low) for p in m.parameters()}
     placed = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         table = id(p) in tables
         matrix = p.ndim == 2 and not table
-        hidden = matrix and id(p) in layers
+        hidden = matrix and (id(p) in layers or id(p) in low)
         decays = hidden or (matrix and name.startswith("parts."))
         rate = embedding_rate if table else optimizer.rate if hidden else rest_rate
         decay = optimizer.weight_decay if decays else 0.0
-        placed.append(Place(name, p, hidden and optimizer.name == "muon", rate, decay))
+        placed.append(Place(name, p, hidden and optimizer.name == "muon" and id(p) not in low, rate, decay))
     return placed
 
 

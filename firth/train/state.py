@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,10 +37,21 @@ class Progress:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and lasting buffers by name, a tied one once."""
+    """What training changes: trained parameters and lasting buffers by name, a tied one once."""
     lasting = model.state_dict()
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
     return {name: x for name, x in named.items() if name in lasting}
+
+
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The SHA-256 of all weights that training leaves as they are, as 32 bytes; nothing where there are none."""
+    digest, count = hashlib.sha256(), 0
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            digest.update(name.encode())
+            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            count += 1
+    return {"sha256": torch.tensor(list(digest.digest()), dtype=torch.uint8)} if count else {}
 
 
 def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
@@ -61,7 +73,7 @@ def save(
     if ranks.first:
         files = {
             "model": weights(model), "optimizer": mover.state(),
-            "source": {name: torch.as_tensor(x) for name, x in source.state().items()},
+            "source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": frozen(model),
         }  # fmt: skip
         state = asdict(progress) | {"random": random}
         checkpoint.save(run, progress.step, files, state, layout=layout(ranks, device), recipe=recipe, score=score)
@@ -74,6 +86,12 @@ def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, r
     ours, theirs = weights(model), saved.files["model"]
     for name in sorted(ours.keys() ^ theirs.keys()):
         raise UserError(f"{saved.path}: the weight {name!r} is on one side only; this is a checkpoint of another model")
+    here, there = frozen(model), saved.files.get("frozen", {})
+    if here.keys() != there.keys() or any(not torch.equal(x, there[name]) for name, x in here.items()):
+        raise UserError(
+            f"{saved.path}: it holds what was trained and not the frozen weights, and those that the run starts from now are "
+            "others: put the same start back, or begin anew in another directory"
+        )
     with torch.no_grad():
         for name, x in ours.items():
             if x.shape != theirs[name].shape:

@@ -32,7 +32,7 @@ def source(subject: Subject, paths: Sequence[str]) -> Prompted:
 def answer(subject: Subject, items: Prompted, progress: Progress) -> Answers:
     """What is right and what the model writes, as text."""
     engine = Engine(subject.model, subject.tokenizer)
-    greedy = Sampling(temperature=0, max_new=min(LONGEST, subject.model.shape.context))
+    greedy = Sampling(temperature=0, max_new=min(LONGEST, subject.model.context))
     right: list[str] = []
     said: list[str] = []
     for first in range(0, len(items), AT_ONCE):

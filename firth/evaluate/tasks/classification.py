@@ -19,7 +19,8 @@ from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
 from firth.generate.rows import reading
 from firth.model.parts import answered, described
 from firth.objectives.classification import Classification, Place, place
-from firth.objectives.objective import asked
+from firth.objectives.mixed import Mixed
+from firth.objectives.objective import Objective, asked
 from firth.types import Example, UserError
 
 
@@ -69,7 +70,9 @@ def where(subject: Subject) -> Place:
 
 def answer(subject: Subject, items: Labelled, progress: Progress) -> Answers:
     """The class that the head gives the highest score, "" for a tie."""
-    objective = Classification(classes=items.classes, at=where(subject))
+    objective: Objective = Classification(classes=items.classes, at=where(subject))
+    if "mixture" in subject.model.parts:
+        objective = Mixed() + objective
     rng = np.random.default_rng(0)  # the view draws nothing
 
     def shown() -> Iterator[Example]:

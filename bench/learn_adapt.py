@@ -1,0 +1,264 @@
+"""How much must be trained? MiniLM on two labelled sets, six ways to adapt it, beside peft and transformers.
+
+    python -m bench.learn_adapt                          # all that is not there yet; about 30 minutes on one thread
+    python -m bench.learn_adapt --only lora prefix       # some of: full lora prefix prompt head frozen
+    python -m bench.learn_adapt --sets sarcasm           # some of the sets: sarcasm, sentiment
+    python -m bench.learn_adapt --table                  # markdown for docs/results.md, of what is there
+    python -m bench.learn_adapt --scale 0.03 --results runs/try     # a trial of everything in a minute or two
+
+Every run is a recipe in a directory of its own under runs/learn_adapt, as `firth train classify` makes them, and every peer
+a file: stopped at any moment, the same command goes on. Both sides begin from the same weights, read the same 1,920 records
+(the seed draws them and their order), make the same steps of 32 at the same rate of AdamW with the same schedule, in fp32,
+read the class off [CLS] by one linear map, and answer the same 600 held-out records. Ours packs its texts into rows (but
+those with prompts, of which each text has its own); the peer pads each batch to its longest text, as the library's own
+collator does. Seconds are of the training steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.mixture import Mixture
+from firth.objectives.classification import Classification
+from firth.recipes.adapt import Adapt, Frozen, Full, Head, LoRA, Prefix, Prompt
+from firth.recipes.material import Text
+from firth.recipes.recipe import Batch, Checks, Recipe
+from firth.recipes.run import run
+from firth.recipes.segments import Labelled
+from firth.text import corpora, read
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+SETS = ("sarcasm", "sentiment")
+SEEDS = (0, 1, 2)
+TRAIN, HELD, STEPS, ROWS, LONGEST = 1920, 600, 60, 32, 48
+
+
+@dataclass(frozen=True)
+class Way:
+    """adapt: ours. rate: of both sides. peer: what peft is told; None where it is not asked. pack: our rows' tokens."""
+
+    adapt: Adapt
+    rate: float
+    peer: Callable[[Any], Any] | None = None
+    pack: int = 64
+
+
+def lora(peft: Any) -> Any:
+    return peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
+
+
+def prefix(peft: Any) -> Any:
+    return peft.PrefixTuningConfig(num_virtual_tokens=16, task_type="FEATURE_EXTRACTION")
+
+
+def prompt(peft: Any) -> Any:
+    return peft.PromptTuningConfig(
+        num_virtual_tokens=16, task_type="FEATURE_EXTRACTION", prompt_tuning_init="SAMPLE_VOCAB"
+    )
+
+
+WAYS: dict[str, Way] = {
+    "full": Way(Full(), 1e-4),
+    "lora": Way(LoRA(rank=8, alpha=16.0), 2e-3, lora),
+    "prefix": Way(Prefix(tokens=16), 1e-2, prefix),
+    "prompt": Way(Prompt(tokens=16), 1e-2, prompt, pack=0),
+    "head": Way(Head(), 1e-2),
+    "frozen": Way(Frozen(), 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where results are, and how long runs are against their full length."""
+
+    results: Path
+    scale: float
+
+    @property
+    def steps(self) -> int:
+        return max(3, round(STEPS * self.scale))
+
+    def file(self, corpus: str, seed: int, part: str) -> Path:
+        """The records of a set that a seed learns from (`train`), and those that all are asked (`valid`)."""
+        file = self.results / "records" / f"{corpus}-{part if part == 'valid' else f'{part}-{seed}'}.jsonl"
+        if not file.exists():
+            lines = [json.dumps(record) for _, record in read.records(corpora.paths(corpus, print))]
+            random.Random("held out").shuffle(lines)
+            held, rest = lines[: max(32, round(HELD * self.scale))], lines[HELD:]
+            random.Random(seed).shuffle(rest)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            chosen = held if part == "valid" else rest[: max(64, round(TRAIN * self.scale))]
+            file.write_text("\n".join(chosen) + "\n", "utf-8")
+        return file
+
+
+def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
+    train, valid = (str(place.file(corpus, seed, part)) for part in ("train", "valid"))
+    made = Recipe(
+        name=f"{corpus}-{way}", objective=Classification(), segment=Labelled(length=LONGEST), start=str(base()),
+        source=Text(path=(train,), valid=(valid,)), adapt=WAYS[way].adapt, seed=seed, batch=Batch(rows=ROWS, pack=WAYS[way].pack),
+        optimizer=Optimizer(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999), precision="fp32",
+        schedule=Schedule("linear", warmup=0.1), length=Length(steps=place.steps),
+        checks=Checks(examples=HELD, save=0),
+    )  # fmt: skip
+    said: list[str] = []
+    directory = place.results / f"{corpus}-{way}-{seed}"
+    done = run(made, directory, said.append)
+    told = next((line for line in said if "parameters" in line), "")
+    note = directory / "trained.json"
+    if told:  # of a run that went on or began just now
+        numbers = [int(word.replace(",", "")) for word in told.split() if word.replace(",", "").isdigit()]
+        note.write_text(json.dumps(numbers[-1]))
+    return {
+        "accuracy": done.metrics["valid/accuracy"],
+        "seconds": done.seconds,
+        "trained": json.loads(note.read_text()),
+    }
+
+
+def base() -> Path:
+    """MiniLM's directory."""
+    return corpora.fetch("minilm", print)
+
+
+# ------------------------------------------------------------------------------- the peer
+
+
+class Peer(nn.Module):
+    """A transformers encoder, adapted as peft does it, and the same head."""
+
+    def __init__(self, way: str, classes: int):
+        super().__init__()
+        import peft
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        trunk = transformers.AutoModel.from_pretrained(base(), attn_implementation="sdpa", add_pooling_layer=False)
+        self.frozen = way in ("head", "frozen")
+        plan = WAYS[way].peer
+        self.trunk = trunk if plan is None else peft.get_peft_model(trunk, plan(peft))
+        self.trunk.requires_grad_(not self.frozen) if plan is None else None
+        self.mixture = Mixture(trunk.config.num_hidden_layers + 1) if way == "frozen" else None
+        self.head = nn.Linear(trunk.config.hidden_size, classes)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.skipped = 16 if way == "prompt" else 0
+
+    def forward(self, shown: Mapping[str, Tensor]) -> Tensor:
+        if self.mixture is not None:
+            self.trunk.eval()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            out = self.trunk(**shown, output_hidden_states=self.mixture is not None)
+        states = out["last_hidden_state"] if self.mixture is None else self.mixture(torch.stack(out["hidden_states"]))
+        scores: Tensor = self.head(states[:, self.skipped])
+        return scores
+
+
+def theirs(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
+    import transformers
+
+    file = place.results / f"{corpus}-{way}-{seed}-peer.json"
+    if file.exists():
+        found: dict[str, float] = json.loads(file.read_text())
+        return found
+    rows = {part: [r for _, r in read.records([str(place.file(corpus, seed, part))])] for part in ("train", "valid")}
+    names = sorted({str(r["label"]) for r in rows["train"]})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base())
+
+    def batches(records: Sequence[Mapping[str, Any]], size: int) -> Iterator[tuple[Any, Tensor]]:
+        for at in range(0, len(records), size):
+            some = records[at : at + size]
+            shown = tokenizer(
+                [r["text"] for r in some], truncation=True, max_length=LONGEST, padding=True, return_tensors="pt"
+            )
+            shown.pop("token_type_ids", None)
+            yield shown, torch.tensor([names.index(str(r["label"])) for r in some])
+
+    torch.manual_seed(seed)
+    model = Peer(way, len(names)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=WAYS[way].rate, weight_decay=0.0, fused=True)
+    schedule, steps = Schedule("linear", warmup=0.1), place.steps
+    order: list[Mapping[str, Any]] = []
+    while len(order) < steps * ROWS:
+        order += random.Random(f"{seed} {len(order)}").sample(rows["train"], len(rows["train"]))
+    seconds = 0.0
+    start = time.perf_counter()
+    for number, (shown, labels) in enumerate(batches(order[: steps * ROWS], ROWS)):
+        for group in optimizer.param_groups:
+            group["lr"] = WAYS[way].rate * schedule.factor((number + 0.5) / steps)
+        nn.functional.cross_entropy(model(shown), labels).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    model.eval()
+    with torch.no_grad():
+        right = sum(int((model(shown).argmax(-1) == labels).sum()) for shown, labels in batches(rows["valid"], ROWS))
+    found = {"accuracy": right / len(rows["valid"]), "seconds": seconds, "trained": sum(p.numel() for p in trained)}
+    file.write_text(json.dumps(found))
+    return found
+
+
+def table(place: Place, sets: Sequence[str], ways: Sequence[str], seeds: Sequence[int]) -> str:
+    """Mean and range over the seeds that are there."""
+    lines: list[str] = []
+    for corpus in sets:
+        lines += [
+            f"**{corpus}**",
+            "",
+            "| | trained | accuracy, firth | peer | seconds, firth | peer |",
+            "|---|---|---|---|---|---|",
+        ]
+        for way in ways:
+            sides: list[list[dict[str, float]]] = [[], []]
+            for seed in seeds:
+                if (place.results / f"{corpus}-{way}-{seed}" / "done.json").exists():
+                    sides[0].append(ours(place, corpus, way, seed))
+                if (place.results / f"{corpus}-{way}-{seed}-peer.json").exists():
+                    sides[1].append(theirs(place, corpus, way, seed))
+            if all(sides):
+                counts = [f"{round(side[0]['trained']):,}" for side in sides]
+                cells = [" and ".join(dict.fromkeys(counts))]
+                for name, digits in (("accuracy", 3), ("seconds", 1)):
+                    for side in sides:
+                        values = [found[name] for found in side]
+                        spread = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+                        cells.append(f"{statistics.mean(values):.{digits}f} ({spread})")
+                lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="*", default=list(SETS), help="corpora of records with text and label")
+    parser.add_argument("--only", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--scale", type=float, default=1.0, help="sets and runs of this share of their full length")
+    parser.add_argument("--results", type=Path, default=Path("runs/learn_adapt"))
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    given = parser.parse_args()
+    place = Place(given.results, given.scale)
+    for seed in given.seeds if not given.table else ():
+        for corpus in given.sets:
+            for way in given.only:
+                for side in (ours, theirs):  # one after the other: what else the machine does falls on both
+                    print(corpus, way, seed, side.__name__, side(place, corpus, way, seed), flush=True)
+    print(table(place, given.sets, given.only, given.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Trained positions before every text, the model itself frozen: prefixes (Li & Liang 2021) and prompts (Lester 2021).
+
+    prefix    keys and values for every layer, (V, layers * 2 * kv_heads * head_width): nothing computes them
+    prompt    vectors in place of those of tokens, (V, table width): the model reads them like any text
+
+Both stand at positions 0 to V - 1 and move the text behind them on. A prefix has been there ALWAYS and is of EVERY
+document, so a packed row has one; its keys are taken as they are, neither turned nor normalised, as what a cache would
+hold. Prompts are tokens: each document of a row has its own copies, which in a decoder see one another from left to
+right and in an encoder see their text too.
+
+Numbers and files are peft's: of an encoder-decoder, its decoder reads the prefix and its encoder the prompt. Li and Liang
+train a prefix through an MLP (section 4.3), which `Prefix.settle` works out and leaves off; with `hidden` 0 there is none.
+
+>>> prefix = Prefix(tokens=3, layers=2, kv_heads=2, head_width=4)
+>>> [tuple(x.shape) for x in prefix.past().pairs[0]]
+[(2, 3, 4), (2, 3, 4)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.attention import EVERY
+from firth.types import ALWAYS, NEVER, Batch, UserError
+
+if TYPE_CHECKING:
+    from firth.model.lm import LM
+    from firth.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Past:
+    """What stands before a row: the fields of its tokens, (B or 1, M), and the states (B, M, width) that entered each
+    block, or for each block the keys and values (KV, M, D) that nothing enters for."""
+
+    fields: Batch
+    states: Sequence[Tensor] = ()
+    pairs: Sequence[tuple[Tensor, Tensor]] = ()
+
+
+class Prefix(nn.Module):
+    """Keys and values before every text. hidden: of the MLP that they are trained through; 0 where they are trained
+    themselves. A part of a model by the name `prefix`."""
+
+    def __init__(self, tokens: int, layers: int, kv_heads: int, head_width: int, hidden: int = 0):
+        super().__init__()
+        self.tokens, self.layers, self.kv_heads, self.head_width, self.hidden = (
+            tokens,
+            layers,
+            kv_heads,
+            head_width,
+            hidden,
+        )
+        width, out = kv_heads * head_width, 2 * layers * kv_heads * head_width
+        self.table = nn.Embedding(tokens, width if hidden else out)
+        self.through = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out)) if hidden else None
+
+    def whole(self) -> Tensor:
+        """(V, layers * 2 * kv_heads * head_width), as peft's files have it."""
+        return self.table.weight if self.through is None else self.through(self.table.weight)
+
+    def past(self) -> Past:
+        """What stands before every row."""
+        x = self.whole().view(self.tokens, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
+        at = torch.arange(self.tokens, device=x.device)[None]
+        fields = {"appears": torch.full_like(at, ALWAYS), "document": torch.full_like(at, EVERY), "positions": at}
+        return Past(fields, pairs=[(pair[0], pair[1]) for pair in x])
+
+    @torch.no_grad()
+    def settle(self) -> Prefix:
+        """The same prefix without the MLP."""
+        plain = Prefix(self.tokens, self.layers, self.kv_heads, self.head_width)
+        plain.table.weight.copy_(self.whole())
+        return plain
+
+
+class Prompt(nn.Module):
+    """Vectors before every text that the model reads: of an encoder-decoder, before the source. A part of a model by the
+    name `prompt`."""
+
+    def __init__(self, tokens: int, width: int):
+        super().__init__()
+        self.tokens, self.width = tokens, width
+        self.table = nn.Embedding(tokens, width)
+
+    def before(self, fields: Batch, causal: bool) -> tuple[Tensor, Batch]:
+        """The vectors (N, width) that go before each row, N = tokens * documents, and the fields (B, N + T) of both."""
+        like = fields["tokens"]
+        real = fields["appears"] < NEVER if "appears" in fields else torch.ones_like(like, dtype=torch.bool)
+        documents = torch.zeros(1, dtype=torch.long, device=like.device)
+        if "document" in fields:
+            there = fields["document"][real]
+            documents = torch.arange(int(there.amin()), int(there.amax()) + 1, device=like.device)
+        places = torch.arange(self.tokens, device=like.device).repeat(len(documents))
+        zeros = torch.zeros_like(places)
+        when = ALWAYS + (places if causal else zeros)
+        new = {
+            "positions": places, "document": documents.repeat_interleave(self.tokens), "leaves": zeros + NEVER,
+            "appears": when, "looks": when,
+        }  # fmt: skip
+        said = {name: new.get(name, zeros).to(x.dtype).expand(len(x), -1) for name, x in fields.items()}
+        if "looks" in fields and not causal:
+            # As soon as anyone of the row and no sooner, or a prompt would tell what it must not.
+            said["looks"] = torch.where(real, fields["looks"], NEVER).amin(-1, keepdim=True).expand(-1, len(places))
+        vectors = self.table.weight.repeat(len(documents), 1)
+        return vectors, {name: torch.cat((said[name].to(x.dtype), x), -1) for name, x in fields.items()}
+
+
+def refuse(shape: Shape, what: str) -> None:
+    """Raise a UserError if nothing can stand before the texts of a shape."""
+    lacking = ""
+    if shape.recurrent or not shape.depth:
+        lacking = "has no attention"
+    if shape.linformer:
+        lacking = "projects whole rows"
+    if shape.position == "xlnet":
+        lacking = "reads distances to every token and has a memory of its own"
+    if lacking:
+        raise UserError(
+            f"adapt={what} puts trained positions before a text, which {shape.noun} cannot read, for it {lacking}: "
+            "take adapt=lora, or a model with learned, rotary, sinusoidal or T5's positions"
+        )
+
+
+def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> Prefix:
+    """A prefix for a model that begins as what these tokens leave in its cache: as if they had been read before the text.
+
+    hidden: of an MLP; a prefix that is trained through one begins at random.
+    """
+    shape = model.shape
+    refuse(shape, "prefix")
+    prefix = Prefix(len(ids), shape.depth, shape.kv_heads, shape.head_width, hidden)
+    if not hidden:
+        with torch.no_grad():
+            cache, training = model.cache(1, len(ids)), model.training
+            tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
+            at = torch.arange(len(ids), device=tokens.device)[None] * shape.causal
+            source = {"source_tokens": tokens} if shape.encoder else {}
+            model.eval()({"tokens": tokens, "looks": at, "appears": at} | source, cache)
+            model.train(training)
+            pairs = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.keys, cache.values, strict=True)])
+            prefix.table.weight.copy_(pairs.permute(3, 0, 1, 2, 4).flatten(1))
+    return prefix
+
+
+def prompt_of(model: LM, ids: Sequence[int]) -> Prompt:
+    """A prompt for a model that begins as the vectors of these tokens (Lester 2021, section 3.2)."""
+    refuse(model.shape, "prompt")
+    prompt = Prompt(len(ids), model.shape.table_width)
+    with torch.no_grad():
+        prompt.table.weight.copy_(model.tokens(torch.tensor(list(ids), device=model.tokens.weight.device)))
+    return prompt

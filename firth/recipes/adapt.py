@@ -1,0 +1,221 @@
+"""How much of a pretrained model a run trains: the `adapt` of a recipe.
+
+    full      everything (the default)
+    head      the task's head alone, on the last layer (`adapt=head`)
+    frozen    the same on a learnt mixture of all layers (Peters 2018, ELMo)
+    lora      thin products added to chosen matrices (Hu 2021), and the heads that the start has not
+    prefix    keys and values before every text (Li & Liang 2021), and those heads
+    prompt    vectors before every text (Lester 2021), and those heads
+
+    firth train classify start=runs/bert source.path=labelled.jsonl adapt=lora
+    firth train instruct start=runs/gpt source.path=dialogues.jsonl adapt.kind=lora adapt.rank=16 adapt.targets='[blocks.*]'
+
+The last three leave `adapter/` in the run directory, in peft's format, beside `model/`, which holds a LoRA's weights merged,
+and a prefix or a prompt as a part of the model (which transformers alone does not read: it takes peft and `adapter/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from firth.model import adapter, lora
+from firth.model.lm import LM
+from firth.model.prefix import prefix_of, prompt_of, refuse
+from firth.model.shape import Shape
+from firth.objectives.mixed import Mixed
+from firth.objectives.objective import Objective, Sum
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+
+class Adapt:
+    """How much is trained. needs: whether it needs a model to begin from."""
+
+    needs: ClassVar[bool] = True
+
+    def settle(self, objective: Objective) -> Objective:
+        """The objective as it reads a model that is adapted so."""
+        return objective
+
+    def fits(self, shape: Shape) -> None:
+        """Raise a UserError for a shape that cannot be adapted so."""
+
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
+
+    def finish(
+        self,
+        model: LM,
+        directory: Path,
+        base: Path,
+        added: Sequence[str],
+        tokenizer: Tokenizer,
+        facts: Mapping[str, Any],
+    ) -> str:
+        """Write the adapter that was trained, if there is one, and leave a plain model; one sentence for the user."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Full(Adapt):
+    """Everything is trained."""
+
+    needs: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Head(Adapt):
+    """The parts of the objective alone are trained; the trunk is not run back through."""
+
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        parts = [name for name in model.parts if name != "lm" or not model.shape.tied]
+        if not parts:
+            raise UserError(
+                "adapt=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
+                "with the table of tokens: take adapt=lora or adapt=prompt"
+            )
+        lora.freeze(model, parts)
+
+
+@dataclass(frozen=True)
+class Frozen(Head):
+    """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
+
+    def settle(self, objective: Objective) -> Objective:
+        mixed = any(isinstance(one, Mixed) for one in _addends(objective))
+        return objective if mixed else Mixed() + objective
+
+
+def _addends(objective: Objective) -> list[Objective]:
+    if isinstance(objective, Sum):
+        return _addends(objective.first) + _addends(objective.second)
+    return [objective]
+
+
+class Beside(Adapt):
+    """What lies beside the weights and can be kept apart from them. start: an adapter to go on from."""
+
+    start: str
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        """Put a new adapter on the model."""
+        raise NotImplementedError(type(self).__name__)
+
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        place = Path(self.start)
+        if self.start:
+            kind = adapter.read(model, place / "adapter" if (place / "adapter").is_dir() else place)
+            if ADAPTS[kind] is not type(self):
+                raise UserError(f"adapt.start={self.start} holds an adapter of kind {kind}: set adapt.kind={kind}")
+        else:
+            self.put(model, added, tokenizer, seed)
+        lora.freeze(model, [*added, *({"prefix", "prompt"} & {*model.parts})])
+
+    def finish(
+        self,
+        model: LM,
+        directory: Path,
+        base: Path,
+        added: Sequence[str],
+        tokenizer: Tokenizer,
+        facts: Mapping[str, Any],
+    ) -> str:
+        if model.prefix is not None:
+            model.parts["prefix"] = model.prefix.settle()
+        said = adapter.write(model, directory, base, added, facts=facts)
+        tokenizer.save(directory)
+        lora.fold(model)
+        return said
+
+
+@dataclass(frozen=True)
+class LoRA(Beside):
+    """rank, alpha, stabilised, dropout: `firth.model.lora.Rank`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
+    (all maps of all blocks), `tokens`, `parts.lm`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    stabilised: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention.q", "attention.v")
+    start: str = ""
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        plan = lora.Rank(self.rank, self.alpha, self.stabilised, self.dropout)
+        lora.add(model, self.targets, plan, but=added)
+
+
+@dataclass(frozen=True)
+class Prefix(Beside):
+    """tokens: how many stand before every text. hidden: units of the MLP that they are trained through (0: none). text:
+    what they begin as; drawn tokens where it is empty."""
+
+    tokens: int = 16
+    hidden: int = 0
+    text: str = ""
+    start: str = ""
+
+    def fits(self, shape: Shape) -> None:
+        refuse(shape, "prefix")
+        _refuse_room(shape, self.tokens, "prefix")
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        model.parts["prefix"] = prefix_of(model, _begin(tokenizer, self.text, self.tokens, seed), self.hidden)
+
+
+@dataclass(frozen=True)
+class Prompt(Beside):
+    """tokens: how many stand before every text. begin: as the vectors of `text`, or of drawn tokens where it is empty; or
+    at random."""
+
+    tokens: int = 16
+    begin: Literal["tokens", "random"] = "tokens"
+    text: str = ""
+    start: str = ""
+
+    def fits(self, shape: Shape) -> None:
+        refuse(shape, "prompt")
+        _refuse_room(shape, self.tokens, "prompt")
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        prompt = prompt_of(model, _begin(tokenizer, self.text, self.tokens, seed))
+        if self.begin == "random":
+            prompt.table.reset_parameters()
+            prompt.table.weight.data *= model.tokens.weight.data.std()
+        model.parts["prompt"] = prompt
+
+
+def _refuse_room(shape: Shape, tokens: int, what: str) -> None:
+    if not 0 < tokens < shape.context:
+        raise UserError(
+            f"adapt.tokens={tokens}: a {what} takes at least 1 of the {shape.context} positions, and not all"
+        )
+
+
+def _begin(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
+    """So many ids: of a text, again and again, or drawn from the vocabulary's ordinary tokens."""
+    if text:
+        ids = [int(i) for i in tokenizer.encode(text)]
+        return (ids * (count // len(ids) + 1))[:count]
+    ordinary = np.flatnonzero(~tokenizer.vocab.special)
+    return [int(i) for i in np.random.default_rng(seed).choice(ordinary, count)]
+
+
+ADAPTS: dict[str, type[Adapt]] = {
+    "full": Full, "head": Head, "frozen": Frozen, "lora": LoRA, "prefix": Prefix, "prompt": Prompt,
+}  # fmt: skip
+"""Name in a recipe -> class."""
+
+
+def refuse_adapt(adapt: Adapt, start: str) -> None:
+    """Raise a UserError if there is nothing to adapt."""
+    if adapt.needs and not start:
+        name = next(name for name, kind in ADAPTS.items() if kind is type(adapt))
+        raise UserError(
+            f"adapt={name} trains a little beside a model that is there: say which with start=RUN, or adapt=full"
+        )

@@ -1,0 +1,267 @@
+"""Adapters against peft: the same outputs from its files and from ours, on the families; what is refused in a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firth.model import adapter, lora
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.lora import Rank
+from firth.model.prefix import prefix_of
+from firth.model.shape import Shape
+from firth.model.weights import load_model, save_model
+from firth.types import UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+peft = pytest.importorskip("peft", reason="the oracle; installed with the test extra")
+transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
+BERT = Shape(
+    **SIZES, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu", head="transform",
+    head_bias=True,
+)  # fmt: skip
+LLAMA = Shape(
+    **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
+)  # fmt: skip
+T5 = Shape(
+    **SIZES | {"context": 512}, encoder=2, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+    activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
+)  # fmt: skip
+SHAPES = {"bert": BERT, "gpt2": Shape(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, depth=3)}
+AUTO = {"bert": "AutoModel", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}
+TASK = {"bert": "FEATURE_EXTRACTION", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
+THEIRS = {
+    "bert": ["query", "value", "word_embeddings", "position_embeddings"], "gpt2": ["c_attn", "c_proj"],
+    "llama": ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"], "t5": ["q", "v", "wo"], "t5-odd": ["k"],
+}  # fmt: skip
+OURS = {
+    "bert": ["q", "mlp.up", "tokens"], "gpt2": ["attention.o", "mlp.*"], "llama": ["blocks.*", "tokens", "parts.lm"],
+    "t5": ["cross.q", "mlp.*"], "t5-odd": ["q", "v"],
+}  # fmt: skip
+IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def base(name: str, folder: Path) -> LM:
+    """A model of random weights in a directory, as both libraries load it."""
+    torch.manual_seed(0)
+    shape = SHAPES[name]
+    model = LM(shape, {} if name == "bert" else {"lm": Vocabulary(shape)}).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    save_model(model, None, folder / "base")
+    return model
+
+
+def theirs_of(name: str, folder: Path) -> Any:
+    auto = AUTO.get(name, "AutoModelForSeq2SeqLM")
+    return getattr(transformers, auto).from_pretrained(folder / "base", attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def ours(model: LM) -> Tensor:
+    when = torch.arange(9)[None].expand(2, -1) * model.shape.causal
+    source = {"source_tokens": IDS.flip(1)} if model.shape.encoder else {}
+    hidden = model({"tokens": IDS, "looks": when, "appears": when} | source)
+    return model.parts["lm"](hidden) if "lm" in model.parts else hidden
+
+
+@torch.no_grad()
+def theirs(model: Any) -> Tensor:
+    shown = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    if model.config.is_encoder_decoder:
+        shown = {"input_ids": IDS.flip(1), "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS}
+    said = model(**shown)
+    out: Tensor = said["logits"] if "logits" in said else said["last_hidden_state"]
+    return out[:, -9:]  # without what a prompt was answered
+
+
+def plan_of(name: str, kind: str) -> Any:
+    task = TASK.get(name, "SEQ_2_SEQ_LM")
+    if kind == "lora":
+        return peft.LoraConfig(
+            r=4, lora_alpha=7, use_rslora=True, target_modules=THEIRS[name], task_type=task, init_lora_weights=False,
+            fan_in_fan_out=name == "gpt2",
+        )  # fmt: skip
+    if kind == "prompt":
+        return peft.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
+    plan = peft.PrefixTuningConfig(
+        num_virtual_tokens=3, task_type=task, prefix_projection=kind == "mlp", encoder_hidden_size=10
+    )
+    if name.startswith("t5"):  # whose heads are narrower than their share of the width
+        plan.token_dim, plan.num_attention_heads, plan.num_layers = 24, 4, SHAPES[name].depth
+    return plan
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix", "mlp", "prompt"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_their_files_give_their_outputs_and_ours_again(name: str, kind: str, tmp_path: Path) -> None:
+    plain = ours(base(name, tmp_path))
+    torch.manual_seed(1)
+    there = peft.get_peft_model(theirs_of(name, tmp_path), plan_of(name, kind)).eval()
+    wanted = theirs(there)
+    there.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "base")
+    assert adapter.read(model, tmp_path / "theirs") == ("prefix" if kind == "mlp" else kind)
+    assert (wanted - plain).abs().max() > 0.05
+    torch.testing.assert_close(ours(model), wanted, atol=1e-5, rtol=0)
+    assert "peft loads it" in adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(again), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(adapter.load(tmp_path / "ours")), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
+    """Made here, on whatever can be named: the file, and the model it was merged into, say the same there."""
+    model = base(name, tmp_path)
+    lora.add(model, OURS[name], Rank(rank=3, alpha=5.0))
+    for low in lora.lows(model).values():
+        low.B.data.normal_(std=0.2)
+    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+    count = sum(p.numel() for n, p in there.named_parameters() if "lora_" in n)
+    lora.freeze(model)
+    assert count == lora.trained(model)
+    wanted = ours(model)
+    save_model(lora.fold(model), None, tmp_path / "base")
+    torch.testing.assert_close(theirs(theirs_of(name, tmp_path)), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "t5-odd"])
+def test_our_prefix_is_theirs(name: str, tmp_path: Path) -> None:
+    """With layers that all differ, which peft's own layout for T5 cannot say without a turn."""
+    model = base(name, tmp_path)
+    model.parts["prefix"] = prefix_of(model, [5, 6, 7, 8])
+    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+
+
+def test_writing_with_a_prefix_is_their_generation(tmp_path: Path) -> None:
+    model = base("llama", tmp_path)
+    model.parts["prefix"] = prefix_of(model, [5, 6, 7, 8])
+    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    there = peft.PeftModel.from_pretrained(theirs_of("llama", tmp_path), tmp_path / "ours").eval()
+    tokens = IDS[:1, :4]
+    with torch.no_grad():
+        for _ in range(5):
+            when = torch.arange(tokens.shape[1])[None]
+            logits = model.parts["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
+            tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
+        shown = {"input_ids": IDS[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+        said = there.generate(**shown, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert said.tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("targets", [["attention.q", "attention.v"], ["attention.k", "mlp.up"], ["q", "k", "v", "o"]])
+def test_separate_adapters_lie_side_by_side_in_one_matrix_of_theirs(targets: list[str], tmp_path: Path) -> None:
+    """GPT-2's queries, keys and values are one matrix there, and have a rank and a scale each here."""
+    model = base("gpt2", tmp_path)
+    for i, target in enumerate(targets):
+        lora.add(model, [target], Rank(rank=2 + i, alpha=3.0 + i))
+    for low in lora.lows(model).values():
+        low.B.data.normal_(std=0.2)
+    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    there = peft.PeftModel.from_pretrained(theirs_of("gpt2", tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(adapter.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
+
+
+def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> None:
+    model = base("gpt2", tmp_path)  # whose head is its table
+    lora.add(model, ["parts.lm", "q"], Rank(rank=2))
+    for low in lora.lows(model).values():
+        low.B.data.normal_(std=0.2)
+    assert "only firth" in adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    again = load_model(tmp_path / "base")
+    adapter.read(again, tmp_path / "ours")
+    torch.testing.assert_close(ours(again), ours(model), atol=1e-5, rtol=0)
+
+
+def test_a_base_of_no_family_is_written_for_firth(tmp_path: Path) -> None:
+    shape = replace(LLAMA, position="sinusoidal")
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    save_model(model, None, tmp_path / "base")
+    lora.add(model, ["blocks.*"], Rank(rank=2))
+    for low in lora.lows(model).values():
+        low.B.data.normal_(std=0.2)
+    assert "only firth" in adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    torch.testing.assert_close(ours(adapter.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    model = base("llama", tmp_path)
+    lora.add(model, ["q"], Rank(rank=2))
+    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    file = tmp_path / "ours" / adapter.FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return tmp_path / "ours"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"base_model_name_or_path": "meta-llama/Llama"},
+            "names the base 'meta-llama/Llama', which is no directory here",
+        ),
+        ({"peft_type": "IA3"}, "of peft's type 'IA3'; firth reads LORA, PREFIX_TUNING, PROMPT_TUNING"),
+        ({"use_dora": True}, "asks for DoRA"),
+        ({"bias": "all"}, "trained biases too"),
+        ({"r": None}, "lacks the number 'r'"),
+        ({"lora_alpha": "big"}, "lacks the number 'lora_alpha'"),
+        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"peft_type": "PREFIX_TUNING"}, "lacks the matrix 'prompt_embeddings'"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        adapter.load(written(tmp_path, **changes))
+
+
+def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> None:
+    model = base("bert", tmp_path)
+    model.parts["classes"] = torch.nn.Linear(32, 3)
+    lora.add(model, ["q"], Rank(rank=2))
+    said = adapter.write(model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]})
+    again = adapter.load(tmp_path / "ours")
+    assert torch.equal(again.parts["classes"].weight, model.parts["classes"].weight) and "firth's own" in said
+    there = peft.PeftModel.from_pretrained(theirs_of("bert", tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+    (tmp_path / "ours" / adapter.OWN).write_text(
+        '{"parts": {"classes": {"kind": "linear", "in": 32, "out": 4, "bias": true}}}'
+    )
+    with pytest.raises(UserError, match="does not hold the part 'classes'"):
+        adapter.load(tmp_path / "ours")
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds an adapter and no model: start from its base, with adapt.start="):
+        load_model(written(tmp_path))
+
+
+def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:
+    place = written(tmp_path)
+    for shape, said in (
+        (SHAPES["gpt2"], "which is no matrix of the base"),
+        (replace(LLAMA, width=64), "another matrix"),
+    ):
+        with pytest.raises(UserError, match=said):
+            adapter.read(LM(shape, {}), place)
+    (place / adapter.TENSORS).write_bytes(b"not tensors")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        adapter.load(place)
+    (place / adapter.TENSORS).unlink()
+    with pytest.raises(UserError, match="the file is not there"):
+        adapter.load(place)

@@ -1,0 +1,122 @@
+"""Adapters of transformers' classes for tasks, and of the families that share another's layout, against peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firth.model import adapter
+from firth.model.lm import LM
+from firth.model.weights import load_model
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+peft = pytest.importorskip("peft", reason="the oracle; installed with the test extra")
+transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TABLE = SIZES | {"max_position_embeddings": 40}
+ROBERTA = SIZES | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1}
+GROUPED = TABLE | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "bert": ("Bert", TABLE, ["query", "value"]),
+    "roberta": ("Roberta", ROBERTA, ["query", "value", "word_embeddings"]),
+    "distilbert": (
+        "DistilBert",
+        {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 40},
+        ["q_lin", "lin1"],
+    ),
+    "modernbert": (
+        "ModernBert", TABLE | {"layer_types": ["full_attention"] * 2, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
+        ["Wqkv", "Wi"],
+    ),
+    "llama": ("Llama", GROUPED, ["q_proj", "up_proj"]),
+    "qwen3": ("Qwen3", GROUPED | {"head_dim": 10}, ["k_proj", "o_proj"]),
+}  # fmt: skip
+
+
+def theirs_of(name: str, suffix: str, **more: Any) -> Any:
+    word, fields, _ = FAMILIES[name]
+    torch.manual_seed(3)
+    model = getattr(transformers, word + suffix)(getattr(transformers, f"{word}Config")(**fields, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.15)
+    return model.eval()
+
+
+@torch.no_grad()
+def hidden(model: LM) -> Tensor:
+    when = torch.arange(9)[None].expand(2, -1) * model.shape.causal
+    return model({"tokens": IDS, "looks": when, "appears": when})
+
+
+@torch.no_grad()
+def said(model: Any) -> Tensor:
+    out = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    found: Tensor = out["logits"] if "logits" in out else out["last_hidden_state"]
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_classifier_s_adapter_brings_its_head(name: str, tmp_path: Path) -> None:
+    """Theirs onto our model of their class, and ours onto theirs: LoRA and the head that was trained whole."""
+    base = theirs_of(name, "ForSequenceClassification", num_labels=3)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    plan = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=FAMILIES[name][2], task_type="SEQ_CLS", init_lora_weights=False
+    )
+    there = peft.get_peft_model(base, plan).eval()
+    with torch.no_grad():
+        for n, p in there.named_parameters():
+            if "modules_to_save" in n:
+                p.add_(torch.randn_like(p) * 0.3)
+    wanted = said(there)
+    there.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "base")
+    before = answers(model)
+    assert adapter.read(model, tmp_path / "theirs") == "lora"
+    torch.testing.assert_close(answers(model), wanted, atol=1e-5, rtol=1e-5)
+    assert (wanted - before).abs().max() > 0.1
+    adapter.write(model, tmp_path / "ours", tmp_path / "base", ["classes"])
+    assert not (tmp_path / "ours" / adapter.OWN_TENSORS).exists()
+    again = theirs_of(name, "ForSequenceClassification", num_labels=3)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
+    torch.testing.assert_close(said(again), wanted, atol=1e-5, rtol=1e-5)
+
+
+def answers(model: LM) -> Tensor:
+    states = hidden(model)
+    with torch.no_grad():
+        out: Tensor = model.parts["classes"](states[:, -1 if model.shape.causal else 0])
+    return out
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("name", ["roberta", "qwen3"])
+def test_bare_models_too(name: str, kind: str, tmp_path: Path) -> None:
+    """RoBERTa's positions begin at 2; Qwen3 makes its keys unit RMS, which a prefix's are not."""
+    base = theirs_of(name, "Model")
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    task = {"task_type": "FEATURE_EXTRACTION"}
+    plans = {
+        "lora": lambda: peft.LoraConfig(r=3, target_modules=FAMILIES[name][2], init_lora_weights=False, **task),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, **task),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, **task),
+    }
+    there = peft.get_peft_model(base, plans[kind]()).eval()
+    wanted = said(there)[:, -9:]
+    there.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "base")
+    assert adapter.read(model, tmp_path / "theirs") == kind
+    torch.testing.assert_close(hidden(model), wanted, atol=1e-5, rtol=1e-5)
+    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(theirs_of(name, "Model"), tmp_path / "ours").eval()
+    torch.testing.assert_close(said(again)[:, -9:], wanted, atol=1e-5, rtol=1e-5)

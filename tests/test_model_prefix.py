@@ -1,0 +1,257 @@
+"""Trained positions before every text: packing and padding, the cache, checkpointing, what they begin as, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from firth.data.batch import collate, pack
+from firth.data.layout import causal
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.attention import EVERY, Visibility, attend
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.prefix import prefix_of, prompt_of
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurrent
+from firth.types import ALWAYS, NEVER, Example, UserError
+
+LEARNED = Shape(vocab=50, width=32, depth=2, heads=4, context=40, tied=False)
+SHAPES: dict[str, Shape] = {
+    "rotary": decoder(50, 64, 2, heads=2, context=40),
+    "learned": LEARNED,
+    "relative": replace(LEARNED, position="t5", buckets=8, distance=16),
+    "encoder": encoder(50, 64, 2, heads=2, context=40),
+    "bert": replace(LEARNED, causal=False, norm_at="post", segments=2),
+    "encoder-decoder": encoder_decoder(50, 64, 2, heads=2, context=40),
+}
+KINDS = {"prefix": prefix_of, "prompt": prompt_of}
+IDS = [7, 3, 9]
+
+
+def made(shape: Shape, kind: str = "prefix", seed: int = 0) -> LM:
+    torch.manual_seed(seed)
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.parts[kind] = KINDS[kind](model, IDS)
+    model.parts[kind].table.weight.data += 0.3 * torch.randn_like(model.parts[kind].table.weight)
+    return model
+
+
+def examples(shape: Shape, n: int = 5) -> list[Example]:
+    rng = np.random.default_rng(0)
+    out = []
+    for _ in range(n):
+        tokens = rng.integers(0, 50, rng.integers(3, 9)).astype(np.int32)
+        example: Example = {"tokens": tokens} | (causal(len(tokens)) if shape.causal else {})
+        out.append(example | ({"source_tokens": tokens[::-1].copy()} if shape.encoder else {}))
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_padded_and_packed_rows_read_as_each_text_alone(name: str, kind: str) -> None:
+    shape = SHAPES[name]
+    model, texts = made(shape, kind), examples(shape)
+    with torch.no_grad():
+        alone = [model(collate([text], set()))[0] for text in texts]
+        bare = LM(shape, {"lm": model.parts["lm"]}).eval()
+        bare.load_state_dict({n: x for n, x in model.state_dict().items() if kind not in n})
+        assert (bare(collate([texts[0]], set()))[0] - alone[0]).abs().max() > 0.01
+        padded = model(collate(texts, set()))
+        for row, own in zip(padded, alone, strict=True):
+            torch.testing.assert_close(row[: len(own)], own, atol=2e-5, rtol=0)
+        rows = pack(texts, 16, set())
+        assert int(rows["document"].amax()) > 1
+        hidden = model(rows)
+    found = [_texts(hidden[i], rows["document"][i], rows["tokens"][i]) for i in range(len(hidden))]
+    there = {key: states for row in found for key, states in row.items()}
+    for text, own in zip(texts, alone, strict=True):
+        torch.testing.assert_close(there[tuple(text["tokens"].tolist())], own, atol=2e-5, rtol=0)
+
+
+def _texts(hidden: Tensor, document: Tensor, tokens: Tensor) -> dict[tuple[int, ...], Tensor]:
+    """The states of each text of a packed row, by its tokens."""
+    numbers = [int(n) for n in document.unique() if n]
+    return {tuple(tokens[document == n].tolist()): hidden[document == n] for n in numbers}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
+    shape = SHAPES[name]
+    model, texts = made(shape, kind).train().double(), examples(shape)
+    found = []
+    for rows in (collate(texts, set()), pack(texts, 16, set())):
+        real = rows["document"] > 0 if "document" in rows else rows["appears"] < NEVER
+        model.zero_grad()
+        (model(rows) * real[..., None]).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert float(found[0][f"parts.{kind}.table.weight"].abs().max()) > 0
+    for n, g in found[0].items():
+        torch.testing.assert_close(found[1][n], g, atol=1e-10, rtol=1e-9, msg=n)
+
+
+@pytest.mark.parametrize("lowering", ["mask", "block"])
+def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
+    torch.manual_seed(0)
+    document = torch.tensor([[1, 1, 2, 2, 2, 0]])
+    when = torch.tensor([[0, 1, 0, 1, 2, 0]])
+    appears = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
+    keys = torch.cat((torch.full((1, 2), EVERY), document), 1)
+    q, k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    sees = Visibility.lower(when, appears, document, keys, flex=lowering == "block")
+    wanted = torch.zeros(6, 8, dtype=torch.bool)
+    for i in range(6):
+        for j in range(8):
+            own = j >= 2 and document[0, i] == document[0, j - 2] and when[0, j - 2] <= when[0, i]
+            wanted[i, j] = j < 2 or bool(own)
+    scores = (q @ k.mT).masked_fill(~wanted, float("-inf"))
+    torch.testing.assert_close(attend(q, k, v, sees, 1.0), scores.softmax(-1) @ v, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].causal])
+def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
+    model = made(SHAPES[name], kind)
+    prompts = [np.array([4, 8, 15, 16]), np.array([23, 42])]
+    engine = Engine(model, _Coder(), stops=[])
+    sampling = Sampling(temperature=0, max_new=7)
+    together = [tuple(answer.tokens) for answer in engine.generate(prompts, sampling)]
+    for prompt, said in zip(prompts, together, strict=True):
+        tokens = list(prompt)
+        for token in said:
+            shown = {"tokens": torch.tensor([tokens])}
+            if SHAPES[name].encoder:
+                written = [engine.start, *tokens[len(prompt) :]]
+                shown = {"source_tokens": torch.tensor([list(prompt)]), "tokens": torch.tensor([written])}
+            when = torch.arange(shown["tokens"].shape[1])[None]
+            with torch.no_grad():
+                hidden = model(shown | {"looks": when, "appears": when})
+                assert int(model.parts["lm"](hidden[0, -1]).argmax()) == token
+            tokens.append(token)
+    options = [np.array([5, 6]), np.array([9])]
+    scores = engine.options(prompts[0], options)
+    assert scores == pytest.approx(engine.score([prompts[0]] * 2, options), abs=1e-4)
+
+
+class _Coder:
+    """A tokenizer of numbers."""
+
+    def __init__(self) -> None:
+        from firth.text.vocab import Vocab
+
+        self.vocab = Vocab(size=50, roles={"bos": 0, "eos": 1, "pad": 2}, special=np.arange(50) < 3)
+        self.stops: list[int] = []
+
+    def decode(self, ids: object) -> str:
+        return str(ids)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "mlp"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_recomputing_blocks_leaves_the_gradient_as_it_is(name: str, kind: str) -> None:
+    shape = SHAPES[name]
+    model = made(shape, "prompt" if kind == "prompt" else "prefix").train()
+    if kind == "mlp":
+        model.parts["prefix"] = prefix_of(model, IDS, hidden=5)
+    rows = collate(examples(shape), set())
+    found = []
+    for again in (False, True):
+        for trunk in model.trunks():
+            trunk.recompute = again
+        model.zero_grad()
+        model(rows).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and any("prefix" in n or "prompt" in n for n in plain)
+    assert float(next(g for n, g in plain.items() if "prefix" in n or "prompt" in n).abs().max()) > 0
+    for n, g in plain.items():
+        torch.testing.assert_close(recomputed[n], g, atol=1e-6, rtol=1e-5, msg=n)
+
+
+def test_recomputing_keeps_less() -> None:
+    shape = replace(SHAPES["rotary"], depth=4)
+    model = LM(shape, {}).train()
+    rows = collate(examples(shape), set())
+    sizes = []
+    for again in (False, True):
+        model.trunk.recompute = again
+        kept = 0
+
+        def note(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model(rows)
+        sizes.append(kept)
+    assert sizes[1] < sizes[0] / 4
+
+
+@pytest.mark.parametrize("name", ["rotary", "learned", "relative"])
+def test_a_prefix_in_a_decoder_begins_as_the_text_that_it_is_made_of(name: str) -> None:
+    torch.manual_seed(0)
+    model = LM(SHAPES[name], {}).eval()
+    own, both = torch.tensor([[11, 12, 13, 14]]), torch.tensor([[*IDS, 11, 12, 13, 14]])
+    when = torch.arange(7)[None]
+    with torch.no_grad():
+        wanted = model({"tokens": both, "looks": when, "appears": when})[:, 3:]
+        model.parts["prefix"] = prefix_of(model, IDS)
+        got = model({"tokens": own, "looks": when[:, :4], "appears": when[:, :4]})
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_in_a_decoder_is_the_text_that_it_is_made_of() -> None:
+    model = LM(LEARNED, {}).eval()
+    own, both = torch.tensor([[11, 12]]), torch.tensor([[*IDS, 11, 12]])
+    when = torch.arange(5)[None]
+    with torch.no_grad():
+        wanted = model({"tokens": both, "looks": when, "appears": when})[:, 3:]
+        model.parts["prompt"] = prompt_of(model, IDS)
+        got = model({"tokens": own, "looks": when[:, :2], "appears": when[:, :2]})
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+        assert model.layers({"tokens": own}).shape == (3, 1, 2, 32)
+
+
+def test_the_mlp_is_left_off_without_a_difference() -> None:
+    model = LM(LEARNED, {}).eval()
+    model.parts["prefix"] = prefix_of(model, IDS, hidden=6)
+    rows = collate(examples(LEARNED), set())
+    with torch.no_grad():
+        before = model(rows)
+        model.parts["prefix"] = model.prefix.settle()
+        assert torch.equal(model(rows), before) and model.prefix.hidden == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "learned"])
+def test_no_prompt_tells_what_comes_later(name: str) -> None:
+    """Change a token: whoever may not see it does not move, through a prompt either, in whatever order a model reads."""
+    model = made(SHAPES[name], "prompt")
+    tokens, when = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0, 1, 2, 3]])
+    other = torch.tensor([[4, 5, 8, 7]])
+    with torch.no_grad():
+        moved = [model({"tokens": shown, "looks": when - 1, "appears": when})[0] for shown in (tokens, other)]
+    change = (moved[1] - moved[0]).abs().amax(-1)
+    assert change[:2].max() == 0 and change[2:].min() > 1e-3
+
+
+def test_what_is_refused() -> None:
+    small = Shape(vocab=50, width=32, depth=1, heads=4, causal=False)
+    for shape in (recurrent(50, 32, 1), replace(small, position="xlnet"), replace(small, context=16, linformer=4)):
+        model = LM(shape, {})
+        for kind, make in KINDS.items():
+            with pytest.raises(
+                UserError, match=f"adapt={kind} puts trained positions before a text, which .* cannot read"
+            ):
+                make(model, IDS)
+    model = made(LEARNED)
+    assert model.context == 37
+    with pytest.raises(UserError, match=r"longer than shape.context=40"):
+        model({"tokens": torch.zeros(1, 38, dtype=torch.long)})

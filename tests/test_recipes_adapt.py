@@ -1,0 +1,315 @@
+"""How much a run trains: each way learns, resumes to the bit, leaves what others load, and is refused in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from firth.data.batch import collate, pack
+from firth.data.layout import causal
+from firth.evaluate.task import open_subject
+from firth.model import lora
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.prefix import prefix_of, prompt_of
+from firth.model.shape import decoder, encoder
+from firth.model.weights import load_model, start_from
+from firth.objectives.causal import CausalLM
+from firth.objectives.classification import Classification
+from firth.objectives.objective import Objective
+from firth.recipes import tree
+from firth.recipes.adapt import ADAPTS, Full, LoRA
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run import run
+from firth.recipes.use import evaluate_run
+from firth.scaling import flops
+from firth.text.tokenizer import Tokenizer
+from firth.train import checkpoint
+from firth.train.optimizer import Mover, Optimizer
+from firth.train.step import step
+from firth.types import UserError
+
+WORDS = "the king and the queen of the sea had a ship with no sail and a crown of salt upon the wind".replace(
+    " ", "\n"
+).splitlines()
+SHAPE = [
+    "shape.width=32", "shape.depth=2", "shape.heads=2", "shape.kv_heads=2", "shape.head_width=0", "shape.hidden=48",
+    "shape.context=64",
+]  # fmt: skip
+SMALL = ["batch.rows=8", "precision=fp32", "checks.every=0", "checks.examples=16", "samples=[]"]
+
+
+def quiet(_: str) -> None:
+    """What a run says."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, labelled records, and two models that know a little of the text: a decoder and an encoder."""
+    folder = tmp_path_factory.mktemp("adapt")
+    lines = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(40)) for i in range(1, 200)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    records = [{"text": line[: 30 + i % 50], "label": "salt" if "salt" in line[: 30 + i % 50] else "none"}
+               for i, line in enumerate(lines)]  # fmt: skip
+    (folder / "records.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    common = [f"source.path={folder / 'text.txt'}", "tokenizer.size=400", "length.steps=4", "segment.length=24"]
+    for name, recipe in (("decoder", "llama"), ("encoder", "roberta")):
+        run(load(recipe, [*common, *SHAPE, *SMALL, "shape.vocab=400"]), folder / name, quiet)
+    return folder
+
+
+def settings(place: Path, start: str, *more: str, steps: int = 6) -> list[str]:
+    data = "records.jsonl" if start == "encoder" else "text.txt"
+    return [
+        *SMALL, f"source.path={place / data}", f"start={place / start}", f"length.steps={steps}", "checks.save=3",
+        "segment.length=24", "optimizer.name=adamw", *more,
+    ]  # fmt: skip
+
+
+def recipe(place: Path, start: str, *more: str) -> Recipe:
+    settled = settings(place, start, *more)
+    return load("classify" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["shape=null"]))
+
+
+CASES = [
+    ("decoder", "lora"), ("decoder", "prefix"), ("decoder", "prompt"), ("encoder", "lora"), ("encoder", "prefix"),
+    ("encoder", "prompt"), ("encoder", "head"), ("encoder", "frozen"),
+]  # fmt: skip
+
+
+Made = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> Made:
+    """The directory of a finished run of each kind, made once."""
+
+    @functools.cache
+    def make(start: str, kind: str) -> Path:
+        directory = place / f"{start}-{kind}"
+        said: list[str] = []
+        run(measured(place, start, kind), directory, said.append)
+        assert "of which" in next(line for line in said if "parameters" in line)
+        return directory
+
+    return make
+
+
+def measured(place: Path, start: str, kind: str) -> Recipe:
+    return recipe(place, start, f"adapt={kind}", f"source.valid={records_of(place, start)}", "checks.examples=1000")
+
+
+def records_of(place: Path, start: str) -> str:
+    return str(place / ("records.jsonl" if start == "encoder" else "text.txt"))
+
+
+@pytest.mark.parametrize(("start", "kind"), CASES)
+def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: str, kind: str) -> None:
+    """Killed behind its third step, it goes on from there, from a checkpoint of what is trained alone."""
+    directory = made(start, kind)
+    saved = checkpoint.load(directory / "checkpoints" / "step-000003")
+    assert not any(name.startswith("trunk.") and ".low." not in name for name in saved.files["model"])
+    shutil.copytree(saved.path, tmp_path / "checkpoints" / saved.path.name)
+    run(measured(place, start, kind), tmp_path, quiet)
+    whole, killed = load_model(directory / "model"), load_model(tmp_path / "model")
+    assert whole.state_dict().keys() == killed.state_dict().keys() and not lora.adapted(whole)
+    assert all(torch.equal(x, killed.state_dict()[n]) for n, x in whole.state_dict().items())
+    base = load_model(place / start / "model").state_dict()
+    same = [torch.equal(x, base[n]) for n, x in whole.state_dict().items() if n.startswith("trunk.")]
+    assert all(same) == (kind != "lora")
+    again = load(str(directory))
+    assert type(again.adapt) is ADAPTS[kind] and again == load(str(tmp_path))
+
+
+@pytest.mark.parametrize(("start", "kind"), CASES)
+def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Made, start: str, kind: str) -> None:
+    directory, valid = made(start, kind), records_of(place, start)
+    places = [directory / "model", *([directory / "adapter"] if (directory / "adapter").is_dir() else [])]
+    if start == "encoder":
+        logged = json.loads((directory / "done.json").read_text())["metrics"]["valid/accuracy"]
+        found = json.loads(evaluate_run(directory, [valid], task=None, limit=None, as_json=True))
+        assert found["accuracy"] == pytest.approx(logged, abs=1e-6)
+    scores = [json.loads(evaluate_run(one, [valid], task=None, limit=None, as_json=True)) for one in places]
+    name = "accuracy" if start == "encoder" else "bits_per_byte"
+    for score in scores:
+        assert score[name] == pytest.approx(scores[0][name], abs=1e-6)
+    models = [open_subject(one).model for one in places]
+    for model in models:
+        torch.testing.assert_close(states(model), states(models[0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("start", "kind"), CASES)
+def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: Path, start: str, kind: str) -> None:
+    trunk = load_model(place / start / "model")
+    objective: Objective = CausalLM() if start == "decoder" else Classification(classes=("a", "b"))
+    adapt = ADAPTS[kind]()
+    objective = adapt.settle(objective)
+    model = LM(trunk.shape, objective.parts(trunk.shape))
+    _, added = start_from(model, place / start / "model")
+    tokenizer = Tokenizer.load(place / start / "tokenizer")
+    adapt.apply(model, added, tokenizer, 0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rng = np.random.default_rng(0)
+    shown = [objective.view({"tokens": rng.integers(120, 400, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
+             for i in range(6)]  # fmt: skip
+    batch = collate(shown, set(objective.targets.values()))
+    mover = Mover(Optimizer(name="adamw", rate=0.02, weight_decay=0.0), model)
+    term = next(iter(objective.targets))
+    losses = []
+    for _ in range(11):
+        losses.append(float(step(model, objective, [batch])[term]))
+        mover.move(1.0)
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved == trained and not any(n.startswith("trunk.") and ".low." not in n for n in moved)
+
+
+def states(model: LM) -> torch.Tensor:
+    tokens = torch.arange(2 * 7).view(2, 7) * 11 % 300
+    when = torch.arange(7)[None].expand(2, -1) * model.shape.causal
+    with torch.no_grad():
+        return model({"tokens": tokens, "looks": when, "appears": when})
+
+
+def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    transformers.logging.set_verbosity_error()
+    for kind in ("lora", "prefix", "prompt"):
+        run(recipe(place, "decoder", f"adapt={kind}", "optimizer.rate=0.05"), tmp_path / kind, quiet)
+        base = transformers.AutoModelForCausalLM.from_pretrained(place / "decoder" / "model").eval()
+        there = peft.PeftModel.from_pretrained(base, tmp_path / kind / "adapter").eval()
+        tokens = torch.arange(9)[None] * 7 % 300
+        model = load_model(tmp_path / kind / "model")
+        when = torch.arange(9)[None]
+        with torch.no_grad():
+            ours = model.parts["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
+            theirs = there(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, -9:]
+            plain = base(input_ids=tokens).logits
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        if kind == "lora":
+            merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "model").eval()
+            torch.testing.assert_close(merged(input_ids=tokens).logits, ours, atol=1e-5, rtol=1e-5)
+        else:
+            assert (plain - ours).abs().max() > 0.01
+
+
+def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
+    run(recipe(place, "decoder", "adapt=lora", "adapt.rank=3"), tmp_path / "one", quiet)
+    more = run(recipe(place, "decoder", "adapt=lora", f"adapt.start={tmp_path / 'one'}"), tmp_path / "two", quiet)
+    config = json.loads((tmp_path / "two" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 3 and more.steps == 6
+    rows = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0])["loss"] for n in ("one", "two")]
+    assert rows[1] < rows[0]
+    with pytest.raises(UserError, match=r"holds an adapter of kind lora: set adapt.kind=lora"):
+        run(recipe(place, "decoder", "adapt=prefix", f"adapt.start={tmp_path / 'one'}"), tmp_path / "three", quiet)
+
+
+def test_recomputing_changes_no_bit(place: Path, made: Made, tmp_path: Path) -> None:
+    """(It is what keeps a long row's memory small; that it does, test_model_prefix shows.)"""
+    run(dataclasses.replace(measured(place, "decoder", "prefix"), recompute=True), tmp_path, quiet)
+    plain, again = (load_model(one / "model").state_dict() for one in (made("decoder", "prefix"), tmp_path))
+    assert all(torch.equal(x, again[n]) for n, x in plain.items())
+
+
+def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) -> None:
+    plan = recipe(place, "decoder", "adapt=lora")
+    run(plan, tmp_path, quiet)
+    (tmp_path / "done.json").unlink()
+    for later in (tmp_path / "checkpoints").glob("step-000006"):
+        later.rename(tmp_path / "later")
+    weights = place / "decoder" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        with pytest.raises(UserError, match="the frozen weights, and those that the run starts from now are others"):
+            run(plan, tmp_path, quiet)
+    finally:
+        weights.write_bytes(before)
+
+
+def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
+    plain = load("gpt")
+    assert plain.adapt == Full()
+    assert load("classify", ["start=x", "adapt=lora"]).adapt == LoRA()
+    full = load("classify", ["start=x", "adapt.kind=lora", "adapt.rank=4", "adapt.targets=[blocks.*]"])
+    assert full.adapt == LoRA(rank=4, targets=("blocks.*",))
+    assert tree.build(type(full), yaml.safe_load(tree.write_yaml(full))) == full
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["adapt=lora", "start="], "adapt=lora trains a little beside a model that is there: say which with start=RUN"),
+        (["adapt=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
+        (
+            ["adapt=lora", "adapt.rank=33"],
+            "rank 33 is larger than the matrix trunk.blocks.0.attention.q, which is 32 x 32",
+        ),
+        (["adapt=lora", "adapt.targets=query"], "no matrix of this model is called 'query'; there is tokens, "),
+        (["adapt=prefix", "adapt.tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
+        (["adapt=frozen", "objective=rtd"], "each run the model in a way of their own"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(place: Path, tmp_path: Path, more: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run(recipe(place, "decoder", *more), tmp_path, quiet)
+
+
+def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Path) -> None:
+    small = [
+        "shape.width=32",
+        "shape.depth=1",
+        "shape.context=64",
+        "tokenizer.size=400",
+        "segment.length=24",
+        "length.steps=1",
+    ]
+    run(load("lstm", [f"source.path={place / 'text.txt'}", *SMALL, *small]), tmp_path / "lstm", quiet)
+    with pytest.raises(
+        UserError, match=r"adapt=prefix puts trained positions before a text, which .* has no attention"
+    ):
+        run(load("lstm", [*settings(place, "decoder", "adapt=prefix"), f"start={tmp_path / 'lstm'}", "shape=null"]),
+            tmp_path / "no", quiet)  # fmt: skip
+
+
+def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
+    model = load_model(place / "decoder" / "model")
+    assert flops.learning(model) == 1
+    maps = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("trunk."))
+    lora.add(model, ["q"], lora.Rank(rank=2))
+    low = 2 * 2 * (32 + 32)
+    lora.freeze(model)
+    assert flops.learning(model) == pytest.approx((4 * maps + 6 * low) / (6 * maps))
+    lora.freeze(lora.fold(model), ["lm"])
+    assert flops.learning(model) == pytest.approx(1 / 3)
+
+
+def test_trained_positions_are_counted() -> None:
+    """A prompt costs what as many more tokens in front cost; a prefix only the looking at it."""
+    for make in (decoder, encoder):
+        shape = make(50, 64, 2, heads=2)
+        model, objective = LM(shape, {"lm": Vocabulary(shape)}), CausalLM()
+        texts, longer = ([{"tokens": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3))
+        if shape.causal:
+            texts, longer = ([one | causal(len(one["tokens"])) for one in those] for those in (texts, longer))
+        batch = collate(texts, set())
+        plain = objective.run_flops(model, batch)
+        model.parts["prompt"] = prompt_of(model, [1, 2, 3])
+        assert objective.run_flops(model, batch) == objective.run_flops(LM(shape, {}), collate(longer, set()))
+        packed = flops.fronted(flops.work(pack(texts, 16, set())), pack(texts, 16, set()), shape, 0, 3)
+        assert (packed.positions, packed.pairs) == (
+            flops.work(collate(longer, set())).positions, flops.work(collate(longer, set())).pairs
+        )  # fmt: skip
+        del model.parts["prompt"]
+        model.parts["prefix"] = prefix_of(model, [1, 2, 3])
+        assert objective.run_flops(model, batch) == plain + 6 * shape.depth * 13 * 3 * 2 * 64
