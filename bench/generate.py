@@ -1,11 +1,12 @@
 """Speed of cached greedy generation: a decoder of 29 M parameters (8 layers, width 512) writes 128 tokens, CPU.
 
-    python -m bench.generate --batch 1     # and --batch 16
-    python -m bench.generate --check       # the same weights write the same tokens on both sides; no timing
+    python -m bench.generate --batch 1 --weights fp32 bf16 int8-dynamic int8      # and --batch 16
+    python -m bench.generate --batch 1 --model DIR     # a Llama of a directory, such as SmolLM2, in place of the two
+    python -m bench.generate --check                   # the same weights write the same tokens on both sides; no timing
 
 Contenders: transformers' `generate()` on a `GPT2LMHeadModel` as it comes, the same with its weights in bf16, firth's
-`Engine` reading the very same GPT-2 from its directory, and firth's `Engine` on its own default decoder of that size.
-firth in its default precision is what `firth generate` picks on this machine; here that is also said in the table.
+`Engine` reading the very same GPT-2 from its directory, and firth's `Engine` on its own default decoder of that size,
+each with every kind of weights that is asked for (firth.generate.lowered). The last one named is what ratios are of.
 Every contender gets the same prompts (32 tokens a row) and must write 128 tokens a row: nothing can end an answer.
 
 At batch 1 the floor is the weights' bytes over the memory bandwidth (embeddings of tokens that are not read excluded).
@@ -50,14 +51,23 @@ def hf_model() -> Any:
     return model.eval()
 
 
+def hf_from(directory: Path) -> Any:
+    """A model of a directory, which nothing can make end."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
 def hf_write(model: Any, batch: int) -> list[list[int]]:
     ids = torch.from_numpy(prompts(batch))
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     return out[:, PROMPT:].tolist()  # type: ignore[no-any-return]
 
 
-def transformers_generate(turn: Turn, batch: int, dtype: torch.dtype) -> None:
-    model = hf_model().to(dtype)
+def transformers_generate(turn: Turn, batch: int, make: Callable[[], Any], dtype: torch.dtype) -> None:
+    model = make().to(dtype)
     while True:
         turn(sum(map(len, hf_write(model, batch))))
 
@@ -116,37 +126,44 @@ def firth_write(engine: Any, batch: int) -> list[list[int]]:
     return [c.tokens.tolist() for c in done]
 
 
-def firth_generate(turn: Turn, batch: int, make: Callable[[], Any], dtype: torch.dtype) -> None:
+def firth_generate(turn: Turn, batch: int, make: Callable[[], Any], weights: str) -> None:
     from firth.generate.engine import Engine
 
-    engine = Engine(make().to(dtype), Numbers(), stops=())
+    engine = Engine(make(), Numbers(), stops=(), weights=weights)
     while True:
         turn(sum(map(len, firth_write(engine, batch))))
 
 
-def contenders(batch: int) -> dict[str, Callable[[Turn], None]]:
-    fp32, bf16 = torch.float32, torch.bfloat16
-    return {
-        "transformers": partial(transformers_generate, batch=batch, dtype=fp32),
-        "transformers, bf16": partial(transformers_generate, batch=batch, dtype=bf16),
-        "firth, the same GPT-2": partial(firth_generate, batch=batch, make=same_gpt2, dtype=fp32),
-        "firth, the same GPT-2, bf16": partial(firth_generate, batch=batch, make=same_gpt2, dtype=bf16),
-        "firth, bf16": partial(firth_generate, batch=batch, make=own_decoder, dtype=bf16),
-        "firth": partial(firth_generate, batch=batch, make=own_decoder, dtype=fp32),
+def contenders(batch: int, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[Turn], None]]:
+    from firth.model.weights import load_model
+
+    theirs = hf_model if directory is None else partial(hf_from, directory)
+    ours = {"the same GPT-2": same_gpt2, "its own": own_decoder}
+    if directory is not None:
+        ours = {"the same": partial(load_model, directory)}
+    found: dict[str, Callable[[Turn], None]] = {
+        "transformers": partial(transformers_generate, batch=batch, make=theirs, dtype=torch.float32),
+        "transformers, bf16": partial(transformers_generate, batch=batch, make=theirs, dtype=torch.bfloat16),
     }
+    for name, make in ours.items():
+        for kind in weights:
+            found[f"firth, {name}, {kind}"] = partial(firth_generate, batch=batch, make=make, weights=kind)
+    return found
 
 
-def check() -> None:
+def check(directory: Path | None) -> None:
     """The same weights write the same tokens, whoever runs them, at batch 1 and 4."""
     from firth.generate.engine import Engine
+    from firth.model.weights import load_model
 
-    theirs, engine = hf_model(), Engine(same_gpt2(), Numbers(), stops=())
+    theirs = hf_model() if directory is None else hf_from(directory)
+    engine = Engine(same_gpt2() if directory is None else load_model(directory), Numbers(), stops=())
     sizes = {
         "transformers": sum(p.numel() for p in theirs.parameters()),
-        "firth, the same GPT-2": sum(p.numel() for p in engine.model.parameters()),
-        "firth": sum(p.numel() for p in own_decoder().parameters()),
+        "firth, the same": sum(p.numel() for p in engine.model.parameters()),
+        "firth, its own": sum(p.numel() for p in own_decoder().parameters()),
     }
-    assert sizes["transformers"] == sizes["firth, the same GPT-2"], sizes
+    assert sizes["transformers"] == sizes["firth, the same"], sizes
     for batch in (1, 4):
         want, got = hf_write(theirs, batch), firth_write(engine, batch)
         assert all(len(row) == NEW for row in want + got), "an answer ended early"
@@ -157,13 +174,19 @@ def check() -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, contenders(1))
+    from firth.generate.lowered import DIGITS, FLOATS
+
+    every = [*FLOATS, *DIGITS]
+    names = {**contenders(1, every, None), **contenders(1, every, Path())}
+    parser = arguments(__doc__, names)
     parser.add_argument("--batch", type=int, default=1, help="rows written at once")
+    parser.add_argument("--weights", nargs="+", choices=every, default=["fp32", "int8-dynamic", "int8"])
+    parser.add_argument("--model", type=Path, help="the directory of a Llama to write with on both sides")
     given = parser.parse_args()
     if given.check:
-        check()
+        check(given.model)
     else:
-        command(given, contenders(given.batch))
+        command(given, contenders(given.batch, every if given.only else given.weights, given.model))
 
 
 if __name__ == "__main__":

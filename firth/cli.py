@@ -30,7 +30,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 Run = Annotated[
     Path,
     typer.Argument(
-        help="A run directory, or a directory of a model or an adapter as transformers and peft write them."
+        help="A run directory, a directory of a model or an adapter as transformers and peft write them, or a GGUF file."
     ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")]
@@ -39,6 +39,10 @@ TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens tha
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="At most this many new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
+Held = Annotated[
+    str | None,
+    typer.Option("--weights", help="Hold weights in fp32, bf16, int8 or int8-dynamic; by default as stored."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 
 
@@ -231,6 +235,7 @@ def generate(
     min_p: MinP = 0.0,
     stop: Stop = None,
     seed: Seed = 0,
+    weights: Held = None,
 ) -> None:
     """Continue a text (decoders), or answer one (encoder-decoders)."""
     from firth.generate.sample import Sampling
@@ -246,7 +251,7 @@ def generate(
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in open_engine(run).stream_text(text, sampling):
+    for piece in open_engine(run, weights).stream_text(text, sampling):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -286,13 +291,14 @@ def chat(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
+    weights: Held = None,
 ) -> None:
     """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves."""
     from firth.generate.sample import Sampling
     from firth.recipes.use import Conversation
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=tokens, seed=seed)
-    talk = Conversation(run, sampling)
+    talk = Conversation(run, sampling, weights)
     while True:
         try:
             said = input("> " if sys.stdin.isatty() else "")
@@ -319,6 +325,33 @@ def evaluate(
     from firth.recipes.use import evaluate_run
 
     typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json))
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="A model directory or GGUF file that others wrote.")],
+    out: Annotated[Path, typer.Argument(help="Where the directory for firth's commands goes.")],
+) -> None:
+    """Read a published model and its tokenizer, check them, and write a directory that every command takes."""
+    from firth.recipes.exchange import import_model
+
+    import_model(directory, out, echo=typer.echo)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="Where the directory for others goes.")],
+    form: Annotated[
+        str, typer.Option("--format", help="hf: what transformers loads; gguf: what llama.cpp loads.")
+    ] = "hf",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0); as it is by default.")] = "",
+    shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
+) -> None:
+    """Write a run's model for others, with a card that says what it was made of."""
+    from firth.recipes.exchange import export_model
+
+    export_model(run, out, form=form, dtype=dtype, shard=shard_size, echo=typer.echo)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def test_causal_perplexity_is_theirs(tmp_path, tokenizer):
 def test_a_foreign_model_without_bos_is_not_asked_the_first_token(tmp_path, tokenizer):
     saved(tmp_path, tokenizer, decoder)
     (tmp_path / "model" / "firth.json").unlink()
+    tokenizer.save(tmp_path / "model")  # one that frames nothing
     (tmp_path / "a.txt").write_text("the fool speaks")
     found = evaluate(tmp_path, [str(tmp_path / "a.txt")])
     ids = torch.tensor([tokenizer.encode("the fool speaks").tolist()])

@@ -17,9 +17,10 @@ PACKAGE = ROOT / "firth"
 BELOW = {
     "firth": (),
     "types": (),
-    "text": ("types",),
+    "gguf": ("types",),
+    "text": ("types", "gguf"),
     "data": ("types", "text"),
-    "model": ("types", "text.chat"),
+    "model": ("types", "gguf", "text.chat"),
     "objectives": ("types", "text", "data", "model", "scaling.flops"),
     "train": ("types", "text", "data", "model", "objectives.objective", "scaling.flops"),
     "generate": ("types", "text", "data", "model"),
@@ -36,7 +37,7 @@ ABOVE = {"recipes": ("cli", "demo"), "demo": ("cli",), "cli": ()}
 """Rooms that may import everything -> the rooms that they may not."""
 
 LEARNERS = ("torch", "safetensors")
-TORCH_FREE = ("types", "text", "cli", "report")
+TORCH_FREE = ("types", "gguf", "text", "cli", "report")
 ORACLES = {
     "transformers", "peft", "trl", "sklearn", "scipy", "lm_eval", "openai", "accelerate", "datasets", "sentencepiece",
     "gensim", "pytest",

@@ -186,6 +186,8 @@ def test_a_class_of_theirs_comes_in_and_goes_out(case: str, kind: str, tmp_path:
     again, info = kind_of.from_pretrained(tmp_path / "ours", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert far(ours, again.eval(), case, kind) < 1e-4
+    if kind != FAMILIES[case][3][0]:  # once for each case
+        return
     again.save_pretrained(tmp_path / "again")
     back = load_model(tmp_path / "again").state_dict()
     assert back.keys() == ours.state_dict().keys()

@@ -84,6 +84,18 @@ def test_a_head_that_is_not_whole_is_not_passed_over(tmp_path: Path) -> None:
         load_model(changed(tmp_path, state))
 
 
+@pytest.mark.parametrize("name", ["mpnet", "roberta", "llama"])
+def test_a_trunk_saved_alone_may_name_its_ancestor_s_class(name: str, tmp_path: Path) -> None:
+    """Published encoders of sentences do. With its prefix in front, the same file lacks something."""
+    state = foreign(SHAPES[name], tmp_path)
+    prefix = FAMILIES[name].prefix
+    trunk = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+    changed(tmp_path, {key.removeprefix(prefix): tensor for key, tensor in trunk.items()})
+    assert set(load_model(tmp_path).parts) == set() and left_out(tmp_path) == []
+    with pytest.raises(UserError, match="lacks tensor 'lm_head"):
+        load_model(changed(tmp_path, trunk))
+
+
 def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
     state = foreign(BERT, tmp_path, {"lm": Vocabulary(BERT), "next": pooled(32, 2)})
     assert left_out(tmp_path) == []
@@ -183,6 +195,22 @@ def test_released_encoders_are_counted(name: str, count: int) -> None:
     """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
     assert published.SHAPES[name].parameters() == count
     assert family_of(published.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
+
+
+def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Path) -> None:
+    foreign(SHAPES["modernbert"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_parameters"]["full_attention"]["rope_theta"] == 10000.0
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"global_rope_theta": 777.0}))
+    assert load_model(tmp_path).shape.rotary_theta == 777.0
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
+    state = foreign(LLAMA, tmp_path)
+    twice = state | {"transformer.norm.weight": state["model.norm.weight"]}
+    with pytest.raises(UserError, match="two names for one tensor"):
+        load_model(changed(tmp_path, twice))
 
 
 def test_spanbert_is_a_bert(tmp_path: Path) -> None:

@@ -19,6 +19,19 @@ SENTENCEPIECE = Package(
     "21618ad31f0453a1ebf5ec58defed99758d54af0b670546ecac639ddd8b86fbd", 3_751_846,
 )  # fmt: skip
 
+LLAMA = Package(
+    "pypi-sdist", "llama-cpp-python", "0.3.36",
+    "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e", 76_589_250,
+)  # fmt: skip
+
+
+def large(package: Package) -> Package:
+    """A package that is fetched in CI, and elsewhere only read from the cache."""
+    shelf = corpora.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
+    if not os.environ.get("CI") and not any(shelf.glob("*.tar.gz")):
+        pytest.skip(f"{package} ({package.size / 1e6:.0f} MB) is not in the cache: run once with CI=1")
+    return package
+
 
 def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
     """A directory with those files of the package, by their last name."""

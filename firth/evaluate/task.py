@@ -18,7 +18,7 @@ import yaml
 from firth.evaluate import metrics
 from firth.model import adapter
 from firth.model.lm import LM
-from firth.model.weights import load_model
+from firth.model.weights import load_model, refuse_larger
 from firth.text.tokenizer import Tokenizer
 from firth.text.vocab import Vocab
 from firth.types import UserError
@@ -74,8 +74,11 @@ def open_subject(directory: Path) -> Subject:
     if adapter.present(place):
         model = adapter.load(place)
         place = place if (place / "tokenizer.json").is_file() else adapter.base_of(place)
-        return Subject(model, Tokenizer.load(place), directory, place)
-    return Subject(load_model(place), Tokenizer.load(place), directory, place)
+    else:
+        model = load_model(place)
+    tokenizer = Tokenizer.load(place)
+    refuse_larger(tokenizer, model.shape, f"{place}")
+    return Subject(model, tokenizer, directory, place)
 
 
 def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:

@@ -48,13 +48,15 @@ def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     every row so. firth's own runs read [bos] where a document begins, and windows that begin anywhere.
     """
     bos = tokenizer.vocab.roles.get("bos")
-    file = directory / "tokenizer_config.json"
-    said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else None
+    file, ours = directory / "tokenizer_config.json", directory / "firth.json"
+    said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else tokenizer.bos
     if bos is None or said is False:
         return None, False
+    if not said and ours.exists() and "recipe" in json.loads(ours.read_text("utf-8")).get("facts", {}):
+        return bos, False
     if said or tokenizer.engine.encode("a", add_special_tokens=True).ids[:1] == [bos]:
         return bos, True
-    return (bos, False) if (directory / "firth.json").exists() else (None, False)
+    return (bos, False) if ours.exists() else (None, False)
 
 
 def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progress: Progress) -> dict[str, Any]:

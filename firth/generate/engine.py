@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from firth.generate.answer import Answer, Coder, Completion
+from firth.generate.lowered import lowered
 from firth.generate.masked import Candidate, fill
 from firth.generate.rows import Rows, reading, rectangle, stacked
 from firth.generate.sample import Sampling
@@ -36,11 +37,15 @@ from firth.types import IGNORE, NEVER, UserError
 class Engine:
     """One model, one tokenizer, and the verbs.
 
-    stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch.
+    stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch. weights: what the weights are
+    held in, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.lowered`); default as they are.
     """
 
-    def __init__(self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64):
-        self.model, self.coder, self.rows = model, tokenizer, rows
+    def __init__(
+        self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64,
+        weights: str | None = None,
+    ):  # fmt: skip
+        self.model, self.coder, self.rows = model if weights is None else lowered(model, weights), tokenizer, rows
         vocab = tokenizer.vocab
         self.stops = frozenset(int(i) for i in (tokenizer.stops if stops is None else stops))
         self.start = vocab.starting(model.shape.decoder_start).start if model.shape.encoder else None

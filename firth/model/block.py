@@ -75,9 +75,11 @@ class Attention(nn.Module):
         self.k = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
         self.v = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
         self.o = Linear(shape.heads * shape.head_width, shape.width, bias=bias and shape.bias_at != "qkv")
+        self.joined: nn.Module | None = None
+        """q, k and v as one map, where they have been lowered."""
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width))
+        return x.view(*x.shape[:-1], -1, self.head_width)  # unflatten says the same and takes three times as long
 
     def memorize(self, memory: Tensor, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: two of (B, KV, S, D)."""
@@ -104,7 +106,7 @@ class Attention(nn.Module):
         Queries and keys are placed together: for a few tokens the calls are what costs, and one copy of them nothing.
         (Their weights are not joined: that saves 0.3 ms of a 6 ms step at 29 M parameters, and joining them takes 10.)
         """
-        joined = torch.cat((self.q(x), self.k(x), self.v(x)), -1)
+        joined = torch.cat((self.q(x), self.k(x), self.v(x)), -1) if self.joined is None else self.joined(x)
         values = self.kv_heads * self.head_width
         gains = None
         if self.q_gain is not None and self.k_gain is not None:
@@ -159,11 +161,14 @@ class MLP(nn.Module):
         self.up = Linear(shape.width, shape.hidden, bias=bias)
         self.gate = Linear(shape.width, shape.hidden, bias=bias) if shape.gated else None
         self.down = Linear(shape.hidden, shape.width, bias=bias)
+        self.joined: nn.Module | None = None
+        """gate and up as one map, where they have been lowered."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x)))
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = (self.gate(x), self.up(x)) if self.joined is None else self.joined(x).chunk(2, -1)
+        return self.down(self.act(gate) * up)
 
 
 class Block(nn.Module):

@@ -49,14 +49,15 @@ class Vocabulary(nn.Module):
         """What states are multiplied with: the weight, and whatever has been put on it (`firth.model.lora`)."""
         return self.weight
 
-    def _transform(self, hidden: Tensor) -> Tensor:
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the matrix reads them: (..., width) -> (..., reads)."""
         if self.dense is not None and self.norm is not None:
             hidden = self.norm(self.act(self.dense(hidden)))
         return hidden if self.scale == 1 else hidden * self.scale
 
     def forward(self, hidden: Tensor) -> Tensor:
         # In one piece: what reads a row of logits then takes a tenth of the time.
-        logits = project(self._transform(hidden), self.matrix, self.bias).contiguous()
+        logits = project(self.transform(hidden), self.matrix, self.bias).contiguous()
         if not self.softcap:
             return logits
         if torch.is_grad_enabled():
@@ -65,7 +66,7 @@ class Vocabulary(nn.Module):
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32. Never holds all the logits."""
-        return self.matched(self._transform(states), labels)
+        return self.matched(self.transform(states), labels)
 
     def matched(self, read: Tensor, labels: Tensor) -> Tensor:
         """`nll` of what another head has read: (N, `reads`), without the transform of this one."""
@@ -75,7 +76,7 @@ class Vocabulary(nn.Module):
 
     def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
         """log p(label) of each row, with its graph: states (N, width), labels (N,) -> (N,) float32."""
-        out: Tensor = LogProbs.apply(self._transform(states), self.matrix, self.bias, labels, self.softcap)
+        out: Tensor = LogProbs.apply(self.transform(states), self.matrix, self.bias, labels, self.softcap)
         return out
 
 

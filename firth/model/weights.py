@@ -12,22 +12,31 @@ published family expresses is saved with our own names and firth.json alone. Not
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from firth.gguf import find
+from firth.model import gguf
 from firth.model.families import FAMILIES, families_of
 from firth.model.families.classes import labels, of_model
 from firth.model.families.family import Family, to_theirs
 from firth.model.families.reading import Found, foreign, own
+from firth.model.files import (
+    AS_IT_IS,
+    Storage,
+    read_json,
+    read_tensors,
+    refuse_foreign,
+    refuse_numbers,
+    write_json,
+    write_tensors,
+)
 from firth.model.hollow import hollow
 from firth.model.lm import LM
 from firth.model.parts import described, rebuilt
@@ -38,10 +47,17 @@ if TYPE_CHECKING:
     from firth.text.tokenizer import Tokenizer
 
 
-def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: Mapping[str, Any] | None = None) -> str:
+def save_model(
+    model: LM,
+    tokenizer: Tokenizer | None,
+    directory: Path,
+    facts: Mapping[str, Any] | None = None,
+    storage: Storage = AS_IT_IS,
+) -> str:
     """Write a model directory; return one sentence that says what others can load it as.
 
-    facts: anything worth keeping beside the weights (steps, loss, recipe hash), as JSON.
+    facts: anything worth keeping beside the weights (steps, loss, recipe hash), as JSON. storage: the numbers' type, and how
+    they are divided among files. The tokenizer is written so that others too frame a text as this model reads one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -58,7 +74,7 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
         written = to_theirs(state, entries)
         theirs = {ours for entry in entries for ours in entry.ours} | model.shared().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
-        dtype = str(model.tokens.weight.dtype).removeprefix("torch.")
+        dtype = str(storage.dtype or model.tokens.weight.dtype).removeprefix("torch.")
         ids = token_ids(tokenizer, model.shape)
         common = {
             "architectures": [form.name],
@@ -67,19 +83,22 @@ def save_model(model: LM, tokenizer: Tokenizer | None, directory: Path, facts: M
             "torch_dtype": dtype,
         } | ids
         classes = [str(name) for name in (facts or {}).get("classes", ())]
-        _write(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
+        write_json(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
         if head and model.shape.causal:
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else tokenizer.stops
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
-            _write(directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {}))
+            write_json(
+                directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
+            )
         beside = [name for name in ("prefix", "prompt") if name in parts]
         said = f"transformers loads it as {form.name}"
         said += "".join(f", without its {name}, which peft adds" for name in beside)
-    _save(written, directory / "model.safetensors")
-    _write(directory / "firth.json", record | {"facts": dict(facts or {})})
+    write_tensors(written, directory, storage)
+    write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
-        tokenizer.save(directory)
+        reads: Literal["source", "left", "both"] = "left" if model.shape.causal else "both"
+        tokenizer.framed("source" if model.shape.encoder else reads).save(directory, segments=model.shape.segments > 0)
     return said
 
 
@@ -107,14 +126,24 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     """
     found = _read(directory)
     if parts is None:
-        with hollow():
+        with hollow(), _described(found.parts, directory):
             model = LM(found.shape, {name: rebuilt(description, name) for name, description in found.parts.items()})
+        _compare(model, found.state, directory)  # before memory is taken for what a stranger's file says there is
         model = model.to_empty(device="cpu")
         model.tie()
     else:
         model = LM(found.shape, parts)
-    _fill(model, found.state, f"{directory}")
+    _fill(model, found.state, directory)
     return model.eval()
+
+
+def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:
+    """UserError if a tokenizer has ids that a model has no vector for. One with fewer is common: tables are padded."""
+    if tokenizer.vocab.size > shape.vocab:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab.size:,} ids and the model {shape.vocab:,} vectors, so they do not "
+            "belong together: take the tokenizer that the model was trained with"
+        )
 
 
 def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
@@ -134,7 +163,7 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
         p for p in here if p in there and {n: state[n].shape for n in there[p]} == {n: mine[n].shape for n in here[p]}
     ]
     fill = {n: t for n, t in state.items() if not n.startswith("parts.")} | {n: state[n] for p in kept for n in here[p]}
-    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, f"{directory}")
+    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, directory)
     return sorted(there.keys() - set(kept)), sorted(here.keys() - set(kept))
 
 
@@ -155,8 +184,8 @@ def _difference(mine: Shape, theirs: Shape) -> str:
     return "its tensors do not fit its shape"
 
 
-def _fill(model: LM, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy every tensor in; one missing, left over or of another size is a UserError."""
+def _compare(model: LM, state: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors for every name of the model; one missing, left over, of another size or kind is a UserError."""
     state = dict(state) | {name: state[first] for name, first in model.shared().items() if first in state}
     mine = model.state_dict()
     for name in sorted(mine.keys() ^ state.keys()):
@@ -164,8 +193,17 @@ def _fill(model: LM, state: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in mine.items():
         if tensor.shape != state[name].shape:
             raise UserError(f"{where}: tensor {name!r} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() and state[name].dtype != tensor.dtype:
+            raise UserError(f"{where}: tensor {name!r} is of {state[name].dtype}, expected {tensor.dtype}")
+    refuse_numbers({name: state[name] for name, tensor in mine.items() if tensor.is_floating_point()}, where)
+    return state
+
+
+def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
+    """Copy every tensor in."""
+    state = _compare(model, state, where)
     with torch.no_grad():
-        for name, tensor in mine.items():
+        for name, tensor in model.state_dict().items():
             tensor.copy_(state[name])
 
 
@@ -176,95 +214,109 @@ def left_out(directory: Path) -> list[str]:
 
 def class_names(directory: Path) -> tuple[str, ...]:
     """The names of the classes of a directory's head, in the order of its rows; none where nothing names them."""
-    told = _json(directory / "firth.json").get("facts", {}).get("classes")
-    return labels(_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
+    told = read_json(directory / "firth.json").get("facts", {}).get("classes")
+    return labels(read_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
 
 
 def _read(directory: Path) -> Found:
     """What a directory holds, by our names."""
-    config, ours = _json(directory / "config.json"), _json(directory / "firth.json")
+    config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
     if not config and (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory} holds an adapter and no model: start from its base, with adapt.start={directory}")
-    if not config and not ours:
+    file = find(directory)
+    if file is not None:
+        config, ours = gguf.config(file), {}
+    elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
-    state = _tensors(directory)
+    refuse_foreign(config, directory / "config.json")
     kind = ours.get("family") if ours else config.get("model_type")
-    if kind is None:
-        shape = _shape(ours, directory)
-        if shape.tied and "lm" in ours["parts"]:
-            state["parts.lm.weight"] = state["tokens.weight"]
-        return Found(shape, state, ours["parts"], [])
-    if kind not in FAMILIES:
-        raise UserError(f"{directory}/config.json is of family {kind!r}; firth reads {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    if ours:
-        return own(family, _shape(ours, directory), state, ours["parts"], f"{directory}")
-    return foreign(family, _guarded(family, config, directory), state, config, f"{directory}")
+    if not (ours and kind is None) and (type(kind) is not str or kind not in FAMILIES):
+        raise UserError(f"{directory}/config.json is of family {kind!r:.40}; firth reads {', '.join(FAMILIES)}")
+    state = read_tensors(directory) if file is None else gguf.tensors(file)
+    refuse_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
+    if not ours:
+        family = FAMILIES[str(kind)]
+        shape = checked(lambda: family.shape(config), state, file or directory / "config.json")
+        return foreign(family, shape, state, config, f"{directory}")
+    shape = checked(lambda: _shape(ours), state, directory / "firth.json")
+    if kind is not None:
+        with _described(ours["parts"], directory):
+            return own(FAMILIES[kind], shape, state, ours["parts"], f"{directory}")
+    if shape.tied and "lm" in ours["parts"] and "tokens.weight" in state:
+        state["parts.lm.weight"] = state["tokens.weight"]
+    return Found(shape, state, ours["parts"], [])
 
 
-def _guarded(family: Family, config: dict[str, Any], directory: Path) -> Shape:
-    try:
-        return family.shape(config)
-    except KeyError as missing:
-        raise UserError(f"{directory}/config.json lacks the field {missing}") from missing
-
-
-def _shape(ours: Mapping[str, Any], directory: Path) -> Shape:
-    known = {field.name for field in fields(Shape)}
-    unknown = sorted(ours["shape"].keys() - known)
+def _shape(ours: Mapping[str, Any]) -> Shape:
+    """The shape in firth.json."""
+    unknown = sorted(ours["shape"].keys() - {field.name for field in fields(Shape)})
     if unknown:
-        raise UserError(f"{directory}/firth.json has the unknown shape field {unknown[0]!r}: it is of a newer version")
+        raise UserError(f"firth.json has the unknown shape field {unknown[0]!r}: it is of a newer version")
+    if type(ours["parts"]) is not dict:
+        raise TypeError("its parts are no object")
     return Shape(**ours["shape"])
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, from one file or several."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        files = [single]
-    elif index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{index} names a file outside of its directory")
-        files = [directory / name for name in names]
-    elif list(directory.glob("*.bin")) or list(directory.glob("*.pt")):
-        raise UserError(
-            f"{directory} holds pickled weights, which can run code and are never read: save as safetensors"
-        )
-    else:
-        raise UserError(f"{directory} holds no model.safetensors")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state |= load_file(file)
-        except (SafetensorError, FileNotFoundError) as fault:
-            raise UserError(f"{file} cannot be read as safetensors ({fault}): copy it again") from fault
-    return state
+def checked(make: Callable[[], Shape], state: Mapping[str, Tensor], file: Path) -> Shape:
+    """The shape that a file describes, if it is one and the tensors beside it are enough for a model of that size.
 
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
+    UserError otherwise, before anything of that size is made.
+    """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise UserError(f"{file} is not JSON ({fault})") from fault
-    if type(found) is not dict:
-        raise UserError(f"{file} is not a JSON object")
-    return found
+        shape = make()
+        _typed(shape)
+        table = 0 if shape.characters else shape.vocab * shape.table_width
+        layers, needed = max(shape.depth, shape.encoder), replace(shape, vocab=1).parameters() + table
+    except KeyError as missing:
+        raise UserError(f"{file} lacks the field {missing}") from None
+    except UserError as fault:
+        raise UserError(f"{file}: {fault}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as fault:
+        raise UserError(f"{file} describes no model: {fault}") from None
+    held = sum(tensor.numel() for tensor in state.values())
+    if layers > DEEPEST or needed > SPARE * held:
+        raise UserError(
+            f"{file} describes a model of {min(layers, MOST):,} layers and {min(needed, MOST):,} numbers, and the files "
+            f"beside it hold {held:,}: they do not belong together"
+        )
+    return shape
 
 
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+MOST = 10**15
+DEEPEST, SPARE = 10_000, 3
+"""The most layers of a model from a file (ALBERT's cost nothing there), and how many times the numbers in its files a model
+may have, its head aside: a file may lack what its class does not use. No more than MOST are told."""
 
 
-def _save(state: dict[str, Tensor], file: Path) -> None:
-    partial = file.with_name(file.name + ".partial")
-    seen: set[int] = set()
-    for name, tensor in state.items():  # safetensors refuses two names for one memory (T5's stored tied head)
-        state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    save_file(state, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+def _typed(shape: Shape) -> None:
+    """TypeError if a field of a shape is of another type than it says."""
+    allowed = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    for field in fields(Shape):
+        value = getattr(shape, field.name)
+        if type(value) not in allowed.get(str(field.type), (str, int)):
+            raise TypeError(f"{field.name} is {value!r:.40}")
+
+
+@contextmanager
+def _described(parts: Mapping[str, Any], directory: Path) -> Iterator[None]:
+    """UserError where what firth.json says of the parts is believed and turns out to be nonsense."""
+    try:
+        for shape in _shapes(parts):
+            if max(shape.get("depth", 0), shape.get("encoder", 0)) > DEEPEST:
+                raise ValueError("a part has too many layers")
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as fault:
+        raise UserError(f"{directory}/firth.json describes parts that cannot be rebuilt ({str(fault)[:80]})") from None
+
+
+def _shapes(described: Any) -> Iterator[Mapping[str, Any]]:
+    """Every shape in a description, however deep."""
+    waiting = [described]
+    while waiting:
+        one = waiting.pop()
+        if type(one) is dict:
+            waiting += one.values()
+            if "vocab" in one:
+                yield one
+        elif type(one) is list:
+            waiting += one

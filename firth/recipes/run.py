@@ -24,8 +24,8 @@ from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.lora import trained
-from firth.model.weights import load_model, save_model, start_from
-from firth.recipes import segments, tree
+from firth.model.weights import load_model, refuse_larger, save_model, start_from
+from firth.recipes import card, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
@@ -74,6 +74,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     tell = echo if ranks.first else _silent
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
+    _refuse_strangers(tokenizer, recipe)
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _settled(recipe, material)
     assert settled.shape is not None
@@ -98,7 +99,6 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     else:
         model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if settled.embeddings:
-        _refuse_strangers(tokenizer, settled.embeddings)
         said = vectors.take(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
     settled.adapt.apply(model, added, tokenizer, settled.seed)
@@ -143,6 +143,9 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
+        card.write(
+            card.of_run(directory, directory / "model", model, said, facts, told), directory / "model" / "README.md"
+        )
         _write(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / "report.html")
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
@@ -182,14 +185,14 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
     return Tokenizer.load(own)
 
 
-def _refuse_strangers(tokenizer: Tokenizer, begins: str) -> None:
-    """Raise a UserError if a model's vectors are of other tokens: as many of them are not the same ones."""
-    theirs = model_directory(begins)
-    if Tokenizer.load(theirs).digest != tokenizer.digest:
-        raise UserError(
-            f"{begins} has another tokenizer than this run, so its vectors are of other tokens: leave out tokenizer.path, "
-            "and the run takes that one"
-        )
+def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
+    for begins in (recipe.start, recipe.embeddings):
+        if begins and Tokenizer.load(model_directory(begins)).digest != tokenizer.digest:
+            raise UserError(
+                f"{begins} has another tokenizer than this run, so its vectors are of other tokens: leave out "
+                "tokenizer.path, and the run takes that one"
+            )
 
 
 def _settled(recipe: Recipe, material: Material) -> Recipe:
@@ -206,7 +209,9 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         raise UserError(
             f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN"
         )
-    if material.tokenizer.vocab.size > shape.vocab or not recipe.start:
+    if recipe.start:
+        refuse_larger(material.tokenizer, shape, recipe.start)
+    else:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     objective = recipe.segment.settle(recipe.objective, material)
     objective = recipe.adapt.settle(objective)

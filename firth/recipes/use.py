@@ -84,22 +84,27 @@ TO, PRIOR = "<to>", "<prior>"
 
 
 def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
-    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source."""
+    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source.
+
+    A stranger's tokenizer says whether it puts bos there (GPT-2's has one and does not).
+    """
     ids = tokenizer.encode(text)
     roles = tokenizer.vocab.roles
     if model.shape.encoder:
         return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
-    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if "bos" in roles else ids
+    begins = "bos" in roles and tokenizer.bos is not False
+    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
 
 
-def open_run(directory: Path) -> Opened:
-    """The model of a run or model directory; UserError where it cannot write."""
+def open_run(directory: Path, weights: str | None = None) -> Opened:
+    """The model of a run or model directory, its weights as stored or as told; UserError where it cannot write."""
     subject = open_subject(directory)
     if "lm" not in subject.model.parts:
         raise UserError(
             f"{directory}: this model has no vocabulary head, so it cannot write; it has {list(subject.model.parts)}"
         )
-    return Opened(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
+    engine = Engine(subject.model, subject.tokenizer, weights=weights)
+    return Opened(engine.model, subject.tokenizer, engine)
 
 
 def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | None) -> list[str]:
@@ -113,9 +118,9 @@ def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | No
     return lines
 
 
-def open_engine(directory: Path) -> Opened:
+def open_engine(directory: Path, weights: str | None = None) -> Opened:
     """A model that was trained to write from left to right."""
-    opened = open_run(directory)
+    opened = open_run(directory, weights)
     if {"mlm", "mpnet", "plm"} & {*objective_of(directory)}:
         raise UserError(
             f"{directory}: a masked or permuted language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
@@ -146,10 +151,11 @@ class Conversation:
 
     run: Path
     sampling: Sampling
+    weights: str | None = None
     messages: list[chat.Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.opened = open_engine(self.run)
+        self.opened = open_engine(self.run, self.weights)
 
     def answer(self, said: str) -> Iterator[str]:
         """Say something; the answer comes a piece at a time. The oldest turns are left out when the context is full."""

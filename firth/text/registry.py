@@ -52,13 +52,16 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     name, version = os.environ["FIRTH_NAME"], os.environ["FIRTH_VERSION"]
-    directory = pathlib.Path(metadata_directory) / f"{name}-{version}.dist-info"
+    directory = pathlib.Path(metadata_directory) / f"{name.replace('-', '_')}-{version}.dist-info"
     directory.mkdir()
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
     return directory.name
 
 __legacy__ = sys.modules[__name__]  # the backend's name where the package has no pyproject.toml
 """
+
+BACKENDS = ("setuptools/build_meta.py", "scikit_build_core/build.py")
+"""The build tools that the packages here name, as files that the stub stands in for."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,13 @@ def _pip(package: Package, scratch: Path, place: Path) -> None:
         command += ["--only-binary", ":all:"]
     else:
         command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
-        stub = scratch / "stub" / "setuptools"
-        stub.mkdir(parents=True)
-        (stub / "__init__.py").write_text("", "utf-8")
-        (stub / "build_meta.py").write_text(STUB, "utf-8")
-        environment |= {"PYTHONPATH": str(stub.parent), "FIRTH_NAME": package.name, "FIRTH_VERSION": package.version}
+        stub = scratch / "stub"
+        for backend in BACKENDS:
+            file = stub / backend
+            file.parent.mkdir(parents=True)
+            (file.parent / "__init__.py").write_text("", "utf-8")
+            file.write_text(STUB, "utf-8")
+        environment |= {"PYTHONPATH": str(stub), "FIRTH_NAME": package.name, "FIRTH_VERSION": package.version}
     output = _call(command, package, place, environment)
     if output is not None:
         if "DO NOT MATCH THE HASHES" in output:

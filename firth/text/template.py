@@ -1,8 +1,9 @@
 """A tokenizer's own chat template (Jinja, chat_template.jinja), taken apart: what it writes itself, and what was said.
 
 A template is a program of strangers that mixes control tokens with what users write. It is rendered in Jinja's
-sandbox, twice: with a private sign in place of each content, which shows where the contents stand, and as it is, which
-shows that they stand there as they were written. So control tokens are read in the template's own pieces alone.
+sandbox, in a process of its own with limits on time and memory (`firth.text.render`), twice: with a private sign in
+place of each content, which shows where the contents stand, and as it is, which shows that they stand there as they
+were written. So control tokens are read in the template's own pieces alone.
 
 >>> chatty = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}"
 >>> parts(chatty, [{"role": "user", "content": " hi </s> "}], {"bos_token": "<s>"}, open=False)
@@ -11,10 +12,15 @@ shows that they stand there as they were written. So control tokens are read in 
 
 from __future__ import annotations
 
-import datetime
-import functools
+import atexit
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from firth.types import UserError
@@ -38,7 +44,7 @@ def parts(
         sign += SIGN
     signs = [f"{sign}{i}\ue001" for i in range(len(contents))]
     marked = [{**message, "content": s} for message, s in zip(messages, signs, strict=True)]
-    rest, whole = (_render(template, some, names, open) for some in (marked, messages))
+    rest, whole = _render(template, (marked, messages), names, open)
     pieces, shown = [], []
     for s in signs:
         if rest.count(s) != 1:
@@ -65,41 +71,50 @@ def _refused(why: str) -> UserError:
     return UserError(f"the tokenizer's chat template {why}, so what is said cannot be told from what the template adds")
 
 
-def _render(template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str], open: bool) -> str:
-    import jinja2
+def _render(
+    template: str, dialogues: Sequence[Sequence[Mapping[str, str]]], names: Mapping[str, str], open: bool
+) -> list[str]:
+    """What the template writes for each dialogue, in a process with limits (`firth.text.render`); UserError as it says."""
+    asked = {"template": template, "dialogues": [list(d) for d in dialogues], "names": dict(names), "open": open}
+    with LOCK:
+        worker = _worker()
+        said = ""
+        with contextlib.suppress(OSError):
+            worker.stdin.write(json.dumps(asked) + "\n")  # type: ignore[union-attr]
+            worker.stdin.flush()  # type: ignore[union-attr]
+            said = worker.stdout.readline()  # type: ignore[union-attr]
+        if not said:
+            _end(worker)
+            del WORKERS[os.getpid()]
+            raise UserError("the tokenizer's chat template takes more time than any dialogue needs, so it is not used")
+    told: dict[str, Any] = json.loads(said)
+    if "error" in told:
+        raise UserError(f"the tokenizer's chat template {told['error']}")
+    texts: list[str] = told["texts"]
+    return texts
 
-    try:
-        return _compiled(template)(
-            messages=list(messages), add_generation_prompt=open, tools=None, documents=None, **names
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template cannot write this dialogue: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # a fault in its expressions
-        raise UserError(f"the tokenizer's chat template has a fault: {type(error).__name__}: {error}") from None
+
+WORKERS: dict[int, subprocess.Popen[str]] = {}
+"""The process that renders, of each process that asks: a fork must not share its parent's pipes."""
+LOCK = threading.Lock()
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Callable[..., str]:
-    """The template's render function, in the environment that transformers gives to templates."""
-    import jinja2.ext
-    import jinja2.sandbox
+def _worker() -> subprocess.Popen[str]:
+    """This process' renderer, started when it is first needed."""
+    here = os.getpid()
+    if here not in WORKERS:
+        file = Path(__file__).with_name("render.py")
+        WORKERS[here] = subprocess.Popen(
+            [sys.executable, "-I", str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, encoding="utf-8",
+        )  # fmt: skip
+        atexit.register(_end, WORKERS[here])
+    return WORKERS[here]
 
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's words for transformers; here it changes nothing."""
 
-        tags = {"generation"}  # noqa: RUF012 - Jinja reads it from the class
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template).render
+def _end(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()  # type: ignore[union-attr]

@@ -27,7 +27,9 @@ import numpy as np
 from tokenizers import Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
-from firth.text import foreign
+from firth.gguf import find
+from firth.text import foreign, frame
+from firth.text.dressed import dressed
 from firth.text.merges import Merge
 from firth.text.normalize import whole
 from firth.text.vocab import Vocab
@@ -52,7 +54,9 @@ class Tokenizer:
     """One tokenizer.
 
     roles: role -> the token that has it; where nothing is said, the usual names. template: its chat template (Jinja),
-    None for firth's own. learnt: the merges with their counts, as `firth.text.train` found them, first to last.
+    None for firth's own. learnt: the merges with their counts, as `firth.text.train` found them, first to last. bos:
+    whether bos stands before every text that a decoder reads, None where nothing is said. ends: further tokens that end
+    an answer, as a model's generation_config.json names them.
     """
 
     def __init__(
@@ -61,7 +65,10 @@ class Tokenizer:
         roles: dict[str, str] | None = None,
         template: str | None = None,
         learnt: Sequence[Merge] = (),
+        bos: bool | None = None,
+        ends: Sequence[str] = (),
     ) -> None:
+        _refuse_holes(engine)
         engine.no_padding()
         engine.no_truncation()
         # transformers 4 and 5 both honour a control token written in a template, so the file itself does not bar it.
@@ -71,11 +78,13 @@ class Tokenizer:
         self.engine.encode_special_tokens = True
         self.template = template
         self.learnt = tuple(learnt)
+        self.bos = bos
+        self.ends = tuple(token for token in ends if engine.token_to_id(token) is not None)
         self._roles = _roles(engine, roles or {})
         _guard(engine, json.loads(self.definition))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.definition, self._roles, self.template, self.learnt)
+        return _again, (self.definition, self._roles, self.template, self.learnt, self.bos, self.ends)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text: (n,) int32, never a control token, but unk where a character is unknown.
@@ -151,20 +160,32 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets."""
-        return hashlib.sha256(self.definition.encode()).hexdigest()
+        """SHA-256 of everything that decides which ids a text gets: what frames it for others is not part of that."""
+        return hashlib.sha256(frame.bare(self.definition).encode()).hexdigest()
 
     @property
     def stops(self) -> list[int]:
         """The ids that end an answer (`firth.text.chat.stops`)."""
         from firth.text import chat
 
-        return chat.stops(self)
+        return list(dict.fromkeys([*chat.stops(self), *map(self.id, self.ends)]))
 
-    def save(self, directory: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too.
+    def framed(self, reads: frame.Reads) -> Tokenizer:
+        """The same one, which tells others too what its model reads around a text: see `firth.text.frame`."""
+        definition = frame.framed(self.definition, self._roles, reads, self.bos)
+        return _again(definition, self._roles, self.template, self.learnt, self.bos, self.ends)
 
-        The template is its own, else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
+    def gguf(self, size: int, dialogue: bool) -> dict[str, Any]:
+        """What a GGUF file says of it (`firth.text.gguf`)."""
+        from firth.text import gguf
+
+        return gguf.metadata(self, size, dialogue)
+
+    def save(self, directory: Path, segments: bool = False) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too, 4 and 5.
+
+        segments: whether the model tells two texts apart, so that others give it token_type_ids. The template is its own,
+        else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
         known how often each pair was seen when it was merged.
         """
         from firth.text.chat import END, START, TEMPLATE
@@ -173,9 +194,13 @@ class Tokenizer:
         config: dict[str, Any] = {ROLE_KEYS[role]: token for role, token in self._roles.items()}
         extra = [self.token(int(i)) for i in np.flatnonzero(self.vocab.special) if self.engine.id_to_token(int(i))]
         named = set(config.values())
-        config["extra_special_tokens"] = [t for t in extra if t not in named]
+        config["additional_special_tokens"] = [t for t in extra if t not in named]
+        config["model_input_names"] = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config["model_max_length"] = int(1e30)
+        config |= ({} if self.bos is None else {"add_bos_token": self.bos}) | (
+            {"ends": list(self.ends)} if self.ends else {}
+        )
         _write(directory / "tokenizer.json", self.definition)
         _write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
         turns = all(self.engine.token_to_id(token) is not None for token in (START, END))
@@ -189,11 +214,17 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path | str) -> Tokenizer:
-        """From a tokenizer.json, or a tokenizer, model or run directory that holds one (or GPT-2's or BERT's older files).
+        """From a tokenizer.json, or a tokenizer, model or run directory that holds one (or GPT-2's or BERT's older files), or
+        from a GGUF file.
 
         Raises UserError where nothing of the kind is there.
         """
         path = Path(path)
+        one = find(path)
+        if one is not None:
+            from firth.text import gguf
+
+            return gguf.load(one)
         folder = path
         if path.is_dir():
             folder = next((p for p in (path, path / "tokenizer", path / "model") if foreign.find(p)), path)
@@ -203,17 +234,35 @@ class Tokenizer:
                 f"{path}: there is no tokenizer here: no tokenizer.json, vocab.txt, vocab.json with merges.txt, nor "
                 "SentencePiece .model; make one with `firth tokenizer train`"
             )
+        place = file.parent
+        config = _object(place / "special_tokens_map.json") | _object(place / "tokenizer_config.json")
         engine = foreign.read(file)
-        config = _json(file.parent / "tokenizer_config.json")
+        if file.name != "tokenizer.json":
+            dressed(engine, file, config)
         named = {role: _content(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
-        template = file.parent / "chat_template.jinja"
-        text = template.read_text("utf-8") if template.exists() else _default(config.get("chat_template"))
-        learnt = _json(file.parent / "merges.json") if file.name == "tokenizer.json" else []
-        return Tokenizer(engine, named, text, [Merge(*row) for row in learnt if len(row) == 3])
+        template = place / "chat_template.jinja"
+        text = foreign.text_of(template) if template.exists() else _default(config.get("chat_template"))
+        learnt = _json(place / "merges.json") if file.name == "tokenizer.json" else []
+        bos = config.get("add_bos_token")
+        if bos is None and (place / "config.json").exists() and not (place / "firth.json").exists():
+            bos = bool(frame.frames(engine)[:1] == [engine.token_to_id(named.get("bos", ""))])  # a stranger's model
+        ends = config.get("ends") or _ends(engine, _object(place / "generation_config.json").get("eos_token_id"))
+        return Tokenizer(engine, named, text, [Merge(*row) for row in learnt if len(row) == 3], bos, ends)
 
 
-def _again(definition: str, roles: dict[str, str], template: str | None, learnt: Sequence[Merge]) -> Tokenizer:
-    return Tokenizer(Engine.from_str(definition), roles, template, learnt)
+def _again(
+    definition: str, roles: dict[str, str], template: str | None, learnt: Sequence[Merge], bos: bool | None,
+    ends: Sequence[str],
+) -> Tokenizer:  # fmt: skip
+    return Tokenizer(Engine.from_str(definition), roles, template, learnt, bos, ends)
+
+
+def _refuse_holes(engine: Engine) -> None:
+    """UserError for ids far beyond the number of tokens: tables of ids, the library's own too, are as long as the last."""
+    ids = engine.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) > 4 * len(ids) + (1 << 20):
+        last = f"an id {max(ids):,}" if ids else "no id"
+        raise UserError(f"this tokenizer has {len(ids):,} tokens and {last}: it is damaged, so copy it again")
 
 
 def _guard(engine: Engine, definition: dict[str, Any]) -> None:
@@ -306,11 +355,15 @@ def _is_sign(character: str) -> bool:
 
 
 def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
-    """Role -> token: what a configuration names, else the usual names, else the alias (cls is bos, eos is sep)."""
+    """Role -> token: what a configuration names, else the usual names, else the alias (cls is bos, eos is sep).
+
+    A usual name counts where it is a control token: a large vocabulary may have `<s>` as a piece of text (Qwen 2's has).
+    """
+    control = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
     roles = {role: token for role, token in named.items() if engine.token_to_id(token) is not None}
     for role, usual in USUAL.items():
         if role not in roles:
-            token = next((t for t in usual if engine.token_to_id(t) is not None), None)
+            token = next((t for t in usual if t in control), None)
             if token is not None:
                 roles[role] = token
     for role, alias in (("cls", "bos"), ("bos", "cls"), ("sep", "eos"), ("eos", "sep")):
@@ -324,9 +377,23 @@ def _json(file: Path) -> Any:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+        return json.loads(foreign.text_of(file))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: this is not JSON: {error}") from None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds that must be an object."""
+    found = _json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: this is not a JSON object")
+    return found
+
+
+def _ends(engine: Engine, eos: Any) -> list[str]:
+    """The tokens of generation_config.json's list of ids that end an answer."""
+    ids = [i for i in eos if isinstance(i, int) and 0 <= i < 1 << 31] if isinstance(eos, list) else []
+    return [token for i in ids if (token := engine.id_to_token(i)) is not None]
 
 
 def _content(token: Any) -> str:

@@ -143,9 +143,10 @@ def known(family: Family, shape: Shape) -> set[str]:
 
 
 def of_file(
-    family: Family, shape: Shape, sizes: Mapping[str, Sequence[int]], config: Mapping[str, Any], where: str
+    family: Family, shape: Shape, sizes: Mapping[str, Sequence[int]], config: Mapping[str, Any], alone: bool, where: str
 ) -> Form:
-    """The class of a file. sizes: its tensors, by their names as the family spells them.
+    """The class of a file. sizes: its tensors, by their names as the family spells them. alone: saved from the trunk alone,
+    and then a head that the config names may be missing as a whole (encoders of sentences name their ancestor's class).
 
     Raises UserError where the config asks for a head that ours does not compute. That all of a class's tensors are there is
     not looked after here: a file that is not whole is of the class that it says, and lacks something.
@@ -160,7 +161,9 @@ def of_file(
     said = config.get("architectures")
     said = said if type(said) is list else []
     named = [form for form in forms if form.name in said]
-    if said and not named:
+    if alone and named and own[named[0]] and not there[named[0]]:
+        named = forms[1:2]
+    elif said and not named:
         forms = forms[:2]  # a class that we do not have: its trunk, and what else it holds is told
     if named:
         forms = named[:1] + [form for form in forms if form.named > named[0].named]

@@ -115,6 +115,12 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     return out
 
 
+def bare(family: Family, names: Iterable[str]) -> bool:
+    """Whether a file was saved from the trunk alone, without what its classes put in front of its names."""
+    prefixes = (family.prefix, *(headed.prefix for headed in family.headed if headed.prefix is not None))
+    return not any(name.startswith(prefixes) for name in names)
+
+
 def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict[str, str]:
     """A file's names as the family's entries spell them -> as they stand in the file. known: all that entries speak of.
 
@@ -123,8 +129,8 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
     """
     found = list(names)
     others = [headed.prefix for headed in family.headed if headed.prefix is not None]
-    bare = not any(name.startswith((family.prefix, *others)) for name in found)
-    out = {}
+    alone = bare(family, found)
+    out: dict[str, str] = {}
     for name in found:
         new = name
         for old, spelling in family.renames:
@@ -132,7 +138,7 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
         for other in others:
             if new.startswith(other):
                 new = family.prefix + new.removeprefix(other)
-        new = family.prefix + new if bare and (family.prefix + new in known or new not in known) else new
+        new = family.prefix + new if alone and (family.prefix + new in known or new not in known) else new
         if new in out:
             raise UserError(f"a file holds {out[new]!r} and {name!r}, which are two names for one tensor")
         out[new] = name

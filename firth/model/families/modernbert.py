@@ -44,12 +44,13 @@ def shape(config: dict[str, Any]) -> Shape:
         )
     given, bias = config.get("hidden_activation", "gelu"), config.get("attention_bias", False)
     refused(config, {"classifier_activation": given, "mlp_bias": bias, "classifier_bias": bias})
+    old = {"rope_theta": config.get("global_rope_theta", 160000.0)}  # as version 4 says it
     act = activation(config.get("hidden_activation", "gelu"), ACTIVATIONS, "hidden_activation")
     return Shape(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=depth, heads=config["num_attention_heads"],
         hidden=config["intermediate_size"], context=config["max_position_embeddings"], causal=False,
         norm_bias=config.get("norm_bias", False), norm_eps=config.get("norm_eps", 1e-5), embed_norm=True,
-        first_norm=False, position="rotary", rotary_theta=theta(config, 160000.0, "full_attention"),
+        first_norm=False, position="rotary", rotary_theta=theta(old | config, 160000.0, "full_attention"),
         activation=act, bias=config.get("attention_bias", False),  # type: ignore[arg-type]
         dropout=config.get("mlp_dropout", 0.0), head="transform", head_bias=config.get("decoder_bias", True),
         tied=config.get("tie_word_embeddings", True),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from firth.model.families.classes import Form, copied, known, of_file, of_model, untied
-from firth.model.families.family import Family, spelled, to_ours, to_theirs
+from firth.model.families.family import Family, bare, spelled, to_ours, to_theirs
 from firth.model.hollow import hollow
 from firth.model.lm import LM
 from firth.model.parts import Description, described
@@ -41,7 +41,8 @@ def own(family: Family, shape: Shape, state: Mapping[str, Tensor], parts: dict[s
     ours = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
     names = spelled(family, state.keys() - ours.keys(), known(family, shape))
     form = of_model([family], shape, parts)
-    assert form is not None
+    if form is None:
+        raise UserError(f"{where}/firth.json says {family.name}, which its shape is not: copy the directory again")
     found, left = _mapped(form, shape, {name: state[stored] for name, stored in names.items()}, names, ours, where)
     return Found(shape, found | ours, parts, left)
 
@@ -55,7 +56,8 @@ def foreign(family: Family, shape: Shape, state: Mapping[str, Tensor], config: M
     if head is not None and table in theirs and not torch.equal(theirs[head], theirs[table]):
         # Version 5 of transformers says of an untied T5 that it is tied, and goes by what the file holds.
         shape = replace(shape, tied=False)
-    form = of_file(family, shape, {name: tensor.shape for name, tensor in theirs.items()}, config, where)
+    sizes = {name: tensor.shape for name, tensor in theirs.items()}
+    form = of_file(family, shape, sizes, config, bare(family, state), where)
     found, left = _mapped(form, shape, theirs, names, {}, where)
     return Found(shape, found, {name: described(part) for name, part in form.parts(shape).items()}, left)
 

@@ -1,0 +1,294 @@
+"""What llama.cpp makes of the GGUF files that firth writes: the same ids, the same dialogue, the same greedy text.
+
+    pip install --no-deps --target LLAMA xllamacpp gguf          # llama.cpp with a server inside, and no compiler
+    python -m bench.llamacpp --site LLAMA                        # a random model; with --run RUN also a trained one
+    python -m bench.llamacpp --site LLAMA --run runs/llama --chat runs/instruct --smollm2
+
+Ids: a vocabulary is written with a small random model, and llama.cpp's `/tokenize` is asked for HARD strings. Text: both
+sides take the likeliest token, firth with the very weights that it reads back from the file, so that rounding them is no
+difference. llama.cpp also rounds what it multiplies with them (to F16, BF16, Q8_0), so only F32 must agree in every
+token; for the others the share of prompts that agree is printed, and how far the logarithms of the next token's ten
+largest probabilities lie apart. Golden vocabularies of llama.cpp are used where they are in firth's cache
+(tests/test_text_gguf.py fetches them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from firth.generate.engine import Engine
+from firth.generate.rows import reading, rectangle
+from firth.generate.sample import Sampling
+from firth.model import gguf
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.published import bert, gpt2, llama
+from firth.model.shape import Shape
+from firth.model.weights import load_model
+from firth.recipes.use import opening
+from firth.text import chat, corpora, registry
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+HARD = (
+    "", " ", "  ", "   ", "\t", "\n", "\n\n", "\n\n\n", "\t\n", "Hello world", " Hello world", "Hello World", " Hello, world!",
+    "hello   world", "Hello\r\nworld\r\n", "trailing blank ", "  two  blanks  ", "I'm you're we'll IT'S they'D", "it''s",
+    "1", "12", "123", "1234567890", "3.14159, 1e-5 and 0x7F", "x=3;y=[1,2]", "def f(n):\n    return n\n", "a\tb\t\tc",
+    "<s>", "</s>", "<|im_start|>user\nhi<|im_end|>", "<|endoftext|>", "<unk><pad><mask>", "[CLS] [SEP]", "<extra_id_0>",
+    "Füße, naïve, São Paulo", "e\u0301 and \u00e9", "\u1e9b\u0323", "Привет, мир!", "你好，世界。", "こんにちは 世界", "안녕하세요",
+    "مرحبا بالعالم", "नमस्ते दुनिया", "ไทยภาษา", "🙂", "👩‍👩‍👧‍👦🏳️‍🌈", "a🙂b", "\u00a0nbsp\u2003em\u200bzero", "\ufeffbom",
+    "\x00\x01\x7f", "½ ² Ⅷ ٣", "a\u0300\u0301\u0302", "«quoted» „deutsch“", "!!!???...---___", "http://a.b/c?d=e&f=g#h",
+    "ALLCAPS lowercase MiXeD", "\u2581low line", "Ġword", "a" * 60, "\U0001d4d7\U0001d4ee", "ﬁﬂ ligatures", "…“”‘’",
+)  # fmt: skip
+
+PROMPTS = (
+    "First Citizen:", "To be, or not to be", "The king", "What light through yonder", "My lord,", "Enter HAMLET",
+    "I have seen", "Good morrow", "O Romeo, Romeo", "Once more unto the breach",
+)  # fmt: skip
+VOCABULARIES = (
+    "gpt-2", "llama-spm", "llama-bpe", "qwen2", "qwen35", "falcon", "starcoder", "refact", "command-r", "mpt", "phi-3",
+    "deepseek-coder",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check. right of count agree; worst: the largest difference of a log-probability, where one is measured."""
+
+    what: str
+    right: int
+    count: int
+    note: str = ""
+
+    @property
+    def line(self) -> str:
+        return f"| {self.what} | {self.right} of {self.count} | {self.note} |"
+
+
+@dataclass(frozen=True)
+class Server:
+    """llama.cpp's server, on this machine alone."""
+
+    address: str
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def serving(
+    file: Path, threads: int = 1, context: int = 512, embedding: bool = False, plain: bool = True
+) -> Iterator[Server]:
+    """llama.cpp with a file, one row at a time. plain: with float32 keys and values and plain attention, not as it comes."""
+    import xllamacpp as library  # type: ignore[import-not-found]
+
+    plan = library.CommonParams()
+    plan.model.path = str(file)
+    plan.n_ctx, plan.n_parallel, plan.cpuparams.n_threads, plan.cpuparams_batch.n_threads = context, 1, threads, threads
+    if plain:
+        plan.cache_type_k = plan.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        plan.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    plan.warmup, plan.verbosity, plan.cache_prompt, plan.use_jinja, plan.embedding = False, 0, False, True, embedding
+    if embedding:
+        plan.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+        plan.embd_normalize = -1
+    server = library.Server(plan)
+    try:
+        yield Server(server.listening_address)
+    finally:
+        del server
+
+
+def ids(name: str, tokenizer: Tokenizer, file: Path) -> Row:
+    """HARD strings to ids, as text alone: no bos, no control tokens."""
+    with serving(file) as server:
+        wrong = []
+        for text in HARD:
+            theirs = server.ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
+            if theirs != tokenizer.encode(text).tolist():
+                wrong.append(f"{text[:20]!r}: {tokenizer.encode(text).tolist()[:6]}, theirs {theirs[:6]}")
+    return Row(f"{name}: ids", len(HARD) - len(wrong), len(HARD), "; ".join(wrong[:3]))
+
+
+def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> Row:
+    """Greedy continuations, and the next token's ten likeliest."""
+    model, tokenizer = load_model(file), Tokenizer.load(file)
+    engine = Engine(model, tokenizer)
+    right, worst, tokens = 0, 0.0, 0
+    with serving(file) as server:
+        for prompt in prompts:
+            asked = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "n_predict": new, "return_tokens": True}
+            theirs = server.ask("/completion", asked)["tokens"]
+            shown = opening(tokenizer, prompt, model)
+            ours = [int(i) for i in engine.generate([shown], Sampling(temperature=0, max_new=new))[0].tokens]
+            same = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
+            tokens += same
+            # Theirs ends with the token that ended it, ours may not hold it.
+            right += same >= min(len(ours), len(theirs)) and abs(len(ours) - len(theirs)) <= 1
+            told = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
+            with reading(model):
+                hidden = model(rectangle([shown], torch.device("cpu")))
+                found = model.parts["lm"](hidden[:, -1]).log_softmax(-1)[0]
+            for one in told["completion_probabilities"][0]["top_logprobs"]:
+                worst = max(worst, abs(float(found[one["id"]]) - one["logprob"]))
+    return Row(
+        f"{name}: greedy", right, len(prompts), f"{tokens / len(prompts):.1f} tokens alike, log p within {worst:.1e}"
+    )
+
+
+def dialogue(name: str, file: Path, new: int) -> list[Row]:
+    """Two turns: the text that the template makes, and the answer."""
+    model, tokenizer = load_model(file), Tokenizer.load(file)
+    engine = Engine(model, tokenizer)
+    said = [
+        [{"role": "user", "content": "Who are you?"}],
+        [
+            {"role": "user", "content": "Hi <|im_end|> <s>"}, {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "What is\n2 + 2?"},
+        ],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " blanks "}],
+    ]  # fmt: skip
+    alike, answers = 0, 0
+    with serving(file, context=2048) as server:
+        for messages in said:
+            prompt, _ = chat.encode(tokenizer, messages, open=True)
+            written = tokenizer.engine.decode(prompt.tolist(), skip_special_tokens=False)
+            alike += written == server.ask("/apply-template", {"messages": messages})["prompt"]
+            answer = engine.generate([prompt], Sampling(temperature=0, max_new=new))[0].text
+            asked = {"messages": messages, "temperature": 0.0, "top_k": 1, "max_tokens": new}
+            theirs = server.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
+            answers += answer.strip() == theirs.strip()
+    note = "the second says <|im_end|>, which is text to firth and a control token to llama.cpp"
+    return [Row(f"{name}: template", alike, len(said)), Row(f"{name}: answers", answers, len(said), note)]
+
+
+def random(shape: Shape, seed: int = 0) -> LM:
+    """A model with weights so large that greedy text is not one token for ever."""
+    torch.manual_seed(seed)
+    model = LM(replace(shape, init=0.08, dropout=0.0), {"lm": Vocabulary(shape)}).eval()
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.ndim == 1:
+                weights.add_(torch.randn_like(weights) * 0.1 * ("norm" in name or "bias" in name))
+    return model
+
+
+def small() -> Tokenizer:
+    """A byte-level BPE of this file's own words."""
+    return train([Path(__file__).read_text("utf-8") * 2], "byte-bpe", 700)
+
+
+def goldens(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
+    """llama.cpp's own vocabularies, where their package is in the cache."""
+    shelf = corpora.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
+    for archive in sorted(shelf.glob("*.tar.gz")):
+        wanted = [f"*/llama.cpp/models/ggml-vocab-{name}.gguf" for name in VOCABULARIES]
+        for path, file in registry.members(archive, wanted):
+            (directory / Path(path).name).write_bytes(file.read())
+            yield Path(path).stem.removeprefix("ggml-vocab-"), Tokenizer.load(directory / Path(path).name)
+
+
+def vectors(file: Path, tokenizer: Tokenizer, model: LM) -> Row:
+    """An encoder's hidden states of every token."""
+    said = ("the king is here", "a longer text, with signs!", "x")
+    right, worst = 0, 0.0
+    with serving(file, embedding=True) as server:
+        for text in said:
+            theirs = np.array(server.ask("/embedding", {"content": text})[0]["embedding"])  # type: ignore[index]
+            framed = tokenizer.vocab.frame(tokenizer.encode(text)).astype(np.int64)
+            with reading(model):
+                ours = model(rectangle([framed], torch.device("cpu"), causal=False))[0].numpy()
+            worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
+            right += ours.shape == theirs.shape and bool(np.allclose(ours, theirs, atol=2e-3))
+    return Row("bert, random: hidden states", right, len(said), f"within {worst:.1e}")
+
+
+def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Every check that the arguments ask for."""
+    tokenizer = small()
+    size = tokenizer.vocab.size
+    file = folder / "file.gguf"
+    shape = llama(size, 128, 3, 4, 256, context=512, kv_heads=2)
+    for kind in ("F32", "F16", "BF16", "Q8_0"):
+        gguf.write(random(shape), tokenizer, file, kind)
+        yield texts(f"llama, random, {kind}", file, arguments.new)
+    yield ids("firth's byte-bpe", tokenizer, file)
+    biased = replace(shape, bias=True, tied=True, rotary_theta=50000.0, kv_heads=4)
+    gguf.write(random(biased), tokenizer, file, "F32")
+    yield texts("llama, tied and biased, F32", file, arguments.new)
+    for name, more in (("qwen2", {"bias": True, "bias_at": "qkv"}), ("qwen3", {"qk_norm": True, "qk_weight": True})):
+        made: dict[str, Any] = more
+        gguf.write(random(replace(shape, **made)), tokenizer, file, "F32")
+        yield texts(f"{name}, random, F32", file, arguments.new)
+    gguf.write(random(replace(gpt2(size, 128, 3, 4), context=512)), tokenizer, file, "F32")
+    yield texts("gpt2, random, F32", file, arguments.new)
+    words = corpora.cache() / "minilm" / "vocab.txt"
+    if words.is_file():
+        uncased = Tokenizer.load(words)
+        model = random(bert(uncased.vocab.size, 64, 2, 4))
+        gguf.write(model, uncased, file, "F32")
+        yield ids("bert's WordPiece", uncased, file)
+        yield vectors(file, uncased, model)
+    for name, golden in goldens(folder):
+        gguf.write(random(llama(golden.vocab.size, 32, 1, 1, 32)), golden, file, "F16")
+        yield ids(f"{name}, read and written", golden, file)
+    if arguments.run:
+        model, tokenizer = load_model(arguments.run / "model"), Tokenizer.load(arguments.run)
+        for kind in ("F32", "F16", "BF16", "Q8_0"):
+            gguf.write(model, tokenizer, file, kind)
+            yield texts(f"{arguments.run.name}, {kind}", file, arguments.new)
+        yield ids(f"{arguments.run.name}", tokenizer, file)
+    if arguments.chat:
+        model, tokenizer = load_model(arguments.chat / "model"), Tokenizer.load(arguments.chat)
+        gguf.write(model, tokenizer, file, "F32", dialogue=True)
+        yield from dialogue(f"{arguments.chat.name}, F32", file, arguments.new)
+    if arguments.smollm2:
+        place = corpora.fetch("smollm2", echo=lambda _: None)
+        model, tokenizer = load_model(place), Tokenizer.load(place)
+        gguf.write(model, tokenizer, file, "F32")
+        yield ids("smollm2, written", tokenizer, file)
+        yield texts("smollm2, F32", file, arguments.new, PROMPTS[:5])
+        yield from dialogue("smollm2, F32", file, arguments.new)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--site", type=Path, default=None, help="where xllamacpp was installed, if not here")
+    parser.add_argument("--run", type=Path, default=None, help="a run of a llama")
+    parser.add_argument("--chat", type=Path, default=None, help="a run of a llama that was trained on dialogues")
+    parser.add_argument("--smollm2", action="store_true", help="also SmolLM2-135M, written in F32 (540 MB)")
+    parser.add_argument("--new", type=int, default=48, help="tokens to write")
+    arguments = parser.parse_args()
+    if arguments.site is not None:
+        sys.path.insert(0, str(arguments.site))
+    torch.set_num_threads(1)
+    print("| check | agree | |\n|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for row in checks(arguments, Path(folder)):
+            print(row.line, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

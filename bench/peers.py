@@ -1,0 +1,245 @@
+"""What firth exports, in the programs of others, offline: the same ids, logits, vectors and log-likelihoods as in firth.
+
+    python -m bench.peers                                   # whatever is installed beside firth
+    python -m bench.peers --site DIR --version4 DIR         # and what lies in directories made with pip install --target
+    python -m bench.peers --model runs/mine                 # of a run, in place of models of random weights
+
+Peers: transformers as installed, transformers 4 (--version4: transformers 4.57, huggingface_hub 0.36, tokenizers 0.22,
+requests, urllib3, certifi, charset-normalizer, each with pip install --no-deps --target), `lm_eval --model hf` and
+sentence-transformers (--site). Each runs in a process of its own with HF_HUB_OFFLINE=1, loads a directory that `firth
+export` wrote in several files, and is asked what firth answered. A row says the largest difference, or why there is none.
+
+The directories hold models of random weights, large enough that a wrong tensor shows, of every architecture that firth
+starts from. lm_eval gets a task of its own, a YAML file over a JSONL file, and must give each option the log-likelihood
+that firth gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+
+TEXTS = [
+    "What is a module?",
+    "The import statement binds names.",
+    "A",
+    "Lists, and tuples; dictionaries: all of them are containers.",
+]
+QUESTIONS = [
+    {"question": "A module is", "options": [" an object", " a statement", " the"], "answer": 0},
+    {"question": "The value of an expression", "options": [" is computed", " binds", " a name for it"], "answer": 1},
+    {"question": "Names", "options": [" refer to objects", " are"], "answer": 0},
+]
+
+
+# ------------------------------------------------------------------------------- firth's side
+
+
+def made(folder: Path) -> list[Path]:
+    """Directories of random models, one of each architecture."""
+    import torch
+
+    from firth.model.heads import Vocabulary
+    from firth.model.lm import LM
+    from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+    from firth.model.weights import save_model
+    from firth.text.train import train
+
+    tokenizer = train(list(topics.values())[:60], "byte-bpe", size=1000, seed=0)
+    size: dict[str, int] = {"vocab": tokenizer.vocab.size, "width": 64, "depth": 2, "heads": 4, "context": 128}
+    shapes = {
+        "llama": Shape(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, kv_heads=2),  # type: ignore[arg-type]
+        "gpt2": Shape(**size),
+        "nanochat": decoder(**size),
+        "bert": Shape(**size, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu",
+                      head="transform", head_bias=True),
+        "modernbert": encoder(**size),
+        "t5": encoder_decoder(**size),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        torch.manual_seed(0)
+        model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        save_model(model, tokenizer, folder / "made" / name)
+    return [folder / "made" / name for name in shapes]
+
+
+def reference(directory: Path) -> dict[str, Any]:
+    """What firth answers with a directory: ids and logits of each text, an encoder's vectors, log-likelihoods."""
+    import torch
+
+    from firth.evaluate.task import open_subject
+    from firth.evaluate.tasks.choices import cut
+    from firth.generate.engine import Engine
+    from firth.model.latent import average
+    from firth.recipes.use import opening
+
+    subject = open_subject(directory)
+    model, tokenizer, shape = subject.model, subject.tokenizer, subject.model.shape
+    kind = "source" if shape.encoder else "left" if shape.causal else "both"
+    modules, config = directory / "modules.json", directory / "config.json"
+    unit = modules.exists() and "Normalize" in modules.read_text()
+    told: dict[str, Any] = {
+        "kind": kind,
+        "ids": [],
+        "logits": [],
+        "vectors": [],
+        "scores": [],
+        "head": "lm" in model.parts,
+    }
+    told["family"] = json.loads(config.read_text())["model_type"]
+    for text in TEXTS:
+        ids = tokenizer.vocab.frame(tokenizer.encode(text)) if kind == "both" else opening(tokenizer, text, model)
+        row = torch.as_tensor(ids)[None].long()
+        steps = torch.arange(len(ids))[None]
+        batch = {"tokens": row} | ({} if kind == "both" else {"looks": steps, "appears": steps})
+        with torch.no_grad():
+            states = model(batch | ({"source_tokens": row} if kind == "source" else {}))
+            logits: torch.Tensor = model.parts["lm"](states) if "lm" in model.parts else states
+        told["ids"].append(ids.tolist())
+        told["logits"].append(logits[0].tolist())
+        vector = average(states, None)[0]
+        told["vectors"].append((vector / vector.norm() if unit else vector).tolist())
+    if kind == "left":
+        engine = Engine(model, tokenizer)
+        for item in QUESTIONS:
+            pairs = [cut(subject, str(item["question"]), str(option)) for option in item["options"]]  # type: ignore[attr-defined]
+            head = [tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles and tokenizer.bos is not False else []
+            prompts = [np.concatenate((head, before)).astype(np.int32) for before, _ in pairs]
+            told["scores"].append([float(s) for s in engine.score(prompts, [after for _, after in pairs])])
+    return told
+
+
+# ------------------------------------------------------------------------------- their side
+
+
+def with_transformers(directory: str, told: dict[str, Any]) -> str:
+    """Ids and logits through the Auto classes."""
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if told["family"] not in CONFIG_MAPPING_NAMES:
+        return f"transformers {transformers.__version__}: has no {told['family']}"
+    auto = {"left": "AutoModelForCausalLM", "both": "AutoModelForMaskedLM", "source": "AutoModelForSeq2SeqLM"}[
+        told["kind"]
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = getattr(transformers, auto if told["head"] else "AutoModel").from_pretrained(directory).eval()
+    worst = 0.0
+    for text, ids, logits in zip(TEXTS, told["ids"], told["logits"], strict=True):
+        asked = tokenizer(text, return_tensors="pt")
+        assert asked["input_ids"][0].tolist() == ids, (asked["input_ids"][0].tolist(), ids)
+        more = {"decoder_input_ids": asked["input_ids"]} if told["kind"] == "source" else {}
+        with torch.no_grad():
+            found = model(**asked, **more)[0][0] if told["head"] else model(**asked).last_hidden_state[0]
+            worst = max(worst, (found - torch.tensor(logits)).abs().max().item())
+    return f"transformers {transformers.__version__}: logits differ by {worst:.1e}"
+
+
+def with_sentences(directory: str, told: dict[str, Any]) -> str:
+    """The vectors of sentence-transformers."""
+    import sentence_transformers
+
+    if told["kind"] != "both":
+        return "sentence-transformers: for encoders"
+    model = sentence_transformers.SentenceTransformer(directory, device="cpu")
+    worst = float(np.abs(model.encode(TEXTS) - np.array(told["vectors"], np.float32)).max())
+    return f"sentence-transformers {sentence_transformers.__version__}: vectors differ by {worst:.1e}"
+
+
+def with_harness(directory: str, told: dict[str, Any]) -> str:
+    """The log-likelihoods that `lm_eval --model hf` gives the options of a local task."""
+    if told["kind"] != "left":
+        return "lm_eval: for decoders"
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "questions.jsonl"
+        data.write_text("".join(json.dumps(item) + "\n" for item in QUESTIONS))
+        (Path(folder) / "local.yaml").write_text(
+            "task: firth_local\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: " + str(data) + "\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{options}}'\n"
+            "doc_to_target: answer\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
+        )
+        found = lm_eval.simple_evaluate(
+            model="hf", model_args=f"pretrained={directory},dtype=float32", tasks=["firth_local"], device="cpu",
+            task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0,
+        )  # fmt: skip
+    samples = sorted(found["samples"]["firth_local"], key=lambda sample: sample["doc_id"])
+    theirs = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
+    worst = max(
+        abs(a - b) for one, other in zip(theirs, told["scores"], strict=True) for a, b in zip(one, other, strict=True)
+    )
+    right = np.mean(
+        [int(np.argmax(row)) == item["answer"] for row, item in zip(told["scores"], QUESTIONS, strict=True)]
+    )
+    same = "" if abs(found["results"]["firth_local"]["acc,none"] - right) < 1e-9 else "; ANOTHER ACCURACY"
+    return f"lm_eval {lm_eval.__version__ if '__version__' in vars(lm_eval) else ''}: log-likelihoods differ by {worst:.1e}{same}"
+
+
+PEERS = {
+    "transformers": with_transformers,
+    "version4": with_transformers,
+    "sentences": with_sentences,
+    "harness": with_harness,
+}
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument(
+        "--site", default="", help="where sentence-transformers and lm-eval were installed with --target"
+    )
+    asked.add_argument("--version4", default="", help="where transformers 4 was installed with --target")
+    asked.add_argument("--model", type=Path, action="append", default=[], help="a run or model directory")
+    asked.add_argument("--dtype", default="", help="export in this type; numbers then agree to that type's precision")
+    given = asked.parse_args()
+    from firth.recipes.exchange import export_model
+
+    sites = {"transformers": "", "sentences": given.site, "harness": given.site} | (
+        {"version4": given.version4} if given.version4 else {}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for model in given.model or made(Path(folder)):
+            out = Path(folder) / "out" / model.resolve().name
+            export_model(
+                model,
+                out,
+                form="hf",
+                dtype=given.dtype,
+                shard="100KB" if not given.model else "2GB",
+                echo=lambda _: None,
+            )
+            (Path(folder) / "told.json").write_text(json.dumps(reference(out)))
+            print(f"{model.name}:", flush=True)
+            for peer, site in sites.items():
+                path = os.pathsep.join(p for p in (site, os.environ.get("PYTHONPATH", "")) if p)
+                done = subprocess.run(
+                    [sys.executable, "-P", __file__, peer, str(out), str(Path(folder) / "told.json")], capture_output=True, text=True,
+                    env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": folder},
+                )  # fmt: skip
+                warned = [
+                    line for line in done.stderr.splitlines() if "warn" in line.lower() or "newly initialized" in line
+                ]
+                last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
+                print(f"  {last}" + (f"; {len(warned)} warnings: {warned[0][:150]}" if warned else ""), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4 and sys.argv[1] in PEERS:
+        print(PEERS[sys.argv[1]](sys.argv[2], json.loads(Path(sys.argv[3]).read_text())))
+    else:
+        main()

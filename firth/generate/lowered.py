@@ -1,0 +1,261 @@
+"""A model that reads and writes with smaller weights: one step of a decoder reads each of them, which is what it costs.
+
+    lowered(model, "int8")            # a second model, for reading only; the first is left as it is
+
+    fp32            four bytes a weight
+    bf16            two bytes; all arithmetic is in bf16 too, which a CPU without instructions for it must emulate
+    int8            one byte: each output has a step of its own, and its weights are whole multiples of it, -127 to 127.
+                    What they are multiplied with keeps 15 bits: as two digits, each a product of whole numbers
+    int8-dynamic    the same weights; what they are multiplied with is rounded to 8 bits as well, between the least and
+                    the largest number of a token: half of the products, and most of the error (docs/results.md)
+
+All the maps of the blocks, the vocabulary head and the table of tokens are lowered; norms, places and biases are not.
+The rounding is that of LLM.int8 (Dettmers 2022, arXiv:2208.07339, section 2.1, "vector-wise"): a step per row of the
+weights and one per token. Where they take the few dimensions with outliers out and multiply those in fp16, we give all
+dimensions a second digit: no column need be picked out, and the second product finds the weights in the cache.
+
+Sums of whole numbers are exact, so it makes no difference to a row beside which others it is computed: the step of a
+token is its own, unlike that of torch's dynamic quantisation, which is one for a whole batch.
+
+>>> import torch
+>>> whole, steps = quantised(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
+>>> whole.tolist(), [round(x, 4) for x in steps.tolist()]
+([[127, -50], [0, 0]], [0.01, 0.0])
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.block import MLP, Attention, Linear
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.lora import adapted
+from firth.types import UserError
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+DIGITS = {"int8": 2, "int8-dynamic": 1}
+"""8-bit digits of what the weights are multiplied with."""
+
+MOST = 127
+"""The largest whole number of a weight or a digit."""
+
+WIDEST = 128
+"""The most that a first digit counts for: 127 and 64 then make 15 bits, and a second product of 8-bit numbers."""
+
+SMALLEST = 1e-30
+"""A step where all is zero, so that nothing is divided by it."""
+
+ROWS = 256
+"""Rows of logits that are held at once when texts are scored."""
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (out, in) as whole numbers (out, in) int8 and the step of each row (out,) float32."""
+    weight = weight.detach().float()
+    steps = weight.abs().amax(-1).div_(MOST).clamp_(min=SMALLEST)
+    return (weight / steps[:, None]).round_().to(torch.int8), steps
+
+
+class Lowered(nn.Module):
+    """A linear map of int8 weights: (..., in) float -> (..., out) float32.
+
+    weight (out, in) int8; steps (out,); base: what the first digit of the input counts for, 1 where it is the only one.
+    """
+
+    def __init__(self, weight: Tensor, steps: Tensor, bias: Tensor | None, base: int):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("steps", steps)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.weight: Tensor
+        self.steps: Tensor
+        self.bias: Tensor | None
+        self.base = base
+        self.register_buffer("least", torch.tensor(SMALLEST))
+        self.register_buffer("sums", weight.sum(-1, dtype=torch.int32) * steps if base == 1 else None)
+        self.least: Tensor
+        self.sums: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, steps: Tensor, bias: Tensor | None, digits: int) -> Lowered:
+        """No sum can overflow: the first digit counts for as much as the rows of this very matrix allow.
+
+        Raises UserError where even one digit could, which takes more than 131,072 inputs.
+        """
+        sums = max(1, int(weight.abs().sum(-1, dtype=torch.int64).amax()))
+        room = (2**31 - 1) / ((MOST + 1) * sums)
+        if room < 1:
+            raise UserError(f"a map of {weight.shape[1]:,} inputs cannot be summed in 32 bits: take weights bf16")
+        return Lowered(weight, steps, bias, min(WIDEST, 2 ** int(math.log2(room))) if digits == 2 else 1)
+
+    def part(self, start: int, stop: int) -> Lowered:
+        """Some of its outputs as a map of their own, over the same memory."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Lowered(self.weight[start:stop], self.steps[start:stop], bias, self.base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        y = self._read(rows) if self.sums is None else self._centred(rows, self.sums)
+        if self.bias is not None:
+            y += self.bias
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Two digits: (n, in) -> (n, out)."""
+        # Two calls, since a norm over the largest number takes ten times as long.
+        step = torch.add(self.least, rows.abs().amax(-1, True), alpha=1 / (MOST * self.base))
+        whole = rows / step
+        first = (whole * (1 / self.base)).round_()
+        second = whole.sub_(first, alpha=self.base).round_()
+        weight = self.weight.t()
+        if len(rows) == 1:  # a product of one row is so much quicker that two of them are quicker than one of two
+            high, low = torch._int_mm(first.to(torch.int8), weight), torch._int_mm(second.to(torch.int8), weight)
+        else:
+            high, low = torch._int_mm(torch.cat((first, second)).to(torch.int8), weight).chunk(2)
+        return (torch.add(low, high, alpha=self.base) * self.steps).mul_(step)
+
+    def _centred(self, rows: Tensor, sums: Tensor) -> Tensor:
+        """One digit, counted from the middle between the least and the largest number of a row: (n, in) -> (n, out)."""
+        most, least = rows.amax(-1, True), rows.amin(-1, True)
+        middle = torch.add(most, least).mul_(0.5)
+        step = torch.add(self.least, most.sub_(least), alpha=0.5 / MOST)
+        whole = (rows - middle).div_(step).round_().to(torch.int8)
+        return (torch._int_mm(whole, self.weight.t()) * self.steps).mul_(step).addcmul_(middle, sums)
+
+
+class Table(nn.Module):
+    """An embedding of int8 rows: ids (...) -> (..., width) float32."""
+
+    def __init__(self, weight: Tensor, steps: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("steps", steps)
+        self.weight: Tensor
+        self.steps: Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].float().mul_(self.steps[ids][..., None])
+
+
+class LoweredVocabulary(nn.Module):
+    """The vocabulary head over an int8 matrix: what `Vocabulary` is to those who read, without gradients."""
+
+    def __init__(self, head: Vocabulary, matrix: Lowered):
+        super().__init__()
+        self.softcap, self.head, self.matrix = head.softcap, head, matrix
+        head.weight, head.bias = None, None  # type: ignore[assignment]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., width) -> logits (..., vocab)."""
+        return self._capped(self.head.transform(hidden))
+
+    def _capped(self, read: Tensor) -> Tensor:
+        logits: Tensor = self.matrix(read)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
+
+    def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
+        """log p(label) of each row: states (N, width), labels (N,) -> (N,) float32."""
+        return self._label(self.head.transform(states), labels)
+
+    def nll(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Sum of -log p(label): scalar float32."""
+        return -self.log_probs(states, labels).sum()
+
+    def matched(self, read: Tensor, labels: Tensor) -> Tensor:
+        """`nll` of what another head has read."""
+        return -self._label(read, labels).sum()
+
+    def _label(self, read: Tensor, labels: Tensor) -> Tensor:
+        out = read.new_empty(len(read), dtype=torch.float32)
+        for at in range(0, len(read), ROWS):
+            logits, label = self._capped(read[at : at + ROWS]), labels[at : at + ROWS, None]
+            out[at : at + ROWS] = logits.gather(1, label)[:, 0] - logits.logsumexp(-1)
+        return out
+
+
+def lowered(model: LM, weights: str) -> LM:
+    """The model with such weights, for reading only; it shares with the given one whatever is not lowered.
+
+    Raises UserError for weights that are not known, and for int8 where there are no products for it.
+    """
+    if any(type(module) is Lowered for module in model.modules()):
+        raise UserError("the weights of this model are int8 already: lower the model that it was made from")
+    if weights in FLOATS:
+        return _twin(model, FLOATS[weights])
+    if weights not in DIGITS:
+        raise UserError(f"weights={weights!r} is not one of {', '.join((*FLOATS, *DIGITS))}")
+    device = model.tokens.weight.device
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise UserError(
+            f"weights={weights} needs a CPU and a torch with oneDNN, and this model is on {device}: take bf16"
+        )
+    if model.shape.recurrent:
+        raise UserError(f"weights={weights} is for attention, and this model is {model.shape.noun}: take bf16")
+    if adapted(model):
+        raise UserError(
+            f"weights={weights} rounds a model's own weights: fold its adapters into them first (lora.fold)"
+        )
+    twin, digits = _twin(model, torch.float32), DIGITS[weights]
+    tokens: Any = twin.tokens
+    table = None if model.shape.characters else quantised(tokens.weight)
+    if "lm" in twin.parts:
+        head: Any = twin.parts["lm"]
+        whole = table if table is not None and model.shape.tied else quantised(head.weight)
+        twin.parts["lm"] = LoweredVocabulary(head, Lowered.of(*whole, head.bias, digits))
+    if table is not None:
+        twin.tokens = Table(*table)  # type: ignore[assignment]
+    _lower(twin, digits)
+    return twin
+
+
+def _twin(model: LM, dtype: torch.dtype) -> LM:
+    """A second model for reading, in another precision, over the same memory where that is the same."""
+    tensors: dict[int, Any] = {}
+    for p in model.parameters():
+        tensors[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+    for b in model.buffers():
+        tensors[id(b)] = b.to(dtype) if b.is_floating_point() else b
+    return copy.deepcopy(model, tensors).eval()
+
+
+def _lower(module: nn.Module, digits: int) -> None:
+    """Put int8 maps in the place of those in floating point, here and in all that is within."""
+    LOWER.get(type(module), _children)(module, digits)
+
+
+def _children(module: nn.Module, digits: int) -> None:
+    for name, child in list(module.named_children()):
+        if type(child) is Linear:
+            setattr(module, name, Lowered.of(*quantised(child.weight), child.bias, digits))
+        else:
+            _lower(child, digits)
+
+
+def _joined(maps: list[nn.Linear], digits: int) -> tuple[Lowered, list[Lowered]]:
+    """Several maps of one input as one, and each of them over its share of the memory."""
+    bias = None if maps[0].bias is None else torch.cat([m.bias.detach() for m in maps])
+    whole = Lowered.of(*quantised(torch.cat([m.weight.detach() for m in maps])), bias, digits)
+    ends = torch.tensor([m.out_features for m in maps]).cumsum(0).tolist()
+    return whole, [whole.part(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _attention(module: Any, digits: int) -> None:
+    module.joined, (module.q, module.k, module.v) = _joined([module.q, module.k, module.v], digits)
+    _children(module, digits)
+
+
+def _mlp(module: Any, digits: int) -> None:
+    if module.gate is not None:
+        module.joined, (module.gate, module.up) = _joined([module.gate, module.up], digits)
+    _children(module, digits)
+
+
+LOWER: dict[type[nn.Module], Callable[[Any, int], None]] = {Attention: _attention, MLP: _mlp}

@@ -1,0 +1,315 @@
+"""Tokenizers in GGUF files: llama.cpp's lists of tokens, scores, types and merges to an engine, and back.
+
+    tokenizer.ggml.model   what it is                                   read   written
+    gpt2                   byte-level BPE, cut as `pre` says            yes    yes, where `pre` has a name for the cutting
+    llama                  SentencePiece BPE: scores, bytes             yes    yes
+    t5                     SentencePiece Unigram                        yes    no
+    bert                   WordPiece, `▁` before what begins a word     yes    yes, uncased
+
+llama.cpp knows how text is cut into words by name only (`tokenizer.ggml.pre`); its converter finds the name by hashing
+what a tokenizer makes of one text, so a new vocabulary has none there. Here one table says what each name means, and
+the name for a tokenizer is the one that means what it does. A name that is not in the table is refused: text cut in
+another way would be silently worse. Text is not normalised for `gpt2` and `llama`, as llama.cpp has it.
+
+>>> cuts({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+...      {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}) == PRE["smollm"].patterns
+True
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+
+from firth import gguf
+from firth.gguf import File
+from firth.text import foreign
+from firth.text.foreign import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER, Piece
+from firth.types import UserError
+
+if TYPE_CHECKING:
+    from firth.text.tokenizer import Tokenizer
+
+LONGEST = foreign.LONGEST
+"""Characters of a token. Real ones have a few hundred at most (a row of blanks)."""
+BLANK = "▁"
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+"""What English contracts, in whichever case."""
+
+
+def lines(digits: str, letters: str = r"\p{L}", others: str = r"[^\s\p{L}\p{N}]") -> str:
+    """Llama 3's pattern, from which others differ in how many digits make a number and in what a letter is."""
+    return SHORT + (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}| ?{others}+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """patterns: each cuts the pieces that those before it left. whole: a piece that is a token is not merged anew.
+    begins: whether bos is put before a text where the file does not say.
+    """
+
+    patterns: tuple[str, ...]
+    whole: bool = False
+    begins: bool = False
+
+
+WORDS = Cut((GPT2,))
+DIGITS = Cut((r"\p{N}", GPT2))
+LLAMA3 = Cut((lines(r"\p{N}{1,3}"),), whole=True, begins=True)
+QWEN2 = Cut((lines(r"\p{N}"),))
+PRE: dict[str, Cut] = {
+    "gpt-2": WORDS, "mpt": WORDS, "phi-2": WORDS, "olmo": WORDS, "jais": WORDS, "trillion": WORDS, "roberta-bpe": WORDS,
+    "modern-bert": WORDS, "exaone4": WORDS, "jina-v2-code": WORDS,
+    "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS, "command-r": DIGITS, "codeshell": DIGITS, "exaone": DIGITS,
+    "minerva-7b": DIGITS,
+    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "falcon3": LLAMA3, "lfm2": LLAMA3, "pixtral": LLAMA3,
+    "dbrx": Cut(LLAMA3.patterns), "smaug-bpe": Cut(LLAMA3.patterns), "chatglm-bpe": Cut(LLAMA3.patterns),
+    "glm4": Cut(LLAMA3.patterns, whole=True),
+    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "stablelm2": QWEN2, "hunyuan": QWEN2, "megrez": QWEN2,
+    "qwen35": Cut((lines(r"\p{N}", r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]"),)),
+    "falcon": Cut((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
+    "deepseek-coder": Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+}  # fmt: skip
+"""`tokenizer.ggml.pre` -> how text is cut; the first name of a kind is the one that is written."""
+
+ROLES = {
+    "bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id",
+    "sep": "seperator_token_id", "cls": "cls_token_id", "mask": "mask_token_id",
+}  # fmt: skip
+"""Role -> its key behind `tokenizer.ggml.`; the spelling of one is llama.cpp's."""
+
+
+def load(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file. UserError where it has none that can be read."""
+    from firth.text.tokenizer import Tokenizer
+
+    file = gguf.read(path)
+    tokens = file.list("tokenizer.ggml.tokens")
+    if any(len(token) > LONGEST for token in tokens):
+        raise UserError(f"{path}: a token of its vocabulary is longer than {LONGEST} characters")
+    kind = file.text("tokenizer.ggml.model")
+    if kind not in READERS:
+        raise UserError(f"{path}: its tokenizer is of the kind {kind!r}; firth reads {', '.join(READERS)}")
+    types = file.numbers("tokenizer.ggml.token_type", len(tokens))
+    scores = file.numbers("tokenizer.ggml.scores", len(tokens))
+    scored = np.zeros(len(tokens)) if scores is None else scores
+    typed = np.full(len(tokens), NORMAL) if types is None else types
+    pieces = list(zip(tokens, scored.tolist(), typed.tolist(), strict=True))
+    try:
+        engine, begins = READERS[kind](file, pieces)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception for whatever it cannot build
+        raise UserError(f"{path}: its tokenizer cannot be built: {error}") from None
+    named = {}
+    for role, key in ROLES.items():
+        id = file.metadata.get(f"tokenizer.ggml.{key}")
+        if type(id) is int and 0 <= id < len(tokens):
+            named[role] = tokens[id]
+    template = file.text("tokenizer.chat_template") if "tokenizer.chat_template" in file.metadata else None
+    turn = file.metadata.get("tokenizer.ggml.eot_token_id")
+    ends = [tokens[turn]] if type(turn) is int and 0 <= turn < len(tokens) else []
+    return Tokenizer(
+        engine, named, template, bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends=ends
+    )
+
+
+def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+    """Byte-level BPE."""
+    if "tokenizer.ggml.pre" not in file.metadata:
+        raise UserError(f"{file.path} does not say how text is cut into words (tokenizer.ggml.pre): convert it again")
+    name = file.text("tokenizer.ggml.pre")
+    if name not in PRE:
+        raise UserError(
+            f"{file.path} cuts text into words as {name!r} does, which firth does not know ({', '.join(PRE)})"
+        )
+    cut = PRE[name]
+    merges = [(a, b) for a, _, b in (line.partition(" ") for line in file.list("tokenizer.ggml.merges"))]
+    engine = Engine(models.BPE({token: i for i, (token, *_) in enumerate(pieces)}, merges, ignore_merges=cut.whole))
+    own = cut.patterns[-1] == GPT2  # the library has this one built in, which is faster
+    steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in cut.patterns[: len(cut.patterns) - own]]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
+    engine.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, _, type in pieces if type in (UNKNOWN, CONTROL)]
+    )
+    engine.add_tokens([AddedToken(t, normalized=False, special=False) for t, _, type in pieces if type == USER])
+    return engine, cut.begins
+
+
+def llama(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+    """SentencePiece's BPE, which llama.cpp has without normalisation."""
+    dummy = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return foreign.pieced(pieces, False, b"", dummy, squeeze=False), True
+
+
+def t5(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+    """SentencePiece's Unigram, with its normalisation."""
+    charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if any(type == UNUSED for _, _, type in pieces):
+        raise UserError(
+            f"{file.path}: its Unigram vocabulary has pieces that are not in use, which firth does not read"
+        )
+    dummy = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", False))
+    squeeze = bool(file.metadata.get("tokenizer.ggml.remove_extra_whitespaces", False))
+    compiled = charsmap.tobytes() if isinstance(charsmap, np.ndarray) else b""
+    return foreign.pieced(pieces, True, compiled, dummy, squeeze), False
+
+
+def bert(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+    """WordPiece: a word's first piece has a blank's sign before it there, what goes on has nothing."""
+
+    def spelled(token: str, type: int) -> str:
+        bracketed = token[:1] == "[" and token[-1:] == "]" and len(token) > 2
+        if token.startswith(BLANK):
+            return token[1:]
+        return token if type == CONTROL or bracketed else f"##{token}"
+
+    tokens = [spelled(token, type) for token, _, type in pieces]
+    if "[UNK]" not in tokens:
+        raise UserError(f"{file.path}: its WordPiece vocabulary has no [UNK]: convert it again")
+    return foreign.wordpiece(tokens), True
+
+
+READERS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
+
+
+def metadata(tokenizer: Tokenizer, size: int, dialogue: bool) -> dict[str, Any]:
+    """What a GGUF file says of a tokenizer, for a model of `size` ids; ids without a token get names like [PAD7].
+
+    dialogue: its chat template is written, and texts begin without bos, unless the tokenizer says whether they do. A
+    template that is not firth's own is always written. UserError for a tokenizer that llama.cpp does not have.
+    """
+    from firth.text.chat import TEMPLATE
+
+    definition = json.loads(tokenizer.definition)
+    kind, more = _kind(definition)
+    dialogue = dialogue or tokenizer.template not in (None, TEMPLATE)
+    tokens, types = _listed(tokenizer, definition, size)
+    scores = more.pop("scores", None)
+    out: dict[str, Any] = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens}
+    out["tokenizer.ggml.token_type"] = np.array(types, "<i4")
+    if scores is not None:
+        out["tokenizer.ggml.scores"] = np.array([scores.get(token, 0.0) for token in tokens], "<f4")
+    out |= {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+    roles = tokenizer.vocab.roles
+    out |= {f"tokenizer.ggml.{key}": int(roles[role]) for role, key in ROLES.items() if role in roles}
+    begins = not dialogue if tokenizer.bos is None else tokenizer.bos
+    out["tokenizer.ggml.add_bos_token"] = "bos" in roles and begins
+    out["tokenizer.ggml.add_eos_token"] = False
+    if kind == "bert":
+        framed = range(len(tokens))
+        out["tokenizer.ggml.tokens"] = [_phantom(tokens[i], types[i]) for i in framed]
+        del out["tokenizer.ggml.add_bos_token"], out["tokenizer.ggml.add_eos_token"]
+    if dialogue:
+        source = TEMPLATE if tokenizer.template is None else tokenizer.template
+        # What marks the assistant's words for training is no part of Jinja, and llama.cpp does not know it.
+        out["tokenizer.chat_template"] = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+        ends = [stop for stop in tokenizer.stops if stop != roles.get("eos")]
+        out |= {"tokenizer.ggml.eot_token_id": int(ends[-1])} if ends else {}
+    return out
+
+
+def _listed(tokenizer: Tokenizer, definition: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every id's token and type."""
+    special, bytewise = tokenizer.vocab.special, definition["model"].get("byte_fallback")
+    added = {entry["id"]: entry["special"] for entry in definition["added_tokens"]}
+    tokens, types = [], []
+    for id in range(size):
+        token = tokenizer.engine.id_to_token(id)
+        tokens.append(f"[PAD{id}]" if token is None else token)
+        if token is None:
+            types.append(UNUSED)
+        elif special[id]:
+            types.append(UNKNOWN if bytewise and token == definition["model"]["unk_token"] else CONTROL)
+        elif id in added:
+            types.append(USER)
+        else:
+            types.append(BYTE if bytewise and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL)
+    return tokens, types
+
+
+def _phantom(token: str, type: int) -> str:
+    if type in (CONTROL, UNUSED):
+        return token
+    return token[2:] if token.startswith("##") else BLANK + token
+
+
+def _kind(definition: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """llama.cpp's kind of tokenizer, and what that kind says besides; UserError where it has none that does the same."""
+    model, normalizer, pre = definition["model"], definition["normalizer"], definition["pre_tokenizer"] or {}
+    if model["type"] == "BPE" and "ByteLevel" in json.dumps(pre) and normalizer is None:
+        patterns, whole = cuts(pre), bool(model.get("ignore_merges"))
+        name = next((n for n, cut in PRE.items() if (cut.patterns, cut.whole) == (patterns, whole)), None)
+        if name is not None and not model.get("end_of_word_suffix"):
+            return "gpt2", {"pre": name, "merges": [" ".join(pair) for pair in _pairs(model)]}
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        prefixed, scores = PREFIXES.get(json.dumps([normalizer, pre], sort_keys=True)), _scores(definition)
+        if prefixed is not None and scores is not None:
+            return "llama", {"pre": "default", "scores": scores, "add_space_prefix": prefixed}
+    if model["type"] == "WordPiece" and (normalizer or {}).get("lowercase") and pre.get("type") == "BertPreTokenizer":
+        return "bert", {"token_type_count": 2}
+    raise UserError(
+        f"llama.cpp has no tokenizer that cuts text as this one does ({model['type']}): train the model with one of "
+        "`firth tokenizer train --algorithm byte-bpe`"
+    )
+
+
+def _prefixes() -> dict[str, bool]:
+    """SentencePiece's ways to write blanks, as JSON -> whether a blank is put before a text: ours, and transformers'."""
+    found = {}
+    for dummy in (True, False):
+        ours = json.loads(foreign.pieced([("<unk>", 0.0, UNKNOWN)], False, b"", dummy, squeeze=False).to_str())
+        found[json.dumps([ours["normalizer"], ours["pre_tokenizer"]], sort_keys=True)] = dummy
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    theirs = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, blank]}
+    return found | {json.dumps([theirs, {}], sort_keys=True): True}
+
+
+PREFIXES = _prefixes()
+
+
+def _scores(definition: Mapping[str, Any]) -> dict[str, float] | None:
+    """Scores by which SentencePiece makes the very same merges in the same order; None where no scores do."""
+    model = definition["model"]
+    pairs = _pairs(model)
+    found: dict[str, float] = {}
+    for at, (a, b) in enumerate(pairs):
+        found.setdefault(a + b, -float(at))
+    added = {entry["content"] for entry in definition["added_tokens"]}
+    vocab = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    pieces = [(t, found.get(t, 0.0), CONTROL if t in added or re.fullmatch("<0x..>", t) else NORMAL) for t in vocab]
+    return found if foreign.ways(pieces) == pairs else None
+
+
+def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    split = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
+    return [(a, b) for a, b in split]
+
+
+def cuts(pre: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The patterns that a definition's pre-tokenizer cuts by, one after another; None where it does something else."""
+    kind = pre.get("type")
+    if kind == "Sequence":
+        found = [cuts(one) for one in pre["pretokenizers"]]
+        return None if None in found else tuple(p for some in found for p in some or ())
+    if kind == "ByteLevel" and not pre["add_prefix_space"]:
+        return (GPT2,) if pre.get("use_regex", True) else ()
+    if kind == "Digits" and pre["individual_digits"]:
+        return (r"\p{N}",)
+    if kind == "Split" and pre["behavior"] == "Isolated" and not pre["invert"] and "Regex" in pre["pattern"]:
+        return (pre["pattern"]["Regex"],)
+    return None

@@ -1,0 +1,239 @@
+"""Models in GGUF files: what is written is read again bit for bit, as others lay it out, and misfits are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from firth import gguf as container
+from firth.generate.rows import reading, rectangle
+from firth.gguf import Writing
+from firth.model import gguf
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.published import bert, gpt2, llama
+from firth.model.quantize import unpack
+from firth.model.shape import decoder
+from firth.model.weights import load_model, save_model, start_from
+from firth.recipes.use import open_run
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+TOKENIZER = train(["to be, or not to be: that is the question " * 20], "byte-bpe", 400)
+SIZE = TOKENIZER.vocab.size
+SHAPES = {
+    "llama": llama(SIZE, 64, 2, 4, 96, context=64),
+    "llama, grouped and tied": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), tied=True, rotary_theta=5e5),
+    "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, context=64), bias=True, head_width=16),
+    "llama, biased in attention alone": replace(llama(SIZE, 64, 2, 4, 96, context=64), bias=True, bias_at="attention"),
+    "qwen2": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), bias=True, bias_at="qkv"),
+    "qwen3": replace(llama(SIZE, 64, 2, 4, 96, context=64), qk_norm=True, qk_weight=True, head_width=32, tied=True),
+    "gpt2": gpt2(SIZE, 64, 2, 4, context=64),
+}
+
+
+def model_of(shape):
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def written(tmp_path, shape=SHAPES["llama"], kind="F32", tokenizer=TOKENIZER):
+    file = tmp_path / "model.gguf"
+    model = model_of(shape)
+    gguf.write(model, tokenizer, file, kind)
+    return model, file
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_written_is_read_bit_for_bit(name, tmp_path):
+    model, file = written(tmp_path, SHAPES[name])
+    back = load_model(file)
+    assert gguf._lasting(back.shape) == gguf._lasting(model.shape)
+    mine, theirs = model.state_dict(), back.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert container.read(file).metadata["general.architecture"] == name.partition(",")[0]
+    again = tmp_path / "again.gguf"
+    gguf.write(back, Tokenizer.load(file), again, "F32")
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_an_encoder_goes_without_its_head(tmp_path):
+    words = tmp_path / "vocab.txt"
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "##ing"]))
+    tokenizer = Tokenizer.load(words)
+    model, file = written(tmp_path, bert(tokenizer.vocab.size, 64, 2, 4, context=32), tokenizer=tokenizer)
+    back = load_model(file)
+    assert not back.parts
+    with reading(model), reading(back):
+        rows = rectangle([np.array([2, 5, 6, 3])], torch.device("cpu"), causal=False)
+        assert torch.equal(model(rows), back(rows))
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)])
+def test_matrices_are_rounded_and_vectors_are_not(kind, worst, tmp_path):
+    model, file = written(tmp_path, kind=kind)
+    back = load_model(file).state_dict()
+    for name, mine in model.state_dict().items():
+        if mine.ndim == 1:
+            assert torch.equal(mine, back[name])
+        else:
+            assert 0 < (mine - back[name]).abs().max() <= worst * mine.abs().max()
+    assert {t.kind for t in container.read(file).tensors.values()} == {"F32", kind}
+
+
+def test_rows_of_a_head_are_in_pairs():
+    """llama.cpp turns (0, 1), (2, 3), ...; firth, as transformers, the two halves."""
+    kind, told = gguf.LLAMA, {"num_attention_heads": 2, "num_key_value_heads": 1}
+    rows = torch.arange(12.0)[:, None]
+    q = gguf._turn(kind, told, "model.layers.0.self_attn.q_proj.weight", rows, back=False)
+    assert q.flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert torch.equal(gguf._turn(kind, told, "model.layers.0.self_attn.q_proj.weight", q, back=True), rows)
+    k = gguf._turn(kind, told, "model.layers.0.self_attn.k_proj.weight", rows, back=False)
+    assert k.flatten().tolist() == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]
+
+
+def test_a_file_is_what_transformers_takes_it_for(tmp_path):
+    pytest.importorskip("gguf", reason="the gguf package, by which transformers reads GGUF, is not installed")
+    from transformers import AutoModelForCausalLM
+
+    model, file = written(tmp_path, SHAPES["llama, grouped and tied"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    ids = torch.randint(0, SIZE, (2, 20))
+    with reading(model):
+        mine = model.parts["lm"](model(rectangle(list(ids.numpy()), torch.device("cpu"))))
+        assert (theirs(ids).logits - mine).abs().max() < 1e-4 * mine.abs().max()
+
+
+def test_a_file_serves_wherever_a_directory_does(tmp_path):
+    model, file = written(tmp_path)
+    opened = open_run(file)
+    assert opened.tokenizer.encode("to be").tolist() == TOKENIZER.encode("to be").tolist()
+    fresh = LM(model.shape, {"lm": Vocabulary(model.shape)})
+    assert start_from(fresh, tmp_path) == ([], [])
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    save_model(opened.model, opened.tokenizer, tmp_path / "directory")
+    again = load_model(tmp_path / "directory").state_dict()
+    assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
+
+
+def test_blocks_of_few_bits_are_read(tmp_path):
+    """A file with Q4_1 and Q6_K in it, as others write them."""
+    _, file = written(tmp_path, replace(SHAPES["llama"], width=256, heads=4, head_width=0, hidden=256))
+    found = container.read(file)
+    rng = np.random.default_rng(0)
+    tensors, want = [], {}
+    for i, (name, stored) in enumerate(found.tensors.items()):
+        kind = "F32" if len(stored.shape) == 1 else ("Q4_1", "Q6_K")[i % 2]
+        per = container.KINDS[kind]
+        rows = np.prod(stored.shape[:-1], dtype=int)
+        made = rng.integers(0, 30, (rows, stored.shape[-1] // per.block * per.size), dtype=np.uint8)
+        made = np.array(stored.data) if kind == "F32" else made
+        want[name] = unpack(kind, made)
+        tensors.append(Writing(name, kind, stored.shape, lambda made=made: made))
+    container.write(file, found.metadata, tensors)
+    back = load_model(file)
+    assert torch.equal(back.tokens.weight, torch.from_numpy(want["token_embd.weight"]))
+    down = back.state_dict()["trunk.blocks.1.mlp.down.weight"]
+    assert torch.equal(down, torch.from_numpy(want["blk.1.ffn_down.weight"]))
+
+
+def test_shapes_that_llama_cpp_does_not_have_are_refused(tmp_path):
+    for shape, why in (
+        (decoder(SIZE, 64, 2), "norm_weight|embed_norm|activation"),
+        (replace(SHAPES["llama"], activation="geglu"), "activation is 'geglu' where a llama has 'swiglu'"),
+        (replace(SHAPES["llama"], softcap=15.0), r"softcap is 15\.0 where a llama has 0\.0"),
+    ):
+        with pytest.raises(UserError, match=f"{why}.*firth train llama") as told:
+            gguf.write(model_of(shape), TOKENIZER, tmp_path / "a.gguf")
+        assert "\n" not in str(told.value)
+    narrow = llama(SIZE, 48, 1, 2, 96)
+    with pytest.raises(UserError, match=r"32 numbers together, and token_embd\.weight has rows of 48: use F16"):
+        gguf.write(model_of(narrow), TOKENIZER, tmp_path / "a.gguf", "Q8_0")
+    with pytest.raises(UserError, match="'Q4_0' is no kind"):
+        gguf.write(model_of(SHAPES["llama"]), TOKENIZER, tmp_path / "a.gguf", "Q4_0")
+    with pytest.raises(UserError, match=f"the tokenizer has {SIZE} ids and the model 64"):
+        gguf.write(model_of(llama(64, 64, 1, 2, 96)), TOKENIZER, tmp_path / "a.gguf")
+    assert not list(tmp_path.glob("*"))
+
+
+HOSTILE = {
+    "general.architecture": ("mamba", "of the architecture 'mamba'; firth reads llama, gpt2, bert"),
+    "llama.block_count": (2**31 - 1, "speak of 2147483647 layers, and it holds 2"),
+    "llama.attention.head_count": (0, "is 0 where a number above 0"),
+    "llama.attention.head_count_kv": (np.array([1, 2], "<u4"), "where a number above 0"),
+    "llama.embedding_length": (2**31 - 1, "do not belong together|not a multiple|expected"),
+    "llama.feed_forward_length": (2**31 - 1, "do not belong together"),
+    "llama.attention.key_length": (2**30, "heads are|do not belong"),
+    "llama.rope.dimension_count": (8, "heads are 16 wide"),
+    "llama.rope.scaling.type": ("yarn", "asks for llama.rope.scaling.type = 'yarn'"),
+    "llama.expert_count": (8, "asks for llama.expert_count = 8"),
+    "llama.attention.sliding_window": (128, "asks for llama.attention.sliding_window = 128"),
+    "llama.context_length": ("long", "'long' where a number above 0"),
+    "llama.rope.freq_base": (float("nan"), "nan where a number above 0"),
+}
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_metadata_that_cannot_be_are_refused(key, tmp_path):
+    _, file = written(tmp_path)
+    value, why = HOSTILE[key]
+    found = container.read(file)
+    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    other = tmp_path / "other.gguf"
+    container.write(other, {**found.metadata, key: value}, tensors)
+    with pytest.raises(UserError, match=why) as told:
+        load_model(other)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "why"),
+    [
+        ("blk.1.attn_k.weight", None, "lacks tensor|lacks the tensor"),
+        ("token_embd.weight", None, "lacks the tensor 'token_embd.weight'"),
+        ("blk.1.attn_k.weight", "blk.1.attn_z.weight", "holds the tensor 'blk.1.attn_z.weight', which firth's llama"),
+        ("blk.1.attn_k.weight", "rope_freqs.weight", "holds the tensor 'rope_freqs.weight'"),
+        ("blk.1.attn_k.weight", "blk.1.attn_k.bias", "blk|attention|k_proj"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(name, new, why, tmp_path):
+    _, file = written(tmp_path)
+    found = container.read(file)
+    names = {n: new if n == name else n for n in found.tensors}
+    tensors = [
+        Writing(names[n], t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items() if names[n]
+    ]
+    other = tmp_path / "other.gguf"
+    container.write(other, found.metadata, tensors)
+    with pytest.raises(UserError, match=why) as told:
+        load_model(other)
+    assert "\n" not in str(told.value)
+
+
+def test_stretched_wavelengths_are_read(tmp_path):
+    _, file = written(tmp_path)
+    found = container.read(file)
+    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    more = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    container.write(tmp_path / "other.gguf", {**found.metadata, **more}, tensors)
+    shape = load_model(tmp_path / "other.gguf").shape
+    assert (shape.rotary_scaling, shape.rotary_factor) == ("linear", 4.0)
+    with pytest.raises(UserError, match="rotary_scaling is 'linear' where a llama has 'none'"):
+        gguf.write(model_of(shape), TOKENIZER, tmp_path / "a.gguf")
+
+
+def test_a_missing_key_is_named(tmp_path):
+    _, file = written(tmp_path)
+    found = container.read(file)
+    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    container.write(tmp_path / "other.gguf", {k: v for k, v in found.metadata.items() if "feed" not in k}, tensors)
+    with pytest.raises(UserError, match=r"lacks 'llama\.feed_forward_length'"):
+        load_model(tmp_path / "other.gguf")

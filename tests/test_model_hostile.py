@@ -1,0 +1,412 @@
+"""Directories that were damaged or made to do harm: each ends in one sentence, in bounded memory and time, and runs no code."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_room import tokenizer
+from safetensors.torch import load_file, save_file
+
+from firth.model.files import Storage, header, read_tensors
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import load_model, save_model
+from firth.text import chat
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+
+
+def gpt2() -> LM:
+    shape = Shape(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
+    return LM(shape, {"lm": Vocabulary(shape)}).eval()
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A directory of a GPT-2, as transformers would have written it."""
+    save_model(gpt2(), tokenizer(), tmp_path)
+    (tmp_path / "firth.json").unlink()
+    load_model(tmp_path)
+    return tmp_path
+
+
+def refused(action: Callable[[], Any], says: str) -> None:
+    """A UserError of one sentence that says this, soon."""
+    started = time.process_time()
+    with pytest.raises(UserError, match=says) as error:
+        action()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert time.process_time() - started < 5
+
+
+def written(file: Path, head: Any, data: bytes = b"", long: int | None = None) -> None:
+    """A safetensors file with this header (text, or what JSON says of it) and these bytes."""
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if long is None else long) + text + data)
+
+
+def tensor(first: int, last: int, shape: list[Any], dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+CUT = "cut off, or its header claims"
+HEADERS = {
+    "a header of 2^60 bytes": (b"{}", b"", 1 << 60, CUT),
+    "a header of 2^64 - 1 bytes": (b"{}", b"", (1 << 64) - 1, CUT),
+    "no JSON": (b"\x80 not json", b"", None, "not JSON"),
+    "deep JSON": (b'{"a":' * 100_000, b"", None, "not JSON"),
+    "deep lists": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"", None, "not JSON"),
+    "a list": ([1, 2], b"", None, "no shape and no place"),
+    "NaN": (b'{"a": NaN}', b"", None, "not JSON"),
+    "names twice": (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], '
+                    b'"data_offsets": [0, 4]}}', bytes(4), None, "stands there twice"),
+    "overlap": ({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, bytes(12), None, "overlap"),
+    "a gap": ({"a": tensor(0, 4, [1]), "b": tensor(8, 12, [1])}, bytes(12), None, "gap"),
+    "the same place twice": ({"a": tensor(0, 4, [1]), "b": tensor(0, 4, [1])}, bytes(4), None, "overlap"),
+    "past the end": ({"a": tensor(0, 400, [100])}, bytes(4), None, "take 400 bytes, and there are 4"),
+    "bytes left over": ({"a": tensor(0, 4, [1])}, bytes(9), None, "take 4 bytes, and there are 9"),
+    "a shape that its bytes do not fit": ({"a": tensor(0, 8, [3])}, bytes(8), None, r"shape \(3,\) and 8 bytes, not 12"),
+    "a huge shape": ({"a": tensor(0, 8, [1 << 40, 1 << 40])}, bytes(8), None, "more numbers than any file"),
+    "a negative shape": ({"a": tensor(0, 4, [-1, -1])}, bytes(4), None, "no shape and no place"),
+    "a shape of words": ({"a": tensor(0, 4, ["1"])}, bytes(4), None, "no shape and no place"),
+    "a shape of fractions": ({"a": tensor(0, 4, [1.0])}, bytes(4), None, "no shape and no place"),
+    "a thousand dimensions": ({"a": tensor(0, 4, [1] * 1000)}, bytes(4), None, "no shape and no place"),
+    "backwards": ({"a": tensor(4, 0, [1])}, bytes(4), None, "no shape and no place"),
+    "an unknown type": ({"a": tensor(0, 4, [1], "F31")}, bytes(4), None, "unknown type 'F31'"),
+    "no type": ({"a": tensor(0, 4, [1], None)}, bytes(4), None, "unknown type None"),
+    "no object": ({"a": 3}, bytes(4), None, "no shape and no place"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_safetensors_file_that_lies(name: str, given: Path) -> None:
+    head, data, long, says = HEADERS[name]
+    written(given / "model.safetensors", head, data, long)
+    refused(lambda: load_model(given), says)
+
+
+def test_a_file_cut_at_any_place(given: Path) -> None:
+    file = given / "model.safetensors"
+    whole = file.read_bytes()
+    for at in (0, 3, 8, 9, 200, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:at])
+        refused(lambda: load_model(given), "cannot be read as safetensors")
+    file.write_bytes(whole)
+    assert set(header(file)) == set(read_tensors(given))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_usual_numbers(dtype: torch.dtype, given: Path) -> None:
+    state = load_file(given / "model.safetensors")
+    state["transformer.wte.weight"] = state["transformer.wte.weight"].to(dtype)
+    save_file(state, given / "model.safetensors")
+    refused(lambda: load_model(given), "(tokens|wte).weight' is .*firth reads weights of fp32, fp16, bf16 and fp64")
+
+
+def test_double_precision_is_read(given: Path) -> None:
+    want = load_model(given).state_dict()
+    state = {name: t.double() for name, t in load_file(given / "model.safetensors").items()}
+    save_file(state, given / "model.safetensors")
+    assert all(torch.equal(t, want[name]) for name, t in load_model(given).state_dict().items())
+
+
+def test_tensors_of_other_sizes_are_named(given: Path) -> None:
+    whole = load_file(given / "model.safetensors")
+    for name, wrong in (("transformer.wte.weight", torch.zeros(601, 16)), ("transformer.h.0.attn.c_attn.weight", torch.zeros(4, 5, 6)),
+                        ("transformer.h.0.attn.c_attn.bias", torch.zeros(())), ("transformer.wpe.weight", torch.zeros(5, 5))):  # fmt: skip
+        save_file(whole | {name: wrong}, given / "model.safetensors")
+        refused(lambda: load_model(given), r"tensor '.*' is \(")
+    save_file({k: v for k, v in whole.items() if "ln_f" not in k}, given / "model.safetensors")
+    refused(lambda: load_model(given), "lacks tensor 'transformer.ln_f")
+    save_file(whole | {"transformer.h.7.ln_1.weight": torch.zeros(16)}, given / "model.safetensors")
+    refused(lambda: load_model(given), "h.7.ln_1.weight', which is no tensor of a")
+
+
+@pytest.fixture
+def sharded(given: Path) -> Path:
+    save_model(load_model(given), tokenizer(), given, storage=Storage(shard=8000))
+    (given / "firth.json").unlink()
+    load_model(given)
+    return given
+
+
+def mapped(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = directory / "model.safetensors.index.json"
+    told = json.loads(file.read_text())
+    change(told["weight_map"])
+    file.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "/x.safetensors", "a/b.safetensors", "..", "", 3, None, ["a"], "a.bin"]
+)
+def test_an_index_that_leads_elsewhere(name: Any, sharded: Path) -> None:
+    mapped(sharded, lambda held: held.update({"transformer.wte.weight": name}))
+    refused(lambda: load_model(sharded), "no safetensors file of its own directory")
+
+
+def test_an_index_and_its_files_that_disagree(sharded: Path) -> None:
+    file = sharded / "model.safetensors.index.json"
+    whole = file.read_text()
+    mapped(sharded, lambda held: held.pop("transformer.ln_f.weight"))
+    refused(
+        lambda: load_model(sharded),
+        r"model-0000\d-of-0000\d.safetensors has the tensor 'transformer.ln_f.weight', and .*index",
+    )
+    file.write_text(whole)
+    mapped(sharded, lambda held: held.update({"more": held["transformer.wte.weight"]}))
+    refused(lambda: load_model(sharded), "index.json has the tensor 'more', and model-")
+    file.write_text(whole)
+    for text, says in (
+        ("{}", "no weight_map"),
+        ('{"weight_map": 3}', "no weight_map"),
+        ("[]", "not a JSON object"),
+        ("{", "not JSON"),
+    ):
+        file.write_text(text)
+        refused(lambda: load_model(sharded), says)
+    file.write_text(whole)
+    last = sorted(sharded.glob("model-*"))[-1]
+    last.rename(sharded / "elsewhere")
+    refused(lambda: load_model(sharded), f"names {last.name}, which is not there")
+
+
+CONFIGS = {
+    "a width of 10^9": ({"n_embd": 10**9}, "do not belong together"),
+    "a depth of 10^7": ({"n_layer": 10**7}, "do not belong together"),
+    "a vocabulary of 10^12": ({"vocab_size": 10**12}, "do not belong together"),
+    "a context of 10^12": ({"n_positions": 10**12}, "do not belong together"),
+    "an inner width of 10^15": ({"n_inner": 10**15}, "do not belong together"),
+    "numbers of a thousand digits": ({"n_embd": 10**1000}, "do not belong together|describes no model"),
+    "no layers": ({"n_layer": -1}, "cannot be negative"),
+    "no heads": ({"n_head": 0}, "at least 1"),
+    "words for numbers": ({"n_embd": "16"}, "describes no model"),
+    "a fraction": ({"n_layer": 1.5}, "describes no model"),
+    "yes for a number": ({"n_layer": True}, "describes no model"),
+    "nothing for a number": ({"n_embd": None}, "describes no model"),
+    "a list for a name": ({"activation_function": ["gelu"]}, "describes no model"),
+    "an object for a number": ({"n_positions": {}}, "describes no model"),
+    "words for a rate": ({"resid_pdrop": "0"}, "describes no model"),
+    "a rate of 7": ({"resid_pdrop": 7.0}, "less than 1"),
+    "no such family": ({"model_type": "rwkv"}, "family 'rwkv'; firth reads .*gpt2"),
+    "a family that is no word": ({"model_type": ["gpt2"]}, "firth reads"),
+    "no family": ({"model_type": None}, "firth reads"),
+    "code": ({"auto_map": {"AutoModel": "modeling.Model"}}, "runs no code of a model directory"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
+    "quantised, said badly": ({"quantization_config": "yes"}, "quantised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_asks_for_too_much(name: str, given: Path) -> None:
+    change, says = CONFIGS[name]
+    file = given / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refused(lambda: load_model(given), says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("[1]", "not a JSON object"), ("3", "not a JSON object"), ("{", "not JSON"), ("[" * 200_000, "not JSON"), ('{"a": NaN}', "NaN"),
+     ('{"a": Infinity}', "Infinity"), ('{"a": ' + "9" * 10_000 + "}", "not JSON"), ('{"model_type": "gpt2"}', "lacks the field"),
+     ("\ufeff{}", "not JSON"), ('{"a": "' + "x" * (33 << 20) + '"}', "not read")],
+)  # fmt: skip
+def test_a_config_that_is_none(text: str, says: str, given: Path) -> None:
+    (given / "config.json").write_text(text)
+    refused(lambda: load_model(given), says)
+
+
+FACTS = {
+    "an absurd part": ({"parts": {"x": {"kind": "linear", "in": 10**9, "out": 10**9, "bias": True}}}, "lacks|unexpected"),
+    "a part of words": ({"parts": {"x": {"kind": "linear", "in": "a", "out": 1, "bias": True}}}, "cannot be rebuilt"),
+    "a part that is none": ({"parts": {"x": 3}}, "cannot be rebuilt"),
+    "an unknown part": ({"parts": {"x": {"kind": "eval", "of": "import os"}}}, "cannot be rebuilt"),
+    "parts that are none": ({"parts": []}, "describes no model"),
+    "a deep chain": ('{"family": "gpt2", "shape": {}, "parts": {"x": ' + '{"kind": "chain", "of": [' * 5000 + "]}" * 5000 + "}}",
+                     "cannot be rebuilt|not JSON"),
+    "a shape of words": ({"shape": {"vocab": "many", "width": 1, "depth": 1, "heads": 1}}, "describes no model"),
+    "a shape that lacks a field": ({"shape": {}}, "describes no model"),
+    "no shape": ({"shape": None}, "describes no model"),
+    "a field of tomorrow": ({"shape": {"colour": 1}}, "newer version"),
+    "a deep guest": ({"parts": {"x": {"kind": "guest", "parts": {}, "shape": {"vocab": 9, "width": 8, "depth": 10**8, "heads": 1}}}},
+                     "cannot be rebuilt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_firth_json_that_asks_for_too_much(name: str, tmp_path: Path) -> None:
+    save_model(gpt2(), None, tmp_path)
+    change, says = FACTS[name]
+    file = tmp_path / "firth.json"
+    file.write_text(change if type(change) is str else json.dumps(json.loads(file.read_text()) | change))
+    refused(lambda: load_model(tmp_path), says)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pth", "a.pkl"])
+def test_pickles_are_never_opened(name: str, given: Path) -> None:
+    (given / "model.safetensors").unlink()
+    (given / name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    refused(lambda: load_model(given), rf"pickled weights \({re.escape(name)}\), which can run code and are never read")
+    (given / name).rename(given / "model.h5")
+    refused(lambda: load_model(given), "holds model.h5 and no model.safetensors")
+
+
+BOMB = """
+import resource, sys
+from pathlib import Path
+from firth.model.weights import load_model
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+for name in sys.argv[1:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+    try:
+        (Tokenizer.load(Path(name)).vocab if "tokenizer" in name else load_model(Path(name)))
+        print("read")
+    except UserError as error:
+        print("refused", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Each case in a process that may take 400 MB more than it has, and is seen to take less than 100."""
+    names = []
+    for name in ("a width of 10^9", "a depth of 10^7", "a vocabulary of 10^12", "a header", "a guest", "tokenizer"):
+        place = tmp_path / name
+        save_model(gpt2(), tokenizer(), place)
+        file = place / "config.json"
+        if name in CONFIGS:
+            (place / "firth.json").unlink()
+            file.write_text(json.dumps(json.loads(file.read_text()) | CONFIGS[name][0]))
+        elif name == "a header":
+            written(place / "model.safetensors", b"{}", b"", 1 << 60)
+        elif name == "a guest":
+            told = json.loads((place / "firth.json").read_text())
+            told["parts"]["x"] = {"kind": "linear", "in": 10**6, "out": 10**6, "bias": True}
+            (place / "firth.json").write_text(json.dumps(told))
+        else:
+            told = json.loads((place / "tokenizer.json").read_text())
+            told["model"]["vocab"]["far"] = 4_000_000_000
+            (place / "tokenizer.json").write_text(json.dumps(told))
+        names.append(str(place))
+    done = subprocess.run([sys.executable, "-c", BOMB, *names], capture_output=True, text=True, timeout=200)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["refused"] * len(names), done.stdout + done.stderr
+    assert all(int(line[1]) < 100 for line in lines), lines
+
+
+def test_reading_costs_a_models_memory_once(tmp_path: Path) -> None:
+    """Weights are mapped and copied one by one: the process never holds them twice. GPT-2's are turned around on the way."""
+    shape = Shape(vocab=64, width=1024, depth=4, heads=8, context=16)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    size = sum(p.numel() for p in model.parameters()) * 4
+    save_model(model, None, tmp_path)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom firth.model.weights import load_model\n"
+        "def held(): return sum(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
+        "import torch, threading, time\nload_model(Path(sys.argv[2]))\nbefore = held(); most = [0]; go = [True]\n"
+        "def watch():\n while go[0]:\n  most[0] = max(most[0], held()); time.sleep(0.001)\n"
+        "t = threading.Thread(target=watch); t.start(); m = load_model(Path(sys.argv[1])); go[0] = False; t.join()\n"
+        "print(max(most[0], held()) - before)"
+    )
+    save_model(gpt2(), None, tmp_path / "small")
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "small")], capture_output=True, text=True
+    )
+    assert 0.8 * size < int(run.stdout) < 1.3 * size, (run.stdout, size, run.stderr)
+
+
+def bad_tokenizer(text: str) -> dict[str, str]:
+    return {"tokenizer.json": text}
+
+
+def changed(**fields: Any) -> str:
+    return json.dumps(json.loads(tokenizer().definition) | fields)
+
+
+TOKENIZERS = {
+    "cut off": (bad_tokenizer(tokenizer().definition[:1000]), "cannot read this tokenizer"),
+    "empty": (bad_tokenizer(""), "cannot read this tokenizer"),
+    "deep": (bad_tokenizer('{"model":' * 100_000), "cannot read this tokenizer"),
+    "another thing": (bad_tokenizer('{"a": 1}'), "cannot read this tokenizer"),
+    "no words": (bad_tokenizer(changed(model={"type": "WordLevel", "vocab": {}, "unk_token": "x"}, added_tokens=[])), "no id"),
+    "merges of nothing": (bad_tokenizer(changed(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["q", "r"]]})), "cannot read"),
+    "an id of 4 * 10^9": (bad_tokenizer(changed(model={"type": "BPE", "vocab": {"a": 0, "b": 4 * 10**9}, "merges": []})), "damaged"),
+    "vocab.txt twice": ({"vocab.txt": "[UNK]\na\nb\na\n"}, "has the token 'a' twice"),
+    "vocab.txt empty": ({"vocab.txt": ""}, r"has no \[UNK\]"),
+    "vocab.txt of blanks": ({"vocab.txt": "\n\n\n"}, "twice"),
+    "vocab.json of words": ({"vocab.json": '{"a": "b"}', "merges.txt": "a b"}, "not a tokenizer"),
+    "vocab.json a list": ({"vocab.json": "[1]", "merges.txt": ""}, "not a tokenizer"),
+    "merges without words": ({"vocab.json": '{"a": 0}', "merges.txt": "x y\n"}, "not a tokenizer"),
+    "merges that are none": ({"vocab.json": '{"a": 0}', "merges.txt": "x\n\n  \nq"}, "not a tokenizer"),
+    "a config that is a list": ({"tokenizer.json": tokenizer().definition, "tokenizer_config.json": "[]"}, "not a JSON object"),
+    "a deep config": ({"tokenizer.json": tokenizer().definition, "tokenizer_config.json": "[" * 99_999}, "not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_that_are_none(name: str, tmp_path: Path) -> None:
+    files, says = TOKENIZERS[name]
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    refused(lambda: Tokenizer.load(tmp_path).vocab, says)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\x00" * 100, b"\xff" * 5_000_000, bytes(range(256)) * 50, b"\x0a\x05\x0a\x03abc", b"\x0a\xff\xff\xff\xff\x0f" + b"a" * 10,
+     b"\x0a\x05\x0a\x03\xff\xfe\xfd", b"\x0a\x03\x0a\x01a" * 10],
+)  # fmt: skip
+def test_garbage_for_a_sentencepiece_model(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(data)
+    refused(lambda: Tokenizer.load(tmp_path), "spiece.model")
+
+
+def test_a_tokenizer_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt", "spiece.model"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(5 << 30)  # a hole: it takes no room
+        refused(lambda: Tokenizer.load(tmp_path), "more than any tokenizer needs")
+        (tmp_path / name).unlink()
+
+
+TEMPLATES = {
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more time"),
+    "calls": ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "more memory|has a fault"),
+    "many": ("{{ 'a' * 10**11 }}", "more memory"),
+    "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    "globals": ("{{ cycler.__init__.__globals__.os.system('touch ran') }}", "unsafe"),
+    "import": ("{% import 'os' as os %}", "cannot write|has a fault"),
+    "a format": ("{{ '{0.__class__}'.format(1) }}{{ messages[0].content }}", "unsafe|shows a message|has a fault"),
+    "no template": ("{% for", "cannot write"),
+    "a fault": ("{{ 1 / 0 }}", "has a fault"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, says = TEMPLATES[name]
+    tokenizer().save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    coder = Tokenizer.load(tmp_path)
+    refused(lambda: chat.encode(coder, MESSAGES), says)
+    assert coder.stops == [coder.vocab.eos]
+    assert not (tmp_path / "ran").exists()
+    fine = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # and the next one is served
+    assert len(chat.encode(Tokenizer(coder.engine, template=fine), MESSAGES)[0])

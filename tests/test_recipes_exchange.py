@@ -1,0 +1,459 @@
+"""Directories in and out: what strangers wrote is taken in whole, what firth trained is given away whole, with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from data_room import tokenizer
+from safetensors import safe_open
+from text_packages import minilm
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, pre_tokenizers
+
+from firth.model.files import DTYPES, Storage, read_tensors
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.weights import load_model, save_model
+from firth.recipes.exchange import export_model, import_model
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.use import fill_text, opening
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+transformers.logging.set_verbosity_error()
+
+TINY = ["tokenizer.size=500", "shape.width=32", "shape.depth=1", "shape.heads=1", "segment.length=32", "batch.rows=4",
+        "length.steps=3", "checks.every=0", "checks.examples=8", "samples=[]"]  # fmt: skip
+AUTO = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "both": "AutoModelForSeq2SeqLM"}
+
+
+def built(kind: str) -> tuple[LM, Tokenizer]:
+    """A model of random weights with firth's own defaults, and a tokenizer for it."""
+    coder = tokenizer()
+    make = {"decoder": decoder, "encoder": encoder, "both": encoder_decoder}[kind]
+    torch.manual_seed(0)
+    shape = make(coder.vocab.size, 32, 2, heads=4, context=64)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval(), coder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"Letter {i}. " + "The quick brown fox jumps over the lazy dog again. " * 40)
+    rows = [{"text": f"the {word} fox {i}", "label": word} for i in range(20) for word in ("good", "bad")]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """A run of three steps."""
+    paths = ",".join(str(folder / f"{i}.txt") for i in range(12))
+    plan = load("gpt", ["source.corpus=", f"source.path=[{paths}]", *TINY, "shape.context=64", 'samples=["The quick"]'])
+    run(plan, folder.parent / "run-card", echo=lambda _: None)
+    return folder.parent / "run-card"
+
+
+@torch.no_grad()
+def logits(kind: str, model: LM, theirs: torch.nn.Module) -> float:
+    """The largest difference on one row."""
+    row = torch.randint(5, 500, (1, 20), generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(20)[None]
+    order = {} if kind == "encoder" else {"looks": steps, "appears": steps}
+    if kind == "both":
+        ours = model.parts["lm"](model({"source_tokens": row, "tokens": row} | order))
+        return (theirs(input_ids=row, decoder_input_ids=row).logits - ours).abs().max().item()
+    return (theirs(input_ids=row).logits - model.parts["lm"](model({"tokens": row} | order))).abs().max().item()
+
+
+@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_export_loads_in_every_type_and_in_shards(kind: str, dtype: str, tmp_path: Path) -> None:
+    model, coder = built(kind)
+    save_model(model, coder, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype=dtype, shard="60KB", echo=lambda _: None)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted({*index["weight_map"].values()})
+    assert len(files) > 1 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    total = 0
+    for name in files:
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == 0o644
+        with safe_open(tmp_path / "out" / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert {index["weight_map"][key] for key in file.keys()} == {name}  # noqa: SIM118 - no mapping
+            total += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == total
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == str(DTYPES[dtype]).removeprefix("torch.")
+    theirs, info = getattr(transformers, AUTO[kind]).from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    again = load_model(tmp_path / "out")
+    assert logits(kind, again, theirs.eval()) < 1e-4
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.to(DTYPES[dtype]).float(), again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", AUTO)
+def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, tmp_path: Path) -> None:
+    model, coder = built(kind)
+    save_model(model, coder, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "What is a module?"
+    framed = coder.vocab.frame(coder.encode(text)) if kind == "encoder" else opening(coder, text, model)
+    assert theirs(text)["input_ids"] == framed.tolist()
+    assert set(theirs(text)) == {"input_ids", "attention_mask"}
+    if kind == "encoder":
+        cls, sep, pair = coder.vocab.cls, coder.vocab.sep, [coder.encode(x).tolist() for x in ("one", "two")]
+        assert theirs("one", "two")["input_ids"] == [cls, *pair[0], sep, *pair[1], sep]
+    again = Tokenizer.load(tmp_path)
+    assert again.digest == coder.digest
+    assert again.encode(text).tolist() == coder.encode(text).tolist()
+    assert again.framed("both").definition == again.definition
+
+
+def test_numbers_too_large_for_fp16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    model, coder = built("decoder")
+    with torch.no_grad():
+        model.tokens.weight[0, 0] = 1e5
+    save_model(model, coder, tmp_path / "run")
+    with pytest.raises(UserError, match="too large for fp16"):
+        export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="fp16", shard="")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_minilm_comes_in_and_goes_out_bit_for_bit(tmp_path: Path) -> None:
+    said: list[str] = []
+    import_model(minilm(), tmp_path / "in", echo=said.append)
+    text = "\n".join(said)
+    assert "bert (BertModel), an encoder" in text and "22,565,376 parameters in float32; context 512" in text
+    assert "30,522 ids; pad [PAD]" in text and "pooler.dense.weight" in text and "chat template: no" in text
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
+    given, out = read_tensors(minilm()), read_tensors(tmp_path / "out")
+    names = [name for name in given if not name.startswith(("pooler", "embeddings.position_ids"))]
+    assert {name.removeprefix("bert.") for name in out} == set(names)
+    assert all(torch.equal(out[f"bert.{name}"], given[name]) for name in names)
+    ours, theirs = Tokenizer.load(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(minilm())
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for line in ("A tést, isn't it?", "two  blanks 日本"):
+        assert ours.vocab.frame(ours.encode(line)).tolist() == theirs(line)["input_ids"] == again(line)["input_ids"]
+    assert dict(again("one", "two")) == dict(theirs("one", "two"))
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert (front["license"], front["language"]) == ("apache-2.0", "en")
+
+
+def test_a_bf16_directory_stays_bf16(tmp_path: Path) -> None:
+    model, coder = built("decoder")
+    save_model(model, coder, tmp_path / "given", storage=Storage(torch.bfloat16))
+    (tmp_path / "given" / "firth.json").unlink()
+    said: list[str] = []
+    import_model(tmp_path / "given", tmp_path / "in", echo=said.append)
+    assert "parameters in bfloat16" in said[1]
+    given, held = read_tensors(tmp_path / "given"), read_tensors(tmp_path / "in")
+    assert given.keys() == held.keys() and all(torch.equal(given[k], held[k]) for k in given)
+    assert load_model(tmp_path / "in").tokens.weight.dtype == torch.float32
+
+
+def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -> None:
+    """Its shape and its tokenizer; another tokenizer is refused."""
+    theirs = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+    )
+    theirs.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
+    few = [f"start={tmp_path / 'bert'}", f"source.path={folder / 'labelled.jsonl'}", "length.steps=2", "batch.rows=4"]
+    done = run(load("classify", few), tmp_path / "run", echo=lambda _: None)
+    shape = load_model(done.model).shape
+    assert (shape.vocab, shape.width, shape.segments) == (30522, 16, 2)
+    assert Tokenizer.load(done.model).digest == Tokenizer.load(tmp_path / "bert").digest
+    card = (done.model / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "bert"
+    other = [*few, f"tokenizer.path={folder}"]
+    tokenizer().save(folder)
+    with pytest.raises(UserError, match=r"has another tokenizer than this run.*leave out tokenizer\.path"):
+        run(load("classify", other), tmp_path / "other", echo=lambda _: None)
+    mine = Tokenizer.load(tmp_path / "bert").vocab.mask
+    import_model(tmp_path / "bert", tmp_path / "in", echo=lambda _: None)
+    assert mine == 103 and len(fill_text(tmp_path / "in", "a <mask> text", 2).split("   ")) == 2
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_and_a_smaller_one_is_told(tmp_path: Path) -> None:
+    small = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=600, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    )
+    for name, size in (("fits", 612), ("short", 590)):
+        small.resize_token_embeddings(size)
+        small.save_pretrained(tmp_path / name)
+        tokenizer().save(tmp_path / name)
+    assert tokenizer().vocab.size == 600
+    said: list[str] = []
+    import_model(tmp_path / "fits", tmp_path / "in", echo=said.append)
+    assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(said)
+    with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
+        import_model(tmp_path / "short", tmp_path / "no", echo=said.append)
+    with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
+        run(
+            load("gpt", [f"start={tmp_path / 'short'}", "shape=null", "source.corpus=pydoc"]),
+            tmp_path / "run",
+            lambda _: None,
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
+    model, coder = built("decoder")
+    save_model(model, coder, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("x")
+
+    def out(name: str) -> None:
+        export_model(tmp_path / "run", tmp_path / name, form="hf", dtype="", shard="", echo=lambda _: None)
+
+    for name, says in (
+        ("mine", "holds other things"),
+        ("file", "holds other things"),
+        ("run", "holds what is to be read"),
+    ):
+        with pytest.raises(UserError, match=says):
+            out(name)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    out("empty")
+    out("empty")  # its own, so it is written again
+    assert (tmp_path / "empty" / "README.md").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "mine", "file", "empty"}
+
+
+def test_the_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "out", form="hf", dtype="bf16", shard="", echo=lambda _: None)
+    for text in ((trained / "model" / "README.md").read_text(), (tmp_path / "out" / "README.md").read_text()):
+        front = yaml.safe_load(text.split("---")[1])
+        assert front["tags"] == ["firth", "causal"] and front["pipeline_tag"] == "text-generation"
+        assert front["license"] == "other" and "base_model" not in front
+        assert str(folder) not in text and os.sep + "tmp" not in text
+        assert "3 steps" in text and "| bits per byte |" in text and "**The quick**" in text and "`0.txt`" in text
+        assert "licence of these files is not known" in text and "NanoChatForCausalLM.from_pretrained" in text
+        listing = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+        assert listing["length"]["steps"] == 3 and listing["source"]["path"][0] == "0.txt"
+        # Not the speed of a machine: held-out measures alone.
+        assert "per second" not in text
+
+
+def test_the_card_names_the_licence_of_a_corpus(tmp_path: Path) -> None:
+    plan = load("roberta", ["source.corpus=pydoc", *TINY])
+    done = run(plan, tmp_path / "run", echo=lambda _: None)
+    text = (done.model / "README.md").read_text()
+    assert "licence: PSF" in text and yaml.safe_load(text.split("---")[1])["language"] == "en"
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    listed = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert [m["path"] for m in listed] == ["", "1_Pooling"]
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert pooling["word_embedding_dimension"] == 32 and pooling["pooling_mode_mean_tokens"] is True
+
+
+def test_stop_ids_of_generation_config_end_an_answer_here_and_after_an_export(tmp_path: Path) -> None:
+    model, coder = built("decoder")
+    save_model(model, coder, tmp_path / "given")
+    (tmp_path / "given" / "firth.json").unlink()
+    a, b = coder.id("</s>"), int(coder.encode("?")[0])
+    (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"eos_token_id": [a, b]}))
+    assert {a, b} <= set(Tokenizer.load(tmp_path / "given").stops)
+    import_model(tmp_path / "given", tmp_path / "in", echo=lambda _: None)
+    assert {a, b} <= set(Tokenizer.load(tmp_path / "in").stops)
+    assert {a, b} <= set(json.loads((tmp_path / "in" / "generation_config.json").read_text())["eos_token_id"])
+
+
+@pytest.mark.parametrize(
+    ("said", "framing", "begins"), [(None, False, False), (None, True, True), (False, True, False)]
+)
+def test_who_puts_bos_before_a_text(said: bool | None, framing: bool, begins: bool, tmp_path: Path) -> None:
+    """A stranger's decoder reads bos where its tokenizer says so: in tokenizer_config.json, else in tokenizer.json."""
+    model, coder = built("decoder")
+    save_model(model, coder, tmp_path)
+    (tmp_path / "firth.json").unlink()
+    (coder.framed("left") if framing else coder).save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | ({} if said is None else {"add_bos_token": said}))
+    )
+    loaded = Tokenizer.load(tmp_path)
+    assert (opening(loaded, "hello", model)[0] == coder.vocab.bos) == begins
+    save_model(model, loaded, tmp_path / "again")
+    assert (opening(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == coder.vocab.bos) == begins
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    if said is None:
+        assert (theirs("hello")["input_ids"][0] == coder.vocab.bos) == begins
+
+
+def gpt2(folder: Path) -> Engine:
+    """A tokenizer of GPT-2's files."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {
+        token: i
+        for i, token in enumerate([*letters, "he", "ll", "<s>", "</s>", "<pad>", "<unk>", "<mask>", "<|endoftext|>"])
+    }
+    merges = [("h", "e"), ("l", "l")]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return Engine(models.BPE(vocab, merges))
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "RobertaTokenizer"])
+def test_older_files_are_framed_as_their_class_frames_them(kind: str, tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    marks = {
+        "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    }
+    config = {"tokenizer_class": kind, **marks.get(kind, {})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer.load(tmp_path)
+    theirs = getattr(transformers, kind)(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    ids = ours.engine.encode("hello hell", add_special_tokens=True).ids
+    assert ids == theirs("hello hell")["input_ids"]
+    assert ours.engine.encode("he", "ll", add_special_tokens=True).ids == theirs("he", "ll")["input_ids"]
+    assert (ours.vocab.roles.get("mask") is not None) == (kind == "RobertaTokenizer") or kind == "GPT2Tokenizer"
+
+
+def test_vocab_txt_follows_its_configuration(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "hello", "Hello", "[X]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    )
+    assert Tokenizer.load(tmp_path).pieces("Hello") == ["hello"]
+    added = {"9": {"content": "[NEW]", "special": True}}
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    cased = Tokenizer.load(tmp_path)
+    assert cased.pieces("Hello") == ["Hello"] and cased.id("[NEW]") == 9 and cased.vocab.special[9]
+    assert cased.engine.encode("a", "hello", add_special_tokens=True).type_ids == [0, 0, 0, 1, 1]
+    config["added_tokens_decoder"] = {"12": {"content": "[NEW]", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"the id 12, which is not free"):
+        Tokenizer.load(tmp_path)
+
+
+def test_roles_come_from_special_tokens_map_where_nothing_else_says_them(tmp_path: Path) -> None:
+    words = ["<p>", "[UNK]", "<c>", "<e>", "<m>", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    named = {"pad_token": "<p>", "cls_token": {"content": "<c>"}, "sep_token": "<e>", "mask_token": "<m>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    roles = Tokenizer.load(tmp_path).vocab.roles
+    assert {r: roles[r] for r in ("pad", "cls", "bos", "sep", "eos", "mask")} == {
+        "pad": 0, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4,
+    }  # fmt: skip
+
+
+def test_how_sentence_vectors_are_made_is_taken_over(tmp_path: Path) -> None:
+    import_model(minilm(), tmp_path / "in", echo=lambda _: None)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    listed = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert [module["type"].split(".")[-1] for module in listed] == ["Transformer", "Pooling", "Normalize"]
+    limits = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+    assert limits["max_seq_length"] == 256 and limits["model_args"] == {"add_pooling_layer": False}
+    (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "../elsewhere"}]))
+    with pytest.raises(UserError, match="a place outside of its directory"):
+        export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": "2_Dense"}]))
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    assert (
+        len(json.loads((tmp_path / "out" / "modules.json").read_text())) == 2
+    )  # the mean, not a map that is not there
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from firth.cli import app
+
+    model, coder = built("encoder")
+    save_model(model, coder, tmp_path / "run")
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), out, "--dtype", "bf16", "--shard-size", "50KB"])
+    assert done.exit_code == 0 and "transformers loads it as ModernBertForMaskedLM" in done.output
+    done = CliRunner().invoke(app, ["import", out, back])
+    assert done.exit_code == 0 and "in bfloat16" in done.output and f"firth fill {back}" in done.output
+    done = CliRunner().invoke(app, ["fill", back, "a <mask> text", "--top", "2"])
+    assert done.exit_code == 0 and len(done.output.split("   ")) == 2
+
+
+def test_sentencepiece_files_are_dressed_as_their_class_says(tmp_path: Path) -> None:
+    from text_packages import SENTENCEPIECE, unpacked
+
+    given = unpacked(SENTENCEPIECE, ("*/test/*.model",), tmp_path) / "botchan_en_unigram_1000.model"
+    given.rename(tmp_path / "spiece.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 10}')
+    t5 = Tokenizer.load(tmp_path)
+    assert (t5.vocab.size, t5.id("<extra_id_0>"), t5.id("<extra_id_9>")) == (1010, 1009, 1000)
+    assert t5.vocab.sentinels.tolist() == list(range(1009, 999, -1))
+    plain = t5.encode("the text").tolist()
+    assert t5.engine.encode("the text", add_special_tokens=True).ids == [*plain, t5.vocab.eos]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    llama = Tokenizer.load(tmp_path)
+    assert llama.engine.encode("the text", add_special_tokens=True).ids == [llama.vocab.bos, *plain]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
+    assert Tokenizer.load(tmp_path).engine.encode("the text", add_special_tokens=True).ids == plain
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    with pytest.raises(UserError, match="the ids of a XLMRobertaTokenizer are not those of this file"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("Albert", {}), ("Albert", {"do_lower_case": False}), ("Albert", {"keep_accents": True}), ("XLNet", {})],
+)
+def test_albert_and_xlnet_mend_a_text_as_theirs_do(kind: str, more: dict[str, bool], tmp_path: Path) -> None:
+    from text_packages import SENTENCEPIECE, unpacked
+
+    given = (
+        unpacked(SENTENCEPIECE, ("*/test/botchan_en_unigram_1000.model",), tmp_path) / "botchan_en_unigram_1000.model"
+    )
+    given.rename(tmp_path / "spiece.model")
+    names = dict.fromkeys(("cls_token", "sep_token", "pad_token", "mask_token"), "</s>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": f"{kind}Tokenizer"} | names | more))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello there, it's ``fine'' and dandy", "The Résumé of a Café", "a  b"):
+        found = theirs(text, add_special_tokens=False)["input_ids"]
+        known = [
+            0 if kind == "Albert" and id == 1 else id for id in found
+        ]  # theirs says 1 for unk whatever the file says
+        assert ours.encode(text).tolist() == known, text
+
+
+def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
+    coder = tokenizer()
+    shape = Shape(
+        vocab=coder.vocab.size, width=16, depth=1, heads=2, context=32, position="sinusoidal", activation="relu2"
+    )
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    save_model(model, coder, tmp_path / "run")
+    said: list[str] = []
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=said.append)
+    assert "only firth loads it" in said[0]
+    assert load_model(tmp_path / "out").shape == shape
+    for wrong, says in (
+        ({"form": "onnx"}, "no format 'onnx'"),
+        ({"dtype": "int8"}, "no dtype"),
+        ({"shard": "big"}, "no size"),
+    ):
+        options = {"form": "hf", "dtype": "", "shard": ""} | wrong
+        with pytest.raises(UserError, match=says):
+            export_model(tmp_path / "run", tmp_path / "out", **options)
