@@ -121,7 +121,7 @@ def one(seed: int, scale: float) -> dict[str, float]:
 
     text = (f"source.path={data}/text",)
     words = stage("brown-vectors", "word2vec", seed, steps(1200), [*text, *TOKENIZER, f"shape.width={WIDTH}"])
-    spelled = (f"shape={SPELLER}", f"tokenizer.path={words.directory}", "optimizer.name=adamw", "optimizer.rate=3e-3")
+    spelled = (f"shape={SPELLER}", f"tokenizer.path={words.directory}")
     elmo = stage("elmo", "elmo", seed, steps(500), [*text, *spelled, "segment.length=64", "batch.rows=16"])
     for way in ("forward", "backward"):
         found[f"elmo {way}, held-out loss"] = elmo.metrics[f"valid/loss/{way}"]

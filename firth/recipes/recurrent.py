@@ -79,7 +79,7 @@ def elmo(size: str = "tiny") -> Recipe:
     """
     tiny = sizes.tiny(
         "elmo", BiLM(), Windows(length=64), bilm(sizes.VOCAB, 2 * sizes.WIDTH, 2, characters=16, filters=256),
-        steps=500, batch=Batch(rows=32),
+        steps=500, batch=Batch(rows=32), optimizer=Optimizer(rest_rate=1e-3),
     )  # fmt: skip
     published = replace(
         tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=100_000), segment=Windows(length=20),
