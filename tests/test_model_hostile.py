@@ -355,6 +355,12 @@ TOKENIZERS = {
     "merges without words": ({"vocab.json": '{"a": 0}', "merges.txt": "x y\n"}, "not a tokenizer"),
     "merges that are none": ({"vocab.json": '{"a": 0}', "merges.txt": "x\n\n  \nq"}, "not a tokenizer"),
     "a config that is a list": ({"tokenizer.json": tokenizer().definition, "tokenizer_config.json": "[]"}, "not a JSON object"),
+    "names that are numbers": ({"tokenizer.json": tokenizer().definition, "merges.json": "7"}, "makes no sense"),
+    "a token without its text": ({"vocab.txt": "[UNK]", "tokenizer_config.json": '{"mask_token": {"a": 1}}'}, "makes no sense"),
+    "ids that are words": (
+        {"vocab.txt": "[UNK]", "tokenizer_config.json": '{"added_tokens_decoder": {"x": {"content": "y"}}}'}, "makes no sense"),
+    "added tokens of a billion": (
+        {"vocab.txt": "[UNK]", "tokenizer_config.json": '{"added_tokens_decoder": {"999999999": {"content": "y"}}}'}, "not free"),
     "a deep config": ({"tokenizer.json": tokenizer().definition, "tokenizer_config.json": "[" * 99_999}, "not JSON"),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import numpy as np
 from firth.evaluate import metrics
 from firth.evaluate.likelihood import Document, Likelihood, halves, one_at_a_time, pieces, read, score, strided
 from firth.model.shape import Shape
+from firth.model.weights import facts_of
 from firth.text.read import documents
 from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -52,7 +53,7 @@ def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else tokenizer.bos
     if bos is None or said is False:
         return None, False
-    if not said and ours.exists() and "recipe" in json.loads(ours.read_text("utf-8")).get("facts", {}):
+    if not said and ours.exists() and "recipe" in facts_of(directory):
         return bos, False
     if said or tokenizer.engine.encode("a", add_special_tokens=True).ids[:1] == [bos]:
         return bos, True

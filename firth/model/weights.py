@@ -212,9 +212,15 @@ def left_out(directory: Path) -> list[str]:
     return _read(directory).left_out
 
 
+def facts_of(directory: Path) -> dict[str, Any]:
+    """What was kept of a model's training beside its weights; nothing where there is none."""
+    found = read_json(directory / "firth.json").get("facts")
+    return found if isinstance(found, dict) else {}
+
+
 def class_names(directory: Path) -> tuple[str, ...]:
     """The names of the classes of a directory's head, in the order of its rows; none where nothing names them."""
-    told = read_json(directory / "firth.json").get("facts", {}).get("classes")
+    told = facts_of(directory).get("classes")
     return labels(read_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
 
 

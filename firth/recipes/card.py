@@ -160,7 +160,8 @@ def _training(card: Card) -> list[str]:
 
 
 def _scores(card: Card) -> list[str]:
-    found: Mapping[str, Any] = card.facts.get("metrics") or {}
+    found = card.facts.get("metrics")
+    found = found if isinstance(found, dict) else {}
     held = {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
     rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in held.items() if type(value) in (int, float)]
     if not rows:

@@ -27,7 +27,7 @@ from firth.model import gguf
 from firth.model.families import family_of
 from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
 from firth.model.lm import LM
-from firth.model.weights import left_out, load_model, refuse_larger, save_model
+from firth.model.weights import facts_of, left_out, load_model, refuse_larger, save_model
 from firth.recipes import card
 from firth.recipes.material import Echo
 from firth.recipes.segments import model_directory
@@ -69,7 +69,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     refuse_larger(tokenizer, model.shape, f"{given}")
     file = find(given)
     types = dtypes(given) if file is None else gguf.dtypes(file)
-    facts = read_json(given / MADE).get("facts", {})
+    facts = facts_of(given)
     with _fresh(out, given) as place:
         said = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
         carried = given.is_dir() and carry(given, place)
@@ -100,7 +100,7 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
     refuse_larger(tokenizer, model.shape, f"{given}")
     types = dtypes(given) if find(given) is None else [torch.float32]
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
-    facts = read_json(given / MADE).get("facts", {})
+    facts = facts_of(given)
     parcel = Parcel(model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given, run.resolve().name, dtype)
     with _fresh(out, given) as place:
         said = FORMS[form](parcel, place, storage)

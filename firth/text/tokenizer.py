@@ -237,17 +237,27 @@ class Tokenizer:
         place = file.parent
         config = _object(place / "special_tokens_map.json") | _object(place / "tokenizer_config.json")
         engine = foreign.read(file)
-        if file.name != "tokenizer.json":
-            dressed(engine, file, config)
-        named = {role: _content(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
-        template = place / "chat_template.jinja"
-        text = foreign.text_of(template) if template.exists() else _default(config.get("chat_template"))
-        learnt = _json(place / "merges.json") if file.name == "tokenizer.json" else []
-        bos = config.get("add_bos_token")
-        if bos is None and (place / "config.json").exists() and not (place / "firth.json").exists():
-            bos = bool(frame.frames(engine)[:1] == [engine.token_to_id(named.get("bos", ""))])  # a stranger's model
-        ends = config.get("ends") or _ends(engine, _object(place / "generation_config.json").get("eos_token_id"))
-        return Tokenizer(engine, named, text, [Merge(*row) for row in learnt if len(row) == 3], bos, ends)
+        try:
+            return _configured(engine, file, config)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(f"{place}: what is said beside {file.name} makes no sense ({str(error)[:120]})") from None
+
+
+def _configured(engine: Engine, file: Path, config: dict[str, Any]) -> Tokenizer:
+    """A tokenizer with what the files beside it say: roles, chat template, merges, what begins a text and what ends one."""
+    place = file.parent
+    if file.name != "tokenizer.json":
+        dressed(engine, file, config)
+    named = {role: _content(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
+    template = place / "chat_template.jinja"
+    text = foreign.text_of(template) if template.exists() else _default(config.get("chat_template"))
+    learnt = _json(place / "merges.json") if file.name == "tokenizer.json" else []
+    bos = config.get("add_bos_token")
+    if bos is None and (place / "config.json").exists() and not (place / "firth.json").exists():
+        bos = bool(frame.frames(engine)[:1] == [engine.token_to_id(named.get("bos", ""))])  # a stranger's model
+    ends = config.get("ends") or _ends(engine, _object(place / "generation_config.json").get("eos_token_id"))
+    merges = [Merge(*row) for row in learnt if len(row) == 3]
+    return Tokenizer(engine, named, text, merges, None if bos is None else bool(bos), [str(token) for token in ends])
 
 
 def _again(
