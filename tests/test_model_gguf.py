@@ -174,6 +174,7 @@ HOSTILE = {
     "llama.attention.key_length": (2**30, "heads are|do not belong"),
     "llama.rope.dimension_count": (8, "heads are 16 wide"),
     "llama.rope.scaling.type": ("yarn", "asks for llama.rope.scaling.type = 'yarn'"),
+    "split.count": (3, "join them with llama-gguf-split"),
     "llama.expert_count": (8, "asks for llama.expert_count = 8"),
     "llama.attention.sliding_window": (128, "asks for llama.attention.sliding_window = 128"),
     "llama.context_length": ("long", "'long' where a number above 0"),

@@ -204,6 +204,8 @@ def architecture(file: File) -> Architecture:
 
 def configured(file: File, kind: Architecture) -> dict[str, Any]:
     """The config.json that a file's metadata amount to. UserError where a key lacks, is no number, or is not known."""
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise UserError(f"{file.path} is one part of a model in several files: join them with llama-gguf-split --merge")
     prefix = f"{kind.name}."
     told = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     config: dict[str, Any] = {"model_type": kind.family, **kind.fixed}
