@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from firth.model.mixture import Mixture
 from firth.objectives.classification import Classification
 from firth.recipes.adapt import Adapt, Frozen, Full, Head, LoRA, Prefix, Prompt
+from firth.recipes.labelled import Labelled
 from firth.recipes.material import Text
 from firth.recipes.recipe import Batch, Checks, Recipe
 from firth.recipes.run import run
-from firth.recipes.segments import Labelled
 from firth.text import corpora, read
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
