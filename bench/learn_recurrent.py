@@ -128,7 +128,7 @@ def one(seed: int, scale: float) -> dict[str, float]:
     task = (f"source.path={data}/tagged.jsonl", f"source.valid={data}/scored_tags.jsonl", "segment.length=64")
     for name, start in (("an untrained ELMo", spelled[:2]), ("word vectors", (f"start={words.directory}",)),
                         ("ELMo", (f"start={elmo.directory}",))):  # fmt: skip
-        done = stage(f"tags-{name.replace(' ', '_')}", "tag", seed, steps(300), [*task, *start])
+        done = stage(f"tags-{name.replace(' ', '_')}", "tag_features", seed, steps(300), [*task, *start])
         found[f"tags from {name}, accuracy"] = done.metrics["valid/accuracy"]
     return found | synonyms(words.directory, data / "text", seed)
 

@@ -39,11 +39,12 @@ from firth.objectives.penalty import Penalty
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.vae import VAE
 from firth.objectives.weak import Weak
+from firth.recipes.labelled import Labelled
 from firth.recipes.labels import Partly, Taught, Voted
 from firth.recipes.material import Material, Text
 from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
 from firth.recipes.run import run
-from firth.recipes.segments import Labelled, Pairs, Pieces, Segment, spread
+from firth.recipes.segments import Pairs, Pieces, Segment, spread
 from firth.text import corpora, read
 from firth.text.tokenizer import Tokenizer
 from firth.train.optimizer import Optimizer

@@ -148,7 +148,8 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
             with reading(model):
                 hidden = model(rectangle([shown], torch.device("cpu")))
                 found = model.parts["lm"](hidden[:, -1]).log_softmax(-1)[0]
-            for one in told["completion_probabilities"][0]["top_logprobs"]:
+            said = told.get("completion_probabilities", [])  # none where the text ends at once
+            for one in said[0]["top_logprobs"] if said else ():
                 worst = max(worst, abs(float(found[one["id"]]) - one["logprob"]))
     return Row(
         f"{name}: greedy", right, len(prompts), f"{tokens / len(prompts):.1f} tokens alike, log p within {worst:.1e}"

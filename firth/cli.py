@@ -317,7 +317,10 @@ def evaluate(
     paths: Annotated[
         list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="likelihood, classification, comparisons, choices, answers.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="likelihood, classification, regression, tagging, spans, choices, ...; else by the model."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -325,6 +328,41 @@ def evaluate(
     from firth.recipes.use import evaluate_run
 
     typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json))
+
+
+@app.command()
+def predict(
+    run: Run,
+    file: Annotated[
+        str, typer.Argument(help="Records (JSONL, CSV, TSV, Parquet), lines of text, or - for standard input.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write here, as CSV if it ends so; else JSON lines.")] = None,
+) -> None:
+    """What a finetuned run says of records: class, number, choice, tags or answer, with its probability."""
+    from firth.evaluate.predict import predict as rows
+    from firth.evaluate.predict import write
+
+    count = write(rows(run, file, sys.stdin), out, typer.echo)
+    if out is not None:
+        typer.echo(f"{out}: {count:,} rows")
+
+
+@app.command()
+def embed(
+    run: Run,
+    file: Annotated[str, typer.Argument(help="Records with a text, lines of text, or - for standard input.")],
+    out: Annotated[Path, typer.Option(help="Write here: .npy, else JSON lines of {embedding}.")] = Path(
+        "embeddings.npy"
+    ),
+    field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
+    unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
+    length: Annotated[int, typer.Option(help="Most tokens of a text; 0: what the model was trained to read.")] = 0,
+) -> None:
+    """A vector for each text, the mean of its states: for search, clustering, similarity."""
+    from firth.recipes.use import embed_file
+
+    for line in embed_file(run, file, out, field=field, unit=unit, length=length):
+        typer.echo(line)
 
 
 @app.command("import")

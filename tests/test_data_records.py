@@ -15,7 +15,8 @@ import pytest
 from data_room import tokenizer
 
 from firth.data.batch import Batches
-from firth.data.records import Dialogues, Labelled, Preferences, Prompted, Records, comparison, prompts
+from firth.data.labelled import Labelled
+from firth.data.records import Dialogues, Preferences, Prompted, Records, comparison, prompts
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
 from firth.objectives.reward import Reward
@@ -199,7 +200,7 @@ def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None
         (Labelled, '["x"]', "rows.jsonl:2: a record is a JSON object"),
         (Labelled, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
         (Labelled, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
-        (Labelled, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label \[1\] is none"),
+        (Labelled, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\], and a name"),
         (Labelled, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
         (Dialogues, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
         (Dialogues, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),

@@ -338,7 +338,7 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
     counts = read.Counts()
     some = list(read.documents([str(tmp_path)], counts=counts))
-    made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows())
+    made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows)
     assert len(made) == 2
     assert made.manifest["counts"]["nul"] == 1
     assert made.manifest["counts"]["empty"] == 2

@@ -249,7 +249,7 @@ def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("rows", "said"), [
     ([{"text": "a", "label": "ode"}], r"a\.jsonl:1: the label ode is none of the classes \(verse, prose, song\)"),
-    ([{"text": "a"}], r"a\.jsonl:1: there is no field 'label' for the class; it has text"),
+    ([{"text": "a"}], r"a\.jsonl:1: there is no field 'label' for the label; it has text"),
     ([{"words": "a", "label": "verse"}], r"a\.jsonl:1: .*no field 'text'"),
 ])  # fmt: skip
 def test_a_record_that_does_not_fit_is_named(tmp_path, tokenizer, rows, said):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from firth.generate.lowered import lowered
 from firth.generate.rows import Rows, reading
 from firth.generate.sample import Sampling
 from firth.model import lora
@@ -168,6 +169,15 @@ def test_cached_writing_feels_it(rows: int) -> None:
 
     adapted = written(model)
     assert adapted == written(lora.fold(model)) != written(made(SHAPES["untied"]))
+
+
+def test_small_weights_are_made_of_folded_ones() -> None:
+    model = stirred(_adapted(made(SHAPES["untied"])))
+    with pytest.raises(UserError, match="fold its adapters into them first"):
+        lowered(model, "int8")
+    wanted = logits(model)
+    found = logits(lowered(lora.fold(model), "int8"))
+    assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
 def _adapted(model: LM) -> LM:

@@ -12,6 +12,7 @@ from torch import Tensor
 from firth.data.batch import collate, pack
 from firth.data.layout import causal
 from firth.generate.engine import Engine
+from firth.generate.lowered import lowered
 from firth.generate.sample import Sampling
 from firth.model.attention import EVERY, Visibility, attend
 from firth.model.heads import Vocabulary
@@ -138,6 +139,16 @@ def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
     options = [np.array([5, 6]), np.array([9])]
     scores = engine.options(prompts[0], options)
     assert scores == pytest.approx(engine.score([prompts[0]] * 2, options), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_weights_read_behind_them(kind: str) -> None:
+    model = made(SHAPES["rotary"], kind)
+    rows = collate(examples(SHAPES["rotary"]), set())
+    real = (rows["appears"] < NEVER)[..., None]
+    with torch.no_grad():
+        wanted, found = model(rows) * real, lowered(model, "int8")(rows) * real
+    assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
 class _Coder:

@@ -16,7 +16,7 @@ from data_room import tokenizer
 from firth.align.annotate import annotate
 from firth.data.batch import collate, pack
 from firth.data.few import Unlabelled, few_of
-from firth.data.records import Labelled
+from firth.data.labelled import Labelled
 from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators, Votes, majority
 from firth.model.lm import LM

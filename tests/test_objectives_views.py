@@ -25,11 +25,14 @@ from firth.objectives.objective import Objective
 from firth.objectives.penalty import Penalty
 from firth.objectives.plm import PLM
 from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.regression import Regression
 from firth.objectives.rtd import RTD, AdversarialRTD
 from firth.objectives.sbo import SBO
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption, corrupt
+from firth.objectives.spans import Spans
+from firth.objectives.tagging import Tagging
 from firth.text.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
@@ -73,6 +76,26 @@ def partly(rng: np.random.Generator) -> Example:
     return framed(rng) | {"label": label, "taught": np.eye(3)[rng.integers(3)]}
 
 
+def scored(rng: np.random.Generator) -> Example:
+    return framed(rng) | {"score": float(rng.normal())}
+
+
+def tagged(rng: np.random.Generator) -> Example:
+    example = framed(rng)
+    return example | {"tags": np.where(rng.random(len(example["tokens"])) < 0.5, rng.integers(3), IGNORE)}
+
+
+def spanned(rng: np.random.Generator) -> Example:
+    example = framed(rng)
+    start = int(rng.integers(len(example["tokens"]) - 1))
+    there = rng.random() < 0.8
+    return example | {
+        "start": start if there else -1,
+        "end": start + 1 if there else -1,
+        "segments": example["tokens"] % 2,
+    }
+
+
 CASES = {
     "causal": (CausalLM(), bare),
     "mlm": (MLM(), framed),
@@ -104,6 +127,17 @@ CASES = {
     "classification": (Classification(classes=("a", "b", "c")), labelled),
     "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
     "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),
+    "classification, smoothed and weighed": (
+        Classification(classes=("a", "b", "c"), smoothing=0.1, weights=(1.0, 2.0, 0.5)),
+        labelled,
+    ),
+    "tagging": (Tagging(classes=("a", "b", "c")), tagged),
+    "tagging by a decoder": (Tagging(classes=("a", "b", "c"), left=True), tagged),
+    "regression": (Regression(mean=1.0, spread=2.0), scored),
+    "regression by a decoder": (Regression(at="last"), scored),
+    "regression by an encoder-decoder": (Regression(at="answer"), scored),
+    "spans": (Spans(), spanned),
+    "spans by a decoder": (Spans(at="last"), spanned),
 }
 
 

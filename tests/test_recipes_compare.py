@@ -17,11 +17,11 @@ from firth.data.split import place
 from firth.evaluate.evaluate import evaluate
 from firth.recipes import compare as arena
 from firth.recipes.compare import Terms, compare
+from firth.recipes.labelled import Labelled
 from firth.recipes.material import Echo, Text, documents_of
 from firth.recipes.probe import draw, questions
 from firth.recipes.recipe import Recipe, load
 from firth.recipes.run import Finished, run
-from firth.recipes.segments import Labelled
 from firth.recipes.verdict import MEASURES, Interval, Score, differences, gains, line, markdown, paired
 from firth.text.tokenizer import Tokenizer
 from firth.train.schedule import Length

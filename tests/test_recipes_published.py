@@ -73,7 +73,8 @@ def sizes_of(name: str) -> list[str]:
 def sized(name: str) -> bool:
     """Whether a recipe comes in sizes; what is done to a trained model does not."""
     module, function = RECIPES[name].split(":")
-    return "size" in inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    size = inspect.signature(getattr(importlib.import_module(module), function)).parameters.get("size")
+    return size is not None and size.default == "tiny"
 
 
 PRETRAINED = [name for name in RECIPES if sized(name)]

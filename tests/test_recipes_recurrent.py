@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.records import Tagged
+from firth.data.labelled import Tagged
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.weights import load_model
@@ -55,9 +55,9 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
-    """Dai and Le 2015: `firth train classify start=RUN objective.at=last`."""
+    """Dai and Le 2015: `firth train classify start=RUN`."""
     said: list[str] = []
-    plan = load("classify", [f"start={runs}/lstm", "objective.at=last", f"source.path={files}/labelled.jsonl", *FEW])
+    plan = load("classify", [f"start={runs}/lstm", f"source.path={files}/labelled.jsonl", *FEW])
     done = run(plan, tmp_path / "tuned", echo=said.append)
     assert "drops lm; adds classes" in "\n".join(said)
     tuned = load_model(done.model)
@@ -65,7 +65,7 @@ def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
     with pytest.raises(UserError, match="left-to-right LSTM cannot"):
         run(
-            load("classify", [f"start={runs}/lstm", f"source.path={files}/labelled.jsonl"]),
+            load("classify", [f"start={runs}/lstm", "objective.at=first", f"source.path={files}/labelled.jsonl"]),
             tmp_path / "no",
             said.append,
         )
@@ -122,7 +122,7 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
 
 
 def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
-    plan = load("tag", [f"start={runs}/elmo", f"source.path={files}/tagged.jsonl", *FEW, "length.steps=40"])
+    plan = load("tag_features", [f"start={runs}/elmo", f"source.path={files}/tagged.jsonl", *FEW, "length.steps=40"])
     done = run(plan, tmp_path / "tags", echo=lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.6
     before, after = load_model(runs / "elmo" / "model"), load_model(done.model)

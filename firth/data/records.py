@@ -1,10 +1,14 @@
-"""Examples from records, JSONL or Parquet: labelled texts, dialogues, prompts with answers, preferences.
+"""Examples from records, of JSONL, Parquet or tables: dialogues, prompts with answers, preferences; those that have a label
+are in `firth.data.labelled`, questions about a passage in `firth.data.questions`.
 
 Every record is read and encoded once, when the source is made, into a memory-mapped temporary file: an epoch costs no
 encoding, memory stays small, and what was cut or left out is known before the first step (`counts`):
 
     cut          was longer than `length`: the beginning is kept
     unanswered   nothing to learn from was left after that: left out. Where that is all of them, UserError
+    mismatched   a row of a table with too many or too few cells: left out
+
+The first of each is named, with its file and line (`remarks`).
 
 Any of the usual shapes will do: {"text", "label"}; {"messages"}; {"prompt", "completion"}; Alpaca's and ShareGPT's;
 {"prompt", "chosen", "rejected"} with strings or messages. A record of another shape is an error with file and line.
@@ -12,7 +16,6 @@ Any of the usual shapes will do: {"text", "label"}; {"messages"}; {"prompt", "co
 
 from __future__ import annotations
 
-import json
 import tempfile
 from array import array
 from collections import Counter
@@ -23,15 +26,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from firth.data import layout
 from firth.data.source import Source
-from firth.text import chat, read
+from firth.text import chat, read, tables
 from firth.text.tokenizer import Tokenizer
-from firth.types import IGNORE, Example, UserError
+from firth.types import Example, UserError
 
 Record = dict[str, Any]
 AT_ONCE = 1024
 """Records whose texts are encoded together."""
+
+REMARKS = {
+    "unanswered": "records had nothing to learn from and were left out",
+    "mismatched": "rows had another number of cells than their head and were left out",
+    "misplaced": "answers do not stand in their passage where they are said to, and were left out",
+    "begun": "tags went on with a name that had not begun (IOB1), and were read as its beginning",
+}
+"""What is noted of records -> the end of a sentence that says how many."""
 
 
 class Column:
@@ -53,6 +63,11 @@ class Column:
         if self._ends[-1]:
             self._values = np.memmap(self._file, self._dtype, "r").view(np.ndarray)
 
+    @property
+    def whole(self) -> np.ndarray:
+        """All arrays as one."""
+        return self._values
+
     def __getitem__(self, index: int) -> np.ndarray:
         return self._values[self._ends[index] : self._ends[index + 1]]
 
@@ -60,30 +75,53 @@ class Column:
 class Records(Source):
     """What the sources of records share: one pass over the files, and the columns that it fills.
 
-    length: most tokens of a row; from a longer one the beginning is kept.
+    length: most tokens of a row; from a longer one the beginning is kept. names: of the columns, of tables without a head.
     """
 
     columns: ClassVar[dict[str, type]] = {}
     """Field of an example -> the type in which it is kept."""
 
-    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int) -> None:
-        self.tokenizer, self.length = tokenizer, length
+    reader: ClassVar[tables.Reader | None] = None
+    """What reads a text file as records; None: nothing does."""
+
+    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int, *, names: Sequence[str] = ()) -> None:
+        self.tokenizer, self.length, self.paths = tokenizer, length, paths
         self._columns = {name: Column(dtype) for name, dtype in self.columns.items()}
         self._size = 0
         self._tally: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._place = ""
+        self._owners = array("q")
         reading = read.Counts()
-        records = read.records(paths, counts=reading)
+        records = read.records(paths, counts=reading, columns=names, text=type(self).reader)
         while some := list(islice(records, AT_ONCE)):
             self._add(some)
         for column in self._columns.values():
             column.close()
         self._tally.update(reading.rows())
+        if reading.mismatched:
+            self._first["mismatched"] = reading.mismatched_at
         if not self._size:
             raise UserError(f"{', '.join(paths)}: there is no record to learn from, of {dict(self.counts)}")
 
     @property
     def counts(self) -> Mapping[str, int]:
         return {"examples": self._size, **{name: n for name, n in self._tally.items() if n}}
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        said = {**REMARKS, "cut": f"were longer than {self.length} tokens and lost their end"}
+        return [f"{self._tally[kind]:,} {said[kind]}; the first is {place}" for kind, place in self._first.items()]
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Which record, from 0, each example is of: (n,)."""
+        return np.array(self._owners)
+
+    def note(self, kind: str) -> None:
+        """Count something of the record that is being read; the place of the first is kept."""
+        self._tally[kind] += 1
+        self._first.setdefault(kind, self._place)
 
     def __len__(self) -> int:
         return self._size
@@ -92,25 +130,32 @@ class Records(Source):
         return {name: column[index] for name, column in self._columns.items()}
 
     def _add(self, records: list[tuple[str, Record]]) -> None:
+        texts, before = [], self._tally["records"]
         self._tally["records"] += len(records)
-        texts = []
         for place, record in records:
             with _told(place):
                 texts.append(self.texts(record, place))
         encoded = iter(self.tokenizer.encode_batch([text for some in texts for text in some]))
-        for (place, record), some in zip(records, texts, strict=True):
+        for number, ((place, record), some) in enumerate(zip(records, texts, strict=True), before):
+            self._place = place
             with _told(place):
-                example = self.example(record, list(islice(encoded, len(some))))
-            if example is None:
-                self._tally["unanswered"] += 1
-                continue
-            for name, column in self._columns.items():
-                column.append(example[name])
-            self._size += 1
+                examples = self.examples(record, list(islice(encoded, len(some))))
+            if not examples:
+                self.note("unanswered")
+            for example in examples:
+                for name, column in self._columns.items():
+                    column.append(example[name])
+                self._owners.append(number)
+            self._size += len(examples)
 
     def texts(self, record: Record, place: str) -> list[str]:
         """The texts of a record that are encoded by themselves; place is its file and line."""
         return []
+
+    def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
+        """What there is to learn from a record: one example or none, but of those that are read in several windows."""
+        found = self.example(record, encoded)
+        return [] if found is None else [found]
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         """The columns of a record, from it and its encoded texts; None if there is nothing to learn from it."""
@@ -118,136 +163,9 @@ class Records(Source):
 
     def fit(self, tokens: np.ndarray, room: int) -> np.ndarray:
         """The beginning, if there is more than there is room for."""
-        self._tally["cut"] += len(tokens) > room
+        if len(tokens) > room:
+            self.note("cut")
         return tokens[:room]
-
-
-class Labelled(Records):
-    """Texts with a class: {"tokens", "label"}, framed by [CLS] and [SEP] (ended by eos where there is no [CLS]).
-
-    text, label: fields of the records. pair: the field of a second text, if there is one; then "segments" too, and of
-    two texts that are too long together, the longer one is cut. classes: their names, in the order that the labels
-    count; those found in the records if empty. A record's label is a class's name or its number.
-    """
-
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "segments": np.uint8, "label": np.int32}
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        text: str = "text",
-        label: str = "label",
-        pair: str = "",
-        classes: Sequence[str] = (),
-    ) -> None:
-        self._fields, self._label = [text, pair] if pair else [text], label
-        self._known = {name: i for i, name in enumerate(classes)}
-        self._open = not classes
-        super().__init__(paths, tokenizer, length)
-        # Names found on the way are numbered in the order of the alphabet (numbers by size), whatever the file's order.
-        names = sorted(self._known, key=_natural) if self._open else list(classes)
-        self.classes = tuple(names)
-        self._number = np.array([names.index(name) for name in self._known])
-
-    def __getitem__(self, index: int) -> Example:
-        example = super().__getitem__(index)
-        label = {"label": self._number[example.pop("label")[0]]}
-        return label | (example if len(self._fields) > 1 else {"tokens": example["tokens"]})
-
-    def texts(self, record: Record, place: str) -> list[str]:
-        return [read.text_field(record, field, place) for field in self._fields]
-
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        vocab, label = self.tokenizer.vocab, np.array(self.labels(record))
-        if len(encoded) == 2:
-            room = self.length - 3
-            first, second = encoded
-            self._tally["cut"] += len(first) + len(second) > room
-            first = first[: max(room - len(second), room - room // 2)]
-            return layout.pair(first, second[: room - len(first)], vocab) | {"label": label}
-        if "cls" in vocab.roles and "sep" in vocab.roles:
-            tokens = vocab.frame(self.fit(encoded[0], self.length - 2))
-        else:
-            tokens = np.append(self.fit(encoded[0], self.length - 1), vocab.eos)
-        return {"tokens": tokens, "segments": np.zeros(0), "label": label}
-
-    def labels(self, record: Record) -> Sequence[int]:
-        """The numbers of a record's labels: one here."""
-        if self._label not in record:
-            raise UserError(f"there is no field {self._label!r} for the class; it has {', '.join(record) or 'none'}")
-        return [self.number(record[self._label])]
-
-    def number(self, value: Any) -> int:
-        """The number of a label, as it stands in the columns (names found on the way are numbered as they come)."""
-        name = value if isinstance(value, str) else json.dumps(value)
-        if name not in self._known:
-            if type(value) is int and not self._open and 0 <= value < len(self._known):
-                return value
-            if not self._open or not isinstance(value, (str, int)):
-                classes = ", ".join(self._known) if not self._open else "names or whole numbers"
-                raise UserError(f"the label {name} is none of the classes ({classes})")
-            self._known[name] = len(self._known)
-        return self._known[name]
-
-
-class Tagged(Records):
-    """Sentences with a tag for each word: {"tokens", "tags"}, a tag's number at the first token of its word, IGNORE elsewhere.
-
-    words, tags: the fields that list them. classes: the names of the tags, as of `Labelled`. The words are joined by
-    blanks and framed by [CLS] and [SEP] where the tokenizer has these; a word of which no token is left is not asked.
-    """
-
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32}
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        words: str = "tokens",
-        tags: str = "tags",
-        classes: Sequence[str] = (),
-    ) -> None:
-        self._words, self._tags = words, tags
-        self._known = {name: i for i, name in enumerate(classes)}
-        self._open = not classes
-        super().__init__(paths, tokenizer, length)
-        names = sorted(self._known) if self._open else list(classes)
-        self.classes = tuple(names)
-        self._number = np.array([names.index(name) for name in self._known])
-
-    def __getitem__(self, index: int) -> Example:
-        example = super().__getitem__(index)
-        asked = example["tags"] != IGNORE
-        tags = np.full(len(asked), IGNORE)
-        tags[asked] = self._number[example["tags"][asked]]
-        return {"tokens": example["tokens"], "tags": tags}
-
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        words, names = record.get(self._words), record.get(self._tags)
-        if not isinstance(words, list) or not isinstance(names, list) or len(words) != len(names):
-            raise UserError(f"a tagged sentence needs as many {self._words!r} as {self._tags!r}, in two lists")
-        for name in names:
-            if name not in self._known and not self._open:
-                raise UserError(f"the tag {name!r} is none of the {len(self._known)} known ones")
-            self._known.setdefault(name, len(self._known))
-        tokens, spans = self.tokenizer.spans(" ".join(words))
-        ends = np.cumsum([len(word) + 1 for word in words]) - 1
-        word = ends.searchsorted(spans[:, 1])  # a token may begin with the blank before its word, never with one behind
-        first = np.flatnonzero(np.diff(word, prepend=-1))
-        tags = np.full(len(tokens), IGNORE)
-        tags[first] = np.array([self._known[name] for name in names], np.int64)[word[first]]
-        vocab = self.tokenizer.vocab
-        if "cls" in vocab.roles and "sep" in vocab.roles:
-            tokens = vocab.frame(self.fit(tokens, self.length - 2))
-            tags = np.concatenate(([IGNORE], tags[: self.length - 2], [IGNORE]))
-        return (
-            {"tokens": self.fit(tokens, self.length), "tags": tags[: self.length]} if (tags != IGNORE).any() else None
-        )
 
 
 class Dialogues(Records):
@@ -255,8 +173,14 @@ class Dialogues(Records):
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "mask": np.bool_}
 
+    def __init__(
+        self, paths: Sequence[str], tokenizer: Tokenizer, length: int, *, forms: tuple[str, str] = ("", "")
+    ) -> None:
+        self.forms = forms
+        super().__init__(paths, tokenizer, length)
+
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        tokens, mask = chat.encode(self.tokenizer, chat.messages_of(record))
+        tokens, mask = chat.encode(self.tokenizer, chat.messages_of(formed(record, self.forms)))
         tokens, mask = self.fit(tokens, self.length), mask[: self.length]
         # The first token cannot be asked: nothing stands before it.
         return {"tokens": tokens, "mask": mask} if mask[1:].any() else None
@@ -265,17 +189,25 @@ class Dialogues(Records):
 class Prompted(Records):
     """Text to text: {"source", "target"}, both ended by eos; the target is the last answer, the source all before it.
 
-    `length` bounds the source, `answer` the target (as `length`, if 0). A target that is cut has no eos.
+    `length` bounds the source, `answer` the target (as `length`, if 0). A target that is cut has no eos. forms: of `formed`.
     """
 
     columns: ClassVar[dict[str, type]] = {"source": np.int32, "target": np.int32}
 
-    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int, *, answer: int = 0) -> None:
-        self.answer = answer or length
+    def __init__(
+        self,
+        paths: Sequence[str],
+        tokenizer: Tokenizer,
+        length: int,
+        *,
+        answer: int = 0,
+        forms: tuple[str, str] = ("", ""),
+    ) -> None:
+        self.answer, self.forms = answer or length, forms
         super().__init__(paths, tokenizer, length)
 
     def texts(self, record: Record, place: str) -> list[str]:
-        *before, last = chat.messages_of(record)
+        *before, last = chat.messages_of(formed(record, self.forms))
         if last["role"] != "assistant" or not before:
             raise UserError("text to text needs a prompt and an answer behind it")
         return ["\n\n".join(message["content"] for message in before), last["content"]]
@@ -289,6 +221,25 @@ class Prompted(Records):
             "source": np.append(self.fit(source, self.length - 1), eos),
             "target": self.fit(np.append(target, eos), self.answer),
         }
+
+
+def formed(record: Record, forms: tuple[str, str]) -> Record:
+    """A record as a prompt and an answer, made of its fields; as it is where no form is given.
+
+    >>> formed({"en": "otter", "fr": "loutre"}, ("in French: {en}", "{fr}"))
+    {'prompt': 'in French: otter', 'completion': 'loutre'}
+    """
+    if not any(forms):
+        return record
+    prompt, answer = forms
+    if not prompt or not answer:
+        raise UserError("segment.prompt and segment.answer_is go together: say how both are made of a record's fields")
+    try:
+        return {"prompt": prompt.format_map(record), "completion": answer.format_map(record)}
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the form {prompt!r} or {answer!r} does not fit this record ({error}): it has {', '.join(record)}"
+        ) from None
 
 
 class Preferences(Records):
@@ -367,9 +318,3 @@ def _told(place: str) -> Iterator[None]:
         yield
     except UserError as mistake:
         raise UserError(str(mistake) if str(mistake).startswith(place) else f"{place}: {mistake}") from None
-
-
-def _natural(name: str) -> tuple[bool, int, str]:
-    """Whole numbers by size, then names by alphabet."""
-    number = name.removeprefix("-").isdecimal()
-    return (not number, int(name) if number else 0, name)

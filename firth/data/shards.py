@@ -89,12 +89,12 @@ class TokenStore:
         tokenizer: Tokenizer,
         directory: Path | str,
         *,
-        counts: Mapping[str, int] | None = None,
+        counts: Callable[[], Mapping[str, int]] = dict,
         progress: Callable[[int], None] | None = None,
     ) -> TokenStore:
         """Encode all documents into `directory`, which must not exist yet.
 
-        counts: the reader's own, taken into the manifest when everything is read. progress: is told the bytes so far.
+        counts: the reader's own, asked for when everything is read. progress: is told the bytes so far.
         """
         directory = Path(directory)
         if directory.exists():
@@ -102,7 +102,7 @@ class TokenStore:
         try:
             with _Build(directory, tokenizer) as build:
                 build.extend(documents, progress or _silent)
-                build.finish(counts or {})
+                build.finish(counts())
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

@@ -33,6 +33,16 @@ class Source:
         """What was read, cut and skipped, for the report."""
         return {"examples": len(self)}
 
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Whole sentences on what was cut, left out or missing, with the place of the first."""
+        return ()
+
+    @property
+    def families(self) -> np.ndarray:
+        """Which examples belong together (n,): those of one number are held out together, or not at all."""
+        return np.arange(len(self))
+
     def __len__(self) -> int:
         raise NotImplementedError(type(self).__name__)
 
@@ -89,6 +99,10 @@ class Mixture(Source):
             for name, n in source.counts.items():
                 total[name] = total.get(name, 0) + n
         return total
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return list(dict.fromkeys(remark for source in self.sources for remark in source.remarks))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -175,6 +189,10 @@ class Subset(Source):
     @property
     def counts(self) -> Mapping[str, int]:
         return {**self.source.counts, "examples": len(self)}
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return self.source.remarks
 
     def __len__(self) -> int:
         return len(self.indices)

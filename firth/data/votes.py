@@ -12,8 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
+from firth.data.labelled import Labelled
 from firth.data.order import Draws
-from firth.data.records import Labelled, Record
+from firth.data.records import Record
 from firth.data.source import Source
 from firth.types import IGNORE, Example, UserError
 

@@ -36,7 +36,7 @@ from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.weights import load_model
-from firth.recipes import tune
+from firth.recipes import tasks, tune
 from firth.recipes.material import Echo, Text, train_tokenizer
 from firth.recipes.recipe import Recipe, TokenizerPlan
 from firth.recipes.run import Finished, run
@@ -221,7 +221,7 @@ class _Walk:
 
     def classified(self) -> None:
         source = Text(path=(self.file("labelled-train"),), valid=(self.file("labelled-valid"),))
-        base = self.size.classify(tune.classify())
+        base = self.size.classify(tasks.classify())
         shape = load_model(self.families["encoder"].model).shape
         plan = TokenizerPlan(path=str(self.out / "tokenizer"))
         for name, begins in (

@@ -180,7 +180,7 @@ def groups(examples: Iterable[Example], room: int) -> Iterator[list[Example]]:
     group: list[Example] = []
     widest = 0
     for example in examples:
-        width = len(example["tokens"]) + len(example.get("source_tokens", ()))
+        width = example["tokens"].size + len(example.get("source_tokens", ()))
         if group and max(widest, width) * (len(group) + 1) > room:
             yield group
             group, widest = [], 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,61 @@ def macro_f1(gold: Labels, answered: Labels) -> float:
     table = confusion(gold, answered)
     right = np.diag(table)
     return float((2 * right / (table.sum(0) + table.sum(1))).mean())
+
+
+def f1(gold: Labels, answered: Labels) -> float:
+    """F1 of what is true, of two columns of bools; 0 where nothing is."""
+    gold, answered = _paired(gold, answered)
+    return float(2 * (gold & answered).sum() / max(1, gold.sum() + answered.sum()))
+
+
+def per_class(gold: Labels, answered: Labels, classes: Sequence[Any]) -> list[dict[str, float]]:
+    """For each class: how many there are, precision, recall, F1; 0 where one is not defined."""
+    gold, answered = _paired(gold, answered)
+    rows = []
+    for name in classes:
+        there, said = gold == name, answered == name
+        right = (there & said).sum()
+        rows.append({
+            "examples": int(there.sum()), "precision": float(right / max(1, said.sum())),
+            "recall": float(right / max(1, there.sum())), "f1": f1(there, said),
+        })  # fmt: skip
+    return rows
+
+
+def pearson(gold: Labels, answered: Labels) -> float:
+    """Pearson's correlation of two columns of numbers; 0 where one of them does not vary."""
+    gold, answered = (np.asarray(column, np.float64) for column in _paired(gold, answered))
+    a, b = gold - gold.mean(), answered - answered.mean()
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return 0.0 if size == 0 else float(a @ b) / size
+
+
+def spearman(gold: Labels, answered: Labels) -> float:
+    """Spearman's: Pearson's of the ranks, equals sharing the mean of theirs."""
+    return pearson(ranks(gold), ranks(answered))
+
+
+def ranks(column: Labels) -> np.ndarray:
+    """The rank of each number, from 1, equals with the mean of theirs.
+
+    >>> ranks([10.0, 20.0, 10.0]).tolist()
+    [1.5, 3.0, 1.5]
+    """
+    _, place, count = np.unique(np.asarray(column, np.float64), return_inverse=True, return_counts=True)
+    mean = np.cumsum(count) - (count - 1) / 2
+    return np.asarray(mean[place])
+
+
+def root_mean_square(gold: Labels, answered: Labels) -> float:
+    """The root of the mean squared error."""
+    gold, answered = (np.asarray(column, np.float64) for column in _paired(gold, answered))
+    return float(np.sqrt(np.mean((gold - answered) ** 2)))
+
+
+def mean(column: Labels) -> float:
+    """The mean of what each item scored."""
+    return float(np.mean(np.asarray(column, np.float64)))
 
 
 def matthews(gold: Labels, answered: Labels) -> float:
@@ -84,6 +140,26 @@ def exact_match(gold: Sequence[str], answered: Sequence[str]) -> float:
     1.0
     """
     return accuracy([normalise(text) for text in gold], [normalise(text) for text in answered])
+
+
+def squad(golds: Sequence[str], said: str) -> tuple[float, float]:
+    """Exact match and F1 of an answer against the best of the right ones, by SQuAD's definition; no answer is the empty one.
+
+    >>> squad(["the Globe Theatre", "Globe"], "globe theatre."), squad([], "")
+    ((1.0, 1.0), (1.0, 1.0))
+    >>> squad(["in the Globe Theatre"], "Globe")
+    (0.0, 0.5)
+    """
+    told = [normalise(gold) for gold in golds] or [""]
+    found = normalise(said)
+    return float(found in told), max(_token_f1(gold.split(), found.split()) for gold in told)
+
+
+def _token_f1(gold: Sequence[str], said: Sequence[str]) -> float:
+    if not gold or not said:
+        return float(gold == said)
+    shared = (Counter(gold) & Counter(said)).total()
+    return 2 * shared / (len(gold) + len(said))
 
 
 def normalise(text: str) -> str:

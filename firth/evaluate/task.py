@@ -6,7 +6,7 @@ Every score of items comes with a 95% bootstrap interval, and with what the comm
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,10 @@ from firth.text.tokenizer import Tokenizer
 from firth.text.vocab import Vocab
 from firth.types import UserError
 
-Metric = Callable[[Sequence[Any], Sequence[Any]], float]
+Metric = Callable[..., float]
 Progress = Callable[[float], None]
-Answers = tuple[list[str], list[str]]
-"""What is right and what was answered, item by item."""
+Answers = tuple[Any, ...]
+"""Columns of one value per item, as the task's metrics take them: what is right, and what was answered."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,18 @@ class Subject:
     def segment(self) -> Mapping[str, Any]:
         """How the recipe cuts text: its settings, empty where it says none."""
         found = self.recipe.get("segment")
+        while isinstance(found, dict) and isinstance(found.get("of"), dict):  # partly labelled, voted on
+            found = found["of"]
         return found if isinstance(found, dict) else {}
+
+    @property
+    def objective(self) -> Mapping[str, Any]:
+        """The settings of the recipe's objective, of all addends together; empty where it says none."""
+        found = self.recipe.get("objective")
+        settings: dict[str, Any] = {}
+        for one in found if isinstance(found, list) else [found]:
+            settings |= one if isinstance(one, dict) else {}
+        return settings
 
     @property
     def context(self) -> int:
@@ -96,7 +107,9 @@ def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
 class Task:
     """source: the items of the files, as this subject reads them. answer: puts each before the subject.
 
-    metrics: name -> function of (right, answered). commonest: whether the commonest right answer is worth knowing.
+    metrics: name -> function of those columns; more: those that depend on the items (F1, of two classes).
+    commonest: whether the commonest right answer is worth knowing.
+    tell: what the subject says of each record of the files, one row each in their order, for tasks that `predict` serves.
     """
 
     name: str
@@ -104,17 +117,20 @@ class Task:
     answer: Callable[[Subject, Any, Progress], Answers]
     metrics: Mapping[str, Metric]
     commonest: bool = False
+    tell: Callable[[Subject, Sequence[str], Progress], Iterator[dict[str, Any]]] | None = None
+    more: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
     def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
         """The number of items, all metrics, and the interval of each as `NAME_interval`."""
         items = self.source(subject, paths)
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
-        right, answered = self.answer(subject, items, progress)
+        columns = self.answer(subject, items, progress)
+        right: Sequence[Any] = columns[0]
         out: dict[str, Any] = {"items": len(right)}
-        for name, metric in self.metrics.items():
-            out[name] = metric(right, answered)
-            out[f"{name}_interval"] = metrics.bootstrap(metric, right, answered)
+        for name, metric in {**self.metrics, **self.more(items)}.items():
+            out[name] = metric(*columns)
+            out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
         if self.commonest:
             label, count = Counter(right).most_common(1)[0]
             out |= {"commonest": label, "commonest_accuracy": count / len(right)}

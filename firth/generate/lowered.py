@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from firth.model.block import MLP, Attention, Linear
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
+from firth.model.lora import adapted
 from firth.types import UserError
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -198,6 +199,10 @@ def lowered(model: LM, weights: str) -> LM:
         )
     if model.shape.recurrent:
         raise UserError(f"weights={weights} is for attention, and this model is {model.shape.noun}: take bf16")
+    if adapted(model):
+        raise UserError(
+            f"weights={weights} rounds a model's own weights: fold its adapters into them first (lora.fold)"
+        )
     twin, digits = _twin(model, torch.float32), DIGITS[weights]
     tokens: Any = twin.tokens
     table = None if model.shape.characters else quantised(tokens.weight)

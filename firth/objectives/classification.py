@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from firth.data import layout
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, asked, choice_loss, correct
+from firth.objectives.objective import Known, Objective, asked, choice_loss, correct
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
 Place = Literal["first", "last", "answer"]
+READS: dict[str, Reads] = {"auto": "any", "first": "both", "last": "left", "answer": "source"}
+"""Where an answer is read -> how the text has to be read for it; "auto" is settled by the shape."""
 
 
 def place(shape: Shape, reads: Reads = "any") -> Place:
@@ -48,48 +51,99 @@ def answers(width: int, count: int) -> nn.Linear:
     return head
 
 
+def ask(name: str, answer: float, example: Example, at: Place, vocab: Vocab) -> Example:
+    """A text with one question about it: the answer stands in the field `name` where it is to be read, IGNORE elsewhere.
+
+    >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
+    >>> {k: v.tolist() for k, v in ask("class", 2, {"tokens": np.array([5, 6])}, "answer", vocab).items()}
+    {'source_tokens': [5, 6], 'tokens': [0], 'looks': [0], 'appears': [0], 'class': [2]}
+    """
+    if at == "answer":
+        shown = layout.seq2seq(example["tokens"], np.zeros(1, np.int64), vocab.start)
+        del shown["labels"]
+        return shown | {name: np.array([answer])}
+    shown = {field: example[field] for field in ("tokens", "segments") if field in example}
+    n = len(shown["tokens"])
+    answers = np.full(n, IGNORE, np.asarray(answer).dtype)
+    answers[0 if at == "first" else -1] = answer
+    return shown | {name: answers} | (layout.causal(n) if at == "last" else {})
+
+
 @dataclass(frozen=True)
-class Classification(Objective):
+class Read(Objective):
+    """What is read off one state of a text. at: "first" for an encoder, "last" for a decoder, "answer" for an
+    encoder-decoder; "auto" is whichever suits the shape (`place`)."""
+
+    at: Place | Literal["auto"] = "auto"
+
+    @property
+    def place(self) -> Place:
+        """Where the answer is read; at the first token while no shape is known."""
+        return "first" if self.at == "auto" else self.at
+
+    def reads(self) -> Reads:
+        return READS[self.at]
+
+    def fitted(self, shape: Shape) -> Objective:
+        return dataclasses.replace(self, at=place(shape)) if self.at == "auto" else self
+
+
+@dataclass(frozen=True)
+class Classification(Read):
     """Which of the classes a text has: {"tokens", "label"} (and "segments", of a pair).
 
-    classes: their names; a label is a number into them. at: "first" for an encoder, "last" for a decoder, "answer" for an
-    encoder-decoder (`place`).
+    classes: their names; a label is a number into them. smoothing: the share of a label that is spread over all classes.
+    weights: what an example of each class counts; "balanced" gives every class the same weight in all, however rare it is:
+    n / (K n_k), whose mean over the examples is 1.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 6, 2]), "label": 1}
     >>> seen = Classification(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["class"].tolist()
     ([1, 5, 6, 2], [1, -100, -100, -100])
+    >>> Classification(weights="balanced").told(lambda: Known(("ham", "spam"), (90, 10))).weights
+    (0.5555555555555556, 5.0)
     """
 
     targets: ClassVar[dict[str, str]] = {"class": "class"}
     measures: ClassVar[dict[str, str]] = {"accuracy": "class"}
 
     classes: tuple[str, ...] = ()
-    at: Place = "first"
+    smoothing: float = 0.0
+    weights: tuple[float, ...] | Literal["balanced"] = ()
 
-    def reads(self) -> Reads:
-        ways: dict[Place, Reads] = {"first": "both", "last": "left", "answer": "source"}
-        return ways[self.at]
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"smoothing={self.smoothing} is a share of a label: it must be at least 0 and below 1")
+        if self.weights and self.weights != "balanced" and self.classes and len(self.weights) != len(self.classes):
+            raise UserError(f"there are {len(self.weights)} weights for {len(self.classes)} classes: give one for each")
 
-    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
-        return self if self.classes else dataclasses.replace(self, classes=classes())
+    def told(self, known: Callable[[], Known]) -> Objective:
+        named = self if self.classes else dataclasses.replace(self, classes=known().classes)
+        if self.weights != "balanced":
+            return named
+        counts = known().counts
+        share = sum(counts) / len(counts)
+        return dataclasses.replace(named, weights=tuple(share / n if n else 0.0 for n in counts))
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"classes": answers(shape.width, len(self.classes))}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        shown = {name: example[name] for name in ("tokens", "segments") if name in example}
-        if self.at == "answer":
-            asked_ = layout.seq2seq(example["tokens"], np.array([example["label"]]), vocab.pad)
-            asked_["class"] = asked_.pop("labels")
-            return asked_
-        n = len(shown["tokens"])
-        answer = np.full(n, IGNORE)
-        answer[0 if self.at == "first" else -1] = example["label"]
-        return shown | {"class": answer} | (layout.causal(n) if self.at == "last" else {})
+        return ask("class", example["label"], example, self.place, vocab)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, wanted = asked(outputs["hidden"], batch["class"])
         scores = model.parts["classes"](states)  # (N, classes)
-        return {"class": choice_loss(scores, wanted), "accuracy": correct(scores, wanted)}
+        return {
+            "class": choice_loss(scores, wanted, self.smoothing, self.weighing(scores.device)),
+            "accuracy": correct(scores, wanted),
+        }
+
+    def weighing(self, device: torch.device) -> Tensor | None:
+        """What each class counts, (classes,); None where all count 1."""
+        if self.weights == "balanced":
+            raise UserError(
+                "weights=balanced needs the number of examples of each class, which this data does not tell"
+            )
+        return torch.tensor(self.weights, device=device) if self.weights else None

@@ -32,6 +32,20 @@ from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
 
+@dataclass(frozen=True)
+class Known:
+    """What only the data knows. classes: the names of the answers; counts: how many examples each has. mean, spread: of
+    the numbers to be told, the standard deviation. options: the most that a question has. unanswerable: whether some
+    question has no answer."""
+
+    classes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    mean: float = 0.0
+    spread: float = 1.0
+    options: int = 0
+    unanswerable: bool = False
+
+
 class Objective:
     """The whole interface. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
@@ -49,8 +63,12 @@ class Objective:
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
-    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
-        """The objective with the classes that its data has; those that have none are what they were."""
+    def told(self, known: Callable[[], Known]) -> Objective:
+        """The objective with what its data knows, which is read only if it is asked for; most ask nothing."""
+        return self
+
+    def fitted(self, shape: Shape) -> Objective:
+        """The objective as it suits a shape, where it leaves that open (where an answer is read)."""
         return self
 
     def reads(self) -> Reads:
@@ -67,6 +85,10 @@ class Objective:
         Training alone asks; held-out text is always scored by the objective as the recipe states it.
         """
         return self
+
+    def finish(self, model: LM) -> None:
+        """What is done to a trained model before it is exported: a head that learnt in units of its own is put into the
+        data's."""
 
     def remarks(self, metrics: Mapping[str, float]) -> list[str]:
         """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
@@ -135,8 +157,11 @@ class Sum(Objective):
         object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
         object.__setattr__(self, "classes", self.first.classes or self.second.classes)
 
-    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
-        return Sum(self.first.named(classes), self.second.named(classes))
+    def told(self, known: Callable[[], Known]) -> Objective:
+        return Sum(self.first.told(known), self.second.told(known))
+
+    def fitted(self, shape: Shape) -> Objective:
+        return Sum(self.first.fitted(shape), self.second.fitted(shape))
 
     def reads(self) -> Reads:
         first = self.first.reads()
@@ -147,6 +172,10 @@ class Sum(Objective):
 
     def scheduled(self, step: int) -> Objective:
         return dataclasses.replace(self, first=self.first.scheduled(step), second=self.second.scheduled(step))
+
+    def finish(self, model: LM) -> None:
+        self.first.finish(model)
+        self.second.finish(model)
 
     def remarks(self, metrics: Mapping[str, float]) -> list[str]:
         return self.first.remarks(metrics) + self.second.remarks(metrics)
@@ -229,12 +258,16 @@ def log_probs(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
     return out.masked_scatter(labels != IGNORE, head.log_probs(states, wanted))
 
 
-def choice_loss(scores: Tensor, choice: Tensor) -> Tensor:
+def choice_loss(scores: Tensor, choice: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
     """Sum of -log softmax(scores)[choice]: classification, NSP, multiple choice, Bradley-Terry and DPO alike.
 
-    scores (..., K), choice (...) with IGNORE where nothing is asked. A sigmoid of a difference is K = 2.
+    scores (..., K), choice (...) with IGNORE where nothing is asked. A sigmoid of a difference is K = 2. smoothing: the
+    share of the target that is spread over all K evenly (Szegedy 2016, section 7). weights (K,): what each choice counts.
     """
-    return F.cross_entropy(scores.flatten(0, -2).float(), choice.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        scores.flatten(0, -2).float(), choice.flatten(), weights, ignore_index=IGNORE, reduction="sum",
+        label_smoothing=smoothing,
+    )  # fmt: skip
 
 
 def correct(scores: Tensor, choice: Tensor) -> Tensor:

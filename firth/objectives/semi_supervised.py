@@ -50,7 +50,7 @@ class Related(Classification):
         """The field "relation": the target at the place where a class is asked, of an unlabelled text alone."""
         asks = np.full(len(seen["tokens"]), IGNORE)
         if example["label"] == IGNORE:
-            asks[0 if self.at == "first" else -1] = target
+            asks[0 if self.place == "first" else -1] = target
         return asks
 
 
@@ -119,6 +119,7 @@ class Consistency(Related):
     confidence: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.at == "answer":
             raise UserError(
                 "consistency reads a text twice, once with masks in it: it needs an encoder or a decoder alone"

@@ -14,10 +14,11 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from firth.data import layout
 from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.shape import Reads, Shape
 from firth.objectives.classification import answers
-from firth.objectives.objective import Objective, asked, choice_loss, correct
+from firth.objectives.objective import Known, Objective, asked, choice_loss, correct
 from firth.text.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 
@@ -26,7 +27,8 @@ from firth.types import Batch, Example, Outputs
 class Tagging(Objective):
     """Which tag each word has: {"tokens", "tags"}, the tag's number at the first token of a word and IGNORE elsewhere.
 
-    classes: the names of the tags. How much of the text a word's tag is read from is the trunk's affair.
+    classes: the names of the tags. left: whether the text is read from left to right, as a decoder must (None: as the shape
+    does); a word's tag is then read from what stands before it and its own first token.
 
     >>> vocab = Vocab(size=9, roles={}, special=np.zeros(9, bool))
     >>> example = {"tokens": np.array([5, 6, 7]), "tags": np.array([1, -100, 0]), "record": 4}
@@ -38,15 +40,23 @@ class Tagging(Objective):
     measures: ClassVar[dict[str, str]] = {"accuracy": "tags"}
 
     classes: tuple[str, ...] = ()
+    left: bool | None = None
 
-    def named(self, classes: Callable[[], tuple[str, ...]]) -> Objective:
-        return self if self.classes else dataclasses.replace(self, classes=classes())
+    def reads(self) -> Reads:
+        return "left" if self.left else "any"
+
+    def fitted(self, shape: Shape) -> Objective:
+        return self if self.left is not None else dataclasses.replace(self, left="both" not in shape.honours)
+
+    def told(self, known: Callable[[], Known]) -> Objective:
+        return self if self.classes else dataclasses.replace(self, classes=known().classes)
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"tags": answers(shape.width, len(self.classes))}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return {"tokens": example["tokens"], "tags": example["tags"]}
+        order = layout.causal(len(example["tokens"])) if self.left else {}
+        return {"tokens": example["tokens"], "tags": example["tags"]} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, wanted = asked(outputs["hidden"], batch["tags"])

@@ -21,7 +21,7 @@ from firth.model.lm import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import asked, correct
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Weak(Classification):
     """
 
     targets: ClassVar[dict[str, str]] = {"votes": "votes"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.smoothing or self.weights:
+            raise UserError("weak: its loss has no softmax to smooth or to weigh: leave out smoothing and weights")
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().view(example, vocab, rng)

@@ -40,11 +40,11 @@ from firth.recipes import recipe as recipes
 from firth.recipes import segments, tree
 from firth.recipes.compare_page import conclude
 from firth.recipes.fits import refuse_misfit
+from firth.recipes.labelled import Labelled
 from firth.recipes.material import Echo, Material, Text
 from firth.recipes.probe import MOST, Drawn, draw
 from firth.recipes.recipe import Checks, Recipe, TokenizerPlan
 from firth.recipes.run import run, tokenizer_of
-from firth.recipes.segments import Labelled
 from firth.recipes.verdict import Score
 from firth.report.figures import number
 from firth.text.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ class Arena:
         assert contender.shape is not None and self.drawn is not None
         at = place(contender.shape, contender.objective.reads())
         return dataclasses.replace(
-            self.probe, objective=Classification(self.drawn.classes, at), source=self.drawn.source(seed), start=start,
+            self.probe, objective=Classification(classes=self.drawn.classes, at=at), source=self.drawn.source(seed), start=start,
             segment=dataclasses.replace(self.drawn.cut, length=min(self.drawn.cut.length, contender.shape.context)),
             shape=None if start else dataclasses.replace(contender.shape, memory=0),
             tokenizer=contender.tokenizer, seed=seed,
@@ -348,7 +348,7 @@ def _fitted(
     try:
         refuse_misfit(recipe.objective, shape)
         if probed:
-            refuse_misfit(Classification(("a", "b"), place(shape, recipe.objective.reads())), shape)
+            refuse_misfit(Classification(classes=("a", "b"), at=place(shape, recipe.objective.reads())), shape)
         material = Material(source, tokenizer, out, rows=recipe.batch.rows, echo=echo)
         shown = segments.cut(recipe.segment, material, recipe.objective).train[0]
         recipe.objective.view(shown, tokenizer.vocab, np.random.default_rng(0))

@@ -17,7 +17,7 @@ from firth.objectives.semi_supervised import Consistency
 from firth.objectives.weak import Weak
 from firth.recipes.labels import Partly, Voted
 from firth.recipes.recipe import Batch, Recipe
-from firth.recipes.tune import classify
+from firth.recipes.tasks import classify
 
 
 def semi_supervised() -> Recipe:

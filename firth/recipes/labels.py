@@ -11,10 +11,11 @@ from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators
 from firth.data.votes import Votes as Voting
 from firth.model.weights import load_model
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Known, Objective
 from firth.objectives.semi_supervised import question, taught
+from firth.recipes.labelled import Labelled
 from firth.recipes.material import Material
-from firth.recipes.segments import Cut, Labelled, Segment, needed, recorded
+from firth.recipes.segments import Cut, Segment, needed, recorded
 from firth.types import Example, UserError
 
 
@@ -96,7 +97,7 @@ class Votes(Segment):
         return Voting(paths, material.tokenizer, self.length, text=self.text, label=self.votes, classes=classes)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
-        return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
+        return objective.told(lambda: Known(classes=self._read(material.source.paths(material.echo), material).classes))
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         return recorded(material, lambda paths: self._read(paths, material, objective.classes))

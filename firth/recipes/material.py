@@ -98,9 +98,7 @@ class Material:
                     parts.append(None)
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
-                store = TokenStore.build(
-                    itertools.chain([first], documents), self.tokenizer, place, counts=vars(counts)
-                )
+                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows)
                 kind = "held out" if apart else "to learn from"
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
@@ -156,10 +154,13 @@ def train_tokenizer(
     sample: int = 200_000_000,
     seed: int = 0,
     echo: Echo = print,
+    texts: Iterator[str] | None = None,
 ) -> Tokenizer:
-    """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`)."""
+    """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`). texts: what to train
+    on in place of the files' documents."""
     counts = Counts()
-    texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
+    if texts is None:
+        texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
     rows = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.rows().items())

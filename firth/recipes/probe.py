@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from firth.data.split import enough, place
+from firth.recipes.labelled import Labelled
 from firth.recipes.material import Echo, Text
-from firth.recipes.segments import Labelled
 from firth.text import corpora, read
 from firth.types import UserError
 

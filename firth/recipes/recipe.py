@@ -22,7 +22,7 @@ from typing import Any, Literal
 from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
-from firth.recipes import labels, segments, tree
+from firth.recipes import labelled, labels, segments, tree
 from firth.recipes.adapt import ADAPTS, Adapt, Full, refuse_adapt
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
 from firth.recipes.material import Text
@@ -57,12 +57,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Checks:
-    """Held-out measurements and saves: every how many steps (0: at the end alone), on how many examples at most."""
+    """Held-out measurements and saves: every how many steps (0: at the end alone), on how many examples at most.
+
+    best: the measurement by which the exported model is the best one and not the last (accuracy, f1, loss, ...); empty: the
+    last. patience: the run ends when so many measurements in a row were no new best (by the loss, if `best` is empty).
+    """
 
     every: int = 0
     examples: int = 512
     save: int = 500
     keep: int = 2
+    best: str = ""
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if self.patience and not self.every:
+            raise UserError("checks.patience counts measurements on the way: set checks.every too")
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,8 @@ tree.KINDS[Objective] = tree.Kinds(
     part=lambda total: (total.first, total.second),
 )
 tree.KINDS[Adapt] = tree.Kinds("way to adapt", lambda: list(ADAPTS), ADAPTS.__getitem__)
-SEGMENTS = segments.SEGMENTS | labels.SEGMENTS
+SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS
+tree.SHORT[Text] = "path"
 tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
 
 

@@ -8,8 +8,8 @@ and what is done with them:
 
     firth vectors runs/word2vec king --out vectors.txt
     firth train lstm embeddings=runs/word2vec                                     its vectors, all else at random
-    firth train classify start=runs/lstm objective.at=last source.path=labelled.jsonl
-    firth train tag start=runs/elmo source.path=tagged.jsonl                      frozen, a mixture of its layers
+    firth train classify start=runs/lstm source.path=labelled.jsonl
+    firth train tag_features start=runs/elmo source.path=tagged.jsonl             frozen, a mixture of its layers
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from firth.objectives.mixed import Mixed
 from firth.objectives.tagging import Tagging
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes import sizes
+from firth.recipes.labelled import Tagged
 from firth.recipes.material import Text
 from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Tagged, Windows, Words
+from firth.recipes.segments import Windows, Words
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -98,10 +99,10 @@ def bilm(vocab: int, width: int, depth: int, characters: int, filters: int, hidd
     )  # fmt: skip
 
 
-def tag() -> Recipe:
-    """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train tag`."""
+def tag_features() -> Recipe:
+    """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train tag_features`."""
     return Recipe(
-        name="tag", objective=Mixed() + Tagging(), segment=Tagged(length=128), batch=Batch(rows=32),
+        name="tag_features", objective=Mixed() + Tagging(), segment=Tagged(length=128), batch=Batch(rows=32),
         optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup=0.1),
         length=Length(steps=300), checks=Checks(examples=2000, save=300),
     )  # fmt: skip

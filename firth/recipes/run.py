@@ -29,20 +29,22 @@ from firth.recipes import card, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
+from firth.recipes.held import Held, vocab
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
-from firth.recipes.segments import Cut, model_directory, spread
+from firth.recipes.segments import Cut, model_directory
 from firth.recipes.use import Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
-from firth.text.vocab import Vocab
 from firth.train.distributed import Ranks, join
-from firth.train.loop import Evaluate, Plan, train
-from firth.train.validate import validate
+from firth.train.loop import Plan, train
 from firth.types import UserError
 
 T = TypeVar("T")
+
+TOLD = "held_out.json"
+"""What the exported model told of the held-out examples, for the report."""
 
 DONE = "done.json"
 """Written last of all: steps, seconds, metrics; its presence means that the run is whole."""
@@ -115,12 +117,18 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     if ranks.first:
         _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
+    shown = (
+        None
+        if cut.valid is None or not len(cut.valid)
+        else Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks)
+    )
     ended = train(
         model, settled.objective, batches, directory,
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
         plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
-                  precision=settled.precision, compile=settled.compile),
-        evaluate=_evaluation(settled, cut, tokenizer, ranks), ranks=ranks, recipe=settled.hash(), name=settled.name,
+                  best=settled.checks.best or "loss", best_last=bool(settled.checks.best or settled.checks.patience),
+                  patience=settled.checks.patience, precision=settled.precision, compile=settled.compile),
+        evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=settled.hash(), name=settled.name,
     )  # fmt: skip
     finished = Finished(directory, ended.step, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
@@ -133,13 +141,16 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         }
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
+        if shown is not None:
+            _write(directory / TOLD, json.dumps(shown.told(model)))
+        settled.objective.finish(model)
         kept = settled.adapt.finish(
             model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
         )
         said = save_model(model, tokenizer, directory / "model", facts)
         if kept:
             tell(f"{settled.name}: {directory / 'adapter'} ({kept})")
-        remarks = settled.objective.remarks(ended.metrics)
+        remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
@@ -181,6 +192,7 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
             train_tokenizer(
                 source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
                 split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo,
+                texts=recipe.segment.texts(source.paths(echo)),
             )  # fmt: skip
     return Tokenizer.load(own)
 
@@ -213,13 +225,13 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         refuse_larger(material.tokenizer, shape, recipe.start)
     else:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
-    objective = recipe.segment.settle(recipe.objective, material)
-    objective = recipe.adapt.settle(objective)
+    segment = recipe.segment.within(shape.context)
+    objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
     refuse_misfit(objective, shape)
-    refuse_memory(shape, recipe.segment, recipe.batch.pack)
+    refuse_memory(shape, segment, recipe.batch.pack)
     refuse_adapt(recipe.adapt, recipe.start)
     recipe.adapt.fits(shape)
-    return dataclasses.replace(recipe, shape=shape, objective=objective)
+    return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment)
 
 
 def _finished(directory: Path, recipe: Recipe) -> Finished:
@@ -234,32 +246,11 @@ def _finished(directory: Path, recipe: Recipe) -> Finished:
     return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
 
-def _vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
-    """What views know of the tokenizer and of the model."""
-    return tokenizer.vocab if recipe.shape is None else tokenizer.vocab.starting(recipe.shape.decoder_start)
-
-
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
-        cut.train, recipe.objective, _vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
+        cut.train, recipe.objective, vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
         accumulate=recipe.batch.accumulate, pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
-
-
-def _evaluation(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Evaluate | None:
-    """Score `checks.examples` held-out examples, spread over all; the same each time, and always shown alike."""
-    if cut.valid is None or not len(cut.valid):
-        return None
-    held = Batches(
-        spread(cut.valid, recipe.checks.examples), recipe.objective, _vocab(recipe, tokenizer),
-        rows=min(recipe.batch.rows, 64), seed=recipe.seed,
-        pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
-    )  # fmt: skip
-
-    def evaluate(model: LM, step: int) -> dict[str, float]:
-        return validate(model, recipe.objective, held.once(), bytes_per_target=cut.bytes_per_target, reduce=ranks.sum)
-
-    return evaluate
 
 
 def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:

@@ -1,14 +1,14 @@
 """How a run's text or records are cut into examples: the `segment` of a recipe.
 
 A segment turns the material into two `Source`s, one to learn from and one held out. Each kind is one small class, so a
-recipe names the kind and its settings and nothing else: windows, pieces and pairs cut running text; labelled,
-dialogues, prompted, preferences and comparisons read records; rollouts ask the model itself.
+recipe names the kind and its settings and nothing else: windows, pieces and pairs cut running text; dialogues, prompted,
+preferences and comparisons read records, as do those of `firth.recipes.labelled` and `labels`; rollouts ask the model itself.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -49,6 +49,11 @@ class Cut:
         """What was read, mended, cut and left out, for the report."""
         return {**{name: n for name, n in self.read.items() if n}, **self.train.counts}
 
+    @property
+    def remarks(self) -> list[str]:
+        """What was cut, left out or missing, with the place of the first of each, in whole sentences."""
+        return list(dict.fromkeys((*self.train.remarks, *(self.valid.remarks if self.valid is not None else ()))))
+
 
 class Segment:
     """One way to cut the material. Subclasses are frozen dataclasses.
@@ -61,6 +66,14 @@ class Segment:
     def cut(self, material: Material, objective: Objective) -> Cut:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
+
+    def texts(self, paths: Sequence[str]) -> Iterator[str] | None:
+        """What a tokenizer is trained on, of records whose fields the segment names; None: the documents of the source."""
+        return None
+
+    def within(self, context: int) -> Segment:
+        """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
+        return self
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
@@ -159,68 +172,40 @@ class Words(Segment):
 
 
 @dataclass(frozen=True)
-class Labelled(Segment):
-    """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
-
-    length: int = 128
-    text: str = "text"
-    label: str = "label"
-    pair: str = ""
-
-    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> records.Labelled:
-        return records.Labelled(
-            paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, classes=classes
-        )
-
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        """The classes are named by the records, unless the recipe names them."""
-        return objective.named(lambda: self._read(material.source.paths(material.echo), material).classes)
-
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
-
-
-@dataclass(frozen=True)
-class Tagged(Segment):
-    """Records with a tag for each word. words, tags: the fields that list them."""
-
-    length: int = 128
-    words: str = "tokens"
-    tags: str = "tags"
-
-    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> records.Tagged:
-        return records.Tagged(paths, material.tokenizer, self.length, words=self.words, tags=self.tags, classes=classes)
-
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        """The tags are named by all the records, unless the recipe names them."""
-        paths = [*material.source.paths(material.echo), *material.source.valid]
-        return objective.named(lambda: self._read(paths, material).classes)
-
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
-
-
-@dataclass(frozen=True)
 class Dialogues(Segment):
-    """Dialogues, asked on what the assistant says; the beginning is kept where one is longer than `length` tokens."""
+    """Dialogues, asked on what the assistant says; the beginning is kept where one is longer than `length` tokens.
+
+    prompt, answer_is: how a question and its answer are made of a record's fields; empty: as the record has them.
+    """
 
     length: int = 256
+    prompt: str = ""
+    answer_is: str = ""
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length))
+        forms = (self.prompt, self.answer_is)
+        return recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length, forms=forms))
 
 
 @dataclass(frozen=True)
 class Prompted(Segment):
-    """Prompts for an encoder and answers from a decoder, at most `length` and `answer` tokens."""
+    """Prompts for an encoder and answers from a decoder, at most `length` and `answer` tokens.
+
+    prompt, answer_is: how both are made of a record's fields, "translate to French: {en}"; empty: as the record has them.
+    """
 
     length: int = 256
     answer: int = 128
+    prompt: str = ""
+    answer_is: str = ""
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(
-            material, lambda paths: records.Prompted(paths, material.tokenizer, self.length, answer=self.answer)
-        )
+        def read(paths: Sequence[str]) -> Source:
+            return records.Prompted(
+                paths, material.tokenizer, self.length, answer=self.answer, forms=(self.prompt, self.answer_is)
+            )
+
+        return recorded(material, read)
 
 
 @dataclass(frozen=True)
@@ -341,7 +326,7 @@ def recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut
     source = make(material.source.paths(material.echo))
     if material.source.valid:
         return Cut(source, make(material.source.valid))
-    apart = np.array([place(str(i)) < material.source.held_out for i in range(len(source))])
+    apart = np.array([place(str(owner)) < material.source.held_out for owner in source.families.tolist()])
     if len(source) < FEW or not apart.any() or apart.all():
         return Cut(source, None)
     return Cut(Subset(source, np.flatnonzero(~apart)), Subset(source, np.flatnonzero(apart)))
@@ -352,8 +337,6 @@ SEGMENTS: dict[str, type[Segment]] = {
     "pieces": Pieces,
     "pairs": Pairs,
     "words": Words,
-    "labelled": Labelled,
-    "tagged": Tagged,
     "dialogues": Dialogues,
     "prompted": Prompted,
     "preferences": Preferences,

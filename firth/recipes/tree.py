@@ -47,6 +47,9 @@ class Kinds:
 KINDS: dict[type, Kinds] = {}
 """Base class -> the kinds that may stand for it; filled by `firth.recipes.recipe`."""
 
+SHORT: dict[type, str] = {}
+"""Class -> the field that a word in its place means: `source: mine.csv`."""
+
 
 @dataclass(frozen=True)
 class Where:
@@ -95,6 +98,10 @@ def _dataclass(kind: type, value: Any, where: Where) -> Any:
         return value
     if value is None:
         value = {}
+    if kind in SHORT and not isinstance(value, Mapping):
+        value = {SHORT[kind]: value}
+    elif kind in SHORT and "kind" in value:  # a word to which `override` has added fields
+        value = {SHORT[kind] if name == "kind" else name: one for name, one in value.items()}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
     hints = typing.get_type_hints(kind)
@@ -229,9 +236,11 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             place[parent] = inner
             place = inner
         try:
-            place[last] = yaml.safe_load(text) if text else ""
+            value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
-            place[last] = text
+            value = text
+        named = isinstance(value, dict) and all(one is None for one in value.values())
+        place[last] = text if named else value  # {title} is a form, not a mapping of nothing
     return result
 
 

@@ -1,6 +1,5 @@
-"""What is done to a pretrained model: a classifier, instruction tuning, a reward model, DPO, REINFORCE, PPO.
+"""What is done to a model that writes: instruction tuning, a reward model, DPO, REINFORCE, PPO. (Other tasks: `tasks`.)
 
-    firth train classify start=runs/bert source.path=labelled.jsonl              {"text", "label"}
     firth train instruct start=runs/gpt source.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
     firth train reward start=runs/instruct source.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
     firth train dpo start=runs/instruct source.path=preferences.jsonl
@@ -12,30 +11,15 @@ AdamW at a small rate: Muon's even steps help a model that starts from nothing, 
 
 from __future__ import annotations
 
-from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
 from firth.objectives.ppo import PPO
 from firth.objectives.reinforce import Reinforce
 from firth.objectives.reward import Reward
 from firth.objectives.sft import SFT
 from firth.recipes.recipe import Batch, Checks, Recipe
-from firth.recipes.segments import Dialogues, Labelled, Preferences, Referenced, Rollouts
+from firth.recipes.segments import Dialogues, Preferences, Referenced, Rollouts
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
-
-
-def classify() -> Recipe:
-    """A label for a text, read at [CLS] (F1)."""
-    return Recipe(
-        name="classify",
-        objective=Classification(),
-        segment=Labelled(length=128),
-        batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        checks=Checks(every=0, examples=2000, save=200),
-    )
 
 
 def instruct() -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import Subject, open_subject
 from firth.generate import vectors
+from firth.generate.embed import embed
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.recipes.recipe import load
-from firth.text import chat
+from firth.text import chat, read
 from firth.text.show import readable
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
@@ -116,6 +118,36 @@ def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | No
         count, width = vectors.write(subject.model, subject.tokenizer, out)
         lines.append(f"{out}: {count:,} vectors of {width} numbers, in word2vec's text format")
     return lines
+
+
+def embed_file(directory: Path, file: str, out: Path, *, field: str, unit: bool, length: int) -> list[str]:
+    """Write a vector for each text of a file, of records or lines, or of standard input (-); say what was written."""
+    if file == "-" or Path(file).suffix in (".txt", ".text", ""):
+        given = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8", "replace")
+        texts = [line for line in given.splitlines() if line.strip()]
+    else:
+        texts = [read.text_field(record, field, place) for place, record in read.records([file])]
+    if not texts:
+        raise UserError(f"{file}: there is no text in it")
+    subject = open_subject(directory)
+    found, cut = embed(subject.model, subject.tokenizer, texts, length=length or _longest(subject), unit=unit)
+    partial = out.with_name(out.name + ".partial")
+    with partial.open("wb") as bytes_:
+        if out.suffix == ".npy":
+            np.save(bytes_, found)
+        else:
+            for row in found.tolist():
+                bytes_.write((json.dumps({"embedding": row}) + "\n").encode())
+    partial.replace(out)
+    said = [f"{out}: {len(found):,} vectors of {found.shape[1]} numbers"]
+    return said + ([f"{cut:,} texts were longer than the model reads and lost their end"] if cut else [])
+
+
+def _longest(subject: Subject) -> int:
+    """Tokens that a model was trained to read: what sentence-transformers' own file says, else the run, else the shape."""
+    file = subject.place / "sentence_bert_config.json"
+    told = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return int(told.get("max_seq_length") or subject.context)
 
 
 def open_engine(directory: Path, weights: str | None = None) -> Opened:

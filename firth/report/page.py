@@ -23,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from firth.report.figures import COLOURS, Figure, number, svg
+from firth.report.matrix import Matrix, drawn
 
 Cell = str | int | float | None
 
@@ -77,11 +78,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Section:
-    """Prose (blank lines part paragraphs, `backticks` set code), then figures, tables, samples and a listing."""
+    """Prose (blank lines part paragraphs, `backticks` set code), then figures, tables of confusions, tables, samples and a listing."""
 
     title: str
     text: str = ""
     figures: Sequence[Figure] = ()
+    matrices: Sequence[Matrix] = ()
     tables: Sequence[Table] = ()
     samples: Sequence[Sample] = ()
     listing: str = ""
@@ -190,4 +192,4 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"prose": prose, "value": figure_value, "svg": svg, "cells": cells}
+_ENVIRONMENT.filters |= {"prose": prose, "value": figure_value, "svg": svg, "matrix": drawn, "cells": cells}

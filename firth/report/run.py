@@ -6,6 +6,7 @@
     recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
     done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}; "remarks"
                     are sentences about how the run ended
+    held_out.json   optional: what the model told of each class: {"classes", "confusion", "per_class"}
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
 
 A term that this file does not know gets a figure of its own, so a new objective's measures need no change here.
@@ -29,6 +30,7 @@ import yaml
 
 from firth import __version__
 from firth.report.figures import Curve, Figure, number
+from firth.report.matrix import Matrix
 from firth.report.page import Command, Number, Report, Sample, Section, Table
 from firth.types import UserError
 
@@ -51,6 +53,9 @@ TERMS = {
     "bits_per_byte": Term("Bits per byte", "bits per byte of text"),
     "accuracy": Term("Accuracy", "share right"),
     "kl": Term("Distance from the reference", "KL, nats"),
+    "f1": Term("F1", "F1"),
+    "macro_f1": Term("F1, mean over classes", "F1"),
+    "matthews": Term("Matthews' correlation", "correlation"),
     "rate": Term("Learning rate", "learning rate", noisy=False),
     "norm": Term("Gradient before clipping", "norm", log=True),
     "tokens_per_second": Term("Speed", "tokens per second", zero=True),
@@ -78,6 +83,10 @@ _NEXT = (
         "span_corruption": ("generate", "Let it fill in what a sentinel stands for", '"To be, or <extra_id_0> to be"'),
         "text_to_text": ("generate", "Give it an input", '"..."'),
     }
+    | dict.fromkeys(
+        ("classification", "regression", "multiple_choice", "tagging", "spans"),
+        ("predict", "Let it answer for a file of yours", "my-records.jsonl"),
+    )
     | dict.fromkeys(("mlm", "mpnet", "plm"), ("fill", "Let it fill a gap", '"To be, or not to <mask>."'))
     | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Talk with it", ""))
 )
@@ -100,6 +109,8 @@ def run_report(directory: Path) -> Report:
         sections.append(
             Section("The answers it wrote", told, figures=[_drawn(drawn, n) for n in DRAWN if n in drawn[0]])
         )
+    answers = _answers(directory / "held_out.json")
+    sections += [answers] if answers is not None else []
     samples = read_samples(directory / "samples.jsonl")
     if samples:
         text = "The same prompts and the same random numbers, at the first and at the last of the logged samples."
@@ -125,6 +136,20 @@ def run_report(directory: Path) -> Report:
             "run": f"{rows[-1]['step']:,} steps, {_clock(rows[-1]['seconds'])} of training",
         },
     )
+
+
+def _answers(path: Path) -> Section | None:
+    """What the model told of each class of the held-out examples; None where it has no classes."""
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not told:
+        return None
+    rows = [[row["class"], row["examples"], row["precision"], row["recall"], row["f1"]] for row in told["per_class"]]
+    table = Table("Class by class", ("class", "examples", "precision", "recall", "F1"), rows)
+    matrices = []
+    if "confusion" in told:
+        note = "A row is what is right, a column what the model says; a cell is darker the larger its share of its row."
+        matrices.append(Matrix("What is taken for what", told["classes"], told["confusion"], note))
+    return Section("Held-out answers", "Of the exported model.", matrices=matrices, tables=(table,))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.text import facts, prepare, registry
+from firth.text import facts, prepare, prepare_tasks, registry
 from firth.text.registry import Package
 from firth.types import UserError
 
@@ -127,6 +127,27 @@ ENTRIES = (
     Corpus(
         "ner_finance", EVALS, ("evals/registry/data/ner_finance/samples.jsonl",), "MIT",
         "sentences of contracts: tokens, BIO tags", prepare.entities, "*.jsonl",
+    ),
+    Corpus(
+        "quartz", EVALS, ("evals/registry/data/quartz/samples.jsonl",), "MIT; QuaRTz CC BY 4.0",
+        "3,860 questions with two options: text, options, label", prepare_tasks.quartz, "*.jsonl",
+    ),
+    Corpus(
+        "logiqa", EVALS, ("evals/registry/data/logiqa/logiqa.jsonl",), "MIT",
+        "1,354 passages with four conclusions: text, options, label", prepare_tasks.logiqa, "*.jsonl",
+    ),
+    Corpus(
+        "lee",
+        Package(
+            "pypi-sdist", "gensim", "4.4.0",
+            "a3f5b626da5518e79a479140361c663089fe7998df8ba52d56e1ded71ac5bdf5", 23_260_095,
+        ),
+        (
+            "gensim-4.4.0/gensim/test/test_data/lee.cor",
+            "gensim-4.4.0/gensim/test/test_data/similarities0-1.txt",
+        ),
+        "LGPL-2.1 (gensim)", "1,225 pairs of news, and how alike people found them: text, other, label",
+        prepare_tasks.lee, "*.jsonl", note="cite Lee, Pincombe and Welsh, 2005",
     ),
     Corpus(
         "vitaminc", BIGBENCH, (f"{TASKS}/vitaminc_fact_verification/task.json",), "Apache-2.0",

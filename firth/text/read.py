@@ -1,4 +1,4 @@
-"""Reading what users have: text, JSONL and Parquet, plain or compressed, in files, directories and globs.
+"""Reading what users have: text, JSONL, Parquet, CSV, plain or compressed, in files, directories and globs.
 
 Everything streams, in an order that does not depend on the file system. What is wrong with a file has a stated
 policy, and each use of it is counted:
@@ -11,6 +11,7 @@ policy, and each use of it is counted:
     text over LONGEST             cut at a paragraph, a line or a blank, counted
     a record over LONGEST         skipped, counted
     a file met twice              read once (through links too); hidden files and linked directories are not entered
+    a row of too many cells       left out, counted (`firth.text.tables`: tables are read where they are named, not found)
 
 and a UserError with file and line (and the nearest field) where a line is not JSON, a field is missing or holds no
 text, an archive is damaged or cut off, a file cannot be read, or is UTF-16.
@@ -41,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from firth.text import tables
 from firth.text.normalize import whole
 from firth.types import UserError
 
@@ -52,12 +54,12 @@ LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet",)
 PACKED = (".gz", ".zst")
 SPLITS = {"file": None, "blank": re.compile(r"\n\s*\n"), "line": re.compile(r"\n")}
-READ = "firth reads .txt, .md and such, .jsonl and .parquet, plain or as .gz and .zst"
+READ = "firth reads .txt, .md and such, .jsonl, .parquet, .csv, .tsv, .conll and .json, plain or as .gz and .zst"
 
 
 @dataclass
 class Counts:
-    """What was read and what was mended or left out, for the report."""
+    """What was read and what was mended or left out, for the report. mismatched_at: the first row of another length."""
 
     files: int = 0
     documents: int = 0
@@ -67,10 +69,12 @@ class Counts:
     empty: int = 0
     cut: int = 0
     too_long: int = 0
+    mismatched: int = 0
+    mismatched_at: str = ""
 
     def rows(self) -> dict[str, int]:
         """The counts that are not zero, by name."""
-        return {name: n for name, n in vars(self).items() if n}
+        return {name: n for name, n in vars(self).items() if n and name != "mismatched_at"}
 
 
 class Document(NamedTuple):
@@ -140,7 +144,7 @@ def _inside(root: Path) -> list[Path]:
     for directory, below, names in os.walk(root, onerror=denied):
         below[:] = [name for name in below if not name.startswith(".")]
         some = [Path(directory, name) for name in names if not name.startswith(".")]
-        found += [p for p in some if _kind(p) is not None and p.is_file()]
+        found += [p for p in some if _kind(p) in ("text", "lines", "table") and p.is_file()]
     return sorted(found)
 
 
@@ -160,7 +164,7 @@ def documents(
             for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
                 yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
         else:
-            for place, record in _records(path, counts, (field, "name")):
+            for place, record in _records(path, counts, (field, "name"), ()):
                 value = record.get(field)
                 text = "" if value is None and field in record else clean(text_field(record, field, place), counts)
                 if text.strip():
@@ -172,13 +176,22 @@ def documents(
                     counts.empty += 1
 
 
-def records(paths: Sequence[str], *, counts: Counts | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, record) of every record in JSONL and Parquet files. Raises UserError for text files."""
+def records(
+    paths: Sequence[str],
+    *,
+    counts: Counts | None = None,
+    columns: Sequence[str] = (),
+    text: tables.Reader | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, record) of every record in files of records. Raises UserError for text files, unless `text` reads them.
+
+    columns: the names of the columns, of tables without a head.
+    """
     counts = counts if counts is not None else Counts()
     for path in files(paths):
-        if _kind(path) == "text":
-            raise UserError(f"{path}: records are wanted here (.jsonl or .parquet), and this is plain text")
-        yield from _records(path, counts, ())
+        if _kind(path) == "text" and text is None:
+            raise UserError(f"{path}: records are wanted here (.jsonl, .csv, .tsv or .parquet), and this is plain text")
+        yield from _records(path, counts, (), columns, text)
 
 
 def text_field(record: dict[str, Any], field: str, place: str) -> str:
@@ -253,7 +266,8 @@ class _Zstd(io.RawIOBase):
 
 def _kind(path: Path) -> str | None:
     suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
-    return "text" if suffix in TEXT else "lines" if suffix in LINES else "table" if suffix in TABLES else None
+    known = {TEXT: "text", LINES: "lines", TABLES: "table", tuple(tables.READERS): "other"}
+    return next((kind for some, kind in known.items() if suffix in some), None)
 
 
 def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
@@ -309,10 +323,18 @@ def _split(chunks: Iterator[str], split: str, counts: Counts) -> Iterator[str]:
     counts.empty += empty
 
 
-def _records(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """columns: those of a table that are wanted, all where none is named."""
+def _records(
+    path: Path, counts: Counts, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """wanted: the columns of a Parquet table, all where none is named. columns, text: as of `records`."""
     counts.files += 1
-    yield from (_table(path, counts, columns) if _kind(path) == "table" else _lines(path, counts))
+    kind = _kind(path)
+    if kind in ("table", "lines"):
+        yield from (_table(path, counts, wanted) if kind == "table" else _lines(path, counts))
+        return
+    suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+    with _guarded(path) as file:
+        yield from (text if kind == "text" and text else tables.READERS[suffix])(file, path, counts, columns)
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:

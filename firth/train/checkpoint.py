@@ -118,20 +118,24 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, files, state, body["layout"], body["recipe"])
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints and the one with the best score."""
-    saved = _saved(run)
+def best(run: Path) -> Path | None:
+    """The checkpoint with the best score, the first of equals; None where none has one."""
     scores: list[tuple[float, Path]] = []
-    for path in saved:
+    for path in _saved(run):
         try:
             score = _manifest(path)["score"]
         except UserError:
             continue
         if score is not None:
             scores.append((score, path))
-    best = min(scores, default=(0.0, None), key=lambda pair: pair[0])[1]
+    return min(scores, default=(0.0, None), key=lambda pair: pair[0])[1]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints and the one with the best score."""
+    saved, dear = _saved(run), best(run)
     for path in saved[: max(0, len(saved) - keep)]:
-        if path != best:
+        if path != dear:
             doomed = path.rename(path.with_name(f"{path.name}.partial"))  # so that a kill leaves no half of it
             shutil.rmtree(doomed)
 

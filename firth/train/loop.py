@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from firth.model.lm import LM
     from firth.objectives.objective import Objective
 
+LESS_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
+"""How the names of measurements begin of which less is better."""
+
 Evaluate = Callable[["LM", int], dict[str, float]]
 """Measures the model after a step: name -> number. Called in eval mode, without gradients; every rank calls it."""
 
@@ -54,7 +57,9 @@ class Plan:
     """When to look, when to save, what to run in.
 
     log_every, evaluate_every, save_every: in steps; 0 means only at the end. keep: checkpoints kept besides the best.
-    best: the held-out metric whose lowest value makes a checkpoint the best, where the two coincide.
+    best: the held-out metric whose best value makes a checkpoint the best: the lowest of a loss or an error, the highest of
+    others. best_last: a checkpoint is saved at every new best, and its weights are what the run ends with.
+    patience: the run ends when so many measurements in a row are no new best; 0: never.
     precision: "auto" takes what this machine is fast at; a resumed run keeps what it had.
     compile: torch.compile the model; worth its half minute for runs over about 150 steps on a CPU.
     bad_steps: how many steps in a row may lack a finite gradient before the run gives up.
@@ -65,12 +70,15 @@ class Plan:
     save_every: int = 500
     keep: int = 2
     best: str = "loss"
+    best_last: bool = False
+    patience: int = 0
     precision: precision.Precision = "auto"
     compile: bool = False
     bad_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("log_every", 0), ("evaluate_every", 0), ("save_every", 0), ("keep", 1), ("bad_steps", 1)):
+        for name, least in (("log_every", 0), ("evaluate_every", 0), ("save_every", 0), ("keep", 1), ("bad_steps", 1),
+                            ("patience", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
@@ -174,10 +182,15 @@ class _Run:
         """The fraction of the run that is behind."""
         return self.length.passed(self.at.step, self.at.seconds, self.at.flops)
 
+    @property
+    def _over(self) -> bool:
+        """Whether the run is long enough, or has been no better for too long."""
+        return self._passed >= 1 or 0 < self.plan.patience <= self.at.stale
+
     def whole(self) -> Trained:
         """Every step that is left."""
         at = self.at
-        if self._passed < 1:
+        if not self._over:
             log = Log(self.directory, at.step) if self.ranks.first else None
             if self.plan.compile:
                 self.model.compile()
@@ -188,12 +201,23 @@ class _Run:
                 if log is not None:
                     log.close()
         self.model.eval()
+        if self.plan.best_last:
+            self._take_best()
         return Trained(at.step, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
+
+    def _take_best(self) -> None:
+        """The weights of the best checkpoint, and what was measured of it; every rank reads them."""
+        path = checkpoint.best(self.directory)
+        if path is not None:
+            saved = checkpoint.load(path)
+            state.take(saved, self.model)
+            self.at.metrics = saved.state["metrics"]
+            self.told.say(f"ends with the model of step {saved.state['step']}, the best by held-out {self.plan.best}")
 
     def _go_on(self, log: Log | None) -> None:
         at, checked = self.at, False
         with ctrl_c(self.told.say) as stop:
-            while self._passed < 1:
+            while not self._over:
                 start = time.perf_counter()
                 with self.casts():
                     drawn = self.batches.source.prepare(self.model, at.step)
@@ -266,21 +290,37 @@ class _Run:
         at, plan = self.at, self.plan
         last = self._passed >= 1
         self._tell(log, last or stopping)
-        self.score = None
+        self.score, better = None, False
         if self.evaluate is not None and (last or _due(at.step, plan.evaluate_every)):
             found = self._measure(self.evaluate)
-            self.score = found.get(plan.best)
+            better = self._judge(found)
             at.metrics = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
             at.metrics |= {f"valid/{name}": value for name, value in found.items()}
             if log is not None:
                 log.row("valid", at.step, at.seconds, at.tokens, found)
             self.told.say(f"step {at.step}  held out: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
-        if last or stopping or _due(at.step, plan.save_every):
+        last = self._over
+        if last or stopping or _due(at.step, plan.save_every) or (better and plan.best_last):
             self._save()
         if stopping and not last:
             raise Stopped(
                 f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on"
             )
+
+    def _judge(self, found: Mapping[str, float]) -> bool:
+        """Whether a measurement is a new best; its score, of which less is better."""
+        if self.plan.best not in found:
+            if self.plan.best_last:
+                raise UserError(
+                    f"checks.best={self.plan.best} is not among the held-out measurements: there is {', '.join(found)}"
+                )
+            return False
+        value = found[self.plan.best]
+        self.score = value if self.plan.best.startswith(LESS_IS_BETTER) else -value
+        better = self.at.best is None or self.score < self.at.best
+        self.at.best = self.score if better else self.at.best
+        self.at.stale = 0 if better else self.at.stale + 1
+        return better
 
     def _tell_drawn(self, log: Log | None, drawn: Mapping[str, float]) -> None:
         """A row of what the model wrote, under the step that first learns from it: a resumed run writes it once.

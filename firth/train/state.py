@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run is. flops: counted work behind. skipped: steps without a finite gradient, `in_a_row` just now."""
+    """How far a run is. flops: counted work behind. skipped: steps without a finite gradient, `in_a_row` just now. best: the
+    best held-out score so far, less being better; stale: how many measurements ago it was."""
 
     precision: Literal["fp32", "bf16"]
     step: int = 0
@@ -33,6 +34,8 @@ class Progress:
     flops: float = 0.0
     skipped: int = 0
     in_a_row: int = 0
+    best: float | None = None
+    stale: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -83,6 +86,20 @@ def save(
 
 def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, ranks: Ranks) -> Progress:
     """Put everything back where it was. Raises UserError when the checkpoint belongs to another model."""
+    take(saved, model)
+    mover.restore(saved.files.get("optimizer", {}))
+    source.restore({name: x.clone().numpy() for name, x in saved.files.get("source", {}).items()})
+    state = dict(saved.state)
+    random = state.pop("random")
+    device = next(model.parameters()).device
+    if len(random["cpu"]) == ranks.world:
+        mine = {name: list(base64.b64decode(rows[ranks.rank])) for name, rows in random.items()}
+        _restore_random({name: torch.tensor(row, dtype=torch.uint8) for name, row in mine.items()}, device)
+    return Progress(**state)
+
+
+def take(saved: Checkpoint, model: nn.Module) -> None:
+    """Put the weights back alone. Raises UserError when the checkpoint belongs to another model."""
     ours, theirs = weights(model), saved.files["model"]
     for name in sorted(ours.keys() ^ theirs.keys()):
         raise UserError(f"{saved.path}: the weight {name!r} is on one side only; this is a checkpoint of another model")
@@ -100,15 +117,6 @@ def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, r
                     f"{list(x.shape)} here; this is a checkpoint of another model"
                 )
             x.copy_(theirs[name])
-    mover.restore(saved.files.get("optimizer", {}))
-    source.restore({name: x.clone().numpy() for name, x in saved.files.get("source", {}).items()})
-    state = dict(saved.state)
-    random = state.pop("random")
-    device = next(model.parameters()).device
-    if len(random["cpu"]) == ranks.world:
-        mine = {name: list(base64.b64decode(rows[ranks.rank])) for name, rows in random.items()}
-        _restore_random({name: torch.tensor(row, dtype=torch.uint8) for name, row in mine.items()}, device)
-    return Progress(**state)
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

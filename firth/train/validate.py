@@ -8,13 +8,13 @@ Bits per byte do not depend on the tokenizer, so runs with different vocabularie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from firth.train.step import Reduce, alone, count_targets
-from firth.types import Batch
+from firth.types import Batch, Outputs
 
 if TYPE_CHECKING:
     from firth.model.lm import LM
@@ -29,11 +29,13 @@ def validate(
     *,
     bytes_per_target: float = 0.0,
     reduce: Reduce = alone,
+    watch: Callable[[Outputs, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Score `batches` without learning: `Batches.once()` for every held-out example, always seen in the same way.
 
     bytes_per_target: bytes of text for each token that the objective asks (the store's bytes / its tokens, if every
-    token is asked); adds "bits_per_byte". Returns "loss", "loss/TERM" if there are several, and the measures.
+    token is asked); adds "bits_per_byte". watch: is shown the outputs of every batch.
+    Returns "loss", "loss/TERM" if there are several, and the measures.
     """
     device = next(model.parameters()).device
     was = model.training
@@ -43,7 +45,10 @@ def validate(
     for batch in (to(batch, device) for batch in batches):
         for term, n in count_targets(objective, [batch]).items():
             counts[term] = counts.get(term, 0.0) + float(n)
-        terms = objective.loss(model, objective.run(model, batch), batch)
+        outputs = objective.run(model, batch)
+        terms = objective.loss(model, outputs, batch)
+        if watch is not None:
+            watch(outputs, batch)
         for term, value in terms.items():
             sums[term] = sums.get(term, 0.0) + float(value)
     model.train(was)

@@ -26,13 +26,14 @@ def source(subject: Subject, paths: Sequence[str]) -> Prompted:
         raise UserError(
             f"{subject.directory}: questions are asked of an encoder-decoder that writes: finetune one first"
         )
-    return Prompted(paths, subject.tokenizer, subject.context, answer=LONGEST)
+    forms = subject.segment.get("prompt", ""), subject.segment.get("answer_is", "")
+    return Prompted(paths, subject.tokenizer, subject.context, forms=forms)
 
 
-def answer(subject: Subject, items: Prompted, progress: Progress) -> Answers:
-    """What is right and what the model writes, as text."""
+def answer(subject: Subject, items: Prompted, progress: Progress, longest: int = LONGEST) -> Answers:
+    """What is right and what the model writes, of at most so many tokens, as text."""
     engine = Engine(subject.model, subject.tokenizer)
-    greedy = Sampling(temperature=0, max_new=min(LONGEST, subject.model.context))
+    greedy = Sampling(temperature=0, max_new=min(longest, subject.model.context))
     right: list[str] = []
     said: list[str] = []
     for first in range(0, len(items), AT_ONCE):

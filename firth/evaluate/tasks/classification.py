@@ -1,60 +1,54 @@
 """Classification: labelled records through the head that a finetuned run has for its classes.
 
-Records are read and shown exactly as in training (`firth.data.records.Labelled`, the objective's own view), so this is
-the accuracy that training logged, with what one number hides beside it: macro-F1, Matthews' correlation, intervals.
+Records are read and shown exactly as in training (`firth.data.labelled.Labelled`, the objective's own view), so this is
+the accuracy that training logged, with what one number hides beside it: F1, Matthews' correlation, intervals.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from firth.data.batch import collate
-from firth.data.records import Labelled
+from firth.data.labelled import Labelled
+from firth.data.source import Source
 from firth.evaluate import metrics
-from firth.evaluate.likelihood import groups
-from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
-from firth.generate.rows import reading
+from firth.evaluate.heads import Reading, readings, softmax
+from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
+from firth.model import weights
 from firth.model.parts import answered, described
 from firth.objectives.classification import Classification, Place, place
-from firth.objectives.mixed import Mixed
-from firth.objectives.objective import Objective, asked
 from firth.types import Example, UserError
 
 
-def source(subject: Subject, paths: Sequence[str]) -> Labelled:
+def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Labelled:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
-    if "classes" not in subject.model.parts:
-        raise UserError(
-            f"{subject.directory}: this model has no head for classes: finetune it with `firth train classify`"
-        )
+    needs(subject, "classes", "classes", "classify")
     told = subject.segment
     return Labelled(
-        paths,
-        subject.tokenizer,
-        subject.context,
-        text=told.get("text", "text"),
-        label=told.get("label", "label"),
-        pair=told.get("pair", ""),
-        classes=class_names(subject),
-    )
+        paths, subject.tokenizer, subject.context, text=told.get("text", "text"), label=told.get("label", "label"),
+        pair=told.get("pair", ""), classes=class_names(subject, "classes"), names=told.get("columns", ()), asked=asked,
+    )  # fmt: skip
 
 
-def class_names(subject: Subject) -> tuple[str, ...]:
-    """The classes in the order of the head's rows: of the model's facts, else of the run's recipe.
+def needs(subject: Subject, part: str, what: str, recipe: str) -> None:
+    """Raise a UserError if a model has no such head."""
+    if part not in subject.model.parts:
+        raise UserError(
+            f"{subject.directory}: this model has no head for {what}: finetune it with `firth train {recipe}`"
+        )
+
+
+def class_names(subject: Subject, part: str) -> tuple[str, ...]:
+    """The classes in the order of the head's rows: as the model's own files say, else the run's recipe.
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
-    facts = subject.place / "firth.json"
-    said = json.loads(facts.read_text("utf-8"))["facts"].get("classes") if facts.exists() else None
-    objective = subject.recipe.get("objective")
-    if said is None and isinstance(objective, dict):
-        said = objective.get("classes")
-    rows = answered(described(subject.model.parts["classes"]))
-    if said is None or len(said) != rows:
-        there = "says no names" if said is None else f"names {len(said)}"
+    said = weights.class_names(subject.place) or subject.objective.get("classes")
+    rows = answered(described(subject.model.parts[part]))
+    if not said or len(said) != rows:
+        there = "says no names" if not said else f"names {len(said)}"
         raise UserError(
             f"{subject.directory}: the head has {rows} classes and the run {there}: name the run, not its model/"
         )
@@ -62,34 +56,47 @@ def class_names(subject: Subject) -> tuple[str, ...]:
 
 
 def where(subject: Subject) -> Place:
-    """Where the class is read: as the run's recipe says, else as suits the shape."""
-    told = subject.recipe.get("objective")
-    said = told.get("at") if isinstance(told, dict) else None
-    return place(subject.model.shape) if said is None else said
+    """Where an answer is read: as the run's recipe says, else as suits the shape."""
+    said: Any = subject.objective.get("at", "auto")
+    return place(subject.model.shape) if said == "auto" else said
+
+
+def examples(items: Source, progress: Progress) -> Iterator[Example]:
+    """All of them, in their order."""
+    for i in range(len(items)):
+        yield items[i]
+        progress((i + 1) / len(items))
+
+
+def read(subject: Subject, items: Labelled, progress: Progress) -> Iterator[Reading]:
+    """What the head says of each text."""
+    objective = Classification(classes=items.classes, at=where(subject))
+    return readings(subject.model, objective, "classes", examples(items, progress), subject.vocab)
 
 
 def answer(subject: Subject, items: Labelled, progress: Progress) -> Answers:
     """The class that the head gives the highest score, "" for a tie."""
-    objective: Objective = Classification(classes=items.classes, at=where(subject))
-    if "mixture" in subject.model.parts:
-        objective = Mixed() + objective
-    rng = np.random.default_rng(0)  # the view draws nothing
+    found = list(read(subject, items, progress))
+    names = items.classes
+    return [names[int(right)] for right, _ in found], [likeliest(names, scores.tolist()) for _, scores in found]
 
-    def shown() -> Iterator[Example]:
-        for i in range(len(items)):
-            yield objective.view(items[i], subject.vocab, rng)
 
-    right: list[str] = []
-    said: list[str] = []
-    with reading(subject.model):
-        for group in groups(shown(), room=8192):
-            batch = {n: x.to(subject.device) for n, x in collate(group, set(objective.targets.values())).items()}
-            states, labels = asked(objective.run(subject.model, batch)["hidden"], batch["class"])
-            scores = subject.model.parts["classes"](states).float().cpu().numpy()
-            said += [likeliest(items.classes, row) for row in scores]
-            right += [items.classes[int(label)] for label in labels]
-            progress(len(said) / len(items))
-    return right, said
+def more(items: Labelled) -> Mapping[str, Metric]:
+    """F1 of the second of two classes, as GLUE has it."""
+    if len(items.classes) != 2:
+        return {}
+    name = items.classes[1]
+    return {"f1": lambda right, said: metrics.f1(np.asarray(right) == name, np.asarray(said) == name)}
+
+
+def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """{"label", "probability", "probabilities": class -> share}."""
+    items = source(subject, paths, asked=False)
+    for _, scores in read(subject, items, progress):
+        shares = [round(float(share), 6) for share in softmax(scores)]
+        best = int(np.argmax(shares))
+        told = dict(zip(items.classes, shares, strict=True))
+        yield {"label": items.classes[best], "probability": shares[best], "probabilities": told}
 
 
 CLASSIFICATION = Task(
@@ -98,4 +105,6 @@ CLASSIFICATION = Task(
     answer,
     {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1, "matthews": metrics.matthews},
     commonest=True,
+    tell=tell,
+    more=more,
 )

@@ -1,0 +1,153 @@
+"""Questions about a passage, answered by a span of it (SQuAD 1.1 and 2.0; Rajpurkar 2016, 2018).
+
+    {"context": "... written by Anne Lee in 1901.", "question": "Who wrote it?", "answers": [{"text": "Anne Lee", "start": 15}]}
+    [CLS] who wrote it ? [SEP] ... written by anne lee in 1901 . [SEP]                  start, end: places of tokens
+
+A passage that does not fit is read in windows, `stride` tokens from one to the next (BERT's run_squad), and at least half of
+each again in the next; in a window without the whole answer, and for a question without one, start and end are -1. An
+answer that does not stand in the passage where the record says is left out, counted and named.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from firth.data import layout
+from firth.data.records import Record, Records
+from firth.text import read
+from firth.text.normalize import whole
+from firth.text.tokenizer import Tokenizer
+from firth.types import Example, UserError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it was written: what an answer is cut from, and the texts that are right (none: it has no answer)."""
+
+    id: str
+    context: str
+    right: tuple[str, ...]
+
+
+class Questions(Records):
+    """Windows: {"tokens", "segments", "start", "end"}; `owners` says which question each is of.
+
+    question: its most tokens; a longer one is cut. keep: remember the questions as they are written (`asked_of`).
+    """
+
+    columns: ClassVar[dict[str, type]] = {
+        "tokens": np.int32, "segments": np.uint8, "place": np.int32, "offsets": np.int32,
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        tokenizer: Tokenizer,
+        length: int,
+        *,
+        stride: int = 128,
+        question: int = 64,
+        context: str = "context",
+        asked: bool = True,
+        keep: bool = False,
+    ) -> None:
+        self.stride, self.question, self._context, self.asked = stride, question, context, asked
+        self.asked_of: list[Asked] | None = [] if keep else None
+        self.unanswerable = 0
+        self._passage = 0
+        self._passages = array("q")
+        self._latest: tuple[str, tuple[np.ndarray, np.ndarray]] = ("", (np.zeros(0), np.zeros((0, 2))))
+        if length < question + 8:
+            raise UserError(
+                f"segment.length={length} leaves no room for a passage behind a question of {question} tokens"
+            )
+        super().__init__(paths, tokenizer, length)
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        start, end = example["place"].tolist()
+        return {"tokens": example["tokens"], "segments": example["segments"], "start": start, "end": end}
+
+    @property
+    def families(self) -> np.ndarray:
+        return np.array(self._passages)
+
+    def offsets(self, index: int) -> np.ndarray:
+        """Where in the passage each token of a window stands: (n, 2) characters, -1 for what is not of the passage."""
+        return self._columns["offsets"][index].reshape(-1, 2)
+
+    def texts(self, record: Record, place: str) -> list[str]:
+        return [read.text_field(record, "question", place).strip()]
+
+    def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
+        context = whole(read.text_field(record, self._context, self._place))
+        given = answers_of(record) if self.asked else []
+        there = [(text, start) for text, start in given if context.startswith(text, start)]
+        for _ in range(len(given) - len(there)):
+            self.note("misplaced")
+        if self.asked_of is not None:
+            number = self._tally["records"]
+            told = record.get("id", number)
+            self.asked_of.append(Asked(str(told), context, tuple(dict.fromkeys(text for text, _ in given))))
+        elif given and not there:
+            return []
+        self.unanswerable += self.asked and not given
+        if context != self._latest[0]:  # a passage has several questions, one after the other
+            self._latest = (context, self.tokenizer.spans(context))
+            self._passage += 1
+        tokens, spans = self._latest[1]
+        asked = self.fit(encoded[0], self.question)
+        first, last = _tokens(spans, there[0]) if there else (-1, -1)
+        cuts = self._cuts(len(asked), len(tokens))
+        self._passages.extend([self._passage] * len(cuts))
+        return [self._window(asked, tokens[a:b], spans[a:b], first - a, last - a) for a, b in cuts]
+
+    def _cuts(self, asked: int, n: int) -> list[tuple[int, int]]:
+        """The windows of a passage of n tokens: together they hold all of it."""
+        room = self.length - asked - 3
+        step = max(1, min(self.stride, room // 2))
+        starts = range(0, max(1, n - room + step), step)
+        return [(a, min(a + room, n)) for a in starts]
+
+    def _window(self, asked: np.ndarray, tokens: np.ndarray, spans: np.ndarray, first: int, last: int) -> Example:
+        shown = layout.pair(asked, tokens, self.tokenizer.vocab)
+        before = len(asked) + 2
+        inside = first >= 0 and last < len(tokens)
+        place = (first + before, last + before) if inside else (-1, -1)
+        offsets = np.full((len(shown["tokens"]), 2), -1)
+        offsets[before : before + len(tokens)] = spans
+        return shown | {"place": np.array(place), "offsets": offsets.ravel()}
+
+
+def _tokens(spans: np.ndarray, answer: tuple[str, int]) -> tuple[int, int]:
+    """The first and the last token of an answer: those that reach into it."""
+    text, start = answer
+    last = int(np.searchsorted(spans[:, 0], start + len(text), "left")) - 1
+    return int(np.searchsorted(spans[:, 1], start, "right")), last
+
+
+def answers_of(record: Record) -> list[tuple[str, int]]:
+    """(text, character) of each answer: as SQuAD has them, or as a data set's columns have; none where there is none.
+
+    >>> answers_of({"answers": {"text": ["Anne"], "answer_start": [3]}})
+    [('Anne', 3)]
+    """
+    given: Any = record.get("answers", [])
+    if isinstance(given, dict):
+        texts, starts = given.get("text"), given.get("answer_start", given.get("start"))
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise UserError("the field 'answers' needs as many 'text' as 'answer_start', in two lists")
+        given = [{"text": text, "start": start} for text, start in zip(texts, starts, strict=True)]
+    found = []
+    for one in given if isinstance(given, list) else [given]:
+        start = one.get("start", one.get("answer_start")) if isinstance(one, dict) else None
+        if type(start) is not int or not isinstance(one.get("text"), str):
+            raise UserError(f"an answer needs a 'text' and the character it starts at, and this is {str(one)[:60]}")
+        if one["text"]:
+            found.append((whole(one["text"]), start))
+    return found

@@ -1,0 +1,151 @@
+"""What a task's head says of each example: the one way in which training's checks, `evaluate` and `predict` ask it.
+
+    classes   a score for each class        score   one number              choice   a score for each option
+    tags      a score for each tag, of each word that is asked              span     two scores for each token
+
+`measures` are numbers over all answers, which no sum over batches can give: F1, Matthews' and rank correlation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from firth.data.batch import collate
+from firth.data.tags import marked
+from firth.evaluate import entities, metrics
+from firth.evaluate.likelihood import groups
+from firth.generate.rows import reading
+from firth.model.lm import LM
+from firth.objectives.choice import MultipleChoice
+from firth.objectives.mixed import Mixed
+from firth.objectives.objective import Objective, Sum, asked
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, NEVER, Batch, Example, Outputs
+
+Reading = tuple[np.ndarray, np.ndarray]
+"""Of one example: what is right, as the batch has it, and the scores."""
+
+Kind = TypeVar("Kind", bound=Objective)
+
+
+def addend(objective: Objective, kind: type[Kind]) -> Kind:
+    """The addend of a kind, of an objective that has it."""
+    if isinstance(objective, Sum):
+        found = [one for one in (objective.first, objective.second) if isinstance(one, (kind, Sum))]
+        return addend(found[-1], kind)
+    assert isinstance(objective, kind)
+    return objective
+
+
+def _one(field: str, part: str) -> Callable[[LM, Objective, Outputs, Batch], list[Reading]]:
+    """Of a head that is asked once per text, where the batch's field has the answer."""
+
+    def read(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[Reading]:
+        states, right = asked(outputs["hidden"], batch[field])
+        scores = model.parts[part](states).float().cpu().numpy()
+        return list(zip(right.cpu().numpy(), scores, strict=True))
+
+    return read
+
+
+def _choice(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[Reading]:
+    scores = addend(objective, MultipleChoice).scores(model, outputs, batch)
+    return list(zip(batch["choice"].cpu().numpy(), scores.cpu().numpy(), strict=True))
+
+
+def _tags(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[Reading]:
+    states, right = asked(outputs["hidden"], batch["tags"])
+    ends = np.cumsum((batch["tags"] != IGNORE).sum(-1).cpu().numpy())[:-1]
+    scores = model.parts["tags"](states).float().cpu().numpy()
+    return list(zip(np.split(right.cpu().numpy(), ends), np.split(scores, ends), strict=True))
+
+
+def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[Reading]:
+    scores = model.parts["span"](outputs["hidden"]).float().cpu().numpy()  # (B, T, 2)
+    right = np.stack([(batch[field] != IGNORE).int().argmax(-1).cpu().numpy() for field in ("starts", "ends")], -1)
+    lengths = [scores.shape[1]] * len(scores)
+    if "appears" in batch:
+        lengths = (batch["appears"] != NEVER).sum(-1).tolist()
+    return [(r, s[:n]) for r, s, n in zip(right, scores, lengths, strict=True)]
+
+
+def _classified(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+    right, said = np.array([r for r, _ in found]), np.array([s.argmax() for _, s in found])
+    out = {"macro_f1": metrics.macro_f1(right, said), "matthews": metrics.matthews(right, said)}
+    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(classes) == 2 else {})
+
+
+def _scored(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+    right, said = np.array([r for r, _ in found]), np.array([s[0] for _, s in found])
+    return {"pearson": metrics.pearson(right, said), "spearman": metrics.spearman(right, said)}
+
+
+def _tagged(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+    if not marked(classes):
+        return {}
+    told = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in found]
+    return entities.scores(*np.array([entities.counts(*pair) for pair in told]).T)
+
+
+def _spanned(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+    """F1 of the tokens of a window's span; by the text, over all windows of a question, `firth evaluate` has it."""
+    shared = [_overlap(*right, *scores.argmax(0)) for right, scores in found]
+    return {"f1": float(np.mean(shared))}
+
+
+def _overlap(a: int, b: int, c: int, d: int) -> float:
+    """F1 of the spans a..b and c..d of tokens."""
+    both = max(0, min(b, d) - max(a, c) + 1)
+    return 2 * both / max(1, b - a + 1 + max(0, d - c + 1))
+
+
+@dataclass(frozen=True)
+class Head:
+    """read: what it says of a batch that is not packed, example by example. measures: (answers, classes) -> numbers."""
+
+    read: Callable[[LM, Objective, Outputs, Batch], list[Reading]]
+    measures: Callable[[Sequence[Reading], Sequence[str]], dict[str, float]]
+
+
+HEADS: dict[str, Head] = {
+    "classes": Head(_one("class", "classes"), _classified),
+    "score": Head(_one("score", "score"), _scored),
+    "choice": Head(_choice, lambda found, classes: {}),
+    "tags": Head(_tags, _tagged),
+    "span": Head(_span, _spanned),
+}
+"""Part of a model -> how it is read."""
+
+
+def head_of(parts: Mapping[str, object]) -> str:
+    """The part that is a task's head; empty where there is none."""
+    return next((name for name in HEADS if name in parts), "")
+
+
+def readings(
+    model: LM, objective: Objective, part: str, examples: Iterable[Example], vocab: Vocab
+) -> Iterator[Reading]:
+    """What the head says of examples, in their order; their views must draw nothing."""
+    if "mixture" in model.parts:
+        objective = Mixed() + objective
+    rng, device = np.random.default_rng(0), model.tokens.weight.device
+    answers = {*objective.targets.values(), *objective.measures.values()}
+    shown = (objective.view(example, vocab, rng) for example in examples)
+    with reading(model):
+        for group in groups(shown, room=8192):
+            batch = {name: field.to(device) for name, field in collate(group, answers).items()}
+            yield from HEADS[part].read(model, objective, objective.run(model, batch), batch)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis.
+
+    >>> softmax(np.array([0.0, 0.0, -np.inf])).tolist()
+    [0.5, 0.5, 0.0]
+    """
+    shifted = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))

@@ -1,0 +1,50 @@
+"""Multiple choice through the head that a finetuned run has for it (`choices` asks a model that writes, by likelihood)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from firth.data.labelled import Chosen
+from firth.evaluate import metrics
+from firth.evaluate.heads import Reading, readings, softmax
+from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
+from firth.evaluate.tasks.classification import examples, needs, where
+from firth.objectives.choice import MultipleChoice
+
+
+def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Chosen:
+    """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
+    needs(subject, "choice", "choices", "choose")
+    told = subject.segment
+    return Chosen(
+        paths, subject.tokenizer, subject.context, text=told.get("text", "text"), label=told.get("label", "label"),
+        options=told.get("options", ("options",)), begin=told.get("begin", ""), names=told.get("columns", ()), asked=asked,
+    )  # fmt: skip
+
+
+def read(subject: Subject, items: Chosen, progress: Progress) -> Iterator[Reading]:
+    """What the head says of each question's options."""
+    objective = MultipleChoice(options=items.most, at="last" if where(subject) == "last" else "first")
+    return readings(subject.model, objective, "choice", examples(items, progress), subject.vocab)
+
+
+def answer(subject: Subject, items: Chosen, progress: Progress) -> Answers:
+    """The place of the right option and of the one with the highest score, as text; "" for a tie."""
+    places = [str(place) for place in range(items.most)]
+    found = list(read(subject, items, progress))
+    return [str(int(right)) for right, _ in found], [likeliest(places, scores.tolist()) for _, scores in found]
+
+
+def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """{"choice": the place from 0, "probability", "probabilities": one for each option}."""
+    items = source(subject, paths, asked=False)
+    for i, (_, scores) in enumerate(read(subject, items, progress)):
+        shares = [round(float(share), 6) for share in softmax(scores)][: len(items[i]["options"])]
+        best = int(np.argmax(shares))
+        yield {"choice": best, "probability": shares[best], "probabilities": shares}
+
+
+MULTIPLE_CHOICE = Task("multiple_choice", source, answer, {"accuracy": metrics.accuracy}, commonest=True, tell=tell)

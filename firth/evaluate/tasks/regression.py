@@ -1,0 +1,50 @@
+"""Regression: records with a number through the head that a finetuned run has for it; STS-B's two correlations.
+
+The head of an exported model tells numbers in the units of the data, so nothing is to be undone here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from firth.data.labelled import Scored
+from firth.evaluate import metrics
+from firth.evaluate.heads import Reading, readings
+from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.tasks.classification import examples, needs, where
+from firth.objectives.regression import Regression
+
+
+def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Scored:
+    """The records of the files, read with the fields and the length of the run's recipe if it has one."""
+    needs(subject, "score", "numbers", "regress")
+    told = subject.segment
+    return Scored(
+        paths, subject.tokenizer, subject.context, text=told.get("text", "text"), label=told.get("label", "label"),
+        pair=told.get("pair", ""), names=told.get("columns", ()), asked=asked,
+    )  # fmt: skip
+
+
+def read(subject: Subject, items: Scored, progress: Progress) -> Iterator[Reading]:
+    """What the head says of each text."""
+    objective = Regression(at=where(subject), mean=0.0, spread=1.0)
+    return readings(subject.model, objective, "score", examples(items, progress), subject.vocab)
+
+
+def answer(subject: Subject, items: Scored, progress: Progress) -> Answers:
+    """The number that the records have and the one that the head tells."""
+    found = list(read(subject, items, progress))
+    return items.scores.tolist(), [float(scores[0]) for _, scores in found]
+
+
+def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """{"score"}."""
+    for _, scores in read(subject, source(subject, paths, asked=False), progress):
+        yield {"score": round(float(scores[0]), 6)}
+
+
+REGRESSION = Task(
+    "regression", source, answer,
+    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, tell=tell,
+)  # fmt: skip

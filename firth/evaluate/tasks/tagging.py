@@ -1,0 +1,85 @@
+"""Tagging: a tag for each word of sentences, and where the tags mark names, precision, recall and F1 of whole names.
+
+Every word counts: one that was cut away with the end of its sentence, or of which no token is left, is said to be O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from firth.data.labelled import Tagged
+from firth.data.tags import begun, marked
+from firth.evaluate import entities
+from firth.evaluate.heads import readings, softmax
+from firth.evaluate.task import Answers, Metric, Progress, Subject, Task
+from firth.evaluate.tasks.classification import class_names, examples, needs
+from firth.objectives.tagging import Tagging
+
+NONE = "O"
+"""What is said of a word that the model did not see."""
+
+
+def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Tagged:
+    """The sentences of the files, read with the fields and the length of the run's recipe if it has one."""
+    needs(subject, "tags", "tags", "tag")
+    told = subject.segment
+    return Tagged(
+        paths, subject.tokenizer, subject.context, words=told.get("words", "tokens"), tags=told.get("tags", "tags"),
+        classes=class_names(subject, "tags"), names=told.get("columns", ()), asked=asked, keep=True,
+    )  # fmt: skip
+
+
+def read(subject: Subject, items: Tagged, progress: Progress) -> Iterator[tuple[list[str], list[str], list[float]]]:
+    """(right, said, how sure) of every sentence of the files, word by word."""
+    assert items.written is not None
+    shape = subject.model.shape
+    objective = Tagging(classes=items.classes, left="both" not in shape.honours)
+    found = readings(subject.model, objective, "tags", examples(items, progress), subject.vocab)
+    owners, at = items.owners.tolist(), 0
+    for number, (words, tags) in enumerate(items.written):
+        said, sure = [NONE] * len(words), [0.0] * len(words)
+        if at < len(owners) and owners[at] == number:
+            _, scores = next(found)
+            shares = softmax(scores)
+            for word, best, share in zip(items.words(at), shares.argmax(-1), shares.max(-1), strict=True):
+                said[word], sure[word] = items.classes[best], round(float(share), 6)
+            at += 1
+        yield begun(tags) if marked(tags) else tags, said, sure
+    next(found, None)  # the model is left in the mode it was in
+
+
+def answer(subject: Subject, items: Tagged, progress: Progress) -> Answers:
+    """Of each sentence: words, words right, names there, names said, names right."""
+    found = [(right, said) for right, said, _ in read(subject, items, progress)]
+    words = [len(right) for right, _ in found]
+    well = [sum(a == b for a, b in zip(right, said, strict=True)) for right, said in found]
+    if not marked(items.classes):
+        return words, well
+    return words, well, *np.array([entities.counts(right, said) for right, said in found]).T
+
+
+def _share(words: Any, well: Any, *_: Any) -> float:
+    return float(np.sum(well) / np.sum(words))
+
+
+def more(items: Tagged) -> Mapping[str, Metric]:
+    """Precision, recall and F1 of names, where the tags mark names."""
+
+    def of(name: str) -> Metric:
+        return lambda words, well, *counted: entities.scores(*(np.asarray(column) for column in counted))[name]
+
+    return {name: of(name) for name in ("precision", "recall", "f1")} if marked(items.classes) else {}
+
+
+def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """{"tokens", "tags", "probabilities": of each tag}."""
+    items = source(subject, paths, asked=False)
+    assert items.written is not None
+    for (words, _), (_, said, sure) in zip(items.written, read(subject, items, progress), strict=True):
+        yield {"tokens": words, "tags": said, "probabilities": sure}
+
+
+TAGGING = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, more=more)

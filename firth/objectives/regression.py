@@ -1,0 +1,67 @@
+"""Regression: a number for a text, read off one state, with the squared error (BERT on STS-B, Devlin 2019, section 4.1).
+
+    a man plays a guitar / a man is playing music         3.2 of 5
+
+The numbers are learnt in units of their own spread around their mean, so that prices and ratings are learnt at one rate;
+the head of the exported model is put into the units of the data. (The original learns STS-B's 0 to 5 as they are: `mean=0 spread=1`.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives.classification import Read, answers, ask
+from firth.objectives.objective import Known, Objective, asked
+from firth.text.vocab import Vocab
+from firth.types import Batch, Example, Outputs
+
+
+@dataclass(frozen=True)
+class Regression(Read):
+    """The number that a text has: {"tokens", "score"} (and "segments", of a pair).
+
+    mean, spread: what is subtracted from the numbers and what they are divided by; None takes those of the data (0 and 1,
+    while there are none). The measure "squared_error" is in the units of the data.
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> example = {"tokens": np.array([1, 5, 2]), "score": 4.0}
+    >>> Regression(mean=3.0, spread=2.0).view(example, vocab, np.random.default_rng(0))["score"].tolist()
+    [0.5, -100.0, -100.0]
+    """
+
+    targets: ClassVar[dict[str, str]] = {"score": "score"}
+    measures: ClassVar[dict[str, str]] = {"squared_error": "score"}
+
+    mean: float | None = None
+    spread: float | None = None
+
+    def told(self, known: Callable[[], Known]) -> Objective:
+        mean = known().mean if self.mean is None else self.mean
+        return dataclasses.replace(self, mean=mean, spread=self.spread or known().spread)
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"score": answers(shape.width, 1)}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        score = (float(example["score"]) - (self.mean or 0.0)) / (self.spread or 1.0)
+        return ask("score", score, example, self.place, vocab)
+
+    @torch.no_grad()
+    def finish(self, model: LM) -> None:
+        head: nn.Linear = model.parts["score"]  # type: ignore[assignment]
+        head.weight.mul_(self.spread or 1.0)
+        head.bias.mul_(self.spread or 1.0).add_(self.mean or 0.0)
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        states, wanted = asked(outputs["hidden"], batch["score"])
+        error = (model.parts["score"](states)[:, 0].float() - wanted).square().sum()
+        return {"score": error, "squared_error": error.detach() * (self.spread or 1.0) ** 2}

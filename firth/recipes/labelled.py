@@ -1,0 +1,229 @@
+"""Segments of records with a label: labelled, scored, chosen, tagged, questions.
+
+    firth train classify start=runs/bert source=mine.csv segment.text=review segment.label=stars
+
+Each reads JSONL, Parquet, CSV and TSV (tagged: CoNLL's columns too, questions: SQuAD's JSON), with the fields that it is
+told; `columns` names those of a table without a head. What only the data knows (the classes, how many examples each has,
+the mean and spread of numbers, the most options) goes into the settled recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from firth.data import labelled, questions
+from firth.objectives.objective import Known, Objective
+from firth.recipes.material import Material
+from firth.recipes.segments import Cut, Segment, recorded
+from firth.text import read, tables
+
+
+@dataclass(frozen=True)
+class Framed(Segment):
+    """Records that are read in rows of at most `length` tokens, and of no more than the model can."""
+
+    reader: ClassVar[tables.Reader | None] = None
+
+    length: int = 128
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        """The fields of a record that hold text, or lists of it."""
+        raise NotImplementedError(type(self).__name__)
+
+    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+        for _, record in read.records(paths, columns=self.named, text=type(self).reader):
+            for field in self.read_fields:
+                value = record.get(field, "")
+                yield value if isinstance(value, str) else " ".join(map(str, value))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The columns of a table without a head."""
+        return ()
+
+    def within(self, context: int) -> Segment:
+        return dataclasses.replace(self, length=min(self.length, context))
+
+
+@dataclass(frozen=True)
+class Labelled(Framed):
+    """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
+
+    text: str = "text"
+    label: str = "label"
+    pair: str = ""
+    columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text, self.pair) if self.pair else (self.text,)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
+
+    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Labelled:
+        return labelled.Labelled(
+            paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, classes=classes,
+            names=self.columns,
+        )  # fmt: skip
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """The classes are named and counted by the records, unless the recipe names them."""
+
+        @functools.cache
+        def known() -> Known:
+            found = self._read(material.source.paths(material.echo), material, objective.classes)
+            return Known(classes=found.classes, counts=found.per_class)
+
+        return objective.told(known)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+
+
+@dataclass(frozen=True)
+class Scored(Framed):
+    """Records with a number, in the field `label`; the others as of `labelled`."""
+
+    text: str = "text"
+    label: str = "label"
+    pair: str = ""
+    columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text, self.pair) if self.pair else (self.text,)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
+
+    def _read(self, paths: Sequence[str], material: Material) -> labelled.Scored:
+        return labelled.Scored(
+            paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, names=self.columns
+        )
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """Numbers are learnt in units of their own spread, unless the recipe says which."""
+
+        @functools.cache
+        def known() -> Known:
+            scores = self._read(material.source.paths(material.echo), material).scores
+            return Known(mean=float(scores.mean()), spread=float(scores.std()) or 1.0)
+
+        return objective.told(known)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material))
+
+
+@dataclass(frozen=True)
+class Chosen(Framed):
+    """Records with options, one of them right. options: the field of their list, or a field for each. begin: a field whose
+    text every option begins with. label: the field of the right option's place, or of the option itself."""
+
+    text: str = "text"
+    label: str = "label"
+    options: tuple[str, ...] = ("options",)
+    begin: str = ""
+    columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text, *self.options)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
+
+    def _read(self, paths: Sequence[str], material: Material) -> labelled.Chosen:
+        return labelled.Chosen(
+            paths, material.tokenizer, self.length, text=self.text, label=self.label, options=self.options,
+            begin=self.begin, names=self.columns,
+        )  # fmt: skip
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """A group has as many rows as the longest list of options."""
+        paths = [*material.source.paths(material.echo), *material.source.valid]
+        return objective.told(lambda: Known(options=self._read(paths, material).most))
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material))
+
+
+@dataclass(frozen=True)
+class Tagged(Framed):
+    """Records with a tag for each word. words, tags: the fields that list them, or two of CoNLL's `columns`."""
+
+    reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
+
+    words: str = "tokens"
+    tags: str = "tags"
+    columns: tuple[str, ...] = ()
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.words,)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.columns
+
+    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Tagged:
+        return labelled.Tagged(
+            paths,
+            material.tokenizer,
+            self.length,
+            words=self.words,
+            tags=self.tags,
+            classes=classes,
+            names=self.columns,
+        )
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """The tags are named by all the records, unless the recipe names them."""
+        paths = [*material.source.paths(material.echo), *material.source.valid]
+        return objective.told(lambda: Known(classes=self._read(paths, material).classes))
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+
+
+@dataclass(frozen=True)
+class Questions(Framed):
+    """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
+    question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
+
+    length: int = 384
+    stride: int = 128
+    question: int = 64
+    context: str = "context"
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.context, "question")
+
+    def _read(self, paths: Sequence[str], material: Material) -> questions.Questions:
+        return questions.Questions(
+            paths, material.tokenizer, self.length, stride=self.stride, question=self.question, context=self.context
+        )
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        """Whether a question may have no answer at all is what the questions to learn from say."""
+        paths = material.source.paths(material.echo)
+        return objective.told(lambda: Known(unanswerable=self._read(paths, material).unanswerable > 0))
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: self._read(paths, material))
+
+
+SEGMENTS: dict[str, type[Segment]] = {
+    "labelled": Labelled, "scored": Scored, "chosen": Chosen, "tagged": Tagged, "questions": Questions,
+}  # fmt: skip
+"""Name in a recipe -> class."""

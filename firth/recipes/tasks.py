@@ -1,0 +1,104 @@
+"""Tasks over files: a class, a number, a choice, tags, a span of a passage, or text for a text.
+
+    firth train classify start=runs/bert source=reviews.csv segment.text=review segment.label=stars
+    firth train classify start=MODEL source=pairs.csv segment.text=premise segment.pair=hypothesis
+    firth train regress  start=MODEL source=pairs.tsv segment.text=sentence1 segment.pair=sentence2 segment.label=score
+    firth train choose   start=MODEL source=questions.jsonl                    {"text", "options": [...], "label"}
+    firth train tag      start=MODEL source=train.conll source.valid=dev.conll
+    firth train answer   start=MODEL source=train-v1.1.json source.valid=dev-v1.1.json
+    firth train text_to_text start=runs/t5 source=pairs.csv "segment.prompt=translate to French: {en}" "segment.answer_is={fr}"
+    firth train glue:mrpc start=MODEL source=MRPC/train.tsv source.valid=MRPC/dev.tsv
+
+Without start=MODEL they begin from nothing: shape={vocab: 4096, width: 192, depth: 4, heads: 3, causal: false}. An encoder
+answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
+
+    checks.every=50 checks.best=f1 checks.patience=3     the best of the checks is exported, and three that are no better end it
+    objective.weights=balanced objective.smoothing=0.1   every class counts the same; a tenth of each label is spread over all
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.objectives.choice import MultipleChoice
+from firth.objectives.classification import Classification
+from firth.objectives.regression import Regression
+from firth.objectives.sft import TextToText
+from firth.objectives.spans import Spans
+from firth.objectives.tagging import Tagging
+from firth.recipes import sizes
+from firth.recipes.labelled import Chosen, Labelled, Questions, Scored, Tagged
+from firth.recipes.recipe import Batch, Checks, Recipe
+from firth.recipes.segments import Prompted
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def classify() -> Recipe:
+    """A label for a text or for two, read at [CLS] (F1 to F3)."""
+    return Recipe(
+        name="classify",
+        objective=Classification(),
+        segment=Labelled(length=128),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        checks=Checks(every=0, examples=2000, save=200),
+    )
+
+
+def regress() -> Recipe:
+    """A number for a text or for two (F2: STS-B)."""
+    return replace(classify(), name="regress", objective=Regression(), segment=Scored(length=128))
+
+
+def choose(size: str = "records") -> Recipe:
+    """One of several options (F2); choose:swag reads SWAG's four endings (Zellers 2018)."""
+    plain = replace(
+        classify(), name="choose", objective=MultipleChoice(), segment=Chosen(length=128), batch=Batch(rows=16)
+    )
+    swag = Chosen(text="sent1", begin="sent2", options=("ending0", "ending1", "ending2", "ending3"))
+    return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", segment=swag)})
+
+
+def tag() -> Recipe:
+    """A tag for each word (F5)."""
+    return replace(classify(), name="tag", objective=Tagging(), segment=Tagged(length=128))
+
+
+def answer() -> Recipe:
+    """A span of a passage that answers a question (F4)."""
+    return replace(
+        classify(), name="answer", objective=Spans(), segment=Questions(length=384), batch=Batch(rows=16),
+        length=Length(steps=1000), checks=Checks(every=0, examples=2000, save=500),
+    )  # fmt: skip
+
+
+def text_to_text() -> Recipe:
+    """Text in, text out: any of these, translation, summaries, talk (F6). For an encoder-decoder; decoders have `instruct`."""
+    return replace(
+        classify(), name="text_to_text", objective=TextToText(), segment=Prompted(length=256, answer=64),
+        batch=Batch(rows=16), length=Length(steps=400), checks=Checks(every=200, examples=400, save=200),
+    )  # fmt: skip
+
+
+GLUE = {
+    "cola": Labelled(text="sentence", columns=("source", "label", "mark", "sentence")),
+    "sst2": Labelled(text="sentence"),
+    "mrpc": Labelled(text="#1 String", pair="#2 String", label="Quality"),
+    "qqp": Labelled(text="question1", pair="question2", label="is_duplicate"),
+    "mnli": Labelled(text="sentence1", pair="sentence2", label="gold_label"),
+    "qnli": Labelled(text="question", pair="sentence"),
+    "rte": Labelled(text="sentence1", pair="sentence2"),
+    "wnli": Labelled(text="sentence1", pair="sentence2"),
+}
+"""How each of GLUE's files of classes is read (Wang 2018): CoLA's has no head. STS-B has numbers."""
+
+
+def glue(size: str = "sst2") -> Recipe:
+    """GLUE by its task: `firth train glue:cola ...`; for MNLI source.valid is either of its two development sets."""
+    plain = classify()
+    tasks = {name: replace(plain, name=f"glue-{name}", segment=segment) for name, segment in GLUE.items()}
+    pair = Scored(text="sentence1", pair="sentence2", label="score")
+    return sizes.one_of("glue", size, tasks | {"stsb": replace(regress(), name="glue-stsb", segment=pair)})

@@ -1,0 +1,213 @@
+"""Files of tasks become examples: tables, columns, SQuAD's JSON; whatever is wrong with them is named, with its line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_room import tokenizer
+
+from firth.data.labelled import Chosen, Labelled, Scored, Tagged
+from firth.data.questions import Questions
+from firth.text import read
+from firth.types import IGNORE, UserError
+
+
+def file(tmp_path: Path, name: str, text: str) -> str:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+def rows(path: str, **options: object) -> list[dict[str, object]]:
+    return [record for _, record in read.records([path], **options)]  # type: ignore[arg-type]
+
+
+def test_csv_has_quotes_and_lines_within_cells(tmp_path: Path) -> None:
+    text = '\ufefftext,label\r\n"a, ""b""\nc",yes\r\n\r\nd,no\r\n'
+    path = file(tmp_path, "a.csv", text)
+    assert rows(path) == [{"text": 'a, "b"\nc', "label": "yes"}, {"text": "d", "label": "no"}]
+    assert [place for place, _ in read.records([path])] == [f"{path}:2", f"{path}:5"]
+    with gzip.open(tmp_path / "a.csv.gz", "wb") as packed:
+        packed.write(text.encode())
+    assert rows(str(tmp_path / "a.csv.gz")) == rows(path)
+    assert rows(file(tmp_path, "b.csv", "text;label\na,b;c\n")) == [{"text": "a,b", "label": "c"}]
+    assert rows(file(tmp_path, "c.tsv", 'text\tlabel\n"a" b\tc\n')) == [{"text": '"a" b', "label": "c"}]
+    plain = rows(file(tmp_path, "d.tsv", "gj04\t1\t\tSo it is.\n"), columns=("source", "label", "mark", "sentence"))
+    assert plain == [{"source": "gj04", "label": "1", "mark": "", "sentence": "So it is."}]
+
+
+def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> None:
+    good = "".join(f"text {i}\ta\n" for i in range(150))
+    path = file(tmp_path, "a.tsv", "text\tlabel\n" + good + "too\tmany\tcells\n" + good)
+    source = Labelled([path], tokenizer(), 32)
+    assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1}
+    assert any(f"the first is {path}:152 (3 cells under 2 columns)" in remark for remark in source.remarks)
+    with pytest.raises(UserError, match=r"b\.csv:3 \(1 cells under 2 columns\): so in 2 of 3 rows"):
+        rows(file(tmp_path, "b.csv", "text,label\na,b\nc\nd\n"))
+    with pytest.raises(UserError, match="two columns are called 'a'"):
+        rows(file(tmp_path, "c.csv", "a,a\n1,2\n"))
+    with pytest.raises(UserError, match=r"d\.csv:2: this row cannot be read"):
+        rows(file(tmp_path, "d.csv", 'a,b\n"x" y,"z\n'))
+    (tmp_path / "e.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-16"):
+        rows(str(tmp_path / "e.csv"))
+
+
+def test_a_directory_is_read_for_its_text_and_tables_are_named(tmp_path: Path) -> None:
+    file(tmp_path, "a.txt", "text")
+    path = file(tmp_path, "b.csv", "text,label\nx,y\n")
+    assert [p.name for p in read.files([str(tmp_path)])] == ["a.txt"]
+    assert [d.text for d in read.documents([path])] == ["x"]
+
+
+def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.csv", "text,label\nx,good\ny,odd\nz,odd\nw,bad\n")
+    with pytest.raises(
+        UserError, match=r"a\.csv:3: the label odd is none of the classes \(bad, good\), nor are those of 1"
+    ):
+        Labelled([path], tokenizer(), 32, classes=("bad", "good"))
+    with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
+        Labelled([file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer(), 32)
+    source = Labelled([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
+    assert source.per_class == (1, 1, 2, 0)
+    assert source.remarks == [f"no record of {path} has the class 'never'"]
+    unasked = Labelled([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
+    assert len(unasked) == 4
+
+
+def test_a_text_longer_than_the_row_is_named(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.csv", "text,label\nx,good\n" + "long " * 50 + ",bad\n" + "long " * 60 + ",bad\n")
+    source = Labelled([path], tokenizer(), 16)
+    assert source.counts["cut"] == 2
+    assert source.remarks == [f"2 were longer than 16 tokens and lost their end; the first is {path}:3"]
+
+
+def test_numbers(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.tsv", "index\tsentence1\tsentence2\tscore\n0\ta man\ta boy\t2.5\n1\ta\tb\t5\n")
+    source = Scored([path], tokenizer(), 32, text="sentence1", pair="sentence2", label="score")
+    assert source.scores.tolist() == [2.5, 5.0]
+    assert source[0]["score"] == 2.5
+    assert sorted(source[0]) == ["score", "segments", "tokens"]
+    for bad in ("high", "nan", ""):
+        with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' holds '{bad}', and a number is wanted"):
+            Scored([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
+
+
+def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
+    one = {"text": "She opens", "options": ["the door", "the sea", "it"], "label": 1}
+    two = {"text": "He", "options": ["runs", "walks"], "label": "walks"}
+    path = file(tmp_path, "a.jsonl", json.dumps(one) + "\n" + json.dumps(two) + "\n")
+    source = Chosen([path], tokenizer(), 32)
+    assert (source.most, source[0]["label"], source[1]["label"]) == (3, 1, 1)
+    told = [tokenizer().decode(row["tokens"]) for row in source[0]["options"]]
+    assert told == ["She opensthe door", "She opensthe sea", "She opensit"]
+    assert [int(row["segments"].sum()) for row in source[1]["options"]] == [
+        len(tokenizer().encode(text)) + 1 for text in ("runs", "walks")
+    ]
+    swag = "sent1,sent2,ending0,ending1,label\nShe sits.,She,eats.,flies.,0\n"
+    from_columns = Chosen(
+        [file(tmp_path, "b.csv", swag)], tokenizer(), 32, text="sent1", begin="sent2", options=("ending0", "ending1")
+    )
+    assert tokenizer().decode(from_columns[0]["options"][1]["tokens"]) == "She sits.She flies."
+    for change, said in (
+        ({"label": 3}, "neither one of the 3"),
+        ({"options": ["one"]}, "no list of two texts or more"),
+    ):
+        with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{said}"):
+            Chosen([file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")], tokenizer(), 32)
+
+
+CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman JJ I-NP I-MISC\n\nPeter NNP I-NP I-PER\n"
+
+
+@pytest.mark.parametrize("name", ["a.conll", "a.txt"])
+def test_conll_s_columns(tmp_path: Path, name: str) -> None:
+    path = file(tmp_path, name, CONLL)
+    source = Tagged([path], tokenizer(), 32)
+    assert source.classes == ("B-MISC", "B-ORG", "B-PER", "O")
+    assert source.counts["begun"] == 2
+    assert "IOB1" in source.remarks[0]
+    asked = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
+    assert asked == [[1, 3, 0], [0, 1, 2]]
+    speech = Tagged([path], tokenizer(), 32, names=("tokens", "pos", "chunk", "ner"), tags="pos")
+    assert speech.classes == ("JJ", "NNP", "VBZ")
+    with pytest.raises(UserError, match=r"b\.conll:2 \(1 columns of 2\): so in 1 of 1 sentences"):
+        Tagged([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)
+
+
+def test_only_the_first_subword_of_a_word_is_asked(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.conll", "unquestionably A\nx B\n")
+    source = Tagged([path], tokenizer(), 32)
+    pieces, behind = (len(tokenizer().encode(text)) for text in ("unquestionably", " x"))
+    assert pieces > 1
+    assert source[0]["tags"].tolist()[1:-1] == [0, *[IGNORE] * (pieces - 1), 1, *[IGNORE] * (behind - 1)]
+    short = Tagged([path], tokenizer(), pieces + 1)
+    assert short.words(0).tolist() == [0]
+    assert short.counts["cut"] == 1
+
+
+SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The play was written by Anne Lee in 1901.", "qas": [
+    {"id": "a", "question": "Who wrote it?", "answers": [{"text": "Anne Lee", "answer_start": 24}]},
+    {"id": "b", "question": "Who played?", "answers": [], "is_impossible": True},
+    {"id": "c", "question": "When?", "answers": [{"text": "1902", "answer_start": 36}]},
+    {"id": "d", "question": "When?", "answers": [{"text": "1901", "answer_start": 36}]},
+]}]}]}  # fmt: skip
+
+
+def test_squad_s_json(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.json", json.dumps(SQUAD))
+    source = Questions([path], tokenizer(), 96, question=16)
+    assert source.counts == {"examples": 3, "records": 4, "misplaced": 1, "unanswered": 1, "files": 1}
+    assert (
+        f"1 answers do not stand in their passage where they are said to, and were left out; the first is {path}: question c"
+        in source.remarks
+    )
+    assert (source.unanswerable, source.owners.tolist()) == (1, [0, 1, 3])
+    example, spans = source[0], source.offsets(0)
+    answer = spans[example["start"]][0], spans[example["end"]][1]
+    assert "The play was written by Anne Lee in 1901."[answer[0] : answer[1]].strip() == "Anne Lee"
+    assert (source[1]["start"], source[1]["end"]) == (-1, -1)
+    assert example["segments"][example["start"]] == 1
+    kept = Questions([path], tokenizer(), 96, question=16, keep=True)
+    assert [asked.right for asked in kept.asked_of or ()] == [("Anne Lee",), (), ("1902",), ("1901",)]
+    assert len(kept) == 4
+
+
+def test_long_passages_are_read_in_windows_that_overlap(tmp_path: Path) -> None:
+    context = " ".join(f"word{i}" for i in range(80))
+    at = context.index("word40")
+    record = {"context": context, "question": "Which?", "answers": [{"text": "word40 word41", "start": at}], "id": "x"}
+    path = file(tmp_path, "a.jsonl", json.dumps(record) + "\n")
+    source = Questions([path], tokenizer(), 64, stride=20, question=16)
+    whole = len(tokenizer().encode(context))
+    seen: set[int] = set()
+    found = 0
+    for i in range(len(source)):
+        example, spans = source[i], source.offsets(i)
+        assert len(example["tokens"]) <= 64
+        inside = np.flatnonzero(spans[:, 0] >= 0)
+        seen.update(spans[inside, 0].tolist())
+        if example["start"] >= 0:
+            found += 1
+            text = context[spans[example["start"]][0] : spans[example["end"]][1]]
+            assert text.strip() == "word40 word41"
+    assert found >= 2
+    assert len(source) < found + len(source)
+    assert len(seen) == whole
+    assert set(source.owners.tolist()) == {0}
+
+
+def test_answers_of_other_shapes(tmp_path: Path) -> None:
+    hub = {"context": "a b", "question": "?", "answers": {"text": ["b"], "answer_start": [2]}}
+    assert Questions([file(tmp_path, "a.jsonl", json.dumps(hub) + "\n")], tokenizer(), 40, question=16)[0]["start"] > 0
+    bad = {"context": "a b", "question": "?", "answers": [{"text": "b"}]}
+    with pytest.raises(UserError, match=r"b\.jsonl:1: an answer needs a 'text' and the character"):
+        Questions([file(tmp_path, "b.jsonl", json.dumps(bad) + "\n")], tokenizer(), 40, question=16)
+    with pytest.raises(UserError, match="neither SQuAD's JSON nor a list"):
+        Questions([file(tmp_path, "c.json", '{"data": 3}')], tokenizer(), 40, question=16)
+    with pytest.raises(UserError, match="this is not JSON"):
+        Questions([file(tmp_path, "d.json", '{"data"')], tokenizer(), 40, question=16)

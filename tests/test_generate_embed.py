@@ -1,0 +1,94 @@
+"""Sentence vectors: those that sentence-transformers would make of the same model, whatever the batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.generate.embed import embed
+from firth.model.lm import LM
+from firth.model.published import bert
+from firth.model.shape import decoder, encoder_decoder
+from firth.model.weights import load_model, save_model
+from firth.text import corpora
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+TEXTS = ["A man sings.", "Somebody is singing a long song, and then another one!", "", "x"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(["a man is singing a song, and somebody sings another one. " * 4], "wordpiece", 200)
+
+
+def expected(directory: Path, texts: list[str], length: int, unit: bool) -> np.ndarray:
+    """sentence-transformers' own computation: mean pooling over the attention mask, then normalised."""
+    model, coder = (getattr(transformers, c).from_pretrained(directory) for c in ("AutoModel", "AutoTokenizer"))
+    given = coder(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    ids = given["input_ids"]
+    with torch.no_grad():
+        hidden = model.eval()(**given).last_hidden_state
+    mask = given["attention_mask"][..., None].float()
+    means = (hidden * mask).sum(1) / mask.sum(1)
+    assert ids.shape[0] == len(texts)
+    return np.asarray((torch.nn.functional.normalize(means, dim=-1) if unit else means).numpy())
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_mean_pooling_is_theirs(tmp_path: Path, tokenizer: Tokenizer, unit: bool) -> None:
+    torch.manual_seed(0)
+    model = LM(bert(tokenizer.vocab.size, 32, 2, 2, context=64), {}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    save_model(model, tokenizer, tmp_path)
+    found, cut = embed(model, tokenizer, TEXTS, unit=unit)
+    other = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    for text, vector in zip(TEXTS, found, strict=True):
+        ids = torch.as_tensor(tokenizer.vocab.frame(tokenizer.encode(text)))[None].long()
+        with torch.no_grad():
+            mean = other(input_ids=ids).last_hidden_state[0].mean(0)
+        mean = torch.nn.functional.normalize(mean, dim=-1) if unit else mean
+        np.testing.assert_allclose(vector, mean.numpy(), atol=1e-5)
+    assert cut == 0
+    assert embed(model, tokenizer, TEXTS, length=5)[1] == 2
+
+
+@pytest.mark.skipif(not (corpora.cache() / "minilm").is_dir(), reason="firth fetch minilm")
+def test_minilm_s_vectors_are_sentence_transformers_own() -> None:
+    place = corpora.cache() / "minilm"
+    texts = [*TEXTS, "The quick brown fox jumps over the lazy dog. " * 40, "Ünïcode, naïve — 東京"]
+    found, cut = embed(load_model(place), Tokenizer.load(place), texts, length=256)
+    np.testing.assert_allclose(found, expected(place, texts, 256, unit=True), atol=1e-5)
+    assert cut == 1
+
+
+@pytest.mark.parametrize("make", [decoder, encoder_decoder])
+def test_every_kind_of_model_embeds_alike_in_any_batch(make: Any, tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = LM(make(vocab=tokenizer.vocab.size, width=64, depth=1, context=64), {}).eval()
+    together, _ = embed(model, tokenizer, TEXTS)
+    alone = np.concatenate([embed(model, tokenizer, [text])[0] for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=-1), 1, atol=1e-5)
+
+
+def test_the_command_writes_numpy_and_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_model(LM(bert(tokenizer.vocab.size, 32, 1, 2, context=64), {}), tokenizer, tmp_path / "model")
+    (tmp_path / "a.csv").write_text("title,text\n1,a man\n2,a song\n")
+    for out, given in (("a.npy", str(tmp_path / "a.csv")), ("a.jsonl", "-")):
+        said = CliRunner().invoke(
+            app, ["embed", str(tmp_path), given, "--out", str(tmp_path / out)], input="a man\na song\n"
+        )
+        assert "2 vectors of 32 numbers" in said.output
+    rows = [json.loads(line)["embedding"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), rows, atol=1e-6)

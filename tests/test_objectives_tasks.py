@@ -1,0 +1,227 @@
+"""The heads of tasks: transformers' losses on the same input, leaks, packing refused, weights and smoothing, units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_objectives_views import VOCAB, labelled, scored, spanned, tagged
+
+from firth.data import layout
+from firth.data.batch import collate, pack
+from firth.model.lm import LM
+from firth.model.published import bert
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.weights import save_model
+from firth.objectives.choice import MultipleChoice
+from firth.objectives.classification import Classification
+from firth.objectives.objective import Known, Objective, choice_loss
+from firth.objectives.regression import Regression
+from firth.objectives.spans import Spans
+from firth.objectives.tagging import Tagging
+from firth.train.step import step
+from firth.types import IGNORE, Example, UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+
+TINY = bert(100, 32, 2, 2, context=64)
+
+
+def question(rng: np.random.Generator) -> Example:
+    k = int(rng.integers(2, 5))
+    first = rng.integers(25, 100, 4)
+    rows = [layout.pair(first, rng.integers(25, 100, int(rng.integers(1, 9))), VOCAB) for _ in range(k)]
+    return {"options": rows, "label": int(rng.integers(k))}
+
+
+CASES: dict[str, tuple[Objective, Any]] = {
+    "choice": (MultipleChoice(options=4), question),
+    "choice by a decoder": (MultipleChoice(options=4, at="last"), question),
+    "classification": (Classification(classes=("a", "b", "c"), smoothing=0.1, weights=(1.0, 3.0, 0.5)), labelled),
+    "regression": (Regression(mean=2.0, spread=3.0), scored),
+    "tagging": (Tagging(classes=("a", "b", "c")), tagged),
+    "spans": (Spans(), spanned),
+    "spans by a decoder": (Spans(at="last"), spanned),
+}
+
+
+def model_of(objective: Objective) -> LM:
+    torch.manual_seed(0)
+    shape = Shape(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128, segments=2)
+    return LM(shape, objective.parts(shape))
+
+
+def shown(objective: Objective, source: Any, n: int = 8) -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [objective.view(source(rng), VOCAB, rng) for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps_on_one_batch_lower_the_loss(name: str) -> None:
+    objective, source = CASES[name]
+    model = model_of(objective)
+    batch = collate(shown(objective, source), {*objective.targets.values(), *objective.measures.values()})
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(11):
+        optimizer.zero_grad()
+        losses.append(float(step(model, objective, [batch])[next(iter(objective.targets))]))
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_batches_give_the_gradient_of_whole_ones(name: str) -> None:
+    objective, source = CASES[name]
+    answers = {*objective.targets.values(), *objective.measures.values()}
+    model, examples, found = model_of(objective), shown(objective, source), []
+    for batches in ([examples], [examples[:3], examples[3:]]):
+        model.zero_grad()
+        step(model, objective, [collate(some, answers) for some in batches])
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_question_of_fewer_options_is_as_if_alone() -> None:
+    objective, rng = MultipleChoice(options=4), np.random.default_rng(1)
+    model = model_of(objective)
+    example = question(rng)
+    example = {"options": example["options"][:2], "label": 1}
+    wide, narrow = (
+        step(model, o, [collate([o.view(example, VOCAB, rng)])]) for o in (objective, MultipleChoice(options=2))
+    )
+    assert float(wide["choice"]) == pytest.approx(float(narrow["choice"]), rel=1e-6)
+    with pytest.raises(UserError, match="2 options does not fit a group of 2 to 1"):
+        MultipleChoice(options=1).view(example, VOCAB, rng)
+
+
+def test_the_choice_is_a_softmax_over_the_options() -> None:
+    objective, rng = MultipleChoice(options=3, at="last"), np.random.default_rng(2)
+    model = model_of(objective).eval()
+    rows = [{"tokens": VOCAB.frame(rng.integers(25, 100, n))} for n in (3, 7, 5)]
+    batch = collate([objective.view({"options": rows, "label": 2}, VOCAB, rng)])
+    with torch.no_grad():
+        alone = [
+            model({k: torch.as_tensor(v)[None] for k, v in (row | layout.causal(len(row["tokens"]))).items()})[0, -1]
+            for row in rows
+        ]
+        scores = model.parts["choice"](torch.stack(alone))[:, 0]
+        found = objective.loss(model, objective.run(model, batch), batch)
+    assert float(found["choice"]) == pytest.approx(-float(scores.log_softmax(0)[2]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["choice"])
+def test_groups_are_not_packed(name: str) -> None:
+    objective, source = CASES[name]
+    with pytest.raises(UserError, match="no token axis"):
+        pack(shown(objective, source), 200)
+
+
+def test_a_decoder_s_answer_is_read_where_all_has_been_seen() -> None:
+    """What stands at the last token sees every other, and no other token sees what comes behind it."""
+    rng = np.random.default_rng(0)
+    for objective in (Classification(classes=("a", "b"), at="last"), Tagging(classes=("a", "b"), left=True)):
+        model = model_of(objective).eval()
+        tokens = VOCAB.frame(rng.integers(25, 100, 8))
+        example = {"tokens": tokens, "label": 0, "tags": np.zeros(10, np.int64)}
+        changed = example | {"tokens": np.append(tokens[:-2], [30 + tokens[-2] % 7, tokens[-1]])}
+        with torch.no_grad():
+            a, b = (
+                objective.run(model, collate([objective.view(e, VOCAB, rng)]))["hidden"][0] for e in (example, changed)
+            )
+        torch.testing.assert_close(a[:8], b[:8])
+        assert (a[9] - b[9]).abs().max() > 1e-3
+
+
+def theirs(parts: dict[str, torch.nn.Module], cls: str, head: dict[str, str], tmp_path: Any, **config: Any) -> Any:
+    """transformers' model of the same weights, its head filled from ours. Ours, theirs."""
+    torch.manual_seed(1)
+    model = LM(TINY, parts).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    bare = LM(TINY, {})
+    bare.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("parts.")})
+    save_model(bare, None, tmp_path)
+    other = getattr(transformers, cls).from_pretrained(tmp_path, **config).eval()
+    for name, ours in head.items():
+        getattr(other, name).load_state_dict(model.parts[ours].state_dict())
+    return model, other
+
+
+def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> None:
+    objective, rng = Spans(), np.random.default_rng(0)
+    model, other = theirs(objective.parts(TINY), "BertForQuestionAnswering", {"qa_outputs": "span"}, tmp_path)
+    examples = []
+    for start, end in ((3, 5), (-1, -1), (7, 7)):
+        tokens = VOCAB.frame(rng.integers(25, 100, 10))
+        examples.append({"tokens": tokens, "segments": (np.arange(12) > 4).astype(int), "start": start, "end": end})
+    batch = collate([objective.view(e, VOCAB, rng) for e in examples], {"starts", "ends"})
+    with torch.no_grad():
+        found = objective.loss(model, objective.run(model, batch), batch)
+        said = other(
+            input_ids=batch["tokens"], token_type_ids=batch["segments"],
+            start_positions=torch.tensor([3, 0, 7]), end_positions=torch.tensor([5, 0, 7]),
+        )  # fmt: skip
+    assert float(found["span"]) / 3 == pytest.approx(float(said.loss), abs=1e-5)
+
+
+def test_tagging_has_the_loss_of_bert_for_token_classification(tmp_path: Any) -> None:
+    objective, rng = Tagging(classes=("a", "b", "c")), np.random.default_rng(0)
+    model, other = theirs(
+        objective.parts(TINY), "BertForTokenClassification", {"classifier": "tags"}, tmp_path, num_labels=3
+    )
+    batch = collate([objective.view(tagged(rng), VOCAB, rng) for _ in range(4)], {"tags"})
+    with torch.no_grad():
+        found = objective.loss(model, objective.run(model, batch), batch)["tags"] / (batch["tags"] != IGNORE).sum()
+        said = other(
+            input_ids=batch["tokens"], labels=batch["tags"], attention_mask=(batch["appears"] == 0).long()
+        )  # fmt: skip
+    assert float(found) == pytest.approx(float(said.loss), abs=1e-5)
+
+
+def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> None:
+    scores, right = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    expected = torch.nn.CrossEntropyLoss(weights, label_smoothing=0.2, reduction="sum")(scores, right)
+    torch.testing.assert_close(choice_loss(scores, right, 0.2, weights), expected)
+    smoothed = (1 - 0.2) * -scores.log_softmax(-1).gather(1, right[:, None]).sum() - 0.2 * scores.log_softmax(-1).mean(
+        -1
+    ).sum()
+    torch.testing.assert_close(choice_loss(scores, right, 0.2), smoothed)
+    told = Classification(weights="balanced").told(lambda: Known(("a", "b", "c"), (60, 30, 0)))
+    assert isinstance(told, Classification)
+    assert told.weights == (0.5, 1.0, 0.0)
+    assert sum(n * w for n, w in zip((60, 30, 0), told.weights, strict=True)) / 90 == pytest.approx(2 / 3)
+    with pytest.raises(UserError, match="2 weights for 3 classes"):
+        Classification(classes=("a", "b", "c"), weights=(1.0, 2.0))
+    with pytest.raises(UserError, match="smoothing=1"):
+        Classification(smoothing=1.0)
+
+
+def test_an_answer_is_read_where_the_shape_can() -> None:
+    made = [make(vocab=9, width=64, depth=1) for make in (encoder, decoder, encoder_decoder)]
+    assert [Classification().fitted(shape).reads() for shape in made] == ["both", "left", "source"]
+    assert [Spans().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
+    assert [Tagging().fitted(shape).reads() for shape in made[:2]] == ["any", "left"]
+    assert [MultipleChoice().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
+    for objective in (Spans(), Tagging(), MultipleChoice()):
+        assert objective.fitted(made[2]).reads() not in made[2].honours
+    assert Classification(at="last").fitted(made[0]) == Classification(at="last")
+
+
+def test_an_exported_head_tells_numbers_in_the_data_s_units() -> None:
+    objective = Regression(mean=10.0, spread=4.0)
+    model = model_of(objective).eval()
+    batch = collate([objective.view({"tokens": VOCAB.frame(np.arange(30, 36)), "score": 18.0}, VOCAB, None)], {"score"})
+    with torch.no_grad():
+        before = objective.loss(model, objective.run(model, batch), batch)
+        state = objective.run(model, batch)["hidden"][0, 0]
+        learnt = float(model.parts["score"](state))
+        objective.finish(model)
+        told = float(model.parts["score"](state))
+    assert told == pytest.approx(10 + 4 * learnt, rel=1e-5)
+    assert float(before["score"]) == pytest.approx((learnt - 2) ** 2, rel=1e-5)
+    assert float(before["squared_error"]) == pytest.approx((told - 18) ** 2, rel=1e-4)

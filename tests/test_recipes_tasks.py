@@ -1,0 +1,293 @@
+"""Tasks from a file to a run, and what the run says of other files: every recipe once, small and from nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.evaluate.evaluate import evaluate
+from firth.evaluate.predict import predict
+from firth.model.weights import load_model
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run import Finished, run
+from firth.types import UserError
+
+SHAPE = (
+    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false", "shape.vocab=300",
+    "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "shape.segments=2",
+)  # fmt: skip
+GOOD, BAD = ("fine", "lovely", "warm"), ("dull", "cold", "grim")
+Make = Callable[..., tuple[Finished, Path]]
+
+
+def reviews(n: int, seed: int = 0) -> list[tuple[str, str]]:
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        words = GOOD if i % 2 else BAD
+        out.append((f"a {words[rng.integers(3)]} film, and {words[rng.integers(3)]}", "good" if i % 2 else "bad"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tasks")
+    with (place / "reviews.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("review", "stars"), *reviews(120)])
+    with (place / "text.txt").open("w") as file:
+        file.write("\n\n".join(text for text, _ in reviews(200, 1)))
+    return place
+
+
+@pytest.fixture(scope="module")
+def make(folder: Path) -> Make:
+    """A recipe with settings -> the run, made from nothing with a tokenizer of the folder's text."""
+    made: dict[str, tuple[Finished, Path]] = {}
+
+    def one(name: str, *settings: str, steps: int = 40, key: str = "") -> tuple[Finished, Path]:
+        key = key or name
+        if key not in made:
+            recipe: Recipe = load(
+                name, [*SHAPE, f"length.steps={steps}", "checks.save=0", *settings, f"tokenizer.path={tokens(folder)}"]
+            )
+            place = folder / key
+            made[key] = run(recipe, place, echo=lambda _: None), place
+        return made[key]
+
+    return one
+
+
+def tokens(folder: Path) -> Path:
+    from firth.recipes.material import train_tokenizer
+
+    if not (folder / "tok").exists():
+        train_tokenizer(
+            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", size=300, echo=lambda _: None
+        )
+    return folder / "tok"
+
+
+def classified(make: Make, folder: Path) -> tuple[Finished, Path]:
+    return make(
+        "classify", f"source={folder}/reviews.csv", "segment.text=review", "segment.label=stars", "source.held_out=0.2"
+    )
+
+
+def test_a_csv_in_one_line(make: Make, folder: Path) -> None:
+    done, place = classified(make, folder)
+    assert done.metrics["valid/accuracy"] == done.metrics["valid/f1"] == 1.0
+    assert {"valid/macro_f1", "valid/matthews"} <= done.metrics.keys()
+    told = json.loads((place / "held_out.json").read_text())
+    assert told["classes"] == ["bad", "good"]
+    assert sum(map(sum, told["confusion"])) == sum(row["examples"] for row in told["per_class"])
+    page = (place / "report.html").read_text()
+    assert 'class="matrix"' in page and "Class by class" in page and "firth predict" in page
+
+
+def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None:
+    _, place = classified(make, folder)
+    file = folder / "new.csv"
+    file.write_text("id,review\n1,a lovely film\n2,a grim film\n")
+    rows = list(predict(place, str(file), io.StringIO()))
+    assert [row["label"] for row in rows] == ["good", "bad"]
+    assert all(row["probability"] == max(row["probabilities"].values()) > 0.5 for row in rows)
+    assert sum(rows[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    lines = list(predict(place, "-", io.StringIO("a lovely film\n\na grim film\n")))
+    records = list(predict(place, "-", io.StringIO('{"review": "a lovely film"}\n{"review": "a grim film"}\n')))
+    table = list(predict(place, "-", io.StringIO(file.read_text())))
+    assert lines == records == table == rows
+    found = CliRunner().invoke(app, ["predict", str(place), "-"], input="a lovely film\n")
+    assert json.loads(found.output) == rows[0]
+    out = folder / "out.csv"
+    CliRunner().invoke(app, ["predict", str(place), str(file), "--out", str(out)])
+    table = list(csv.DictReader(out.open()))
+    assert [row["label"] for row in table] == ["good", "bad"]
+    assert float(table[0]["probability_good"]) == rows[0]["probability"]
+    (folder / "bad.csv").write_text("text\nx\n")
+    with pytest.raises(UserError, match=r"bad\.csv:2: there is no field 'review'"):
+        list(predict(place, str(folder / "bad.csv"), io.StringIO()))
+
+
+def test_evaluate_agrees_with_what_training_measured(make: Make, folder: Path) -> None:
+    _, place = classified(make, folder)
+    found = evaluate(place, [str(folder / "reviews.csv")])
+    assert (found["task"], found["accuracy"], found["items"]) == ("classification", 1.0, 120)
+
+
+def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
+    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}"
+    settings = [shape, f"source={folder}/reviews.csv", "tokenizer.size=400", "length.steps=1", "checks.save=0"]
+    done = run(
+        load("classify", [*settings, "segment.text=review", "segment.label=stars"]), tmp_path / "run", lambda _: None
+    )
+    assert done.steps == 1
+    [vocabulary] = (tmp_path / "run" / "tokenizer").glob("tokenizer.json")
+    assert "fine" in vocabulary.read_text()
+
+
+def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(
+        "text,label\n" + "a fine film,good\na dull film,bad\n" * 10 + "film " * 200 + ",bad\n"
+    )
+    settings = [
+        *SHAPE,
+        f"source={tmp_path}/long.csv",
+        f"tokenizer.path={tokens(folder)}",
+        "length.steps=2",
+        "source.held_out=0",
+    ]
+    run(load("classify", [*settings, "segment.length=500"]), tmp_path / "run", lambda _: None)
+    done = json.loads((tmp_path / "run" / "done.json").read_text())
+    assert done["counts"]["cut"] == 1
+    assert done["remarks"] == [f"1 were longer than 96 tokens and lost their end; the first is {tmp_path}/long.csv:22"]
+    assert "long.csv:22" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(UserError, match=r"set checks\.every"):
+        load("classify", ["checks.patience=2"])
+
+
+def test_numbers_are_told_in_their_own_units(make: Make, folder: Path) -> None:
+    rows = [{"text": text, "label": 900.0 if label == "good" else 700.0} for text, label in reviews(120)]
+    (folder / "prices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done, place = make("regress", f"source={folder}/prices.jsonl", "source.held_out=0.2")
+    assert done.metrics["valid/pearson"] > 0.95
+    said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.StringIO())]
+    assert np.sqrt(np.mean((np.array(said) - [row["label"] for row in rows]) ** 2)) < 30
+    found = evaluate(place, [str(folder / "prices.jsonl")])
+    assert found["task"] == "regression" and found["rmse"] < 30 and found["spearman"] > 0.8
+
+
+def test_choices(make: Make, folder: Path) -> None:
+    rows = []
+    for i in range(120):
+        good = GOOD[i % 3]
+        options = [BAD[i % 3], good, BAD[(i + 1) % 3]][: 2 + i % 2]
+        rows.append({"text": "the film was", "options": options, "label": options.index(good)})
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done, place = make("choose", f"source={folder}/choices.jsonl", "source.held_out=0.2")
+    assert load_model(done.model).parts["choice"].weight.shape == (1, 32)
+    said = list(predict(place, str(folder / "choices.jsonl"), io.StringIO()))
+    assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
+    assert [len(row["probabilities"]) for row in said[:2]] == [2, 3]
+    assert evaluate(place, [str(folder / "choices.jsonl")])["accuracy"] > 0.95
+
+
+def test_tags(make: Make, folder: Path) -> None:
+    sentences = []
+    for text, _ in reviews(120):
+        words = text.replace(",", " ,").split()
+        sentences.append("\n".join(f"{w} {'I-GOOD' if w in GOOD else 'I-BAD' if w in BAD else 'O'}" for w in words))
+    (folder / "tags.conll").write_text("\n\n".join(sentences) + "\n")
+    done, place = make("tag", f"source={folder}/tags.conll", "source.held_out=0.2")
+    assert done.metrics["valid/f1"] > 0.95
+    found = evaluate(place, [str(folder / "tags.conll")])
+    assert found["task"] == "tagging" and found["f1"] > 0.95 and found["items"] == 120
+    [row] = predict(place, "-", io.StringIO("a grim film\n"))
+    assert (row["tokens"], row["tags"]) == (["a", "grim", "film"], ["O", "B-BAD", "O"])
+    assert json.loads((place / "held_out.json").read_text())["per_class"][0]["class"] == "BAD"
+
+
+def test_answers(make: Make, folder: Path) -> None:
+    paragraphs = []
+    for i in range(160):
+        word = (*GOOD, *BAD)[i % 6]
+        context = f"a film, and a film. a {word} film and a film, and a film"
+        answers = [{"text": word, "answer_start": context.index(word)}]
+        asked = [{"id": f"{i}", "question": "a film", "answers": answers}]
+        if i % 4 == 0:
+            context = "a film, and a film and a film, and a film"
+            asked = [{"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}]
+        paragraphs.append({"context": context, "qas": asked})
+    (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    done, place = make(
+        "answer", f"source={folder}/squad.json", "segment.length=32", "segment.question=8", "segment.stride=8",
+        "source.held_out=0.2", "batch.pack=64", steps=80,
+    )  # fmt: skip
+    assert done.metrics["valid/accuracy"] > 0.9
+    found = evaluate(place, [str(folder / "squad.json")])
+    assert found["task"] == "spans" and found["exact_match"] > 0.9 and found["f1"] > 0.9 and found["items"] == 160
+    said = list(predict(place, str(folder / "squad.json"), io.StringIO()))
+    assert (said[0]["answer"], said[0]["start"]) == ("", -1)
+    assert said[1]["answer"] == GOOD[1] and said[1]["id"] == "1"
+
+
+def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
+    """A rate that ruins what was learnt: the last model is worse than the best one."""
+    settings = [
+        *SHAPE, f"source={folder}/reviews.csv", "segment.text=review", "segment.label=stars", "source.held_out=0.2",
+        f"tokenizer.path={tokens(folder)}", "checks.every=5", "checks.save=0", "length.steps=400", "optimizer.rate=2e-2",
+        "schedule.kind=constant",
+    ]  # fmt: skip
+    done = run(
+        load("classify", [*settings, "checks.best=accuracy", "checks.patience=3"]), tmp_path / "run", lambda _: None
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held = [(row["accuracy"], row["step"]) for row in rows if row["split"] == "valid"]
+    assert done.steps < 400 and done.steps == held[-1][1]
+    best = max(accuracy for accuracy, _ in held)
+    assert done.metrics["valid/accuracy"] == best
+    assert [accuracy for accuracy, _ in held].index(best) == len(held) - 4
+    again = run(
+        load("classify", [*settings, "checks.best=accuracy", "checks.patience=3"]), tmp_path / "run", lambda _: None
+    )
+    assert again == done
+    with pytest.raises(UserError, match=r"checks\.best=recall is not among the held-out measurements: there is loss"):
+        run(load("classify", [*settings, "checks.best=recall"]), tmp_path / "no", lambda _: None)
+
+
+def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
+    settings = [
+        f"source={folder}/reviews.csv", "segment.prompt=is it good? {review}", "segment.answer_is={stars}",
+        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "shape.encoder=1", "shape.vocab=300", "shape.context=96",
+        "length.steps=2", "checks.save=0", "precision=fp32", "segment.length=64",
+    ]  # fmt: skip
+    done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
+    assert done.steps == 2
+    with pytest.raises(UserError, match=r"reviews\.csv:2: the form .* does not fit this record \('rating'\)"):
+        run(load("text_to_text", [*settings, "segment.answer_is={rating}"]), tmp_path / "no", lambda _: None)
+
+
+@pytest.mark.parametrize("shape", ["shape.causal=true", "shape.encoder=1"])
+def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Path, shape: str) -> None:
+    rows = [{"text": "a film", "other": text, "label": label} for text, label in reviews(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        *SHAPE[:4], "shape.vocab=300", *SHAPE[6:10], shape, f"tokenizer.path={tokens(folder)}", "checks.save=0",
+        f"source={tmp_path}/pairs.jsonl", "segment.pair=other", "length.steps=40", "source.held_out=0.2",
+    ]  # fmt: skip
+    done = run(load("classify", settings), tmp_path / "run", lambda _: None)
+    assert done.metrics["valid/accuracy"] > 0.9
+    assert evaluate(tmp_path / "run", [str(tmp_path / "pairs.jsonl")])["accuracy"] > 0.9
+
+
+def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
+    heads = {
+        "sst2": "sentence\tlabel", "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "qnli": "index\tquestion\tsentence\tlabel",
+        "mnli": "index\tsentence1\tsentence2\tlabel1\tgold_label", "rte": "index\tsentence1\tsentence2\tlabel",
+        "wnli": "index\tsentence1\tsentence2\tlabel", "stsb": "index\tgenre\tsentence1\tsentence2\tscore", "cola": "",
+    }  # fmt: skip
+    cells = {
+        "label": "1", "Quality": "0", "is_duplicate": "1", "gold_label": "neutral", "score": "3.8", "sentence": 'a "film',
+    }  # fmt: skip
+    from firth.recipes.material import Material
+    from firth.text.tokenizer import Tokenizer
+
+    for task, head in heads.items():
+        path = tmp_path / f"{task}.tsv"
+        row = "\t".join(cells.get(name, "a film") for name in head.split("\t")) if head else 'gj04\t1\t\ta "film'
+        path.write_text((head + "\n" if head else "") + (row + "\n") * 3)
+        recipe = load(f"glue:{task}", [f"source={path}"])
+        material = Material(recipe.source, Tokenizer.load(tokens(folder)), tmp_path)
+        settled = recipe.segment.settle(recipe.objective, material)
+        cut = recipe.segment.cut(material, settled)
+        assert len(cut.train) == 3, task
+        assert settled.classes == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
+        assert ("segments" in cut.train[0]) == (task not in ("sst2", "cola"))

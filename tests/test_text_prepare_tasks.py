@@ -1,0 +1,42 @@
+"""Choices and graded likeness, out of packages in their own form."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from firth.text import prepare_tasks
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def given(*texts: str, name: str = "a.jsonl") -> list[tuple[str, io.BytesIO]]:
+    return [(name, io.BytesIO("\n".join(texts).encode()))]
+
+
+def asked(text: str, ideal: str) -> str:
+    return json.dumps({"input": [{"role": "system", "content": "x"}, {"content": text}], "ideal": ideal})
+
+
+def test_quartz(tmp_path: Path) -> None:
+    told = prepare_tasks.quartz(given(asked("It grows\n\n A: up\n B: down", "B"), asked("no options", "A")), tmp_path)
+    assert rows(tmp_path / "quartz.jsonl") == [{"text": "It grows", "options": ["up", "down"], "label": 1}]
+    assert told == "1 questions in quartz.jsonl (1 of another form left out)"
+
+
+def test_logiqa(tmp_path: Path) -> None:
+    text = "\nPassage: All men.Question: So?\nA. A.One.\nB. B.Two.\nC. C.Three.\nD. Four.\nAnswer:"
+    prepare_tasks.logiqa(given(asked(text, "C")), tmp_path)
+    [row] = rows(tmp_path / "logiqa.jsonl")
+    assert row == {"text": "All men. So?", "options": ["One.", "Two.", "Three.", "Four."], "label": 2}
+
+
+def test_lee(tmp_path: Path) -> None:
+    members = given("a", "b", "c", name="x/lee.cor") + given("1\t.2\t.3", "0\t1\t.4", "0\t0\t1", name="x/s.txt")
+    assert prepare_tasks.lee(members, tmp_path) == "3 pairs of 3 texts in lee.jsonl"
+    assert [row["label"] for row in rows(tmp_path / "lee.jsonl")] == [0.2, 0.3, 0.4]
+    assert rows(tmp_path / "lee.jsonl")[2] == {"text": "c", "other": "b", "label": 0.4}
