@@ -9,6 +9,7 @@ it names and nowhere else; `CLASSES` is what is known of those.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
+from firth.text import foreign
 from firth.text.frame import around
 from firth.types import UserError
 
@@ -122,3 +124,39 @@ def _token(said: Any) -> AddedToken:
         rstrip=bool(told.get("rstrip", False)), single_word=bool(told.get("single_word", False)),
         normalized=bool(told.get("normalized", not told.get("special", False))),
     )  # fmt: skip
+
+
+def loaded(file: Path) -> Any:
+    """What a JSON file holds; nothing where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(foreign.text_of(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: this is not JSON: {error}") from None
+
+
+def said(file: Path) -> dict[str, Any]:
+    """What a JSON file holds that must be an object."""
+    found = loaded(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: this is not a JSON object")
+    return found
+
+
+def ending(engine: Engine, eos: Any) -> list[str]:
+    """The tokens of generation_config.json's list of ids that end an answer."""
+    ids = [i for i in eos if isinstance(i, int) and 0 <= i < 1 << 31] if isinstance(eos, list) else []
+    return [token for i in ids if (token := engine.id_to_token(i)) is not None]
+
+
+def spelling(token: Any) -> str:
+    """A special token in tokenizer_config.json is a string or an object that holds one."""
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def template_of(template: Any) -> str | None:
+    """The chat template in tokenizer_config.json: one text, or a list of named ones."""
+    if isinstance(template, list):
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
+    return template if isinstance(template, str) else None

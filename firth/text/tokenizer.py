@@ -29,7 +29,7 @@ from tokenizers import Tokenizer as Engine
 
 from firth.gguf import find
 from firth.text import foreign, frame
-from firth.text.dressed import dressed
+from firth.text.dressed import dressed, ending, loaded, said, spelling, template_of
 from firth.text.merges import Merge
 from firth.text.normalize import whole
 from firth.text.vocab import Vocab
@@ -235,7 +235,7 @@ class Tokenizer:
                 "SentencePiece .model; make one with `firth tokenizer train`"
             )
         place = file.parent
-        config = _object(place / "special_tokens_map.json") | _object(place / "tokenizer_config.json")
+        config = said(place / "special_tokens_map.json") | said(place / "tokenizer_config.json")
         engine = foreign.read(file)
         try:
             return _configured(engine, file, config)
@@ -248,14 +248,14 @@ def _configured(engine: Engine, file: Path, config: dict[str, Any]) -> Tokenizer
     place = file.parent
     if file.name != "tokenizer.json":
         dressed(engine, file, config)
-    named = {role: _content(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
+    named = {role: spelling(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
     template = place / "chat_template.jinja"
-    text = foreign.text_of(template) if template.exists() else _default(config.get("chat_template"))
-    learnt = _json(place / "merges.json") if file.name == "tokenizer.json" else []
+    text = foreign.text_of(template) if template.exists() else template_of(config.get("chat_template"))
+    learnt = loaded(place / "merges.json") if file.name == "tokenizer.json" else []
     bos = config.get("add_bos_token")
     if bos is None and (place / "config.json").exists() and not (place / "firth.json").exists():
         bos = bool(frame.frames(engine)[:1] == [engine.token_to_id(named.get("bos", ""))])  # a stranger's model
-    ends = config.get("ends") or _ends(engine, _object(place / "generation_config.json").get("eos_token_id"))
+    ends = config.get("ends") or ending(engine, said(place / "generation_config.json").get("eos_token_id"))
     merges = [Merge(*row) for row in learnt if len(row) == 3]
     return Tokenizer(engine, named, text, merges, None if bos is None else bool(bos), [str(token) for token in ends])
 
@@ -380,42 +380,6 @@ def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
         if role not in roles and alias in roles:
             roles[role] = roles[alias]
     return roles
-
-
-def _json(file: Path) -> Any:
-    """What a JSON file holds; nothing where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(foreign.text_of(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: this is not JSON: {error}") from None
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds that must be an object."""
-    found = _json(file)
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: this is not a JSON object")
-    return found
-
-
-def _ends(engine: Engine, eos: Any) -> list[str]:
-    """The tokens of generation_config.json's list of ids that end an answer."""
-    ids = [i for i in eos if isinstance(i, int) and 0 <= i < 1 << 31] if isinstance(eos, list) else []
-    return [token for i in ids if (token := engine.id_to_token(i)) is not None]
-
-
-def _content(token: Any) -> str:
-    """A special token in tokenizer_config.json is a string or an object that holds one."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _default(template: Any) -> str | None:
-    """The chat template in tokenizer_config.json: one text, or a list of named ones."""
-    if isinstance(template, list):
-        template = next((one["template"] for one in template if one["name"] == "default"), None)
-    return template if isinstance(template, str) else None
 
 
 def _write(path: Path, text: str) -> None:
