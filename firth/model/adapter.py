@@ -19,7 +19,6 @@ A model that no family expresses, or a matrix that it has no name for, is writte
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -29,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from firth.model import lora
 from firth.model.adapter_names import Names, modules
+from firth.model.files import read_file, read_json, write_file, write_json
 from firth.model.lm import LM
 from firth.model.lora import Low, Rank
 from firth.model.parts import described, rebuilt
@@ -88,7 +86,7 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
     """
     config = _config(directory)
     kind = config.get("peft_type")
-    state = _tensors(directory / TENSORS)
+    state = read_file(directory / TENSORS)
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
     if kind not in readers:
         raise UserError(f"{directory / FILE} is of peft's type {kind!r}; firth reads {', '.join(readers)}")
@@ -125,11 +123,13 @@ def write(
         raise UserError("there is no adapter on this model to be written")
     tensors |= {FRONT + names.outside(new): state[n] for n, new in theirs.items()}
     told = {"base_model_name_or_path": str(base.resolve()), "task_type": _task(model, names), "inference_mode": True}
-    _json(directory / FILE, config | told)
+    write_json(directory / FILE, config | told)
     _save(tensors, directory / TENSORS)
     rest = {n: t for n, t in state.items() if n not in theirs}
     own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
-    _json(directory / OWN, {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})})
+    write_json(
+        directory / OWN, {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
+    )
     (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
         _save(rest, directory / OWN_TENSORS)
@@ -315,8 +315,8 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
 
 def _read_parts(model: LM, directory: Path) -> None:
     """The heads that an adapter of firth's was trained with."""
-    told = _json_of(directory / OWN).get("parts", {}) if (directory / OWN).is_file() else {}
-    state = _tensors(directory / OWN_TENSORS) if told else {}
+    told = read_json(directory / OWN).get("parts", {})
+    state = read_file(directory / OWN_TENSORS) if told else {}
     for part, description in told.items():
         front = f"parts.{part}."
         module = rebuilt(description, part)
@@ -348,33 +348,8 @@ def _task(model: LM, names: Names) -> str | None:
 def _config(directory: Path) -> dict[str, Any]:
     if not (directory / FILE).is_file():
         raise UserError(f"{directory} holds no adapter: {FILE} is not there")
-    return _json_of(directory / FILE)
-
-
-def _json_of(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as fault:
-        raise UserError(f"{file} is not JSON ({fault})") from fault
-    if type(found) is not dict:
-        raise UserError(f"{file} is not a JSON object")
-    return found
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        pickled = file.with_name("adapter_model.bin").exists()
-        why = "its tensors are pickled, which can run code and is never read" if pickled else "the file is not there"
-        raise UserError(f"{file} cannot be read: {why}; save it as safetensors") from None
-    except SafetensorError as fault:
-        raise UserError(f"{file} cannot be read as safetensors ({fault}): copy it again") from fault
+    return read_json(directory / FILE)
 
 
 def _save(state: Mapping[str, Tensor], file: Path) -> None:
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in state.items()}, file, {"format": "pt"})
-
-
-def _json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, file)

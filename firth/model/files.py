@@ -216,6 +216,13 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return state
 
 
+def read_file(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file; UserError where it is not there or is damaged."""
+    if not file.is_file():
+        raise _without_weights(file.parent, file.name)
+    return _opened(file, header(file))
+
+
 def _shards(index: Path) -> dict[str, set[str]]:
     """File -> the tensors that it should hold, of an index."""
     told = read_json(index).get("weight_map")
@@ -229,7 +236,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _without_weights(directory: Path) -> UserError:
+def _without_weights(directory: Path, name: str = SINGLE) -> UserError:
     pickles, others = (
         next((f.name for p in some for f in sorted(directory.glob(p))), "") for some in (PICKLES, OTHERS)
     )
@@ -239,8 +246,8 @@ def _without_weights(directory: Path) -> UserError:
             "safetensors, for example with save_pretrained(DIR, safe_serialization=True) of transformers"
         )
     if others:
-        return UserError(f"{directory} holds {others} and no {SINGLE}: save the model as safetensors")
-    return UserError(f"{directory} holds no {SINGLE}")
+        return UserError(f"{directory} holds {others} and no {name}: save the model as safetensors")
+    return UserError(f"{directory} holds no {name}")
 
 
 def _opened(file: Path, there: Iterable[str]) -> dict[str, Tensor]:
@@ -292,7 +299,7 @@ def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
     for name, shard in zip(files, shards, strict=True):
-        _save({tensor: _cast(state[tensor], storage.dtype, tensor) for tensor in shard}, directory / name)
+        write_file({tensor: _cast(state[tensor], storage.dtype, tensor) for tensor in shard}, directory / name)
     left = [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX]
     for file in left:
         if file.name not in files:
@@ -330,7 +337,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return cast
 
 
-def _save(state: dict[str, Tensor], file: Path) -> None:
+def write_file(state: dict[str, Tensor], file: Path) -> None:
+    """Tensors into one safetensors file, which is there whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     seen: set[int] = set()
     for name, tensor in state.items():  # safetensors refuses two names for one memory (T5's stored tied head)
