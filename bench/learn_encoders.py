@@ -7,10 +7,12 @@
 
 Width 128 and 2,048 subwords; steps, rates and batches are the same for the arms of a question. Pairs are of the Brown
 corpus (500 samples of many kinds, for a play's neighbour and a stranger of the same hand are hard to tell), 128 tokens, two
-blocks; all else is of Shakespeare's plays, 64 tokens, four blocks. Whole documents are held out. Every arm is scored before
-its first step and after its last, on the same held-out text:
+blocks; all else is of Shakespeare's plays, 64 tokens, four blocks. Two arms begin from MiniLM in place of nothing, for what
+tells neighbours is more than so small a run learns. Whole documents are held out. Every arm is scored before its first step
+and after its last, on the same held-out text:
 
-    nsp, sop              accuracy on held-out pairs; chance is 1/2
+    nsp, sop              accuracy on held-out pairs; chance is 1/2 (with MLM, from nothing)
+    minilm-nsp, minilm-sop    the same, from MiniLM, without MLM
     iid, spans, sbo       hidden spans (SpanBERT's, all of it masked) that are filled in exactly, and single tokens
     rtd, adversarial      how well the discriminator tells replaced tokens (area under the curve: 1/2 is chance), of its own
                           generator and of draws by frequency; how often the generator guesses right; both accuracies
@@ -42,6 +44,7 @@ from firth.data.source import Source, Subset
 from firth.generate.rows import reading
 from firth.model.lm import LM
 from firth.model.shape import encoder
+from firth.model.weights import load_model, start_from
 from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective, asked
@@ -51,6 +54,7 @@ from firth.objectives.sop import SOP
 from firth.recipes.begin import begin
 from firth.recipes.material import Material, documents_of
 from firth.recipes.material import Text as Where
+from firth.text import corpora
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train as train_tokenizer
 from firth.text.vocab import Vocab
@@ -87,18 +91,27 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. steps: optimizer steps. pairs: of pairs and not of pieces. small: on the small text alone."""
+    """One way to train. steps: optimizer steps. pairs: of pairs and not of pieces. small: on the small text alone. rate: of
+    AdamW, of those that begin from MiniLM, with its tokenizer; 0 begins from nothing, with Muon."""
 
     objective: Objective
     scores: Callable[[LM, Objective, Data], Scores]
     steps: int
     pairs: bool = False
     small: bool = False
+    rate: float = 0.0
+
+    @property
+    def reads(self) -> tuple[str, str]:
+        """The corpus, and the model whose tokenizer reads it."""
+        return "brown" if self.pairs else "shakespeare", "minilm" if self.rate else ""
 
 
-def data(corpus: str) -> Data:
-    where, folder = Where(corpus=corpus), RESULTS / corpus
-    if not (folder / "tokenizer").exists():
+def data(corpus: str, theirs: str) -> Data:
+    where, folder = Where(corpus=corpus), RESULTS / f"{corpus}{theirs}"
+    if theirs:
+        Tokenizer.load(corpora.fetch(theirs, echo=print)).save(folder / "tokenizer")
+    elif not (folder / "tokenizer").exists():
         texts = (d.text for d in documents_of(where, where.paths(print), apart=False))
         train_tokenizer(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -191,6 +204,8 @@ SPANS = MLM(noise="geometric", alike=True)
 ARMS = {
     "nsp": Arm(NSP() + MLM(), pair_scores, 1500, pairs=True),
     "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1500, pairs=True),
+    "minilm-nsp": Arm(NSP(), pair_scores, 200, pairs=True, rate=1e-4),
+    "minilm-sop": Arm(SOP(), pair_scores, 400, pairs=True, rate=5e-5),
     "iid": Arm(MLM(), span_scores, 600),
     "spans": Arm(SPANS, span_scores, 600),
     "sbo": Arm(SPANS + SBO(), span_scores, 600),
@@ -200,10 +215,6 @@ ARMS = {
     "ten": Arm(MLM(masks=10), mask_scores, 500, small=True),
     "once": Arm(MLM(masks=1), mask_scores, 500, small=True),
 }
-
-
-CORPORA = {False: "shakespeare", True: "brown"}
-"""What is read by arms of pieces, and by those of pairs."""
 
 
 # ------------------------------------------------------------------------------- runs
@@ -217,15 +228,22 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     if arm.small:
         source = some(source, SMALL)
     shape = replace(encoder(VOCAB, WIDTH, depth, context=length), segments=2 * arm.pairs)
+    theirs = corpora.fetch("minilm", echo=print) if arm.rate else None
     torch.manual_seed(seed)
+    if theirs is not None:
+        shape = load_model(theirs).shape
     model = LM(shape, arm.objective.parts(shape))
     batches = Batches(source, arm.objective, given.vocab, rows=rows, seed=seed, pack=length)
-    begin(model, arm.objective, batches)
+    if theirs is None:
+        begin(model, arm.objective, batches)
+    else:
+        start_from(model, theirs)
     before, started = arm.scores(model, arm.objective, given), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
             model, arm.objective, batches, Path(folder), length=Length(steps=max(2, round(arm.steps * scale))),
-            optimizer=Optimizer(), schedule=Schedule("wsd"), plan=Plan(save_every=0), told=Silence(),
+            optimizer=Optimizer("adamw", rate=arm.rate) if arm.rate else Optimizer(),
+            schedule=Schedule("linear", warmup=0.1) if arm.rate else Schedule("wsd"), plan=Plan(save_every=0), told=Silence(),
         )  # fmt: skip
     return {
         "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,
@@ -234,7 +252,7 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
 
 
 def run(names: Sequence[str], seeds: Sequence[int], scale: float, limit: int) -> None:
-    known = {corpus: data(corpus) for corpus in sorted({CORPORA[ARMS[name].pairs] for name in names})}
+    known = {reads: data(*reads) for reads in sorted({ARMS[name].reads for name in names})}
     where = describe(machine())
     for seed in seeds:
         for name in names:
@@ -244,14 +262,14 @@ def run(names: Sequence[str], seeds: Sequence[int], scale: float, limit: int) ->
             if not limit:
                 return
             limit -= 1
-            told = one(name, seed, scale, known[CORPORA[ARMS[name].pairs]]) | {"machine": where}
+            told = one(name, seed, scale, known[ARMS[name].reads]) | {"machine": where}
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(told, indent=1))
             print(f"{name} seed {seed}: {told['seconds']:.0f} s", flush=True)
 
 
 SHOWN = {
-    "Sentence pairs": (("nsp", "sop"), ("next_accuracy", "order_accuracy", "loss/tokens")),
+    "Sentence pairs": (("nsp", "sop", "minilm-nsp", "minilm-sop"), ("next_accuracy", "order_accuracy", "loss/tokens")),
     "Spans": (("iid", "spans", "sbo"), ("span_exact", "spans_of_1", "spans_of_2_or_3", "token_exact", "loss/boundary")),
     "Replaced tokens": (
         ("rtd", "adversarial"),
