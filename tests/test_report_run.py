@@ -130,3 +130,16 @@ def test_what_is_no_run_is_said_in_words(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no row yet"):
         run_report(tmp_path)
+
+
+def test_what_was_measured_once_is_a_number_and_no_curve(tmp_path):
+    """A measure of a single held-out row stands in a table; with a second row it is drawn."""
+    end = {"step": 600, "seconds": 90.0, "tokens": 600 * 4096, "split": "valid", "matthews": 0.5}
+    section = run_report(directory(tmp_path / "once", [*rows(), end])).sections[0]
+    assert [(table.title, table.rows) for table in section.tables] == [
+        ("Measured once", [("Matthews' correlation", 0.5)])
+    ]
+    assert "Matthews' correlation" not in [figure.title for figure in section.figures]
+    again = run_report(directory(tmp_path / "twice", [*rows(), end | {"step": 300}, end])).sections[0]
+    assert not again.tables
+    assert "Matthews' correlation" in [figure.title for figure in again.figures]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -102,7 +103,9 @@ def run_report(directory: Path) -> Report:
     recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
     kinds = objectives(recipe)
     learnt, ran = figures(rows)
-    sections = [Section("What it learnt", figures=learnt)]
+    once = _once(rows)
+    tables = [Table("Measured once", ("what", "held out"), [(_term(n).title, value) for n, value in once.items()])]
+    sections = [Section("What it learnt", figures=learnt, tables=tables * bool(once))]
     drawn = [row for row in rows if row["split"] == "rollouts"]
     if drawn:
         told = "Means over the answers of each phase, which the model wrote and then learnt from."
@@ -205,7 +208,8 @@ def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     names = list(dict.fromkeys(name for row in learning for name in row if name not in _ASIDE))
     x, unit = ("tokens", "tokens read") if rows[-1]["tokens"] else ("step", "steps")
     parts = [name for name in names if name.startswith("loss/")]
-    single = [name for name in names if name not in parts and name not in MACHINERY]
+    once = _once(rows)
+    single = [name for name in names if name not in parts and name not in MACHINERY and name not in once]
     learnt = [_figure(rows, name, x, unit) for name in single]
     if parts:
         curves = []
@@ -219,9 +223,20 @@ def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     return learnt, [_figure(rows, name, x, unit) for name in MACHINERY if name in names]
 
 
-def _figure(rows: Sequence[Row], name: str, x: str, unit: str) -> Figure:
+def _once(rows: Sequence[Row]) -> dict[str, float]:
+    """What a single row knows, and that one of held-out text: a number, of which there is no curve to draw."""
+    counts = Counter(name for row in rows for name in row)
+    lone = [(name, row[name]) for row in rows if row["split"] == "valid" for name in row if name not in _ASIDE]
+    return {name: value for name, value in lone if counts[name] == 1 and value is not None}
+
+
+def _term(name: str) -> Term:
     plain = name.replace("_", " ")
-    term = TERMS.get(name, Term(plain[:1].upper() + plain[1:], plain))
+    return TERMS.get(name, Term(plain[:1].upper() + plain[1:], plain))
+
+
+def _figure(rows: Sequence[Row], name: str, x: str, unit: str) -> Figure:
+    term = _term(name)
     curves = []
     for colour, (split, label) in enumerate((("train", "train"), ("valid", "held out"))):
         xs, ys = series(rows, split, name, x)
