@@ -345,3 +345,15 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     assert "good" in tokenizer().decode(body(made, 0))
     batch = Batches(Pieces(made, 16), CausalLM(), tokenizer().vocab, rows=2, seed=0).batches(0)[0]
     assert batch["tokens"].shape[0] == 2
+
+
+def test_a_tokenizer_that_puts_no_bos_before_texts_has_none_in_the_store(tmp_path: Path) -> None:
+    """As GPT-2's and SmolLM2's directories say (add_bos_token: false): a run that starts there reads what they read."""
+    from firth.text.tokenizer import Tokenizer
+
+    engine = tokenizer().engine
+    quiet = Tokenizer(engine, bos=False)
+    made = TokenStore.build([Document("1", "a b"), Document("2", "c")], quiet, tmp_path / "store")
+    assert not made.opened
+    assert quiet.vocab.roles["bos"] not in made.tokens[:]
+    assert made.tokens[made.offsets[0] : made.offsets[1]].tolist() == [*quiet.encode("a b"), quiet.vocab.eos]

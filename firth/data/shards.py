@@ -6,7 +6,8 @@
     store/manifest.json    tokenizer, dtype, counts and content hash; written last
 
 A store is built in `store.partial` and renamed when it is whole, so a directory that exists is complete. An interrupted
-build keeps what it has and goes on (see `_Build`). bos is left out where the tokenizer has none, as T5's.
+build keeps what it has and goes on (see `_Build`). bos is left out where the tokenizer has none, as T5's, or says
+that none stands before a text, as GPT-2's.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ class _Build:
         self.partial = directory.with_name(directory.name + ".partial")
         roles, size = tokenizer.vocab.roles, tokenizer.vocab.size
         self.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-        self.before = np.array([roles["bos"]] if "bos" in roles else [], self.dtype)
+        begins = "bos" in roles and tokenizer.bos is not False
+        self.before = np.array([roles["bos"]] if begins else [], self.dtype)
         self.after = np.array([tokenizer.vocab.eos], self.dtype)
         self.documents = self.tokens = self.bytes = 0
 
