@@ -110,7 +110,7 @@ def find(path: Path) -> Path | None:
 
     UserError where a directory holds several.
     """
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         return path

@@ -457,3 +457,13 @@ def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
         options = {"form": "hf", "dtype": "", "shard": ""} | wrong
         with pytest.raises(UserError, match=says):
             export_model(tmp_path / "run", tmp_path / "out", **options)
+
+
+def test_what_to_do_with_an_export_is_what_its_run_has_learnt(trained: Path, tmp_path: Path) -> None:
+    """A run of plain text writes, it does not answer, though its tokenizer has the tokens of turns; GGUF is a directory too."""
+    said: list[str] = []
+    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
+    assert said[-1].startswith("Let it write:  firth generate ")
+    with pytest.raises(UserError, match=f"name it {tmp_path}/mine$"):
+        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", echo=said.append)
+    assert not (tmp_path / "mine.gguf").exists()

@@ -80,7 +80,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
         told = card.of_directory(given, place, model, said, facts)
         licence = "" if file is None else str(read(file).metadata.get("general.license", ""))
         card.write(replace(told, licence=told.licence or licence), place / "README.md")
-    for line in _uses(out, model, tokenizer):
+    for line in _uses(out, model, _template(tokenizer).startswith("yes;")):
         echo(line)
 
 
@@ -95,6 +95,8 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
     known = KINDS if form == "gguf" else DTYPES
     if dtype and dtype not in known:
         raise UserError(f"there is no dtype {dtype!r}; there is {', '.join(known)}")
+    if out.suffix == ".gguf":
+        raise UserError(f"an export is a directory that holds {FILE} and its card: name it {out.with_suffix('')}")
     size, given = parse_size(shard), model_directory(run)
     model, tokenizer = load_model(given), Tokenizer.load(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
@@ -107,10 +109,15 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
         card.write(card.of_run(run, place, model, said, facts), place / "README.md")
         files = [p for p in place.rglob("*") if p.is_file()]
         echo(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {said}")
-    for line in _uses(out, model, tokenizer):
+    # firth writes a template beside every tokenizer that has the tokens of turns: of a run, the objective tells.
+    for line in _uses(out, model, parcel.talks if objective_of(run) else _template(tokenizer).startswith("yes;")):
         echo(line)
+    if form == "gguf":
+        echo(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
 
 
+FILE = "model.gguf"
+"""What a GGUF export calls its one file."""
 TALKING = {"sft", "dpo", "reinforce", "ppo"}
 """Objectives of dialogues."""
 
@@ -131,7 +138,7 @@ def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
     if storage.shard:
         raise UserError("a GGUF file is one file here: leave out --shard-size")
     kind, told = KINDS[parcel.dtype or "fp16"], {"general.name": parcel.name}
-    said = gguf.write(parcel.model, parcel.tokenizer, place / "model.gguf", kind, dialogue=parcel.talks, facts=told)
+    said = gguf.write(parcel.model, parcel.tokenizer, place / FILE, kind, dialogue=parcel.talks, facts=told)
     write_json(place / MADE, {"facts": parcel.facts})
     return said
 
@@ -231,15 +238,18 @@ def _template(tokenizer: Tokenizer) -> str:
     return f"yes; an answer ends with {' or '.join(tokenizer.token(i) for i in tokenizer.stops)}"
 
 
-def _uses(out: Path, model: LM, tokenizer: Tokenizer) -> list[str]:
-    """What to type next."""
+def _uses(out: Path, model: LM, talks: bool) -> list[str]:
+    """What to type next. talks: whether it has learnt to answer."""
     place, shape = shlex.quote(str(out)), model.shape
     if "lm" not in model.parts:
         return [f"Finetune it:  firth train classify start={place} source.path=labelled.jsonl"]
     if not shape.causal and not shape.encoder:
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
-    talks = not shape.encoder and _template(tokenizer).startswith("yes;")
-    return [f"Talk with it:  firth chat {place}"] if talks else [f'Let it write:  firth generate {place} "..."']
+    return (
+        [f"Talk with it:  firth chat {place}"]
+        if talks and not shape.encoder
+        else [f'Let it write:  firth generate {place} "..."']
+    )
 
 
 @contextmanager
