@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+from data_room import tokenizer
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from firth.data.tags import begun, names
 from firth.evaluate import entities, glue, metrics, overlap
+from firth.evaluate.predict import predict
 from firth.evaluate.tasks.spans import LONGEST, best
+from firth.model.lm import LM
+from firth.model.shape import encoder_decoder
+from firth.model.weights import save_model
+from firth.objectives.classification import answers
 from firth.types import UserError
 
 
@@ -154,3 +163,16 @@ def test_the_glue_score() -> None:
         glue.score({"ax": {"accuracy": 1.0}})
     with pytest.raises(UserError, match="cola is scored by matthews"):
         glue.score({"cola": {"accuracy": 1.0}})
+
+
+def test_a_stranger_s_classifier_that_reads_elsewhere_is_refused(tmp_path: Path) -> None:
+    """XLNet's, T5's and BART's classes read their answer where none of ours does; firth's own of that shape answer."""
+    coder = tokenizer()
+    shape = encoder_decoder(coder.vocab.size, 32, 1, heads=2, context=32)
+    model = LM(shape, {"classes": answers(32, 2)})
+    for name, facts in (("theirs", {}), ("ours", {"recipe": "0"})):
+        save_model(model, coder, tmp_path / name, {"classes": ["bad", "good"], **facts})
+    given = io.StringIO("a fine text\n")
+    assert next(predict(tmp_path / "ours", "-", given))["label"] in ("bad", "good")
+    with pytest.raises(UserError, match="classifier of others reads its answer behind the text"):
+        next(predict(tmp_path / "theirs", "-", io.StringIO("a fine text\n")))

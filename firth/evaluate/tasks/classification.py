@@ -56,9 +56,20 @@ def class_names(subject: Subject, part: str) -> tuple[str, ...]:
 
 
 def where(subject: Subject) -> Place:
-    """Where an answer is read: as the run's recipe says, else as suits the shape."""
+    """Where an answer is read: as the run's recipe says, else as suits the shape.
+
+    Raises UserError for classifiers of others that read it where none of ours does: XLNet's behind a text that it reads both
+    ways, T5's and BART's behind a text that the decoder has read once more.
+    """
     said: Any = subject.objective.get("at", "auto")
-    return place(subject.model.shape) if said == "auto" else said
+    shape = subject.model.shape
+    ours = bool(subject.objective) or "recipe" in weights.facts_of(subject.place)
+    if not ours and (shape.encoder or shape.position == "xlnet"):
+        raise UserError(
+            f"{subject.directory}: this classifier of others reads its answer behind the text, where firth reads none: "
+            f"finetune it here (firth train classify start={subject.directory})"
+        )
+    return place(shape) if said == "auto" else said
 
 
 def examples(items: Source, progress: Progress) -> Iterator[Example]:
