@@ -122,7 +122,7 @@ def one(seed: int, scale: float) -> dict[str, float]:
     text = (f"source.path={data}/text",)
     words = stage("brown-vectors", "word2vec", seed, steps(1200), [*text, *TOKENIZER, f"shape.width={WIDTH}"])
     spelled = (f"shape={SPELLER}", f"tokenizer.path={words.directory}")
-    elmo = stage("elmo", "elmo", seed, steps(1200), [*text, *spelled, "segment.length=64", "batch.rows=16"])
+    elmo = stage("elmo", "elmo", seed, steps(500), [*text, *spelled, "segment.length=64", "batch.rows=16"])
     for way in ("forward", "backward"):
         found[f"elmo {way}, held-out loss"] = elmo.metrics[f"valid/loss/{way}"]
     task = (f"source.path={data}/tagged.jsonl", f"source.valid={data}/scored_tags.jsonl", "segment.length=64")
