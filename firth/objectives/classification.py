@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
+from firth.model.families import families_of
+from firth.model.families.classes import head_of
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Known, Objective, asked, choice_loss, correct
@@ -94,7 +96,8 @@ class Classification(Read):
 
     classes: their names; a label is a number into them. smoothing: the share of a label that is spread over all classes.
     weights: what an example of each class counts; "balanced" gives every class the same weight in all, however rare it is:
-    n / (K n_k), whose mean over the examples is 1.
+    n / (K n_k), whose mean over the examples is 1. head: "linear", or "family" for the head that transformers' class for such
+    texts has (BERT's pooler and its linear map), so that what is exported is that class, head and all.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 6, 2]), "label": 1}
@@ -111,6 +114,7 @@ class Classification(Read):
     classes: tuple[str, ...] = ()
     smoothing: float = 0.0
     weights: tuple[float, ...] | Literal["balanced"] = ()
+    head: Literal["linear", "family"] = "linear"
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
@@ -126,8 +130,18 @@ class Classification(Read):
         share = sum(counts) / len(counts)
         return dataclasses.replace(named, weights=tuple(share / n if n else 0.0 for n in counts))
 
+    def lacks(self, shape: Shape) -> str:
+        # XLNet's, T5's and BART's classes read their answer where none of our places is.
+        elsewhere = shape.encoder or shape.position == "xlnet"
+        named = any(headed.part == "classes" for family in families_of(shape) for headed in family.headed)
+        if self.head == "linear" or (named and not elsewhere):
+            return ""
+        return "no class of transformers reads a text with it as firth does, so set objective.head=linear"
+
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"classes": answers(shape.width, len(self.classes))}
+        count = len(self.classes)
+        theirs = head_of(families_of(shape), "classes", shape, count) if self.head == "family" else None
+        return {"classes": theirs or answers(shape.width, count)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return ask("class", example["label"], example, self.place, vocab)

@@ -32,6 +32,13 @@ from firth.model.shape import Shape
 from firth.types import UserError
 
 
+def head_of(families: Iterable[Family], part: str, shape: Shape, answers: int) -> nn.Module | None:
+    """The head by which transformers' class for a task reads a trunk of this shape; None where no family has such a class."""
+    found = (headed for family in families for headed in family.headed if headed.part == part)
+    headed = next(found, None)
+    return None if headed is None else headed.make(shape, headed.answers or answers)
+
+
 @dataclass(frozen=True)
 class Form:
     """A class of a family: with the vocabulary head or without, with another head that gives so many answers or without."""

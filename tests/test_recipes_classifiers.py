@@ -1,0 +1,65 @@
+"""A classifier finetuned with its family's own head leaves the house whole: transformers loads the class, head and all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.model.lm import LM
+from firth.model.published import bert
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.weights import load_model, save_model
+from firth.objectives.classification import Classification
+from firth.recipes.exchange import export_model
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.train import train
+from firth.types import UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+
+TEXTS = [f"the {word} fox number {i}" for i in range(20) for word in ("good", "bad")]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda v: bert(width=32, depth=1, heads=2, vocab=v, context=32), "BertForSequenceClassification"),
+        (lambda v: encoder(v, 32, 1, heads=2, context=32), "ModernBertForSequenceClassification"),
+    ],
+)
+def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_path: Path) -> None:
+    coder = train(TEXTS, "wordpiece", 220)
+    torch.manual_seed(0)
+    shape: Shape = make(coder.vocab.size)
+    save_model(LM(shape, {}), coder, tmp_path / "start")
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": t.split()[1]}) + "\n" for t in TEXTS), "utf-8"
+    )
+    told = [f"start={tmp_path / 'start'}", f"source={tmp_path / 'mine.jsonl'}", "objective.head=family",
+            "segment.length=24", "length.steps=4", "batch.rows=8", "checks.examples=8"]  # fmt: skip
+    done = run(load("classify", told), tmp_path / "run", echo=lambda _: None)
+    said: list[str] = []
+    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
+    assert name in said[0]
+    theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and theirs.config.id2label == {0: "bad", 1: "good"}
+    ids = torch.tensor([[coder.vocab.cls, *coder.encode("the good fox").tolist(), coder.vocab.sep]])
+    ours = load_model(done.model)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids).logits
+        found = ours.parts["classes"](ours({"tokens": ids})[:, 0])
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_family_that_reads_elsewhere_is_refused() -> None:
+    """And a shape of no family, whose linear head stays."""
+    family = Classification(classes=("a", "b"), head="family")
+    assert "set objective.head=linear" in family.lacks(encoder_decoder(64, 32, 1, heads=2))
+    assert "set objective.head=linear" in family.lacks(decoder(64, 32, 1, heads=2))  # NanoChat has no class of texts
+    assert not Classification(classes=("a", "b")).lacks(decoder(64, 32, 1, heads=2))
+    with pytest.raises(UserError, match="head"):
+        load("classify", ["objective.head=pooled"])
