@@ -263,5 +263,5 @@ def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         adapter.load(place)
     (place / adapter.TENSORS).unlink()
-    with pytest.raises(UserError, match="holds no adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
         adapter.load(place)

@@ -1,4 +1,4 @@
-"""The demo: the whole way once, on real text, in six minutes on two cores.
+"""The demo: the whole way once, on real text, in six to seven minutes on two cores.
 
     1 subwords   2 three families pretrained   3 a finetuned task   4 instruction tuning
     5 preferences and a reward model   6 PPO and DPO   7 report, models, what to type next
