@@ -51,8 +51,9 @@ class Framed(Segment):
 
 
 @dataclass(frozen=True)
-class Labelled(Framed):
-    """Records with a class. text, label: their fields; pair: the field of a second text, if there is one."""
+class Told(Framed):
+    """Records with something told of a text. text, label: their fields; pair: the field of a second text, if there is one;
+    columns: names for a table without a head."""
 
     text: str = "text"
     label: str = "label"
@@ -66,6 +67,11 @@ class Labelled(Framed):
     @property
     def named(self) -> tuple[str, ...]:
         return self.columns
+
+
+@dataclass(frozen=True)
+class Labelled(Told):
+    """Records with a class, in the field `label`."""
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Labelled:
         return labelled.Labelled(
@@ -88,21 +94,8 @@ class Labelled(Framed):
 
 
 @dataclass(frozen=True)
-class Scored(Framed):
+class Scored(Told):
     """Records with a number, in the field `label`; the others as of `labelled`."""
-
-    text: str = "text"
-    label: str = "label"
-    pair: str = ""
-    columns: tuple[str, ...] = ()
-
-    @property
-    def read_fields(self) -> tuple[str, ...]:
-        return (self.text, self.pair) if self.pair else (self.text,)
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        return self.columns
 
     def _read(self, paths: Sequence[str], material: Material) -> labelled.Scored:
         return labelled.Scored(
