@@ -71,4 +71,4 @@ def test_what_shows_is_learnt_and_holds_in_other_documents(
         model, objective, batches, tmp_path / "run", length=Length(steps=STEPS[type(objective)]), optimizer=Optimizer("adamw", rate=1e-3),
         schedule=Schedule("linear", warmup=0.1), plan=Plan(save_every=0), told=Silence(),
     )  # fmt: skip
-    assert held_out() > most - 0.15
+    assert held_out() > most - 0.08
