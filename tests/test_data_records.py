@@ -120,7 +120,7 @@ def test_what_is_too_long_is_cut_and_what_is_unanswered_left_out(write: Write) -
     assert source.counts == {"examples": 2, "records": 4, "cut": 2, "unanswered": 2, "files": 1}
     assert len(source[0]["tokens"]) == 64
     assert source[0]["mask"][-1]  # the answer was cut: no stop token is asked
-    with pytest.raises(UserError, match=r"no record to learn from.*'unanswered': 2"):
+    with pytest.raises(UserError, match=r"no record that could be used \(.*2 unanswered\)"):
         Dialogues([write(long, unanswered)], tokenizer(), 64)
 
 
@@ -224,7 +224,7 @@ def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
             32,
             classes=("no", "yes"),
         )
-    with pytest.raises(UserError, match="no record to learn from"):
+    with pytest.raises(UserError, match=r"no record that could be used \(1 empty\)"):
         Labelled([write()], tokenizer(), 32)
 
 

@@ -16,7 +16,7 @@ from data_room import tokenizer
 from firth.align.annotate import annotate
 from firth.data.batch import collate, pack
 from firth.data.few import Unlabelled, few_of
-from firth.data.labelled import Labelled
+from firth.data.labelled import Labelled, Untold
 from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators, Votes, majority
 from firth.model.lm import LM
@@ -27,6 +27,9 @@ from firth.objectives.objective import Objective
 from firth.objectives.penalty import Penalty
 from firth.objectives.semi_supervised import Consistency, PseudoLabels, question, taught
 from firth.objectives.weak import Weak
+from firth.recipes import labelled as segments
+from firth.recipes.labels import Partly
+from firth.recipes.material import Material, Text
 from firth.text.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
@@ -269,3 +272,28 @@ def test_a_teacher_says_probabilities_of_texts_of_any_length() -> None:
     for i in (0, 7, 19):
         expected = scores(model, known[i]["tokens"]).softmax(-1).numpy()
         np.testing.assert_allclose(known[i]["taught"], expected, atol=1e-5)
+
+
+def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_path: Path) -> None:
+    labelled = records(tmp_path, [{"review": f"text {i}", "label": "ab"[i % 2]} for i in range(60)])
+    more = tmp_path / "more.csv"
+    more.write_text("id,review\n" + "".join(f"{i},another {i}\n" for i in range(30)))
+    material = Material(
+        source=Text(path=tuple(labelled), held_out=0.2), tokenizer=tokenizer(), directory=tmp_path, seed=0, echo=print
+    )
+    segment = Partly(of=segments.Labelled(text="review", length=32), others=(str(more),), unlabelled=2.0)
+    objective = segment.settle(Consistency(), material)
+    assert objective.classes == ("a", "b")
+    cut = segment.cut(material, objective)
+    hidden = [int(cut.train[i]["label"]) == IGNORE for i in range(len(cut.train))]
+    assert sum(hidden) == 30 and cut.train.counts["unlabelled"] == 30
+    assert len(hidden) - 30 + len(cut.valid or ()) == 60
+    _, index = cut.train.order(0, np.arange(300))
+    assert abs(sum(hidden[int(i)] for i in index) - 200) <= 1
+
+    lines = tmp_path / "more.txt"
+    lines.write_text("one\n\n  two \n")
+    plain = Untold([str(lines)], tokenizer(), 32, asked=False)
+    assert [tokenizer().decode(plain[i]["tokens"]).strip() for i in range(len(plain))] == ["one", "two"]
+    with pytest.raises(UserError, match="no field 'review'"):
+        Partly(of=segments.Labelled(text="review"), others=(str(lines),)).cut(material, objective)

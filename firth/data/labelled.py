@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -152,6 +152,19 @@ class Labelled(Texts):
                 return 0
             self._known[name] = len(self._known)
         return self._known[name]
+
+
+class Untold(Labelled):
+    """Texts whose class nobody told: {"tokens", "label": IGNORE}. Plain text has one a line."""
+
+    reader: ClassVar[tables.Reader | None] = staticmethod(tables.lines)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"unlabelled" if name == "examples" else name: n for name, n in super().counts.items()}
+
+    def __getitem__(self, index: int) -> Example:
+        return super().__getitem__(index) | {"label": np.int64(IGNORE)}
 
 
 class Scored(Texts):

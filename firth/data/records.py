@@ -102,7 +102,8 @@ class Records(Source):
         if reading.mismatched:
             self._first["mismatched"] = reading.mismatched_at
         if not self._size:
-            raise UserError(f"{', '.join(paths)}: there is no record to learn from, of {dict(self.counts)}")
+            left = ", ".join(f"{n:,} {name}" for name, n in self._tally.items() if n and name != "files")
+            raise UserError(f"{', '.join(paths)}: there is no record that could be used{f' ({left})' if left else ''}")
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -1,6 +1,7 @@
 """Classifiers from few labels, and from many noisy ones (P15, P16), each beginning from a pretrained encoder.
 
-    firth train semi_supervised start=runs/bert source.path=labelled.jsonl segment.few=100
+    firth train semi_supervised start=runs/bert source=labelled.csv segment.others=[more.txt]     one text a line
+    firth train semi_supervised start=runs/bert source=labelled.csv segment.few=100               a trial: 100 keep theirs
     firth train weak start=runs/bert source.path=labelled.jsonl segment.annotators=5 segment.accuracy=0.7
     firth train weak start=runs/bert source.path=voted.jsonl segment=votes               records {"text", "labels": [...]}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from firth.data import labelled, questions
+from firth.data.source import Source
 from firth.objectives.objective import Known, Objective
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Segment, recorded
@@ -78,6 +79,12 @@ class Labelled(Told):
             paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, classes=classes,
             names=self.columns,
         )  # fmt: skip
+
+    def untold(self, paths: Sequence[str], material: Material) -> Source:
+        """Texts of the same fields that nobody labelled; plain text has one a line."""
+        return labelled.Untold(
+            paths, material.tokenizer, self.length, text=self.text, pair=self.pair, names=self.columns, asked=False
+        )
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """The classes are named and counted by the records, unless the recipe names them."""

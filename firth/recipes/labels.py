@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from firth.align.annotate import annotate
 from firth.data.few import Unlabelled, few_of
@@ -20,37 +20,51 @@ from firth.types import Example, UserError
 
 
 @dataclass(frozen=True)
-class Partly(Segment):
-    """Records of which `few` keep their label, as many of each class; the others are read without it.
+class Around(Segment):
+    """What another segment reads, seen otherwise."""
+
+    of: Segment = Labelled()
+
+    def texts(self, paths: Sequence[str]) -> Iterator[str] | None:
+        return self.of.texts(paths)
+
+    def within(self, context: int) -> Segment:
+        return replace(self, of=self.of.within(context))
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        return self.of.settle(objective, material)
+
+
+@dataclass(frozen=True)
+class Partly(Around):
+    """Records with a label, and beside them texts without: those of the files `others`, which nobody labelled. Without such
+    files it is tried out: `few` records keep their label, as many of each class, and the rest is read as if it had none.
 
     unlabelled: how many texts without a label stand beside one with, in every batch.
     """
 
-    of: Segment = Labelled()
     few: int = 100
     unlabelled: float = 3.0
-
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        return self.of.settle(objective, material)
+    others: tuple[str, ...] = ()
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         whole = self.of.cut(material, objective)
+        if self.others:
+            parts: list[Source] = [whole.train, self.of.untold(self.others, material)]
+            return Cut(Mixture(parts, [1.0, self.unlabelled]), whole.valid)
         known, others = few_of(whole.train, self.few, material.seed)
         if not len(others):
             raise UserError(f"all {self.few} records keep their label and none is left without: lower segment.few")
-        parts: list[Source] = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
+        parts = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
         return Cut(Mixture(parts, [1.0, self.unlabelled]), whole.valid)
 
 
 @dataclass(frozen=True)
-class Taught(Segment):
+class Taught(Around):
     """Partly labelled records, with what a teacher says of each text. teacher: the run of a classifier."""
 
     of: Segment = Partly()
     teacher: str = ""
-
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        return self.of.settle(objective, material)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         model = load_model(needed(self.teacher, "segment.teacher", "the run of a classifier that gives pseudo-labels"))
@@ -65,16 +79,12 @@ class Taught(Segment):
 
 
 @dataclass(frozen=True)
-class Voted(Segment):
+class Voted(Around):
     """Records with one true label each, seen through `annotators` simulated ones who are right with probability
     `accuracy`; held-out records keep the truth."""
 
-    of: Segment = Labelled()
     annotators: int = 5
     accuracy: float = 0.7
-
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        return self.of.settle(objective, material)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         whole = self.of.cut(material, objective)

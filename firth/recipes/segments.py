@@ -79,6 +79,12 @@ class Segment:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
         return objective
 
+    def untold(self, paths: Sequence[str], material: Material) -> Source:
+        """Records with the same fields and no label, for what learns from these too (P15)."""
+        raise UserError(
+            f"texts without a label are read beside records with a class, and {type(self).__name__} has none"
+        )
+
 
 def cut(segment: Segment, material: Material, objective: Objective) -> Cut:
     """What a run learns from and is measured on: a mixture of the paths where the source has weights."""

@@ -161,6 +161,13 @@ def _again_blank(lines: Iterator[str]) -> Iterator[str]:
     yield ""
 
 
+def lines(file: BinaryIO, path: Path, counts: Mends, columns: Sequence[str]) -> Rows:
+    """Plain text with a record a line, {"text": the line}; blank lines are passed over."""
+    for number, line in enumerate(_decoded(file, path, counts), 1):
+        if text := line.strip():
+            yield f"{path}:{number}", {"text": text}
+
+
 def document(file: BinaryIO, path: Path, counts: Mends, columns: Sequence[str]) -> Rows:
     """A JSON file: SQuAD's articles as {"context", "question", "answers": [{"text", "start"}], "id"}, or a list of records.
 
