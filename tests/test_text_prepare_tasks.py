@@ -1,4 +1,4 @@
-"""Choices and graded likeness, out of packages in their own form."""
+"""Choices, graded likeness and translations, out of packages in their own form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from firth.text import prepare_tasks
+from firth.types import UserError
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -40,3 +43,20 @@ def test_lee(tmp_path: Path) -> None:
     assert prepare_tasks.lee(members, tmp_path) == "3 pairs of 3 texts in lee.jsonl"
     assert [row["label"] for row in rows(tmp_path / "lee.jsonl")] == [0.2, 0.3, 0.4]
     assert rows(tmp_path / "lee.jsonl")[2] == {"text": "c", "other": "b", "label": 0.4}
+
+
+def sentences(language: str, *texts: str, label: str = "neutral") -> tuple[str, io.BytesIO]:
+    scores = {name: int(name == label) for name in ("ambivalent", "neutral", "positive")}
+    task = {"examples": [{"input": text, "target_scores": scores} for text in texts]}
+    return f"bench/multiemo/all_sentence_{language}/task.json", io.BytesIO(json.dumps(task).encode())
+
+
+def test_multiemo(tmp_path: Path) -> None:
+    told = prepare_tasks.multiemo([sentences("fr", "Oui. ", "Non."), sentences("en", "Yes.", " ")], tmp_path)
+    assert rows(tmp_path / "multiemo.jsonl") == [{"en": "Yes.", "fr": "Oui.", "label": "neutral"}]
+    assert told == "1 sentences in en, fr in multiemo.jsonl (1 with an empty one left out)"
+
+
+def test_multiemo_whose_languages_do_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sentence 0"):
+        prepare_tasks.multiemo([sentences("fr", "Oui."), sentences("en", "No.", label="positive")], tmp_path)

@@ -68,6 +68,7 @@ WORDNET = Package(
 )  # fmt: skip
 GLOSSES = ("usr/share/wordnet/data.*",)
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
+MULTIEMO = ("en", "es", "fr", "pl")
 CANARY = "part of BIG-Bench: for evaluation and for demonstrations of finetuning, never for pretraining text"
 
 ENTRIES = (
@@ -156,6 +157,11 @@ ENTRIES = (
     Corpus(
         "squad", BIGBENCH, (f"{TASKS}/squad_shifts/*_v1.[01].json",), "Apache-2.0; SQuAD CC BY-SA 4.0",
         "48,000 questions answered by a span: train and test", prepare.squad, "train.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "multiemo", BIGBENCH, tuple(f"{TASKS}/multiemo/all_sentence_{language}/task.json" for language in MULTIEMO),
+        "Apache-2.0", "57,457 sentences of reviews in four languages: en, es, fr, pl, label", prepare_tasks.multiemo,
+        "*.jsonl", note=CANARY + "; Polish, and machine translations of it",
     ),
     Corpus(
         "natural_instructions", BIGBENCH, (f"{TASKS}/natural_instructions/subtask*/task.json",), "Apache-2.0",

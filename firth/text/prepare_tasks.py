@@ -1,16 +1,20 @@
-"""More labelled corpora in the form that firth reads (`firth.text.prepare` has the rest): choices, and graded likeness.
+"""More labelled corpora in the form that firth reads (`firth.text.prepare` has the rest): choices, graded likeness, and
+translations.
 
 quartz, logiqa      {"text", "options": [...], "label": the place of the right one}
 lee                 {"text", "other", "label": how alike people found the two, 0 to 1}
+multiemo            {"en", "es", "fr", "pl": one sentence in each language, "label": what it says of its subject}
 """
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from firth.text.prepare import Members, line, records
+from firth.types import UserError
 
 LETTERS = "ABCD"
 QUARTZ = re.compile(r"(.*?)\s*\n+ *A: (.*?)\n+ *B: (.*?)\s*", re.S)
@@ -70,3 +74,30 @@ def lee(members: Members, out: Path) -> str:
             for j in range(i):
                 file.write(line({"text": text, "other": texts[j], "label": likeness[j][i]}))
     return f"{len(texts) * (len(texts) - 1) // 2} pairs of {len(texts)} texts in lee.jsonl"
+
+
+def multiemo(members: Members, out: Path) -> str:
+    """Sentences of Polish reviews and their machine translations (Kocon 2021): multiemo.jsonl, a field for each language.
+
+    A sentence may stand there twice, in any of the languages: who holds some out must look for it among the others.
+    """
+    told: dict[str, list[tuple[str, str]]] = {}
+    for name, member in members:
+        examples = json.load(member)["examples"]
+        scores = [example["target_scores"] for example in examples]
+        labels = [max(score, key=score.__getitem__) for score in scores]
+        language = PurePosixPath(name).parent.name.rpartition("_")[2]
+        told[language] = [(example["input"].strip(), label) for example, label in zip(examples, labels, strict=True)]
+    kept = lost = 0
+    languages = sorted(told)
+    with (out / "multiemo.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for number, said in enumerate(zip(*(told[language] for language in languages), strict=True)):
+            texts, labels = [text for text, _ in said], {label for _, label in said}
+            if len(labels) > 1:
+                raise UserError(f"sentence {number} of multiemo is not the same in all languages: {', '.join(labels)}")
+            if not all(texts):
+                lost += 1
+                continue
+            kept += 1
+            file.write(line(dict(zip(languages, texts, strict=True)) | {"label": labels.pop()}))
+    return f"{kept} sentences in {', '.join(languages)} in multiemo.jsonl ({lost} with an empty one left out)"
