@@ -11,12 +11,16 @@
     squad                  spans, new domains to SQuAD's dev   exact match and F1 (bigbench)
     quartz, logiqa         two or four options                 accuracy
     lee                    likeness of news, nothing learnt    Pearson's correlation of `embed` with people's
+    translate              English reviews in Spanish          chrF, BLEU, held-out loss (bigbench, translated by machine)
 
 The arms: "scratch" and "own" are four blocks of width 192 with 4,096 subwords of the Brown corpus, "own" after 600 steps of
 `roberta` on it (its raw text holds the sentences of `speech`, without tags); "minilm" starts from MiniLM-L6, "packed" too, with
 its rows packed; "trainer" is transformers' Trainer from MiniLM, as it comes (fp32, dynamic padding), with the same records,
-steps, rows, rate, schedule and decay, and one linear layer on [CLS] behind BERT's pooler. Ours runs in the precision that
-"auto" finds. Seconds are of training alone. At most TESTED records are tested on, the same in every arm.
+steps, rows, rate, schedule and decay, and the head that transformers has for the task (`bench.tasks_peers`). An encoder does
+not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption of the
+sentences to learn from and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
+"auto" finds. Seconds are of training alone; tokens are those that are no padding. At most TESTED records are tested on, the
+same in every arm.
 """
 
 from __future__ import annotations
@@ -24,23 +28,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from bench import tasks_peers, tasks_translate
 from bench.harness import describe, machine
+from bench.tasks_peers import Lesson, Row
 from firth.data.split import place
 from firth.evaluate import metrics
 from firth.evaluate.evaluate import evaluate
 from firth.generate.embed import embed
 from firth.model.weights import load_model
 from firth.recipes.recipe import load
-from firth.recipes.run import run
+from firth.recipes.run import Finished, run
 from firth.text import corpora
 from firth.text.tokenizer import Tokenizer
 
@@ -51,13 +55,25 @@ ARMS = ("scratch", "own", "minilm", "packed", "trainer")
 RATES = {"scratch": 1e-3, "own": 5e-4, "minilm": 1e-4, "packed": 1e-4, "trainer": 1e-4}
 DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 
-Row = dict[str, Any]
+
+def own(_: Path, quick: bool) -> Path:
+    """Our own pretrained encoder, made once."""
+    steps = 4 if quick else 600
+    settings = ["source.corpus=brown", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}", "samples=[]"]
+    return run(load("roberta", settings), RESULTS / "own", say).model
+
+
+def measured(directory: Path, test: Path, done: Finished) -> Row:
+    """What a run of ours scores."""
+    found = evaluate(directory, [str(test)])
+    return found | {"commonest": found.get("commonest_accuracy")}
 
 
 @dataclass(frozen=True)
 class Job:
     """corpus: of the catalogue, and its file. recipe: what is trained. family: what is held out together. settings: of the
-    recipe. steps, rows: of a run. scores: what `evaluate` says that is kept. bytes: of what is to be fetched, roughly."""
+    recipe. steps, rows: of a run. scores: what is kept of all that is measured. kept: which records are asked at all. apart:
+    fields of which no value may stand on both sides. own: makes our pretrained model. measured: scores a run of ours."""
 
     corpus: str
     recipe: str
@@ -66,17 +82,21 @@ class Job:
     rows: int
     settings: tuple[str, ...] = ()
     family: Callable[[int, Row], str] = lambda i, row: str(i)
-    arms: tuple[str, ...] = ("scratch", "own", "minilm")
+    arms: tuple[str, ...] = ("scratch", "own", "minilm", "trainer")
     tested: str = ""
+    kept: Callable[[Row], bool] = lambda row: True
+    apart: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=lambda: RATES)
+    own: Callable[[Path, bool], Path] = own
+    measured: Callable[[Path, Path, Finished], Row] = measured
 
 
-TEXTS = ("scratch", "own", "minilm", "packed", "trainer")
 JOBS = {
-    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=48",), arms=TEXTS),
-    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=64",), arms=TEXTS),
+    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=48",), arms=ARMS),
+    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=64",), arms=ARMS),
     "vitaminc": Job(
         "vitaminc/vitaminc.jsonl", "classify", ("accuracy", "macro_f1"), 120, 24,
-        ("segment.text=evidence", "segment.pair=claim", "segment.length=128"), lambda i, row: row["page"], TEXTS,
+        ("segment.text=evidence", "segment.pair=claim", "segment.length=128"), lambda i, row: row["page"], ARMS,
     ),
     "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 80, 16, ("segment.length=96",)),
     "speech": Job("brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("segment.length=64",), lambda i, row: row["document"]),
@@ -86,6 +106,13 @@ JOBS = {
     ),
     "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("segment.length=96",)),
     "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 60, 4, ("segment.length=192",)),
+    "translate": Job(
+        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 300, 48,
+        (f"segment.length={tasks_translate.LENGTH}", f"segment.answer={tasks_translate.LENGTH}", "segment.prompt='{en}'",
+         "segment.answer_is='{es}'"), lambda i, row: row["en"], ("scratch", "own", "trainer"),
+        kept=tasks_translate.short, apart=tasks_translate.LANGUAGES, rates={"scratch": 2e-3, "own": 2e-3, "trainer": 2e-3},
+        own=lambda train, quick: tasks_translate.pretrained(RESULTS, train, quick), measured=tasks_translate.measured,
+    ),
 }  # fmt: skip
 
 
@@ -95,14 +122,35 @@ def halves(name: str, job: Job, quick: bool) -> tuple[Path, Path]:
     parts = folder / "train.jsonl", folder / "test.jsonl"
     if not all(path.exists() for path in parts):
         folder.mkdir(parents=True, exist_ok=True)
-        rows = list(read(job.corpus))
-        apart = [place(job.family(i, row)) < 0.1 for i, row in enumerate(rows)]
-        test = list(read(job.tested)) if job.tested else [r for r, held in zip(rows, apart, strict=True) if held]
-        train = rows if job.tested else [r for r, held in zip(rows, apart, strict=True) if not held]
+        train, test = divided(list(read(job.corpus)), job)
+        test = list(read(job.tested)) if job.tested else test
+        train = train[:3000] if quick else train
         picks = np.unique(np.linspace(0, len(test) - 1, 50 if quick else TESTED).round().astype(int))
         for path, some in zip(parts, (train, [test[i] for i in picks]), strict=True):
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), "utf-8")
     return parts
+
+
+def divided(rows: list[Row], job: Job) -> tuple[list[Row], list[Row]]:
+    """What may be learnt from, and a tenth of the families held out; all is learnt from if the test is another file.
+
+    >>> job = Job("", "", (), 0, 0, family=lambda i, row: row["en"], apart=("en", "es"))
+    >>> rows = [{"en": word, "es": "Casa. " if i < 40 else word} for i, word in enumerate(map(str, range(80)))]
+    >>> train, test = divided(rows, job)
+    >>> {row["es"] for row in train} & {row["es"] for row in test}, len(train) < 40 < len(train) + len(test)
+    (set(), True)
+    """
+    rows = [row for row in rows if job.kept(row)]
+    held = [not job.tested and place(job.family(i, row)) < 0.1 for i, row in enumerate(rows)]
+    test = [row for row, apart in zip(rows, held, strict=True) if apart]
+    asked = {name: {bare(row[name]) for row in test} for name in job.apart}
+    train = [row for row, apart in zip(rows, held, strict=True) if not apart]
+    return [row for row in train if not any(bare(row[name]) in asked[name] for name in job.apart)], test
+
+
+def bare(text: str) -> str:
+    """A sentence without case and runs of blanks."""
+    return " ".join(text.casefold().split())
 
 
 def read(name: str) -> Iterator[Row]:
@@ -116,22 +164,32 @@ def say(_: str) -> None:
     """What a run tells on its way, which nobody waits for here."""
 
 
-def own(quick: bool) -> Path:
-    """Our own pretrained encoder, made once."""
-    steps = 4 if quick else 600
-    settings = ["source.corpus=brown", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}", "samples=[]"]
-    return run(load("roberta", settings), RESULTS / "own", say).model
+NAMED: Mapping[str, Callable[[Row], list[str]]] = {
+    "classify": lambda row: [str(row["label"])], "tag": lambda row: row["tags"],
+}  # fmt: skip
+
+
+def classes(job: Job, parts: tuple[Path, Path]) -> tuple[str, ...]:
+    """The names of labels or tags; those of both parts, for a tag of Brown's may be so rare that nobody can learn it."""
+    if job.recipe not in NAMED:
+        return ()
+    rows = (json.loads(line) for path in parts for line in path.open(encoding="utf-8"))
+    return tuple(sorted({name for row in rows for name in NAMED[job.recipe](row)}))
 
 
 def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
     """One run of a recipe, and its score on the test."""
     train, test = halves(name, job, quick)
-    start = str(corpora.fetch("minilm", say)) if arm in ("minilm", "packed") else str(own(quick))
+    start = str(corpora.fetch("minilm", say) if arm in ("minilm", "packed") else job.own(train, quick))
     settings = [
         *job.settings, f"source={train}", "source.held_out=0", f"batch.rows={job.rows}", f"seed={seed}",
-        f"length.steps={4 if quick else job.steps}", f"optimizer.rate={RATES[arm]}", f"optimizer.weight_decay={DECAY}",
+        f"length.steps={4 if quick else job.steps}", f"optimizer.rate={job.rates[arm]}", f"optimizer.weight_decay={DECAY}",
         f"optimizer.beta2={BETA2}", f"schedule.warmup={WARMUP}", "checks.save=0",
     ]  # fmt: skip
+    if job.recipe == "tag":
+        settings.append(f"objective.classes={json.dumps(classes(job, (train, test)))}")
+    if "loss" in job.scores:
+        settings += [f"source.valid=[{test}]", "checks.every=0", f"checks.examples={TESTED}"]
     if arm == "scratch":  # the shape and the tokenizer of our own, and none of its weights
         shape = json.loads((Path(start) / "firth.json").read_text("utf-8"))["shape"]
         settings += [f"tokenizer.path={start}", f"shape={json.dumps(shape)}"]
@@ -141,66 +199,26 @@ def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
         settings.append(f"batch.pack={max(128, int(job.settings[-1].split('=')[1]))}")
     place_ = RESULTS / "runs" / f"{name}-{arm}-{seed}"
     done = run(load(job.recipe, settings), place_, say)
-    found = evaluate(place_, [str(test)])
+    found = job.measured(place_, test, done)
     return {score: found[score] for score in job.scores} | {
-        "seconds": done.seconds, "tokens": done.tokens, "tested": found["items"],
-        "commonest": found.get("commonest_accuracy"),
+        "seconds": done.seconds, "tokens": done.tokens, "tested": found["items"], "commonest": found.get("commonest"),
     }  # fmt: skip
 
 
 def trainer(name: str, job: Job, seed: int, quick: bool) -> Row:
     """transformers' Trainer on the same records."""
-    import transformers
-    from torch.utils.data import Dataset
-
-    class Records(Dataset):  # type: ignore[type-arg]
-        def __init__(self, rows: Sequence[Row]) -> None:
-            self.rows = rows
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, index: int) -> Row:
-            return self.rows[index]
-
-    told = dict(setting.removeprefix("segment.").split("=") for setting in job.settings)
-    where = str(corpora.fetch("minilm", say))
-    coder = transformers.AutoTokenizer.from_pretrained(where)
-    halves_ = [[json.loads(line) for line in path.open(encoding="utf-8")] for path in halves(name, job, quick)]
-    classes = sorted({str(row["label"]) for row in halves_[0]})
-
-    def encoded(rows: Sequence[Row]) -> Records:
-        texts = [[row[told.get("text", "text")] for row in rows]]
-        texts += [[row[told["pair"]] for row in rows]] if "pair" in told else []
-        found = coder(*texts, truncation=True, max_length=int(told["length"]))
-        labels = [classes.index(str(row["label"])) for row in rows]
-        return Records([
-            {key: found[key][i] for key in found} | {"labels": label} for i, label in enumerate(labels)
-        ])  # fmt: skip
-
-    train, test = (encoded(rows) for rows in halves_)
-    transformers.set_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(where, num_labels=len(classes))
-    steps = 4 if quick else job.steps
-    arguments = transformers.TrainingArguments(
-        output_dir=str(RESULTS / "trainer"), max_steps=steps, per_device_train_batch_size=job.rows, seed=seed,
-        learning_rate=RATES["trainer"], weight_decay=DECAY, adam_beta2=BETA2, warmup_steps=int(WARMUP * steps),
-        lr_scheduler_type="linear", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    train, test = halves(name, job, quick)
+    lesson = Lesson(
+        train, test, load(job.recipe, list(job.settings)).segment, classes(job, (train, test)),
+        steps=4 if quick else job.steps, rows=job.rows, rate=job.rates["trainer"], seed=seed, decay=DECAY, beta2=BETA2,
+        warmup=WARMUP,
     )  # fmt: skip
-    collator = transformers.DataCollatorWithPadding(coder)
-    loop = transformers.Trainer(model=model, args=arguments, train_dataset=train, data_collator=collator)
-    began = time.perf_counter()
-    loop.train()
-    seconds = time.perf_counter() - began
-    scores = loop.predict(test)  # type: ignore[arg-type]
-    right, said = scores.label_ids, scores.predictions.argmax(-1)
-    found = {"accuracy": metrics.accuracy(right, said), "macro_f1": metrics.macro_f1(right, said)}
-    read_ = float(np.mean([len(row["input_ids"]) for row in train.rows])) * job.rows * steps
-    return {score: found[score] for score in job.scores} | {
-        "seconds": seconds,
-        "tokens": round(read_),
-        "tested": len(test),
-    }
+    out = str(RESULTS / "trainer")
+    if job.recipe == "text_to_text":
+        found = tasks_translate.taught(lesson, str(job.own(train, quick)), out)
+    else:
+        found = tasks_peers.taught(job.recipe, lesson, str(corpora.fetch("minilm", say)), out)
+    return {score: found[score] for score in (*job.scores, "seconds", "tokens", "tested")}
 
 
 def lee(quick: bool) -> dict[str, float]:
@@ -209,7 +227,7 @@ def lee(quick: bool) -> dict[str, float]:
     texts = sorted({text for row in rows for text in (row["text"], row["other"])})
     at = {text: i for i, text in enumerate(texts)}
     out = {}
-    for arm, start in (("own", own(quick)), ("minilm", corpora.fetch("minilm", say))):
+    for arm, start in (("own", own(Path(), quick)), ("minilm", corpora.fetch("minilm", say))):
         found, _ = embed(load_model(start), Tokenizer.load(start), texts, length=256)
         said = [float(found[at[row["text"]]] @ found[at[row["other"]]]) for row in rows]
         out[arm] = metrics.pearson([row["label"] for row in rows], said)

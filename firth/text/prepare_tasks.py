@@ -92,12 +92,12 @@ def multiemo(members: Members, out: Path) -> str:
     languages = sorted(told)
     with (out / "multiemo.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for number, said in enumerate(zip(*(told[language] for language in languages), strict=True)):
-            texts, labels = [text for text, _ in said], {label for _, label in said}
-            if len(labels) > 1:
-                raise UserError(f"sentence {number} of multiemo is not the same in all languages: {', '.join(labels)}")
+            texts, meant = [text for text, _ in said], {label for _, label in said}
+            if len(meant) > 1:
+                raise UserError(f"sentence {number} of multiemo is not the same in all languages: {', '.join(sorted(meant))}")
             if not all(texts):
                 lost += 1
                 continue
             kept += 1
-            file.write(line(dict(zip(languages, texts, strict=True)) | {"label": labels.pop()}))
+            file.write(line(dict(zip(languages, texts, strict=True)) | {"label": meant.pop()}))
     return f"{kept} sentences in {', '.join(languages)} in multiemo.jsonl ({lost} with an empty one left out)"

@@ -68,14 +68,19 @@ def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Questi
 
 def read(subject: Subject, items: Questions, progress: Progress) -> Iterator[dict[str, Any]]:
     """The answer to each question: its text (empty: there is none), its place and how probable it is."""
-    assert items.asked_of is not None
     at: Literal["first", "last"] = "last" if where(subject) == "last" else "first"
     may_lack = subject.objective.get("unanswerable")
     may_lack = items.unanswerable > 0 if may_lack is None else may_lack
     found = readings(subject.model, Spans(at=at), "span", examples(items, progress), subject.vocab)
-    spans = (
-        best(scores, items.offsets(i), len(scores) - 1 if at == "last" else 0) for i, (_, scores) in enumerate(found)
-    )
+    return by_question(items, (scores for _, scores in found), may_lack, at)
+
+
+def by_question(
+    items: Questions, found: Iterator[np.ndarray], may_lack: bool, at: Literal["first", "last"] = "first"
+) -> Iterator[dict[str, Any]]:
+    """`read`, of anybody's scores: of each window one (T, 2)."""
+    assert items.asked_of is not None
+    spans = (best(scores, items.offsets(i), len(scores) - 1 if at == "last" else 0) for i, scores in enumerate(found))
     for number, windows in groupby(zip(items.owners.tolist(), spans, strict=True), lambda pair: pair[0]):
         some = [span for _, span in windows]
         top = max(some, key=lambda span: span.score)
@@ -87,8 +92,13 @@ def read(subject: Subject, items: Questions, progress: Progress) -> Iterator[dic
 
 def answer(subject: Subject, items: Questions, progress: Progress) -> Answers:
     """Exact match and F1 of each question."""
+    return compared(items, read(subject, items, progress))
+
+
+def compared(items: Questions, told: Iterator[dict[str, Any]]) -> Answers:
+    """`answer`, of what was told of each question."""
     assert items.asked_of is not None
-    said = [told["answer"] for told in read(subject, items, progress)]
+    said = [one["answer"] for one in told]
     pairs = [metrics.squad(question.right, text) for question, text in zip(items.asked_of, said, strict=True)]
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 

@@ -34,26 +34,35 @@ def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Tagged
 
 def read(subject: Subject, items: Tagged, progress: Progress) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """(right, said, how sure) of every sentence of the files, word by word."""
-    assert items.written is not None
     shape = subject.model.shape
     objective = Tagging(classes=items.classes, left="both" not in shape.honours)
     found = readings(subject.model, objective, "tags", examples(items, progress), subject.vocab)
+    yield from by_word(items, (scores for _, scores in found))
+    next(found, None)  # the model is left in the mode it was in
+
+
+def by_word(items: Tagged, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
+    """`read`, of anybody's scores: of each example one (words asked, tags)."""
+    assert items.written is not None
     owners, at = items.owners.tolist(), 0
     for number, (words, tags) in enumerate(items.written):
         said, sure = [NONE] * len(words), [0.0] * len(words)
         if at < len(owners) and owners[at] == number:
-            _, scores = next(found)
-            shares = softmax(scores)
+            shares = softmax(next(found))
             for word, best, share in zip(items.words(at), shares.argmax(-1), shares.max(-1), strict=True):
                 said[word], sure[word] = items.classes[best], round(float(share), 6)
             at += 1
         yield begun(tags) if marked(tags) else tags, said, sure
-    next(found, None)  # the model is left in the mode it was in
 
 
 def answer(subject: Subject, items: Tagged, progress: Progress) -> Answers:
     """Of each sentence: words, words right, names there, names said, names right."""
-    found = [(right, said) for right, said, _ in read(subject, items, progress)]
+    return counted(items, read(subject, items, progress))
+
+
+def counted(items: Tagged, told: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
+    """`answer`, of what was told of each sentence."""
+    found = [(right, said) for right, said, _ in told]
     words = [len(right) for right, _ in found]
     well = [sum(a == b for a, b in zip(right, said, strict=True)) for right, said in found]
     if not marked(items.classes):

@@ -1,0 +1,133 @@
+"""The task `translate` of `bench.learn_tasks`: English to Spanish, by an encoder-decoder from nothing, from our own span
+corruption of the task's sentences, and by transformers' T5 of the same shape from nothing.
+
+    pretrained(Path("runs/learn_tasks"), train, quick=False)     where our own model is, made once
+    measured(run, test, finished)                                {"chrf": 21.3, "bleu": 2.8, "loss": 3.91, "items": 1000}
+    taught(lesson, coder, out)                                   the peer's, with "seconds" and "tokens"
+
+All arms have one tokenizer (4,096 pieces of the sentences to learn from, of both languages) and one shape: T5's, gated, two
+blocks on each side, embedding and head tied and scaled as in T5 1.0, which is what transformers 5 makes of a T5 from nothing.
+Answers are greedy, of at most LENGTH tokens; BLEU and chrF are sacrebleu's through `firth.evaluate`; loss is nats per target
+token. Span corruption reads each sentence by itself, never a pair, and none that is tested on: it is the first half of
+finetuning on this task (Gururangan 2020), not a corpus, for BIG-Bench asks that its texts be kept out of those.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from bench.tasks_peers import Lesson, Row, Rows, trained
+from firth.data.records import Prompted
+from firth.evaluate import overlap
+from firth.evaluate.task import open_subject
+from firth.evaluate.tasks import answers
+from firth.model.families import t5
+from firth.model.shape import Shape, encoder_decoder
+from firth.recipes.recipe import load
+from firth.recipes.run import Finished, run
+from firth.recipes.tree import plain
+from firth.text.tokenizer import Tokenizer
+from firth.types import IGNORE, Example
+
+LANGUAGES = ("en", "es")
+LENGTH, WIDTH, VOCAB = 64, 192, 4096
+LETTERS = 160
+"""Pairs of which one is longer are left out, so that none is cut."""
+AT_ONCE = 50
+
+
+def short(row: Row) -> bool:
+    """Whether a pair can be learnt from and asked whole."""
+    return all(len(row[language]) <= LETTERS for language in LANGUAGES)
+
+
+def shape(vocab: int) -> Shape:
+    """Both sides' shape."""
+    return replace(encoder_decoder(vocab, WIDTH, 2, context=2 * LENGTH), tied=True, head_scale=WIDTH**-0.5)
+
+
+def pretrained(results: Path, train: Path, quick: bool) -> Path:
+    """Our own encoder-decoder after span corruption of the sentences to learn from."""
+    text = train.with_name("sentences.jsonl")
+    if not text.exists():
+        rows = [json.loads(line) for line in train.open(encoding="utf-8")]
+        told = (json.dumps({"text": row[language]}, ensure_ascii=False) for row in rows for language in LANGUAGES)
+        text.write_text("\n".join(told) + "\n", "utf-8")
+    steps = 4 if quick else 600
+    settings = [
+        f"source={text}", "source.held_out=0", f"tokenizer.size={VOCAB}", f"shape={json.dumps(plain(shape(VOCAB)))}",
+        f"segment.length={LENGTH}", "batch.rows=64", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}",
+        "samples=[]",
+    ]  # fmt: skip
+    return run(load("t5", settings), results / "own-translate", lambda _: None).model
+
+
+def measured(directory: Path, test: Path, done: Finished) -> Row:
+    """What a run of ours scores."""
+    subject = open_subject(directory)
+    items = answers.source(subject, [str(test)])
+    right, said = answers.answer(subject, items, lambda _: None, LENGTH)
+    return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
+
+
+def scored(right: Sequence[str], said: Sequence[str]) -> Row:
+    """BLEU and chrF of texts."""
+    return {"chrf": overlap.chrf(right, said), "bleu": overlap.bleu(*overlap.bleu_counts(right, said))}
+
+
+def taught(lesson: Lesson, coder: str, out: str) -> Row:
+    """transformers' T5 from nothing, trained by its Trainer on the same pairs."""
+    tokenizer = Tokenizer.load(coder)
+    vocab = tokenizer.vocab
+    learnt, asked = (pairs(path, tokenizer, lesson) for path in (lesson.train, lesson.test))
+    config = {key: value for key, value in t5.config(shape(vocab.size)).items() if key != "firth_tied"}
+    special = {"pad_token_id": vocab.pad, "eos_token_id": vocab.eos, "decoder_start_token_id": vocab.start}
+    transformers.set_seed(lesson.seed)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config | special))
+    assert sum(p.numel() for p in model.parameters()) == shape(vocab.size).parameters()
+    padding = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.engine, pad_token=tokenizer.token(vocab.pad), eos_token=tokenizer.token(vocab.eos)
+    )
+    collator = transformers.DataCollatorForSeq2Seq(padding, model=model)
+    _, told = trained(model, learnt, collator, lesson, out, writes=True)
+    right = [tokenizer.decode(asked[i]["labels"]) for i in range(len(asked))]
+    said, nats, tokens = [], 0.0, 0
+    model.eval()
+    for first in range(0, len(asked), AT_ONCE):
+        batch = collator([asked[i] for i in range(first, min(first + AT_ONCE, len(asked)))])
+        source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            found = model(**source, labels=batch["labels"])
+            written = model.generate(**source, max_new_tokens=LENGTH, do_sample=False, num_beams=1)
+        count = int((batch["labels"] != IGNORE).sum())
+        nats, tokens = nats + float(found.loss) * count, tokens + count
+        said += [tokenizer.decode(until(row, vocab.eos)).strip() for row in written[:, 1:].tolist()]
+    return scored(right, said) | {"loss": nats / tokens} | told | {"tested": len(asked)}
+
+
+def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
+    """The records as both sides read them."""
+    how = lesson.segment
+    found = Prompted([str(path)], tokenizer, how.length, answer=how.answer, forms=(how.prompt, how.answer_is))
+    return Rows(found, pair)
+
+
+def pair(example: Example) -> Row:
+    """A sentence and its translation, both ended by the stop token."""
+    source, target = example["source"].tolist(), example["target"].tolist()
+    return {"input_ids": source, "attention_mask": [1] * len(source), "labels": target}
+
+
+def until(tokens: list[int], stop: int) -> list[int]:
+    """What stands before the first stop token.
+
+    >>> until([5, 6, 1, 0, 0], 1)
+    [5, 6]
+    """
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
