@@ -1,6 +1,6 @@
 """Real tasks from nothing, from our own pretraining and from MiniLM, beside transformers' Trainer on the same examples.
 
-    python -m bench.learn_tasks --run                      # every arm, three seeds; resumable: about an hour on one thread
+    python -m bench.learn_tasks --run                      # every arm, three seeds; resumable: over three hours on one thread
     python -m bench.learn_tasks --run --only sarcasm ner   # some tasks; --limit 3 stops after three new runs
     python -m bench.learn_tasks --table                    # markdown for docs/results.md
     python -m bench.learn_tasks --run --quick              # a check: one seed, four steps
@@ -107,7 +107,7 @@ JOBS = {
     "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("segment.length=96",)),
     "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 60, 4, ("segment.length=192",)),
     "translate": Job(
-        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 300, 48,
+        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 600, 48,
         (f"segment.length={tasks_translate.LENGTH}", f"segment.answer={tasks_translate.LENGTH}", "segment.prompt='{en}'",
          "segment.answer_is='{es}'"), lambda i, row: row["en"], ("scratch", "own", "trainer"),
         kept=tasks_translate.short, apart=tasks_translate.LANGUAGES, rates={"scratch": 2e-3, "own": 2e-3, "trainer": 2e-3},

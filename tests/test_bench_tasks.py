@@ -164,3 +164,10 @@ def test_no_sentence_that_is_tested_on_is_learnt() -> None:
     for language in tasks_translate.LANGUAGES:
         assert not {row[language] for row in train} & {row[language] for row in test}
     assert train and test and max(len(row["es"]) for row in [*train, *test]) < 200
+
+
+def test_tags_that_only_the_test_has_are_named_too(tmp_path: Path) -> None:
+    parts = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for path, tags in zip(parts, (["nn", "at"], ["fw-dts", "nn"]), strict=True):
+        path.write_text(json.dumps({"tokens": ["a", "b"], "tags": tags}) + "\n")
+    assert classes(JOBS["speech"], parts) == ("at", "fw-dts", "nn")
