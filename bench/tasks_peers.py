@@ -1,7 +1,7 @@
 """transformers' Trainer on the tasks of `bench.learn_tasks`: the arm "trainer", one entry of PEERS for each recipe.
 
     lesson = Lesson(train, test, load("tag", settings).segment, classes, steps=80, rows=16, rate=1e-4, seed=0)
-    taught("tag", lesson, "runs/trainer")       {"f1": 0.81, "accuracy": 0.97, ..., "seconds": 41.2, "tokens": 61204}
+    taught("tag", lesson, "runs/trainer")       {"f1", "accuracy", ..., "seconds", "tokens", "tested"}: a number each
 
 The records are read by our own readers with MiniLM's tokenizer (whose ids are transformers' own: tests/test_text_foreign), so
 both sides see the same rows: words' first pieces, windows of a passage, [CLS] text [SEP] option [SEP]. A row is what it is in
