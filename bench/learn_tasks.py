@@ -17,8 +17,8 @@ The arms: "scratch" and "own" are four blocks of width 192 with 4,096 subwords o
 `roberta` on it (its raw text holds the sentences of `speech`, without tags); "minilm" starts from MiniLM-L6, "packed" too, with
 its rows packed; "trainer" is transformers' Trainer from MiniLM, as it comes (fp32, dynamic padding), with the same records,
 steps, rows, rate, schedule and decay, and the head that transformers has for the task (`bench.tasks_peers`). An encoder does
-not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption of the
-sentences to learn from and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
+not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption of
+the Brown corpus and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
 "auto" finds. Seconds are of training alone; tokens are those that are no padding. At most TESTED records are tested on, the
 same in every arm.
 """
@@ -58,7 +58,9 @@ DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 
 def own(_: Path, quick: bool) -> Path:
     """Our own pretrained encoder, made once."""
-    steps = 4 if quick else 1600  # after 600, with 15% hidden, it knows how frequent words are and is worth less than nothing
+    steps = (
+        4 if quick else 1600
+    )  # after 600, with 15% hidden, it knows how frequent words are and is worth less than nothing
     settings = [
         "source.corpus=brown", f"length.steps={steps}", "objective.rate=0.3", "checks.every=0", f"checks.save={steps}",
         "samples=[]",

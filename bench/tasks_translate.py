@@ -1,5 +1,5 @@
 """The task `translate` of `bench.learn_tasks`: English to Spanish, by an encoder-decoder from nothing, from our own span
-corruption of the task's sentences, and by transformers' T5 of the same shape from nothing.
+corruption of English text, and by transformers' T5 of the same shape from nothing.
 
     pretrained(Path("runs/learn_tasks"), train, quick=False)     where our own model is, made once
     measured(run, test, finished)                                {"chrf", "bleu", "loss", "items"}: a number each
@@ -8,8 +8,8 @@ corruption of the task's sentences, and by transformers' T5 of the same shape fr
 All arms have one tokenizer (4,096 pieces of the sentences to learn from, of both languages) and one shape: T5 1.1's
 with two blocks on each side and a head of its own that begins at zero, else what each makes of a model from nothing.
 Answers are greedy, of at most LENGTH tokens; BLEU and chrF are sacrebleu's through `firth.evaluate`; loss is nats per target
-token. Span corruption reads each sentence by itself, never a pair, and none that is tested on: it is the first half of
-finetuning on this task (Gururangan 2020), not a corpus, for BIG-Bench asks that its texts be kept out of those.
+token. Span corruption reads the
+Brown corpus and none of these sentences, for BIG-Bench asks that its texts be kept out of pretraining.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from firth.evaluate.task import open_subject
 from firth.evaluate.tasks import answers
 from firth.model.families import t5
 from firth.model.shape import Shape, encoder_decoder
+from firth.recipes.material import train_tokenizer
 from firth.recipes.recipe import load
 from firth.recipes.run import Finished, run
 from firth.recipes.tree import plain
@@ -52,15 +53,15 @@ def shape(vocab: int) -> Shape:
 
 
 def pretrained(results: Path, train: Path, quick: bool) -> Path:
-    """Our own encoder-decoder after span corruption of the sentences to learn from."""
-    text = train.with_name("sentences.jsonl")
-    if not text.exists():
+    """Our own encoder-decoder after span corruption of the Brown corpus, in the pieces of the sentences to learn from."""
+    coder = train.with_name("tokenizer")
+    if not (coder / "tokenizer.json").exists():
         rows = [json.loads(line) for line in train.open(encoding="utf-8")]
-        told = (json.dumps({"text": row[language]}, ensure_ascii=False) for row in rows for language in LANGUAGES)
-        text.write_text("\n".join(told) + "\n", "utf-8")
+        texts = (row[language] for row in rows for language in LANGUAGES)
+        train_tokenizer([str(train)], coder, algorithm="unigram", size=VOCAB, texts=texts, echo=lambda _: None)
     steps = 4 if quick else 600
     settings = [
-        f"source={text}", "source.held_out=0", f"tokenizer.size={VOCAB}", f"shape={json.dumps(plain(shape(VOCAB)))}",
+        "source.corpus=brown", f"tokenizer.path={coder}", f"shape={json.dumps(plain(shape(VOCAB)))}",
         f"segment.length={LENGTH}", "batch.rows=64", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}",
         "samples=[]",
     ]  # fmt: skip

@@ -94,7 +94,9 @@ def multiemo(members: Members, out: Path) -> str:
         for number, said in enumerate(zip(*(told[language] for language in languages), strict=True)):
             texts, meant = [text for text, _ in said], {label for _, label in said}
             if len(meant) > 1:
-                raise UserError(f"sentence {number} of multiemo is not the same in all languages: {', '.join(sorted(meant))}")
+                raise UserError(
+                    f"sentence {number} of multiemo is not the same in all languages: {', '.join(sorted(meant))}"
+                )
             if not all(texts):
                 lost += 1
                 continue
