@@ -191,9 +191,16 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
 
 
 def firth_run(
-    turn: Turn, optimizer: Literal["muon", "adamw"], units: Callable[[int], float], made: tuple[Any, Any, Any]
+    turn: Turn,
+    optimizer: Literal["muon", "adamw"],
+    units: Callable[[int], float],
+    made: tuple[Any, Any, Any],
+    share: int = SHARE,
 ) -> None:
-    """firth's own loop with its progress, log and counting; its share ends where a user's evaluation would be."""
+    """firth's own loop with its progress, log and counting; its share ends where a user's evaluation would be.
+
+    share: steps in a turn. units: of the turn that ends with a step.
+    """
     from firth.train.log import Silence
     from firth.train.loop import Plan, train
     from firth.train.optimizer import Optimizer
@@ -208,7 +215,7 @@ def firth_run(
         train(
             model, objective, batches, Path(directory), length=Length(steps=1_000_000), told=Silence(),
             optimizer=Optimizer(name=optimizer), schedule=Schedule("constant", warmup=0), evaluate=evaluate,
-            plan=Plan(evaluate_every=SHARE, save_every=0),
+            plan=Plan(evaluate_every=share, save_every=0),
         )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class Report:
 
     unit: str
     peer: str
+    shared: bool = False
     rounds: list[dict[str, Sample]] = field(default_factory=list)
     thrown_away: int = 0
     peak_mb: dict[str, float] = field(default_factory=dict)
@@ -96,6 +97,8 @@ class Report:
                 f"| {'' if name == ours else f'**{middle:.2f}x** ({low:.2f} to {high:.2f})'} |"
             )
         kept = f"{len(self.rounds)} clean rounds, {self.thrown_away} dirty samples thrown away."
+        if self.shared:
+            kept = f"{len(self.rounds)} rounds on a machine that others used too: seconds are each process's own CPU seconds."
         return "\n".join([*lines, "", kept, describe(self.machine)])
 
     def save(self, path: Path) -> None:
@@ -111,13 +114,16 @@ def compare(
     unit: str = "tokens",
     warmup: int = 1,
     patience: int = 4,
+    shared: bool = False,
 ) -> Report:
     """Let the contenders work in turns until `rounds` clean rounds are in, or rounds * patience have been tried.
 
     contenders: top-level functions (each is started in a fresh process). warmup: shares done by each before any is
-    timed. The order within a round moves by one each round, so that none always follows the same other.
+    timed. The order within a round moves by one each round, so that none always follows the same other. shared: the machine
+    has other work: no sample is dirty, and each is timed by the CPU seconds of its own process. That is fair to programs
+    of one thread each; who waits for others does not count it.
     """
-    report = Report(unit=unit, peer=peer)
+    report = Report(unit=unit, peer=peer, shared=shared)
     workers = {name: Worker(name, contender) for name, contender in contenders.items()}
     try:
         for worker in workers.values():
@@ -127,7 +133,7 @@ def compare(
         names = list(workers)
         for tried in range(rounds * patience):
             order = names[tried % len(names) :] + names[: tried % len(names)]
-            samples = {name: workers[name].share() for name in order}
+            samples = {name: workers[name].share(shared) for name in order}
             dirty = sum(s.dirty for s in samples.values())
             report.thrown_away += dirty
             if not dirty:
@@ -156,8 +162,8 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def share(self) -> Sample:
-        """One turn: wakes the contender, waits until its share is done."""
+    def share(self, shared: bool = False) -> Sample:
+        """One turn: wakes the contender, waits until its share is done. shared: as of `compare`."""
         before = busy()
         try:
             self.line.send("go")
@@ -165,6 +171,8 @@ class Worker:
         except (EOFError, BrokenPipeError):
             raise RuntimeError(f"the contender {self.name!r} ended before its turn was over (see above)") from None
         after = busy()
+        if shared:
+            return Sample(units, own, None)
         return Sample(units, seconds, others(before, after, own, seconds))
 
     def stop(self) -> float:
@@ -238,6 +246,7 @@ def arguments(about: str | None, names: Iterable[str]) -> argparse.ArgumentParse
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", choices=list(names), help="a subset of the contenders")
     parser.add_argument("--save", type=Path, help="write every sample as JSON")
+    parser.add_argument("--shared", action="store_true", help="others use this machine: time by CPU seconds, one thread each")
     parser.add_argument("--check", action="store_true", help="assert what makes it fair; no timing")
     return parser
 
@@ -245,7 +254,7 @@ def arguments(about: str | None, names: Iterable[str]) -> argparse.ArgumentParse
 def command(given: argparse.Namespace, everyone: Mapping[str, Contender], unit: str = "tokens") -> None:
     """Compare what was asked for and print the table; ratios are of the contender named last, which is firth."""
     chosen = {name: everyone[name] for name in (given.only or everyone)}
-    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)), unit=unit)
+    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)), unit=unit, shared=given.shared)
     if given.save:
         report.save(given.save)
     print(report.table(list(chosen)[-1]))

@@ -170,7 +170,7 @@ def firth_masked(turn: Turn, bert: bool = False) -> None:
         positions = np.arange((step - SHARE) * ROWS, step * ROWS)
         return int(lengths[batches.source.order(batches.seed, positions)[1]].sum())
 
-    firth_run(turn, "muon", useful, (model, objective, batches))
+    firth_run(turn, "muon", useful, (model, objective, batches), SHARE)
 
 
 def firth_bert(turn: Turn) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from firth.data.layout import PADDING
-from firth.data.order import Draws
+from firth.data.order import Draws, deal
 from firth.data.place import Places, first_fit
 from firth.data.source import Source
 from firth.text.vocab import Vocab
@@ -50,6 +50,9 @@ class Batches:
     Example k of step s is number s * rows + k of the run; ranks, and the `accumulate` micro-batches within them, take
     contiguous shares of the `rows`. So the same run on two ranks, or cut into other micro-batches, reads the same
     examples with the same random draws. pack: 0 pads each micro-batch; n packs it into rows of at most n tokens.
+    sort: the examples of so many steps are sorted by length and dealt to these steps (`firth.data.order.deal`), so that
+    the rows of a step are about as long and little of them is padding; 0 leaves them as they are drawn. An example is met
+    at most so many steps sooner or later than it would have been, once in every epoch all the same.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Batches:
         seed: int,
         accumulate: int = 1,
         pack: int = 0,
+        sort: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -69,6 +73,11 @@ class Batches:
             raise UserError(f"there is nothing to train on: {dict(source.counts)}")
         if rows < accumulate * world:
             raise UserError(f"{rows} rows a step cannot be shared by {world} ranks of {accumulate} micro-batches each")
+        sizes = source.sizes
+        if sort and sizes is None:
+            raise UserError("the lengths of these examples are not known before they are read: set batch.sort=0")
+        self.sizes, self.sort = sizes, sort
+        self._dealt = (-1, np.zeros((0, 0), np.int64))
         self.source, self.objective, self.vocab = source, objective, vocab
         self.rows, self.seed, self.accumulate, self.pack = rows, seed, accumulate, pack
         self.rank, self.world = rank, world
@@ -84,8 +93,18 @@ class Batches:
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Examples start..stop of a step as one batch."""
-        positions = np.arange(start, stop) + step * self.rows
-        return self._assemble(*self.source.order(self.seed, positions))
+        return self._assemble(*self.source.order(self.seed, self.positions(step)[start:stop]))
+
+    def positions(self, step: int) -> np.ndarray:
+        """Which examples of the run a step reads, by their position in it: (rows,)."""
+        if not self.sort or self.sizes is None:
+            return np.arange(self.rows) + step * self.rows
+        number, within = divmod(step, self.sort)
+        if number != self._dealt[0]:
+            span = np.arange(self.sort * self.rows) + number * self.sort * self.rows
+            sizes = self.sizes[self.source.order(self.seed, span)[1]]
+            self._dealt = number, span[deal(sizes, self.sort, self.seed, number)]
+        return self._dealt[1][within]
 
     def once(self) -> Iterator[Batch]:
         """Every example of the source once, in the source's own order, `rows` at a time: what an evaluation reads.

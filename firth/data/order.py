@@ -34,6 +34,19 @@ def order(n: int, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndar
     return epoch, index.astype(np.int64)
 
 
+def deal(sizes: np.ndarray, steps: int, seed: int, number: int) -> np.ndarray:
+    """Examples of like size to each of `steps` steps: places of `sizes` (steps * rows,), as (steps, rows).
+
+    They are sorted by size and cut into steps, and the steps come in a drawn order: short ones are not learnt before long
+    ones. number: how many such windows of steps the run has dealt before.
+
+    >>> deal(np.array([9, 2, 8, 3]), steps=2, seed=0, number=0).tolist()
+    [[2, 0], [1, 3]]
+    """
+    sorted_ = np.argsort(sizes, kind="stable").reshape(steps, -1)
+    return sorted_[order(steps, seed, number * steps + np.arange(steps))[1]]
+
+
 def _encrypt(x: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
     """A permutation of 0..2**bits - 1 for each key: two unequal halves take turns at being scrambled by the other."""
     low_bits = bits // 2

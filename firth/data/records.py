@@ -68,6 +68,11 @@ class Column:
         """All arrays as one."""
         return self._values
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of each array: (n,)."""
+        return np.diff(self._ends)
+
     def __getitem__(self, index: int) -> np.ndarray:
         return self._values[self._ends[index] : self._ends[index + 1]]
 
@@ -113,6 +118,11 @@ class Records(Source):
     def remarks(self) -> Sequence[str]:
         said = {**REMARKS, "cut": f"were longer than {self.length} tokens and lost their end"}
         return [f"{self._tally[kind]:,} {said[kind]}; the first is {place}" for kind, place in self._first.items()]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Numbers of each example in all its columns."""
+        return np.sum([column.lengths for column in self._columns.values()], 0)
 
     @property
     def owners(self) -> np.ndarray:

@@ -43,6 +43,11 @@ class Source:
         """Which examples belong together (n,): those of one number are held out together, or not at all."""
         return np.arange(len(self))
 
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """How long each example is (n,), in a unit of the source's own; None where that is not known before it is read."""
+        return None
+
     def __len__(self) -> int:
         raise NotImplementedError(type(self).__name__)
 
@@ -103,6 +108,12 @@ class Mixture(Source):
     @property
     def remarks(self) -> Sequence[str]:
         return list(dict.fromkeys(remark for source in self.sources for remark in source.remarks))
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        parts = [source.sizes for source in self.sources]
+        known = [sizes for sizes in parts if sizes is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -193,6 +204,11 @@ class Subset(Source):
     @property
     def remarks(self) -> Sequence[str]:
         return self.source.remarks
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        sizes = self.source.sizes
+        return None if sizes is None else sizes[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -6,7 +6,7 @@ Pre-norm (GPT-2, Llama, T5): x + f(norm(x)). Post-norm (BERT): norm(x + f(x)).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,28 @@ class Linear(nn.Linear):
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """The tokens of each row that ask, where the others are only read: index (B, W), each once; their rotary turns."""
+
+    index: Tensor
+    turns: tuple[Tensor, Tensor] | None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """x (B, T, width) -> (B, W, width)."""
+        return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
+
+    def spread(self, x: Tensor, length: int) -> Tensor:
+        """Back to their places, with zeros elsewhere: (B, W, width) -> (B, length, width)."""
+        index = self.index[..., None].expand(-1, -1, x.shape[-1])
+        return x.new_zeros(len(x), length, x.shape[-1]).scatter(1, index, x)
+
+
+@dataclass(frozen=True)
 class Reading:
     """What all blocks of a trunk share in one pass: who sees whom, the rotary turns (as matrices where a row grows by
     a token), T5's bias, how far apart XLNet's tokens stand, the slots that a Linformer mixes keys and values into;
-    and what each has of its own: the keys and values (KV, V, D) of a trained prefix that stand before those of the row."""
+    and what each has of its own: the keys and values (KV, V, D) of a trained prefix that stand before those of the row.
+    narrow: who asks, where not all do; `sees` is of these then."""
 
     sees: Visibility
     turns: tuple[Tensor, Tensor] | None = None
@@ -56,6 +74,11 @@ class Reading:
     apart: Apart | None = None
     slots: Slots | None = None
     front: tuple[Tensor, Tensor] | None = None
+    narrow: Narrow | None = None
+
+    def asking(self, x: Tensor) -> Tensor:
+        """What of x (B, T, width) asks."""
+        return x if self.narrow is None else self.narrow.pick(x)
 
 
 class Attention(nn.Module):
@@ -128,7 +151,8 @@ class Attention(nn.Module):
         if memory is None and reading.cache is not None:
             q, k, v = self._remember(x, reading, reading.cache)
         else:
-            q = self._place(self.q(x), reading, self.q_gain).transpose(1, 2)
+            mine = reading if reading.narrow is None else replace(reading, turns=reading.narrow.turns)
+            q = self._place(self.q(reading.asking(x)), mine, self.q_gain).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
             k, v = _behind(reading.front, *self.memorize(whole, reading)) if memory is None else memory
         if reading.slots is not None:
@@ -198,14 +222,17 @@ class Block(nn.Module):
         memory: tuple[Tensor, Tensor] | None = None,
         before: Tensor | None = None,
     ) -> Tensor:
-        """before: the states of earlier tokens at the entrance of this block, which go through its norm as x does."""
+        """before: the states of earlier tokens at the entrance of this block, which go through its norm as x does.
+
+        Returns the states of the tokens that ask, which are all of them but where `reading.narrow` says.
+        """
         if self.post:
-            x = self.attention_norm(x + self.drop(self.attention(x, reading, None, before)))
+            x = self.attention_norm(reading.asking(x) + self.drop(self.attention(x, reading, None, before)))
             if self.cross is not None and self.cross_norm is not None and across is not None:
                 x = self.cross_norm(x + self.drop(self.cross(x, across, memory)))
             return self.mlp_norm(x + self.drop(self.mlp(x)))
         past = None if before is None else self.attention_norm(before)
-        x = x + self.drop(self.attention(self.attention_norm(x), reading, None, past))
+        x = reading.asking(x) + self.drop(self.attention(self.attention_norm(x), reading, None, past))
         if self.cross is not None and self.cross_norm is not None and across is not None:
             x = x + self.drop(self.cross(self.cross_norm(x), across, memory))
         return x + self.drop(self.mlp(self.mlp_norm(x)))

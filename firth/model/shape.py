@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from firth.model.count import GATED, parameters
+from firth.model.count import BIASED, GATED, parameters
 from firth.model.valid import refuse_numbers, refuse_together
 
 Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
@@ -205,6 +205,12 @@ class Shape:
     def packs(self) -> bool:
         """Whether a row may hold several documents that do not see each other."""
         return not self.linformer and not self.latent
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the last block can be run for some tokens of a row alone."""
+        plain = not (self.recurrent or self.linformer or self.encoder) and self.depth > 0
+        return plain and self.position not in BIASED and self.position != "xlnet"
 
     @property
     def projections(self) -> tuple[int, int]:

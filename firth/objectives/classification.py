@@ -11,6 +11,7 @@ the vocabulary learnt with it. (BART's decoder reads the whole text once more, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -74,7 +75,9 @@ def ask(name: str, answer: float, example: Example, at: Place, vocab: Vocab) -> 
 @dataclass(frozen=True)
 class Read(Objective):
     """What is read off one state of a text. at: "first" for an encoder, "last" for a decoder, "answer" for an
-    encoder-decoder; "auto" is whichever suits the shape (`place`)."""
+    encoder-decoder; "auto" is whichever suits the shape (`place`). asks: the fields that hold what is asked there."""
+
+    asks: ClassVar[tuple[str, ...]] = ("class",)
 
     at: Place | Literal["auto"] = "auto"
 
@@ -88,6 +91,9 @@ class Read(Objective):
 
     def fitted(self, shape: Shape) -> Objective:
         return dataclasses.replace(self, at=place(shape)) if self.at == "auto" else self
+
+    def wanted(self, batch: Batch) -> Tensor | None:
+        return functools.reduce(torch.logical_or, (batch[name] != IGNORE for name in self.asks))
 
 
 @dataclass(frozen=True)

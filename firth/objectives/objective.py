@@ -102,9 +102,13 @@ class Objective:
         """What is shown and what is asked: a pure function of (example, rng), NumPy only, on the CPU."""
         return example
 
+    def wanted(self, batch: Batch) -> Tensor | None:
+        """Where the loss reads a state, (..., T) bool: others need not be made. None: it may be anywhere."""
+        return None
+
     def run(self, model: LM, batch: Batch) -> Outputs:
         """How the model reads the batch; hidden: (..., T, width)."""
-        return {"hidden": model(batch)}
+        return {"hidden": model(batch, wanted=self.wanted(batch))}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """One SUM (not mean) per term of `targets` and `measures`."""
@@ -121,7 +125,8 @@ class Objective:
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
-        work, prefix, prompt = flops.work(batch), model.prefix, model.prompt
+        wanted = self.wanted(batch) if model.shape.narrows else None
+        work, prefix, prompt = flops.work(batch, wanted), model.prefix, model.prompt
         if prefix is not None or prompt is not None:
             counts = (0 if part is None else part.tokens for part in (prefix, prompt))
             work = flops.fronted(work, batch, model.shape, *counts)
@@ -191,8 +196,13 @@ class Sum(Objective):
         """The one of the two that runs the model."""
         return self.first if type(self.second).run is Objective.run else self.second
 
+    def wanted(self, batch: Batch) -> Tensor | None:
+        first, second = self.first.wanted(batch), self.second.wanted(batch)
+        return None if first is None or second is None else first | second
+
     def run(self, model: LM, batch: Batch) -> Outputs:
-        return self._reader.run(model, batch)
+        reader = self._reader
+        return super().run(model, batch) if type(reader).run is Objective.run else reader.run(model, batch)
 
     def writer(self, model: LM) -> LM:
         return self._reader.writer(model)
@@ -205,7 +215,9 @@ class Sum(Objective):
         return self.first.cloze(tokens, at, vocab) if asked_ is None else asked_
 
     def run_flops(self, model: LM, batch: Batch) -> float:
-        return self._reader.run_flops(model, batch)
+        reader = self._reader
+        own = type(reader).run is Objective.run
+        return super().run_flops(model, batch) if own else reader.run_flops(model, batch)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return self.first.loss_flops(model, batch) + self.second.loss_flops(model, batch)

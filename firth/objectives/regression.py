@@ -40,6 +40,7 @@ class Regression(Read):
 
     targets: ClassVar[dict[str, str]] = {"score": "score"}
     measures: ClassVar[dict[str, str]] = {"squared_error": "score"}
+    asks: ClassVar[tuple[str, ...]] = ("score",)
 
     mean: float | None = None
     spread: float | None = None

@@ -37,6 +37,7 @@ class Related(Classification):
     """What both relations share. weight: w at its full size. ramp: steps until it is (0: at once)."""
 
     targets: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
+    asks: ClassVar[tuple[str, ...]] = ("class", "relation")
 
     weight: float = 1.0
     ramp: int = 0
@@ -96,7 +97,7 @@ def question(objective: Objective, example: Example, vocab: Vocab) -> Example:
 @torch.no_grad()
 def taught(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What `PseudoLabels` needs of its teacher, a classifier: its probabilities, {"taught": (B, classes)}."""
-    states, _ = asked(model(batch), batch["labels"])
+    states, _ = asked(model(batch, wanted=batch["labels"] != IGNORE), batch["labels"])
     return {"taught": model.parts["classes"](states).float().softmax(-1)}
 
 
@@ -142,10 +143,11 @@ class Consistency(Related):
         learning = model.training
         model.eval()
         with torch.no_grad():
-            states, _ = asked(model(batch | {"tokens": batch["clean"]}), batch["relation"])
+            clean = model(batch | {"tokens": batch["clean"]}, wanted=batch["relation"] != IGNORE)
+            states, _ = asked(clean, batch["relation"])
             own = (model.parts["classes"](states).float() / self.temperature).softmax(-1)
         model.train(learning)
-        return {"hidden": model(batch), "own": own}
+        return {"hidden": model(batch, wanted=self.wanted(batch)), "own": own}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, _ = asked(outputs["hidden"], batch["relation"])
@@ -155,4 +157,5 @@ class Consistency(Related):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         # The pass without gradient is a third of one with.
-        return flops.trunk(model.shape, flops.work(batch)) * (1 + 1 / 3)
+        work = flops.work(batch, self.wanted(batch) if model.shape.narrows else None)
+        return flops.trunk(model.shape, work) * (1 + 1 / 3)

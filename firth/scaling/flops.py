@@ -48,7 +48,7 @@ class Memory:
 @dataclass(frozen=True)
 class Work:
     """What there is to read in a batch: positions and visible pairs; an encoder-decoder's source, in so many rows; what
-    stands before rows."""
+    stands before rows. spared, spared_pairs: positions whose last state no one wants, and pairs in which they are who looks."""
 
     positions: int
     pairs: int
@@ -56,6 +56,8 @@ class Work:
     source_pairs: int = 0
     crossing_pairs: int = 0
     rows: int = 0
+    spared: int = 0
+    spared_pairs: int = 0
     memory: Memory = dataclasses.field(default_factory=lambda: Memory())
 
 
@@ -79,6 +81,7 @@ def trunk(shape: Shape, work: Work) -> float:
     seen = (3 if shape.position == "xlnet" else 2) * queries
     mixed = work.positions * shape.linformer * (seen + 2 * keys)
     total: float = shape.depth * (work.positions * (ends + both + mlp) + (mixed or work.pairs * seen))
+    total -= work.spared * (ends + mlp) + work.spared_pairs * seen  # in the last block
     total += (work.positions + work.source_positions) * shape.embed * shape.width
     if shape.encoder:
         total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
@@ -140,8 +143,8 @@ def head(shape: Shape, asked: int) -> float:
     return linear(asked, shape.width, shape.vocab)
 
 
-def work(batch: Batch) -> Work:
-    """Count a batch. Padding (`appears` NEVER) counts as nothing."""
+def work(batch: Batch, wanted: Tensor | None = None) -> Work:
+    """Count a batch. Padding (`appears` NEVER) counts as nothing. wanted (..., T) bool: where the last states are read."""
     looks, appears, document = _rows(batch, "")
     real = appears != NEVER
     if "looks" in batch:  # a query is seen by nobody, but it looks
@@ -153,7 +156,10 @@ def work(batch: Batch) -> Work:
     if "memory_tokens" in batch:
         return Work(own, pairs, memory=_memory(batch, looks, document, real))
     if "source_tokens" not in batch:
-        return Work(own, pairs)
+        if wanted is None:
+            return Work(own, pairs)
+        idle = real & ~wanted.flatten(0, -2)
+        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=_pairs(looks, appears, document, idle, document))
     source_looks, source_appears, source_document = _rows(batch, "source_")
     there = source_appears != NEVER
     within = _pairs(source_looks, source_appears, source_document, there, source_document)

@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from firth.model.lm import Trunk
 from firth.model.lora import Low
+from firth.model.trunk import Trunk
 from firth.train.muon import orthogonalise
 from firth.types import UserError
 
