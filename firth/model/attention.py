@@ -145,10 +145,10 @@ def attend(
     bias: (B or 1, H, T, S), added to the scores and given a gradient.
     """
     groups = q.shape[1] // k.shape[1]
-    if not dropout and sees.block is None and blocked.serves(q, k):
+    if sees.block is None and blocked.serves(q, k):
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias)
+        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout)
     elif sees.block is not None:
         flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
         out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]

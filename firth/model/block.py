@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from firth.model.attention import Cache, Visibility, attend
 from firth.model.count import GATED
 from firth.model.distance import Apart, Distance
-from firth.model.fused import project, relu2, rotated, turn, unit
+from firth.model.fused import Dropout, project, relu2, rotated, turn, unit
 from firth.model.linformer import Slots
 from firth.model.norm import make_norm
 from firth.model.shape import Shape
@@ -207,7 +207,7 @@ class Block(nn.Module):
         self.cross = Attention(shape) if cross else None
         self.mlp_norm = make_norm(shape)
         self.mlp = MLP(shape)
-        self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
+        self.drop = Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def crossing(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-attention's keys and values of an encoder's memory (B, S, width)."""

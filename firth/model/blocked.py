@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from firth.model.fused import survivors
+
 ROWS = 64
 """Query rows of a block: larger ones waste work above the diagonal, smaller ones starve the products."""
 
@@ -31,12 +33,12 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, below: bool, hidden: Tensor | None,
-        bias: Tensor | None,
+        bias: Tensor | None, dropout: float,
     ) -> Tensor:  # fmt: skip
         batch, heads, length, _ = q.shape
         queries = _flat(q) * scale
         keys, values = _flat(k), _flat(v)
-        kept, out = [], []
+        kept, out, survive = [], [], []
         corner = q.new_full((min(ROWS, length),) * 2, float("-inf")).triu_(1)
         for start in range(0, length, ROWS):
             end = min(start + ROWS, length)
@@ -50,8 +52,11 @@ class _Blocked(torch.autograd.Function):
             if bias is not None:
                 by_head += bias[:, :, start:end, :reach]
             kept.append(torch.softmax(scores, -1, out=scores))
+            if dropout:
+                survive.append(survivors(scores, dropout))
+                scores = scores * survive[-1]
             out.append(torch.bmm(scores, values[:, :reach]))
-        ctx.save_for_backward(queries, keys, values, bias, *kept)
+        ctx.save_for_backward(queries, keys, values, bias, *kept, *survive)
         ctx.scale, ctx.shapes = scale, (q.shape, k.shape)
         return torch.cat(out, 1).view(q.shape)
 
@@ -59,6 +64,8 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, bias, *kept = ctx.saved_tensors
+        blocks = -(-queries.shape[1] // ROWS)
+        kept, survive = kept[:blocks], kept[blocks:]
         (batch, heads, *_), whole = ctx.shapes[0], keys.shape[1]
         grad = _flat(grad)
         dbias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
@@ -71,9 +78,12 @@ class _Blocked(torch.autograd.Function):
             end, reach = start + weights.shape[1], weights.shape[2]
             here = grad[:, start:end]
             slope = torch.bmm(here, values[:, :reach].mT)
+            used = weights
+            if survive:
+                slope, used = slope.mul_(survive[block]), weights * survive[block]
             slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
             slopes.insert(0, torch.bmm(slope, keys[:, :reach]))
-            more_k, more_v = torch.bmm(slope.mT, queries[:, start:end]), torch.bmm(weights.mT, here)
+            more_k, more_v = torch.bmm(slope.mT, queries[:, start:end]), torch.bmm(used.mT, here)
             if dk is None or dv is None:
                 dk, dv = more_k, more_v
             else:
@@ -84,7 +94,7 @@ class _Blocked(torch.autograd.Function):
                 dbias[:, :, start:end, :reach] += by_head if len(dbias) == batch else by_head.sum(0)
         assert dk is not None and dv is not None and dk.shape[1] == whole
         dq = torch.cat(slopes, 1).mul_(ctx.scale).view(ctx.shapes[0])
-        return dq, dk.view(ctx.shapes[1]), dv.view(ctx.shapes[1]), None, None, None, None, dbias
+        return dq, dk.view(ctx.shapes[1]), dv.view(ctx.shapes[1]), None, None, None, None, dbias, None
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
@@ -95,12 +105,21 @@ def serves(q: Tensor, k: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, below: bool, mask: Tensor | None, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    below: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale q k' + bias) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
     causal: position i sees slots 0..i. below: the mask shows nothing after i, which need not be computed.
     mask (B, 1, T or 1, S) bool without an empty row. bias (B or 1, H, T, S), given a gradient.
+    dropout: the chance of a weight to be left out.
     """
     hidden = None if mask is None else q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-    return _Blocked.apply(q, k, v, scale, causal, below, hidden, bias)
+    return _Blocked.apply(q, k, v, scale, causal, below, hidden, bias, dropout)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 FEW = range(8, 49)
@@ -76,6 +76,34 @@ def unit(x: Tensor, eps: float) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(_constant(eps, x.dtype, x.device), size, size, value=1 / x.shape[-1]).rsqrt_()
     return _Unit.apply(x, eps)
+
+
+LEVELS = 65536
+"""A chance of being dropped is rounded to one of so many."""
+
+
+def survivors(like: Tensor, chance: float) -> Tensor:
+    """What dropout multiplies with, of the shape of `like`: 0 by this chance, else what keeps the mean.
+
+    torch's CPU draws a number of 32 bits for each (1.35 ms for 528 x 384); here one of 64 bits serves four (0.45 ms).
+    """
+    level = round(chance * LEVELS)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    drawn = words.view(torch.int16)[: like.numel()].view(like.shape)
+    return (drawn >= level - LEVELS // 2).to(like.dtype).mul_(LEVELS / (LEVELS - level))
+
+
+class Dropout(nn.Module):
+    """Each number is 0 by a chance, in training (Srivastava 2014): (...) -> (...)."""
+
+    def __init__(self, chance: float):
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * survivors(x, self.chance) if x.device.type == "cpu" else F.dropout(x, self.chance)
 
 
 class _Relu2(torch.autograd.Function):

@@ -25,6 +25,7 @@ from firth.model.block import Block, Linear, Narrow, Reading
 from firth.model.count import BIASED
 from firth.model.distance import Apart, between
 from firth.model.fields import behind
+from firth.model.fused import Dropout
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, turns
@@ -55,7 +56,7 @@ class Trunk(nn.Module):
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
         self.relative = Relative(shape, both_ways) if shape.position in BIASED else None
         self.linformer = Linformer(shape) if shape.linformer else None
-        self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
+        self.drop = Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
         """The block of each layer, first to last; a shared one comes several times."""
