@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bench.causal import firth_run
-from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
+from bench.harness import Contender, Turn, arguments, command
 
 SHARE = 6  # steps in a turn
 

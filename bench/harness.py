@@ -246,7 +246,9 @@ def arguments(about: str | None, names: Iterable[str]) -> argparse.ArgumentParse
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", choices=list(names), help="a subset of the contenders")
     parser.add_argument("--save", type=Path, help="write every sample as JSON")
-    parser.add_argument("--shared", action="store_true", help="others use this machine: time by CPU seconds, one thread each")
+    parser.add_argument(
+        "--shared", action="store_true", help="others use this machine: time by CPU seconds, one thread each"
+    )
     parser.add_argument("--check", action="store_true", help="assert what makes it fair; no timing")
     return parser
 

@@ -32,6 +32,7 @@ from firth.model.shape import Shape
 from firth.model.trunk import Trunk
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
+
 class LM(nn.Module):
     """A language model without its head. parts: name -> module; parts["lm"] is tied to the embedding if the shape says so."""
 

@@ -6,7 +6,7 @@ tokens, and everything else at those that are wanted: an exact saving of nearly 
 >>> import torch
 >>> from firth.model.shape import encoder
 >>> trunk, tokens = Trunk(encoder(vocab=9, width=64, depth=1), 1, cross=False, both_ways=True), torch.tensor([[3, 4, 5]])
->>> x, fields = torch.ones(1, 3, 64), {"tokens": tokens, "positions": torch.arange(3)[None]}
+>>> x, fields = torch.randn(1, 3, 64), {"tokens": tokens, "positions": torch.arange(3)[None]}
 >>> trunk(x, fields, wanted=torch.tensor([[True, False, False]])).abs().sum(-1).gt(0).tolist()
 [[True, False, False]]
 """

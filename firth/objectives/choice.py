@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from firth.data import layout
@@ -43,6 +44,7 @@ class MultipleChoice(Objective):
 
     targets: ClassVar[dict[str, str]] = {"choice": "choice"}
     measures: ClassVar[dict[str, str]] = {"accuracy": "choice"}
+    packs: ClassVar[bool] = False
 
     options: int = 0
     at: Literal["auto", "first", "last"] = "auto"
@@ -69,6 +71,13 @@ class MultipleChoice(Objective):
         absent = np.arange(most) >= len(rows)
         shown = layout.group(rows + rows[:1] * (most - len(rows)))
         return shown | {"absent": absent, "choice": np.int64(example["label"])}
+
+    def wanted(self, batch: Batch) -> Tensor | None:
+        if self.at == "last":
+            return None
+        first = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+        first[..., 0] = True
+        return first
 
     def scores(self, model: LM, outputs: Outputs, batch: Batch) -> Tensor:
         """One number for each option, (B, K) float32; minus infinity for one that is not there."""

@@ -55,11 +55,13 @@ class Objective:
     classes: the names of the answers, for objectives that choose among some.
     whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
     micro-batches or shared by ranks, and is refused where it would be.
+    packs: whether several examples can share a row; those with an answer for the whole row cannot.
     """
 
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
     whole: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
@@ -159,6 +161,7 @@ class Sum(Objective):
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
         object.__setattr__(self, "whole", self.first.whole or self.second.whole)
+        object.__setattr__(self, "packs", self.first.packs and self.second.packs)
         object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
         object.__setattr__(self, "classes", self.first.classes or self.second.classes)
 

@@ -38,6 +38,7 @@ class Weak(Classification):
     """
 
     targets: ClassVar[dict[str, str]] = {"votes": "votes"}
+    packs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

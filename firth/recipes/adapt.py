@@ -34,9 +34,10 @@ from firth.types import UserError
 
 
 class Adapt:
-    """How much is trained. needs: whether it needs a model to begin from."""
+    """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
 
     needs: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
 
     def settle(self, objective: Objective) -> Objective:
         """The objective as it reads a model that is adapted so."""
@@ -171,7 +172,9 @@ class Prefix(Beside):
 @dataclass(frozen=True)
 class Prompt(Beside):
     """tokens: how many stand before every text. begin: as the vectors of `text`, or of drawn tokens where it is empty; or
-    at random."""
+    at random. Each text of a packed row would need its own, and every row as many as the fullest: they are sorted instead."""
+
+    packs: ClassVar[bool] = False
 
     tokens: int = 16
     begin: Literal["tokens", "random"] = "tokens"

@@ -57,7 +57,7 @@ class Held:
         recipe, shared = self.recipe, not self.part
         return Batches(
             spread(self.source, recipe.checks.examples), recipe.objective, vocab(recipe, self.tokenizer),
-            rows=min(recipe.batch.rows, 64), seed=recipe.seed, pack=recipe.batch.pack if shared else 0,
+            rows=min(recipe.batch.rows, 64), seed=recipe.seed, pack=recipe.batch.room if shared else 0,
             rank=self.ranks.rank if shared else 0, world=self.ranks.world if shared else 1,
         )  # fmt: skip
 

@@ -32,6 +32,10 @@ class Framed(Segment):
     length: int = 128
 
     @property
+    def longest(self) -> int:
+        return self.length
+
+    @property
     def read_fields(self) -> tuple[str, ...]:
         """The fields of a record that hold text, or lists of it."""
         raise NotImplementedError(type(self).__name__)

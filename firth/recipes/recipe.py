@@ -15,7 +15,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,13 +46,40 @@ class TokenizerPlan:
     sample: int = 200_000_000
 
 
+ALIKE = 50
+"""Steps that share their examples out by length, where a recipe leaves it open."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """How many examples a step holds over all ranks and micro-batches; pack: pack them into rows of this many tokens."""
+    """How many examples a step holds over all ranks and micro-batches, and how they are laid into rows.
+
+    pack: several to a row of this many tokens, kept apart; 0: one to a row, padded to the longest of its step. "auto": rows as
+    long as the segment's longest example, or like lengths (`sort`) where no row can hold two. sort: the examples of so many
+    steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.order.deal`).
+    """
 
     rows: int = 16
     accumulate: int = 1
-    pack: int = 0
+    pack: int | Literal["auto"] = 0
+    sort: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pack != "auto" and self.pack and self.sort:
+            raise UserError("batch.pack and batch.sort both spare padding: set one of them to 0")
+
+    @property
+    def room(self) -> int:
+        """Tokens of a packed row; 0 where rows are not packed, or where that is still open."""
+        return 0 if self.pack == "auto" else self.pack
+
+    def laid(self, longest: int, packs: bool) -> Batch:
+        """With nothing left open. longest: tokens of an example at most, 0 if that is unknown; packs: whether rows can hold
+        several."""
+        if self.pack != "auto":
+            return self
+        pack = longest if packs and not self.sort else 0
+        return replace(self, pack=pack, sort=self.sort or (0 if pack or not longest else ALIKE))
 
 
 @dataclass(frozen=True)
@@ -163,6 +190,6 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     refuse_adapt(recipe.adapt, recipe.start)
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape)
-        refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.pack, accumulate=recipe.batch.accumulate)
-        refuse_memory(recipe.shape, recipe.segment, recipe.batch.pack)
+        refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.room, accumulate=recipe.batch.accumulate)
+        refuse_memory(recipe.shape, recipe.segment, recipe.batch.room)
     return recipe

@@ -83,7 +83,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     refuse_cut(
         settled.objective,
         settled.shape,
-        pack=settled.batch.pack,
+        pack=settled.batch.room,
         accumulate=settled.batch.accumulate,
         ranks=ranks.world,
     )
@@ -213,7 +213,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     if recipe.start:
         theirs = load_model(model_directory(recipe.start)).shape
         if (
-            not recipe.segment.remembers or recipe.batch.pack
+            not recipe.segment.remembers or recipe.batch.room
         ):  # records have nothing before them: finetuned without memory
             theirs = dataclasses.replace(theirs, memory=0)
         shape = theirs if shape is None else shape
@@ -228,10 +228,12 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     segment = recipe.segment.within(shape.context)
     objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
     refuse_misfit(objective, shape)
-    refuse_memory(shape, segment, recipe.batch.pack)
+    packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
+    batch = recipe.batch.laid(segment.longest, packs)
+    refuse_memory(shape, segment, batch.room)
     refuse_adapt(recipe.adapt, recipe.start)
     recipe.adapt.fits(shape)
-    return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment)
+    return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment, batch=batch)
 
 
 def _finished(directory: Path, recipe: Recipe) -> Finished:
@@ -249,7 +251,8 @@ def _finished(directory: Path, recipe: Recipe) -> Finished:
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
         cut.train, recipe.objective, vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
-        accumulate=recipe.batch.accumulate, pack=recipe.batch.pack, rank=ranks.rank, world=ranks.world,
+        accumulate=recipe.batch.accumulate, pack=recipe.batch.room, sort=recipe.batch.sort, rank=ranks.rank,
+        world=ranks.world,
     )  # fmt: skip
 
 

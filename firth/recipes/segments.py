@@ -63,6 +63,11 @@ class Segment:
 
     remembers: ClassVar[bool] = False
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of an example, of records whose lengths vary and are known before the run; 0 elsewhere."""
+        return 0
+
     def cut(self, material: Material, objective: Objective) -> Cut:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
@@ -204,6 +209,10 @@ class Prompted(Segment):
     answer: int = 128
     prompt: str = ""
     answer_is: str = ""
+
+    @property
+    def longest(self) -> int:
+        return max(self.length, self.answer)
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         def read(paths: Sequence[str]) -> Source:

@@ -12,6 +12,9 @@
 Without start=MODEL they begin from nothing: shape={vocab: 4096, width: 192, depth: 4, heads: 3, causal: false}. An encoder
 answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
 
+The examples of a step are packed into rows as long as the longest may be, and do not see one another; where they cannot be
+(the options of a question, a prompt before each text), steps are made of examples of like length (`batch.pack`, `batch.sort`).
+
     checks.every=50 checks.best=f1 checks.patience=3     the best of the checks is exported, and three that are no better end it
     objective.weights=balanced objective.smoothing=0.1   every class counts the same; a tenth of each label is spread over all
 """
@@ -40,7 +43,7 @@ def classify() -> Recipe:
         name="classify",
         objective=Classification(),
         segment=Labelled(length=128),
-        batch=Batch(rows=32),
+        batch=Batch(rows=32, pack="auto"),
         optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98),
         schedule=Schedule("linear", warmup=0.1),
         length=Length(steps=200),
@@ -56,7 +59,11 @@ def regress() -> Recipe:
 def choose(size: str = "records") -> Recipe:
     """One of several options (F2); choose:swag reads SWAG's four endings (Zellers 2018)."""
     plain = replace(
-        classify(), name="choose", objective=MultipleChoice(), segment=Chosen(length=128), batch=Batch(rows=16)
+        classify(),
+        name="choose",
+        objective=MultipleChoice(),
+        segment=Chosen(length=128),
+        batch=Batch(rows=16, pack="auto"),
     )
     swag = Chosen(text="sent1", begin="sent2", options=("ending0", "ending1", "ending2", "ending3"))
     return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", segment=swag)})
@@ -70,7 +77,7 @@ def tag() -> Recipe:
 def answer() -> Recipe:
     """A span of a passage that answers a question (F4)."""
     return replace(
-        classify(), name="answer", objective=Spans(), segment=Questions(length=384), batch=Batch(rows=16),
+        classify(), name="answer", objective=Spans(), segment=Questions(length=384), batch=Batch(rows=16, pack="auto"),
         length=Length(steps=1000), checks=Checks(every=0, examples=2000, save=500),
     )  # fmt: skip
 
@@ -79,7 +86,7 @@ def text_to_text() -> Recipe:
     """Text in, text out: any of these, translation, summaries, talk (F6). For an encoder-decoder; decoders have `instruct`."""
     return replace(
         classify(), name="text_to_text", objective=TextToText(), segment=Prompted(length=256, answer=64),
-        batch=Batch(rows=16), length=Length(steps=400), checks=Checks(every=200, examples=400, save=200),
+        batch=Batch(rows=16, pack="auto"), length=Length(steps=400), checks=Checks(every=200, examples=400, save=200),
     )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ class _Run:
         self.ranks, self.recipe, self.told = ranks, recipe, told
         self.rate = optimizer.rate
         self.device = next(model.parameters()).device
-        self.mover = Mover(optimizer, model)
+        self.mover = Mover(optimizer, model, sparse=ranks.world == 1 and not self.plan.compile)
         self.learning = flops.learning(model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)

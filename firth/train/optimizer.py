@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from firth.model.lora import Low
 from firth.model.trunk import Trunk
 from firth.train.muon import orthogonalise
+from firth.train.rows import Rows, sums
 from firth.types import UserError
 
 
@@ -110,10 +111,12 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
 class Mover:
     """Moves a model's weights along their gradients, and remembers what that takes.
 
+    sparse: let the table of tokens have gradients of those rows alone that were read, if nothing else is tied to it; on a
+    CPU, where visiting all of a large vocabulary takes as long as a block (`firth.train.rows`). The numbers are the same.
     Raises UserError when nothing in the model is trainable.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, sparse: bool = False) -> None:
         self.optimizer = optimizer
         self.placed = place(optimizer, model)
         self.parameters = [p.parameter for p in self.placed]
@@ -121,8 +124,14 @@ class Mover:
             raise UserError("there is nothing to train: every weight of the model is frozen")
         alike: dict[tuple[float, float], list[Place]] = {}
         shapes: dict[tuple[int, ...], list[Place]] = {}
+        table = lone_table(model) if sparse else None
+        self.rows: dict[str, Rows] = {}
         for p in self.placed:
-            if p.muon:
+            if table is not None and p.parameter is table.weight:
+                table.sparse = True
+                self.rows[p.name] = Rows(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps)
+                self.row_rate = p.rate
+            elif p.muon:
                 shapes.setdefault(tuple(p.parameter.shape), []).append(p)
             else:
                 alike.setdefault((p.rate, p.decay), []).append(p)
@@ -136,7 +145,7 @@ class Mover:
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the global norm `optimizer.clip`; return the norm they had (a scalar)."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [grad for p in self.parameters if (grad := sums(p)) is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
         if self.optimizer.clip and norm > self.optimizer.clip:
             torch._foreach_mul_(grads, self.optimizer.clip / norm)
@@ -148,6 +157,8 @@ class Mover:
             for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             self.adam.step()
+        for rows in self.rows.values():
+            rows.move(self.row_rate * factor)
         for stack in self.stacks:
             stack.move(factor)
         self.clear()
@@ -164,6 +175,8 @@ class Mover:
             for p in self.placed:
                 for ours, theirs in _ADAM.items() if p.parameter in self.adam.state else ():
                     state[f"{ours}/{p.name}"] = self.adam.state[p.parameter][theirs]
+        for name, rows in self.rows.items():
+            state |= {f"{what}/{name}": value for what, value in rows.state().items()}
         for stack in self.stacks:
             state |= {f"momentum/{p.name}": m for p, m in zip(stack.placed, stack.momentum, strict=True)}
         return state
@@ -172,14 +185,26 @@ class Mover:
         """The inverse of `state`."""
         if self.adam is not None:
             for p in self.placed:
-                if f"step/{p.name}" in state:
+                if f"step/{p.name}" in state and p.name not in self.rows:
                     self.adam.state[p.parameter] = {
                         theirs: state[f"{ours}/{p.name}"].to(p.parameter.device, copy=True)
                         for ours, theirs in _ADAM.items()
                     }
+        for name, rows in self.rows.items():
+            if f"step/{name}" in state:
+                rows.restore(*(state[f"{what}/{name}"] for what in ("mean", "square", "step")))
         for stack in self.stacks:
             for p, m in zip(stack.placed, stack.momentum, strict=True):
                 m.copy_(state[f"momentum/{p.name}"])
+
+
+def lone_table(model: nn.Module) -> nn.Embedding | None:
+    """A model's table of tokens on a CPU, if its vectors are looked up there and nowhere else has their weight."""
+    table = next((child for name, child in model.named_children() if name == "tokens"), None)
+    if type(table) is not nn.Embedding or table.weight.device.type != "cpu":
+        return None
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
+    return table if len(names) == 1 else None
 
 
 _ADAM = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}
