@@ -1,0 +1,139 @@
+"""Steps of examples of like length: nothing is left out or met twice, resume is a number, and the sums stay what they are."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_room import Counting, tokenizer
+
+from firth.data.batch import Batches
+from firth.data.labelled import Labelled
+from firth.data.order import deal
+from firth.data.records import Prompted
+from firth.data.source import Mixture, Source, Subset
+from firth.model.lm import LM
+from firth.model.shape import encoder
+from firth.objectives.classification import Classification
+from firth.types import Example, UserError
+
+
+class Sized(Counting):
+    """Counting, with its lengths told."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.lengths
+
+    def __getitem__(self, index: int) -> Example:
+        return super().__getitem__(index) | {"label": index % 3}
+
+
+OBJECTIVE = Classification(classes=("a", "b", "c"))
+
+
+def batches(n: int = 53, *, rows: int = 4, sort: int = 5, seed: int = 3, **more: int) -> Batches:
+    return Batches(Sized(n), OBJECTIVE, tokenizer().vocab, rows=rows, seed=seed, sort=sort, **more)
+
+
+@pytest.mark.parametrize(("n", "rows", "sort"), [(53, 4, 5), (40, 4, 5), (7, 3, 50), (1, 1, 2)])
+def test_each_example_comes_once_in_each_epoch_and_near_its_place(n: int, rows: int, sort: int) -> None:
+    made, steps = batches(n, rows=rows, sort=sort), 6 * sort
+    met = np.stack([made.positions(step) for step in range(steps)])
+    assert np.array_equal(np.sort(met.ravel()), np.arange(steps * rows))
+    home = met // rows  # the step in which it would have come
+    assert (np.abs(home - np.arange(steps)[:, None]) < sort).all()
+    epochs, indices = made.source.order(made.seed, met.ravel())
+    for epoch in range(steps * rows // n):
+        assert np.array_equal(np.sort(indices[epochs == epoch]), np.arange(n))
+
+
+def test_resume_is_a_number_and_the_seed_decides() -> None:
+    going, resumed = batches(), batches()
+    whole = [going.batches(step) for step in range(23)]
+    for step in (22, 7, 13):  # in any order
+        [one], [other] = whole[step], resumed.batches(step)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    other_seed = batches(seed=4)
+    assert any(not np.array_equal(going.positions(s), other_seed.positions(s)) for s in range(5))
+
+
+def test_ranks_and_micro_batches_share_a_step() -> None:
+    """Each reads its part of the same examples."""
+    for step in (0, 9):
+        [whole] = batches(rows=8).batches(step)
+        parts = [p for rank in range(2) for p in batches(rows=8, rank=rank, world=2, accumulate=2).batches(step)]
+        firsts = [row[0].item() for part in parts for row in part["tokens"]]
+        assert firsts == whole["tokens"][:, 0].tolist()
+
+
+def test_lengths_are_alike_and_their_order_is_drawn() -> None:
+    plain, alike = (batches(400, rows=8, sort=sort) for sort in (0, 25))
+    slots = [sum(m.batches(step)[0]["tokens"].numel() for step in range(50)) for m in (plain, alike)]
+    useful = sum(int(alike.source.sizes[i]) for i in alike.source.order(3, np.arange(400))[1])  # type: ignore[index]
+    assert slots[1] < 1.08 * useful < slots[0] / 1.3
+    lengths = [alike.batches(step)[0]["tokens"].shape[1] for step in range(25)]
+    assert lengths != sorted(lengths)
+    assert abs(np.corrcoef(lengths, np.arange(25))[0, 1]) < 0.6
+
+
+def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
+    sizes = np.random.default_rng(0).integers(1, 9, 60)
+    dealt = [deal(sizes, 10, 0, number) for number in range(3)]
+    for one in dealt:
+        assert np.array_equal(np.sort(one.ravel()), np.arange(60))
+        steps = sorted(sizes[one].tolist(), key=sum)
+        assert all(max(low) <= min(high) for low, high in pairwise(steps))
+    assert not np.array_equal(dealt[0], dealt[1])
+
+
+def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
+    shape = encoder(vocab=tokenizer().vocab.size, width=32, depth=1, heads=2, context=32)
+    torch.manual_seed(0)
+    model = LM(shape, OBJECTIVE.parts(shape)).eval()
+    torch.nn.init.normal_(model.parts["classes"].weight, std=1.0)
+
+    def total(made: Batches) -> torch.Tensor:
+        model.zero_grad()
+        each = []
+        for step in range(10):
+            [batch] = made.batches(step)
+            each.append(OBJECTIVE.loss(model, OBJECTIVE.run(model, batch), batch)["class"])
+        loss = torch.stack(each).sum()
+        loss.backward()
+        return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+
+    torch.testing.assert_close(total(batches(sort=5)), total(batches(sort=0)), rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_follow_the_examples(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{'word ' * (i % 7 + 1)},{i % 2}\n" for i in range(30)))
+    source = Labelled([str(path)], tokenizer(), 64)
+    tokens = np.array([len(source[i]["tokens"]) for i in range(len(source))])
+    assert np.array_equal(np.argsort(source.sizes, kind="stable"), np.argsort(tokens, kind="stable"))
+    some = np.array([4, 2, 9])
+    part = Subset(source, some)
+    assert np.array_equal(part.sizes, source.sizes[some])  # type: ignore[arg-type]
+    mixed = Mixture([source, part], [2, 1])
+    assert np.array_equal(mixed.sizes, np.concatenate((source.sizes, source.sizes[some])))  # type: ignore[arg-type]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join('{"prompt": "%s", "completion": "yes"}\n' % ("why " * (9 - i)) for i in range(8)))
+    assert np.all(np.diff(Prompted([str(lines)], tokenizer(), 64).sizes) < 0)
+
+
+def test_lengths_that_are_not_known_are_refused() -> None:
+    class Unknown(Source):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Example:
+            return {"tokens": np.array([index])}
+
+    assert Mixture([Unknown(), Sized(3)], [1, 1]).sizes is None
+    with pytest.raises(UserError, match=r"set batch\.sort=0"):
+        Batches(Unknown(), OBJECTIVE, tokenizer().vocab, rows=2, seed=0, sort=3)

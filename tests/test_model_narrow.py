@@ -1,0 +1,182 @@
+"""The last block where a state is wanted alone: the same loss and gradients as the whole block, and less work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from firth.data.batch import collate, pack
+from firth.model import blocked
+from firth.model.fused import Dropout, survivors
+from firth.model.lm import LM
+from firth.model.prefix import prefix_of, prompt_of
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.objectives.choice import MultipleChoice
+from firth.objectives.classification import Classification
+from firth.objectives.nsp import NSP
+from firth.objectives.objective import Objective
+from firth.objectives.regression import Regression
+from firth.objectives.semi_supervised import PseudoLabels
+from firth.scaling import flops
+from firth.text.vocab import Vocab
+from firth.types import IGNORE, Batch, Example
+
+VOCAB = Vocab(size=40, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(40) < 4)
+BERT = Shape(
+    vocab=40, width=32, depth=2, heads=2, context=32, norm_at="post", embed_norm=True, segments=2, activation="gelu",
+    causal=False,
+)  # fmt: skip
+SHAPES = {
+    "bert": BERT,
+    "encoder": encoder(vocab=40, width=64, depth=2, heads=2, context=32),
+    "decoder": decoder(vocab=40, width=64, depth=2, heads=2, context=32),
+    "t5": encoder_decoder(vocab=40, width=64, depth=1, heads=2, context=32),
+}
+
+
+def texts(n: int = 7) -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [{"tokens": rng.integers(4, 40, rng.integers(2, 12)), "label": i % 3} for i in range(n)]
+
+
+def laid(objective: Objective, how: str, n: int = 7) -> Batch:
+    seen = [objective.view(text, VOCAB, np.random.default_rng(0)) for text in texts(n)]
+    return (
+        collate(seen, {"class", "score", "labels"}) if how == "padded" else pack(seen, 24, {"class", "score", "labels"})
+    )
+
+
+def learnt(model: LM, objective: Objective, batch: Batch, wanted: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    terms = objective.loss(model, {"hidden": model(batch, wanted=wanted)}, batch)
+    sum(terms[t] for t in objective.targets).backward()  # type: ignore[union-attr]
+    return terms | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def made(shape: Shape, objective: Objective) -> LM:
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape))
+    for p in model.parameters():  # zero_init would hide what a block does
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("front", ["", "prefix", "prompt"])
+def test_loss_and_gradients_are_those_of_the_whole_block(name: str, how: str, front: str) -> None:
+    shape = SHAPES[name]
+    objective = Classification(classes=("a", "b", "c")).fitted(shape)
+    model = made(shape, objective)
+    if front:
+        begin = np.array([5, 6])
+        model.parts[front] = prefix_of(model, begin, 0) if front == "prefix" else prompt_of(model, begin)
+    batch = laid(objective, how)
+    wanted = objective.wanted(batch)
+    assert wanted is not None
+    assert wanted.sum() == 7
+    plain, narrow = (learnt(model, objective, batch, w) for w in (None, wanted))
+    assert plain.keys() == narrow.keys()
+    for term in plain:
+        torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5, msg=term)
+    hidden = model(batch, wanted=wanted)
+    torch.testing.assert_close(hidden[wanted], model(batch)[wanted], rtol=1e-5, atol=1e-5)
+    if shape.narrows and how == "padded":
+        assert not hidden[~wanted].any(), "what no one wanted was made"
+
+
+def test_recomputed_blocks_too() -> None:
+    objective = Classification(classes=("a", "b", "c"))
+    model, batch = made(BERT, objective), laid(objective, "packed")
+    wanted = objective.wanted(batch)
+    plain = learnt(model, objective, batch, wanted)
+    model.trunk.recompute = True  # type: ignore[assignment]
+    again = learnt(model, objective, batch, wanted)
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+def choice(n: int) -> list[Example]:
+    rng = np.random.default_rng(0)
+    rows = [{"tokens": rng.integers(4, 40, rng.integers(3, 9))} for _ in range(3 * n)]
+    return [{"options": rows[3 * i : 3 * i + 3], "label": i % 3} for i in range(n)]
+
+
+def test_options_are_read_at_their_first_tokens() -> None:
+    objective = MultipleChoice(options=3, at="first")
+    model = made(BERT, objective)
+    batch = collate([objective.view(e, VOCAB, np.random.default_rng(0)) for e in choice(4)], set())
+    plain, narrow = (learnt(model, objective, batch, w) for w in (None, objective.wanted(batch)))
+    for term in plain:
+        torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_wants_what_either_does_and_all_where_one_may_read_anywhere() -> None:
+    one, other = Classification(classes=("a", "b")), Regression(mean=0.0, spread=1.0)
+    batch = {"tokens": torch.zeros(1, 3), "class": torch.tensor([[1, IGNORE, IGNORE]]),
+             "score": torch.tensor([[IGNORE, IGNORE, 2.0]])}  # fmt: skip
+    wanted = (one + other).wanted(batch)
+    assert wanted is not None
+    assert wanted.tolist() == [[True, False, True]]
+    assert (one + NSP()).wanted(batch) is None
+    both = batch | {"relation": torch.tensor([[IGNORE, 0, IGNORE]])}
+    pseudo = PseudoLabels(classes=("a", "b")).wanted(both)
+    assert pseudo is not None
+    assert pseudo.tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_flops_are_counted_as_they_are_done(how: str) -> None:
+    """By hand: of the last block, keys and values of every token, the rest where a class is read."""
+    objective = Classification(classes=("a", "b", "c"))
+    batch, n = laid(objective, how), [len(text["tokens"]) for text in texts()]
+    width, hidden = BERT.width, BERT.hidden
+    whole = 4 * width**2 + 2 * width * hidden
+    last = sum(n) * 2 * width**2 + 7 * (2 * width**2 + 2 * width * hidden) + sum(n) * 2 * width
+    first = sum(n) * whole + sum(k * k for k in n) * 2 * width
+    assert objective.run_flops(made(BERT, objective), batch) == 6 * (first + last)
+    model = made(SHAPES["t5"], Classification(classes=("a", "b", "c")).fitted(SHAPES["t5"]))
+    seen = laid(Classification(classes=("a", "b", "c"), at="answer"), how)
+    assert Classification(at="answer").run_flops(model, seen) == flops.trunk(model.shape, flops.work(seen))
+
+
+def test_dropout_keeps_the_mean_and_the_share() -> None:
+    torch.manual_seed(0)
+    drop, x = Dropout(0.1), torch.ones(333, 1001)
+    y = drop(x)
+    gone = (y == 0).float().mean().item()
+    assert abs(gone - 0.1) < 6 * (0.09 / x.numel()) ** 0.5, "the share of zeros is six deviations off"
+    assert abs(y.mean().item() - 1) < 4e-3
+    kept = 65536 / (65536 - round(0.1 * 65536))
+    assert y.unique().tolist() == pytest.approx([0, kept])
+    # Neighbours come out of one drawn number: they must not know of each other.
+    lost = (y.flatten()[: 4 * 80_000] == 0).float().view(-1, 4)
+    assert torch.corrcoef(lost.T).sub(torch.eye(4)).abs().max() < 0.02
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y)
+    assert torch.equal(drop.eval()(x), x)
+
+
+@pytest.mark.parametrize("length", [5, 130])
+def test_attention_drops_weights_and_their_gradients(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula, with the same weights dropped: in blocks of rows, with a mask."""
+    q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.rand(2, 1, length, length) < 0.7
+    mask |= torch.eye(length, dtype=torch.bool)
+    drawn: list[torch.Tensor] = []
+
+    def noted(like: torch.Tensor, chance: float) -> torch.Tensor:
+        drawn.append(survivors(like, chance))
+        return drawn[-1]
+
+    monkeypatch.setattr(blocked, "survivors", noted)
+    out = blocked.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
+    dropped = torch.cat([d.view(2, 3, -1, length) for d in drawn], 2)
+    weights = (q @ k.mT * 0.3).masked_fill(~mask, float("-inf")).softmax(-1) * dropped
+    torch.testing.assert_close(out, weights @ v)
+    assert 0.3 < (dropped == 0).double().mean() < 0.5 or length == 5
+    grad = torch.randn_like(out)
+    mine = torch.autograd.grad(out, (q, k, v), grad)
+    for one, other in zip(mine, torch.autograd.grad(weights @ v, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(one, other)

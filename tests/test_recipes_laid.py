@@ -1,0 +1,76 @@
+"""How the rows of a task are laid where the recipe leaves it open: packed where they can be, else of like length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from firth.recipes.recipe import ALIKE, Batch, load
+from firth.recipes.run import run
+from firth.recipes.tree import read_yaml
+from firth.types import UserError
+
+TINY = [
+    "source.held_out=0.2", "length.steps=3", "batch.rows=4", "tokenizer.size=400", "segment.length=24", "checks.save=0",
+]  # fmt: skip
+ENCODER = "shape={vocab: 400, width: 32, depth: 1, heads: 2, causal: false, context: 64}"
+
+
+def settled(folder: Path, name: str, *settings: str) -> dict[str, object]:
+    """The batch of the recipe that a run has written."""
+    done = run(load(name, [*TINY, *settings]), folder, lambda _: None)
+    batch = read_yaml(done.directory / "recipe.yaml")[0]["batch"]
+    assert isinstance(batch, dict)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("laid") / "rows.jsonl"
+    rows = [{"text": "a fine day " * (i % 6 + 1), "label": "good" if i % 2 else "bad"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("laid") / "questions.jsonl"
+    rows = [{"text": "which " * (i % 6 + 1), "options": ["this one", "that"], "label": i % 2} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "pack", "sort"),
+    [
+        ("classify", [ENCODER], 24, 0),
+        ("classify", [ENCODER, "batch.pack=0"], 0, 0),
+        ("classify", [ENCODER, "batch.sort=7"], 0, 7),
+        ("classify", ["shape={vocab: 400, width: 32, depth: 1, heads: 2, causal: false, context: 64, linformer: 8}"], 0, ALIKE),
+        ("choose", [ENCODER], 0, ALIKE),
+    ],
+)  # fmt: skip
+def test_what_is_left_open_is_settled(
+    name: str, settings: list[str], pack: int, sort: int, classes: Path, options: Path, tmp_path: Path
+) -> None:
+    source = options if name == "choose" else classes
+    batch = settled(tmp_path / "run", name, f"source={source}", *settings)
+    assert (batch["pack"], batch["sort"]) == (pack, sort)
+
+
+def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(classes: Path, tmp_path: Path) -> None:
+    settled(tmp_path / "base", "classify", f"source={classes}", ENCODER)
+    start = f"start={tmp_path / 'base' / 'model'}"
+    batch = settled(tmp_path / "prompt", "classify", f"source={classes}", start, "adapt=prompt", "adapt.tokens=2")
+    assert (batch["pack"], batch["sort"]) == (0, ALIKE)
+    again = run(load(str(tmp_path / "prompt")), tmp_path / "prompt", lambda _: None)
+    assert again.steps == 3
+
+
+def test_two_ways_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="both spare padding"):
+        load("classify", ["batch.pack=64", "batch.sort=5"])
+    assert Batch(pack="auto").laid(0, packs=True) == Batch(pack=0, sort=0)
+    assert Batch(pack="auto").room == 0

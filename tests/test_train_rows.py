@@ -1,0 +1,129 @@
+"""A table of which few rows are read: AdamW on those alone is AdamW on all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from firth.data.batch import collate
+from firth.model.lm import LM
+from firth.model.shape import encoder
+from firth.objectives.classification import Classification
+from firth.objectives.mlm import MLM
+from firth.text.vocab import Vocab
+from firth.train.optimizer import Mover, Optimizer, lone_table
+from firth.train.rows import Rows
+from firth.train.step import step
+from firth.types import Batch
+
+BETAS, EPS = (0.9, 0.98), 1e-8
+VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(60) < 4)
+OBJECTIVE = Classification(classes=("a", "b"))
+
+
+def test_many_steps_are_those_of_adamw_on_the_whole_table() -> None:
+    """Rows come late, again and again, twice in a step, and not at all; then the whole table has a gradient."""
+    torch.manual_seed(0)
+    start = torch.randn(50, 32)
+    sparse, dense = (
+        nn.Embedding(50, 32, sparse=True, _weight=start.clone()),
+        nn.Embedding(50, 32, _weight=start.clone()),
+    )
+    adam = torch.optim.AdamW(dense.parameters(), lr=1.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+    rows = Rows(sparse.weight, BETAS, EPS)
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        read = torch.from_numpy(rng.integers(0, min(45, 4 + number), 6))
+        weights = torch.randn(6, 32)
+        for table in (sparse, dense):
+            table.zero_grad()
+            loss = (table(read) * weights).sum()
+            if number == 35:
+                loss = loss + table.weight.square().sum()
+            loss.backward()
+        rate = 0.01 * (1 + number % 3)
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        rows.move(rate)
+        if number == 34:
+            assert len(rows.seen) < 45
+            assert torch.equal(sparse.weight[45:], start[45:])
+        torch.testing.assert_close(sparse.weight, dense.weight, rtol=1e-6, atol=1e-7)
+    kept = adam.state[dense.weight]
+    state = rows.state()
+    assert int(state["step"]) == 40
+    torch.testing.assert_close(state["mean"], kept["exp_avg"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(state["square"], kept["exp_avg_sq"], rtol=1e-6, atol=1e-7)
+
+
+def batches() -> Iterator[Batch]:
+    rng = np.random.default_rng(1)
+    while True:
+        texts = [{"tokens": rng.integers(4, 40, rng.integers(2, 9)), "label": int(rng.integers(2))} for _ in range(4)]
+        yield collate([OBJECTIVE.view(text, VOCAB, rng) for text in texts], {"class"})
+
+
+def model() -> LM:
+    torch.manual_seed(0)
+    shape = encoder(vocab=60, width=32, depth=1, heads=2, context=16)
+    return LM(shape, OBJECTIVE.parts(shape))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_mover_moves_and_clips_alike(clip: float) -> None:
+    plan = Optimizer(name="adamw", rate=1e-2, clip=clip)
+    one, other = model(), model()
+    movers = [Mover(plan, one, sparse=True), Mover(plan, other)]
+    assert list(movers[0].rows) == ["tokens.weight"]
+    assert not movers[1].rows
+    for _, batch in zip(range(12), batches(), strict=False):
+        norms = []
+        for mover, net in zip(movers, (one, other), strict=True):
+            step(net, OBJECTIVE, [batch, batch])  # micro-batches add up
+            norms.append(mover.clip())
+            mover.move(0.7)
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+    assert one.tokens.sparse  # type: ignore[union-attr]
+    for (name, mine), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=name)
+    assert {*movers[0].state()} == {*movers[1].state()}
+
+
+def test_a_resumed_mover_goes_on_bit_for_bit() -> None:
+    """Whichever of the two wrote the state."""
+    plan = Optimizer(name="adamw", rate=1e-2)
+    going = model()
+    mover, stream = Mover(plan, going, sparse=True), batches()
+
+    def some(net: LM, by: Mover, those: list[Batch]) -> None:
+        for batch in those:
+            step(net, OBJECTIVE, [batch])
+            by.clip()
+            by.move(1.0)
+
+    some(going, mover, [next(stream) for _ in range(5)])
+    saved = {name: value.clone() for name, value in mover.state().items()}
+    resumed = model()
+    resumed.load_state_dict(going.state_dict())
+    again = Mover(plan, resumed, sparse=True)
+    again.restore(saved)
+    rest = [next(stream) for _ in range(5)]
+    some(going, mover, rest)
+    some(resumed, again, rest)
+    assert all(torch.equal(a, b) for a, b in zip(going.parameters(), resumed.parameters(), strict=True))
+    whole = Mover(plan, model())
+    whole.restore(mover.state())
+    told, mine = whole.state(), mover.state()
+    assert all(torch.equal(told[name], mine[name]) for name in mine)
+
+
+def test_a_table_that_a_head_shares_is_left_as_it_is() -> None:
+    shape = encoder(vocab=60, width=32, depth=1, heads=2, context=16)
+    assert shape.tied
+    assert lone_table(LM(shape, MLM().parts(shape))) is None
+    assert lone_table(nn.Linear(2, 2)) is None
+    assert lone_table(model()) is not None
