@@ -3,24 +3,25 @@
     python -m bench.finetune sarcasm            # headlines, 15 tokens on average, 32 a step
     python -m bench.finetune reviews            # sentences of film reviews, 27 tokens, 32 a step
     python -m bench.finetune vitaminc           # evidence and claim in one row, 57 tokens of at most 128, 24 a step
-    python -m bench.finetune vitaminc --floor   # what the arithmetic allows; no timing
-    python -m bench.finetune vitaminc --check   # equal weights, rows and tokens; no timing
-    python -m bench.finetune vitaminc --profile # where firth's step goes, packed
+    python -m bench.finetune vitaminc --floor   # what the arithmetic allows; no timing but of a product
+    python -m bench.finetune vitaminc --check   # equal ids, states and losses; no timing
 
 The peer is the Trainer on `AutoModelForSequenceClassification` as it comes: fp32, DataCollatorWithPadding, padded to the
-longest of the step. MiniLM's own config has dropout 0.1, which ours does not (docs/decisions.md), so the same without it
-stands beside it, and with rows grouped by length. Ours are `classify`'s own objective, weights, AdamW and loop: with rows
-padded, with rows of like length, and packed. All see the same examples a step; units are the useful tokens of training
-steps, [CLS] and [SEP] with them and padding not.
+longest of the step. MiniLM's own config has dropout 0.1, and firth, which starts from it, has that too. Since torch's dropout
+is slow on a CPU and ours is not, both stand beside it without; and the peer with its rows grouped by length. Ours are
+`classify`'s own objective, weights, AdamW and loop: with rows padded, with rows of like length, and packed, as the recipe has
+them. All have as many examples a step; units are the useful tokens of training steps, [CLS] and [SEP] with them and padding
+not.
 
 The floor. A token passes 12 width^2 weights a block, at 6 FLOPs each; the peer's padding does too. Ours need the last
 block's states where the class is read alone, so keys and values are all that the other tokens pay for there. Attention's own
-products, norms, GELU, dropout and AdamW come on top on both sides: AdamW moves 28 bytes a parameter and step, and half of
-MiniLM's 22.7 M parameters are word vectors.
+products are counted on both sides. Norms, GELU, dropout and AdamW come on top: AdamW reads and writes 28 bytes of a parameter
+a step, and half of MiniLM's 22.7 M parameters are word vectors, of which ours visit those that were read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bench.causal import firth_run
-from bench.harness import Contender, Turn, arguments, command
+from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
 
 SHARE = 6  # steps in a turn
 
@@ -151,7 +152,7 @@ def trainer(turn: Turn, name: str, dropout: bool = True, **chosen: Any) -> None:
 # ------------------------------------------------------------------------------- firth
 
 
-def firth_parts(name: str, **batch: Any) -> tuple[Any, Any, Any]:
+def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train classify start=MINILM` builds; batch: how its rows are laid."""
     from firth.data.batch import Batches
     from firth.model.lm import LM
@@ -162,14 +163,15 @@ def firth_parts(name: str, **batch: Any) -> tuple[Any, Any, Any]:
     examples = source(task)
     shape = load_model(start).shape
     objective = Classification(classes=examples.classes).fitted(shape)
+    shape = shape if dropout else dataclasses.replace(shape, dropout=0.0)
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
     start_from(model, start)
     return model, objective, Batches(examples, objective, examples.tokenizer.vocab, rows=task.rows, seed=0, **batch)
 
 
-def firth(turn: Turn, name: str, **batch: Any) -> None:
-    model, objective, batches = firth_parts(name, **batch)
+def firth(turn: Turn, name: str, dropout: bool = True, **batch: Any) -> None:
+    model, objective, batches = firth_parts(name, dropout, **batch)
 
     tokens = lengths(batches.source)
 
@@ -183,24 +185,101 @@ def firth(turn: Turn, name: str, **batch: Any) -> None:
 
 def contenders(name: str) -> dict[str, Contender]:
     """Everybody who is told the classes of this set."""
-    arm = functools.partial
+    arm, length = functools.partial, TASKS[name].length
+    alike = {"train_sampling_strategy": "group_by_length"}
     return {
         "Trainer as it comes": arm(trainer, name=name),
-        "the same, dropout 0": arm(trainer, name=name, dropout=False),
-        "the same, dropout 0, rows grouped by length": arm(
-            trainer, name=name, dropout=False, train_sampling_strategy="group_by_length"
-        ),
+        "Trainer, rows of like length": arm(trainer, name=name, **alike),
+        "Trainer, dropout 0": arm(trainer, name=name, dropout=False),
         "firth, padded": arm(firth, name=name),
         "firth, rows of like length": arm(firth, name=name, sort=50),
-        "firth, packed": arm(firth, name=name, pack=TASKS[name].length),
+        "firth, packed, dropout 0": arm(firth, name=name, dropout=False, pack=length),
+        "firth, packed": arm(firth, name=name, pack=length),
     }
+
+
+# ------------------------------------------------------------------------------- what is fair, and what can be had
+
+
+def check(name: str) -> None:
+    """What makes the comparison fair, asserted: ids, states, examples a step; packed and padded are told the same."""
+    from transformers import AutoModel
+
+    from firth.train.step import count_targets, step
+
+    coder, rows = hf_rows(TASKS[name])
+    model, objective, packed = firth_parts(name, dropout=False, pack=TASKS[name].length)
+    examples = packed.source
+    assert [row["input_ids"] for row in rows] == [examples[i]["tokens"].tolist() for i in range(len(rows))]
+    assert [row["labels"] for row in rows] == [int(examples[i]["label"]) for i in range(len(rows))]
+    theirs = AutoModel.from_pretrained(fetched("minilm")).eval()
+    padded = firth_parts(name, dropout=False)[2]
+    [batch] = padded.batches(0)
+    there = batch["appears"] == 0
+    given = coder.pad(
+        [{k: v for k, v in rows[i].items() if k != "labels"} for i in padded.source.order(0, padded.positions(0))[1]],
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        apart = (model(batch) - theirs(**given).last_hidden_state).abs()[there].max().item()
+    assert apart < 1e-4, f"the states differ by {apart:.2g}"
+    sizes = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in hf_model(3).parameters())
+    found = []
+    for batches in (packed, padded):
+        model.zero_grad()
+        made = batches.batches(0)
+        assert count_targets(objective, made)["class"] == TASKS[name].rows
+        found.append((step(model, objective, made)["class"], model.trunk.blocks[0].attention.q.weight.grad.clone()))
+    (loss, grad), (other, same) = found
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, same, rtol=1e-4, atol=1e-5)
+    print(f"{len(rows):,} equal examples; states apart by {apart:.1g}; parameters {sizes} (the peer's pooler is more)")
+    print(f"a step of {TASKS[name].rows} examples: loss {loss:.6f} packed, {other:.6f} padded")
+
+
+def floor(name: str) -> None:
+    """FLOPs of products, and bytes that AdamW moves, of both: what they allow at this machine's rates."""
+    from firth.scaling.flops import Work, trunk
+
+    task, steps = TASKS[name], 50
+    model, objective, packed = firth_parts(name, pack=task.length)
+    tokens = lengths(packed.source)
+    mine = [batch for number in range(steps) for batch in packed.batches(number)]
+    drawn = [tokens[packed.source.order(0, packed.positions(number))[1]] for number in range(steps)]
+    useful, widths = sum(int(n.sum()) for n in drawn), [int(n.max()) for n in drawn]
+    slots = task.rows * sum(widths)
+    peer = trunk(model.shape, Work(slots, task.rows * sum(w * w for w in widths)))
+    ours = sum(objective.run_flops(model, batch) for batch in mine)
+    cells = sum(batch["tokens"].numel() for batch in mine)
+    rate, memory = gemm_rate(torch.float32), memory_rate()
+    words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in mine]))
+    whole = sum(p.numel() for p in model.parameters())
+    table = model.tokens.weight.numel()
+    read = whole - table + len(words) * model.shape.width
+    print(
+        f"{useful / steps:,.0f} useful tokens a step; slots for each: {slots / useful:.2f} padded, {cells / useful:.2f} packed"
+    )
+    for who, work, moved in (("Trainer", peer, whole), ("firth, packed", ours, read)):
+        seconds, extra = work / rate / steps, 28 * moved / memory
+        print(
+            f"{who:14} {work / useful / 1e6:6.1f} MFLOP a useful token; a step takes {seconds * 1e3:,.0f} ms at "
+            f"{rate / 1e9:.0f} GFLOP/s and AdamW {extra * 1e3:.0f} ms at {memory / 1e9:.1f} GB/s at least: "
+            f"{useful / steps / (seconds + extra):,.0f} useful tokens/s at most"
+        )
+    print(f"the products alone make {peer / ours:.2f}x")
 
 
 def main() -> None:
     parser = arguments(__doc__, contenders("sarcasm"))
     parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("--floor", action="store_true", help="what the arithmetic allows")
     given = parser.parse_args()
-    command(given, contenders(given.task), unit="useful tokens")
+    if given.check:
+        check(given.task)
+    elif given.floor:
+        floor(given.task)
+    else:
+        command(given, contenders(given.task), unit="useful tokens")
 
 
 if __name__ == "__main__":
