@@ -37,7 +37,7 @@ from torch import Tensor
 from bench.causal import firth_run
 from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
 
-SHARE = 6  # steps in a turn
+SHARE = 2  # steps in a turn
 
 
 @dataclass(frozen=True)

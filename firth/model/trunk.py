@@ -134,7 +134,7 @@ class Trunk(nn.Module):
 
     def narrowed(self, fields: Batch, wanted: Tensor, past: Past | None) -> Reading | None:
         """What the last block is told where the wanted (B, T) alone are asked for; None if some row wants all of its own."""
-        most = int(wanted.sum(-1).amax())
+        most = max(1, int(wanted.sum(-1).amax()))
         if most == wanted.shape[-1]:
             return None
         # As many of each row: behind its own wanted ones come others, each once, which do no harm.

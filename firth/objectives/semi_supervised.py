@@ -157,5 +157,6 @@ class Consistency(Related):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         # The pass without gradient is a third of one with.
-        work = flops.work(batch, self.wanted(batch) if model.shape.narrows else None)
-        return flops.trunk(model.shape, work) * (1 + 1 / 3)
+        read = (self.wanted(batch), batch["relation"] != IGNORE) if model.shape.narrows else (None, None)
+        learning, looking = (flops.trunk(model.shape, flops.work(batch, wanted)) for wanted in read)
+        return learning + looking / 3
