@@ -14,8 +14,8 @@
     translate              English reviews in Spanish          chrF, BLEU, held-out loss (bigbench, translated by machine)
 
 The arms: "scratch" and "own" are four blocks of width 192 with 4,096 subwords of the Brown corpus, "own" after 1,600 steps of
-`roberta` on it (its raw text holds the sentences of `speech`, without tags); "minilm" starts from MiniLM-L6, "packed" too, with
-its rows packed; "trainer" is transformers' Trainer from MiniLM, as it comes (fp32, dynamic padding), with the same records,
+`roberta` on it (its raw text holds the sentences of `speech`, without tags); "minilm" starts from MiniLM-L6, packed
+where rows can be, as the recipes come; "trainer" is transformers' Trainer from MiniLM, as it comes (fp32, dynamic padding), with the same records,
 steps, rows, rate, schedule and decay, and the head that transformers has for the task (`bench.tasks_peers`). An encoder does
 not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption of
 the Brown corpus and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
@@ -51,8 +51,8 @@ from firth.text.tokenizer import Tokenizer
 RESULTS = Path("runs/learn_tasks")
 SEEDS = (0, 1, 2)
 TESTED = 1000
-ARMS = ("scratch", "own", "minilm", "packed", "trainer")
-RATES = {"scratch": 1e-3, "own": 5e-4, "minilm": 1e-4, "packed": 1e-4, "trainer": 1e-4}
+ARMS = ("scratch", "own", "minilm", "trainer")
+RATES = {"scratch": 1e-3, "own": 5e-4, "minilm": 1e-4, "trainer": 1e-4}
 DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 
 
@@ -87,7 +87,7 @@ class Job:
     rows: int
     settings: tuple[str, ...] = ()
     family: Callable[[int, Row], str] = lambda i, row: str(i)
-    arms: tuple[str, ...] = ("scratch", "own", "minilm", "trainer")
+    arms: tuple[str, ...] = ARMS
     tested: str = ""
     kept: Callable[[Row], bool] = lambda row: True
     apart: tuple[str, ...] = ()
@@ -97,11 +97,11 @@ class Job:
 
 
 JOBS = {
-    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=48",), arms=ARMS),
-    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=64",), arms=ARMS),
+    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=48",)),
+    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=64",)),
     "vitaminc": Job(
         "vitaminc/vitaminc.jsonl", "classify", ("accuracy", "macro_f1"), 120, 24,
-        ("segment.text=evidence", "segment.pair=claim", "segment.length=128"), lambda i, row: row["page"], ARMS,
+        ("segment.text=evidence", "segment.pair=claim", "segment.length=128"), lambda i, row: row["page"],
     ),
     "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 80, 16, ("segment.length=96",)),
     "speech": Job("brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("segment.length=64",), lambda i, row: row["document"]),
@@ -185,7 +185,7 @@ def classes(job: Job, parts: tuple[Path, Path]) -> tuple[str, ...]:
 def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
     """One run of a recipe, and its score on the test."""
     train, test = halves(name, job, quick)
-    start = str(corpora.fetch("minilm", say) if arm in ("minilm", "packed") else job.own(train, quick))
+    start = str(corpora.fetch("minilm", say) if arm == "minilm" else job.own(train, quick))
     settings = [
         *job.settings, f"source={train}", "source.held_out=0", f"batch.rows={job.rows}", f"seed={seed}",
         f"length.steps={4 if quick else job.steps}", f"optimizer.rate={job.rates[arm]}", f"optimizer.weight_decay={DECAY}",
@@ -200,8 +200,6 @@ def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
         settings += [f"tokenizer.path={start}", f"shape={json.dumps(shape)}"]
     else:
         settings.append(f"start={start}")
-    if arm == "packed":
-        settings.append(f"batch.pack={max(128, int(job.settings[-1].split('=')[1]))}")
     place_ = RESULTS / "runs" / f"{name}-{arm}-{seed}"
     done = run(load(job.recipe, settings), place_, say)
     found = job.measured(place_, test, done)
