@@ -14,11 +14,11 @@
     translate              English reviews in Spanish          chrF, BLEU, held-out loss (bigbench, translated by machine)
 
 The arms: "scratch" and "own" are four blocks of width 192 with 4,096 subwords of the Brown corpus, "own" after 1,600 steps of
-`roberta` on it (its raw text holds the sentences of `speech`, without tags); "minilm" starts from MiniLM-L6, packed
-where rows can be, as the recipes come; "trainer" is transformers' Trainer from MiniLM, as it comes (fp32, dynamic padding), with the same records,
-steps, rows, rate, schedule and decay, and the head that transformers has for the task (`bench.tasks_peers`). An encoder does
-not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption of
-the Brown corpus and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
+`roberta` on it (its raw text holds the sentences of `speech`, without tags); "minilm" starts from MiniLM-L6, packed where rows
+can be, as the recipes come; "trainer" is transformers' Trainer from MiniLM, as it comes (fp32, dynamic padding), with the same
+records, steps, rows, rate, schedule and decay, and the head that transformers has for the task (`bench.tasks_peers`). An
+encoder does not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption
+of the Brown corpus and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
 "auto" finds. Seconds are of training alone; tokens are those that are no padding. At most TESTED records are tested on, the
 same in every arm.
 """

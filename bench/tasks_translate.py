@@ -5,11 +5,10 @@ corruption of English text, and by transformers' T5 of the same shape from nothi
     measured(run, test, finished)                                {"chrf", "bleu", "loss", "items"}: a number each
     taught(lesson, coder, out)                                   the peer's, with "seconds" and "tokens"
 
-All arms have one tokenizer (4,096 pieces of the sentences to learn from, of both languages) and one shape: T5 1.1's
-with two blocks on each side and a head of its own that begins at zero, else what each makes of a model from nothing.
-Answers are greedy, of at most LENGTH tokens; BLEU and chrF are sacrebleu's through `firth.evaluate`; loss is nats per target
-token. Span corruption reads the
-Brown corpus and none of these sentences, for BIG-Bench asks that its texts be kept out of pretraining.
+All arms have one tokenizer (4,096 pieces of the sentences to learn from, of both languages) and one shape: T5 1.1's with two
+blocks on each side and a head of its own that begins at zero, else what each makes of a model from nothing. Answers are
+greedy, of at most LENGTH tokens; BLEU and chrF are sacrebleu's through `firth.evaluate`; loss is nats per target token. Span
+corruption reads the Brown corpus and none of these sentences, for BIG-Bench asks that its texts be kept out of pretraining.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Batches:
             raise UserError(f"there is nothing to train on: {dict(source.counts)}")
         if rows < accumulate * world:
             raise UserError(f"{rows} rows a step cannot be shared by {world} ranks of {accumulate} micro-batches each")
-        sizes = source.sizes
+        sizes = source.sizes if sort else None
         if sort and sizes is None:
             raise UserError("the lengths of these examples are not known before they are read: set batch.sort=0")
         self.sizes, self.sort = sizes, sort
