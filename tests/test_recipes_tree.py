@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
@@ -20,7 +21,7 @@ from firth.types import UserError
 def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = published(name)
     path = tmp_path / "recipe.yaml"
-    path.write_text(tree.write_yaml(recipe))
+    path.write_text(tree.tree.write_yaml(recipe))
     assert load(str(path)) == recipe
     assert load(str(tmp_path)).hash() == recipe.hash()
     assert load(str(path), ["seed=1"]).hash() != recipe.hash()
@@ -92,3 +93,21 @@ def test_recipes_are_values() -> None:
     recipe = published("gpt")
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.seed = 3  # type: ignore[misc]
+
+
+def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> None:
+    recipe = load("gpt", ["batch.rows=4"])
+    file = tmp_path / "recipe.yaml"
+    assert recipe.known(file) == recipe.hash()  # nothing is there yet
+    file.write_text(tree.write_yaml(recipe))
+    assert recipe.known(file) == recipe.hash()
+    older = yaml.safe_load(tree.write_yaml(recipe))
+    del older["batch"]["sort"], older["recompute"]  # fields that came later, here at their defaults
+    file.write_text(yaml.safe_dump(older))
+    once = recipe.known(file)
+    assert once != recipe.hash() and once == load(str(file)).known(file)
+    for changed in ("batch.sort=8", "recompute=true", "batch.rows=5"):
+        other = load("gpt", ["batch.rows=4", changed])
+        assert other.known(file) == other.hash() != once
+    file.write_text("name: [\n")
+    assert recipe.known(file) == recipe.hash()

@@ -138,7 +138,20 @@ class Recipe:
 
     def hash(self) -> str:
         """A short name of the recipe's content, kept in checkpoints."""
-        return hashlib.sha256(json.dumps(tree.plain(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(tree.plain(self))
+
+    def known(self, file: Path) -> str:
+        """Its hash as the run that wrote `file` knows it: fields that firth has got since, at their defaults, change nothing."""
+        try:
+            if file.exists() and load(str(file)) == self:
+                return _hash(tree.read_yaml(file)[0])
+        except UserError:  # written by a firth whose recipes can no longer be read
+            pass
+        return self.hash()
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 tree.KINDS[Objective] = tree.Kinds(

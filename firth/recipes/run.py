@@ -87,8 +87,9 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         accumulate=settled.batch.accumulate,
         ranks=ranks.world,
     )
+    known = settled.known(directory / "recipe.yaml")
     if (directory / DONE).exists():
-        return _finished(directory, settled)
+        return _finished(directory, known)
     material = dataclasses.replace(material, memory=settled.shape.memory)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     torch.manual_seed(settled.seed)
@@ -115,7 +116,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if counted:
             tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
-        _write(directory / "recipe.yaml", tree.write_yaml(settled))
+        if known == settled.hash():  # else it is there, as the run began
+            _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
     shown = (
         None
@@ -128,13 +130,13 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
                   best=settled.checks.best or "loss", best_last=bool(settled.checks.best or settled.checks.patience),
                   patience=settled.checks.patience, precision=settled.precision, compile=settled.compile),
-        evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=settled.hash(), name=settled.name,
+        evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
     )  # fmt: skip
     finished = Finished(directory, ended.step, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, ended.step)
         facts: dict[str, Any] = {
-            "recipe": settled.hash(),
+            "recipe": known,
             "steps": ended.step,
             "tokens": ended.tokens,
             "metrics": ended.metrics,
@@ -236,10 +238,10 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment, batch=batch)
 
 
-def _finished(directory: Path, recipe: Recipe) -> Finished:
-    """What done.json says, if it is of this recipe."""
+def _finished(directory: Path, known: str) -> Finished:
+    """What done.json says, if it is of the recipe with this hash."""
     facts: dict[str, Any] = json.loads((directory / "model" / "firth.json").read_text("utf-8"))["facts"]
-    if facts["recipe"] != recipe.hash():
+    if facts["recipe"] != known:
         raise UserError(
             f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
             "choose another directory with --out, or delete that one"
