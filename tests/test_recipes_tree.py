@@ -21,7 +21,7 @@ from firth.types import UserError
 def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = published(name)
     path = tmp_path / "recipe.yaml"
-    path.write_text(tree.tree.write_yaml(recipe))
+    path.write_text(tree.write_yaml(recipe))
     assert load(str(path)) == recipe
     assert load(str(tmp_path)).hash() == recipe.hash()
     assert load(str(path), ["seed=1"]).hash() != recipe.hash()
