@@ -106,13 +106,13 @@ JOBS = {
     "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 80, 16, ("segment.length=96",)),
     "speech": Job("brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("segment.length=64",), lambda i, row: row["document"]),
     "squad": Job(
-        "squad/train.jsonl", "answer", ("exact_match", "f1"), 150, 12,
+        "squad/train.jsonl", "answer", ("exact_match", "f1"), 100, 12,
         ("segment.length=256", "segment.stride=96", "segment.question=48"), tested="squad/test.jsonl",
     ),
     "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("segment.length=96",)),
     "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 60, 4, ("segment.length=192",)),
     "translate": Job(
-        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 600, 48,
+        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 300, 48,
         (f"segment.length={tasks_translate.LENGTH}", f"segment.answer={tasks_translate.LENGTH}", "segment.prompt='{en}'",
          "segment.answer_is='{es}'"), lambda i, row: row["en"], ("scratch", "own", "trainer"),
         kept=tasks_translate.short, apart=tasks_translate.LANGUAGES, rates={"scratch": 2e-3, "own": 2e-3, "trainer": 2e-3},
