@@ -1,6 +1,6 @@
 """Real tasks from nothing, from our own pretraining and from MiniLM, beside transformers' Trainer on the same examples.
 
-    python -m bench.learn_tasks --run                      # every arm, three seeds; resumable: over three hours on one thread
+    python -m bench.learn_tasks --run                      # every arm, three seeds; resumable: two and a half hours on one thread
     python -m bench.learn_tasks --run --only sarcasm ner   # some tasks; --limit 3 stops after three new runs
     python -m bench.learn_tasks --table                    # markdown for docs/results.md
     python -m bench.learn_tasks --run --quick              # a check: one seed, four steps
