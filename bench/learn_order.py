@@ -8,7 +8,7 @@ Text: paragraphs of the Brown corpus of at most 64 tokens, cut at the end of a s
 sentences as ALBERT's are. A tenth of the 500 samples is held out whole, and every held-out pair is scored.
 
     untrained    MiniLM and a head of small random numbers
-    sop          the same after STEPS steps; the head is quicker than the trunk, for it begins from nearly nothing
+    sop          the same after STEPS steps
     words        logistic regression on the very same pairs: which words are in which segment, and at their ends
     junction     the running text in segments cut anywhere (`firth.data.segment.Pairs`): of the two words that meet in the
                  middle, how much likelier than by chance does one follow the other, counted in the training text
@@ -58,8 +58,8 @@ RESULTS = Path("runs/learn_order")
 SEEDS = (0, 1, 2)
 CORPUS, HELD = "brown", 0.1
 LENGTH, ROWS, STEPS = 64, 32, 120
-RATE, HEAD = 1e-4, 1e-3
-"""AdamW's rate of the trunk's matrices, and of the head, norms and biases."""
+RATE = 1e-4
+"""AdamW's. A head ten times as quick (2e-3 beside 2e-4) learnt nothing in 60 steps."""
 LAST = 30
 """Steps at the end whose training loss is averaged."""
 
@@ -138,7 +138,7 @@ def one(seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = train(
             model, objective, batches, Path(folder), length=Length(steps=STEPS),
-            optimizer=Optimizer("adamw", rate=RATE, rest_rate=HEAD, weight_decay=0.01, beta2=0.98),
+            optimizer=Optimizer("adamw", rate=RATE, weight_decay=0.01, beta2=0.98),
             schedule=Schedule("linear", warmup=0.1), plan=Plan(save_every=0), told=Silence(),
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
