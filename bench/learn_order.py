@@ -9,7 +9,8 @@ sentences as ALBERT's are. A tenth of the 500 samples is held out whole, and eve
 
     untrained    MiniLM and a head of small random numbers
     sop          the same after STEPS steps
-    words        logistic regression on the very same pairs: which words are in which segment, and at their ends
+    words        logistic regression on the very same pairs: which words are in which segment, and at their ends; the best of
+                 three regularisations, chosen on the held-out pairs, in its favour
     junction     the running text in segments cut anywhere (`firth.data.segment.Pairs`): of the two words that meet in the
                  middle, how much likelier than by chance does one follow the other, counted in the training text
 
