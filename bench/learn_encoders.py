@@ -12,7 +12,7 @@ tells neighbours is more than so small a run learns. Whole documents are held ou
 and after its last, on the same held-out text:
 
     nsp, sop              accuracy on held-out pairs; chance is 1/2 (with MLM, from nothing)
-    minilm-nsp, minilm-sop    the same, from MiniLM, without MLM
+    minilm-nsp, minilm-sop    the same, from MiniLM, without MLM (what order can be learnt from: bench.learn_order)
     iid, spans, sbo       hidden spans (SpanBERT's, all of it masked) that are filled in exactly, and single tokens
     rtd, adversarial      how well the discriminator tells replaced tokens (area under the curve: 1/2 is chance), of its own
                           generator and of draws by frequency; how often the generator guesses right; both accuracies

@@ -7,12 +7,13 @@
 
 Every run is a recipe in a directory of its own under runs/learn_represent, as `firth train` makes them: stopped at any
 moment, the same command goes on. Text: Shakespeare's plays (pairs, Linformer), and the headlines of `firth fetch sarcasm`
-(sarcastic or serious), of which 3,000 are held out; labels are drawn by the seed. A small encoder is pretrained per
-seed on the headlines to learn from, without their labels, and every classifier begins from it.
+(sarcastic or serious), of which 3,000 are held out; labels are drawn by the seed. Every classifier begins from MiniLM,
+reads from 2,000 headlines, and is scored on 1,000 of those held out.
 
     contrastive  held-out pairs: is the neighbour nearer than the stranger? untrained, margin, InfoNCE, SimCSE
-    few          accuracy with 50, 100, 300 labels: alone, with consistency, with a teacher's pseudo-labels
-    weak         accuracy from 2,000 headlines: one true label, one annotator, the majority of five, all five votes
+    few          accuracy with 50 labels and 1,950 texts without: labels alone, a teacher's pseudo-labels, consistency
+    weak         accuracy from one true label each, one annotator, the majority of five, all five votes; annotators are right
+                 six times of ten
     vae          held-out ELBO: untrained, KL at its full weight from the start, annealed, and annealed with word dropout
     linformer    held-out masked LM, beside the same encoder with full attention
 """
@@ -35,7 +36,6 @@ from firth.objectives.classification import Classification
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.mlm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.penalty import Penalty
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.vae import VAE
 from firth.objectives.weak import Weak
@@ -53,9 +53,11 @@ from firth.train.validate import validate
 
 SEEDS = (0, 1, 2)
 HELD = 3000
-NOISE = (0.6, 0.7)
-FEW = (50, 100, 300)
-TUNED = Optimizer(name="adamw", rate=5e-4, weight_decay=0.01, beta2=0.98)
+TESTED = 1000
+NOISE = (0.6,)
+FEW = (50,)
+TUNED = Optimizer(name="adamw", rate=1e-4, rest_rate=5e-4, weight_decay=0.01, beta2=0.98)
+"""A head begins from nearly nothing, so it and the norms move five times as fast as the rest."""
 STILL = Optimizer(name="adamw", rate=0.0)
 
 
@@ -144,73 +146,37 @@ def nearer(directory: Path, source: Text, segment: Pairs) -> dict[str, float]:
 # ------------------------------------------------------------------------------- classifiers
 
 
-def pretrained(place: Place, seed: int) -> str:
-    """An encoder that has read the headlines with masks in them."""
-    made = recipe(
-        place, "pretrained", MLM(), Pieces(length=48), place.text(), encoder(4096, 128, 3, heads=2, context=64),
-        steps=1200, rows=64, pack=64, seed=seed,
-    )  # fmt: skip
-    return str(done(place, "pretrained", seed, made)[0])
-
-
 def classifier(
-    place: Place, name: str, objective: Objective, segment: Segment, seed: int, *, rows: int, steps: int, part: str,
-    scratch: bool = False,
-) -> tuple[Path, dict[str, float]]:  # fmt: skip
-    start = pretrained(place, seed)
-    source, linear = place.text(part), Schedule("linear", warmup=0.1)
-    shape, tokenizer = (load_model(Path(start) / "model").shape, f"{start}/tokenizer") if scratch else (None, "")
+    place: Place, name: str, objective: Objective, segment: Segment, seed: int, *, rows: int, steps: int
+) -> tuple[Path, dict[str, float]]:
+    """MiniLM with a head for the classes: its directory, and its accuracy on TESTED headlines held out."""
     made = recipe(
-        place, "classifier", objective, segment, source, shape, steps=steps, rows=rows, seed=seed, optimizer=TUNED,
-        schedule=linear, start="" if scratch else start, tokenizer=tokenizer,
+        place, "classifier", objective, segment, place.text("some"), None, steps=steps, rows=rows, seed=seed,
+        optimizer=TUNED, schedule=Schedule("linear", warmup=0.1), start=str(corpora.fetch("minilm", print)),
     )  # fmt: skip
-    directory, metrics = done(place, name, seed, made)
+    tested = replace(made.checks, examples=max(64, round(TESTED * place.scale)))
+    directory, metrics = done(place, name, seed, replace(made, checks=tested))
     return directory, {"accuracy": metrics["valid/accuracy"]}
 
 
 def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    labelled = Labelled(length=48)
     for count in FEW:
-        partly = Partly(of=labelled, few=count, unlabelled=3.0)
+        partly = Partly(of=Labelled(length=48), few=count, unlabelled=3.0)
         alone = replace(partly, unlabelled=0.001)  # next to nothing else is read, and nothing is asked of it
-        teacher, found = classifier(
-            place, f"few-alone-{count}", Classification(), alone, seed, rows=32, steps=150, part=place.many
-        )
+        teacher, found = classifier(place, f"few-alone-{count}", Classification(), alone, seed, rows=16, steps=40)
         yield f"{count} labels, alone", found
-        _, found = classifier(
-            place,
-            f"few-scratch-{count}",
-            Classification(),
-            alone,
-            seed,
-            rows=32,
-            steps=150,
-            part=place.many,
-            scratch=True,
-        )
-        yield f"{count} labels, alone, from scratch", found
-        for name, objective in (
-            ("consistency", Consistency(ramp=100)),
-            ("consistency + penalty", Consistency(ramp=100) + Penalty(weight=1e-5)),
-        ):
-            _, found = classifier(
-                place, f"few-{name.replace(' + ', '-')}-{count}", objective, partly, seed, rows=64, steps=150, part=place.many
-            )  # fmt: skip
+        runs: list[tuple[str, Objective, Segment]] = [
+            ("pseudo-labels", PseudoLabels(confidence=0.8, ramp=15), Taught(of=partly, teacher=str(teacher))),
+            ("consistency", Consistency(ramp=15), partly),
+        ]
+        for name, objective, segment in runs:
+            _, found = classifier(place, f"few-{name}-{count}", objective, segment, seed, rows=32, steps=40)
             yield f"{count} labels, {name}", found
-        taught = Taught(of=partly, teacher=str(teacher))
-        _, found = classifier(
-            place, f"few-pseudo-{count}", PseudoLabels(confidence=0.8, ramp=100), taught, seed, rows=64, steps=150,
-            part=place.many,
-        )  # fmt: skip
-        yield f"{count} labels, pseudo-labels", found
 
 
 def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     labelled = Labelled(length=48)
-    runs: list[tuple[str, Objective, Segment]] = [
-        ("true labels, softmax", Classification(), labelled),
-        ("true labels, one against all", Weak(), labelled),
-    ]
+    runs: list[tuple[str, Objective, Segment]] = [("true labels, softmax", Classification(), labelled)]
     for accuracy in NOISE:
         five, one = (Voted(of=labelled, annotators=k, accuracy=accuracy) for k in (5, 1))
         runs += [
@@ -220,7 +186,7 @@ def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         ]
     for name, objective, segment in runs:
         slug = "weak-" + name.replace(", ", "-").replace(" ", "_")
-        yield name, classifier(place, slug, objective, segment, seed, rows=32, steps=250, part="some")[1]
+        yield name, classifier(place, slug, objective, segment, seed, rows=32, steps=60)[1]
 
 
 # ------------------------------------------------------------------------------- the text VAE, the Linformer

@@ -20,7 +20,7 @@ records, steps, rows, rate, schedule and decay, and the head that transformers h
 encoder does not translate: there is no MiniLM in `translate`, whose arms have an encoder-decoder, "own" after span corruption
 of the Brown corpus and "trainer" transformers' T5 from nothing (`bench.tasks_translate`). Ours runs in the precision that
 "auto" finds. Seconds are of training alone; tokens are those that are no padding. At most TESTED records are tested on, the
-same in every arm.
+same in every arm. The rates of "scratch" and "own" are the best of 1e-3, 2e-3 and 4e-3 for `sarcasm` at another seed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RESULTS = Path("runs/learn_tasks")
 SEEDS = (0, 1, 2)
 TESTED = 1000
 ARMS = ("scratch", "own", "minilm", "trainer")
-RATES = {"scratch": 1e-3, "own": 5e-4, "minilm": 1e-4, "trainer": 1e-4}
+RATES = {"scratch": 1e-3, "own": 2e-3, "minilm": 1e-4, "trainer": 1e-4}
 DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 
 
