@@ -103,7 +103,7 @@ JOBS = {
         "vitaminc/vitaminc.jsonl", "classify", ("accuracy", "macro_f1"), 120, 24,
         ("segment.text=evidence", "segment.pair=claim", "segment.length=128"), lambda i, row: row["page"],
     ),
-    "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 80, 16, ("segment.length=96",)),
+    "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 160, 16, ("segment.length=96",)),
     "speech": Job("brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("segment.length=64",), lambda i, row: row["document"]),
     "squad": Job(
         "squad/train.jsonl", "answer", ("exact_match", "f1"), 100, 12,
