@@ -17,6 +17,7 @@ collator does. Seconds are of the training steps alone.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -128,6 +129,7 @@ def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
     }
 
 
+@functools.cache
 def base() -> Path:
     """MiniLM's directory."""
     return corpora.fetch("minilm", print)

@@ -112,12 +112,17 @@ class Pairs(Source):
     """Two neighbouring segments and one from another document: {"first", "second", "other"}, which fit into `length`
     as [CLS] first [SEP] second [SEP].
 
-    first and second are a part of a document, cut at a random place; other begins at a random token of another document
-    and is exactly as long as second, so that lengths do not give the answer away. The draws are fixed by the index.
+    first and second are a part of a document, cut at a random place; other begins at a random place of another document
+    and is as long as second, so that lengths do not give the answer away. The draws are fixed by the index.
+
+    sentences: the vocabulary that knows where a sentence begins. All three are then whole sentences, as BERT's and ALBERT's
+    are, and the stranger ends with the sentence that brings it nearest to second's length; a part with fewer than two is cut
+    anywhere. None: all are cut anywhere; then only how two words fit tells an order, which small models do not find.
     """
 
     store: TokenStore
     length: int
+    sentences: Vocab | None = None
 
     def __post_init__(self) -> None:
         if self.length < 5:
@@ -141,14 +146,34 @@ class Pairs(Source):
     def __getitem__(self, index: int) -> Example:
         start, stop = self._parts.bounds(index)
         rng = self._draws.at(0, index)
-        cut = start + 1 + int(rng.random() * (stop - start - 1))
-        low, high = self._stranger(start, stop - cut, rng)
-        tokens = self.store.tokens
-        first, second, other = tokens[start:cut], tokens[cut : cut + high - low], tokens[low:high]
-        return {"first": first.astype(np.int32), "second": second.astype(np.int32), "other": other.astype(np.int32)}
+        bounds = self._bounds(start, stop)
+        if len(bounds) > 2:
+            start, cut, stop = bounds[0], bounds[1 + int(rng.random() * (len(bounds) - 2))], bounds[-1]
+            low, high = self._stranger(start, stop - cut, rng, room=self.length - 3 - (cut - start))
+        else:
+            cut = start + 1 + int(rng.random() * (stop - start - 1))
+            low, high = self._stranger(start, stop - cut, rng)
+            stop = cut + high - low
+        first, second, other = (
+            self.store.tokens[a:b].astype(np.int32) for a, b in ((start, cut), (cut, stop), (low, high))
+        )
+        return {"first": first, "second": second, "other": other}
 
-    def _stranger(self, start: int, need: int, rng: np.random.Generator) -> tuple[int, int]:
-        """Bounds of `need` tokens of a document other than the one at `start`; fewer if ten had not enough."""
+    def _bounds(self, low: int, high: int) -> list[int]:
+        """Where between the store's tokens low and high, both among them, a sentence begins or the text ends."""
+        if self.sentences is None:
+            return []
+        opens, ends = self._parts.document(low)
+        before = max(low - 1, 0)
+        begins = (
+            np.flatnonzero(self.sentences.sentences(self.store.tokens[before : high + 1].astype(np.int32))) + before
+        )
+        inside: list[int] = begins[(begins >= low) & (begins > opens) & (begins < ends)].tolist()
+        return [low] * (low == opens) + inside + [high] * (high == ends)
+
+    def _stranger(self, start: int, need: int, rng: np.random.Generator, room: int = 0) -> tuple[int, int]:
+        """Bounds of `need` tokens of a document other than the one at `start`; fewer if ten had not enough. room: of whole
+        sentences, as near to `need` tokens as they come, and at most so many."""
         best = (0, 0)
         tried = 0
         while tried < 10 or best[1] == best[0]:
@@ -158,6 +183,11 @@ class Pairs(Source):
             if low <= start < high or low == high:
                 continue
             at = max(low, min(at, high - need))
+            if room:
+                begins = self._bounds(max(low, at - self.length), at)
+                at = begins[-1] if begins else at
+                ends = [end for end in self._bounds(at + 1, min(high, at + room)) if end > at]
+                return at, min(ends, key=lambda end: abs(end - at - need)) if ends else min(high, at + need)
             if min(high, at + need) - at > best[1] - best[0]:
                 best = (at, min(high, at + need))
             if best[1] - best[0] == need:

@@ -154,14 +154,16 @@ class Pieces(Segment):
 
 @dataclass(frozen=True)
 class Pairs(Segment):
-    """Two neighbouring segments and a stranger, together at most `length` tokens."""
+    """Two neighbouring segments and a stranger, together at most `length` tokens: whole sentences, or cut anywhere."""
 
     length: int = 128
+    sentences: bool = True
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
-        held = segment.Pairs(valid, self.length) if valid and len(valid) > 1 else None
-        return Cut(segment.Pairs(train, self.length), held, read=train.manifest["counts"])
+        whole = material.tokenizer.vocab if self.sentences else None
+        held = segment.Pairs(valid, self.length, whole) if valid and len(valid) > 1 else None
+        return Cut(segment.Pairs(train, self.length, whole), held, read=train.manifest["counts"])
 
 
 @dataclass(frozen=True)

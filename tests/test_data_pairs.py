@@ -1,0 +1,78 @@
+"""Pairs of whole sentences: neighbours, a stranger, and nothing but their words to tell them apart by."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from firth.data.segment import Pairs
+from firth.data.shards import TokenStore
+from firth.recipes.recipe import load
+from firth.text.read import Document
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+
+
+def texts(count: int, sentences: int) -> list[str]:
+    """Documents of sentences of 3 to 14 words, each beginning with a word that nothing else has."""
+    rng = np.random.default_rng(5)
+    words = ["sea", "land", "bird", "stone", "river", "wind", "salt", "reed", "moon", "fire", "boat", "hill"]
+    return [
+        " ".join(
+            " ".join(["Then", *rng.choice(words, int(rng.integers(2, 14)))]) + "." for _ in range(int(rng.integers(2, sentences)))
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["byte-bpe", "wordpiece"])
+def coder(request: pytest.FixtureRequest) -> Tokenizer:
+    return train(iter(texts(40, 30)), algorithm=request.param, size=400)
+
+
+def stored(coder: Tokenizer, folder: Path, count: int, sentences: int) -> TokenStore:
+    found = [Document(f"{i}.txt", text) for i, text in enumerate(texts(count, sentences))]
+    return TokenStore.build(found, coder, folder / "store")
+
+
+@pytest.mark.parametrize("sentences", [40, 5])
+def test_all_three_are_whole_sentences(coder: Tokenizer, tmp_path: Path, sentences: int) -> None:
+    store = stored(coder, tmp_path, 60, sentences)
+    pairs = Pairs(store, 96, coder.vocab)
+    bodies = [
+        coder.decode(store.tokens[a : b - 1].astype(np.int32)).strip() for a, b in pairwise(store.offsets.tolist())
+    ]
+    whole, lengths = 0, []
+    for i in range(len(pairs)):
+        example = pairs[i]
+        first, second, other = (coder.decode(example[name]).strip() for name in ("first", "second", "other"))
+        assert len(example["first"]) + max(len(example["second"]), len(example["other"])) + 3 <= 96
+        assert any(f"{first} {second}" in body or f"{first}{second}" in body for body in bodies)
+        assert not any(f"{first} {other}" in body for body in bodies)
+        whole += all(text.startswith("Then") and text.endswith(".") for text in (first, second, other))
+        lengths.append((len(example["second"]), len(example["other"])))
+        assert all(np.array_equal(example[name], pairs[i][name]) for name in example)
+    assert whole > 0.9 * sum(body.count(".") > 1 for body in bodies)  # at least one for each document that has a pair
+    assert whole > (0.9 if sentences > 5 else 0.6) * len(pairs)
+    # Were lengths to tell, one of the two would mostly be the longer one.
+    second, other = np.array(lengths).T
+    assert abs(second.mean() - other.mean()) < 0.1 * second.mean()
+    assert 0.3 < np.mean(second[second != other] > other[second != other]) < 0.7
+
+
+def test_without_sentences_nothing_changes_and_a_text_of_one_sentence_is_cut_anywhere(
+    coder: Tokenizer, tmp_path: Path
+) -> None:
+    store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], coder, tmp_path / "store")
+    plain, whole = Pairs(store, 48), Pairs(store, 48, coder.vocab)
+    for i in range(len(plain)):
+        assert all(np.array_equal(plain[i][name], whole[i][name]) for name in plain[i])
+        assert len(whole[i]["first"]) >= 1 and len(whole[i]["second"]) >= 1
+
+
+def test_recipes_take_whole_sentences() -> None:
+    assert load("bert").segment.sentences and load("albert").segment.sentences
+    assert not load("albert", ["segment.sentences=false"]).segment.sentences
