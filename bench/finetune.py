@@ -83,11 +83,11 @@ def records(task: Task) -> Path:
 
 def source(task: Task) -> Any:
     """The set as firth reads it; its token ids are those of the peer too."""
-    from firth.data.labelled import Labelled
+    from firth.data.labelled import Labelled, TextFields
     from firth.text.tokenizer import Tokenizer
 
     coder = Tokenizer.load(fetched("minilm"))
-    return Labelled([str(records(task))], coder, task.length, text=task.text, pair=task.pair)
+    return Labelled([str(records(task))], coder, task.length, TextFields(task.text, pair=task.pair))
 
 
 def lengths(examples: Any) -> np.ndarray:

@@ -178,16 +178,12 @@ def chosen(names: Callable[[Any], Sequence[str]]) -> Callable[[Any, Logits], Ans
 
 def labelled(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Labelled:
     how = lesson.segment
-    return Labelled(
-        [str(path)], tokenizer, how.length, text=how.text, label=how.label, pair=how.pair, classes=lesson.classes
-    )
+    return Labelled([str(path)], tokenizer, how.length, how, classes=lesson.classes)
 
 
 def tagged(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Tagged:
     how = lesson.segment
-    return Tagged(
-        [str(path)], tokenizer, how.length, words=how.words, tags=how.tags, classes=lesson.classes, keep=asked
-    )
+    return Tagged([str(path)], tokenizer, how.length, how, classes=lesson.classes, keep=asked)
 
 
 def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Questions:
@@ -199,7 +195,7 @@ def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Qu
 
 def offered(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Chosen:
     how = lesson.segment
-    return Chosen([str(path)], tokenizer, how.length, text=how.text, label=how.label, options=how.options)
+    return Chosen([str(path)], tokenizer, how.length, how)
 
 
 PEERS: Mapping[str, Peer] = {

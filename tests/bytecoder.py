@@ -15,7 +15,6 @@ class ByteCoder:
     """Ids 0..6 are special, 7 + b is the byte b."""
 
     vocab = Vocab(size=len(SPECIAL) + 256, roles=ROLES, special=np.arange(len(SPECIAL) + 256) < len(SPECIAL))
-    stops = (ROLES["eos"], SPECIAL.index("<|im_end|>"))
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIAL)

@@ -15,7 +15,7 @@ import pytest
 from data_room import tokenizer
 
 from firth.data.batch import Batches
-from firth.data.labelled import Labelled
+from firth.data.labelled import Labelled, TextFields
 from firth.data.records import Dialogues, Preferences, Prompted, Records, comparison, prompts
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
@@ -75,7 +75,7 @@ def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: i
     words = [tokenizer().token(i) for i in range(300)]
     assert words
     path = write({"a": "x " * first, "b": "y " * second, "label": "same"})
-    source = Labelled([path], tokenizer(), 20, text="a", pair="b")
+    source = Labelled([path], tokenizer(), 20, TextFields("a", pair="b"))
     example = source[0]
     lengths = [len(tokenizer().encode(s)) for s in ("x " * first, "y " * second)]
     kept = int((example["segments"] == 0).sum()) - 2, int((example["segments"] == 1).sum()) - 1

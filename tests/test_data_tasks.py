@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_room import tokenizer
 
-from firth.data.labelled import Chosen, Labelled, Scored, Tagged
+from firth.data.labelled import Chosen, Labelled, OptionFields, Scored, TagFields, Tagged, TextFields
 from firth.data.questions import Questions
 from firth.text import read
 from firth.types import IGNORE, UserError
@@ -88,7 +88,7 @@ def test_a_text_longer_than_the_row_is_named(tmp_path: Path) -> None:
 
 def test_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "index\tsentence1\tsentence2\tscore\n0\ta man\ta boy\t2.5\n1\ta\tb\t5\n")
-    source = Scored([path], tokenizer(), 32, text="sentence1", pair="sentence2", label="score")
+    source = Scored([path], tokenizer(), 32, TextFields("sentence1", "score", "sentence2"))
     assert source.scores.tolist() == [2.5, 5.0]
     assert source[0]["score"] == 2.5
     assert sorted(source[0]) == ["score", "segments", "tokens"]
@@ -110,7 +110,10 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
     ]
     swag = "sent1,sent2,ending0,ending1,label\nShe sits.,She,eats.,flies.,0\n"
     from_columns = Chosen(
-        [file(tmp_path, "b.csv", swag)], tokenizer(), 32, text="sent1", begin="sent2", options=("ending0", "ending1")
+        [file(tmp_path, "b.csv", swag)],
+        tokenizer(),
+        32,
+        OptionFields("sent1", options=("ending0", "ending1"), begin="sent2"),
     )
     assert tokenizer().decode(from_columns[0]["options"][1]["tokens"]) == "She sits.She flies."
     for change, said in (
@@ -133,7 +136,7 @@ def test_conll_s_columns(tmp_path: Path, name: str) -> None:
     assert "IOB1" in source.remarks[0]
     asked = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
     assert asked == [[1, 3, 0], [0, 1, 2]]
-    speech = Tagged([path], tokenizer(), 32, names=("tokens", "pos", "chunk", "ner"), tags="pos")
+    speech = Tagged([path], tokenizer(), 32, TagFields(tags="pos", columns=("tokens", "pos", "chunk", "ner")))
     assert speech.classes == ("JJ", "NNP", "VBZ")
     with pytest.raises(UserError, match=r"b\.conll:2 \(1 columns of 2\): so in 1 of 1 sentences"):
         Tagged([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)

@@ -202,7 +202,9 @@ def test_a_stream_is_the_text_of_generate(model: LM) -> None:
 
 
 def test_default_stops_are_end_of_text_and_end_of_turn() -> None:
-    assert Engine(random_model(SHAPES["gpt2"]), ByteCoder()).stops == {3, 6}
+    tokenizer = train(["the cat sat"] * 9, "byte-bpe", size=400)
+    ends = {tokenizer.id("</s>"), tokenizer.id("<|im_end|>")}
+    assert Engine(random_model(SHAPES["gpt2"]), tokenizer).stops == ends
 
 
 # ---- masked models
@@ -216,13 +218,13 @@ def test_fill_offers_what_the_model_says_at_each_mask() -> None:
     assert tokens.tolist() == [2, *ByteCoder().encode("the"), 4, *ByteCoder().encode(" sat"), 4, 3]
     with torch.no_grad():
         p = model.parts["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
-    answers = Engine(model, ByteCoder()).fill(text, k=3)
+    answers = engine(model).fill(text, k=3)
     for at, candidates in zip(np.flatnonzero(tokens == 4), answers, strict=True):
         best = p[at, 7:].topk(3)
         assert [c.token - 7 for c in candidates] == best.indices.tolist()
         assert np.allclose([c.probability for c in candidates], best.values.numpy(), atol=1e-5)
     with pytest.raises(UserError, match="nothing to fill: write <mask>"):
-        Engine(model, ByteCoder()).fill("the cat")
+        engine(model).fill("the cat")
 
 
 # ---- real tokenizers

@@ -20,7 +20,7 @@ BELOW = {
     "gguf": ("types",),
     "text": ("types", "gguf"),
     "data": ("types", "text"),
-    "model": ("types", "gguf", "text.chat"),
+    "model": ("types", "gguf", "text.chat", "text.to_gguf"),  # what a model's files say of its tokenizer
     "objectives": ("types", "text", "data", "model", "scaling.flops"),
     "train": ("types", "text", "data", "model", "objectives.objective", "scaling.flops"),
     "generate": ("types", "text", "data", "model"),

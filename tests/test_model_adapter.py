@@ -13,9 +13,9 @@ from torch import Tensor
 
 from firth.model import adapter, lora
 from firth.model.heads import Vocabulary
+from firth.model.initial import prefix_of
 from firth.model.lm import LM
 from firth.model.lora import Rank
-from firth.model.prefix import prefix_of
 from firth.model.shape import Shape
 from firth.model.weights import load_model, save_model
 from firth.types import UserError

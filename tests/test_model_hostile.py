@@ -412,7 +412,7 @@ def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "chat_template.jinja").write_text(source)
     coder = Tokenizer.load(tmp_path)
     refused(lambda: chat.encode(coder, MESSAGES), says)
-    assert coder.stops == [coder.vocab.eos]
+    assert chat.stops(coder) == [coder.vocab.eos]
     assert not (tmp_path / "ran").exists()
     fine = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # and the next one is served
     assert len(chat.encode(Tokenizer(coder.engine, template=fine), MESSAGES)[0])

@@ -9,8 +9,8 @@ import torch
 from firth.data.batch import collate, pack
 from firth.model import blocked
 from firth.model.fused import Dropout, survivors
+from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
-from firth.model.prefix import prefix_of, prompt_of
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 from firth.objectives.choice import MultipleChoice
 from firth.objectives.classification import Classification

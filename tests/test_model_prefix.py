@@ -16,8 +16,8 @@ from firth.generate.lowered import lowered
 from firth.generate.sample import Sampling
 from firth.model.attention import EVERY, Visibility, attend
 from firth.model.heads import Vocabulary
+from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
-from firth.model.prefix import prefix_of, prompt_of
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurrent
 from firth.types import ALWAYS, NEVER, Example, UserError
 
@@ -158,7 +158,6 @@ class _Coder:
         from firth.text.vocab import Vocab
 
         self.vocab = Vocab(size=50, roles={"bos": 0, "eos": 1, "pad": 2}, special=np.arange(50) < 3)
-        self.stops: list[int] = []
 
     def decode(self, ids: object) -> str:
         return str(ids)

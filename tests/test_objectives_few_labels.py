@@ -16,7 +16,7 @@ from data_room import tokenizer
 from firth.align.annotate import annotate
 from firth.data.batch import collate, pack
 from firth.data.few import Unlabelled, few_of
-from firth.data.labelled import Labelled, Untold
+from firth.data.labelled import Labelled, TextFields, Untold
 from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators, Votes, majority
 from firth.model.lm import LM
@@ -252,12 +252,12 @@ def test_annotators_are_as_accurate_as_stated_and_purely_drawn(tmp_path: Path) -
 
 def test_records_with_a_list_of_labels(tmp_path: Path) -> None:
     rows = [{"text": "one", "labels": ["good", "bad", "good"]}, {"text": "two", "labels": ["bad"]}]
-    source = Votes(records(tmp_path, rows), tokenizer(), 32, label="labels")
+    source = Votes(records(tmp_path, rows), tokenizer(), 32, TextFields(label="labels"))
     assert source.classes == ("bad", "good")
     assert [source[i]["votes"].tolist() for i in range(2)] == [[1, 0, 1], [0, IGNORE, IGNORE]]
     assert [source[i]["label"] for i in range(2)] == [1, 0]
     with pytest.raises(UserError, match=r"records.jsonl.*'labels' must be a list"):
-        Votes(records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, label="labels")
+        Votes(records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, TextFields(label="labels"))
 
 
 def test_a_teacher_says_probabilities_of_texts_of_any_length() -> None:

@@ -256,7 +256,6 @@ class Ids:
     """A coder of ids alone."""
 
     vocab = replace(VOCAB)
-    stops = (VOCAB.eos,)
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

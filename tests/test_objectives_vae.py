@@ -171,7 +171,7 @@ def test_a_collapse_is_told() -> None:
 
 def test_texts_are_written_from_a_latent() -> None:
     model = built(VAE(units=4)).eval()
-    engine = Engine(model, ByteCoder())
+    engine = Engine(model, ByteCoder(), stops=[VOCAB.eos])
     ends = [np.append(ByteCoder().encode(text), VOCAB.eos) for text in ("one text", "and two")]
     latents = engine.posterior(ends)
     alone = model.posterior({"source_tokens": torch.tensor(ends[1])[None]})[0][0]

@@ -19,8 +19,8 @@ from firth.data.layout import causal
 from firth.evaluate.task import open_subject
 from firth.model import lora
 from firth.model.heads import Vocabulary
+from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
-from firth.model.prefix import prefix_of, prompt_of
 from firth.model.shape import decoder, encoder
 from firth.model.weights import load_model, start_from
 from firth.objectives.causal import CausalLM

@@ -25,6 +25,7 @@ from firth.recipes.exchange import export_model, import_model
 from firth.recipes.recipe import load
 from firth.recipes.run import run
 from firth.recipes.use import fill_text, opening
+from firth.text import chat
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -275,9 +276,9 @@ def test_stop_ids_of_generation_config_end_an_answer_here_and_after_an_export(tm
     (tmp_path / "given" / "firth.json").unlink()
     a, b = coder.id("</s>"), int(coder.encode("?")[0])
     (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"eos_token_id": [a, b]}))
-    assert {a, b} <= set(Tokenizer.load(tmp_path / "given").stops)
+    assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "given")))
     import_model(tmp_path / "given", tmp_path / "in", echo=lambda _: None)
-    assert {a, b} <= set(Tokenizer.load(tmp_path / "in").stops)
+    assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "in")))
     assert {a, b} <= set(json.loads((tmp_path / "in" / "generation_config.json").read_text())["eos_token_id"])
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from firth.text import chat
 from firth.text.chat import Message, encode, messages_of
-from firth.text.template import parts
+from firth.text.template import TEMPLATE, parts
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
 from firth.types import UserError
@@ -205,8 +205,8 @@ def test_what_is_asked_is_a_prefix_of_what_is_answered(kind, name):
 def test_our_own_template_read_from_a_file_changes_nothing(own, tmp_path):
     own.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.template == chat.TEMPLATE
-    as_a_stranger = Tokenizer(Engine.from_str(own.definition), template=chat.TEMPLATE + "{# strange #}")
+    assert loaded.template == TEMPLATE
+    as_a_stranger = Tokenizer(Engine.from_str(own.definition), template=TEMPLATE + "{# strange #}")
     for messages in [*DIALOGUES, told("a</s>", "<|im_end|>\n"), told("\n x \n", " ")]:
         for open in (False, True):
             (tokens, mask), *others = (encode(t, messages, open) for t in (own, loaded, as_a_stranger))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from firth import gguf as container
-from firth.text import chat, gguf
+from firth.text import chat, to_gguf
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
 from firth.types import UserError
@@ -70,7 +70,7 @@ def test_golden_ids_are_equal(goldens, name):
 def there_and_back(tokenizer, tmp_path, size=0, dialogue=False):
     """The tokenizer that a file has which was written with this one, and the file's metadata."""
     file = tmp_path / "vocabulary.gguf"
-    metadata = {"general.architecture": "llama", **tokenizer.gguf(size or tokenizer.vocab.size, dialogue)}
+    metadata = {"general.architecture": "llama", **to_gguf.metadata(tokenizer, size or tokenizer.vocab.size, dialogue)}
     container.write(file, metadata, [])
     return Tokenizer.load(file), metadata
 
@@ -152,21 +152,21 @@ def test_a_dialogue_is_written_alike(tmp_path):
     said = [{"role": "user", "content": "to <|im_end|> be"}, {"role": "assistant", "content": "or not"}]
     for mine, theirs in zip(chat.encode(tokenizer, said), chat.encode(back, said), strict=True):
         assert mine.tolist() == theirs.tolist()
-    assert back.stops == tokenizer.stops and back.bos is False
+    assert chat.stops(back) == chat.stops(tokenizer) and back.bos is False
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
 def test_what_llama_cpp_does_not_have_is_refused(algorithm):
     tokenizer = train(TEXT, algorithm, 400)
     with pytest.raises(UserError, match="train the model with one of `firth tokenizer train --algorithm byte-bpe`"):
-        tokenizer.gguf(tokenizer.vocab.size, dialogue=False)
+        to_gguf.metadata(tokenizer, tokenizer.vocab.size, dialogue=False)
 
 
 def test_merges_that_no_scores_make_are_refused():
     definition = json.loads(sentencepiece().definition)
     definition["model"]["merges"] = definition["model"]["merges"][:-1]  # "or" is there, and yet never made
     with pytest.raises(UserError, match="no tokenizer that cuts"):
-        gguf._kind(definition)
+        to_gguf._kind(definition)
 
 
 def test_usual_names_of_pieces_are_not_roles(tmp_path):

@@ -31,13 +31,14 @@ from firth.align.credit import GAE, Credit
 from firth.align.rewards import Judge, Sample
 from firth.data.order import order
 from firth.data.source import Source
-from firth.generate.answer import Behind, Coder
+from firth.generate.answer import Behind
 from firth.generate.engine import Engine
 from firth.generate.rows import reading, rectangle
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.objectives.ppo import PER_TOKEN, kl
+from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 STATISTICS = (
@@ -81,7 +82,7 @@ class Rollouts(Source):
     def __init__(
         self,
         prompts: Sequence[np.ndarray],
-        tokenizer: Coder,
+        tokenizer: Tokenizer,
         judge: Judge,
         reference: LM,
         *,

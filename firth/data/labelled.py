@@ -12,10 +12,12 @@ model to tell them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -27,27 +29,60 @@ from firth.text.tokenizer import Tokenizer
 from firth.types import IGNORE, Example, UserError
 
 
+@dataclass(frozen=True)
+class Fields:
+    """What the fields of the records are called. columns: names of all of them, for a table without a head."""
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Self:
+        """As a run's recipe calls them; the usual names where it says nothing."""
+        return cls(*(told.get(field.name, field.default) for field in dataclasses.fields(cls)))
+
+
+@dataclass(frozen=True)
+class TextFields(Fields):
+    """text: of the text; label: of what is told of it; pair: of a second text, if there is one."""
+
+    text: str = "text"
+    label: str = "label"
+    pair: str = ""
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptionFields(Fields):
+    """options: of their list, or a field for each. begin: of a text that every option begins with (SWAG's sent2). label: of
+    the right option's place, or of the option itself."""
+
+    text: str = "text"
+    label: str = "label"
+    options: tuple[str, ...] = ("options",)
+    begin: str = ""
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TagFields(Fields):
+    """words, tags: of their lists, or two of CoNLL's `columns`."""
+
+    words: str = "tokens"
+    tags: str = "tags"
+    columns: tuple[str, ...] = ()
+
+
 class Texts(Records):
-    """Texts, or pairs of them, with something to be told of each. text, pair: fields of the records; of two texts that are
-    too long together, the longer one is cut. label: the field of what is to be told."""
+    """Texts, or pairs of them, with something to be told of each. Of two texts that are too long together, the longer one
+    is cut."""
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "segments": np.uint8, "label": np.int32}
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        text: str = "text",
-        label: str = "label",
-        pair: str = "",
-        names: Sequence[str] = (),
+        self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
         asked: bool = True,
-    ) -> None:
-        self._fields, self._label = [text, pair] if pair else [text], label
+    ) -> None:  # fmt: skip
+        self._fields, self._label = [fields.text, fields.pair] if fields.pair else [fields.text], fields.label
         self.asked = asked
-        super().__init__(paths, tokenizer, length, names=names)
+        super().__init__(paths, tokenizer, length, names=fields.columns)
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -95,22 +130,13 @@ class Labelled(Texts):
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        text: str = "text",
-        label: str = "label",
-        pair: str = "",
-        classes: Sequence[str] = (),
-        names: Sequence[str] = (),
-        asked: bool = True,
-    ) -> None:
+        self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
+        classes: Sequence[str] = (), asked: bool = True,
+    ) -> None:  # fmt: skip
         self._known = {name: i for i, name in enumerate(classes)}
         self._open = not classes
         self._unknown = ""
-        super().__init__(paths, tokenizer, length, text=text, label=label, pair=pair, names=names, asked=asked)
+        super().__init__(paths, tokenizer, length, fields, asked=asked)
         if self._unknown:
             more = self._tally["unknown"] - 1
             raise UserError(
@@ -194,8 +220,7 @@ class Scored(Texts):
 class Chosen(Texts):
     """Questions with options, one of them right: {"options": rows of {"tokens", "segments"}, "label": its place}.
 
-    options: the field of their list, or one field for each. begin: a field whose text every option begins with (SWAG's
-    sent2). A record's label is an option's place from 0, or the option itself.
+    A record's label is an option's place from 0, or the option itself.
     """
 
     columns: ClassVar[dict[str, type]] = {
@@ -203,20 +228,12 @@ class Chosen(Texts):
     }  # fmt: skip
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        text: str = "text",
-        label: str = "label",
-        options: Sequence[str] = ("options",),
-        begin: str = "",
-        names: Sequence[str] = (),
+        self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: OptionFields = OptionFields(), *,
         asked: bool = True,
-    ) -> None:
-        self._options, self._begin = options, begin
-        super().__init__(paths, tokenizer, length, text=text, label=label, names=names, asked=asked)
+    ) -> None:  # fmt: skip
+        self._options, self._begin = fields.options, fields.begin
+        texts = TextFields(fields.text, fields.label, columns=fields.columns)
+        super().__init__(paths, tokenizer, length, texts, asked=asked)
         self.most = max(len(self._columns["lengths"][i]) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Example:
@@ -265,32 +282,23 @@ class Chosen(Texts):
 class Tagged(Records):
     """Sentences with a tag for each word: {"tokens", "tags"}, a tag's number at the first token of its word, IGNORE elsewhere.
 
-    words, tags: the fields that list them. classes: the names of the tags, as of `Labelled`. The words are joined by
-    blanks and framed by [CLS] and [SEP] where the tokenizer has these; a word of which no token is left is not asked.
-    Text files are read as CoNLL's columns, and IOB1 as BIO. keep: remember the words and tags as they are written.
+    classes: the names of the tags, as of `Labelled`. The words are joined by blanks and framed by [CLS] and [SEP] where the
+    tokenizer has these; a word of which no token is left is not asked. Text files are read as CoNLL's columns, and IOB1 as
+    BIO. keep: remember the words and tags as they are written.
     """
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32, "words": np.int32}
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        words: str = "tokens",
-        tags: str = "tags",
-        classes: Sequence[str] = (),
-        names: Sequence[str] = (),
-        asked: bool = True,
-        keep: bool = False,
-    ) -> None:
-        self._words, self._tags = words, tags
+        self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TagFields = TagFields(), *,
+        classes: Sequence[str] = (), asked: bool = True, keep: bool = False,
+    ) -> None:  # fmt: skip
+        self._words, self._tags = fields.words, fields.tags
         self._known = {name: i for i, name in enumerate(classes)}
         self._open, self.asked = not classes, asked
         self.written: list[tuple[list[str], list[str]]] | None = [] if keep else None
-        super().__init__(paths, tokenizer, length, names=names)
+        super().__init__(paths, tokenizer, length, names=fields.columns)
         found = sorted(self._known) if self._open else list(classes)
         self.classes = tuple(found)
         self._number = np.array([found.index(name) for name in self._known], np.int64)

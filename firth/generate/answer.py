@@ -9,40 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from firth.generate.sample import Sampling
-from firth.text.vocab import Vocab
+from firth.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "context"]
 HALF = "\ufffd"
 """What a decoder writes for bytes that are not (yet) a character."""
-
-
-class Coder(Protocol):
-    """What the engine asks of a tokenizer (`firth.text.tokenizer.Tokenizer`)."""
-
-    @property
-    def vocab(self) -> Vocab:
-        """The ids that have a role."""
-
-    @property
-    def stops(self) -> Sequence[int]:
-        """The ids that end an answer."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, none of them special."""
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids, special ones left out."""
-
-    def token(self, id: int) -> str:
-        """The piece with this id."""
-
-    def id(self, token: str) -> int:
-        """The id of a piece; UserError if there is none such."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +42,7 @@ class Behind:
     A character left unfinished at that end is completed by, and so belongs to, the continuation.
     """
 
-    def __init__(self, coder: Coder, prompt: np.ndarray) -> None:
+    def __init__(self, coder: Tokenizer, prompt: np.ndarray) -> None:
         self.coder = coder
         self.tokens = [int(t) for t in prompt[-8:]]
         self.skip = len(coder.decode(self.tokens).rstrip(HALF)) if self.tokens else 0
@@ -79,7 +55,7 @@ class Behind:
 class Answer:
     """The answer of one row as it grows: its tokens, its text and whether it has ended."""
 
-    def __init__(self, coder: Coder, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
+    def __init__(self, coder: Tokenizer, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
         self.stop, self.stops, self.room = sampling.stop, stops, room
         self.limit = min(room, sampling.max_new)
         self.tokens: list[int] = []

@@ -24,13 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.answer import Answer, Coder, Completion
+from firth.generate.answer import Answer, Completion
 from firth.generate.lowered import lowered
 from firth.generate.masked import Candidate, fill
 from firth.generate.rows import Rows, reading, rectangle, stacked
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
+from firth.text import chat
+from firth.text.tokenizer import Tokenizer
 from firth.types import IGNORE, NEVER, UserError
 
 
@@ -42,12 +44,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: LM, tokenizer: Coder, stops: Sequence[int] | None = None, rows: int = 64,
+        self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, rows: int = 64,
         weights: str | None = None,
     ):  # fmt: skip
         self.model, self.coder, self.rows = model if weights is None else lowered(model, weights), tokenizer, rows
         vocab = tokenizer.vocab
-        self.stops = frozenset(int(i) for i in (tokenizer.stops if stops is None else stops))
+        self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
         self.start = vocab.starting(model.shape.decoder_start).start if model.shape.encoder else None
         self.device = model.tokens.weight.device
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from firth.generate.answer import Coder
 from firth.generate.rows import reading, rectangle
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
+from firth.text.tokenizer import Tokenizer
 from firth.types import NEVER, UserError
 
 
@@ -27,7 +27,7 @@ class Candidate:
     probability: float
 
 
-def masked(coder: Coder, text: str) -> np.ndarray:
+def masked(coder: Tokenizer, text: str) -> np.ndarray:
     """Token ids of a text in which the mask token is written out: (n,), framed as an encoder reads them.
 
     The space before a mask belongs to the word that the mask hides, for a tokenizer whose pieces begin with it.
@@ -44,7 +44,7 @@ def masked(coder: Coder, text: str) -> np.ndarray:
     return vocab.frame(np.concatenate(row).astype(np.int64))
 
 
-def fill(model: LM, coder: Coder, text: str, k: int = 5) -> list[list[Candidate]]:
+def fill(model: LM, coder: Tokenizer, text: str, k: int = 5) -> list[list[Candidate]]:
     """The k likeliest tokens for each mask of a text, likeliest first; no special token is offered.
 
     Raises UserError for a text without a mask, or longer than the model's context.

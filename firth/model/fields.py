@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,16 @@ def rows(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -> Batch:
         reach = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
         fields["positions"] = reach[None]  # (1, T): the same for all rows, so angles and biases are computed once
     return fields
+
+
+@dataclass(frozen=True)
+class Past:
+    """What stands before a row: the fields of its tokens, (B or 1, M), and the states (B, M, width) that entered each
+    block, or for each block the keys and values (KV, M, D) that nothing enters for."""
+
+    fields: Batch
+    states: Sequence[Tensor] = ()
+    pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 def behind(past: Batch, name: str, own: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from firth.model.families.family import Family, to_theirs
 from firth.model.lm import LM
 from firth.model.quantize import PACK, pack, unpack
 from firth.model.shape import Shape
+from firth.text import to_gguf
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def write(
     metadata: dict[str, Any] = {"general.architecture": found.name, "general.type": "model", **(facts or {})}
     metadata |= described(found, told)
     metadata |= {"general.file_type": FILE_TYPES[kind], "general.quantization_version": 2}
-    metadata |= tokenizer.gguf(model.shape.vocab, dialogue)
+    metadata |= to_gguf.metadata(tokenizer, model.shape.vocab, dialogue)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     entries = family.entries(model.shape, "lm" in model.parts and "lm_head" in found.names)
     left_out = [name for name in state if name not in model.shared() and not any(name in e.ours for e in entries)]

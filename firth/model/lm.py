@@ -23,10 +23,10 @@ from firth.model.attention import Cache
 from firth.model.block import initialise
 from firth.model.characters import Characters
 from firth.model.count import LEARNED
-from firth.model.fields import rows
+from firth.model.fields import Past, rows
 from firth.model.latent import Latent
 from firth.model.position import sinusoidal
-from firth.model.prefix import Past, Prefix, Prompt
+from firth.model.prefix import Prefix, Prompt
 from firth.model.recurrent import Recurrent, States
 from firth.model.shape import Shape
 from firth.model.trunk import Trunk

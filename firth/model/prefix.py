@@ -10,6 +10,7 @@ right and in an encoder see their text too.
 
 Numbers and files are peft's: of an encoder-decoder, its decoder reads the prefix and its encoder the prompt. Li and Liang
 train a prefix through an MLP (section 4.3), which `Prefix.settle` works out and leaves off; with `hidden` 0 there is none.
+What both begin as is in `firth.model.initial`.
 
 >>> prefix = Prefix(tokens=3, layers=2, kv_heads=2, head_width=4)
 >>> [tuple(x.shape) for x in prefix.past().pairs[0]]
@@ -18,29 +19,13 @@ train a prefix through an MLP (section 4.3), which `Prefix.settle` works out and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from firth.model.attention import EVERY
+from firth.model.fields import Past
+from firth.model.shape import Shape
 from firth.types import ALWAYS, NEVER, Batch, UserError
-
-if TYPE_CHECKING:
-    from firth.model.lm import LM
-    from firth.model.shape import Shape
-
-
-@dataclass(frozen=True)
-class Past:
-    """What stands before a row: the fields of its tokens, (B or 1, M), and the states (B, M, width) that entered each
-    block, or for each block the keys and values (KV, M, D) that nothing enters for."""
-
-    fields: Batch
-    states: Sequence[Tensor] = ()
-    pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class Prefix(nn.Module):
@@ -125,33 +110,3 @@ def refuse(shape: Shape, what: str) -> None:
             f"adapt={what} puts trained positions before a text, which {shape.noun} cannot read, for it {lacking}: "
             "take adapt=lora, or a model with learned, rotary, sinusoidal or T5's positions"
         )
-
-
-def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> Prefix:
-    """A prefix for a model that begins as what these tokens leave in its cache: as if they had been read before the text.
-
-    hidden: of an MLP; a prefix that is trained through one begins at random.
-    """
-    shape = model.shape
-    refuse(shape, "prefix")
-    prefix = Prefix(len(ids), shape.depth, shape.kv_heads, shape.head_width, hidden)
-    if not hidden:
-        with torch.no_grad():
-            cache, training = model.cache(1, len(ids)), model.training
-            tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
-            at = torch.arange(len(ids), device=tokens.device)[None] * shape.causal
-            source = {"source_tokens": tokens} if shape.encoder else {}
-            model.eval()({"tokens": tokens, "looks": at, "appears": at} | source, cache)
-            model.train(training)
-            pairs = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.keys, cache.values, strict=True)])
-            prefix.table.weight.copy_(pairs.permute(3, 0, 1, 2, 4).flatten(1))
-    return prefix
-
-
-def prompt_of(model: LM, ids: Sequence[int]) -> Prompt:
-    """A prompt for a model that begins as the vectors of these tokens (Lester 2021, section 3.2)."""
-    refuse(model.shape, "prompt")
-    prompt = Prompt(len(ids), model.shape.table_width)
-    with torch.no_grad():
-        prompt.table.weight.copy_(model.tokens(torch.tensor(list(ids), device=model.tokens.weight.device)))
-    return prompt

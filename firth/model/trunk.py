@@ -24,12 +24,11 @@ from firth.model.attention import Cache, Visibility
 from firth.model.block import Block, Linear, Narrow, Reading
 from firth.model.count import BIASED
 from firth.model.distance import Apart, between
-from firth.model.fields import behind
+from firth.model.fields import Past, behind
 from firth.model.fused import Dropout
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.position import Relative, rotation, turns
-from firth.model.prefix import Past
 from firth.model.shape import Shape
 from firth.types import NEVER, Batch
 

@@ -41,6 +41,7 @@ from firth.model.hollow import hollow
 from firth.model.lm import LM
 from firth.model.parts import described, rebuilt
 from firth.model.shape import Shape
+from firth.text import chat
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def save_model(
         write_json(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
         if head and model.shape.causal:
             known = {name: id for name, id in ids.items() if id is not None}
-            stops = [] if tokenizer is None else tokenizer.stops
+            stops = [] if tokenizer is None else chat.stops(tokenizer)
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
             write_json(
                 directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})

@@ -24,8 +24,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from firth.model import adapter, lora
+from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
-from firth.model.prefix import prefix_of, prompt_of, refuse
+from firth.model.prefix import refuse
 from firth.model.shape import Shape
 from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective, Sum

@@ -235,7 +235,7 @@ def _template(tokenizer: Tokenizer) -> str:
         chat.encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     except UserError as fault:
         return f"yes, but it cannot be used: {fault}"
-    return f"yes; an answer ends with {' or '.join(tokenizer.token(i) for i in tokenizer.stops)}"
+    return f"yes; an answer ends with {' or '.join(tokenizer.token(i) for i in chat.stops(tokenizer))}"
 
 
 def _uses(out: Path, model: LM, talks: bool) -> list[str]:

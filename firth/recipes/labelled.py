@@ -56,14 +56,8 @@ class Framed(Segment):
 
 
 @dataclass(frozen=True)
-class Told(Framed):
-    """Records with something told of a text. text, label: their fields; pair: the field of a second text, if there is one;
-    columns: names for a table without a head."""
-
-    text: str = "text"
-    label: str = "label"
-    pair: str = ""
-    columns: tuple[str, ...] = ()
+class Told(labelled.TextFields, Framed):
+    """Records with something told of a text."""
 
     @property
     def read_fields(self) -> tuple[str, ...]:
@@ -79,16 +73,11 @@ class Labelled(Told):
     """Records with a class, in the field `label`."""
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Labelled:
-        return labelled.Labelled(
-            paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, classes=classes,
-            names=self.columns,
-        )  # fmt: skip
+        return labelled.Labelled(paths, material.tokenizer, self.length, self, classes=classes)
 
     def untold(self, paths: Sequence[str], material: Material) -> Source:
         """Texts of the same fields that nobody labelled; plain text has one a line."""
-        return labelled.Untold(
-            paths, material.tokenizer, self.length, text=self.text, pair=self.pair, names=self.columns, asked=False
-        )
+        return labelled.Untold(paths, material.tokenizer, self.length, self, asked=False)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """The classes are named and counted by the records, unless the recipe names them."""
@@ -109,9 +98,7 @@ class Scored(Told):
     """Records with a number, in the field `label`; the others as of `labelled`."""
 
     def _read(self, paths: Sequence[str], material: Material) -> labelled.Scored:
-        return labelled.Scored(
-            paths, material.tokenizer, self.length, text=self.text, label=self.label, pair=self.pair, names=self.columns
-        )
+        return labelled.Scored(paths, material.tokenizer, self.length, self)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """Numbers are learnt in units of their own spread, unless the recipe says which."""
@@ -128,15 +115,8 @@ class Scored(Told):
 
 
 @dataclass(frozen=True)
-class Chosen(Framed):
-    """Records with options, one of them right. options: the field of their list, or a field for each. begin: a field whose
-    text every option begins with. label: the field of the right option's place, or of the option itself."""
-
-    text: str = "text"
-    label: str = "label"
-    options: tuple[str, ...] = ("options",)
-    begin: str = ""
-    columns: tuple[str, ...] = ()
+class Chosen(labelled.OptionFields, Framed):
+    """Records with options, one of them right."""
 
     @property
     def read_fields(self) -> tuple[str, ...]:
@@ -147,10 +127,7 @@ class Chosen(Framed):
         return self.columns
 
     def _read(self, paths: Sequence[str], material: Material) -> labelled.Chosen:
-        return labelled.Chosen(
-            paths, material.tokenizer, self.length, text=self.text, label=self.label, options=self.options,
-            begin=self.begin, names=self.columns,
-        )  # fmt: skip
+        return labelled.Chosen(paths, material.tokenizer, self.length, self)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """A group has as many rows as the longest list of options."""
@@ -162,14 +139,10 @@ class Chosen(Framed):
 
 
 @dataclass(frozen=True)
-class Tagged(Framed):
-    """Records with a tag for each word. words, tags: the fields that list them, or two of CoNLL's `columns`."""
+class Tagged(labelled.TagFields, Framed):
+    """Records with a tag for each word."""
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
-
-    words: str = "tokens"
-    tags: str = "tags"
-    columns: tuple[str, ...] = ()
 
     @property
     def read_fields(self) -> tuple[str, ...]:
@@ -180,15 +153,7 @@ class Tagged(Framed):
         return self.columns
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Tagged:
-        return labelled.Tagged(
-            paths,
-            material.tokenizer,
-            self.length,
-            words=self.words,
-            tags=self.tags,
-            classes=classes,
-            names=self.columns,
-        )
+        return labelled.Tagged(paths, material.tokenizer, self.length, self, classes=classes)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """The tags are named by all the records, unless the recipe names them."""

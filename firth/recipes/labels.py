@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from firth.align.annotate import annotate
 from firth.data.few import Unlabelled, few_of
+from firth.data.labelled import TextFields
 from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators
 from firth.data.votes import Votes as Voting
@@ -104,7 +105,7 @@ class Votes(Segment):
     votes: str = "labels"
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> Voting:
-        return Voting(paths, material.tokenizer, self.length, text=self.text, label=self.votes, classes=classes)
+        return Voting(paths, material.tokenizer, self.length, TextFields(self.text, self.votes), classes=classes)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         return objective.told(lambda: Known(classes=self._read(material.source.paths(material.echo), material).classes))

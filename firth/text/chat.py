@@ -22,20 +22,11 @@ from tokenizers import Tokenizer as Engine
 
 from firth.text import template
 from firth.text.normalize import whole
+from firth.text.template import END, START, TEMPLATE
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 Message = dict[str, str]
-
-START, END = "<|im_start|>", "<|im_end|>"
-
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""The same in Jinja, saved as chat_template.jinja for other tools. `generation` tells transformers and TRL the mask."""
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], open: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -65,9 +56,9 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], open: bool = False
 
 
 def stops(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer: eos, and what the tokenizer's template or ChatML puts behind the assistant's turn.
+    """The tokens that end an answer: eos, what the template or ChatML puts behind the assistant's turn, and `Tokenizer.ends`.
 
-    The last is left out where there is no such token.
+    The second is left out where there is no such token.
     """
     eos = tokenizer.vocab.roles.get("eos")
     try:
@@ -75,7 +66,7 @@ def stops(tokenizer: Tokenizer) -> list[int]:
         found = [eos, int(tokens[mask][-1])]
     except UserError:
         found = [eos]
-    return list(dict.fromkeys(i for i in found if i is not None))
+    return list(dict.fromkeys(i for i in (*found, *map(tokenizer.id, tokenizer.ends)) if i is not None))
 
 
 def _turn(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: llama.cpp's lists of tokens, scores, types and merges to an engine, and back.
+"""Tokenizers in GGUF files: llama.cpp's lists of tokens, scores, types and merges to an engine (`to_gguf` writes them).
 
     tokenizer.ggml.model   what it is                                   read   written
     gpt2                   byte-level BPE, cut as `pre` says            yes    yes, where `pre` has a name for the cutting
@@ -11,19 +11,15 @@ what a tokenizer makes of one text, so a new vocabulary has none there. Here one
 the name for a tokenizer is the one that means what it does. A name that is not in the table is refused: text cut in
 another way would be silently worse. Text is not normalised for `gpt2` and `llama`, as llama.cpp has it.
 
->>> cuts({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
-...      {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}) == PRE["smollm"].patterns
-True
+>>> PRE["qwen2"] == PRE["stablelm2"], PRE["qwen2"] == PRE["llama-bpe"]  # one digit makes a number, or up to three
+(True, False)
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -32,11 +28,8 @@ from tokenizers import Tokenizer as Engine
 from firth import gguf
 from firth.gguf import File
 from firth.text import foreign
-from firth.text.foreign import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER, Piece
+from firth.text.foreign import CONTROL, NORMAL, UNKNOWN, UNUSED, USER, Piece
 from firth.types import UserError
-
-if TYPE_CHECKING:
-    from firth.text.tokenizer import Tokenizer
 
 LONGEST = foreign.LONGEST
 """Characters of a token. Real ones have a few hundred at most (a row of blanks)."""
@@ -91,10 +84,9 @@ ROLES = {
 """Role -> its key behind `tokenizer.ggml.`; the spelling of one is llama.cpp's."""
 
 
-def load(path: Path) -> Tokenizer:
-    """The tokenizer of a GGUF file. UserError where it has none that can be read."""
-    from firth.text.tokenizer import Tokenizer
-
+def read(path: Path) -> tuple[Engine, dict[str, str], str | None, bool, list[str]]:
+    """What makes the `Tokenizer` of a GGUF file: its engine, roles, template, bos and ends. UserError where it has none that
+    can be read."""
     file = gguf.read(path)
     tokens = file.list("tokenizer.ggml.tokens")
     if any(len(token) > LONGEST for token in tokens):
@@ -121,9 +113,7 @@ def load(path: Path) -> Tokenizer:
     template = file.text("tokenizer.chat_template") if "tokenizer.chat_template" in file.metadata else None
     turn = file.metadata.get("tokenizer.ggml.eot_token_id")
     ends = [tokens[turn]] if type(turn) is int and 0 <= turn < len(tokens) else []
-    return Tokenizer(
-        engine, named, template, bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends=ends
-    )
+    return engine, named, template, bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends
 
 
 def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
@@ -185,131 +175,3 @@ def bert(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
 
 
 READERS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
-
-
-def metadata(tokenizer: Tokenizer, size: int, dialogue: bool) -> dict[str, Any]:
-    """What a GGUF file says of a tokenizer, for a model of `size` ids; ids without a token get names like [PAD7].
-
-    dialogue: its chat template is written, and texts begin without bos, unless the tokenizer says whether they do. A
-    template that is not firth's own is always written. UserError for a tokenizer that llama.cpp does not have.
-    """
-    from firth.text.chat import TEMPLATE
-
-    definition = json.loads(tokenizer.definition)
-    kind, more = _kind(definition)
-    dialogue = dialogue or tokenizer.template not in (None, TEMPLATE)
-    tokens, types = _listed(tokenizer, definition, size)
-    scores = more.pop("scores", None)
-    out: dict[str, Any] = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens}
-    out["tokenizer.ggml.token_type"] = np.array(types, "<i4")
-    if scores is not None:
-        out["tokenizer.ggml.scores"] = np.array([scores.get(token, 0.0) for token in tokens], "<f4")
-    out |= {f"tokenizer.ggml.{key}": value for key, value in more.items()}
-    roles = tokenizer.vocab.roles
-    out |= {f"tokenizer.ggml.{key}": int(roles[role]) for role, key in ROLES.items() if role in roles}
-    begins = not dialogue if tokenizer.bos is None else tokenizer.bos
-    out["tokenizer.ggml.add_bos_token"] = "bos" in roles and begins
-    out["tokenizer.ggml.add_eos_token"] = False
-    if kind == "bert":
-        framed = range(len(tokens))
-        out["tokenizer.ggml.tokens"] = [_phantom(tokens[i], types[i]) for i in framed]
-        del out["tokenizer.ggml.add_bos_token"], out["tokenizer.ggml.add_eos_token"]
-    if dialogue:
-        source = TEMPLATE if tokenizer.template is None else tokenizer.template
-        # What marks the assistant's words for training is no part of Jinja, and llama.cpp does not know it.
-        out["tokenizer.chat_template"] = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
-        ends = [stop for stop in tokenizer.stops if stop != roles.get("eos")]
-        out |= {"tokenizer.ggml.eot_token_id": int(ends[-1])} if ends else {}
-    return out
-
-
-def _listed(tokenizer: Tokenizer, definition: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every id's token and type."""
-    special, bytewise = tokenizer.vocab.special, definition["model"].get("byte_fallback")
-    added = {entry["id"]: entry["special"] for entry in definition["added_tokens"]}
-    tokens, types = [], []
-    for id in range(size):
-        token = tokenizer.engine.id_to_token(id)
-        tokens.append(f"[PAD{id}]" if token is None else token)
-        if token is None:
-            types.append(UNUSED)
-        elif special[id]:
-            types.append(UNKNOWN if bytewise and token == definition["model"]["unk_token"] else CONTROL)
-        elif id in added:
-            types.append(USER)
-        else:
-            types.append(BYTE if bytewise and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL)
-    return tokens, types
-
-
-def _phantom(token: str, type: int) -> str:
-    if type in (CONTROL, UNUSED):
-        return token
-    return token[2:] if token.startswith("##") else BLANK + token
-
-
-def _kind(definition: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """llama.cpp's kind of tokenizer, and what that kind says besides; UserError where it has none that does the same."""
-    model, normalizer, pre = definition["model"], definition["normalizer"], definition["pre_tokenizer"] or {}
-    if model["type"] == "BPE" and "ByteLevel" in json.dumps(pre) and normalizer is None:
-        patterns, whole = cuts(pre), bool(model.get("ignore_merges"))
-        name = next((n for n, cut in PRE.items() if (cut.patterns, cut.whole) == (patterns, whole)), None)
-        if name is not None and not model.get("end_of_word_suffix"):
-            return "gpt2", {"pre": name, "merges": [" ".join(pair) for pair in _pairs(model)]}
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        prefixed, scores = PREFIXES.get(json.dumps([normalizer, pre], sort_keys=True)), _scores(definition)
-        if prefixed is not None and scores is not None:
-            return "llama", {"pre": "default", "scores": scores, "add_space_prefix": prefixed}
-    if model["type"] == "WordPiece" and (normalizer or {}).get("lowercase") and pre.get("type") == "BertPreTokenizer":
-        return "bert", {"token_type_count": 2}
-    raise UserError(
-        f"llama.cpp has no tokenizer that cuts text as this one does ({model['type']}): train the model with one of "
-        "`firth tokenizer train --algorithm byte-bpe`"
-    )
-
-
-def _prefixes() -> dict[str, bool]:
-    """SentencePiece's ways to write blanks, as JSON -> whether a blank is put before a text: ours, and transformers'."""
-    found = {}
-    for dummy in (True, False):
-        ours = json.loads(foreign.pieced([("<unk>", 0.0, UNKNOWN)], False, b"", dummy, squeeze=False).to_str())
-        found[json.dumps([ours["normalizer"], ours["pre_tokenizer"]], sort_keys=True)] = dummy
-    blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
-    theirs = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, blank]}
-    return found | {json.dumps([theirs, {}], sort_keys=True): True}
-
-
-PREFIXES = _prefixes()
-
-
-def _scores(definition: Mapping[str, Any]) -> dict[str, float] | None:
-    """Scores by which SentencePiece makes the very same merges in the same order; None where no scores do."""
-    model = definition["model"]
-    pairs = _pairs(model)
-    found: dict[str, float] = {}
-    for at, (a, b) in enumerate(pairs):
-        found.setdefault(a + b, -float(at))
-    added = {entry["content"] for entry in definition["added_tokens"]}
-    vocab = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    pieces = [(t, found.get(t, 0.0), CONTROL if t in added or re.fullmatch("<0x..>", t) else NORMAL) for t in vocab]
-    return found if foreign.ways(pieces) == pairs else None
-
-
-def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    split = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
-    return [(a, b) for a, b in split]
-
-
-def cuts(pre: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The patterns that a definition's pre-tokenizer cuts by, one after another; None where it does something else."""
-    kind = pre.get("type")
-    if kind == "Sequence":
-        found = [cuts(one) for one in pre["pretokenizers"]]
-        return None if None in found else tuple(p for some in found for p in some or ())
-    if kind == "ByteLevel" and not pre["add_prefix_space"]:
-        return (GPT2,) if pre.get("use_regex", True) else ()
-    if kind == "Digits" and pre["individual_digits"]:
-        return (r"\p{N}",)
-    if kind == "Split" and pre["behavior"] == "Isolated" and not pre["invert"] and "Regex" in pre["pattern"]:
-        return (pre["pattern"]["Regex"],)
-    return None

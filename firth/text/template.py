@@ -25,6 +25,17 @@ from typing import Any
 
 from firth.types import UserError
 
+START, END = "<|im_start|>", "<|im_end|>"
+"""ChatML's tokens around a turn, written by `firth.text.chat`."""
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML in Jinja, saved as chat_template.jinja for other tools. `generation` tells transformers and TRL the mask."""
+
 SIGN = "\ue000"
 """From Unicode's private area: what no text has, or what is repeated until no text has it."""
 

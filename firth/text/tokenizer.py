@@ -28,10 +28,11 @@ from tokenizers import Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.gguf import find
-from firth.text import foreign, frame
+from firth.text import foreign, frame, gguf
 from firth.text.dressed import dressed, ending, loaded, said, spelling, template_of
 from firth.text.merges import Merge
 from firth.text.normalize import whole
+from firth.text.template import END, START, TEMPLATE
 from firth.text.vocab import Vocab
 from firth.types import UserError
 
@@ -163,23 +164,10 @@ class Tokenizer:
         """SHA-256 of everything that decides which ids a text gets: what frames it for others is not part of that."""
         return hashlib.sha256(frame.bare(self.definition).encode()).hexdigest()
 
-    @property
-    def stops(self) -> list[int]:
-        """The ids that end an answer (`firth.text.chat.stops`)."""
-        from firth.text import chat
-
-        return list(dict.fromkeys([*chat.stops(self), *map(self.id, self.ends)]))
-
     def framed(self, reads: frame.Reads) -> Tokenizer:
         """The same one, which tells others too what its model reads around a text: see `firth.text.frame`."""
         definition = frame.framed(self.definition, self._roles, reads, self.bos)
         return _again(definition, self._roles, self.template, self.learnt, self.bos, self.ends)
-
-    def gguf(self, size: int, dialogue: bool) -> dict[str, Any]:
-        """What a GGUF file says of it (`firth.text.gguf`)."""
-        from firth.text import gguf
-
-        return gguf.metadata(self, size, dialogue)
 
     def save(self, directory: Path, segments: bool = False) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers reads too, 4 and 5.
@@ -188,8 +176,6 @@ class Tokenizer:
         else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
         known how often each pair was seen when it was merged.
         """
-        from firth.text.chat import END, START, TEMPLATE
-
         directory.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {ROLE_KEYS[role]: token for role, token in self._roles.items()}
         extra = [self.token(int(i)) for i in np.flatnonzero(self.vocab.special) if self.engine.id_to_token(int(i))]
@@ -222,9 +208,8 @@ class Tokenizer:
         path = Path(path)
         one = find(path)
         if one is not None:
-            from firth.text import gguf
-
-            return gguf.load(one)
+            engine, roles, chat, bos, ends = gguf.read(one)
+            return Tokenizer(engine, roles, chat, bos=bos, ends=ends)
         folder = path
         if path.is_dir():
             folder = next((p for p in (path, path / "tokenizer", path / "model") if foreign.find(p)), path)

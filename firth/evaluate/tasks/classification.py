@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labelled import Labelled
+from firth.data.labelled import Labelled, TextFields
 from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings, softmax
@@ -25,11 +25,8 @@ from firth.types import Example, UserError
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Labelled:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "classes", "classes", "classify")
-    told = subject.segment
-    return Labelled(
-        paths, subject.tokenizer, subject.context, text=told.get("text", "text"), label=told.get("label", "label"),
-        pair=told.get("pair", ""), classes=class_names(subject, "classes"), names=told.get("columns", ()), asked=asked,
-    )  # fmt: skip
+    fields, classes = TextFields.of(subject.segment), class_names(subject, "classes")
+    return Labelled(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked)
 
 
 def needs(subject: Subject, part: str, what: str, recipe: str) -> None:

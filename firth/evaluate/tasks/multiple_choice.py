@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labelled import Chosen
+from firth.data.labelled import Chosen, OptionFields
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings, softmax
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
@@ -18,11 +18,7 @@ from firth.objectives.choice import MultipleChoice
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Chosen:
     """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "choice", "choices", "choose")
-    told = subject.segment
-    return Chosen(
-        paths, subject.tokenizer, subject.context, text=told.get("text", "text"), label=told.get("label", "label"),
-        options=told.get("options", ("options",)), begin=told.get("begin", ""), names=told.get("columns", ()), asked=asked,
-    )  # fmt: skip
+    return Chosen(paths, subject.tokenizer, subject.context, OptionFields.of(subject.segment), asked=asked)
 
 
 def read(subject: Subject, items: Chosen, progress: Progress) -> Iterator[Reading]:

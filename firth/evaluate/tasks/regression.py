@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from firth.data.labelled import Scored
+from firth.data.labelled import Scored, TextFields
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings
 from firth.evaluate.task import Answers, Progress, Subject, Task
@@ -19,11 +19,7 @@ from firth.objectives.regression import Regression
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Scored:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "score", "numbers", "regress")
-    told = subject.segment
-    return Scored(
-        paths, subject.tokenizer, subject.context, text=told.get("text", "text"), label=told.get("label", "label"),
-        pair=told.get("pair", ""), names=told.get("columns", ()), asked=asked,
-    )  # fmt: skip
+    return Scored(paths, subject.tokenizer, subject.context, TextFields.of(subject.segment), asked=asked)
 
 
 def read(subject: Subject, items: Scored, progress: Progress) -> Iterator[Reading]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labelled import Tagged
+from firth.data.labelled import TagFields, Tagged
 from firth.data.tags import begun, marked
 from firth.evaluate import entities
 from firth.evaluate.heads import readings, softmax
@@ -25,11 +25,8 @@ NONE = "O"
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Tagged:
     """The sentences of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "tags", "tags", "tag")
-    told = subject.segment
-    return Tagged(
-        paths, subject.tokenizer, subject.context, words=told.get("words", "tokens"), tags=told.get("tags", "tags"),
-        classes=class_names(subject, "tags"), names=told.get("columns", ()), asked=asked, keep=True,
-    )  # fmt: skip
+    fields, classes = TagFields.of(subject.segment), class_names(subject, "tags")
+    return Tagged(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked, keep=True)
 
 
 def read(subject: Subject, items: Tagged, progress: Progress) -> Iterator[tuple[list[str], list[str], list[float]]]:
