@@ -138,7 +138,7 @@ def held_out(model: LM, objective: Objective, source: Source, vocab: Vocab) -> S
 
 
 def pair_scores(model: LM, objective: Objective, given: Data) -> Scores:
-    return held_out(model, objective, some(Pairs(given.held, PAIR), 4 * HELD), given.vocab)
+    return held_out(model, objective, some(Pairs(given.held, PAIR, given.vocab), 4 * HELD), given.vocab)
 
 
 def mask_scores(model: LM, objective: Objective, given: Data) -> Scores:
@@ -223,7 +223,7 @@ ARMS = {
 def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     """Train an arm once: its scores before and after."""
     arm = ARMS[name]
-    source: Source = Pairs(given.train, PAIR) if arm.pairs else pieces(given.train, given.vocab)
+    source: Source = Pairs(given.train, PAIR, given.vocab) if arm.pairs else pieces(given.train, given.vocab)
     length, rows, depth = (PAIR, PAIRS, SHALLOW) if arm.pairs else (LENGTH, ROWS, DEPTH)
     if arm.small:
         source = some(source, SMALL)
