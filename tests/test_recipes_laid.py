@@ -74,3 +74,24 @@ def test_two_ways_at_once_are_refused() -> None:
         load("classify", ["batch.pack=64", "batch.sort=5"])
     assert Batch(pack="auto").laid(0, packs=True) == Batch(pack=0, sort=0)
     assert Batch(pack="auto").room == 0
+
+
+@pytest.mark.parametrize("recipe", ["semi_supervised", "weak"])
+def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) -> None:
+    rows = [{"text": f"word {'again ' * (i % 9)}", "label": "ab"[i % 2]} for i in range(160)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 1, causal: false, context: 64}"
+    settings = [
+        f"source={file}",
+        "tokenizer.size=400",
+        shape,
+        "length.steps=2",
+        "batch.rows=8",
+        "checks.save=0",
+        "segment.of.length=32",
+    ]
+    settings += ["segment.few=40"] if recipe == "semi_supervised" else []
+    run(load(recipe, settings), tmp_path / "run", lambda _: None)
+    batch = load(str(tmp_path / "run")).batch
+    assert batch.pack == 32 or batch.sort  # nothing is padded to the longest of all

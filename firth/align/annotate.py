@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from firth.data.batch import collate
-from firth.data.source import Source
+from firth.data.source import Source, Wrapped
 from firth.generate.rows import reading
 from firth.model.lm import LM
 from firth.types import Batch, Example
@@ -34,33 +34,15 @@ CHUNK = 16
 """Batches between two saves; within a chunk, rows of like length are read together."""
 
 
-class Annotated(Source):
+class Annotated(Wrapped):
     """A source with further fields: name -> array whose first axis is the example."""
 
     def __init__(self, source: Source, fields: Mapping[str, np.ndarray]) -> None:
-        self.source, self.fields = source, dict(fields)
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self.source.counts
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source)
+        self.fields = dict(fields)
 
     def __getitem__(self, index: int) -> Example:
         return self.source[index] | {name: np.asarray(values[index]) for name, values in self.fields.items()}
-
-    def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.source.order(seed, positions)
-
-    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
-        return self.source.prepare(model, step)
-
-    def state(self) -> dict[str, np.ndarray]:
-        return self.source.state()
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        self.source.restore(state)
 
 
 def annotate(

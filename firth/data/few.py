@@ -7,22 +7,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from firth.data.order import order
-from firth.data.source import Source
+from firth.data.source import Source, Wrapped
 from firth.types import IGNORE, Example, UserError
 
 
-class Unlabelled(Source):
+class Unlabelled(Wrapped):
     """The examples of a source as if nobody knew their class: label IGNORE."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
 
     @property
     def counts(self) -> Mapping[str, int]:
         return {"unlabelled": len(self)}
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
         return self.source[index] | {"label": np.int64(IGNORE)}

@@ -145,6 +145,44 @@ class Mixture(Source):
             source.restore({k[len(mine) :]: v for k, v in state.items() if k.startswith(mine)})
 
 
+class Wrapped(Source):
+    """The examples of another source, seen otherwise: whatever is not the example itself is that source's."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self.source.counts
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return self.source.remarks
+
+    @property
+    def families(self) -> np.ndarray:
+        return self.source.families
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        return self.source.sizes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.order(seed, positions)
+
+    def prepare(self, model: LM, step: int) -> Mapping[str, float]:
+        return self.source.prepare(model, step)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self.source.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self.source.restore(state)
+
+
 LONGEST_PERIOD = 65536
 
 

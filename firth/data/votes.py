@@ -15,7 +15,7 @@ import numpy as np
 from firth.data.labelled import Labelled
 from firth.data.order import Draws
 from firth.data.records import Record
-from firth.data.source import Source
+from firth.data.source import Source, Wrapped
 from firth.types import IGNORE, Example, UserError
 
 
@@ -50,7 +50,7 @@ class Votes(Labelled):
         return [self.number(value) for value in given]
 
 
-class Annotators(Source):
+class Annotators(Wrapped):
     """A source with `count` simulated annotators: each is right with probability `accuracy`, and else says any other class.
 
     What annotator k says of example i is fixed by (seed, i) alone, so it is the same in every epoch.
@@ -68,11 +68,9 @@ class Annotators(Source):
                 f"{count} annotators of accuracy {accuracy} for {classes} classes: there must be one annotator or more, "
                 "two classes or more, and the accuracy is a share from 0 to 1"
             )
-        self.source, self.classes, self.count, self.accuracy = source, classes, count, accuracy
+        super().__init__(source)
+        self.classes, self.count, self.accuracy = classes, count, accuracy
         self._draws = Draws(seed, "votes")
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]

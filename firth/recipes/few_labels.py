@@ -17,7 +17,7 @@ from firth.objectives.penalty import Penalty
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.weak import Weak
 from firth.recipes.labels import Partly, Voted
-from firth.recipes.recipe import Batch, Recipe
+from firth.recipes.recipe import Recipe
 from firth.recipes.tasks import classify
 
 
@@ -26,7 +26,7 @@ def semi_supervised() -> Recipe:
     plain = classify()
     return replace(
         plain, name="semi_supervised", objective=Consistency(ramp=100) + Penalty(weight=1e-6), segment=Partly(few=100),
-        batch=Batch(rows=64), optimizer=replace(plain.optimizer, weight_decay=0.0),
+        batch=replace(plain.batch, rows=64), optimizer=replace(plain.optimizer, weight_decay=0.0),
     )  # fmt: skip
 
 

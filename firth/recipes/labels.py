@@ -14,7 +14,7 @@ from firth.data.votes import Votes as Voting
 from firth.model.weights import load_model
 from firth.objectives.objective import Known, Objective
 from firth.objectives.semi_supervised import question, taught
-from firth.recipes.labelled import Labelled
+from firth.recipes.labelled import Framed, Labelled
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Segment, needed, recorded
 from firth.types import Example, UserError
@@ -25,6 +25,10 @@ class Around(Segment):
     """What another segment reads, seen otherwise."""
 
     of: Segment = Labelled()
+
+    @property
+    def longest(self) -> int:
+        return self.of.longest
 
     def texts(self, paths: Sequence[str]) -> Iterator[str] | None:
         return self.of.texts(paths)
@@ -97,12 +101,15 @@ class Voted(Around):
 
 
 @dataclass(frozen=True)
-class Votes(Segment):
+class Votes(Framed):
     """Records with a list of labels in the field `votes`, by as many annotators as there are."""
 
-    length: int = 128
     text: str = "text"
     votes: str = "labels"
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text,)
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> Voting:
         return Voting(paths, material.tokenizer, self.length, TextFields(self.text, self.votes), classes=classes)
