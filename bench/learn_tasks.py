@@ -109,13 +109,13 @@ JOBS = {
         rates=RATES | {"minilm": 5e-4, "trainer": 5e-4},  # 470 tags: at 1e-4 both stop half-way
     ),
     "squad": Job(
-        "squad/train.jsonl", "answer", ("exact_match", "f1"), 100, 12,
+        "squad/train.jsonl", "answer", ("exact_match", "f1"), 80, 12,
         ("segment.length=256", "segment.stride=96", "segment.question=48"), tested="squad/test.jsonl",
     ),
     "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("segment.length=96",)),
-    "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 60, 4, ("segment.length=192",)),
+    "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 30, 4, ("segment.length=192",)),
     "translate": Job(
-        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 300, 48,
+        "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 240, 48,
         (f"segment.length={tasks_translate.LENGTH}", f"segment.answer={tasks_translate.LENGTH}", "segment.prompt='{en}'",
          "segment.answer_is='{es}'"), lambda i, row: row["en"], ("scratch", "own", "trainer"),
         kept=tasks_translate.short, apart=tasks_translate.LANGUAGES, rates={"scratch": 2e-3, "own": 2e-3, "trainer": 2e-3},
