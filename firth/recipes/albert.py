@@ -20,8 +20,6 @@ from firth.recipes.segments import Pairs
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
-OBJECTIVE = SOP() + MLM(noise="ngrams")
-
 
 def albert(size: str = "tiny") -> Recipe:
     """An encoder with one block: `firth train albert`."""
@@ -32,7 +30,7 @@ def _tiny() -> Recipe:
     modern = encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT)
     shape = replace(modern, embed=sizes.WIDTH // 3, groups=1, first_norm=True, segments=2)
     return sizes.tiny(
-        "albert", OBJECTIVE, Pairs(length=128), shape, steps=500, batch=Batch(rows=32, pack=128),
+        "albert", SOP() + MLM(rate=sizes.HIDDEN, noise="ngrams"), Pairs(length=128), shape, steps=500, batch=Batch(rows=32, pack=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip
 
@@ -42,7 +40,7 @@ def _published() -> Recipe:
     at a rate that this batch has been trained with elsewhere (RoBERTa's large batches)."""
     shape = published.SHAPES["albert-base"]
     return Recipe(
-        name="albert", objective=OBJECTIVE, segment=Pairs(length=512), shape=shape,
+        name="albert", objective=SOP() + MLM(noise="ngrams"), segment=Pairs(length=512), shape=shape,
         tokenizer=TokenizerPlan(algorithm="unigram", size=shape.vocab), batch=Batch(rows=4096, accumulate=64),
         optimizer=Optimizer(name="adamw", rate=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
         schedule=Schedule("linear", warmup=3125 / 125_000), length=Length(steps=125_000),

@@ -17,7 +17,7 @@ from firth.objectives.nsp import NSP
 from firth.recipes.material import Text
 from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
 from firth.recipes.segments import Pairs, Pieces
-from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.recipes.sizes import CONTEXT, DEPTH, HIDDEN, VOCAB, WIDTH, one_of, tiny
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -38,7 +38,7 @@ def bert(size: str = "tiny") -> Recipe:
     )  # fmt: skip
     body = replace(encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), segments=2)
     return one_of("bert", size, {
-        "tiny": tiny("bert", NSP() + MLM(masks=10), Pairs(length=128), body, steps=800, batch=Batch(rows=16), samples=SAMPLES),
+        "tiny": tiny("bert", NSP() + MLM(rate=HIDDEN, masks=10), Pairs(length=128), body, steps=800, batch=Batch(rows=16), samples=SAMPLES),
         "published": paper,
         "large": replace(paper, shape=published.SHAPES["bert-large"]),
     })  # fmt: skip
@@ -51,7 +51,7 @@ def roberta(size: str = "tiny") -> Recipe:
     Its position table has two more rows than BERT's, of which nothing is ever read.
     """
     small = Recipe(
-        name="roberta", objective=MLM(), segment=Pieces(length=128), source=Text(corpus="shakespeare"),
+        name="roberta", objective=MLM(rate=HIDDEN), segment=Pieces(length=128), source=Text(corpus="shakespeare"),
         shape=encoder(vocab=8192, width=384, depth=6, context=512), batch=Batch(rows=32, pack=128), samples=SAMPLES,
         schedule=Schedule("wsd"), length=Length(steps=1000), checks=Checks(every=100, examples=256, save=200),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def roberta(size: str = "tiny") -> Recipe:
     )  # fmt: skip
     body = encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT)
     return one_of("roberta", size, {
-        "tiny": tiny("roberta", MLM(), Pieces(length=128), body, steps=800, batch=Batch(rows=16, pack=128), samples=SAMPLES),
+        "tiny": tiny("roberta", MLM(rate=HIDDEN), Pieces(length=128), body, steps=800, batch=Batch(rows=16, pack=128), samples=SAMPLES),
         "small": small,
         "published": paper,
     })  # fmt: skip

@@ -24,7 +24,7 @@ def linformer(size: str = "tiny") -> Recipe:
     """An encoder whose attention is linear in the length of a row: `firth train linformer`. Rows are padded, not packed."""
     tiny = sizes.tiny(
         "linformer",
-        MLM(),
+        MLM(rate=sizes.HIDDEN),
         Pieces(length=sizes.CONTEXT),
         replace(encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer=64),
         steps=400,

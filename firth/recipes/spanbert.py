@@ -11,6 +11,7 @@ from __future__ import annotations
 from firth.model import published
 from firth.model.shape import encoder
 from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
 from firth.objectives.sbo import SBO
 from firth.recipes import sizes
 from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
@@ -18,17 +19,19 @@ from firth.recipes.segments import Pieces
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
-OBJECTIVE = MLM(noise="geometric", alike=True) + SBO()
-
 
 def spanbert(size: str = "tiny") -> Recipe:
     """An encoder that learns spans and their ends: `firth train spanbert`."""
     return sizes.one_of("spanbert", size, {"tiny": _tiny(), "published": _published()})
 
 
+def _objective(rate: float) -> Objective:
+    return MLM(rate=rate, noise="geometric", alike=True) + SBO()
+
+
 def _tiny() -> Recipe:
     return sizes.tiny(
-        "spanbert", OBJECTIVE, Pieces(length=128), encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        "spanbert", _objective(sizes.HIDDEN), Pieces(length=128), encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
         steps=500, batch=Batch(rows=32, pack=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip
@@ -38,7 +41,7 @@ def _published() -> Recipe:
     """Section 4.2: 2.4 M steps of 256 rows of at most 512 tokens, Adam at 1e-4 with 10,000 steps of warmup."""
     shape = published.SHAPES["spanbert"]
     return Recipe(
-        name="spanbert", objective=OBJECTIVE, segment=Pieces(length=512), shape=shape,
+        name="spanbert", objective=_objective(0.15), segment=Pieces(length=512), shape=shape,
         tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=256),
         optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
         schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Length(steps=2_400_000),
