@@ -58,13 +58,8 @@ DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 
 def own(_: Path, quick: bool) -> Path:
     """Our own pretrained encoder, made once."""
-    steps = (
-        4 if quick else 1600
-    )  # after 600, with 15% hidden, it knows how frequent words are and is worth less than nothing
-    settings = [
-        "source.corpus=brown", f"length.steps={steps}", "objective.rate=0.3", "checks.every=0", f"checks.save={steps}",
-        "samples=[]",
-    ]  # fmt: skip
+    steps = 4 if quick else 1600
+    settings = ["source.corpus=brown", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}", "samples=[]"]
     return run(load("roberta", settings), RESULTS / "own", say).model
 
 
