@@ -8,6 +8,7 @@
     sarcasm, reviews       two classes of one sentence         accuracy
     vitaminc               three classes of a pair (bigbench)  accuracy; whole pages held out
     ner, speech            tags of words                       F1 of names; accuracy (whole documents of Brown held out)
+    conll                  names (CoNLL-2003, of --conll DIR)  F1; its own test file
     squad                  spans, new domains to SQuAD's dev   exact match and F1 (bigbench)
     quartz, logiqa         two or four options                 accuracy
     lee                    likeness of news, nothing learnt    Pearson's correlation of `embed` with people's
@@ -45,7 +46,8 @@ from firth.generate.embed import embed
 from firth.model.weights import load_model
 from firth.recipes.recipe import load
 from firth.recipes.run import Finished, run
-from firth.text import corpora
+from firth.text import corpora, tables
+from firth.text import read as text
 from firth.text.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_tasks")
@@ -107,6 +109,7 @@ JOBS = {
         "squad/train.jsonl", "answer", ("exact_match", "f1"), 80, 12,
         ("segment.length=256", "segment.stride=96", "segment.question=48"), tested="squad/test.jsonl",
     ),
+    "conll": Job("", "tag", ("f1", "accuracy"), 120, 32, ("segment.length=64",), rates=RATES | {"minilm": 5e-4, "trainer": 5e-4}),
     "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("segment.length=96",)),
     "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 30, 4, ("segment.length=192",)),
     "translate": Job(
@@ -154,6 +157,16 @@ def divided(rows: list[Row], job: Job) -> tuple[list[Row], list[Row]]:
 def bare(text: str) -> str:
     """A sentence without case and runs of blanks."""
     return " ".join(text.casefold().split())
+
+
+def conll(folder: Path) -> None:
+    """CoNLL-2003's two files as the halves of a job; who has them has them from Reuters, and firth does not fetch them."""
+    (RESULTS / "data" / "conll").mkdir(parents=True, exist_ok=True)
+    for name, most in (("train", 10**6), ("test", TESTED)):
+        rows = [row for _, row in text.records([str(folder / f"{name}.txt")], text=tables.sentences)]
+        picks = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
+        lines = (json.dumps({"tokens": rows[i]["tokens"], "tags": rows[i]["tags"]}) + "\n" for i in picks)
+        (RESULTS / "data" / "conll" / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 
 def read(name: str) -> Iterator[Row]:
@@ -262,8 +275,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--only", nargs="*", choices=[*JOBS, "lee"], default=[*JOBS, "lee"])
+    parser.add_argument("--only", nargs="*", choices=[*JOBS, "lee"])
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--conll", type=Path, help="a folder with CoNLL-2003's train.txt and test.txt")
     parser.add_argument("--limit", type=int, default=10**6, help="stop after so many new runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one seed and four steps, in a folder of its own")
@@ -271,6 +285,9 @@ def main() -> None:
     global RESULTS
     RESULTS = Path("runs/learn_tasks-quick") if given.quick else RESULTS
     torch.set_num_threads(given.threads)
+    if given.conll:
+        conll(given.conll)
+    given.only = given.only or [name for name in (*JOBS, "lee") if name != "conll" or given.conll]
     if given.run:
         RESULTS.mkdir(parents=True, exist_ok=True)
         print(describe(machine()), flush=True)
