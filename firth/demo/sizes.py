@@ -73,6 +73,7 @@ class Size:
     def classify(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
             recipe, segment=Labelled(length=48), batch=Batch(rows=32), length=Length(steps=self.classify_steps),
+            optimizer=dataclasses.replace(recipe.optimizer, rate=5e-4),
             checks=Checks(every=max(1, self.classify_steps // 4), examples=2000, save=0, keep=1),
         )  # fmt: skip
 
