@@ -95,3 +95,18 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
     run(load(recipe, settings), tmp_path / "run", lambda _: None)
     batch = load(str(tmp_path / "run")).batch
     assert batch.pack == 32 or batch.sort  # nothing is padded to the longest of all
+
+
+def test_a_refused_recipe_leaves_the_one_that_began_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"word {i}", "label": "ab"[i % 2]}) + "\n" for i in range(40)))
+    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 1, causal: false, context: 64}"
+    settings = [f"source={file}", "tokenizer.size=400", shape, "length.steps=4", "batch.rows=8", "checks.save=2"]
+    directory = tmp_path / "run"
+    run(load("classify", settings), directory, lambda _: None)
+    (directory / "done.json").unlink()  # as if it had been killed
+    began = (directory / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match="another recipe"):
+        run(load("classify", [*settings, "seed=5"]), directory, lambda _: None)
+    assert (directory / "recipe.yaml").read_bytes() == began
+    run(load("classify", settings), directory, lambda _: None)

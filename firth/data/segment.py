@@ -186,7 +186,7 @@ class Pairs(Source):
             if room:
                 begins = self._bounds(max(low, at - self.length), at)
                 at = begins[-1] if begins else at
-                ends = [end for end in self._bounds(at + 1, min(high, at + room)) if end > at]
+                ends = self._bounds(at + 1, min(high, at + room))
                 return at, min(ends, key=lambda end: abs(end - at - need)) if ends else min(high, at + need)
             if min(high, at + need) - at > best[1] - best[0]:
                 best = (at, min(high, at + need))

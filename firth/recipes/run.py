@@ -116,7 +116,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if counted:
             tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
-        if known == settled.hash():  # else it is there, as the run began
+        begun = (directory / "recipe.yaml").exists() and any((directory / "checkpoints").glob("step-*"))
+        if known == settled.hash() and not begun:  # else it is there as the run began, and stays if this one is refused
             _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
     shown = (
