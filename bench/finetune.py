@@ -32,10 +32,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.causal import firth_run
 from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
+from bench.masked import useful_turns
 
 SHARE = 2  # steps in a turn
 
@@ -122,22 +122,11 @@ def hf_model(classes: int, dropout: bool = True) -> Any:
 
 def trainer(turn: Turn, name: str, dropout: bool = True, **chosen: Any) -> None:
     """transformers' Trainer; useful tokens are counted where the model reads them."""
-    from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     task = TASKS[name]
     coder, rows = hf_rows(task)
-    model, useful = hf_model(len({row["labels"] for row in rows}), dropout), [0]
-
-    def count(_: object, __: object, fields: dict[str, Tensor]) -> None:
-        useful[0] += int(fields["attention_mask"].sum())
-
-    model.register_forward_pre_hook(count, with_kwargs=True)
-
-    class Turns(TrainerCallback):
-        def on_step_end(self, args: object, state: object, control: object, **rest: object) -> None:
-            if state.global_step % SHARE == 0:  # type: ignore[attr-defined]
-                turn(useful[0])
-                useful[0] = 0
+    model = hf_model(len({row["labels"] for row in rows}), dropout)
 
     with tempfile.TemporaryDirectory() as directory:
         settings = TrainingArguments(
@@ -145,7 +134,7 @@ def trainer(turn: Turn, name: str, dropout: bool = True, **chosen: Any) -> None:
             disable_tqdm=True, logging_strategy="no", report_to=[], **chosen,
         )  # fmt: skip
         Trainer(
-            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[Turns()]
+            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[useful_turns(model, SHARE, turn)]
         ).train()  # fmt: skip
 
 

@@ -84,11 +84,11 @@ class Sentences(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": self.rows[i]}
 
 
-def trainer(turn: Turn, **chosen: Any) -> None:
-    """transformers' Trainer; useful tokens are counted where the model reads them."""
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+def useful_turns(model: Any, share: int, turn: Turn) -> Any:
+    """A callback of a Trainer that ends its turn every `share` steps, telling the tokens that were no padding."""
+    from transformers import TrainerCallback
 
-    model, useful = hf_model(), [0]
+    useful = [0]
 
     def count(_: object, __: object, fields: dict[str, Tensor]) -> None:
         useful[0] += int(fields["attention_mask"].sum())
@@ -97,10 +97,18 @@ def trainer(turn: Turn, **chosen: Any) -> None:
 
     class Turns(TrainerCallback):
         def on_step_end(self, args: object, state: object, control: object, **rest: object) -> None:
-            if state.global_step % SHARE == 0:  # type: ignore[attr-defined]
+            if state.global_step % share == 0:  # type: ignore[attr-defined]
                 turn(useful[0])
                 useful[0] = 0
 
+    return Turns()
+
+
+def trainer(turn: Turn, **chosen: Any) -> None:
+    """transformers' Trainer; useful tokens are counted where the model reads them."""
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    model = hf_model()
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = hf_tokenizer(Path(directory))
         arguments = TrainingArguments(
@@ -109,7 +117,7 @@ def trainer(turn: Turn, **chosen: Any) -> None:
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=RATE)
         Trainer(
-            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[Turns()]
+            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[useful_turns(model, SHARE, turn)]
         ).train()  # fmt: skip
 
 
