@@ -1,6 +1,8 @@
 """ELECTRA's figure on Shakespeare, and the Transformer against the LSTM: `firth compare` with the settings of docs/results.md.
 
     python -m bench.learn_compare electra       about 20 minutes on two cores: masked, replaced, next, dropped tokens (P2, P6, P1, P10)
+    python -m bench.learn_compare encoders      every encoder's objective at a third of that a time, 3 seeds: 40 minutes on one thread
+    python -m bench.learn_compare writers       the same for decoders and encoder-decoders: 25 minutes
     python -m bench.learn_compare lstm          15 minutes: held-out bits per byte against compute (A7)
     python -m bench.learn_compare electra --table
 
@@ -20,8 +22,9 @@ from firth.recipes.names import RECIPES
 from firth.train.schedule import Length
 
 BODY = (
-    "shape.width=128", "shape.depth=3", "shape.heads=2", "shape.hidden=256", "gpt.shape.hidden=512", "source.held_out=0.1",
-    "t5.shape.depth=2", "t5.shape.encoder=2", "probe.length.steps=60",
+    "shape.width=128", "shape.depth=3", "shape.heads=2", "shape.hidden=256", "gpt.shape.hidden=512",
+    "prefix_lm.shape.hidden=512", "source.held_out=0.1",
+    "t5.shape.depth=2", "t5.shape.encoder=2", "bart.shape.depth=2", "bart.shape.encoder=2", "probe.length.steps=60",
 )  # fmt: skip
 """Two blocks on each side weigh what three do; an ungated MLP is twice as wide as a gated one."""
 
@@ -39,6 +42,8 @@ class Contest:
 
 CONTESTS = {
     "electra": Contest(("roberta", "electra", "gpt", "t5"), BODY, 6e12, (0.33, 1.0)),
+    "encoders": Contest(("roberta", "bert", "albert", "spanbert", "electra", "xlnet", "mpnet"), BODY, 6e12, (1.0,)),
+    "writers": Contest(("gpt", "prefix_lm", "t5", "bart"), BODY, 6e12, (1.0,)),
     "lstm": Contest(("gpt", "lstm"), ("source.held_out=0.1",), 8e12, (0.1, 0.3, 1.0), "none"),
 }
 
@@ -59,7 +64,8 @@ def main() -> None:
     known = [name for name in contest.names if name in RECIPES]
     if missing := sorted(set(contest.names) - set(known)):
         print(f"no such recipe yet, left out: {', '.join(missing)}")
-    settings = [s for s in contest.settings if s.split(".")[0] not in missing]
+    others = {*RECIPES} - {*known}
+    settings = [s for s in contest.settings if s.split(".")[0] not in others]
     compute = Length(flops=contest.flops / (50 if given.quick else 1))
     terms = Terms(compute, contest.shares, 1 if given.quick else 3, contest.probe, labels=300)
     print(compare(known, settings, terms, out))

@@ -32,6 +32,9 @@ from bench.harness import Turn, arguments, command
 LONGEST, ROWS, SHARE, STORE = 128, 64, 6, 16384
 PAD, UNK, CLS, SEP, MASK, FIRST = 0, 1, 2, 3, 4, 107
 RATE = 0.15
+GROUP = 50
+"""Steps of a turn that is grouped by length: the sampler sorts as many batches at a time, the longest sentences first, so that
+fewer would be measured on the longest alone."""
 
 
 def sentences(n: int = STORE, seed: int = 0) -> list[np.ndarray]:
@@ -104,8 +107,8 @@ def useful_turns(model: Any, share: int, turn: Turn) -> Any:
     return Turns()
 
 
-def trainer(turn: Turn, **chosen: Any) -> None:
-    """transformers' Trainer; useful tokens are counted where the model reads them."""
+def trainer(turn: Turn, share: int = SHARE, **chosen: Any) -> None:
+    """transformers' Trainer; useful tokens are counted where the model reads them. A turn is `share` steps."""
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     model = hf_model()
@@ -117,7 +120,7 @@ def trainer(turn: Turn, **chosen: Any) -> None:
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=RATE)
         Trainer(
-            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[useful_turns(model, SHARE, turn)]
+            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[useful_turns(model, share, turn)]
         ).train()  # fmt: skip
 
 
@@ -126,11 +129,11 @@ def trainer_default(turn: Turn) -> None:
 
 
 def trainer_grouped(turn: Turn) -> None:
-    trainer(turn, train_sampling_strategy="group_by_length")
+    trainer(turn, GROUP, train_sampling_strategy="group_by_length")
 
 
 def trainer_bf16_grouped(turn: Turn) -> None:
-    trainer(turn, bf16=True, train_sampling_strategy="group_by_length")
+    trainer(turn, GROUP, bf16=True, train_sampling_strategy="group_by_length")
 
 
 # ------------------------------------------------------------------------------- firth

@@ -14,7 +14,7 @@ import pytest
 
 from firth import cli
 
-FIRTH = [sys.executable, "-m", "firth.cli"]
+FIRTH = [sys.executable, "-m", "firth"]
 SMALL = ["tokenizer.size=500", "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64",
          "segment.length=32", "batch.rows=4", "length.steps=3", "checks.every=2", "checks.examples=8"]  # fmt: skip
 

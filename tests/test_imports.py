@@ -78,8 +78,8 @@ def imports(source: str) -> list[Import]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module of firth: `firth.model.lm.LM` -> model; what firth itself holds -> firth."""
-    parts = module.split(".")
+    """The room of a module of firth: `firth.model.lm.LM` -> model; what firth itself holds -> firth; its door -> cli."""
+    parts = module.replace(".__main__", ".cli").split(".")
     rooms = {*BELOW, *ABOVE}
     return parts[1] if len(parts) > 1 and parts[1] in rooms else "firth"
 

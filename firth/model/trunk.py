@@ -1,7 +1,7 @@
 """A stack of blocks: embeddings in, hidden states out; who sees whom, and where each token stands, is settled once for all.
 
-Only some states may be wanted (a class is read off one token of a text). Then the last block makes keys and values of all
-tokens, and everything else at those that are wanted: an exact saving of nearly a block.
+Only some states may be wanted (a class is read off one token of a text, masked LM asks a few of its tokens). Then the last
+block makes keys and values of all tokens, and everything else at those that are wanted: an exact saving of nearly a block.
 
 >>> import torch
 >>> from firth.model.shape import encoder
@@ -34,6 +34,20 @@ from firth.types import NEVER, Batch
 
 FEW = 8
 """Up to so many rows that grow by a token, queries and keys are quicker turned by a matrix each."""
+WORTH = 0.75
+"""Up to this share of a row it pays to run the last block for the wanted tokens alone."""
+
+
+def askers(wanted: Tensor) -> Tensor | None:
+    """At which tokens (B, W) of each row the last block is run, given the wanted (B, T) bool; None: at all of them, for
+    some row wants most of its own.
+
+    As many of each row as the one that wants the most: behind its own wanted ones come others, each once, which do no harm.
+    """
+    most = max(1, int(wanted.sum(-1).amax()))
+    if most > WORTH * wanted.shape[-1]:
+        return None
+    return wanted.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
 
 
 class Trunk(nn.Module):
@@ -98,7 +112,8 @@ class Trunk(nn.Module):
             crossed = made
         last = None
         if wanted is not None and self.shape.narrows and cache is None and kept is None:
-            last = self.narrowed(fields, wanted, past)
+            index = askers(wanted)
+            last = None if index is None else self.reading(fields, None, past, index)
         again = self.recompute and cache is None and torch.is_grad_enabled()
         for layer, (block, crossing) in enumerate(zip(layers, crossed, strict=True)):
             here = reading if last is None or layer < len(layers) - 1 else last
@@ -130,15 +145,6 @@ class Trunk(nn.Module):
         for block in self.layers()[:-1]:
             out.append(block(out[-1], reading))
         return out
-
-    def narrowed(self, fields: Batch, wanted: Tensor, past: Past | None) -> Reading | None:
-        """What the last block is told where the wanted (B, T) alone are asked for; None if some row wants all of its own."""
-        most = max(1, int(wanted.sum(-1).amax()))
-        if most == wanted.shape[-1]:
-            return None
-        # As many of each row: behind its own wanted ones come others, each once, which do no harm.
-        index = wanted.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
-        return self.reading(fields, None, past, index)
 
     def reading(
         self, fields: Batch, cache: Cache | None, past: Past | None = None, index: Tensor | None = None

@@ -23,7 +23,7 @@ from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.classification import READS, answers, place
 from firth.objectives.objective import Known, Objective, choice_loss, correct
-from firth.objectives.reward import last_state
+from firth.objectives.reward import last, last_state
 from firth.text.vocab import Vocab
 from firth.types import Batch, Example, Outputs, UserError
 
@@ -74,7 +74,7 @@ class MultipleChoice(Objective):
 
     def wanted(self, batch: Batch) -> Tensor | None:
         if self.at == "last":
-            return None
+            return last(batch)
         first = torch.zeros_like(batch["tokens"], dtype=torch.bool)
         first[..., 0] = True
         return first

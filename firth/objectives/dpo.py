@@ -26,7 +26,7 @@ from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, choice_loss, correct, log_probs, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.text.vocab import Vocab
-from firth.types import Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Example, Outputs
 
 
 def comparison(example: Example) -> Example:
@@ -44,7 +44,8 @@ def comparison(example: Example) -> Example:
 @torch.no_grad()
 def reference(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What DPO needs of its frozen reference: the summed log-probability of each answer, {"reference": (B, 2)}."""
-    return {"reference": log_probs(model, model(batch), batch["labels"]).sum(-1)}
+    hidden = model(batch, wanted=batch["labels"] != IGNORE)
+    return {"reference": log_probs(model, hidden, batch["labels"]).sum(-1)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class DPO(Objective):
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         frozen = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
         return comparison(example) | frozen
+
+    def wanted(self, batch: Batch) -> Tensor | None:
+        return batch["labels"] != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         now = log_probs(model, outputs["hidden"], batch["labels"]).sum(-1)  # (B, 2)

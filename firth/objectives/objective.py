@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
+from firth.model.trunk import askers
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -127,8 +128,7 @@ class Objective:
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
-        wanted = self.wanted(batch) if model.shape.narrows else None
-        work, prefix, prompt = flops.work(batch, wanted), model.prefix, model.prompt
+        work, prefix, prompt = worked(model, batch, self.wanted(batch)), model.prefix, model.prompt
         if prefix is not None or prompt is not None:
             counts = (0 if part is None else part.tokens for part in (prefix, prompt))
             work = flops.fronted(work, batch, model.shape, *counts)
@@ -234,11 +234,23 @@ class Tokens(Objective):
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"lm": Vocabulary(shape)}
 
+    def wanted(self, batch: Batch) -> Tensor | None:
+        return batch["labels"] != IGNORE
+
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"tokens": token_loss(model, outputs["hidden"], batch["labels"])}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return vocabulary_flops(model, batch["labels"])
+
+
+def worked(model: LM, batch: Batch, wanted: Tensor | None) -> flops.Work:
+    """What one pass over a batch is to the model, whose last block is run for the wanted (..., T) alone where that pays."""
+    index = None if wanted is None or not model.shape.narrows else askers(wanted.flatten(0, -2))
+    if wanted is None or index is None:
+        return flops.work(batch)
+    run = torch.zeros_like(wanted.flatten(0, -2)).scatter(-1, index, True)
+    return flops.work(batch, run.view_as(wanted))
 
 
 def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:

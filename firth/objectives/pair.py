@@ -39,6 +39,10 @@ class Pair(Objective):
         answers[0] = answer
         return shown | {self.asks: answers}
 
+    def wanted(self, batch: Batch) -> Tensor | None:
+        answers = batch.get(self.asks)  # a cloze test does not ask this
+        return None if answers is None else answers != IGNORE
+
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, answers = asked(outputs["hidden"], batch[self.asks])
         scores = model.parts[self.asks](states)  # (N, 2)

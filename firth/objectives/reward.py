@@ -42,11 +42,17 @@ def whole(tokens: np.ndarray, mask: np.ndarray) -> Example:
     return {"tokens": tokens[:end]} | layout.causal(end)
 
 
+def last(batch: Batch) -> Tensor:
+    """The last token of each row that is not padding, (..., T) bool."""
+    real = batch["appears"] != NEVER
+    at = real.shape[-1] - 1 - real.flip(-1).int().argmax(-1, keepdim=True)
+    return torch.zeros_like(real).scatter(-1, at, True)
+
+
 def last_state(hidden: Tensor, batch: Batch) -> Tensor:
     """The hidden state at the last token that is not padding: (..., T, width) -> (..., width)."""
-    real = batch["appears"] != NEVER
-    last = real.shape[-1] - 1 - real.flip(-1).int().argmax(-1)
-    return hidden.gather(-2, last[..., None, None].expand(*last.shape, 1, hidden.shape[-1])).squeeze(-2)
+    at = last(batch).byte().argmax(-1)[..., None, None]
+    return hidden.gather(-2, at.expand(*at.shape[:-1], hidden.shape[-1])).squeeze(-2)
 
 
 def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
@@ -80,6 +86,9 @@ class Reward(Objective):
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rows = [whole(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
         return layout.group(rows) | {"preferred": np.int64(0)}
+
+    def wanted(self, batch: Batch) -> Tensor | None:
+        return last(batch)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = rewards(model, outputs["hidden"], batch)  # (B, 2)

@@ -30,7 +30,7 @@ from firth.model.heads import Vocabulary, detector
 from firth.model.lm import LM, Guest
 from firth.model.shape import Reads, Shape
 from firth.objectives.mlm import MLM
-from firth.objectives.objective import Objective, asked
+from firth.objectives.objective import Objective, asked, worked
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -94,7 +94,7 @@ class RTD(Objective):
         """draft: the generator's states where it is asked (N, its width); guesses: its logits there (N, vocab), and what it
         drew (N,); shown, hidden: what the discriminator is shown (..., T), and its states (..., T, width)."""
         generator, at = self.writer(model), batch["labels"] != IGNORE
-        draft, _ = asked(generator(batch), batch["labels"])
+        draft, _ = asked(generator(batch, wanted=at), batch["labels"])
         guesses = generator.parts["lm"](draft).float()
         drew = draw(guesses.detach(), batch["chance"][at])
         shown = batch["tokens"].masked_scatter(at, drew)
@@ -124,9 +124,10 @@ class RTD(Objective):
         }
 
     def run_flops(self, model: LM, batch: Batch) -> float:
-        work, small = flops.work(batch), self.writer(model).shape
-        both = flops.trunk(model.shape, work) + flops.trunk(small, work)
-        return both + flops.head(small, flops.asked_positions(batch["labels"]))
+        generator = self.writer(model)
+        drafting = flops.trunk(generator.shape, worked(generator, batch, batch["labels"] != IGNORE))
+        whole = flops.trunk(model.shape, flops.work(batch)) + drafting
+        return whole + flops.head(generator.shape, flops.asked_positions(batch["labels"]))
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return flops.linear(flops.asked_positions(batch["real"]), model.shape.width, model.shape.width + 1)

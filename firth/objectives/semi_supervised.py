@@ -26,7 +26,7 @@ from torch import Tensor
 from firth.data.noise import NOISES, Kind
 from firth.model.lm import LM
 from firth.objectives.classification import Classification
-from firth.objectives.objective import Objective, asked, choice_loss
+from firth.objectives.objective import Objective, asked, choice_loss, worked
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -157,6 +157,6 @@ class Consistency(Related):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         # The pass without gradient is a third of one with.
-        read = (self.wanted(batch), batch["relation"] != IGNORE) if model.shape.narrows else (None, None)
-        learning, looking = (flops.trunk(model.shape, flops.work(batch, wanted)) for wanted in read)
+        read = (self.wanted(batch), batch["relation"] != IGNORE)
+        learning, looking = (flops.trunk(model.shape, worked(model, batch, wanted)) for wanted in read)
         return learning + looking / 3

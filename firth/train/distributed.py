@@ -3,7 +3,7 @@
 Every number the trainer divides by is a count over all ranks, so a plain SUM of losses and of gradients is right,
 whatever share of the labels each rank holds. Started by torchrun, `join()` reads what it sets:
 
-    torchrun --nproc-per-node 2 -m firth.cli train gpt
+    torchrun --nproc-per-node 2 -m firth train gpt
 
 Ranks hold whole copies of the model and take the same step; data is split by global index (`firth.data.batch`).
 """
