@@ -35,9 +35,9 @@ import torch
 
 from bench.causal import firth_run
 from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
-from bench.masked import useful_turns
+from bench.masked import GROUP, useful_turns
 
-SHARE = 2  # steps in a turn
+SHARE = 2  # steps in a turn, where every step is like another
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def hf_model(classes: int, dropout: bool = True) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(fetched("minilm"), num_labels=classes, **none)
 
 
-def trainer(turn: Turn, name: str, dropout: bool = True, **chosen: Any) -> None:
-    """transformers' Trainer; useful tokens are counted where the model reads them."""
+def trainer(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **chosen: Any) -> None:
+    """transformers' Trainer; useful tokens are counted where the model reads them. A turn is `share` steps."""
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     task = TASKS[name]
@@ -134,7 +134,7 @@ def trainer(turn: Turn, name: str, dropout: bool = True, **chosen: Any) -> None:
             disable_tqdm=True, logging_strategy="no", report_to=[], **chosen,
         )  # fmt: skip
         Trainer(
-            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[useful_turns(model, SHARE, turn)]
+            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[useful_turns(model, share, turn)]
         ).train()  # fmt: skip
 
 
@@ -159,29 +159,29 @@ def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     return model, objective, Batches(examples, objective, examples.tokenizer.vocab, rows=task.rows, seed=0, **batch)
 
 
-def firth(turn: Turn, name: str, dropout: bool = True, **batch: Any) -> None:
+def firth(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **batch: Any) -> None:
     model, objective, batches = firth_parts(name, dropout, **batch)
 
     tokens = lengths(batches.source)
 
     def useful(step: int) -> int:
-        """Tokens of the examples of the last SHARE steps."""
-        steps = [batches.positions(number) for number in range(step - SHARE, step)]
+        """Tokens of the examples of the last `share` steps."""
+        steps = [batches.positions(number) for number in range(step - share, step)]
         return int(tokens[batches.source.order(batches.seed, np.concatenate(steps))[1]].sum())
 
-    firth_run(turn, "adamw", useful, (model, objective, batches), SHARE)
+    firth_run(turn, "adamw", useful, (model, objective, batches), share)
 
 
 def contenders(name: str) -> dict[str, Contender]:
     """Everybody who is told the classes of this set."""
     arm, length = functools.partial, TASKS[name].length
-    alike = {"train_sampling_strategy": "group_by_length"}
+    alike = {"train_sampling_strategy": "group_by_length", "share": GROUP}
     return {
         "Trainer as it comes": arm(trainer, name=name),
         "Trainer, rows of like length": arm(trainer, name=name, **alike),
         "Trainer, dropout 0": arm(trainer, name=name, dropout=False),
         "firth, padded": arm(firth, name=name),
-        "firth, rows of like length": arm(firth, name=name, sort=50),
+        "firth, rows of like length": arm(firth, name=name, sort=GROUP, share=GROUP),
         "firth, packed, dropout 0": arm(firth, name=name, dropout=False, pack=length),
         "firth, packed": arm(firth, name=name, pack=length),
     }
