@@ -175,7 +175,7 @@ def firth(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **bat
 def contenders(name: str) -> dict[str, Contender]:
     """Everybody who is told the classes of this set."""
     arm, length = functools.partial, TASKS[name].length
-    alike = {"train_sampling_strategy": "group_by_length", "share": GROUP}
+    alike: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "share": GROUP}
     return {
         "Trainer as it comes": arm(trainer, name=name),
         "Trainer, rows of like length": arm(trainer, name=name, **alike),
