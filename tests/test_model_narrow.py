@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,10 @@ from firth.objectives.choice import MultipleChoice
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
 from firth.objectives.mlm import MLM
+from firth.objectives.mpnet import MPNet
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective
+from firth.objectives.plm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.regression import Regression
 from firth.objectives.reward import Reward
@@ -41,6 +45,8 @@ SHAPES = {
     "encoder": encoder(vocab=40, width=64, depth=2, heads=2, context=32),
     "decoder": decoder(vocab=40, width=64, depth=2, heads=2, context=32),
     "t5": encoder_decoder(vocab=40, width=64, depth=1, heads=2, context=32),
+    "mpnet": replace(BERT, position="mpnet"),
+    "xlnet": replace(BERT, position="xlnet", query=True, memory=8),
 }
 
 
@@ -73,8 +79,10 @@ def made(shape: Shape, objective: Objective) -> LM:
 
 
 @pytest.mark.parametrize("how", ["padded", "packed"])
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("front", ["", "prefix", "prompt"])
+@pytest.mark.parametrize(
+    ("name", "front"),
+    [(n, f) for n in SHAPES for f in ("", "prefix", "prompt") if n != "xlnet" or not f],  # it has no place for them
+)
 def test_loss_and_gradients_are_those_of_the_whole_block(name: str, how: str, front: str) -> None:
     shape = SHAPES[name]
     objective = Classification(classes=("a", "b", "c")).fitted(shape)
@@ -146,6 +154,13 @@ ASKING: dict[str, tuple[Objective, str, list[Example], set[str]]] = {
     "mlm": (MLM(rate=0.3), "bert", texts(), {"labels"}),
     "nsp and mlm": (NSP() + MLM(), "bert", PAIRS, {"labels", "next"}),
     "rtd": (RTD(rate=0.3), "bert", texts(), {"labels", "real"}),
+    "mpnet": (MPNet(rate=0.3), "mpnet", texts(), {"labels"}),
+    "xlnet": (
+        PLM(k=3),
+        "xlnet",
+        [t | {"memory_tokens": np.arange(4, 4 + i)} for i, t in enumerate(texts())],
+        {"labels"},
+    ),
     "prefix_lm": (PrefixLM(least=0.5, most=0.5), "decoder", texts(), {"labels"}),
     "sft": (SFT(), "decoder", ANSWERED, {"labels"}),
     "dpo": (DPO(), "decoder", COMPARED, {"labels"}),

@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from firth.model.count import BIASED, GATED, parameters
+from firth.model.count import GATED, parameters
 from firth.model.valid import refuse_numbers, refuse_together
 
 Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
@@ -209,8 +209,7 @@ class Shape:
     @property
     def narrows(self) -> bool:
         """Whether the last block can be run for some tokens of a row alone."""
-        plain = not (self.recurrent or self.linformer or self.encoder) and self.depth > 0
-        return plain and self.position not in BIASED and self.position != "xlnet"
+        return not (self.recurrent or self.linformer or self.encoder) and self.depth > 0
 
     @property
     def projections(self) -> tuple[int, int]:

@@ -173,17 +173,21 @@ class Trunk(nn.Module):
             keys = {name: behind(past.fields, name, value) for name, value in keys.items()}
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
-        narrow, flex = None, self.flex
+        narrow, flex, asking = None, self.flex, fields
         if index is not None:
-            placed = positions.expand(len(index), -1).gather(1, index)
-            narrow, flex = Narrow(index, None if angles is None else turns(placed, self.shape)), False
+            asking = {
+                n: v.expand(len(index), -1).gather(1, index)
+                for n, v in fields.items()
+                if n in ("positions", "segments")
+            }
+            narrow, flex = Narrow(index, None if angles is None else turns(asking["positions"], self.shape)), False
             looks, document = looks.gather(1, index), None if document is None else document.gather(1, index)
         sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), flex, keys.get("leaves"))
         if self.linformer is not None:
             slots = self.linformer.at(positions.shape[-1], sees)
             return Reading(slots.sees, angles, slots=slots)
-        bias = None if self.relative is None else self.relative(positions, keys["positions"])
-        return Reading(sees, angles, None, bias, cache, self.apart(fields, keys), narrow=narrow)
+        bias = None if self.relative is None else self.relative(asking["positions"], keys["positions"])
+        return Reading(sees, angles, None, bias, cache, self.apart(asking, keys), narrow=narrow)
 
     def apart(self, fields: Batch, keys: Batch) -> Apart | None:
         """How far apart queries and keys stand, for blocks that ask (XLNet's)."""

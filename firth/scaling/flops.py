@@ -149,17 +149,19 @@ def work(batch: Batch, wanted: Tensor | None = None) -> Work:
     real = appears != NEVER
     if "looks" in batch:  # a query is seen by nobody, but it looks
         real |= looks > -NEVER
-    own = int(real.sum())
-    pairs = _pairs(looks, appears, document, real, document)
+    own, idle = int(real.sum()), torch.zeros_like(real) if wanted is None else real & ~wanted.flatten(0, -2)
+    pairs, spared = (_pairs(looks, appears, document, some, document) for some in (real, idle))
     if "leaves" in batch:  # what has left has appeared
-        pairs -= _pairs(looks, batch["leaves"].flatten(0, -2).long(), document, real, document)
+        leaves = batch["leaves"].flatten(0, -2).long()
+        pairs, spared = (
+            n - _pairs(looks, leaves, document, some, document) for n, some in ((pairs, real), (spared, idle))
+        )
     if "memory_tokens" in batch:
-        return Work(own, pairs, memory=_memory(batch, looks, document, real))
+        memory = _memory(batch, looks, document, real)
+        spared += _memory(batch, looks, document, idle).crossing_pairs
+        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=spared, memory=memory)
     if "source_tokens" not in batch:
-        if wanted is None:
-            return Work(own, pairs)
-        idle = real & ~wanted.flatten(0, -2)
-        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=_pairs(looks, appears, document, idle, document))
+        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=spared)
     source_looks, source_appears, source_document = _rows(batch, "source_")
     there = source_appears != NEVER
     within = _pairs(source_looks, source_appears, source_document, there, source_document)
