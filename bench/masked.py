@@ -20,7 +20,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
     return model, objective, Batches(Framed(), objective, vocab, rows=ROWS, seed=0, pack=LONGEST)
 
 
-def firth_masked(turn: Turn, bert: bool = False) -> None:
+def firth_masked(turn: Turn, bert: bool = False, optimizer: Literal["muon", "adamw"] = "muon") -> None:
     model, objective, batches = firth_parts(bert)
     lengths = np.array([len(row) for row in batches.source.rows])
 
@@ -181,17 +181,22 @@ def firth_masked(turn: Turn, bert: bool = False) -> None:
         positions = np.arange((step - SHARE) * ROWS, step * ROWS)
         return int(lengths[batches.source.order(batches.seed, positions)[1]].sum())
 
-    firth_run(turn, "muon", useful, (model, objective, batches), SHARE)
+    firth_run(turn, optimizer, useful, (model, objective, batches), SHARE)
 
 
 def firth_bert(turn: Turn) -> None:
     firth_masked(turn, bert=True)
 
 
+def firth_bert_adamw(turn: Turn) -> None:
+    firth_masked(turn, bert=True, optimizer="adamw")
+
+
 CONTENDERS: dict[str, Callable[[Turn], None]] = {
     "BertForMaskedLM in Trainer": trainer_default,
     "the same, length grouping": trainer_grouped,
     "the same, bf16 and length grouping": trainer_bf16_grouped,
+    "firth, the same BERT and AdamW": firth_bert_adamw,
     "firth, the same BERT": firth_bert,
     "firth": firth_masked,
 }
