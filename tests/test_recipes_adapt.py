@@ -299,16 +299,18 @@ def test_trained_positions_are_counted() -> None:
     for make in (decoder, encoder):
         shape = make(50, 64, 2, heads=2)
         model, objective = LM(shape, {"lm": Vocabulary(shape)}), CausalLM()
-        texts, longer = ([{"tokens": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3))
+        texts, longer = (
+            [{"tokens": np.arange(n), "labels": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3)
+        )
         if shape.causal:
             texts, longer = ([one | causal(len(one["tokens"])) for one in those] for those in (texts, longer))
-        batch = collate(texts, set())
+        batch = collate(texts, {"labels"})
         plain = objective.run_flops(model, batch)
         model.parts["prompt"] = prompt_of(model, [1, 2, 3])
-        assert objective.run_flops(model, batch) == objective.run_flops(LM(shape, {}), collate(longer, set()))
-        packed = flops.fronted(flops.work(pack(texts, 16, set())), pack(texts, 16, set()), shape, 0, 3)
+        assert objective.run_flops(model, batch) == objective.run_flops(LM(shape, {}), collate(longer, {"labels"}))
+        packed = flops.fronted(flops.work(pack(texts, 16, {"labels"})), pack(texts, 16, {"labels"}), shape, 0, 3)
         assert (packed.positions, packed.pairs) == (
-            flops.work(collate(longer, set())).positions, flops.work(collate(longer, set())).pairs
+            flops.work(collate(longer, {"labels"})).positions, flops.work(collate(longer, {"labels"})).pairs
         )  # fmt: skip
         del model.parts["prompt"]
         model.parts["prefix"] = prefix_of(model, [1, 2, 3])
