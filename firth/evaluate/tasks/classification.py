@@ -14,6 +14,7 @@ import numpy as np
 from firth.data.labelled import Labelled, TextFields
 from firth.data.source import Source
 from firth.evaluate import metrics
+from firth.evaluate.given import Wanted
 from firth.evaluate.heads import Reading, readings, softmax
 from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
 from firth.model import weights
@@ -97,9 +98,23 @@ def more(items: Labelled) -> Mapping[str, Metric]:
     return {"f1": lambda right, said: metrics.f1(np.asarray(right) == name, np.asarray(said) == name)}
 
 
-def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def texts(subject: Subject) -> Wanted:
+    """One text of each record, which may be a line, or two."""
+    told = TextFields.of(subject.segment)
+
+    def line(text: str) -> dict[str, Any]:
+        if told.pair:
+            raise UserError(
+                "this task reads two texts of each record, so lines of text are not enough: give JSON lines"
+            )
+        return {told.text: text}
+
+    fields = [told.text, told.pair] if told.pair else [told.text]
+    return Wanted(told.text, line, lambda record: [record.get(name) for name in fields], told.columns)
+
+
+def tell(subject: Subject, items: Labelled, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"label", "probability", "probabilities": class -> share}."""
-    items = source(subject, paths, asked=False)
     for _, scores in read(subject, items, progress):
         shares = [round(float(share), 6) for share in softmax(scores)]
         best = int(np.argmax(shares))
@@ -114,5 +129,6 @@ CLASSIFICATION = Task(
     {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1, "matthews": metrics.matthews},
     commonest=True,
     tell=tell,
+    wanted=texts,
     more=more,
 )
