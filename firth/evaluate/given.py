@@ -104,20 +104,30 @@ def given(file: str, stdin: BinaryIO, form: str, wanted: Wanted, folder: Path) -
         )
     if counts.too_long:
         raise UserError(
-            f"{name}: {counts.too_long:,} records are longer than {read.LONGEST >> 20} MB and cannot be read: shorten them"
+            f"{name}: {many(counts.too_long, 'record')} longer than {read.LONGEST >> 20} MB, which cannot be read: shorten what "
+            "is so long"
         )
     if not found.rows:
         raise UserError(f"{name}: there is no record in it")
     if counts.bad_utf8:
-        found.remarks.append(f"{name}: {counts.bad_utf8:,} lines are not UTF-8, and were read with U+FFFD in place")
+        found.remarks.append(f"{name}: {many(counts.bad_utf8, 'line')} not in UTF-8, read with U+FFFD in place")
     if counts.nul:
-        found.remarks.append(f"{name}: {counts.nul:,} lines have NUL characters, and were read without")
+        found.remarks.append(f"{name}: {many(counts.nul, 'line')} with NUL characters, read without them")
     if not all(found.told):
         empty = [row["row"] for row, told in zip(found.rows, found.told, strict=True) if not told]
         found.remarks.append(
-            f"{name}: {len(empty):,} of {len(found.rows):,} rows have no text; the first is row {empty[0]}"
+            f"{name}: {many(len(empty), 'row')} of {len(found.rows):,} without text; the first is row {empty[0]}"
         )
     return found
+
+
+def many(n: int, what: str) -> str:
+    """So many of something.
+
+    >>> many(1, "row"), many(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _source(file: str, stdin: BinaryIO, folder: Path) -> Path:
@@ -154,7 +164,7 @@ def _records(
 ) -> Iterator[tuple[str, Record]]:
     """(place, record) of every record, blank lines of a text among them."""
     if form == "lines":
-        yield from ((f"{name}:{i}", wanted.line(text)) for i, text in enumerate(_lines(source, counts), 1))
+        yield from ((f"{name}:{i}", wanted.line(text)) for i, text in enumerate(_lines(source, counts, name), 1))
         return
     packed = source.suffix.lower() if source.suffix.lower() in read.PACKED else ""
     end, path = FORMS.get(form, ""), source
@@ -170,13 +180,13 @@ def _records(
         counts.mismatched_at = counts.mismatched_at.replace(str(path), name)
 
 
-def _lines(path: Path, counts: read.Counts) -> Iterator[str]:
+def _lines(path: Path, counts: read.Counts, name: str) -> Iterator[str]:
     """The lines of a text, parted by line feeds alone, without their ends."""
-    with read.open_bytes(path) as file:
+    with read.guarded(path) as file:
         for number, raw in enumerate(file):
             if not number:
                 if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
+                    raise UserError(f"{name}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             text = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
             counts.bad_utf8 += "\ufffd" in text and "\ufffd".encode() not in raw
@@ -191,7 +201,7 @@ def _form(file: str, source: Path, wanted: Wanted) -> tuple[str, str]:
     if file != "-" and end not in (".txt", ".text", ""):
         known = (*read.LINES, *read.TABLES, *tables.READERS)
         return ("conll" if wanted.tags and end not in known else "", "")  # CoNLL-2003's own are eng.train, eng.testa
-    head = list(islice(_lines(source, read.Counts()), HEAD))
+    head = list(islice(_lines(source, read.Counts(), INPUT if file == "-" else file), HEAD))
     return guessed(head, wanted)
 
 

@@ -54,9 +54,10 @@ class Held:
     @cached_property
     def shown(self) -> Source:
         """Those examples: whole records, of those that have several."""
-        owners, most = self.source.owners, self.recipe.checks.examples
+        most = self.recipe.checks.examples
+        owners = self.source.owners if self.part and len(self.source) > most else np.zeros(0)
         there = np.unique(owners)
-        if len(there) == len(owners) or len(owners) <= most:
+        if len(there) == len(owners):
             return spread(self.source, most)
         some = there[np.linspace(0, len(there) - 1, max(1, most * len(there) // len(owners))).round().astype(int)]
         return Subset(self.source, np.flatnonzero(np.isin(owners, some)))

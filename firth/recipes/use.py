@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.given import Wanted, given
+from firth.evaluate.given import Wanted, given, many
 from firth.evaluate.predict import refuse_out
 from firth.evaluate.task import Say, Subject, open_subject
 from firth.generate import vectors
@@ -145,9 +145,7 @@ def embed_file(
     subject = open_subject(directory)
     found, cut = embed(subject.model, subject.tokenizer, texts, length=length or _longest(subject), unit=unit)
     if cut:
-        say(
-            f"{got.name}: {len(cut):,} texts were longer than the model reads and lost their end; the first is row {cut[0] + 1}"
-        )
+        say(f"{got.name}: {many(len(cut), 'text')} longer than is read, cut at the end; the first is row {cut[0] + 1}")
     partial = out.with_name(out.name + ".partial")
     with partial.open("wb") as bytes_:
         if out.suffix == ".npy":
