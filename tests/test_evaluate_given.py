@@ -353,7 +353,8 @@ def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -
     whole = Questions([str(windows(tmp_path / "a.json", 6))], tokenizer(), 32, question=8, stride=8)
     half = Subset(whole, np.flatnonzero(whole.families > 2))
     assert len(whole) > 40 and len(np.unique(half.owners)) == 12
-    recipe = replace(load("answer", []), checks=Checks(every=1, examples=len(half) // 2))
+    shape = encoder(600, 32, 1, heads=2, context=64)
+    recipe = replace(load("answer", []), shape=shape, checks=Checks(every=1, examples=len(half) // 2))
     shown = Held(recipe, half, 0.0, tokenizer(), Ranks()).shown
     some = np.unique(shown.owners)
     assert 4 <= len(some) <= 8
