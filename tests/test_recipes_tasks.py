@@ -252,6 +252,11 @@ def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
     assert done.steps == 2
+    said = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "-"], input="a warm film\n\na grim film\n")
+    rows = [json.loads(line) for line in said.stdout.splitlines()]
+    assert [row["row"] for row in rows] == [1, 2, 3] and "answer" in rows[0] and rows[1] == {"row": 2}
+    found = evaluate(tmp_path / "run", [str(folder / "reviews.csv")])
+    assert (found["task"], found["items"]) == ("answers", 120)
     with pytest.raises(UserError, match=r"reviews\.csv:2: the form .* does not fit this record \('rating'\)"):
         run(load("text_to_text", [*settings, "segment.answer_is={rating}"]), tmp_path / "no", lambda _: None)
 

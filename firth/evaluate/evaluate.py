@@ -42,7 +42,7 @@ def evaluate(
         parts = ", ".join(subject.model.parts) or "no part"
         raise UserError(f"{directory}: this model has {parts} and so nothing to measure: name a task")
     if task == "likelihood":
-        found = likelihood(subject, paths, limit, progress)
+        found = likelihood(subject, paths, limit, progress, say)
     elif task in TASKS:
         found = TASKS[task].run(subject, paths, progress, say)
     else:
