@@ -208,6 +208,8 @@ def test_a_tagger_reads_columns_as_in_training(name: str, tagger: Path, tmp_path
     file = name if name == "-" else str(tmp_path / name)
     rows = list(predict(tagger, file, io.BytesIO(COLUMNS.encode())))
     assert [row["tokens"] for row in rows] == [["Paris", "sleeps"], ["Rome"]]
+    rows, said = told(tagger, "Paris X-Y\nsleeps X-Z\n")
+    assert len(rows) == 2 and "this may be a word a line with its columns, and other tags" in said[0]
     rows, _ = told(tagger, "a grim film\n\nParis sleeps\n")
     assert [row.get("tokens") for row in rows] == [["a", "grim", "film"], None, ["Paris", "sleeps"]]
 

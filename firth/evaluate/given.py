@@ -223,8 +223,16 @@ def guessed(head: Sequence[str], wanted: Wanted) -> tuple[str, str]:
             "lines",
             "its first line begins with { and is no JSON: it is read as lines of text (--input says otherwise)",
         )
-    if wanted.tags and _columns(some, wanted.tags):
-        return "conll", ""
+    if wanted.tags:
+        width, tagged = _columns(some, wanted.tags)
+        if width > 1 and tagged:
+            return "conll", ""
+        if width > 1 and len(some) > 1:
+            return "lines", (
+                "this may be a word a line with its columns, and other tags: it is read as a sentence a line (--input lines "
+                "or --input conll says which)"
+            )
+        return "lines", ""
     cells = {sign: [cell.strip('" \r\ufeff') for cell in first.split(sign)] for sign in "\t,;"}
     for sign, names in cells.items():
         if len(names) > 1 and wanted.field in names:
@@ -255,14 +263,15 @@ def _one(first: str) -> bool:
     return found is None or isinstance(found.get("data"), list)
 
 
-def _columns(some: Sequence[str], tags: Sequence[str]) -> bool:
-    """Whether lines are a word each with its columns, the last of them a tag: of all, but those between documents.
+def _columns(some: Sequence[str], tags: Sequence[str]) -> tuple[int, bool]:
+    """How many cells all lines have (0: not as many), and whether the last of them is a tag in at least half.
 
     >>> _columns(["Paris NNP I-NP B-LOC", "sleeps VBZ I-VP O"], ["B-LOC", "O"]), _columns(["a grim film"], ["O"])
-    (True, False)
+    ((4, True), (3, False))
     """
     rows = [line.split("\t") if "\t" in line else line.split() for line in some]
     rows = [row for row in rows if row[0] != "-DOCSTART-"]
     kinds = {tag.partition("-")[2] or tag for tag in tags} | {*tags, "O"}
     tagged = sum(row[-1] in kinds or row[-1].partition("-")[2] in kinds for row in rows)
-    return bool(rows) and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1 and 2 * tagged >= len(rows)
+    widths = {len(row) for row in rows}
+    return (widths.pop() if len(widths) == 1 else 0), 2 * tagged >= len(rows) > 0
