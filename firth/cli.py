@@ -357,6 +357,7 @@ def predict(
 
     One row for each record, in their order, with its number and its id.
     """
+    from firth.evaluate.given import many
     from firth.evaluate.predict import predict as rows
     from firth.evaluate.predict import refuse_out, write
 
@@ -364,7 +365,7 @@ def predict(
         refuse_out(out)
     count = write(rows(run, file, sys.stdin.buffer, form=input, say=_aside), out, typer.echo)
     if out is not None:
-        typer.echo(f"{out}: {count:,} rows")
+        typer.echo(f"{out}: {many(count, 'row')}")
 
 
 @app.command()

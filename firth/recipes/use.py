@@ -154,7 +154,7 @@ def embed_file(
             for row, vector in zip(got.rows, found.tolist(), strict=True):
                 bytes_.write((json.dumps(row | {"embedding": vector}) + "\n").encode())
     partial.replace(out)
-    return f"{out}: {len(found):,} vectors of {found.shape[1]} numbers"
+    return f"{out}: {many(len(found), 'vector')} of {found.shape[1]} numbers"
 
 
 def _longest(subject: Subject) -> int:
