@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from firth.data.labelled import Chosen, Labelled, Tagged
 from firth.data.questions import Questions
 from firth.data.source import Source
+from firth.evaluate import passages
 from firth.evaluate.task import Answers, Task
 from firth.evaluate.tasks import TASKS, spans, tagging
 from firth.text.tokenizer import Tokenizer
@@ -211,7 +212,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "answer": Peer(
         "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["spans"], windows, window, both_ends,
-        lambda examples, logits: spans.compared(examples, spans.by_question(examples, iter(logits), may_lack=False)),
+        lambda examples, logits: spans.compared(examples, passages.by_question(examples, iter(logits), may_lack=False)),
     ),
     "choose": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,

@@ -44,6 +44,10 @@ Held = Annotated[
     typer.Option("--weights", help="Hold weights in fp32, bf16, int8 or int8-dynamic; by default as stored."),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Input = Annotated[
+    str,
+    typer.Option("--input", help="What FILE holds: lines, csv, tsv, jsonl, conll or squad; auto: what it looks like."),
+]
 
 
 REFUSED = {
@@ -73,6 +77,11 @@ def main() -> None:
         place = error.filename or "a temporary file (TMPDIR says where those lie)"
         typer.echo(f"firth: {place}: {(error.strerror or 'refused').lower()}; {REFUSED[error.errno]}", err=True)
         sys.exit(2)
+
+
+def _aside(remark: str) -> None:
+    """Told on the side: of what goes on, and never among the rows."""
+    typer.echo(f"firth: {remark}", err=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -319,7 +328,9 @@ def evaluate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="likelihood, classification, regression, tagging, spans, choices, ...; else by the model."),
+        typer.Option(
+            help="likelihood, classification, regression, tagging, spans, answers, ...; else what the run was trained for."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -327,42 +338,54 @@ def evaluate(
     """Perplexity, bits per byte or accuracy of a run on held-out text."""
     from firth.recipes.use import evaluate_run
 
-    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json))
+    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_aside))
 
 
 @app.command()
 def predict(
     run: Run,
     file: Annotated[
-        str, typer.Argument(help="Records (JSONL, CSV, TSV, Parquet), lines of text, or - for standard input.")
+        str,
+        typer.Argument(
+            help="Records (JSONL, CSV, TSV, Parquet; CoNLL's columns; SQuAD's JSON), lines of text, or - for standard input."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Write here, as CSV if it ends so; else JSON lines.")] = None,
+    input: Input = "auto",
 ) -> None:
-    """What a finetuned run says of records: class, number, choice, tags or answer, with its probability."""
-    from firth.evaluate.predict import predict as rows
-    from firth.evaluate.predict import write
+    """What a finetuned run says of records: class, number, choice, tags or answer, with its probability.
 
-    count = write(rows(run, file, sys.stdin), out, typer.echo)
+    One row for each record, in their order, with its number and its id.
+    """
+    from firth.evaluate.given import many
+    from firth.evaluate.predict import predict as rows
+    from firth.evaluate.predict import refuse_out, write
+
     if out is not None:
-        typer.echo(f"{out}: {count:,} rows")
+        refuse_out(out)
+    count = write(rows(run, file, sys.stdin.buffer, form=input, say=_aside), out, typer.echo)
+    if out is not None:
+        typer.echo(f"{out}: {many(count, 'row')}")
 
 
 @app.command()
 def embed(
     run: Run,
     file: Annotated[str, typer.Argument(help="Records with a text, lines of text, or - for standard input.")],
-    out: Annotated[Path, typer.Option(help="Write here: .npy, else JSON lines of {embedding}.")] = Path(
+    out: Annotated[Path, typer.Option(help="Write here: .npy, else JSON lines of {row, embedding}.")] = Path(
         "embeddings.npy"
     ),
     field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
     length: Annotated[int, typer.Option(help="Most tokens of a text; 0: what the model was trained to read.")] = 0,
+    input: Input = "auto",
 ) -> None:
     """A vector for each text, the mean of its states: for search, clustering, similarity."""
     from firth.recipes.use import embed_file
 
-    for line in embed_file(run, file, out, field=field, unit=unit, length=length):
-        typer.echo(line)
+    typer.echo(
+        embed_file(run, file, sys.stdin.buffer, out, field=field, unit=unit, length=length, form=input, say=_aside)
+    )
 
 
 @app.command("import")

@@ -13,8 +13,8 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from firth.data.tags import begun, names
 from firth.evaluate import entities, glue, metrics, overlap
+from firth.evaluate.passages import LONGEST, best
 from firth.evaluate.predict import predict
-from firth.evaluate.tasks.spans import LONGEST, best
 from firth.model.lm import LM
 from firth.model.shape import encoder_decoder
 from firth.model.weights import save_model
@@ -172,7 +172,7 @@ def test_a_stranger_s_classifier_that_reads_elsewhere_is_refused(tmp_path: Path)
     model = LM(shape, {"classes": answers(32, 2)})
     for name, facts in (("theirs", {}), ("ours", {"recipe": "0"})):
         save_model(model, coder, tmp_path / name, {"classes": ["bad", "good"], **facts})
-    given = io.StringIO("a fine text\n")
+    given = io.BytesIO(b"a fine text\n")
     assert next(predict(tmp_path / "ours", "-", given))["label"] in ("bad", "good")
     with pytest.raises(UserError, match="classifier of others reads its answer behind the text"):
-        next(predict(tmp_path / "theirs", "-", io.StringIO("a fine text\n")))
+        next(predict(tmp_path / "theirs", "-", io.BytesIO(b"a fine text\n")))

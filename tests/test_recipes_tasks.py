@@ -96,14 +96,16 @@ def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None
     _, place = classified(make, folder)
     file = folder / "new.csv"
     file.write_text("id,review\n1,a lovely film\n2,a grim film\n")
-    rows = list(predict(place, str(file), io.StringIO()))
+    rows = list(predict(place, str(file), io.BytesIO()))
     assert [row["label"] for row in rows] == ["good", "bad"]
     assert all(row["probability"] == max(row["probabilities"].values()) > 0.5 for row in rows)
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
-    lines = list(predict(place, "-", io.StringIO("a lovely film\n\na grim film\n")))
-    records = list(predict(place, "-", io.StringIO('{"review": "a lovely film"}\n{"review": "a grim film"}\n')))
-    table = list(predict(place, "-", io.StringIO(file.read_text())))
-    assert lines == records == table == rows
+    lines = list(predict(place, "-", io.BytesIO(b"a lovely film\n\na grim film\n")))
+    records = list(predict(place, "-", io.BytesIO(b'{"review": "a lovely film"}\n{"review": "a grim film"}\n')))
+    table = list(predict(place, "-", io.BytesIO(file.read_bytes())))
+    assert table == rows and [row.pop("id") for row in rows] == ["1", "2"]
+    assert lines == [rows[0], {"row": 2}, rows[1] | {"row": 3}]
+    assert records == rows
     found = CliRunner().invoke(app, ["predict", str(place), "-"], input="a lovely film\n")
     assert json.loads(found.output) == rows[0]
     out = folder / "out.csv"
@@ -113,7 +115,7 @@ def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None
     assert float(table[0]["probability_good"]) == rows[0]["probability"]
     (folder / "bad.csv").write_text("text\nx\n")
     with pytest.raises(UserError, match=r"bad\.csv:2: there is no field 'review'"):
-        list(predict(place, str(folder / "bad.csv"), io.StringIO()))
+        list(predict(place, str(folder / "bad.csv"), io.BytesIO()))
 
 
 def test_evaluate_agrees_with_what_training_measured(make: Make, folder: Path) -> None:
@@ -158,7 +160,7 @@ def test_numbers_are_told_in_their_own_units(make: Make, folder: Path) -> None:
     (folder / "prices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("regress", f"source={folder}/prices.jsonl", "source.held_out=0.2")
     assert done.metrics["valid/pearson"] > 0.95
-    said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.StringIO())]
+    said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
     assert np.sqrt(np.mean((np.array(said) - [row["label"] for row in rows]) ** 2)) < 30
     found = evaluate(place, [str(folder / "prices.jsonl")])
     assert found["task"] == "regression" and found["rmse"] < 30 and found["spearman"] > 0.8
@@ -173,7 +175,7 @@ def test_choices(make: Make, folder: Path) -> None:
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("choose", f"source={folder}/choices.jsonl", "source.held_out=0.2")
     assert load_model(done.model).parts["choice"].weight.shape == (1, 32)
-    said = list(predict(place, str(folder / "choices.jsonl"), io.StringIO()))
+    said = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
     assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
     assert [len(row["probabilities"]) for row in said[:2]] == [2, 3]
     assert evaluate(place, [str(folder / "choices.jsonl")])["accuracy"] > 0.95
@@ -189,7 +191,7 @@ def test_tags(make: Make, folder: Path) -> None:
     assert done.metrics["valid/f1"] > 0.95
     found = evaluate(place, [str(folder / "tags.conll")])
     assert found["task"] == "tagging" and found["f1"] > 0.95 and found["items"] == 120
-    [row] = predict(place, "-", io.StringIO("a grim film\n"))
+    [row] = predict(place, "-", io.BytesIO(b"a grim film\n"))
     assert (row["tokens"], row["tags"]) == (["a", "grim", "film"], ["O", "B-BAD", "O"])
     assert json.loads((place / "held_out.json").read_text())["per_class"][0]["class"] == "BAD"
 
@@ -213,7 +215,7 @@ def test_answers(make: Make, folder: Path) -> None:
     assert done.metrics["valid/accuracy"] > 0.9
     found = evaluate(place, [str(folder / "squad.json")])
     assert found["task"] == "spans" and found["exact_match"] > 0.9 and found["f1"] > 0.9 and found["items"] == 160
-    said = list(predict(place, str(folder / "squad.json"), io.StringIO()))
+    said = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
     assert (said[0]["answer"], said[0]["start"]) == ("", -1)
     assert said[1]["answer"] == GOOD[1] and said[1]["id"] == "1"
 
@@ -250,6 +252,11 @@ def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
     assert done.steps == 2
+    said = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "-"], input="a warm film\n\na grim film\n")
+    rows = [json.loads(line) for line in said.stdout.splitlines()]
+    assert [row["row"] for row in rows] == [1, 2, 3] and "answer" in rows[0] and rows[1] == {"row": 2}
+    found = evaluate(tmp_path / "run", [str(folder / "reviews.csv")])
+    assert (found["task"], found["items"]) == ("answers", 120)
     with pytest.raises(UserError, match=r"reviews\.csv:2: the form .* does not fit this record \('rating'\)"):
         run(load("text_to_text", [*settings, "segment.answer_is={rating}"]), tmp_path / "no", lambda _: None)
 

@@ -5,20 +5,24 @@
 
 A passage that does not fit is read in windows, `stride` tokens from one to the next (BERT's run_squad), and at least half of
 each again in the next; in a window without the whole answer, and for a question without one, start and end are -1. An
-answer that does not stand in the passage where the record says is left out, counted and named.
+answer that does not stand in the passage where the record says is left out, counted and named; so are questions without any
+answer, from which a model learns to say that there is none.
+
+The questions are kept as they were written, in a temporary file: SQuAD's measures are of whole questions and of their text.
 """
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from firth.data import layout
-from firth.data.records import Record, Records
+from firth.data.records import Column, Record, Records
 from firth.text import read
 from firth.text.normalize import whole
 from firth.text.tokenizer import Tokenizer
@@ -29,7 +33,6 @@ from firth.types import Example, UserError
 class Asked:
     """A question as it was written: what an answer is cut from, and the texts that are right (none: it has no answer)."""
 
-    id: str
     context: str
     right: tuple[str, ...]
 
@@ -37,7 +40,8 @@ class Asked:
 class Questions(Records):
     """Windows: {"tokens", "segments", "start", "end"}; `owners` says which question each is of.
 
-    question: its most tokens; a longer one is cut. keep: remember the questions as they are written (`asked_of`).
+    question: its most tokens; a longer one is cut. keep: read questions whose answers are not where they are said to be, too:
+    they are not learnt from, but answered and compared by their text.
     """
 
     columns: ClassVar[dict[str, type]] = {
@@ -57,8 +61,9 @@ class Questions(Records):
         keep: bool = False,
     ) -> None:
         self.stride, self.question, self._context, self.asked = stride, question, context, asked
-        self.asked_of: list[Asked] | None = [] if keep else None
-        self.unanswerable = 0
+        self.keep = keep
+        self.unanswerable = self.questions = 0
+        self._contexts, self._rights, self._contexts_of = Column(np.uint8), Column(np.uint8), array("q")
         self._passage = 0
         self._passages = array("q")
         self._latest: tuple[str, tuple[np.ndarray, np.ndarray]] = ("", (np.zeros(0), np.zeros((0, 2))))
@@ -67,6 +72,29 @@ class Questions(Records):
                 f"segment.length={length} leaves no room for a passage behind a question of {question} tokens"
             )
         super().__init__(paths, tokenizer, length)
+        self._contexts.close()
+        self._rights.close()
+
+    @property
+    def said(self) -> Mapping[str, str]:
+        own = {
+            "cut": f"questions were longer than {self.question} tokens and lost their end",
+            "unanswerable": "questions have no answer, from which a model learns to say that there is none (SQuAD 2.0)",
+        }
+        if self.keep:
+            own["misplaced"] = (
+                "answers do not stand in their passage where they are said to; their text is compared all the same"
+            )
+        return {**super().said, **own}
+
+    def asked_of(self, number: int) -> Asked:
+        """The question of a record, from 0, as it was written."""
+        context, right = self._contexts[self._contexts_of[number]], self._rights[number]
+        return Asked(context.tobytes().decode(), tuple(json.loads(right.tobytes())))
+
+    def beside(self, index: int) -> Mapping[str, Any]:
+        """The question of a window, and where its tokens stand in the passage."""
+        return {"asked": self.asked_of(self._owners[index]), "offsets": self.offsets(index)}
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -90,16 +118,20 @@ class Questions(Records):
         there = [(text, start) for text, start in given if context.startswith(text, start)]
         for _ in range(len(given) - len(there)):
             self.note("misplaced")
-        if self.asked_of is not None:
-            number = self._tally["records"]
-            told = record.get("id", number)
-            self.asked_of.append(Asked(str(told), context, tuple(dict.fromkeys(text for text, _ in given))))
-        elif given and not there:
-            return []
-        self.unanswerable += self.asked and not given
-        if context != self._latest[0]:  # a passage has several questions, one after the other
+        if context != self._latest[0] or not self._passage:  # a passage has several questions, one after the other
             self._latest = (context, self.tokenizer.spans(context))
             self._passage += 1
+            self._contexts.append(np.frombuffer(context.encode(), np.uint8))
+        right = json.dumps(list(dict.fromkeys(text for text, _ in given))).encode()
+        self._rights.append(np.frombuffer(right, np.uint8))
+        self._contexts_of.append(self._passage - 1)
+        self.questions += 1
+        if given and not there and not self.keep:
+            return []
+        if self.asked and not given:
+            self.unanswerable += 1
+            if not self.keep:
+                self.note("unanswerable")
         tokens, spans = self._latest[1]
         asked = self.fit(encoded[0], self.question)
         first, last = _tokens(spans, there[0]) if there else (-1, -1)

@@ -116,8 +116,13 @@ class Records(Source):
 
     @property
     def remarks(self) -> Sequence[str]:
-        said = {**REMARKS, "cut": f"were longer than {self.length} tokens and lost their end"}
+        said = self.said
         return [f"{self._tally[kind]:,} {said[kind]}; the first is {place}" for kind, place in self._first.items()]
+
+    @property
+    def said(self) -> Mapping[str, str]:
+        """What is noted of records -> the end of a sentence that says how many."""
+        return {**REMARKS, "cut": f"were longer than {self.length} tokens and lost their end"}
 
     @property
     def sizes(self) -> np.ndarray:

@@ -14,7 +14,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,6 +42,15 @@ class Source:
     def families(self) -> np.ndarray:
         """Which examples belong together (n,): those of one number are held out together, or not at all."""
         return np.arange(len(self))
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Which record, from 0, each example is of: (n,)."""
+        return np.arange(len(self))
+
+    def beside(self, index: int) -> Mapping[str, Any]:
+        """What an example's tokens do not say and a measure needs: the passage of a window, and where its tokens stand."""
+        return {}
 
     @property
     def sizes(self) -> np.ndarray | None:
@@ -119,8 +128,23 @@ class Mixture(Source):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Example:
+        which, within = self._at(index)
+        return self.sources[which][within]
+
+    @property
+    def owners(self) -> np.ndarray:
+        each = [source.owners for source in self.sources]
+        before = np.cumsum([0, *(some.max(initial=-1) + 1 for some in each)])
+        return np.concatenate([some + n for some, n in zip(each, before, strict=False)])
+
+    def beside(self, index: int) -> Mapping[str, Any]:
+        which, within = self._at(index)
+        return self.sources[which].beside(within)
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """The source of an example, and its number there."""
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.sources[which][index - int(self._starts[which])]
+        return which, index - int(self._starts[which])
 
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         period, at = np.divmod(np.asarray(positions, np.int64), len(self._which))
@@ -162,6 +186,13 @@ class Wrapped(Source):
     @property
     def families(self) -> np.ndarray:
         return self.source.families
+
+    @property
+    def owners(self) -> np.ndarray:
+        return self.source.owners
+
+    def beside(self, index: int) -> Mapping[str, Any]:
+        return self.source.beside(index)
 
     @property
     def sizes(self) -> np.ndarray | None:
@@ -247,6 +278,13 @@ class Subset(Source):
     def sizes(self) -> np.ndarray | None:
         sizes = self.source.sizes
         return None if sizes is None else sizes[self.indices]
+
+    @property
+    def owners(self) -> np.ndarray:
+        return self.source.owners[self.indices]
+
+    def beside(self, index: int) -> Mapping[str, Any]:
+        return self.source.beside(int(self.indices[index]))
 
     def __len__(self) -> int:
         return len(self.indices)

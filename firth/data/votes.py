@@ -50,6 +50,14 @@ class Votes(Labelled):
         return [self.number(value) for value in given]
 
 
+class Judged(Votes):
+    """Votes to be measured by: the label of a record without any is its `label`, which counts as one."""
+
+    def labels(self, record: Record) -> Sequence[int]:
+        votes = self._label in record or "label" not in record
+        return super().labels(record) if votes else [self.number(record["label"])]
+
+
 class Annotators(Wrapped):
     """A source with `count` simulated annotators: each is right with probability `accuracy`, and else says any other class.
 

@@ -3,8 +3,8 @@
     evaluate(Path("runs/gpt"), ["held-out/"])               {"task": "likelihood", "bits_per_byte": 2.31, ...}
     evaluate(Path("runs/verse"), ["held-out.jsonl"])        {"task": "classification", "accuracy": 0.75, ...}
 
-What is asked follows from what the model has: a head for classes answers "classification", a reward head
-"comparisons", a vocabulary head "likelihood"; `task` asks for another one.
+What is asked follows from what the model was trained for: a head for classes answers "classification", a reward head
+"comparisons", text to text "answers", another vocabulary head "likelihood"; `task` asks for another one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from firth.evaluate.task import Progress, open_subject
-from firth.evaluate.tasks import DEFAULTS, TASKS
+from firth.evaluate.task import Progress, Say, open_subject
+from firth.evaluate.tasks import TASKS, default
 from firth.evaluate.text import likelihood
 from firth.types import UserError
 
@@ -26,23 +26,25 @@ def evaluate(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Measure the model of a run or model directory on files; plain numbers by name.
 
-    task: a name of `firth.evaluate.tasks.TASKS`, or "likelihood"; None chooses by the parts of the model.
-    limit: for likelihood, ask at most about this many tokens, spread over the text. progress: told the share done.
+    task: a name of `firth.evaluate.tasks.TASKS`, or "likelihood"; None chooses by what the model was
+    trained for.
+    limit: for likelihood, ask at most about this many tokens, spread over the text. progress: told the share done. say: told
+    what was cut, mended or left out.
     Raises UserError where the directory holds no model, the files no item, or the model cannot do the task.
     """
     subject = open_subject(directory)
-    if task is None:
-        task = next((name for part, name in DEFAULTS.items() if part in subject.model.parts), None)
-    if task is None:
+    task = default(subject) if task is None else task
+    if not task:
         parts = ", ".join(subject.model.parts) or "no part"
         raise UserError(f"{directory}: this model has {parts} and so nothing to measure: name a task")
     if task == "likelihood":
-        found = likelihood(subject, paths, limit, progress)
+        found = likelihood(subject, paths, limit, progress, say)
     elif task in TASKS:
-        found = TASKS[task].run(subject, paths, progress)
+        found = TASKS[task].run(subject, paths, progress, say)
     else:
         raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}")
     return {"task": task} | found

@@ -3,7 +3,7 @@
     classes   a score for each class        score   one number              choice   a score for each option
     tags      a score for each tag, of each word that is asked              span     two scores for each token
 
-`measures` are numbers over all answers, which no sum over batches can give: F1, Matthews' and rank correlation.
+`measures` are numbers over all answers, which no sum over batches can give: F1, Matthews' and rank correlation, SQuAD's.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import TypeVar
 import numpy as np
 
 from firth.data.batch import collate
+from firth.data.source import Source
 from firth.data.tags import marked
-from firth.evaluate import entities, metrics
+from firth.evaluate import entities, metrics, passages
 from firth.evaluate.likelihood import groups
 from firth.generate.rows import reading
 from firth.model.lm import LM
 from firth.objectives.choice import MultipleChoice
 from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective, Sum, asked
+from firth.objectives.spans import Spans
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
@@ -73,48 +75,44 @@ def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> li
     return [(r, s[:n]) for r, s, n in zip(right, scores, lengths, strict=True)]
 
 
-def _classified(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+def _classified(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
     right, said = np.array([r for r, _ in found]), np.array([s.argmax() for _, s in found])
     out = {"macro_f1": metrics.macro_f1(right, said), "matthews": metrics.matthews(right, said)}
-    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(classes) == 2 else {})
+    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(objective.classes) == 2 else {})
 
 
-def _scored(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+def _scored(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
     right, said = np.array([r for r, _ in found]), np.array([s[0] for _, s in found])
     return {"pearson": metrics.pearson(right, said), "spearman": metrics.spearman(right, said)}
 
 
-def _tagged(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+def _tagged(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
+    classes = objective.classes
     if not marked(classes):
         return {}
     told = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in found]
     return entities.scores(*np.array([entities.counts(*pair) for pair in told]).T)
 
 
-def _spanned(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
-    """F1 of the tokens of a window's span; by the text, over all windows of a question, `firth evaluate` has it."""
-    shared = [_overlap(*right, *scores.argmax(0)) for right, scores in found]
-    return {"f1": float(np.mean(shared))}
-
-
-def _overlap(a: int, b: int, c: int, d: int) -> float:
-    """F1 of the spans a..b and c..d of tokens."""
-    both = max(0, min(b, d) - max(a, c) + 1)
-    return 2 * both / max(1, b - a + 1 + max(0, d - c + 1))
+def _spanned(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
+    """By the text, over all windows of a question, as `firth evaluate` has it."""
+    spans = addend(objective, Spans)
+    return passages.measured(source, [scores for _, scores in found], bool(spans.unanswerable), spans.at)
 
 
 @dataclass(frozen=True)
 class Head:
-    """read: what it says of a batch that is not packed, example by example. measures: (answers, classes) -> numbers."""
+    """read: what it says of a batch that is not packed, example by example. measures: (answers, objective, the source of the
+    examples, in their order) -> numbers."""
 
     read: Callable[[LM, Objective, Outputs, Batch], list[Reading]]
-    measures: Callable[[Sequence[Reading], Sequence[str]], dict[str, float]]
+    measures: Callable[[Sequence[Reading], Objective, Source], dict[str, float]]
 
 
 HEADS: dict[str, Head] = {
     "classes": Head(_one("class", "classes"), _classified),
     "score": Head(_one("score", "score"), _scored),
-    "choice": Head(_choice, lambda found, classes: {}),
+    "choice": Head(_choice, lambda found, objective, source: {}),
     "tags": Head(_tags, _tagged),
     "span": Head(_span, _spanned),
 }

@@ -1,11 +1,14 @@
 """Predict: what a finetuned run says of records without answers, one row for each record, in their order.
 
-    firth predict runs/classify reviews.csv                        {"label": "good", "probability": 0.97, ...} a line
+    firth predict runs/classify reviews.csv              {"row": 1, "label": "good", "probability": 0.97, ...} a line
     echo "a fine film" | firth predict runs/classify -             one text a line
     firth predict runs/answer questions.json --out answers.csv
+    firth predict runs/t5 pairs.csv                      {"row": 1, "answer": "une loutre", "probability": 0.61, "finish": "stop"}
 
 Records are read as in training (JSONL, CSV, TSV, Parquet; CoNLL's columns; SQuAD's JSON), with the fields of the run's recipe;
-plain text has one text a line, for a tagger its words parted by blanks. What was read and cut is told on the side.
+plain text has one text a line, for a tagger its words parted by blanks. Each row has its record's number and its `id`, if it
+has one; a record without text has a row of nothing else, and one that cannot be read is an error (`firth.evaluate.given`).
+What was cut or mended is told on the side.
 """
 
 from __future__ import annotations
@@ -15,71 +18,70 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from firth.evaluate.task import Progress, Subject, open_subject
-from firth.evaluate.tasks import DEFAULTS, TASKS
+from firth.evaluate.given import given
+from firth.evaluate.task import Progress, Say, Subject, Task, open_subject
+from firth.evaluate.tasks import TASKS, default
+from firth.evaluate.tasks.answers import ANSWERS
 from firth.types import UserError
 
 
-def predict(directory: Path, file: str, given: TextIO, progress: Progress = lambda _: None) -> Iterator[dict[str, Any]]:
-    """The rows. file: a file of records, of text by lines, or - for what `given` holds.
+def predict(
+    directory: Path,
+    file: str,
+    stdin: BinaryIO,
+    progress: Progress = lambda _: None,
+    *,
+    form: str = "auto",
+    say: Say = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows. file: a file of records, of text by lines, or - for what `stdin` holds; form: of `firth.evaluate.given.FORMS`.
 
-    Raises UserError where the model has no head of a task, and for records that do not fit it.
+    say: told what was cut, mended or doubtful. Raises UserError where the model has no head of a task, and for records that do
+    not fit it.
     """
     subject = open_subject(directory)
-    task = next((DEFAULTS[part] for part in DEFAULTS if part in subject.model.parts), "")
-    tell = TASKS[task].tell if task in TASKS else None
-    if tell is None:
+    task = served(subject)
+    assert task.tell is not None and task.wanted is not None
+    with tempfile.TemporaryDirectory() as folder:
+        found = given(file, stdin, form, task.wanted(subject), Path(folder))
+        for remark in found.remarks:
+            say(remark)
+        with found.named():
+            told: Iterator[dict[str, Any]] = iter(())
+            if any(found.told):
+                items = task.source(subject, [str(found.path)], asked=False)
+                for remark in task.remarks(items):
+                    say(found.shown(remark))
+                told = task.tell(subject, items, progress)
+            for row, there in zip(found.rows, found.told, strict=True):
+                yield row | (next(told) if there else {})
+            next(told, None)  # the model is left in the mode it was in
+
+
+def served(subject: Subject) -> Task:
+    """The task that a model is asked; UserError where it is none that gives a row for each record."""
+    name = default(subject)
+    if name == "likelihood" and not subject.recipe and subject.model.shape.encoder:
+        name = ANSWERS.name  # a stranger's T5 writes
+    if name not in TASKS or TASKS[name].tell is None:
         there = ", ".join(subject.model.parts) or "no part"
         raise UserError(
-            f"{directory}: this model has {there} and no task's head: finetune it (firth train classify, regress, choose, "
-            "tag or answer)"
+            f"{subject.directory}: this model has {there} and no task's head: finetune it (firth train classify, regress, "
+            "choose, tag, answer or text_to_text)"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        path = _spooled(file, given, Path(folder), subject, task)
-        yield from tell(subject, [path], progress)
+    return TASKS[name]
 
 
-def _spooled(file: str, given: TextIO, folder: Path, subject: Subject, task: str) -> str:
-    """A file of records: the file itself, or one made of lines of text or of what comes in."""
-    if file != "-" and Path(file).suffix not in (".txt", ".text", ""):
-        return file
-    if file == "-":
-        lines = [line.rstrip("\r\n") for line in given]
-    else:
-        if not Path(file).is_file():
-            raise UserError(f"{file}: there is no such file")
-        lines = Path(file).read_text("utf-8", "replace").splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    kind = "jsonl" if first.lstrip().startswith("{") else _table(first, subject.segment.get("text", "text"))
-    rows = lines if kind else [json.dumps(_record(line, subject, task)) for line in lines if line.strip()]
-    path = folder / f"given.{kind or 'jsonl'}"
-    path.write_text("\n".join(rows) + "\n", "utf-8")
-    return str(path)
-
-
-def _table(head: str, field: str) -> str:
-    """csv or tsv if a line is the head of a table with the field; empty if not.
-
-    >>> _table("id,review", "review"), _table("a fine review, and long", "review")
-    ('csv', '')
-    """
-    signs = {"\t": "tsv", ",": "csv", ";": "csv"}
-    cells = {sign: [cell.strip('" \r') for cell in head.split(sign)] for sign in signs}
-    return next((signs[sign] for sign in signs if len(cells[sign]) > 1 and field in cells[sign]), "")
-
-
-def _record(line: str, subject: Subject, task: str) -> dict[str, Any]:
-    """A line of text as the record that the task reads."""
-    told = subject.segment
-    if task == "tagging":
-        return {told.get("words", "tokens"): line.split()}
-    if task in ("classification", "regression") and not told.get("pair"):
-        return {told.get("text", "text"): line}
-    raise UserError(
-        "this task reads more than one text of each record, so lines of text are not enough: give JSON lines"
-    )
+def refuse_out(out: Path) -> None:
+    """UserError, before anything is computed, for a file that cannot be written; its directory is made."""
+    if out.is_dir():
+        raise UserError(f"{out}: this is a directory: name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{out}: {out.parent} is no directory: name another file") from None
 
 
 def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str], None]) -> int:
@@ -93,18 +95,41 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str],
         return count
     partial = out.with_name(out.name + ".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
-        writer: Any = None
-        for row in rows:
-            count += 1
-            if out.suffix.lower() != ".csv":
+        if out.suffix.lower() == ".csv":
+            count = _table(rows, file)
+        else:
+            for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                continue
-            flat = flattened(row)
-            if writer is None:
-                writer = csv.DictWriter(file, list(flat))
-                writer.writeheader()
-            writer.writerow(flat)
+                count += 1
     partial.replace(out)
+    return count
+
+
+def _table(rows: Iterator[dict[str, Any]], file: TextIO) -> int:
+    """Rows as CSV. The columns are those of the first row that says something, and of those before it; a row that has others
+    is a UserError."""
+    count, waiting = 0, list[dict[str, Any]]()
+    writer: Any = None
+    for row in rows:
+        count += 1
+        waiting.append(flattened(row))
+        if writer is None and row.keys() <= {"row", "id"}:
+            continue
+        if writer is None:
+            names = {name: None for one in waiting for name in ("row", "id", *one) if any(name in w for w in waiting)}
+            writer = csv.DictWriter(file, list(names))
+            writer.writeheader()
+        for one in waiting:
+            if more := one.keys() - {*writer.fieldnames}:
+                raise UserError(
+                    f"row {one['row']} has a column {min(more)!r} that the first has not, as a table cannot: write JSON lines"
+                )
+            writer.writerow(one)
+        waiting = []
+    if waiting:
+        writer = csv.DictWriter(file, list({name: None for one in waiting for name in one}))
+        writer.writeheader()
+        writer.writerows(waiting)
     return count
 
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from firth.evaluate import metrics
+from firth.evaluate.given import Wanted
 from firth.model import adapter
 from firth.model.lm import LM
 from firth.model.weights import load_model, refuse_larger
@@ -25,6 +26,7 @@ from firth.types import UserError
 
 Metric = Callable[..., float]
 Progress = Callable[[float], None]
+Say = Callable[[str], None]
 Answers = tuple[Any, ...]
 """Columns of one value per item, as the task's metrics take them: what is right, and what was answered."""
 
@@ -105,24 +107,29 @@ def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """source: the items of the files, as this subject reads them. answer: puts each before the subject.
+    """source: the items of the files, as this subject reads them; with `asked=False`, of records without answers, for tasks
+    that `predict` serves. answer: puts each before the subject. remarks: whole sentences on items that were cut or left out.
 
     metrics: name -> function of those columns; more: those that depend on the items (F1, of two classes).
     commonest: whether the commonest right answer is worth knowing.
-    tell: what the subject says of each record of the files, one row each in their order, for tasks that `predict` serves.
+    tell: what the subject says of each item, one row each in their order; wanted: what it reads of a file: for `predict`.
     """
 
     name: str
-    source: Callable[[Subject, Sequence[str]], Any]
+    source: Callable[..., Any]
     answer: Callable[[Subject, Any, Progress], Answers]
     metrics: Mapping[str, Metric]
     commonest: bool = False
-    tell: Callable[[Subject, Sequence[str], Progress], Iterator[dict[str, Any]]] | None = None
+    tell: Callable[[Subject, Any, Progress], Iterator[dict[str, Any]]] | None = None
+    wanted: Callable[[Subject], Wanted] | None = None
+    remarks: Callable[[Any], Sequence[str]] = lambda items: items.remarks
     more: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
-    def run(self, subject: Subject, paths: Sequence[str], progress: Progress) -> dict[str, Any]:
-        """The number of items, all metrics, and the interval of each as `NAME_interval`."""
+    def run(self, subject: Subject, paths: Sequence[str], progress: Progress, say: Say) -> dict[str, Any]:
+        """The number of items, all metrics, and the interval of each as `NAME_interval`. say: is told the remarks."""
         items = self.source(subject, paths)
+        for remark in self.remarks(items):
+            say(remark)
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
         columns = self.answer(subject, items, progress)

@@ -13,12 +13,12 @@ from firth.evaluate import metrics
 from firth.evaluate.likelihood import Document, Likelihood, halves, one_at_a_time, pieces, read, score, strided
 from firth.model.shape import Shape
 from firth.model.weights import facts_of
-from firth.text.read import documents
+from firth.text.read import Counts, documents
 from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 if TYPE_CHECKING:
-    from firth.evaluate.task import Progress, Subject
+    from firth.evaluate.task import Progress, Say, Subject
 
 Reads = Literal["causal", "masked", "halves"]
 
@@ -60,10 +60,20 @@ def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     return (bos, False) if ours.exists() else (None, False)
 
 
-def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progress: Progress) -> dict[str, Any]:
+MENDED = {
+    "bad_utf8": "places were not UTF-8 and were read as U+FFFD", "nul": "NUL characters were left out",
+    "too_long": "records were too long to be read and were left out", "empty": "documents had no text",
+}  # fmt: skip
+"""What is counted of a text -> the end of a sentence that says how many."""
+
+
+def likelihood(
+    subject: Subject, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
+) -> dict[str, Any]:
     """Perplexity and bits per byte of the files' documents, with an interval where there are enough blocks.
 
-    With a limit, whole pieces are asked, evenly spread over the text; "share" says how much of it that is.
+    With a limit, whole pieces are asked, evenly spread over the text; "share" says how much of it that is. say: told what was
+    mended or left out of the files.
     """
     model, tokenizer = subject.model, subject.tokenizer
     if "lm" not in model.parts:
@@ -73,7 +83,11 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
     reads = reads_of(model.shape)
     bos, every = leading(subject.place, tokenizer) if reads == "causal" else (None, False)
     context = subject.context
-    whole = [read(tokenizer, d.text) for d in documents(paths)]
+    counts = Counts()
+    whole = [read(tokenizer, d.text) for d in documents(paths, counts=counts)]
+    for name, n in counts.rows().items():
+        if name in MENDED:
+            say(f"{', '.join(paths)}: {n:,} {MENDED[name]}")
     room = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[reads]
     cut = [piece for document in whole for piece in (pieces(document, room) if reads != "causal" else [document])]
     total = sum(len(d.tokens) for d in cut)

@@ -26,15 +26,15 @@ AT_ONCE = 8192
 
 def embed(
     model: LM, tokenizer: Tokenizer, texts: Sequence[str], *, length: int = 0, unit: bool = True
-) -> tuple[np.ndarray, int]:
-    """The vectors (n, width) float32, and how many texts were cut to `length` tokens (0: the model's context)."""
+) -> tuple[np.ndarray, list[int]]:
+    """The vectors (n, width) float32, and which texts were cut to `length` tokens (0: the model's context)."""
     length = min(length or model.context, model.context)
     vocab = tokenizer.vocab
     framed = "cls" in vocab.roles and "sep" in vocab.roles
     found = tokenizer.encode_batch(texts)
     kept = [tokens[: length - 1 - framed] for tokens in found]
     rows = [vocab.frame(tokens) if framed else np.append(tokens, vocab.eos) for tokens in kept]
-    cut = sum(len(a) < len(b) for a, b in zip(kept, found, strict=True))
+    cut = [i for i, (a, b) in enumerate(zip(kept, found, strict=True)) if len(a) < len(b)]
     out = np.zeros((len(rows), model.shape.width), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with reading(model):

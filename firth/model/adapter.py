@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from firth.model import lora
+from firth.model.adapter_head import TASKS, bring
 from firth.model.adapter_names import Names, modules
 from firth.model.files import read_file, read_json, write_file, write_json
 from firth.model.lm import LM
@@ -73,10 +74,23 @@ def base_of(directory: Path) -> Path:
 
 
 def load(directory: Path) -> LM:
-    """The base that an adapter names with the adapter: LoRA merged into it, a prefix or a prompt among its parts."""
-    model = load_model(base_of(directory))
+    """The base that an adapter names with the adapter: LoRA merged into it, a prefix or a prompt among its parts.
+
+    A base without the head that the adapter was trained with gets it (`firth.model.adapter_head`), and loses its other parts.
+    """
+    base = base_of(directory)
+    model, state = load_model(base), read_file(directory / TENSORS)
+    bring(model, _config(directory), _whole(state), base, directory / TENSORS)
     read(model, directory)
     return lora.fold(model).eval()
+
+
+def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that were trained whole (`modules_to_save`), by their names in the base's class. peft writes tables and heads
+    along with what lies on them."""
+    rest = {name: tensor for name, tensor in state.items() if ".lora_" not in name and name != "prompt_embeddings"}
+    front = FRONT if any(name.startswith(FRONT) for name in rest) else "base_model."
+    return {name.removeprefix(front).replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
 
 
 def read(model: LM, directory: Path, name: str = "default") -> str:
@@ -91,6 +105,7 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
     if kind not in readers:
         raise UserError(f"{directory / FILE} is of peft's type {kind!r}; firth reads {', '.join(readers)}")
     _read_parts(model, directory)
+    _put_whole(model, _whole(state), directory)
     readers[kind](model, config, state, directory, name)
     return {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}[kind]
 
@@ -202,15 +217,11 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
     rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
     plan = Rank(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
     pairs: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, found, which = key.removeprefix(FRONT).rpartition(".lora_")
         if found:
             pairs.setdefault(module, {})["A" if "A" in which else "B"] = tensor.t() if "embedding" in which else tensor
-        else:  # peft writes tables and heads along with what lies on them
-            whole[key.removeprefix(FRONT).replace(".base_layer.", ".")] = tensor
-    spelling = names.inside([*pairs, *whole])
-    _put_whole(model, names, {spelling[name]: tensor for name, tensor in whole.items()}, where)
+    spelling = names.inside(pairs)
     for module, pair in pairs.items():
         entry = names.entries.get(spelling[module]) or own_names.entries.get(module)
         if entry is None or pair.keys() != {"A", "B"}:
@@ -247,13 +258,19 @@ def _vectors(state: Mapping[str, Tensor], where: Path) -> Tensor:
 
 
 @torch.no_grad()
-def _put_whole(model: LM, names: Names, whole: Mapping[str, Tensor], where: Path) -> None:
-    """The tensors that were trained whole (`modules_to_save`)."""
-    ours, state = {theirs: mine for mine, theirs in names.tensors.items()}, model.state_dict()
-    for name, tensor in whole.items():
+def _put_whole(model: LM, whole: Mapping[str, Tensor], where: Path) -> None:
+    """Put the tensors that were trained whole in the place of the model's."""
+    names = Names.of(model)
+    ours, state, spelling = (
+        {theirs: mine for mine, theirs in names.tensors.items()},
+        model.state_dict(),
+        names.inside(whole),
+    )
+    for stored, tensor in whole.items():
+        name = spelling[stored]
         if name not in ours or state[ours[name]].shape != tensor.shape:
             raise UserError(
-                f"{where / TENSORS} holds {name!r}, which is no tensor of the base: this head is not the model's"
+                f"{where / TENSORS} holds {stored!r}, which is no tensor of the base: this head is not the model's"
             )
         state[ours[name]].copy_(tensor)
 
@@ -301,6 +318,11 @@ def _prompt(model: LM, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
     refuse(model.shape, "prompt")
+    if _whole(state) and not model.shape.causal and {"classes", "score"} & {*model.parts}:
+        raise UserError(
+            f"{where / TENSORS}: peft reads the class of a text at the first vector of its prompt there, and firth at the text's "
+            "first token: train it here (adapt=prompt), or take a prefix"
+        )
     vectors = _vectors(state, where)[
         : int(_number(config, "num_virtual_tokens", where))
     ]  # peft stores a decoder's too, and uses none
@@ -327,9 +349,6 @@ def _read_parts(model: LM, directory: Path) -> None:
                 f"{directory / OWN_TENSORS} does not hold the part {part!r} that {OWN} describes"
             ) from fault
         model.parts[part] = module
-
-
-TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 
 
 def _task(model: LM, names: Names) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from firth.data.batch import Batches
-from firth.data.source import Source
+from firth.data.source import Source, Subset
 from firth.data.tags import marked
 from firth.evaluate import entities, metrics
 from firth.evaluate.heads import HEADS, Reading, head_of
@@ -52,11 +52,22 @@ class Held:
             return head_of(self.recipe.objective.parts(shape))
 
     @cached_property
+    def shown(self) -> Source:
+        """Those examples: whole records, of those that have several."""
+        most = self.recipe.checks.examples
+        owners = self.source.owners if self.part and len(self.source) > most else np.zeros(0)
+        there = np.unique(owners)
+        if len(there) == len(owners):
+            return spread(self.source, most)
+        some = there[np.linspace(0, len(there) - 1, max(1, most * len(there) // len(owners))).round().astype(int)]
+        return Subset(self.source, np.flatnonzero(np.isin(owners, some)))
+
+    @cached_property
     def batches(self) -> Batches:
         """Of a head's answers each rank reads all, in their order; else the ranks share the work."""
         recipe, shared = self.recipe, not self.part
         return Batches(
-            spread(self.source, recipe.checks.examples), recipe.objective, vocab(recipe, self.tokenizer),
+            self.shown, recipe.objective, vocab(recipe, self.tokenizer),
             rows=min(recipe.batch.rows, 64), seed=recipe.seed, pack=recipe.batch.room if shared else 0,
             rank=self.ranks.rank if shared else 0, world=self.ranks.world if shared else 1,
         )  # fmt: skip
@@ -64,7 +75,7 @@ class Held:
     def measure(self, model: LM, step: int) -> dict[str, float]:
         """Everything that is measured, by name."""
         found, readings = self._read(model)
-        return found | (HEADS[self.part].measures(readings, self.recipe.objective.classes) if self.part else {})
+        return found | (HEADS[self.part].measures(readings, self.recipe.objective, self.shown) if self.part else {})
 
     def told(self, model: LM) -> dict[str, Any]:
         """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.task import Subject, open_subject
+from firth.evaluate.given import Wanted, given, many
+from firth.evaluate.predict import refuse_out
+from firth.evaluate.task import Say, Subject, open_subject
 from firth.generate import vectors
 from firth.generate.embed import embed
 from firth.generate.engine import Engine
@@ -120,27 +122,39 @@ def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | No
     return lines
 
 
-def embed_file(directory: Path, file: str, out: Path, *, field: str, unit: bool, length: int) -> list[str]:
-    """Write a vector for each text of a file, of records or lines, or of standard input (-); say what was written."""
-    if file == "-" or Path(file).suffix in (".txt", ".text", ""):
-        given = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8", "replace")
-        texts = [line for line in given.splitlines() if line.strip()]
-    else:
-        texts = [read.text_field(record, field, place) for place, record in read.records([file])]
-    if not texts:
-        raise UserError(f"{file}: there is no text in it")
+def embed_file(
+    directory: Path, file: str, stdin: BinaryIO, out: Path, *, field: str, unit: bool, length: int, form: str = "auto",
+    say: Say = lambda _: None,
+) -> str:  # fmt: skip
+    """Write a vector for each text of a file, of records or lines, or of standard input (-), in their order; tell what was
+    written. A text that says nothing has the vector of an empty one. say: told what was cut, mended or doubtful."""
+    refuse_out(out)
+    if length < 0:
+        raise UserError(
+            f"--length {length}: give the most tokens of a text, or 0 for what the model was trained to read"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Wanted(field, lambda line: {field: line}, lambda record: [record.get(field)])
+        got = given(file, stdin, form, wanted, Path(folder))
+        for remark in got.remarks:
+            say(remark)
+        with got.named():
+            there = read.records([str(got.path)]) if any(got.told) else iter(())
+            said = (read.text_field(record, field, place) for place, record in there)
+            texts = [next(said) if told else "" for told in got.told]
     subject = open_subject(directory)
     found, cut = embed(subject.model, subject.tokenizer, texts, length=length or _longest(subject), unit=unit)
+    if cut:
+        say(f"{got.name}: {many(len(cut), 'text')} longer than is read, cut at the end; the first is row {cut[0] + 1}")
     partial = out.with_name(out.name + ".partial")
     with partial.open("wb") as bytes_:
         if out.suffix == ".npy":
             np.save(bytes_, found)
         else:
-            for row in found.tolist():
-                bytes_.write((json.dumps({"embedding": row}) + "\n").encode())
+            for row, vector in zip(got.rows, found.tolist(), strict=True):
+                bytes_.write((json.dumps(row | {"embedding": vector}) + "\n").encode())
     partial.replace(out)
-    said = [f"{out}: {len(found):,} vectors of {found.shape[1]} numbers"]
-    return said + ([f"{cut:,} texts were longer than the model reads and lost their end"] if cut else [])
+    return f"{out}: {many(len(found), 'vector')} of {found.shape[1]} numbers"
 
 
 def _longest(subject: Subject) -> int:
@@ -204,9 +218,18 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def evaluate_run(directory: Path, paths: Sequence[str], *, task: str | None, limit: int | None, as_json: bool) -> str:
-    """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object."""
-    found = evaluate(directory, list(paths), task=task, limit=limit) if paths else held_out_measures(directory)
+def evaluate_run(
+    directory: Path,
+    paths: Sequence[str],
+    *,
+    task: str | None,
+    limit: int | None,
+    as_json: bool,
+    say: Say = lambda _: None,
+) -> str:
+    """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object. say: told
+    what was cut, mended or left out."""
+    found = evaluate(directory, list(paths), task=task, limit=limit, say=say) if paths else held_out_measures(directory)
     if as_json:
         return json.dumps(found)
     return "\n".join(f"{name:<24} {_readable(value)}" for name, value in found.items())

@@ -53,6 +53,7 @@ TERMS = {
     "loss": Term("Loss", "nats"),
     "bits_per_byte": Term("Bits per byte", "bits per byte of text"),
     "accuracy": Term("Accuracy", "share right"),
+    "exact_match": Term("Exact match", "share of questions"),
     "kl": Term("Distance from the reference", "KL, nats"),
     "f1": Term("F1", "F1"),
     "macro_f1": Term("F1, mean over classes", "F1"),

@@ -274,7 +274,7 @@ def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
     """A text file in pieces of about LONGEST, decoded and cleaned, cut where `split` cuts it, else at white space."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held, first = "", True
-    with _guarded(path) as file:
+    with guarded(path) as file:
         while True:
             raw = file.read(LONGEST)
             block = decoder.getstate()[0] + raw
@@ -333,13 +333,13 @@ def _records(
         yield from (_table(path, counts, wanted) if kind == "table" else _lines(path, counts))
         return
     suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
-    with _guarded(path) as file:
+    with guarded(path) as file:
         yield from (text if kind == "text" and text else tables.READERS[suffix])(file, path, counts, columns)
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
-    with _guarded(path) as file:
+    with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
         while line := reader.readline(LONGEST + 1):
             number += 1
@@ -405,7 +405,7 @@ def _table(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple
 
 
 @contextmanager
-def _guarded(path: Path) -> Iterator[BinaryIO]:
+def guarded(path: Path) -> Iterator[BinaryIO]:
     """An open file whose damage (a cut-off archive, missing rights) is told in one sentence."""
     import zstandard
 

@@ -1,8 +1,8 @@
-"""The tasks that `evaluate` knows by name, and which of them a model's part answers unasked."""
+"""The tasks that `evaluate` knows by name, and which of them a model answers unasked."""
 
 from __future__ import annotations
 
-from firth.evaluate.task import Task
+from firth.evaluate.task import Subject, Task
 from firth.evaluate.tasks.answers import ANSWERS
 from firth.evaluate.tasks.choices import CHOICES
 from firth.evaluate.tasks.classification import CLASSIFICATION
@@ -34,3 +34,13 @@ DEFAULTS = {
     "span": SPANS.name, "reward": COMPARISONS.name, "lm": "likelihood",
 }  # fmt: skip
 """Part of a model -> the task that it is there for, in the order in which they are looked for."""
+
+WRITTEN = "text_to_text"
+"""The objective of a run that writes answers."""
+
+
+def default(subject: Subject) -> str:
+    """The task that a model was trained for, by its run's objective and by its parts; empty where there is none."""
+    if "lm" in subject.model.parts and subject.objective.get("kind") == WRITTEN:
+        return ANSWERS.name
+    return next((name for part, name in DEFAULTS.items() if part in subject.model.parts), "")

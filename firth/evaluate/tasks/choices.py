@@ -74,4 +74,4 @@ def answer(subject: Subject, items: Sequence[Question], progress: Progress) -> A
     return [item.right for item in items], said
 
 
-CHOICES = Task("choices", source, answer, {"accuracy": metrics.accuracy})
+CHOICES = Task("choices", source, answer, {"accuracy": metrics.accuracy}, remarks=lambda items: ())

@@ -13,10 +13,13 @@ import numpy as np
 
 from firth.data.labelled import Labelled, TextFields
 from firth.data.source import Source
+from firth.data.votes import Judged
 from firth.evaluate import metrics
+from firth.evaluate.given import Wanted
 from firth.evaluate.heads import Reading, readings, softmax
 from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
 from firth.model import weights
+from firth.model.families.classes import UNNAMED
 from firth.model.parts import answered, described
 from firth.objectives.classification import Classification, Place, place
 from firth.types import Example, UserError
@@ -25,8 +28,11 @@ from firth.types import Example, UserError
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Labelled:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "classes", "classes", "classify")
-    fields, classes = TextFields.of(subject.segment), class_names(subject, "classes")
-    return Labelled(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked)
+    told, classes = subject.segment, class_names(subject, "classes")
+    if told.get("kind") == "votes":  # what most of them say is right
+        fields = TextFields(told.get("text", "text"), told.get("votes", "labels"))
+        return Judged(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked)
+    return Labelled(paths, subject.tokenizer, subject.context, TextFields.of(told), classes=classes, asked=asked)
 
 
 def needs(subject: Subject, part: str, what: str, recipe: str) -> None:
@@ -38,12 +44,16 @@ def needs(subject: Subject, part: str, what: str, recipe: str) -> None:
 
 
 def class_names(subject: Subject, part: str) -> tuple[str, ...]:
-    """The classes in the order of the head's rows: as the model's own files say, else the run's recipe.
+    """The classes in the order of the head's rows: as the model's own files say, else the run's recipe; numbered as
+    transformers does (LABEL_0) where a stranger's files name none.
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
     said = weights.class_names(subject.place) or subject.objective.get("classes")
     rows = answered(described(subject.model.parts[part]))
+    strange = not subject.recipe and not (subject.place / "firth.json").is_file()
+    if strange and (not said or len(said) != rows):
+        return tuple(f"{UNNAMED}{i}" for i in range(rows))
     if not said or len(said) != rows:
         there = "says no names" if not said else f"names {len(said)}"
         raise UserError(
@@ -97,9 +107,23 @@ def more(items: Labelled) -> Mapping[str, Metric]:
     return {"f1": lambda right, said: metrics.f1(np.asarray(right) == name, np.asarray(said) == name)}
 
 
-def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def texts(subject: Subject) -> Wanted:
+    """One text of each record, which may be a line, or two."""
+    told = TextFields.of(subject.segment)
+
+    def line(text: str) -> dict[str, Any]:
+        if told.pair:
+            raise UserError(
+                "this task reads two texts of each record, so lines of text are not enough: give JSON lines"
+            )
+        return {told.text: text}
+
+    fields = [told.text, told.pair] if told.pair else [told.text]
+    return Wanted(told.text, line, lambda record: [record.get(name) for name in fields], told.columns)
+
+
+def tell(subject: Subject, items: Labelled, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"label", "probability", "probabilities": class -> share}."""
-    items = source(subject, paths, asked=False)
     for _, scores in read(subject, items, progress):
         shares = [round(float(share), 6) for share in softmax(scores)]
         best = int(np.argmax(shares))
@@ -114,5 +138,6 @@ CLASSIFICATION = Task(
     {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1, "matthews": metrics.matthews},
     commonest=True,
     tell=tell,
+    wanted=texts,
     more=more,
 )

@@ -9,10 +9,12 @@ import numpy as np
 
 from firth.data.labelled import Chosen, OptionFields
 from firth.evaluate import metrics
+from firth.evaluate.given import Wanted
 from firth.evaluate.heads import Reading, readings, softmax
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
 from firth.evaluate.tasks.classification import examples, needs, where
 from firth.objectives.choice import MultipleChoice
+from firth.types import UserError
 
 
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Chosen:
@@ -34,13 +36,26 @@ def answer(subject: Subject, items: Chosen, progress: Progress) -> Answers:
     return [str(int(right)) for right, _ in found], [likeliest(places, scores.tolist()) for _, scores in found]
 
 
-def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def wanted(subject: Subject) -> Wanted:
+    """A text and its options: more than a line holds."""
+    told = OptionFields.of(subject.segment)
+
+    def line(text: str) -> dict[str, Any]:
+        raise UserError("this task reads a text and its options, so lines of text are not enough: give JSON lines")
+
+    return Wanted(
+        told.text, line, lambda record: [record.get(name) for name in (told.text, *told.options)], told.columns
+    )
+
+
+def tell(subject: Subject, items: Chosen, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"choice": the place from 0, "probability", "probabilities": one for each option}."""
-    items = source(subject, paths, asked=False)
     for i, (_, scores) in enumerate(read(subject, items, progress)):
         shares = [round(float(share), 6) for share in softmax(scores)][: len(items[i]["options"])]
         best = int(np.argmax(shares))
         yield {"choice": best, "probability": shares[best], "probabilities": shares}
 
 
-MULTIPLE_CHOICE = Task("multiple_choice", source, answer, {"accuracy": metrics.accuracy}, commonest=True, tell=tell)
+MULTIPLE_CHOICE = Task(
+    "multiple_choice", source, answer, {"accuracy": metrics.accuracy}, commonest=True, tell=tell, wanted=wanted
+)

@@ -12,7 +12,7 @@ from firth.data.labelled import Scored, TextFields
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings
 from firth.evaluate.task import Answers, Progress, Subject, Task
-from firth.evaluate.tasks.classification import examples, needs, where
+from firth.evaluate.tasks.classification import examples, needs, texts, where
 from firth.objectives.regression import Regression
 
 
@@ -34,13 +34,14 @@ def answer(subject: Subject, items: Scored, progress: Progress) -> Answers:
     return items.scores.tolist(), [float(scores[0]) for _, scores in found]
 
 
-def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: Subject, items: Scored, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"score"}."""
-    for _, scores in read(subject, source(subject, paths, asked=False), progress):
+    for _, scores in read(subject, items, progress):
         yield {"score": round(float(scores[0]), 6)}
 
 
 REGRESSION = Task(
     "regression", source, answer,
     {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, tell=tell,
+    wanted=texts,
 )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 from firth.data.labelled import TagFields, Tagged
 from firth.data.tags import begun, marked
 from firth.evaluate import entities
+from firth.evaluate.given import Wanted
 from firth.evaluate.heads import readings, softmax
 from firth.evaluate.task import Answers, Metric, Progress, Subject, Task
 from firth.evaluate.tasks.classification import class_names, examples, needs
@@ -80,12 +81,24 @@ def more(items: Tagged) -> Mapping[str, Metric]:
     return {name: of(name) for name in ("precision", "recall", "f1")} if marked(items.classes) else {}
 
 
-def tell(subject: Subject, paths: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def wanted(subject: Subject) -> Wanted:
+    """Words: of a list, of CoNLL's columns, or of a line, parted by blanks."""
+    told = TagFields.of(subject.segment)
+
+    def says(record: dict[str, Any]) -> Sequence[Any]:
+        words = record.get(told.words)
+        return words if isinstance(words, list) else [None]
+
+    return Wanted(
+        told.words, lambda text: {told.words: text.split()}, says, told.columns, tags=class_names(subject, "tags")
+    )
+
+
+def tell(subject: Subject, items: Tagged, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"tokens", "tags", "probabilities": of each tag}."""
-    items = source(subject, paths, asked=False)
     assert items.written is not None
     for (words, _), (_, said, sure) in zip(items.written, read(subject, items, progress), strict=True):
         yield {"tokens": words, "tags": said, "probabilities": sure}
 
 
-TAGGING = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, more=more)
+TAGGING = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, wanted=wanted, more=more)

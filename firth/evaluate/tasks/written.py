@@ -8,7 +8,7 @@ from __future__ import annotations
 from firth.data.records import Prompted
 from firth.evaluate import metrics, overlap
 from firth.evaluate.task import Answers, Progress, Subject, Task
-from firth.evaluate.tasks.answers import answer, source
+from firth.evaluate.tasks.answers import answer, source, tell, wanted
 
 LONGEST = 200
 """Tokens: the longest text that is waited for."""
@@ -26,8 +26,9 @@ def summarised(subject: Subject, items: Prompted, progress: Progress) -> Answers
     return tuple(overlap.rouge_scores(*answer(subject, items, progress, LONGEST)))
 
 
-TRANSLATION = Task("translation", source, translated, {"bleu": overlap.bleu})
+TRANSLATION = Task("translation", source, translated, {"bleu": overlap.bleu}, tell=tell, wanted=wanted)
 SUMMARIES = Task(
     "summaries", source, summarised,
     {name: lambda *columns, at=at: metrics.mean(columns[at]) for at, name in enumerate(overlap.ROUGE)},
+    tell=tell, wanted=wanted,
 )  # fmt: skip
