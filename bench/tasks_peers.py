@@ -27,7 +27,8 @@ from firth.data.labelled import Chosen, Labelled, Tagged
 from firth.data.questions import Questions
 from firth.data.source import Source
 from firth.evaluate.task import Answers, Task
-from firth.evaluate.tasks import TASKS, spans, tagging
+from firth.evaluate.tasks import TASKS, tagging
+from firth.evaluate.windows import by_question, compared
 from firth.text.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
 
@@ -211,7 +212,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "answer": Peer(
         "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["spans"], windows, window, both_ends,
-        lambda examples, logits: spans.compared(examples, spans.by_question(examples, iter(logits), may_lack=False)),
+        lambda examples, logits: compared(by_question(examples, iter(logits), may_lack=False)),
     ),
     "choose": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,

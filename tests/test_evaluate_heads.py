@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 from firth.data.tags import begun, names
 from firth.evaluate import entities, glue, metrics, overlap
 from firth.evaluate.predict import predict
-from firth.evaluate.tasks.spans import LONGEST, best
+from firth.evaluate.windows import LONGEST, best
 from firth.model.lm import LM
 from firth.model.shape import encoder_decoder
 from firth.model.weights import save_model

@@ -5,20 +5,21 @@
 
 A passage that does not fit is read in windows, `stride` tokens from one to the next (BERT's run_squad), and at least half of
 each again in the next; in a window without the whole answer, and for a question without one, start and end are -1. An
-answer that does not stand in the passage where the record says is left out, counted and named.
+answer that does not stand in the passage where the record says is left out, counted and named, and so is a question of
+SQuAD 1.1 whose answers are lost.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from firth.data import layout
-from firth.data.records import Record, Records
+from firth.data.records import LEFT_OUT, Record, Records
 from firth.text import read
 from firth.text.normalize import whole
 from firth.text.tokenizer import Tokenizer
@@ -37,7 +38,8 @@ class Asked:
 class Questions(Records):
     """Windows: {"tokens", "segments", "start", "end"}; `owners` says which question each is of.
 
-    question: its most tokens; a longer one is cut. keep: remember the questions as they are written (`asked_of`).
+    question: its most tokens; a longer one is cut. keep: questions stay of which no answer stands where the record says, for
+    whoever asks them and not learns from them. asked_of: the questions of all records, as they are written.
     """
 
     columns: ClassVar[dict[str, type]] = {
@@ -57,7 +59,8 @@ class Questions(Records):
         keep: bool = False,
     ) -> None:
         self.stride, self.question, self._context, self.asked = stride, question, context, asked
-        self.asked_of: list[Asked] | None = [] if keep else None
+        self.asked_of: list[Asked] = []
+        self._keep = keep
         self.unanswerable = 0
         self._passage = 0
         self._passages = array("q")
@@ -77,6 +80,14 @@ class Questions(Records):
     def families(self) -> np.ndarray:
         return np.array(self._passages)
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        return {"long_questions": self.question}
+
+    def origin(self, index: int) -> Mapping[str, Any]:
+        """ "question": `Asked`; "offsets": of the window's tokens in its passage."""
+        return {"question": self.asked_of[self._owners[index]], "offsets": self.offsets(index)}
+
     def offsets(self, index: int) -> np.ndarray:
         """Where in the passage each token of a window stands: (n, 2) characters, -1 for what is not of the passage."""
         return self._columns["offsets"][index].reshape(-1, 2)
@@ -86,22 +97,28 @@ class Questions(Records):
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
         context = whole(read.text_field(record, self._context, self._place))
+        context = (
+            self._latest[0] if context == self._latest[0] else context
+        )  # one object for all questions of a passage
         given = answers_of(record) if self.asked else []
         there = [(text, start) for text, start in given if context.startswith(text, start)]
         for _ in range(len(given) - len(there)):
             self.note("misplaced")
-        if self.asked_of is not None:
-            number = self._tally["records"]
-            told = record.get("id", number)
-            self.asked_of.append(Asked(str(told), context, tuple(dict.fromkeys(text for text, _ in given))))
-        elif given and not there:
+        told = record.get("id", self._tally["records"])
+        self.asked_of.append(Asked(str(told), context, tuple(dict.fromkeys(text for text, _ in given))))
+        if self.asked and record.get("answers", given) is None:
+            self.note("lost")
+            return LEFT_OUT
+        if given and not there and not self._keep:
             return []
-        self.unanswerable += self.asked and not given
+        if self.asked and not given:
+            self.note("unanswerable")
+            self.unanswerable += 1
         if context != self._latest[0]:  # a passage has several questions, one after the other
             self._latest = (context, self.tokenizer.spans(context))
             self._passage += 1
         tokens, spans = self._latest[1]
-        asked = self.fit(encoded[0], self.question)
+        asked = self.fit(encoded[0], self.question, "long_questions")
         first, last = _tokens(spans, there[0]) if there else (-1, -1)
         cuts = self._cuts(len(asked), len(tokens))
         self._passages.extend([self._passage] * len(cuts))
@@ -137,7 +154,7 @@ def answers_of(record: Record) -> list[tuple[str, int]]:
     >>> answers_of({"answers": {"text": ["Anne"], "answer_start": [3]}})
     [('Anne', 3)]
     """
-    given: Any = record.get("answers", [])
+    given: Any = record.get("answers") or []
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start", given.get("start"))
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):

@@ -14,7 +14,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,19 @@ class Source:
     def sizes(self) -> np.ndarray | None:
         """How long each example is (n,), in a unit of the source's own; None where that is not known before it is read."""
         return None
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Which record each example is of (n,): those of one number answer one question together."""
+        return np.arange(len(self))
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        """How many answers of each class some examples have, the classes with none among them; {} without classes."""
+        return {}
+
+    def origin(self, index: int) -> Mapping[str, Any]:
+        """What stood in the record of an example, for whoever judges answers by their text; {} where nobody does."""
+        return {}
 
     def __len__(self) -> int:
         raise NotImplementedError(type(self).__name__)
@@ -115,12 +128,35 @@ class Mixture(Source):
         known = [sizes for sizes in parts if sizes is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
 
+    @property
+    def owners(self) -> np.ndarray:
+        parts = [source.owners for source in self.sources]
+        first = np.cumsum([0, *(int(part.max(initial=-1)) + 1 for part in parts)])
+        return np.concatenate([part + start for part, start in zip(parts, first[:-1], strict=True)])
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        total: dict[str, int] = {}
+        for source, start in zip(self.sources, self._starts[:-1], strict=True):
+            mine = indices[(indices >= start) & (indices < start + len(source))] - start
+            for name, n in source.per_class(mine).items():
+                total[name] = total.get(name, 0) + n
+        return total
+
+    def origin(self, index: int) -> Mapping[str, Any]:
+        which, at = self._found(index)
+        return self.sources[which].origin(at)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Example:
+        which, at = self._found(index)
+        return self.sources[which][at]
+
+    def _found(self, index: int) -> tuple[int, int]:
+        """The source of an example, and its index there."""
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.sources[which][index - int(self._starts[which])]
+        return which, index - int(self._starts[which])
 
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         period, at = np.divmod(np.asarray(positions, np.int64), len(self._which))
@@ -166,6 +202,16 @@ class Wrapped(Source):
     @property
     def sizes(self) -> np.ndarray | None:
         return self.source.sizes
+
+    @property
+    def owners(self) -> np.ndarray:
+        return self.source.owners
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return self.source.per_class(indices)
+
+    def origin(self, index: int) -> Mapping[str, Any]:
+        return self.source.origin(index)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -247,6 +293,16 @@ class Subset(Source):
     def sizes(self) -> np.ndarray | None:
         sizes = self.source.sizes
         return None if sizes is None else sizes[self.indices]
+
+    @property
+    def owners(self) -> np.ndarray:
+        return self.source.owners[self.indices]
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return self.source.per_class(self.indices[indices])
+
+    def origin(self, index: int) -> Mapping[str, Any]:
+        return self.source.origin(int(self.indices[index]))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -15,14 +15,17 @@ from typing import TypeVar
 import numpy as np
 
 from firth.data.batch import collate
+from firth.data.source import Source
 from firth.data.tags import marked
 from firth.evaluate import entities, metrics
 from firth.evaluate.likelihood import groups
+from firth.evaluate.windows import by_question, compared
 from firth.generate.rows import reading
 from firth.model.lm import LM
 from firth.objectives.choice import MultipleChoice
 from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective, Sum, asked
+from firth.objectives.spans import Spans
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
@@ -73,48 +76,46 @@ def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> li
     return [(r, s[:n]) for r, s, n in zip(right, scores, lengths, strict=True)]
 
 
-def _classified(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+def _classified(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
     right, said = np.array([r for r, _ in found]), np.array([s.argmax() for _, s in found])
     out = {"macro_f1": metrics.macro_f1(right, said), "matthews": metrics.matthews(right, said)}
-    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(classes) == 2 else {})
+    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(objective.classes) == 2 else {})
 
 
-def _scored(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+def _scored(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
     right, said = np.array([r for r, _ in found]), np.array([s[0] for _, s in found])
     return {"pearson": metrics.pearson(right, said), "spearman": metrics.spearman(right, said)}
 
 
-def _tagged(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
+def _tagged(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
+    classes = objective.classes
     if not marked(classes):
         return {}
     told = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in found]
     return entities.scores(*np.array([entities.counts(*pair) for pair in told]).T)
 
 
-def _spanned(found: Sequence[Reading], classes: Sequence[str]) -> dict[str, float]:
-    """F1 of the tokens of a window's span; by the text, over all windows of a question, `firth evaluate` has it."""
-    shared = [_overlap(*right, *scores.argmax(0)) for right, scores in found]
-    return {"f1": float(np.mean(shared))}
-
-
-def _overlap(a: int, b: int, c: int, d: int) -> float:
-    """F1 of the spans a..b and c..d of tokens."""
-    both = max(0, min(b, d) - max(a, c) + 1)
-    return 2 * both / max(1, b - a + 1 + max(0, d - c + 1))
+def _spanned(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
+    """SQuAD's exact match and F1, by the text and over all windows of each question."""
+    spans = addend(objective, Spans)
+    told = by_question(source, (scores for _, scores in found), bool(spans.unanswerable), spans.place)
+    exact, f1 = compared(told)
+    return {"exact_match": metrics.mean(exact), "f1": metrics.mean(f1)}
 
 
 @dataclass(frozen=True)
 class Head:
-    """read: what it says of a batch that is not packed, example by example. measures: (answers, classes) -> numbers."""
+    """read: what it says of a batch that is not packed, example by example. measures: of all answers, as the objective asked
+    them of a source."""
 
     read: Callable[[LM, Objective, Outputs, Batch], list[Reading]]
-    measures: Callable[[Sequence[Reading], Sequence[str]], dict[str, float]]
+    measures: Callable[[Sequence[Reading], Objective, Source], dict[str, float]]
 
 
 HEADS: dict[str, Head] = {
     "classes": Head(_one("class", "classes"), _classified),
     "score": Head(_one("score", "score"), _scored),
-    "choice": Head(_choice, lambda found, classes: {}),
+    "choice": Head(_choice, lambda found, objective, source: {}),
     "tags": Head(_tags, _tagged),
     "span": Head(_span, _spanned),
 }

@@ -6,8 +6,9 @@ correlation, rank correlation, whatever the part has (`firth.evaluate.heads`): a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +28,10 @@ from firth.text.vocab import Vocab
 from firth.train.distributed import Ranks
 from firth.train.step import alone
 from firth.train.validate import validate
-from firth.types import Batch, Outputs
+from firth.types import Batch, Outputs, UserError
+
+FEW = 8
+"""Examples that tell which measurements there are."""
 
 MOST = 12
 """Classes that a table of confusions has room for."""
@@ -52,11 +56,16 @@ class Held:
             return head_of(self.recipe.objective.parts(shape))
 
     @cached_property
+    def shown(self) -> Source:
+        """The examples that are measured."""
+        return spread(self.source, self.recipe.checks.examples)
+
+    @cached_property
     def batches(self) -> Batches:
         """Of a head's answers each rank reads all, in their order; else the ranks share the work."""
         recipe, shared = self.recipe, not self.part
         return Batches(
-            spread(self.source, recipe.checks.examples), recipe.objective, vocab(recipe, self.tokenizer),
+            self.shown, recipe.objective, vocab(recipe, self.tokenizer),
             rows=min(recipe.batch.rows, 64), seed=recipe.seed, pack=recipe.batch.room if shared else 0,
             rank=self.ranks.rank if shared else 0, world=self.ranks.world if shared else 1,
         )  # fmt: skip
@@ -64,7 +73,19 @@ class Held:
     def measure(self, model: LM, step: int) -> dict[str, float]:
         """Everything that is measured, by name."""
         found, readings = self._read(model)
-        return found | (HEADS[self.part].measures(readings, self.recipe.objective.classes) if self.part else {})
+        return found | (HEADS[self.part].measures(readings, self.recipe.objective, self.shown) if self.part else {})
+
+    def refuse_unmeasured(self, model: LM) -> None:
+        """Raise a UserError if `checks.best` is none of the measurements: it is asked of a few examples, before a run begins."""
+        best = self.recipe.checks.best
+        if best:
+            few = replace(self, recipe=replace(self.recipe, checks=replace(self.recipe.checks, examples=FEW)))
+            with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):  # a correlation of two numbers
+                found = few.measure(model, 0)
+            if best not in found:
+                raise UserError(
+                    f"checks.best={best} is not among the held-out measurements: there is {', '.join(found)}"
+                )
 
     def told(self, model: LM) -> dict[str, Any]:
         """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from firth.data.shards import TokenStore
 from firth.data.split import enough, split
 from firth.text import corpora, read
-from firth.text.read import Counts, Document
+from firth.text.counts import Counts
+from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
 from firth.types import UserError
@@ -164,5 +165,5 @@ def train_tokenizer(
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
     rows = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.rows().items())
-    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows}: {out}")
+    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
     return tokenizer
