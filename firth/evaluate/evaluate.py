@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from firth.evaluate import glue
 from firth.evaluate.task import Progress, open_subject
 from firth.evaluate.tasks import DEFAULTS, TASKS
 from firth.evaluate.text import likelihood
@@ -29,10 +30,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the model of a run or model directory on files; plain numbers by name.
 
-    task: a name of `firth.evaluate.tasks.TASKS`, or "likelihood"; None chooses by the parts of the model.
+    task: a name of `firth.evaluate.tasks.TASKS`, "likelihood", or "glue", of which the paths are runs as well; None chooses by
+    the parts of the model.
     limit: for likelihood, ask at most about this many tokens, spread over the text. progress: told the share done.
     Raises UserError where the directory holds no model, the files no item, or the model cannot do the task.
     """
+    if task == "glue":  # the other paths are runs too
+        return {"task": task} | glue.board([directory, *map(Path, paths)], evaluate)
     subject = open_subject(directory)
     if task is None:
         task = next((name for part, name in DEFAULTS.items() if part in subject.model.parts), None)
@@ -42,7 +46,9 @@ def evaluate(
     if task == "likelihood":
         found = likelihood(subject, paths, limit, progress)
     elif task in TASKS:
-        found = TASKS[task].run(subject, paths, progress)
+        here, other = glue.sets(subject.recipe, paths)
+        found = TASKS[task].run(subject, here, progress) if here else {}
+        found |= glue.renamed(TASKS[task].run(subject, other, progress)) if other else {}
     else:
-        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}")
+        raise UserError(f"there is no task {task!r}; there is likelihood, glue, {', '.join(TASKS)}")
     return {"task": task} | found

@@ -206,7 +206,11 @@ class Conversation:
 
 def evaluate_run(directory: Path, paths: Sequence[str], *, task: str | None, limit: int | None, as_json: bool) -> str:
     """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object."""
-    found = evaluate(directory, list(paths), task=task, limit=limit) if paths else held_out_measures(directory)
+    found = (
+        evaluate(directory, list(paths), task=task, limit=limit)
+        if paths or task == "glue"
+        else held_out_measures(directory)
+    )
     if as_json:
         return json.dumps(found)
     return "\n".join(f"{name:<24} {_readable(value)}" for name, value in found.items())

@@ -180,7 +180,9 @@ def document(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str])
             yield f"{path}: record {number}", record
         return
     if type(found) is not dict or type(found.get("data")) is not list:
-        raise UserError(f"{path}: this is neither SQuAD's JSON nor a list of records: there is no list 'data'; use .jsonl")
+        raise UserError(
+            f"{path}: this is neither SQuAD's JSON nor a list of records: there is no list 'data'; use .jsonl"
+        )
     for article, one in enumerate(found["data"], 1):
         for paragraph, part in enumerate(_listed(one, "paragraphs", f"{path}: article {article}"), 1):
             where = f"{path}: article {article}, paragraph {paragraph}"
