@@ -45,6 +45,9 @@ def understood(line: str) -> Recipe | None:
     """The recipe of a command to train, built and not run; of the others, click reads what they are given."""
     _, verb, *rest = shlex.split(line)
     context = VERBS[verb].make_context(verb, rest, resilient_parsing=not rest)
+    if verb == "compare":
+        for name in (one for one in context.params["recipes"] if "=" not in one):
+            load(name)
     if verb != "train" or context.params["recipe"].endswith(".yaml"):
         return None
     return load(context.params["recipe"], context.params["settings"] or [])
