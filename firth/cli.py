@@ -319,7 +319,9 @@ def evaluate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="likelihood, classification, regression, tagging, spans, choices, ...; else by the model."),
+        typer.Option(
+            help="likelihood, classification, regression, tagging, spans, choices, ..., glue; else by the model."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -334,7 +336,10 @@ def evaluate(
 def predict(
     run: Run,
     file: Annotated[
-        str, typer.Argument(help="Records (JSONL, CSV, TSV, Parquet), lines of text, or - for standard input.")
+        str,
+        typer.Argument(
+            help="Records (JSONL, CSV, TSV, Parquet, CoNLL, SQuAD's JSON), text by lines, or - for standard input."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Write here, as CSV if it ends so; else JSON lines.")] = None,
 ) -> None:
@@ -356,7 +361,9 @@ def embed(
     ),
     field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    length: Annotated[int, typer.Option(help="Most tokens of a text; 0: what the model was trained to read.")] = 0,
+    length: Annotated[
+        int, typer.Option(min=0, help="Most tokens of a text; 0: what the model was trained to read.")
+    ] = 0,
 ) -> None:
     """A vector for each text, the mean of its states: for search, clustering, similarity."""
     from firth.recipes.use import embed_file

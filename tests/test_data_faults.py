@@ -186,3 +186,11 @@ def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
     assert len(Labelled([train], tokenizer(), 32, TextFields("sentence", columns=columns))) == 2
     asked = Labelled([test], tokenizer(), 32, TextFields("sentence", columns=columns), classes=("0", "1"), asked=False)
     assert len(asked) == 2 and asked.counts == {"examples": 2, "records": 2, "files": 1}
+
+
+def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.conll", "a A\nb B\n\nc A\n\nd A\ne B\nf B\n")
+    source = Tagged([path], tokenizer(), 32)
+    assert source.per_class(np.array([2, 0])) == {"A": 2, "B": 3}
+    assert source.per_class(np.array([1])) == {"A": 1, "B": 0}
+    assert source.per_class(np.zeros(0, np.int64)) == {"A": 0, "B": 0}

@@ -12,7 +12,7 @@ from firth.data.split import place
 from firth.evaluate import glue
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.windows import by_question
-from firth.recipes.material import train_tokenizer
+from firth.recipes.material import Material, train_tokenizer
 from firth.recipes.recipe import Recipe, load
 from firth.recipes.run import Finished, run
 from firth.recipes.use import evaluate_run, held_out_measures
@@ -55,7 +55,15 @@ def test_text_to_text_from_nothing_reads_its_own_fields(tmp_path: Path) -> None:
     for source, *forms in (["a.jsonl"], ["b.csv", "segment.prompt=to French: {en}", "segment.answer_is={fr}"]):
         said: list[str] = []
         recipe = load(
-            "text_to_text", [*shape, "shape.encoder=1", f"source={tmp_path / source}", "segment.length=32", *forms]
+            "text_to_text",
+            [
+                *shape,
+                "shape.encoder=1",
+                "tokenizer.size=400",
+                f"source={tmp_path / source}",
+                "segment.length=32",
+                *forms,
+            ],
         )
         done = run(recipe, tmp_path / source.replace(".", "-"), said.append)
         assert done.steps == 2
@@ -267,3 +275,15 @@ def test_weights_that_are_neither_numbers_nor_balanced() -> None:
     with pytest.raises(UserError, match=r"objective\.weights: 'balancd' does not fit: it should be .*'balanced'"):
         load("classify", ["objective.weights=balancd"])
     assert isinstance(load("classify", ["objective.weights=balanced"]), Recipe)
+
+
+def test_tables_beside_a_text_are_passed_over_aloud(tmp_path: Path, tokens: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a fine film, and a dull film\n\n" * 20)
+    reviews(folder / "b.csv", ["good", "bad"])
+    said: list[str] = []
+    recipe = load("gpt", [f"source={folder}"])
+    Material(recipe.source, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
+    [line] = [line for line in said if "passed over" in line]
+    assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

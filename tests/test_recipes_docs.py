@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.objectives.objective import Sum
@@ -89,3 +90,10 @@ def test_a_command_that_is_none_is_found() -> None:
     ):
         with pytest.raises((Exception, SystemExit)):
             understood(line)
+
+
+def test_a_length_below_none_is_refused_and_predict_names_what_it_reads() -> None:
+    said = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--length", "-3"])
+    assert said.exit_code == 2 and "length" in said.output
+    told = CliRunner().invoke(app, ["predict", "--help"]).output
+    assert "CoNLL" in told and "SQuAD" in told

@@ -151,8 +151,7 @@ class Labelled(Texts):
         self.classes, self._number = self._known.names, self._known.final
 
     def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
-        labels = [self._columns["label"][int(i)] for i in indices] if self.asked else []
-        return counted(self.classes, self._number, labels)
+        return counted(self.classes, self._number[self._columns["label"].some(indices)]) if self.asked else {}
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -302,8 +301,8 @@ class Tagged(Records):
         self.classes, self._number = self._known.names, self._known.final
 
     def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
-        tags = [self._columns["tags"][int(i)] for i in indices] if self.asked else []
-        return counted(self.classes, self._number, [some[some != IGNORE] for some in tags])
+        tags = self._columns["tags"].some(indices)
+        return counted(self.classes, self._number[tags[tags != IGNORE]]) if self.asked else {}
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -384,12 +383,9 @@ def refuse_unknown(what: str, of: str, name: str, count: int, first: Mapping[str
         )
 
 
-def counted(classes: Sequence[str], number: np.ndarray, labels: Sequence[np.ndarray]) -> Mapping[str, int]:
-    """How many labels of each class there are; {} without labels."""
-    if not labels:
-        return {}
-    found = np.bincount(number[np.concatenate(labels)], minlength=len(classes))
-    return dict(zip(classes, found.tolist(), strict=True))
+def counted(classes: Sequence[str], labels: np.ndarray) -> Mapping[str, int]:
+    """How many labels of each class there are."""
+    return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
 
 def empty(what: str, paths: Sequence[str], found: Mapping[str, int]) -> list[str]:

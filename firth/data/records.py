@@ -108,6 +108,11 @@ class Column:
     def __getitem__(self, index: int) -> np.ndarray:
         return self._values[self._ends[index] : self._ends[index + 1]]
 
+    def some(self, indices: np.ndarray) -> np.ndarray:
+        """Some of the arrays as one."""
+        ends, n = np.array(self._ends), self.lengths[indices]
+        return self._values[np.repeat(ends[indices] - np.cumsum(n) + n, n) + np.arange(n.sum())]
+
 
 class Records(Source):
     """What the sources of records share: one pass over the files, and the columns that it fills.

@@ -104,6 +104,11 @@ class Material:
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
+                if counts.passed_over and not apart:
+                    self.echo(
+                        f"tables passed over, which are read as text only where they are named: {counts.passed_over:,}; the "
+                        f"first is {counts.at['passed_over']}"
+                    )
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
