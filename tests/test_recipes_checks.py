@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from firth.data.split import place
 from firth.evaluate import glue
 from firth.evaluate.evaluate import evaluate
+from firth.evaluate.predict import predict
 from firth.evaluate.windows import by_question
 from firth.recipes.material import Material, train_tokenizer
 from firth.recipes.recipe import Recipe, load
@@ -122,7 +124,7 @@ def test_a_tag_of_the_held_out_files_alone_is_no_class(tmp_path: Path, tokens: P
 @pytest.mark.parametrize("settings", [("checks.best=accuracy",), ("checks.every=1", "checks.patience=2")])
 def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings: tuple[str, ...]) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
-    why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, which is fewer than 20"
+    why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, fewer than 20"
     with pytest.raises(UserError, match=why):
         trained("classify", tmp_path / "run", tokens, f"source={file}", *settings)
     with pytest.raises(UserError, match=r"nothing is held out: name source\.valid=FILES"):
@@ -132,7 +134,7 @@ def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings
 def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
     done, said = trained("classify", tmp_path / "run", tokens, f"source={file}")
-    assert sum("nothing is held out of 8 examples, which is fewer than 20" in line for line in said) == 1
+    assert sum("nothing is held out of 8 examples, fewer than 20" in line for line in said) == 1
     assert "nothing is held out of 8 examples" in (done.directory / "report.html").read_text()
     _, said = trained("classify", tmp_path / "quiet", tokens, f"source={file}", "source.held_out=0")
     assert not any("nothing is held out" in line for line in said)
@@ -256,6 +258,9 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
         f"source={tmp_path / 'cola.tsv'}",
         f"source.valid={tmp_path / 'cola.tsv'}",
     )
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta fine film\n1\ta dull film\n")
+    asked = list(predict(cola.directory, str(tmp_path / "test.tsv"), io.StringIO()))
+    assert [row["label"] in ("0", "1") for row in asked] == [True, True]
     found = evaluate(mnli.directory, dev)
     assert found["accuracy"] == found["accuracy_mismatched"] == evaluate(mnli.directory, dev[:1])["accuracy"]
     assert found["items"] == found["items_mismatched"] == 30

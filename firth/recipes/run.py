@@ -174,10 +174,9 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
 def _begins(recipe: Recipe, cut: Cut, shown: Held | None) -> list[str]:
     """What is said of the data before a run: its classes, and that nothing is held out. UserError if the best check was asked
     for and there is none."""
-    if shown is None and (recipe.checks.best or recipe.checks.patience):
-        asked = (
-            f"checks.best={recipe.checks.best}" if recipe.checks.best else f"checks.patience={recipe.checks.patience}"
-        )
+    checks = recipe.checks
+    if shown is None and (checks.best or checks.patience):
+        asked = f"checks.best={checks.best}" if checks.best else f"checks.patience={checks.patience}"
         why = f" ({cut.unheld})" if cut.unheld else ""
         raise UserError(
             f"{asked} goes by held-out measurements, and nothing is held out{why}: name source.valid=FILES, or raise "

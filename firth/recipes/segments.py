@@ -125,10 +125,9 @@ def spread(source: Source, count: int) -> Source:
     of one record (the windows of a question) stay together."""
     if len(source) <= count:
         return source
-    _, owner = np.unique(source.owners, return_inverse=True)
-    records = int(owner[-1]) + 1
-    some = np.linspace(0, records - 1, max(1, count * records // len(source))).round().astype(int)
-    return Subset(source, np.flatnonzero(np.isin(owner, some)))
+    whole = np.unique(source.owners)
+    some = np.linspace(0, len(whole) - 1, max(1, count * len(whole) // len(source))).round().astype(int)
+    return Subset(source, np.flatnonzero(np.isin(source.owners, whole[some])))
 
 
 @dataclass(frozen=True)
@@ -366,12 +365,8 @@ def recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut
     if apart.any():
         return Cut(Subset(source, np.flatnonzero(~apart)), Subset(source, np.flatnonzero(apart)))
     share = material.source.held_out
-    few = (
-        f", which is fewer than {FEW}"
-        if len(source) < FEW
-        else f", of which source.held_out={share:g} comes to none or all"
-    )
-    unheld = f"nothing is held out of {len(source):,} examples{few}, so what is learnt is measured on nothing else"
+    why = f"of which source.held_out={share:g} comes to none or all" if len(source) >= FEW else f"fewer than {FEW}"
+    unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
     return Cut(source, None, unheld=unheld if share else "")
 
 
