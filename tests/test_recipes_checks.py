@@ -282,13 +282,14 @@ def test_weights_that_are_neither_numbers_nor_balanced() -> None:
     assert isinstance(load("classify", ["objective.weights=balanced"]), Recipe)
 
 
-def test_tables_beside_a_text_are_passed_over_aloud(tmp_path: Path, tokens: Path) -> None:
+def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, tokens: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "a.txt").write_text("a fine film, and a dull film\n\n" * 20)
+    (folder / "a.txt").write_bytes(b"a fine film, and a dull film\n\n" * 20 + b"caf\xe9 au lait")
     reviews(folder / "b.csv", ["good", "bad"])
     said: list[str] = []
     recipe = load("gpt", [f"source={folder}"])
     Material(recipe.source, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
+    assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
     [line] = [line for line in said if "passed over" in line]
     assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

@@ -50,5 +50,5 @@ def evaluate(
         found = TASKS[task].run(subject, here, progress) if here else {}
         found |= glue.renamed(TASKS[task].run(subject, other, progress)) if other else {}
     else:
-        raise UserError(f"there is no task {task!r}; there is likelihood, glue, {', '.join(TASKS)}")
+        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue")
     return {"task": task} | found

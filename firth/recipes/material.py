@@ -24,6 +24,15 @@ from firth.types import UserError
 
 Echo = Callable[[str], None]
 
+MENDED = {
+    "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
+    "nul": "NUL characters, removed",
+    "too_long": "records over 4 MB, left out",
+    "mismatched": "rows with another number of cells than their head, left out",
+    "passed_over": "tables passed over, which are read as text only where they are named",
+}
+"""What is told of the text that a store is built of."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -104,11 +113,8 @@ class Material:
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
-                if counts.passed_over and not apart:
-                    self.echo(
-                        f"tables passed over, which are read as text only where they are named: {counts.passed_over:,}; the "
-                        f"first is {counts.at['passed_over']}"
-                    )
+                for kind, at in ({} if apart else counts.at).items():
+                    self.echo(f"{MENDED[kind]}: {counts.rows()[kind]:,}; the first is {at}")
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
