@@ -329,7 +329,7 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="likelihood, classification, regression, tagging, spans, answers, ...; else what the run was trained for."
+            help="likelihood, classification, tagging, spans, answers, ..., glue; else what the run was trained for."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
@@ -377,7 +377,7 @@ def embed(
     ),
     field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    length: Annotated[int, typer.Option(help="Most tokens of a text; 0: what the model was trained to read.")] = 0,
+    length: Annotated[int, typer.Option(min=0, help="Most tokens of a text; 0: those of its training.")] = 0,
     input: Input = "auto",
 ) -> None:
     """A vector for each text, the mean of its states: for search, clustering, similarity."""

@@ -21,6 +21,7 @@ from firth.data.shards import TokenStore
 from firth.data.split import enough, place, split
 from firth.objectives.causal import CausalLM
 from firth.text import read
+from firth.text.counts import Counts
 from firth.text.read import Document
 from firth.text.train import train
 from firth.types import IGNORE, UserError
@@ -320,6 +321,7 @@ from firth.data.segment import Windows
 from firth.data.shards import TokenStore
 from firth.objectives.causal import CausalLM
 from firth.text import read
+from firth.text.counts import Counts
 from firth.text.tokenizer import Tokenizer
 folder = Path(sys.argv[1])
 t = Tokenizer.load(folder / "tokenizer")
@@ -336,7 +338,7 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfgood \xff\xfe day\x00 all")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
-    counts = read.Counts()
+    counts = Counts()
     some = list(read.documents([str(tmp_path)], counts=counts))
     made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows)
     assert len(made) == 2

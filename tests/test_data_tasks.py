@@ -67,13 +67,13 @@ def test_a_directory_is_read_for_its_text_and_tables_are_named(tmp_path: Path) -
 def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\ny,odd\nz,odd\nw,bad\n")
     with pytest.raises(
-        UserError, match=r"a\.csv:3: the label odd is none of the classes \(bad, good\), nor are those of 1"
+        UserError, match=r"a\.csv:3: the label odd is none of the classes \(bad, good\), nor is that of 1 more record"
     ):
         Labelled([path], tokenizer(), 32, classes=("bad", "good"))
     with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
         Labelled([file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer(), 32)
     source = Labelled([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
-    assert source.per_class == (1, 1, 2, 0)
+    assert list(source.per_class(np.arange(4)).values()) == [1, 1, 2, 0]
     assert source.remarks == [f"no record of {path} has the class 'never'"]
     unasked = Labelled([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
     assert len(unasked) == 4
@@ -83,7 +83,7 @@ def test_a_text_longer_than_the_row_is_named(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\n" + "long " * 50 + ",bad\n" + "long " * 60 + ",bad\n")
     source = Labelled([path], tokenizer(), 16)
     assert source.counts["cut"] == 2
-    assert source.remarks == [f"2 were longer than 16 tokens and lost their end; the first is {path}:3"]
+    assert source.remarks == [f"2 texts were longer than 16 tokens and lost their end; the first is {path}:3"]
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -165,15 +165,10 @@ def test_squad_s_json(tmp_path: Path) -> None:
     path = file(tmp_path, "a.json", json.dumps(SQUAD))
     source = Questions([path], tokenizer(), 96, question=16)
     assert source.counts == {
-        "examples": 3,
-        "records": 4,
-        "misplaced": 1,
-        "unanswered": 1,
-        "unanswerable": 1,
-        "files": 1,
-    }
+        "examples": 3, "records": 4, "misplaced": 1, "unanswered": 1, "unanswerable": 1, "files": 1,
+    }  # fmt: skip
     assert (
-        f"1 answers do not stand in their passage where they are said to, and were left out; the first is {path}: question c"
+        f"1 answer does not stand in its passage where it is said to, and was left out; the first is {path}: question c"
         in source.remarks
     )
     assert (source.unanswerable, source.owners.tolist()) == (1, [0, 1, 3])

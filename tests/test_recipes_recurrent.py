@@ -161,7 +161,7 @@ def test_records_that_are_not_tagged_sentences_are_refused(tmp_path: Path, files
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"bad.jsonl.*{said}"):
             Tagged([str(tmp_path / "bad.jsonl")], tokenizer, 20)
-    with pytest.raises(UserError, match="none of the 1 known"):
+    with pytest.raises(UserError, match=r"the tag short is none of the classes \(long\)"):
         Tagged([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
 
 

@@ -149,7 +149,9 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
     run(load("classify", [*settings, "segment.length=500"]), tmp_path / "run", lambda _: None)
     done = json.loads((tmp_path / "run" / "done.json").read_text())
     assert done["counts"]["cut"] == 1
-    assert done["remarks"] == [f"1 were longer than 96 tokens and lost their end; the first is {tmp_path}/long.csv:22"]
+    assert done["remarks"] == [
+        f"1 text was longer than 96 tokens and lost its end; the first is {tmp_path}/long.csv:22"
+    ]
     assert "long.csv:22" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(UserError, match=r"set checks\.every"):
         load("classify", ["checks.patience=2"])

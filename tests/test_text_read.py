@@ -17,8 +17,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firth.text import read
-from firth.text.read import Counts, Document, documents, files, records
+from firth.text import read, unpack
+from firth.text.counts import Counts
+from firth.text.read import Document, documents, files, records
 from firth.types import UserError
 
 
@@ -272,7 +273,7 @@ def test_rights_that_are_missing_are_told(tmp_path, monkeypatch):
     def refuse(path: Path) -> io.BytesIO:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(read, "open_bytes", refuse)
+    monkeypatch.setattr(unpack, "open_bytes", refuse)
     with pytest.raises(UserError, match=r"a\.txt: this file cannot be read: Permission denied"):
         list(documents([path]))
     monkeypatch.undo()
@@ -292,7 +293,8 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     code = (
         "import re, sys\n"
-        "from firth.text.read import Counts, documents\n"
+        "from firth.text.counts import Counts\n"
+        "from firth.text.read import documents\n"
         "counts = Counts()\n"
         "lengths = [len(d.text) for d in documents([sys.argv[1]], counts=counts)]\n"
         # Not getrusage: its peak is at least that of the process which started this one.

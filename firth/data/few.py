@@ -18,6 +18,9 @@ class Unlabelled(Wrapped):
     def counts(self) -> Mapping[str, int]:
         return {"unlabelled": len(self)}
 
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return {}
+
     def __getitem__(self, index: int) -> Example:
         return self.source[index] | {"label": np.int64(IGNORE)}
 

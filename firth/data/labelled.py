@@ -22,7 +22,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from firth.data import layout
-from firth.data.records import Record, Records
+from firth.data.classes import Classes
+from firth.data.records import LEFT_OUT, Record, Records
 from firth.data.tags import begun, marked
 from firth.text import read, tables
 from firth.text.tokenizer import Tokenizer
@@ -41,12 +42,14 @@ class Fields:
 
 @dataclass(frozen=True)
 class TextFields(Fields):
-    """text: of the text; label: of what is told of it; pair: of a second text, if there is one."""
+    """text: of the text; label: of what is told of it; pair: of a second text, if there is one. absent: labels which say
+    that there is none ("-" where the annotators of SNLI and MNLI do not agree): such records are left out, and counted."""
 
     text: str = "text"
     label: str = "label"
     pair: str = ""
     columns: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Texts(Records):
         asked: bool = True,
     ) -> None:  # fmt: skip
         self._fields, self._label = [fields.text, fields.pair] if fields.pair else [fields.text], fields.label
-        self.asked = asked
+        self.asked, self._absent = asked, fields.absent
         super().__init__(paths, tokenizer, length, names=fields.columns)
 
     def __getitem__(self, index: int) -> Example:
@@ -90,6 +93,14 @@ class Texts(Records):
 
     def texts(self, record: Record, place: str) -> list[str]:
         return [read.text_field(record, field, place) for field in self._fields]
+
+    def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
+        if self.asked and self._absent and str(record.get(self._label)).strip() in self._absent:
+            self.note("unlabelled")
+            return LEFT_OUT
+        for _ in range(sum(not record[field].strip() for field in self._fields)):
+            self.note("blank")
+        return super().examples(record, encoded)
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         told = np.array(self.labels(record)) if self.asked else np.zeros(1)
@@ -114,7 +125,7 @@ class Texts(Records):
     def labels(self, record: Record) -> Sequence[float]:
         """What a record says is to be told: one number here."""
         if self._label not in record:
-            raise UserError(f"there is no field {self._label!r} for the label; it has {', '.join(record) or 'none'}")
+            raise UserError(f"there is no field {self._label!r} for the label; {read.nearest(self._label, record)}")
         return [self.number(record[self._label])]
 
     def number(self, value: Any) -> float:
@@ -133,31 +144,18 @@ class Labelled(Texts):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
         classes: Sequence[str] = (), asked: bool = True,
     ) -> None:  # fmt: skip
-        self._known = {name: i for i, name in enumerate(classes)}
-        self._open = not classes
+        self._known = Classes(classes)
         self._unknown = ""
         super().__init__(paths, tokenizer, length, fields, asked=asked)
-        if self._unknown:
-            more = self._tally["unknown"] - 1
-            raise UserError(
-                f"{self._first['unknown']}: the label {self._unknown} is none of the classes ({', '.join(classes)})"
-                + (f", nor are those of {more:,} more records" if more else "")
-            )
-        # Names found on the way are numbered in the order of the alphabet (numbers by size), whatever the file's order.
-        found = sorted(self._known, key=_natural) if self._open else list(classes)
-        self.classes = tuple(found)
-        self._number = np.array([found.index(name) for name in self._known])
+        refuse_unknown("label", "record", self._unknown, self._tally["unknown"], self._first, classes)
+        self.classes, self._number = self._known.names, self._known.final
 
-    @property
-    def per_class(self) -> tuple[int, ...]:
-        """How many labels of each class there are."""
-        found = np.bincount(self._number[self._columns["label"].whole], minlength=len(self.classes))
-        return tuple(found.tolist())
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return counted(self.classes, self._number[self._columns["label"].some(indices)]) if self.asked else {}
 
     @property
     def remarks(self) -> Sequence[str]:
-        empty = [name for name, n in zip(self.classes, self.per_class, strict=True) if not n] if self.asked else []
-        return [*super().remarks, *(f"no record of {', '.join(self.paths)} has the class {name!r}" for name in empty)]
+        return [*super().remarks, *empty("class", self.paths, self.per_class(np.arange(len(self))))]
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -166,24 +164,25 @@ class Labelled(Texts):
 
     def number(self, value: Any) -> int:
         """The number of a label, as it stands in the columns (names found on the way are numbered as they come)."""
-        name = value if isinstance(value, str) else json.dumps(value)
-        if name not in self._known:
-            if type(value) is int and not self._open and 0 <= value < len(self._known):
-                return value
-            if not name or not isinstance(value, (str, int)):
-                raise UserError(f"the label is {name or 'empty'}, and a name or a whole number is wanted")
-            if not self._open:
-                self._unknown = self._unknown or name
-                self.note("unknown")
-                return 0
-            self._known[name] = len(self._known)
-        return self._known[name]
+        name = value.strip() if isinstance(value, str) else json.dumps(value)
+        if not name or not isinstance(value, (str, int)):
+            raise UserError(f"the label is {name or 'empty'}, and a name or a whole number is wanted")
+        if isinstance(value, str) and name != value:
+            self.note("trimmed")
+        found = self._known.number(value if type(value) is int else name)
+        if found is None:
+            self._unknown = self._unknown or name
+            self.note("unknown")
+        return found or 0
 
 
 class Untold(Labelled):
     """Texts whose class nobody told: {"tokens", "label": IGNORE}. Plain text has one a line."""
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.lines)
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return {}
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -295,13 +294,19 @@ class Tagged(Records):
         classes: Sequence[str] = (), asked: bool = True, keep: bool = False,
     ) -> None:  # fmt: skip
         self._words, self._tags = fields.words, fields.tags
-        self._known = {name: i for i, name in enumerate(classes)}
-        self._open, self.asked = not classes, asked
+        self._known, self._unknown, self.asked = Classes(classes), "", asked
         self.written: list[tuple[list[str], list[str]]] | None = [] if keep else None
         super().__init__(paths, tokenizer, length, names=fields.columns)
-        found = sorted(self._known) if self._open else list(classes)
-        self.classes = tuple(found)
-        self._number = np.array([found.index(name) for name in self._known], np.int64)
+        refuse_unknown("tag", "tag", self._unknown, self._tally["unknown"], self._first, classes)
+        self.classes, self._number = self._known.names, self._known.final
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        tags = self._columns["tags"].some(indices)
+        return counted(self.classes, self._number[tags[tags != IGNORE]]) if self.asked else {}
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return [*super().remarks, *empty("tag", self.paths, self.per_class(np.arange(len(self))))]
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -315,9 +320,12 @@ class Tagged(Records):
         names = record.get(self._tags) if self.asked else words
         if not isinstance(words, list) or not isinstance(names, list) or len(words) != len(names):
             raise UserError(f"a tagged sentence needs as many {self._words!r} as {self._tags!r}, in two lists")
+        if not all(isinstance(word, str) for word in words):
+            raise UserError(f"the field {self._words!r} holds words that are no text")
+        names = self._named(names) if self.asked else []
         numbers = self._numbers(names) if self.asked else np.zeros(len(words), np.int64)
         if self.written is not None:
-            self.written.append((words, names if self.asked else []))
+            self.written.append((words, names))
         tokens, spans = self.tokenizer.spans(" ".join(words))
         ends = np.cumsum([len(word) + 1 for word in words]) - 1
         word = ends.searchsorted(spans[:, 1])  # a token may begin with the blank before its word, never with one behind
@@ -336,19 +344,52 @@ class Tagged(Records):
         """Which word of its sentence each tag that is asked belongs to."""
         return self._columns["words"][index]
 
+    def _named(self, tags: list[Any]) -> list[str]:
+        """A sentence's tags by their names, where they are numbers of the classes that are told."""
+        if all(isinstance(tag, str) for tag in tags):
+            return tags
+        bad = next(tag for tag in tags if not isinstance(tag, str))
+        if self._known.open:
+            raise UserError(
+                f"the field {self._tags!r} holds {bad!r}, and names of tags are wanted: write them, or say what the numbers "
+                "mean by objective.classes=[O, B-..., I-...]"
+            )
+        numbers = [self._known.number(tag) if type(tag) is int else None for tag in tags]
+        if None in numbers:
+            raise UserError(
+                f"the field {self._tags!r} holds {bad!r}, which is none of the {len(self._known.names)} tags"
+            )
+        return [self._known.names[number or 0] for number in numbers]
+
     def _numbers(self, names: list[str]) -> np.ndarray:
-        """The numbers of a sentence's tags; UserError with the first that is unknown."""
+        """The numbers of a sentence's tags; those that are unknown are noted."""
         told = begun(names) if marked(names) else names
         if told != names:
             self.note("begun")
-        for name in told:
-            if name not in self._known and not self._open:
-                raise UserError(f"the tag {name!r} is none of the {len(self._known)} known ones")
-            self._known.setdefault(name, len(self._known))
-        return np.array([self._known[name] for name in told], np.int64)
+        numbers = [self._known.number(name) for name in told]
+        for name in (name for name, number in zip(told, numbers, strict=True) if number is None):
+            self._unknown = self._unknown or name
+            self.note("unknown")
+        return np.array([number or 0 for number in numbers], np.int64)
 
 
-def _natural(name: str) -> tuple[bool, int, str]:
-    """Whole numbers by size, then names by alphabet."""
-    number = name.removeprefix("-").isdecimal()
-    return (not number, int(name) if number else 0, name)
+def refuse_unknown(what: str, of: str, name: str, count: int, first: Mapping[str, str], classes: Sequence[str]) -> None:
+    """Raise a UserError if a name is none of the classes: it names the first, and says how many more there are."""
+    if count:
+        more = f", nor {'is that' if count == 2 else 'are those'} of {count - 1:,} more {of}{'s' if count > 2 else ''}"
+        raise UserError(
+            f"{first['unknown']}: the {what} {name} is none of the classes ({', '.join(classes)}){more if count > 1 else ''}; "
+            "mend or remove it, or train with objective.classes that name it"
+        )
+
+
+def counted(classes: Sequence[str], labels: np.ndarray) -> Mapping[str, int]:
+    """How many labels of each class there are."""
+    return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+
+
+def empty(what: str, paths: Sequence[str], found: Mapping[str, int]) -> list[str]:
+    """A sentence on the classes of which there is nothing; none if there is something of each."""
+    none = [repr(name) for name, n in found.items() if not n]
+    noun = {"class": "classes", "tag": "tags"}[what] if len(none) > 1 else what
+    return [f"no record of {', '.join(paths)} has the {noun} {', '.join(none)}"] if none else []

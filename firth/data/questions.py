@@ -5,8 +5,8 @@
 
 A passage that does not fit is read in windows, `stride` tokens from one to the next (BERT's run_squad), and at least half of
 each again in the next; in a window without the whole answer, and for a question without one, start and end are -1. An
-answer that does not stand in the passage where the record says is left out, counted and named; so are questions without any
-answer, from which a model learns to say that there is none.
+answer that does not stand in the passage where the record says is left out, counted and named, and so is a question of
+SQuAD 1.1 whose answers are lost; so are questions without any answer, from which a model learns to say that there is none.
 
 The questions are kept as they were written, in a temporary file: SQuAD's measures are of whole questions and of their text.
 """
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.data import layout
-from firth.data.records import Column, Record, Records
+from firth.data.records import LEFT_OUT, Column, Record, Records
 from firth.text import read
 from firth.text.normalize import whole
 from firth.text.tokenizer import Tokenizer
@@ -77,15 +77,12 @@ class Questions(Records):
 
     @property
     def said(self) -> Mapping[str, str]:
-        own = {
-            "cut": f"questions were longer than {self.question} tokens and lost their end",
-            "unanswerable": "questions have no answer, from which a model learns to say that there is none (SQuAD 2.0)",
-        }
-        if self.keep:
-            own["misplaced"] = (
-                "answers do not stand in their passage where they are said to; their text is compared all the same"
-            )
-        return {**super().said, **own}
+        if not self.keep:
+            return super().said
+        kept = (
+            "answer{s} {do} not stand in {their} passage where {they} {are} said to, and {are} compared by {their} text"
+        )
+        return {**super().said, "misplaced": kept}
 
     def asked_of(self, number: int) -> Asked:
         """The question of a record, from 0, as it was written."""
@@ -105,6 +102,10 @@ class Questions(Records):
     def families(self) -> np.ndarray:
         return np.array(self._passages)
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        return {"long_questions": self.question}
+
     def offsets(self, index: int) -> np.ndarray:
         """Where in the passage each token of a window stands: (n, 2) characters, -1 for what is not of the passage."""
         return self._columns["offsets"][index].reshape(-1, 2)
@@ -114,10 +115,18 @@ class Questions(Records):
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
         context = whole(read.text_field(record, self._context, self._place))
+        context = (
+            self._latest[0] if context == self._latest[0] else context
+        )  # one object for all questions of a passage
         given = answers_of(record) if self.asked else []
         there = [(text, start) for text, start in given if context.startswith(text, start)]
         for _ in range(len(given) - len(there)):
             self.note("misplaced")
+        if self.asked and record.get("answers", given) is None:
+            self.note("lost")
+            given, lost = [], True
+        else:
+            lost = False
         if context != self._latest[0] or not self._passage:  # a passage has several questions, one after the other
             self._latest = (context, self.tokenizer.spans(context))
             self._passage += 1
@@ -126,6 +135,8 @@ class Questions(Records):
         self._rights.append(np.frombuffer(right, np.uint8))
         self._contexts_of.append(self._passage - 1)
         self.questions += 1
+        if lost:
+            return LEFT_OUT
         if given and not there and not self.keep:
             return []
         if self.asked and not given:
@@ -133,7 +144,7 @@ class Questions(Records):
             if not self.keep:
                 self.note("unanswerable")
         tokens, spans = self._latest[1]
-        asked = self.fit(encoded[0], self.question)
+        asked = self.fit(encoded[0], self.question, "long_questions")
         first, last = _tokens(spans, there[0]) if there else (-1, -1)
         cuts = self._cuts(len(asked), len(tokens))
         self._passages.extend([self._passage] * len(cuts))
@@ -169,7 +180,7 @@ def answers_of(record: Record) -> list[tuple[str, int]]:
     >>> answers_of({"answers": {"text": ["Anne"], "answer_start": [3]}})
     [('Anne', 3)]
     """
-    given: Any = record.get("answers", [])
+    given: Any = record.get("answers") or []
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start", given.get("start"))
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):

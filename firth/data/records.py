@@ -7,6 +7,8 @@ encoding, memory stays small, and what was cut or left out is known before the f
     cut          was longer than `length`: the beginning is kept
     unanswered   nothing to learn from was left after that: left out. Where that is all of them, UserError
     mismatched   a row of a table with too many or too few cells: left out
+    bad_utf8     a line was not UTF-8: read with U+FFFD in it
+    blank        a text was empty: read as it is
 
 The first of each is named, with its file and line (`remarks`).
 
@@ -28,20 +30,50 @@ import numpy as np
 
 from firth.data.source import Source
 from firth.text import chat, read, tables
+from firth.text.counts import Counts
 from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 Record = dict[str, Any]
+LEFT_OUT: Sequence[Example] = []
+"""Of a record that gives no example for a reason that is noted: this very list."""
+
 AT_ONCE = 1024
 """Records whose texts are encoded together."""
 
 REMARKS = {
-    "unanswered": "records had nothing to learn from and were left out",
-    "mismatched": "rows had another number of cells than their head and were left out",
-    "misplaced": "answers do not stand in their passage where they are said to, and were left out",
-    "begun": "tags went on with a name that had not begun (IOB1), and were read as its beginning",
+    "unanswered": "record{s} had nothing to learn from and {were} left out",
+    "mismatched": "row{s} had another number of cells than {their} head and {were} left out",
+    "misplaced": "answer{s} {do} not stand in {their} passage where {they} {are} said to, and {were} left out",
+    "begun": "tag{s} went on with a name that had not begun (IOB1), and {were} read as its beginning",
+    "bad_utf8": "line{s} {were} not UTF-8 and {have} U+FFFD in place of what could not be read",
+    "nul": "NUL character{s} {were} removed",
+    "too_long": "record{s} {were} longer than 4 MB and {were} left out",
+    "blank": "text{s} {were} empty and {were} read as {they} {are}",
+    "trimmed": "label{s} had white space around {them}, which was dropped",
+    "unlabelled": "record{s} {have} no label and {were} left out",
+    "unanswerable": "question{s} {have} no answer, so the model may say that there is none",
+    "lost": "question{s} {have} no answer though every question of SQuAD 1.1 has one, and {were} left out",
+    "cut": "text{s} {were} longer than {limit} tokens and lost {their} end",
+    "long_questions": "question{s} {were} longer than {limit} tokens and lost {their} end",
+    "long_answers": "answer{s} {were} longer than {limit} tokens and lost {their} end",
 }
 """What is noted of records -> the end of a sentence that says how many."""
+
+ONE = {"s": "", "were": "was", "do": "does", "their": "its", "they": "it", "them": "it", "are": "is", "have": "has"}
+MANY = {"s": "s"} | {word: word for word in ONE if word != "s"}
+
+
+def remark(kind: str, count: int, place: str, limit: int = 0, remarks: Mapping[str, str] = REMARKS) -> str:
+    """A whole sentence.
+
+    >>> remark("mismatched", 1, "a.csv:3"), remark("cut", 2, "a.csv:7", 128)
+    ... # doctest: +NORMALIZE_WHITESPACE
+    ('1 row had another number of cells than its head and was left out; the first is a.csv:3',
+     '2 texts were longer than 128 tokens and lost their end; the first is a.csv:7')
+    """
+    said = remarks[kind].format(limit=limit, **(ONE if count == 1 else MANY))
+    return f"{count:,} {said}; the first is {place}"
 
 
 class Column:
@@ -76,6 +108,11 @@ class Column:
     def __getitem__(self, index: int) -> np.ndarray:
         return self._values[self._ends[index] : self._ends[index + 1]]
 
+    def some(self, indices: np.ndarray) -> np.ndarray:
+        """Some of the arrays as one."""
+        ends, n = np.array(self._ends), self.lengths[indices]
+        return self._values[np.repeat(ends[indices] - np.cumsum(n) + n, n) + np.arange(n.sum())]
+
 
 class Records(Source):
     """What the sources of records share: one pass over the files, and the columns that it fills.
@@ -97,15 +134,14 @@ class Records(Source):
         self._first: dict[str, str] = {}
         self._place = ""
         self._owners = array("q")
-        reading = read.Counts()
+        reading = Counts()
         records = read.records(paths, counts=reading, columns=names, text=type(self).reader)
         while some := list(islice(records, AT_ONCE)):
             self._add(some)
         for column in self._columns.values():
             column.close()
         self._tally.update(reading.rows())
-        if reading.mismatched:
-            self._first["mismatched"] = reading.mismatched_at
+        self._first |= reading.at
         if not self._size:
             left = ", ".join(f"{n:,} {name}" for name, n in self._tally.items() if n and name != "files")
             raise UserError(f"{', '.join(paths)}: there is no record that could be used{f' ({left})' if left else ''}")
@@ -116,13 +152,20 @@ class Records(Source):
 
     @property
     def remarks(self) -> Sequence[str]:
-        said = self.said
-        return [f"{self._tally[kind]:,} {said[kind]}; the first is {place}" for kind, place in self._first.items()]
+        return [
+            remark(kind, self._tally[kind], place, self.limits.get(kind, self.length), self.said)
+            for kind, place in self._first.items()
+        ]
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """Kinds of cuts -> tokens, where that is not `length`."""
+        return {}
 
     @property
     def said(self) -> Mapping[str, str]:
         """What is noted of records -> the end of a sentence that says how many."""
-        return {**REMARKS, "cut": f"were longer than {self.length} tokens and lost their end"}
+        return REMARKS
 
     @property
     def sizes(self) -> np.ndarray:
@@ -156,6 +199,8 @@ class Records(Source):
             self._place = place
             with _told(place):
                 examples = self.examples(record, list(islice(encoded, len(some))))
+            if examples is LEFT_OUT:
+                continue
             if not examples:
                 self.note("unanswered")
             for example in examples:
@@ -169,7 +214,8 @@ class Records(Source):
         return []
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
-        """What there is to learn from a record: one example or none, but of those that are read in several windows."""
+        """What there is to learn from a record: one example or none, but of those that are read in several windows; LEFT_OUT
+        where it is noted already why there is none."""
         found = self.example(record, encoded)
         return [] if found is None else [found]
 
@@ -177,10 +223,10 @@ class Records(Source):
         """The columns of a record, from it and its encoded texts; None if there is nothing to learn from it."""
         raise NotImplementedError(type(self).__name__)
 
-    def fit(self, tokens: np.ndarray, room: int) -> np.ndarray:
-        """The beginning, if there is more than there is room for."""
+    def fit(self, tokens: np.ndarray, room: int, kind: str = "cut") -> np.ndarray:
+        """The beginning, if there is more than there is room for; kind: of what is cut."""
         if len(tokens) > room:
-            self.note("cut")
+            self.note(kind)
         return tokens[:room]
 
 
@@ -235,8 +281,20 @@ class Prompted(Records):
             return None
         return {
             "source": np.append(self.fit(source, self.length - 1), eos),
-            "target": self.fit(np.append(target, eos), self.answer),
+            "target": self.fit(np.append(target, eos), self.answer, "long_answers"),
         }
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        return {"long_answers": self.answer}
+
+
+def spoken(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[str]:
+    """What is said in the records, message by message: what a tokenizer is trained on."""
+    for place, record in read.records(paths):
+        with _told(place):
+            said = [message["content"] for message in chat.messages_of(formed(record, forms))]
+        yield from said
 
 
 def formed(record: Record, forms: tuple[str, str]) -> Record:
@@ -307,7 +365,7 @@ def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[li
 
     A prompt of more than `length` tokens is left out: without its end it would ask something else.
     """
-    counts = read.Counts()
+    counts = Counts()
     found, tally = [], Counter[str]()
     for place, record in read.records(paths, counts=counts):
         with _told(place):

@@ -57,6 +57,10 @@ class Source:
         """How long each example is (n,), in a unit of the source's own; None where that is not known before it is read."""
         return None
 
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        """How many answers of each class some examples have, the classes with none among them; {} without classes."""
+        return {}
+
     def __len__(self) -> int:
         raise NotImplementedError(type(self).__name__)
 
@@ -124,18 +128,26 @@ class Mixture(Source):
         known = [sizes for sizes in parts if sizes is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
 
+    @property
+    def owners(self) -> np.ndarray:
+        parts = [source.owners for source in self.sources]
+        first = np.cumsum([0, *(int(part.max(initial=-1)) + 1 for part in parts)])
+        return np.concatenate([part + start for part, start in zip(parts, first[:-1], strict=True)])
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        total: dict[str, int] = {}
+        for source, start in zip(self.sources, self._starts[:-1], strict=True):
+            mine = indices[(indices >= start) & (indices < start + len(source))] - start
+            for name, n in source.per_class(mine).items():
+                total[name] = total.get(name, 0) + n
+        return total
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Example:
         which, within = self._at(index)
         return self.sources[which][within]
-
-    @property
-    def owners(self) -> np.ndarray:
-        each = [source.owners for source in self.sources]
-        before = np.cumsum([0, *(some.max(initial=-1) + 1 for some in each)])
-        return np.concatenate([some + n for some, n in zip(each, before, strict=False)])
 
     def beside(self, index: int) -> Mapping[str, Any]:
         which, within = self._at(index)
@@ -197,6 +209,9 @@ class Wrapped(Source):
     @property
     def sizes(self) -> np.ndarray | None:
         return self.source.sizes
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return self.source.per_class(indices)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -285,6 +300,9 @@ class Subset(Source):
 
     def beside(self, index: int) -> Mapping[str, Any]:
         return self.source.beside(int(self.indices[index]))
+
+    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+        return self.source.per_class(self.indices[indices])
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from firth.evaluate import glue
 from firth.evaluate.task import Progress, Say, open_subject
 from firth.evaluate.tasks import TASKS, default
 from firth.evaluate.text import likelihood
@@ -30,12 +31,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the model of a run or model directory on files; plain numbers by name.
 
-    task: a name of `firth.evaluate.tasks.TASKS`, or "likelihood"; None chooses by what the model was
-    trained for.
+    task: a name of `firth.evaluate.tasks.TASKS`, "likelihood", or "glue", of which the paths are runs as well; None chooses by
+    what the model was trained for.
     limit: for likelihood, ask at most about this many tokens, spread over the text. progress: told the share done. say: told
     what was cut, mended or left out.
     Raises UserError where the directory holds no model, the files no item, or the model cannot do the task.
     """
+    if task == "glue":  # the other paths are runs too
+        return {"task": task} | glue.board([directory, *map(Path, paths)], evaluate)
     subject = open_subject(directory)
     task = default(subject) if task is None else task
     if not task:
@@ -44,7 +47,9 @@ def evaluate(
     if task == "likelihood":
         found = likelihood(subject, paths, limit, progress, say)
     elif task in TASKS:
-        found = TASKS[task].run(subject, paths, progress, say)
+        here, other = glue.sets(subject.recipe, paths)
+        found = TASKS[task].run(subject, here, progress, say) if here else {}
+        found |= glue.renamed(TASKS[task].run(subject, other, progress, say)) if other else {}
     else:
-        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}")
+        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue")
     return {"task": task} | found

@@ -21,7 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from firth.text import read, tables
+from firth.text import read, tables, unpack
+from firth.text.counts import Counts
 from firth.types import UserError
 
 Form = Literal["auto", "lines", "csv", "tsv", "jsonl", "conll", "squad"]
@@ -93,13 +94,13 @@ def given(file: str, stdin: BinaryIO, form: str, wanted: Wanted, folder: Path) -
     if form == "auto":
         form, remark = _form(file, source, wanted)
         found.remarks += [f"{name}: {remark}"] if remark else []
-    counts = read.Counts()
+    counts = Counts()
     with found.path.open("wb") as out:
         for place, record in _records(source, form, wanted, counts, folder, name):
             _add(found, place, record, wanted, out)
     if counts.mismatched:
         raise UserError(
-            f"{counts.mismatched_at}: a row that cannot be read would have none in the answer ({counts.mismatched:,} in "
+            f"{counts.at['mismatched']}: a row that cannot be read would have none in the answer ({counts.mismatched:,} in "
             "all): mend or remove it"
         )
     if counts.too_long:
@@ -160,13 +161,13 @@ def _add(found: Given, place: str, record: Record, wanted: Wanted, out: BinaryIO
 
 
 def _records(
-    source: Path, form: str, wanted: Wanted, counts: read.Counts, folder: Path, name: str
+    source: Path, form: str, wanted: Wanted, counts: Counts, folder: Path, name: str
 ) -> Iterator[tuple[str, Record]]:
     """(place, record) of every record, blank lines of a text among them."""
     if form == "lines":
         yield from ((f"{name}:{i}", wanted.line(text)) for i, text in enumerate(_lines(source, counts, name), 1))
         return
-    packed = source.suffix.lower() if source.suffix.lower() in read.PACKED else ""
+    packed = source.suffix.lower() if source.suffix.lower() in unpack.PACKED else ""
     end, path = FORMS.get(form, ""), source
     if end and not source.name.removesuffix(packed).lower().endswith(end):
         path = folder / f"given{end}{packed}"  # readers go by the end of a name
@@ -177,12 +178,12 @@ def _records(
     except UserError as error:
         raise UserError(str(error).replace(str(path), name)) from None
     finally:
-        counts.mismatched_at = counts.mismatched_at.replace(str(path), name)
+        counts.at |= {kind: place.replace(str(path), name) for kind, place in counts.at.items()}
 
 
-def _lines(path: Path, counts: read.Counts, name: str) -> Iterator[str]:
+def _lines(path: Path, counts: Counts, name: str) -> Iterator[str]:
     """The lines of a text, parted by line feeds alone, without their ends."""
-    with read.guarded(path) as file:
+    with unpack.guarded(path) as file:
         for number, raw in enumerate(file):
             if not number:
                 if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -196,12 +197,12 @@ def _lines(path: Path, counts: read.Counts, name: str) -> Iterator[str]:
 
 def _form(file: str, source: Path, wanted: Wanted) -> tuple[str, str]:
     """What a file is by its name, or by its first lines; and a remark where that can be doubted."""
-    packed = Path(file).suffix.lower() in read.PACKED
+    packed = Path(file).suffix.lower() in unpack.PACKED
     end = (Path(file).with_suffix("") if packed else Path(file)).suffix.lower()
     if file != "-" and end not in (".txt", ".text", ""):
         known = (*read.LINES, *read.TABLES, *tables.READERS)
         return ("conll" if wanted.tags and end not in known else "", "")  # CoNLL-2003's own are eng.train, eng.testa
-    head = list(islice(_lines(source, read.Counts(), INPUT if file == "-" else file), HEAD))
+    head = list(islice(_lines(source, Counts(), INPUT if file == "-" else file), HEAD))
     return guessed(head, wanted)
 
 

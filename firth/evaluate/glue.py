@@ -5,11 +5,19 @@
 70.0
 
 AX is no task of the score. MNLI's two development sets are two numbers of one task. WNLI's is among them, as on the board.
+
+    firth train glue:mnli start=MODEL source=MNLI/train.tsv "source.valid=[MNLI/dev_matched.tsv, MNLI/dev_mismatched.tsv]"
+    firth evaluate runs/glue-mnli MNLI/dev_matched.tsv MNLI/dev_mismatched.tsv      accuracy and accuracy_mismatched
+    firth evaluate runs/glue-cola runs/glue-mnli runs/glue-rte --task glue          the score of these runs' development files
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from firth.types import UserError
 
@@ -32,3 +40,51 @@ def score(found: Mapping[str, Mapping[str, float]]) -> float:
             raise UserError(f"GLUE's {task} is scored by {' and '.join(NUMBERS[task])}: there is {', '.join(numbers)}")
         each.append(sum(known) / len(known))
     return 100 * sum(each) / len(each)
+
+
+MISMATCHED = "mismatched"
+"""What the name of MNLI's second development file has in it."""
+
+
+def sets(recipe: Mapping[str, Any], paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that are measured together, and those of MNLI's second development set.
+
+    >>> sets({"name": "glue-mnli"}, ["dev_matched.tsv", "dev_mismatched.tsv"])
+    (['dev_matched.tsv'], ['dev_mismatched.tsv'])
+    """
+    other = [path for path in paths if recipe.get("name") == "glue-mnli" and MISMATCHED in Path(path).name]
+    return [path for path in paths if path not in other], other
+
+
+def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the second set under names of their own.
+
+    >>> renamed({"accuracy": 0.5, "accuracy_interval": (0.4, 0.6)})
+    {'accuracy_mismatched': 0.5, 'accuracy_mismatched_interval': (0.4, 0.6)}
+    """
+    cut = "_interval"
+    return {f"{k.removesuffix(cut)}_{MISMATCHED}{cut if k.endswith(cut) else ''}": v for k, v in found.items()}
+
+
+def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping[str, Any]]) -> dict[str, Any]:
+    """The score of several runs, each measured on the files that its recipe holds out (`source.valid`), and what it is made of.
+
+    Raises UserError for a run of no GLUE recipe, one without such files, and two runs of one task.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for run in runs:
+        file = run / "recipe.yaml"
+        recipe = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+        task = str(recipe.get("name", "")).removeprefix("glue-")
+        if task not in NUMBERS:
+            raise UserError(f"{run}: this is no run of a GLUE recipe (glue:{', glue:'.join(NUMBERS)})")
+        files = recipe["source"]["valid"]
+        if not files:
+            raise UserError(f"{run}: this run held out no development file: train it with source.valid=dev.tsv")
+        if task in found:
+            raise UserError(f"{run}: there is another run of {task}, and the score has one of each task")
+        numbers = measure(run, files)
+        found[task] = {name: float(numbers[name]) for name in NUMBERS[task] if name in numbers}
+    each = {f"{task}_{name}": value for task, numbers in found.items() for name, value in numbers.items()}
+    lacking = [task for task in NUMBERS if task not in found]
+    return {"score": score(found), "tasks": list(found), **({"lacking": lacking} if lacking else {}), **each}

@@ -13,7 +13,8 @@ from firth.evaluate import metrics
 from firth.evaluate.likelihood import Document, Likelihood, halves, one_at_a_time, pieces, read, score, strided
 from firth.model.shape import Shape
 from firth.model.weights import facts_of
-from firth.text.read import Counts, documents
+from firth.text.counts import Counts
+from firth.text.read import documents
 from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
 

@@ -59,6 +59,11 @@ class Spans(Objective):
     def reads(self) -> Reads:
         return READS[self.at]
 
+    @property
+    def place(self) -> Literal["first", "last"]:
+        """Which token says so; the first while no shape is known."""
+        return "last" if self.at == "last" else "first"
+
     def fitted(self, shape: Shape) -> Objective:
         if self.at != "auto":
             return self

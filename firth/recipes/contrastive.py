@@ -1,7 +1,11 @@
 """Representations of texts: the margin loss over neighbours and strangers, and SimCSE (Gao 2021).
 
     firth train contrastive source.path=mine/                              pairs, from random weights
-    firth train contrastive:published start=RUN_OF_AN_ENCODER source.path=mine/sentences.txt source.split=line
+    firth train contrastive:published start=BERT_BASE source.path=mine/sentences.txt source.split=line
+    firth train contrastive:published start=RUN_OF_AN_ENCODER shape=null source.path=mine/sentences.txt source.split=line
+
+The published size says BERT-Base's shape, so start has to be a run or model of exactly that shape and its vocabulary of 30,522;
+shape=null takes whatever shape the start has.
 
 What was measured of them is in docs/results.md.
 """

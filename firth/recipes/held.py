@@ -6,8 +6,9 @@ correlation, rank correlation, whatever the part has (`firth.evaluate.heads`): a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from firth.data.batch import Batches
-from firth.data.source import Source, Subset
+from firth.data.source import Source
 from firth.data.tags import marked
 from firth.evaluate import entities, metrics
 from firth.evaluate.heads import HEADS, Reading, head_of
@@ -27,7 +28,10 @@ from firth.text.vocab import Vocab
 from firth.train.distributed import Ranks
 from firth.train.step import alone
 from firth.train.validate import validate
-from firth.types import Batch, Outputs
+from firth.types import Batch, Outputs, UserError
+
+FEW = 8
+"""Examples that tell which measurements there are."""
 
 MOST = 12
 """Classes that a table of confusions has room for."""
@@ -53,14 +57,8 @@ class Held:
 
     @cached_property
     def shown(self) -> Source:
-        """Those examples: whole records, of those that have several."""
-        most = self.recipe.checks.examples
-        owners = self.source.owners if self.part and len(self.source) > most else np.zeros(0)
-        there = np.unique(owners)
-        if len(there) == len(owners):
-            return spread(self.source, most)
-        some = there[np.linspace(0, len(there) - 1, max(1, most * len(there) // len(owners))).round().astype(int)]
-        return Subset(self.source, np.flatnonzero(np.isin(owners, some)))
+        """The examples that are measured."""
+        return spread(self.source, self.recipe.checks.examples)
 
     @cached_property
     def batches(self) -> Batches:
@@ -76,6 +74,18 @@ class Held:
         """Everything that is measured, by name."""
         found, readings = self._read(model)
         return found | (HEADS[self.part].measures(readings, self.recipe.objective, self.shown) if self.part else {})
+
+    def refuse_unmeasured(self, model: LM) -> None:
+        """Raise a UserError if `checks.best` is none of the measurements: it is asked of a few examples, before a run begins."""
+        best = self.recipe.checks.best
+        if best:
+            few = replace(self, recipe=replace(self.recipe, checks=replace(self.recipe.checks, examples=FEW)))
+            with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):  # a correlation of two numbers
+                found = few.measure(model, 0)
+            if best not in found:
+                raise UserError(
+                    f"checks.best={best} is not among the held-out measurements: there is {', '.join(found)}"
+                )
 
     def told(self, model: LM) -> dict[str, Any]:
         """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""

@@ -13,13 +13,17 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
+
+import numpy as np
 
 from firth.data import labelled, questions
 from firth.data.source import Source
 from firth.objectives.objective import Known, Objective
+from firth.recipes import classes
 from firth.recipes.material import Material
-from firth.recipes.segments import Cut, Segment, recorded
+from firth.recipes.segments import Cut, Segment, held_out, recorded
 from firth.text import read, tables
 
 
@@ -80,12 +84,17 @@ class Labelled(Told):
         return labelled.Untold(paths, material.tokenizer, self.length, self, asked=False)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
-        """The classes are named and counted by the records, unless the recipe names them."""
+        """The classes are named by the records, unless the recipe names them, and those to learn from are counted."""
 
         @functools.cache
         def known() -> Known:
             found = self._read(material.source.paths(material.echo), material, objective.classes)
-            return Known(classes=found.classes, counts=found.per_class)
+            if material.source.weights:  # what is held out is drawn path by path
+                parts = [recorded(m, partial(self._read, material=m, classes=found.classes)) for m in material.parts()]
+                counts = [list(classes.all_of(part.train).values()) for part in parts]
+                return Known(classes=found.classes, counts=tuple(np.sum(counts, 0).tolist()))
+            learnt = found.per_class(np.flatnonzero(~held_out(found, material)))
+            return Known(classes=found.classes, counts=tuple(learnt.values()))
 
         return objective.told(known)
 
@@ -156,9 +165,8 @@ class Tagged(labelled.TagFields, Framed):
         return labelled.Tagged(paths, material.tokenizer, self.length, self, classes=classes)
 
     def settle(self, objective: Objective, material: Material) -> Objective:
-        """The tags are named by all the records, unless the recipe names them."""
-        paths = [*material.source.paths(material.echo), *material.source.valid]
-        return objective.told(lambda: Known(classes=self._read(paths, material).classes))
+        """The tags are named by the records to learn from, unless the recipe names them."""
+        return objective.told(lambda: Known(classes=self._read(material.source.paths(material.echo), material).classes))
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         return recorded(material, lambda paths: self._read(paths, material, objective.classes))

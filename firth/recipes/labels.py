@@ -56,12 +56,12 @@ class Partly(Around):
         whole = self.of.cut(material, objective)
         if self.others:
             parts: list[Source] = [whole.train, self.of.untold(self.others, material)]
-            return Cut(Mixture(parts, [1.0, self.unlabelled]), whole.valid)
+            return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
         known, others = few_of(whole.train, self.few, material.seed)
         if not len(others):
             raise UserError(f"all {self.few} records keep their label and none is left without: lower segment.few")
         parts = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
-        return Cut(Mixture(parts, [1.0, self.unlabelled]), whole.valid)
+        return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Taught(Around):
             return question(objective, example, vocab)
 
         known = annotate(plain.train, model, show, taught, directory=material.directory / "taught")
-        return Cut(known, plain.valid)
+        return replace(plain, train=known)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Voted(Around):
             whole.train, classes=len(objective.classes), count=self.annotators, accuracy=self.accuracy,
             seed=material.seed,
         )  # fmt: skip
-        return Cut(train, whole.valid)
+        return replace(whole, train=train)
 
 
 @dataclass(frozen=True)

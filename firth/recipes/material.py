@@ -16,12 +16,22 @@ from pathlib import Path
 from firth.data.shards import TokenStore
 from firth.data.split import enough, split
 from firth.text import corpora, read
-from firth.text.read import Counts, Document
+from firth.text.counts import Counts
+from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
 from firth.types import UserError
 
 Echo = Callable[[str], None]
+
+MENDED = {
+    "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
+    "nul": "NUL characters, removed",
+    "too_long": "records over 4 MB, left out",
+    "mismatched": "rows with another number of cells than their head, left out",
+    "passed_over": "tables passed over, which are read as text only where they are named",
+}
+"""What is told of the text that a store is built of."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,8 @@ class Material:
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
+                for kind, at in ({} if apart else counts.at).items():
+                    self.echo(f"{MENDED[kind]}: {counts.rows()[kind]:,}; the first is {at}")
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
@@ -164,5 +176,5 @@ def train_tokenizer(
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
     rows = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.rows().items())
-    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows}: {out}")
+    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
     return tokenizer

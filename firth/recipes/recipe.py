@@ -197,9 +197,10 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     else:
         data = tree.plain(published(name))
     changed: dict[str, Any] = tree.override(data, assignments)
-    for assignment in assignments:  # what stands on the command line has no line in the file
-        lines.pop(tuple(assignment.split("=")[0].split(".")), None)
-    recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines))
+    said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
+    for field_ in said:  # what stands on the command line has no line in the file
+        lines.pop(field_, None)
+    recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines, said))
     refuse_adapt(recipe.adapt, recipe.start)
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape)

@@ -7,9 +7,11 @@
 and what is done with them:
 
     firth vectors runs/word2vec king --out vectors.txt
-    firth train lstm embeddings=runs/word2vec                                     its vectors, all else at random
+    firth train lstm embeddings=runs/word2vec shape.width=128                     its vectors, all else at random
     firth train classify start=runs/lstm source.path=labelled.jsonl
     firth train tag_features start=runs/elmo source.path=tagged.jsonl             frozen, a mixture of its layers
+
+Vectors are taken over as they are, so shape.width must be theirs: 128 of the tiny word2vec.
 """
 
 from __future__ import annotations

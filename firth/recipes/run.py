@@ -25,7 +25,7 @@ from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.model.lora import trained
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
-from firth.recipes import card, segments, tree
+from firth.recipes import card, classes, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
@@ -52,10 +52,12 @@ DONE = "done.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run. flops: counted. metrics: the last ones, held-out ones as `valid/NAME`."""
+    """A finished run. flops: counted. exported: the step whose model it is, the last one or the best. metrics: of that step,
+    held-out ones as `valid/NAME`."""
 
     directory: Path
     steps: int
+    exported: int
     tokens: int
     seconds: float
     flops: float
@@ -92,6 +94,9 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         return _finished(directory, known)
     material = dataclasses.replace(material, memory=settled.shape.memory)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
+    shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
+    for line in _begins(settled, cut, shown):
+        tell(f"{settled.name}: {line}")
     torch.manual_seed(settled.seed)
     model = LM(settled.shape, settled.objective.parts(settled.shape))
     added: list[str] = []
@@ -120,11 +125,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if known == settled.hash() and not begun:  # else it is there as the run began, and stays if this one is refused
             _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
-    shown = (
-        None
-        if cut.valid is None or not len(cut.valid)
-        else Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks)
-    )
+    if shown is not None:
+        shown.refuse_unmeasured(model)
     ended = train(
         model, settled.objective, batches, directory,
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
@@ -133,12 +135,13 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
                   patience=settled.checks.patience, precision=settled.precision, compile=settled.compile),
         evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
     )  # fmt: skip
-    finished = Finished(directory, ended.step, ended.tokens, ended.seconds, ended.flops, ended.metrics)
+    finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
             "steps": ended.step,
+            "exported": ended.taken,
             "tokens": ended.tokens,
             "metrics": ended.metrics,
         }
@@ -156,6 +159,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
+        remarks += [cut.unheld] if cut.unheld else []  # which was said when it began
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
         card.write(
             card.of_run(directory, directory / "model", model, said, facts, told), directory / "model" / "README.md"
@@ -165,6 +169,21 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
     ranks.wait()
     return finished
+
+
+def _begins(recipe: Recipe, cut: Cut, shown: Held | None) -> list[str]:
+    """What is said of the data before a run: its classes, and that nothing is held out. UserError if the best check was asked
+    for and there is none."""
+    checks = recipe.checks
+    if shown is None and (checks.best or checks.patience):
+        asked = f"checks.best={checks.best}" if checks.best else f"checks.patience={checks.patience}"
+        why = f" ({cut.unheld})" if cut.unheld else ""
+        raise UserError(
+            f"{asked} goes by held-out measurements, and nothing is held out{why}: name source.valid=FILES, or raise "
+            "source.held_out"
+        )
+    line = classes.told(cut.train, cut.valid)
+    return [line] * bool(line) + [cut.unheld] * bool(cut.unheld)
 
 
 def _silent(_: str) -> None:
@@ -248,7 +267,8 @@ def _finished(directory: Path, known: str) -> Finished:
             "choose another directory with --out, or delete that one"
         )
     told = json.loads((directory / DONE).read_text("utf-8"))
-    return Finished(directory, told["steps"], told["tokens"], told["seconds"], told["flops"], told["metrics"])
+    exported = told.get("exported", told["steps"])  # older runs do not say
+    return Finished(directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
 
 def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:

@@ -30,6 +30,7 @@ from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.objectives.dpo import comparison, reference
 from firth.objectives.objective import Objective
+from firth.recipes import classes
 from firth.recipes.material import Material
 from firth.types import UserError
 
@@ -37,12 +38,14 @@ from firth.types import UserError
 @dataclass(frozen=True)
 class Cut:
     """train: to learn from. valid: held out, None where there is nothing. bytes_per_target: UTF-8 bytes of held-out text
-    per token asked, where every token is asked; 0 elsewhere. read: what the reader counted when a store was built."""
+    per token asked, where every token is asked; 0 elsewhere. read: what the reader counted when a store was built. unheld:
+    why nothing is held out though a share should be, in a sentence."""
 
     train: Source
     valid: Source | None
     bytes_per_target: float = 0.0
     read: Mapping[str, int] = field(default_factory=dict)
+    unheld: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -52,7 +55,8 @@ class Cut:
     @property
     def remarks(self) -> list[str]:
         """What was cut, left out or missing, with the place of the first of each, in whole sentences."""
-        return list(dict.fromkeys((*self.train.remarks, *(self.valid.remarks if self.valid is not None else ()))))
+        held = self.valid.remarks if self.valid is not None else ()
+        return list(dict.fromkeys((*self.train.remarks, *held, *classes.unlearnt(self.train, self.valid))))
 
 
 class Segment:
@@ -92,9 +96,14 @@ class Segment:
 
 
 def cut(segment: Segment, material: Material, objective: Objective) -> Cut:
-    """What a run learns from and is measured on: a mixture of the paths where the source has weights."""
-    if not material.source.weights:
-        return segment.cut(material, objective)
+    """What a run learns from and is measured on: a mixture of the paths where the source has weights. UserError where all
+    that is learnt is of one class."""
+    found = _mixed(segment, material, objective) if material.source.weights else segment.cut(material, objective)
+    classes.refuse_one(found.train)
+    return found
+
+
+def _mixed(segment: Segment, material: Material, objective: Objective) -> Cut:
     cuts = [segment.cut(part, objective) for part in material.parts()]
     weights = material.source.weights
     train = Mixture([c.train for c in cuts], weights)
@@ -103,7 +112,7 @@ def cut(segment: Segment, material: Material, objective: Objective) -> Cut:
         return Cut(train, cuts[0].valid, cuts[0].bytes_per_target, read)
     held = [(c.valid, c.bytes_per_target, w) for c, w in zip(cuts, weights, strict=True) if c.valid is not None]
     if not held:
-        return Cut(train, None, read=read)
+        return Cut(train, None, read=read, unheld=next((c.unheld for c in cuts if c.unheld), ""))
     # Held-out text in the same shares, as much of it as the scarcest part allows.
     unit = min(len(valid) / w for valid, _, w in held)
     shown = [spread(valid, max(1, int(unit * w))) for valid, _, w in held]
@@ -112,10 +121,13 @@ def cut(segment: Segment, material: Material, objective: Objective) -> Cut:
 
 
 def spread(source: Source, count: int) -> Source:
-    """At most `count` examples of a source, evenly spaced: the first ones alone would be those of one document."""
-    return (
-        source if len(source) <= count else Subset(source, np.linspace(0, len(source) - 1, count).round().astype(int))
-    )
+    """About `count` examples of a source at most, evenly spaced: the first ones alone would be those of one document. Those
+    of one record (the windows of a question) stay together."""
+    if len(source) <= count:
+        return source
+    whole = np.unique(source.owners)
+    some = np.linspace(0, len(whole) - 1, max(1, count * len(whole) // len(source))).round().astype(int)
+    return Subset(source, np.flatnonzero(np.isin(source.owners, whole[some])))
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,9 @@ class Dialogues(Segment):
     prompt: str = ""
     answer_is: str = ""
 
+    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+        return records.spoken(paths, (self.prompt, self.answer_is))
+
     def cut(self, material: Material, objective: Objective) -> Cut:
         forms = (self.prompt, self.answer_is)
         return recorded(material, lambda paths: records.Dialogues(paths, material.tokenizer, self.length, forms=forms))
@@ -215,6 +230,9 @@ class Prompted(Segment):
     @property
     def longest(self) -> int:
         return max(self.length, self.answer)
+
+    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+        return records.spoken(paths, (self.prompt, self.answer_is))
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         def read(paths: Sequence[str]) -> Source:
@@ -343,10 +361,20 @@ def recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut
     source = make(material.source.paths(material.echo))
     if material.source.valid:
         return Cut(source, make(material.source.valid))
-    apart = np.array([place(str(owner)) < material.source.held_out for owner in source.families.tolist()])
-    if len(source) < FEW or not apart.any() or apart.all():
-        return Cut(source, None)
-    return Cut(Subset(source, np.flatnonzero(~apart)), Subset(source, np.flatnonzero(apart)))
+    apart = held_out(source, material)
+    if apart.any():
+        return Cut(Subset(source, np.flatnonzero(~apart)), Subset(source, np.flatnonzero(apart)))
+    share = material.source.held_out
+    why = f"of which source.held_out={share:g} comes to none or all" if len(source) >= FEW else f"fewer than {FEW}"
+    unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
+    return Cut(source, None, unheld=unheld if share else "")
+
+
+def held_out(source: Source, material: Material) -> np.ndarray:
+    """Which examples of a source are held out (n,): none where others are named, or where there are too few of them."""
+    families = source.families.tolist()
+    apart = np.array([place(str(family)) < material.source.held_out for family in families], bool)
+    return apart if len(source) >= FEW and not apart.all() and not material.source.valid else apart & False
 
 
 SEGMENTS: dict[str, type[Segment]] = {

@@ -8,6 +8,10 @@
     firth train answer   start=MODEL source=train-v1.1.json source.valid=dev-v1.1.json
     firth train text_to_text start=runs/t5 source=pairs.csv "segment.prompt=translate to French: {en}" "segment.answer_is={fr}"
     firth train glue:mrpc start=MODEL source=MRPC/train.tsv source.valid=MRPC/dev.tsv
+    firth evaluate runs/glue-mrpc runs/glue-cola --task glue
+
+Whatever is wrong with a file is said with its line, and counted. Records whose label says that there is none (SNLI's "-") are
+left out where they are told: "segment.absent=['-']".
 
 Without start=MODEL they begin from nothing: shape={vocab: 4096, width: 192, depth: 4, heads: 3, causal: false}. An encoder
 answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
@@ -101,16 +105,20 @@ GLUE = {
     "sst2": Labelled(text="sentence"),
     "mrpc": Labelled(text="#1 String", pair="#2 String", label="Quality"),
     "qqp": Labelled(text="question1", pair="question2", label="is_duplicate"),
-    "mnli": Labelled(text="sentence1", pair="sentence2", label="gold_label"),
+    "mnli": Labelled(text="sentence1", pair="sentence2", label="gold_label", absent=("-",)),
     "qnli": Labelled(text="question", pair="sentence"),
     "rte": Labelled(text="sentence1", pair="sentence2"),
     "wnli": Labelled(text="sentence1", pair="sentence2"),
 }
-"""How each of GLUE's files of classes is read (Wang 2018): CoLA's has no head. STS-B has numbers."""
+"""How each of GLUE's files of classes is read (Wang 2018): CoLA's has no head. MNLI has "-" where annotators do not agree, and
+such records are left out. STS-B has numbers."""
 
 
 def glue(size: str = "sst2") -> Recipe:
-    """GLUE by its task: `firth train glue:cola ...`; for MNLI source.valid is either of its two development sets."""
+    """GLUE by its task: `firth train glue:cola`; for MNLI source.valid is either of its two development sets, or both.
+
+    `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
+    """
     plain = classify()
     tasks = {name: replace(plain, name=f"glue-{name}", segment=segment) for name, segment in GLUE.items()}
     pair = Scored(text="sentence1", pair="sentence2", label="score")

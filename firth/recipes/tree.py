@@ -53,13 +53,15 @@ SHORT: dict[type, str] = {}
 
 @dataclass(frozen=True)
 class Where:
-    """A place in a recipe: the dotted field, and the line it came from if it came from a file."""
+    """A place in a recipe: the dotted field, and the line it came from if it came from a file. said: of fields that were set on
+    the command line, the text itself."""
 
     path: tuple[str, ...] = ()
     lines: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
+    said: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
     def __truediv__(self, name: str) -> Where:
-        return Where((*self.path, name), self.lines)
+        return Where((*self.path, name), self.lines, self.said)
 
     def __str__(self) -> str:
         for n in range(len(self.path), -1, -1):
@@ -81,11 +83,24 @@ def build(kind: type, value: Any, where: Where | None = None) -> Any:
         if value is None:
             return None
         return build(next(o for o in options if o is not type(None)), value, where)
+    if kind is str:
+        value = _text(value, where.said.get(where.path))
     try:
         return TypeAdapter(kind).validate_python(_tuple(kind, value))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        reasons = [one["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for one in error.errors()]
+        reason = " or ".join(dict.fromkeys(reasons)).replace("a valid tuple", "a list")
         raise UserError(f"{where}: {value!r} does not fit: it should be {reason}") from None
+
+
+def _text(value: Any, said: str | None) -> Any:
+    """What a field of text holds: what was typed, whatever YAML makes of its colons and braces, unless quotation marks were.
+
+    >>> _text({"translate to French": {"en": None}}, "translate to French: {en}"), _text("a: b", "'a: b'"), _text(None, "null")
+    ('translate to French: {en}', 'a: b', None)
+    """
+    kept = said is None or said.strip() in ("null", "~", "") or said.lstrip()[0] in "'\""
+    return value if kept else said
 
 
 def _tuple(kind: Any, value: Any) -> Any:
@@ -239,8 +254,7 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
             value = text
-        named = isinstance(value, dict) and all(one is None for one in value.values())
-        place[last] = text if named else value  # {title} is a form, not a mapping of nothing
+        place[last] = value
     return result
 
 

@@ -229,14 +229,19 @@ def evaluate_run(
 ) -> str:
     """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object. say: told
     what was cut, mended or left out."""
-    found = evaluate(directory, list(paths), task=task, limit=limit, say=say) if paths else held_out_measures(directory)
+    found = (
+        evaluate(directory, list(paths), task=task, limit=limit, say=say)
+        if paths or task == "glue"
+        else held_out_measures(directory)
+    )
     if as_json:
         return json.dumps(found)
     return "\n".join(f"{name:<24} {_readable(value)}" for name, value in found.items())
 
 
 def held_out_measures(directory: Path) -> dict[str, Any]:
-    """What a run's last row on held-out text says; UserError where it held none out."""
+    """What a run's row on held-out text says of the step that was exported, which may not be the last; UserError where it
+    held none out."""
     metrics = directory / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.is_file() else []
     held = [row for row in rows if row["split"] == "valid"]
@@ -244,7 +249,12 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES"
         )
-    found = {k: v for k, v in held[-1].items() if k not in ("split", "seconds")}
+    done = directory / "done.json"
+    exported = json.loads(done.read_text("utf-8")).get("exported") if done.is_file() else None
+    row = next((row for row in held if row["step"] == exported), held[-1])
+    found = {k: v for k, v in row.items() if k not in ("split", "seconds")}
+    if row is not held[-1]:
+        found = {"exported_step": found.pop("step"), "last_step": held[-1]["step"]} | found
     if "loss" in found and "bits_per_byte" in found:
         found["perplexity"] = math.exp(found["loss"])
     return found

@@ -5,7 +5,7 @@
                     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
     done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}; "remarks"
-                    are sentences about how the run ended
+                    are sentences about how the run ended; "exported" is the step whose model it left, the last one or the best
     held_out.json   optional: what the model told of each class: {"classes", "confusion", "per_class"}
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
 
@@ -122,7 +122,7 @@ def run_report(directory: Path) -> Report:
     sections.append(Section("How it ran", _trouble(rows), figures=ran))
     done = directory / "done.json"
     told_at_end = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
-    counts = told_at_end.get("counts")
+    counts, exported = told_at_end.get("counts"), told_at_end.get("exported", rows[-1]["step"])
     if counts:
         counted = [(name.replace("_", " "), count) for name, count in counts.items()]
         sections.append(Section("Data", tables=(Table("What was read, and what was not", ("what", "count"), counted),)))
@@ -131,13 +131,14 @@ def run_report(directory: Path) -> Report:
         sections.append(Section("Recipe", told, listing=recipe))
     return Report(
         title=" + ".join(kinds) + f": {directory.name}" if kinds else directory.name,
-        text=" ".join([summary(rows), *told_at_end.get("remarks", [])]),
-        numbers=numbers(rows),
+        text=" ".join([summary(rows, exported), *told_at_end.get("remarks", [])]),
+        numbers=numbers(rows, exported),
         sections=sections,
         commands=commands(directory, kinds),
         facts={
             "made with": f"firth {__version__}, torch {version('torch')}",
             "run": f"{rows[-1]['step']:,} steps, {_clock(rows[-1]['seconds'])} of training",
+            "exported": f"the model of step {exported:,}",
         },
     )
 
@@ -261,14 +262,20 @@ def _curve(
     return Curve(label, xs, ys, smooth=smooth, colour=colour, dashed=dashed, points=split == "valid" and len(xs) < 40)
 
 
-def numbers(rows: Sequence[Row]) -> list[Number]:
-    """The few figures that matter: where the run ended on held-out text, what it read, how fast."""
+def numbers(rows: Sequence[Row], exported: int | None = None) -> list[Number]:
+    """The few figures that matter: what the exported model (of a step; the last if not told) gets on held-out text, what the
+    run read, how fast."""
     out = []
+    last = rows[-1]["step"]
     for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"), ("loss", "loss")):
-        _, known = _known(rows, "valid", name)
+        steps, known = _known(rows, "valid", name)
         if known:
             first = f", {number(known[0], 3)} at the first check" if len(known) > 1 else ""
-            out.append(Number(label, float(f"{known[-1]:.4g}"), f"held-out text{first}"))
+            value, of = known[-1], "held-out text"
+            if exported not in (None, last) and exported in steps:
+                value, of = known[steps.index(exported)], f"held-out text, exported step {exported:,}"
+                first = f", {number(known[-1], 3)} at the last check"
+            out.append(Number(label, float(f"{value:.4g}"), f"{of}{first}"))
     steps, known = _known(rows, "train", "loss")
     if known:
         first = f", {number(known[0], 3)} at step {steps[0]:,.0f}" if len(known) > 1 else ""
@@ -281,15 +288,21 @@ def numbers(rows: Sequence[Row]) -> list[Number]:
     return out
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """What happened, in two or three sentences."""
+def summary(rows: Sequence[Row], exported: int | None = None) -> str:
+    """What happened, in two or three sentences. exported: the step whose model the run left; the last if not told."""
     last = rows[-1]
     said = [f"{last['step']:,} steps over {number(last['tokens'], 3)} tokens in {_clock(last['seconds'])}."]
     steps, known = _known(rows, "valid", "loss")
     where = "held-out text" if known else "the training text"
     if not known:
         steps, known = _known(rows, "train", "loss")
-    if len(known) > 1:
+    if where == "held-out text" and exported not in (None, last["step"]) and exported in steps:
+        said.append(
+            f"The exported model is that of step {exported:,}, the best of {len(known)} checks: its loss on held-out text is "
+            f"{number(known[steps.index(exported)], 3)}; it was {number(known[0], 3)} at the first and {number(known[-1], 3)} at "
+            "the last."
+        )
+    elif len(known) > 1:
         first, best = number(known[0], 3), min(known)
         if known[-1] < known[0]:
             said.append(f"The loss on {where} fell from {first} to {number(known[-1], 3)}.")

@@ -11,7 +11,8 @@ policy, and each use of it is counted:
     text over LONGEST             cut at a paragraph, a line or a blank, counted
     a record over LONGEST         skipped, counted
     a file met twice              read once (through links too); hidden files and linked directories are not entered
-    a row of too many cells       left out, counted (`firth.text.tables`: tables are read where they are named, not found)
+    a row of too many cells       left out, counted (`firth.text.tables`)
+    a table within a directory    read for its records; where text is wanted it is passed over, counted: name it
 
 and a UserError with file and line (and the nearest field) where a line is not JSON, a field is missing or holds no
 text, an archive is damaged or cut off, a file cannot be read, or is UTF-16.
@@ -29,21 +30,19 @@ from __future__ import annotations
 import codecs
 import difflib
 import glob
-import gzip
 import io
 import itertools
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from firth.text import tables
+from firth.text.counts import Counts
 from firth.text.normalize import whole
+from firth.text.unpack import PACKED, guarded
 from firth.types import UserError
 
 LONGEST = 4 << 20
@@ -52,29 +51,8 @@ LONGEST = 4 << 20
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", "")
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet",)
-PACKED = (".gz", ".zst")
 SPLITS = {"file": None, "blank": re.compile(r"\n\s*\n"), "line": re.compile(r"\n")}
 READ = "firth reads .txt, .md and such, .jsonl, .parquet, .csv, .tsv, .conll and .json, plain or as .gz and .zst"
-
-
-@dataclass
-class Counts:
-    """What was read and what was mended or left out, for the report. mismatched_at: the first row of another length."""
-
-    files: int = 0
-    documents: int = 0
-    bytes: int = 0
-    bad_utf8: int = 0
-    nul: int = 0
-    empty: int = 0
-    cut: int = 0
-    too_long: int = 0
-    mismatched: int = 0
-    mismatched_at: str = ""
-
-    def rows(self) -> dict[str, int]:
-        """The counts that are not zero, by name."""
-        return {name: n for name, n in vars(self).items() if n and name != "mismatched_at"}
 
 
 class Document(NamedTuple):
@@ -85,8 +63,11 @@ class Document(NamedTuple):
     text: str
 
 
-def files(paths: Sequence[str]) -> dict[Path, str]:
+def files(paths: Sequence[str], *, tabled: bool = False, counts: Counts | None = None) -> dict[Path, str]:
     """The readable files under files, directories and globs, each once, sorted within each path that was given.
+
+    tabled: whether tables (`firth.text.tables`) are read where they are found in a directory, as records; else only where
+    they are named, and the first that is passed over is noted in `counts`.
 
     File -> its name within the directory that was given (or a glob's fixed part), which does not depend on where that
     lies. Of two files with one name the later is called `name~2`.
@@ -97,7 +78,7 @@ def files(paths: Sequence[str]) -> dict[Path, str]:
     met: set[Path] = set()
     names: set[str] = set()
     for given in paths:
-        for path, root in _under(given):
+        for path, root in _under(given, tabled, counts if counts is not None else Counts()):
             real = path.resolve()
             if real in met:
                 continue
@@ -112,13 +93,15 @@ def files(paths: Sequence[str]) -> dict[Path, str]:
     return found
 
 
-def _under(given: str) -> list[tuple[Path, Path]]:
+def _under(given: str, tabled: bool, counts: Counts) -> list[tuple[Path, Path]]:
     """The readable files that one given path means, each with the directory that its name starts from."""
     path = Path(given).expanduser()
     if path.is_dir():
-        some = _inside(path)
+        some = _inside(path, tabled, counts)
         if not some:
-            raise UserError(f"{given}: there is no text in this directory; {READ}")
+            over = counts.at.get("passed_over")
+            only = f": {over} and such are records, read as text only where they are named" if over else f"; {READ}"
+            raise UserError(f"{given}: there is no text in this directory{only}")
         return [(p, path) for p in some]
     if path.exists():
         if not path.is_file():
@@ -130,21 +113,26 @@ def _under(given: str) -> list[tuple[Path, Path]]:
     if not matched:
         raise UserError(f"{given}: there is no such file or directory, and it matches none as a pattern")
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
-    some = [p for m in matched for p in (_inside(m) if m.is_dir() else [m]) if p.is_file() and _kind(p) is not None]
+    found = [p for m in matched for p in (_inside(m, tabled, counts) if m.is_dir() else [m])]
+    some = [p for p in found if p.is_file() and _kind(p) is not None]
     if not some:
         raise UserError(f"{given}: what matches this pattern is not read; {READ}")
     return [(p, Path(*fixed)) for p in some]
 
 
-def _inside(root: Path) -> list[Path]:
+def _inside(root: Path, tabled: bool, counts: Counts) -> list[Path]:
     def denied(error: OSError) -> None:
         raise UserError(f"{error.filename}: this directory cannot be read: {error.strerror}") from None
 
     found = []
     for directory, below, names in os.walk(root, onerror=denied):
         below[:] = [name for name in below if not name.startswith(".")]
-        some = [Path(directory, name) for name in names if not name.startswith(".")]
-        found += [p for p in some if _kind(p) in ("text", "lines", "table") and p.is_file()]
+        some = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
+        for path in (p for p in some if _kind(p) is not None and p.is_file()):
+            if _kind(path) == "other" and not tabled:
+                counts.note("passed_over", f"{path}")
+            else:
+                found.append(path)
     return sorted(found)
 
 
@@ -158,7 +146,7 @@ def documents(
     if split not in SPLITS:
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     counts = counts if counts is not None else Counts()
-    for path, name in files(paths).items():
+    for path, name in files(paths, counts=counts).items():
         if _kind(path) == "text":
             counts.files += 1
             for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
@@ -166,7 +154,9 @@ def documents(
         else:
             for place, record in _records(path, counts, (field, "name"), ()):
                 value = record.get(field)
-                text = "" if value is None and field in record else clean(text_field(record, field, place), counts)
+                text = (
+                    "" if value is None and field in record else clean(text_field(record, field, place), counts, place)
+                )
                 if text.strip():
                     counts.documents += 1
                     counts.bytes += len(text.encode())
@@ -188,7 +178,7 @@ def records(
     columns: the names of the columns, of tables without a head.
     """
     counts = counts if counts is not None else Counts()
-    for path in files(paths):
+    for path in files(paths, tabled=True):
         if _kind(path) == "text" and text is None:
             raise UserError(f"{path}: records are wanted here (.jsonl, .csv, .tsv or .parquet), and this is plain text")
         yield from _records(path, counts, (), columns, text)
@@ -201,67 +191,27 @@ def text_field(record: dict[str, Any], field: str, place: str) -> str:
         return value
     if field in record:
         raise UserError(f"{place}: the field {field!r} holds {type(value).__name__}, and text is wanted")
+    raise UserError(f"{place}: there is no field {field!r}; {nearest(field, record)}")
+
+
+def nearest(field: str, record: Mapping[str, Any]) -> str:
+    """What there is in place of a field that there is not.
+
+    >>> nearest("label", {"text": "", "labels": ""}), nearest("label", {"text": ""})
+    ("did you mean 'labels'?", 'it has text')
+    """
     close = difflib.get_close_matches(field, list(record), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(record) or 'none'}"
-    raise UserError(f"{place}: there is no field {field!r}; {hint}")
+    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(record) or 'none'}"
 
 
-def clean(text: str, counts: Counts) -> str:
+def clean(text: str, counts: Counts, place: str) -> str:
     """Without NUL characters and lone surrogates, both counted."""
     if "\0" in text:
-        counts.nul += text.count("\0")
+        counts.note("nul", place, text.count("\0"))
         text = text.replace("\0", "")
     mended = whole(text)
-    counts.bad_utf8 += mended is not text
+    counts.note("bad_utf8", place, mended is not text)
     return mended
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """The file's content, unpacked where its name says .gz or .zst."""
-    packed = path.suffix.lower()
-    if packed == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if packed == ".zst":
-        return io.BufferedReader(_Zstd(path), 1 << 20)
-    return path.open("rb")
-
-
-class _Zstd(io.RawIOBase):
-    """Unpacks frame after frame. zstandard's own reader takes a file that is cut off for one that ends."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self.file = path.open("rb")
-        self.frames = zstandard.ZstdDecompressor()
-        self.frame = self.frames.decompressobj()
-        self.within = False  # a frame has begun and not ended
-        self.held = io.BytesIO()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not (n := self.held.readinto(buffer)):
-            raw = self.file.read(1 << 10)  # a kilobyte can unpack to 32 MB
-            if not raw:
-                if self.within:
-                    raise EOFError("the file ends within a zstd frame")
-                return 0
-            self.held = io.BytesIO()
-            while raw:
-                self.within = True
-                self.held.write(self.frame.decompress(raw))
-                raw = b""
-                if self.frame.eof:
-                    raw, self.within = self.frame.unused_data, False
-                    self.frame = self.frames.decompressobj()
-            self.held.seek(0)
-        return n
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
 
 def _kind(path: Path) -> str | None:
@@ -282,10 +232,10 @@ def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
                 raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
             piece = decoder.decode(raw, final=not raw)
             if "\ufffd" in piece:  # those that the file itself has are not damage
-                counts.bad_utf8 += piece.count("\ufffd") - block.count("\ufffd".encode())
+                counts.note("bad_utf8", f"{path}", piece.count("\ufffd") - block.count("\ufffd".encode()))
             if first and piece:
                 piece, first = piece.removeprefix("\ufeff"), False
-            held = (held + clean(piece, counts)).replace("\r\n", "\n")
+            held = (held + clean(piece, counts, f"{path}")).replace("\r\n", "\n")
             if not raw:
                 yield held
                 return
@@ -344,7 +294,7 @@ def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
         while line := reader.readline(LONGEST + 1):
             number += 1
             if len(line) > LONGEST and not line.endswith(b"\n"):
-                counts.too_long += 1
+                counts.note("too_long", f"{path}:{number}")
                 while (rest := reader.readline(LONGEST)) and not rest.endswith(b"\n"):
                     pass
                 continue
@@ -365,7 +315,7 @@ def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
         text = line.decode("utf-8", "replace")
-        counts.bad_utf8 += 1
+        counts.note("bad_utf8", place)
     try:
         record = json.loads(text)
     except RecursionError:
@@ -390,7 +340,7 @@ def _table(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple
                 many = [batch] if batch.nbytes <= LONGEST else [batch.slice(i, 1) for i in range(len(batch))]
                 for part in many:
                     if part.nbytes > LONGEST:
-                        counts.too_long += len(part)
+                        counts.note("too_long", f"{path}:{row + 1}", len(part))
                         row += len(part)
                         continue
                     for record in part.to_pylist():
@@ -402,19 +352,3 @@ def _table(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple
         raise UserError(f"{path}: a text behind row {row} is not UTF-8: {error.reason}") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: this is not a Parquet file that can be read: {error}") from None
-
-
-@contextmanager
-def guarded(path: Path) -> Iterator[BinaryIO]:
-    """An open file whose damage (a cut-off archive, missing rights) is told in one sentence."""
-    import zstandard
-
-    try:
-        file = open_bytes(path)
-    except OSError as error:
-        raise UserError(f"{path}: this file cannot be read: {error.strerror or error}") from None
-    with file:
-        try:
-            yield file
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{path}: the archive is damaged or cut off: {error}") from None

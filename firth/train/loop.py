@@ -85,9 +85,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to. metrics: the last row of each split, held-out ones as `valid/NAME`."""
+    """What a run came to. metrics: the last row of each split, held-out ones as `valid/NAME`; of the step whose weights it
+    ends with (`taken`), which may be the best one and not the last."""
 
     step: int
+    taken: int
     tokens: int
     seconds: float
     flops: float
@@ -201,18 +203,20 @@ class _Run:
                 if log is not None:
                     log.close()
         self.model.eval()
-        if self.plan.best_last:
-            self._take_best()
-        return Trained(at.step, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
+        taken = self._take_best() if self.plan.best_last else at.step
+        return Trained(at.step, taken, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
 
-    def _take_best(self) -> None:
-        """The weights of the best checkpoint, and what was measured of it; every rank reads them."""
+    def _take_best(self) -> int:
+        """The weights of the best checkpoint, and what was measured of it; every rank reads them. Returns its step."""
         path = checkpoint.best(self.directory)
-        if path is not None:
-            saved = checkpoint.load(path)
-            state.take(saved, self.model)
-            self.at.metrics = saved.state["metrics"]
-            self.told.say(f"ends with the model of step {saved.state['step']}, the best by held-out {self.plan.best}")
+        if path is None:
+            return self.at.step
+        saved = checkpoint.load(path)
+        state.take(saved, self.model)
+        self.at.metrics = saved.state["metrics"]
+        step = int(saved.state["step"])
+        self.told.say(f"ends with the model of step {step}, the best by held-out {self.plan.best}")
+        return step
 
     def _go_on(self, log: Log | None) -> None:
         at, checked = self.at, False

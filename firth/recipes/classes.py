@@ -1,0 +1,55 @@
+"""Which classes a run learns, and how many examples of each: told when it begins, refused where there is one alone.
+
+classes: bad 51 (and 7 held out), good 49 (and 5 held out), odd 0 (and 1 held out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from firth.data.source import Source
+from firth.types import UserError
+
+MOST = 12
+"""Classes that a line names one by one."""
+
+
+def all_of(source: Source) -> Mapping[str, int]:
+    """How many answers of each class a source has; {} without classes."""
+    return source.per_class(np.arange(len(source)))
+
+
+def told(train: Source, valid: Source | None) -> str:
+    """A line on the classes; empty where there are none."""
+    found = all_of(train)
+    held = all_of(valid) if valid is not None else {}
+    if len(found) > MOST:
+        least, most = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+        return f"{len(found)} classes, from {found[least]:,} of {least} to {found[most]:,} of {most}"
+    each = [
+        f"{name} {n:,}" + (f" (and {held[name]:,} held out)" if held.get(name) else "") for name, n in found.items()
+    ]
+    return f"classes: {', '.join(each)}" if each else ""
+
+
+def unlearnt(train: Source, valid: Source | None) -> list[str]:
+    """A sentence for each class of which there is nothing to learn from, though some is held out."""
+    held = all_of(valid) if valid is not None else {}
+    return [
+        f"nothing is learnt of the class {name!r}: there is none to learn from, and {held[name]:,} held out"
+        for name, n in all_of(train).items()
+        if not n and held.get(name)
+    ]
+
+
+def refuse_one(train: Source) -> None:
+    """Raise a UserError if everything that is learnt is of one class."""
+    found = all_of(train)
+    some = [name for name, n in found.items() if n]
+    if found and len(some) < 2:
+        raise UserError(
+            f"all that there is to learn from is of one class, {some[0] if some else 'none'!r}, so that there is nothing to tell "
+            "apart: add records of another class, or name the field of the label (segment.label)"
+        )

@@ -1,0 +1,87 @@
+"""Opening files, packed or plain, with their damage told in one sentence.
+
+>>> import tempfile
+>>> place = Path(tempfile.mkdtemp()) / "a.txt.gz"
+>>> _ = place.write_bytes(gzip.compress(b"good day"))
+>>> with guarded(place) as file:
+...     file.read()
+b'good day'
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from firth.types import UserError
+
+PACKED = (".gz", ".zst")
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The file's content, unpacked where its name says .gz or .zst."""
+    packed = path.suffix.lower()
+    if packed == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if packed == ".zst":
+        return io.BufferedReader(_Zstd(path), 1 << 20)
+    return path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """Unpacks frame after frame. zstandard's own reader takes a file that is cut off for one that ends."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self.file = path.open("rb")
+        self.frames = zstandard.ZstdDecompressor()
+        self.frame = self.frames.decompressobj()
+        self.within = False  # a frame has begun and not ended
+        self.held = io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not (n := self.held.readinto(buffer)):
+            raw = self.file.read(1 << 10)  # a kilobyte can unpack to 32 MB
+            if not raw:
+                if self.within:
+                    raise EOFError("the file ends within a zstd frame")
+                return 0
+            self.held = io.BytesIO()
+            while raw:
+                self.within = True
+                self.held.write(self.frame.decompress(raw))
+                raw = b""
+                if self.frame.eof:
+                    raw, self.within = self.frame.unused_data, False
+                    self.frame = self.frames.decompressobj()
+            self.held.seek(0)
+        return n
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[BinaryIO]:
+    """An open file whose damage (a cut-off archive, missing rights) is told in one sentence."""
+    import zstandard
+
+    try:
+        file = open_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path}: this file cannot be read: {error.strerror or error}") from None
+    with file:
+        try:
+            yield file
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(f"{path}: the archive is damaged or cut off: {error}") from None

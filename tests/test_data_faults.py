@@ -1,0 +1,196 @@
+"""What can be wrong with files of tasks: each fault is named with its file and line and counted, none is dropped silently."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_room import tokenizer
+
+from firth.data.classes import Classes
+from firth.data.labelled import Labelled, TagFields, Tagged, TextFields
+from firth.data.questions import Questions
+from firth.text import read
+from firth.text.counts import Counts
+from firth.types import UserError
+
+
+def file(tmp_path: Path, name: str, text: str | bytes) -> str:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def lines(*records: object) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_a_whole_number_is_no_place_where_classes_are_numbers(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": 1}, {"text": "y", "label": 0}))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the label 0 is none of the classes \(1, 2, 3\)"):
+        Labelled([path], tokenizer(), 32, classes=("1", "2", "3"))
+    named = Labelled([path], tokenizer(), 32, classes=("bad", "good"))
+    assert [int(named[i]["label"]) for i in range(2)] == [1, 0]
+    assert Classes(("-1", "a")).number(0) is None
+
+
+def test_labels_without_their_white_space(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.csv", "text, label\nx,bad\ny,bad \nz, good\n")
+    source = Labelled([path], tokenizer(), 32)
+    assert source.classes == ("bad", "good")
+    assert source.remarks == [f"2 labels had white space around them, which was dropped; the first is {path}:3"]
+    with pytest.raises(UserError, match=r"b\.csv:2: there is no field 'label' for the label; did you mean 'labels'"):
+        Labelled([file(tmp_path, "b.csv", "text,labels\nx,a\n")], tokenizer(), 32)
+
+
+def test_empty_texts_are_counted(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.csv", "text,label\nx,bad\n,good\n  ,good\n")
+    for asked in (True, False):
+        source = Labelled([path], tokenizer(), 32, asked=asked)
+        assert len(source) == 3 and source.counts["blank"] == 2
+        assert f"2 texts were empty and were read as they are; the first is {path}:3" in source.remarks
+
+
+def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> None:
+    text = "caf\xe9"
+    for name, content in {
+        "a.csv": f"text,label\nx,a\n{text},b\n", "b.tsv": f"text\tlabel\nx\ta\n{text}\tb\n",
+        "c.jsonl": '{"text": "x", "label": "a"}\n\n{"text": "' + text + '", "label": "b"}\n',
+        "d.json": '[{"text": "x", "label": "a"},\n\n{"text": "' + text + '", "label": "b"}]',
+    }.items():  # fmt: skip
+        path = file(tmp_path, name, content.encode("latin-1"))
+        source = Labelled([path], tokenizer(), 32)
+        assert source.counts["bad_utf8"] == 1
+        assert source.remarks == [
+            f"1 line was not UTF-8 and has U+FFFD in place of what could not be read; the first is {path}:3"
+        ]
+    path = file(tmp_path, "e.csv", "text,label\nx,a\ny\0\0,b\n")
+    assert Labelled([path], tokenizer(), 32).remarks == [f"2 NUL characters were removed; the first is {path}:3"]
+
+
+def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "LONGEST", 100)
+    path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}, {"text": "x" * 200, "label": "b"}))
+    source = Labelled([path], tokenizer(), 32)
+    assert source.remarks == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
+
+
+def test_a_label_that_says_that_there_is_none(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.tsv", "text\tlabel\nx\tneutral\ny\t-\nz\tentailment\n")
+    source = Labelled([path], tokenizer(), 32, TextFields(absent=("-",)))
+    assert source.classes == ("entailment", "neutral") and source.counts["unlabelled"] == 1
+    assert source.remarks == [f"1 record has no label and was left out; the first is {path}:3"]
+    assert len(Labelled([path], tokenizer(), 32, TextFields(absent=("-",)), asked=False)) == 3
+    with pytest.raises(UserError, match=r"a\.tsv:3: the label - is none of the classes"):
+        Labelled([path], tokenizer(), 32, classes=("neutral", "entailment"))
+
+
+def test_tags_that_are_numbers(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", lines({"tokens": ["EU", "rejects"], "ner_tags": [1, 0]}))
+    fields = TagFields(tags="ner_tags")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, and names of tags are wanted"):
+        Tagged([path], tokenizer(), 32, fields)
+    source = Tagged([path], tokenizer(), 32, fields, classes=("O", "B-ORG"))
+    assert source.per_class(np.arange(1)) == {"O": 1, "B-ORG": 1}
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is none of the 1 tags"):
+        Tagged([path], tokenizer(), 32, fields, classes=("O",))
+    with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are no text"):
+        Tagged([file(tmp_path, "b.jsonl", lines({"tokens": [3], "tags": ["O"]}))], tokenizer(), 32)
+
+
+def test_unknown_tags_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.conll", "EU B-ORG\nx O\n\nAnn B-PER\n\nBen B-PER\n")
+    with pytest.raises(
+        UserError, match=r"a\.conll:4: the tag B-PER is none of the classes \(B-ORG, O\), nor is that of 1 more tag;"
+    ):
+        Tagged([path], tokenizer(), 32, classes=("B-ORG", "O"))
+    source = Tagged([path], tokenizer(), 32, classes=("B-ORG", "B-PER", "B-TIME", "I-TIME", "O"))
+    assert source.remarks == [f"no record of {path} has the tags 'B-TIME', 'I-TIME'"]
+
+
+def test_a_word_that_is_missing_is_named_and_blanks_that_do_not_break_are_none(tmp_path: Path) -> None:
+    good = "EU\tB-ORG\n\n" * 150
+    path = file(tmp_path, "a.conll", good + "a\tO\n\tO\nb\tO\n\n" + good)
+    source = Tagged([path], tokenizer(), 32)
+    assert source.counts["mismatched"] == 1
+    assert any(f"the first is {path}:302 (no word before its columns)" in remark for remark in source.remarks)
+    with pytest.raises(UserError, match=r"b\.conll:2 \(no word before its columns\): so in 1 of 1 sentences"):
+        Tagged([file(tmp_path, "b.conll", "a\tO\n\tO\nb\tO\n")], tokenizer(), 32)
+    [(_, sentence)] = read.records([file(tmp_path, "c.conll", "10\u00a0000 NUM\nmen  NOUN\n")])
+    assert sentence == {"tokens": ["10\u00a0000", "men"], "tags": ["NUM", "NOUN"]}
+
+
+def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path: Path) -> None:
+    file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}))
+    file(tmp_path, "b.csv", "text,label\ny,b\n")
+    assert [record["text"] for _, record in read.records([str(tmp_path)])] == ["x", "y"]
+    counts = Counts()
+    assert [d.text for d in read.documents([str(tmp_path)], counts=counts)] == ["x"]
+    assert (counts.passed_over, counts.at["passed_over"]) == (1, str(tmp_path / "b.csv"))
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no text in this directory: .*b\.csv and such are records, read as text only"):
+        list(read.documents([str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answers": 3}, "question q7: 'answers' holds '3', so this is not SQuAD's JSON: mend or remove it"),
+        ({"answers": None}, "question q7: there is no 'answers'"),
+        ({"id": None}, "article 1, paragraph 2, question 1: there is no 'id'"),
+        ({"question": None}, "question q7: there is no 'question'"),
+        ({"answers": [{"text": "b"}]}, "question q7: there is no 'answer_start'"),
+    ],
+)
+def test_squad_s_json_names_the_question(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    asked = {"id": "q7", "question": "?", "answers": [{"text": "b", "answer_start": 2}]} | change
+    good = {"context": "a b", "qas": []}
+    path = file(tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [good, {"context": "a b", "qas": [asked]}]}]}))
+    with pytest.raises(UserError) as found:
+        list(read.records([path]))
+    assert said in str(found.value) and str(found.value).startswith(path)
+
+
+def test_lost_answers_and_long_questions(tmp_path: Path) -> None:
+    told = [{"text": "b", "answer_start": 2}]
+    qas = [
+        {"id": "1", "question": "which? " * 30, "answers": told},
+        {"id": "2", "question": "?", "answers": []},
+        {"id": "3", "question": "?", "answers": [], "is_impossible": True},
+    ]
+    path = file(tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": qas}]}]}))
+    source = Questions([path], tokenizer(), 64, question=16)
+    assert (len(source), source.unanswerable) == (2, 1)
+    assert source.remarks == [
+        f"1 question was longer than 16 tokens and lost its end; the first is {path}: question 1",
+        "1 question has no answer though every question of SQuAD 1.1 has one, and was left out; "
+        f"the first is {path}: question 2",
+        f"1 question has no answer, so the model may say that there is none; the first is {path}: question 3",
+    ]
+    assert source.beside(1)["asked"].right == ()
+
+
+def test_line_ends_of_old_macs(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"a\.csv:1: a line ends in a carriage return alone, as on old Macs: convert it"
+    ):
+        list(read.records([file(tmp_path, "a.csv", "text,label\rx,a\ry,b\r")]))
+
+
+def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
+    columns = ("source", "label", "mark", "sentence")
+    train = file(tmp_path, "train.tsv", "gj04\t1\t\tSo it is.\ngj04\t0\t*\tIs so it.\n")
+    test = file(tmp_path, "test.tsv", "index\tsentence\n0\tSo it is.\n1\tIs so it.\n")
+    assert len(Labelled([train], tokenizer(), 32, TextFields("sentence", columns=columns))) == 2
+    asked = Labelled([test], tokenizer(), 32, TextFields("sentence", columns=columns), classes=("0", "1"), asked=False)
+    assert len(asked) == 2 and asked.counts == {"examples": 2, "records": 2, "files": 1}
+
+
+def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.conll", "a A\nb B\n\nc A\n\nd A\ne B\nf B\n")
+    source = Tagged([path], tokenizer(), 32)
+    assert source.per_class(np.array([2, 0])) == {"A": 2, "B": 3}
+    assert source.per_class(np.array([1])) == {"A": 1, "B": 0}
+    assert source.per_class(np.zeros(0, np.int64)) == {"A": 0, "B": 0}

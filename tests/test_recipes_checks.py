@@ -1,0 +1,295 @@
+"""What a run says of its data, its checks and the step that it exports: classes, held-out examples, SQuAD's own measures, GLUE."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from firth.data.split import place
+from firth.evaluate import glue
+from firth.evaluate.evaluate import evaluate
+from firth.evaluate.passages import by_question
+from firth.evaluate.predict import predict
+from firth.recipes.material import Material, train_tokenizer
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run import Finished, run
+from firth.recipes.use import evaluate_run, held_out_measures
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+SHAPE = (
+    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false", "shape.vocab=300",
+    "shape.segments=2", "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "checks.save=0",
+    "length.steps=2",
+)  # fmt: skip
+WORDS = ("fine", "lovely", "warm", "dull", "cold", "grim")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "text.txt").write_text("\n\n".join(f"a {w} film, and a {v} film" for w in WORDS for v in WORDS))
+    train_tokenizer([str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", size=300, echo=lambda _: None)
+    return folder / "tok"
+
+
+def reviews(path: Path, labels: list[str]) -> Path:
+    rows = [f"a {WORDS[i % 6]} film of {i},{label}" for i, label in enumerate(labels)]
+    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    return path
+
+
+def trained(name: str, out: Path, tokens: Path, *settings: str) -> tuple[Finished, list[str]]:
+    said: list[str] = []
+    recipe = load(name, [*SHAPE, f"tokenizer.path={tokens}", *settings])
+    return run(recipe, out, said.append), said
+
+
+def test_text_to_text_from_nothing_reads_its_own_fields(tmp_path: Path) -> None:
+    rows = [{"prompt": f"is it {w}", "completion": f"it is {w} and {v}"} for w in WORDS for v in WORDS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.csv").write_text("en,fr\n" + "".join(f"a {w} film,une {v} chose\n" for w in WORDS for v in WORDS))
+    shape = [one for one in SHAPE if "causal" not in one and "segments" not in one]
+    for source, *forms in (["a.jsonl"], ["b.csv", "segment.prompt=to French: {en}", "segment.answer_is={fr}"]):
+        said: list[str] = []
+        recipe = load(
+            "text_to_text",
+            [
+                *shape,
+                "shape.encoder=1",
+                "tokenizer.size=400",
+                f"source={tmp_path / source}",
+                "segment.length=32",
+                *forms,
+            ],
+        )
+        done = run(recipe, tmp_path / source.replace(".", "-"), said.append)
+        assert done.steps == 2
+        assert any("ids from the texts of the records: " in line for line in said)
+        assert "French" in (done.directory / "tokenizer" / "tokenizer.json").read_text() or not forms
+
+
+def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path) -> None:
+    """The one record of a class that falls into the held-out share teaches nothing, and counts nothing."""
+    plain = ["good" if i % 3 else "bad" for i in range(60)]
+    held = next(i for i in range(60) if place(str(i)) < 0.2)
+    file = reviews(tmp_path / "a.csv", [*plain[:held], "odd", *plain[held + 1 :]])
+    done, said = trained(
+        "classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.2", "objective.weights=balanced"
+    )
+    [line] = [line for line in said if "classes: " in line]
+    assert "odd 0 (and 1 held out)" in line
+    assert "classify: nothing is learnt of the class 'odd': there is none to learn from, and 1 held out" in said
+    weights = load(str(done.directory)).objective.weights  # type: ignore[attr-defined]
+    bad, good = (int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("bad", "good"))
+    assert weights == pytest.approx([(bad + good) / 3 / bad, (bad + good) / 3 / good, 0.0])
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path, tokens: Path) -> None:
+    file = reviews(tmp_path / "a.csv", ["good"] * 30)
+    with pytest.raises(UserError, match="all that there is to learn from is of one class, 'good'"):
+        trained("classify", tmp_path / "run", tokens, f"source={file}")
+    (tmp_path / "a.conll").write_text("a O\nfilm O\n\n" * 30)
+    with pytest.raises(UserError, match="all that there is to learn from is of one class, 'O'"):
+        trained("tag", tmp_path / "run", tokens, f"source={tmp_path / 'a.conll'}")
+
+
+def test_classes_of_a_mixture(tmp_path: Path, tokens: Path) -> None:
+    """Ham in one file and spam in the other: each alone has one class, and both together two."""
+    files = [reviews(tmp_path / "a.csv", ["ham"] * 40), reviews(tmp_path / "b.csv", ["spam"] * 30)]
+    _, said = trained(
+        "classify", tmp_path / "run", tokens, f"source.path=[{files[0]}, {files[1]}]", "source.weights=[1, 1]",
+        "objective.weights=balanced",
+    )  # fmt: skip
+    [line] = [line for line in said if "classes: " in line]
+    counts = [int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("ham", "spam")]
+    assert 30 < counts[0] <= 40 and 20 < counts[1] <= 30
+    weights = load(str(tmp_path / "run")).objective.weights  # type: ignore[attr-defined]
+    assert weights == pytest.approx([sum(counts) / 2 / n for n in counts])
+
+
+def test_a_tag_of_the_held_out_files_alone_is_no_class(tmp_path: Path, tokens: Path) -> None:
+    (tmp_path / "a.conll").write_text("a O\nfine B-GOOD\n\n" * 30)
+    (tmp_path / "b.conll").write_text("a O\ngrim B-BAD\n\ngrim B-BAD\n\n")
+    with pytest.raises(UserError, match=r"b\.conll:1: the tag B-BAD is none of .*nor is that of 1 more tag"):
+        trained(
+            "tag", tmp_path / "run", tokens, f"source={tmp_path / 'a.conll'}", f"source.valid={tmp_path / 'b.conll'}"
+        )
+
+
+@pytest.mark.parametrize("settings", [("checks.best=accuracy",), ("checks.every=1", "checks.patience=2")])
+def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings: tuple[str, ...]) -> None:
+    file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
+    why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, fewer than 20"
+    with pytest.raises(UserError, match=why):
+        trained("classify", tmp_path / "run", tokens, f"source={file}", *settings)
+    with pytest.raises(UserError, match=r"nothing is held out: name source\.valid=FILES"):
+        trained("classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0", *settings)
+
+
+def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> None:
+    file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
+    done, said = trained("classify", tmp_path / "run", tokens, f"source={file}")
+    assert sum("nothing is held out of 8 examples, fewer than 20" in line for line in said) == 1
+    assert "nothing is held out of 8 examples" in (done.directory / "report.html").read_text()
+    _, said = trained("classify", tmp_path / "quiet", tokens, f"source={file}", "source.held_out=0")
+    assert not any("nothing is held out" in line for line in said)
+    file = reviews(tmp_path / "b.csv", ["good", "bad"] * 11)
+    _, said = trained("classify", tmp_path / "few", tokens, f"source={file}", "source.held_out=0.0001")
+    assert any(
+        "nothing is held out of 22 examples, of which source.held_out=0.0001 comes to none" in line for line in said
+    )
+
+
+def test_a_measurement_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
+    file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
+    with pytest.raises(UserError, match=r"checks\.best=f2 is not among the held-out measurements: there is loss, .*f1"):
+        trained("classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.2", "checks.best=f2")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_looking_for_the_measurement_changes_nothing(tmp_path: Path, tokens: Path) -> None:
+    file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
+    settings = [f"source={file}", "source.held_out=0.2", "shape.dropout=0.2"]
+    found = [
+        trained("classify", tmp_path / str(i), tokens, *settings, *more)[0].metrics["loss"]
+        for i, more in enumerate(((), ("checks.best=accuracy",)))
+    ]
+    rows = [json.loads((tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()[0])["loss"] for i in range(2)]
+    assert rows[0] == rows[1] and len(found) == 2
+
+
+def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Path, tokens: Path) -> None:
+    file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
+    done, _ = trained(
+        "classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.3", "checks.every=1", "checks.best=loss",
+        "checks.patience=2", "length.steps=9", "optimizer.rate=1.0", "schedule.kind=constant", "schedule.warmup=0",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held = {row["step"]: row["loss"] for row in rows if row["split"] == "valid"}
+    best = min(held, key=lambda step: held[step])
+    assert done.exported == best < done.steps
+    found = held_out_measures(done.directory)
+    assert (found["exported_step"], found["last_step"], found["loss"]) == (best, done.steps, held[best])
+    assert f"exported_step            {best}" in evaluate_run(done.directory, [], task=None, limit=None, as_json=False)
+    page = (done.directory / "report.html").read_text()
+    assert f"The exported model is that of step {best}, the best of {len(held)} checks" in page
+    assert f"held-out text, exported step {best}" in page and "did not fall" not in page
+    assert f"the model of step {best}, the best check" in (done.model / "README.md").read_text()
+    again, _ = trained("classify", tmp_path / "last", tokens, f"source={file}", "source.held_out=0.3", "length.steps=2")
+    assert again.exported == again.steps == held_out_measures(again.directory)["step"]
+
+
+def squad(n: int) -> str:
+    paragraphs = []
+    for i in range(n):
+        word = WORDS[i % 6]
+        context = f"a film, and a film. a {word} film and a film, and a film {i}"
+        asked = {"id": f"{i}", "question": "a film", "answers": [{"text": word, "answer_start": context.index(word)}]}
+        if i % 4 == 0:
+            asked = {"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}
+        paragraphs.append({"context": context, "qas": [asked]})
+    return json.dumps({"data": [{"paragraphs": paragraphs}]})
+
+
+def test_checks_of_questions_are_squad_s_own(tmp_path: Path, tokens: Path) -> None:
+    """By the text and over all windows of a question: what `firth evaluate` says of the same questions."""
+    (tmp_path / "a.json").write_text(squad(40))
+    (tmp_path / "b.json").write_text(squad(16))
+    done, _ = trained(
+        "answer", tmp_path / "run", tokens, f"source={tmp_path / 'a.json'}", f"source.valid={tmp_path / 'b.json'}",
+        "segment.length=20", "segment.question=8", "segment.stride=4", "checks.best=exact_match", "length.steps=12",
+        "checks.every=6", "schedule.warmup=0",
+    )  # fmt: skip
+    found = evaluate(done.directory, [str(tmp_path / "b.json")])
+    for name in ("exact_match", "f1"):
+        assert done.metrics[f"valid/{name}"] == pytest.approx(found[name], abs=1e-9)
+    assert "Exact match" in (done.directory / "report.html").read_text()
+
+
+def test_whole_questions_are_measured(tmp_path: Path, tokens: Path) -> None:
+    from firth.data.questions import Questions
+    from firth.recipes.segments import spread
+
+    (tmp_path / "a.json").write_text(squad(20))
+    source = Questions([str(tmp_path / "a.json")], Tokenizer.load(tokens), 18, question=8, stride=4)
+    some = spread(source, len(source) // 3)
+    assert len(some) < len(source) // 2
+    for owner in np.unique(some.owners):
+        assert (some.owners == owner).sum() == (source.owners == owner).sum() > 1
+
+
+def test_no_answer_is_as_probable_as_nowhere(tmp_path: Path, tokens: Path) -> None:
+    from firth.data.questions import Questions
+
+    (tmp_path / "a.json").write_text(squad(1))
+    source = Questions([str(tmp_path / "a.json")], Tokenizer.load(tokens), 96, question=8)
+    n = len(source[0]["tokens"])
+    scores = np.zeros((n, 2))
+    scores[0] = 3.0
+    [told] = by_question(source, iter([scores]), may_lack=True)
+    share = np.exp(3.0) / (np.exp(3.0) + n - 1)
+    assert (told["answer"], told["start"]) == ("", -1)
+    assert told["probability"] == pytest.approx(share**2)
+
+
+def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
+    head = "index\tsentence1\tsentence2\tgold_label\n"
+    labels = ("neutral", "entailment", "contradiction", "-")
+    rows = "".join(f"{i}\ta {WORDS[i % 6]} film\ta film\t{labels[i % 4]}\n" for i in range(40))
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        (tmp_path / f"{name}.tsv").write_text(head + rows)
+    (tmp_path / "cola.tsv").write_text("".join(f"gj\t{i % 2}\t\ta {WORDS[i % 6]} film\n" for i in range(40)))
+    dev = [str(tmp_path / f"dev_{name}.tsv") for name in ("matched", "mismatched")]
+    mnli, said = trained(
+        "glue:mnli", tmp_path / "mnli", tokens, f"source={tmp_path / 'train.tsv'}", f"source.valid=[{dev[0]}, {dev[1]}]"
+    )
+    assert any(
+        f"10 records have no label and were left out; the first is {tmp_path / 'train.tsv'}:5" in one for one in said
+    )
+    cola, _ = trained(
+        "glue:cola",
+        tmp_path / "cola",
+        tokens,
+        f"source={tmp_path / 'cola.tsv'}",
+        f"source.valid={tmp_path / 'cola.tsv'}",
+    )
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta fine film\n1\ta dull film\n")
+    asked = list(predict(cola.directory, str(tmp_path / "test.tsv"), io.StringIO()))
+    assert [row["label"] in ("0", "1") for row in asked] == [True, True]
+    found = evaluate(mnli.directory, dev)
+    assert found["accuracy"] == found["accuracy_mismatched"] == evaluate(mnli.directory, dev[:1])["accuracy"]
+    assert found["items"] == found["items_mismatched"] == 30
+    only = evaluate(mnli.directory, dev[1:])
+    assert only["accuracy_mismatched"] == found["accuracy"] and "accuracy" not in only
+    score = evaluate(mnli.directory, [str(cola.directory)], task="glue")
+    matthews = evaluate(cola.directory, [str(tmp_path / "cola.tsv")])["matthews"]
+    assert score["score"] == pytest.approx(50 * (found["accuracy"] + matthews))
+    assert score["tasks"] == ["mnli", "cola"] and len(score["lacking"]) == 7
+    with pytest.raises(UserError, match="there is another run of cola"):
+        glue.board([cola.directory, cola.directory], evaluate)
+    with pytest.raises(UserError, match="this is no run of a GLUE recipe"):
+        glue.board([tmp_path], evaluate)
+
+
+def test_weights_that_are_neither_numbers_nor_balanced() -> None:
+    with pytest.raises(UserError, match=r"objective\.weights: 'balancd' does not fit: it should be .*'balanced'"):
+        load("classify", ["objective.weights=balancd"])
+    assert isinstance(load("classify", ["objective.weights=balanced"]), Recipe)
+
+
+def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, tokens: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"a fine film, and a dull film\n\n" * 20 + b"caf\xe9 au lait")
+    reviews(folder / "b.csv", ["good", "bad"])
+    said: list[str] = []
+    recipe = load("gpt", [f"source={folder}"])
+    Material(recipe.source, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
+    assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
+    [line] = [line for line in said if "passed over" in line]
+    assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

@@ -1,0 +1,99 @@
+"""Every command line in the docstrings of firth/recipes is a command: its recipe can be built, its options exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.objectives.objective import Sum
+from firth.recipes.recipe import Recipe, load
+
+ROOM = Path(__file__).parents[1] / "firth"
+FILES = [*sorted((ROOM / "recipes").glob("*.py")), ROOM / "evaluate" / "glue.py"]
+VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def docstrings(source: str) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+def commands(text: str) -> list[str]:
+    """A line that begins with `firth`, up to the two blanks before what is said of it; and what stands in backticks.
+
+    >>> commands("    firth train bert  tiny\\n  and `firth list`, see `firth.data`")
+    ['firth train bert', 'firth list']
+    """
+    whole = [re.split(r"(?<! ) {2,}", re.sub(r"^(firth train \w+) +(?=\w+=)", r"\1 ", line.strip()))[0]
+             for line in text.splitlines() if line.strip().startswith("firth ")]  # fmt: skip
+    return whole + re.findall(r"`(firth [^`]*)`", text)
+
+
+FOUND = sorted(
+    {(path.name, line) for path in FILES for text in docstrings(path.read_text()) for line in commands(text)}
+)
+
+
+def understood(line: str) -> Recipe | None:
+    """The recipe of a command to train, built and not run; of the others, click reads what they are given."""
+    _, verb, *rest = shlex.split(line)
+    context = VERBS[verb].make_context(verb, rest, resilient_parsing=not rest)
+    if verb == "compare":
+        for name in (one for one in context.params["recipes"] if "=" not in one):
+            load(name)
+    if verb != "train" or context.params["recipe"].endswith(".yaml"):
+        return None
+    return load(context.params["recipe"], context.params["settings"] or [])
+
+
+def test_there_are_commands() -> None:
+    assert len(FOUND) > 60
+
+
+@pytest.mark.parametrize(("name", "line"), FOUND)
+def test_a_documented_command_is_one(name: str, line: str) -> None:
+    understood(line)
+
+
+def test_the_settings_of_tasks_are_settings() -> None:
+    text = docstrings((ROOM / "recipes" / "tasks.py").read_text())[0]
+    lines = [re.split(" {2,}", line.strip())[0] for line in text.splitlines() if re.match(r" +\w+\.\w+=", line)]
+    assert len(lines) == 2
+    for line in lines:
+        load("classify", shlex.split(line))
+
+
+def test_a_field_of_text_holds_what_was_typed() -> None:
+    line = next(line for name, line in FOUND if "text_to_text" in line and name == "tasks.py")
+    segment = understood(line).segment  # type: ignore[union-attr]
+    assert (segment.prompt, segment.answer_is) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
+    for said in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
+        told = load("text_to_text", [f"segment.prompt={said}", "segment.answer_is='x: y'"]).segment
+        assert (told.prompt, told.answer_is) == (said, "x: y")  # type: ignore[attr-defined]
+    assert not isinstance(understood("firth train lstm embeddings=runs/word2vec shape.width=128").objective, Sum)  # type: ignore[union-attr]
+
+
+def test_a_command_that_is_none_is_found() -> None:
+    for line in (
+        "firth train brt",
+        "firth train bert batch.row=3",
+        "firth evaluate runs/x --tusk glue",
+        "firth trian bert",
+    ):
+        with pytest.raises((Exception, SystemExit)):
+            understood(line)
+
+
+def test_a_length_below_none_is_refused_and_predict_names_what_it_reads() -> None:
+    said = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--length", "-3"])
+    assert said.exit_code == 2 and "length" in said.output
+    told = CliRunner().invoke(app, ["predict", "--help"]).output
+    assert "CoNLL" in told and "SQuAD" in told
