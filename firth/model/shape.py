@@ -34,9 +34,9 @@ from typing import Literal
 from firth.model.count import GATED, parameters
 from firth.model.valid import refuse_numbers, refuse_together
 
-Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
+Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
-order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
+order of the objective's own (a permutation); its first part both ways and the rest from left to right; a source by an encoder and an answer to it from left to right;
 from left to right and from right to left, by two readers who do not meet; each token by itself; or a
 source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
 
@@ -55,6 +55,8 @@ class Shape:
     have a table for each side. decoder_start: the role of the token that its answers begin behind (T5: pad; BART: eos).
     causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
     this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
+    prefix_lm: whether what such a model goes on from is read both ways, and only what it writes from left to right (Raffel
+    2020, section 3.2.1). A run sets it by its objective; no published family says it, so only firth loads such a model.
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
@@ -102,6 +104,7 @@ class Shape:
     encoder: int = 0
     decoder_start: Literal["pad", "eos"] = "pad"
     causal: bool = True
+    prefix_lm: bool = False
     norm: Literal["layer", "rms"] = "layer"
     norm_at: Literal["pre", "post"] = "pre"
     norm_weight: bool = True
@@ -185,6 +188,8 @@ class Shape:
             return "a variational autoencoder" if self.latent else "an encoder-decoder"
         if self.linformer:
             return "a Linformer"
+        if self.prefix_lm:
+            return "a prefix language model"
         return "a causal decoder" if self.causal else "an encoder"
 
     @property
@@ -199,7 +204,7 @@ class Shape:
             return frozenset({"any", "latent" if self.latent else "source"})
         if self.linformer:
             return frozenset({"any", "both"})
-        return frozenset({"any", "left"}) if self.causal else frozenset({"any", "left", "both", "free"})
+        return frozenset({"any", "left"} if self.causal else {"any", "left", "both", "free", "prefix"})
 
     @property
     def packs(self) -> bool:

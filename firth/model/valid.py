@@ -98,6 +98,11 @@ def refuse_together(shape: Shape) -> None:
             f"shape.linformer={shape.linformer} mixes a whole row of at most shape.context={shape.context} tokens into as many "
             "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
         )
+    if shape.prefix_lm and (shape.causal or shape.encoder or shape.recurrent or shape.linformer or not shape.depth):
+        raise UserError(
+            "shape.prefix_lm reads a text both ways and writes on in the same row: set shape.causal=false and leave out "
+            "shape.encoder, shape.recurrent and shape.linformer"
+        )
     if shape.latent and not shape.encoder:
         raise UserError(f"shape.latent={shape.latent} stands between an encoder and a decoder: set shape.encoder")
     if shape.qk_weight and not shape.qk_norm:
