@@ -115,7 +115,7 @@ def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> No
 
 def test_a_shape_that_cannot_do_it_is_refused() -> None:
     for wrong in ({"causal": True}, {"encoder": 1}, {"linformer": 8, "position": "none"}):
-        with pytest.raises(UserError, match="shape.prefix_lm reads a text both ways"):
+        with pytest.raises(UserError, match=r"shape\.prefix_lm reads a text both ways"):
             Shape(**{"vocab": 9, "width": 8, "depth": 1, "heads": 1, "causal": False, "prefix_lm": True} | wrong)
 
 

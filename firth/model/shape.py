@@ -9,6 +9,7 @@ The published families are points in this space, not classes:
     ALBERT      BERT's, embed=128, groups=1 (one block for all layers)
     ELECTRA     BERT's, embed=128 (small)
     BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
+    Marian      BART's, position="marian", embed_norm off, embed_scale=width ** 0.5, decoder_start="pad"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
     XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
     RoBERTa     BERT's, segments=1;   DistilBERT: segments=0
@@ -36,9 +37,9 @@ from firth.model.valid import refuse_numbers, refuse_together
 
 Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
-order of the objective's own (a permutation); its first part both ways and the rest from left to right; a source by an encoder and an answer to it from left to right;
-from left to right and from right to left, by two readers who do not meet; each token by itself; or a
-source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
+order of the objective's own (a permutation); a prompt both ways and what follows it from left to right; a source by an
+encoder and an answer to it from left to right; from left to right and from right to left, by two readers who do not meet;
+each token by itself; or a source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Shape:
     context: longest row it is meant for; a hard limit with learned positions only.
     embed: width of the token, position and segment tables, which one matrix then takes to `width`; 0: tables of `width`. A
     head that is tied to such a table reads back to its width first (head="transform"; ALBERT, Lan 2020, section 3.1).
+    embed_scale: multiplies the token vectors, but not a head tied to them (Vaswani 2017, section 3.4: width ** 0.5).
     groups: how many blocks have weights of their own: consecutive layers share those of one (ALBERT: 1); 0: every layer.
     encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention, and learned positions
     have a table for each side. decoder_start: the role of the token that its answers begin behind (T5: pad; BART: eos).
@@ -63,6 +65,7 @@ class Shape:
     rotary_scaling: how a model is read beyond the rows it was trained on: "linear" makes all wavelengths `rotary_factor`
     times as long (Chen 2023); "llama3" only those of which fewer than `rotary_low` fit into `rotary_original` tokens,
     none of which more than `rotary_high` fit, and in between in proportion (Llama 3.1).
+    "marian" is "sinusoidal" with all sines before all cosines, as most code has it.
     "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
     attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
     buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
@@ -100,6 +103,7 @@ class Shape:
     hidden: int = 0
     context: int = 1024
     embed: int = 0
+    embed_scale: float = 1.0
     groups: int = 0
     encoder: int = 0
     decoder_start: Literal["pad", "eos"] = "pad"
@@ -112,7 +116,7 @@ class Shape:
     norm_eps: float = 1e-5
     embed_norm: bool = False
     first_norm: bool = True
-    position: Literal["learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
+    position: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rotary_theta: float = 10000.0
     rotary_sign: int = 1
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
