@@ -13,6 +13,7 @@ import torch
 from firth.data.batch import Batches, collate, pack
 from firth.data.corrupt import Damage
 from firth.data.segment import Pairs
+from firth.data.source import Source
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
@@ -217,16 +218,30 @@ def test_the_three_shares_of_mlm(settings: dict[str, object]) -> None:
 
 
 def test_static_masks_are_few_and_dynamic_ones_are_not() -> None:
-    tokens = VOCAB.frame(some_text(np.random.default_rng(0), 60))
+    class Texts(Source):
+        """Three long ones, of which two say the same."""
 
-    def maskings(objective: MLM) -> set[bytes]:
-        return {
-            objective.view({"tokens": tokens}, VOCAB, np.random.default_rng(s))["tokens"].tobytes() for s in range(200)
-        }
+        def __len__(self) -> int:
+            return 3
 
-    assert len(maskings(MLM(masks=10))) == 10
-    assert len(maskings(MLM(masks=1))) == 1
-    assert len(maskings(MLM())) == 200
+        def __getitem__(self, index: int) -> Example:
+            return {"tokens": VOCAB.frame(some_text(np.random.default_rng(index // 2), 60))}
+
+    def maskings(objective: Objective) -> list[int]:
+        """How many views each text has in a hundred epochs, and how many there are of all texts."""
+        batches = Batches(Texts(), objective, VOCAB, rows=3, seed=0)
+        seen: list[set[bytes]] = [set(), set(), set()]
+        for epoch in range(100):
+            for i, shown in enumerate(batches.shown(np.full(3, epoch), np.arange(3))):
+                seen[i].add(shown["tokens"].tobytes())
+        return [*map(len, seen), len(set.union(*seen))]
+
+    assert maskings(MLM(masks=10)) == [10, 10, 10, 30], "texts that say the same are masked apart"
+    assert maskings(MLM(masks=1)) == [1, 1, 1, 3]
+    assert maskings(MLM()) == [100, 100, 100, 300]
+    assert maskings(MLM(masks=2) + SBO()) == [2, 2, 2, 6]
+    with pytest.raises(UserError, match="masks=-1"):
+        MLM(masks=-1)
 
 
 def test_alike_spans_are_shown_in_one_way() -> None:
