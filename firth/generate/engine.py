@@ -153,7 +153,8 @@ class Engine:
             hidden = self.model(whole, cache)[:, -1:].expand(len(options), -1, -1)
             if read > len(prompt):
                 cache.select(torch.zeros(len(options), dtype=torch.int64, device=self.device))
-                batch = rectangle([o[:-1] for o in options], self.device)
+                # Of a token alone nothing is read on; a row of nothing would be no row to a recurrent model.
+                batch = rectangle([o[: max(1, len(o) - 1)] for o in options], self.device)
                 place = torch.arange(len(prompt), read, device=self.device)[None]
                 when = {
                     name: torch.where(batch["appears"] == NEVER, batch[name], place) for name in ("looks", "appears")
