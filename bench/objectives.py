@@ -68,13 +68,8 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
 def padded(batches: Batches, number: int) -> Batch:
     """The examples of a step as the peer reads them: one to a row."""
     epochs, indices = batches.source.order(batches.seed, torch.arange(batches.rows).numpy() + number * batches.rows)
-    at, vocab = batches._draws.at, batches.vocab
-    shown = [
-        batches.objective.view(batches.source[i], vocab, at(e, i))
-        for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)
-    ]
     asked = frozenset({*batches.objective.targets.values(), *batches.objective.measures.values()})
-    return collate(shown, asked)
+    return collate(batches.shown(epochs, indices), asked)
 
 
 def useful(batch: Batch) -> int:

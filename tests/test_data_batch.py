@@ -33,6 +33,7 @@ class Stranger:
 
     targets: ClassVar[dict[str, str]] = {"surprise": "wonder"}
     measures: ClassVar[dict[str, str]] = {"awe": "astonishment"}
+    copies: ClassVar[int] = 0
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         n = len(example["tokens"])

@@ -44,6 +44,7 @@ T5 = Shape(
 BART = Shape(
     **SIZES, encoder=3, decoder_start="eos", norm_at="post", embed_norm=True, activation="gelu", head_bias=True
 )  # fmt: skip
+MARIAN = replace(BART, position="marian", embed_norm=False, embed_scale=32**0.5, decoder_start="pad")
 XLNET = Shape(
     **SIZES, causal=False, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu",
     head_bias=True,
@@ -60,6 +61,8 @@ SHAPES = {
     "albert-two-groups": replace(BERT, embed=32, groups=2, depth=5, activation="gelu_tanh", tied=False),
     "electra": replace(BERT, embed=12),
     "bart": BART,
+    "marian": MARIAN,
+    "marian-swish": replace(MARIAN, embed_scale=1.0, activation="silu"),
     "gpt2": Shape(**SIZES),
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
@@ -70,12 +73,13 @@ SHAPES = {
     "modernbert": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False),
     "modernbert-silu": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
+MARIAN_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
 AUTO = {
     "xlnet": "AutoModelForCausalLM", "mpnet": "AutoModelForMaskedLM",
     "albert": "AutoModelForMaskedLM", "electra": "AutoModelForMaskedLM",
     "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
-    "bart": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM", "marian": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
 
 
@@ -105,7 +109,7 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
         theirs["position_ids"] = steps + 2
     if family in ("bert", "albert", "electra", "xlnet"):
         ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
-    if family in ("t5", "bart"):
+    if family in ("t5", "bart", "marian"):
         source = torch.randint(1, 61, (3, 26))
         theirs = {"input_ids": source, "decoder_input_ids": tokens}
         keep = torch.arange(26) < torch.tensor([26, 9, 18])[:, None]
@@ -183,6 +187,7 @@ def random_theirs(name: str) -> torch.nn.Module:
         "electra": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=12)),
         "electra-wide": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=32)),
         "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**six, **ids)),
+        "marian": lambda: t.MarianMTModel(t.MarianConfig(**six, **MARIAN_IDS, scale_embedding=True)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**two)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**usual, num_key_value_heads=2)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, num_decoder_layers=3)),
@@ -193,8 +198,9 @@ def random_theirs(name: str) -> torch.nn.Module:
     model = configs[name]()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-        if name == "bart":  # a constant of zeros there: other numbers show that they are read
+            if parameter.requires_grad:  # Marian's sinusoids do not, and no file holds them
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+        if name in ("bart", "marian"):  # a constant of zeros there: other numbers show that they are read
             model.final_logits_bias.normal_()
     return model.eval()
 
@@ -204,6 +210,7 @@ def random_theirs(name: str) -> torch.nn.Module:
     [
         "bert",
         "bart",
+        "marian",
         "albert",
         "electra",
         "electra-wide",

@@ -183,7 +183,10 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
         (["lstm", "shape.causal=false"], "objective causal reads a text from left to right, which an LSTM in two"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
-        (["lstm", "objective={kind: span_corruption, layout: prefix}", "shape.causal=false"], "in an order of its own"),
+        (
+            ["lstm", "objective={kind: span_corruption, layout: prefix}", "shape.causal=false"],
+            "reads a prompt both ways and writes on in one row",
+        ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal"], "which a table of word vectors cannot"),
         (["bert", "objective=bilm"], "two readers who do not meet"),

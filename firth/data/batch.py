@@ -33,13 +33,17 @@ SOURCE, MEMORY = "source_", "memory_"
 
 
 class Shows(Protocol):
-    """What a batch needs of an objective: its view, and the names of the fields that hold answers."""
+    """What a batch needs of an objective: its view, the names of the fields that hold answers, and how many views of an
+    example epochs take turns with (0: each has its own)."""
 
     @property
     def targets(self) -> Mapping[str, str]: ...
 
     @property
     def measures(self) -> Mapping[str, str]: ...
+
+    @property
+    def copies(self) -> int: ...
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example: ...
 
@@ -115,9 +119,15 @@ class Batches:
             index = np.arange(start, min(start + self.rows, len(self.source)))
             yield self._assemble(np.zeros_like(index), index)
 
-    def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
+    def shown(self, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        """What the objective makes of these examples in these epochs, as yet in no batch."""
         source, view, vocab, at = self.source, self.objective.view, self.vocab, self._draws.at
-        shown = [view(source[i], vocab, at(e, i)) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
+        copies = self.objective.copies
+        drawn = epochs % copies if copies else epochs
+        return [view(source[i], vocab, at(e, i)) for e, i in zip(drawn.tolist(), indices.tolist(), strict=True)]
+
+    def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
+        shown = self.shown(epochs, indices)
         return pack(shown, self.pack, self._asked) if self.pack else collate(shown, self._asked)
 
 

@@ -28,6 +28,16 @@ def causal(n: int) -> Example:
     return {"looks": when, "appears": when}
 
 
+def written_on(n: int, prompt: int) -> Example:
+    """The first `prompt` positions of n see each other, and each one behind them what came before it.
+
+    >>> {k: v.tolist() for k, v in written_on(5, prompt=3).items()}
+    {'looks': [0, 0, 0, 1, 2], 'appears': [0, 0, 0, 1, 2]}
+    """
+    when = np.maximum(np.arange(1 - prompt, n + 1 - prompt, dtype=np.int32), 0)
+    return {"looks": when, "appears": when}
+
+
 def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensated: bool = False) -> Example:
     """Predict the tokens at the places `order` (k,), one after the other, in one row of two streams.
 
@@ -92,9 +102,8 @@ def prefix(source: np.ndarray, target: np.ndarray) -> Example:
     ([7, 8, 5], [-100, 5, 6], [0, 0, 1])
     """
     both = np.concatenate((source, target))
-    when = np.concatenate((np.zeros(len(source), np.int32), np.arange(1, len(target) + 1, dtype=np.int32)))
     labels = np.concatenate((np.full(len(source), IGNORE), target))[1:]
-    return {"tokens": both[:-1], "labels": labels, "looks": when[:-1], "appears": when[:-1]}
+    return {"tokens": both[:-1], "labels": labels} | written_on(len(labels), len(source))
 
 
 Answering = Literal["seq2seq", "prefix"]

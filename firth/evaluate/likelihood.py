@@ -84,12 +84,15 @@ class Likelihood:
         return metrics.bits_per_byte(self.nll, self.size)
 
 
-def strided(document: Document, context: int, bos: int | None = None, every: bool = True) -> Iterator[Example]:
+def strided(
+    document: Document, context: int, bos: int | None = None, every: bool = True, prefix_lm: bool = False
+) -> Iterator[Example]:
     """For causal models: windows of `context` inputs that overlap by half, each token asked once.
 
     Every token but those of the first window is asked with at least half a context before it. bos: what the model was
     trained to read before a document, and if `every`, at the head of every row; without one the document's first
-    token is not asked, since nothing precedes it (and its bytes are not counted).
+    token is not asked, since nothing precedes it (and its bytes are not counted). prefix_lm: what stands in a window
+    before the first token that is asked is read both ways, as a prefix language model's prompt is.
 
     >>> five = Document(np.array([5, 6, 7, 8, 9]), np.array([1, 1, 1, 1, 1]))
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in strided(five, context=2)]
@@ -110,7 +113,8 @@ def strided(document: Document, context: int, bos: int | None = None, every: boo
         labels[: asked - start] = IGNORE
         if bos is not None and every:
             shown[0] = bos
-        yield {"tokens": shown, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | layout.causal(len(shown))
+        order = layout.written_on(len(shown), asked - start + 1 if prefix_lm else 1)
+        yield {"tokens": shown, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | order
         asked = stop
 
 

@@ -40,7 +40,8 @@ def reads_of(shape: Shape) -> Reads:
         )
     if shape.encoder:
         return "halves"
-    return "masked" if shape.head == "transform" or (shape.query and not shape.causal) else "causal"
+    masked = not shape.prefix_lm and (shape.head == "transform" or (shape.query and not shape.causal))
+    return "masked" if masked else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
@@ -82,7 +83,8 @@ def likelihood(
             f"{subject.directory}: this model has no vocabulary head, so no text is likely or unlikely to it"
         )
     reads = reads_of(model.shape)
-    bos, every = leading(subject.place, tokenizer) if reads == "causal" else (None, False)
+    opens = reads == "causal" and not model.shape.prefix_lm  # whose texts are bare
+    bos, every = leading(subject.place, tokenizer) if opens else (None, False)
     context = subject.context
     counts = Counts()
     whole = [read(tokenizer, d.text) for d in documents(paths, counts=counts)]
@@ -99,7 +101,7 @@ def likelihood(
 
     def show(document: Document) -> Iterator[Example]:
         if reads == "causal":
-            return strided(document, context, bos, every)
+            return strided(document, context, bos, every, model.shape.prefix_lm)
         if reads == "masked":
             return one_at_a_time(document, context, tokenizer.vocab, model.shape.query)
         return halves(document, context, tokenizer.vocab.starting(model.shape.decoder_start))

@@ -11,7 +11,8 @@ candidates for each mask. With `generate` and `stream`, these are the verbs that
     answer.finish        # "length"
 
 Decoders and encoder-decoders write alike: the prompt of an encoder-decoder goes to its encoder, and its decoder
-begins at the token that `Shape.decoder_start` says (T5: pad; BART: the stop token). What a model can read is
+begins at the token that `Shape.decoder_start` says (T5: pad; BART: the stop token). A model that was trained as a prefix
+language model (`Shape.prefix_lm`) reads the whole prompt both ways, here as there. What a model can read is
 `shape.context`: a longer prompt is refused, and an answer that reaches the end of the context finishes there
 ("context"). Nothing slides out of sight unasked.
 """
@@ -148,15 +149,17 @@ class Engine:
         self._fits("the prompt with its longest option", len(prompt), read)
         with reading(self.model):
             cache = self.model.cache(1, read)
-            if len(prompt) > 1:
-                self.model(rectangle([prompt[:-1]], self.device), cache)
+            whole = rectangle([prompt], self.device, prompts=self._both([prompt]))
+            hidden = self.model(whole, cache)[:, -1:].expand(len(options), -1, -1)
+            if read > len(prompt):
                 cache.select(torch.zeros(len(options), dtype=torch.int64, device=self.device))
-            else:
-                cache = self.model.cache(len(options), read)
-            batch = rectangle([np.concatenate((prompt[-1:], o[:-1])) for o in options], self.device)
-            place = torch.arange(len(prompt) - 1, read, device=self.device)[None]
-            when = {name: torch.where(batch["appears"] == NEVER, batch[name], place) for name in ("looks", "appears")}
-            hidden = self.model(batch | when | {"positions": place}, cache)
+                # Of a token alone nothing is read on; a row of nothing would be no row to a recurrent model.
+                batch = rectangle([o[: max(1, len(o) - 1)] for o in options], self.device)
+                place = torch.arange(len(prompt), read, device=self.device)[None]
+                when = {
+                    name: torch.where(batch["appears"] == NEVER, batch[name], place) for name in ("looks", "appears")
+                }
+                hidden = torch.cat((hidden, self.model(batch | when | {"positions": place}, cache)), 1)
             return [float(x) for x in self._read(hidden, stacked(options, IGNORE, self.device))]
 
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:
@@ -166,6 +169,10 @@ class Engine:
     def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
         """The k likeliest tokens for each mask written in the text: a masked model's verb (`firth.generate.masked`)."""
         return fill(self.model, self.coder, text, k)
+
+    def _both(self, prompts: Sequence[np.ndarray]) -> list[int] | None:
+        """How many tokens of each prompt are read both ways, if the model is one that does."""
+        return [len(prompt) for prompt in prompts] if self.model.shape.prefix_lm else None
 
     def _fits(self, what: str, prompt: int, read: int) -> None:
         """Refuse what the model cannot read."""
@@ -181,7 +188,8 @@ class Engine:
     def _log_probs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """Summed log-probabilities of the second of each pair: (rows,)."""
         if self.start is None:
-            batch = rectangle([np.concatenate((p, c))[:-1] for p, c in pairs], self.device)
+            rows = [np.concatenate((p, c))[:-1] for p, c in pairs]
+            batch = rectangle(rows, self.device, prompts=self._both([p for p, _ in pairs]))
             labels = [np.concatenate((np.full(len(p) - 1, IGNORE), c)) for p, c in pairs]
         else:
             source = rectangle([p for p, _ in pairs], self.device, causal=False)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firth.data.layout import written_on
 from firth.generate.sample import Sampling, draw, filtered, repeated, uniforms
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
@@ -34,9 +35,16 @@ def stacked(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tens
     return torch.from_numpy(full).to(device)
 
 
-def rectangle(rows: Sequence[np.ndarray], device: torch.device, causal: bool = True) -> Batch:
-    """Rows as a model is trained on them, padded on the right: tokens, looks, appears, each (rows, T) int64."""
+def rectangle(
+    rows: Sequence[np.ndarray], device: torch.device, causal: bool = True, prompts: Sequence[int] | None = None
+) -> Batch:
+    """Rows as a model is trained on them, padded on the right: tokens, looks, appears, each (rows, T) int64.
+
+    prompts: how many tokens at the beginning of each row are read both ways, for a prefix language model.
+    """
     when = [np.arange(len(r)) * causal for r in rows]
+    if prompts is not None:
+        when = [written_on(len(r), n)["looks"] for r, n in zip(rows, prompts, strict=True)]
     looks, appears = stacked(when, -NEVER, device), stacked(when, NEVER, device)
     return {"tokens": stacked(rows, 0, device), "looks": looks, "appears": appears}
 
@@ -64,7 +72,7 @@ class Rows:
             prompts = [np.array([start])] * len(prompts)
         batch |= self._aligned(prompts)
         self.seen = batch["tokens"]
-        self.next = batch["looks"][:, -1:] + 1
+        self.next = batch["positions"][:, -1:] + 1
         self.written = 0
         # Every number that this batch will draw with: (rows, max_new).
         self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new)).to(self.device)
@@ -79,9 +87,10 @@ class Rows:
         tokens = np.stack([np.concatenate((np.full(most - len(r), r[0]), r)) for r in rows]).astype(np.int64)
         when = np.stack([np.arange(most) - (most - len(r)) for r in rows])
         place = torch.from_numpy(when.clip(0)).to(self.device)
-        appears = torch.from_numpy(np.where(when < 0, NEVER, when)).to(self.device)
+        moment = place * (not self.model.shape.prefix_lm)  # a prefix language model reads its prompt both ways
+        appears = moment.masked_fill(torch.from_numpy(when < 0).to(self.device), NEVER)
         shown = torch.from_numpy(tokens).to(self.device)
-        return {"tokens": shown, "positions": place, "looks": place, "appears": appears}
+        return {"tokens": shown, "positions": place, "looks": moment, "appears": appears}
 
     def step(self) -> tuple[list[int], list[float]]:
         """Write one token in every row; return the tokens and their log-probabilities."""

@@ -19,8 +19,9 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 VECTORS = 4
 """Vectors that a latent becomes, for a decoder to attend to."""
 
-LEARNED, BIASED = ("learned", "mpnet"), ("t5", "mpnet")
-"""Positions with a learned vector for each, and those with a learned number for each bucket of distances."""
+LEARNED, BIASED, SINUSOIDAL = ("learned", "mpnet"), ("t5", "mpnet"), ("sinusoidal", "marian")
+"""Positions with a learned vector for each, those with a learned number for each bucket of distances, and those with a vector
+that is computed."""
 LETTERS, LETTER = 259, 16
 """What a token is spelled with (256 bytes, its beginning, its end, nothing), and the width of the vector of each."""
 WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from firth.model.attention import Cache
 from firth.model.block import initialise
 from firth.model.characters import Characters
-from firth.model.count import LEARNED
+from firth.model.count import LEARNED, SINUSOIDAL
 from firth.model.fields import Past, rows
 from firth.model.latent import Latent
 from firth.model.position import sinusoidal
@@ -122,6 +122,8 @@ class LM(nn.Module):
         """
         places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
+        if self.shape.embed_scale != 1:
+            x = x * self.shape.embed_scale
         if front is not None:
             x = torch.cat((front.to(x.dtype).expand(len(x), -1, -1), x[:, len(front) :]), 1)
         if self.query is not None and "appears" in fields:
@@ -137,8 +139,9 @@ class LM(nn.Module):
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
             x = x + places(positions)
-        if self.shape.position == "sinusoidal":
-            x = x + sinusoidal(positions, self.shape.table_width).to(x.dtype)
+        if self.shape.position in SINUSOIDAL:
+            waves = sinusoidal(positions, self.shape.table_width, self.shape.position == "sinusoidal")
+            x = x + waves.to(x.dtype)
         if self.segments is not None:
             given = fields.get("segments")
             x = x + (self.segments.weight[0] if given is None else self.segments(given))

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from firth.model.shape import Shape
 
 
-def sinusoidal(positions: Tensor, width: int) -> Tensor:
-    """Vaswani 2017, section 3.5: positions (..., T) -> (..., T, width) float32, sines then cosines interleaved."""
+def sinusoidal(positions: Tensor, width: int, interleaved: bool = True) -> Tensor:
+    """Vaswani 2017, section 3.5: positions (..., T) -> (..., T, width) float32, sines and cosines in turns.
+
+    Else all sines before all cosines, as tensor2tensor, fairseq and Marian have it.
+    """
     angles = waves(positions, width)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+    return torch.stack((angles.sin(), angles.cos()), -1 if interleaved else -2).flatten(-2)
 
 
 def waves(positions: Tensor, width: int) -> Tensor:

@@ -9,6 +9,7 @@ The published families are points in this space, not classes:
     ALBERT      BERT's, embed=128, groups=1 (one block for all layers)
     ELECTRA     BERT's, embed=128 (small)
     BART        encoder=12, norm_at="post", position="learned", activation="gelu", embed_norm, head_bias, decoder_start="eos"
+    Marian      BART's, position="marian", embed_norm off, embed_scale=width ** 0.5, decoder_start="pad"
     NanoChat    norm="rms", norm_weight off, embed_norm, qk_norm, activation="relu2", softcap=15, rotary_sign=-1
     XLNet       causal off, norm_at="post", position="xlnet", query, segments=2, memory=384, head_bias
     RoBERTa     BERT's, segments=1;   DistilBERT: segments=0
@@ -34,11 +35,11 @@ from typing import Literal
 from firth.model.count import GATED, parameters
 from firth.model.valid import refuse_numbers, refuse_together
 
-Reads = Literal["any", "left", "both", "free", "source", "apart", "alone", "latent"]
+Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
 """How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
-order of the objective's own (a prefix, a permutation); a source by an encoder and an answer to it from left to right;
-from left to right and from right to left, by two readers who do not meet; each token by itself; or a
-source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
+order of the objective's own (a permutation); a prompt both ways and what follows it from left to right; a source by an
+encoder and an answer to it from left to right; from left to right and from right to left, by two readers who do not meet;
+each token by itself; or a source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,21 @@ class Shape:
     context: longest row it is meant for; a hard limit with learned positions only.
     embed: width of the token, position and segment tables, which one matrix then takes to `width`; 0: tables of `width`. A
     head that is tied to such a table reads back to its width first (head="transform"; ALBERT, Lan 2020, section 3.1).
+    embed_scale: multiplies the token vectors, but not a head tied to them (Vaswani 2017, section 3.4: width ** 0.5).
     groups: how many blocks have weights of their own: consecutive layers share those of one (ALBERT: 1); 0: every layer.
     encoder: number of blocks of a separate encoder; above 0 every trunk block has cross-attention, and learned positions
     have a table for each side. decoder_start: the role of the token that its answers begin behind (T5: pad; BART: eos).
     causal: whether a position may be shown only what stands before it. Attention goes by the batch's integers either way:
     this is what may be asked of the model (`honours`) and what others will take it for (a GPT-2 reads to the left).
+    prefix_lm: whether what such a model goes on from is read both ways, and only what it writes from left to right (Raffel
+    2020, section 3.2.1). A run sets it by its objective; no published family says it, so only firth loads such a model.
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
     position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
     rotary_scaling: how a model is read beyond the rows it was trained on: "linear" makes all wavelengths `rotary_factor`
     times as long (Chen 2023); "llama3" only those of which fewer than `rotary_low` fit into `rotary_original` tokens,
     none of which more than `rotary_high` fit, and in between in proportion (Llama 3.1).
+    "marian" is "sinusoidal" with all sines before all cosines, as most code has it.
     "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
     attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
     buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
@@ -98,10 +103,12 @@ class Shape:
     hidden: int = 0
     context: int = 1024
     embed: int = 0
+    embed_scale: float = 1.0
     groups: int = 0
     encoder: int = 0
     decoder_start: Literal["pad", "eos"] = "pad"
     causal: bool = True
+    prefix_lm: bool = False
     norm: Literal["layer", "rms"] = "layer"
     norm_at: Literal["pre", "post"] = "pre"
     norm_weight: bool = True
@@ -109,7 +116,7 @@ class Shape:
     norm_eps: float = 1e-5
     embed_norm: bool = False
     first_norm: bool = True
-    position: Literal["learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
+    position: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rotary_theta: float = 10000.0
     rotary_sign: int = 1
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
@@ -185,6 +192,8 @@ class Shape:
             return "a variational autoencoder" if self.latent else "an encoder-decoder"
         if self.linformer:
             return "a Linformer"
+        if self.prefix_lm:
+            return "a prefix language model"
         return "a causal decoder" if self.causal else "an encoder"
 
     @property
@@ -199,7 +208,7 @@ class Shape:
             return frozenset({"any", "latent" if self.latent else "source"})
         if self.linformer:
             return frozenset({"any", "both"})
-        return frozenset({"any", "left"}) if self.causal else frozenset({"any", "left", "both", "free"})
+        return frozenset({"any", "left"} if self.causal else {"any", "left", "both", "free", "prefix"})
 
     @property
     def packs(self) -> bool:
@@ -261,4 +270,5 @@ def recurrent(
 
 def vectors(vocab: int, width: int) -> Shape:
     """A vector for each word and nothing else: what word2vec learns."""
-    return Shape(vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.3)
+    # From 0.3 rare words keep much of what they began as; from 0.003 all vectors point one way for long.
+    return Shape(vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from firth.model.count import GATED, GATES
+from firth.model.count import GATED, GATES, SINUSOIDAL
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "recurrent": ("", *GATES),
     "norm": ("layer", "rms"),
     "norm_at": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "rotary", "t5", "mpnet", "xlnet", "none"),
+    "position": ("learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
     "head": ("linear", "transform"),
     "linformer_sharing": ("headwise", "key-value", "layerwise"),
@@ -60,7 +60,7 @@ def refuse_together(shape: Shape) -> None:
         raise UserError(
             f"rotary positions turn pairs of numbers, and a head of {shape.head_width} is odd: make it even"
         )
-    if shape.position == "sinusoidal" and shape.table_width % 2:
+    if shape.position in SINUSOIDAL and shape.table_width % 2:
         raise UserError(f"sinusoidal positions come in pairs, and a width of {shape.table_width} is odd: make it even")
     if shape.embed and shape.tied and shape.head == "linear":
         raise UserError(
@@ -97,6 +97,11 @@ def refuse_together(shape: Shape) -> None:
         raise UserError(
             f"shape.linformer={shape.linformer} mixes a whole row of at most shape.context={shape.context} tokens into as many "
             "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
+        )
+    if shape.prefix_lm and (shape.causal or shape.encoder or shape.recurrent or shape.linformer or not shape.depth):
+        raise UserError(
+            "shape.prefix_lm reads a text both ways and writes on in the same row: set shape.causal=false and leave out "
+            "shape.encoder, shape.recurrent and shape.linformer"
         )
     if shape.latent and not shape.encoder:
         raise UserError(f"shape.latent={shape.latent} stands between an encoder and a decoder: set shape.encoder")

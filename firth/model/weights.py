@@ -98,7 +98,7 @@ def save_model(
     write_tensors(written, directory, storage)
     write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
     if tokenizer is not None:
-        reads: Literal["source", "left", "both"] = "left" if model.shape.causal else "both"
+        reads: Literal["source", "left", "both"] = "left" if model.shape.causal or model.shape.prefix_lm else "both"
         tokenizer.framed("source" if model.shape.encoder else reads).save(directory, segments=model.shape.segments > 0)
     return said
 

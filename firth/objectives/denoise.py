@@ -52,7 +52,7 @@ class Denoise(Tokens):
             raise UserError("denoise: noises names no way to damage the text, so there would be nothing to mend")
 
     def reads(self) -> Reads:
-        return "source" if self.layout == "seq2seq" else "free"
+        return "source" if self.layout == "seq2seq" else "prefix"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

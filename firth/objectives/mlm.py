@@ -2,7 +2,8 @@
 
 15% of the tokens are asked. Of those 80% are shown as [MASK], 10% as some other token and 10% as they are, so that
 the model cannot know which words it may trust. BERT drew the masks once for each of ten copies of the text;
-RoBERTa (Liu 2019) draws them anew at each visit, which is the default here.
+RoBERTa (Liu 2019) draws them anew at each visit, which is the default here. Which copy an example is shown in goes by the
+epoch, and what is drawn for it by its number: neither tells of what is hidden.
 
     the quick brown fox jumps over     shown    the [MASK] brown fox tree over
                                        asked     -   quick   -    -  jumps  -
@@ -10,7 +11,6 @@ RoBERTa (Liu 2019) draws them anew at each visit, which is the default here.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +28,8 @@ class MLM(Tokens):
 
     rate: share of the tokens that is asked. noise: which (`firth.data.noise`). masked, random: shares of the asked
     that are shown as [MASK] and as a random token; the rest is shown as it is. alike: one such draw for each run of
-    hidden tokens (SpanBERT), not for each token. masks: 0 draws anew at every visit; n takes one of n maskings that are
-    fixed by the example's own tokens (BERT: 10).
+    hidden tokens (SpanBERT), not for each token. masks: 0 draws anew at every visit; n takes turns with n copies of each
+    example, drawn once (BERT: 10); what else is drawn for a copy (whether its pair belongs together) is fixed with it.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1, "cls": 2, "sep": 3}, special=np.arange(10) < 4)
     >>> seen = MLM(rate=0.5, masked=1.0, random=0.0).view(
@@ -51,14 +51,18 @@ class MLM(Tokens):
                 f"mlm: rate={self.rate} must be between 0 and 1, and masked={self.masked} and random={self.random} "
                 "shares that together are at most 1"
             )
+        if self.masks < 0:
+            raise UserError(f"mlm: masks={self.masks} is a number of copies: 0 for new masks at every visit, or 10")
+
+    @property
+    def copies(self) -> int:
+        return self.masks
 
     def reads(self) -> Reads:
         return "both"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        if self.masks:
-            rng = np.random.default_rng((zlib.crc32(tokens.tobytes()), int(rng.integers(self.masks))))
         at = NOISES[self.noise](tokens, vocab, self.rate, rng).nonzero()[0]
         kind = rng.random(len(at))
         if self.alike:

@@ -74,6 +74,11 @@ class Objective:
         """The objective as it suits a shape, where it leaves that open (where an answer is read)."""
         return self
 
+    @property
+    def copies(self) -> int:
+        """How many views each example has, which epochs take turns with; 0: a new one at every visit."""
+        return 0
+
     def reads(self) -> Reads:
         """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
         return "any"
@@ -170,6 +175,10 @@ class Sum(Objective):
 
     def fitted(self, shape: Shape) -> Objective:
         return Sum(self.first.fitted(shape), self.second.fitted(shape))
+
+    @property
+    def copies(self) -> int:
+        return max(self.first.copies, self.second.copies)
 
     def reads(self) -> Reads:
         first = self.first.reads()

@@ -53,7 +53,7 @@ class PrefixLM(Tokens):
             raise UserError(f"prefix_lm: least={self.least} and most={self.most} must be shares, the first no larger")
 
     def reads(self) -> Reads:
-        return "source" if self.layout == "seq2seq" else "free"
+        return "source" if self.layout == "seq2seq" else "prefix"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

@@ -71,7 +71,7 @@ class SpanCorruption(Tokens):
     layout: Answering = "seq2seq"
 
     def reads(self) -> Reads:
-        return "source" if self.layout == "seq2seq" else "free"
+        return "source" if self.layout == "seq2seq" else "prefix"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

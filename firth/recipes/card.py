@@ -102,7 +102,9 @@ def text(card: Card) -> str:
     """The card in Markdown, its front matter in YAML."""
     config, shape = read_json(card.place / "config.json"), card.model.shape
     task = KINDS[
-        ("source" if shape.encoder else "left" if shape.causal else "both") if "lm" in card.model.parts else ""
+        ("source" if shape.encoder else "left" if shape.causal or shape.prefix_lm else "both")
+        if "lm" in card.model.parts
+        else ""
     ]
     front: dict[str, Any] = {"license": card.licence or "other"}
     if not card.licence:

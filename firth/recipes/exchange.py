@@ -243,7 +243,7 @@ def _uses(out: Path, model: LM, talks: bool) -> list[str]:
     place, shape = shlex.quote(str(out)), model.shape
     if "lm" not in model.parts:
         return [f"Finetune it:  firth train classify start={place} source.path=labelled.jsonl"]
-    if not shape.causal and not shape.encoder:
+    if not (shape.causal or shape.prefix_lm or shape.encoder):
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
     return (
         [f"Talk with it:  firth chat {place}"]

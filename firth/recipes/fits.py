@@ -20,6 +20,7 @@ NEEDS: dict[Reads, tuple[str, str]] = {
     "left": ("reads a text from left to right", "set shape.causal=true and shape.encoder=0 (a decoder)"),
     "both": ("reads a text from both sides", "set shape.causal=false (an encoder)"),
     "free": ("reads a text in an order of its own", "take attention with shape.causal=false"),
+    "prefix": ("reads a prompt both ways and writes on in one row", "take attention with shape.causal=false"),
     "apart": (
         "reads a text from left to right and from right to left, by two readers who do not meet",
         "set shape.recurrent=lstm, shape.causal=false and shape.apart=true",

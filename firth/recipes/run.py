@@ -230,7 +230,8 @@ def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
 
 
 def _settled(recipe: Recipe, material: Material) -> Recipe:
-    """The recipe with nothing left open: the shape with its vocabulary, the classes with their names."""
+    """The recipe with nothing left open: the shape with its vocabulary and how prompts are read, the classes with their
+    names."""
     shape = recipe.shape
     if recipe.start:
         theirs = load_model(model_directory(recipe.start)).shape
@@ -250,6 +251,8 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     segment = recipe.segment.within(shape.context)
     objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
     refuse_misfit(objective, shape)
+    if (reads := objective.reads()) != "any":
+        shape = dataclasses.replace(shape, prefix_lm=reads == "prefix")
     packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
     batch = recipe.batch.laid(segment.longest, packs)
     refuse_memory(shape, segment, batch.room)

@@ -88,7 +88,8 @@ TO, PRIOR = "<to>", "<prior>"
 
 
 def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
-    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source.
+    """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source, the bare
+    text for a prefix language model (but [bos] where there is none, for something must be read).
 
     A stranger's tokenizer says whether it puts bos there (GPT-2's has one and does not).
     """
@@ -96,7 +97,7 @@ def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     roles = tokenizer.vocab.roles
     if model.shape.encoder:
         return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
-    begins = "bos" in roles and tokenizer.bos is not False
+    begins = "bos" in roles and tokenizer.bos is not False and not (model.shape.prefix_lm and len(ids))
     return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
 
 

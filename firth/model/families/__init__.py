@@ -11,6 +11,7 @@ from firth.model.families import (
     gpt,
     gpt2,
     llama,
+    marian,
     mistral,
     modernbert,
     mpnet,
@@ -28,7 +29,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         roberta.FAMILY, roberta.XLM, bert.FAMILY, distilbert.FAMILY, albert.FAMILY, electra.FAMILY, gpt.FAMILY,
         gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, t5.FAMILY, t5.MT5, bart.FAMILY,
-        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY,
+        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY, marian.FAMILY,
     )
 }  # fmt: skip
 """`model_type` of a config.json -> the family."""

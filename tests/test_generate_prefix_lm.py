@@ -1,0 +1,146 @@
+"""A prefix language model reads its prompt both ways when it is used, as it did when it was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bytecoder import ByteCoder
+from data_room import TEXTS
+
+from firth.data.batch import collate
+from firth.evaluate.likelihood import Document, score, strided
+from firth.evaluate.text import reads_of
+from firth.generate.engine import Engine
+from firth.generate.rows import Rows, reading, rectangle
+from firth.generate.sample import Sampling
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder
+from firth.model.weights import load_model, save_model
+from firth.objectives.prefix_lm import PrefixLM
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.use import evaluate_run, open_engine, opening
+from firth.types import IGNORE, UserError
+
+V = ByteCoder.vocab.size
+SHAPES = {
+    "rotary": replace(decoder(vocab=V, width=32, depth=2, heads=2, context=64), causal=False, prefix_lm=True),
+    "t5": Shape(vocab=V, width=32, depth=2, heads=2, context=64, position="t5", causal=False, prefix_lm=True),
+    "an encoder's body": replace(encoder(vocab=V, width=32, depth=2, heads=2, context=64), prefix_lm=True),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=SHAPES)
+def model(request: pytest.FixtureRequest) -> LM:
+    torch.manual_seed(0)
+    model = LM(SHAPES[request.param], {"lm": Vocabulary(SHAPES[request.param])})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(7, V, rng.integers(2, 20)) for _ in range(count)]
+
+
+@torch.no_grad()
+def trained_reading(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch.Tensor:
+    """Log-probabilities at every written position as the objective lays the row out: (n, V)."""
+    shown = PrefixLM()._show(np.concatenate((prompt, written)), len(prompt), ByteCoder.vocab)
+    batch = collate([shown])
+    assert (batch["labels"][0] != IGNORE).sum() == len(written)
+    return model.parts["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
+
+
+@torch.no_grad()
+def test_the_prompt_is_read_as_in_training_and_not_from_left_to_right(model: LM) -> None:
+    [prompt] = prompts(1)
+    with reading(model):
+        state = Rows(model, [prompt], None, Sampling(max_new=2, temperature=0), [0]).state
+    trained = model.parts["lm"](state).log_softmax(-1)
+    assert torch.allclose(trained, trained_reading(model, prompt, np.array([9])), atol=1e-5)
+    left = model.parts["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
+    assert not torch.allclose(trained, left, atol=1e-2)
+
+
+def test_cached_is_uncached_and_batched_is_alone(model: LM) -> None:
+    rows = prompts(6)
+    engine = Engine(model, ByteCoder(), stops=())
+    for prompt, answer in zip(rows, engine.generate(rows, Sampling(max_new=20, temperature=0)), strict=True):
+        expected = trained_reading(model, prompt, answer.tokens)
+        assert np.array_equal(expected.argmax(-1).numpy(), answer.tokens)
+        at = torch.as_tensor(answer.tokens, dtype=torch.int64)[:, None]
+        assert np.allclose(answer.logprobs, expected.gather(-1, at)[:, 0].numpy(), atol=1e-4)
+        [alone] = engine.generate([prompt], Sampling(max_new=20, temperature=0))
+        assert np.array_equal(alone.tokens, answer.tokens)
+        assert "".join(engine.stream(prompt, Sampling(max_new=20, temperature=0))) == alone.text
+
+
+def test_scores_and_options_are_the_trained_reading_too(model: LM) -> None:
+    engine, [prompt] = Engine(model, ByteCoder(), stops=()), prompts(1)
+    options = [*prompts(4, seed=5), np.array([9])]
+    expected = [float(trained_reading(model, prompt, o).gather(-1, torch.as_tensor(o)[:, None]).sum()) for o in options]
+    assert np.allclose(engine.score([prompt] * 5, options), expected, atol=1e-3)
+    assert np.allclose(engine.options(prompt, options), expected, atol=1e-3)
+    assert np.allclose(engine.options(prompt, options[4:]), expected[4:], atol=1e-3)
+
+
+def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) -> None:
+    document = Document(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
+    assert reads_of(model.shape) == "causal"
+    nll = 0.0
+    for shown in strided(document, context=16):
+        asked = shown["labels"] != IGNORE
+        cut = int(asked.argmax()) + 1
+        row = np.append(shown["tokens"], shown["labels"][-1])
+        found = trained_reading(model, row[:cut], row[cut:])
+        nll -= float(found.gather(-1, torch.as_tensor(row[cut:])[:, None]).sum())
+    assert score(model, strided(document, 16, prefix_lm=True)).nll == pytest.approx(nll, rel=1e-5)
+    assert abs(score(model, strided(document, 16)).nll - nll) > 0.05  # nats, where equality is to 0.004
+
+
+def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> None:
+    said = save_model(model, None, tmp_path)
+    assert said == "no family of transformers expresses this shape, so only firth loads it"
+    assert load_model(tmp_path).shape == model.shape
+
+
+def test_a_shape_that_cannot_do_it_is_refused() -> None:
+    for wrong in ({"causal": True}, {"encoder": 1}, {"linformer": 8, "position": "none"}):
+        with pytest.raises(UserError, match=r"shape\.prefix_lm reads a text both ways"):
+            Shape(**{"vocab": 9, "width": 8, "depth": 1, "heads": 1, "causal": False, "prefix_lm": True} | wrong)
+
+
+SMALL = [
+    "length.steps=2", "batch.rows=4", "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64",
+    "segment.length=32", "tokenizer.size=400", "samples=[Once]",
+]  # fmt: skip
+
+
+def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
+    """From the recipe to the commands: the run says it in the shape of what it exports, and a later run unsays it."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(TEXTS[:12]), "utf-8")
+    given = [f"source.path={text}", *SMALL]
+    run(load("prefix_lm", given), tmp_path / "run", echo=lambda _: None)
+    opened = open_engine(tmp_path / "run")
+    assert opened.model.shape.prefix_lm
+    prompt = opening(opened.tokenizer, "Thank you for", opened.model)
+    assert prompt[0] != opened.tokenizer.vocab.roles["bos"]
+    shown = PrefixLM()._show(np.append(prompt, 9), len(prompt), opened.tokenizer.vocab)
+    with reading(opened.model):
+        state = Rows(opened.model, [prompt], None, Sampling(max_new=1), [0]).state
+        assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
+    found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
+    assert found["reads"] == "causal" and not found["bos"]
+    again = load("prefix_lm", [*given, "objective=causal", "shape.vocab=400", f"start={tmp_path / 'run'}"])
+    run(again, tmp_path / "left", echo=lambda _: None)
+    assert not open_engine(tmp_path / "left").model.shape.prefix_lm

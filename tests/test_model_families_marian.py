@@ -1,0 +1,96 @@
+"""Marian beside transformers: what a translator of theirs says, scores and writes, and what is not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bytecoder import ByteCoder
+from test_model_families import MARIAN, MARIAN_IDS, built, random_theirs
+
+from firth.data.batch import collate
+from firth.data.layout import seq2seq
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.position import sinusoidal
+from firth.model.weights import load_model, save_model
+from firth.objectives.sft import TextToText
+from firth.train.step import step
+from firth.types import UserError
+
+transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+
+
+def test_their_loss_of_a_translation_is_ours(tmp_path: Path) -> None:
+    """Sources and targets of different lengths, their labels and their own shift to the right."""
+    theirs = random_theirs("marian")
+    theirs.save_pretrained(tmp_path)
+    model, rng = load_model(tmp_path), np.random.default_rng(0)
+    pairs = [(rng.integers(3, 61, n), np.append(rng.integers(3, 61, m), 2)) for n, m in ((9, 12), (15, 4), (3, 8))]
+    objective = TextToText()
+    shown = [seq2seq(source, target, start=0) for source, target in pairs]
+    ours = float(step(model, objective, [collate(shown)])["tokens"])
+    width = [max(map(len, side)) for side in zip(*pairs, strict=True)]
+    sources, labels = (
+        torch.tensor([np.pad(row, (0, n - len(row)), constant_values=fill).tolist() for row in rows])
+        for rows, n, fill in zip(zip(*pairs, strict=True), width, (0, -100), strict=True)
+    )
+    said = theirs(input_ids=sources, attention_mask=(sources != 0).long(), labels=labels)
+    assert ours == pytest.approx(said.loss.item(), abs=1e-5)
+
+
+def test_an_offset_of_the_logits_and_a_scaled_table_are_read(tmp_path: Path) -> None:
+    theirs = random_theirs("marian")
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.shape.embed_scale == 32**0.5
+    assert model.shape.position == "marian" and model.places is None
+    assert model.parts["lm"].weight is model.tokens.weight
+    assert torch.equal(model.parts["lm"].bias, theirs.final_logits_bias[0])
+    places = theirs.model.encoder.embed_positions.weight
+    torch.testing.assert_close(sinusoidal(torch.arange(40), 32, interleaved=False), places, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
+    model = built(MARIAN)
+    save_model(model, None, tmp_path)
+    theirs = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
+    source = torch.randint(3, 61, (1, 11), generator=torch.Generator().manual_seed(0))
+    out = theirs.generate(
+        source, attention_mask=torch.ones_like(source), max_new_tokens=12, do_sample=False, num_beams=1
+    )
+    [ours] = Engine(model, ByteCoder(), stops=()).generate([source[0].numpy()], Sampling(max_new=12, temperature=0))
+    assert out[0, 1:].tolist() == ours.tokens.tolist()
+
+
+def test_a_bare_model_of_theirs_is_read(tmp_path: Path) -> None:
+    theirs = random_theirs("marian")
+    theirs.model.save_pretrained(tmp_path)
+    assert not len(load_model(tmp_path).parts)
+
+
+def test_a_count_of_its_parameters_is_exact() -> None:
+    model = LM(MARIAN, {"lm": Vocabulary(MARIAN)})
+    assert sum(p.numel() for p in model.parameters()) == MARIAN.parameters()
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ({"normalize_before": True}, "normalize_before=True"),
+        ({"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings=False"),
+        ({"decoder_vocab_size": 70}, "another vocabulary in its decoder"),
+    ],
+)
+def test_another_kind_of_marian_is_refused(field: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    random_theirs("marian").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert {name: config[name] for name in MARIAN_IDS} == MARIAN_IDS
+    (tmp_path / "config.json").write_text(json.dumps(config | field), "utf-8")
+    with pytest.raises(UserError, match=sentence):
+        load_model(tmp_path)
