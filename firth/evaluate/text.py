@@ -30,8 +30,9 @@ MASKED_LIMIT = 16384
 
 
 def reads_of(shape: Shape) -> Reads:
-    """An encoder-decoder reads halves; one whose head transforms first, as BERT's line does, or which has a vector of its own
-    for what it is asked, as XLNet, masked; others causal. UserError for a model that gives a text no likelihood."""
+    """As its objective had it read, which a run writes into its shape: an encoder-decoder reads halves, what is causal reads
+    so; of the others those read masked whose head transforms first, as BERT's line does, which have a vector of their own
+    for what they are asked, as XLNet, or which read from both ends. UserError for a model that gives a text no likelihood."""
     if shape.latent:
         raise UserError(
             "a variational autoencoder only bounds the likelihood of a text: its ELBO is among its run's held-out measures "
@@ -39,7 +40,8 @@ def reads_of(shape: Shape) -> Reads:
         )
     if shape.encoder:
         return "halves"
-    return "masked" if shape.head == "transform" or (shape.query and not shape.causal) else "causal"
+    masked = shape.head == "transform" or shape.query or shape.recurrent
+    return "masked" if masked and not shape.causal else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
@@ -66,9 +68,9 @@ def likelihood(subject: Subject, paths: Sequence[str], limit: int | None, progre
     With a limit, whole pieces are asked, evenly spread over the text; "share" says how much of it that is.
     """
     model, tokenizer = subject.model, subject.tokenizer
-    if "lm" not in model.parts:
+    if not model.speaks:
         raise UserError(
-            f"{subject.directory}: this model has no vocabulary head, so no text is likely or unlikely to it"
+            f"{subject.directory}: no vocabulary head reads this model's states, so no text is likely or unlikely to it"
         )
     reads = reads_of(model.shape)
     bos, every = leading(subject.place, tokenizer) if reads == "causal" else (None, False)

@@ -185,7 +185,9 @@ class Shape:
             return "a variational autoencoder" if self.latent else "an encoder-decoder"
         if self.linformer:
             return "a Linformer"
-        return "a causal decoder" if self.causal else "an encoder"
+        if self.causal:
+            return "a causal decoder"
+        return "an encoder" if self.head == "transform" or self.query else "a decoder that may read both ways"
 
     @property
     def honours(self) -> frozenset[Reads]:

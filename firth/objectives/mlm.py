@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class MLM(Tokens):
     >>> seen["tokens"].tolist(), seen["labels"].tolist()
     ([2, 1, 6, 1, 8, 3], [-100, 5, -100, 7, -100, -100])
     """
+
+    keeps: ClassVar[bool] = True
 
     rate: float = 0.15
     noise: Kind = "iid"

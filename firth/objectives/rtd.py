@@ -65,6 +65,8 @@ class RTD(Objective):
         "original_accuracy": ("passed", "original_share"),
     }
 
+    keeps: ClassVar[bool] = True
+
     rate: float = 0.15
     noise: Kind = "iid"
     size: float = 0.25
