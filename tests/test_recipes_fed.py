@@ -18,25 +18,18 @@ from firth.model.lm import LM
 from firth.model.shape import Reads, Shape, decoder, encoder, encoder_decoder, recurrent, vectors
 from firth.model.weights import save_model
 from firth.objectives.classification import Classification
-from firth.objectives.contrastive import InfoNCE
-from firth.objectives.mixed import Mixed
 from firth.objectives.mlm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.penalty import Penalty
 from firth.objectives.reward import Ranking
-from firth.objectives.rtd import RTD
-from firth.objectives.sbo import SBO
 from firth.recipes.fits import SEGMENTS, refuse_unfed
-from firth.recipes.labelled import Labelled
 from firth.recipes.labels import Partly, Taught
 from firth.recipes.material import Material, Text, train_tokenizer
-from firth.recipes.recipe import load
 from firth.recipes.segments import Cut, Pairs, Pieces, Rollouts, Segment, Windows
 from firth.text.tokenizer import Tokenizer
 from firth.train.step import step
 from firth.types import UserError
 
-WORDS = "the a fine dull otter swims sleeps and the cold river runs".split()
+WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
 SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
 SHAPES: dict[Reads, Shape] = {
     "any": encoder(**SIZES), "both": replace(encoder(**SIZES), dropout=0.1), "left": decoder(**SIZES),
@@ -154,3 +147,26 @@ def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> No
         return
     terms = trained(place, segment, objective)
     assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.targets.keys()
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
+    """In the order in which they are written, on the first segment that feeds both."""
+    trained_with = 0
+    for other in objectives.OBJECTIVES:
+        try:
+            both = objectives.find(name)() + objectives.find(other)()
+        except UserError:
+            continue
+        for segment in SEGMENTS:
+            try:
+                refuse_unfed(both, place.segment(segment), SHAPES[both.reads()])
+            except UserError:
+                continue
+            try:
+                assert trained(place, segment, both).keys() >= both.targets.keys()
+            except UserError as refusal:  # how it is read was open until the shape was known
+                assert str(refusal).startswith(f"cannot add {name}+{other}: one reads")  # noqa: PT017
+            trained_with += 1
+            break
+    assert trained_with or name in ("sbo", "penalty", "word2vec", "vae", "mixed", "ranking")

@@ -56,6 +56,10 @@ def fill(model: LM, coder: Tokenizer, text: str, k: int = 5) -> list[list[Candid
     tokens = masked(coder, text)
     if len(tokens) > model.context:
         raise UserError(f"the text has {len(tokens)} tokens and this model reads at most {model.context}: shorten it")
+    if model.shape.causal:
+        raise UserError(
+            "this model reads from left to right, so it fills no gaps: have it go on from a text (generate)"
+        )
     head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
     with reading(model):

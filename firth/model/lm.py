@@ -97,7 +97,7 @@ class LM(nn.Module):
     @property
     def speaks(self) -> bool:
         """Whether a vocabulary head reads its states; that of a BiLM reads one half of them after the other."""
-        return "lm" in self.parts and self.parts["lm"].shape.width == self.shape.width  # type: ignore[union-attr]
+        return "lm" in self.parts and bool(self.parts["lm"].shape.width == self.shape.width)  # type: ignore[union-attr]
 
     @property
     def prefix(self) -> Prefix | None:

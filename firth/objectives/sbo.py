@@ -74,6 +74,8 @@ class SBO(Objective):
         return {"boundary": head, "place": place}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        if "labels" not in example:
+            raise UserError("sbo asks what another objective has hidden: write objective=[mlm, sbo], or MLM() + SBO()")
         labels = example["labels"]
         hidden, at = labels != IGNORE, np.arange(len(labels))
         left = np.maximum.accumulate(np.where(hidden, -1, at))

@@ -31,7 +31,8 @@ SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS
 """Name in a recipe -> class."""
 
 RECIPE: dict[Reads, str] = {
-    "left": "gpt", "both": "roberta", "free": "xlnet", "source": "t5", "apart": "elmo", "alone": "word2vec", "latent": "vae",
+    "left": "gpt (a decoder)", "both": "roberta (an encoder)", "free": "xlnet (an encoder)", "source": "t5 (an encoder-decoder)",
+    "apart": "elmo (two LSTMs)", "alone": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
 }  # fmt: skip
 """A way of reading -> a recipe whose shape serves it."""
 
@@ -181,7 +182,7 @@ def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
         told = ", ".join(name for name, kind in SEGMENTS.items() if kind.remembers)
         raise UserError(
             f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {_name_of(segment)} does "
-            f"not give: take segment={told}, or set shape.memory=0"
+            f"not give: set shape.memory=0, or take segment={told}"
         )
 
 
