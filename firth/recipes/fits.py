@@ -51,9 +51,10 @@ def refuse_misfit(objective: Objective, shape: Shape, segment: Segment | None = 
     remedy = f"set {told}" if told else f"{'start' if fixed else 'begin'} from the recipe {RECIPE[reads]}"
     others = [one for one in _served(shape) if type(one) is not type(objective)]
     served = [one for one in others if segment is None or _fed(one, segment)] or others
+    offered = ", ".join(sorted(_name(one) for one in served))
     raise UserError(
-        f"objective {name} {WAYS[reads]}, which {shape.noun} cannot: {remedy}, "
-        f"or take an objective that it serves: {', '.join(sorted(_name(one) for one in served))}"
+        f"objective {name} {WAYS[reads]}, which {shape.noun} cannot: {remedy}"
+        + (f", or take an objective that it serves: {offered}" if offered else "")
     )
 
 
