@@ -257,7 +257,7 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
         ),
         (["adapt=lora", "adapt.targets=query"], "no matrix of this model is called 'query'; there is tokens, "),
         (["adapt=prefix", "adapt.tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
-        (["adapt=frozen", "objective=rtd"], "each run the model in a way of their own"),
+        (["adapt=frozen", "objective=rtd"], "each runs the model in a way of its own"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(place: Path, tmp_path: Path, more: list[str], said: str) -> None:

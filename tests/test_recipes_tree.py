@@ -111,3 +111,26 @@ def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> 
         assert other.known(file) == other.hash() != once
     file.write_text("name: [\n")
     assert recipe.known(file) == recipe.hash()
+
+
+def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
+    plain = load("bert")
+    assert load("bert", ["objective.rate=0.2"]).objective == NSP() + MLM(rate=0.2, masks=10)
+    both = load("bert", ["objective=[nsp, mlm]", "objective.follows=0.4", "objective.rate=0.2"]).objective
+    assert both == NSP(follows=0.4) + MLM(rate=0.2)
+    assert load("bert") == plain
+    one = load("bert", ["objective.kind=mlm", "segment=pieces"]).objective
+    assert one == MLM()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
+        (["objective=[mlm, rtd]", "objective.rate=0.2"], "mlm and rtd have a field 'rate': write objective=\\[...\\]"),
+        (["samples.rate=0.2"], "samples"),
+    ],
+)
+def test_a_setting_that_no_addend_has_or_several_is_refused_by_name(settings: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load("bert", settings)

@@ -31,8 +31,9 @@ MASKED_LIMIT = 16384
 
 
 def reads_of(shape: Shape) -> Reads:
-    """An encoder-decoder reads halves; one whose head transforms first, as BERT's line does, or which has a vector of its own
-    for what it is asked, as XLNet, masked; others causal. UserError for a model that gives a text no likelihood."""
+    """As its objective had it read, which a run writes into its shape: an encoder-decoder reads halves, what is causal reads
+    so; of the others those read masked whose head transforms first, as BERT's line does, which have a vector of their own
+    for what they are asked, as XLNet, or which read from both ends. UserError for a model that gives a text no likelihood."""
     if shape.latent:
         raise UserError(
             "a variational autoencoder only bounds the likelihood of a text: its ELBO is among its run's held-out measures "
@@ -40,8 +41,8 @@ def reads_of(shape: Shape) -> Reads:
         )
     if shape.encoder:
         return "halves"
-    masked = not shape.prefix_lm and (shape.head == "transform" or (shape.query and not shape.causal))
-    return "masked" if masked else "causal"
+    masked = shape.head == "transform" or shape.query or shape.recurrent
+    return "masked" if masked and not (shape.causal or shape.prefix_lm) else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
@@ -78,9 +79,9 @@ def likelihood(
     mended or left out of the files.
     """
     model, tokenizer = subject.model, subject.tokenizer
-    if "lm" not in model.parts:
+    if not model.speaks:
         raise UserError(
-            f"{subject.directory}: this model has no vocabulary head, so no text is likely or unlikely to it"
+            f"{subject.directory}: no vocabulary head reads this model's states, so no text is likely or unlikely to it"
         )
     reads = reads_of(model.shape)
     opens = reads == "causal" and not model.shape.prefix_lm  # whose texts are bare

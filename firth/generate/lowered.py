@@ -150,7 +150,7 @@ class LoweredVocabulary(nn.Module):
 
     def __init__(self, head: Vocabulary, matrix: Lowered):
         super().__init__()
-        self.softcap, self.head, self.matrix = head.softcap, head, matrix
+        self.shape, self.softcap, self.head, self.matrix = head.shape, head.softcap, head, matrix
         head.weight, head.bias = None, None  # type: ignore[assignment]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -47,11 +47,19 @@ def masked(coder: Tokenizer, text: str) -> np.ndarray:
 def fill(model: LM, coder: Tokenizer, text: str, k: int = 5) -> list[list[Candidate]]:
     """The k likeliest tokens for each mask of a text, likeliest first; no special token is offered.
 
-    Raises UserError for a text without a mask, or longer than the model's context.
+    Raises UserError for a text without a mask, or longer than the model's context, and for a model without words.
     """
+    if not model.speaks:
+        raise UserError(
+            f"no vocabulary head reads this model's states, so it fills no gaps; it has {list(model.parts)}"
+        )
     tokens = masked(coder, text)
     if len(tokens) > model.context:
         raise UserError(f"the text has {len(tokens)} tokens and this model reads at most {model.context}: shorten it")
+    if model.shape.causal:
+        raise UserError(
+            "this model reads from left to right, so it fills no gaps: have it go on from a text (generate)"
+        )
     head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
     with reading(model):

@@ -95,6 +95,11 @@ class LM(nn.Module):
             self.tokens.spell(pieces)  # type: ignore[operator]
 
     @property
+    def speaks(self) -> bool:
+        """Whether a vocabulary head reads its states; that of a BiLM reads one half of them after the other."""
+        return "lm" in self.parts and bool(self.parts["lm"].shape.width == self.shape.width)  # type: ignore[union-attr]
+
+    @property
     def prefix(self) -> Prefix | None:
         """The trained keys and values that stand before every text, if there are any."""
         return self.parts["prefix"] if "prefix" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401

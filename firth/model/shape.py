@@ -194,7 +194,9 @@ class Shape:
             return "a Linformer"
         if self.prefix_lm:
             return "a prefix language model"
-        return "a causal decoder" if self.causal else "an encoder"
+        if self.causal:
+            return "a causal decoder"
+        return "an encoder" if self.head == "transform" or self.query else "a decoder that may read both ways"
 
     @property
     def honours(self) -> frozenset[Reads]:

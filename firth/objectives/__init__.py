@@ -48,3 +48,9 @@ def find(name: str) -> type:
     module, cls = OBJECTIVES[name].split(":")
     found: type = getattr(importlib.import_module(module), cls)
     return found
+
+
+def name_of(kind: type) -> str:
+    """What a recipe calls the objective of this class; the class's own name where it has none there."""
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    return next((name for name, where in OBJECTIVES.items() if where == place), kind.__qualname__)

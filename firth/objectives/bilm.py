@@ -37,6 +37,7 @@ class BiLM(Objective):
     """
 
     targets: ClassVar[dict[str, str]] = {"forward": "next", "backward": "previous"}
+    keeps: ClassVar[bool] = True
 
     def reads(self) -> Reads:
         return "apart"

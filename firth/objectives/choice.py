@@ -45,9 +45,13 @@ class MultipleChoice(Objective):
     targets: ClassVar[dict[str, str]] = {"choice": "choice"}
     measures: ClassVar[dict[str, str]] = {"accuracy": "choice"}
     packs: ClassVar[bool] = False
+    lays: ClassVar[frozenset[str]] = frozenset()
 
     options: int = 0
     at: Literal["auto", "first", "last"] = "auto"
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"options", "label"})
 
     def reads(self) -> Reads:
         return READS[self.at]

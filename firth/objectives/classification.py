@@ -136,6 +136,9 @@ class Classification(Read):
         share = sum(counts) / len(counts)
         return dataclasses.replace(named, weights=tuple(share / n if n else 0.0 for n in counts))
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "label"})
+
     def lacks(self, shape: Shape) -> str:
         # XLNet's, T5's and BART's classes read their answer where none of our places is.
         elsewhere = shape.encoder or shape.position == "xlnet"

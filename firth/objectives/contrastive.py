@@ -47,6 +47,8 @@ def texts(rows: list[np.ndarray], vocab: Vocab) -> Example:
 class Represented(Objective):
     """What both share. at: a text's representation is the "mean" of its states or the "first" of them, at [CLS]."""
 
+    lays: ClassVar[frozenset[str]] = frozenset()
+
     at: Literal["mean", "first"] = "mean"
 
     def reads(self) -> Reads:
@@ -84,6 +86,9 @@ class Contrastive(Represented):
             raise UserError(
                 f"contrastive: margin={self.margin} must be above 0 and at most 2, the distance of opposites"
             )
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "segments", "label"} if "label" in given else {"first", "second", "other"})
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if "first" in example:
@@ -140,6 +145,9 @@ class InfoNCE(Represented):
         return (
             "two views of a text differ by dropout alone, and shape.dropout is 0: set shape.dropout=0.1" if same else ""
         )
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens"} if self.views == "dropout" else {"first", "second"})
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if self.views == "dropout":

@@ -59,6 +59,7 @@ class DPO(Objective):
     beta: float = 0.1
     smoothing: float = 0.0
 
+    lays: ClassVar[frozenset[str]] = frozenset()
     targets: ClassVar[dict[str, str]] = {"dpo": "preferred"}
     measures: ClassVar[dict[str, str]] = {
         "accuracy": "preferred",
@@ -66,6 +67,9 @@ class DPO(Objective):
         "chosen": "preferred",
         "rejected": "preferred",
     }
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
 
     def reads(self) -> Reads:
         return "left"

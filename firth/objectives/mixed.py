@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,13 @@ class Mixed(Objective):
     frozen: the model is read without gradient and without dropout, so that it stays what it was.
     """
 
+    keeps: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
+
     frozen: bool = True
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset()
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"mixture": Mixture(shape.depth + 1)}

@@ -12,6 +12,7 @@ epoch, and what is drawn for it by its number: neither tells of what is hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class MLM(Tokens):
     >>> seen["tokens"].tolist(), seen["labels"].tolist()
     ([2, 1, 6, 1, 8, 3], [-100, 5, -100, 7, -100, -100])
     """
+
+    keeps: ClassVar[bool] = True
 
     rate: float = 0.15
     noise: Kind = "iid"

@@ -35,6 +35,9 @@ class NSP(Pair):
 
     follows: float = 0.5
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"first", "second", "other"})
+
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         stranger = bool(rng.random() >= self.follows)
         return self.laid(example["first"], example["other" if stranger else "second"], stranger, vocab)

@@ -28,9 +28,22 @@ from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.model.trunk import askers
+from firth.objectives import name_of
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
+
+WAYS: dict[Reads, str] = {
+    "left": "reads a text from left to right",
+    "both": "reads a text from both sides",
+    "free": "reads a text in an order of its own",
+    "prefix": "reads a prompt both ways and writes on in one row",
+    "source": "reads a source and writes an answer",
+    "apart": "reads a text from left to right and from right to left, by two readers who do not meet",
+    "alone": "reads each token by itself",
+    "latent": "squeezes a text through a latent",
+}
+"""A way of reading -> what an objective does that asks for it."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,19 @@ class Objective:
     whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
     micro-batches or shared by ranks, and is refused where it would be.
     packs: whether several examples can share a row; those with an answer for the whole row cannot.
+    lays: what `view` lays out besides the answers: one row of tokens; nothing, where it lays out groups of rows, for no other
+    objective could go on from there. keeps: whether it hands on the fields that it knows nothing of.
+    alone: whether it asks anything of a text by itself. borrows: the parts of others that its loss reads.
     """
 
     targets: ClassVar[dict[str, str]] = {}
     measures: ClassVar[dict[str, str]] = {}
     whole: ClassVar[bool] = False
     packs: ClassVar[bool] = True
+    lays: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    keeps: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
+    borrows: ClassVar[frozenset[str]] = frozenset()
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
@@ -78,6 +98,19 @@ class Objective:
     def copies(self) -> int:
         """How many views each example has, which epochs take turns with; 0: a new one at every visit."""
         return 0
+
+    def addends(self) -> tuple[Objective, ...]:
+        """The objectives that it is the sum of, in the order of their views."""
+        return (self,)
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        """The fields that `view` reads of an example with the fields `given`; a recipe whose segment gives fewer is refused."""
+        return frozenset({"tokens"})
+
+    def hands_on(self, given: frozenset[str]) -> frozenset[str]:
+        """The fields of what `view` makes of such an example, as far as another objective may count on them."""
+        own = self.lays.union(self.targets.values(), self.measures.values())
+        return own | given if self.keeps else own
 
     def reads(self) -> Reads:
         """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
@@ -155,20 +188,28 @@ class Sum(Objective):
     second: Objective
 
     def __post_init__(self) -> None:
+        names = "+".join(name_of(type(one)) for one in self.addends())
+        apart = "train with one of them, or with one after the other (start=RUN)"
         shared = self.first.targets.keys() & self.second.targets.keys()
         if shared:
-            raise UserError(f"cannot add two objectives that both have the loss term {sorted(shared)[0]!r}")
+            raise UserError(f"cannot add {names}: two of them have the loss term {sorted(shared)[0]!r}; {apart}")
         readers = [o for o in (self.first, self.second) if type(o).run is not Objective.run]
         if len(readers) == 2 and not any(isinstance(o, Sum) for o in readers):
-            raise UserError("cannot add two objectives that each run the model in a way of their own")
+            raise UserError(f"cannot add {names}: each runs the model in a way of its own; {apart}")
         if len({self.first.reads(), self.second.reads()} - {"any"}) == 2:
-            raise UserError("cannot add two objectives that have a text read in different ways")
+            ways = f"{WAYS[self.first.reads()]}, the other {WAYS[self.second.reads()]}"
+            raise UserError(f"cannot add {names}: one {ways}; {apart}")
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
+        object.__setattr__(self, "alone", self.first.alone or self.second.alone)
+        object.__setattr__(self, "borrows", self.first.borrows | self.second.borrows)
         object.__setattr__(self, "whole", self.first.whole or self.second.whole)
         object.__setattr__(self, "packs", self.first.packs and self.second.packs)
         object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
         object.__setattr__(self, "classes", self.first.classes or self.second.classes)
+
+    def addends(self) -> tuple[Objective, ...]:
+        return self.first.addends() + self.second.addends()
 
     def told(self, known: Callable[[], Known]) -> Objective:
         return Sum(self.first.told(known), self.second.told(known))

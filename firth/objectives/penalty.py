@@ -32,12 +32,18 @@ class Penalty(Objective):
     """
 
     targets: ClassVar[dict[str, str]] = {"penalty": "penalty"}
+    lays: ClassVar[frozenset[str]] = frozenset()
+    keeps: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     weight: float = 1e-4
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise UserError(f"penalty: weight={self.weight} must be above 0; leave the penalty out instead")
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset()
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return example | {"penalty": np.zeros_like(example["tokens"])}

@@ -78,6 +78,9 @@ class PPO(Objective):
         "value_error": "labels",
     }
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "mask", *PER_TOKEN})
+
     def reads(self) -> Reads:
         return "left"
 

@@ -45,6 +45,9 @@ class Regression(Read):
     mean: float | None = None
     spread: float | None = None
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "score"})
+
     def told(self, known: Callable[[], Known]) -> Objective:
         mean = known().mean if self.mean is None else self.mean
         return dataclasses.replace(self, mean=mean, spread=self.spread or known().spread)

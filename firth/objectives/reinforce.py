@@ -41,6 +41,9 @@ class Reinforce(Objective):
     targets: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
     measures: ClassVar[dict[str, str]] = {"surprise": "labels"}
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "mask", "advantage"})
+
     def reads(self) -> Reads:
         return "left"
 

@@ -76,6 +76,10 @@ class Reward(Objective):
 
     targets: ClassVar[dict[str, str]] = {"reward": "preferred"}
     measures: ClassVar[dict[str, str]] = {"accuracy": "preferred", "margin": "preferred"}
+    lays: ClassVar[frozenset[str]] = frozenset()
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
 
     def reads(self) -> Reads:
         return "left"
@@ -111,6 +115,9 @@ class Ranking(Reward):
 
     answers: int = 4
     likelihood: Literal["pairs", "order"] = "pairs"
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"answers", "masks", "rank"})
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rank = np.asarray(example["rank"], np.int64)

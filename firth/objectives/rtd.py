@@ -65,6 +65,8 @@ class RTD(Objective):
         "original_accuracy": ("passed", "original_share"),
     }
 
+    keeps: ClassVar[bool] = True
+
     rate: float = 0.15
     noise: Kind = "iid"
     size: float = 0.25
@@ -76,6 +78,12 @@ class RTD(Objective):
 
     def reads(self) -> Reads:
         return "both"
+
+    def lacks(self, shape: Shape) -> str:
+        if not shape.recurrent or (self.size == 1 and not shape.apart):
+            return ""
+        apart = "shape.apart=false and " if shape.apart else ""
+        return f"recurrent layers are as wide as their tables, which its generator shares: set {apart}objective.size=1"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         small = thinner(shape, self.size)

@@ -45,12 +45,18 @@ class SBO(Objective):
     """
 
     targets: ClassVar[dict[str, str]] = {"boundary": "boundary"}
+    keeps: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
+    borrows: ClassVar[frozenset[str]] = frozenset({"lm"})
 
     longest: int = 20
 
     def __post_init__(self) -> None:
         if self.longest < 1:
             raise UserError(f"sbo: longest={self.longest} must be at least 1")
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "labels"})
 
     def reads(self) -> Reads:
         return "both"

@@ -69,6 +69,9 @@ class PseudoLabels(Related):
 
     confidence: float = 0.9
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "label", "taught"})
+
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().view(example, vocab, rng)
         said = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher

@@ -39,6 +39,9 @@ class SFT(Tokens):
     [-100, 7, 2]
     """
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "mask"})
+
     def reads(self) -> Reads:
         return "left"
 
@@ -56,6 +59,9 @@ class TextToText(Tokens):
     >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
     ([7, 8], [0, 5], [5, 2])
     """
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"source", "target"})
 
     def reads(self) -> Reads:
         return "source"

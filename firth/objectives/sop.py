@@ -36,6 +36,9 @@ class SOP(Pair):
 
     swapped: float = 0.5
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"first", "second"})
+
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         first, second = example["first"], example["second"]
         swap = bool(rng.random() < self.swapped)

@@ -56,6 +56,9 @@ class Spans(Objective):
             return self
         return dataclasses.replace(self, unanswerable=known().unanswerable)
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "start", "end"})
+
     def reads(self) -> Reads:
         return READS[self.at]
 

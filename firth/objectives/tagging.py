@@ -42,6 +42,9 @@ class Tagging(Objective):
     classes: tuple[str, ...] = ()
     left: bool | None = None
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "tags"})
+
     def reads(self) -> Reads:
         return "left" if self.left else "any"
 

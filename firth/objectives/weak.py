@@ -45,6 +45,9 @@ class Weak(Classification):
         if self.smoothing or self.weights:
             raise UserError("weak: its loss has no softmax to smooth or to weigh: leave out smoothing and weights")
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "label", "votes"})
+
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().view(example, vocab, rng)
         return seen | {"votes": np.asarray(example.get("votes", [example["label"]]), np.int64)}

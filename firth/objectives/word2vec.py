@@ -66,6 +66,9 @@ class Word2Vec(Objective):
                 f"and a window reaches at most {BLOCK} words"
             )
 
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens", "kept", "noise"})
+
     def reads(self) -> Reads:
         return "alone"
 

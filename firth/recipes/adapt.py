@@ -29,7 +29,7 @@ from firth.model.lm import LM
 from firth.model.prefix import refuse
 from firth.model.shape import Shape
 from firth.objectives.mixed import Mixed
-from firth.objectives.objective import Objective, Sum
+from firth.objectives.objective import Objective
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -89,14 +89,8 @@ class Frozen(Head):
     """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
 
     def settle(self, objective: Objective) -> Objective:
-        mixed = any(isinstance(one, Mixed) for one in _addends(objective))
+        mixed = any(isinstance(one, Mixed) for one in objective.addends())
         return objective if mixed else Mixed() + objective
-
-
-def _addends(objective: Objective) -> list[Objective]:
-    if isinstance(objective, Sum):
-        return _addends(objective.first) + _addends(objective.second)
-    return [objective]
 
 
 class Beside(Adapt):

@@ -1,53 +1,161 @@
-"""What cannot be trained is refused when the recipe is read: an objective that its architecture cannot serve.
+"""What cannot be trained is refused when the recipe is read: an objective that its architecture cannot serve, or that its
+segment does not feed.
 
 >>> from firth.model.shape import decoder
 >>> from firth.objectives.mlm import MLM
+>>> from firth.objectives.nsp import NSP
+>>> from firth.recipes.segments import Pieces
 >>> refuse_misfit(MLM(), decoder(vocab=10, width=64, depth=1))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ...
-firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false ...
+firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false, ...
+>>> refuse_unfed(NSP() + MLM(), Pieces())
+Traceback (most recent call last):
+...
+firth.types.UserError: objective nsp needs first, other and second in an example, and segment pieces gives tokens: take segment=pairs
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from firth import objectives
+from firth.model.hollow import hollow
 from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, Sum
-from firth.recipes.segments import SEGMENTS, Segment
+from firth.objectives.objective import WAYS, Objective
+from firth.recipes import labelled, labels, segments, tree
+from firth.recipes.segments import Segment
 from firth.types import UserError
 
-NEEDS: dict[Reads, tuple[str, str]] = {
-    "left": ("reads a text from left to right", "set shape.causal=true and shape.encoder=0 (a decoder)"),
-    "both": ("reads a text from both sides", "set shape.causal=false (an encoder)"),
-    "free": ("reads a text in an order of its own", "take attention with shape.causal=false"),
-    "prefix": ("reads a prompt both ways and writes on in one row", "take attention with shape.causal=false"),
-    "apart": (
-        "reads a text from left to right and from right to left, by two readers who do not meet",
-        "set shape.recurrent=lstm, shape.causal=false and shape.apart=true",
-    ),
-    "alone": ("reads each token by itself", "set shape.depth=0, shape.position=none and shape.norm_at=post"),
-    "source": ("reads a source and writes an answer", "set shape.encoder (an encoder-decoder)"),
-    "latent": ("squeezes a text through a latent", "set shape.encoder and shape.latent (a variational autoencoder)"),
-}
-"""A way of reading -> what the objective does, and the shape that serves it."""
+SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS
+"""Name in a recipe -> class."""
+
+RECIPE: dict[Reads, str] = {
+    "left": "gpt (a decoder)", "both": "roberta (an encoder)", "free": "xlnet (an encoder)",
+    "prefix": "prefix_lm (attention both ways)", "source": "t5 (an encoder-decoder)",
+    "apart": "elmo (two LSTMs)", "alone": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
+}  # fmt: skip
+"""A way of reading -> a recipe whose shape serves it."""
 
 
-def refuse_misfit(objective: Objective, shape: Shape) -> None:
-    """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks."""
-    reads = objective.reads()
+def refuse_misfit(objective: Objective, shape: Shape, segment: Segment | None = None, fixed: bool = False) -> None:
+    """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks.
+
+    segment: what else would fit has to be fed by it. fixed: whether the shape is that of the weights to begin from.
+    """
+    name, reads = _name(objective), objective.reads()
     if reads in shape.honours:
         if lacking := objective.lacks(shape):
-            raise UserError(f"objective {_name(objective)} cannot be trained with this shape: {lacking}")
+            raise UserError(f"objective {name} cannot be trained with this shape: {lacking}")
         return
-    does, remedy = NEEDS[reads]
-    known = {name: objectives.find(name)() for name in objectives.OBJECTIVES}
-    served = sorted(
-        name for name, one in known.items() if one.reads() in shape.honours - {"any"} and not one.lacks(shape)
-    )
+    told = "" if fixed else _settings(objective, shape)
+    remedy = f"set {told}" if told else f"{'start' if fixed else 'begin'} from the recipe {RECIPE[reads]}"
+    others = [one for one in _served(shape) if type(one) is not type(objective)]
+    served = [one for one in others if segment is None or _fed(one, segment)] or others
+    offered = ", ".join(sorted(_name(one) for one in served))
     raise UserError(
-        f"objective {_name(objective)} {does}, which {shape.noun} cannot: {remedy}, "
-        f"or take an objective that it serves: {', '.join(served)}"
+        f"objective {name} {WAYS[reads]}, which {shape.noun} cannot: {remedy}"
+        + (f", or take an objective that it serves: {offered}" if offered else "")
     )
+
+
+def _served(shape: Shape) -> Iterator[Objective]:
+    """The objectives with a way of reading of their own that a shape serves."""
+    for name in objectives.OBJECTIVES:
+        one: Objective = objectives.find(name)()
+        if one.reads() in shape.honours - {"any"} and one.alone and not one.lacks(shape):
+            yield one
+
+
+def _settings(objective: Objective, shape: Shape) -> str:
+    """The fewest settings by which a shape comes to serve an objective; empty where it takes another architecture."""
+    wanted: dict[Reads, dict[str, bool | int]] = {
+        "left": {"causal": True, "encoder": 0, "latent": 0, "linformer": 0, "apart": False},
+        "both": {"causal": False, "encoder": 0, "latent": 0},
+        "free": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
+        "prefix": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
+        "source": {"causal": True, "encoder": shape.encoder or shape.depth, "latent": 0, "linformer": 0},
+        "apart": {"causal": False, "apart": True},
+    }
+    told = tree.plain(shape)
+    changes = {name: value for name, value in wanted.get(objective.reads(), {}).items() if told.get(name) != value}
+    try:
+        changed: Shape = tree.build(Shape, told | changes)
+    except UserError:
+        return ""
+    if objective.reads() not in changed.honours or objective.lacks(changed):
+        return ""
+    return _listed(f"shape.{name}={str(value).lower()}" for name, value in changes.items())
+
+
+def refuse_unfed(objective: Objective, segment: Segment, shape: Shape | None = None) -> None:
+    """Raise a UserError if the examples lack what the objective needs, or if it asks nothing of them, or if an addend of it
+    loses what another asks. What would fit has to suit the shape, if there is one."""
+    fault = _fault(objective, segment)
+    if not fault and shape is not None and objective.borrows:
+        with hollow():
+            lent = objective.parts(shape)
+        if lacking := objective.borrows - lent.keys():
+            names = ", ".join(objectives.name_of(type(one)) for one in objective.addends())
+            raise UserError(
+                f"no addend of the objective [{names}] has the part {_listed(lacking)} that it reads with: add mlm"
+            )
+    if fault:
+        raise UserError(f"{fault}: {_feeding(objective, segment, shape)}")
+
+
+def _fault(objective: Objective, segment: Segment) -> str:
+    """What is wrong with an objective's food, if anything."""
+    given, asked = segment.given, frozenset[str]()
+    read = frozenset[str]().union(*(one.needs(given) for one in objective.addends()))
+    if segment.wants - read:
+        told = _listed(segment.wants)
+        return f"segment {_name_of(segment)} is for those who read {told}, and objective {_name(objective)} does not"
+    for one in objective.addends():
+        if lacking := one.needs(given) - given:
+            told = f"segment {_name_of(segment)} gives" if given == segment.given else "what stands before it lays out"
+            needed = one.needs(given) if given == segment.given else lacking
+            return f"objective {_name(one)} needs {_listed(needed)} in an example, and {told} {_listed(given) or 'nothing'}"
+        own = asked | frozenset(one.targets.values())
+        given = one.hands_on(given)
+        if lost := own - given:
+            return f"objective {_name(one)} lays an example out anew, so that {_listed(lost)} of what stands before it is lost"
+        if twice := asked.intersection(one.targets.values()):
+            return f"objective {_name(one)} asks {_listed(twice)}, which what stands before it asks too"
+        asked = own
+    return "" if objective.alone else f"objective {_name(objective)} asks nothing of a text by itself"
+
+
+def _fed(objective: Objective, segment: Segment) -> bool:
+    return not _fault(objective, segment)
+
+
+def _feeding(objective: Objective, segment: Segment, shape: Shape | None) -> str:
+    """What mends it: another segment, or an objective to add it to."""
+    if fitting := _segments(objective):
+        return f"take {fitting}"
+    if len(objective.addends()) > 1:
+        return "train with one of them, or put them into another order"
+    elsewhere = ""
+    for name in objectives.OBJECTIVES:
+        try:
+            both = objectives.find(name)() + objective
+        except UserError:
+            continue
+        if shape is not None and (both.reads() not in shape.honours or both.lacks(shape)):
+            continue
+        told = f"write objective=[{name}, {_name(objective)}]"
+        if _fed(both, segment):
+            return told
+        if not elsewhere and (fitting := _segments(both)):
+            elsewhere = f"{told} and take {fitting}"
+    return elsewhere or "no segment gives that, so it can be trained from Python alone"
+
+
+def _segments(objective: Objective) -> str:
+    """The segments that feed an objective and give the least besides, as one writes them."""
+    fitting = {name: len(kind().given) for name, kind in SEGMENTS.items() if _fed(objective, kind())}
+    return " or ".join(f"segment={name}" for name, n in fitting.items() if n == min(fitting.values()))
 
 
 def refuse_cut(objective: Objective, shape: Shape, *, pack: int, accumulate: int, ranks: int = 1) -> None:
@@ -75,16 +183,23 @@ def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
         )
     if shape.memory and not segment.remembers:
         told = ", ".join(name for name, kind in SEGMENTS.items() if kind.remembers)
-        mine = next((name for name, kind in SEGMENTS.items() if kind is type(segment)), type(segment).__name__)
         raise UserError(
-            f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {mine} does not give: "
-            f"take segment={told}, or set shape.memory=0"
+            f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {_name_of(segment)} does "
+            f"not give: set shape.memory=0, or take segment={told}"
         )
 
 
 def _name(objective: Objective) -> str:
     """As a recipe calls it; the addend that makes the demand, of a sum."""
-    while isinstance(objective, Sum):
-        objective = objective.second if objective.first.reads() == "any" else objective.first
-    known = (name for name in objectives.OBJECTIVES if objectives.find(name) is type(objective))
-    return next(known, type(objective).__name__)
+    addends = objective.addends()
+    demanding = next((one for one in addends if one.reads() != "any"), addends[-1])
+    return objectives.name_of(type(demanding))
+
+
+def _name_of(segment: Segment) -> str:
+    return next((name for name, kind in SEGMENTS.items() if kind is type(segment)), type(segment).__name__)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = sorted(names) or [""]
+    return f"{', '.join(most)} and {last}" if most else last

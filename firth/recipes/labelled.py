@@ -64,6 +64,10 @@ class Told(labelled.TextFields, Framed):
     """Records with something told of a text."""
 
     @property
+    def given(self) -> frozenset[str]:
+        return self.gives | {"segments"} if self.pair else self.gives
+
+    @property
     def read_fields(self) -> tuple[str, ...]:
         return (self.text, self.pair) if self.pair else (self.text,)
 
@@ -75,6 +79,8 @@ class Told(labelled.TextFields, Framed):
 @dataclass(frozen=True)
 class Labelled(Told):
     """Records with a class, in the field `label`."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
 
     def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labelled.Labelled:
         return labelled.Labelled(paths, material.tokenizer, self.length, self, classes=classes)
@@ -106,6 +112,8 @@ class Labelled(Told):
 class Scored(Told):
     """Records with a number, in the field `label`; the others as of `labelled`."""
 
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
+
     def _read(self, paths: Sequence[str], material: Material) -> labelled.Scored:
         return labelled.Scored(paths, material.tokenizer, self.length, self)
 
@@ -126,6 +134,8 @@ class Scored(Told):
 @dataclass(frozen=True)
 class Chosen(labelled.OptionFields, Framed):
     """Records with options, one of them right."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"options", "label"})
 
     @property
     def read_fields(self) -> tuple[str, ...]:
@@ -150,6 +160,8 @@ class Chosen(labelled.OptionFields, Framed):
 @dataclass(frozen=True)
 class Tagged(labelled.TagFields, Framed):
     """Records with a tag for each word."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "tags"})
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
 
@@ -176,6 +188,8 @@ class Tagged(labelled.TagFields, Framed):
 class Questions(Framed):
     """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
     question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "segments", "start", "end"})
 
     length: int = 384
     stride: int = 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from firth.align.annotate import annotate
 from firth.data.few import Unlabelled, few_of
@@ -22,9 +23,15 @@ from firth.types import Example, UserError
 
 @dataclass(frozen=True)
 class Around(Segment):
-    """What another segment reads, seen otherwise."""
+    """What another segment reads, seen otherwise, and what is said of it beside."""
+
+    gives: ClassVar[frozenset[str]] = frozenset()
 
     of: Segment = Labelled()
+
+    @property
+    def given(self) -> frozenset[str]:
+        return self.of.given | self.gives
 
     @property
     def longest(self) -> int:
@@ -68,6 +75,9 @@ class Partly(Around):
 class Taught(Around):
     """Partly labelled records, with what a teacher says of each text. teacher: the run of a classifier."""
 
+    gives: ClassVar[frozenset[str]] = frozenset({"taught"})
+    wants: ClassVar[frozenset[str]] = frozenset({"label"})
+
     of: Segment = Partly()
     teacher: str = ""
 
@@ -88,6 +98,9 @@ class Voted(Around):
     """Records with one true label each, seen through `annotators` simulated ones who are right with probability
     `accuracy`; held-out records keep the truth."""
 
+    gives: ClassVar[frozenset[str]] = frozenset({"votes"})
+    wants: ClassVar[frozenset[str]] = frozenset({"label"})
+
     annotators: int = 5
     accuracy: float = 0.7
 
@@ -103,6 +116,8 @@ class Voted(Around):
 @dataclass(frozen=True)
 class Votes(Framed):
     """Records with a list of labels in the field `votes`, by as many annotators as there are."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "label", "votes"})
 
     text: str = "text"
     votes: str = "labels"

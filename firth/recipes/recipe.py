@@ -22,9 +22,9 @@ from typing import Any, Literal
 from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
-from firth.recipes import labelled, labels, segments, tree
+from firth.recipes import tree
 from firth.recipes.adapt import ADAPTS, Adapt, Full, refuse_adapt
-from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
+from firth.recipes.fits import SEGMENTS, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
 from firth.recipes.segments import Segment
@@ -162,7 +162,6 @@ tree.KINDS[Objective] = tree.Kinds(
     part=lambda total: (total.first, total.second),
 )
 tree.KINDS[Adapt] = tree.Kinds("way to adapt", lambda: list(ADAPTS), ADAPTS.__getitem__)
-SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS
 tree.SHORT[Text] = "path"
 tree.KINDS[Segment] = tree.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
 
@@ -203,7 +202,8 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines, said))
     refuse_adapt(recipe.adapt, recipe.start)
     if recipe.shape is not None:
-        refuse_misfit(recipe.objective, recipe.shape)
+        refuse_misfit(recipe.objective, recipe.shape, recipe.segment)
         refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.room, accumulate=recipe.batch.accumulate)
         refuse_memory(recipe.shape, recipe.segment, recipe.batch.room)
+    refuse_unfed(recipe.objective, recipe.segment, recipe.shape)
     return recipe

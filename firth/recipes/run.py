@@ -28,7 +28,7 @@ from firth.model.weights import load_model, refuse_larger, save_model, start_fro
 from firth.recipes import card, classes, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
-from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit
+from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.held import Held, vocab
 from firth.recipes.material import Echo, Material, train_tokenizer
 from firth.recipes.recipe import Recipe
@@ -250,9 +250,11 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     segment = recipe.segment.within(shape.context)
     objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
-    refuse_misfit(objective, shape)
+    refuse_misfit(objective, shape, segment, fixed=bool(recipe.start))
+    refuse_unfed(objective, segment, shape)
     if (reads := objective.reads()) != "any":
-        shape = dataclasses.replace(shape, prefix_lm=reads == "prefix")
+        # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
+        shape = dataclasses.replace(shape, causal=shape.causal or reads == "left", prefix_lm=reads == "prefix")
     packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
     batch = recipe.batch.laid(segment.longest, packs)
     refuse_memory(shape, segment, batch.room)
@@ -292,9 +294,11 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
     with torch.random.fork_rng():
         for prompt in recipe.samples:
+            if not opened.suits(prompt):  # a recipe's own samples need not suit what a user trains it for
+                continue
             try:
                 text = opened.sample(prompt, sampling)
-            except UserError as error:  # a recipe's own samples need not suit a user's words: no reason to stop a run
+            except UserError as error:  # nor a user's words: no reason to stop a run
                 text = f"({error})"
             rows.append({"step": step, "prompt": prompt, "text": text})
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -30,6 +30,7 @@ from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.objectives.dpo import comparison, reference
 from firth.objectives.objective import Objective
+from firth.objectives.ppo import PER_TOKEN
 from firth.recipes import classes
 from firth.recipes.material import Material
 from firth.types import UserError
@@ -62,10 +63,18 @@ class Cut:
 class Segment:
     """One way to cut the material. Subclasses are frozen dataclasses.
 
-    remembers: whether it gives the tokens before each row, which a model with memory reads.
+    remembers: whether it gives the tokens before each row, which a model with memory reads. gives: the fields that every
+    example to learn from holds. wants: those of them that an objective has to read for the segment to be of use.
     """
 
     remembers: ClassVar[bool] = False
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    wants: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def given(self) -> frozenset[str]:
+        """What it gives as it is set."""
+        return self.gives
 
     @property
     def longest(self) -> int:
@@ -168,6 +177,8 @@ class Pieces(Segment):
 class Pairs(Segment):
     """Two neighbouring segments and a stranger, together at most `length` tokens: whole sentences, or cut anywhere."""
 
+    gives: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
+
     length: int = 128
     sentences: bool = True
 
@@ -181,6 +192,8 @@ class Pairs(Segment):
 @dataclass(frozen=True)
 class Words(Segment):
     """Windows of running text with how often each word stays and is drawn as noise (`firth.data.words`): word2vec."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
 
     length: int = 512
     sample: float = 1e-3
@@ -203,6 +216,8 @@ class Dialogues(Segment):
     prompt, answer_is: how a question and its answer are made of a record's fields; empty: as the record has them.
     """
 
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
+
     length: int = 256
     prompt: str = ""
     answer_is: str = ""
@@ -221,6 +236,8 @@ class Prompted(Segment):
 
     prompt, answer_is: how both are made of a record's fields, "translate to French: {en}"; empty: as the record has them.
     """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"source", "target"})
 
     length: int = 256
     answer: int = 128
@@ -243,9 +260,15 @@ class Prompted(Segment):
         return recorded(material, read)
 
 
+COMPARED = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
+"""The fields of two answers to one prompt."""
+
+
 @dataclass(frozen=True)
 class Preferences(Segment):
     """Records with a prompt, a chosen and a rejected answer."""
+
+    gives: ClassVar[frozenset[str]] = COMPARED
 
     length: int = 256
 
@@ -256,6 +279,8 @@ class Preferences(Segment):
 @dataclass(frozen=True)
 class Sampled(Segment):
     """Comparisons of answers that a model of ours has sampled, with the very tokens it wrote (`firth.align.rewards`)."""
+
+    gives: ClassVar[frozenset[str]] = COMPARED
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         def read(paths: Sequence[str]) -> Source:
@@ -269,6 +294,10 @@ class Referenced(Segment):
     """Comparisons with the log-probabilities that the model they start from gives to both answers: what DPO reads."""
 
     pairs: Segment = Preferences()
+
+    @property
+    def given(self) -> frozenset[str]:
+        return self.pairs.given | {"reference"}
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         model = load_model(needed(material.start, "start", "the model that DPO starts from and is held to"))
@@ -291,6 +320,9 @@ class Rollouts(Segment):
     the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
     truth: a second such function that is measured and not learnt from. credit: "gae" for PPO, "group" for REINFORCE.
     """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
+    wants: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     answers: int = 64
     group: int = 1

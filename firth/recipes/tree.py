@@ -244,6 +244,9 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         place = result
         for parent in parents:
             inner = place.get(parent)
+            if isinstance(inner, list) and last != "kind" and (addend := _addend(inner, last, name)) is not None:
+                place = addend
+                continue
             if isinstance(inner, str):
                 inner = {"kind": inner}
             elif not isinstance(inner, dict):
@@ -256,6 +259,30 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             value = text
         place[last] = value
     return result
+
+
+def _addend(addends: list[Any], field: str, name: str) -> Any:
+    """The one of several kinds in a list that has a field: it takes the setting. UserError where none has it, or several.
+
+    What is no list of kinds is no place for a setting, and `build` will say so: None.
+    """
+    kinds = next((kinds for kinds in KINDS.values() if kinds.join), None)
+    told = [{"kind": one} if isinstance(one, str) else one for one in addends]
+    if kinds is None or not all(isinstance(one, dict) and one.get("kind") in kinds.names() for one in told):
+        return None
+    addends[:] = told
+    fields = {one["kind"]: [f.name for f in dataclasses.fields(kinds.find(one["kind"])) if f.init] for one in told}
+    having = [one for one in told if field in fields[one["kind"]]]
+    if len(having) == 1:
+        return having[0]
+    told_of = f"{name}: the {kinds.noun} is the list [{', '.join(fields)}]"
+    if not having:
+        raise UserError(
+            f"{told_of}, and none has a field {field!r}{_nearest(field, sorted({f for of in fields.values() for f in of}))}"
+        )
+    raise UserError(
+        f"{told_of}, and {' and '.join(one['kind'] for one in having)} have a field {field!r}: write {name.rpartition('.')[0]}=[...]"
+    )
 
 
 def _copy(value: Any) -> Any:

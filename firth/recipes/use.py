@@ -46,13 +46,19 @@ class Opened:
         prompts = [opening(self.tokenizer, text, self.model) for text in texts]
         return [c.text for c in self.engine.generate(prompts, sampling)]
 
+    def suits(self, text: str) -> bool:
+        """Whether the model can do what a text asks of it: only some fill gaps, and only some have a latent."""
+        if MASK in text:
+            return self.model.speaks and not self.model.shape.causal
+        return self.model.shape.latent > 0 or not (TO in text or PRIOR in text)
+
     def sample(self, text: str, sampling: Sampling) -> str:
         """What the model makes of a text: it fills the gaps in it, continues it, or names the words that are near."""
         if MASK in text:
             return self.fill_gaps(text, 5)
         if TO in text or PRIOR in text:
             return self.between(text, sampling)
-        if "lm" in self.model.parts:
+        if self.model.speaks:
             return self.continue_text([text], sampling)[0]
         # A recipe's words need not stand in a user's text: that is no reason to end a run.
         return self.near(text, 8) if vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
@@ -104,9 +110,9 @@ def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
 def open_run(directory: Path, weights: str | None = None) -> Opened:
     """The model of a run or model directory, its weights as stored or as told; UserError where it cannot write."""
     subject = open_subject(directory)
-    if "lm" not in subject.model.parts:
+    if not subject.model.speaks:
         raise UserError(
-            f"{directory}: this model has no vocabulary head, so it cannot write; it has {list(subject.model.parts)}"
+            f"{directory}: no vocabulary head reads this model's states, so it cannot write; it has {list(subject.model.parts)}"
         )
     engine = Engine(subject.model, subject.tokenizer, weights=weights)
     return Opened(engine.model, subject.tokenizer, engine)

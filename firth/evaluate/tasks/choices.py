@@ -32,7 +32,7 @@ class Question:
 
 def source(subject: Subject, paths: Sequence[str]) -> list[Question]:
     """The questions of the files; UserError with the file and line of a record that is none."""
-    if reads_of(subject.model.shape) == "masked" or "lm" not in subject.model.parts:
+    if reads_of(subject.model.shape) == "masked" or not subject.model.speaks:
         raise UserError(f"{subject.directory}: this model writes no text, so no option follows a prompt: use a decoder")
     return [question(record, place) for place, record in records(paths)]
 

@@ -1,0 +1,172 @@
+"""Every objective with every segment: refused in one sentence that mends it, or trained, from real files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from firth import objectives
+from firth.data.batch import Batches
+from firth.model.lm import LM
+from firth.model.shape import Reads, Shape, decoder, encoder, encoder_decoder, recurrent, vectors
+from firth.model.weights import save_model
+from firth.objectives.classification import Classification
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.reward import Ranking
+from firth.recipes.fits import SEGMENTS, refuse_unfed
+from firth.recipes.labels import Partly, Taught
+from firth.recipes.material import Material, Text, train_tokenizer
+from firth.recipes.segments import Cut, Pairs, Pieces, Rollouts, Segment, Windows
+from firth.text.tokenizer import Tokenizer
+from firth.train.step import step
+from firth.types import UserError
+
+WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
+SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
+SHAPES: dict[Reads, Shape] = {
+    "any": encoder(**SIZES), "both": replace(encoder(**SIZES), dropout=0.1), "left": decoder(**SIZES),
+    "free": encoder(**SIZES), "source": encoder_decoder(**SIZES), "latent": replace(encoder_decoder(**SIZES), latent=32),
+    "apart": replace(recurrent(400, 32, 1), causal=False, apart=True, tied=False, hidden=0), "alone": vectors(400, 16),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with records of every kind, a tokenizer, and two models to begin from."""
+
+    folder: Path
+    tokenizer: Tokenizer
+
+    def segment(self, name: str) -> Segment:
+        """A segment of this name, as small as it comes."""
+        changed = {
+            "windows": Windows(length=16), "pieces": Pieces(length=24), "pairs": Pairs(length=24),
+            "partly": Partly(few=4), "taught": Taught(of=Partly(few=4), teacher=str(self.folder / "classifier")),
+            "rollouts": Rollouts(answers=4, epochs=1, max_new=3, scorer="builtins:len"),
+        }  # fmt: skip
+        return changed.get(name) or SEGMENTS[name]()
+
+    def cut(self, name: str, objective: Objective, shape: Shape) -> tuple[Cut, Objective]:
+        """Its examples, as a run cuts them, and the objective that knows them."""
+        file = next(path for path in sorted(self.folder.glob("*.*")) if name in path.stem.split("-"))
+        start = str(self.folder / ("left" if shape.causal else "classifier"))
+        source = Text(path=(str(file),), split="line")
+        place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "taught" else "")
+        material = Material(source, self.tokenizer, place, start, rows=2, echo=lambda _: None)
+        segment = self.segment(name)
+        told = segment.settle(objective, material).fitted(shape)
+        return segment.cut(material, told), told
+
+
+def sentence(rng: np.random.Generator, n: int = 9) -> str:
+    return " ".join(rng.choice(WORDS, n))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder, rng = tmp_path_factory.mktemp("fed"), np.random.default_rng(0)
+    some = [sentence(rng) for _ in range(24)]
+    texts = folder / "windows-pieces-pairs-words.txt"
+    texts.write_text("\n".join(f"{one}. {two}." for one in some for two in some[:4]))
+
+    def write(name: str, record: Callable[[int], object]) -> None:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(12)))
+
+    write("labelled-partly-taught-voted", lambda i: {"text": some[i], "label": "ab"[i % 2]})
+    write("votes", lambda i: {"text": some[i], "labels": ["a", "b", "ab"[i % 2]]})
+    write("scored", lambda i: {"text": some[i], "label": float(i)})
+    write("tagged", lambda i: {"tokens": some[i].split(), "tags": ["a"] * len(some[i].split())})
+    write("chosen", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
+    write("dialogues-prompted-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
+    write("preferences-referenced", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
+    side = {"text": "x", "tokens": [50, 51], "finished": True}
+    write("sampled", lambda i: {"prompt": [60, 61], "margin": 1.0, "chosen": side, "rejected": side})
+    asked = [{"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)]
+    write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
+    train_tokenizer([str(texts)], folder / "tok", algorithm="byte-bpe", size=400, echo=lambda _: None)
+    tokenizer = Tokenizer.load(folder / "tok")
+    for name, shape, objective in (
+        ("left", SHAPES["left"], objectives.find("ppo")()),
+        ("classifier", SHAPES["any"], Classification(classes=("a", "b")) + MLM()),
+    ):
+        torch.manual_seed(0)
+        save_model(LM(shape, objective.parts(shape)), tokenizer, folder / name)
+    return Place(folder, tokenizer)
+
+
+def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Tensor]:
+    """One step of training on what a segment gives."""
+    shape = SHAPES[objective.reads()]
+    cut, told = place.cut(name, objective, shape)
+    torch.manual_seed(0)
+    model = LM(shape, told.parts(shape))
+    cut.train.prepare(model, 0)
+    vocab = place.tokenizer.vocab.starting(shape.decoder_start)
+    return step(model, told, Batches(cut.train, told, vocab, rows=2, seed=0).batches(0))
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
+    cut, _ = place.cut(name, Classification(classes=("a", "b")), SHAPES["left"])
+    cut.train.prepare(LM(SHAPES["left"], objectives.find("ppo")().parts(SHAPES["left"])), 0)
+    for i in range(len(cut.train)):
+        missing = place.segment(name).given - cut.train[i].keys()
+        assert missing <= {"taught"} and not missing, (name, i, missing)
+
+
+def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objective, str]]:
+    """What a refusal offers: an objective and a segment each."""
+    remedy = said.rpartition(": ")[2]
+    if found := re.search(r"objective=\[(\w+), (\w+)\]", remedy):
+        objective = objectives.find(found[1])() + objectives.find(found[2])()
+    segments = re.findall(r"segment=(\w+)", remedy)
+    return [(objective, name) for name in segments or [segment] * bool(found)]
+
+
+@pytest.mark.parametrize("segment", SEGMENTS)
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> None:
+    objective = objectives.find(name)()
+    try:
+        refuse_unfed(objective, place.segment(segment))
+    except UserError as refusal:
+        said = str(refusal)
+        assert f"objective {name} " in said and "\n" not in said
+        remedies = mended(objective, segment, said)
+        assert remedies or type(objective) is Ranking
+        for one, other in remedies:
+            refuse_unfed(one, place.segment(other))
+        return
+    terms = trained(place, segment, objective)
+    assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.targets.keys()
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
+    """In the order in which they are written, on the first segment that feeds both."""
+    trained_with = 0
+    for other in objectives.OBJECTIVES:
+        try:
+            both = objectives.find(name)() + objectives.find(other)()
+        except UserError:
+            continue
+        for segment in SEGMENTS:
+            try:
+                refuse_unfed(both, place.segment(segment), SHAPES[both.reads()])
+            except UserError:
+                continue
+            try:
+                assert trained(place, segment, both).keys() >= both.targets.keys()
+            except UserError as refusal:  # how it is read was open until the shape was known
+                assert str(refusal).startswith(f"cannot add {name}+{other}: one reads")  # noqa: PT017
+            trained_with += 1
+            break
+    assert trained_with or name in ("sbo", "penalty", "word2vec", "vae", "mixed", "ranking")
