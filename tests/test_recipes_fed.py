@@ -21,10 +21,11 @@ from firth.objectives.classification import Classification
 from firth.objectives.mlm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.reward import Ranking
+from firth.recipes.aligned import Rollouts
 from firth.recipes.fits import SEGMENTS, refuse_unfed
 from firth.recipes.labels import Partly, Taught
 from firth.recipes.material import Material, Text, train_tokenizer
-from firth.recipes.segments import Cut, Pairs, Pieces, Rollouts, Segment, Windows
+from firth.recipes.segments import Cut, Pairs, Pieces, Segment, Windows
 from firth.text.tokenizer import Tokenizer
 from firth.train.step import step
 from firth.types import UserError
@@ -33,7 +34,8 @@ WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "
 SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
 SHAPES: dict[Reads, Shape] = {
     "any": encoder(**SIZES), "both": replace(encoder(**SIZES), dropout=0.1), "left": decoder(**SIZES),
-    "free": encoder(**SIZES), "source": encoder_decoder(**SIZES), "latent": replace(encoder_decoder(**SIZES), latent=32),
+    "free": encoder(**SIZES), "prefix": encoder(**SIZES), "source": encoder_decoder(**SIZES),
+    "latent": replace(encoder_decoder(**SIZES), latent=32),
     "apart": replace(recurrent(400, 32, 1), causal=False, apart=True, tied=False, hidden=0), "alone": vectors(400, 16),
 }  # fmt: skip
 

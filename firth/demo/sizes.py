@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from firth.model.shape import decoder, encoder, encoder_decoder
 from firth.objectives.mlm import MLM
+from firth.recipes.aligned import Referenced, Rollouts, Sampled
 from firth.recipes.bert import roberta
 from firth.recipes.gpt import gpt
 from firth.recipes.labelled import Labelled
 from firth.recipes.recipe import Batch, Checks, Recipe
-from firth.recipes.segments import Dialogues, Pieces, Referenced, Rollouts, Sampled, Windows
+from firth.recipes.segments import Dialogues, Pieces, Windows
 from firth.recipes.t5 import t5
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length

@@ -23,11 +23,11 @@ from firth import objectives
 from firth.model.hollow import hollow
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import WAYS, Objective
-from firth.recipes import labelled, labels, segments, tree
+from firth.recipes import aligned, labelled, labels, segments, tree
 from firth.recipes.segments import Segment
 from firth.types import UserError
 
-SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS
+SEGMENTS = segments.SEGMENTS | labelled.SEGMENTS | labels.SEGMENTS | aligned.SEGMENTS
 """Name in a recipe -> class."""
 
 RECIPE: dict[Reads, str] = {

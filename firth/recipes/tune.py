@@ -16,8 +16,9 @@ from firth.objectives.ppo import PPO
 from firth.objectives.reinforce import Reinforce
 from firth.objectives.reward import Reward
 from firth.objectives.sft import SFT
+from firth.recipes.aligned import Referenced, Rollouts
 from firth.recipes.recipe import Batch, Checks, Recipe
-from firth.recipes.segments import Dialogues, Preferences, Referenced, Rollouts
+from firth.recipes.segments import Dialogues, Preferences
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
