@@ -34,7 +34,7 @@ class Size:
     width: int = 128
     depth: int = 3
     context: int = 256
-    steps: tuple[int, int, int] = (1600, 600, 600)
+    steps: tuple[int, int, int] = (1300, 480, 600)
     labels: int = 300
     held_labels: int = 1500
     classify_steps: int = 60
