@@ -149,3 +149,14 @@ def test_intervals_are_upright_lines_within_the_axes_and_stand_apart() -> None:
     assert float(found[2][1]) - float(found[1][1]) == pytest.approx(4.0, abs=0.11)  # px, at one x
     with pytest.raises(ValueError, match="2 y and 1 intervals"):
         Curve("x", (0, 1), (0, 1), spread=(0.1,))
+
+
+def test_points_that_are_all_but_level_do_not_stand_far_apart() -> None:
+    """Runs of 6.00e12 and 6.02e12 FLOPs are of one compute."""
+    curves = tuple(
+        Curve(str(x), np.array([x]), np.array([y]), points=True) for x, y in ((6.00e12, 0.2), (6.02e12, 0.3))
+    )
+    picture = svg(Figure("t", "x", "y", curves))
+    at = [float(x) for x in re.findall(r'<circle [^>]*cx="([\d.]+)"', picture)]
+    assert len(at) == 2 and abs(at[1] - at[0]) < 20
+    assert ">0<" in picture

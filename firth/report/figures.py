@@ -270,6 +270,8 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
         y_ticks = linear_ticks(y_low, y_high, 5 if box.height > 240 else 4)
         y_low, y_high = y_ticks[0], y_ticks[-1]
     left = max((len(t) for t in labels(y_ticks)), default=1) * _GLYPH + 8
+    if not figure.log_x and 0 < 0.8 * x_high < x_low:
+        x_low = 0.0  # points that are all but level would stand far apart
     if x_high <= x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
     elif any(curve.spread for curve in figure.curves) and not figure.log_x:  # room for points that stand apart

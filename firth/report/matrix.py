@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-CELL, LETTER, GAP = 46, 7.0, 6
+CELL, LETTER, GAP = 46, 8.5, 6
 
 
 @dataclass(frozen=True)
