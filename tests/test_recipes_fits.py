@@ -103,7 +103,20 @@ def mended(name: str, settings: list[str], said: str) -> tuple[str, list[str]]:
     return name, settings + written + re.findall(r"segment=\w+", remedy)[:1]
 
 
-RECIPES = ("gpt", "roberta", "bert", "t5", "lstm", "elmo", "word2vec", "linformer", "vae", "xlnet")
+RECIPES = (
+    "gpt",
+    "roberta",
+    "bert",
+    "t5",
+    "lstm",
+    "elmo",
+    "word2vec",
+    "linformer",
+    "vae",
+    "prefix_lm",
+    "xlnet",
+    "contrastive",
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)
