@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from text_packages import minilm
 from typer.testing import CliRunner
 
 from firth.cli import app
@@ -17,7 +18,6 @@ from firth.model.lm import LM
 from firth.model.published import bert
 from firth.model.shape import decoder, encoder_decoder
 from firth.model.weights import load_model, save_model
-from firth.text import corpora
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
 
@@ -63,9 +63,8 @@ def test_mean_pooling_is_theirs(tmp_path: Path, tokenizer: Tokenizer, unit: bool
     assert embed(model, tokenizer, TEXTS, length=5)[1] == [0, 1]
 
 
-@pytest.mark.skipif(not (corpora.cache() / "minilm").is_dir(), reason="firth fetch minilm")
 def test_minilm_s_vectors_are_sentence_transformers_own() -> None:
-    place = corpora.cache() / "minilm"
+    place = minilm()
     texts = [*TEXTS, "The quick brown fox jumps over the lazy dog. " * 40, "Ünïcode, naïve — 東京"]
     found, cut = embed(load_model(place), Tokenizer.load(place), texts, length=256)
     np.testing.assert_allclose(found, expected(place, texts, 256, unit=True), atol=1e-5)

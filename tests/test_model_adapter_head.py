@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from test_model_adapter_tasks import FAMILIES, answers, hidden, said, theirs_of
+from text_packages import minilm
 
 from firth.evaluate.predict import predict
 from firth.model import adapter
 from firth.model.weights import load_model
-from firth.text import corpora
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -123,9 +123,8 @@ def test_a_head_of_another_size_takes_the_place_of_the_base_s(tmp_path: Path) ->
     assert load_model(tmp_path / "base").parts["classes"][2].out_features == 2
 
 
-@pytest.mark.skipif(not (corpora.cache() / "minilm").is_dir(), reason="firth fetch minilm")
 def test_predict_takes_such_an_adapter_of_minilm(tmp_path: Path) -> None:
-    base = corpora.cache() / "minilm"
+    base = minilm()
     plan = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
     there = trained(base, "SequenceClassification", tmp_path / "theirs", plan, num_labels=3)
     texts = ["a fine film, and warm", "dull"]
