@@ -1,6 +1,8 @@
-"""Which of two segments comes first, on real text (SOP; ALBERT, Lan 2020, section 3.1): does it learn, and from what? CPU.
+"""Which of two segments comes first (SOP; ALBERT, Lan 2020, section 3.1), and are they neighbours (NSP), on the same pairs of
+real text: does it learn, and from what? CPU.
 
     python -m bench.learn_order --run              # from MiniLM, three seeds; about four minutes each on a free core
+    python -m bench.learn_order --run --only nsp   # one of the two
     python -m bench.learn_order --run --oracles    # what counting alone tells: seconds
     python -m bench.learn_order --table            # markdown for docs/results.md
 
@@ -8,7 +10,8 @@ Text: paragraphs of the Brown corpus of at most 64 tokens, cut at the end of a s
 sentences as ALBERT's are. A tenth of the 500 samples is held out whole, and every held-out pair is scored.
 
     untrained    MiniLM and a head of small random numbers
-    sop          the same after STEPS steps
+    sop, nsp     the same after STEPS steps; NSP's stranger is the second segment of a paragraph of another sample of Brown,
+                 of the same length or nearly, and as whole
     words        logistic regression on the very same pairs: which words are in which segment, and at their ends; the best of
                  three regularisations, chosen on the held-out pairs, in its favour
     junction     the running text in segments cut anywhere (`firth.data.segment.Pairs`): of the two words that meet in the
@@ -43,6 +46,8 @@ from firth.data.source import Source
 from firth.data.split import split
 from firth.model.lm import LM
 from firth.model.weights import load_model, start_from
+from firth.objectives.nsp import NSP
+from firth.objectives.pair import Pair
 from firth.objectives.sop import SOP
 from firth.recipes.material import Material
 from firth.recipes.material import Text as Where
@@ -61,6 +66,7 @@ CORPUS, HELD = "brown", 0.1
 LENGTH, ROWS, STEPS = 64, 32, 120
 RATE = 1e-4
 """AdamW's. A head ten times as quick (2e-3 beside 2e-4) learnt nothing in 60 steps."""
+OBJECTIVES: dict[str, Pair] = {"sop": SOP(), "nsp": NSP()}
 LAST = 30
 """Steps at the end whose training loss is averaged."""
 
@@ -85,23 +91,44 @@ def sentences(text: str) -> list[str]:
 
 class Paragraphs(Source):
     """Paragraphs of two sentences or more that fit into `length` tokens as a pair, cut after one of their sentences:
-    {"first", "second"}. Where, is fixed by the place in the text."""
+    {"first", "second", "other"}. Where, and which other, is fixed by the place in the text."""
 
-    def __init__(self, texts: Iterator[str], tokenizer: Tokenizer, length: int) -> None:
+    NEAR = 10
+    """The stranger is one of so many seconds that are as long or just shorter."""
+
+    def __init__(self, texts: Iterator[tuple[str, str]], tokenizer: Tokenizer, length: int) -> None:
+        """texts: the name of a document, and a paragraph of it."""
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.of: list[str] = []
         draws = Draws(0, "sentences")
-        for i, text in enumerate(texts):
+        for i, (name, text) in enumerate(texts):
             parts = [np.array(tokenizer.encode(s), np.int32) for s in sentences(text) if s.strip()]
             if len(parts) > 1 and sum(map(len, parts)) + 3 <= length:
                 cut = 1 + int(draws.at(0, i).random() * (len(parts) - 1))
                 self.pairs.append((np.concatenate(parts[:cut]), np.concatenate(parts[cut:])))
+                self.of.append(name)
+        self.by_length = sorted(range(len(self.pairs)), key=lambda i: len(self.pairs[i][1]))
+        self.rank = {i: place for place, i in enumerate(self.by_length)}
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
         first, second = self.pairs[index]
-        return {"first": first, "second": second}
+        return {"first": first, "second": second, "other": self.pairs[self._stranger(index)][1]}
+
+    def _stranger(self, index: int) -> int:
+        """Who is as long as the second of `index`, or the next shorter ones; of the shortest, who is just longer."""
+        place = self.rank[index]
+        equal = place
+        while equal + 1 < len(self) and self._length(equal + 1) == self._length(place):
+            equal += 1
+        order = [self.by_length[i] for i in (*range(equal, -1, -1), *range(equal + 1, len(self)))]
+        found = [i for i in order[: 20 * self.NEAR] if self.of[i] != self.of[index]][: self.NEAR]
+        return found[int(Draws(0, "strangers").at(0, index).random() * len(found))]
+
+    def _length(self, place: int) -> int:
+        return len(self.pairs[self.by_length[place]][1])
 
 
 def quiet(_: str) -> None:
@@ -114,7 +141,8 @@ def material() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
 
     def part(apart: bool) -> Paragraphs:
         documents = split(read.documents(corpora.paths(CORPUS, quiet)), HELD, held_out=apart)
-        return Paragraphs((p.replace("\n", " ") for d in documents for p in d.text.split("\n\n")), tokenizer, LENGTH)
+        paragraphs = ((d.name, p.replace("\n", " ")) for d in documents for p in d.text.split("\n\n"))
+        return Paragraphs(paragraphs, tokenizer, LENGTH)
 
     return tokenizer, part(False), part(True)
 
@@ -122,10 +150,10 @@ def material() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
 # ------------------------------------------------------------------------------- runs
 
 
-def one(seed: int) -> dict[str, Any]:
-    """SOP from MiniLM, once: its scores before and after."""
+def one(objective: Pair, seed: int) -> dict[str, Any]:
+    """SOP or NSP from MiniLM, once: its scores before and after."""
     tokenizer, learnt, held = material()
-    home, objective = corpora.fetch("minilm", echo=quiet), SOP()
+    home = corpora.fetch("minilm", echo=quiet)
     shape = load_model(home).shape
     torch.manual_seed(seed)
     model = LM(shape, objective.parts(shape))
@@ -208,19 +236,18 @@ def junction(length: int) -> dict[str, Any]:
 
 def table() -> str:
     """Every row with the binomial error of its held-out pairs."""
-    lines = ["| order of two segments of Brown | held-out pairs | accuracy | error of one run |", "|---|---|---|---|"]
-    runs = [json.loads(f.read_text("utf-8")) for f in sorted(RESULTS.glob("sop-seed*.json"))]
+    lines = ["| two segments of Brown | held-out pairs | accuracy | error of one run |", "|---|---|---|---|"]
 
     def row(name: str, held: int, accuracies: Sequence[float]) -> str:
         mean = statistics.mean(accuracies)
         each = ", ".join(f"{a:.3f}" for a in accuracies)
         return f"| {name} | {held} | {each} | {math.sqrt(mean * (1 - mean) / held):.3f} |"
 
-    if runs:
-        lines.append(row("untrained", runs[0]["held"], [r["before"]["order_accuracy"] for r in runs]))
-        lines.append(
-            row(f"SOP, {runs[0]['steps']} steps", runs[0]["held"], [r["after"]["order_accuracy"] for r in runs])
-        )
+    for name, objective in OBJECTIVES.items():
+        runs = [json.loads(f.read_text("utf-8")) for f in sorted(RESULTS.glob(f"{name}-seed*.json"))]
+        (measure,) = objective.measures
+        for when, said in (("before", "untrained"), ("after", f"{name}, {STEPS} steps")) if runs else ():
+            lines.append(row(said, runs[0]["held"], [r[when][measure] for r in runs]))
     if (RESULTS / "oracles.json").exists():
         oracles = json.loads((RESULTS / "oracles.json").read_text("utf-8"))
         lines += [row(name, found["held"], [found["accuracy"]]) for name, found in oracles.items()]
@@ -232,6 +259,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--oracles", action="store_true", help="with --run: the counts alone")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -244,12 +272,13 @@ def main() -> None:
             "running text cut anywhere, 48 tokens: the words that meet": junction(48),
         }
         (RESULTS / "oracles.json").write_text(json.dumps(found, indent=1))
-    for seed in given.seeds if given.run and not given.oracles else ():
-        file = RESULTS / f"sop-seed{seed}.json"
-        if not file.exists():
-            told = one(seed) | {"machine": describe(machine())}
-            file.write_text(json.dumps(told, indent=1))
-            print(f"seed {seed}: {told['seconds']:.0f} s, {told['after']}", flush=True)
+    for name in given.only if given.run and not given.oracles else ():
+        for seed in given.seeds:
+            file = RESULTS / f"{name}-seed{seed}.json"
+            if not file.exists():
+                told = one(OBJECTIVES[name], seed) | {"machine": describe(machine())}
+                file.write_text(json.dumps(told, indent=1))
+                print(f"{name}, seed {seed}: {told['seconds']:.0f} s, {told['after']}", flush=True)
     if given.table:
         print(table())
 

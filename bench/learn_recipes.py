@@ -2,6 +2,7 @@
 
     python -m bench.learn_recipes --run                  # all, one after the other: about 45 minutes on two cores; resumable
     python -m bench.learn_recipes --run --only bert t5   # some
+    python -m bench.learn_recipes --clock --only gpt     # 80 steps of some, to time those that ran beside other work
     python -m bench.learn_recipes --table                # markdown for docs/results.md
 
 Beside each the same model at its beginning: a rate of zero for one step, the same tokenizer and the same held-out text.
@@ -29,6 +30,8 @@ NAMES = (
     "mpnet", "linformer", "t5", "bart", "prefix_lm", "closed_book", "contrastive", "vae",
 )  # fmt: skip
 
+CLOCK = 80
+
 
 def measure(name: str, results: Path, settings: Sequence[str]) -> dict[str, Any]:
     """One recipe to its end and at its beginning: its steps, seconds and last metrics."""
@@ -44,11 +47,31 @@ def measure(name: str, results: Path, settings: Sequence[str]) -> dict[str, Any]
     }  # fmt: skip
 
 
+def clocked(name: str, results: Path) -> dict[str, Any]:
+    """CLOCK steps of a recipe, which is not the beginning of any: steps and seconds of training."""
+    before, cpu, clock = busy(), time.process_time(), time.perf_counter()
+    tokenizer = [f"tokenizer.path={path}" for path in (results / name / "tokenizer",) if path.exists()]
+    settings = [f"length.steps={CLOCK}", "checks.every=0", "checks.save=0", "samples=[]", *tokenizer]
+    done = run(load(name, settings), results / "clock" / name, echo=lambda _: None)
+    dirty = others(before, busy(), time.process_time() - cpu, time.perf_counter() - clock)
+    return {"steps": done.steps, "seconds": done.seconds, "others": dirty}
+
+
+def seconds(found: dict[str, Any], results: Path) -> str:
+    """Of training: the run's own if it was alone, else its steps at the pace of those that were timed (~)."""
+    quiet, path = (found["others"] or 0) <= DIRTY, results / "clock" / f"{found['name']}.json"
+    if quiet or not path.exists():
+        return f"{found['seconds']:.0f}{'' if quiet else '!'}"
+    timed = json.loads(path.read_text("utf-8"))
+    spoilt = "!" if (timed["others"] or 0) > DIRTY else ""
+    return f"~{timed['seconds'] / timed['steps'] * found['steps']:.0f}{spoilt}"
+
+
 def table(results: Path) -> str:
     """Markdown of what is there."""
     lines = [
-        "| recipe | steps | seconds | of training | held-out loss: as it begins | at its end | and |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | steps | seconds of training | held-out loss: as it begins | at its end | and |",
+        "|---|---|---|---|---|---|",
     ]
     facts = ""
     for name in NAMES:
@@ -56,7 +79,6 @@ def table(results: Path) -> str:
         if not path.exists():
             continue
         found = json.loads(path.read_text("utf-8"))
-        mark = "!" if (found["others"] or 0) > DIRTY else ""
         ends, begins = found["metrics"], found["untrained"]
         more = ", ".join(
             f"{key.removeprefix('valid/')} {begins[key]:.3f} -> {value:.3f}"
@@ -64,17 +86,21 @@ def table(results: Path) -> str:
             if key.startswith("valid/") and key != "valid/loss" and key in begins
         )
         lines.append(
-            f"| {name} | {found['steps']} | {found['wall']:.0f}{mark} | {found['seconds']:.0f} "
+            f"| {name} | {found['steps']} | {seconds(found, results)} "
             f"| {begins['valid/loss']:.3f} | {ends['valid/loss']:.3f} | {more} |"
         )
         facts = describe(found["machine"])
-    return "\n".join([*lines, "", f"(`!`: others used more than {DIRTY:.0%} of the machine.)", "", facts])
+    marks = (
+        f"(`!`: others used more than {DIRTY:.0%} of the machine. `~`: at the pace of {CLOCK} steps on a quiet one.)"
+    )
+    return "\n".join([*lines, "", marks, "", facts])
 
 
 def main() -> None:
     """Run or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true")
+    parser.add_argument("--clock", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--set", nargs="+", default=[], help="settings for all, such as length.steps=2: a try")
@@ -90,6 +116,12 @@ def main() -> None:
                 path.write_text(json.dumps(found, indent=1), encoding="utf-8")
                 print(f"{name}: {found['wall']:.0f} s, {found['untrained']['valid/loss']:.3f} -> "
                       f"{found['metrics']['valid/loss']:.3f}", flush=True)  # fmt: skip
+    for name in given.only if given.clock else ():
+        path = given.results / "clock" / f"{name}.json"
+        if not path.exists():
+            timed = clocked(name, given.results)
+            path.write_text(json.dumps(timed, indent=1), encoding="utf-8")
+            print(name, timed, flush=True)
     if given.table:
         print(table(given.results))
 
