@@ -64,7 +64,7 @@ def flops() -> dict[str, float]:
 
 def firth_phases(name: str) -> Phases:
     """The phases of firth's step, in order; each leaves what the next one needs."""
-    from firth.train.memory import keep_freed_memory
+    from firth.train.cpu import keep_freed_memory
     from firth.train.optimizer import Mover, Optimizer
     from firth.train.step import step
 

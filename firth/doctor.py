@@ -20,7 +20,7 @@ import torch
 
 from firth.train import precision
 from firth.train.log import short
-from firth.train.memory import keep_freed_memory
+from firth.train.cpu import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ import torch
 
 from firth.scaling import flops
 from firth.train import checkpoint, precision, state
+from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.distributed import Ranks
 from firth.train.guard import Stopped, alone_in, ctrl_c
 from firth.train.log import Log, Silence, Voice, clock, short, voice
-from firth.train.memory import keep_freed_memory
 from firth.train.optimizer import Mover, Optimizer
 from firth.train.schedule import Length, Schedule
 from firth.train.state import Progress
@@ -121,6 +121,7 @@ def train(
     """
     ranks = ranks or Ranks()
     keep_freed_memory()
+    flush_denormals()
     with alone_in(directory) if ranks.first else nullcontext():
         told = (told or voice(name or directory.name)) if ranks.first else Silence()
         run = _Run(model, objective, batches, directory, length, optimizer or Optimizer(), schedule or Schedule(),
