@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from firth.train import precision
+from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
-from firth.train.cpu import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ def _precision() -> list[Row]:
         Row("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
         Row("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
         Row("malloc", "glibc keeps freed memory for the next step" if kept else "not glibc: freed memory is returned"),
+        Row(
+            "denormals",
+            "are 0 in training" if flush_denormals() else "are computed with: this processor cannot skip them",
+        ),
     ]
 
 

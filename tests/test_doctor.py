@@ -9,7 +9,7 @@ from firth.train import precision
 
 def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
     rows = {row.name: row for row in doctor.doctor()}
-    assert list(rows) == ["Python", "torch", "cores", "fp32", "bf16", "malloc", "memory", "disk", "device"]
+    assert list(rows) == ["Python", "torch", "cores", "fp32", "bf16", "malloc", "denormals", "memory", "disk", "device"]
     assert rows["torch"].value == torch.__version__
     assert rows["device"].value.startswith(doctor.device().type)
     assert f"use {precision.choose('auto', torch.device('cpu'))}" in rows["bf16"].advice

@@ -19,6 +19,7 @@ from train_room import Chains, Scored, small_batches, small_model, small_run
 from firth.model.lm import LM
 from firth.train import loop
 from firth.train.checkpoint import load
+from firth.train.cpu import flush_denormals
 from firth.train.distributed import Ranks
 from firth.train.guard import alone_in
 from firth.train.log import Lines, Log, Silence
@@ -322,6 +323,22 @@ def test_validation_is_the_mean_over_all_that_is_asked() -> None:
     )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
+
+
+def test_denormals_are_zero_on_every_thread_once_something_is_trained(tmp_path: Path) -> None:
+    """The threads of torch's pool are there before: each has to be asked."""
+    flush_denormals(False)
+    small = torch.full((1 << 22,), 100, dtype=torch.int32).view(torch.float32)  # 1.4e-43 each
+
+    def left() -> int:
+        return int((small * 1).view(torch.int32).count_nonzero())
+
+    assert left() == small.numel()
+    able = flush_denormals()
+    flush_denormals(False)
+    assert left() == small.numel()
+    small_run(tmp_path, 1)
+    assert left() == (0 if able else small.numel())
 
 
 def test_precision_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,14 @@ def test_small_singular_values_grow_and_zeros_stay() -> None:
     assert torch.equal(orthogonalise(torch.zeros(2, 8, 32)), torch.zeros(2, 8, 32))
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1e-14, 1e-12, 1e15, 1e30])
+@pytest.mark.parametrize("columns", [24, 96])
+def test_the_size_of_a_gradient_does_not_matter(size: float, columns: int) -> None:
+    """Keys whose queries have not moved yet have gradients of 1e-14: their fourth powers are nothing, and they are."""
+    stack = torch.randn(2, 24, columns, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(orthogonalise(size * stack), orthogonalise(stack), atol=2e-5)
+
+
 def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
     torch.manual_seed(4)
     layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])

@@ -47,6 +47,7 @@ def orthogonalise(stack: Tensor) -> Tensor:
 
     Works in the dtype it is given. The Gram form squares the singular values, so half precision takes the plain one.
     """
+    stack = stack * _near_one(stack)
     tall = stack.shape[-2] > stack.shape[-1]
     wide = stack.mT if tall else stack  # (K, s, n) with s <= n
     gram = wide @ wide.mT  # (K, s, s), eigenvalues: squared singular values
@@ -56,6 +57,17 @@ def orthogonalise(stack: Tensor) -> Tensor:
         return torch.bmm(stack, factor) if tall else torch.bmm(factor, stack)
     done = _rounds(wide / square.sqrt(), gram / square)
     return done.mT if tall else done
+
+
+def _near_one(stack: Tensor) -> Tensor:
+    """The power of two that brings the largest number of each matrix to [0.5, 1): (K, 1, 1), of the dtype of the stack.
+
+    Fourth powers of the numbers are added up, and those of 1e-10 are no number in fp32: a norm of 0 then divided what
+    was not 0. Powers of two change no bit of the rest.
+    """
+    largest = torch.linalg.vector_norm(stack, ord=float("inf"), dim=(-2, -1), keepdim=True).float()
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    return ((127 - exponent) << 23).view(torch.float32).to(stack.dtype)
 
 
 def _rounds(x: Tensor, gram: Tensor) -> Tensor:
