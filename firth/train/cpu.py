@@ -41,9 +41,8 @@ def flush_denormals(on: bool = True) -> bool:
     everyone = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if _GLIBC else None
     if able and everyone is not None:
 
-        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
         def each(_: object) -> None:
             torch.set_flush_denormal(on)
 
-        everyone(each, None, torch.get_num_threads(), 0)
+        everyone(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(each), None, torch.get_num_threads(), 0)
     return able
