@@ -30,9 +30,9 @@ def contrastive(size: str = "tiny") -> Recipe:
     tiny = sizes.tiny(
         "contrastive",
         Contrastive(),
-        Pairs(length=128),
+        Pairs(length=64),
         encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
-        steps=400,
+        steps=300,
         batch=Batch(rows=32),
         optimizer=Optimizer(rate=1e-3),
     )
