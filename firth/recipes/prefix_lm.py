@@ -1,6 +1,7 @@
 """Prefix language models: the first part read both ways, the rest written.
 
-firth train prefix_lm                 tiny: two minutes on Shakespeare      (docs/results.md: what was measured)
+firth train prefix_lm                 tiny: Shakespeare, 800 steps, 161 s on two cores: held-out nats a token of the rest from 6.33
+                                      (word frequencies) to 4.35
 firth train prefix_lm:halves          the first half to an encoder, the second from a decoder
 firth train prefix_lm:published source.path=C4
 """

@@ -1,8 +1,10 @@
 """The ancestors: word vectors and recurrent language models.
 
-    firth train word2vec source.path=mine/        skip-gram with negative sampling (Mikolov 2013): W1
-    firth train lstm source.path=mine/            an LSTM language model (Dai and Le 2015): W2
-    firth train elmo source.path=mine/            two LSTMs that spell their words (Peters 2018): W4
+    firth train word2vec        skip-gram with negative sampling (Mikolov 2013), W1: half a minute on two cores, held-out loss a
+                                word (six pairs and their noise) from 24.8 to 15.2
+    firth train lstm            an LSTM language model (Dai and Le 2015), W2: 76 s, from 2.93 bits a byte (word frequencies) to 2.05
+    firth train elmo            two LSTMs that spell their words (Peters 2018), W4: 116 s, nats a token forwards from 8.32 to 5.19,
+                                backwards from 8.32 to 5.12
 
 and what is done with them:
 
@@ -11,7 +13,8 @@ and what is done with them:
     firth train classify start=runs/lstm source.path=labelled.jsonl
     firth train tag_features start=runs/elmo source.path=tagged.jsonl             frozen, a mixture of its layers
 
-Vectors are taken over as they are, so shape.width must be theirs: 128 of the tiny word2vec.
+Vectors are taken over as they are, so shape.width must be theirs: 128 of the tiny word2vec. The text is
+Shakespeare's plays unless `source.path` says another; one seed (docs/results.md).
 """
 
 from __future__ import annotations

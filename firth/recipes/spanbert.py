@@ -1,6 +1,7 @@
 """SpanBERT (Joshi 2020, arXiv:1907.10529): hide spans, guess each token from its own place and from the span's ends.
 
-    firth train spanbert             four blocks of width 192 on Shakespeare, about two minutes on two cores
+    firth train spanbert             four blocks of width 192 on Shakespeare, 500 steps, three minutes on two cores: held-out nats of
+                                     hidden tokens from 6.48 (word frequencies) to 5.35, and from their span's ends to 5.92
     firth train spanbert:published   BERT-large: 340 M parameters; say source.path=FILES
 
 What was measured of it is in docs/results.md. Single segments and no NSP, as in the paper.

@@ -1,6 +1,7 @@
 """The encoder-decoder that writes what was dropped: T5.
 
-firth train t5                tiny: two minutes on Shakespeare              (docs/results.md: what was measured)
+firth train t5                tiny: Shakespeare, 800 steps, 122 s on two cores: held-out nats a token of what was dropped from 5.70
+                              (word frequencies) to 4.44
 firth train t5:small          17 M parameters
 firth train t5:published source.path=C4
 """

@@ -1,8 +1,8 @@
 """Encoders that predict in a random order: XLNet and MPNet.
 
     firth train xlnet             tiny: Shakespeare, loss of the tokens asked from 6.38 (word frequencies) to 4.65 in 500 steps,
-                                  under three minutes on two cores
-    firth train mpnet             the same from 6.34 to 4.35 in 600 steps, about two minutes and a half
+                                  162 s on two cores
+    firth train mpnet             the same from 6.34 to 4.35 in 600 steps, 149 s
     firth train xlnet:published source.path=BOOKS_WIKIPEDIA_AND_WEB
 
 `firth fill` asks a trained MPNet as it asks BERT, and an XLNet by queries that nobody sees, as it was trained.
