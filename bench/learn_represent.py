@@ -220,7 +220,7 @@ def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]
         ("full attention", body, None),
     ):
         made = recipe(
-            place, "linformer", MLM(), Pieces(length=256), source, shape, steps=2 if name == "untrained" else 150, rows=16,
+            place, "linformer", MLM(rate=0.3), Pieces(length=256), source, shape, steps=2 if name == "untrained" else 400, rows=16,
             seed=seed, optimizer=optimizer, tokenizer=tokenizer,
         )  # fmt: skip
         directory, m = done(place, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, made)
