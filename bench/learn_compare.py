@@ -3,6 +3,7 @@
     python -m bench.learn_compare electra       about 20 minutes on two cores: masked, replaced, next, dropped tokens (P2, P6, P1, P10)
     python -m bench.learn_compare encoders      every encoder's objective at a third of that a time, 3 seeds: 40 minutes on one thread
     python -m bench.learn_compare writers       the same for decoders and encoder-decoders: 25 minutes
+    python -m bench.learn_compare others        what reads texts in pairs, or in slots: 15 minutes on one thread
     python -m bench.learn_compare lstm          15 minutes: held-out bits per byte against compute (A7)
     python -m bench.learn_compare electra --table
 
@@ -44,6 +45,7 @@ CONTESTS = {
     "electra": Contest(("roberta", "electra", "gpt", "t5"), BODY, 6e12, (0.33, 1.0)),
     "encoders": Contest(("roberta", "bert", "albert", "spanbert", "electra", "xlnet", "mpnet"), BODY, 6e12, (1.0,)),
     "writers": Contest(("gpt", "prefix_lm", "t5", "bart"), BODY, 6e12, (1.0,)),
+    "others": Contest(("contrastive", "linformer"), BODY, 6e12, (1.0,)),
     "lstm": Contest(("gpt", "lstm"), ("source.held_out=0.1",), 8e12, (0.1, 0.3, 1.0), "none"),
 }
 
