@@ -2,6 +2,7 @@
 
     python -m bench.learn_permuted --run               # every contender, three seeds; resumable
     python -m bench.learn_permuted --run --limit 2     # in pieces: at most two new runs, then stop
+    python -m bench.learn_permuted --run --only mlm    # some of them
     python -m bench.learn_permuted --table             # markdown for docs/results.md
 
 All have the body of the tiny recipes and read rows of 64 tokens of Shakespeare's plays, 16 a step; a third of the tokens
@@ -10,6 +11,7 @@ is asked, twice what the papers ask, for what is asked is what a short run learn
     xlnet             PLM on XLNet's positions, with 64 tokens of memory
     xlnet, no memory  the same without
     mpnet             MPNet on MPNet's positions
+    mpnet, rotary     MPNet on rotary positions
     mlm               [MASK], rotary positions
     causal            the same body read to the left, rotary positions
 
@@ -69,6 +71,7 @@ CONTENDERS: dict[str, tuple[Objective, Shape, Segment]] = {
     "xlnet": (PLM(k=3), replace(FAR, memory=MEMORY), Windows(LENGTH)),
     "xlnet, no memory": (PLM(k=3), FAR, Windows(LENGTH)),
     "mpnet": (MPNet(rate=0.3), replace(BODY, position="mpnet"), Pieces(LENGTH)),
+    "mpnet, rotary": (MPNet(rate=0.3), BODY, Pieces(LENGTH)),
     "mlm": (MLM(rate=0.3), BODY, Pieces(LENGTH)),
     "causal": (CausalLM(), replace(BODY, causal=True), Windows(LENGTH)),
 }
@@ -146,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--limit", type=int, default=1000, help="at most so many new runs")
     parser.add_argument("--results", type=Path, default=Path("runs/learn_permuted"))
@@ -157,7 +161,7 @@ def main() -> None:
             train_tokenizer(TEXT.paths(print), results / "tokenizer", algorithm="byte-bpe", size=VOCAB, echo=print)
         left = given.limit
         for seed in SEEDS:
-            for name in CONTENDERS:
+            for name in given.only:
                 path = results / f"{name}-{seed}-{given.steps}.json"
                 if path.exists() or left <= 0:
                     continue
