@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from firth.model.attention import Visibility
 from firth.model.lm import LM
 from firth.model.parts import described, rebuilt
 from firth.model.shape import Shape, encoder
@@ -40,6 +41,24 @@ def test_identity_projections_are_full_attention(sharing: str, body: Shape) -> N
     with torch.no_grad():
         short.trunk.linformer.weight.mul_(0.9)
     assert (short(batch) - full(batch)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_as_many_slots_as_tokens_begin_as_full_attention_and_fewer_as_means_of_neighbours(sharing: str) -> None:
+    short = replace(FULL, linformer=12, linformer_sharing=sharing)
+    assert torch.equal(LM(short, {}).trunk.linformer.weight, torch.eye(12).expand(*short.projections, 12, 12))
+    slots = LM(replace(short, linformer=4), {}).trunk.linformer.at(12, Visibility()).of(1)
+    x = torch.randn(2, 2, 12, 5)
+    torch.testing.assert_close(slots.mix(x, 1), x.unflatten(2, (4, 3)).mean(3) * 3**0.5)
+
+
+def test_the_slots_of_a_short_row_vary_as_those_of_a_long_one() -> None:
+    """Over all slots, the empty ones too: as much in all as a full row has."""
+    trunk = LM(replace(FULL, context=4096, linformer=512), {}).trunk
+    x = torch.randn(1, 2, 4096, 8, generator=torch.Generator().manual_seed(0))
+    whole, part = (trunk.linformer.at(n, Visibility()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
+    assert whole.square().mean().item() == pytest.approx(1, abs=0.1)
+    assert part.square().mean().item() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

