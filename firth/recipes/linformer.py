@@ -1,7 +1,7 @@
 """Linformer (Wang 2020): BERT's objective, keys and values mixed into k slots, so that length costs linearly.
 
-    firth train linformer       masked tokens of Shakespeare, rows of 256 tokens in 64 slots: 400 steps, 118 s on two cores, held-out loss
-                                from 6.40 (word frequencies) to 5.90
+    firth train linformer       masked tokens of Shakespeare, rows of 256 tokens in 64 slots: 400 steps, 138 s on two cores, held-out loss
+                                from 6.40 (word frequencies) to 5.20
     firth train linformer:published source.path=mine/  the paper's: RoBERTa-Base, rows of 512 tokens, k = 256
 
 What was measured of them is in docs/results.md; time and memory against full attention are in `bench/linformer.py`.
