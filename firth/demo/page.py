@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def demo_report(out: Path, material: Material, size: Size) -> Report:
             alignment(out, models, material),
             directories(out),
         ],
-        commands=commands(out),
+        commands=commands(out, material),
         facts={
             "text": material.title,
             "learnt from": f"{material.bytes:,} bytes",
@@ -235,12 +236,12 @@ def directories(out: Path) -> Section:
     )
 
 
-def commands(out: Path) -> list[Command]:
-    """What to type next, exactly."""
+def commands(out: Path, material: Material) -> list[Command]:
+    """What to type next, exactly; the decoder goes on with a beginning of its own text."""
     return [
         Command("Talk with the aligned decoder", f"firth chat {out}/ppo"),
-        Command("Continue a text", f"firth generate {out}/decoder 'My lord, '"),
-        Command("Fill a gap", f"firth fill {out}/encoder 'I will <mask> thee.'"),
+        Command("Continue a text", f"firth generate {out}/decoder {shlex.quote(next(iter(material.samples), 'The '))}"),
+        Command("Fill a gap", f"firth fill {out}/encoder 'I will <mask> it.'"),
         Command("The same walk on your own text", "firth demo --text MY_FOLDER --out my-demo"),
         Command("Pretrain a decoder on your own text", "firth train gpt:small source.path=MY_FOLDER --out runs/mine"),
     ]

@@ -104,7 +104,7 @@ class _Walk:
         activate = Path(sys.prefix, "bin", "activate")
         if shutil.which("firth") is None and activate.exists():
             self.echo(f"  source {os.path.relpath(activate)}")
-        for command in commands(self.out):
+        for command in commands(self.out, self.material):
             self.echo(f"  {command.line}")
         return path
 
