@@ -96,11 +96,11 @@ def demo(
     text: Annotated[list[str] | None, typer.Option(help="Your own files or folders in place of Shakespeare.")] = None,
     out: Annotated[Path, typer.Option(help="Where the demo keeps what it makes.")] = Path("demo"),
     size: Annotated[
-        str, typer.Option(help="small: 5 to 6 minutes on two cores; tiny: a check in under one.")
+        str, typer.Option(help="small: about 6 minutes on two cores; tiny: a check in under one.")
     ] = "small",
     seed: Seed = 0,
 ) -> None:
-    """Walk the whole way once on real text: pretrain, finetune, align, evaluate, report (5 to 6 minutes)."""
+    """Walk the whole way once on real text: pretrain, finetune, align, evaluate, report (about 6 minutes)."""
     from firth.demo.walk import walk
 
     walk(out, text=text or [], size=size, seed=seed)
