@@ -1,10 +1,10 @@
 """ELECTRA's figure on Shakespeare, and the Transformer against the LSTM: `firth compare` with the settings of docs/results.md.
 
-    python -m bench.learn_compare electra       about 20 minutes on two cores: masked, replaced, next, dropped tokens (P2, P6, P1, P10)
+    python -m bench.learn_compare electra       about 20 minutes on two cores: masked, replaced, next, dropped tokens
     python -m bench.learn_compare encoders      every encoder's objective at a third of that a time, 3 seeds: 40 minutes on one thread
     python -m bench.learn_compare writers       the same for decoders and encoder-decoders: 25 minutes
     python -m bench.learn_compare others        what reads texts in pairs, or in slots: 15 minutes on one thread
-    python -m bench.learn_compare lstm          15 minutes: held-out bits per byte against compute (A7)
+    python -m bench.learn_compare lstm          15 minutes: held-out bits per byte against compute
     python -m bench.learn_compare electra --table
 
 Text and probe are of one kind, or pretraining would not show: the plays, and whether a sentence of a play that no model has

@@ -1,6 +1,6 @@
 """What word vectors, a pretrained LSTM and ELMo are worth, on held-out data, beside the same model without them.
 
-    python -m bench.learn_recurrent              20 minutes on two cores, three seeds (W1 to W4, P13)
+    python -m bench.learn_recurrent              20 minutes on two cores, three seeds
     python -m bench.learn_recurrent --only words some of: headlines tags words kinds
     python -m bench.learn_recurrent --table      markdown for docs/results.md
     python -m bench.learn_recurrent --quick      one seed and a twentieth of the steps: a check that it works

@@ -1,3 +1,3 @@
-"""firth: raw text to a language model that is pretrained, adapted, aligned, evaluated and served."""
+"""firth: raw text to a language model that is pretrained, adapted, aligned and evaluated."""
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ from firth import __version__
 from firth.types import UserError
 
 app = typer.Typer(
-    help="firth takes raw text to a language model that is pretrained, adapted, aligned, evaluated and served.",
+    help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

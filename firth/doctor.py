@@ -4,7 +4,8 @@ Each row is a fact that decides how fast or whether firth runs here. The device 
 the precision by the measurement that training makes (`firth.train.precision`), so what is printed will happen.
 
     Python       3.11.2
-    bf16         supported, 62 GFLOP/s (fp32: 250)     emulated here: training will use fp32
+    fp32         346 GFLOP/s in a matrix product on the CPU
+    bf16         62 GFLOP/s in a matrix product on the CPU     5.6 times slower than fp32 on this CPU: training on it will use fp32
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The words every room shares: what an example and a batch are, two constants, and the error a user sees.
+"""The words every room shares: what an example and a batch are, three constants, and the error a user sees.
 
 An `Example` is one thing to learn from: NumPy arrays by field name, the last axis is tokens. A `Batch` is
 many of them stacked, packed or padded by field name, as tensors. Nothing here imports torch: `firth --help`

@@ -260,7 +260,7 @@ def test_ppo_is_its_formulas() -> None:
             near = before + min(max(value - before, -0.3), 0.3)
             sums["policy"] -= min(ratio * adv, held * adv)
             sums["value"] += 0.5 * 0.5 * max((value - ret) ** 2, (near - ret) ** 2)
-            sums["kl"] += math.exp(ref - now) - 1 - (ref - now)
+            sums["kl"] += ratio * (math.exp(ref - now) - 1 - (ref - now))
             sums["moved"] += ratio - 1 - (now - old)
             sums["entropy"] -= ratio * now
             sums["clipped"] += held * adv < ratio * adv
@@ -269,6 +269,16 @@ def test_ppo_is_its_formulas() -> None:
     assert 0 < sums["clipped"] < count
     for name, expected in sums.items():
         assert float(terms[name]) == pytest.approx(expected / count, rel=1e-4, abs=1e-5), name
+
+
+def test_the_kl_of_ppo_is_that_of_the_policy_as_it_is_now() -> None:
+    """Over every token there is, drawn as often as the old policy would: the exact divergence of the new one."""
+    rng = np.random.default_rng(0)
+    old, new, start = (torch.tensor(rng.dirichlet(np.ones(12))).log() for _ in range(3))
+    exact = float((new.exp() * (new - start)).sum())
+    ratio = (new - old).exp()
+    assert float((old.exp() * ratio * kl(new, start)).sum()) == pytest.approx(exact, rel=1e-9)
+    assert abs(float((old.exp() * kl(new, start)).sum()) - exact) > 0.01
 
 
 def test_a_token_beyond_the_clip_moves_nothing() -> None:

@@ -378,3 +378,15 @@ def test_annotation_goes_on_where_it_was_and_knows_its_model(tmp_path: Path) -> 
     assert told == [50], "a finished annotation is only opened"
     other, _ = annotated(letters_only(policy(DPO(), seed=4)), 50, directory=tmp_path)
     assert not np.allclose(other.fields["reference"], whole.fields["reference"])
+
+
+def test_annotation_knows_every_example(tmp_path: Path) -> None:
+    """Half-way, one record is changed: nothing that was said of the old one is taken for it."""
+    model = letters_only(policy(DPO()))
+    pairs = [Comparison(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(500)]
+    source = Comparisons(pairs)
+    before = annotate(source, model, comparison, reference, directory=tmp_path)
+    for changed in (3, 250, 498):
+        pairs[changed] = Comparison(sample("abcab"), sample("xy"), 0.0)
+        after = annotate(Comparisons(pairs), model, comparison, reference, directory=tmp_path)
+        assert not np.allclose(before[changed]["reference"], after[changed]["reference"])

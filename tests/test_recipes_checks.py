@@ -145,6 +145,15 @@ def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> 
     )
 
 
+def test_a_report_that_was_never_written_is_when_the_command_is_given_again(tmp_path: Path, tokens: Path) -> None:
+    file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
+    done, _ = trained("classify", tmp_path / "run", tokens, f"source={file}")
+    report = done.directory / "report.html"
+    report.unlink()  # killed behind done.json
+    trained("classify", tmp_path / "run", tokens, f"source={file}")
+    assert "accuracy" in report.read_text("utf-8")
+
+
 def test_a_measurement_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     with pytest.raises(UserError, match=r"checks\.best=f2 is not among the held-out measurements: there is loss, .*f1"):

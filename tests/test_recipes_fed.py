@@ -124,6 +124,11 @@ def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
         assert missing <= {"taught"} and not missing, (name, i, missing)
 
 
+def test_comparisons_with_a_reference_say_that_nothing_is_held_out(place: Place) -> None:
+    cut, _ = place.cut("referenced", objectives.find("dpo")(), SHAPES["left"])
+    assert cut.valid is None and "nothing is held out of 12" in cut.unheld
+
+
 def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objective, str]]:
     """What a refusal offers: an objective and a segment each."""
     remedy = said.rpartition(": ")[2]

@@ -73,6 +73,11 @@ def test_a_sum_is_refused_for_its_demanding_addend() -> None:
         CausalLM() + NSP()
 
 
+def test_a_sum_needs_what_its_first_view_reads_and_its_second_is_not_given() -> None:
+    assert (NSP() + MLM()).needs() == {"first", "second", "other"}
+    assert {"labels", "next"} <= (NSP() + MLM()).hands_on(frozenset({"first", "second", "other"}))
+
+
 def test_settings_decide_what_an_objective_needs() -> None:
     refuse_misfit(SpanCorruption(layout="prefix"), SHAPES["an encoder"])
     with pytest.raises(UserError, match="source"):

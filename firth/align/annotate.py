@@ -7,8 +7,8 @@ are written down beside the examples, and the model is let go.
     pairs[0]["reference"]                                                # array([-31.2, -40.7], dtype=float32)
 
 With a directory the numbers are memory-mapped files that grow by index: interrupted, the same call goes on where it
-was, and finished, it only opens them. They are kept under a fingerprint of the model and of the examples, so numbers of
-another model are never taken for this one's.
+was, and finished, it only opens them. They are kept under a fingerprint of the model and of what it is shown of every example,
+so numbers of another model or another text are never taken for these; `fields` is always the same for one directory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def annotate(
     of one shape for all examples. directory: where to keep them; none keeps them in memory. progress is told how many
     examples are done.
     """
-    store = _Store(directory, len(source), fingerprint(source, model) if directory else "")
+    store = _Store(directory, len(source), fingerprint(source, model, show) if directory else "")
     while store.done < len(source):
         stop = min(store.done + rows * CHUNK, len(source))
         index = np.arange(store.done, stop)
@@ -79,16 +79,17 @@ def annotate(
     return Annotated(source, store.arrays)
 
 
-def fingerprint(source: Source, model: LM) -> str:
-    """A hash of every weight of the model, of the number of examples and of 64 of them, evenly spaced."""
+def fingerprint(source: Source, model: LM, show: Show) -> str:
+    """A hash of every weight of the model and of all that it is shown."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     digest.update(str(len(source)).encode())
-    for i in np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)):
-        for name, value in sorted(source[int(i)].items()):
-            digest.update(name.encode() + np.asarray(value).tobytes())
+    for i in range(len(source)):
+        for name, value in sorted(show(source[i]).items()):
+            array = np.asarray(value)
+            digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 

@@ -75,8 +75,10 @@ class Rollouts(Source):
 
     prompts: token ids (n,) each, taken in a permuted order that goes on from phase to phase. judge: scores answers.
     reference: the frozen model; it is never part of the trained one. truth: a second judge which is measured but not
-    learnt from. Training calls `prepare` in the precision of its steps, so that old log-probabilities are those of
-    training.
+    learnt from. phase, credit: how much is drawn, and how scores become advantages; `Phase()` and `GAE()` unless given. stops:
+    the tokens that end an answer, the tokenizer's own unless given. seed: of the order of prompts and of every draw. rows: how
+    many are read at once. Training calls `prepare` in the precision of its steps, so that old log-probabilities are those
+    of training.
     """
 
     def __init__(

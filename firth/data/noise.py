@@ -205,20 +205,19 @@ NOISES: dict[str, Noise] = {
 def disguised(
     tokens: np.ndarray, vocab: Vocab, masked: float, random: float, kind: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """What is shown for hidden tokens (k,): [MASK] where kind (k,), drawn from [0, 1), is below `masked`, some other token
-    where it is in the share `random` above that, and else the token itself.
+    """What is shown for hidden tokens (k,): [MASK] where kind (k,), drawn from [0, 1), is below `masked`, a token drawn
+    at random (now and then the same) where it is in the share `random` above that, and else the token itself.
 
     >>> vocab = Vocab(size=9, roles={"mask": 0}, special=np.arange(9) < 1)
     >>> kind = np.array([0.1, 0.85, 0.95])
-    >>> disguised(np.array([5, 6, 7]), vocab, 0.8, 0.1, kind, np.random.default_rng(0)).tolist()
-    [0, 6, 7]
+    >>> disguised(np.array([5, 6, 7]), vocab, 0.8, 0.1, kind, np.random.default_rng(2)).tolist()
+    [0, 3, 7]
     """
-    shown = np.full_like(tokens, vocab.mask)
-    legible = kind >= masked
-    if legible.any():
-        shown[legible] = tokens[legible]
-        others = legible & (kind < masked + random)
-        shown[others] = vocab.draw(int(others.sum()), rng)
+    hidden = kind < masked
+    shown = np.where(hidden, vocab.mask, tokens)
+    others = ((kind < masked + random) > hidden).nonzero()[0]
+    if len(others):
+        shown[others] = vocab.draw(len(others), rng)
     return shown
 
 

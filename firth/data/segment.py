@@ -103,8 +103,8 @@ class Pieces(Source):
 
     def __getitem__(self, index: int) -> Example:
         start, stop = self._parts.bounds(index)
-        tokens = self.store.tokens[start:stop].astype(np.int32)
-        return {"tokens": self.frame.frame(tokens) if self.frame else tokens}
+        tokens = self.store.tokens[start:stop]
+        return {"tokens": self.frame.frame(tokens, np.int32) if self.frame else tokens.astype(np.int32)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,9 +36,9 @@ def brief(text: str) -> float:
 
 
 def thou(text: str) -> float:
-    """`brief`, and up to 2 more for the old second and third person (thou, thee, thy, hath, ...): 0 to 4.
+    """`brief`, times up to 2 for the old second and third person (thou, thee, thy, hath, ...): 0 to 4.
 
-    1 for the first such word and half for each of the next two, so that a heap of them earns nothing more.
+    1.5, 1.75 or 2 times for one, two or three such words, so that a heap of them earns nothing more.
     """
     old = sum(w in _OLD for w in words(text))
     return brief(text) * (1 + min(1.0, 0.5 * min(old, 1) + 0.25 * max(0, min(old, 3) - 1)))

@@ -1,6 +1,6 @@
 """How large a demo is: the recipes of its stages at two sizes.
 
-small is meant to be watched: six to seven minutes on two cores. tiny checks that the path is whole, in a test.
+small is meant to be watched: about six minutes on two cores. tiny checks that the path is whole, in a test.
 """
 
 from __future__ import annotations

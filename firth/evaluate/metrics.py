@@ -207,22 +207,6 @@ STUDENT = (
 """The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom; with more than the last, the last is safe."""
 
 
-def mcnemar(first_right: Labels, second_right: Labels) -> float:
-    """Exact two-sided p-value that two models on the same items are equally often right (McNemar 1947).
-
-    first_right, second_right: whether each model got each item. Only items on which they differ say anything.
-    """
-    first, second = _paired(np.asarray(first_right, bool), np.asarray(second_right, bool))
-    gained, lost = int((~first & second).sum()), int((first & ~second).sum())
-    n, fewer = gained + lost, min(gained, lost)
-    tail = math.fsum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(fewer + 1))
-    return min(1.0, 2 * tail)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
 def _paired(gold: Labels, answered: Labels) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(gold), np.asarray(answered)
     _length(first, second)

@@ -108,9 +108,10 @@ def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
 @dataclass(frozen=True)
 class Task:
     """source: the items of the files, as this subject reads them; with `asked=False`, of records without answers, for tasks
-    that `predict` serves. answer: puts each before the subject. remarks: whole sentences on items that were cut or left out.
+    that `predict` serves. remarks: whole sentences on items that were cut or left out.
 
-    metrics: name -> function of those columns; more: those that depend on the items (F1, of two classes).
+    answer: puts each item before the subject and returns columns, a value per item, the right answers first (`Answers`).
+    metrics: name -> function of these columns; more: those that depend on the items (F1, of two classes).
     commonest: whether the commonest right answer is worth knowing.
     tell: what the subject says of each item, one row each in their order; wanted: what it reads of a file: for `predict`.
     """

@@ -3,7 +3,7 @@
 `Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then writes one token
 per row and step against the key-value cache; a row that has finished is dropped as soon as half of the rows have.
 `score` is the sum of log p(completion | prompt), `choose` the likeliest of several options, `fill` a masked model's
-candidates for each mask. With `generate` and `stream`, these are the verbs that evaluation, alignment and serving use.
+candidates for each mask. With `generate` and `stream`, these are the verbs that evaluation and alignment use.
 
     engine = Engine(model, tokenizer)
     [answer] = engine.generate([tokenizer.encode("To be, or not")], Sampling(temperature=0, max_new=8))

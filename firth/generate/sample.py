@@ -1,8 +1,8 @@
 """From logits to a token: pure functions on `(..., V)`, and `Sampling`, the values that choose among them.
 
-Filters set what they exclude to -inf and leave the rest alone, so they compose in any order; `filtered` applies them
-in the order of the field (repetition, temperature, top-k, top-p, min-p). A token is then drawn by inverting the
-distribution at one uniform number. Row r of a call draws its numbers from a generator of its own, seeded by
+Filters set what they exclude to -inf and leave the rest alone. Each may be left out, but their order matters: `filtered`
+applies temperature, top-k, top-p, min-p, after `firth.generate.rows` has applied the repetition penalty. A token is then
+drawn by inverting the distribution at one uniform number. Row r of a call draws its numbers from a generator of its own, seeded by
 (seed + r): what a row becomes does not depend on which rows stand beside it.
 
 >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])

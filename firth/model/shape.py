@@ -36,10 +36,18 @@ from firth.model.count import GATED, parameters
 from firth.model.valid import refuse_numbers, refuse_together
 
 Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
-"""How an objective has a text read: however the trunk does; each token seeing what stands before it; all of it; in an
-order of the objective's own (a permutation); a prompt both ways and what follows it from left to right; a source by an
-encoder and an answer to it from left to right; from left to right and from right to left, by two readers who do not meet;
-each token by itself; or a source by an encoder and itself again by a decoder, with nothing but a latent between the two."""
+"""How an objective has a text read:
+
+    any      however the trunk does
+    left     each token sees what stands before it
+    both     each token sees all of it
+    free     in an order of the objective's own (a permutation)
+    prefix   a prompt both ways, and what follows it from left to right
+    source   a source by an encoder, and an answer to it from left to right
+    apart    from left to right and from right to left, by two readers who do not meet
+    alone    each token by itself
+    latent   a source by an encoder and itself again by a decoder, with nothing but a latent between the two
+"""
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,13 @@ class Shape:
     2020, section 3.2.1). A run sets it by its objective; no published family says it, so only firth loads such a model.
     norm_weight, norm_bias: whether norms have a gain and an offset. embed_norm: a norm on the embeddings.
     first_norm: False leaves out the first block's norm before attention (ModernBERT).
-    position: how order enters. rotary_theta: base of its wavelengths. rotary_sign: -1 turns the other way (NanoChat).
+    position: how order enters. "marian" is "sinusoidal" with all sines before all cosines, as most code has it; "mpnet" is both
+    "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of attention's biases
+    (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
+    rotary_theta: base of the wavelengths of "rotary". rotary_sign: -1 turns the other way (NanoChat).
     rotary_scaling: how a model is read beyond the rows it was trained on: "linear" makes all wavelengths `rotary_factor`
     times as long (Chen 2023); "llama3" only those of which fewer than `rotary_low` fit into `rotary_original` tokens,
     none of which more than `rotary_high` fit, and in between in proportion (Llama 3.1).
-    "marian" is "sinusoidal" with all sines before all cosines, as most code has it.
-    "mpnet" is both "learned" and "t5"; "xlnet" is three offsets and a map of the distance in every block, in place of
-    attention's biases (`firth.model.distance`), and segments are then told apart there and not in the embeddings.
     buckets, distance: T5's relative positions. memory: tokens before a row whose states it reads (XLNet alone).
     query: a learned vector of its own stands where nobody can look, whatever the token (XLNet's w); else the token's.
     score_scale: whether scores are divided by sqrt(head_width).

@@ -13,8 +13,9 @@ block makes keys and values of all tokens, and everything else at those that are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,11 @@ class Trunk(nn.Module):
 
     `blocks` are those that have weights of their own; `layers` says in which order they are passed. recompute: keep of a
     block nothing but what entered it, and run it again on the way back (Chen 2016): less memory, a third more work.
+    through: what passes a block's input through it where gradients are wanted (`firth.model.compiled`).
     """
 
     recompute = False
+    through: Callable[..., Tensor] | None = None
 
     def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
         super().__init__()
@@ -114,7 +117,8 @@ class Trunk(nn.Module):
         if wanted is not None and self.shape.narrows and cache is None and kept is None:
             index = askers(wanted)
             last = None if index is None else self.reading(fields, None, past, index)
-        again = self.recompute and cache is None and torch.is_grad_enabled()
+        learning = cache is None and torch.is_grad_enabled()
+        again = self.recompute and learning
         for layer, (block, crossing) in enumerate(zip(layers, crossed, strict=True)):
             here = reading if last is None or layer < len(layers) - 1 else last
             here = here if here.slots is None else replace(here, slots=here.slots.of(layer))
@@ -123,10 +127,11 @@ class Trunk(nn.Module):
             earlier = past.states[layer] if past is not None and past.states else None
             if kept is not None:
                 kept.append(x)
+            through = block if self.through is None or not learning else partial(self.through, block)
             if again:
-                x = checkpoint(block, x, here, across, crossing, earlier, use_reentrant=False)
+                x = checkpoint(through, x, here, across, crossing, earlier, use_reentrant=False)
             else:
-                x = block(x, here, across, crossing, earlier)
+                x = through(x, here, across, crossing, earlier)
         if cache is not None:
             cache.advance(x.shape[1] + (0 if past is None else past.fields["appears"].shape[1]))
         x = self.norm(x)

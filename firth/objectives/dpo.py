@@ -1,6 +1,6 @@
 """Direct preference optimisation: the language model is the reward model (Rafailov 2023, equation 7).
 
-The best policy under a KL penalty beta satisfies r(x, y) = beta log p(y|x) / p_ref(y|x) + Z(x), and Z cancels in a
+The best policy under a KL penalty beta satisfies r(x, y) = beta log p(y|x) / p_ref(y|x) + beta log Z(x), and Z cancels in a
 comparison. So the Bradley-Terry loss needs no reward model, no sampling and no value: a pair of rows and two numbers,
 the reference's log-probabilities, which are data (`firth.align.annotate`).
 

@@ -1,6 +1,6 @@
 """Masked language modelling: hide some tokens, guess them from both sides (BERT, Devlin 2019, section 3.1).
 
-15% of the tokens are asked. Of those 80% are shown as [MASK], 10% as some other token and 10% as they are, so that
+15% of the tokens are asked. Of those 80% are shown as [MASK], 10% as a random token and 10% as they are, so that
 the model cannot know which words it may trust. BERT drew the masks once for each of ten copies of the text;
 RoBERTa (Liu 2019) draws them anew at each visit, which is the default here. Which copy an example is shown in goes by the
 epoch, and what is drawn for it by its number: neither tells of what is hidden.

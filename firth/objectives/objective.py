@@ -1,7 +1,7 @@
 """What an objective is: show an example, run the model, score what it answers.
 
-Every way of training a language model in firth is one subclass with at most five short methods. They meet the
-trainer in one place, `firth.train.step`, which knows none of them:
+Every way of training a language model in firth is one subclass: `view`, `loss`, where it needs them `run` and `parts`,
+and a few words on what it reads. They meet the trainer in one place, `firth.train.step`, which knows none of them:
 
     terms = objective.loss(model, objective.run(model, batch), batch)     # one SUM per term
     sum(terms[t] / count[t] for t in objective.targets).backward()        # counts are over all micro-batches and ranks
@@ -48,8 +48,8 @@ WAYS: dict[Reads, str] = {
 
 @dataclass(frozen=True)
 class Known:
-    """What only the data knows. classes: the names of the answers; counts: how many examples each has. mean, spread: of
-    the numbers to be told, the standard deviation. options: the most that a question has. unanswerable: whether some
+    """What only the data knows. classes: the names of the answers; counts: how many examples each has. mean, spread: mean
+    and standard deviation of the numbers to be told. options: the most that a question has. unanswerable: whether some
     question has no answer."""
 
     classes: tuple[str, ...] = ()
@@ -70,9 +70,10 @@ class Objective:
     whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
     micro-batches or shared by ranks, and is refused where it would be.
     packs: whether several examples can share a row; those with an answer for the whole row cannot.
-    lays: what `view` lays out besides the answers: one row of tokens; nothing, where it lays out groups of rows, for no other
-    objective could go on from there. keeps: whether it hands on the fields that it knows nothing of.
-    alone: whether it asks anything of a text by itself. borrows: the parts of others that its loss reads.
+    lays: the fields besides the answers that `view` lays out, on which another objective may be added; empty for groups of
+    rows, to which nothing can be added. keeps: whether `view` also passes on fields that it does not know.
+    alone: False for what only adds to another's loss (a penalty). borrows: names of the parts that its loss uses and another
+    addend must bring.
     """
 
     targets: ClassVar[dict[str, str]] = {}
@@ -220,6 +221,13 @@ class Sum(Objective):
     @property
     def copies(self) -> int:
         return max(self.first.copies, self.second.copies)
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        laid = self.first.hands_on(given)
+        return self.first.needs(given) | (self.second.needs(laid) - laid)
+
+    def hands_on(self, given: frozenset[str]) -> frozenset[str]:
+        return self.second.hands_on(self.first.hands_on(given))
 
     def reads(self) -> Reads:
         first = self.first.reads()

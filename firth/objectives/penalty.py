@@ -4,7 +4,7 @@
 
 Every term of firth is a sum over targets divided by their number. A penalty has no targets, so it is charged once per
 token and counted by tokens: whatever the batch and however it is cut, it comes to lambda Omega(theta). AdamW's decoupled
-decay (`optimizer.weight_decay`) is usually the better tool; this is the one that the formulas of P15 speak of.
+decay (`optimizer.weight_decay`) is usually the better tool; this is the one that formulas of semi-supervised losses speak of.
 """
 
 from __future__ import annotations

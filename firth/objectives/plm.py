@@ -11,7 +11,7 @@ Two streams: a token's own state may know the token, the state that predicts it 
 and behind it one query for each token asked, at that token's position, seen by nobody (`firth.data.layout.permuted`). A
 query is shown as [MASK], or as a vector of its own where `Shape.query` says so (the paper's w).
 
-With the order of the text and K = 1 this is causal language modelling (P1): the same factors, and the text's own states
+With the order of the text and K = 1 this is causal language modelling: the same factors, and the text's own states
 are those of `CausalLM` to the bit. What remains is the query: CausalLM asks the token before, which here knows not
 where it is asked for.
 """

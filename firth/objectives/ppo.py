@@ -92,9 +92,9 @@ class PPO(Objective):
         return answer(example["tokens"], example["mask"]) | shifted
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the sampled tokens. Measured: `kl` to the reference and `moved`, the KL from the policy that drew
-        the samples (both k3); `entropy`, reweighted to the policy as it is now; `clipped`, the tokens whose gradient
-        the clip has stopped; `value_error`, the squared distance to the return."""
+        """Sums over the sampled tokens. Measured: `kl` to the reference and `entropy`, both reweighted to the policy as it is
+        now; `moved`, its KL from the policy that drew the samples (k3); `clipped`, the tokens whose gradient the clip has
+        stopped; `value_error`, the squared distance to the return."""
         head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
         states, labels = asked(outputs["hidden"], batch["labels"])  # (N, width), (N,)
         at = batch["labels"] != IGNORE
@@ -110,7 +110,7 @@ class PPO(Objective):
             worst = torch.maximum(error, (near - returns) ** 2)
         with torch.no_grad():
             measures = {
-                "kl": kl(now, reference).sum(),
+                "kl": (ratio * kl(now, reference)).sum(),
                 "moved": (ratio - 1 - (now - old)).sum(),
                 "entropy": -(ratio * now).sum(),
                 "clipped": (held < free).float().sum(),

@@ -1,4 +1,4 @@
-"""Semi-supervised classification: a few labelled texts, many without a label, one loss (P15).
+"""Semi-supervised classification: a few labelled texts, many without a label, one loss.
 
     (1/n) sum over labelled of loss(f(x), y)  +  w (1/m) sum over unlabelled of loss(f(x), r(x))  +  lambda Omega(theta)
 

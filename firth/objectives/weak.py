@@ -1,4 +1,4 @@
-"""Weak supervision: each example has K labels, some of them wrong, and the loss is robust to that (P16).
+"""Weak supervision: each example has K labels, some of them wrong, and the loss is robust to that.
 
     (1 / nK) sum over i <= n, k <= K of  l(f_y(x_i)) + sum over c != y of l(-f_c(x_i)),      y the k-th label of x_i
 

@@ -4,6 +4,7 @@ model itself writes and is paid for.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Referenced(Segment):
             for part, source in (("train", plain.train), ("valid", plain.valid))
         ]  # fmt: skip
         assert known[0] is not None
-        return Cut(known[0], known[1])
+        return dataclasses.replace(plain, train=known[0], valid=known[1])
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Rollouts(Segment):
     answers: drawn per phase, `group` to each prompt.
     max_new: most tokens of an answer. longest: most tokens of a prompt. beta: the price of a nat of divergence from
     the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
-    truth: a second such function that is measured and not learnt from. credit: "gae" for PPO, "group" for REINFORCE.
+    truth: a second such function that is measured and not learnt from. unfinished: the score of an answer that ran to max_new
+    without a stop token; not set, the judge gives it. credit: "gae" for PPO, "group" for REINFORCE.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
@@ -88,6 +90,7 @@ class Rollouts(Segment):
     reward: str = ""
     scorer: str = ""
     truth: str = ""
+    unfinished: float | None = None
     credit: Literal["gae", "group"] = "gae"
 
     def cut(self, material: Material, objective: Objective) -> Cut:
@@ -103,7 +106,10 @@ class Rollouts(Segment):
             )
         source = OnPolicy(
             prompts, material.tokenizer, judge, start, seed=material.seed,
-            phase=Phase(answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta),
+            phase=Phase(
+                answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta,
+                unfinished=self.unfinished,
+            ),
             credit=Baseline() if self.credit == "group" else GAE(),
             truth=Truth(function(self.truth)) if self.truth else None,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A closed book: facts are read, the names and dates in them hidden, and then asked for from memory (P12).
+"""A closed book: facts are read, the names and dates in them hidden, and then asked for from memory.
 
 firth train closed_book                                             tiny: 1,100 places of WordNet, 138 s on two cores: nats of what is
                                                                     hidden, in training, from 4.60 to 0.34

@@ -1,4 +1,4 @@
-"""Classifiers from few labels, and from many noisy ones (P15, P16), each beginning from a pretrained encoder.
+"""Classifiers from few labels, and from many noisy ones, each beginning from a pretrained encoder.
 
     firth train semi_supervised start=runs/bert source=labelled.csv segment.others=[more.txt]     one text a line
     firth train semi_supervised start=runs/bert source=labelled.csv segment.few=100               a trial: 100 keep theirs

@@ -1,4 +1,4 @@
-"""Segments of records whose labels are few, or many and noisy (P15, P16): partly, taught, voted, votes."""
+"""Segments of records whose labels are few, or many and noisy: partly, taught, voted, votes."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from firth.doctor import device as best_device
 from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
+from firth.model.compiled import compile_blocks
 from firth.model.lm import LM
 from firth.model.lora import trained
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
@@ -46,8 +47,10 @@ T = TypeVar("T")
 TOLD = "held_out.json"
 """What the exported model told of the held-out examples, for the report."""
 
+REPORT = "report.html"
+
 DONE = "done.json"
-"""Written last of all: steps, seconds, metrics; its presence means that the run is whole."""
+"""Steps, seconds, metrics, remarks: its presence means that the run is whole, but for the report that is made of it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     )
     known = settled.known(directory / "recipe.yaml")
     if (directory / DONE).exists():
-        return _finished(directory, known)
+        finished = _finished(directory, known)
+        if ranks.first and not (directory / REPORT).exists():
+            write_report(run_report(directory), directory / REPORT)
+        return finished
     material = dataclasses.replace(material, memory=settled.shape.memory)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
@@ -113,6 +119,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     for trunk in model.trunks():
         trunk.recompute = settled.recompute
     model.to(best_device())
+    if settled.compile:
+        compile_blocks(model)
     learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
     tell(f"{settled.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
     batches = _batches(settled, cut, tokenizer, ranks)
@@ -132,7 +140,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
         plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
                   best=settled.checks.best or "loss", best_last=bool(settled.checks.best or settled.checks.patience),
-                  patience=settled.checks.patience, precision=settled.precision, compile=settled.compile),
+                  patience=settled.checks.patience, precision=settled.precision),
         evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
     )  # fmt: skip
     finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
@@ -165,8 +173,8 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
             card.of_run(directory, directory / "model", model, said, facts, told), directory / "model" / "README.md"
         )
         _write(directory / DONE, json.dumps(told, indent=1))
-        write_report(run_report(directory), directory / "report.html")
-        tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / 'report.html'}")
+        write_report(run_report(directory), directory / REPORT)
+        tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
     ranks.wait()
     return finished
 

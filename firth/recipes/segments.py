@@ -86,7 +86,7 @@ class Segment:
         return objective
 
     def untold(self, paths: Sequence[str], material: Material) -> Source:
-        """Records with the same fields and no label, for what learns from these too (P15)."""
+        """Records with the same fields and no label, for what learns from these too."""
         raise UserError(
             f"texts without a label are read beside records with a class, and {type(self).__name__} has none"
         )

@@ -42,7 +42,7 @@ from firth.train.schedule import Length, Schedule
 
 
 def classify() -> Recipe:
-    """A label for a text or for two, read at [CLS] (F1 to F3).
+    """A label for a text or for two, read at [CLS].
 
     The rate suits a small published encoder: MiniLM, 80 steps, headlines and reviews: 0.852 and 0.807 at 1e-4, 0.856 and 0.823
     at 2e-4, 0.857 and 0.811 at 5e-4. BERT-base wants a fifth of it, a tiny encoder of one's own up to ten times as much.
@@ -60,12 +60,12 @@ def classify() -> Recipe:
 
 
 def regress() -> Recipe:
-    """A number for a text or for two (F2: STS-B)."""
+    """A number for a text or for two (STS-B)."""
     return replace(classify(), name="regress", objective=Regression(), segment=Scored(length=128))
 
 
 def choose(size: str = "records") -> Recipe:
-    """One of several options (F2); choose:swag reads SWAG's four endings (Zellers 2018)."""
+    """One of several options; choose:swag reads SWAG's four endings (Zellers 2018)."""
     plain = replace(
         classify(),
         name="choose",
@@ -78,12 +78,12 @@ def choose(size: str = "records") -> Recipe:
 
 
 def tag() -> Recipe:
-    """A tag for each word (F5)."""
+    """A tag for each word."""
     return replace(classify(), name="tag", objective=Tagging(), segment=Tagged(length=128))
 
 
 def answer() -> Recipe:
-    """A span of a passage that answers a question (F4)."""
+    """A span of a passage that answers a question."""
     return replace(
         classify(), name="answer", objective=Spans(), segment=Questions(length=384), batch=Batch(rows=16, pack="auto"),
         length=Length(steps=1000), checks=Checks(every=0, examples=2000, save=500),
@@ -91,7 +91,7 @@ def answer() -> Recipe:
 
 
 def text_to_text() -> Recipe:
-    """Text in, text out: any of these, translation, summaries, talk (F6). For an encoder-decoder; decoders have `instruct`."""
+    """Text in, text out: any of these, translation, summaries, talk. For an encoder-decoder; decoders have `instruct`."""
     plain = classify()
     return replace(
         plain, name="text_to_text", objective=TextToText(), segment=Prompted(length=256, answer=64),

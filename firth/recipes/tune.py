@@ -24,7 +24,7 @@ from firth.train.schedule import Length, Schedule
 
 
 def instruct() -> Recipe:
-    """Answers to instructions (S1), the stop token inside the mask."""
+    """Answers to instructions, the stop token inside the mask."""
     return Recipe(
         name="instruct",
         objective=SFT(),
@@ -38,7 +38,7 @@ def instruct() -> Recipe:
 
 
 def reward() -> Recipe:
-    """A scalar for an answer, learnt from comparisons (R2)."""
+    """A scalar for an answer, learnt from comparisons."""
     return Recipe(
         name="reward",
         objective=Reward(),
@@ -52,7 +52,7 @@ def reward() -> Recipe:
 
 
 def dpo() -> Recipe:
-    """Preferences without a reward model (R5)."""
+    """Preferences without a reward model."""
     return Recipe(
         name="dpo",
         objective=DPO(beta=0.1),
@@ -66,7 +66,7 @@ def dpo() -> Recipe:
 
 
 def reinforce() -> Recipe:
-    """The policy gradient with the mean of a group of answers as its baseline (R1)."""
+    """The policy gradient with the mean of a group of answers as its baseline."""
     return Recipe(
         name="reinforce",
         objective=Reinforce(),
@@ -80,7 +80,7 @@ def reinforce() -> Recipe:
 
 
 def ppo() -> Recipe:
-    """KL-penalised reinforcement learning from a reward model (R3)."""
+    """KL-penalised reinforcement learning from a reward model."""
     return Recipe(
         name="ppo",
         objective=PPO(),

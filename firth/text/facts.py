@@ -1,4 +1,4 @@
-"""Facts out of WordNet's glosses, and questions about them in other words: a closed book and its examination (P12).
+"""Facts out of WordNet's glosses, and questions about them in other words: a closed book and its examination.
 
 Roberts 2020 ("How Much Knowledge Can You Pack Into the Parameters of a Language Model?") asks a T5 that has read the
 web; ours is small, so the book is small too: the glosses from which one of a few plain patterns reads a fact, and no

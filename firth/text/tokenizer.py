@@ -1,7 +1,7 @@
 """Text to ids and back. The engine is the `tokenizers` library; what firth adds is the vocabulary's roles and one rule.
 
-The rule: user text can never become a control token. `encode` never yields a special id, whatever the text contains;
-control tokens are placed by id, by layouts and by `firth.text.chat`.
+The rule: user text can never become a control token. `encode` never yields a special id but `unk`, whatever the text
+contains; control tokens are placed by id, by layouts and by `firth.text.chat`.
 
 >>> from firth.text.train import train
 >>> t = train(["low lower lowest slow " * 9], "byte-bpe", size=400, sentinels=0)

@@ -26,7 +26,8 @@ class Vocab:
     """The ids that have a role, and per-id facts.
 
     size: number of ids. roles: role -> id, among ROLES (two roles may share an id: RoBERTa's cls is its bos).
-    sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ... special: (size,) bool, True where no user text can land.
+    sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ... special: (size,) bool, True where no user text can land
+    (but on `unk`).
     begins_word, ends_word: (size,) bool, True where a token by its own spelling begins a word, or ends one so that the
     next token begins one (BPE's `</w>`, a line break); None if the spelling says nothing. See `starts`.
     ends_sentence, capital, digit: (size,) bool, True where a token ends with a full stop or breaks the line, begins with
@@ -131,8 +132,8 @@ class Vocab:
         # rng.integers costs 4 microseconds even for one; the unevenness of this is below 2**-30.
         return self.ordinary[(rng.random(n) * len(self.ordinary)).astype(np.int64)]
 
-    def frame(self, tokens: np.ndarray) -> np.ndarray:
-        """[CLS] tokens [SEP]: one segment as an encoder reads it."""
-        framed = np.empty(len(tokens) + 2, tokens.dtype)
+    def frame(self, tokens: np.ndarray, dtype: type[np.integer] | None = None) -> np.ndarray:
+        """[CLS] tokens [SEP]: one segment as an encoder reads it. dtype: of the answer; the tokens' own unless given."""
+        framed = np.empty(len(tokens) + 2, dtype or tokens.dtype)
         framed[0], framed[1:-1], framed[-1] = self.cls, tokens, self.sep
         return framed

@@ -61,7 +61,6 @@ class Plan:
     others. best_last: a checkpoint is saved at every new best, and its weights are what the run ends with.
     patience: the run ends when so many measurements in a row are no new best; 0: never.
     precision: "auto" takes what this machine is fast at; a resumed run keeps what it had.
-    compile: torch.compile the model; worth its half minute for runs over about 150 steps on a CPU.
     bad_steps: how many steps in a row may lack a finite gradient before the run gives up.
     """
 
@@ -73,7 +72,6 @@ class Plan:
     best_last: bool = False
     patience: int = 0
     precision: precision.Precision = "auto"
-    compile: bool = False
     bad_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -148,7 +146,7 @@ class _Run:
         self.ranks, self.recipe, self.told = ranks, recipe, told
         self.rate = optimizer.rate
         self.device = next(model.parameters()).device
-        self.mover = Mover(optimizer, model, sparse=ranks.world == 1 and not self.plan.compile)
+        self.mover = Mover(optimizer, model, sparse=ranks.world == 1)
         self.learning = flops.learning(model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
@@ -195,8 +193,6 @@ class _Run:
         at = self.at
         if not self._over:
             log = Log(self.directory, at.step) if self.ranks.first else None
-            if self.plan.compile:
-                self.model.compile()
             self.model.train()
             try:
                 self._go_on(log)

@@ -1,4 +1,4 @@
-"""Translations and summaries: the model writes, greedily, and what it wrote is laid beside what is right (F6).
+"""Translations and summaries: the model writes, greedily, and what it wrote is laid beside what is right.
 
 Records are read and asked as `answers` does, with the forms of the run's recipe ("translate to French: {en}").
 """

@@ -1,0 +1,157 @@
+"""compile=true: the blocks alone, while they learn, with the gradients of the plain ones; or a sentence why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.compiler.config
+from torch import Tensor
+
+from firth.data.batch import collate
+from firth.model import compiled
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder, vectors
+from firth.model.weights import load_model
+from firth.objectives.causal import CausalLM
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.rtd import RTD
+from firth.objectives.span_corruption import SpanCorruption
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.vocab import Vocab
+from firth.train.step import step
+from firth.types import Batch, UserError
+
+VOCAB = Vocab(
+    size=60, roles={"pad": 0, "bos": 1, "eos": 2, "mask": 3}, special=np.arange(60) < 14, sentinels=np.arange(4, 14)
+)
+SIZE: Any = {"vocab": 60, "width": 32, "depth": 3, "heads": 2, "context": 64}
+BERT = Shape(**SIZE, norm_at="post", embed_norm=True, segments=2, activation="gelu", causal=False)
+CASES: dict[str, tuple[Shape, Objective]] = {
+    "decoder": (decoder(**SIZE), CausalLM()),
+    "grouped, gated": (replace(decoder(**SIZE), kv_heads=1, activation="swiglu"), CausalLM()),
+    "encoder": (encoder(**SIZE), MLM()),
+    "post-norm": (BERT, MLM(rate=0.5)),
+    "encoder-decoder": (encoder_decoder(**SIZE), SpanCorruption()),
+    "electra": (encoder(**SIZE), RTD()),
+}
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU takes a compiler of C++")
+
+
+def batches(objective: Objective) -> list[Batch]:
+    """Two of unequal width and unequal rows."""
+    rng = np.random.default_rng(0)
+    seen = [objective.view({"tokens": rng.integers(14, 60, n)}, VOCAB, rng) for n in (9, 17, 5, 23, 12)]
+    return [collate(seen[:2], set()), collate(seen[2:], set())]
+
+
+def learnt(model: LM, objective: Objective, rows: list[Batch]) -> dict[str, Tensor]:
+    model.zero_grad()
+    means = step(model.train(), objective, rows)
+    return means | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Every graph that torch makes of a block; run as they are, so that no compiler takes its time."""
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compiler.config.recompile_limit = compiled.KINDS
+    whole = torch.compile(compiled._pass, backend=keep, fullgraph=True)
+    monkeypatch.setattr(compiled, "_compiled", lambda: whole)
+    monkeypatch.setattr(compiled, "_try", lambda device: None)
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradients_are_those_of_plain_blocks(case: str, graphs: list[torch.fx.GraphModule]) -> None:
+    shape, objective = CASES[case]
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape))
+    for p in model.parameters():  # projections that begin at zero would hide what a block does
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    rows = batches(objective)
+    plain = learnt(model, objective, rows)
+    assert not graphs
+    compiled.compile_blocks(model)
+    found = learnt(model, objective, rows)
+    assert plain.keys() == found.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    made = len(graphs)
+    assert made, "nothing was compiled"
+    learnt(model, objective, rows)
+    assert len(graphs) == made, "compiled again for what it has seen"
+    with torch.no_grad():
+        model.eval()(rows[0])
+        model({name: value[:1, :3] for name, value in rows[0].items()})
+    assert len(graphs) == made, "compiled for what is only looked at"
+
+
+def test_blocks_that_are_run_again_on_the_way_back(graphs: list[torch.fx.GraphModule]) -> None:
+    shape, objective = CASES["decoder"]
+    model, rows = LM(shape, objective.parts(shape)), batches(objective)
+    plain = learnt(model, objective, rows)
+    model.trunk.recompute = True
+    compiled.compile_blocks(model)
+    found = learnt(model, objective, rows)
+    assert graphs and all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="this model has none: set compile=false"):
+        compiled.compile_blocks(LM(vectors(60, 16), {}))
+
+
+def test_a_machine_that_cannot_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model = LM(CASES["decoder"][0], {})
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+        pytest.raises(UserError, match=r"^torch.compile does not work here \(.+\): set compile=false$") as told,
+    ):
+        compiled.compile_blocks(model)
+    assert "compiler" in str(told.value)
+
+
+@COMPILER
+def test_a_run_learns_the_same_and_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    text = tmp_path / "a.txt"
+    text.write_text("The king saw the queen . The queen saw a dog .\n" * 200)
+    told = [f"source.path={text}", "tokenizer.size=400", "shape.width=32", "shape.depth=2", "shape.heads=2",
+            "segment.length=32", "batch.rows=4", "checks.every=0", "checks.examples=8", "checks.save=3",
+            "length.steps=6", "precision=fp32", "samples=['The ']"]  # fmt: skip
+    for name, more in (("plain", []), ("whole", ["compile=true"])):
+        run(load("gpt", [*told, *more]), tmp_path / name, echo=lambda _: None)
+    plain, whole = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[:6]]
+        for name in ("plain", "whole")
+    )
+    assert whole == pytest.approx(plain, rel=1e-4) and whole[0] != whole[-1]
+    # As if it had been killed after its third step.
+    (tmp_path / "whole" / "done.json").unlink()
+    wanted = load_model(tmp_path / "whole" / "model").state_dict()
+    shutil.rmtree(tmp_path / "whole" / "model")
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-000006")
+    again = run(load("gpt", [*told, "compile=true"]), tmp_path / "whole", echo=lambda _: None)
+    assert again.steps == 6
+    found = load_model(tmp_path / "whole" / "model").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
