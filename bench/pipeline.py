@@ -1,6 +1,6 @@
 """The input pipeline alone: source, view and batch on one core, in tokens per second.
 
-    python bench/pipeline.py
+    python -m bench.pipeline
 
 The text is Python's own help (in every installation, 465 kB), its tokens repeated to 2 M; sentences are its lines and
 sentences by themselves, 27 tokens on average as in BERT's day. The bar (docs/results.md): 5 M tokens a second for causal

@@ -135,6 +135,13 @@ def test_what_is_allowed_is_no_breach(rule, source):
     assert rule(source) == []
 
 
+def test_every_bench_that_can_be_run_is_in_its_list():
+    said = (ROOT / "bench" / "README.md").read_text("utf-8")
+    runnable = [path.stem for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text("utf-8")]
+    assert len(runnable) > 20
+    assert not [name for name in runnable if f"bench.{name}" not in said and f"`{name}`" not in said]
+
+
 def test_the_readme_begins_with_make_demo_and_make_test():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
