@@ -357,9 +357,9 @@ def predict(
 
     One row for each record, in their order, with its number and its id.
     """
-    from firth.evaluate.given import many
     from firth.evaluate.predict import predict as rows
     from firth.evaluate.predict import refuse_out, write
+    from firth.text.counts import many
 
     if out is not None:
         refuse_out(out)

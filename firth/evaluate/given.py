@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from firth.text import read, tables, unpack
-from firth.text.counts import Counts
+from firth.text.counts import Counts, many
 from firth.types import UserError
 
 Form = Literal["auto", "lines", "csv", "tsv", "jsonl", "conll", "squad"]
@@ -120,15 +120,6 @@ def given(file: str, stdin: BinaryIO, form: str, wanted: Wanted, folder: Path) -
             f"{name}: {many(len(empty), 'row')} of {len(found.rows):,} without text; the first is row {empty[0]}"
         )
     return found
-
-
-def many(n: int, what: str) -> str:
-    """So many of something.
-
-    >>> many(1, "row"), many(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _source(file: str, stdin: BinaryIO, folder: Path) -> Path:

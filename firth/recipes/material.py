@@ -16,7 +16,7 @@ from pathlib import Path
 from firth.data.shards import TokenStore
 from firth.data.split import enough, split
 from firth.text import corpora, read
-from firth.text.counts import Counts
+from firth.text.counts import Counts, many
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
@@ -175,6 +175,10 @@ def train_tokenizer(
         texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
-    rows = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.rows().items())
+    whole = ("files", "documents", "bytes")
+    rows = ", ".join(
+        many(n, name.removesuffix("s")) if name in whole else f"{n:,} {name.replace('_', ' ')}"
+        for name, n in counts.rows().items()
+    )
     echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
     return tokenizer

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.given import Wanted, given, many
+from firth.evaluate.given import Wanted, given
 from firth.evaluate.predict import refuse_out
 from firth.evaluate.task import Say, Subject, open_subject
 from firth.generate import vectors
@@ -24,6 +24,7 @@ from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.recipes.recipe import load
 from firth.text import chat, read
+from firth.text.counts import many
 from firth.text.show import readable
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError

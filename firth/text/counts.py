@@ -12,6 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+def many(n: int, what: str) -> str:
+    """So many of something.
+
+    >>> many(1, "row"), many(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 @dataclass
 class Counts:
     """What was read and what was mended or left out, for the report. at: of each kind that was noted, where the first is."""
