@@ -73,6 +73,23 @@ def _same(out: Path, asked: Facts) -> None:
         )
 
 
+def gapped(texts: Sequence[str], gap: str, missing: int, rng: random.Random) -> list[str]:
+    """Four of the texts of 8 to 24 words, or as many as there are, each with a gap where so many words stood; none that
+    spells the gap itself, as a text about models may.
+
+    >>> gapped(["so shaken as we are so wan with care", "a <mask> b c d e f g h"], "<mask>", 2, random.Random(0))
+    ['so shaken as we <mask> wan with care']
+    """
+    said = [text for text in texts if 8 <= len(text.split()) <= 24 and gap not in text]
+    found = []
+    for text in rng.sample(said, min(4, len(said))):
+        words = text.split()
+        at = rng.randrange(1, len(words) - 2)
+        words[at : at + missing] = [gap]
+        found.append(" ".join(words))
+    return found
+
+
 @dataclass
 class _Walk:
     """One walk: where, on what, how large."""
@@ -178,17 +195,10 @@ class _Walk:
         """Held-out text in the form that the family reads."""
         if name == "decoder":
             return list(self.material.samples)
-        rng = random.Random(self.seed)
-        said = [row["completion"] for row in self.rows("dialogues-valid") if 8 <= len(row["completion"].split()) <= 24]
-        gap = self.tokenizer.token(self.tokenizer.vocab.mask) if name == "encoder" else "<extra_id_0>"
-        said = [text for text in said if gap not in text]  # a text about models may spell it
-        prompts = []
-        for line in rng.sample(said, min(4, len(said))):
-            words = line.split()
-            at = rng.randrange(1, len(words) - 2)
-            words[at : at + (1 if name == "encoder" else 2)] = [gap]
-            prompts.append(" ".join(words))
-        return prompts
+        said = [row["completion"] for row in self.rows("dialogues-valid")]
+        if name == "encoder":
+            return gapped(said, self.tokenizer.token(self.tokenizer.vocab.mask), 1, random.Random(self.seed))
+        return gapped(said, "<extra_id_0>", 2, random.Random(self.seed))
 
     def answers(self, name: str, opened: Opened, prompts: Sequence[str]) -> list[str]:
         if name == "encoder":
