@@ -17,13 +17,13 @@ TEXTS = [
     and "__pycache__" not in path.parts
 ] + [path for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt") if (path := ROOT / name).exists()]
 
-LONGEST = 420
+MAX_LINES = 600
 
 
 def too_long(source: str) -> list[str]:
     """A file that no longer fits the head is two files."""
     lines = source.count("\n")
-    return [f"{lines} lines, of at most {LONGEST}"] if lines > LONGEST else []
+    return [f"{lines} lines, of at most {MAX_LINES}"] if lines > MAX_LINES else []
 
 
 def broad_excepts(source: str) -> list[str]:
@@ -51,12 +51,6 @@ def dispatch(source: str) -> list[str]:
                     f"line {node.lineno}: {ast.unparse(k)}" for k in node.keywords if ast.unparse(k) == "strict=False"
                 ]
     return out
-
-
-def vague_names(source: str) -> list[str]:
-    """Classes called Config, Manager or Utils say nothing."""
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
-    return [f"line {n.lineno}: {n.name}" for n in found if re.search(r"(Config|Manager|Utils?)$", n.name)]
 
 
 def unread_pickles(source: str) -> list[str]:
@@ -89,7 +83,7 @@ def breaches(rule, paths):
     return [f"{p.relative_to(ROOT)}: {what}" for p in paths for what in rule(p.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, vague_names, unread_pickles, no_docstring])
+@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, unread_pickles, no_docstring])
 def test_sources_keep_the_rules(rule):
     assert len(SOURCES) > 20
     assert breaches(rule, SOURCES) == []
@@ -102,13 +96,12 @@ def test_no_machine_paths():
 @pytest.mark.parametrize(
     ("rule", "source"),
     [
-        (too_long, "x = 1\n" * (LONGEST + 1)),
+        (too_long, "x = 1\n" * (MAX_LINES + 1)),
         (broad_excepts, "try:\n    f()\nexcept:\n    raise"),
         (broad_excepts, "try:\n    f()\nexcept Exception:\n    pass"),
         (broad_excepts, "try:\n    f()\nexcept (OSError, BaseException) as e:\n    print(e)"),
         (dispatch, "hasattr(model, 'lm')"),
         (dispatch, "model.load_state_dict(state, strict=False)"),
-        (vague_names, "class TrainConfig: ..."),
         (unread_pickles, "import pickle"),
         (unread_pickles, "from pickle import load"),
         (unread_pickles, "import torch\nx = torch.load('a')"),
