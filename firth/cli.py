@@ -294,30 +294,45 @@ def vectors(
 @app.command()
 def chat(
     run: Run,
-    tokens: Tokens = 256,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "-n", help="Tokens to keep free for an answer; by default 256, or half the context."),
+    ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
     weights: Held = None,
+    system: Annotated[str, typer.Option(help="A system turn before the first line; it stays in sight.")] = "",
 ) -> None:
-    """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves."""
-    from firth.generate.sample import Sampling
-    from firth.recipes.use import Conversation
+    """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves.
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=tokens, seed=seed)
-    talk = Conversation(run, sampling, weights)
+    When the context is full, the oldest exchanges are dropped, each with its answer.
+    """
+    from firth.generate.sample import Sampling
+    from firth.recipes.use import Conversation, PromptTooLongError
+
+    longest = 256 if tokens is None else tokens
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=longest, seed=seed)
+    talk = Conversation(run, sampling, weights, system, capped=tokens is None)
     while True:
         try:
-            said = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             break
-        if not said.strip():
+        if not line.strip():
             break
-        for piece in talk.answer(said):
-            typer.echo(piece, nl=False)
+        before = talk.dropped
+        try:
+            for piece in talk.answer(line):
+                typer.echo(piece, nl=False)
+        except PromptTooLongError as error:
+            _aside(str(error))
+            continue
         typer.echo()
+        if talk.dropped and not before:
+            _aside("the context is full: the oldest exchanges are dropped from here on")
 
 
 @app.command()

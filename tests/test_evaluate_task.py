@@ -245,6 +245,20 @@ def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
         before, after = cut(subject, prompt, option)
         assert tokenizer.decode(before) == "the king"
         assert tokenizer.decode(after) in (" is", "  is")
+    # Where prompt and option would merge, or the prompt is empty, the option still has tokens of its own, and a blank at
+    # the prompt's end changes nothing.
+    for prompt, option in (
+        ("Ans", "wer"),
+        ("hello wor", "ld"),
+        ("Q:\n", "is"),
+        ("", "is"),
+        ("counts:", "C"),
+        ("king", "."),
+    ):
+        before, after = cut(subject, prompt, option)
+        assert len(after)
+        blank, again = cut(subject, prompt + " " * (prompt[-1:] not in ("", "\n")), option)
+        assert (before.tolist(), after.tolist()) == (blank.tolist(), again.tolist())
 
 
 @pytest.mark.parametrize(("rows", "said"), [

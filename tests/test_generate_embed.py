@@ -91,3 +91,18 @@ def test_the_command_writes_numpy_and_json(tmp_path: Path, tokenizer: Tokenizer)
         assert "2 vectors of 32 numbers" in said.output
     rows = [json.loads(line)["embedding"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), rows, atol=1e-6)
+
+
+def test_texts_of_nothing_have_finite_vectors_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """An empty text embeds to a finite vector, and a long one between others changes neither (case 30)."""
+    save_model(LM(bert(tokenizer.vocab.size, 32, 1, 2, context=64), {}), tokenizer, tmp_path / "model")
+    texts = ["a man sings", "", "   ", "a man sings a song. " * 60, "\u200b", "a man sings"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = CliRunner().invoke(
+        app, ["embed", str(tmp_path), str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "a.npy")]
+    )
+    assert done.exit_code == 0 and "2 rows of 6 without text; the first is row 2" in done.output
+    found = np.load(tmp_path / "a.npy")
+    assert found.shape == (6, 32) and np.isfinite(found).all()
+    np.testing.assert_allclose(found[0], found[5], atol=1e-4)
+    assert not np.allclose(found[0], found[3], atol=1e-3)

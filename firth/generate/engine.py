@@ -100,14 +100,23 @@ class Engine:
                 yield settled[shown:]
                 shown = len(settled)
 
+    def room(self, prompt: np.ndarray) -> int:
+        """Return the most tokens that can be written after a prompt (n,); 0 where it is longer than the context.
+
+        An encoder-decoder's answer has the whole context to itself.
+        """
+        context = self.model.context
+        if len(prompt) > context:
+            return 0
+        # The last token written is never read, so there is room for one more than the context leaves.
+        return context - (len(prompt) if self.start is None else 1) + 1
+
     def _answers(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[Answer]:
         answers = []
         for i, prompt in enumerate(prompts):
             self._fits(f"prompt {i}", len(prompt), len(prompt))
-            # The last token written is never read, so there is room for one more than the context leaves.
             shown = prompt if self.start is None else prompt[:0]
-            room = self.model.context - max(1, len(shown)) + 1
-            answers.append(Answer(self.coder, shown, sampling, self.stops, room))
+            answers.append(Answer(self.coder, shown, sampling, self.stops, self.room(prompt)))
         return answers
 
     def _write(

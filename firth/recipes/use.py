@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -199,31 +199,77 @@ def fill_text(directory: Path, text: str, top: int) -> str:
     return open_run(directory).fill_gaps(text, top)
 
 
+class PromptTooLongError(UserError):
+    """A line of a chat that leaves no room for an answer; the chat itself can go on."""
+
+
 @dataclass
 class Conversation:
-    """A chat with a run: every turn sees the ones before it, as far as the model's context goes."""
+    """A chat with a run: every turn sees the turns before it, as far as the context goes.
+
+    Attributes:
+        run: A run or model directory, or a GGUF file.
+        sampling: How answers are written. The oldest exchanges (a user's turn and its answer) are dropped until
+            `sampling.max_new` tokens fit.
+        weights: What the weights are held in (`Engine`).
+        system: A system turn before the first line; it is never dropped.
+        capped: Lower `sampling.max_new` to half the context where it is more.
+        messages: The system turn and the exchanges that are still in sight.
+        dropped: How many exchanges have been dropped.
+    """
 
     run: Path
     sampling: Sampling
     weights: str | None = None
+    system: str = ""
+    capped: bool = False
     messages: list[chat.Message] = field(default_factory=list)
+    dropped: int = 0
 
     def __post_init__(self) -> None:
         self.opened = open_engine(self.run, self.weights)
+        context = self.opened.model.context
+        if self.capped:
+            self.sampling = replace(self.sampling, max_new=max(1, min(self.sampling.max_new, context // 2)))
+        if self.sampling.max_new >= context:
+            raise UserError(
+                f"an answer of {self.sampling.max_new} tokens leaves no room for a question in this model's context of "
+                f"{context}: choose fewer with --tokens"
+            )
+        if self.system:
+            self.messages.insert(0, {"role": "system", "content": self.system})
 
-    def answer(self, said: str) -> Iterator[str]:
-        """Say something; the answer comes a piece at a time. The oldest turns are left out when the context is full."""
-        self.messages.append({"role": "user", "content": said})
+    def answer(self, line: str) -> Iterator[str]:
+        """Answer a line, a piece at a time.
+
+        Args:
+            line: What the user writes.
+
+        Raises:
+            PromptTooLongError: The line alone leaves no room for `sampling.max_new` tokens. The conversation is as it was before.
+            UserError: The tokenizer's chat template refuses the dialogue.
+        """
+        turn = {"role": "user", "content": line}
+        kept, dropped = list(self.messages), 0
+        first = sum(message["role"] == "system" for message in kept)
         while True:
-            prompt, _ = chat.encode(self.opened.tokenizer, self.messages, open=True)
-            if len(prompt) < self.opened.model.context - 8 or len(self.messages) <= 1:
+            prompt, _ = chat.encode(self.opened.tokenizer, [*kept, turn], open=True)
+            if self.opened.engine.room(prompt) >= self.sampling.max_new:
                 break
-            del self.messages[0]
+            if len(kept) == first:
+                raise PromptTooLongError(
+                    f"this line makes a prompt of {len(prompt)} tokens, which leaves no room for an answer of "
+                    f"{self.sampling.max_new} in a context of {self.opened.model.context}: shorten it, or ask for fewer "
+                    "--tokens"
+                )
+            del kept[first : first + 2]
+            dropped += 1
         pieces = []
         for piece in self.opened.engine.stream(prompt, self.sampling):
             pieces.append(piece)
             yield piece
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        self.dropped += dropped
+        self.messages = [*kept, turn, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def evaluate_run(
