@@ -72,13 +72,12 @@ def test_whole_words_are_hidden_whole(rate: float) -> None:
 
 
 def test_t5_spans() -> None:
-    """15% in spans of 3 on average, left and dropped taking turns, every cut equally likely."""
+    """15% in spans of 3 on average, every placement equally likely, at both edges of the text too."""
     rng = np.random.default_rng(3)
-    lengths = []
+    lengths, edges = [], []
     for _ in range(2000):
         hidden = NOISES["spans"](np.full(200, 50), VOCAB, 0.15, rng)
-        assert not hidden[0]  # T5's masks begin with text and end in a span
-        assert hidden[-1]
+        edges.append(hidden[[0, -1]])
         assert hidden.sum() == 30
         assert len(runs(hidden)) == 10
         lengths.append(runs(hidden))
@@ -88,6 +87,21 @@ def test_t5_spans() -> None:
     assert expected.sum() == pytest.approx(1)
     assert np.abs(found - expected).max() < 0.015
     assert np.concatenate(lengths).mean() == pytest.approx(3)
+    # 10 spans among 170 kept tokens have 171 places, and an edge is one of them.
+    assert np.mean(edges, 0) == pytest.approx(10 / 171, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [10, 20, 40, 64])
+def test_spans_fall_anywhere_in_a_short_text(n: int) -> None:
+    """Every token is dropped now and then and none always: within a factor of four of 15%."""
+    share = np.mean(
+        [NOISES["spans"](np.arange(5, 5 + n), VOCAB, 0.15, np.random.default_rng(seed)) for seed in range(2000)], 0
+    )
+    assert share.min() > 0.15 / 4 and share.max() < 0.15 * 4
+    drop = round(n * 0.15)
+    count = round(drop / 3)
+    expected = count / (n - drop + 1)  # spans have n - drop + 1 places, all equally likely
+    assert share[[0, -1]] == pytest.approx(expected, abs=5 * (expected / 2000) ** 0.5)
 
 
 def written_out(tokens: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:

@@ -104,9 +104,11 @@ def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
 
 
 def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """round(rate * n) tokens in round(that / MEAN) spans, which take turns with what is left; the first is left.
+    """Drop round(rate * n) tokens in round(that / MEAN) spans; every such placement is equally likely.
 
-    Where control tokens stand between, a span goes on behind them.
+    The text may begin with a span and may end with one. (In T5's own code it always begins with text and ends with a
+    span, so that a short text never loses its first tokens and always loses its last.) Where there are control tokens
+    between, a span goes on behind them.
     """
     allowed = np.flatnonzero(~vocab.special[tokens])
     n = len(allowed)
@@ -114,9 +116,12 @@ def spans(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
     if n < 2:
         return hidden
     drop = min(max(round(n * rate), 1), n - 1)
-    count = min(max(round(drop / MEAN), 1), n - drop)
-    lengths = np.stack((_segments(n - drop, count, rng), _segments(drop, count, rng)), 1).ravel()
-    hidden[allowed] = np.repeat(np.arange(2 * count) % 2 == 1, lengths)
+    count = min(max(round(drop / MEAN), 1), n - drop + 1)
+    kept = _segments(n - drop + 2, count + 1, rng)
+    kept[[0, -1]] -= 1  # the outer stretches of text may be empty, the inner ones not
+    lengths = np.zeros(2 * count + 1, np.int64)
+    lengths[::2], lengths[1::2] = kept, _segments(drop, count, rng)
+    hidden[allowed] = np.repeat(np.arange(2 * count + 1) % 2 == 1, lengths)
     return hidden
 
 

@@ -61,9 +61,9 @@ class SpanCorruption(Tokens):
     >>> vocab = Vocab(size=20, roles={"pad": 0, "eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
     >>> seen = SpanCorruption(rate=0.3).view({"tokens": np.arange(10, 20)}, vocab, np.random.default_rng(0))
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
-    source_tokens [10, 11, 12, 13, 14, 15, 16, 2, 1]
-    tokens [0, 2, 17, 18, 19, 3]
-    labels [2, 17, 18, 19, 3, 1]
+    source_tokens [10, 11, 2, 15, 16, 17, 18, 19, 1]
+    tokens [0, 2, 12, 13, 14, 3]
+    labels [2, 12, 13, 14, 3, 1]
     """
 
     rate: float = 0.15
