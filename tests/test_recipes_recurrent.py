@@ -205,3 +205,31 @@ def test_two_directions_take_what_an_encoder_takes() -> None:
     )
     for name in ("word2vec", "lstm", "elmo"):
         assert load(f"{name}:published").source.path == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("A heron counts the rain.", [], "too few words for word2vec: 4 that .* train on a longer text$"),
+        (
+            "A heron counts the rain. " * 3,
+            [],
+            "16 that .* segment.sample=0.001 keeps about 1.3; .* set segment.sample=0",
+        ),
+        ("heron\nrain\nboat\nmill\n" * 9, ["source.split=line"], "single word, so no word has a neighbor"),
+    ],
+)
+def test_word2vec_on_too_little_text_names_the_cause(
+    text: str, changes: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    plan = ["word2vec", f"source.path={tmp_path}/a.txt", "shape.width=8", "length.steps=1", "batch.rows=2"]
+    with pytest.raises(UserError, match=message):
+        run(load(plan[0], [*plan[1:], *changes]), tmp_path / "run", echo=lambda _: None)
+
+
+def test_word2vec_trains_on_a_short_text_with_every_word(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A heron counts the rain. " * 3)
+    changes = [f"source.path={tmp_path}/a.txt", "shape.width=8", "length.steps=1", "batch.rows=2", "segment.sample=0"]
+    finished = run(load("word2vec", changes), tmp_path / "run", echo=lambda _: None)
+    assert np.isfinite(list(finished.metrics.values())).all()

@@ -42,6 +42,10 @@ def noise(counts: np.ndarray, power: float) -> np.ndarray:
     return table
 
 
+MIN_KEPT_WORDS = 8
+"""Words: a text of which subsampling keeps fewer on average often has no two neighbors left in a step."""
+
+
 @dataclass(frozen=True, eq=False)
 class Words(Source):
     """The examples of `text`, each with {"kept" (V,), "noise" (V,)}. counts_of: how often each id occurs; control tokens
@@ -55,9 +59,17 @@ class Words(Source):
     def __post_init__(self) -> None:
         if not self.counts_of.any():
             raise UserError("the text holds no word that the tokenizer knows: train the tokenizer on it")
-        object.__setattr__(
-            self, "_facts", {"kept": kept(self.counts_of, self.sample), "noise": noise(self.counts_of, self.power)}
-        )
+        chances = kept(self.counts_of, self.sample)
+        if (expected := float(chances @ self.counts_of)) < MIN_KEPT_WORDS:
+            known = int(self.counts_of.sum())
+            rare = known < MIN_KEPT_WORDS
+            cause = "" if rare else f", of which segment.sample={self.sample:g} keeps about {expected:.2g}"
+            cure = "" if rare else ", or set segment.sample=0, which keeps every word"
+            raise UserError(
+                f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "
+                f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{cure}"
+            )
+        object.__setattr__(self, "_facts", {"kept": chances, "noise": noise(self.counts_of, self.power)})
 
     @staticmethod
     def count(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:

@@ -190,6 +190,11 @@ class Words(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
         counts = words.Words.count(train.tokens, material.tokenizer.vocab)
+        if np.diff(train.offsets).max() - train.opened - 1 < 2:
+            raise UserError(
+                "every document is a single word, so no word has a neighbor: give longer documents, or set "
+                f"source.split=file (it is {material.source.split})"
+            )
 
         def shown(store: TokenStore) -> words.Words:
             return words.Words(segment.Windows(store, self.length, ahead=0, tail=True), counts, self.sample, self.power)
