@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from firth.text import chat
-from firth.text.chat import Message, encode, messages_of
+from firth.text.chat import Message, encode
 from firth.text.template import TEMPLATE, parts
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
@@ -255,44 +255,3 @@ def test_parts_of_a_template_with_a_default_system_prompt():
     assert pieces[0].startswith("<|im_start|>system\nYou are") and pieces[0].endswith("<|im_start|>user\n")
     assert pieces[1:] == ["<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>assistant\n"]
     assert shown == [" hello ", "there"]
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"messages": told("q", "a")},
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"prompt": "q", "completion": "a"},
-        {"prompt": told("q"), "completion": [{"role": "assistant", "content": "a"}]},
-        {"prompt": "q", "response": "a"},
-        {"instruction": "q", "input": "", "output": "a"},
-    ],
-)
-def test_every_form_of_a_dialogue(record):
-    assert messages_of(record) == told("q", "a")
-
-
-def test_alpaca_with_input_and_system():
-    record = {"instruction": "q", "input": "i", "output": "a", "system": "s"}
-    assert messages_of(record) == told("q\n\ni", "a", system="s")
-
-
-@pytest.mark.parametrize(
-    ("record", "wrong"),
-    [
-        ({"text": "x"}, "this record has text"),
-        ({}, "this record has nothing"),
-        ({"messages": ["x"]}, "a turn of a dialogue is an object with role and content, not 'x'"),
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "a turn needs a role"),
-        ({"messages": [{"role": "user"}]}, "a turn needs a role"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, r"text was expected where \['x'\] stands"),
-        ({"prompt": "q", "completion": 5}, "text was expected where 5 stands"),
-        ({"instruction": "q", "output": None}, "text was expected where None stands"),
-    ],
-)
-def test_what_is_no_dialogue_is_told(record, wrong):
-    with pytest.raises(UserError, match=wrong):
-        messages_of(record)

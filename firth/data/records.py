@@ -12,8 +12,8 @@ encoding, memory stays small, and what was cut or left out is known before the f
 
 The first of each is named, with its file and line (`remarks`).
 
-Any of the usual shapes will do: {"text", "label"}; {"messages"}; {"prompt", "completion"}; Alpaca's and ShareGPT's;
-{"prompt", "chosen", "rejected"} with strings or messages. A record of another shape is an error with file and line.
+`docs/records.md` has the shapes of dialogues, prompts and preferences (`firth.data.conversations`). A record of another
+shape is an error with file and line.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 
+from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.source import Source
 from firth.text import chat, read, tables
 from firth.text.counts import Counts
@@ -242,7 +243,7 @@ class Dialogues(Records):
         super().__init__(paths, tokenizer, length)
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        tokens, mask = chat.encode(self.tokenizer, chat.messages_of(formed(record, self.forms)))
+        tokens, mask = chat.encode(self.tokenizer, messages_of(formed(record, self.forms)))
         tokens, mask = self.fit(tokens, self.length), mask[: self.length]
         # The first token cannot be asked: nothing stands before it.
         return {"tokens": tokens, "mask": mask} if mask[1:].any() else None
@@ -269,7 +270,7 @@ class Prompted(Records):
         super().__init__(paths, tokenizer, length)
 
     def texts(self, record: Record, place: str) -> list[str]:
-        *before, last = chat.messages_of(formed(record, self.forms))
+        *before, last = messages_of(formed(record, self.forms))
         if last["role"] != "assistant" or not before:
             raise UserError("text to text needs a prompt and an answer behind it")
         return ["\n\n".join(message["content"] for message in before), last["content"]]
@@ -293,7 +294,7 @@ def spoken(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[str]:
     """What is said in the records, message by message: what a tokenizer is trained on."""
     for place, record in read.records(paths):
         with _told(place):
-            said = [message["content"] for message in chat.messages_of(formed(record, forms))]
+            said = [message["content"] for message in messages_of(formed(record, forms))]
         yield from said
 
 
@@ -340,26 +341,6 @@ class Preferences(Records):
         return found if answered and differ else None
 
 
-def comparison(record: Record) -> tuple[list[chat.Message], list[chat.Message], list[chat.Message]]:
-    """(prompt, chosen, rejected) as messages. Without a `prompt`, it is the turns that both dialogues begin with.
-
-    >>> hello = {"role": "user", "content": "hello"}
-    >>> good, bad = ({"role": "assistant", "content": c} for c in ("hi", "go away"))
-    >>> comparison({"chosen": [hello, good], "rejected": [hello, bad]}) == ([hello], [good], [bad])
-    True
-    """
-    missing = [name for name in ("chosen", "rejected") if name not in record]
-    if missing:
-        raise UserError(f"a preference needs `chosen` and `rejected`; this record has {', '.join(record) or 'nothing'}")
-    chosen, rejected = chat.answer_of(record["chosen"]), chat.answer_of(record["rejected"])
-    if "prompt" in record:
-        return chat.prompt_of(record["prompt"]), chosen, rejected
-    same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
-    if not same:
-        raise UserError("a preference needs a `prompt`, or two dialogues that begin with the same turns")
-    return chosen[:same], chosen[same:], rejected[same:]
-
-
 def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[np.ndarray], Mapping[str, int]]:
     """What there is to answer in the records, and the counts: dialogues up to their last answer, with its turn begun.
 
@@ -369,11 +350,7 @@ def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[li
     found, tally = [], Counter[str]()
     for place, record in read.records(paths, counts=counts):
         with _told(place):
-            if "prompt" in record:
-                messages = chat.prompt_of(record["prompt"])
-            else:
-                messages = chat.messages_of(record)
-                messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+            messages = prompt_of(record)
             tokens, _ = chat.encode(tokenizer, messages, open=True)
         tally["records"] += 1
         if messages and len(tokens) <= length:

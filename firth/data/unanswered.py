@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from firth.data.conversations import prompt_of
 from firth.data.records import Prompted, Record, formed
-from firth.text import chat
 from firth.types import Example, UserError
 
 
@@ -22,9 +22,8 @@ class Unanswered(Prompted):
     def texts(self, record: Record, place: str) -> list[str]:
         prompt, _ = self.forms
         if prompt:
-            record = formed(record, (prompt, prompt))
-        messages = chat.messages_of({"completion": "", "output": "", **record})
-        before = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+            record = {"prompt": formed(record, (prompt, prompt))["prompt"]}
+        before = prompt_of(record)
         if not before:
             raise UserError("text to text needs a prompt, and there is none")
         return ["\n\n".join(message["content"] for message in before)]

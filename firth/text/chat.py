@@ -14,8 +14,7 @@ the assistant says *and on the `<|im_end|>` that ends its turn*: a model never a
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
@@ -148,61 +147,3 @@ def _prefixes(definition: str) -> tuple[bool, bool]:
     control = [t.content for t in engine.get_added_tokens_decoder().values() if t.special]
     behind = engine.encode(control[0] + "a", add_special_tokens=False).tokens[1:] if control else plain
     return plain[:1] != ["a"] and plain[0].startswith("▁"), bool(behind) and behind[0].startswith("▁")
-
-
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
-    "system": "system", "tool": "tool", "function": "tool",
-}  # fmt: skip
-
-
-def messages_of(record: Mapping[str, Any]) -> list[Message]:
-    """The dialogue in a record: `messages`, ShareGPT's `conversations`, `prompt`/`completion`, or Alpaca's `instruction`.
-
-    Raises UserError (without the place, which the reader of the file adds) where a record is none of these.
-    """
-    turns = record.get("messages") or record.get("conversations")
-    if isinstance(turns, list):
-        return [_message(turn) for turn in turns]
-    if "prompt" in record and ("completion" in record or "response" in record):
-        return [*prompt_of(record["prompt"]), *answer_of(record.get("completion", record.get("response")))]
-    if "instruction" in record and "output" in record:
-        asked = _text(record["instruction"])
-        if record.get("input"):
-            asked += "\n\n" + _text(record["input"])
-        system = [{"role": "system", "content": _text(record["system"])}] if record.get("system") else []
-        return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": _text(record["output"])}]
-    raise UserError(
-        "a dialogue needs `messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`; "
-        f"this record has {', '.join(record) or 'nothing'}"
-    )
-
-
-def prompt_of(prompt: Any) -> list[Message]:
-    """A prompt as messages: a string is one user's turn."""
-    return [_message(t) for t in prompt] if isinstance(prompt, list) else [{"role": "user", "content": _text(prompt)}]
-
-
-def answer_of(answer: Any) -> list[Message]:
-    """An answer as messages: a string is one assistant's turn."""
-    return (
-        [_message(t) for t in answer] if isinstance(answer, list) else [{"role": "assistant", "content": _text(answer)}]
-    )
-
-
-def _message(turn: Any) -> Message:
-    if not isinstance(turn, Mapping):
-        raise UserError(f"a turn of a dialogue is an object with role and content, not {turn!r:.60}")
-    role = str(turn.get("role", turn.get("from", "")))
-    content = turn.get("content", turn.get("value"))
-    if role not in ROLES or content is None:
-        raise UserError(
-            f"a turn needs a role (user, assistant, system, tool) and a content, and this has {dict(turn)!r:.80}"
-        )
-    return {"role": ROLES[role], "content": _text(content)}
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"text was expected where {value!r:.60} stands")
-    return value

@@ -279,12 +279,25 @@ def _records(
     """wanted: the columns of a Parquet table, all where none is named. columns, text: as of `records`."""
     counts.files += 1
     kind = _kind(path)
-    if kind in ("table", "lines"):
+    suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+    if kind in ("table", "lines") or (suffix == ".json" and _has_lines(path)):
         yield from (_table(path, counts, wanted) if kind == "table" else _lines(path, counts))
         return
-    suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
     with guarded(path) as file:
         yield from (text if kind == "text" and text else tables.READERS[suffix])(file, path, counts, columns)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether the first line of a .json file that is not blank is a record by itself, as in JSON lines."""
+    with guarded(path) as file:
+        reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
+        while (line := reader.readline(LONGEST + 1)) and not line.strip():
+            pass
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and "data" not in first  # SQuAD's JSON may be one line
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,7 +3,7 @@
     .csv             a head, quoted cells (RFC 4180); semicolons or tabs where the head has these and no comma
     .tsv             a head, no quoting: a quotation mark is one (IANA; GLUE's files are so)
     .conll .bio .iob a word a line with its columns, a blank line behind a sentence, -DOCSTART- lines left out
-    .json            SQuAD 1.1 or 2.0, or a list of records
+    .json            SQuAD 1.1 or 2.0, a list of records, or a record a line (JSON lines)
 
 A table without a head has its columns named by whoever asks for it. A row with more or fewer cells than its head is left
 out, counted and named; more than one such row in a hundred is an error, for then the quoting is wrong.

@@ -1,0 +1,125 @@
+"""Every row of docs/records.md is read as the page says, or rejected with the sentence that the page has."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_room import tokenizer
+
+from firth.data.conversations import comparison, messages_of, prompt_of
+from firth.data.records import Dialogues, Preferences
+from firth.text.chat import Message
+from firth.text.read import records
+from firth.types import UserError
+
+PAGE = (Path(__file__).parents[1] / "docs" / "records.md").read_text("utf-8")
+
+
+def rows_of(title: str) -> list[list[str]]:
+    """The cells of the rows of one table of the page."""
+    part = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in part.splitlines() if line[:1] == "|"]
+    return rows[2:]
+
+
+def record_of(cell: str) -> dict[str, Any]:
+    return json.loads(cell.strip("`"))
+
+
+def written(messages: list[Message], as_role: str = "") -> list[str]:
+    """Messages as the page writes them."""
+    return [f"{as_role or m['role']}: {m['content']}".replace("\n", "\\n") for m in messages]
+
+
+@pytest.mark.parametrize("row", rows_of("Dialogues"), ids=lambda row: row[0])
+def test_a_dialogue_is_read_as_the_page_says(row: list[str]) -> None:
+    record = record_of(row[1])
+    assert "; ".join(written(messages_of(record))) == row[2]
+    assert "; ".join(written(prompt_of(record))) == row[2].rpartition("; assistant: ")[0]
+
+
+@pytest.mark.parametrize("row", rows_of("Preferences"), ids=lambda row: row[0])
+def test_a_preference_is_read_as_the_page_says(row: list[str]) -> None:
+    prompt, chosen, rejected = comparison(record_of(row[1]))
+    parts = [*written(prompt), *written(chosen, "chosen"), *written(rejected, "rejected")]
+    assert "; ".join(parts) == row[2]
+    assert prompt_of(record_of(row[1])) == prompt
+
+
+@pytest.mark.parametrize("row", rows_of("Rejected"), ids=lambda row: row[2][:40])
+def test_a_record_is_rejected_as_the_page_says(row: list[str]) -> None:
+    read = comparison if row[1] == "preference" else messages_of
+    with pytest.raises(UserError, match=re.escape(row[2])) as raised:
+        read(record_of(row[0]))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_page_has_the_shapes() -> None:
+    """A table that is not found would make the tests above empty."""
+    assert [len(rows_of(title)) for title in ("Dialogues", "Preferences", "Rejected")] == [17, 11, 17]
+
+
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        ({"text": "x"}, "this record has text"),
+        ({}, "this record has nothing"),
+        ({"messages": ["x"]}, "a turn of a dialogue is an object with role and content, not 'x'"),
+        ({"messages": [{"role": "user"}]}, "a turn needs a content"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, r"text was expected, not \['x'\]"),
+        ({"prompt": "q", "completion": 5}, "text was expected, not 5"),
+        ({"instruction": "q", "output": None}, "text was expected, not None"),
+    ],
+)
+def test_a_record_of_no_shape_is_rejected(record: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UserError, match=wrong):
+        messages_of(record)
+
+
+def test_system_and_history_are_in_the_tokens(tmp_path: Path) -> None:
+    """Every row with a system turn or a history reaches the model with it, in dialogues and in preferences."""
+    path, met = tmp_path / "rows.jsonl", 0
+    for title, source in (("Dialogues", Dialogues), ("Preferences", Preferences)):
+        for row in rows_of(title):
+            if "Be brief" not in row[1]:
+                continue
+            path.write_text(json.dumps(record_of(row[1])) + "\n")
+            example = source([str(path)], tokenizer(), 256)[0]
+            tokens = example["tokens" if title == "Dialogues" else "chosen_tokens"]
+            assert tokenizer().decode(tokens).count("Be brief") == 1, row[0]
+            met += 1
+    assert met == 8
+
+
+def test_a_repeated_prompt_is_in_the_tokens_once(tmp_path: Path) -> None:
+    """UltraFeedback has the user's turn in `prompt` and again in both dialogues."""
+    path = tmp_path / "rows.jsonl"
+    turn = {"role": "user", "content": "Who paints the boat?"}
+    for prompt in ("Who paints the boat?", [turn]):
+        pair = {
+            side: [turn, {"role": "assistant", "content": text}] for side, text in (("chosen", "I"), ("rejected", "No"))
+        }
+        path.write_text(json.dumps({"prompt": prompt, **pair}) + "\n")
+        example = Preferences([str(path)], tokenizer(), 128)[0]
+        assert tokenizer().decode(example["chosen_tokens"]).count("Who paints") == 1
+        assert tokenizer().decode(example["rejected_tokens"][example["rejected_mask"]]) == "No"
+
+
+def test_json_files_hold_a_list_or_lines(tmp_path: Path) -> None:
+    """JSON lines in a .json file are read as in a .jsonl file, with their line in a message."""
+    rows = [record_of(row[1]) for row in rows_of("Dialogues")]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=1))
+    assert [record for _, record in records([str(path)])] == rows
+    path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    assert [record for _, record in records([str(path)])] == rows
+    assert [place for place, _ in records([str(path)])][:2] == [f"{path}:2", f"{path}:3"]
+    path.write_text(json.dumps(rows[0]))
+    assert [record for _, record in records([str(path)])] == rows[:1]
+    path.write_text(json.dumps(rows[0]) + "\n{\n")
+    with pytest.raises(UserError, match=r"rows\.json:2: this line is not JSON"):
+        list(records([str(path)]))
