@@ -98,6 +98,7 @@ class Rollouts(Source):
         if not prompts:
             raise UserError("there are no prompts to answer")
         self.prompts, self.coder, self.judge, self.reference = prompts, tokenizer, judge, reference
+        reference.restrict(tokenizer.vocab)
         self.phase, self.credit, self.truth = phase or Phase(), credit or GAE(), truth
         self.stops, self.seed, self.rows = stops, seed, rows
         self.number = -1

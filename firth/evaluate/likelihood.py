@@ -9,7 +9,9 @@ token is asked once (`strided`, `one_at_a_time`, `halves`), and `score` runs and
 
 Bits per byte divides by the UTF-8 bytes of exactly the tokens that were asked, so it compares models with other
 tokenizers; perplexity does not. A masked model's figure is a pseudo-likelihood (each token given all the others),
-and an encoder-decoder's is of second halves given first halves: compare like with like.
+and an encoder-decoder's is of second halves given first halves: compare like with like. Probabilities add up to 1 over the
+tokenizer's ids alone, where a table is wider (`LM.restrict`); transformers leaves the others their share, which is next to
+nothing in a trained model.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def open_subject(directory: Path) -> Subject:
         model = load_model(place)
     tokenizer = Tokenizer.load(place)
     refuse_larger(tokenizer, model.shape, f"{place}")
+    model.restrict(tokenizer.vocab)
     return Subject(model, tokenizer, directory, place)
 
 

@@ -14,7 +14,8 @@ Decoders and encoder-decoders write alike: the prompt of an encoder-decoder goes
 begins at the token that `Shape.decoder_start` says (T5: pad; BART: the stop token). A model that was trained as a prefix
 language model (`Shape.prefix_lm`) reads the whole prompt both ways, here as there. What a model can read is
 `shape.context`: a longer prompt is refused, and an answer that reaches the end of the context finishes there
-("context"). Nothing slides out of sight unasked.
+("context"). Nothing slides out of sight unasked. Ids that the tokenizer does not have are never written nor scored, however
+wide the model's table (`LM.restrict`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Engine:
     ):  # fmt: skip
         self.model, self.coder, self.rows = model if weights is None else lowered(model, weights), tokenizer, rows
         vocab = tokenizer.vocab
+        self.model.restrict(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
         self.start = vocab.starting(model.shape.decoder_start).start if model.shape.encoder else None
         self.device = model.tokens.weight.device

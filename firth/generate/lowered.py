@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.block import MLP, Attention, Linear
+from firth.model.cross_entropy import ABSENT
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.lora import adapted
@@ -153,13 +154,19 @@ class LoweredVocabulary(nn.Module):
         self.shape, self.softcap, self.head, self.matrix = head.shape, head.softcap, head, matrix
         head.weight, head.bias = None, None  # type: ignore[assignment]
 
+    def restrict(self, absent: Tensor | None) -> None:
+        """Give no probability to some ids (n,), as `Vocabulary.restrict` does."""
+        self.head.restrict(absent)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., width) -> logits (..., vocab)."""
         return self._capped(self.head.transform(hidden))
 
     def _capped(self, read: Tensor) -> Tensor:
         logits: Tensor = self.matrix(read)
-        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
+        if self.softcap:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.head.absent is None else logits.index_fill_(-1, self.head.absent, ABSENT)
 
     def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
         """log p(label) of each row: states (N, width), labels (N,) -> (N,) float32."""

@@ -59,9 +59,11 @@ def nearest(model: LM, words: Words, word: str, top: int) -> list[tuple[str, flo
         raise UserError(f"{word!r} is no single token of this model, so it has no vector: try another word")
     vectors = F.normalize(table(model), dim=-1)
     likeness = vectors @ vectors[known[-1]]
-    likeness[torch.from_numpy(np.flatnonzero(words.vocab.special))] = -2.0
+    others = np.ones(len(likeness), bool)
+    others[words.vocab.ordinary] = False
+    likeness[torch.from_numpy(others)] = -2.0
     likeness[known] = -2.0
-    best = likeness.topk(min(top, len(words.vocab.ordinary) - 1))
+    best = likeness.topk(min(top, len(words.vocab.ordinary) - len({*known})))
     return [(words.token(i), x) for i, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 

@@ -24,10 +24,18 @@ CHUNK = 1 << 22
 """Logits held at a time on a CPU: 16 MB in fp32, best of 64 to 4096 rows at 8192 ids. Accelerators take 16 times that."""
 
 
-class _Rows:
-    """One pass over chunks of rows; all its arithmetic, shared by the two functions below."""
+ABSENT = -1e30
+"""The logit of an id that the tokenizer does not have: its probability is 0. It is finite, since the difference of two of
+them, which a KL divergence takes, must be a number."""
 
-    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, cap: float):
+
+class _Rows:
+    """One pass over chunks of rows; all its arithmetic, shared by the two functions below.
+
+    absent: ids (n,) that have no probability, None where all have some.
+    """
+
+    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, cap: float, absent: Tensor | None = None):
         self.dtype = (
             torch.get_autocast_dtype(states.device.type)
             if torch.is_autocast_enabled(states.device.type)
@@ -36,7 +44,7 @@ class _Rows:
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.states = states if self.dtype == states.dtype else states.to(self.dtype)
         self.weight = weight if self.dtype == weight.dtype else weight.to(self.dtype)
-        self.bias, self.cap = bias, cap
+        self.bias, self.cap, self.absent = bias, cap, absent
         size = CHUNK if states.device.type == "cpu" else 16 * CHUNK
         self.step = max(1, size // len(weight))
         buffer = (min(self.step, len(states)), len(weight))
@@ -61,7 +69,9 @@ class _Rows:
             # |logit| <= cap: no need of the row's maximum.
             torch.tanh(logits.div_(self.cap), out=logits)
             torch.mul(logits, self.cap, out=scores)
-        else:
+        if self.absent is not None:
+            scores.index_fill_(1, self.absent, ABSENT)
+        if not self.cap:
             logits -= logits.amax(-1, keepdim=True)
         label = scores.gather(1, labels[rows, None])
         scores.exp_()
@@ -107,9 +117,10 @@ class SumNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float, learn: bool
-    ) -> Tensor:
-        rows = _Rows(states, weight, bias, cap)
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float, learn: bool,
+        absent: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        rows = _Rows(states, weight, bias, cap, absent)
         needs = ctx.needs_input_grad if learn else (False, False, False)
         gradients = _Gradients(rows, *needs[:3])
         loss = states.new_zeros((), dtype=rows.wide)
@@ -130,7 +141,7 @@ class SumNLL(torch.autograd.Function):
             None if states is None else (states * grad).to(ctx.dtypes[0]),
             None if weight is None else (weight * grad).to(ctx.dtypes[1]),
             None if bias is None else (bias * grad).to(ctx.dtypes[1]),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -138,13 +149,17 @@ class LogProbs(torch.autograd.Function):
     """log p(label) of each row (N,); the logits are computed again on the way back, a fourth product for their memory."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float) -> Tensor:
-        rows = _Rows(states, weight, bias, cap)
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float,
+        absent: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        rows = _Rows(states, weight, bias, cap, absent)
         out = states.new_empty(len(states), dtype=rows.wide)
         for at in rows.chunks():
             out[at] = rows.score(at, labels)[0]
         ctx.save_for_backward(states, weight, bias, labels)
-        ctx.cap, ctx.autocast = cap, (states.device.type, rows.dtype if rows.dtype != states.dtype else None)
+        ctx.cap, ctx.absent = cap, absent
+        ctx.autocast = (states.device.type, rows.dtype if rows.dtype != states.dtype else None)
         return out
 
     @staticmethod
@@ -153,10 +168,10 @@ class LogProbs(torch.autograd.Function):
         states, weight, bias, labels = ctx.saved_tensors
         device, dtype = ctx.autocast
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            rows = _Rows(states, weight, bias, ctx.cap)
+            rows = _Rows(states, weight, bias, ctx.cap, ctx.absent)
             gradients = _Gradients(rows, *ctx.needs_input_grad[:3])
             for at in rows.chunks():
                 _, scores, total = rows.score(at, labels)
                 gradients.add(at, rows.slope(scores, total, labels[at]), -grad[at, None] / total)
         found = ((gradients.states, states), (gradients.weight, weight), (gradients.bias, bias))
-        return *(None if g is None else g.to(of.dtype) for g, of in found), None, None
+        return *(None if g is None else g.to(of.dtype) for g, of in found), None, None, None

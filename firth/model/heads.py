@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
 from firth.model.count import GATED
-from firth.model.cross_entropy import LogProbs, SumNLL
+from firth.model.cross_entropy import ABSENT, LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.norm import make_norm
 from firth.model.shape import Shape
@@ -33,11 +33,17 @@ class Vocabulary(nn.Module):
         self.norm = make_norm(shape, read) if transform else None
         self.weight = nn.Parameter(torch.empty(shape.vocab, read))
         self.bias = nn.Parameter(torch.zeros(shape.vocab)) if shape.head_bias else None
+        self.register_buffer("absent", None, persistent=False)
+        self.absent: Tensor | None
         nn.init.normal_(self.weight, std=shape.init or 0.001)
         if self.dense is not None:
             nn.init.normal_(self.dense.weight, std=shape.init or shape.width**-0.5)
             if self.dense.bias is not None:
                 nn.init.zeros_(self.dense.bias)
+
+    def restrict(self, absent: Tensor | None) -> None:
+        """Give no probability to some ids (n,); the others share all of it. None: every id has some."""
+        self.absent = absent
 
     @staticmethod
     def reads(shape: Shape) -> int:
@@ -58,11 +64,11 @@ class Vocabulary(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         # In one piece: what reads a row of logits then takes a tenth of the time.
         logits = project(self.transform(hidden), self.matrix, self.bias).contiguous()
-        if not self.softcap:
-            return logits
-        if torch.is_grad_enabled():
-            return self.softcap * torch.tanh(logits / self.softcap)
-        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap and torch.is_grad_enabled():
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        elif self.softcap:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.absent is None else logits.index_fill(-1, self.absent, ABSENT)
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label): states (N, width), labels (N,) -> scalar float32. Never holds all the logits."""
@@ -71,12 +77,13 @@ class Vocabulary(nn.Module):
     def matched(self, read: Tensor, labels: Tensor) -> Tensor:
         """`nll` of what another head has read: (N, `reads`), without the transform of this one."""
         learn = torch.is_grad_enabled()
-        loss: Tensor = SumNLL.apply(read, self.matrix, self.bias, labels, self.softcap, learn)
+        loss: Tensor = SumNLL.apply(read, self.matrix, self.bias, labels, self.softcap, learn, self.absent)
         return loss
 
     def log_probs(self, states: Tensor, labels: Tensor) -> Tensor:
         """log p(label) of each row, with its graph: states (N, width), labels (N,) -> (N,) float32."""
-        out: Tensor = LogProbs.apply(self.transform(states), self.matrix, self.bias, labels, self.softcap)
+        read = self.transform(states)
+        out: Tensor = LogProbs.apply(read, self.matrix, self.bias, labels, self.softcap, self.absent)
         return out
 
 

@@ -14,6 +14,7 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from firth.model.recurrent import Recurrent, States
 from firth.model.shape import Shape
 from firth.model.trunk import Trunk
 from firth.types import ALWAYS, NEVER, Batch, UserError
+
+if TYPE_CHECKING:
+    from firth.text.vocab import Vocab
 
 
 class LM(nn.Module):
@@ -93,6 +97,21 @@ class LM(nn.Module):
         """Tell how each token is written, to a model that reads that; one with a table of tokens has no need of it."""
         if self.shape.characters:
             self.tokens.spell(pieces)  # type: ignore[operator]
+
+    def restrict(self, vocab: Vocab) -> None:
+        """Give no probability to ids that a tokenizer does not have, wherever a vocabulary head of this model is read.
+
+        A table is often wider than its tokenizer (padded to a multiple of 64), and a tokenizer's numbering may have holes.
+        Such ids are never drawn nor chosen, and the probabilities of the others add up to 1. Every place where a model and
+        its tokenizer meet calls this (`Engine`, `open_subject`, a run).
+        """
+        ids = vocab.absent(self.shape.vocab)
+        absent = torch.from_numpy(ids).to(self.tokens.weight.device) if len(ids) else None
+        for name, part in self.parts.items():
+            if name == "lm":
+                part.restrict(absent)  # type: ignore[operator]
+            elif isinstance(part, LM):
+                part.restrict(vocab)
 
     @property
     def speaks(self) -> bool:

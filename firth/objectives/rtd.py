@@ -197,5 +197,7 @@ def draw(logits: Tensor, chance: Tensor) -> Tensor:
     [0, 1]
     """
     passed = logits.softmax(-1).cumsum(-1)
-    found = torch.searchsorted(passed, (chance * passed[:, -1])[:, None], right=True)[:, 0]
+    # The gap below 1 keeps the product under the total in float32: a token of probability 0 is never drawn.
+    at = chance.clamp(max=1 - 2**-20) * passed[:, -1]
+    found = torch.searchsorted(passed, at[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)

@@ -57,6 +57,7 @@ class Referenced(Segment):
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         model = load_model(needed(material.start, "start", "the model that DPO starts from and is held to"))
+        model.restrict(material.tokenizer.vocab)
         plain = self.pairs.cut(material, objective)
         known = [
             annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)

@@ -115,6 +115,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     if settled.embeddings:
         said = vectors.take(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
+    model.restrict(tokenizer.vocab)
     settled.adapt.apply(model, added, tokenizer, settled.seed)
     for trunk in model.trunks():
         trunk.recompute = settled.recompute

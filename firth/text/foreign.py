@@ -88,17 +88,17 @@ def bert(file: Path) -> Engine:
         )
         why = "has no [UNK]" if twice is None else f"has the token {twice!r:.40} twice"
         raise UserError(f"{file} {why}: one token on each line is expected, each once; copy it again")
-    return wordpiece(tokens)
+    return wordpiece({token: i for i, token in enumerate(tokens)})
 
 
-def wordpiece(tokens: list[str]) -> Engine:
-    """BERT's WordPiece of these tokens, in the order of their ids."""
-    engine = Engine(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+def wordpiece(tokens: dict[str, int]) -> Engine:
+    """BERT's WordPiece of these tokens and their ids."""
+    engine = Engine(models.WordPiece(tokens, unk_token="[UNK]"))
     cased = any(token != token.lower() for token in tokens if not token.startswith("["))
     engine.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     engine.decoder = decoders.WordPiece()
-    engine.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in set(tokens)])
+    engine.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in tokens])
     return engine
 
 
@@ -168,7 +168,7 @@ def pieced(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squ
 
 
 def _bpe(pieces: list[Piece], unknown: str, bytewise: bool) -> models.BPE:
-    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    vocab = {text: i for i, (text, _, type) in enumerate(pieces) if type != UNUSED}
     return models.BPE(vocab, ways(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=bytewise)
 
 

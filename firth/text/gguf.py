@@ -9,7 +9,8 @@
 llama.cpp knows how text is cut into words by name only (`tokenizer.ggml.pre`); its converter finds the name by hashing
 what a tokenizer makes of one text, so a new vocabulary has none there. Here one table says what each name means, and
 the name for a tokenizer is the one that means what it does. A name that is not in the table is refused: text cut in
-another way would be silently worse. Text is not normalised for `gpt2` and `llama`, as llama.cpp has it.
+another way would be silently worse. Text is not normalised for `gpt2` and `llama`, as llama.cpp has it. Pieces of the type
+"unused" ([PAD511], which fill up a table) are no tokens: the tokenizer does not have their ids.
 
 >>> PRE["qwen2"] == PRE["stablelm2"], PRE["qwen2"] == PRE["llama-bpe"]  # one digit makes a number, or up to three
 (True, False)
@@ -127,7 +128,9 @@ def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
         )
     cut = PRE[name]
     merges = [(a, b) for a, _, b in (line.partition(" ") for line in file.list("tokenizer.ggml.merges"))]
-    engine = Engine(models.BPE({token: i for i, (token, *_) in enumerate(pieces)}, merges, ignore_merges=cut.whole))
+    made = {a + b for a, b in merges}
+    vocab = {token: i for i, (token, _, type) in enumerate(pieces) if type != UNUSED or token in made}
+    engine = Engine(models.BPE(vocab, merges, ignore_merges=cut.whole))
     own = cut.patterns[-1] == GPT2  # the library has this one built in, which is faster
     steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in cut.patterns[: len(cut.patterns) - own]]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
@@ -171,7 +174,8 @@ def bert(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
     tokens = [spelled(token, type) for token, _, type in pieces]
     if "[UNK]" not in tokens:
         raise UserError(f"{file.path}: its WordPiece vocabulary has no [UNK]: convert it again")
-    return foreign.wordpiece(tokens), True
+    unused = {i for i, (_, _, type) in enumerate(pieces) if type == UNUSED}
+    return foreign.wordpiece({token: i for i, token in enumerate(tokens) if i not in unused}), True
 
 
 READERS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}

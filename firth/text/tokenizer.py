@@ -157,6 +157,7 @@ class Tokenizer:
             ends_sentence=stops,
             capital=capital,
             digit=digit,
+            holes=np.flatnonzero(~taken),
         )
 
     @functools.cached_property

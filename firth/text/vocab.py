@@ -33,6 +33,7 @@ class Vocab:
     ends_sentence, capital, digit: (size,) bool, True where a token ends with a full stop or breaks the line, begins with
     a capital letter, or has a digit in it; None if unknown. See `sentences` and the noise "salient".
     decoder_start: the role of the token that an encoder-decoder's answers begin behind (`Shape.decoder_start`).
+    holes: ids below `size` that no token has, ascending.
     """
 
     size: int
@@ -45,6 +46,7 @@ class Vocab:
     capital: np.ndarray | None = None
     digit: np.ndarray | None = None
     decoder_start: str = "pad"
+    holes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_ordinary", np.flatnonzero(~self.special))
@@ -95,6 +97,14 @@ class Vocab:
         """Ids that user text can contain, ascending."""
         ordinary: np.ndarray = self.__dict__["_ordinary"]
         return ordinary
+
+    def absent(self, rows: int) -> np.ndarray:
+        """Return the ids below `rows` that no token has: holes, and those past the last token.
+
+        >>> Vocab(4, {}, np.zeros(4, bool), holes=np.array([2])).absent(6).tolist()
+        [2, 4, 5]
+        """
+        return np.concatenate((self.holes, np.arange(self.size, rows))).astype(np.int64)
 
     def starts(self, tokens: np.ndarray) -> np.ndarray:
         """Where in a text's tokens (n,) a word begins: (n,) bool. Without any spelling each token is a word.

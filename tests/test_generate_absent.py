@@ -1,0 +1,203 @@
+"""Ids that the tokenizer does not have are never drawn, chosen or scored, however wide the table.
+
+The right values are those of the same model whose table has no row for such ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer as Rust
+from tokenizers import decoders, models, pre_tokenizers
+
+from firth.align.rewards import Truth
+from firth.align.rollouts import Phase, Rollouts
+from firth.data.batch import collate
+from firth.evaluate.task import open_subject
+from firth.evaluate.text import likelihood
+from firth.generate import vectors
+from firth.generate.engine import Engine
+from firth.generate.sample import Sampling
+from firth.model import gguf
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.published import llama
+from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.weights import save_model
+from firth.objectives.objective import token_loss
+from firth.objectives.rtd import RTD
+from firth.text.to_gguf import metadata
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import IGNORE
+
+TEXT = "the king is dead, long live the queen; the fool speaks and nobody listens to the fool. " * 9
+MORE = 46
+"""Rows of the table that no token has."""
+
+SHAPES: dict[str, Callable[[int], Shape]] = {
+    "softcap": lambda vocab: decoder(vocab, 32, 1, 2, context=64),
+    "tied": lambda vocab: Shape(vocab, 32, 1, 2, context=64),
+    "t5": lambda vocab: encoder_decoder(vocab, 32, 1, 2, context=64),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train([TEXT], "byte-bpe", 330, sentinels=4)
+
+
+def twins(make: Callable[[int], Shape], size: int) -> tuple[LM, LM]:
+    """A model of `size` ids, and the same one with MORE rows that it likes best of all."""
+    torch.manual_seed(0)
+    exact = LM(make(size), {"lm": Vocabulary(make(size))})
+    for parameter in exact.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    wide = LM(make(size + MORE), {"lm": Vocabulary(make(size + MORE))})
+    state = exact.state_dict()
+    for name, tensor in wide.state_dict().items():
+        if tensor.shape == state[name].shape:
+            tensor.copy_(state[name])
+        else:
+            tensor[:size] = state[name]
+            tensor[size:] = 40 * torch.randn_like(tensor[size:])
+    return exact.eval(), wide.eval()
+
+
+def prompts(tokenizer: Tokenizer) -> list[np.ndarray]:
+    return [tokenizer.encode(text) for text in ("the king", "nobody listens to", "the fool speaks")]
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_wide_tables_write_and_score_as_exact_ones(tokenizer: Tokenizer, name: str, weights: str | None) -> None:
+    one, other = (Engine(m, tokenizer, weights=weights) for m in twins(SHAPES[name], tokenizer.vocab.size))
+    asked = prompts(tokenizer)
+    for sampling in (
+        Sampling(max_new=12, temperature=0), Sampling(max_new=12, seed=3), Sampling(max_new=12, temperature=5.0, top_p=0.99),
+        Sampling(max_new=12, temperature=0, repetition=3.0), Sampling(max_new=12, top_k=400, min_p=1e-9),
+    ):  # fmt: skip
+        for a, b in zip(one.generate(asked, sampling), other.generate(asked, sampling), strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist() and a.text == b.text
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    options = [tokenizer.encode(text) for text in (" is dead", " speaks", " long live the queen")]
+    np.testing.assert_allclose(one.score(asked, options), other.score(asked, options), atol=1e-3)
+    np.testing.assert_allclose(one.options(asked[0], options), other.options(asked[0], options), atol=1e-3)
+    assert one.choose(asked[0], options) == other.choose(asked[0], options)
+
+
+def test_masks_are_filled_with_tokens_alone(tokenizer: Tokenizer) -> None:
+    one, other = twins(lambda vocab: encoder(vocab, 32, 1, 2, context=64), tokenizer.vocab.size)
+    text = f"the {tokenizer.token(tokenizer.vocab.mask)} is dead"
+    [found], [expected] = (Engine(m, tokenizer).fill(text, 400) for m in (other, one))
+    assert [c.token for c in found] == [c.token for c in expected]
+    np.testing.assert_allclose([c.probability for c in found], [c.probability for c in expected], atol=1e-5)
+    # Words with vectors of their own: a padding row is nobody's neighbor.
+    assert len(vectors.nearest(other, tokenizer, "the", 400)) == len(vectors.nearest(one, tokenizer, "the", 400))
+
+
+def test_likelihood_adds_up_over_tokens_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT[:300])
+    found = []
+    for name, model in zip(("exact", "wide"), twins(SHAPES["softcap"], tokenizer.vocab.size), strict=True):
+        save_model(model, tokenizer, tmp_path / name)
+        subject = open_subject(tmp_path / name)
+        found.append(likelihood(subject, [str(tmp_path / "a.txt")], None, lambda _: None)["nll"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softcap", "tied"])
+def test_training_learns_over_tokens_alone(tokenizer: Tokenizer, name: str) -> None:
+    """Loss and gradients are those of the exact table; the rows that no token has get none."""
+    size = tokenizer.vocab.size
+    batch = torch.from_numpy(tokenizer.encode("the king is dead, long live the queen").astype(np.int64))[None]
+    grads = []
+    for model in twins(SHAPES[name], size):
+        model.restrict(tokenizer.vocab)
+        loss = token_loss(model, model({"tokens": batch[:, :-1]}), batch[:, 1:])
+        loss.backward()
+        weight = model.parts["lm"].weight.grad
+        assert weight is not None
+        # By way of the logits it is the same.
+        logits = model.parts["lm"](model({"tokens": batch[:, :-1]}))
+        plain = torch.nn.functional.cross_entropy(logits[0], batch[0, 1:], reduction="sum")
+        assert float(plain.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+        grads.append((float(loss.detach()), weight))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
+    torch.testing.assert_close(grads[1][1][:size], grads[0][1], atol=1e-5, rtol=1e-4)
+    assert not grads[1][1][size:].any()
+
+
+def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
+    """Drawn answers, log-probabilities of policy and reference, KL and entropy."""
+    found = []
+    for model, reference in zip(
+        twins(SHAPES["tied"], tokenizer.vocab.size), twins(SHAPES["tied"], tokenizer.vocab.size), strict=True
+    ):
+        with torch.no_grad():  # a policy that has moved
+            model.places.weight.mul_(1.1)
+        source = Rollouts(
+            prompts(tokenizer), tokenizer, Truth(lambda text: float(len(text))), reference,
+            phase=Phase(answers=6, steps=1, max_new=8),
+        )  # fmt: skip
+        found.append(source.prepare(model, 0))
+        assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size
+    assert found[0]["kl"] > 0
+    for name in ("reward", "kl", "kl_estimate", "entropy"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-3, abs=1e-4), name
+
+
+def test_replaced_tokens_are_drawn_from_tokens_alone(tokenizer: Tokenizer) -> None:
+    """ELECTRA's generator, whose head is a part of another model."""
+    shape = replace(encoder(tokenizer.vocab.size + MORE, 32, 1, 2, context=64), embed=32)
+    objective = RTD(rate=0.5, size=1.0)
+    torch.manual_seed(0)
+    model = LM(shape, objective.parts(shape)).eval()
+    generator = objective.writer(model)
+    with torch.no_grad():
+        generator.parts["lm"].bias[tokenizer.vocab.size :] = 100.0
+    model.restrict(tokenizer.vocab)
+    seen = objective.view({"tokens": tokenizer.encode(TEXT)[:60]}, tokenizer.vocab, np.random.default_rng(0))
+    batch = collate([seen])
+    batch["chance"][:] = 1 - 2**-24  # the largest number that can be drawn
+    drew = objective.run(model, batch)["drew"]
+    assert len(drew) == int((batch["labels"] != IGNORE).sum()) and int(drew.max()) < tokenizer.vocab.size
+
+
+def test_holes_in_the_numbering_are_never_written() -> None:
+    """Ids in the middle that no token has, as a tokenizer whose added tokens begin at a round number has them."""
+    ids = {piece: i + 2 * (i >= 3) for i, piece in enumerate(["<unk>", "a", "b", "c", "d"])}  # 0 1 2 5 6
+    engine = Rust(models.WordLevel(ids, unk_token="<unk>"))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    coder = Tokenizer(engine)
+    assert coder.vocab.absent(8).tolist() == [3, 4, 7]
+    shape = Shape(8, 16, 1, 2, context=32, tied=False, head_bias=True)
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    with torch.no_grad():
+        model.parts["lm"].bias[[3, 4, 7]] = 50.0
+    engine_ = Engine(model, coder, stops=())
+    written = engine_.generate([coder.encode("a b")] * 8, Sampling(max_new=20, seed=1))
+    assert {*np.concatenate([w.tokens for w in written]).tolist()} <= {0, 1, 2, 5, 6}
+    scores = [engine_.score([coder.encode("a b")], [np.array([i])])[0] for i in (0, 1, 2, 5, 6)]
+    assert np.exp(scores).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_unused_pieces_of_gguf_files_are_no_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """llama.cpp names what fills up a table [PAD330], of the type "unused"."""
+    file = tmp_path / "wide.gguf"
+    _, wide = twins(lambda vocab: llama(vocab, 64, 1, 2, 96, context=64), tokenizer.vocab.size)
+    gguf.write(wide, tokenizer, file, "F32")
+    names = metadata(tokenizer, wide.shape.vocab, False)["tokenizer.ggml.tokens"]
+    assert names[-1] == f"[PAD{wide.shape.vocab - 1}]"
+    subject = open_subject(file)
+    assert subject.model.shape.vocab == tokenizer.vocab.size + MORE and subject.vocab.size == tokenizer.vocab.size
+    answers = Engine(subject.model, subject.tokenizer, stops=()).generate(
+        [subject.tokenizer.encode("the king")], Sampling(max_new=30, temperature=0)
+    )
+    assert int(answers[0].tokens.max()) < tokenizer.vocab.size
