@@ -120,9 +120,9 @@ def test_the_table_says_what_the_results_say(held: tuple[Path, str]) -> None:
         row = dict(zip(head, cells, strict=True))
         own = [s for s in scores if s.recipe == row["recipe"] and s.share == 1.0]
         scratch = {s.seed: s.accuracy for s in scores if s.recipe == row["recipe"] and s.share == 0.0}
-        assert row["probe accuracy"].startswith(f"{np.mean([s.accuracy for s in own]):.3f} ±")
-        assert row["gain"].startswith(f"{np.mean([s.accuracy - scratch[s.seed] for s in own]):.3f} ±")
-        assert row["hidden tokens"].startswith(f"{np.mean([s.hidden for s in own]):.3f} ±")
+        assert row["probe accuracy"].startswith(f"{np.mean([s.accuracy for s in own]):.3f} (")
+        assert row["gain"].startswith(f"{np.mean([s.accuracy - scratch[s.seed] for s in own]):.3f} (")
+        assert row["hidden tokens"].startswith(f"{np.mean([s.hidden for s in own]):.3f} (")
         assert row["parameters"] == f"{own[0].parameters:,}" and own[0].parameters > 1000
     assert said.startswith(markdown([line(scores, cells[0], 1.0) for cells in body]))
     page = (out / "report.html").read_text()
@@ -187,7 +187,7 @@ def test_causal_models_are_compared_by_bits_per_byte_without_a_probe(records: Pa
     assert by_name["gpt"]["bits_per_byte"] == held_out[-1]["bits_per_byte"]
     assert by_name["roberta"]["bits_per_byte"] is None and by_name["gpt"]["accuracy"] is None
     assert "probe" not in said and "bits per byte" in said
-    assert "One seed cannot tell it apart" in said
+    assert "One seed does not distinguish it from" in said
 
 
 def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_did(
@@ -280,23 +280,38 @@ def test_intervals_are_students_and_paired() -> None:
     first, second = [0.71, 0.74, 0.78, 0.80], [0.70, 0.72, 0.75, 0.79]
     ours = paired(invented("a", first), invented("b", second), MEASURES[0])
     theirs = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
-    assert ours is not None and ours.half is not None
-    assert (ours.mean - ours.half, ours.mean + ours.half) == pytest.approx((theirs.low, theirs.high), rel=1e-4)
+    assert ours is not None
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-4)
     for n in range(2, 21):
         values = np.random.default_rng(n).normal(size=n).tolist()
         made = Interval.of(values)
         wanted = scipy.stats.t.interval(0.95, n - 1, np.mean(values), scipy.stats.sem(values))
-        assert made is not None and made.half is not None
-        assert (made.mean, made.half) == pytest.approx((np.mean(wanted), np.diff(wanted)[0] / 2), rel=1e-4)
-    assert Interval.of([0.5]) == Interval(0.5, None)
+        assert made is not None and made.low is not None and made.high is not None
+        assert (made.mean, made.high - made.low) == pytest.approx((np.mean(wanted), np.diff(wanted)[0]), rel=1e-4)
+    assert Interval.of([0.5]) == Interval(0.5)
 
 
-def test_a_difference_is_said_only_where_its_interval_leaves_out_nought() -> None:
-    scores = invented("a", [0.80, 0.82, 0.84]) + invented("b", [0.70, 0.71, 0.745]) + invented("c", [0.90, 0.70, 0.80])
-    [said] = differences(scores, MEASURES[0])
-    assert re.match(
-        r"Accuracy of the probe: a is best\. Above b by 0\.102 \(0\.0\d+ to 0\.1\d+\)\. Not told apart from c by", said
+def test_intervals_end_where_a_score_cannot_go() -> None:
+    row = line(invented("a", [0.67, 1.0]) + invented("a", [0.5, 0.9], 0.0), "a", 1.0)
+    assert str(row.accuracy) == "0.835 (0.000 to 1.000)"
+    assert row.gain is not None and (row.gain.low, row.gain.high) == (
+        pytest.approx(-0.3118, abs=1e-3),
+        pytest.approx(0.5818, abs=1e-3),
     )
+    [sentence] = differences(invented("a", [0.9, 0.1]) + invented("b", [0.1, 0.85]), MEASURES[0])
+    assert sentence.endswith("2 seeds do not distinguish it from b by 0.025 (-1.000 to 1.000).")
+
+
+def test_best_is_written_only_where_the_interval_excludes_zero() -> None:
+    scores = invented("a", [0.80, 0.82, 0.84]) + invented("b", [0.70, 0.71, 0.745]) + invented("c", [0.90, 0.70, 0.80])
+    [sentence] = differences(scores, MEASURES[0])
+    assert re.fullmatch(
+        r"Accuracy of the probe: a has the highest mean\. It is above b by 0\.102 \(0\.0\d+ to 0\.1\d+\)\. "
+        r"3 seeds do not distinguish it from c by 0\.020 \(-0\.\d+ to 0\.\d+\)\.",
+        sentence,
+    )
+    [single] = differences(invented("a", [0.8]) + invented("b", [0.7]), MEASURES[0])
+    assert single == "Accuracy of the probe: a has the highest mean. One seed does not distinguish it from b by 0.100."
     rows = [
         line(scores + invented("a", [0.5, 0.51, 0.52], 0.0) + invented("c", [0.5, 0.9, 0.7], 0.0), n, 1.0) for n in "ac"
     ]
@@ -304,7 +319,7 @@ def test_a_difference_is_said_only_where_its_interval_leaves_out_nought() -> Non
     assert helps.startswith("Pretraining helps a: +0.310 (")
     assert unsure.startswith("These seeds cannot say whether pretraining helps c: +0.100 (")
     less = [Score(n, 1.0, s, "", bits_per_byte=v + s / 100) for n, v in (("x", 2.0), ("y", 1.5)) for s in range(3)]
-    assert differences(less, MEASURES[1]) == ["Held-out text: y is best. Below x by 0.500 (0.500 to 0.500)."]
+    assert differences(less, MEASURES[1]) == ["Held-out text: y is best. It is below x by 0.500 (0.500 to 0.500)."]
 
 
 def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_path: Path) -> None:

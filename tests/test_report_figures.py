@@ -137,8 +137,8 @@ def test_the_example_has_no_empty_figure():
 
 def test_intervals_are_upright_lines_within_the_axes_and_stand_apart() -> None:
     low, high = (
-        Curve("low", (0.0, 1.0), (0.5, 0.6), points=True, spread=(0.1, 0.2)),
-        Curve("high", (0.0, 1.0), (0.7, 0.8), spread=(math.nan, 0.3)),
+        Curve("low", (0.0, 1.0), (0.5, 0.6), points=True, intervals=((0.4, 0.6), (0.4, 0.8))),
+        Curve("high", (0.0, 1.0), (0.7, 0.8), intervals=((math.nan, math.nan), (0.5, 1.1))),
     )
     picture = svg(Figure("Score", "FLOPs", "share", (low, high)))
     found = re.findall(r'<polyline class="whisker (c\d)" points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"/>', picture)
@@ -148,7 +148,14 @@ def test_intervals_are_upright_lines_within_the_axes_and_stand_apart() -> None:
         assert 0 < float(y2) < float(y) < 310 - 40 + 1e-6  # within the axes: 1.1 is the highest end
     assert float(found[2][1]) - float(found[1][1]) == pytest.approx(4.0, abs=0.11)  # px, at one x
     with pytest.raises(ValueError, match="2 y and 1 intervals"):
-        Curve("x", (0, 1), (0, 1), spread=(0.1,))
+        Curve("x", (0, 1), (0, 1), intervals=((0.1, 0.2),))
+
+
+def test_dots_without_a_line_are_all_drawn() -> None:
+    x = np.linspace(0, 9, 100)
+    picture = svg(Figure("Score", "KL", "reward", (Curve("truth", x, x[::-1], line=False),)))
+    assert picture.count('class="dot c0"') == 100
+    assert "<polyline" not in picture
 
 
 def test_points_that_are_all_but_level_do_not_stand_far_apart() -> None:

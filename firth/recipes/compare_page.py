@@ -79,10 +79,10 @@ def figure(lines: Sequence[Line], measure: Measure, seconds: bool) -> Figure | N
             found = [(0.0, own[0].scratch), *found]
         known = [(x, interval) for x, interval in found if interval is not None]
         if known:
-            half = [math.nan if i.half is None else i.half for _, i in known]
+            ends = [(math.nan, math.nan) if i.low is None or i.high is None else (i.low, i.high) for _, i in known]
             y = [i.mean for _, i in known]
             curves.append(
-                Curve(name, [x for x, _ in known], y, points=True, spread=half, colour=i, dashed=i >= DISTINCT)
+                Curve(name, [x for x, _ in known], y, points=True, intervals=ends, colour=i, dashed=i >= DISTINCT)
             )
     if len(curves) < min(2, len(names)):
         return None
@@ -100,7 +100,7 @@ def listed(title: str, lines: Sequence[Line]) -> Table:
         found: list[Interval | None] = [getattr(row, field) for field in shown]
         told = ["–" if interval is None else str(interval) for interval in found]
         rows.append([row.recipe, f"{row.share:.0%}", row.parameters, number(row.flops, 3), row.seconds, *told])
-    return Table(title, head, rows, "± is half of a 95% interval over seeds.")
+    return Table(title, head, rows, "In parentheses: the 95% interval over seeds, cut to what is possible.")
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,15 +1,15 @@
 """What a comparison came to: its table, and what may be said of the differences.
 
-Every mean is over seeds, with a 95% interval by Student's t. Two recipes are compared seed by seed (each seed has its own
-draw of labels and its own order of the text, the same for both), which takes the luck they share out of the difference;
-a difference whose interval holds 0 is not called one. With few seeds intervals are wide: that is what few seeds can say.
+Every mean is over seeds, with a 95% interval by Student's t, cut to the values that the measure can take. Two recipes
+are compared seed by seed (each seed has its own draw of labels and its own order of the text, the same for both), which
+takes the luck they share out of the difference; a difference whose interval holds 0 is not called one. With few seeds intervals are wide: that is what few seeds can say.
 No correction is made for how many recipes are compared, nor for the best being picked after the fact: of twenty recipes
 that are equal, one will look better.
 
 >>> scores = [Score("a", 1.0, seed, "", accuracy=0.7 + seed / 100) for seed in range(3)]
 >>> scores += [Score("b", 1.0, seed, "", accuracy=0.75 + seed / 100 + seed % 2 / 100) for seed in range(3)]
 >>> for sentence in differences(scores, MEASURES[0]): print(sentence)
-Accuracy of the probe: b is best. Above a by 0.053 (0.039 to 0.068).
+Accuracy of the probe: b is best. It is above a by 0.053 (0.039 to 0.068).
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Measure:
-    """A score by its field; up: whether more is better."""
+    """A score by its field; up: whether more is better; low, high: the least and the greatest possible value."""
 
     field: str
     name: str
     axis: str
     up: bool = True
+    low: float = 0.0
+    high: float = 1.0
 
     def of(self, score: Score) -> float | None:
         value: float | None = getattr(score, self.field)
@@ -61,7 +63,7 @@ class Measure:
 
 MEASURES = (
     Measure("accuracy", "Accuracy of the probe", "share right, after finetuning"),
-    Measure("bits_per_byte", "Held-out text", "bits per byte", up=False),
+    Measure("bits_per_byte", "Held-out text", "bits per byte", up=False, high=math.inf),
     Measure("hidden", "Hidden tokens guessed", "share right, without finetuning"),
 )
 """What is compared; the first that all contenders have puts them in order."""
@@ -69,25 +71,41 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and the half-width of its 95% interval: None for a single seed."""
+    """A mean over seeds and its 95% interval; low and high are None for a single seed.
+
+    >>> str(Interval.of([0.7, 0.97], 0.0, 1.0)), str(Interval.of([0.7])), str(Interval.of([0.70, 0.72, 0.74]))
+    ('0.835 (0.000 to 1.000)', '0.700', '0.720 (0.670 to 0.770)')
+    """
 
     mean: float
-    half: float | None
+    low: float | None = None
+    high: float | None = None
 
     @staticmethod
-    def of(values: Sequence[float]) -> Interval | None:
+    def of(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Interval | None:
+        """Return the mean and interval of the values of several seeds; None without values.
+
+        Args:
+            values: One value per seed.
+            least: The least value that the quantity can take; the interval ends there.
+            most: The greatest value that it can take.
+        """
         if not values:
             return None
         mean, half = over_seeds(values)
-        return Interval(mean, None if math.isnan(half) else half)
+        return Interval(mean) if math.isnan(half) else Interval(mean, max(least, mean - half), min(most, mean + half))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
+        return f"{self.mean:.3f}{self.limits('.3f')}"
+
+    def limits(self, form: str) -> str:
+        """Return " (LOW to HIGH)" with both formatted by `form`; an empty string for a single seed."""
+        return "" if self.low is None or self.high is None else f" ({self.low:{form}} to {self.high:{form}})"
 
     @property
     def clear(self) -> bool:
-        """Whether 0 lies outside."""
-        return self.half is not None and abs(self.mean) > self.half
+        """Whether 0 is outside the interval."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -120,13 +138,13 @@ def line(scores: Sequence[Score], recipe: str, share: float) -> Line:
     own = [s for s in scores if (s.recipe, s.share) == (recipe, share)]
     scratch = [s for s in scores if (s.recipe, s.share) == (recipe, 0.0)]
 
-    def over(field: str, some: Sequence[Score]) -> Interval | None:
-        return Interval.of([value for s in some if (value := getattr(s, field)) is not None])
+    def over(field: str, some: Sequence[Score], most: float = math.inf) -> Interval | None:
+        return Interval.of([value for s in some if (value := getattr(s, field)) is not None], 0.0, most)
 
     return Line(
         recipe, share, len(own), own[0].parameters, fmean(s.flops for s in own), fmean(s.seconds for s in own),
-        fmean(s.steps for s in own), fmean(s.tokens for s in own), over("accuracy", own), over("accuracy", scratch),
-        paired(own, scratch, MEASURES[0]), over("hidden", own), over("hidden_bits", own), over("bits_per_byte", own),
+        fmean(s.steps for s in own), fmean(s.tokens for s in own), over("accuracy", own, 1.0), over("accuracy", scratch, 1.0),
+        paired(own, scratch, MEASURES[0]), over("hidden", own, 1.0), over("hidden_bits", own), over("bits_per_byte", own),
     )  # fmt: skip
 
 
@@ -134,11 +152,15 @@ def paired(first: Sequence[Score], second: Sequence[Score], measure: Measure) ->
     """How far the first is above the second, over the seeds that both have."""
     by_seed = {s.seed: measure.of(s) for s in second}
     there = [(measure.of(s), by_seed.get(s.seed)) for s in first]
-    return Interval.of([a - b for a, b in there if a is not None and b is not None])
+    span = measure.high - measure.low
+    return Interval.of([a - b for a, b in there if a is not None and b is not None], -span, span)
 
 
 def differences(scores: Sequence[Score], measure: Measure) -> list[str]:
-    """At the whole compute: who is best, by how much, and of whom that cannot be said. Nothing where one alone is scored."""
+    """Return one sentence that ranks the recipes at the whole compute; none where fewer than two are scored.
+
+    A recipe is called best only where its interval of differences excludes 0 against every other.
+    """
     share = max(s.share for s in scores)
     by_name: dict[str, list[Score]] = {}
     for score in scores:
@@ -154,20 +176,19 @@ def differences(scores: Sequence[Score], measure: Measure) -> list[str]:
     clear: list[str] = []
     unclear: list[str] = []
     for name in others:
-        gap = paired(by_name[best], by_name[name], measure)
-        if gap is None:
-            continue
-        told = f"{name} by {sign * gap.mean:.3f}"
-        if gap.half is not None:
-            told += f" ({sign * gap.mean - gap.half:.3f} to {sign * gap.mean + gap.half:.3f})"
-        (clear if gap.clear else unclear).append(told)
-    said = f"{measure.name}: {best} is best."
+        ahead = (by_name[best], by_name[name]) if measure.up else (by_name[name], by_name[best])
+        gap = paired(*ahead, measure)
+        if gap is not None:
+            (clear if gap.clear else unclear).append(f"{name} by {gap.mean:.3f}{gap.limits('.3f')}")
+    verdict = f"{best} {'has the ' + ('highest' if measure.up else 'lowest') + ' mean' if unclear else 'is best'}."
+    sentences = [f"{measure.name}: {verdict}"]
     if clear:
-        said += f" {'Above' if measure.up else 'Below'} {', '.join(clear)}."
+        sentences.append(f"It is {'above' if measure.up else 'below'} {', '.join(clear)}.")
     if unclear:
-        doubt = "Not told apart from" if len(by_name[best]) > 1 else "One seed cannot tell it apart from"
-        said += f" {doubt} {', '.join(unclear)}."
-    return [said]
+        seeds = len(by_name[best])
+        doubt = f"{seeds} seeds do not distinguish" if seeds > 1 else "One seed does not distinguish"
+        sentences.append(f"{doubt} it from {', '.join(unclear)}.")
+    return [" ".join(sentences)]
 
 
 def gains(lines: Sequence[Line]) -> list[str]:
@@ -176,12 +197,11 @@ def gains(lines: Sequence[Line]) -> list[str]:
     for row in lines:
         if row.gain is None or row.scratch is None:
             continue
-        mean, half = row.gain.mean, row.gain.half
-        told = f"{mean:+.3f}" + ("" if half is None else f" ({mean - half:+.3f} to {mean + half:+.3f})")
-        verdict = f"Pretraining {'helps' if mean > 0 else 'harms'} {row.recipe}"
+        gain = f"{row.gain.mean:+.3f}{row.gain.limits('+.3f')}"
+        verdict = f"Pretraining {'helps' if row.gain.mean > 0 else 'harms'} {row.recipe}"
         if not row.gain.clear:
             verdict = f"These seeds cannot say whether pretraining helps {row.recipe}"
-        said.append(f"{verdict}: {told} over {row.scratch.mean:.3f} from scratch.")
+        said.append(f"{verdict}: {gain} over {row.scratch.mean:.3f} from scratch.")
     return said
 
 

@@ -41,8 +41,9 @@ class Curve:
 
     smooth: half-width in points of the moving average to draw over the raw line, which is then thin; 0 draws it raw.
     colour: which colour of the palette; -1 takes the next one. dashed: for what is a comparison, not a result.
-    points: mark every point, for a curve of few measurements. spread: the half-width in y of an interval about each point
-    (NaN where it is not known); curves that have it stand a few pixels apart, so that all can be read at one x.
+    points: mark every point, for a curve of few measurements. line: join the points; False draws dots only. intervals: the
+    low and the high end in y of an interval about each point (NaN where unknown); curves with intervals are drawn a few
+    pixels from each other, so that all can be read at one x.
     """
 
     label: str
@@ -52,13 +53,14 @@ class Curve:
     colour: int = -1
     dashed: bool = False
     points: bool = False
-    spread: Sequence[float] = ()
+    line: bool = True
+    intervals: Sequence[tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise ValueError(f"curve {self.label!r} has {len(self.x)} x and {len(self.y)} y")
-        if self.spread and len(self.spread) != len(self.y):
-            raise ValueError(f"curve {self.label!r} has {len(self.y)} y and {len(self.spread)} intervals")
+        if self.intervals and len(self.intervals) != len(self.y):
+            raise ValueError(f"curve {self.label!r} has {len(self.y)} y and {len(self.intervals)} intervals")
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _box(width: float, height: float, names: Sequence[tuple[str, str]]) -> _Box:
 def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis, _Axis]:
     """The two scales, with room on the left for the ticks and on the right for the curves' names."""
     known = np.concatenate([line[np.isfinite(line[:, 0])] for line in lines])
-    spreads = [end for curve in figure.curves for pair in _intervals(curve) for end in pair if math.isfinite(end)]
+    spreads = [end for curve in figure.curves for pair in curve.intervals for end in pair if math.isfinite(end)]
     values = np.concatenate([known[:, 1], spreads, [level.y for level in figure.levels], [0.0] * figure.zero])
     x_low, x_high = float(known[:, 0].min()), float(known[:, 0].max())
     y_low, y_high = float(values.min()), float(values.max())
@@ -274,7 +276,7 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
         x_low = 0.0  # points that are all but level would stand far apart
     if x_high <= x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
-    elif any(curve.spread for curve in figure.curves) and not figure.log_x:  # room for points that stand apart
+    elif any(curve.intervals for curve in figure.curves) and not figure.log_x:  # room for points that stand apart
         aside = _APART * len(lines) / 2 * (x_high - x_low) / (box.width - left - box.right)
         x_low, x_high = x_low - aside, x_high + aside
     wanted = max(3, int((box.width - left - box.right) / 75))
@@ -284,16 +286,11 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
     return across, _Axis(y_low, y_high, box.height - 40, box.top, figure.log_y, y_ticks)
 
 
-def _intervals(curve: Curve) -> list[tuple[float, float]]:
-    """The low and the high end about each point; none for a curve without."""
-    return [(y - s, y + s) for y, s in zip(curve.y, curve.spread, strict=True)] if curve.spread else []
-
-
 def _whiskers(curve: Curve, colour: str, across: _Axis, up: _Axis) -> list[str]:
     """An upright line through each point that has an interval."""
     return [
         f'<polyline class="whisker {colour}" points="{across(x):.1f},{up(low):.1f} {across(x):.1f},{up(high):.1f}"/>'
-        for x, (low, high) in zip(curve.x, _intervals(curve), strict=False)
+        for x, (low, high) in zip(curve.x, curve.intervals, strict=False)
         if math.isfinite(low)
     ]
 
@@ -346,13 +343,14 @@ def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide"
     for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
         if np.isfinite(line).any():
             drawn = _smooth(line, curve)
-            aside = _APART * (i - (len(lines) - 1) / 2) * bool(curve.spread)
+            aside = _APART * (i - (len(lines) - 1) / 2) * bool(curve.intervals)
             at = replace(across, start=across.start + aside, end=across.end + aside)
             out += _whiskers(curve, _style(i, curve), at, up)
             colour = _style(i, curve)
             if curve.smooth:
                 out.append(_path(line, across, up, f"raw {colour}"))
-            out.append(_path(drawn, at, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= DISTINCT)))
+            if curve.line:
+                out.append(_path(drawn, at, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= DISTINCT)))
             out += _points(curve, drawn, colour, figure.x, at, up)
             x, y = drawn[np.isfinite(drawn[:, 0])][-1]
             ends.append((curve.label, f"name {colour}", across(x), up(y)))
@@ -378,8 +376,9 @@ def _smooth(line: np.ndarray, curve: Curve) -> np.ndarray:
 def _points(curve: Curve, line: np.ndarray, colour: str, unit: str, across: _Axis, up: _Axis) -> list[str]:
     """Circles that say their value under the pointer: seen if the curve asks for it, else only when pointed at."""
     known = line[np.isfinite(line[:, 0])]
-    shown = known[np.unique(np.linspace(0, len(known) - 1, _HOVER).round().astype(int))]
-    seen = curve.points or len(known) == 1
+    seen = curve.points or not curve.line or len(known) == 1
+    most = _HOVER if curve.line else _DRAWN
+    shown = known[np.unique(np.linspace(0, len(known) - 1, most).round().astype(int))]
     mark, radius = ("dot", 3) if seen else ("hit", 6)
     return [
         f'<circle class="{mark} {colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{radius}">'
