@@ -2,9 +2,9 @@
 
 Every mean is over seeds, with a 95% interval by Student's t, cut to the values that the measure can take. Two recipes
 are compared seed by seed (each seed has its own draw of labels and its own order of the text, the same for both), which
-takes the luck they share out of the difference; a difference whose interval holds 0 is not called one. With few seeds intervals are wide: that is what few seeds can say.
-No correction is made for how many recipes are compared, nor for the best being picked after the fact: of twenty recipes
-that are equal, one will look better.
+takes the luck they share out of the difference; a difference whose interval holds 0 is not called one. With few seeds
+intervals are wide: that is what few seeds can say. No correction is made for how many recipes are compared, nor for the
+best being picked after the fact: of twenty recipes that are equal, one will look better.
 
 >>> scores = [Score("a", 1.0, seed, "", accuracy=0.7 + seed / 100) for seed in range(3)]
 >>> scores += [Score("b", 1.0, seed, "", accuracy=0.75 + seed / 100 + seed % 2 / 100) for seed in range(3)]
