@@ -92,16 +92,67 @@ def test_terms_of_a_sum_share_a_figure_and_unknown_measures_get_one(tmp_path):
     assert report.commands[0].line.startswith("firth fill ")
 
 
-def test_answers_that_the_model_wrote_have_figures_of_their_own(tmp_path):
+def phases(count=20, **changes):
+    """Rows of phases as `firth.align.rollouts` gives them."""
     place = {"split": "rollouts", "seconds": 1.0, "tokens": 0}
-    drawn = [place | {"step": s, "reward": s / 10, "truth": None, "kl": 0.1, "phase": s} for s in (1, 3, 5)]
+    return [
+        place
+        | {"step": 2 * s + 1, "reward": s / 10, "truth": 1 - s / 40, "kl": s / 4, "finished": 0.75, "phase": s}
+        | changes
+        for s in range(count)
+    ]
+
+
+def test_a_page_of_reinforcement_learning_leads_with_reward(tmp_path):
+    drawn = phases(truth=None)
     report = run_report(directory(tmp_path, drawn[:1] + rows(steps=20, kl=0.02) + drawn[1:]))
-    assert [section.title for section in report.sections[:2]] == ["What it learnt", "The answers it wrote"]
-    assert [f.title for f in report.sections[0].figures] == ["Loss", "Distance from the reference"]
-    figures = {f.title: f for f in report.sections[1].figures}
-    assert list(figures["Judge's score"].curves[0].y) == [0.1, 0.3, 0.5]
-    assert list(figures["Distance from the start"].curves[0].x) == [1, 3, 5]
+    assert [section.title for section in report.sections[:2]] == ["The answers it wrote", "What it learnt"]
+    assert [f.title for f in report.sections[1].figures] == ["Loss", "Distance from the reference"]
+    figures = {f.title: f for f in report.sections[0].figures}
+    assert "True score, not learnt from" not in figures
+    assert list(figures["Judge's score"].curves[0].y)[:3] == [0.0, 0.1, 0.2]
+    assert list(figures["Distance from the start"].curves[0].x)[:3] == [1, 3, 5]
+    assert [(n.label, n.value) for n in report.numbers] == [
+        ("reward", 1.85), ("KL, nats an answer", 4.62), ("answers that end", 0.75), ("tokens per second", 27000.0),
+    ]  # fmt: skip
+    assert "The reward rose from 0.05 to 1.85." in report.text
+    assert "diverge from the starting model by 4.62 nats each. 75% of them end" in report.text
+    assert "loss" not in report.text
     Reader(render(report))
+
+
+def test_reward_and_truth_are_drawn_over_divergence(tmp_path):
+    report = run_report(directory(tmp_path, rows(steps=20) + phases()))
+    over = report.sections[0].figures[0]
+    assert over.title == "Reward over divergence"
+    reward, truth = over.curves
+    assert not reward.line and len(reward.x) == 20 and list(reward.x[:3]) == list(truth.x[:3]) == [0.0, 0.25, 0.5]
+    assert (reward.y[-1], truth.y[-1]) == (1.9, 0.525)
+    assert "The true score fell from 0.988 to 0.538." in report.text
+    assert render(report).count('class="dot c1"') >= 20
+
+
+def test_chosen_and_rejected_share_a_figure(tmp_path):
+    report = run_report(directory(tmp_path, rows(steps=200, chosen=-2.0, rejected=-5.0), "objective: dpo\n"))
+    figures = {figure.title: figure for figure in report.sections[0].figures}
+    assert "Chosen" not in figures and "Rejected" not in figures
+    assert [c.label for c in figures["Log-probability above the reference"].curves] == ["preferred", "rejected"]
+
+
+def test_held_out_texts_are_shown_before_and_after(tmp_path):
+    texts = [
+        {"step": s, "prompt": f"question {i}", "held_out": True, "score": "reward", "answers": [
+            {"name": "model", "text": f"at {s}", "score": s / 10}, {"name": "preferred", "text": "yes", "score": 1.0 + s},
+        ]} for s in (0, 20) for i in range(8)
+    ]  # fmt: skip
+    run = directory(tmp_path, rows(steps=20))
+    (run / "held_out_texts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    section = next(s for s in run_report(run).sections if s.title == "Answers before and after training")
+    assert section.text == "The model was not trained on these prompts. In parentheses: reward."
+    assert len(section.samples) == 8
+    assert dict(section.samples[0].answers) == {
+        "step 0 (0)": "at 0", "step 20 (2)": "at 20", "preferred (1 before, 21 after)": "yes",
+    }  # fmt: skip
 
 
 def test_steps_that_moved_nothing_are_told(tmp_path):

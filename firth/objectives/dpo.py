@@ -12,6 +12,7 @@ the rejected are measured apart, so that the log shows it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,6 +77,19 @@ class DPO(Objective):
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         return {"lm": Vocabulary(shape)}
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """Say it where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
+        split = "valid/" if "valid/chosen" in metrics else ""
+        chosen, rejected = (metrics.get(f"{split}{name}", 0.0) for name in ("chosen", "rejected"))
+        if chosen >= 0 or rejected >= 0:
+            return []
+        where = "held-out" if split else "training"
+        return [
+            f"Both answers became less likely than under the reference on {where} comparisons: the preferred by "
+            f"{-chosen:.3g} nats, the rejected by {-rejected:.3g}. A larger objective.beta or a lower optimizer.rate keeps "
+            "the model nearer to the reference."
+        ]
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         frozen = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}

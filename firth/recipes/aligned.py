@@ -20,6 +20,7 @@ from firth.align.rollouts import Phase
 from firth.align.rollouts import Rollouts as OnPolicy
 from firth.data import records
 from firth.data.source import Source
+from firth.data.split import place
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
@@ -27,8 +28,10 @@ from firth.model.weights import load_model
 from firth.objectives.dpo import comparison, reference
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN
+from firth.recipes import held_out_texts
+from firth.recipes.held_out_texts import HeldOutTexts
 from firth.recipes.material import Material
-from firth.recipes.segments import COMPARED, Cut, Preferences, Segment, model_directory, needed, recorded
+from firth.recipes.segments import COMPARED, FEW, Cut, Preferences, Segment, model_directory, needed, recorded
 from firth.types import UserError
 
 
@@ -97,6 +100,9 @@ class Rollouts(Segment):
     def cut(self, material: Material, objective: Objective) -> Cut:
         start = load_model(needed(material.start, "start", "the model that writes the first answers and is held to"))
         prompts, _ = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
+        prompts, held = _held_out(prompts, material.source.held_out)
+        if material.source.valid:
+            held, _ = records.prompts(material.source.valid, material.tokenizer, self.longest)
         if bool(self.reward) == bool(self.scorer):
             raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
         judge: Judge = Truth(function(self.scorer)) if self.scorer else self._reward_model(material, prompts, start)
@@ -114,7 +120,8 @@ class Rollouts(Segment):
             credit=Baseline() if self.credit == "group" else GAE(),
             truth=Truth(function(self.truth)) if self.truth else None,
         )  # fmt: skip
-        return Cut(source, None)
+        shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
+        return Cut(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new))
 
     def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> Judge:
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
@@ -122,6 +129,16 @@ class Rollouts(Segment):
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
         written = Engine(start, material.tokenizer).generate(some, Sampling(max_new=self.max_new, seed=material.seed))
         return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
+
+
+def _held_out(prompts: Sequence[np.ndarray], share: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Split prompts by their content into those to answer and those held out; of fewer than `FEW`, none is held out."""
+    aside = [len(prompts) >= FEW and place(prompt.tobytes().hex()) < share for prompt in prompts]
+    if all(aside):
+        aside = [False] * len(prompts)
+    return [p for p, held in zip(prompts, aside, strict=True) if not held], [
+        p for p, held in zip(prompts, aside, strict=True) if held
+    ]
 
 
 def function(name: str) -> Callable[[str], float]:

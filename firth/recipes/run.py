@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from firth.model.compiled import compile_blocks
 from firth.model.lm import LM
 from firth.model.lora import trained
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
-from firth.recipes import card, classes, segments, tree
+from firth.recipes import card, classes, held_out_texts, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
@@ -38,6 +38,7 @@ from firth.recipes.use import Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
+from firth.train import precision
 from firth.train.distributed import Ranks, join
 from firth.train.loop import Plan, train
 from firth.types import UserError
@@ -134,6 +135,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if known == settled.hash() and not begun:  # else it is there as the run began, and stays if this one is refused
             _write(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
+        _held_out_texts(settled, cut, model, tokenizer, directory, 0)
     if shown is not None:
         shown.refuse_unmeasured(model)
     ended = train(
@@ -147,6 +149,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, ended.step)
+        _held_out_texts(settled, cut, model, tokenizer, directory, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
             "steps": ended.step,
@@ -295,13 +298,10 @@ def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Ba
 
 def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
     """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
-    path = directory / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    if not recipe.samples or any(row["step"] == step for row in rows):
-        return
     opened = Opened(model, tokenizer, Engine(model, tokenizer))
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
-    with torch.random.fork_rng():
+
+    def rows() -> Iterator[dict[str, Any]]:
         for prompt in recipe.samples:
             if not opened.suits(prompt):  # a recipe's own samples need not suit what a user trains it for
                 continue
@@ -309,8 +309,33 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
                 text = opened.sample(prompt, sampling)
             except UserError as error:  # nor a user's words: no reason to stop a run
                 text = f"({error})"
-            rows.append({"step": step, "prompt": prompt, "text": text})
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            yield {"step": step, "prompt": prompt, "text": text}
+
+    if recipe.samples:
+        _add_rows(directory / "samples.jsonl", step, rows)
+
+
+def _held_out_texts(recipe: Recipe, cut: Cut, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+    """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
+    texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.segment.given)
+    if texts is not None:
+        device = next(model.parameters()).device
+        cast = precision.casts(precision.choose(recipe.precision, device), device)
+
+        def rows() -> Iterable[dict[str, Any]]:
+            with cast():
+                return texts.rows(model, tokenizer, step, recipe.seed)
+
+        _add_rows(directory / held_out_texts.FILE, step, rows)
+
+
+def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    """Add the rows of a step to a JSONL file, once; the random state of training is left as it was."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    if not any(row["step"] == step for row in rows):
+        with torch.random.fork_rng():
+            rows += make()
+        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _write(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from firth.data.source import Mixture, Source, Subset
 from firth.data.split import place
 from firth.objectives.objective import Objective
 from firth.recipes import classes
+from firth.recipes.held_out_texts import HeldOutTexts
 from firth.recipes.material import Material
 from firth.types import UserError
 
@@ -28,13 +29,15 @@ from firth.types import UserError
 class Cut:
     """train: to learn from. valid: held out, None where there is nothing. bytes_per_target: UTF-8 bytes of held-out text
     per token asked, where every token is asked; 0 elsewhere. read: what the reader counted when a store was built. unheld:
-    why nothing is held out though a share should be, in a sentence."""
+    why nothing is held out though a share should be, in a sentence. texts: what the report shows of held-out prompts, where it
+    is not read off the sources (`firth.recipes.held_out_texts.choose`)."""
 
     train: Source
     valid: Source | None
     bytes_per_target: float = 0.0
     read: Mapping[str, int] = field(default_factory=dict)
     unheld: str = ""
+    texts: HeldOutTexts | None = None
 
     @property
     def counts(self) -> dict[str, int]:

@@ -8,6 +8,9 @@
                     are sentences about how the run ended; "exported" is the step whose model it left, the last one or the best
     held_out.json   optional: what the model told of each class: {"classes", "confusion", "per_class"}
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
+    held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.recipes.held_out_texts`)
+
+A run of reinforcement learning has rows of the split "rollouts": its page begins with reward, divergence and answers.
 
 A term that this file does not know gets a figure of its own, so a new objective's measures need no change here.
 
@@ -24,13 +27,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import yaml
 
 from firth import __version__
-from firth.report.figures import Curve, Figure, number
+from firth.report.figures import Curve, Figure, Level, number
 from firth.report.matrix import Matrix
 from firth.report.page import Command, Number, Report, Sample, Section, Table
 from firth.types import UserError
@@ -73,6 +76,9 @@ DRAWN = {
 }
 """Measures of the phases of answers, and how they are drawn."""
 
+TOGETHER = {"Log-probability above the reference": ("nats an answer", {"chosen": "preferred", "rejected": "rejected"})}
+"""Title of a figure -> its unit, and the terms that are drawn in it: term -> label."""
+
 MACHINERY = ("rate", "norm", "tokens_per_second")
 """Terms that say how the run went, not what it learnt."""
 
@@ -107,12 +113,12 @@ def run_report(directory: Path) -> Report:
     once = _once(rows)
     tables = [Table("Measured once", ("what", "held out"), [(_term(n).title, value) for n, value in once.items()])]
     sections = [Section("What it learnt", figures=learnt, tables=tables * bool(once))]
-    drawn = [row for row in rows if row["split"] == "rollouts"]
+    drawn = rollouts(rows)
     if drawn:
-        told = "Means over the answers of each phase, which the model wrote and then learnt from."
-        sections.append(
-            Section("The answers it wrote", told, figures=[_drawn(drawn, n) for n in DRAWN if n in drawn[0]])
-        )
+        note = "Means over the answers of each phase, which the model wrote and then trained on."
+        sections.insert(0, Section("The answers it wrote", note, figures=reward_figures(drawn)))
+    texts = held_out_texts(directory / "held_out_texts.jsonl")
+    sections[1:1] = [texts] if texts is not None else []
     answers = _answers(directory / "held_out.json")
     sections += [answers] if answers is not None else []
     samples = read_samples(directory / "samples.jsonl")
@@ -141,6 +147,61 @@ def run_report(directory: Path) -> Report:
             "exported": f"the model of step {exported:,}",
         },
     )
+
+
+def rollouts(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of phases of sampled answers; empty for a run without reinforcement learning."""
+    return [row for row in rows if row["split"] == "rollouts"]
+
+
+def reward_figures(drawn: Sequence[Row]) -> list[Figure]:
+    """Return the figures of phases: rewards over divergence first, a dot for each phase, then each measure over steps."""
+    known = [name for name in DRAWN if any(row.get(name) is not None for row in drawn)]
+    over = []
+    if "kl" in known:
+        for colour, name in enumerate(("reward", "truth")):
+            if name in known:
+                both = [row for row in drawn if None not in (row["kl"], row[name])]
+                x, y = [row["kl"] for row in both], [row[name] for row in both]
+                over.append(Curve(DRAWN[name].title, x, y, line=False, colour=colour))
+    note = (
+        "A dot for each phase. Reward that rises while the true score falls is over-optimization of the reward model."
+    )
+    first = Figure("Reward over divergence", DRAWN["kl"].unit, "score", tuple(over), note=note if len(over) > 1 else "")
+    return [first] * bool(over) + [_drawn(drawn, name) for name in known]
+
+
+def held_out_texts(path: Path) -> Section | None:
+    """Return the answers to held-out prompts at the first and the last recorded step, with their scores."""
+    if not path.exists():
+        return None
+    by_prompt: dict[str, list[Row]] = {}
+    for row in read_rows(path):
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    if not by_prompt:
+        return None
+    samples = []
+    for prompt, rows in by_prompt.items():
+        ends = (rows[0], rows[-1])
+        texts: dict[str, str] = {}
+        for name in dict.fromkeys(answer["name"] for row in ends for answer in row["answers"]):
+            found = [(r["step"], a) for r in ends for a in r["answers"] if a["name"] == name]
+            if name == "model":
+                texts |= {f"step {step:,}{_scored(a['score'])}": a["text"] for step, a in found}
+            else:
+                scores = [number(a["score"], 3) for _, a in found if a["score"] is not None]
+                label = f"{name} ({scores[0]} before, {scores[-1]} after)" if scores else name
+                texts[label] = found[-1][1]["text"]
+        samples.append(Sample(prompt, texts))
+    some = next(iter(by_prompt.values()))[-1]
+    which = "The model was not trained on these prompts." if some["held_out"] else "These prompts are training data."
+    scored = any(a["score"] is not None for rows in by_prompt.values() for row in rows for a in row["answers"])
+    what = f" In parentheses: {some['score']}." if scored else ""
+    return Section("Answers before and after training", f"{which}{what}", samples=samples)
+
+
+def _scored(score: float | None) -> str:
+    return "" if score is None else f" ({number(score, 3)})"
 
 
 def _answers(path: Path) -> Section | None:
@@ -211,18 +272,27 @@ def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     x, unit = ("tokens", "tokens read") if rows[-1]["tokens"] else ("step", "steps")
     parts = [name for name in names if name.startswith("loss/")]
     once = _once(rows)
-    single = [name for name in names if name not in parts and name not in MACHINERY and name not in once]
+    shared = {title: pair for title, pair in TOGETHER.items() if pair[1].keys() <= set(names)}
+    drawn = {name for _, pair in shared.values() for name in pair}
+    single = [name for name in names if not (name in parts or name in MACHINERY or name in once or name in drawn)]
     learnt = [_figure(rows, name, x, unit) for name in single]
+    for title, (y, pair) in shared.items():
+        learnt.insert(1, Figure(title, unit, y, tuple(_both_splits(rows, pair, x)), levels=(Level("reference", 0.0),)))
     if parts:
-        curves = []
-        for i, name in enumerate(parts):
-            for split, dashed in (("train", False), ("valid", True)):
-                xs, ys = series(rows, split, name, x)
-                if xs:
-                    label = name.removeprefix("loss/") + (", held out" if dashed else "")
-                    curves.append(_curve(label, xs, ys, split, colour=i, dashed=dashed))
-        learnt.append(Figure("Loss by term", unit, "nats", tuple(curves)))
+        labels = {name: name.removeprefix("loss/") for name in parts}
+        learnt.append(Figure("Loss by term", unit, "nats", tuple(_both_splits(rows, labels, x))))
     return learnt, [_figure(rows, name, x, unit) for name in MACHINERY if name in names]
+
+
+def _both_splits(rows: Sequence[Row], labels: Mapping[str, str], x: str) -> list[Curve]:
+    """Return a solid training curve and a dashed held-out curve for each term, in one color a term."""
+    curves = []
+    for i, (name, label) in enumerate(labels.items()):
+        for split, dashed in (("train", False), ("valid", True)):
+            xs, ys = series(rows, split, name, x)
+            if xs:
+                curves.append(_curve(label + ", held out" * dashed, xs, ys, split, colour=i, dashed=dashed))
+    return curves
 
 
 def _once(rows: Sequence[Row]) -> dict[str, float]:
@@ -267,6 +337,14 @@ def numbers(rows: Sequence[Row], exported: int | None = None) -> list[Number]:
     run read, how fast."""
     out = []
     last = rows[-1]["step"]
+    phases = rollouts(rows)
+    for name, label in LEAD.items():
+        ends = _ends(phases, name)
+        if ends is not None:
+            note = "" if len(phases) == 1 else f", {number(ends[0], 3)} in the first phases"
+            out.append(Number(label, float(f"{ends[1]:.3g}"), f"last phases{note}"))
+    if phases:
+        return out + _speed(rows)
     for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"), ("loss", "loss")):
         steps, known = _known(rows, "valid", name)
         if known:
@@ -280,18 +358,44 @@ def numbers(rows: Sequence[Row], exported: int | None = None) -> list[Number]:
     if known:
         first = f", {number(known[0], 3)} at step {steps[0]:,.0f}" if len(known) > 1 else ""
         out.append(Number("training loss", float(f"{known[-1]:.4g}"), f"last logged step{first}"))
+    return out + _speed(rows)
+
+
+def _speed(rows: Sequence[Row]) -> list[Number]:
+    """Return the median speed of training, where it was logged."""
     _, speed = _known(rows, "train", "tokens_per_second")
     if speed:
         _, work = _known(rows, "train", "flops_per_second")
-        work_said = f", {number(median(work), 3)}FLOP/s" if work else ""
-        out.append(Number("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{work_said}"))
-    return out
+        rate = f", {number(median(work), 3)}FLOP/s" if work else ""
+        return [Number("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{rate}")]
+    return []
+
+
+LEAD = {"reward": "reward", "truth": "true score", "kl": "KL, nats an answer", "finished": "answers that end"}
+"""Measures of phases that head the page of a run of reinforcement learning -> their labels."""
+
+
+def _ends(phases: Sequence[Row], name: str) -> tuple[float, float] | None:
+    """Return the mean of a measure over the first and over the last tenth of the phases, at least one; None if unknown."""
+    known = [float(row[name]) for row in phases if row.get(name) is not None]
+    some = max(1, len(known) // 10)
+    return (fmean(known[:some]), fmean(known[-some:])) if known else None
 
 
 def summary(rows: Sequence[Row], exported: int | None = None) -> str:
     """What happened, in two or three sentences. exported: the step whose model the run left; the last if not told."""
     last = rows[-1]
     said = [f"{last['step']:,} steps over {number(last['tokens'], 3)} tokens in {_clock(last['seconds'])}."]
+    phases = rollouts(rows)
+    if phases:
+        said += [_moved(label, ends) for name, label in (("reward", "reward"), ("truth", "true score"))
+                 if (ends := _ends(phases, name)) is not None]  # fmt: skip
+        divergence, finished = _ends(phases, "kl"), _ends(phases, "finished")
+        if divergence is not None:
+            said.append(f"The answers diverge from the starting model by {number(divergence[1], 3)} nats each.")
+        if finished is not None:
+            said.append(f"{finished[1]:.0%} of them end with a stop token.")
+        return " ".join(said)
     steps, known = _known(rows, "valid", "loss")
     where = "held-out text" if known else "the training text"
     if not known:
@@ -312,6 +416,18 @@ def summary(rows: Sequence[Row], exported: int | None = None) -> str:
             at = steps[known.index(best)]
             said.append(f"Its best was {number(best, 3)} at step {at:,.0f}; since then the model has been overfitting.")
     return " ".join(said)
+
+
+def _moved(label: str, ends: tuple[float, float]) -> str:
+    """Return a sentence on how a measure changed from the first phases to the last.
+
+    >>> _moved("reward", (0.5, 1.25)), _moved("reward", (1.0, 1.0))
+    ('The reward rose from 0.5 to 1.25.', 'The reward stayed at 1.')
+    """
+    first, last = (number(value, 3) for value in ends)
+    if first == last:
+        return f"The {label} stayed at {first}."
+    return f"The {label} {'rose' if ends[1] > ends[0] else 'fell'} from {first} to {last}."
 
 
 def _known(rows: Sequence[Row], split: str, name: str) -> tuple[list[float], list[float]]:
