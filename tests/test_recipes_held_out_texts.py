@@ -1,0 +1,111 @@
+"""Answers to held-out prompts before and after training, as instruction tuning, reward models, DPO and PPO record them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firth.objectives.dpo import DPO
+from firth.recipes.recipe import load
+from firth.recipes.run import Finished, run
+from firth.report.run import run_report
+
+SMALL = ["batch.rows=4", "length.steps=2", "checks.every=0", "checks.save=0"]
+
+
+def silent(_: str) -> None:
+    """Print nothing."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, dialogues, preferences, and a decoder trained for two steps."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["otter", "baker", "uncle", "pilot", "heron", "tailor", "cook", "farmer", "clerk", "fox"]
+    things = ["boat", "lamp", "bread", "door", "coins"]
+    rows = [
+        {"prompt": f"Who has the {t} {w}?", "chosen": f"The {w}.", "rejected": "No idea."}
+        for w in words
+        for t in things
+    ]
+    (folder / "text.txt").write_text("\n\n".join(f"The {w} has the {t}. " * 8 for w in words for t in things))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chat.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in rows)
+    )
+    small = [
+        "tokenizer.size=450",
+        "shape.width=32",
+        "shape.depth=1",
+        "shape.heads=1",
+        "shape.context=64",
+        "segment.length=32",
+    ]
+    base = ["source.corpus=", f"source.path={folder / 'text.txt'}", "source.split=blank", *small, *SMALL]
+    run(load("gpt", base), folder / "gpt", echo=silent)
+    return folder
+
+
+def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[Finished, list[dict[str, Any]]]:
+    """Train a recipe from the decoder; return the run and its rows of held-out texts."""
+    recipe = load(
+        name,
+        [f"start={folder / 'gpt'}", f"source.path={folder / records}", "source.held_out=0.3", *SMALL, *assignments],
+    )
+    done = run(recipe, folder / name, echo=silent)
+    rows = [json.loads(line) for line in (done.directory / "held_out_texts.jsonl").read_text("utf-8").splitlines()]
+    assert {row["step"] for row in rows} == {0, done.steps}
+    assert len(rows) == 16
+    assert all(row["held_out"] and "Who has the" in row["prompt"] for row in rows)
+    titles = [section.title for section in run_report(done.directory).sections]
+    assert titles[1] == "Answers before and after training"
+    return done, rows
+
+
+def test_instruction_tuning_records_answers_and_references(folder: Path) -> None:
+    _, rows = trained(folder, "instruct", "chat.jsonl")
+    for row in rows:
+        assert [answer["name"] for answer in row["answers"]] == ["model", "reference"]
+        assert row["answers"][1]["text"].startswith("The ")
+
+
+def test_a_reward_model_records_the_scores_of_both_answers(folder: Path) -> None:
+    _, rows = trained(folder, "reward", "pairs.jsonl", "optimizer.rate=0.01")
+    before, after = rows[:8], rows[8:]
+    for row in rows:
+        assert [answer["name"] for answer in row["answers"]] == ["preferred", "rejected"]
+        assert row["score"] == "reward" and row["answers"][1]["text"] == "No idea."
+    scores = [[[answer["score"] for answer in row["answers"]] for row in some] for some in (before, after)]
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dpo_records_log_ratios_that_begin_at_zero(folder: Path, precision: str) -> None:
+    if (folder / "dpo").exists():
+        (folder / "dpo").rename(folder / "dpo-before")
+    _, rows = trained(folder, "dpo", "pairs.jsonl", "optimizer.rate=0.01", f"precision={precision}")
+    for row in rows:
+        assert [answer["name"] for answer in row["answers"]] == ["model", "preferred", "rejected"]
+        assert row["score"] == "nats above the reference" and row["answers"][0]["score"] is None
+        for answer in row["answers"][1:]:
+            assert abs(answer["score"]) < (0.05 if precision == "bf16" else 1e-4) or row["step"]
+    assert any(abs(answer["score"]) > 0.1 for row in rows[8:] for answer in row["answers"][1:])
+
+
+def test_ppo_records_answers_to_held_out_prompts_with_rewards(folder: Path) -> None:
+    settings = ["segment.scorer=builtins:len", "segment.answers=8", "segment.epochs=1", "segment.max_new=8"]
+    done, rows = trained(folder, "ppo", "chat.jsonl", *settings)
+    for row in rows:
+        [answer] = row["answers"]
+        assert answer["score"] == len(answer["text"])
+    assert run_report(done.directory).numbers[0].label == "reward"
+
+
+def test_dpo_says_when_both_answers_become_less_likely() -> None:
+    [sentence] = DPO().remarks({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
+    assert sentence.startswith("Both answers became less likely than under the reference on held-out comparisons")
+    assert "the preferred by 2 nats, the rejected by 5" in sentence
+    assert DPO().remarks({"valid/chosen": 0.5, "valid/rejected": -5.0}) == []
