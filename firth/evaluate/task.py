@@ -17,6 +17,7 @@ import yaml
 
 from firth.evaluate import metrics
 from firth.evaluate.given import Wanted
+from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.model import adapter
 from firth.model.lm import LM
 from firth.model.weights import load_model, refuse_larger
@@ -85,11 +86,12 @@ def open_subject(directory: Path) -> Subject:
     """The model and tokenizer of a run directory (its `model/`), of a model directory, or of an adapter's and its base's."""
     place = directory / "model" if (directory / "model").is_dir() else directory
     if adapter.present(place):
+        check_adapter_base(place, adapter.base_of(place))
         model = adapter.load(place)
         place = place if (place / "tokenizer.json").is_file() else adapter.base_of(place)
     else:
         model = load_model(place)
-    tokenizer = Tokenizer.load(place)
+    tokenizer = load_tokenizer(place)
     refuse_larger(tokenizer, model.shape, f"{place}")
     model.restrict(tokenizer.vocab)
     return Subject(model, tokenizer, directory, place)

@@ -2,7 +2,8 @@
 
     adapter_config.json           what it is, of which base
     adapter_model.safetensors     base_model.model.NAME.lora_A.weight ...; or prompt_embeddings, (V, ...), alone
-    firth.json, parts.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts
+    firth.json, parts.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts,
+                                  the digest of the base's tokenizer
 
 NAME is a module's in the family's own words (`model.layers.0.self_attn.q_proj`). Where theirs is several of ours (GPT-2's
 `c_attn`, ModernBERT's `Wqkv`), its one A is read into each of them and its B is cut by rows; adapters that were made on
@@ -112,12 +113,12 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
 
 def write(
     model: LM, directory: Path, base: Path, parts: Sequence[str] = (), name: str = "default",
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None, tokenizer: str = "",
 ) -> str:  # fmt: skip
     """Write the adapter that lies on a model; return one sentence about who can load it.
 
     base: the directory of the model that it was made for. parts: the heads that were trained with it. facts: anything
-    worth keeping beside it, as JSON.
+    worth keeping beside it, as JSON. tokenizer: the digest of the base's tokenizer.
     """
     directory.mkdir(parents=True, exist_ok=True)
     low = lora.lows(model, name)
@@ -142,9 +143,8 @@ def write(
     _save(tensors, directory / TENSORS)
     rest = {n: t for n, t in state.items() if n not in theirs}
     own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
-    write_json(
-        directory / OWN, {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
-    )
+    record = {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
+    write_json(directory / OWN, record | ({"tokenizer": tokenizer} if tokenizer else {}))
     (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
         _save(rest, directory / OWN_TENSORS)

@@ -1,7 +1,7 @@
 """Models on disk: directories that `transformers` loads, and the directories that `transformers` wrote.
 
     config.json  generation_config.json  model.safetensors  tokenizer.json ...     the family's own format
-    firth.json                                                                     the Shape, the parts, the facts
+    firth.json                                                   the Shape, the parts, the facts, the tokenizer's digest
 
 Parts other than the vocabulary head lie in the same file as `parts.NAME.*`, which others ignore. A shape that no
 published family expresses is saved with our own names and firth.json alone. Nothing pickled is ever read.
@@ -65,6 +65,7 @@ def save_model(
     parts, head = {name: described(part) for name, part in model.parts.items()}, "lm" in model.parts
     form = of_model(_families(model.shape, tokenizer), model.shape, parts)
     record = {"shape": asdict(model.shape), "parts": parts, "family": None if form is None else form.family.name}
+    record |= {} if tokenizer is None else {"tokenizer": tokenizer.digest}
     if form is None:
         written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared()}
         (directory / "config.json").unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from firth.evaluate.tokenizer_match import check_adapter
 from firth.model import adapter, lora
 from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
@@ -105,7 +106,9 @@ class Beside(Adapt):
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         place = Path(self.start)
         if self.start:
-            kind = adapter.read(model, place / "adapter" if (place / "adapter").is_dir() else place)
+            place = place / "adapter" if (place / "adapter").is_dir() else place
+            check_adapter(tokenizer, place)
+            kind = adapter.read(model, place)
             if ADAPTS[kind] is not type(self):
                 raise UserError(f"adapt.start={self.start} holds an adapter of kind {kind}: set adapt.kind={kind}")
         else:
@@ -123,7 +126,7 @@ class Beside(Adapt):
     ) -> str:
         if model.prefix is not None:
             model.parts["prefix"] = model.prefix.settle()
-        said = adapter.write(model, directory, base, added, facts=facts)
+        said = adapter.write(model, directory, base, added, facts=facts, tokenizer=tokenizer.digest)
         tokenizer.save(directory)
         lora.fold(model)
         return said

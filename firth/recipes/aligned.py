@@ -21,6 +21,7 @@ from firth.align.rollouts import Rollouts as OnPolicy
 from firth.data import records
 from firth.data.source import Source
 from firth.data.split import place
+from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
@@ -125,7 +126,10 @@ class Rollouts(Segment):
 
     def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> Judge:
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
-        judge = RewardModel(load_model(model_directory(self.reward)))
+        place = model_directory(self.reward)
+        cure = "train the reward model from the same start as the policy"
+        check_same_tokenizer(material.tokenizer, place, "segment.reward:", cure)
+        judge = RewardModel(load_model(place))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
         written = Engine(start, material.tokenizer).generate(some, Sampling(max_new=self.max_new, seed=material.seed))
         return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.gguf import find, read
 from firth.model import gguf
 from firth.model.families import family_of
@@ -65,7 +66,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     given = model_directory(given)
     if not given.exists():
         raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
-    model, tokenizer = load_model(given), Tokenizer.load(given)
+    model, tokenizer = load_model(given), load_tokenizer(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
     file = find(given)
     types = dtypes(given) if file is None else gguf.dtypes(file)
@@ -98,7 +99,7 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
     if out.suffix == ".gguf":
         raise UserError(f"an export is a directory that holds {FILE} and its card: name it {out.with_suffix('')}")
     size, given = parse_size(shard), model_directory(run)
-    model, tokenizer = load_model(given), Tokenizer.load(given)
+    model, tokenizer = load_model(given), load_tokenizer(given)
     refuse_larger(tokenizer, model.shape, f"{given}")
     types = dtypes(given) if find(given) is None else [torch.float32]
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)

@@ -12,6 +12,7 @@ from firth.data.labelled import TextFields
 from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators
 from firth.data.votes import Votes as Voting
+from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.model.weights import load_model
 from firth.objectives.objective import Known, Objective
 from firth.objectives.semi_supervised import question, taught
@@ -82,7 +83,10 @@ class Taught(Around):
     teacher: str = ""
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        model = load_model(needed(self.teacher, "segment.teacher", "the run of a classifier that gives pseudo-labels"))
+        place = needed(self.teacher, "segment.teacher", "the run of a classifier that gives pseudo-labels")
+        cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
+        check_same_tokenizer(material.tokenizer, place, "segment.teacher:", cure)
+        model = load_model(place)
         plain = self.of.cut(material, objective)
         vocab = material.tokenizer.vocab
 

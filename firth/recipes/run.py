@@ -19,6 +19,7 @@ import torch
 
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
+from firth.evaluate.tokenizer_match import check_same_tokenizer, load_tokenizer
 from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
@@ -220,7 +221,7 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
         begins = recipe.start or recipe.embeddings
         given = plan.path or (str(model_directory(begins)) if begins else "")
         if given:
-            Tokenizer.load(given).save(own)
+            load_tokenizer(Path(given)).save(own)
         else:
             source = recipe.source
             train_tokenizer(
@@ -233,12 +234,10 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
 
 def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
-    for begins in (recipe.start, recipe.embeddings):
-        if begins and Tokenizer.load(model_directory(begins)).digest != tokenizer.digest:
-            raise UserError(
-                f"{begins} has another tokenizer than this run, so its vectors are of other tokens: leave out "
-                "tokenizer.path, and the run takes that one"
-            )
+    for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
+        if begins:
+            cure = "leave out tokenizer.path, and the run takes that one"
+            check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
 
 
 def _settled(recipe: Recipe, material: Material) -> Recipe:

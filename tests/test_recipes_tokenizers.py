@@ -1,0 +1,161 @@
+"""Models that exchange ids must share a tokenizer: as many tokens are not the same tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.evaluate.task import open_subject
+from firth.model import adapter, lora
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder
+from firth.model.weights import load_model, save_model
+from firth.objectives.causal import CausalLM
+from firth.objectives.classification import Classification
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.reward import Reward
+from firth.recipes.exchange import export_model
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+SIZE = 400
+
+
+def quiet(_: str) -> None:
+    """Progress that no test reads."""
+
+
+def save(directory: Path, tokenizer: Tokenizer, shape: Shape, objective: Objective, name: str = "") -> Path:
+    torch.manual_seed(0)
+    facts = {"classes": ["bad", "good"]} if isinstance(objective, Classification) else {}
+    save_model(LM(shape, objective.parts(shape)), tokenizer, directory, facts)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of one shape and two tokenizers of one size, `ours` and `theirs`, and records."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    texts = {
+        "ours": "the otter paints the red door of a boat",
+        "theirs": "zulu yankee xray whisky victor uniform tango",
+    }
+    for name, text in texts.items():
+        tokenizer = train([f"{text} {text[i:]}" for i in range(30)], "byte-bpe", size=SIZE)
+        tokenizer.save(folder / name / "tokenizer")
+        size = tokenizer.vocab.size
+        left, both = decoder(size, 32, 1, context=64), encoder(size, 32, 1, context=64)
+        save(folder / name / "policy", tokenizer, left, CausalLM())
+        save(folder / name / "reward", tokenizer, left, CausalLM() + Reward())
+        save(folder / name / "encoder", tokenizer, both, MLM())
+        save(folder / name / "teacher", tokenizer, both, Classification(classes=("bad", "good")))
+    prompts = [{"prompt": f"Who paints {i}?", "completion": "The otter."} for i in range(24)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    labels = [{"text": f"the otter paints {i}", "label": "good" if i % 2 else "bad"} for i in range(24)]
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    return folder
+
+
+def refused(name: str, settings: list[str], out: Path) -> str:
+    with pytest.raises(UserError, match="another tokenizer") as error:
+        run(load(name, [*settings, "length.steps=2", "precision=fp32", "batch.rows=8", "samples=[]"]), out, quiet)
+    said = str(error.value)
+    assert "\n" not in said and "checkpoints" not in {path.name for path in out.iterdir()}
+    return said
+
+
+def test_reward_model_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+    """It would score the policy's ids as if they were its own (trl#1674, #3595, #6952)."""
+    data = [f"source.path={place / 'prompts.jsonl'}", f"start={place / 'ours' / 'policy'}", "segment.answers=8"]
+    reward = f"segment.reward={place / 'theirs' / 'reward'}"
+    said = refused("ppo", [*data, reward, "segment.epochs=1", "segment.max_new=4"], tmp_path / "run")
+    assert said.startswith("segment.reward:")
+
+
+def test_teacher_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+    data = [f"source.path={place / 'labels.jsonl'}", f"start={place / 'ours' / 'encoder'}"]
+    of = "of: {kind: partly, few: 4}"
+    taught = f"segment={{kind: taught, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
+    said = refused("classify", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
+    assert said.startswith("segment.teacher:")
+
+
+@pytest.mark.parametrize("field", ["start", "embeddings"])
+def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, field: str) -> None:
+    settings = [f"source.path={place / 'labels.jsonl'}", f"tokenizer.path={place / 'theirs' / 'tokenizer'}"]
+    shape = (
+        [
+            "shape.vocab=400",
+            "shape.causal=false",
+            "shape.width=32",
+            "shape.depth=1",
+            "shape.heads=2",
+            "shape.context=64",
+        ]
+        if field == "embeddings"
+        else []
+    )
+    begin = f"{field}={place / 'ours' / 'encoder'}"
+    assert refused("classify", [*settings, *shape, begin], tmp_path / "run").startswith(f"{field}:")
+
+
+@pytest.fixture(scope="module")
+def adapted(place: Path) -> Path:
+    """A LoRA on our policy, with its tokenizer's digest."""
+    model = load_model(place / "ours" / "policy")
+    lora.add(model, ("attention.q",), lora.Rank(2, 4.0))
+    digest = Tokenizer.load(place / "ours" / "policy").digest
+    adapter.write(model, place / "adapter", place / "ours" / "policy", tokenizer=digest)
+    return place / "adapter"
+
+
+def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: Path, tmp_path: Path) -> None:
+    """The base has the same shape, so every matrix fits."""
+    assert open_subject(adapted).model.shape.vocab
+    data = [f"source.path={place / 'prompts.jsonl'}", f"adapt.start={adapted}", "adapt.kind=lora"]
+    said = refused("instruct", [*data, f"start={place / 'theirs' / 'policy'}"], tmp_path / "run")
+    assert said.startswith(f"the adapter {adapted}")
+    moved = tmp_path / "moved"
+    shutil.copytree(adapted, moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(place / "theirs" / "policy")
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="another tokenizer than its base"):
+        open_subject(moved)
+
+
+def test_adapter_of_peft_is_compared_by_its_tokens(place: Path, adapted: Path, tmp_path: Path) -> None:
+    """Without a digest of ours, a tokenizer with the same ids or more of them passes."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(adapted, theirs)
+    (theirs / "firth.json").unlink()
+    (theirs / "parts.safetensors").unlink(missing_ok=True)
+    tokenizer = Tokenizer.load(place / "ours" / "policy")
+    tokenizer.save(theirs)
+    assert open_subject(theirs).tokenizer.digest == tokenizer.digest
+    Tokenizer.load(place / "theirs" / "policy").save(theirs)
+    with pytest.raises(UserError, match="another tokenizer than its base"):
+        open_subject(theirs)
+
+
+def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_path: Path) -> None:
+    """Two tokenizers of as many ids: only the digest tells them from each other."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(place / "ours" / "policy", mixed)
+    Tokenizer.load(place / "theirs" / "policy").save(mixed)
+    assert Tokenizer.load(mixed).vocab.size == Tokenizer.load(place / "ours" / "policy").vocab.size
+    with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
+        open_subject(mixed)
+    with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
+        export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", echo=quiet)
+    data = [f"source.path={place / 'prompts.jsonl'}", f"start={mixed}", "length.steps=2"]
+    with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
+        run(load("instruct", data), tmp_path / "run", quiet)
