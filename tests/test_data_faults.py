@@ -194,3 +194,56 @@ def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
     assert source.per_class(np.array([2, 0])) == {"A": 2, "B": 3}
     assert source.per_class(np.array([1])) == {"A": 1, "B": 0}
     assert source.per_class(np.zeros(0, np.int64)) == {"A": 0, "B": 0}
+
+
+def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) -> None:
+    """Spreadsheets pad a head with empty cells, and pandas writes its index under one."""
+    path = file(tmp_path, "a.csv", "kind,message,,,\ngood,a film,,,\nbad,a play\nbad,a poem,,see,\n")
+    rows = [record for _, record in read.records([path])]
+    empty = {"Unnamed: 2": "", "Unnamed: 3": "", "Unnamed: 4": ""}
+    assert rows[:2] == [{"kind": "good", "message": "a film", **empty}, {"kind": "bad", "message": "a play", **empty}]
+    assert rows[2]["Unnamed: 3"] == "see"
+    source = Labelled([path], tokenizer(), 32, TextFields("message", "kind"))
+    assert source.per_class(np.arange(3)) == {"bad": 2, "good": 1}
+    remark = f"3 columns have no name and are called 'Unnamed: ' and their place from 0; the first is {path}:1"
+    assert source.remarks == [remark]
+    index = [record for _, record in read.records([file(tmp_path, "b.csv", ",text,label\n0,x,good\n")])]
+    assert index == [{"Unnamed: 0": "0", "text": "x", "label": "good"}]
+
+
+def test_labels_spelled_null_and_na_are_classes(tmp_path: Path) -> None:
+    rows = "".join(f"text {i},{('NA', 'null')[i % 2]}\n" for i in range(12))
+    source = Labelled([file(tmp_path, "a.csv", "text,label\n" + rows)], tokenizer(), 32)
+    assert source.per_class(np.arange(12)) == {"NA": 6, "null": 6}
+
+
+def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
+    """A row of a GLUE file that lacks a cell is left out and named; more are rejected with what a TSV may hold."""
+    head = "sentence\tlabel\n"
+    path = file(tmp_path, "dev.tsv", head + "a film\t1\n" * 9 + "a play\n")
+    source = Labelled([path], tokenizer(), 32, TextFields("sentence"))
+    assert source.counts == {"examples": 9, "records": 9, "files": 1, "mismatched": 1}
+    assert source.remarks == [
+        f"1 row had another number of cells than its head and was left out; the first is {path}:11 "
+        "(1 cells under 2 columns)"
+    ]
+    path = file(tmp_path, "test.tsv", head + "a film\t1\n" * 9 + "a play\n" * 2)
+    with pytest.raises(UserError, match=r"2 of 11 rows: give each row as many cells.*a TSV holds no tab") as raised:
+        Labelled([path], tokenizer(), 32, TextFields("sentence"))
+    assert "quot" not in str(raised.value)
+
+
+def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
+    """pandas writes whole numbers as 1.0 where a column has a gap; any other number is for a regression."""
+    path = file(tmp_path, "a.jsonl", lines(*({"text": "x", "label": label} for label in (1.0, 0.0, 1))))
+    source = Labelled([path], tokenizer(), 32)
+    assert source.classes == ("0", "1")
+    assert [int(source[i]["label"]) for i in range(3)] == [1, 0, 1]
+    assert source.remarks == [
+        f"2 labels were written as a decimal number (1.0) and were read as a whole one; the first is {path}:1"
+    ]
+    path = file(tmp_path, "b.jsonl", lines({"text": "x", "label": 1.5}))
+    with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* train `regress` on numbers"):
+        Labelled([path], tokenizer(), 32)
+    with pytest.raises(UserError, match=r"c\.csv:2: the label is empty.* remove the record"):
+        Labelled([file(tmp_path, "c.csv", "text,label\nx,\n")], tokenizer(), 32)

@@ -124,6 +124,43 @@ def test_evaluate_agrees_with_what_training_measured(make: Make, folder: Path) -
     assert (found["task"], found["accuracy"], found["items"]) == ("classification", 1.0, 120)
 
 
+def test_the_order_of_the_rows_changes_no_prediction(make: Make, folder: Path) -> None:
+    """Classes are numbered by their names, so a file that begins with another class is scored alike."""
+    _, place = classified(make, folder)
+    head, *rows = (folder / "reviews.csv").read_text().splitlines()
+    (folder / "reversed.csv").write_text("\n".join([head, *reversed(rows)]) + "\n")
+    files = [str(folder / "reviews.csv"), str(folder / "reversed.csv")]
+    assert [evaluate(place, [path])["accuracy"] for path in files] == [1.0, 1.0]
+    one, other = ([row["label"] for row in predict(place, path, io.BytesIO())] for path in files)
+    assert one == other[::-1]
+
+
+def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> None:
+    _, place = classified(make, folder)
+    texts = [text for text, _ in reviews(12)]
+    texts[3] = ""
+    (folder / "gap.csv").write_text("review,stars\n" + "".join(f'"{text}",good\n' for text in texts))
+    rows = list(predict(place, str(folder / "gap.csv"), io.BytesIO()))
+    assert [row["row"] for row in rows] == list(range(1, 13))
+    assert rows[3] == {"row": 4} and "nan" not in json.dumps(rows).lower()
+
+
+def test_a_column_that_is_missing_is_named_before_a_tokenizer_is_trained(folder: Path, tmp_path: Path) -> None:
+    path = folder / "reviews.csv"
+    settings = ["shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}", "length.steps=1"]
+    recipe = load("classify", [*settings, f"source={path}", "segment.text=reviews", "segment.label=stars"])
+    with pytest.raises(UserError, match=r"reviews\.csv:2: there is no field 'reviews'; did you mean 'review'\?"):
+        run(recipe, tmp_path / "run", lambda _: None)
+
+
+def test_one_document_has_no_pairs(folder: Path, tmp_path: Path) -> None:
+    """BERT's pairs need two documents; the message names the setting that makes them."""
+    (tmp_path / "one.txt").write_text(" ".join(text for text, _ in reviews(40)))
+    settings = [*SHAPE, "length.steps=1", f"tokenizer.path={tokens(folder)}", f"source={tmp_path / 'one.txt'}"]
+    with pytest.raises(UserError, match=r"two documents or more.*set source\.split=blank"):
+        run(load("bert", settings), tmp_path / "run", lambda _: None)
+
+
 def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
     shape = "shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}"
     settings = [shape, f"source={folder}/reviews.csv", "tokenizer.size=400", "length.steps=1", "checks.save=0"]

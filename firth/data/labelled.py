@@ -164,9 +164,19 @@ class Labelled(Texts):
 
     def number(self, value: Any) -> int:
         """The number of a label, as it stands in the columns (names found on the way are numbered as they come)."""
+        if isinstance(value, float) and value.is_integer():
+            self.note("decimal")
+            value = int(value)
         name = value.strip() if isinstance(value, str) else json.dumps(value)
-        if not name or not isinstance(value, (str, int)):
-            raise UserError(f"the label is {name or 'empty'}, and a name or a whole number is wanted")
+        if not isinstance(value, (str, int)):
+            cure = "train `regress` on numbers" if isinstance(value, float) else "write one"
+            raise UserError(
+                f"the label is {name}, and a name or a whole number is wanted: {cure}, or remove the record"
+            )
+        if not name:
+            raise UserError(
+                "the label is empty, and a name or a whole number is wanted: write one, or remove the record"
+            )
         if isinstance(value, str) and name != value:
             self.note("trimmed")
         found = self._known.number(value if type(value) is int else name)

@@ -7,6 +7,7 @@ encoding, memory stays small, and what was cut or left out is known before the f
     cut          was longer than `length`: the beginning is kept
     unanswered   nothing to learn from was left after that: left out. Where that is all of them, UserError
     mismatched   a row of a table with too many or too few cells: left out
+    nameless     a column of a table has no name: read as `Unnamed: 2`, as pandas calls it
     bad_utf8     a line was not UTF-8: read with U+FFFD in it
     blank        a text was empty: read as it is
 
@@ -45,6 +46,7 @@ AT_ONCE = 1024
 REMARKS = {
     "unanswered": "record{s} had nothing to learn from and {were} left out",
     "mismatched": "row{s} had another number of cells than {their} head and {were} left out",
+    "nameless": "column{s} {have} no name and {are} called 'Unnamed: ' and {their} place from 0",
     "misplaced": "answer{s} {do} not stand in {their} passage where {they} {are} said to, and {were} left out",
     "begun": "tag{s} went on with a name that had not begun (IOB1), and {were} read as its beginning",
     "bad_utf8": "line{s} {were} not UTF-8 and {have} U+FFFD in place of what could not be read",
@@ -52,6 +54,7 @@ REMARKS = {
     "too_long": "record{s} {were} longer than 4 MB and {were} left out",
     "blank": "text{s} {were} empty and {were} read as {they} {are}",
     "trimmed": "label{s} had white space around {them}, which was dropped",
+    "decimal": "label{s} {were} written as a decimal number (1.0) and {were} read as a whole one",
     "unlabelled": "record{s} {have} no label and {were} left out",
     "unanswerable": "question{s} {have} no answer, so the model may say that there is none",
     "lost": "question{s} {have} no answer though every question of SQuAD 1.1 has one, and {were} left out",

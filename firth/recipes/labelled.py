@@ -45,10 +45,10 @@ class Framed(Segment):
         raise NotImplementedError(type(self).__name__)
 
     def texts(self, paths: Sequence[str]) -> Iterator[str]:
-        for _, record in read.records(paths, columns=self.named, text=type(self).reader):
+        for place, record in read.records(paths, columns=self.named, text=type(self).reader):
             for field in self.read_fields:
-                value = record.get(field, "")
-                yield value if isinstance(value, str) else " ".join(map(str, value))
+                value = record.get(field)
+                yield " ".join(map(str, value)) if isinstance(value, list) else read.text_field(record, field, place)
 
     @property
     def named(self) -> tuple[str, ...]:

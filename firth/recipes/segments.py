@@ -175,6 +175,11 @@ class Pairs(Segment):
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
+        if len(train) < 2:
+            raise UserError(
+                "pairs of segments need two documents or more, and there is one to train on: set source.split=blank (or line) if "
+                f"blank lines (or lines) divide the documents of a text, or give more files (source.split is {material.source.split})"
+            )
         whole = material.tokenizer.vocab if self.sentences else None
         held = segment.Pairs(valid, self.length, whole) if valid and len(valid) > 1 else None
         return Cut(segment.Pairs(train, self.length, whole), held, read=train.manifest["counts"])

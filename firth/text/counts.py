@@ -34,6 +34,7 @@ class Counts:
     cut: int = 0
     too_long: int = 0
     mismatched: int = 0
+    nameless: int = 0
     passed_over: int = 0
     at: dict[str, str] = field(default_factory=dict)
 

@@ -5,8 +5,9 @@
     .conll .bio .iob a word a line with its columns, a blank line behind a sentence, -DOCSTART- lines left out
     .json            SQuAD 1.1 or 2.0, a list of records, or a record a line (JSON lines)
 
-A table without a head has its columns named by whoever asks for it. A row with more or fewer cells than its head is left
-out, counted and named; more than one such row in a hundred is an error, for then the quoting is wrong.
+A table without a head has its columns named by whoever asks for it. Columns whose head is empty are called as pandas calls
+them (`Unnamed: 2`), and counted; a row may lack their cells. A row with more or fewer cells than its head is left out, counted
+and named; more than one such row, and more than one in a hundred, is an error, for then the quoting is wrong.
 
 >>> import io
 >>> rows = delimited(io.BytesIO(b'text,label\\n"good, really",yes\\nbad\\n' + b"a,b\\n" * 200), Path("a.csv"), Counts(), ())
@@ -33,7 +34,10 @@ LONGEST_CELL = 4 << 20
 """Characters of one cell."""
 
 LOST = 0.01
-"""The share of a table's rows that may have another number of cells than the head."""
+"""The share of a table's rows that may have another number of cells than the head; one row may in any table."""
+
+NAMELESS = "Unnamed: "
+"""How a column without a name is called, before its place from 0."""
 
 
 def delimited(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str], tabs: bool = False) -> Rows:
@@ -62,20 +66,27 @@ def delimited(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]
             continue
         row_names = [name.strip() for name in row]
         if not names or (not total and len(row) != len(names) and {*row_names} & {*names}):
-            names = row_names  # a table that was to have no head may have one (CoLA's test.tsv has)
+            # A table that was to have no head may have one (CoLA's test.tsv has); spreadsheets pad one with empty cells.
+            names = [name or f"{NAMELESS}{i}" for i, name in enumerate(row_names)]
+            counts.note("nameless", place, row_names.count(""))
             twice = [name for name in names if names.count(name) > 1]
             if twice:
                 raise UserError(f"{place}: two columns are called {twice[0]!r}: name them apart")
             continue
         total += 1
+        if len(row) < len(names) and all(name.startswith(NAMELESS) for name in names[len(row) :]):
+            row += [""] * (len(names) - len(row))
         if len(row) == len(names):
             yield place, dict(zip(names, row, strict=True))
             continue
         lost += 1
         counts.note("mismatched", f"{place} ({len(row)} cells under {len(names)} columns)")
-    if lost > LOST * total:
+    if lost > LOST * total and (lost > 1 or total == 1):
+        cure = (
+            "a cell of a TSV holds no tab and no line break" if tabs else "quote what holds a separator or a line break"
+        )
         raise UserError(
-            f"{counts.at['mismatched']}: so in {lost} of {total} rows: quote the cells that hold a separator or a line break"
+            f"{counts.at['mismatched']}: so in {lost} of {total} rows: give each row as many cells as the head has names; {cure}"
         )
 
 
@@ -142,7 +153,7 @@ def sentences(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]
         else:
             yield f"{path}:{first}", {"tokens": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
         rows = []
-    if lost > LOST * total:
+    if lost > LOST * total and (lost > 1 or total == 1):
         raise UserError(f"{counts.at['mismatched']}: so in {lost} of {total} sentences: give every word all columns")
 
 
