@@ -98,9 +98,15 @@ def listed(title: str, lines: Sequence[Line]) -> Table:
     rows: list[list[Cell]] = []
     for row in lines:
         found: list[Interval | None] = [getattr(row, field) for field in shown]
-        told = ["–" if interval is None else str(interval) for interval in found]
-        rows.append([row.recipe, f"{row.share:.0%}", row.parameters, number(row.flops, 3), row.seconds, *told])
+        cells = ["–" if interval is None else _two_lines(interval) for interval in found]
+        rows.append([row.recipe, f"{row.share:.0%}", row.parameters, number(row.flops, 3), row.seconds, *cells])
     return Table(title, head, rows, "In parentheses: the 95% interval over seeds, cut to what is possible.")
+
+
+def _two_lines(interval: Interval) -> str:
+    """Return a mean and its interval with one place where a narrow column may break: before the interval."""
+    mean, space, limits = str(interval).partition(" ")
+    return mean + space + limits.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _write(path: Path, text: str) -> None:
