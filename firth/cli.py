@@ -6,7 +6,6 @@ commands. A `UserError` is printed as its one sentence, and the exit code is 2; 
 
 from __future__ import annotations
 
-import errno
 import shlex
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated
 import typer
 
 from firth import __version__
+from firth.io.atomic import refusal
 from firth.types import UserError
 
 app = typer.Typer(
@@ -50,14 +50,6 @@ Input = Annotated[
 ]
 
 
-REFUSED = {
-    errno.ENOSPC: "free some room and run the same command again",
-    errno.EDQUOT: "free some room and run the same command again",
-    errno.EACCES: "choose another place, or change its permissions",
-    errno.EROFS: "choose another place to write to",
-}
-
-
 def main() -> None:
     """Entry point of the `firth` command."""
     try:
@@ -72,10 +64,10 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:  # what the machine refuses is no fault of the program's: no traceback
-        if error.errno not in REFUSED:
+        refused = refusal(error, error.filename or "a temporary file (TMPDIR says where those lie)")
+        if refused is None:
             raise
-        place = error.filename or "a temporary file (TMPDIR says where those lie)"
-        typer.echo(f"firth: {place}: {(error.strerror or 'refused').lower()}; {REFUSED[error.errno]}", err=True)
+        typer.echo(f"firth: {refused}", err=True)
         sys.exit(2)
 
 

@@ -22,7 +22,6 @@ A file is a stranger's: every count and length is held against what is left of t
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from firth.io.atomic import new_file
 from firth.types import UserError
 
 MAGIC = b"GGUF"
@@ -268,8 +268,7 @@ def write(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Writing], a
 
     The file appears under its name when it is whole.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with new_file(path) as partial, partial.open("wb") as file:
         file.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata)))
         for key, value in metadata.items():
             file.write(_string(key) + _value(value))
@@ -287,7 +286,6 @@ def write(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Writing], a
             assert made.nbytes == math.prod(tensor.shape) // kind.block * kind.size, tensor.name
             file.write(np.ascontiguousarray(made).data)
             _pad(file, alignment)
-    os.replace(partial, path)
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -17,19 +17,20 @@ PACKAGE = ROOT / "firth"
 BELOW = {
     "firth": (),
     "types": (),
-    "gguf": ("types",),
-    "text": ("types", "gguf"),
-    "data": ("types", "text"),
-    "model": ("types", "gguf", "text.chat", "text.to_gguf"),  # what a model's files say of its tokenizer
-    "objectives": ("types", "text", "data", "model", "scaling.flops"),
-    "train": ("types", "text", "data", "model", "objectives.objective", "scaling.flops"),
-    "generate": ("types", "text", "data", "model"),
-    "align": ("types", "text", "data", "model", "objectives", "generate"),
-    "evaluate": ("types", "text", "data", "model", "objectives", "generate"),
-    "serve": ("types", "text", "data", "model", "objectives", "generate"),
+    "io": ("types",),
+    "gguf": ("types", "io"),
+    "text": ("types", "io", "gguf"),
+    "data": ("types", "io", "text"),
+    "model": ("types", "io", "gguf", "text.chat", "text.to_gguf"),  # what a model's files say of its tokenizer
+    "objectives": ("types", "io", "text", "data", "model", "scaling.flops"),
+    "train": ("types", "io", "text", "data", "model", "objectives.objective", "scaling.flops"),
+    "generate": ("types", "io", "text", "data", "model"),
+    "align": ("types", "io", "text", "data", "model", "objectives", "generate"),
+    "evaluate": ("types", "io", "text", "data", "model", "objectives", "generate"),
+    "serve": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "scaling": ("types", "model"),
-    "report": ("types",),
-    "doctor": ("types", "text", "data", "model", "train"),
+    "report": ("types", "io"),
+    "doctor": ("types", "io", "text", "data", "model", "train"),
 }
 """Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
 

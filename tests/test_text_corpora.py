@@ -498,3 +498,18 @@ def test_shakespeare_comes_from_the_real_registry(tmp_path, monkeypatch):
         {s["play"] for s in spoken}, key=lambda play: (next(s["kind"] for s in spoken if s["play"] == play), play)
     )
     assert [d.name for d in read.documents(corpora.paths("shakespeare", quiet))] == [p.name for p in plays]
+
+
+def test_a_damaged_corpus_is_prepared_again(tmp_path):
+    made = fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, quiet)
+    file = sorted(made.glob("*.txt"))[3]
+    whole = file.read_bytes()
+    lines: list[str] = []
+    for damage in (lambda: file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:]), file.unlink):
+        damage()
+        fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, lines.append)
+        assert file.read_bytes() == whole
+    assert sum("prepared again" in line for line in lines) == 2
+    (made / "mine.txt").write_text("not of this corpus")
+    with pytest.raises(UserError, match=r"mine\.txt is not part of the corpus 'pydoc'"):
+        fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, quiet)

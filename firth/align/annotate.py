@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import Tensor
 from firth.data.batch import collate
 from firth.data.source import Source, Wrapped
 from firth.generate.rows import reading
+from firth.io.atomic import write_text
 from firth.model.lm import LM
 from firth.types import Batch, Example
 
@@ -124,6 +124,4 @@ class _Store:
             return
         for array in self.arrays.values():
             array.flush()  # type: ignore[attr-defined]
-        note = self.place / "done.json.partial"
-        note.write_text(json.dumps({"done": done, "fields": sorted(self.arrays)}))
-        os.replace(note, self.place / "done.json")
+        write_text(self.place / "done.json", json.dumps({"done": done, "fields": sorted(self.arrays)}))

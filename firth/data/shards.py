@@ -12,7 +12,6 @@ that none stands before a text, as GPT-2's.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from firth.io.atomic import FULL
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
@@ -105,7 +105,7 @@ class TokenStore:
                 build.extend(documents, progress or _silent)
                 build.finish(counts())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             raise UserError(
                 f"{directory}: the store could not be written ({error.strerror}): make room and start again, "

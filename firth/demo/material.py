@@ -12,14 +12,13 @@ same path.
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from firth.io.atomic import new_directory, new_file
 from firth.types import UserError
 
 Row = dict[str, str]
@@ -72,24 +71,18 @@ def write(directory: Path, files: Files, material: Material) -> Material:
             raise UserError(
                 f"the text is too small for the demo: no {name.replace('_', ' ')} rows; give it about 200 kB or more"
             )
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, rows in vars(files).items():
-        write_rows(partial / f"{name.replace('_', '-')}.jsonl", rows)
-    material.save(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(partial, directory)
+    with new_directory(directory) as partial:
+        for name, rows in vars(files).items():
+            write_rows(partial / f"{name.replace('_', '-')}.jsonl", rows)
+        material.save(partial)
     return material
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES, Size
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
+from firth.io.atomic import make_directory, write_text
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.recipes import tasks, tune
@@ -58,7 +59,7 @@ def walk(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int 
     """
     if size not in SIZES:
         raise UserError(f"there is no size {size!r} of the demo; there is {', '.join(SIZES)}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     _same(out, {"text": [str(Path(t).resolve()) for t in text], "size": size, "seed": seed})
     return _Walk(out, list(text), SIZES[size], seed, echo).whole()
 
@@ -134,9 +135,7 @@ class _Walk:
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             found = make()
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
-            os.replace(partial, path)
+            write_text(path, json.dumps(found, ensure_ascii=False, indent=1))
         kept: Facts = json.loads(path.read_text("utf-8"))
         return kept
 

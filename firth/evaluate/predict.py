@@ -24,6 +24,7 @@ from firth.evaluate.given import given
 from firth.evaluate.task import Progress, Say, Subject, Task, open_subject
 from firth.evaluate.tasks import TASKS, default
 from firth.evaluate.tasks.answers import ANSWERS
+from firth.io.atomic import new_file
 from firth.types import UserError
 
 
@@ -93,15 +94,13 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str],
             say(json.dumps(row, ensure_ascii=False))
             count += 1
         return count
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with new_file(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         if out.suffix.lower() == ".csv":
             count = _table(rows, file)
         else:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
-    partial.replace(out)
     return count
 
 

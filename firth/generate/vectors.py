@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from firth.io.atomic import new_file
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.text.vocab import Vocab
@@ -70,7 +71,7 @@ def nearest(model: LM, words: Words, word: str, top: int) -> list[tuple[str, flo
 def write(model: LM, words: Words, path: Path) -> tuple[int, int]:
     """All ordinary tokens in word2vec's text format; returns how many, and their width. Blanks in a token become _."""
     vectors, ids = table(model).cpu().numpy(), words.vocab.ordinary
-    with path.open("w", encoding="utf-8") as file:
+    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(f"{len(ids)} {vectors.shape[1]}\n")
         for i in ids.tolist():
             name = "_".join(words.token(i).split()) or "_"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -26,9 +25,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from firth.io.atomic import new_file, write_text
+from firth.io.tensors import safetensors_blocks
 from firth.types import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -108,9 +108,7 @@ def _no_number(name: str) -> float:
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """An object into a file, which is there whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -337,16 +335,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return cast
 
 
-def write_file(state: dict[str, Tensor], file: Path) -> None:
+def write_file(state: Mapping[str, Tensor], file: Path) -> None:
     """Tensors into one safetensors file, which is there whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    seen: set[int] = set()
-    for name, tensor in state.items():  # safetensors refuses two names for one memory (T5's stored tied head)
-        state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
-        seen.add(tensor.data_ptr())
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # the library writes for its user alone
-    os.replace(partial, file)
+    with new_file(file) as partial, partial.open("wb") as out:
+        for block in safetensors_blocks(state):
+            out.write(block)
 
 
 def dtypes(directory: Path) -> list[torch.dtype]:

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from firth.evaluate.tokenizer_match import check_adapter
+from firth.io.atomic import new_directory
 from firth.model import adapter, lora
 from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
@@ -126,8 +127,9 @@ class Beside(Adapt):
     ) -> str:
         if model.prefix is not None:
             model.parts["prefix"] = model.prefix.settle()
-        said = adapter.write(model, directory, base, added, facts=facts, tokenizer=tokenizer.digest)
-        tokenizer.save(directory)
+        with new_directory(directory) as place:
+            said = adapter.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
+            tokenizer.save(place)
         lora.fold(model)
         return said
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from firth.gguf import find, read
+from firth.io.atomic import write_text
 from firth.model.files import read_json
 from firth.model.lm import LM
 from firth.text.corpora import CATALOGUE
@@ -84,13 +84,6 @@ def of_directory(given: Path, place: Path, model: LM, said: str, facts: Mapping[
 def write(card: Card, file: Path) -> None:
     """Write it, whole or not at all."""
     write_text(file, text(card))
-
-
-def write_text(file: Path, text: str) -> None:
-    """A text into a file, which is there whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, file)
 
 
 def pretty(value: Any) -> str:

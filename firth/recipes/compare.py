@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ import torch
 
 from firth.evaluate import cloze
 from firth.evaluate.cloze import Item
+from firth.io.atomic import make_directory, write_text
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.objectives.classification import Classification, place
@@ -179,7 +179,7 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     else:
         score = Score(name, share, seed, key, accuracy=_finetuned(arena, name, seed, ""))
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, asdict(score))
+    write_text(file, json.dumps(asdict(score), indent=1))
     return score
 
 
@@ -328,14 +328,8 @@ def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
         )
     if changed:  # it was refused before anything ran: what was made of another text goes
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(file, told)
-
-
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1), "utf-8")
-    os.replace(partial, file)
+    make_directory(out)
+    write_text(file, json.dumps(told, indent=1))
 
 
 def _fitted(

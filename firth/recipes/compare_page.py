@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from firth.io.atomic import write_text
 from firth.recipes.verdict import (
     COLUMNS,
     MEASURES,
@@ -46,10 +46,10 @@ def conclude(
         "facts": dict(facts), "words": words, "table": [asdict(row) for row in whole],
         "lines": [asdict(row) for row in lines], "scores": [asdict(s) for s in scores],
     }  # fmt: skip
-    _write(out / "results.json", json.dumps(results, indent=1))
+    write_text(out / "results.json", json.dumps(results, indent=1))
     told = [f"- {name}: {value}" for name, value in facts.items()]
     table = markdown(whole)
-    _write(out / "table.md", "\n\n".join([table, *words, "\n".join(told)]) + "\n")
+    write_text(out / "table.md", "\n\n".join([table, *words, "\n".join(told)]) + "\n")
     figures = [drawn for measure in MEASURES if (drawn := figure(lines, measure, seconds)) is not None]
     tables = [listed("With all of the compute", whole)]
     if len(shares) > 1:
@@ -107,9 +107,3 @@ def _two_lines(interval: Interval) -> str:
     """Return a mean and its interval with one place where a narrow column may break: before the interval."""
     mean, space, limits = str(interval).partition(" ")
     return mean + space + limits.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

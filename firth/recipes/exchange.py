@@ -10,10 +10,7 @@ end: a directory is there whole or not at all. Neither writes into a directory t
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +21,7 @@ import torch
 
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.gguf import find, read
+from firth.io.atomic import new_directory, refusals, write_text
 from firth.model import gguf
 from firth.model.families import family_of
 from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
@@ -170,7 +168,7 @@ def carry(given: Path, place: Path) -> bool:
         if (given / file).is_file():
             (place / file).parent.mkdir(exist_ok=True)
             write_json(place / file, read_json(given / file) | (_unpooled(place) if file == SENTENCE else {}))
-    card.write_text(place / "modules.json", card.pretty(listed))
+    write_text(place / "modules.json", card.pretty(listed))
     return True
 
 
@@ -195,7 +193,7 @@ def sentences(model: LM, place: Path) -> None:
     write_json(place / SENTENCE, limits | _unpooled(place))
     pooling = {f"pooling_mode_{way}": way == "mean_tokens" for way in ("cls_token", "mean_tokens", "max_tokens")}
     write_json(place / "1_Pooling" / "config.json", {"word_embedding_dimension": model.shape.width} | pooling)
-    card.write_text(place / "modules.json", card.pretty(listed))
+    write_text(place / "modules.json", card.pretty(listed))
 
 
 def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
@@ -256,25 +254,14 @@ def _uses(out: Path, model: LM, talks: bool) -> list[str]:
 @contextmanager
 def _fresh(out: Path, given: Path) -> Iterator[Path]:
     """A new directory beside `out` that takes its place when all went well; else nothing is changed."""
-    whole = out.resolve()
-    if whole == given.resolve() or whole in given.resolve().parents:
-        raise UserError(f"{out} holds what is to be read: choose another directory")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _ours(out))):
-        raise UserError(f"{out} is there already and holds other things: choose another directory, or remove it")
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=whole.parent, prefix=f".{whole.name}.partial-"))
-    try:
+    with refusals(out):
+        whole = out.resolve()
+        if whole == given.resolve() or whole in given.resolve().parents:
+            raise UserError(f"{out} holds what is to be read: choose another directory")
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _ours(out))):
+            raise UserError(f"{out} is there already and holds other things: choose another directory, or remove it")
+    with new_directory(whole) as partial:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=whole.parent, prefix=f".{whole.name}.partial-"))
-            os.replace(whole, old)
-            os.replace(partial, whole)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, whole)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _ours(out: Path) -> bool:

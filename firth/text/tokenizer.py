@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from tokenizers import Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.gguf import find
+from firth.io.atomic import make_directory, write_text
 from firth.text import foreign, frame, gguf
 from firth.text.dressed import dressed, ending, loaded, said, spelling, template_of
 from firth.text.merges import Merge
@@ -177,7 +177,7 @@ class Tokenizer:
         else firth's where it has the tokens of turns. Beside them goes merges.json, where it is
         known how often each pair was seen when it was merged.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         config: dict[str, Any] = {ROLE_KEYS[role]: token for role, token in self._roles.items()}
         extra = [self.token(int(i)) for i in np.flatnonzero(self.vocab.special) if self.engine.id_to_token(int(i))]
         named = set(config.values())
@@ -188,13 +188,13 @@ class Tokenizer:
         config |= ({} if self.bos is None else {"add_bos_token": self.bos}) | (
             {"ends": list(self.ends)} if self.ends else {}
         )
-        _write(directory / "tokenizer.json", self.definition)
-        _write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
+        write_text(directory / "tokenizer.json", self.definition)
+        write_text(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
         turns = all(self.engine.token_to_id(token) is not None for token in (START, END))
         if self.template is not None or turns:
-            _write(directory / "chat_template.jinja", TEMPLATE if self.template is None else self.template)
+            write_text(directory / "chat_template.jinja", TEMPLATE if self.template is None else self.template)
         if self.learnt:
-            _write(
+            write_text(
                 directory / "merges.json",
                 json.dumps([[m.left, m.right, m.count] for m in self.learnt], ensure_ascii=False),
             )
@@ -366,9 +366,3 @@ def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:
         if role not in roles and alias in roles:
             roles[role] = roles[alias]
     return roles
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -18,7 +18,6 @@ Nothing here reads or writes a pickle.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from firth.io.atomic import FULL
+from firth.io.tensors import safetensors_blocks
 from firth.types import UserError
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        written = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", _safetensors(tensors))
+        written = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", safetensors_blocks(tensors))
                    for name, tensors in files.items() if tensors}  # fmt: skip
         written["state.json"] = _write(partial / "state.json", [_json(state)])
         facts = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
@@ -85,7 +85,7 @@ def save(
         _flush_directory(home)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         need = sum(t.nbytes for tensors in files.values() for t in tensors.values()) / 1e6
         raise UserError(
@@ -213,27 +213,3 @@ def _flush_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
-
-
-def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
-    """The safetensors format, piece by piece: the library's own writer offers no way to hash and flush as it writes.
-
-    Eight bytes with the header's length, the JSON header, then the raw tensors in the order of the header.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, x in tensors.items():
-        header[name] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [start, start + x.nbytes]}
-        start += x.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for x in tensors.values():
-        yield x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

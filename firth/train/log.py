@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from firth.io.atomic import write_text
 from firth.train.events import Events
 
 
@@ -58,9 +58,7 @@ def keep_until(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    fresh = path.with_name(f"{path.name}.partial")
-    fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(fresh, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class Voice(Protocol):

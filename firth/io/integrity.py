@@ -1,0 +1,68 @@
+"""Content hashes: what was written is compared with what is read.
+
+    record = sealed({"step": 3}, directory, ["model.safetensors"])     # adds "files" and "digest"
+    verify(record, directory, directory / "firth.json", "copy it again")
+
+"files" has the size and the SHA-256 of each file, "digest" is the SHA-256 of the record without itself. Both detect
+damage, not forgery. SHA-256 reads 1.5 GB/s on one core of a CPU with instructions for it (0.3 GB/s without): about as
+long as copying the tensors of a model takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from firth.types import UserError
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return the size and the SHA-256 of a file: {"bytes", "sha256"}."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record of JSON values, whatever the order of its keys and its white space."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(record: Mapping[str, Any], directory: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return the record with the hashes of the named files of a directory, and its own."""
+    return with_digest({**record, "files": {name: file_facts(directory / name) for name in sorted(names)}})
+
+
+def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record with its own hash."""
+    plain: dict[str, Any] = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    return plain | {"digest": digest(plain)}
+
+
+def check_digest(record: Mapping[str, Any], file: Path, cure: str) -> None:
+    """Raise a UserError if a record read from `file` is not the one that was written. cure: what the user can do."""
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    if record.get("digest") != digest(rest):
+        raise UserError(f"{file} is not as it was written (its digest differs): {cure}")
+
+
+def verify(record: Mapping[str, Any], directory: Path, file: Path, cure: str) -> None:
+    """Compare a record read from `file`, and the files that it lists, with what was written.
+
+    A record without "files" and "digest" is of another program or of an older version, and passes.
+
+    Raises:
+        UserError: The record or a file differs, or a file is missing. `cure` says what the user can do.
+    """
+    if "files" not in record and "digest" not in record:
+        return
+    check_digest(record, file, cure)
+    for name, facts in record["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {cure}")
+        if path.stat().st_size != facts["bytes"] or file_facts(path) != facts:
+            raise UserError(f"{path} is not as it was written (its content hash differs): {cure}")
