@@ -12,7 +12,9 @@ from data_room import tokenizer
 
 from firth.data.labelled import Chosen, Labelled, OptionFields, Scored, TagFields, Tagged, TextFields
 from firth.data.questions import Questions
+from firth.evaluate.passages import by_question
 from firth.text import read
+from firth.text.train import train
 from firth.types import IGNORE, UserError
 
 
@@ -221,3 +223,27 @@ def test_answers_of_other_shapes(tmp_path: Path) -> None:
         Questions([file(tmp_path, "c.json", '{"data": 3}')], tokenizer(), 40, question=16)
     with pytest.raises(UserError, match="this is not JSON"):
         Questions([file(tmp_path, "d.json", '{"data"')], tokenizer(), 40, question=16)
+
+
+@pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram"])
+def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
+    """The characters of these tokens begin at the blank before their word: "baker" is at 49, not " baker" at 48."""
+    context = "In Leeds the otter paints the boat at dawn and a baker sells some bread.  "
+    coder = train([context], algorithm, size=400, sentinels=0)
+    answers = [("baker", 49), (" baker", 48), ("baker ", 49)]
+    records = [
+        {"context": context, "question": "who?", "answers": [{"text": text, "start": start}]} for text, start in answers
+    ]
+    path = file(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    items = Questions([path], coder, 128, question=16)
+    assert len(items) == 3
+    scores = []
+    for i in range(3):
+        example, offsets = items[i], items.offsets(i)
+        assert (offsets[example["start"]][0], offsets[example["end"]][1]) == (49, 54)
+        words = [context[a:b] for a, b in offsets[offsets[:, 0] >= 0]]
+        assert words == [word.strip() for word in words]
+        scores.append(np.zeros((len(offsets), 2)))
+        scores[i][example["start"], 0] = scores[i][example["end"], 1] = 5.0
+    found = list(by_question(items, iter(scores), may_lack=False))
+    assert [(one["answer"], one["start"]) for one in found] == [("baker", 49)] * 3

@@ -107,7 +107,7 @@ class Questions(Records):
         return {"long_questions": self.question}
 
     def offsets(self, index: int) -> np.ndarray:
-        """Where in the passage each token of a window stands: (n, 2) characters, -1 for what is not of the passage."""
+        """Where in the passage the word of each token of a window is: (n, 2) characters, -1 for what is not of the passage."""
         return self._columns["offsets"][index].reshape(-1, 2)
 
     def texts(self, record: Record, place: str) -> list[str]:
@@ -128,7 +128,8 @@ class Questions(Records):
         else:
             lost = False
         if context != self._latest[0] or not self._passage:  # a passage has several questions, one after the other
-            self._latest = (context, self.tokenizer.spans(context))
+            tokens, spans = self.tokenizer.spans(context)
+            self._latest = (context, (tokens, without_blanks(spans, context)))
             self._passage += 1
             self._contexts.append(np.frombuffer(context.encode(), np.uint8))
         right = json.dumps(list(dict.fromkeys(text for text, _ in given))).encode()
@@ -165,6 +166,27 @@ class Questions(Records):
         offsets = np.full((len(shown["tokens"]), 2), -1)
         offsets[before : before + len(tokens)] = spans
         return shown | {"place": np.array(place), "offsets": offsets.ravel()}
+
+
+def without_blanks(spans: np.ndarray, text: str) -> np.ndarray:
+    """Return where the words of tokens are in a text: byte-level tokens and SentencePiece's begin with the blank before theirs.
+
+    Args:
+        spans: (n, 2) characters, in the order of the text.
+        text: The text.
+
+    Returns:
+        (n, 2) characters without white space at either end; a token of white space alone is empty, and at its own end.
+
+    >>> without_blanks(np.array([[0, 2], [2, 8], [8, 9]]), "an otter ").tolist()
+    [[0, 2], [3, 8], [9, 9]]
+    """
+    blank = np.array([character.isspace() for character in text] + [False])
+    place = np.arange(len(blank))
+    following = np.minimum.accumulate(np.where(blank, len(text), place)[::-1])[::-1]
+    before = np.maximum.accumulate(np.concatenate(([0], np.where(blank[:-1], 0, place[1:]))))
+    starts = np.minimum(following[spans[:, 0]], spans[:, 1])
+    return np.stack((starts, np.maximum(before[spans[:, 1]], starts)), 1)
 
 
 def _tokens(spans: np.ndarray, answer: tuple[str, int]) -> tuple[int, int]:

@@ -39,7 +39,8 @@ class Found:
 
 
 def best(scores: np.ndarray, offsets: np.ndarray, nowhere: int) -> Found:
-    """The best span of a window: scores (T, 2), offsets (T, 2) with -1 outside of the passage.
+    """The best span of a window: scores (T, 2), offsets (T, 2) with -1 outside of the passage. It neither begins nor ends at
+    a token of white space alone, of which the offsets are alike.
 
     >>> best(np.array([[0.0, 0.0], [3.0, 0.0], [1.0, 2.0]]), np.array([[-1, -1], [0, 4], [5, 9]]), 0).end
     9
@@ -48,7 +49,7 @@ def best(scores: np.ndarray, offsets: np.ndarray, nowhere: int) -> Found:
     total = np.log(np.exp(scores - scores.max(0)).sum(0)).sum() + scores.max(0).sum()
     none = float(scores[nowhere].sum())
     lacking = float(np.exp(none - total))
-    inside = offsets[:, 0] >= 0
+    inside = offsets[:, 1] > offsets[:, 0]
     if not inside.any():
         return Found(-np.inf, 0, 0, 0.0, none, lacking)
     starts, ends = (np.where(inside, scores[:, side], -np.inf) for side in (0, 1))
