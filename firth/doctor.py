@@ -22,6 +22,7 @@ import torch
 from firth.train import precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
+from firth.types import UserError
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,23 @@ class Row:
 
 
 def device() -> torch.device:
-    """The device that training uses unless told otherwise: cuda, mps or cpu."""
+    """Return the device that this process computes on: cuda, mps or cpu.
+
+    A rank takes the GPU of its number on the machine (LOCAL_RANK, which torchrun sets), and makes it the current one.
+
+    Raises:
+        UserError: There is no GPU of that number.
+    """
     if torch.cuda.is_available():
+        local = os.environ.get("LOCAL_RANK")
+        if local is not None:
+            count = torch.cuda.device_count()
+            if int(local) >= count:
+                raise UserError(
+                    f"process {local} of this machine has no GPU of its own, for torch sees {count} here: start at most {count} "
+                    f"(torchrun --nproc-per-node {count}), or show more with CUDA_VISIBLE_DEVICES"
+                )
+            torch.cuda.set_device(int(local))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

@@ -2,10 +2,10 @@
 
     python tests/fork_ranks.py JOBS.json
 
-JOBS.json holds a list of jobs that run one after another: {"name", "world", "arguments", "hook", "seconds"}. `hook` names
-a function here that each rank calls with its number before the command. What rank R of a job prints goes to
-NAME-R.txt beside JOBS.json, and outcomes.json holds for each job {"codes": exit codes by rank, "seconds"}; a rank that is
-still there after `seconds` is killed, and its code is -9.
+JOBS.json holds a list of jobs that run one after another: {"name", "world", "arguments", "hook", "env", "patience"}. `hook` names
+a function here that each rank calls with its number before the command; `env` is added to the environment. What rank R of a
+job prints goes to NAME-R.txt beside JOBS.json, and outcomes.json holds for each job {"codes": exit codes by rank, "seconds"}.
+Once a rank has failed, the others have `patience` seconds to end as well; then they are killed, and their code is -9.
 """
 
 from __future__ import annotations
@@ -17,19 +17,74 @@ import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # an optimizer imports it, which takes seconds in every rank otherwise
+import torch.distributed as dist
 
+import firth.recipes.run as run_module
 from firth import cli
+from firth.train import checkpoint, loop
+from firth.types import UserError
+
+PATIENCE_SECONDS = 8.0
 
 
 def nothing(rank: int) -> None:
     """No hook."""
 
 
-HOOKS = {hook.__name__: hook for hook in (nothing,)}
+def slow_first(rank: int) -> None:
+    """Rank 0 prepares its tokenizer for longer than the process group's timeout."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    make = run_module.tokenizer_of
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(4.5 if rank == 0 else 0)
+        return make(*given)
+
+    run_module.tokenizer_of = slowly
+
+
+def failing_first(rank: int) -> None:
+    """Rank 0 fails while it prepares its tokenizer."""
+
+    def fail(*_: Any) -> Any:
+        raise UserError("this text is no text")
+
+    if rank == 0:
+        run_module.tokenizer_of = fail
+
+
+def stopped_second(rank: int) -> None:
+    """Rank 1 is stopped after its first step, as by SIGSTOP from outside."""
+    step = loop._Run._step
+
+    def stop(run: Any, *given: Any) -> Any:
+        if rank == 1 and run.at.step == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return step(run, *given)
+
+    loop._Run._step = stop  # type: ignore[method-assign]
+
+
+def killed_in_save(rank: int) -> None:
+    """Rank 0 is killed in the middle of a file of its second checkpoint."""
+    write = checkpoint._write
+
+    def half(path: Path, blocks: Any) -> Any:
+        if rank == 0 and path.parent.name == "step-000002.partial" and path.name == "optimizer.safetensors":
+            path.write_bytes(b"".join(blocks)[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, blocks)
+
+    checkpoint._write = half
+
+
+HOOKS = {hook.__name__: hook for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save)}
 
 
 def free_port() -> int:
@@ -46,13 +101,14 @@ def start(job: dict[str, Any], rank: int, port: int, out: Path) -> int:
         return pid
     code = 70
     try:
+        os.setsid()  # a shell's group would wake a stopped rank when another one ends
         handle = os.open(out / f"{job['name']}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         torch.set_num_threads(1)
         if job["world"] > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"]),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | job.get("env", {})  # fmt: skip
         HOOKS[job.get("hook", "nothing")](rank)
         sys.argv = ["firth", *job["arguments"]]
         code = 0
@@ -74,13 +130,15 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     port, began = free_port(), time.monotonic()
     waiting = {start(job, rank, port, out): rank for rank in range(job["world"])}
     codes: dict[int, int] = {}
+    failed = float("inf")
     while waiting:
         for pid, rank in list(waiting.items()):
-            if time.monotonic() - began > job.get("seconds", 60):
+            if time.monotonic() - failed > job.get("patience", PATIENCE_SECONDS):
                 os.kill(pid, signal.SIGKILL)
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 codes[rank] = os.waitstatus_to_exitcode(status)
+                failed = min(failed, time.monotonic()) if codes[rank] else failed
                 del waiting[pid]
         time.sleep(0.01)
     return {"codes": [codes[rank] for rank in range(job["world"])], "seconds": time.monotonic() - began}

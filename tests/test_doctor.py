@@ -5,6 +5,7 @@ import torch
 
 from firth import doctor
 from firth.train import precision
+from firth.types import UserError
 
 
 def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
@@ -28,3 +29,26 @@ def test_what_is_wrong_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "usable_cores", lambda: 0)
     wrong = {row.name for row in doctor.doctor() if not row.well}
     assert {"memory", "cores"} <= wrong
+
+
+@pytest.mark.parametrize(("local", "index"), [(None, 0), ("0", 0), ("1", 1)])
+def test_each_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch, local: str | None, index: int) -> None:
+    """Every rank took GPU 0: the number that torchrun gives was never read."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert doctor.device() == torch.device("cuda", index)
+    assert current == [index]
+
+
+def test_a_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"process 2 of this machine has no GPU .* --nproc-per-node 2\)"):
+        doctor.device()

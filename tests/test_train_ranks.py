@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import TCPStore
+
+from firth.train import peers
+from firth.train.checkpoint import load
+from firth.types import UserError
 
 HERE = Path(__file__).parent
 WORDS = (
@@ -45,7 +51,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             "arguments": [*SMALL, f"source.path={text}", "--out", str(folder / name), *more],
         } | how
 
-    jobs = [job("one", 1), job("two", 2), job("accumulate", 1, "batch.accumulate=2")]
+    jobs = [
+        job("one", 1), job("accumulate", 1, "batch.accumulate=2"), job("two", 2, hook="slow_first"),
+        job("fails", 2, hook="failing_first"),
+        job("stopped", 2, hook="stopped_second", patience=1, env={"FIRTH_RANK_TIMEOUT": "1"}),
+        job("killed", 2, hook="killed_in_save"), job("killed again", 2) | {"arguments": job("killed", 2)["arguments"]},
+    ]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -77,3 +88,60 @@ def test_the_first_loss_is_the_same_with_micro_batches(outcomes: tuple[Path, dic
     """8e-4 off when the frequencies were those of the first micro-batch."""
     folder, _ = outcomes
     assert abs(first_loss(folder, "one") - first_loss(folder, "accumulate")) < 1e-5
+
+
+def printed(folder: Path, name: str, rank: int) -> str:
+    return (folder / f"{name}-{rank}.txt").read_text()
+
+
+def test_ranks_wait_longer_than_a_collective_may(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """Rank 0 prepares for 4.5 s, and collectives end after 3."""
+    _, ends = outcomes
+    assert ends["two"]["codes"] == [0, 0] and ends["two"]["seconds"] > 4.5
+
+
+def test_a_failure_of_rank_0_ends_the_others(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    folder, ends = outcomes
+    assert ends["fails"]["codes"] == [2, 2]
+    assert printed(folder, "fails", 0) == "firth: this text is no text\n"
+    assert printed(folder, "fails", 1) == "firth: rank 0 failed: this text is no text\n"
+
+
+def test_a_stopped_rank_is_named_in_time(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The stopped rank is still there when the other one has ended, and is killed by the test (-9)."""
+    folder, ends = outcomes
+    assert ends["stopped"]["codes"] == [2, -9]
+    last = printed(folder, "stopped", 0).splitlines()[-1]
+    assert last.startswith("firth: rank 1 has given no sign of life for 1 s: it is stopped or out of reach; start all")
+    assert (folder / "stopped" / "checkpoints" / "step-000001" / "manifest.json").exists()
+
+
+def test_a_rank_killed_in_a_save_leaves_whole_checkpoints(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The next start takes the last whole checkpoint, and ends with the bits of a run that was not killed."""
+    folder, ends = outcomes
+    assert ends["killed"]["codes"] == [-9, 2]
+    last = printed(folder, "killed", 1).splitlines()[-1]  # torch's own log comes before it
+    assert last.startswith("firth: rank 0, which holds the store of the ranks, has ended")
+    assert ends["killed again"]["codes"] == [0, 0]
+    assert "going on from step-000001" in printed(folder, "killed again", 0)
+    whole, again = (load(folder / name / "checkpoints" / "step-000002") for name in ("two", "killed"))
+    assert whole.files.keys() == again.files.keys()
+    for kind, tensors in whole.files.items():
+        assert all(torch.equal(x, again.files[kind][name]) for name, x in tensors.items()), kind
+
+
+def test_a_failed_collective_names_the_rank_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    here = peers.Peers(store, 0, 2, silence=1)
+    assert "rank 1 has ended without an error of its own (killed?)" in str(here.explain(RuntimeError("closed")))
+    store.set("firth/failed", "1 rank 1 failed: the file ends early")
+    assert str(here.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
+    here.close()
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_the_timeout_of_ranks_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("FIRTH_RANK_TIMEOUT", text)
+    with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text}: give a number of seconds above 0"):
+        peers.silence_seconds()

@@ -80,12 +80,20 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
     Raises UserError where the directory holds a run of another recipe, and for everything a recipe can get wrong.
     """
     ranks = join(best_device())
+    with ranks.together():
+        return _run(recipe, directory, echo, ranks)
+
+
+def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
+    """`run` on one rank."""
     tell = echo if ranks.first else _silent
     make_directory(directory)
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
     _refuse_strangers(tokenizer, recipe)
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
-    settled = _settled(recipe, material)
+    settled = _first_alone(
+        ranks, lambda: _settled(recipe, material)
+    )  # classes are read from a corpus that may not be here yet
     assert settled.shape is not None
     refuse_cut(
         settled.objective,

@@ -1,22 +1,28 @@
-"""Several processes as one: sums over ranks, and nothing else.
+"""Several processes as one: sums over ranks, and waiting for each other.
 
 Every number the trainer divides by is a count over all ranks, so a plain SUM of losses and of gradients is right,
 whatever share of the labels each rank holds. Started by torchrun, `join()` reads what it sets:
 
     torchrun --nproc-per-node 2 -m firth train gpt
 
-Ranks hold whole copies of the model and take the same step; data is split by global index (`firth.data.batch`).
+Ranks hold whole copies of the model and take the same step; data is split by global index (`firth.data.batch`). Whatever
+takes long on one rank alone is waited for without a collective, and a rank that fails or is stopped ends the others with a
+sentence that names it (`firth.train.peers`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from firth.train.peers import Peers, silence_seconds
 
 BUCKET = 32 << 20
 """Bytes of gradients that are summed in one call: large enough to fill a link, small beside the model."""
@@ -28,6 +34,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    peers: Peers | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -37,7 +44,7 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over all ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(x)
+            self._call(lambda: dist.all_reduce(x))
         return x
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -58,20 +65,37 @@ class Ranks:
         """Overwrite the tensors with rank 0's."""
         if self.world > 1:
             for x in tensors:
-                dist.broadcast(x, 0)
+                self._call(lambda x=x: dist.broadcast(x, 0))  # type: ignore[misc]
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's `x`, stacked: (...) -> (world, ...)."""
         if self.world == 1:
             return x[None]
         out = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(out, x)
+        self._call(lambda: dist.all_gather(out, x))
         return torch.stack(out)
 
     def wait(self) -> None:
-        """Go on when every rank has come here."""
-        if self.world > 1:
-            dist.barrier()
+        """Go on when every rank has come here, however long that takes. Raises UserError when another rank has failed."""
+        if self.peers is not None:
+            self.peers.wait()
+
+    def from_first(self, value: str) -> str:
+        """Return rank 0's value on every rank."""
+        return value if self.peers is None else self.peers.from_first(value)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return a context in which this rank ends with a sentence when another one fails, is stopped or is killed."""
+        return nullcontext() if self.peers is None else self.peers.together()
+
+    def _call(self, collective: Callable[[], object]) -> None:
+        """Run a collective. Raises UserError that names the rank for which it failed."""
+        try:
+            collective()
+        except RuntimeError as error:
+            if self.peers is None:
+                raise
+            raise self.peers.explain(error) from error
 
 
 def join(device: torch.device | None = None) -> Ranks:
@@ -81,7 +105,15 @@ def join(device: torch.device | None = None) -> Ranks:
     if not dist.is_initialized():
         on_cuda = device is not None and device.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    peers = _peers() if dist.get_world_size() > 1 else None
+    return Ranks(dist.get_rank(), dist.get_world_size(), peers)
+
+
+@cache
+def _peers() -> Peers:
+    """This process's contact with the other ranks, over the store of the process group."""
+    store = dist.distributed_c10d._get_default_store()
+    return Peers(store, dist.get_rank(), dist.get_world_size(), silence_seconds())
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -120,7 +120,7 @@ def train(
     ranks = ranks or Ranks()
     keep_freed_memory()
     flush_denormals()
-    with alone_in(directory) if ranks.first else nullcontext():
+    with ranks.together(), alone_in(directory) if ranks.first else nullcontext():
         told = (told or voice(name or directory.name)) if ranks.first else Silence()
         run = _Run(model, objective, batches, directory, length, optimizer or Optimizer(), schedule or Schedule(),
                    plan or Plan(), evaluate, ranks, recipe, told)  # fmt: skip
@@ -156,6 +156,7 @@ class _Run:
 
     def _begin(self) -> Progress:
         """Go on from the last whole checkpoint, or begin."""
+        self.ranks.wait()  # rank 0 may have written samples before, which takes longer than a collective waits
         self.ranks.copy_from_first([p.data for p in self.model.parameters()])
         if self.ranks.first:
             checkpoint.remove_partial(self.directory)
@@ -164,7 +165,8 @@ class _Run:
         if saved is None:
             if self.ranks.rank:  # the same dropout on every rank would be a poorer estimate
                 torch.manual_seed(torch.initial_seed() + self.ranks.rank)
-            return Progress(precision.choose(self.plan.precision, self.device))
+            chosen = precision.choose(self.plan.precision, self.device)
+            return Progress("bf16" if self.ranks.from_first(chosen) == "bf16" else "fp32")
         if saved.recipe != self.recipe:
             raise UserError(
                 f"{self.directory} holds a run of another recipe ({saved.recipe or 'unnamed'}, this one is "
