@@ -46,7 +46,7 @@ def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> Non
     good = "".join(f"text {i}\ta\n" for i in range(150))
     path = file(tmp_path, "a.tsv", "text\tlabel\n" + good + "too\tmany\tcells\n" + good)
     source = Labelled([path], tokenizer(), 32)
-    assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1}
+    assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1, "duplicates": 150}
     assert any(f"the first is {path}:152 (3 cells under 2 columns)" in remark for remark in source.remarks)
     with pytest.raises(UserError, match=r"b\.csv:3 \(1 cells under 2 columns\): so in 2 of 3 rows"):
         rows(file(tmp_path, "b.csv", "text,label\na,b\nc\nd\n"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from firth.data.split import place
+from firth.data.split import content_key
 from firth.evaluate import glue
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.passages import by_question
@@ -76,7 +76,8 @@ def test_text_to_text_from_nothing_reads_its_own_fields(tmp_path: Path) -> None:
 def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path) -> None:
     """The one record of a class that falls into the held-out share teaches nothing, and counts nothing."""
     plain = ["good" if i % 3 else "bad" for i in range(60)]
-    held = next(i for i in range(60) if place(str(i)) < 0.2)
+    texts = [f"a {WORDS[i % 6]} film of {i}" for i in range(60)]
+    held = next(i for i in range(60) if content_key(texts[i]) < 0.2 * 2**64)
     file = reviews(tmp_path / "a.csv", [*plain[:held], "odd", *plain[held + 1 :]])
     done, said = trained(
         "classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.2", "objective.weights=balanced"

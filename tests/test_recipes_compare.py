@@ -13,7 +13,7 @@ import torch
 
 from firth import cli
 from firth.data.shards import TokenStore
-from firth.data.split import place
+from firth.data.split import content_key
 from firth.evaluate.evaluate import evaluate
 from firth.recipes import compare as arena
 from firth.recipes.compare import Terms, compare
@@ -199,7 +199,8 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
         f"source.path={records}", "tokenizer.size=400", "objective.at=answer", "length.steps=4", "precision=fp32",
     ])  # fmt: skip
     ended = run(replace(recipe, shape=t5.shape), tmp_path / "run", echo=lambda _: None)
-    held_out = [r for i, r in enumerate(records.read_text().splitlines()) if place(str(i)) < recipe.source.held_out]
+    share = recipe.source.held_out * 2**64
+    held_out = [r for r in records.read_text().splitlines() if content_key(json.loads(r)["text"]) < share]
     (tmp_path / "held.jsonl").write_text("\n".join(held_out) + "\n")
     found = evaluate(tmp_path / "run", [str(tmp_path / "held.jsonl")])
     assert found["task"] == "classification" and found["items"] == len(held_out) > 3
@@ -326,7 +327,7 @@ def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_p
     plays = [tmp_path / "text" / f"play-{i}.txt" for i in range(8)]
     plays[0].parent.mkdir()
     for play in plays:
-        play.write_text("Who goes there? It is the king. " * 5)
+        play.write_text(f"Who goes there? It is the king of {play.stem}. " * 5)
     rows = [{"text": f"{play.name} {i}", "label": "ab"[i % 2], "name": play.name} for play in plays for i in range(6)]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Text(path=(str(plays[0].parent),), held_out=0.3)

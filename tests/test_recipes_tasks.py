@@ -33,7 +33,9 @@ def reviews(n: int, seed: int = 0) -> list[tuple[str, str]]:
     out = []
     for i in range(n):
         words = GOOD if i % 2 else BAD
-        out.append((f"a {words[rng.integers(3)]} film, and {words[rng.integers(3)]}", "good" if i % 2 else "bad"))
+        out.append(
+            (f"a {words[rng.integers(3)]} film, and {words[rng.integers(3)]} by {i}", "good" if i % 2 else "bad")
+        )
     return out
 
 
@@ -174,7 +176,10 @@ def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path,
 
 def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text(
-        "text,label\n" + "a fine film,good\na dull film,bad\n" * 10 + "film " * 200 + ",bad\n"
+        "text,label\n"
+        + "".join(f"a fine film {i},good\na dull film {i},bad\n" for i in range(10))
+        + "film " * 200
+        + ",bad\n"
     )
     settings = [
         *SHAPE,
@@ -239,11 +244,11 @@ def test_answers(make: Make, folder: Path) -> None:
     paragraphs = []
     for i in range(160):
         word = (*GOOD, *BAD)[i % 6]
-        context = f"a film, and a film. a {word} film and a film, and a film"
+        context = f"a film, and a film. a {word} film and a film, and {i}"
         answers = [{"text": word, "answer_start": context.index(word)}]
         asked = [{"id": f"{i}", "question": "a film", "answers": answers}]
         if i % 4 == 0:
-            context = "a film, and a film and a film, and a film"
+            context = f"a film, and a film and a film, and {i}"
             asked = [{"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}]
         paragraphs.append({"context": context, "qas": asked})
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
@@ -302,7 +307,7 @@ def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shape", ["shape.causal=true", "shape.encoder=1"])
 def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Path, shape: str) -> None:
-    rows = [{"text": "a film", "other": text, "label": label} for text, label in reviews(60)]
+    rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(60))]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
         *SHAPE[:4], "shape.vocab=300", *SHAPE[6:10], shape, f"tokenizer.path={tokens(folder)}", "checks.save=0",

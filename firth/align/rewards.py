@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from firth.data.source import Source
+from firth.data.split import content_key
 from firth.generate.answer import Completion
 from firth.generate.rows import reading, rectangle
 from firth.model.lm import LM
@@ -137,6 +138,11 @@ class Comparisons(Source):
 
     def __init__(self, comparisons: Sequence[Comparison]) -> None:
         self.comparisons = list(comparisons)
+
+    @property
+    def families(self) -> np.ndarray:
+        keys = [content_key(" ".join(map(str, one.chosen.prompt.tolist()))) for one in self.comparisons]
+        return np.array(keys, np.uint64)
 
     def __len__(self) -> int:
         return len(self.comparisons)

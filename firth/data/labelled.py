@@ -91,6 +91,9 @@ class Texts(Records):
         example = super().__getitem__(index)
         return {name: field for name, field in example.items() if name != "segments" or len(self._fields) > 1}
 
+    def group(self, record: Record) -> str:
+        return str(record[self._fields[0]])
+
     def texts(self, record: Record, place: str) -> list[str]:
         return [read.text_field(record, field, place) for field in self._fields]
 
@@ -324,6 +327,9 @@ class Tagged(Records):
         tags = np.full(len(asked), IGNORE)
         tags[asked] = self._number[example["tags"][asked]] if self.asked else 0
         return {"tokens": example["tokens"], "tags": tags}
+
+    def group(self, record: Record) -> str:
+        return " ".join(record[self._words])
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         words = record.get(self._words)

@@ -99,16 +99,15 @@ class Questions(Records):
         return {"tokens": example["tokens"], "segments": example["segments"], "start": start, "end": end}
 
     @property
-    def families(self) -> np.ndarray:
-        return np.array(self._passages)
-
-    @property
     def limits(self) -> Mapping[str, int]:
         return {"long_questions": self.question}
 
     def offsets(self, index: int) -> np.ndarray:
         """Where in the passage the word of each token of a window is: (n, 2) characters, -1 for what is not of the passage."""
         return self._columns["offsets"][index].reshape(-1, 2)
+
+    def group(self, record: Record) -> str:
+        return str(record[self._context])
 
     def texts(self, record: Record, place: str) -> list[str]:
         return [read.text_field(record, "question", place).strip()]

@@ -10,6 +10,7 @@ encoding, memory stays small, and what was cut or left out is known before the f
     nameless     a column of a table has no name: read as `Unnamed: 2`, as pandas calls it
     bad_utf8     a line was not UTF-8: read with U+FFFD in it
     blank        a text was empty: read as it is
+    duplicates   the same content as an earlier record: read as it is, and held out with that one, or not at all
 
 The first of each is named, with its file and line (`remarks`).
 
@@ -19,6 +20,8 @@ shape is an error with file and line.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from array import array
 from collections import Counter
@@ -31,6 +34,7 @@ import numpy as np
 
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.source import Source
+from firth.data.split import content_key
 from firth.text import chat, read, tables
 from firth.text.counts import Counts
 from firth.text.tokenizer import Tokenizer
@@ -57,6 +61,7 @@ REMARKS = {
     "decimal": "label{s} {were} written as a decimal number (1.0) and {were} read as a whole one",
     "unlabelled": "record{s} {have} no label and {were} left out",
     "unanswerable": "question{s} {have} no answer, so the model may say that there is none",
+    "duplicates": "record{s} {have} the same content as an earlier one",
     "lost": "question{s} {have} no answer though every question of SQuAD 1.1 has one, and {were} left out",
     "cut": "text{s} {were} longer than {limit} tokens and lost {their} end",
     "long_questions": "question{s} {were} longer than {limit} tokens and lost {their} end",
@@ -138,12 +143,15 @@ class Records(Source):
         self._first: dict[str, str] = {}
         self._place = ""
         self._owners = array("q")
+        self._groups = array("Q")
+        self._contents: set[int] = set()
         reading = Counts()
         records = read.records(paths, counts=reading, columns=names, text=type(self).reader)
         while some := list(islice(records, AT_ONCE)):
             self._add(some)
         for column in self._columns.values():
             column.close()
+        self._contents.clear()
         self._tally.update(reading.rows())
         self._first |= reading.at
         if not self._size:
@@ -181,6 +189,10 @@ class Records(Source):
         """Which record, from 0, each example is of: (n,)."""
         return np.array(self._owners)
 
+    @property
+    def families(self) -> np.ndarray:
+        return np.array(self._groups, np.uint64)
+
     def note(self, kind: str) -> None:
         """Count something of the record that is being read; the place of the first is kept."""
         self._tally[kind] += 1
@@ -207,11 +219,27 @@ class Records(Source):
                 continue
             if not examples:
                 self.note("unanswered")
+            else:
+                group = content_key(self.group(record))
+                self._groups.extend([group] * len(examples))
+                content = b"".join(example[name].tobytes() for example in examples for name in self._columns)
+                content += group.to_bytes(8)  # of texts that are cut alike, the group has the rest
+                key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+                if key in self._contents:
+                    self.note("duplicates")
+                self._contents.add(key)
             for example in examples:
                 for name, column in self._columns.items():
                     column.append(example[name])
                 self._owners.append(number)
             self._size += len(examples)
+
+    def group(self, record: Record) -> str:
+        """Return the text that records of one group share, its prompt: they are held out together, or not at all.
+
+        Where a record has no prompt, it is its whole content.
+        """
+        raise NotImplementedError(type(self).__name__)
 
     def texts(self, record: Record, place: str) -> list[str]:
         """The texts of a record that are encoded by themselves; place is its file and line."""
@@ -245,6 +273,9 @@ class Dialogues(Records):
         self.forms = forms
         super().__init__(paths, tokenizer, length)
 
+    def group(self, record: Record) -> str:
+        return first_prompt(messages_of(formed(record, self.forms)))
+
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         tokens, mask = chat.encode(self.tokenizer, messages_of(formed(record, self.forms)))
         tokens, mask = self.fit(tokens, self.length), mask[: self.length]
@@ -272,6 +303,9 @@ class Prompted(Records):
         self.answer, self.forms = answer or length, forms
         super().__init__(paths, tokenizer, length)
 
+    def group(self, record: Record) -> str:
+        return first_prompt(messages_of(formed(record, self.forms)))
+
     def texts(self, record: Record, place: str) -> list[str]:
         *before, last = messages_of(formed(record, self.forms))
         if last["role"] != "assistant" or not before:
@@ -293,12 +327,27 @@ class Prompted(Records):
         return {"long_answers": self.answer}
 
 
-def spoken(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[str]:
-    """What is said in the records, message by message: what a tokenizer is trained on."""
+def spoken(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the group of each dialogue (`Records.group`) and its messages: what a tokenizer is trained on."""
     for place, record in read.records(paths):
         with _told(place):
-            said = [message["content"] for message in messages_of(formed(record, forms))]
-        yield from said
+            messages = messages_of(formed(record, forms))
+        yield first_prompt(messages), [message["content"] for message in messages]
+
+
+def first_prompt(messages: Sequence[chat.Message]) -> str:
+    """Return the turns before the first answer to a user, as one text; the whole dialogue where nothing is answered.
+
+    Dialogues that go on from one beginning share it, and so do the answers of a preference.
+
+    >>> hello, hi = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
+    >>> first_prompt([hello, hi]) == first_prompt([hello, hi, hello]) == first_prompt([hello])
+    True
+    """
+    users = [i for i, message in enumerate(messages) if message["role"] not in ("system", "assistant")]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and users and i > users[0]]
+    end = answers[0] if answers else len(messages)
+    return json.dumps([[message["role"], message["content"]] for message in messages[:end]])
 
 
 def formed(record: Record, forms: tuple[str, str]) -> Record:
@@ -331,6 +380,10 @@ class Preferences(Records):
         "chosen_tokens": np.int32, "chosen_mask": np.bool_, "rejected_tokens": np.int32, "rejected_mask": np.bool_,
     }  # fmt: skip
 
+    def group(self, record: Record) -> str:
+        prompt, chosen, _ = comparison(record)
+        return first_prompt([*prompt, *chosen])
+
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         prompt, *answers = comparison(record)
         asked = len(chat.encode(self.tokenizer, prompt)[0])
@@ -344,25 +397,32 @@ class Preferences(Records):
         return found if answered and differ else None
 
 
-def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[np.ndarray], Mapping[str, int]]:
-    """What there is to answer in the records, and the counts: dialogues up to their last answer, with its turn begun.
+def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Read what there is to answer in the records: dialogues up to their last answer, with its turn begun.
 
     A prompt of more than `length` tokens is left out: without its end it would ask something else.
+
+    Returns:
+        The tokens of each prompt, and the `content_key` of each, (n,) uint64: the one that a dialogue or a preference with
+        this prompt has, so that what one stage holds out is held out in the next.
+
+    Raises:
+        UserError: there is none.
     """
-    counts = Counts()
-    found, tally = [], Counter[str]()
-    for place, record in read.records(paths, counts=counts):
+    found, keys, tally = [], array("Q"), Counter[str]()
+    for place, record in read.records(paths):
         with _told(place):
             messages = prompt_of(record)
             tokens, _ = chat.encode(tokenizer, messages, open=True)
         tally["records"] += 1
         if messages and len(tokens) <= length:
             found.append(tokens)
+            keys.append(content_key(first_prompt(messages)))
         else:
             tally["too_long" if messages else "unanswered"] += 1
     if not found:
         raise UserError(f"{', '.join(paths)}: there is no prompt of at most {length} tokens, of {dict(tally)}")
-    return found, {"examples": len(found), **tally, **counts.rows()}
+    return found, np.array(keys, np.uint64)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from firth.data.order import order
+from firth.data.split import content_key
 from firth.types import Example, UserError
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Source:
 
     @property
     def families(self) -> np.ndarray:
-        """Which examples belong together (n,): those of one number are held out together, or not at all."""
-        return np.arange(len(self))
+        """Which examples belong together, (n,) uint64: those of one `content_key` are held out together, or not at all."""
+        return np.array([content_key(str(i)) for i in range(len(self))], np.uint64)
 
     @property
     def owners(self) -> np.ndarray:

@@ -12,21 +12,27 @@ from __future__ import annotations
 import numpy as np
 
 from firth.data.conversations import prompt_of
-from firth.data.records import Prompted, Record, formed
+from firth.data.records import Prompted, Record, first_prompt, formed
+from firth.text.chat import Message
 from firth.types import Example, UserError
 
 
 class Unanswered(Prompted):
     """Text to text of which only the source is read; an example for every record."""
 
+    def group(self, record: Record) -> str:
+        return first_prompt(self._before(record))
+
     def texts(self, record: Record, place: str) -> list[str]:
+        return ["\n\n".join(message["content"] for message in self._before(record))]
+
+    def _before(self, record: Record) -> list[Message]:
+        """The messages before the last answer."""
         prompt, _ = self.forms
-        if prompt:
-            record = {"prompt": formed(record, (prompt, prompt))["prompt"]}
-        before = prompt_of(record)
+        before = prompt_of({"prompt": formed(record, (prompt, prompt))["prompt"]} if prompt else record)
         if not before:
             raise UserError("text to text needs a prompt, and there is none")
-        return ["\n\n".join(message["content"] for message in before)]
+        return before
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         eos = self.tokenizer.vocab.eos

@@ -20,7 +20,7 @@ from firth.align.rollouts import Phase
 from firth.align.rollouts import Rollouts as OnPolicy
 from firth.data import records
 from firth.data.source import Source
-from firth.data.split import place
+from firth.data.split import held_out_keys
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
@@ -32,7 +32,7 @@ from firth.objectives.ppo import PER_TOKEN
 from firth.recipes import held_out_texts
 from firth.recipes.held_out_texts import HeldOutTexts
 from firth.recipes.material import Material
-from firth.recipes.segments import COMPARED, FEW, Cut, Preferences, Segment, model_directory, needed, recorded
+from firth.recipes.segments import COMPARED, Cut, Preferences, Segment, model_directory, needed, recorded
 from firth.types import UserError
 
 
@@ -100,8 +100,9 @@ class Rollouts(Segment):
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         start = load_model(needed(material.start, "start", "the model that writes the first answers and is held to"))
-        prompts, _ = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
-        prompts, held = _held_out(prompts, material.source.held_out)
+        found, keys = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
+        aside = held_out_keys(keys, 0.0 if material.source.valid else material.source.held_out, len(found))
+        prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
         if material.source.valid:
             held, _ = records.prompts(material.source.valid, material.tokenizer, self.longest)
         if bool(self.reward) == bool(self.scorer):
@@ -126,23 +127,13 @@ class Rollouts(Segment):
 
     def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> Judge:
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
-        place = model_directory(self.reward)
+        run = model_directory(self.reward)
         cure = "train the reward model from the same start as the policy"
-        check_same_tokenizer(material.tokenizer, place, "segment.reward:", cure)
-        judge = RewardModel(load_model(place))
+        check_same_tokenizer(material.tokenizer, run, "segment.reward:", cure)
+        judge = RewardModel(load_model(run))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
         written = Engine(start, material.tokenizer).generate(some, Sampling(max_new=self.max_new, seed=material.seed))
         return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
-
-
-def _held_out(prompts: Sequence[np.ndarray], share: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Split prompts by their content into those to answer and those held out; of fewer than `FEW`, none is held out."""
-    aside = [len(prompts) >= FEW and place(prompt.tobytes().hex()) < share for prompt in prompts]
-    if all(aside):
-        aside = [False] * len(prompts)
-    return [p for p, held in zip(prompts, aside, strict=True) if not held], [
-        p for p, held in zip(prompts, aside, strict=True) if held
-    ]
 
 
 def function(name: str) -> Callable[[str], float]:

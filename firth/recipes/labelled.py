@@ -44,11 +44,14 @@ class Framed(Segment):
         """The fields of a record that hold text, or lists of it."""
         raise NotImplementedError(type(self).__name__)
 
-    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         for place, record in read.records(paths, columns=self.named, text=type(self).reader):
-            for field in self.read_fields:
-                value = record.get(field)
-                yield " ".join(map(str, value)) if isinstance(value, list) else read.text_field(record, field, place)
+            values = [(field, record.get(field)) for field in self.read_fields]
+            texts = [
+                " ".join(map(str, value)) if isinstance(value, list) else read.text_field(record, field, place)
+                for field, value in values
+            ]
+            yield texts[0], texts
 
     @property
     def named(self) -> tuple[str, ...]:

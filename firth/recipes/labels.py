@@ -38,8 +38,8 @@ class Around(Segment):
     def longest(self) -> int:
         return self.of.longest
 
-    def texts(self, paths: Sequence[str]) -> Iterator[str] | None:
-        return self.of.texts(paths)
+    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
+        return self.of.grouped_texts(paths)
 
     def within(self, context: int) -> Segment:
         return replace(self, of=self.of.within(context))

@@ -6,6 +6,7 @@ start of a run reads no text.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from firth.data.shards import TokenStore
-from firth.data.split import enough, split
+from firth.data.split import HeldOut, content_key, hold_out
 from firth.text import corpora, read
 from firth.text.counts import Counts, many
 from firth.text.read import Document
@@ -44,7 +45,8 @@ class Text:
     weights: the share of the examples that each path gives, in any unit; without them each gives what it holds.
     field: the field of records that holds the text. split: a text file is one document ("file"), or one per "blank"
     line or "line". valid: files held out; where there are none, the share `held_out` of the documents is, drawn by
-    the names of the documents, never by lines.
+    the names of the documents, never by lines; of records, drawn by their prompts. Documents of one content and records of one
+    prompt are held out together (`firth.data.split`).
     store: a directory in which token stores are kept and shared with other runs; the run's own if empty.
     """
 
@@ -70,7 +72,8 @@ class Text:
 class Material:
     """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
 
-    memory: how many tokens before each row the model reads (`Shape.memory`).
+    memory: how many tokens before each row the model reads (`Shape.memory`). siblings: all paths of a mixture, of which this is
+    one: what is held out of another is not trained on here.
     """
 
     source: Text
@@ -81,6 +84,7 @@ class Material:
     seed: int = 0
     echo: Echo = print
     memory: int = 0
+    siblings: tuple[str, ...] = ()
 
     def parts(self) -> list[Material]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""
@@ -90,18 +94,22 @@ class Material:
                 f"source.weights has {len(source.weights)} numbers for the {len(source.path)} paths of source.path: "
                 "give one weight per path"
             )
-        return [replace(self, source=replace(source, path=(path,), weights=())) for path in source.path]
+        return [
+            replace(self, source=replace(source, path=(path,), weights=()), siblings=source.path)
+            for path in source.path
+        ]
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """The training and the held-out token store, built where they are not there yet."""
         paths = self.source.paths(self.echo)
-        folder = Path(self.source.store or self.directory / "data") / fingerprint(self.source, paths, self.tokenizer)
+        every = [*paths, *self.siblings]
+        folder = Path(self.source.store or self.directory / "data") / fingerprint(self.source, every, self.tokenizer)
         parts: list[TokenStore | None] = []
         for apart in (False, True):
             place = folder / ("valid" if apart else "train")
             if not place.exists():
                 counts = Counts()
-                documents = documents_of(self.source, paths, apart, counts)
+                documents = documents_of(self.source, paths, apart, counts, self._held_elsewhere())
                 first = next(documents, None)
                 if first is None:
                     if not apart:
@@ -114,28 +122,81 @@ class Material:
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
+                for line in [] if apart else self._repeated(paths):
+                    self.echo(line)
                 for kind, at in ({} if apart else counts.at).items():
                     self.echo(f"{MENDED[kind]}: {counts.rows()[kind]:,}; the first is {at}")
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
 
+    def _held_elsewhere(self) -> frozenset[int]:
+        """The documents that are held out of the other paths of a mixture, by their content."""
+        found = [held_out_of(replace(self.source, path=(path,)), [path]).keys for path in self.siblings]
+        return frozenset().union(*found)
 
-def documents_of(source: Text, paths: Sequence[str], apart: bool, counts: Counts | None = None) -> Iterator[Document]:
+    def _repeated(self, paths: Sequence[str]) -> list[str]:
+        """A sentence on duplicates among the documents, and one on those that are in the held-out files too."""
+        lines = []
+        chosen = held_out_of(self.source, paths)
+        if chosen.duplicates:
+            lines.append(
+                f"duplicates: {chosen.duplicates:,} of {chosen.documents:,} documents have the same content as an earlier one, "
+                f"and are held out with it or not at all; the first is {chosen.first}"
+            )
+        if self.source.valid:
+            how = functools.partial(read.documents, field=self.source.field, split=self.source.split)
+            held = {content_key(d.text) for d in how(self.source.valid)}
+            both = [d.name for d in how(paths) if content_key(d.text) in held]
+            if both:
+                lines.append(
+                    f"{len(both):,} documents in source.path have the content of a document in source.valid, so they are "
+                    f"trained on and measured; the first is {both[0]}"
+                )
+        return lines
+
+
+def held_out_of(source: Text, paths: Sequence[str]) -> HeldOut:
+    """Choose the documents that a run holds out of these files; nothing where files for it are named, or no share is.
+
+    The text is read once for it, and not again as long as the files are the same.
+    """
+    if source.valid or not source.held_out:
+        return HeldOut()
+    stats = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in read.files(paths))
+    return _held_out_of(tuple(paths), source.field, source.split, source.held_out, stats)
+
+
+@functools.lru_cache(maxsize=16)
+def _held_out_of(
+    paths: tuple[str, ...], field: str, split: str, share: float, stats: tuple[tuple[str, int, int], ...]
+) -> HeldOut:
+    return hold_out(read.documents(paths, field=field, split=split), share)
+
+
+def documents_of(
+    source: Text,
+    paths: Sequence[str],
+    apart: bool,
+    counts: Counts | None = None,
+    elsewhere: frozenset[int] = frozenset(),
+) -> Iterator[Document]:
     """The documents that are learnt from, or (apart) those held out.
 
-    Which are held out is decided by their names. Of a single document that is its last share, cut between paragraphs.
+    Which are held out is decided by their names, and those of one content are held out together (`firth.data.split`). Of a
+    single document that is its last share, cut between paragraphs. elsewhere: the content of others that are held out too.
     """
     chosen = source.valid if apart and source.valid else paths
     documents = read.documents(chosen, field=source.field, split=source.split, counts=counts)
     if source.valid:
         yield from documents
         return
-    names = [d.name for d in read.documents(paths, field=source.field, split=source.split)]
-    if len(names) == 1:
+    held = held_out_of(source, paths)
+    if held.documents == 1:
         yield from _share(next(documents), source.held_out, apart)
     else:
-        yield from split(documents, enough(source.held_out, names), held_out=apart)
+        keys = held.keys | elsewhere
+        yield from (d for d in documents if (bool(keys) and content_key(d.text) in keys) == apart)
 
 
 def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
@@ -167,14 +228,13 @@ def train_tokenizer(
     sample: int = 200_000_000,
     seed: int = 0,
     echo: Echo = print,
-    texts: Iterator[str] | None = None,
+    texts: Callable[[Counts], Iterator[str]] | None = None,
 ) -> Tokenizer:
     """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`). texts: what to train
-    on in place of the files' documents."""
+    on in place of the files' documents; it counts them."""
     counts = Counts()
-    if texts is None:
-        texts = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
-    tokenizer = train(texts, algorithm, size, seed=seed, sample=sample)
+    plain = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
+    tokenizer = train(plain if texts is None else texts(counts), algorithm, size, seed=seed, sample=sample)
     tokenizer.save(out)
     whole = ("files", "documents", "bytes")
     rows = ", ".join(

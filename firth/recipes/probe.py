@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.split import enough, place
+from firth.data.split import place
 from firth.recipes.labelled import Labelled
-from firth.recipes.material import Echo, Text
+from firth.recipes.material import Echo, Text, held_out_of
 from firth.text import corpora, read
 from firth.types import UserError
 
@@ -79,11 +79,12 @@ def draw(
     else:
         named = corpora.paths(probe, echo) if probe in corpora.CATALOGUE else [probe]
     records = _records(named, cut)
-    documents = [d.name for d in read.documents(paths, field=source.field, split=source.split)]
-    own = not source.valid and not {name for name, _ in records}.isdisjoint(documents)
-    share = enough(source.held_out, documents) if own else APART
-    known = [row for name, row in records if place(name) >= share]
-    apart = [row for name, row in records if place(name) < share][:MOST]
+    documents = {d.name for d in read.documents(paths, field=source.field, split=source.split)}
+    own = not source.valid and not documents.isdisjoint(name for name, _ in records)
+    names = {name for name, _ in records}
+    held = held_out_of(source, paths).names if own else {name for name in names if place(name) < APART}
+    known = [row for name, row in records if name not in held]
+    apart = [row for name, row in records if name in held][:MOST]
     if not apart or len(known) < labels:
         raise UserError(
             f"{probe}: of {len(records)} records, {len(apart)} are to be tested on and {len(known)} to be learnt from, and "

@@ -234,7 +234,7 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
             train_tokenizer(
                 source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
                 split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo,
-                texts=recipe.segment.texts(source.paths(echo)),
+                texts=lambda counts: segments.training_texts(recipe.segment, source, source.paths(echo), counts),
             )  # fmt: skip
     return Tokenizer.load(own)
 

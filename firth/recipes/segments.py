@@ -8,7 +8,7 @@ and preferences read records, as do those of `firth.recipes.labelled` and `label
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,11 +17,12 @@ import numpy as np
 from firth.data import records, segment, words
 from firth.data.shards import TokenStore
 from firth.data.source import Mixture, Source, Subset
-from firth.data.split import place
+from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.objectives.objective import Objective
 from firth.recipes import classes
 from firth.recipes.held_out_texts import HeldOutTexts
-from firth.recipes.material import Material
+from firth.recipes.material import Material, Text, documents_of
+from firth.text.counts import Counts
 from firth.types import UserError
 
 
@@ -76,8 +77,11 @@ class Segment:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
 
-    def texts(self, paths: Sequence[str]) -> Iterator[str] | None:
-        """What a tokenizer is trained on, of records whose fields the segment names; None: the documents of the source."""
+    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
+        """Yield the texts of each record, with the group that it is held out with (`Records.group`), to train a tokenizer.
+
+        None where the segment reads documents and no records.
+        """
         return None
 
     def within(self, context: int) -> Segment:
@@ -223,7 +227,7 @@ class Dialogues(Segment):
     prompt: str = ""
     answer_is: str = ""
 
-    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         return records.spoken(paths, (self.prompt, self.answer_is))
 
     def cut(self, material: Material, objective: Objective) -> Cut:
@@ -249,7 +253,7 @@ class Prompted(Segment):
     def longest(self) -> int:
         return max(self.length, self.answer)
 
-    def texts(self, paths: Sequence[str]) -> Iterator[str]:
+    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         return records.spoken(paths, (self.prompt, self.answer_is))
 
     def cut(self, material: Material, objective: Objective) -> Cut:
@@ -289,29 +293,61 @@ def needed(path: str, field: str, what: str) -> Path:
     return model_directory(path)
 
 
-FEW = 20
-"""Records: of fewer, none is held out."""
-
-
 def recorded(material: Material, make: Callable[[Sequence[str]], Source]) -> Cut:
     """The records to learn from, and the held-out files; without those, the share `source.held_out` of the records."""
     source = make(material.source.paths(material.echo))
     if material.source.valid:
-        return Cut(source, make(material.source.valid))
+        valid = make(material.source.valid)
+        shared = np.flatnonzero(np.isin(valid.families, source.families))
+        if len(shared):
+            material.echo(
+                f"{len(shared):,} of {len(valid):,} examples in source.valid have a prompt or text that is trained on too: "
+                f"the first is number {shared[0] + 1:,}"
+            )
+        return Cut(source, valid)
     apart = held_out(source, material)
     if apart.any():
         return Cut(Subset(source, np.flatnonzero(~apart)), Subset(source, np.flatnonzero(apart)))
     share = material.source.held_out
-    why = f"of which source.held_out={share:g} comes to none or all" if len(source) >= FEW else f"fewer than {FEW}"
+    many = len(np.unique(source.owners)) >= MIN_RECORDS
+    why = f"of which source.held_out={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
+    if many and (count := len(np.unique(source.families))) < len(source):
+        why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
     unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
     return Cut(source, None, unheld=unheld if share else "")
 
 
 def held_out(source: Source, material: Material) -> np.ndarray:
     """Which examples of a source are held out (n,): none where others are named, or where there are too few of them."""
-    families = source.families.tolist()
-    apart = np.array([place(str(family)) < material.source.held_out for family in families], bool)
-    return apart if len(source) >= FEW and not apart.all() and not material.source.valid else apart & False
+    share = 0.0 if material.source.valid else material.source.held_out
+    return held_out_keys(source.families, share, len(np.unique(source.owners)))
+
+
+def training_texts(segment: Segment, source: Text, paths: Sequence[str], counts: Counts) -> Iterator[str]:
+    """Yield the texts that a run's tokenizer is trained on: those that the run trains on, and nothing that it holds out.
+
+    Args:
+        segment: the segment that names the fields of records.
+        source: what is held out.
+        paths: the training files.
+        counts: counts the documents and bytes that are yielded.
+    """
+    share = 0.0 if source.valid else source.held_out
+    for part in [[path] for path in paths] if source.weights else [list(paths)]:
+        grouped = segment.grouped_texts(part)
+        if grouped is None:
+            reading = Counts()
+            for document in documents_of(replace(source, path=tuple(part), weights=()), part, False, reading):
+                counts.documents += 1
+                counts.bytes += len(document.text.encode())
+                yield document.text
+            counts.files += reading.files
+            continue
+        keys = np.fromiter((content_key(group) for group, _ in grouped), np.uint64)
+        held = held_out_keys(keys, share, len(keys))
+        for (_, texts), out in zip(segment.grouped_texts(part) or (), held, strict=True):
+            if not out:
+                yield from texts
 
 
 SEGMENTS: dict[str, type[Segment]] = {
