@@ -166,7 +166,11 @@ def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         teacher, found = classifier(place, f"few-alone-{count}", Classification(), alone, seed, rows=16, steps=80)
         yield f"{count} labels, alone", found
         runs: list[tuple[str, Objective, Segment]] = [
-            ("pseudo-labels", PseudoLabels(confidence=0.8, ramp=30), Taught(of=partly, teacher=str(teacher))),
+            (
+                "pseudo-labels",
+                PseudoLabels(confidence=0.8, ramp=30),
+                Taught(of=partly.of, few=count, teacher=str(teacher)),
+            ),
             ("consistency", Consistency(ramp=30), partly),
         ]
         for name, objective, segment in runs:  # sixteen of the 64 have a label, as many as those alone

@@ -116,10 +116,12 @@ def doctor() -> None:
 def list_() -> None:
     """Recipes, objectives and corpora, by name."""
     from firth.objectives import OBJECTIVES
-    from firth.recipes.names import RECIPES
+    from firth.recipes.names import NEEDS, RECIPES
     from firth.text import corpora
 
     typer.echo("Recipes (firth train NAME):\n  " + "  ".join(RECIPES))
+    for name, needs in NEEDS.items():
+        typer.echo(f"  {name}: {needs}")
     typer.echo("Objectives (objective: NAME):\n  " + "  ".join(OBJECTIVES))
     typer.echo("Corpora (firth fetch NAME):")
     for row in corpora.describe():

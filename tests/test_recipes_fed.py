@@ -51,7 +51,7 @@ class Place:
         """A segment of this name, as small as it comes."""
         changed = {
             "windows": Windows(length=16), "pieces": Pieces(length=24), "pairs": Pairs(length=24),
-            "partly": Partly(few=4), "taught": Taught(of=Partly(few=4), teacher=str(self.folder / "classifier")),
+            "partly": Partly(few=4), "taught": Taught(few=4, teacher=str(self.folder / "classifier")),
             "rollouts": Rollouts(answers=4, epochs=1, max_new=3, scorer="builtins:len"),
         }  # fmt: skip
         return changed.get(name) or SEGMENTS[name]()

@@ -342,3 +342,58 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
         assert len(cut.train) == 3, task
         assert settled.classes == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
         assert ("segments" in cut.train[0]) == (task not in ("sst2", "cola"))
+
+
+def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_path: Path) -> None:
+    """The commands of the docs: every label is kept, the texts without one are others, and nothing is simulated."""
+    _, teacher = classified(make, folder)
+    others = folder / "more.csv"
+    others.write_text("review\n" + "".join(f'"{text}"\n' for text, _ in reviews(60, 2)))
+    settings = [*SHAPE, "length.steps=2", "batch.rows=8", f"tokenizer.path={tokens(folder)}"]
+    settings += [
+        f"source={folder}/reviews.csv",
+        "source.held_out=0",
+        "segment.of.text=review",
+        "segment.of.label=stars",
+    ]
+    heard: list[str] = []
+    done = run(
+        load("semi_supervised", [*settings, f"segment.teacher={teacher}", f"segment.others=[{others}]"]),
+        tmp_path / "run", heard.append,
+    )  # fmt: skip
+    counts = json.loads((done.directory / "done.json").read_text())["counts"]
+    assert (counts["examples"], counts["unlabelled"]) == (120, 60)
+    with pytest.raises(UserError, match=r"set one of segment\.others=.* and segment\.few="):
+        run(load("semi_supervised", [*settings, f"segment.teacher={teacher}"]), tmp_path / "none", lambda _: None)
+    with pytest.raises(UserError, match=r"lacks `segment\.teacher`: the run of `firth train classify`"):
+        run(load("semi_supervised", [*settings, f"segment.others=[{others}]"]), tmp_path / "alone", lambda _: None)
+    trial = ["segment=partly", "segment.few=40", "objective=consistency"]
+    run(load("semi_supervised", [*trial, *settings]), tmp_path / "trial", heard.append)
+    assert "a trial: 40 of 120 records keep their label (segment.few=40)" in heard
+
+
+def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_path: Path) -> None:
+    settings = [*SHAPE, "length.steps=2", "batch.rows=8", f"tokenizer.path={tokens(folder)}"]
+    clean = [f"source={folder}/reviews.csv", "source.held_out=0"]
+    with pytest.raises(
+        UserError, match=r"reviews\.csv:2: .*train `classify` on records with one label, or set segment=voted"
+    ):
+        run(
+            load("weak", [*settings, *clean, "segment.text=review", "segment.votes=stars"]),
+            tmp_path / "a",
+            lambda _: None,
+        )
+    heard: list[str] = []
+    fields = ["segment=voted", "segment.of.text=review", "segment.of.label=stars"]
+    run(load("weak", [*settings, *clean, *fields]), tmp_path / "b", heard.append)
+    assert any(
+        line.startswith("a simulation: the labels of 120 records are replaced by the votes of 5") for line in heard
+    )
+    voted = tmp_path / "voted.jsonl"
+    rows = [{"text": text, "labels": [label, label, "bad"]} for text, label in reviews(40)]
+    voted.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    heard.clear()
+    run(load("weak", [*settings, f"source={voted}"]), tmp_path / "c", heard.append)
+    assert not any("simulation" in line for line in heard)
+    listed = CliRunner().invoke(app, ["list"]).output
+    assert "weak: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed

@@ -46,7 +46,10 @@ class Votes(Labelled):
     def labels(self, record: Record) -> Sequence[int]:
         given = record.get(self._label)
         if type(given) is not list or not given:
-            raise UserError(f"the field {self._label!r} must be a list of one label or more, and is {given!r}")
+            raise UserError(
+                f"the field {self._label!r} must be a list of one label or more, by several annotators, and is {given!r}: train "
+                "`classify` on records with one label, or set segment=voted to simulate annotators of them"
+            )
         return [self.number(value) for value in given]
 
 

@@ -50,17 +50,24 @@ class Around(Segment):
 
 @dataclass(frozen=True)
 class Partly(Around):
-    """Records with a label, and beside them texts without: those of the files `others`, which nobody labelled. Without such
-    files it is tried out: `few` records keep their label, as many of each class, and the rest is read as if it had none.
+    """Records with a label, and texts without one. One of the two says which texts have none.
 
-    unlabelled: how many texts without a label stand beside one with, in every batch.
+    Args:
+        few: For a trial: this many records keep their label, as many of each class, and the others are read without it.
+        unlabelled: Texts without a label for each one with a label, in every batch.
+        others: Files of texts without a label.
     """
 
-    few: int = 100
+    few: int = 0
     unlabelled: float = 3.0
     others: tuple[str, ...] = ()
 
     def cut(self, material: Material, objective: Objective) -> Cut:
+        if bool(self.few) == bool(self.others):
+            raise UserError(
+                "set one of segment.others=[FILE], files of texts without a label, and segment.few=N, a trial in which N records "
+                "keep their label and the others are read without it"
+            )
         whole = self.of.cut(material, objective)
         if self.others:
             parts: list[Source] = [whole.train, self.of.untold(self.others, material)]
@@ -68,26 +75,33 @@ class Partly(Around):
         known, others = few_of(whole.train, self.few, material.seed)
         if not len(others):
             raise UserError(f"all {self.few} records keep their label and none is left without: lower segment.few")
+        material.echo(
+            f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (segment.few={self.few})"
+        )
         parts = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
         return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
 
 
 @dataclass(frozen=True)
-class Taught(Around):
-    """Partly labelled records, with what a teacher says of each text. teacher: the run of a classifier."""
+class Taught(Partly):
+    """Partly labelled records, with the classes that a teacher predicts for each text.
+
+    Args:
+        teacher: The run of a classifier that was trained on the labelled records alone.
+    """
 
     gives: ClassVar[frozenset[str]] = frozenset({"taught"})
     wants: ClassVar[frozenset[str]] = frozenset({"label"})
 
-    of: Segment = Partly()
     teacher: str = ""
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        place = needed(self.teacher, "segment.teacher", "the run of a classifier that gives pseudo-labels")
+        what = "the run of `firth train classify` on the labelled records, which gives the pseudo-labels"
+        place = needed(self.teacher, "segment.teacher", what)
         cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
         check_same_tokenizer(material.tokenizer, place, "segment.teacher:", cure)
         model = load_model(place)
-        plain = self.of.cut(material, objective)
+        plain = super().cut(material, objective)
         vocab = material.tokenizer.vocab
 
         def show(example: Example) -> Example:
@@ -99,8 +113,8 @@ class Taught(Around):
 
 @dataclass(frozen=True)
 class Voted(Around):
-    """Records with one true label each, seen through `annotators` simulated ones who are right with probability
-    `accuracy`; held-out records keep the truth."""
+    """A simulation: records with one true label each, which `annotators` simulated ones replace by votes that are right with
+    probability `accuracy`; held-out records keep the truth."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"votes"})
     wants: ClassVar[frozenset[str]] = frozenset({"label"})
@@ -110,6 +124,10 @@ class Voted(Around):
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         whole = self.of.cut(material, objective)
+        material.echo(
+            f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.annotators} annotators, "
+            f"each right with probability {self.accuracy:g} (segment=voted)"
+        )
         train = Annotators(
             whole.train, classes=len(objective.classes), count=self.annotators, accuracy=self.accuracy,
             seed=material.seed,

@@ -42,3 +42,9 @@ RECIPES = {
     "ppo": "firth.recipes.tune:ppo",
 }
 """Name on the command line -> the function that returns the recipe."""
+
+NEEDS = {
+    "semi_supervised": "records {text, label}; segment.others=[FILE] of texts without a label; segment.teacher=RUN of classify",
+    "weak": "records {text, labels: [of several annotators]}; segment=voted simulates annotators of records {text, label}",
+}
+"""Name -> what a recipe reads that its name does not say."""

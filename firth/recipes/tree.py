@@ -127,7 +127,13 @@ def _dataclass(kind: type, value: Any, where: Where) -> Any:
     missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in value]
     if missing:
         raise UserError(f"{where}: {kind.__name__} needs the field {missing[0]!r}")
-    return kind(**{name: build(hints[name], value[name], where / name) for name in value})
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    found = {}
+    for name, one in value.items():
+        if hints[name] in KINDS and isinstance(one, Mapping) and "kind" not in one and name in defaults:
+            one = {**plain(defaults[name]), **one}  # fields of what is there unless another kind is named
+        found[name] = build(hints[name], one, where / name)
+    return kind(**found)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
