@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from firth.model.lm import LM
+from firth.model.shape import decoder
+from firth.objectives.causal import CausalLM
 from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective, Sum
-from firth.recipes import tree
+from firth.recipes import card, tree
 from firth.recipes.names import RECIPES
 from firth.recipes.recipe import Recipe, load, published
 from firth.types import UserError
@@ -134,3 +137,47 @@ def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
 def test_a_setting_that_no_addend_has_or_several_is_refused_by_name(settings: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         load("bert", settings)
+
+
+@pytest.mark.parametrize("field", ["steps", "seconds", "flops"])
+def test_a_length_on_the_command_line_replaces_the_recipes(field: str) -> None:
+    length = load("gpt", [f"length.{field}=70"]).length
+    assert {name: getattr(length, name) for name in ("steps", "seconds", "flops") if getattr(length, name)} == {
+        field: 70
+    }
+
+
+def test_two_lengths_on_the_command_line_are_refused() -> None:
+    with pytest.raises(UserError, match=r"length\.steps and length\.seconds are set together"):
+        load("gpt", ["length.seconds=70", "length.steps=6"])
+    with pytest.raises(UserError, match="exactly one of them"):
+        load("gpt", ["length.steps=0"])
+
+
+def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> None:
+    """The corpus of the recipe would name the language in the card of a model that never read it."""
+    recipe = load("gpt", ["source.path=mine.txt"])
+    assert (recipe.source.path, recipe.source.corpus) == (("mine.txt",), "")
+    assert load("gpt", ["source=mine.txt"]).source == recipe.source
+    (tmp_path / "recipe.yaml").write_text(tree.write_yaml(recipe))
+    other = load(str(tmp_path), ["source.corpus=brown"]).source
+    assert (other.path, other.corpus) == ((), "brown")
+    with pytest.raises(UserError, match=r"source\.path and source\.corpus are set together"):
+        load("gpt", ["source.path=mine.txt", "source.corpus=brown"])
+
+
+@pytest.mark.parametrize("written", ["source: {path: [mine.txt], corpus: shakespeare}", "source: {path: [mine.txt]}"])
+def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal\nsegment: windows\n{written}\n")
+    shape = decoder(50, 32, 1)
+    model = LM(shape, CausalLM().parts(shape))
+    text = card.text(card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
+    front = yaml.safe_load(text.split("---")[1])
+    assert "language" not in front and "`mine.txt`" in text and "shakespeare:" not in text
+
+
+def test_a_field_of_a_class_without_fields_is_refused() -> None:
+    with pytest.raises(UserError, match=r"there is no field 'zzz' in CausalLM, which has no fields$"):
+        load("gpt", ["objective.zzz=1"])
+    with pytest.raises(UserError, match=r"there is no field 'zzz' in MLM; there is rate, "):
+        load("roberta", ["objective.zzz=1"])

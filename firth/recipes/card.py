@@ -67,7 +67,8 @@ def of_run(
     rows = run / "samples.jsonl"
     samples = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
     licence, language = _stated(Path(start)) if start else ("", "")
-    corpus = str(_at(recipe, "source", "corpus") or "").partition("/")[0]
+    source = _at(recipe, "source") or {}
+    corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
     return Card(
         place, model, said, facts, run.resolve().name, recipe, read_json(run / "done.json") if done is None else done,
         samples, PurePath(start).name, licence, language or ("en" if corpus in CATALOGUE else ""),

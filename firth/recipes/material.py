@@ -59,6 +59,10 @@ class Text:
     held_out: float = 0.05
     store: str = ""
 
+    def __post_init__(self) -> None:
+        if self.path:  # a corpus that is not read must not name the language and the license of the model
+            object.__setattr__(self, "corpus", "")
+
     def paths(self, echo: Echo) -> list[str]:
         """The training files. Raises UserError where neither path nor corpus is set."""
         if self.path:

@@ -183,6 +183,27 @@ def published(name: str) -> Recipe:
     return make(size)
 
 
+ONE_OF = (("length", ("steps", "seconds", "flops")), ("source", ("path", "corpus")))
+"""Fields of which one is set: the one that the user sets replaces what the recipe has of the others."""
+
+
+def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Remove the fields that an assignment replaces: `length.seconds=70` in a recipe of 600 steps leaves the seconds."""
+    names = {one.partition("=")[0] for one in assignments}
+    for parent, fields in ONE_OF:
+        inner = data.get(parent)
+        if not isinstance(inner, dict):
+            continue
+        given = [name for name in fields if f"{parent}.{name}" in names and inner.get(name)]
+        if len(given) > 1:
+            both = " and ".join(f"{parent}.{name}" for name in given)
+            raise UserError(f"{both} are set together, and one of them replaces the other: leave one out")
+        for name in fields if given else ():
+            if name not in given:
+                inner.pop(name, None)
+    return data
+
+
 def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, a run directory or a published name, with `field=value` assignments laid over it.
 
@@ -196,7 +217,7 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         data, lines = tree.read_yaml(path)
     else:
         data = tree.plain(published(name))
-    changed: dict[str, Any] = tree.override(data, assignments)
+    changed: dict[str, Any] = _one_of_each(tree.override(data, assignments), assignments)
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
     for field_ in said:  # what stands on the command line has no line in the file
         lines.pop(field_, None)

@@ -160,6 +160,8 @@ def _choose(kinds: Kinds, value: Any, where: Where) -> Any:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
+    if not names:
+        return ", which has no fields"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}"
 
