@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from data_room import tokenizer
 from safetensors.torch import load_file, save_file
 
+from firth.model import adapter, lora
 from firth.model.files import Storage, header, read_tensors
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Shape
-from firth.model.weights import load_model, save_model
+from firth.model.weights import load_model, save_model, start_from
 from firth.text import chat
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
@@ -41,6 +43,11 @@ def given(tmp_path: Path) -> Path:
     (tmp_path / "firth.json").unlink()
     load_model(tmp_path)
     return tmp_path
+
+
+def unsealed(file: Path) -> dict[str, Any]:
+    """A firth.json without content hashes, as whoever means harm would write it."""
+    return {name: value for name, value in json.loads(file.read_text()).items() if name not in ("files", "digest")}
 
 
 def refused(action: Callable[[], Any], says: str) -> None:
@@ -251,7 +258,7 @@ def test_a_firth_json_that_asks_for_too_much(name: str, tmp_path: Path) -> None:
     save_model(gpt2(), None, tmp_path)
     change, says = FACTS[name]
     file = tmp_path / "firth.json"
-    file.write_text(change if type(change) is str else json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(change if type(change) is str else json.dumps(unsealed(file) | change))
     refused(lambda: load_model(tmp_path), says)
 
 
@@ -294,9 +301,10 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
             (place / "firth.json").unlink()
             file.write_text(json.dumps(json.loads(file.read_text()) | CONFIGS[name][0]))
         elif name == "a header":
+            (place / "firth.json").unlink()
             written(place / "model.safetensors", b"{}", b"", 1 << 60)
         elif name == "a guest":
-            told = json.loads((place / "firth.json").read_text())
+            told = unsealed(place / "firth.json")
             told["parts"]["x"] = {"kind": "linear", "in": 10**6, "out": 10**6, "bias": True}
             (place / "firth.json").write_text(json.dumps(told))
         else:
@@ -416,3 +424,70 @@ def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "ran").exists()
     fine = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # and the next one is served
     assert len(chat.encode(Tokenizer(coder.engine, template=fine), MESSAGES)[0])
+
+
+def flips(directory: Path, names: Sequence[str], count: int) -> list[tuple[Path, bytes]]:
+    """(file, its bytes with one bit flipped), the bits drawn over all bytes of the files."""
+    rng = random.Random(0)
+    files = [directory / name for name in names]
+    found = []
+    for file in rng.choices(files, [path.stat().st_size for path in files], k=count):
+        data = bytearray(file.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        found.append((file, bytes(data)))
+    return found
+
+
+def refuses_every_flip(directory: Path, names: Sequence[str], load: Callable[[Path], Any], count: int) -> None:
+    load(directory)
+    for file, damaged in flips(directory, names, count):
+        whole = file.read_bytes()
+        file.write_bytes(damaged)
+        refused(
+            lambda: load(directory), "as it was written|not JSON|not a JSON|names the base|cannot read|trained with"
+        )
+        file.write_bytes(whole)
+    load(directory)
+
+
+def test_every_flipped_bit_of_a_model_is_found(tmp_path: Path) -> None:
+    """200 flips of 200; without content hashes 1 was found."""
+    save_model(gpt2(), tokenizer(), tmp_path)
+    refuses_every_flip(tmp_path, ["model.safetensors", "config.json", "firth.json"], load_model, 200)
+    refuses_every_flip(tmp_path, ["firth.json"], load_model, 100)
+    refuses_every_flip(tmp_path, ["config.json"], load_model, 50)
+
+
+def test_every_flipped_bit_of_an_adapter_is_found(tmp_path: Path) -> None:
+    model = gpt2()
+    save_model(model, tokenizer(), tmp_path / "base")
+    lora.add(model, ["q"], lora.Rank(rank=2))
+    adapter.write(model, tmp_path / "adapter", tmp_path / "base")
+    names = ["adapter_model.safetensors", "adapter_config.json", "firth.json"]
+    refuses_every_flip(tmp_path / "adapter", names, adapter.load, 60)
+
+
+def test_a_directory_of_transformers_needs_no_hashes(given: Path) -> None:
+    assert not (given / "firth.json").exists() and load_model(given)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(number: float, given: Path, tmp_path: Path) -> None:
+    state = load_file(given / "model.safetensors")
+    state["transformer.h.0.attn.c_attn.weight"][3, 5] = number
+    save_file(state, given / "model.safetensors")
+    refused(lambda: load_model(given), r"'.*' holds a number that is not finite")
+    refused(lambda: start_from(gpt2(), given), "is not finite")
+    model = gpt2()
+    with torch.no_grad():
+        model.tokens.weight[7, 7] = number
+    refused(lambda: save_model(model, tokenizer(), tmp_path / "out"), "tokens|wte.* is not finite")
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_numbers_that_the_written_type_cannot_hold(tmp_path: Path) -> None:
+    model = gpt2()
+    with torch.no_grad():
+        model.tokens.weight[7, 7] = 3.4e38  # bf16 ends at 3.39e38
+    refused(lambda: save_model(model, None, tmp_path, storage=Storage(torch.float16)), "too large for fp16")
+    refused(lambda: save_model(model, None, tmp_path, storage=Storage(torch.bfloat16)), "too large for bf16")

@@ -230,11 +230,15 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
     weights = place / "decoder" / "model" / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    record = weights.with_name("firth.json")
+    hashes = record.read_text()
+    record.write_text(json.dumps({k: v for k, v in json.loads(hashes).items() if k not in ("files", "digest")}))
     try:
         with pytest.raises(UserError, match="the frozen weights, and those that the run starts from now are others"):
             run(plan, tmp_path, quiet)
     finally:
         weights.write_bytes(before)
+        record.write_text(hashes)
 
 
 def test_a_recipe_says_it_in_a_word_or_in_full() -> None:

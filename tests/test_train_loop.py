@@ -360,3 +360,37 @@ def test_alone_the_sums_are_the_identity() -> None:
     x = torch.randn(3)
     assert torch.equal(Ranks().sum(x.clone()), x)
     assert Ranks().gather(x).shape == (1, 3)
+
+
+def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and the gradient of the last step are finite, and its update is not: the run ends with the cause."""
+
+    def update(mover: loop.Mover, factor: float) -> None:
+        move(mover, factor)
+        with torch.no_grad():
+            mover.parameters[0].view(-1)[3] *= float("inf")
+
+    move = loop.Mover.move
+    monkeypatch.setattr(loop.Mover, "move", update)
+    for steps in (1, 4):
+        with pytest.raises(
+            UserError, match=r"the optimizer has made the weight '.*' infinite or NaN.*lower optimizer.rate"
+        ):
+            train(
+                small_model(), Scored(), small_batches(Chains()), tmp_path, length=Length(steps=steps), told=Silence()
+            )
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_rate_that_ruins_the_model_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ends at step 4 on a loss .* not finite \(\d in a row\)|has made the weight"):
+        train(small_model(), Scored(), small_batches(Chains()), tmp_path, length=Length(steps=4),
+              optimizer=Optimizer(rate=1e30), schedule=Schedule("constant", warmup=0.0), told=Silence())  # fmt: skip
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("bad", [{0, 1, 2}, {2}])
+def test_a_run_that_ends_without_a_finite_loss_is_no_success(bad: set[int], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"ends at step 3 on a loss .* not finite \({len(bad)} in a row\)"):
+        run_badly(tmp_path, frozenset(bad), steps=3, limit=9)
+    assert not list((tmp_path / "checkpoints").glob("*"))

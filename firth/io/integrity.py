@@ -18,6 +18,9 @@ from typing import Any
 
 from firth.types import UserError
 
+COPY_AGAIN = 'copy the directory again, or remove "files" and "digest" from firth.json if you changed it on purpose'
+"""What a user can do about a model or an adapter directory that does not verify."""
+
 
 def file_facts(path: Path) -> dict[str, Any]:
     """Return the size and the SHA-256 of a file: {"bytes", "sha256"}."""

@@ -3,6 +3,7 @@
     adapter_config.json           what it is, of which base
     adapter_model.safetensors     base_model.model.NAME.lora_A.weight ...; or prompt_embeddings, (V, ...), alone
     firth.json, parts.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts,
+                                  the content hashes of these files,
                                   the digest of the base's tokenizer
 
 NAME is a module's in the family's own words (`model.layers.0.self_attn.q_proj`). Where theirs is several of ours (GPT-2's
@@ -31,10 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firth.io.atomic import make_directory
+from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.model import lora
 from firth.model.adapter_head import TASKS, bring
 from firth.model.adapter_names import Names, modules
-from firth.model.files import read_file, read_json, write_file, write_json
+from firth.model.files import read_file, read_json, refuse_not_finite, write_file, write_json
 from firth.model.lm import LM
 from firth.model.lora import Low, Rank
 from firth.model.parts import described, rebuilt
@@ -102,6 +105,7 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
     config = _config(directory)
     kind = config.get("peft_type")
     state = read_file(directory / TENSORS)
+    refuse_not_finite(state, directory)
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
     if kind not in readers:
         raise UserError(f"{directory / FILE} is of peft's type {kind!r}; firth reads {', '.join(readers)}")
@@ -120,7 +124,7 @@ def write(
     base: the directory of the model that it was made for. parts: the heads that were trained with it. facts: anything
     worth keeping beside it, as JSON. tokenizer: the digest of the base's tokenizer.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     low = lora.lows(model, name)
     names = Names.of(model, base, low)
     heads = tuple(f"parts.{part}." for part in parts)
@@ -143,11 +147,12 @@ def write(
     _save(tensors, directory / TENSORS)
     rest = {n: t for n, t in state.items() if n not in theirs}
     own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
-    record = {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
-    write_json(directory / OWN, record | ({"tokenizer": tokenizer} if tokenizer else {}))
     (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
         _save(rest, directory / OWN_TENSORS)
+    record: dict[str, Any] = {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
+    record |= {"tokenizer": tokenizer} if tokenizer else {}
+    write_json(directory / OWN, sealed(record, directory, [FILE, TENSORS, *[OWN_TENSORS] * bool(rest)]))
     if names.form is None:
         return "no family of transformers has names for it, so only firth loads it"
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
@@ -339,6 +344,7 @@ def _read_parts(model: LM, directory: Path) -> None:
     """The heads that an adapter of firth's was trained with."""
     told = read_json(directory / OWN).get("parts", {})
     state = read_file(directory / OWN_TENSORS) if told else {}
+    refuse_not_finite(state, directory)
     for part, description in told.items():
         front = f"parts.{part}."
         module = rebuilt(description, part)
@@ -367,8 +373,10 @@ def _task(model: LM, names: Names) -> str | None:
 def _config(directory: Path) -> dict[str, Any]:
     if not (directory / FILE).is_file():
         raise UserError(f"{directory} holds no adapter: {FILE} is not there")
+    verify(read_json(directory / OWN), directory, directory / OWN, COPY_AGAIN)
     return read_json(directory / FILE)
 
 
 def _save(state: Mapping[str, Tensor], file: Path) -> None:
-    write_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, file)
+    refuse_not_finite(state, file.parent)
+    write_file(state, file)

@@ -1,7 +1,7 @@
 """Models on disk: directories that `transformers` loads, and the directories that `transformers` wrote.
 
     config.json  generation_config.json  model.safetensors  tokenizer.json ...     the family's own format
-    firth.json                                                   the Shape, the parts, the facts, the tokenizer's digest
+    firth.json   the Shape, the parts, the facts, the tokenizer's digest, content hashes of config.json and the weights
 
 Parts other than the vocabulary head lie in the same file as `parts.NAME.*`, which others ignore. A shape that no
 published family expresses is saved with our own names and firth.json alone. Nothing pickled is ever read.
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from firth.gguf import find
+from firth.io.atomic import make_directory
+from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.model import gguf
 from firth.model.families import FAMILIES, families_of
 from firth.model.families.classes import labels, of_model
@@ -33,6 +35,7 @@ from firth.model.files import (
     read_json,
     read_tensors,
     refuse_foreign,
+    refuse_not_finite,
     refuse_numbers,
     write_json,
     write_tensors,
@@ -60,7 +63,8 @@ def save_model(
     facts: anything worth keeping beside the weights (steps, loss, recipe hash), as JSON. storage: the numbers' type, and how
     they are divided among files. The tokenizer is written so that others too frame a text as this model reads one.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
+    names: list[str] = []
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     parts, head = {name: described(part) for name, part in model.parts.items()}, "lm" in model.parts
     form = of_model(_families(model.shape, tokenizer), model.shape, parts)
@@ -85,6 +89,7 @@ def save_model(
             "torch_dtype": dtype,
         } | ids
         classes = [str(name) for name in (facts or {}).get("classes", ())]
+        names.append("config.json")
         write_json(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
         if head and model.shape.causal:
             known = {name: id for name, id in ids.items() if id is not None}
@@ -96,11 +101,13 @@ def save_model(
         beside = [name for name in ("prefix", "prompt") if name in parts]
         said = f"transformers loads it as {form.name}"
         said += "".join(f", without its {name}, which peft adds" for name in beside)
-    write_tensors(written, directory, storage)
-    write_json(directory / "firth.json", record | {"facts": dict(facts or {})})
+    names += write_tensors(written, directory, storage)
     if tokenizer is not None:
         reads: Literal["source", "left", "both"] = "left" if model.shape.causal or model.shape.prefix_lm else "both"
         tokenizer.framed("source" if model.shape.encoder else reads).save(directory, segments=model.shape.segments > 0)
+    # Not of the files that people edit: chat_template.jinja, generation_config.json, tokenizer_config.json. What decides
+    # the ids has the tokenizer's digest.
+    write_json(directory / "firth.json", sealed(record | {"facts": dict(facts or {})}, directory, names))
     return said
 
 
@@ -204,8 +211,10 @@ def _compare(model: LM, state: Mapping[str, Tensor], where: Path) -> dict[str, T
 def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
     """Copy every tensor in."""
     state = _compare(model, state, where)
+    mine = model.state_dict()
+    refuse_not_finite({name: state[name] for name in mine}, where)
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in mine.items():
             tensor.copy_(state[name])
 
 
@@ -229,6 +238,7 @@ def class_names(directory: Path) -> tuple[str, ...]:
 def _read(directory: Path) -> Found:
     """What a directory holds, by our names."""
     config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
+    verify(ours, directory, directory / "firth.json", COPY_AGAIN)
     file = find(directory)
     if file is not None:
         config, ours = gguf.config(file), {}

@@ -22,6 +22,7 @@ import torch
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.gguf import find, read
 from firth.io.atomic import new_directory, refusals, write_text
+from firth.io.integrity import sealed
 from firth.model import gguf
 from firth.model.families import family_of
 from firth.model.files import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
@@ -138,7 +139,7 @@ def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
         raise UserError("a GGUF file is one file here: leave out --shard-size")
     kind, told = KINDS[parcel.dtype or "fp16"], {"general.name": parcel.name}
     said = gguf.write(parcel.model, parcel.tokenizer, place / FILE, kind, dialogue=parcel.talks, facts=told)
-    write_json(place / MADE, {"facts": parcel.facts})
+    write_json(place / MADE, sealed({"facts": parcel.facts}, place, [FILE]))
     return said
 
 

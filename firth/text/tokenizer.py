@@ -188,16 +188,18 @@ class Tokenizer:
         config |= ({} if self.bos is None else {"add_bos_token": self.bos}) | (
             {"ends": list(self.ends)} if self.ends else {}
         )
-        write_text(directory / "tokenizer.json", self.definition)
-        write_text(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False))
+        files = {
+            "tokenizer.json": self.definition,
+            "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False),
+        }
         turns = all(self.engine.token_to_id(token) is not None for token in (START, END))
         if self.template is not None or turns:
-            write_text(directory / "chat_template.jinja", TEMPLATE if self.template is None else self.template)
+            files["chat_template.jinja"] = TEMPLATE if self.template is None else self.template
         if self.learnt:
-            write_text(
-                directory / "merges.json",
-                json.dumps([[m.left, m.right, m.count] for m in self.learnt], ensure_ascii=False),
-            )
+            learnt = [[m.left, m.right, m.count] for m in self.learnt]
+            files["merges.json"] = json.dumps(learnt, ensure_ascii=False)
+        for name, text in files.items():
+            write_text(directory / name, text)
 
     @staticmethod
     def load(path: Path | str) -> Tokenizer:

@@ -269,6 +269,7 @@ class _Run:
             self.mover.move(factor)
             at.in_a_row = 0
         else:
+            self._refuse_not_finite()
             self.mover.clear()
             at.skipped += 1
             at.in_a_row += 1
@@ -293,6 +294,8 @@ class _Run:
         at, plan = self.at, self.plan
         last = self._passed >= 1
         self._tell(log, last or stopping)
+        if last or stopping or _due(at.step, plan.evaluate_every) or _due(at.step, plan.save_every):
+            self._refuse_not_finite()
         self.score, better = None, False
         if self.evaluate is not None and (last or _due(at.step, plan.evaluate_every)):
             found = self._measure(self.evaluate)
@@ -308,6 +311,25 @@ class _Run:
         if stopping and not last:
             raise Stopped(
                 f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on"
+            )
+
+    def _refuse_not_finite(self) -> None:
+        """Raise a UserError where the weights are not finite, or the run ends on a loss that is not: neither is saved.
+
+        The weights are the same on all ranks, and so is the verdict. It reads 16 GB/s, at saves, measurements and bad steps.
+        """
+        at = self.at
+        name = state.not_finite(self.model)
+        advice = f"lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
+        if name:
+            raise UserError(
+                f"step {at.step}: the optimizer has made the weight {name!r} infinite or NaN, so this model is not saved; "
+                f"{advice}"
+            )
+        if at.in_a_row and self._passed >= 1:
+            raise UserError(
+                f"the run ends at step {at.step} on a loss or a gradient that is not finite ({at.in_a_row} in a row), so this "
+                f"model is not saved; {advice}"
             )
 
     def _judge(self, found: Mapping[str, float]) -> bool:

@@ -46,6 +46,14 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in named.items() if name in lasting}
 
 
+def not_finite(model: nn.Module) -> str:
+    """Return the name of the first trained weight or buffer that holds a NaN or an infinity, "" where there is none."""
+    for name, x in weights(model).items():
+        if x.is_floating_point() and x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():
+            return name
+    return ""
+
+
 def frozen(model: nn.Module) -> dict[str, Tensor]:
     """The SHA-256 of all weights that training leaves as they are, as 32 bytes; nothing where there are none."""
     digest, count = hashlib.sha256(), 0
