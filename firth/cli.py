@@ -239,10 +239,18 @@ def generate(
     stop: Stop = None,
     seed: Seed = 0,
     weights: Held = None,
+    between: Annotated[
+        tuple[str, str] | None, typer.Option(help="Of a variational autoencoder: texts between these two.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many texts between two, or from the prior.")] = 5,
 ) -> None:
-    """Continue a text (decoders), or answer one (encoder-decoders)."""
+    """Continue a text (decoders), or answer one (encoder-decoders).
+
+    A variational autoencoder writes what its latent keeps of a text, texts from its prior where there is no text, or texts
+    between two.
+    """
     from firth.generate.sample import Sampling
-    from firth.recipes.use import open_engine
+    from firth.recipes.use import generate_texts
 
     sampling = Sampling(
         temperature=temperature,
@@ -254,7 +262,7 @@ def generate(
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in open_engine(run, weights).stream_text(text, sampling):
+    for piece in generate_texts(run, text, between, count, sampling, weights):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -263,9 +271,9 @@ def generate(
 def fill(
     run: Run,
     text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
-    top: Annotated[int, typer.Option(help="How many candidates to print for each gap.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many candidates to print for each gap.")] = 5,
 ) -> None:
-    """What a masked language model would put in the gaps."""
+    """What a model would put in the gaps: tokens (masked models, ELMo), spans (T5), or the whole text anew (BART)."""
     from firth.recipes.use import fill_text
 
     typer.echo(fill_text(run, text, top))
@@ -338,13 +346,14 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="likelihood, classification, tagging, spans, answers, ..., glue; else what the run was trained for."
+            help="likelihood, classification, tagging, spans, answers, ..., glue, or objective: the run's own; by default "
+            "what the run was trained for."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Perplexity, bits per byte or accuracy of a run on held-out text."""
+    """Perplexity, bits per byte or accuracy of a run on held-out text; the measures of its objective where it has no task."""
     from firth.recipes.use import evaluate_run
 
     typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_aside))

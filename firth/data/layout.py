@@ -7,6 +7,7 @@ leaves, there is no such row). These few functions fill the integer rows; nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -113,6 +114,20 @@ Answering = Literal["seq2seq", "prefix"]
 def answering(kind: Answering, source: np.ndarray, target: np.ndarray, vocab: Vocab) -> Example:
     """A source and an answer to it, laid out in either way."""
     return prefix(source, target) if kind == "prefix" else seq2seq(source, target, vocab.start)
+
+
+@dataclass(frozen=True, eq=False)
+class Gapped:
+    """A text with gaps, as a model that writes is shown it.
+
+    Attributes:
+        prompt: Token ids (n,).
+        marks: The tokens (gaps + 1,) that the answer has before what fills each gap, and behind the last one. Empty where the
+            answer is the whole text.
+    """
+
+    prompt: np.ndarray
+    marks: np.ndarray
 
 
 def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from firth.evaluate import glue
-from firth.evaluate.task import Progress, Say, open_subject
+from firth.evaluate.task import Progress, Say, Subject, open_subject
 from firth.evaluate.tasks import TASKS, default
 from firth.evaluate.text import likelihood
 from firth.types import UserError
@@ -39,11 +39,23 @@ def evaluate(
     """
     if task == "glue":  # the other paths are runs too
         return {"task": task} | glue.board([directory, *map(Path, paths)], evaluate)
-    subject = open_subject(directory)
+    return measured(open_subject(directory), paths, task=task, limit=limit, progress=progress, say=say)
+
+
+def measured(
+    subject: Subject,
+    paths: Sequence[str],
+    *,
+    task: str | None = None,
+    limit: int | None = None,
+    progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """`evaluate`, of a model that is open already and for all tasks but "glue"."""
     task = default(subject) if task is None else task
     if not task:
         parts = ", ".join(subject.model.parts) or "no part"
-        raise UserError(f"{directory}: this model has {parts} and so nothing to measure: name a task")
+        raise UserError(f"{subject.directory}: this model has {parts} and so nothing to measure: name a task")
     if task == "likelihood":
         found = likelihood(subject, paths, limit, progress, say)
     elif task in TASKS:
@@ -51,5 +63,5 @@ def evaluate(
         found = TASKS[task].run(subject, here, progress, say) if here else {}
         found |= glue.renamed(TASKS[task].run(subject, other, progress, say)) if other else {}
     else:
-        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue")
+        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue, objective")
     return {"task": task} | found

@@ -11,13 +11,14 @@ then hides 30% of the tokens by infilling. Both rows end with the stop token; BA
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from firth.data import layout
 from firth.data.corrupt import Damage, damage
-from firth.data.layout import Answering
+from firth.data.layout import Answering, Gapped
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.text.vocab import Vocab
@@ -58,6 +59,14 @@ class Denoise(Tokens):
         tokens = example["tokens"]
         damaged = damage(self.noises, tokens, vocab, self.rate, rng)
         return layout.answering(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
+
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped:
+        """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The answer
+        is the whole text."""
+        behind = pieces[1:]
+        if self.noises != ("deletion",):
+            behind = [np.insert(piece, 0, vocab.mask) for piece in behind]
+        return Gapped(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
 
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         """The token is masked, or gone where that is the damage; asked when the answer has come to its place."""

@@ -15,7 +15,7 @@ axis.) Objectives compose with `+`: BERT is `NSP() + MLM()`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firth.data.layout import Gapped
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
@@ -165,6 +166,18 @@ class Objective:
         the objective lets a model see of the rest. None for an objective that asks for no token."""
         return None
 
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped | None:
+        """Return how a text with gaps is shown to a model that writes what is missing; None: it does not learn to.
+
+        Args:
+            pieces: Token ids of the text between the gaps: one piece more than there are gaps.
+            vocab: The ids of sentinels, masks and the stop token.
+
+        Raises:
+            UserError: There are more gaps than the vocabulary has sentinels for.
+        """
+        return None
+
     def run_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
         work, prefix, prompt = worked(model, batch, self.wanted(batch)), model.prefix, model.prompt
@@ -274,6 +287,10 @@ class Sum(Objective):
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
         asked_ = self.second.cloze(tokens, at, vocab)
         return self.first.cloze(tokens, at, vocab) if asked_ is None else asked_
+
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped | None:
+        shown = self.second.show_gaps(pieces, vocab)
+        return self.first.show_gaps(pieces, vocab) if shown is None else shown
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         reader = self._reader

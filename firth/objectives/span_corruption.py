@@ -12,12 +12,13 @@ code leaves it out when the text ends in a dropped span, where nothing follows i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from firth.data import layout
-from firth.data.layout import Answering
+from firth.data.layout import Answering, Gapped
 from firth.data.noise import NOISES, Kind
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
@@ -37,11 +38,7 @@ def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> t
     """
     begins = dropped & ~np.append(False, dropped[:-1])
     runs = int(begins.sum())
-    if runs >= len(sentinels):
-        raise UserError(
-            f"{runs} spans were dropped, and a tokenizer with {len(sentinels)} sentinels (<extra_id_0>, ...) can tell "
-            f"{max(len(sentinels) - 1, 0)} apart: use shorter pieces, or a tokenizer with more of them"
-        )
+    _refuse_many(runs, sentinels)
     places = np.flatnonzero(begins)
     shown = tokens.copy()
     shown[places] = sentinels[:runs]
@@ -49,6 +46,15 @@ def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> t
     # The sentinel of a run goes in front of its first token, and one more behind all of them.
     wanted = np.insert(tokens[dropped], np.append(dropped.cumsum()[places] - 1, dropped.sum()), sentinels[: runs + 1])
     return shown, wanted
+
+
+def _refuse_many(runs: int, sentinels: np.ndarray) -> None:
+    """Raise a UserError if there are more spans than sentinels to tell them by."""
+    if runs >= len(sentinels):
+        raise UserError(
+            f"{runs} spans were dropped, and a tokenizer with {len(sentinels)} sentinels (<extra_id_0>, ...) can tell "
+            f"{max(len(sentinels) - 1, 0)} apart: use shorter pieces, or a tokenizer with more of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,19 @@ class SpanCorruption(Tokens):
         labels = np.full(len(shown["labels"]), IGNORE)
         labels[asked] = tokens[at]
         return shown | {"labels": labels}
+
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped:
+        """Each gap is a sentinel, as a dropped span is.
+
+        >>> vocab = Vocab(size=20, roles={"eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
+        >>> shown = SpanCorruption().show_gaps([np.array([10, 11]), np.array([12])], vocab)
+        >>> shown.prompt.tolist(), shown.marks.tolist()
+        ([10, 11, 2, 12, 1], [2, 3])
+        """
+        gaps = len(pieces) - 1
+        _refuse_many(gaps, vocab.sentinels)
+        behind = [np.insert(piece, 0, mark) for mark, piece in zip(vocab.sentinels[:gaps], pieces[1:], strict=True)]
+        return Gapped(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), vocab.sentinels[: gaps + 1])
 
     def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:
         source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))

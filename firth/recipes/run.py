@@ -304,7 +304,7 @@ def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Ba
 
 def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
     """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
-    opened = Opened(model, tokenizer, Engine(model, tokenizer))
+    opened = Opened(model, tokenizer, Engine(model, tokenizer), recipe.objective)
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:

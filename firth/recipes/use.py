@@ -13,16 +13,24 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from firth.evaluate.evaluate import evaluate
+from firth.data.layout import Gapped
 from firth.evaluate.given import Wanted, given
+from firth.evaluate.heads import head_of
 from firth.evaluate.predict import refuse_out
 from firth.evaluate.task import Say, Subject, open_subject
-from firth.generate import vectors
+from firth.evaluate.text import reads_of
+from firth.generate import infill, vectors
 from firth.generate.embed import embed
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.io.atomic import new_file
 from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.objectives import name_of
+from firth.objectives.denoise import Denoise
+from firth.objectives.objective import Objective
+from firth.objectives.span_corruption import SpanCorruption
+from firth.recipes.measure import measure
 from firth.recipes.recipe import load
 from firth.text import chat, read
 from firth.text.counts import many
@@ -33,11 +41,12 @@ from firth.types import UserError
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A model with its tokenizer, ready to write."""
+    """A model with its tokenizer, ready to write. objective: what it was trained with, None where that is not known."""
 
     model: LM
     tokenizer: Tokenizer
     engine: Engine
+    objective: Objective | None = None
 
     def stream_text(self, text: str, sampling: Sampling) -> Iterator[str]:
         """The continuation of a text, a piece at a time. A decoder reads it behind the token that begins a document."""
@@ -51,15 +60,23 @@ class Opened:
     def suits(self, text: str) -> bool:
         """Whether the model can do what a text asks of it: only some fill gaps, and only some have a latent."""
         if MASK in text:
-            return self.model.speaks and not self.model.shape.causal
+            return self.fills
         return self.model.shape.latent > 0 or not (TO in text or PRIOR in text)
+
+    @property
+    def fills(self) -> bool:
+        """Whether the model fills gaps: by a mask, by writing what is missing, or from both ends."""
+        return "lm" in self.model.parts and (not writes(self.model.shape) or self._show_gaps([NOTHING] * 2) is not None)
 
     def sample(self, text: str, sampling: Sampling) -> str:
         """What the model makes of a text: it fills the gaps in it, continues it, or names the words that are near."""
         if MASK in text:
             return self.fill_gaps(text, 5)
-        if TO in text or PRIOR in text:
-            return self.between(text, sampling)
+        if PRIOR in text:
+            return "\n".join(self.prior(5, sampling))
+        if TO in text:
+            first, _, second = text.partition(TO)
+            return "\n".join(self.between(first, second, 5, sampling))
         if self.model.speaks:
             return self.continue_text([text], sampling)[0]
         # A recipe's words need not stand in a user's text: that is no reason to end a run.
@@ -71,24 +88,62 @@ class Opened:
         return "   ".join(f"{readable(piece)} {likeness:.2f}" for piece, likeness in found)
 
     def fill_gaps(self, text: str, top: int) -> str:
-        """The likeliest tokens for each <mask> in the text, one line each."""
-        gaps = self.engine.fill(text.replace(MASK, self.tokenizer.token(self.tokenizer.vocab.mask)), top)
-        return "\n".join("   ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in gap) for gap in gaps)
+        """Return what the model puts in place of each <mask>: candidates, one line for each gap; or the whole text anew, from a
+        model that writes that (BART).
 
-    def between(self, text: str, sampling: Sampling, steps: int = 5) -> str:
-        """What a latent says: of `first <to> second`, the texts on the straight line between the two, one line each; of
-        <prior>, texts from nowhere, drawn from the prior."""
-        ends = [opening(self.tokenizer, end.strip(), self.model) for end in text.split(TO)]
-        if len(ends) == 2:
-            first, second = self.engine.posterior(ends)
-            share = torch.linspace(0, 1, steps, device=first.device)[:, None]
-            latents = first * (1 - share) + second * share
+        Raises:
+            UserError: There is no gap in the text, or the model fills none.
+        """
+        roles, shape = self.tokenizer.vocab.roles, self.model.shape
+        own = self.tokenizer.token(roles["mask"]) if "mask" in roles else MASK
+        text = text.replace(own, MASK)
+        if MASK not in text:
+            raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
+        if not self.fills:
+            raise UserError("this model fills no gaps")
+        if not writes(shape) and not shape.apart:
+            gaps = self.engine.fill(text.replace(MASK, own), top)
+        elif shape.apart:
+            gaps = infill.fill_two_way(self.engine, infill.split_gaps(self.tokenizer, text, MASK), top)
         else:
-            chance = np.random.default_rng(sampling.seed).standard_normal((steps, self.model.shape.latent), np.float32)
-            latents = torch.from_numpy(chance).to(self.engine.device)
-        return "\n".join(written.text for written in self.engine.decode(latents, sampling))
+            shown = self._show_gaps(infill.split_gaps(self.tokenizer, text, MASK))
+            assert shown is not None
+            if not len(shown.marks):
+                return infill.rewrite(self.engine, shown).text
+            gaps = infill.fill_spans(self.engine, shown, top)
+        return "\n".join(
+            "   ".join(f"{readable(c.piece) or '(nothing)'} {c.probability:.2f}" for c in gap)
+            or "(the model wrote nothing for this gap)"
+            for gap in gaps
+        )
+
+    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> Gapped | None:
+        """How a model that writes is shown a text with gaps. One of others is taken for what its tokenizer has: T5's
+        sentinels, else BART's mask."""
+        vocab = self.tokenizer.vocab
+        if self.objective is not None:
+            return self.objective.show_gaps(pieces, vocab)
+        if not self.model.shape.encoder or self.model.shape.latent:
+            return None
+        if len(vocab.sentinels) > 1:
+            return SpanCorruption().show_gaps(pieces, vocab)
+        return Denoise().show_gaps(pieces, vocab) if "mask" in vocab.roles else None
+
+    def between(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
+        """Return `count` texts on the straight line between the latents of two texts, their own two included."""
+        ends = [opening(self.tokenizer, end.strip(), self.model) for end in (first, second)]
+        start, stop = self.engine.posterior(ends)
+        share = torch.linspace(0, 1, count, device=start.device)[:, None]
+        return [written.text for written in self.engine.decode(start * (1 - share) + stop * share, sampling)]
+
+    def prior(self, count: int, sampling: Sampling) -> list[str]:
+        """Return `count` texts whose latents are drawn from the prior."""
+        chance = np.random.default_rng(sampling.seed).standard_normal((count, self.model.shape.latent), np.float32)
+        latents = torch.from_numpy(chance).to(self.engine.device)
+        return [written.text for written in self.engine.decode(latents, sampling)]
 
 
+NOTHING = np.zeros(0, np.int32)
 MASK = "<mask>"
 """How a user writes a gap, whatever the tokenizer calls it."""
 TO, PRIOR = "<to>", "<prior>"
@@ -109,15 +164,48 @@ def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
 
 
+def writes(shape: Shape) -> bool:
+    """Whether a model of this shape writes from left to right, so that it can go on from a text."""
+    return shape.latent > 0 or reads_of(shape) != "masked"
+
+
 def open_run(directory: Path, weights: str | None = None) -> Opened:
     """The model of a run or model directory, its weights as stored or as told; UserError where it cannot write."""
-    subject = open_subject(directory)
-    if not subject.model.speaks:
+    opened = open_model(directory, weights)
+    if not opened.model.speaks:
         raise UserError(
-            f"{directory}: no vocabulary head reads this model's states, so it cannot write; it has {list(subject.model.parts)}"
+            f"{directory}: no vocabulary head reads this model's states, so it cannot write; {_instead(directory, opened)}"
         )
+    return opened
+
+
+def open_model(directory: Path, weights: str | None = None) -> Opened:
+    """The model of a run or model directory, whatever it serves, with the objective of its run."""
+    subject = open_subject(directory)
     engine = Engine(subject.model, subject.tokenizer, weights=weights)
-    return Opened(engine.model, subject.tokenizer, engine)
+    return Opened(engine.model, subject.tokenizer, engine, objective_in(directory))
+
+
+def _instead(directory: Path, opened: Opened) -> str:
+    """Which command serves a model, for one that was asked for something else."""
+    model = opened.model
+    if head_of(dict(model.parts)):
+        return f"use `firth predict {directory} FILE`"
+    if "reward" in model.parts:
+        return f"use `firth evaluate {directory} FILE`"
+    if _drafter(opened).fills:
+        return f"use `firth fill {directory} 'a {MASK} text'`"
+    if model.speaks:
+        return f"use `firth generate {directory} 'a text'`"
+    return f"use `firth vectors {directory} WORD`" if not model.shape.depth else f"use `firth embed {directory} FILE`"
+
+
+def _drafter(opened: Opened) -> Opened:
+    """The model whose vocabulary head knows the tokens: of ELECTRA the generator, of others the model itself."""
+    if opened.objective is None:
+        return opened
+    model = opened.objective.writer(opened.model)
+    return opened if model is opened.model else replace(opened, model=model, engine=Engine(model, opened.tokenizer))
 
 
 def word_vectors(directory: Path, words: Sequence[str], top: int, out: Path | None) -> list[str]:
@@ -172,30 +260,57 @@ def _longest(subject: Subject) -> int:
 
 
 def open_engine(directory: Path, weights: str | None = None) -> Opened:
-    """A model that was trained to write from left to right."""
+    """A model that was trained to write from left to right; UserError with the command that serves another."""
     opened = open_run(directory, weights)
-    if {"mlm", "mpnet", "plm"} & {*objective_of(directory)}:
+    if not writes(opened.model.shape):
         raise UserError(
-            f"{directory}: a masked or permuted language model fills gaps: use `firth fill {directory} 'a <mask> text'`"
+            f"{directory}: this model reads a text from both sides, so it does not go on from it; {_instead(directory, opened)}"
         )
     return opened
 
 
+def objective_in(directory: Path) -> Objective | None:
+    """The objective that a run was trained with; None for a model directory without a recipe."""
+    path = directory / "recipe.yaml"
+    return load(str(path)).objective if path.is_file() else None
+
+
 def objective_of(directory: Path) -> list[str]:
     """The names of the objectives that a run was trained with; none for a model directory without a recipe."""
-    path = directory / "recipe.yaml"
-    if not path.is_file():
-        return []
-    objective = load(str(path)).objective
-    from firth.recipes.tree import plain
-
-    told = plain(objective)
-    return [o["kind"] for o in (told if isinstance(told, list) else [told])]
+    objective = objective_in(directory)
+    return [] if objective is None else [name_of(type(one)) for one in objective.addends()]
 
 
 def fill_text(directory: Path, text: str, top: int) -> str:
-    """The likeliest tokens for each <mask> in the text, one line each; UserError for a model that cannot fill."""
-    return open_run(directory).fill_gaps(text, top)
+    """What a model puts in place of each <mask> of a text (`Opened.fill_gaps`); UserError with the command that serves a model
+    that fills none."""
+    opened = open_model(directory)
+    drafter = _drafter(opened)
+    if not drafter.fills:
+        left = "reads from left to right, so it " if opened.model.shape.causal else ""
+        raise UserError(f"{directory}: this model {left}fills no gaps; {_instead(directory, opened)}")
+    return drafter.fill_gaps(text, top)
+
+
+def generate_texts(
+    directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None
+) -> Iterator[str]:
+    """Write, a piece at a time: on from a text; or `count` texts of a variational autoencoder, a line each, from its prior
+    where the text is empty, or between the latents of two texts (`ends`).
+
+    Raises:
+        UserError: The model does not write, or is given two ends and has no latent.
+    """
+    opened = open_engine(directory, weights)
+    if not opened.model.shape.latent:
+        if ends is not None:
+            raise UserError(
+                f"{directory}: this model has no latent, so nothing lies between two texts: train one with `firth train vae`"
+            )
+        return opened.stream_text(text, sampling)
+    if ends is not None:
+        return iter(["\n".join(opened.between(*ends, count, sampling))])
+    return opened.stream_text(text, sampling) if text else iter(["\n".join(opened.prior(count, sampling))])
 
 
 class PromptTooLongError(UserError):
@@ -283,7 +398,7 @@ def evaluate_run(
     """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object. say: told
     what was cut, mended or left out."""
     found = (
-        evaluate(directory, list(paths), task=task, limit=limit, say=say)
+        measure(directory, list(paths), task=task, limit=limit, say=say)
         if paths or task == "glue"
         else held_out_measures(directory)
     )

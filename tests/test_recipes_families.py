@@ -1,0 +1,215 @@
+"""Every family is served by some command: gaps filled, latents decoded, objectives measured; the others name that command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.data.layout import Gapped
+from firth.generate.infill import fill_spans, fill_two_way, split_gaps
+from firth.generate.masked import fill
+from firth.generate.rows import rectangle
+from firth.generate.sample import Sampling
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.use import fill_text, open_engine, open_model, open_run, opening
+from firth.text.train import train
+from firth.types import UserError
+
+SENTENCES = [f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot", "clerk") for b in ("paints", "sells", "hides")
+             for c in ("at dawn", "in Leeds", "after supper", "by the mill", "with care")]  # fmt: skip
+BODY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.hidden=64", "shape.context=64"]
+RUNS = {
+    "t5": [*BODY, "shape.encoder=1", "segment.length=32"],
+    "bart": [*BODY, "shape.encoder=1", "segment.length=32"],
+    "vae": [*BODY, "shape.encoder=1", "segment.length=32", "objective.units=4", "shape.latent=4"],
+    "elmo": ["shape.width=32", "shape.filters=64", "segment.length=32"],
+    "electra": [*BODY, "shape.embed=16", "segment.length=32", "objective.rate=0.4"],
+    "word2vec": ["shape.width=32", "segment.length=64"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps of every family."""
+    place = tmp_path_factory.mktemp("families")
+    (place / "text.txt").write_text("\n".join(SENTENCES) + "\n")
+    (place / "held.txt").write_text("\n".join(SENTENCES[::7]) + "\n")
+    train(SENTENCES, "byte-bpe", 340, sentinels=6).save(place / "tokenizer")
+    for name, settings in RUNS.items():
+        shared = [
+            f"source.path={place / 'text.txt'}", f"source.valid={place / 'held.txt'}", "source.corpus=", "source.split=line",
+            f"tokenizer.path={place / 'tokenizer'}", "length.steps=2", "batch.rows=8", "batch.pack=0", "checks.every=0",
+            "precision=fp32", "unigram=false",
+        ]  # fmt: skip
+        run(load(name, [*shared, *settings]), place / name, echo=lambda _: None)
+    return place
+
+
+def firth(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    if code:
+        assert isinstance(done.exception, UserError)
+        return str(done.exception)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+# Filling gaps
+
+
+def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
+    lines = firth("fill", str(runs / "t5"), "The <mask> sells the boat <mask> the mill.", "--top", "3").splitlines()
+    assert len(lines) == 2
+    opened = open_run(runs / "t5")
+    pieces = split_gaps(opened.tokenizer, "The <mask> sells the boat <mask> the mill.", "<mask>")
+    assert opened.objective is not None
+    shown = opened.objective.show_gaps(pieces, opened.tokenizer.vocab)
+    assert shown is not None
+    first, second = (opened.tokenizer.id(f"<extra_id_{i}>") for i in (0, 1))
+    assert np.isin(shown.prompt, [first, second]).sum() == 2 and shown.prompt[-1] == opened.tokenizer.vocab.eos
+    assert "mask" not in opened.tokenizer.vocab.roles or opened.tokenizer.vocab.mask not in shown.prompt
+
+
+def test_a_span_has_the_probability_of_its_tokens(runs: Path) -> None:
+    """That of what fills the gap and of the mark that ends it, behind the mark that begins it."""
+    opened = open_run(runs / "t5")
+    vocab = opened.tokenizer.vocab
+    marks = vocab.sentinels[:2]
+    with torch.no_grad():  # a model that writes its marks
+        opened.model.parts["lm"].weight[marks] *= 30
+    source = np.concatenate((opened.tokenizer.encode("The"), marks[:1], [vocab.eos]))
+    [candidates] = fill_spans(opened.engine, Gapped(source, marks), k=4)
+    assert candidates and [c.probability for c in candidates] == sorted(
+        (c.probability for c in candidates), reverse=True
+    )
+    for one in candidates:
+        tokens = opened.tokenizer.encode(one.piece)
+        if opened.tokenizer.decode(tokens) == one.piece and len(tokens) == 0:
+            whole = opened.engine.score([source], [marks])[0] - opened.engine.score([source], [marks[:1]])[0]
+            assert one.probability == pytest.approx(np.exp(whole), rel=1e-4)
+            break
+    else:
+        pytest.fail("no empty span among the candidates")
+
+
+def test_bart_writes_the_text_anew(runs: Path) -> None:
+    opened = open_run(runs / "bart")
+    text = "The <mask> sells the boat."
+    pieces = split_gaps(opened.tokenizer, text, "<mask>")
+    source = np.concatenate((pieces[0], [opened.tokenizer.vocab.mask], pieces[1], [opened.tokenizer.vocab.eos]))
+    [expected] = opened.engine.generate([source], Sampling(temperature=0, max_new=2 * len(source) + 12))
+    assert fill_text(runs / "bart", text, 5) == expected.text
+
+
+def test_elmo_fills_from_both_ends(runs: Path) -> None:
+    """The product of what the forward model says behind the left and the backward model before the right."""
+    opened = open_model(runs / "elmo")
+    pieces = split_gaps(opened.tokenizer, "The otter <mask> the boat.", "<mask>")
+    [found] = fill_two_way(opened.engine, pieces, 3)
+    row = np.concatenate(([opened.tokenizer.vocab.bos], pieces[0], [opened.tokenizer.vocab.eos], pieces[1]))
+    at = 1 + len(pieces[0])
+    with torch.no_grad():
+        ahead, back = opened.model(rectangle([row], torch.device("cpu")))[0].chunk(2, -1)
+        head = opened.model.parts["lm"]
+        total = head(ahead[at - 1]).log_softmax(-1) + head(back[at + 1]).log_softmax(-1)
+    ordinary = torch.as_tensor(opened.tokenizer.vocab.ordinary)
+    share = total[ordinary].softmax(-1)
+    best = share.topk(3)
+    assert [c.token for c in found] == ordinary[best.indices].tolist()
+    np.testing.assert_allclose([c.probability for c in found], best.values.numpy(), rtol=1e-4)
+    assert len(firth("fill", str(runs / "elmo"), "<mask> otter <mask> the boat <mask>").splitlines()) == 3
+
+
+def test_electra_fills_by_its_generator(runs: Path) -> None:
+    opened = open_model(runs / "electra")
+    own = opened.tokenizer.token(opened.tokenizer.vocab.mask)
+    [gap] = fill(opened.model.parts["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
+    assert f"{gap[0].probability:.2f}" in fill_text(runs / "electra", "The otter <mask> the boat.", 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "instead"),
+    [
+        (["fill", "RUN", "a <mask> b"], "vae", "firth generate"),
+        (["fill", "RUN", "a <mask> b"], "word2vec", "firth vectors"),
+        (["generate", "RUN", "a"], "electra", "firth fill"),
+        (["generate", "RUN", "a"], "elmo", "firth fill"),
+        (["generate", "RUN", "a"], "word2vec", "firth vectors"),
+        (["chat", "RUN"], "electra", "firth fill"),
+        (["generate", "RUN", "--between", "a", "b"], "t5", "firth train vae"),
+        (["fill", "RUN", "no gap"], "t5", "write <mask> where a token is missing"),
+    ],
+)
+def test_a_command_that_does_not_serve_names_one_that_does(
+    runs: Path, command: list[str], name: str, instead: str
+) -> None:
+    sentence = firth(*(str(runs / name) if word == "RUN" else word for word in command), code=2)
+    assert instead in sentence and "\n" not in sentence
+
+
+# Variational autoencoders
+
+
+def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
+    opened = open_engine(runs / "vae")
+    sampling = Sampling(temperature=0, max_new=8)
+    first, second = "The otter paints the boat.", "The clerk sells the boat."
+    lines = opened.between(first, second, 5, sampling)
+    ends = opened.engine.posterior([opening(opened.tokenizer, text, opened.model) for text in (first, second)])
+    middle = opened.engine.decode(ends.mean(0, keepdim=True), sampling)[0].text
+    assert [lines[0], lines[4]] == [one.text for one in opened.engine.decode(ends, sampling)] and lines[2] == middle
+    more = ["--temperature", "0", "-n", "8", "--count", "3", "--seed", "4"]
+    assert firth("generate", str(runs / "vae"), "--between", first, second, *more) == (
+        "\n".join(opened.between(first, second, 3, sampling)) + "\n"
+    )
+    drawn = firth("generate", str(runs / "vae"), *more)
+    chance = np.random.default_rng(4).standard_normal((3, 4), np.float32)
+    prior = opened.engine.decode(torch.from_numpy(chance), Sampling(temperature=0, max_new=8, seed=4))
+    assert drawn == "\n".join(one.text for one in prior) + "\n"
+
+
+# Measuring
+
+
+def measured(runs: Path, name: str, *more: str) -> dict[str, float | str]:
+    found: dict[str, float | str] = json.loads(
+        firth("evaluate", str(runs / name), str(runs / "held.txt"), "--json", *more)
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("electra", {"loss/generator", "loss/replaced", "guessed", "replaced_accuracy", "original_accuracy"}),
+        ("vae", {"elbo", "kl", "active"}),
+        ("elmo", {"loss/forward", "loss/backward"}),
+        ("word2vec", {"loss"}),
+    ],
+)
+def test_evaluate_measures_the_objective_as_training_does(runs: Path, name: str, keys: set[str]) -> None:
+    """On the run's held-out file: the numbers that training itself measured there at its last step."""
+    found = measured(runs, name)
+    held: dict[str, float] = json.loads(firth("evaluate", str(runs / name), "--json"))
+    assert found["task"] == "objective" and found["share"] == 1
+    for key in keys:
+        assert found[key] == pytest.approx(held[key], rel=1e-4, abs=1e-6), key
+
+
+def test_an_objective_is_measured_where_it_is_named(runs: Path) -> None:
+    whole, some = (
+        measured(runs, "t5", "--task", "objective"),
+        measured(runs, "t5", "--task", "objective", "--limit", "40"),
+    )
+    assert whole["examples"] == 9 and whole["share"] == 1
+    assert 1 <= float(some["examples"]) < 9
+    # A bare model directory does not say how it was trained.
+    sentence = firth("evaluate", str(runs / "electra" / "model"), str(runs / "held.txt"), code=2)
+    assert "no recipe says how it was trained: name its run directory" in sentence
