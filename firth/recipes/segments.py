@@ -201,7 +201,7 @@ class Words(Segment):
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
-        counts = words.Words.count(train.tokens, material.tokenizer.vocab)
+        counts = words.Words.count(np.asarray(train.tokens), material.tokenizer.vocab)
         if np.diff(train.offsets).max() - train.opened - 1 < 2:
             raise UserError(
                 "every document is a single word, so no word has a neighbor: give longer documents, or set "
