@@ -220,14 +220,15 @@ def test_labels_spelled_null_and_na_are_classes(tmp_path: Path) -> None:
 def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
     """A row of a GLUE file that lacks a cell is left out and named; more are rejected with what a TSV may hold."""
     head = "sentence\tlabel\n"
-    path = file(tmp_path, "dev.tsv", head + "a film\t1\n" * 9 + "a play\n")
+    nine = "".join(f"film {i}\t1\n" for i in range(9))
+    path = file(tmp_path, "dev.tsv", head + nine + "a play\n")
     source = Labelled([path], tokenizer(), 32, TextFields("sentence"))
     assert source.counts == {"examples": 9, "records": 9, "files": 1, "mismatched": 1}
     assert source.remarks == [
         f"1 row had another number of cells than its head and was left out; the first is {path}:11 "
         "(1 cells under 2 columns)"
     ]
-    path = file(tmp_path, "test.tsv", head + "a film\t1\n" * 9 + "a play\n" * 2)
+    path = file(tmp_path, "test.tsv", head + nine + "a play\n" * 2)
     with pytest.raises(UserError, match=r"2 of 11 rows: give each row as many cells.*a TSV holds no tab") as raised:
         Labelled([path], tokenizer(), 32, TextFields("sentence"))
     assert "quot" not in str(raised.value)
@@ -235,7 +236,7 @@ def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
 
 def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
     """pandas writes whole numbers as 1.0 where a column has a gap; any other number is for a regression."""
-    path = file(tmp_path, "a.jsonl", lines(*({"text": "x", "label": label} for label in (1.0, 0.0, 1))))
+    path = file(tmp_path, "a.jsonl", lines(*({"text": f"x {label!r}", "label": label} for label in (1.0, 0.0, 1))))
     source = Labelled([path], tokenizer(), 32)
     assert source.classes == ("0", "1")
     assert [int(source[i]["label"]) for i in range(3)] == [1, 0, 1]

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import seqeval.scheme
 from data_room import tokenizer
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import Entities
 
 from firth.data.labelled import Chosen, Labelled, OptionFields, Scored, TagFields, Tagged, TextFields
 from firth.data.questions import Questions
+from firth.data.tags import begun, marked, names
 from firth.evaluate.passages import by_question
+from firth.evaluate.tasks import tagging
 from firth.text import read
 from firth.text.train import train
 from firth.types import IGNORE, UserError
@@ -247,3 +252,65 @@ def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
         scores[i][example["start"], 0] = scores[i][example["end"], 1] = 5.0
     found = list(by_question(items, iter(scores), may_lack=False))
     assert [(one["answer"], one["start"]) for one in found] == [("baker", 49)] * 3
+
+
+def in_scheme(scheme: str, layout: list[tuple[str, int]]) -> list[str]:
+    """Tags of a sentence. layout: (kind or "", words) of each name and of each stretch outside of names."""
+    tags: list[str] = []
+    for at, (kind, n) in enumerate(layout):
+        touches = at > 0 and layout[at - 1][0] == kind
+        touched = at + 1 < len(layout) and layout[at + 1][0] == kind
+        marks = {
+            "IO": "I" * n, "IOB1": "BI"[not touches] + "I" * (n - 1), "IOB2": "B" + "I" * (n - 1),
+            "IOE1": "I" * (n - 1) + "IE"[touched], "IOE2": "I" * (n - 1) + "E",
+            "IOBES": "S" if n == 1 else "B" + "I" * (n - 2) + "E", "BILOU": "U" if n == 1 else "B" + "I" * (n - 2) + "L",
+            "BMES": "S" if n == 1 else "B" + "M" * (n - 2) + "E", "BMEWO": "W" if n == 1 else "B" + "M" * (n - 2) + "E",
+        }[scheme]  # fmt: skip
+        tags += [f"{mark}-{kind}" for mark in marks] if kind else ["O"] * n
+    return tags
+
+
+@pytest.mark.parametrize("scheme", ["IO", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU", "BMES", "BMEWO"])
+def test_names_are_those_of_seqeval_in_every_scheme(scheme: str) -> None:
+    """Random sentences, written in the scheme, have the names that they were written from."""
+    oracle = getattr(seqeval.scheme, scheme, None)
+    shortest = 2 if scheme == "IOE1" else 1  # of one word that is marked E, seqeval finds no name
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        layout = [(("", "PER", "ORG")[rng.integers(3)], int(rng.integers(shortest, 4))) for _ in range(6)]
+        tags = in_scheme(scheme, layout)
+        ends = np.cumsum([n for _, n in layout]).tolist()
+        wanted = [(kind, end - n, end) for (kind, n), end in zip(layout, ends, strict=True) if kind]
+        if scheme == "IO":  # touching names of one kind cannot be told from one name
+            wanted = [(kind, first, last + 1) for kind, first, last in get_entities(tags)]
+        elif oracle is not None:
+            [entities] = Entities([tags], oracle).entities
+            assert wanted == [(one.tag, one.start, one.end) for one in entities]
+        assert marked(tags) and names(tags) == wanted
+        assert names(begun(tags)) == wanted
+
+
+@pytest.mark.parametrize("scheme", ["IO", "IOBES", "BILOU"])
+def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str) -> None:
+    layout = [("PER", 2), ("", 1), ("ORG", 1), ("", 2), ("PER", 3)]
+    tags = in_scheme(scheme, layout)
+    record = {"tokens": [f"word{i}" for i in range(len(tags))], "tags": tags}
+    items = Tagged([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
+    right = begun(tags)
+    columns = tagging.counted(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
+    found = {name: metric(*columns) for name, metric in tagging.more(items).items()}
+    assert found == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("tags", "wrong"),
+    [
+        (["PER-B", "PER-I", "O"], "the tags O, PER-B, PER-I mark names in a form that is not read"),
+        (["B_PER", "I_PER", "O"], "the tags B_PER, I_PER, O mark names in a form that is not read"),
+        (["B-PER", "X", "O"], "the tag 'X' marks no name"),
+    ],
+)
+def test_marks_of_another_form_are_rejected(tmp_path: Path, tags: list[str], wrong: str) -> None:
+    record = {"tokens": ["a", "b", "c"], "tags": tags}
+    with pytest.raises(UserError, match=wrong):
+        Tagged([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64)

@@ -24,7 +24,7 @@ import numpy as np
 from firth.data import layout
 from firth.data.classes import Classes
 from firth.data.records import LEFT_OUT, Record, Records
-from firth.data.tags import begun, marked
+from firth.data.tags import begun, check_scheme, marked
 from firth.text import read, tables
 from firth.text.tokenizer import Tokenizer
 from firth.types import IGNORE, Example, UserError
@@ -295,8 +295,9 @@ class Tagged(Records):
     """Sentences with a tag for each word: {"tokens", "tags"}, a tag's number at the first token of its word, IGNORE elsewhere.
 
     classes: the names of the tags, as of `Labelled`. The words are joined by blanks and framed by [CLS] and [SEP] where the
-    tokenizer has these; a word of which no token is left is not asked. Text files are read as CoNLL's columns, and IOB1 as
-    BIO. keep: remember the words and tags as they are written.
+    tokenizer has these; a word of which no token is left is not asked. Text files are read as CoNLL's columns. Names may be
+    marked in any scheme of `firth.data.tags`, and those that begin with I are read as beginning with B.
+    keep: remember the words and tags as they are written.
     """
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32, "words": np.int32}
@@ -312,6 +313,8 @@ class Tagged(Records):
         super().__init__(paths, tokenizer, length, names=fields.columns)
         refuse_unknown("tag", "tag", self._unknown, self._tally["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
+        if asked and not classes:
+            check_scheme(self.classes)
 
     def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
         tags = self._columns["tags"].some(indices)

@@ -52,7 +52,7 @@ REMARKS = {
     "mismatched": "row{s} had another number of cells than {their} head and {were} left out",
     "nameless": "column{s} {have} no name and {are} called 'Unnamed: ' and {their} place from 0",
     "misplaced": "answer{s} {do} not stand in {their} passage where {they} {are} said to, and {were} left out",
-    "begun": "tag{s} went on with a name that had not begun (IOB1), and {were} read as its beginning",
+    "begun": "tag{s} went on with a name that had not begun (IOB1, IO), and {were} read as its beginning",
     "bad_utf8": "line{s} {were} not UTF-8 and {have} U+FFFD in place of what could not be read",
     "nul": "NUL character{s} {were} removed",
     "too_long": "record{s} {were} longer than 4 MB and {were} left out",
