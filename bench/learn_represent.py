@@ -58,7 +58,7 @@ NOISE = (0.6, 0.8)
 FEW = (50,)
 TUNED = Optimizer(name="adamw", rate=1e-4, rest_rate=5e-4, weight_decay=0.01, beta2=0.98)
 """A head begins from nearly nothing, so it and the norms move five times as fast as the rest."""
-STILL = Optimizer(name="adamw", rate=0.0)
+STILL = Optimizer(name="adamw", rate=1e-12)
 
 
 @dataclass(frozen=True)

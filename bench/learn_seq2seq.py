@@ -75,7 +75,7 @@ def coder(results: Path, corpus: str, algorithm: str, size: int) -> str:
     return str(where)
 
 
-NOTHING = ["optimizer.rate=0", "optimizer.embedding_rate=0", "optimizer.rest_rate=0", "length.steps=1"]
+NOTHING = ["optimizer.rate=1e-12", "optimizer.embedding_rate=0", "optimizer.rest_rate=0", "length.steps=1"]
 """Settings with which a model is scored as it was born."""
 
 

@@ -210,7 +210,7 @@ def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
         refuse_misfit(VAE(units=7), SHAPE)
     with pytest.raises(UserError, match="stands between an encoder and a decoder"):
         replace(SHAPE, encoder=0)
-    with pytest.raises(UserError, match="vae: units=4"):
+    with pytest.raises(UserError, match=r"objective.drop=1.5 must be"):
         VAE(units=4, drop=1.5)
     with pytest.raises(UserError, match="make them equal"):
         load("vae", ["objective.units=8"])

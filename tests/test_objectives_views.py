@@ -348,7 +348,7 @@ def test_accuracy_counts_right_answers() -> None:
 
 def test_settings_of_mlm_that_mean_nothing_are_refused() -> None:
     for bad in ({"rate": 0.0}, {"rate": 1.0}, {"masked": 0.95, "random": 0.1}, {"masked": -0.1}):
-        with pytest.raises(UserError, match="mlm: rate"):
+        with pytest.raises(UserError, match=r"(rate|masked)=\S+ (must be|and random=0.1 are shares)"):
             MLM(**bad)
 
 

@@ -186,9 +186,9 @@ def test_state_and_restore_are_inverse() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match=r"optimizer.beta2 is 1: it must lie in \[0, 1\)"):
+    with pytest.raises(UserError, match=r"optimizer.beta2=1.0 must be at least 0 and below 1"):
         Optimizer(beta2=1.0)
-    with pytest.raises(UserError, match=r"optimizer\.rate is nan"):
+    with pytest.raises(UserError, match=r"optimizer\.rate=nan must be finite, above 0"):
         Optimizer(rate=float("nan"))
     with pytest.raises(UserError, match="nothing to train"):
         Mover(Optimizer(), tiny().requires_grad_(False))

@@ -32,7 +32,7 @@ def test_a_length_is_steps_seconds_or_flops() -> None:
     assert Length(seconds=60).passed(10**9, 15) == 0.25
     assert Length(seconds=60).passed(0, 61) == 1
     assert Length(flops=1e12).passed(10**9, 1e9, 2.5e11) == 0.25
-    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "flops": 1e9}, {"steps": -1}):
+    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "flops": 1e9}):
         with pytest.raises(UserError, match="exactly one"):
             Length(**wrong)
 
@@ -40,7 +40,7 @@ def test_a_length_is_steps_seconds_or_flops() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"schedule.kind is 'cosin'"):
         Schedule("cosin")
-    with pytest.raises(UserError, match=r"schedule.warmup is 100"):
+    with pytest.raises(UserError, match=r"schedule.warmup=100 must be at least 0 and at most 1"):
         Schedule(warmup=100)
     with pytest.raises(UserError, match="more than the whole run"):
         Schedule("wsd", warmup=0.5, decay=0.6)

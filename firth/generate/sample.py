@@ -24,13 +24,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firth.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Ranged,
+    Share,
+    ShareAboveZero,
+    TokenCount,
+)
 from firth.types import UserError
 
 MINUS = float("-inf")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Ranged, section="sampling"):
     """How to write.
 
     max_new: most tokens to write. temperature: logits are divided by it; 0 is greedy. top_k: only the k likeliest
@@ -40,29 +49,19 @@ class Sampling:
     seed + r.
     """
 
-    max_new: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition: float = 1.0
+    max_new: TokenCount = 128
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: ShareAboveZero = 1.0
+    min_p: Share = 0.0
+    repetition: PositiveFloat = 1.0
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        rules = {
-            "max_new": (self.max_new >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (all tokens)"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 (all tokens) and 1"),
-            "repetition": (self.repetition > 0, "above 0 (1 changes nothing)"),
-            "stop": (all(self.stop), "texts that are not empty"),
-            "seed": (self.seed >= 0, "0 or more"),
-        }
-        for name, (fits, wanted) in rules.items():
-            if not fits:
-                raise UserError(f"sampling.{name}={getattr(self, name)!r} must be {wanted}")
+        super().__post_init__()
+        if not all(self.stop):
+            raise UserError(f"sampling.stop={list(self.stop)} must be texts that are not empty")
 
     @property
     def greedy(self) -> bool:

@@ -30,10 +30,20 @@ firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from firth.model.count import GATED, parameters
 from firth.model.valid import refuse_numbers, refuse_together
+from firth.ranges import (
+    NonNegativeFloat,
+    OptionalTokenCount,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Ranged,
+    ShareBelowOne,
+    TokenCount,
+)
 
 Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
 """How an objective has a text read:
@@ -50,8 +60,18 @@ Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alo
 """
 
 
+Width = Annotated[int, Range(ge=1, le=1 << 20)]
+OptionalWidth = Annotated[int, Range(ge=0, le=1 << 20)]
+Heads = Annotated[int, Range(ge=1, le=1 << 16)]
+OptionalHeads = Annotated[int, Range(ge=0, le=1 << 16)]
+Layers = Annotated[int, Range(ge=0, le=10_000)]
+Types = Annotated[int, Range(ge=0, le=1 << 16)]
+TokenIds = Annotated[int, Range(ge=1, lt=1 << 31)]
+"""The sizes of a model. The upper bounds are fifty times those of any published one: a larger number is a slip of the pen."""
+
+
 @dataclass(frozen=True)
-class Shape:
+class Shape(Ranged, section="shape"):
     """Everything about an architecture; the defaults are GPT-2's. Raises UserError when the numbers do not fit.
 
     vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
@@ -102,18 +122,18 @@ class Shape:
     with `filters` filters, a multiple of 64 (`firth.model.characters`). A depth of 0 is the embeddings alone.
     """
 
-    vocab: int
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int = 0
-    head_width: int = 0
-    hidden: int = 0
-    context: int = 1024
-    embed: int = 0
-    embed_scale: float = 1.0
-    groups: int = 0
-    encoder: int = 0
+    vocab: TokenIds
+    width: Width
+    depth: Layers
+    heads: Heads
+    kv_heads: OptionalHeads = 0
+    head_width: OptionalWidth = 0
+    hidden: OptionalWidth = 0
+    context: TokenCount = 1024
+    embed: OptionalWidth = 0
+    embed_scale: PositiveFloat = 1.0
+    groups: Layers = 0
+    encoder: Layers = 0
     decoder_start: Literal["pad", "eos"] = "pad"
     causal: bool = True
     prefix_lm: bool = False
@@ -121,20 +141,20 @@ class Shape:
     norm_at: Literal["pre", "post"] = "pre"
     norm_weight: bool = True
     norm_bias: bool = True
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(gt=0, lt=1)] = 1e-5
     embed_norm: bool = False
     first_norm: bool = True
     position: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
-    rotary_theta: float = 10000.0
-    rotary_sign: int = 1
+    rotary_theta: PositiveFloat = 10000.0
+    rotary_sign: Annotated[int, Range(ge=-1, le=1)] = 1
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
-    rotary_factor: float = 1.0
-    rotary_low: float = 1.0
-    rotary_high: float = 4.0
-    rotary_original: int = 8192
-    buckets: int = 32
-    distance: int = 128
-    memory: int = 0
+    rotary_factor: PositiveFloat = 1.0
+    rotary_low: PositiveFloat = 1.0
+    rotary_high: PositiveFloat = 4.0
+    rotary_original: PositiveInt = 8192
+    buckets: Annotated[int, Range(ge=2, le=65536)] = 32
+    distance: TokenCount = 128
+    memory: OptionalTokenCount = 0
     query: bool = False
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
@@ -142,25 +162,27 @@ class Shape:
     score_scale: bool = True
     qk_norm: bool = False
     qk_weight: bool = False
-    segments: int = 0
-    dropout: float = 0.0
+    segments: Types = 0
+    dropout: ShareBelowOne = 0.0
     tied: bool = True
     head: Literal["linear", "transform"] = "linear"
     head_bias: bool = False
-    head_scale: float = 1.0
-    softcap: float = 0.0
-    linformer: int = 0
+    head_scale: PositiveFloat = 1.0
+    softcap: NonNegativeFloat = 0.0
+    linformer: OptionalTokenCount = 0
     linformer_sharing: Literal["headwise", "key-value", "layerwise"] = "layerwise"
-    latent: int = 0
-    init: float = 0.02
+    latent: OptionalWidth = 0
+    init: NonNegativeFloat = 0.02
     zero_init: bool = False
     recurrent: Literal["", "rnn", "gru", "lstm"] = ""
     apart: bool = False
     skip: bool = False
-    characters: int = 0
-    filters: int = 512
+    characters: Types = 0
+    filters: Width = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def fill(name: str, value: int) -> None:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)

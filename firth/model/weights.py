@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -284,7 +284,7 @@ def checked(make: Callable[[], Shape], state: Mapping[str, Tensor], file: Path) 
         shape = make()
         _typed(shape)
         table = 0 if shape.characters else shape.vocab * shape.table_width
-        layers, needed = max(shape.depth, shape.encoder), replace(shape, vocab=1).parameters() + table
+        needed = replace(shape, vocab=1).parameters() + table
     except KeyError as missing:
         raise UserError(f"{file} lacks the field {missing}") from None
     except UserError as fault:
@@ -292,9 +292,9 @@ def checked(make: Callable[[], Shape], state: Mapping[str, Tensor], file: Path) 
     except (TypeError, ValueError, AttributeError, ArithmeticError) as fault:
         raise UserError(f"{file} describes no model: {fault}") from None
     held = sum(tensor.numel() for tensor in state.values())
-    if layers > DEEPEST or needed > SPARE * held:
+    if needed > SPARE * held:
         raise UserError(
-            f"{file} describes a model of {min(layers, MOST):,} layers and {min(needed, MOST):,} numbers, and the files "
+            f"{file} describes a model of {max(shape.depth, shape.encoder):,} layers and {min(needed, MOST):,} numbers, and the files "
             f"beside it hold {held:,}: they do not belong together"
         )
     return shape
@@ -308,11 +308,11 @@ may have, its head aside: a file may lack what its class does not use. No more t
 
 def _typed(shape: Shape) -> None:
     """TypeError if a field of a shape is of another type than it says."""
-    allowed = {"int": (int,), "float": (int, float), "bool": (bool,)}
-    for field in fields(Shape):
-        value = getattr(shape, field.name)
-        if type(value) not in allowed.get(str(field.type), (str, int)):
-            raise TypeError(f"{field.name} is {value!r:.40}")
+    allowed: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+    for name, kind in get_type_hints(Shape).items():
+        value = getattr(shape, name)
+        if type(value) not in allowed.get(kind, (str, int)):
+            raise TypeError(f"{name} is {value!r:.40}")
 
 
 @contextmanager

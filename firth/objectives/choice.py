@@ -24,6 +24,7 @@ from firth.model.shape import Reads, Shape
 from firth.objectives.classification import READS, answers, place
 from firth.objectives.objective import Known, Objective, choice_loss, correct
 from firth.objectives.reward import last, last_state
+from firth.ranges import NonNegativeInt
 from firth.text.vocab import Vocab
 from firth.types import Batch, Example, Outputs, UserError
 
@@ -47,7 +48,7 @@ class MultipleChoice(Objective):
     packs: ClassVar[bool] = False
     lays: ClassVar[frozenset[str]] = frozenset()
 
-    options: int = 0
+    options: NonNegativeInt = 0
     at: Literal["auto", "first", "last"] = "auto"
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:

@@ -26,6 +26,7 @@ from firth.model.families.classes import head_of
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Known, Objective, asked, choice_loss, correct
+from firth.ranges import NonNegativeFloat, ShareBelowOne
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -118,13 +119,12 @@ class Classification(Read):
     measures: ClassVar[dict[str, str]] = {"accuracy": "class"}
 
     classes: tuple[str, ...] = ()
-    smoothing: float = 0.0
-    weights: tuple[float, ...] | Literal["balanced"] = ()
+    smoothing: ShareBelowOne = 0.0
+    weights: tuple[NonNegativeFloat, ...] | Literal["balanced"] = ()
     head: Literal["linear", "family"] = "linear"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"smoothing={self.smoothing} is a share of a label: it must be at least 0 and below 1")
+        super().__post_init__()
         if self.weights and self.weights != "balanced" and self.classes and len(self.weights) != len(self.classes):
             raise UserError(f"there are {len(self.weights)} weights for {len(self.classes)} classes: give one for each")
 

@@ -19,7 +19,7 @@ d lies in [0, 2] and a margin means the same in every model; Hadsell's are not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from firth.model.latent import average
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, choice_loss, correct
+from firth.ranges import PositiveFloat, Range
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Example, Outputs
 
 TINY = 1e-12
 """Keeps the slope of a distance finite where two representations coincide."""
@@ -79,13 +80,7 @@ class Contrastive(Represented):
     targets: ClassVar[dict[str, str]] = {"contrastive": "similar"}
     measures: ClassVar[dict[str, str]] = {"accuracy": "similar", "nearer": "compared", "alignment": "alike"}
 
-    margin: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.margin <= 2:
-            raise UserError(
-                f"contrastive: margin={self.margin} must be above 0 and at most 2, the distance of opposites"
-            )
+    margin: Annotated[float, Range(gt=0, le=2)] = 1.0
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "segments", "label"} if "label" in given else {"first", "second", "other"})
@@ -134,11 +129,7 @@ class InfoNCE(Represented):
     whole: ClassVar[bool] = True
 
     views: Literal["dropout", "neighbours"] = "dropout"
-    temperature: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"infonce: temperature={self.temperature} must be above 0")
+    temperature: PositiveFloat = 0.05
 
     def lacks(self, shape: Shape) -> str:
         same = self.views == "dropout" and not shape.dropout

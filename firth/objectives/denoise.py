@@ -21,6 +21,7 @@ from firth.data.corrupt import Damage, damage
 from firth.data.layout import Answering, Gapped
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
+from firth.ranges import OpenShare
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 
@@ -43,12 +44,11 @@ class Denoise(Tokens):
     """
 
     noises: tuple[Damage, ...] = ("permutation", "infilling")
-    rate: float = 0.3
+    rate: OpenShare = 0.3
     layout: Answering = "seq2seq"
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise UserError(f"denoise: rate={self.rate} must be between 0 and 1")
+        super().__post_init__()
         if not self.noises:
             raise UserError("denoise: noises names no way to damage the text, so there would be nothing to mend")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, choice_loss, correct, log_probs, vocabulary_flops
 from firth.objectives.sft import answer
+from firth.ranges import PositiveFloat, Range
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
@@ -57,8 +58,8 @@ class DPO(Objective):
     round (conservative DPO, Mitchell 2023).
     """
 
-    beta: float = 0.1
-    smoothing: float = 0.0
+    beta: PositiveFloat = 0.1
+    smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
 
     lays: ClassVar[frozenset[str]] = frozenset()
     targets: ClassVar[dict[str, str]] = {"dpo": "preferred"}

@@ -19,6 +19,7 @@ import numpy as np
 from firth.data.noise import NOISES, Kind, disguised
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
+from firth.ranges import NonNegativeInt, OpenShare, Share
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 
@@ -41,21 +42,19 @@ class MLM(Tokens):
 
     keeps: ClassVar[bool] = True
 
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     noise: Kind = "iid"
-    masked: float = 0.8
-    random: float = 0.1
+    masked: Share = 0.8
+    random: Share = 0.1
     alike: bool = False
-    masks: int = 0
+    masks: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        if not (0 < self.rate < 1 and self.masked >= 0 and self.random >= 0 and self.masked + self.random <= 1):
+        super().__post_init__()
+        if self.masked + self.random > 1:
             raise UserError(
-                f"mlm: rate={self.rate} must be between 0 and 1, and masked={self.masked} and random={self.random} "
-                "shares that together are at most 1"
+                f"mlm: masked={self.masked} and random={self.random} are shares of the same tokens: make them at most 1 together"
             )
-        if self.masks < 0:
-            raise UserError(f"mlm: masks={self.masks} is a number of copies: 0 for new masks at every visit, or 10")
 
     @property
     def copies(self) -> int:

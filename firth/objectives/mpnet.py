@@ -25,6 +25,7 @@ from firth.data import layout
 from firth.data.noise import NOISES, Kind, disguised
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
+from firth.ranges import OpenShare, Share
 from firth.text.vocab import Vocab
 from firth.types import Example, UserError
 
@@ -44,16 +45,16 @@ class MPNet(Tokens):
     labels [-100, -100, -100, -100, -100, -100, 5, 7]
     """
 
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     noise: Kind = "count"
-    masked: float = 0.8
-    random: float = 0.1
+    masked: Share = 0.8
+    random: Share = 0.1
 
     def __post_init__(self) -> None:
-        if not (0 < self.rate < 1 and self.masked >= 0 and self.random >= 0 and self.masked + self.random <= 1):
+        super().__post_init__()
+        if self.masked + self.random > 1:
             raise UserError(
-                f"mpnet: rate={self.rate} must be between 0 and 1, and masked={self.masked} and random={self.random} "
-                "shares that together are at most 1"
+                f"mpnet: masked={self.masked} and random={self.random} are shares of the same tokens: make them at most 1 together"
             )
 
     def reads(self) -> Reads:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from firth.objectives.pair import Pair
+from firth.ranges import Share
 from firth.text.vocab import Vocab
 from firth.types import Example
 
@@ -33,7 +34,7 @@ class NSP(Pair):
     measures: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
     asks: ClassVar[str] = "next"
 
-    follows: float = 0.5
+    follows: Share = 0.5
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"first", "second", "other"})

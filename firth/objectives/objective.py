@@ -30,6 +30,7 @@ from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.model.trunk import askers
 from firth.objectives import name_of
+from firth.ranges import Ranged
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -61,7 +62,7 @@ class Known:
     unanswerable: bool = False
 
 
-class Objective:
+class Objective(Ranged, section="objective"):
     """The whole interface. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
     targets: loss term -> the batch field that supervises it.
@@ -202,6 +203,7 @@ class Sum(Objective):
     second: Objective
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = "+".join(name_of(type(one)) for one in self.addends())
         apart = "train with one of them, or with one after the other (start=RUN)"
         shared = self.first.targets.keys() & self.second.targets.keys()

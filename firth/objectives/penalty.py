@@ -18,8 +18,9 @@ from torch import Tensor
 
 from firth.model.lm import LM
 from firth.objectives.objective import Objective
+from firth.ranges import PositiveFloat
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Example, Outputs
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class Penalty(Objective):
     keeps: ClassVar[bool] = True
     alone: ClassVar[bool] = False
 
-    weight: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise UserError(f"penalty: weight={self.weight} must be above 0; leave the penalty out instead")
+    weight: PositiveFloat = 1e-4
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset()

@@ -27,8 +27,9 @@ from firth.data import layout
 from firth.data.noise import NOISES, Kind
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
+from firth.ranges import PositiveInt
 from firth.text.vocab import Vocab
-from firth.types import Example, UserError
+from firth.types import Example
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,9 @@ class PLM(Tokens):
     labels [-100, -100, -100, -100, -100, -100, 7, 6]
     """
 
-    k: int = 6
+    k: PositiveInt = 6
     noise: Kind = "count"
     order: Literal["random", "identity"] = "random"
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UserError(f"plm: one of k={self.k} tokens is asked: k must be at least 1")
 
     def reads(self) -> Reads:
         return "free"

@@ -26,6 +26,7 @@ from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, asked, vocabulary_flops
 from firth.objectives.sft import answer
+from firth.ranges import NonNegativeFloat, PositiveFloat
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
@@ -65,9 +66,9 @@ class PPO(Objective):
     ([6, 7], [0.1, 0.2])
     """
 
-    clip: float = 0.2
-    clip_value: float = 0.2
-    value: float = 0.1
+    clip: PositiveFloat = 0.2
+    clip_value: NonNegativeFloat = 0.2
+    value: NonNegativeFloat = 0.1
 
     targets: ClassVar[dict[str, str]] = {"policy": "labels", "value": "labels"}
     measures: ClassVar[dict[str, str]] = {

@@ -18,6 +18,7 @@ from firth.data import layout
 from firth.data.layout import Answering
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
+from firth.ranges import Share
 from firth.text.vocab import Vocab
 from firth.types import Example, UserError
 
@@ -44,13 +45,14 @@ class PrefixLM(Tokens):
     labels [8, 9]
     """
 
-    least: float = 0.0
-    most: float = 1.0
+    least: Share = 0.0
+    most: Share = 1.0
     layout: Answering = "prefix"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least <= self.most <= 1:
-            raise UserError(f"prefix_lm: least={self.least} and most={self.most} must be shares, the first no larger")
+        super().__post_init__()
+        if self.least > self.most:
+            raise UserError(f"prefix_lm: least={self.least} is more than most={self.most}: make it at most that")
 
     def reads(self) -> Reads:
         return "source" if self.layout == "seq2seq" else "prefix"

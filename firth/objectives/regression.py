@@ -21,6 +21,7 @@ from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.classification import Read, answers, ask
 from firth.objectives.objective import Known, Objective, asked
+from firth.ranges import FiniteFloat, PositiveFloat
 from firth.text.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 
@@ -42,8 +43,8 @@ class Regression(Read):
     measures: ClassVar[dict[str, str]] = {"squared_error": "score"}
     asks: ClassVar[tuple[str, ...]] = ("score",)
 
-    mean: float | None = None
-    spread: float | None = None
+    mean: FiniteFloat | None = None
+    spread: PositiveFloat | None = None
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "score"})

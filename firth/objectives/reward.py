@@ -13,7 +13,7 @@ the whole order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from firth.data import layout
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, choice_loss, correct
+from firth.ranges import Range
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
 
@@ -113,7 +114,7 @@ class Ranking(Reward):
     among the rest (a tied answer stands beside its equals until they are worse).
     """
 
-    answers: int = 4
+    answers: Annotated[int, Range(ge=2)] = 4
     likelihood: Literal["pairs", "order"] = "pairs"
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:

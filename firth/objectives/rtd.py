@@ -31,9 +31,10 @@ from firth.model.lm import LM, Guest
 from firth.model.shape import Reads, Shape
 from firth.objectives.mlm import MLM
 from firth.objectives.objective import Objective, asked, worked
+from firth.ranges import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.scaling import flops
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Example, Outputs
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,10 @@ class RTD(Objective):
 
     keeps: ClassVar[bool] = True
 
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     noise: Kind = "iid"
-    size: float = 0.25
-    weight: float = 50.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.size <= 1:
-            raise UserError(f"rtd: size={self.size} is a share of the discriminator's width, above 0 and at most 1")
+    size: ShareAboveZero = 0.25
+    weight: NonNegativeFloat = 50.0
 
     def reads(self) -> Reads:
         return "both"

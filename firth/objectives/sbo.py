@@ -24,6 +24,7 @@ from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective
+from firth.ranges import TokenCount
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -49,11 +50,7 @@ class SBO(Objective):
     alone: ClassVar[bool] = False
     borrows: ClassVar[frozenset[str]] = frozenset({"lm"})
 
-    longest: int = 20
-
-    def __post_init__(self) -> None:
-        if self.longest < 1:
-            raise UserError(f"sbo: longest={self.longest} must be at least 1")
+    longest: TokenCount = 20
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "labels"})

@@ -27,6 +27,7 @@ from firth.data.noise import NOISES, Kind
 from firth.model.lm import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, asked, choice_loss, worked
+from firth.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
@@ -39,8 +40,8 @@ class Related(Classification):
     targets: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
     asks: ClassVar[tuple[str, ...]] = ("class", "relation")
 
-    weight: float = 1.0
-    ramp: int = 0
+    weight: NonNegativeFloat = 1.0
+    ramp: NonNegativeInt = 0
 
     def scheduled(self, step: int) -> Self:
         if step >= self.ramp:
@@ -67,7 +68,7 @@ class PseudoLabels(Related):
     ([-100, -100, -100], [1, -100, -100], [True, True, True])
     """
 
-    confidence: float = 0.9
+    confidence: Share = 0.9
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "label", "taught"})
@@ -117,21 +118,16 @@ class Consistency(Related):
     ([1, 3, 3, 3, 2], [1, 5, 6, 7, 2], [0, -100, -100, -100, -100])
     """
 
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     noise: Kind = "iid"
-    temperature: float = 0.5
-    confidence: float = 0.0
+    temperature: PositiveFloat = 0.5
+    confidence: ShareBelowOne = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.at == "answer":
             raise UserError(
                 "consistency reads a text twice, once with masks in it: it needs an encoder or a decoder alone"
-            )
-        if not (0 < self.rate < 1 and self.temperature > 0 and 0 <= self.confidence < 1):
-            raise UserError(
-                f"consistency: rate={self.rate} must be between 0 and 1, temperature={self.temperature} above 0 and "
-                f"confidence={self.confidence} at least 0 and below 1"
             )
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:

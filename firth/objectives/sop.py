@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from firth.objectives.pair import Pair
+from firth.ranges import Share
 from firth.text.vocab import Vocab
 from firth.types import Example
 
@@ -34,7 +35,7 @@ class SOP(Pair):
     measures: ClassVar[dict[str, str]] = {"order_accuracy": "order"}
     asks: ClassVar[str] = "order"
 
-    swapped: float = 0.5
+    swapped: Share = 0.5
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"first", "second"})

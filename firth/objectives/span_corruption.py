@@ -22,6 +22,7 @@ from firth.data.layout import Answering, Gapped
 from firth.data.noise import NOISES, Kind
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
+from firth.ranges import OpenShare
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 
@@ -72,7 +73,7 @@ class SpanCorruption(Tokens):
     labels [2, 12, 13, 14, 3, 1]
     """
 
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     noise: Kind = "spans"
     layout: Answering = "seq2seq"
 

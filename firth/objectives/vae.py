@@ -26,8 +26,9 @@ from firth.data import layout
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Tokens
+from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.text.vocab import Vocab
-from firth.types import Batch, Example, Outputs, UserError
+from firth.types import Batch, Example, Outputs
 
 ACTIVE = 0.01
 """Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""
@@ -56,18 +57,11 @@ class VAE(Tokens):
     targets: ClassVar[dict[str, str]] = {"tokens": "labels", "divergence": "labels"}
     measures: ClassVar[dict[str, str]] = {"kl": "text", "active": "text", "elbo": "labels"}
 
-    units: int = 32
-    anneal: int = 0
-    free: float = 0.0
-    drop: float = 0.0
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.units < 1 or self.anneal < 0 or self.free < 0 or not 0 <= self.drop <= 1 or self.weight < 0:
-            raise UserError(
-                f"vae: units={self.units} must be at least 1, anneal={self.anneal}, free={self.free} and weight="
-                f"{self.weight} not negative, and drop={self.drop} a share from 0 to 1"
-            )
+    units: PositiveInt = 32
+    anneal: NonNegativeInt = 0
+    free: NonNegativeFloat = 0.0
+    drop: Share = 0.0
+    weight: NonNegativeFloat = 1.0
 
     def reads(self) -> Reads:
         return "latent"

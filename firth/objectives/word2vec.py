@@ -17,7 +17,7 @@ be a true neighbour is not left out. And many rows are one step of Adam, where t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective
+from firth.ranges import PositiveInt, Range
 from firth.scaling import flops
 from firth.text.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Example, Outputs
 
 BLOCK = 32
 """Words whose neighbours are scored by one product: of 32 + 2 window columns 2 window are wanted, the rest is waste."""
@@ -55,16 +56,9 @@ class Word2Vec(Objective):
     targets: ClassVar[dict[str, str]] = {"words": "words"}
 
     algorithm: Literal["skipgram", "cbow"] = "skipgram"
-    window: int = 5
-    negatives: int = 5
-    noise: int = 64
-
-    def __post_init__(self) -> None:
-        if min(self.window, self.negatives, self.noise) < 1 or self.window > BLOCK:
-            raise UserError(
-                f"word2vec: window={self.window}, negatives={self.negatives} and noise={self.noise} must be 1 or more, "
-                f"and a window reaches at most {BLOCK} words"
-            )
+    window: Annotated[int, Range(ge=1, le=BLOCK)] = 5
+    negatives: PositiveInt = 5
+    noise: PositiveInt = 64
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "kept", "noise"})

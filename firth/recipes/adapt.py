@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -32,11 +32,12 @@ from firth.model.prefix import refuse
 from firth.model.shape import Shape
 from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective
+from firth.ranges import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 
-class Adapt:
+class Adapt(Ranged, section="adapt"):
     """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
 
     needs: ClassVar[bool] = True
@@ -139,10 +140,10 @@ class LoRA(Beside):
     """rank, alpha, stabilised, dropout: `firth.model.lora.Rank`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
     (all maps of all blocks), `tokens`, `parts.lm`."""
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Annotated[int, Range(ge=1, le=65536)] = 8
+    alpha: PositiveFloat = 16.0
     stabilised: bool = False
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     targets: tuple[str, ...] = ("attention.q", "attention.v")
     start: str = ""
 
@@ -156,8 +157,8 @@ class Prefix(Beside):
     """tokens: how many stand before every text. hidden: units of the MLP that they are trained through (0: none). text:
     what they begin as; drawn tokens where it is empty."""
 
-    tokens: int = 16
-    hidden: int = 0
+    tokens: TokenCount = 16
+    hidden: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
     text: str = ""
     start: str = ""
 
@@ -176,7 +177,7 @@ class Prompt(Beside):
 
     packs: ClassVar[bool] = False
 
-    tokens: int = 16
+    tokens: TokenCount = 16
     begin: Literal["tokens", "random"] = "tokens"
     text: str = ""
     start: str = ""

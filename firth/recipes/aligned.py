@@ -29,6 +29,7 @@ from firth.model.weights import load_model
 from firth.objectives.dpo import comparison, reference
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN
+from firth.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 from firth.recipes import held_out_texts
 from firth.recipes.held_out_texts import HeldOutTexts
 from firth.recipes.material import Material
@@ -86,16 +87,16 @@ class Rollouts(Segment):
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
     wants: ClassVar[frozenset[str]] = frozenset({"mask"})
 
-    answers: int = 64
-    group: int = 1
-    epochs: int = 2
-    max_new: int = 48
-    longest: int = 192
-    beta: float = 0.05
+    answers: PositiveInt = 64
+    group: PositiveInt = 1
+    epochs: PositiveInt = 2
+    max_new: TokenCount = 48
+    longest: TokenCount = 192
+    beta: NonNegativeFloat = 0.05
     reward: str = ""
     scorer: str = ""
     truth: str = ""
-    unfinished: float | None = None
+    unfinished: FiniteFloat | None = None
     credit: Literal["gae", "group"] = "gae"
 
     def cut(self, material: Material, objective: Objective) -> Cut:

@@ -36,6 +36,7 @@ from firth.io.atomic import make_directory, write_text
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.objectives.classification import Classification, place
+from firth.ranges import PositiveInt, Ranged, ShareAboveZero
 from firth.recipes import recipe as recipes
 from firth.recipes import segments, tree
 from firth.recipes.compare_page import conclude
@@ -62,7 +63,7 @@ HIDDEN, LONGEST = 512, 64
 
 
 @dataclass(frozen=True)
-class Terms:
+class Terms(Ranged):
     """On what terms the recipes meet.
 
     compute: what each run gets, seconds or FLOPs. shares: of it, each a run of its own. seeds: how many.
@@ -70,18 +71,17 @@ class Terms:
     """
 
     compute: Length
-    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
-    seeds: int = 3
+    shares: tuple[ShareAboveZero, ...] = (0.25, 0.5, 1.0)
+    seeds: PositiveInt = 3
     probe: str = ""
-    labels: int = 500
+    labels: PositiveInt = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compute.steps:
             raise UserError("steps of two recipes are not equally dear: compare them by --seconds or --flops")
-        if not self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise UserError(f"shares of the compute lie above 0 and up to 1, and these are {list(self.shares)}")
-        if self.seeds < 1 or self.labels < 1:
-            raise UserError(f"{self.seeds} seeds and {self.labels} labels: both must be at least 1")
+        if not self.shares:
+            raise UserError("--shares is empty: give at least one share of the compute, as in 0.25,0.5,1")
 
     def length(self, share: float) -> Length:
         """A share of the compute."""

@@ -21,6 +21,7 @@ import numpy as np
 from firth.data import labelled, questions
 from firth.data.source import Source
 from firth.objectives.objective import Known, Objective
+from firth.ranges import TokenCount
 from firth.recipes import classes
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Segment, held_out, recorded
@@ -33,7 +34,7 @@ class Framed(Segment):
 
     reader: ClassVar[tables.Reader | None] = None
 
-    length: int = 128
+    length: TokenCount = 128
 
     @property
     def longest(self) -> int:
@@ -194,9 +195,9 @@ class Questions(Framed):
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "segments", "start", "end"})
 
-    length: int = 384
-    stride: int = 128
-    question: int = 64
+    length: TokenCount = 384
+    stride: TokenCount = 128
+    question: TokenCount = 64
     context: str = "context"
 
     @property

@@ -16,6 +16,7 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.model.weights import load_model
 from firth.objectives.objective import Known, Objective
 from firth.objectives.semi_supervised import question, taught
+from firth.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.recipes.labelled import Framed, Labelled
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Segment, needed, recorded
@@ -58,8 +59,8 @@ class Partly(Around):
         others: Files of texts without a label.
     """
 
-    few: int = 0
-    unlabelled: float = 3.0
+    few: NonNegativeInt = 0
+    unlabelled: PositiveFloat = 3.0
     others: tuple[str, ...] = ()
 
     def cut(self, material: Material, objective: Objective) -> Cut:
@@ -119,8 +120,8 @@ class Voted(Around):
     gives: ClassVar[frozenset[str]] = frozenset({"votes"})
     wants: ClassVar[frozenset[str]] = frozenset({"label"})
 
-    annotators: int = 5
-    accuracy: float = 0.7
+    annotators: PositiveInt = 5
+    accuracy: Share = 0.7
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         whole = self.of.cut(material, objective)

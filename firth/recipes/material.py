@@ -16,6 +16,7 @@ from pathlib import Path
 
 from firth.data.shards import TokenStore
 from firth.data.split import HeldOut, content_key, hold_out
+from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
 from firth.text import corpora, read
 from firth.text.counts import Counts, many
 from firth.text.read import Document
@@ -37,7 +38,7 @@ MENDED = {
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Ranged, section="source"):
     """Where a run's text or records are.
 
     path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place, or
@@ -52,14 +53,18 @@ class Text:
 
     path: tuple[str, ...] = ()
     corpus: str = ""
-    weights: tuple[float, ...] = ()
+    weights: tuple[PositiveFloat, ...] = ()
     field: str = "text"
     split: str = "file"
     valid: tuple[str, ...] = ()
-    held_out: float = 0.05
+    held_out: ShareBelowOne = 0.05
     store: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, paths in (("path", self.path), ("valid", self.valid)):
+            if not all(paths):
+                raise UserError(f"source.{name}={list(paths)} has an empty name, which would be the working directory")
         if self.path:  # a corpus that is not read must not name the language and the license of the model
             object.__setattr__(self, "corpus", "")
 

@@ -17,11 +17,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from firth import objectives
 from firth.model.shape import Shape
 from firth.objectives.objective import Objective
+from firth.ranges import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 from firth.recipes import tree
 from firth.recipes.adapt import ADAPTS, Adapt, Full, refuse_adapt
 from firth.recipes.fits import SEGMENTS, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
@@ -34,7 +35,7 @@ from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class TokenizerPlan:
+class TokenizerPlan(Ranged, section="tokenizer"):
     """Where the tokenizer comes from: `path` (a tokenizer.json, a model or a run), else trained on the source's text.
 
     algorithm: see `firth.text.train`. size: number of ids. sample: bytes of text that training looks at, drawn over the whole corpus.
@@ -42,8 +43,8 @@ class TokenizerPlan:
 
     path: str = ""
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
-    size: int = 8192
-    sample: int = 200_000_000
+    size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
+    sample: PositiveInt = 200_000_000
 
 
 ALIKE = 50
@@ -51,7 +52,7 @@ ALIKE = 50
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Ranged, section="batch"):
     """How many examples a step holds over all ranks and micro-batches, and how they are laid into rows.
 
     pack: several to a row of this many tokens, kept apart; 0: one to a row, padded to the longest of its step. "auto": rows as
@@ -59,12 +60,13 @@ class Batch:
     steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.order.deal`).
     """
 
-    rows: int = 16
-    accumulate: int = 1
-    pack: int | Literal["auto"] = 0
-    sort: int = 0
+    rows: PositiveInt = 16
+    accumulate: PositiveInt = 1
+    pack: OptionalTokenCount | Literal["auto"] = 0
+    sort: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pack != "auto" and self.pack and self.sort:
             raise UserError("batch.pack and batch.sort both spare padding: set one of them to 0")
 
@@ -83,27 +85,28 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Checks:
+class Checks(Ranged, section="checks"):
     """Held-out measurements and saves: every how many steps (0: at the end alone), on how many examples at most.
 
     best: the measurement by which the exported model is the best one and not the last (accuracy, f1, loss, ...); empty: the
     last. patience: the run ends when so many measurements in a row were no new best (by the loss, if `best` is empty).
     """
 
-    every: int = 0
-    examples: int = 512
-    save: int = 500
-    keep: int = 2
+    every: NonNegativeInt = 0
+    examples: PositiveInt = 512
+    save: NonNegativeInt = 500
+    keep: PositiveInt = 2
     best: str = ""
-    patience: int = 0
+    patience: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.patience and not self.every:
             raise UserError("checks.patience counts measurements on the way: set checks.every too")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Ranged):
     """Everything a run depends on.
 
     start: a run or model directory whose weights to begin from. adapt: how much of them is trained
@@ -135,7 +138,7 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     recompute: bool = False
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     def hash(self) -> str:
         """A short name of the recipe's content, kept in checkpoints."""
@@ -219,9 +222,9 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         data = tree.plain(published(name))
     changed: dict[str, Any] = _one_of_each(tree.override(data, assignments), assignments)
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
-    for field_ in said:  # what stands on the command line has no line in the file
-        lines.pop(field_, None)
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines, said))
+    if not recipe.source.path and {("source",), ("source", "path")} & said.keys():
+        raise UserError("source.path=[] names no file: name files or directories, or set source.corpus=NAME")
     refuse_adapt(recipe.adapt, recipe.start)
     if recipe.shape is not None:
         refuse_misfit(recipe.objective, recipe.shape, recipe.segment)

@@ -19,6 +19,7 @@ from firth.data.shards import TokenStore
 from firth.data.source import Mixture, Source, Subset
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.objectives.objective import Objective
+from firth.ranges import NonNegativeFloat, Ranged, TokenCount
 from firth.recipes import classes
 from firth.recipes.held_out_texts import HeldOutTexts
 from firth.recipes.material import Material, Text, documents_of
@@ -52,7 +53,7 @@ class Cut:
         return list(dict.fromkeys((*self.train.remarks, *held, *classes.unlearnt(self.train, self.valid))))
 
 
-class Segment:
+class Segment(Ranged, section="segment"):
     """One way to cut the material. Subclasses are frozen dataclasses.
 
     remembers: whether it gives the tokens before each row, which a model with memory reads. gives: the fields that every
@@ -140,7 +141,7 @@ class Windows(Segment):
 
     remembers: ClassVar[bool] = True
 
-    length: int = 256
+    length: TokenCount = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
@@ -157,9 +158,9 @@ class Pieces(Segment):
     """Parts of single documents of at most `length` tokens; frame: [CLS] and [SEP] around each; shortest: documents of
     fewer tokens are left out."""
 
-    length: int = 128
+    length: TokenCount = 128
     frame: bool = True
-    shortest: int = 1
+    shortest: TokenCount = 1
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
@@ -174,7 +175,7 @@ class Pairs(Segment):
 
     gives: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
 
-    length: int = 128
+    length: TokenCount = 128
     sentences: bool = True
 
     def cut(self, material: Material, objective: Objective) -> Cut:
@@ -195,9 +196,9 @@ class Words(Segment):
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
 
-    length: int = 512
-    sample: float = 1e-3
-    power: float = 0.75
+    length: TokenCount = 512
+    sample: NonNegativeFloat = 1e-3
+    power: NonNegativeFloat = 0.75
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()
@@ -223,7 +224,7 @@ class Dialogues(Segment):
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
 
-    length: int = 256
+    length: TokenCount = 256
     prompt: str = ""
     answer_is: str = ""
 
@@ -244,8 +245,8 @@ class Prompted(Segment):
 
     gives: ClassVar[frozenset[str]] = frozenset({"source", "target"})
 
-    length: int = 256
-    answer: int = 128
+    length: TokenCount = 256
+    answer: TokenCount = 128
     prompt: str = ""
     answer_is: str = ""
 
@@ -275,7 +276,7 @@ class Preferences(Segment):
 
     gives: ClassVar[frozenset[str]] = COMPARED
 
-    length: int = 256
+    length: TokenCount = 256
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         return recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))

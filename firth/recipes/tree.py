@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from firth.ranges import check_range, range_of
 from firth.types import UserError
 
 
@@ -54,7 +55,7 @@ SHORT: dict[type, str] = {}
 @dataclass(frozen=True)
 class Where:
     """A place in a recipe: the dotted field, and the line it came from if it came from a file. said: of fields that were set on
-    the command line, the text itself."""
+    the command line, the text itself. A number in the path is the place of one of several kinds in a list."""
 
     path: tuple[str, ...] = ()
     lines: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
@@ -63,12 +64,17 @@ class Where:
     def __truediv__(self, name: str) -> Where:
         return Where((*self.path, name), self.lines, self.said)
 
-    def __str__(self) -> str:
+    def line(self) -> str:
+        """Return `file:line` of the field or of the nearest one around it; empty where the command line sets the field."""
         for n in range(len(self.path), -1, -1):
+            if tuple(name for name in self.path[:n] if not name.isdigit()) in self.said:
+                break
             if self.path[:n] in self.lines:
-                place = self.lines[self.path[:n]]
-                return f"{place}: {'.'.join(self.path)}" if self.path else place
-        return ".".join(self.path) or "recipe"
+                return self.lines[self.path[:n]]
+        return ""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.line(), ".".join(self.path)) if part) or "recipe"
 
 
 def build(kind: type, value: Any, where: Where | None = None) -> Any:
@@ -85,8 +91,14 @@ def build(kind: type, value: Any, where: Where | None = None) -> Any:
         return build(next(o for o in options if o is not type(None)), value, where)
     if kind is str:
         value = _text(value, where.said.get(where.path))
+    allowed = range_of(kind)
+    if allowed is not None and isinstance(value, bool):  # pydantic takes true for 1
+        raise UserError(f"{where}: {value!r} does not fit: it should be a number, {allowed}")
     try:
-        return TypeAdapter(kind).validate_python(_tuple(kind, value))
+        built: Any = TypeAdapter(kind).validate_python(_tuple(kind, value))
+        if allowed is not None:
+            check_range(str(where), built, allowed)
+        return built
     except ValidationError as error:
         reasons = [one["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for one in error.errors()]
         reason = " or ".join(dict.fromkeys(reasons)).replace("a valid tuple", "a list")
@@ -119,7 +131,7 @@ def _dataclass(kind: type, value: Any, where: Where) -> Any:
         value = {SHORT[kind] if name == "kind" else name: one for name, one in value.items()}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     names = [f.name for f in dataclasses.fields(kind) if f.init]
     for name in value:
         if name not in names:
@@ -133,7 +145,10 @@ def _dataclass(kind: type, value: Any, where: Where) -> Any:
         if hints[name] in KINDS and isinstance(one, Mapping) and "kind" not in one and name in defaults:
             one = {**plain(defaults[name]), **one}  # fields of what is there unless another kind is named
         found[name] = build(hints[name], one, where / name)
-    return kind(**found)
+    try:
+        return kind(**found)
+    except UserError as error:  # fields that do not fit each other
+        raise UserError(": ".join(part for part in (where.line(), str(error)) if part)) from None
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -225,6 +240,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
             for key, child in node.value:
                 lines[(*at, str(key.value))] = f"{path}:{key.start_mark.line + 1}"
                 walk(child, (*at, str(key.value)))
+        elif isinstance(node, yaml.SequenceNode):
+            for place, child in enumerate(node.value):
+                lines[(*at, str(place))] = f"{path}:{child.start_mark.line + 1}"
+                walk(child, (*at, str(place)))
 
     if node is not None:
         walk(node, ())

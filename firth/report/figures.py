@@ -143,6 +143,8 @@ def linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
 
     >>> linear_ticks(0.13, 0.92, 5)
     (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    >>> linear_ticks(0.0, 1e-12, 2)
+    (0.0, 5e-13, 1e-12)
     """
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
@@ -151,7 +153,8 @@ def linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * min((m for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * (1 - 1e-9)), default=10)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return tuple(round(k * step, 12) for k in range(first, last + 1))
+    digits = 12 - min(0, math.floor(math.log10(step)))  # below the step, so that rates of 1e-12 have ticks, too
+    return tuple(round(k * step, digits) for k in range(first, last + 1))
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from firth.model.lora import Low
 from firth.model.trunk import Trunk
+from firth.ranges import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 from firth.train.muon import orthogonalise
 from firth.train.rows import Rows, sums
 from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Ranged, section="optimizer"):
     """How weights move.
 
     rate: of hidden matrices under "muon", of everything under "adamw", where the schedule's factor is 1.
@@ -46,27 +47,20 @@ class Optimizer:
     """
 
     name: Literal["muon", "adamw"] = "muon"
-    rate: float = 3e-3
-    embedding_rate: float | None = None
-    rest_rate: float | None = None
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95
-    clip: float = 1.0
+    rate: PositiveFloat = 3e-3
+    embedding_rate: NonNegativeFloat | None = None
+    rest_rate: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: ShareBelowOne = 0.9
+    beta2: ShareBelowOne = 0.95
+    eps: NonNegativeFloat = 1e-8
+    momentum: ShareBelowOne = 0.95
+    clip: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name not in ("muon", "adamw"):
             raise UserError(f"optimizer.name is {self.name!r}: use muon or adamw")
-        for field, value in (("beta1", self.beta1), ("beta2", self.beta2), ("momentum", self.momentum)):
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{field} is {value:g}: it must lie in [0, 1)")
-        rates = (("rate", self.rate), ("embedding_rate", self.embedding_rate), ("rest_rate", self.rest_rate))
-        rest = (("weight_decay", self.weight_decay), ("eps", self.eps), ("clip", self.clip))
-        for field, given in (*rates, *rest):
-            if given is not None and not given >= 0:
-                raise UserError(f"optimizer.{field} is {given:g}: it cannot be negative")
 
 
 @dataclass(frozen=True)

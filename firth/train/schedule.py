@@ -19,24 +19,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from firth.ranges import NonNegativeFloat, NonNegativeInt, Ranged, Share
 from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class Length:
+class Length(Ranged, section="length"):
     """How long to train: `steps` optimizer steps, `seconds` of wall time, or `flops` of counted work; exactly one is set.
 
     A run measured in seconds depends on the speed of its machine, so it cannot be repeated bit for bit. One measured in
     FLOPs (`firth.scaling.flops`) can: it ends with the first step that reaches them.
     """
 
-    steps: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
+    steps: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
+    flops: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        said = (self.steps, self.seconds, self.flops)
-        if min(said) < 0 or sum(value > 0 for value in said) != 1:
+        super().__post_init__()
+        if sum(value > 0 for value in (self.steps, self.seconds, self.flops)) != 1:
             raise UserError(
                 f"length has steps={self.steps}, seconds={self.seconds:g} and flops={self.flops:g}: "
                 "set exactly one of them to more than 0"
@@ -50,7 +51,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Ranged, section="schedule"):
     """The factor on every rate, by the fraction of the run that has passed.
 
     warmup: fraction of the run over which the factor rises linearly from 0 to 1.
@@ -59,16 +60,14 @@ class Schedule:
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup: float = 0.02
-    decay: float = 0.4
-    floor: float = 0.0
+    warmup: Share = 0.02
+    decay: Share = 0.4
+    floor: Share = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in _FALL:
             raise UserError(f"schedule.kind is {self.kind!r}: use one of {', '.join(_FALL)}")
-        for name, value in (("warmup", self.warmup), ("decay", self.decay), ("floor", self.floor)):
-            if not 0 <= value <= 1:
-                raise UserError(f"schedule.{name} is {value:g}: it is a fraction, between 0 and 1")
         if self.kind == "wsd" and self.warmup + self.decay > 1:
             raise UserError(
                 f"schedule.warmup={self.warmup:g} and schedule.decay={self.decay:g} add up to more than the whole run"

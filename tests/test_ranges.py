@@ -1,0 +1,135 @@
+"""Every number of a recipe has a range, which is checked in a recipe and in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from pathlib import Path
+
+import pytest
+
+from firth import objectives
+from firth.generate.sample import Sampling
+from firth.ranges import MAX_INT, PositiveInt, Range, Ranged, is_numeric, range_of, ranges
+from firth.recipes import tree
+from firth.recipes.compare import Terms
+from firth.recipes.fits import SEGMENTS
+from firth.recipes.recipe import ADAPTS, Batch, Recipe, load
+from firth.types import UserError
+
+
+def recipe_classes() -> list[type]:
+    """Every dataclass that can stand in a recipe, and those that the command line fills."""
+    found: dict[type, None] = {}
+
+    def walk(kind: type) -> None:
+        if kind in found:
+            return
+        found[kind] = None
+        for hint in typing.get_type_hints(kind).values():
+            for inner in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+                    walk(inner)
+
+    chosen = [*SEGMENTS.values(), *map(objectives.find, objectives.OBJECTIVES), *ADAPTS.values()]
+    for kind in (Recipe, Sampling, Terms, *chosen):
+        walk(kind)
+    return list(found)
+
+
+def numeric_fields(kind: type) -> dict[str, typing.Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if is_numeric(hints[f.name])}
+
+
+NUMBERS = [(kind, name) for kind in recipe_classes() for name in numeric_fields(kind)]
+
+
+def test_the_walk_finds_every_class_and_number() -> None:
+    names = {kind.__name__ for kind in recipe_classes()}
+    assert {"Recipe", "Batch", "Checks", "Length", "Schedule", "Optimizer", "Text", "TokenizerPlan", "Shape"} <= names
+    assert {"Windows", "Rollouts", "MLM", "PPO", "LoRA", "Prefix", "Sampling", "Terms"} <= names
+    assert len(NUMBERS) >= 130
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda one: getattr(one, "__name__", one))
+def test_every_numeric_field_has_a_range(kind: type, name: str) -> None:
+    allowed = range_of(numeric_fields(kind)[name])
+    assert allowed is not None
+    assert issubclass(kind, Ranged)
+    outside = [math.nan, math.inf, -math.inf] if allowed == Range() else [math.nan, -math.inf, math.inf, -(10**9)]
+    for value in outside:
+        bad = kind.__new__(kind)
+        for field in dataclasses.fields(kind):  # the defaults, and nothing where a field has none
+            object.__setattr__(bad, field.name, None)
+        object.__setattr__(bad, name, value)
+        with pytest.raises(UserError, match=rf"{name}={value} must be "):
+            Ranged.__post_init__(bad)  # type: ignore[arg-type]
+
+
+def test_a_class_without_a_range_would_be_found() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Loose(Ranged):
+        count: int = 0
+        share: tuple[float, ...] | None = None
+        on: bool = False
+        kind: typing.Literal[1, "auto"] = 1
+
+    assert list(numeric_fields(Loose)) == ["count", "share"]
+    assert not ranges(Loose)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("source.held_out=-1", "source.held_out=-1.0 must be at least 0 and below 1"),
+        ("tokenizer.sample=-1", "tokenizer.sample=-1 must be at least 1"),
+        ("length.flops=nan", "length.flops=nan must be finite, at least 0"),
+        ("length.seconds=.inf", "length.seconds=inf must be finite, at least 0"),
+        ("optimizer.rate=0", "optimizer.rate=0.0 must be above 0"),
+        ("segment.length=0", "segment.length=0 must be at least 1 and at most 1073741823"),
+        ("batch.accumulate=0", "batch.accumulate=0 must be at least 1"),
+        ("batch.pack=-1", "batch.pack=-1 must be at least 0 and at most 1073741823"),
+        ("source.weights=[1, -1]", "source.weights=[1.0, -1.0] must be above 0"),
+        ("shape.depth=-1", "shape.depth=-1 must be at least 0 and at most 10000"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        (f"length.steps={MAX_INT + 1}", f"length.steps={MAX_INT + 1} must be at least 0 and at most {MAX_INT}"),
+        ("batch.rows=true", "batch.rows: True does not fit: it should be a number, at least 1"),
+        ("source.path=[]", "source.path=[] names no file: name files or directories, or set source.corpus=NAME"),
+        ("source.path=", "source.path=[''] has an empty name, which would be the working directory"),
+    ],
+)
+def test_a_setting_out_of_range_is_one_sentence(setting: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("gpt", [setting])
+    assert str(caught.value) == told
+
+
+def test_a_file_out_of_range_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: x\nobjective:\n  - nsp\n  - kind: mlm\n    rate: 1.5\nsegment: pairs\nbatch: {rows: 4}\n")
+    with pytest.raises(UserError) as caught:
+        load(str(path))
+    assert str(caught.value) == f"{path}:5: objective.1.rate=1.5 must be above 0 and below 1"
+    with pytest.raises(UserError) as caught:
+        load(str(path), ["objective.rate=2"])
+    assert str(caught.value) == "objective.1.rate=2.0 must be above 0 and below 1"
+    with pytest.raises(UserError) as caught:
+        load(str(path), ["objective.rate=0.2", "batch.rows=0"])
+    assert str(caught.value) == "batch.rows=0 must be at least 1"
+    path.write_text("name: x\nobjective: mlm\nsegment: pieces\nbatch: {pack: 4, sort: 4}\n")
+    with pytest.raises(UserError) as caught:  # fields that do not fit each other have a line, too
+        load(str(path))
+    assert str(caught.value).startswith(f"{path}:4: batch.pack and batch.sort")
+
+
+def test_a_number_out_of_range_is_refused_in_python() -> None:
+    with pytest.raises(UserError, match=r"^batch.rows=0 must be at least 1$"):
+        Batch(rows=0)
+    with pytest.raises(UserError, match=r"^batch.sort=-1 must be at least 0$"):
+        dataclasses.replace(Batch(), sort=-1)
+    with pytest.raises(UserError, match=r"^sampling.top_p=0 must be above 0 and at most 1$"):
+        Sampling(top_p=0)
+    assert range_of(PositiveInt | None) == Range(ge=1)
+    assert tree.build(tuple[PositiveInt, ...], "3") == (3,)
