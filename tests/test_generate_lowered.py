@@ -156,7 +156,13 @@ def test_cached_is_uncached(model: LM, weights: str) -> None:
 
 @pytest.mark.parametrize("weights", INT8)
 def test_a_row_does_not_feel_its_neighbours(model: LM, weights: str) -> None:
-    """A token's step is its own: a neighbour with numbers a thousand times as large changes nothing."""
+    """A token's step is its own: a neighbor with numbers a thousand times as large changes no bit of a map.
+
+    Whole models agree up to the fp32 sums of attention and norms, whose order may depend on the number of rows: a last bit
+    of one can move a number by a whole step. So the log-probabilities of greedy choices agree, and where the tokens do not,
+    two tokens were as good as equally likely. The bounds are 4 to 10 times what relative noise of 2e-7 on the output of
+    attention changed at most, over 24 models: 5e-4 and 0.024.
+    """
     twin = lowered(model, weights)
     [layer] = [m for n, m in twin.named_modules() if n == "trunk.blocks.0.mlp.down"]
     x = torch.randn(4, layer.weight.shape[1])
@@ -167,7 +173,29 @@ def test_a_row_does_not_feel_its_neighbours(model: LM, weights: str) -> None:
     using = engine(model, weights)
     alone = [using.generate([row], sampling)[0] for row in rows]
     for one, many in zip(alone, using.generate(rows, sampling), strict=True):
-        assert one.tokens.tolist() == many.tokens.tolist()
+        differ = np.flatnonzero(one.tokens != many.tokens)
+        shared = slice(differ[0] + 1 if len(differ) else None)
+        bound = {"int8": 5e-3, "int8-dynamic": 0.1}[weights]
+        assert np.abs(one.logprobs[shared] - many.logprobs[shared]).max() < bound
+
+
+@pytest.mark.parametrize("weights", INT8)
+@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(33, 7, 1), (512, 64, 2), (4096, 16, 70)])
+def test_products_are_exact_on_every_cpu(weights: str, inputs: int, outputs: int, rows: int) -> None:
+    """A CPU without VNNI or AMX saturates: 40 to 100% of the sums were wrong there, with no word about it.
+
+    The digits that such a CPU gets are tried on every CPU. Under ONEDNN_MAX_CPU_ISA=AVX2 this one is such a CPU.
+    """
+    torch.manual_seed(inputs)
+    whole = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    whole[0] = 127
+    layer = Lowered.of(whole, torch.ones(outputs), None, DIGITS[weights])
+    most = 127 * layer.base
+    x = torch.randint(-most, most + 1, (rows, inputs)).float()
+    x[0] = most
+    want = x.long() @ whole.long().T
+    assert torch.equal(layer._product(x.clone()).long(), want)
+    assert torch.equal(layer._narrow_product(x.clone()).long(), want)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", *INT8])

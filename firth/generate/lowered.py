@@ -14,8 +14,12 @@ The rounding is that of LLM.int8 (Dettmers 2022, arXiv:2208.07339, section 2.1, 
 weights and one per token. Where they take the few dimensions with outliers out and multiply those in fp16, we give all
 dimensions a second digit: no column need be picked out, and the second product finds the weights in the cache.
 
-Sums of whole numbers are exact, so it makes no difference to a row beside which others it is computed: the step of a
-token is its own, unlike that of torch's dynamic quantisation, which is one for a whole batch.
+Sums of whole numbers are exact, so a map gives a row the same bits in any batch and on any CPU: the step of a token is its
+own, unlike that of torch's dynamic quantization, which is one for a whole batch. A CPU without instructions for the product
+(VNNI, AMX) adds pairs of products in 16 bits, where they saturate: it gets smaller digits, and one product more
+(`products_are_exact`). Attention and norms are fp32, which may add in another order for a row alone and in a batch. The last
+bit of such a sum can move a number over the middle between two steps, which changes a log-probability by about as much as
+the rounding itself does: 2^-15 of the largest number of a row for int8, 2^-8 for int8-dynamic.
 
 >>> import torch
 >>> whole, steps = quantised(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
@@ -28,6 +32,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,8 +59,18 @@ WIDEST = 128
 SMALLEST = 1e-30
 """A step where all is zero, so that nothing is divided by it."""
 
+NARROW = 64
+"""What a digit counts for where products saturate: 255 * 64 + 255 * 64, the most that such a CPU adds, is below 2^15."""
+
 ROWS = 256
 """Rows of logits that are held at once when texts are scored."""
+
+
+@cache
+def products_are_exact() -> bool:
+    """Return whether this CPU multiplies whole numbers of 8 bits without saturating (oneDNN's int8 product)."""
+    ones = torch.full((2, 64), MOST, dtype=torch.int8)
+    return bool((torch._int_mm(ones, ones.t()) == 64 * MOST * MOST).all())
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,23 +128,42 @@ class Lowered(nn.Module):
         """Two digits: (n, in) -> (n, out)."""
         # Two calls, since a norm over the largest number takes ten times as long.
         step = torch.add(self.least, rows.abs().amax(-1, True), alpha=1 / (MOST * self.base))
-        whole = rows / step
-        first = (whole * (1 / self.base)).round_()
-        second = whole.sub_(first, alpha=self.base).round_()
-        weight = self.weight.t()
-        if len(rows) == 1:  # a product of one row is so much quicker that two of them are quicker than one of two
-            high, low = torch._int_mm(first.to(torch.int8), weight), torch._int_mm(second.to(torch.int8), weight)
-        else:
-            high, low = torch._int_mm(torch.cat((first, second)).to(torch.int8), weight).chunk(2)
-        return (torch.add(low, high, alpha=self.base) * self.steps).mul_(step)
+        return (self._product((rows / step).round_()) * self.steps).mul_(step)
 
     def _centred(self, rows: Tensor, sums: Tensor) -> Tensor:
         """One digit, counted from the middle between the least and the largest number of a row: (n, in) -> (n, out)."""
         most, least = rows.amax(-1, True), rows.amin(-1, True)
         middle = torch.add(most, least).mul_(0.5)
         step = torch.add(self.least, most.sub_(least), alpha=0.5 / MOST)
-        whole = (rows - middle).div_(step).round_().to(torch.int8)
-        return (torch._int_mm(whole, self.weight.t()) * self.steps).mul_(step).addcmul_(middle, sums)
+        return (self._product((rows - middle).div_(step).round_()) * self.steps).mul_(step).addcmul_(middle, sums)
+
+    def _product(self, whole: Tensor) -> Tensor:
+        """Whole numbers, at most MOST * base, times the weights: (n, in) float -> (n, out) int32, exact."""
+        if not products_are_exact():
+            return self._narrow_product(whole)
+        weight = self.weight.t()
+        if self.base == 1:
+            return torch._int_mm(whole.to(torch.int8), weight)
+        first = (whole * (1 / self.base)).round_()
+        second = whole.sub_(first, alpha=self.base)
+        if len(whole) == 1:  # a product of one row is so much quicker that two of them are quicker than one of two
+            high, low = torch._int_mm(first.to(torch.int8), weight), torch._int_mm(second.to(torch.int8), weight)
+        else:
+            high, low = torch._int_mm(torch.cat((first, second)).to(torch.int8), weight).chunk(2)
+        return torch.add(low, high, alpha=self.base)
+
+    def _narrow_product(self, whole: Tensor) -> Tensor:
+        """`_product` with digits of at most NARROW. The weights come first, for that side is the one that may be large."""
+        digits = []
+        for _ in range(2 if self.base == 1 else 3):
+            rest = (whole * (1 / NARROW)).round_()
+            digits.append(whole.sub(rest, alpha=NARROW))
+            whole = rest
+        parts = torch._int_mm(self.weight, torch.cat(digits).to(torch.int8).t()).chunk(len(digits), -1)
+        total = parts[-1]
+        for part in parts[-2::-1]:
+            total = torch.add(part, total, alpha=NARROW)
+        return total.t().contiguous()
 
 
 class Table(nn.Module):
