@@ -71,7 +71,7 @@ def coder(results: Path, corpus: str, algorithm: str, size: int) -> str:
 
     where = results / f"tokenizer-{corpus}"
     if not (where / "tokenizer.json").exists():
-        train_tokenizer(corpora.paths(corpus, quiet), where, algorithm=algorithm, size=size)
+        train_tokenizer(corpora.paths(corpus, quiet), where, algorithm=algorithm, size=size, sentinels=100)
     return str(where)
 
 

@@ -57,7 +57,9 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
     if not (coder / "tokenizer.json").exists():
         rows = [json.loads(line) for line in train.open(encoding="utf-8")]
         texts = (row[language] for row in rows for language in LANGUAGES)
-        train_tokenizer([str(train)], coder, algorithm="unigram", size=VOCAB, texts=texts, echo=lambda _: None)
+        train_tokenizer(
+            [str(train)], coder, algorithm="unigram", size=VOCAB, texts=texts, sentinels=100, echo=lambda _: None
+        )
     steps = 4 if quick else 600
     settings = [
         "source.corpus=brown", f"tokenizer.path={coder}", f"shape={json.dumps(plain(shape(VOCAB)))}",

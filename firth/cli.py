@@ -152,12 +152,19 @@ def tokenizer_train(
     size: Annotated[int, typer.Option(help="Number of ids.")] = 8192,
     field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
     sample: Annotated[int, typer.Option(help="Bytes of text to look at, drawn over the whole corpus.")] = 200_000_000,
+    sentinels: Annotated[int, typer.Option(help="How many <extra_id_n> it has; T5 needs 100.")] = 0,
+    byte_fallback: Annotated[
+        bool, typer.Option(help="Write rare characters as bytes, so that nothing is unknown (bpe, unigram).")
+    ] = True,
     seed: Seed = 0,
 ) -> None:
     """Train a tokenizer: BPE, byte-level BPE, WordPiece or Unigram."""
     from firth.recipes.material import train_tokenizer
 
-    train_tokenizer(paths, out, algorithm=algorithm, size=size, field=field, sample=sample, seed=seed, echo=typer.echo)
+    train_tokenizer(
+        paths, out, algorithm=algorithm, size=size, field=field, sample=sample, seed=seed, sentinels=sentinels,
+        byte_fallback=byte_fallback, echo=typer.echo,
+    )  # fmt: skip
     typer.echo(f"See what it learnt:  firth tokenizer show {shlex.quote(str(out))} some words")
 
 

@@ -86,9 +86,9 @@ def llama_engine() -> Engine:
 
 ENGINES = {
     "byte-bpe": lambda: train([PROSE], "byte-bpe", 420, sentinels=0).engine,
-    "bpe": lambda: train([PROSE], "bpe", 120, sentinels=0).engine,
+    "bpe": lambda: train([PROSE], "bpe", 380).engine,
     "wordpiece": lambda: train([PROSE], "wordpiece", 120, sentinels=0).engine,
-    "unigram": lambda: train([PROSE], "unigram", 120, sentinels=0).engine,
+    "unigram": lambda: train([PROSE], "unigram", 380).engine,
     "llama": llama_engine,
 }
 

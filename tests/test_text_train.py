@@ -17,7 +17,20 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from firth.text import unigram
-from firth.text.train import ALGORITHMS, CONTROL, PIECE, blank, count_words, reservoir, train
+from firth.text.show import report
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import (
+    ALGORITHMS,
+    BYTES,
+    CONTROL,
+    FALLBACK,
+    PIECE,
+    blank,
+    count_words,
+    reservoir,
+    train,
+    unknown_share,
+)
 from firth.types import UserError
 
 TOPICS = sorted(pydoc_data.topics.topics.values())
@@ -74,7 +87,7 @@ CORPORA = {
 @pytest.mark.parametrize("algorithm", FORMS)
 def test_merges_and_their_counts_are_those_of_a_direct_implementation(algorithm, corpus):
     spell, join, form = FORMS[algorithm]
-    tokenizer = train(CORPORA[corpus], algorithm, 700 if corpus == "prose" else 330, sentinels=3)
+    tokenizer = train(CORPORA[corpus], algorithm, 700 if corpus == "prose" else 330, sentinels=3, byte_fallback=False)
     words = count_words(tokenizer.engine, reservoir(CORPORA[corpus], 10**9, 0))
     letters = sorted(set("".join(words)))
     if algorithm == "byte-bpe":
@@ -111,7 +124,7 @@ def test_the_same_text_and_seed_give_the_same_file(algorithm):
 
 @pytest.fixture(scope="module")
 def trained():
-    return {algorithm: train(LITTLE, algorithm, 1000) for algorithm in ALGORITHMS}
+    return {algorithm: train(LITTLE, algorithm, 1000, sentinels=100) for algorithm in ALGORITHMS}
 
 
 LETTERS = sorted({c for text in LITTLE for c in text if not c.isspace()})
@@ -145,6 +158,8 @@ def test_ids_begin_with_the_control_tokens(trained, algorithm):
     names = [tokenizer.token(i) for i in range(107)]
     usual = [*CONTROL, *(f"<extra_id_{i}>" for i in range(100))]
     assert names == (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *usual[5:]] if algorithm == "wordpiece" else usual)
+    if algorithm in FALLBACK:
+        assert [tokenizer.token(i) for i in range(107, 363)] == BYTES
     assert (vocab.pad, vocab.roles["unk"], vocab.bos, vocab.eos, vocab.mask) == (0, 1, 2, 3, 4)
     assert (vocab.cls, vocab.sep) == (2, 3)
     assert vocab.sentinels.tolist() == list(range(7, 107))
@@ -156,7 +171,7 @@ def test_many_characters_leave_room_for_pieces():
     han = [chr(0x4E00 + i) for i in range(3000)]
     text = "".join(rng.choices(han, weights=[1 / (i + 1) for i in range(3000)], k=60_000)) + " plain words too" * 50
     for algorithm in ("bpe", "wordpiece", "unigram"):
-        tokenizer = train([text], algorithm, 2000, sentinels=0)
+        tokenizer = train([text], algorithm, 2000, byte_fallback=False)
         known = sum(
             len(tokenizer.token(i).strip("#▁").replace("</w>", "")) == 1 for i in range(7, tokenizer.vocab.size)
         )
@@ -166,13 +181,78 @@ def test_many_characters_leave_room_for_pieces():
         assert tokenizer.vocab.roles["unk"] in tokenizer.encode(han[2999])
 
 
+@pytest.fixture(scope="module")
+def chinese() -> str:
+    """3,000 Han characters, a few of them frequent."""
+    rng = random.Random(0)
+    han = [chr(0x4E00 + i) for i in range(3000)]
+    return "".join(rng.choices(han, weights=[1 / (i + 1) for i in range(3000)], k=40_000)) + " plain words" * 50
+
+
+@pytest.mark.parametrize("algorithm", FALLBACK)
+def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp_path) -> None:
+    """3,000 characters in 1,200 ids: written as bytes by default, else the unknown share and the cure are reported."""
+    messages: list[str] = []
+    tokenizer = train([chinese], algorithm, 1200, echo=messages.append)
+    assert messages == [] and unknown_share(tokenizer, [chinese]) == 0
+    tokenizer.save(tmp_path)
+    kept = Tokenizer.load(tmp_path)
+    for text in (chinese[:300], "\u4e00", "plain \u59b7\u59b6 words 日本 👍", "a<0xE6>\u59b7<0x41>"):
+        read = kept.decode(kept.encode(text))
+        assert read == text or read.replace(" ", "") == text.replace(" ", "") and algorithm == "bpe"
+        assert not kept.vocab.special[kept.encode(text)].any()
+    plain = train([chinese], algorithm, 1200, byte_fallback=False, echo=messages.append)
+    assert 0.15 < unknown_share(plain, [chinese]) < 0.5
+    share, _, what = messages[0].partition("% of the tokens of the training text are <unk>")
+    assert float(share) == pytest.approx(100 * unknown_share(plain, [chinese]), abs=0.1)
+    assert what.startswith(": 2,4") and len(messages) == 1
+    assert "--byte-fallback" in messages[0]
+
+
+def test_wordpiece_reports_the_share_of_unknown_words(chinese: str) -> None:
+    messages: list[str] = []
+    train([chinese], "wordpiece", 1200, echo=messages.append)
+    assert len(messages) == 1
+    assert "[UNK]" in messages[0] and "wordpiece files have no byte fallback; use unigram or byte-bpe" in messages[0]
+
+
+@pytest.mark.parametrize("algorithm", FALLBACK)
+def test_bytes_of_a_character_have_its_place(algorithm: str) -> None:
+    text = "ab日 語c <0x41> 日"
+    ids, spans = train(LITTLE, algorithm, 900).spans(text)
+    assert (ids != 1).all() and (np.diff(spans[:, 0]) >= 0).all()
+    assert sorted({text[a:b].strip() for a, b in spans} & {"日", "語"}) == ["日", "語"]
+    assert spans[-1].tolist() == [len(text) - 1, len(text)]
+
+
+@pytest.mark.parametrize("algorithm", ["byte-bpe", *FALLBACK])
+def test_the_smallest_size_is_the_same_for_all(algorithm: str) -> None:
+    """7 control tokens and 256 bytes: 264 ids are enough."""
+    tokenizer = train(LITTLE, algorithm, 264)
+    text = "The 日本語 of it."
+    assert tokenizer.vocab.size <= 264 and tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(UserError, match="at least 263 ids for its 7 control tokens and 256 bytes, not 262"):
+        train(LITTLE, algorithm, 262)
+
+
+def test_unknown_tokens_are_shown_as_such(tmp_path) -> None:
+    train(LITTLE, "unigram", 400, byte_fallback=False).save(tmp_path)
+    assert report(tmp_path, ["ab日"]).splitlines()[-1].split()[-1] == "<unk>"
+    train(LITTLE, "unigram", 700).save(tmp_path)
+    assert report(tmp_path, ["ab日"]).splitlines()[-1].split()[-3:] == ["<0xE6>", "<0x97>", "<0xA5>"]
+
+
 def test_what_cannot_be_trained_is_one_sentence():
     with pytest.raises(UserError, match=r"no tokenizer algorithm 'bqe'; use one of bpe, byte-bpe"):
         train(LITTLE, "bqe", 1000)
-    with pytest.raises(UserError, match="at least 363 ids"):
-        train(LITTLE, "byte-bpe", 300)
-    with pytest.raises(UserError, match="at least"):
-        train(LITTLE, "bpe", 200)
+    with pytest.raises(
+        UserError, match="at least 363 ids for its 107 control tokens .* or take fewer sentinels than 100"
+    ):
+        train(LITTLE, "byte-bpe", 300, sentinels=100)
+    with pytest.raises(UserError, match="at least .* characters, not 100"):
+        train(LITTLE, "bpe", 100, byte_fallback=False)
+    with pytest.raises(UserError, match="at least 8 ids for its 7 control tokens and one word, not 7"):
+        train(LITTLE, "word", 7)
     for nothing in ([], [""], [" \n "]):
         with pytest.raises(UserError, match="no text"):
             train(nothing, "bpe", 400)
@@ -180,14 +260,14 @@ def test_what_cannot_be_trained_is_one_sentence():
 
 def test_scarce_text_gives_fewer_ids():
     tokenizer = train(["a rose is a rose"], "byte-bpe", 5000)
-    assert 363 < tokenizer.vocab.size < 400
-    assert train(["a rose is a rose"], "unigram", 5000).vocab.size < 140
+    assert 263 < tokenizer.vocab.size < 300
+    assert 263 < train(["a rose is a rose"], "unigram", 5000).vocab.size < 300
 
 
 def test_lone_surrogates_do_no_harm():
     for algorithm in ALGORITHMS:
         tokenizer = train(["a \ud800 b \ud83d\ude00 " * 20], algorithm, 500)
-        assert tokenizer.vocab.size > 107
+        assert tokenizer.vocab.size > 10
 
 
 def test_the_reservoir_keeps_order_and_its_size():
@@ -293,7 +373,7 @@ def test_digamma_is_the_slope_of_log_gamma():
 
 def test_pieces_hold_letters_of_one_script_digits_or_signs(trained):
     model = trained["unigram"]
-    for i in model.vocab.ordinary:
+    for i in model.vocab.ordinary[model.vocab.ordinary >= model.id(BYTES[-1]) + 1]:
         kinds = {unigram.kind_of(c) for c in model.token(i).removeprefix("▁")}
         assert len(kinds) <= 1, model.token(i)
         assert "▁" not in model.token(i)[1:]

@@ -40,7 +40,7 @@ from firth.model.weights import load_model
 from firth.recipes import tasks, tune
 from firth.recipes.material import Echo, Text, train_tokenizer
 from firth.recipes.recipe import Recipe, TokenizerPlan
-from firth.recipes.run import Finished, run
+from firth.recipes.run import Finished, run, sentinels_of
 from firth.recipes.use import Opened, open_run, opening
 from firth.report.page import write
 from firth.text import chat, corpora, show
@@ -159,9 +159,11 @@ class _Walk:
     def subwords(self) -> Tokenizer:
         place = self.out / "tokenizer"
         if not (place / "merges.json").exists():
+            plans = self.size.pretraining(self.size.vocab).values()
             train_tokenizer(
-                [self.file("train")], place, algorithm="byte-bpe", size=self.size.vocab, seed=self.seed, echo=self.echo
-            )
+                [self.file("train")], place, algorithm="byte-bpe", size=self.size.vocab, seed=self.seed, echo=self.echo,
+                sentinels=max(map(sentinels_of, plans)),
+            )  # fmt: skip
         self.echo(show.report(place, WORDS, first=12))
         return Tokenizer.load(place)
 

@@ -74,6 +74,7 @@ class Objective(Ranged, section="objective"):
     packs: whether several examples can share a row; those with an answer for the whole row cannot.
     lays: the fields besides the answers that `view` lays out, on which another objective may be added; empty for groups of
     rows, to which nothing can be added. keeps: whether `view` also passes on fields that it does not know.
+    sentinels: how many `<extra_id_n>` a tokenizer that is trained for it has.
     alone: False for what only adds to another's loss (a penalty). borrows: names of the parts that its loss uses and another
     addend must bring.
     """
@@ -84,6 +85,7 @@ class Objective(Ranged, section="objective"):
     packs: ClassVar[bool] = True
     lays: ClassVar[frozenset[str]] = frozenset({"tokens"})
     keeps: ClassVar[bool] = False
+    sentinels: ClassVar[int] = 0
     alone: ClassVar[bool] = True
     borrows: ClassVar[frozenset[str]] = frozenset()
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -50,11 +51,12 @@ def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> t
 
 
 def _refuse_many(runs: int, sentinels: np.ndarray) -> None:
-    """Raise a UserError if there are more spans than sentinels to tell them by."""
+    """Raise a UserError if there are more spans than sentinels to mark them with."""
     if runs >= len(sentinels):
         raise UserError(
-            f"{runs} spans were dropped, and a tokenizer with {len(sentinels)} sentinels (<extra_id_0>, ...) can tell "
-            f"{max(len(sentinels) - 1, 0)} apart: use shorter pieces, or a tokenizer with more of them"
+            f"{runs} dropped spans take {runs + 1} sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}: "
+            f"train one with `firth tokenizer train --sentinels {max(100, 2 * runs)}` (or leave out tokenizer.path), or "
+            "give shorter texts (segment.length)"
         )
 
 
@@ -72,6 +74,8 @@ class SpanCorruption(Tokens):
     tokens [0, 2, 12, 13, 14, 3]
     labels [2, 12, 13, 14, 3, 1]
     """
+
+    sentinels: ClassVar[int] = 100
 
     rate: OpenShare = 0.15
     noise: Kind = "spans"

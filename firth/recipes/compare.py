@@ -45,7 +45,7 @@ from firth.recipes.labelled import Labelled
 from firth.recipes.material import Echo, Material, Text
 from firth.recipes.probe import MOST, Drawn, draw
 from firth.recipes.recipe import Checks, Recipe, TokenizerPlan
-from firth.recipes.run import run, tokenizer_of
+from firth.recipes.run import run, sentinels_of, tokenizer_of
 from firth.recipes.verdict import Score
 from firth.report.figures import number
 from firth.text.tokenizer import Tokenizer
@@ -273,7 +273,7 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
             terms.probe, probe.segment, source, paths, labels=terms.labels, seeds=terms.seeds, folder=out / "probe",
             echo=echo,
         )  # fmt: skip
-    tokenizer = tokenizer_of(loaded[first], out, echo)
+    tokenizer = tokenizer_of(loaded[first], out, echo, sentinels=max(map(sentinels_of, loaded.values())))
     source = dataclasses.replace(source, store=str(out / "data"))
     contenders = {
         name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()

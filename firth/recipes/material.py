@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from firth.data.shards import TokenStore
 from firth.data.split import HeldOut, content_key, hold_out
 from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
@@ -133,6 +135,12 @@ class Material:
                 )
                 for line in [] if apart else self._repeated(paths):
                     self.echo(line)
+                unknown = np.count_nonzero(store.tokens == self.tokenizer.vocab.roles.get("unk", -1))
+                if unknown:
+                    self.echo(
+                        f"{unknown / len(store.tokens):.2%} of these tokens are unknown to the tokenizer: train one on this "
+                        "text, with byte fallback (unigram, bpe) or byte-bpe nothing is unknown"
+                    )
                 for kind, at in ({} if apart else counts.at).items():
                     self.echo(f"{MENDED[kind]}: {counts.rows()[kind]:,}; the first is {at}")
             parts.append(TokenStore.open(place, self.tokenizer))
@@ -236,6 +244,8 @@ def train_tokenizer(
     split: str = "file",
     sample: int = 200_000_000,
     seed: int = 0,
+    sentinels: int = 0,
+    byte_fallback: bool = True,
     echo: Echo = print,
     texts: Callable[[Counts], Iterator[str]] | None = None,
 ) -> Tokenizer:
@@ -243,7 +253,10 @@ def train_tokenizer(
     on in place of the files' documents; it counts them."""
     counts = Counts()
     plain = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
-    tokenizer = train(plain if texts is None else texts(counts), algorithm, size, seed=seed, sample=sample)
+    tokenizer = train(
+        plain if texts is None else texts(counts), algorithm, size, seed=seed, sample=sample, sentinels=sentinels,
+        byte_fallback=byte_fallback, echo=echo,
+    )  # fmt: skip
     tokenizer.save(out)
     whole = ("files", "documents", "bytes")
     rows = ", ".join(

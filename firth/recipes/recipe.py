@@ -38,12 +38,14 @@ from firth.types import UserError
 class TokenizerPlan(Ranged, section="tokenizer"):
     """Where the tokenizer comes from: `path` (a tokenizer.json, a model or a run), else trained on the source's text.
 
-    algorithm: see `firth.text.train`. size: number of ids. sample: bytes of text that training looks at, drawn over the whole corpus.
+    algorithm: see `firth.text.train`. size: number of ids. byte_fallback: whether bpe and unigram write rare characters as
+    bytes, so that nothing is unknown. sample: bytes of text that training looks at, drawn over the whole corpus.
     """
 
     path: str = ""
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
     size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
+    byte_fallback: bool = True
     sample: PositiveInt = 200_000_000
 
 

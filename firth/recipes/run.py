@@ -220,8 +220,12 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
     return made
 
 
-def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
-    """The run's own copy of its tokenizer: from a path, from the model it starts from, or trained on its text."""
+def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo, sentinels: int | None = None) -> Tokenizer:
+    """The run's own copy of its tokenizer: from a path, from the model it starts from, or trained on its text.
+
+    Args:
+        sentinels: How many `<extra_id_n>` one that is trained has; None for what the recipe's objective needs.
+    """
     own = directory / "tokenizer"
     if not (own / "tokenizer.json").exists():
         plan = recipe.tokenizer
@@ -233,10 +237,16 @@ def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo) -> Tokenizer:
             source = recipe.source
             train_tokenizer(
                 source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
-                split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo,
+                split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
+                sentinels=sentinels_of(recipe) if sentinels is None else sentinels,
                 texts=lambda counts: segments.training_texts(recipe.segment, source, source.paths(echo), counts),
             )  # fmt: skip
     return Tokenizer.load(own)
+
+
+def sentinels_of(recipe: Recipe) -> int:
+    """Return how many `<extra_id_n>` the recipe's objective needs in a tokenizer."""
+    return max(one.sentinels for one in recipe.objective.addends())
 
 
 def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:

@@ -107,11 +107,25 @@ class Tokenizer:
     def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,) int32 as of `encode`, and where in the text each begins and ends: (n, 2) in characters."""
         found = self.engine.encode(whole(text), add_special_tokens=False)
-        return np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
+        ids, spans = np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
+        if (n := len(self._end_bytes)) and len(ids) >= n:
+            # The bytes of `</w>` behind those of a word's last character are of no character; the engine counts on.
+            views = np.lib.stride_tricks.sliding_window_view(ids, n)
+            for at in np.flatnonzero((views == self._end_bytes).all(1)):
+                spans[at : at + n] = spans[at - 1]
+        return ids, spans
+
+    @functools.cached_property
+    def _end_bytes(self) -> np.ndarray:
+        """The ids that byte fallback writes for the end-of-word suffix; none where there is no suffix or no fallback."""
+        model = json.loads(self.definition)["model"]
+        suffix = (model.get("end_of_word_suffix") or "") if model.get("byte_fallback") else ""
+        return np.array([self.id(f"<0x{byte:02X}>") for byte in suffix.encode()], np.int32)
 
     def pieces(self, text: str) -> list[str]:
-        """The tokens of a text, as the vocabulary writes them."""
-        return list(self.engine.encode(whole(text), add_special_tokens=False).tokens)
+        """The tokens of a text, as the vocabulary writes them; what is unknown is `<unk>` (the engine itself would show
+        the text's own characters for it)."""
+        return [self.token(i) for i in self.encode(text)]
 
     def token(self, id: int) -> str:
         """How the vocabulary writes an id; UserError if there is none such."""
@@ -272,17 +286,21 @@ def _guard(engine: Engine, definition: dict[str, Any]) -> None:
     """
     model = definition["model"]
     control = [t["content"] for t in definition["added_tokens"] if t["special"] and len(t["content"]) > 1]
+    made: set[str] = set()
     if model["type"] == "BPE" and not model.get("ignore_merges"):
         made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]}
         suffix = model.get("end_of_word_suffix") or ""
         control = [token for token in control if token in made or (suffix and token.endswith(suffix))]
     elif model["type"] == "WordPiece" and (definition["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer":
         control = [token for token in control if token.isalnum()]  # others have signs, at which words are cut anyway
-    if not control:
-        return
     rests: dict[str, list[str]] = {}
+    spelled = model["type"] == "Unigram" or model.get("ignore_merges") or any(map(BYTE.fullmatch, made))
+    if model.get("byte_fallback") and spelled:  # nor a byte out of text that spells one
+        rests["<"] = ["0x[0-9A-F]{2}>"]
     for token in sorted(control):
         rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    if not rests:
+        return
     pattern = "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
     steps = [engine.pre_tokenizer] if engine.pre_tokenizer is not None else []
     engine.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.Split(Regex(pattern), "isolated")])
@@ -307,7 +325,7 @@ def _words(definition: dict[str, Any], ids: dict[str, int], special: np.ndarray)
         elif model["type"] == "WordPiece":
             begins[i] = not token.startswith(on)
         elif end:
-            ends[i] = token.endswith(end)
+            ends[i] = token.endswith(end) or (bool(model.get("byte_fallback")) and token == f"<0x{ord(end[-1]):02X}>")
         else:
             text = read(token)
             begins[i] = text[:1].isspace() or _is_sign(text[:1])
