@@ -300,7 +300,7 @@ def test_a_wordpiece_like_store_without_bos(tmp_path: Path) -> None:
     t = train(TEXTS[:5], "byte-bpe", size=400, seed=0)
     vocab = t.vocab
     roles = {role: i for role, i in vocab.roles.items() if role != "bos"}
-    t.__dict__["vocab"] = type(vocab)(vocab.size, roles, vocab.special, vocab.sentinels, vocab.begins_word)
+    t.__dict__["vocab"] = type(vocab)(vocab.size, roles, vocab.special, vocab.sentinels, vocab.spelling)
     made = TokenStore.build(documents(), t, tmp_path / "store")
     assert not made.opened
     assert t.decode(Pieces(made, 10_000)[3]["tokens"]) == [d.text for d in documents() if d.text][3]

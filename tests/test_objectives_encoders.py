@@ -38,7 +38,7 @@ VOCAB = Vocab(
     size=60,
     roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4},
     special=np.arange(60) < 5,
-    begins_word=np.arange(60) % 3 == 0,
+    spelling=tuple(b"\n" if i < 5 else b"a" if i % 3 else b" a" for i in range(60)),
 )
 SHAPE = Shape(
     vocab=60, width=32, depth=2, heads=4, hidden=48, context=64, causal=False, norm_at="post", segments=2,
@@ -118,7 +118,7 @@ def test_the_order_is_asked_at_cls_alone_and_fairly() -> None:
 
 def test_ngrams_have_albert_s_lengths() -> None:
     """Words of one token each, long rows and little noise: spans hardly ever touch."""
-    vocab = Vocab(size=60, roles={}, special=np.arange(60) < 5, begins_word=np.arange(60) > 4)
+    vocab = Vocab(size=60, roles={}, special=np.arange(60) < 5, spelling=(b"\n",) * 5 + (b" a",) * 55)
     rng, counts = np.random.default_rng(0), np.zeros(7, int)
     for _ in range(300):
         hidden = NOISES["ngrams"](np.full(2000, 9), vocab, 0.01, rng)

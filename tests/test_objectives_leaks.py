@@ -156,9 +156,10 @@ def distinct(example: Example, rng: np.random.Generator) -> Example:
 
 def stand_in(token: int, example: Example) -> int | None:
     """Another token that the example has not, and that words, sentences, names and numbers are no different for."""
-    facts = np.stack([VOCAB.begins_word, VOCAB.ends_sentence, VOCAB.capital, VOCAB.digit])
+    assert VOCAB.spelling is not None
+    spelled = VOCAB.spelling[token]
     there = np.concatenate([np.ravel(example[name]) for name in TEXTS if name in example])
-    like = [t for t in VOCAB.ordinary.tolist() if (facts[:, t] == facts[:, token]).all() and t not in there]
+    like = [t for t in VOCAB.ordinary.tolist() if VOCAB.spelling[t] == spelled and t not in there]
     return like[0] if like else None
 
 

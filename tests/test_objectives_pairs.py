@@ -55,7 +55,7 @@ def test_what_shows_is_learnt_and_holds_in_other_documents(
 ) -> None:
     rng = np.random.default_rng(0)
     made = [Document(str(i), " ".join(f"w{w:03d}" for w in text(rng))) for i in range(300)]
-    coder = train_tokenizer([d.text for d in made[:60]], "word", WORDS + 60)
+    coder = train_tokenizer([d.text for d in made[:60]], "word", WORDS - 40)
     stores = [TokenStore.build(part, coder, tmp_path / n) for n, part in (("learn", made[:240]), ("held", made[240:]))]
     sources = [Pairs(each, 48) for each in stores]
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 VOCAB = Vocab(
     size=61, roles={"pad": 0, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4}, special=np.arange(61) < 5,
-    begins_word=np.arange(61) % 2 == 1,
+    spelling=tuple(b"\n" if i < 5 else b" a" if i % 2 else b"a" for i in range(61)),
 )  # fmt: skip
 BODY = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48, "causal": False}
 XLNET = Shape(

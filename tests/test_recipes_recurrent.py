@@ -171,7 +171,7 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
     tokenizer = train(["the The cat , cat zebra THE"], "word", 112, sentinels=100)
     assert tokenizer.pieces("The cat, a zebra") == ["the", "cat", ",", "<unk>", "zebra"]
     assert tokenizer.vocab.size == 111
-    assert tokenizer.vocab.begins_word is not None and tokenizer.vocab.begins_word.all()
+    assert tokenizer.vocab.starts(tokenizer.encode("The cat, a zebra")).all()
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert (
         not tokenizer.vocab.special[tokenizer.encode("</s> <mask> <pad>")].sum()

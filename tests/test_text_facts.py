@@ -81,7 +81,7 @@ def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeyp
 def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
     questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    coder = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=80, sentinels=4)
+    coder = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=330, sentinels=4)
     shape = encoder_decoder(coder.vocab.size, 32, 1, heads=2, context=64)
     torch.manual_seed(0)
     model = LM(shape, {"lm": Vocabulary(shape)})

@@ -195,11 +195,17 @@ def test_words_begin_where_they_do(trained, algorithm):
     assert len(ids) > len(words)
 
 
-def test_inside_a_character_no_word_begins(trained):
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_inside_a_character_no_word_begins(trained, dictionary, monkeypatch):
+    """Without a dictionary each character is a word, with one the three are; a cut character begins none."""
+    if dictionary:
+        pytest.importorskip("icu4py")
+    monkeypatch.setattr("firth.text.segmentation.has_dictionary", lambda: dictionary)
     tokenizer = trained["byte-bpe"]
     ids = tokenizer.encode("日本語")
     assert len(ids) == 9
-    assert tokenizer.vocab.starts(ids).tolist() == [True] + [False] * 8
+    words = [True] + [False] * 8 if dictionary else [True, False, False] * 3
+    assert tokenizer.vocab.starts(ids).tolist() == words
 
 
 def test_behind_a_control_token_a_word_begins(tokenizer):

@@ -199,7 +199,7 @@ def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp
     kept = Tokenizer.load(tmp_path)
     for text in (chinese[:300], "\u4e00", "plain \u59b7\u59b6 words 日本 👍", "a<0xE6>\u59b7<0x41>"):
         read = kept.decode(kept.encode(text))
-        assert read == text or read.replace(" ", "") == text.replace(" ", "") and algorithm == "bpe"
+        assert read == text or (read.replace(" ", "") == text.replace(" ", "") and algorithm == "bpe")
         assert not kept.vocab.special[kept.encode(text)].any()
     plain = train([chinese], algorithm, 1200, byte_fallback=False, echo=messages.append)
     assert 0.15 < unknown_share(plain, [chinese]) < 0.5
@@ -246,10 +246,10 @@ def test_what_cannot_be_trained_is_one_sentence():
     with pytest.raises(UserError, match=r"no tokenizer algorithm 'bqe'; use one of bpe, byte-bpe"):
         train(LITTLE, "bqe", 1000)
     with pytest.raises(
-        UserError, match="at least 363 ids for its 107 control tokens .* or take fewer sentinels than 100"
+        UserError, match=r"at least 363 ids for its 107 control tokens .* or take fewer sentinels than 100"
     ):
         train(LITTLE, "byte-bpe", 300, sentinels=100)
-    with pytest.raises(UserError, match="at least .* characters, not 100"):
+    with pytest.raises(UserError, match=r"at least .* characters, not 100"):
         train(LITTLE, "bpe", 100, byte_fallback=False)
     with pytest.raises(UserError, match="at least 8 ids for its 7 control tokens and one word, not 7"):
         train(LITTLE, "word", 7)

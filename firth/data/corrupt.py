@@ -6,14 +6,13 @@ that masking, deletion and infilling hit. Where nothing can be damaged the text 
     masking       tokens at random become a mask each                     length is kept
     deletion      tokens at random are gone                               which ones is to be found out
     infilling     spans of Poisson(3) tokens become one mask each         a span of none puts a mask between two tokens
-    permutation   the sentences are shuffled                              they end at full stops and line breaks
+    permutation   the sentences are shuffled                              by UAX #29 (`firth.text.segmentation`)
     rotation      the text begins at a random token, and goes round       its beginning is to be found out
 
 Spans are of tokens, as in the paper; BART's code draws them over words. `damage` does several, one after the other.
 
 >>> letters = "?_abcdefghi.jkl."
->>> vocab = Vocab(16, {"mask": 1}, np.arange(16) < 2, begins_word=np.arange(16) < 15,
-...               ends_sentence=np.array([c == "." for c in letters]))
+>>> vocab = Vocab(16, {"mask": 1}, np.arange(16) < 2, spelling=tuple(f" {c}".replace(" .", ".").encode() for c in letters))
 >>> text = np.arange(2, 16)
 >>> for name, corrupt in CORRUPTIONS.items():
 ...     print("".join(letters[i] for i in corrupt(text, vocab, 0.3, np.random.default_rng(3))), name)
@@ -85,7 +84,7 @@ def infilling(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
 def permutation(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
     """The sentences in a random order; what stands behind the last full stop counts as one. rate says nothing here.
 
-    >>> vocab = Vocab(9, {}, np.arange(9) < 2, ends_sentence=np.arange(9) == 5)
+    >>> vocab = Vocab(9, {}, np.arange(9) < 2, spelling=tuple(b" a" if i != 5 else b"!" for i in range(9)))
     >>> permutation(np.array([2, 5, 3, 4, 5, 6]), vocab, 1.0, np.random.default_rng(0)).tolist()
     [6, 2, 5, 3, 4, 5]
     """

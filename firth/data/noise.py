@@ -12,8 +12,7 @@ tokens are (of the salient ones at least one, whole); control tokens never.
     contexts    spans of 1 to 5 words, each in 1 / rate times its length  XLNet, "span-based prediction"
     salient     names, dates and numbers, each as a whole                 REALM (Guu 2020), Roberts 2020
 
->>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 1, begins_word=np.arange(9) % 2 == 1,
-...               ends_sentence=np.arange(9) == 8, capital=np.arange(9) == 3, digit=np.arange(9) == 5)
+>>> vocab = Vocab(9, {}, np.arange(9) < 1, spelling=(b"\\n", b" a", b"b", b" Co", b"d", b" 5", b"e", b" f", b"g"))
 >>> tokens = np.array([0] + [1, 2] * 4 + [3, 4] * 2 + [1, 2] * 3 + [5, 6] + [1, 2] * 2 + [0])
 >>> for name, noise in NOISES.items():
 ...     print(f"{name:10}", *(".#"[int(h)] for h in noise(tokens, vocab, 0.25, np.random.default_rng(6))), sep="")

@@ -52,14 +52,14 @@ def read(tokenizer: Tokenizer, text: str) -> Document:
     of a character that is spread over several tokens to the first of them, what no token reaches to the last.
     """
     text = whole(text)
-    found = tokenizer.engine.encode(text, add_special_tokens=False)
-    tokens = np.array(found.ids, np.int64)
+    ids, spans = tokenizer.spans(text)
+    tokens = ids.astype(np.int64)
     if not len(tokens):
         return Document(tokens, np.zeros(0, np.int64))
     letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     lengths = 1 + (letters >= 0x80).astype(np.int64) + (letters >= 0x800) + (letters >= 0x10000)
     before = np.concatenate(([0], np.cumsum(lengths)))
-    ends = np.maximum.accumulate(before[[stop for _, stop in found.offsets]])
+    ends = np.maximum.accumulate(before[spans[:, 1]])
     ends[-1] = before[-1]
     return Document(tokens, np.diff(ends, prepend=0))
 

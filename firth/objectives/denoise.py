@@ -35,7 +35,7 @@ class Denoise(Tokens):
     in one row, read both ways up to the end of the damaged text.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(10) < 3,
-    ...               ends_sentence=np.arange(10) == 5)
+    ...               spelling=tuple(b" a" if i != 5 else b"!" for i in range(10)))
     >>> seen = Denoise().view({"tokens": np.array([3, 4, 5, 6, 7, 8])}, vocab, np.random.default_rng(4))
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
     source_tokens [6, 7, 8, 3, 2, 1]

@@ -17,13 +17,12 @@ import functools
 import hashlib
 import json
 import re
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, decoders, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.gguf import find
@@ -159,19 +158,13 @@ class Tokenizer:
         while f"<extra_id_{len(sentinels)}>" in ids:
             sentinels.append(ids[f"<extra_id_{len(sentinels)}>"])
         definition = json.loads(self.definition)
-        begins, ends = _words(definition, ids, special)
-        stops, capital, digit = _spellings(definition, ids, special)
         return Vocab(
             size=size,
             roles={role: ids[token] for role, token in self._roles.items()},
             special=special,
             sentinels=np.array(sentinels, np.int64),
-            begins_word=begins,
-            ends_word=ends,
-            ends_sentence=stops,
-            capital=capital,
-            digit=digit,
             holes=np.flatnonzero(~taken),
+            spelling=_spelling(definition, ids, special, self._roles.get("unk")),
         )
 
     @functools.cached_property
@@ -306,68 +299,49 @@ def _guard(engine: Engine, definition: dict[str, Any]) -> None:
     engine.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.Split(Regex(pattern), "isolated")])
 
 
-def _words(definition: dict[str, Any], ids: dict[str, int], special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which ids begin a word and which end one, as far as their own spelling says: two (size,) bool.
+def _spelling(
+    definition: dict[str, Any], ids: dict[str, int], special: np.ndarray, unk: str | None
+) -> tuple[bytes, ...]:
+    """Return the UTF-8 that each id stands for, as the text of its neighbors goes on from it.
 
-    WordPiece marks what goes on with a word, BPE with an end-of-word symbol where one ends. Elsewhere a word is a run
-    of letters and digits with the blank before it; a line break ends one, and every sign is a word of its own, as
-    ALBERT has it for SentencePiece.
+    A blank is where the vocabulary has one: before a piece (byte-level BPE, Unigram, WordPiece), behind it (`</w>`).
+    Control tokens are line breaks, which end whatever stands before them; what is unknown is U+FFFD.
     """
     model = definition["model"]
-    begins, ends = special.copy(), special.copy()
-    on, end = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
-    read = _reader(definition)
-    for token, i in ids.items():
-        if special[i]:
-            continue
-        if model["type"] == "WordLevel":
-            begins[i] = True
-        elif model["type"] == "WordPiece":
-            begins[i] = not token.startswith(on)
-        elif end:
-            ends[i] = token.endswith(end) or (bool(model.get("byte_fallback")) and token == f"<0x{ord(end[-1]):02X}>")
-        else:
-            text = read(token)
-            begins[i] = text[:1].isspace() or _is_sign(text[:1])
-            ends[i] = text[-1:] in ("\n", "\r", "\t") or _is_sign(text[-1:])
-    return begins, ends
-
-
-def _spellings(
-    definition: dict[str, Any], ids: dict[str, int], special: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which ids end a sentence (a full stop, a line break), begin with a capital (but not I), have a digit: three (size,) bool."""
-    stops, capital, digit = np.zeros_like(special), np.zeros_like(special), np.zeros_like(special)
-    model, read = definition["model"], _reader(definition)
-    end = model.get("end_of_word_suffix") or ""
-    for token, i in ids.items():
-        if not special[i]:
-            text = read(token.removesuffix(end))
-            stops[i] = "\n" in text or text.rstrip("\"')]”’").endswith((".", "!", "?"))
-            capital[i] = text.strip()[:1].isupper() and text.strip() != "I"
-            digit[i] = any(c.isdigit() for c in text)
-    return stops, capital, digit
-
-
-def _reader(definition: dict[str, Any]) -> Callable[[str], str]:
-    """From a piece as the vocabulary writes it to what it says, its blank in front where it has one."""
+    on, end = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix") or ""
     bytewise = "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
-    alphabet = decoders.ByteLevel()
+    alphabet = _byte_alphabet()
+    found = [b"\n"] * len(special)
+    for token, i in ids.items():
+        if token == unk:
+            found[i] = "\ufffd".encode()
+        elif special[i]:
+            continue
+        elif BYTE.fullmatch(token) and not bytewise:
+            found[i] = bytes([int(token[3:5], 16)])
+        elif bytewise and set(token) <= alphabet.keys():
+            found[i] = bytes(alphabet[character] for character in token)
+        elif model["type"] == "WordLevel" or (model["type"] == "WordPiece" and not token.startswith(on)):
+            found[i] = f" {token}".encode()
+        elif model["type"] == "WordPiece":
+            found[i] = token.removeprefix(on).encode()
+        elif end:
+            found[i] = re.sub(f"{re.escape(end)}$", " ", token).encode()
+        else:
+            found[i] = token.replace("▁", " ").encode()
+    return tuple(found)
 
-    def read(token: str) -> str:
-        text: str = alphabet.decode([token]) if bytewise else BYTE.sub("\ufffd", token).replace("▁", " ")
-        return text
 
-    return read
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable ones stand for themselves, the others for 256 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 """How SentencePiece writes a byte of a character that is no piece."""
-
-
-def _is_sign(character: str) -> bool:
-    """Neither letter, digit, mark nor blank. A part of a character (U+FFFD) counts as a letter: most are."""
-    return unicodedata.category(character or "a")[0] in "PS" and character != "\ufffd"
 
 
 def _roles(engine: Engine, named: dict[str, str]) -> dict[str, str]:

@@ -11,11 +11,13 @@ to a worker, and the same for every tokenizer algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from firth.text.segmentation import sentence_starts, word_starts
 from firth.types import UserError
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
@@ -28,10 +30,8 @@ class Vocab:
     size: number of ids. roles: role -> id, among ROLES (two roles may share an id: RoBERTa's cls is its bos).
     sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ... special: (size,) bool, True where no user text can land
     (but on `unk`).
-    begins_word, ends_word: (size,) bool, True where a token by its own spelling begins a word, or ends one so that the
-    next token begins one (BPE's `</w>`, a line break); None if the spelling says nothing. See `starts`.
-    ends_sentence, capital, digit: (size,) bool, True where a token ends with a full stop or breaks the line, begins with
-    a capital letter, or has a digit in it; None if unknown. See `sentences` and the noise "salient".
+    spelling: the UTF-8 that each id stands for, blanks and parts of characters included; None if it is not known, and then
+    each token is a word. Words, sentences, capitals and digits are read from it.
     decoder_start: the role of the token that an encoder-decoder's answers begin behind (`Shape.decoder_start`).
     holes: ids below `size` that no token has, ascending.
     """
@@ -40,11 +40,7 @@ class Vocab:
     roles: Mapping[str, int]
     special: np.ndarray
     sentinels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    begins_word: np.ndarray | None = None
-    ends_word: np.ndarray | None = None
-    ends_sentence: np.ndarray | None = None
-    capital: np.ndarray | None = None
-    digit: np.ndarray | None = None
+    spelling: tuple[bytes, ...] | None = None
     decoder_start: str = "pad"
     holes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -107,35 +103,76 @@ class Vocab:
         return np.concatenate((self.holes, np.arange(self.size, rows))).astype(np.int64)
 
     def starts(self, tokens: np.ndarray) -> np.ndarray:
-        """Where in a text's tokens (n,) a word begins: (n,) bool. Without any spelling each token is a word.
+        """Return where in a text's tokens (n,) a word begins (`firth.text.segmentation`): (n,) bool.
 
-        >>> v = Vocab(4, {}, np.zeros(4, bool), begins_word=np.arange(4) == 1, ends_word=np.arange(4) == 3)
-        >>> v.starts(np.array([2, 2, 1, 2, 3, 2])).astype(int).tolist()
-        [1, 0, 1, 0, 0, 1]
+        A blank belongs to the word behind it. Without any spelling each token is a word.
+
+        >>> v = Vocab(5, {}, np.zeros(5, bool), spelling=(b" it", b"'", b"s", b",", b" o"))
+        >>> v.starts(np.array([0, 1, 2, 3, 4, 2, 2])).astype(int).tolist()
+        [1, 0, 0, 1, 1, 0, 0]
         """
-        if self.begins_word is None:
+        if self.spelling is None:
             return np.ones(len(tokens), bool)
-        starts: np.ndarray = self.begins_word[tokens]
-        starts[:1] = True
-        if self.ends_word is not None:
-            starts[1:] |= self.ends_word[tokens[:-1]]
-        return starts
+        return self._begins(self.spelling, tokens, word_starts)
 
     def sentences(self, tokens: np.ndarray) -> np.ndarray:
-        """Where in a text's tokens (n,) a sentence begins: (n,) bool.
+        """Return where in a text's tokens (n,) a sentence begins (`firth.text.segmentation`): (n,) bool.
 
-        That is at a word behind a full stop (that of 3.5 too, where it is a token), a line break or a control token.
-        Raises UserError where the pieces are not known to end sentences.
+        Raises:
+            UserError: If the spelling of the tokens is not known.
 
-        >>> v = Vocab(4, {}, np.zeros(4, bool), begins_word=np.arange(4) == 1, ends_sentence=np.arange(4) == 3)
-        >>> v.sentences(np.array([2, 1, 3, 2, 3, 1, 2])).astype(int).tolist()
-        [1, 0, 0, 0, 0, 1, 0]
+        >>> v = Vocab(4, {}, np.zeros(4, bool), spelling=(b"He", b" came", b".", b" Dr"))
+        >>> v.sentences(np.array([0, 1, 2, 3, 2, 1, 2])).astype(int).tolist()
+        [1, 0, 0, 1, 0, 0, 0]
         """
-        if self.ends_sentence is None:
+        if self.spelling is None:
             raise UserError("nothing is known of where a sentence ends in this vocabulary: use a tokenizer of firth's")
-        begins = self.starts(tokens)
-        begins[1:] &= (self.ends_sentence | self.special)[tokens[:-1]]
-        return begins
+        return self._begins(self.spelling, tokens, sentence_starts)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Return the text of some tokens, line breaks for control tokens; parts of characters are lone surrogates."""
+        return b"".join([(self.spelling or ())[i] for i in tokens.tolist()]).decode("utf-8", "surrogateescape")
+
+    def _begins(
+        self, spelling: tuple[bytes, ...], tokens: np.ndarray, starts: Callable[[str], np.ndarray]
+    ) -> np.ndarray:
+        """Where a unit begins at a token's first character that is no blank, the first token with that character."""
+        pieces = [spelling[i] for i in tokens.tolist()]
+        data = b"".join(pieces)
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        text = data.decode("utf-8", "surrogateescape")
+        units = starts(text)
+        begins = np.zeros(len(data) + 1, bool)
+        if len(text) == len(data):
+            begins[:-1] = units
+        else:
+            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+            part = (codes >= 0xD800) & (codes < 0xE000)  # a byte of a character that is cut off
+            width = np.where(part, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000))
+            begins[(width.cumsum() - width)[units]] = True
+        shown = np.append(np.flatnonzero(np.frombuffer(data, np.uint8) != ord(" ")), len(data))
+        at = shown[shown.searchsorted(lengths.cumsum() - lengths)]
+        found: np.ndarray = begins[at]
+        found[1:] &= at[1:] != at[:-1]
+        found[:1] = True
+        return found
+
+    @functools.cached_property
+    def capital(self) -> np.ndarray | None:
+        """Which tokens begin with a capital letter (but not I): (size,) bool."""
+        return self._of(lambda text: text[:1].isupper() and text != "I")
+
+    @functools.cached_property
+    def digit(self) -> np.ndarray | None:
+        """Which tokens have a digit: (size,) bool."""
+        return self._of(lambda text: any(character.isdigit() for character in text))
+
+    def _of(self, fact: Callable[[str], bool]) -> np.ndarray | None:
+        """A fact about each token's text without blanks, False for control tokens."""
+        if self.spelling is None:
+            return None
+        texts = (piece.decode("utf-8", "replace").strip() for piece in self.spelling)
+        return np.fromiter(map(fact, texts), bool, self.size) & ~self.special
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """n ordinary ids, uniformly."""
