@@ -302,7 +302,7 @@ def test_span_corruption_has_t5_s_rows() -> None:
     assert seen["source_tokens"][-1] == seen["labels"][-1] == VOCAB.eos
     assert seen["tokens"][0] == VOCAB.pad
     assert np.array_equal(seen["tokens"][1:], seen["labels"][:-1])
-    with pytest.raises(UserError, match=r"55 sentinels .*, and the tokenizer has 20"):
+    with pytest.raises(UserError, match=r"take 55 sentinels .*, and the tokenizer has 20"):
         SpanCorruption(noise="iid", rate=0.5).view({"tokens": some_text(rng, 200)}, VOCAB, rng)
 
 
