@@ -135,11 +135,10 @@ class Material:
                 )
                 for line in [] if apart else self._repeated(paths):
                     self.echo(line)
-                unknown = np.count_nonzero(store.tokens == self.tokenizer.vocab.roles.get("unk", -1))
-                if unknown:
+                if share := _unknown_share(store, self.tokenizer):
                     self.echo(
-                        f"{unknown / len(store.tokens):.2%} of these tokens are unknown to the tokenizer: train one on this "
-                        "text, with byte fallback (unigram, bpe) or byte-bpe nothing is unknown"
+                        f"{share:.2%} of these tokens are unknown to the tokenizer: train one on this text; with byte-bpe, or "
+                        "bpe or unigram with byte fallback, nothing is unknown"
                     )
                 for kind, at in ({} if apart else counts.at).items():
                     self.echo(f"{MENDED[kind]}: {counts.rows()[kind]:,}; the first is {at}")
@@ -232,6 +231,13 @@ def fingerprint(source: Text, paths: Sequence[str], tokenizer: Tokenizer) -> str
     how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store", "weights")}
     told = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _unknown_share(store: TokenStore, tokenizer: Tokenizer) -> float:
+    """The share of a store's tokens that are unknown, a stretch at a time."""
+    unk, stretch = tokenizer.vocab.roles.get("unk", -1), 1 << 20
+    stretches = (store.tokens[at : at + stretch] for at in range(0, len(store.tokens), stretch))
+    return sum(int(np.count_nonzero(tokens == unk)) for tokens in stretches) / max(1, len(store.tokens))
 
 
 def train_tokenizer(
