@@ -375,6 +375,39 @@ TOKENIZERS = {
 }  # fmt: skip
 
 
+def replaced(pattern: dict[str, str], content: str, times: int = 1) -> dict[str, str]:
+    step = {"type": "Replace", "pattern": pattern, "content": content}
+    return bad_tokenizer(changed(normalizer={"type": "Sequence", "normalizers": [step] * times}))
+
+
+def split_at(expression: str) -> dict[str, str]:
+    step = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    return bad_tokenizer(changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [step]}))
+
+
+def nested_steps(depth: int) -> dict[str, Any]:
+    step: dict[str, Any] = {"type": "NFC"}
+    for _ in range(depth):
+        step = {"type": "Sequence", "normalizers": [step, step]}
+    return step
+
+
+TOKENIZERS |= {
+    "one letter to 6 GB": (replaced({"String": "a"}, "a" * 300, 4), "more than 1000 times as long"),
+    "what matches nothing": (replaced({"Regex": ""}, "aa", 20), "more than 1000 times as long"),
+    "a long text before": (
+        bad_tokenizer(changed(normalizer={"type": "Prepend", "prepend": "a" * 10**6})), "more than 1000 times as long"),
+    "a decoder that grows": (
+        bad_tokenizer(changed(decoder={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 2000})), "its decoder can make"),
+    "a thousand steps": (replaced({"String": "a"}, "b", 1000), "more than 100 steps"),
+    "steps in steps": (bad_tokenizer(changed(normalizer=nested_steps(12))), "more steps than any tokenizer|more than 100 steps"),
+    "a catastrophic expression": (split_at("(a+)+$"), "repeats a group that repeats and could run without end"),
+    "a catastrophic choice": (split_at("(a|ab|b)*c"), "repeats a choice"),
+    "a power of the length": (split_at("a*a*a*a*a*a*b"), "more than 4 endless repeats"),
+    "a large count": (split_at("(a{1,900}){1,900}"), "counts to more than 1000"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers_that_are_none(name: str, tmp_path: Path) -> None:
     files, says = TOKENIZERS[name]

@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.data.conversations import comparison, messages_of, prompt_of
+from firth.data.forms import fill
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.text import chat, read, tables
@@ -361,12 +362,7 @@ def formed(record: Record, forms: tuple[str, str]) -> Record:
     prompt, answer = forms
     if not prompt or not answer:
         raise UserError("segment.prompt and segment.answer_is go together: say how both are made of a record's fields")
-    try:
-        return {"prompt": prompt.format_map(record), "completion": answer.format_map(record)}
-    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"the form {prompt!r} or {answer!r} does not fit this record ({error}): it has {', '.join(record)}"
-        ) from None
+    return {"prompt": fill(prompt, record), "completion": fill(answer, record)}
 
 
 class Preferences(Records):

@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from firth.io.yamls import read_yaml
 from firth.types import UserError
 
 NUMBERS: dict[str, tuple[str, ...]] = {
@@ -74,7 +73,7 @@ def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping
     found: dict[str, dict[str, float]] = {}
     for run in runs:
         file = run / "recipe.yaml"
-        recipe = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+        recipe = read_yaml(file)[0] if file.is_file() else {}
         task = str(recipe.get("name", "")).removeprefix("glue-")
         if task not in NUMBERS:
             raise UserError(f"{run}: this is no run of a GLUE recipe (glue:{', glue:'.join(NUMBERS)})")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from firth.evaluate import metrics
 from firth.evaluate.given import Wanted
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
+from firth.io.yamls import read_yaml
 from firth.model import adapter
 from firth.model.lm import LM
 from firth.model.weights import load_model, refuse_larger
@@ -50,7 +50,7 @@ class Subject:
     def recipe(self) -> Mapping[str, Any]:
         """The recipe that a run kept, as plain data; empty for a bare model directory."""
         file = self.directory / "recipe.yaml"
-        found = yaml.safe_load(file.read_text("utf-8")) if file.exists() else None
+        found = read_yaml(file)[0] if file.exists() else None
         return found if isinstance(found, dict) else {}
 
     @property

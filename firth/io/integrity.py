@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from firth.io.atomic import refuse_irregular
 from firth.types import UserError
 
 COPY_AGAIN = 'copy the directory again, or remove "files" and "digest" from firth.json if you changed it on purpose'
@@ -65,6 +66,7 @@ def verify(record: Mapping[str, Any], directory: Path, file: Path, cure: str) ->
     check_digest(record, file, cure)
     for name, facts in record["files"].items():
         path = directory / name
+        refuse_irregular(path)
         if not path.is_file():
             raise UserError(f"{path} is missing: {cure}")
         if path.stat().st_size != facts["bytes"] or file_facts(path) != facts:

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from firth.io.atomic import new_file, write_text
+from firth.io.atomic import new_file, refuse_irregular, write_text
 from firth.io.tensors import safetensors_blocks
 from firth.types import UserError
 
@@ -94,6 +94,7 @@ def read_list(file: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(file: Path) -> Any:
+    refuse_irregular(file)
     if file.stat().st_size > TEXT:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file needs: it is not read")
     try:
@@ -125,6 +126,7 @@ def header(file: Path) -> dict[str, Kept]:
     Raised for a file that is cut off, a header longer than the file, text that is not JSON, names twice, unknown dtypes,
     sizes that are none, bytes that do not fit a shape, overlap, leave a gap or lie past the end.
     """
+    refuse_irregular(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         long = int.from_bytes(opened.read(8), "little")

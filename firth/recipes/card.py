@@ -22,6 +22,7 @@ import yaml
 
 from firth.gguf import find, read
 from firth.io.atomic import write_text
+from firth.io.yamls import read_yaml
 from firth.model.files import read_json
 from firth.model.lm import LM
 from firth.text.corpora import CATALOGUE
@@ -62,7 +63,7 @@ def of_run(
     file = run / "recipe.yaml"
     if not file.exists():
         return of_directory(run, place, model, said, facts)
-    given = yaml.safe_load(file.read_text("utf-8"))
+    given = read_yaml(file)[0]
     recipe, start = nameless(given), given.get("start") or ""
     rows = run / "samples.jsonl"
     samples = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []

@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from firth.io import yamls
 from firth.ranges import check_range, range_of
 from firth.types import UserError
 
@@ -221,16 +222,7 @@ def _plain_kind(kinds: Kinds, value: Any) -> Any:
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """The mapping in a YAML file, and for each field the `file:line` it stands on."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', error)}") from None
+    data, node = yamls.read_yaml(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of fields (name, objective, source, ...), and this is not one")
     lines: dict[tuple[str, ...], str] = {(): str(path)}
@@ -281,8 +273,8 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             place[parent] = inner
             place = inner
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
+            value = yamls.parse_yaml(text, name)[0] if text else ""
+        except UserError:
             value = text
         place[last] = value
     return result

@@ -30,9 +30,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import yaml
-
 from firth import __version__
+from firth.io.yamls import parse_yaml
 from firth.report.figures import Curve, Figure, Level, number
 from firth.report.matrix import Matrix
 from firth.report.page import Command, Number, Report, Sample, Section, Table
@@ -254,7 +253,7 @@ def objectives(recipe: str) -> list[str]:
     >>> objectives("objective: [nsp, {kind: mlm, rate: 0.2}]"), objectives("objective: causal"), objectives("")
     (['nsp', 'mlm'], ['causal'], [])
     """
-    said = (yaml.safe_load(recipe) or {}).get("objective", [])
+    said = (parse_yaml(recipe, "recipe.yaml")[0] or {}).get("objective", [])
     listed = said if type(said) is list else [said]
     return [str(one["kind"] if type(one) is dict else one) for one in listed]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
+from firth.text.bounds import check_bounds, check_growth
 from firth.types import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -73,6 +74,13 @@ def _line(error: Exception) -> str:
 def tokenizer_json(file: Path) -> Engine:
     """The tokenizers library's own format."""
     text = text_of(file)
+    try:
+        definition = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: the tokenizers library cannot read this tokenizer: it is not JSON ({error})"
+        ) from None
+    check_bounds(definition, file)
     try:
         return Engine.from_str(text)
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
@@ -158,6 +166,7 @@ def pieced(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squ
     if dummy:  # Metaspace would do it too, but not where the text begins with a blank of its own
         steps.append(normalizers.Prepend("▁"))
     engine.normalizer = normalizers.Sequence(steps)
+    check_growth(json.loads(engine.normalizer.__getstate__()), "this SentencePiece model")
     engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=unigram)
     back: list[decoders.Decoder] = [decoders.ByteFallback()] if bytewise else []
     engine.decoder = decoders.Sequence([*back, decoders.Metaspace(prepend_scheme="always" if dummy else "never")])

@@ -7,12 +7,12 @@ what the commonest right answer alone would get stands beside it.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from firth.data.forms import field_names
 from firth.data.records import Prompted
 from firth.data.unanswered import Unanswered
 from firth.evaluate import metrics
@@ -59,7 +59,7 @@ def answer(subject: Subject, items: Prompted, progress: Progress, longest: int =
 def wanted(subject: Subject) -> Wanted:
     """A prompt, or the fields of which the form of one is made."""
     form, _ = forms(subject)
-    fields = sorted({name for _, name, _, _ in string.Formatter().parse(form) if name}) if form else ["prompt"]
+    fields = field_names(form) if form else ["prompt"]
 
     def line(text: str) -> dict[str, Any]:
         if len(fields) != 1:

@@ -1,0 +1,69 @@
+"""YAML with bounds: a file of a kilobyte can describe a gigabyte (aliases of aliases), or nest until Python's stack ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from firth.io.atomic import refuse_irregular
+from firth.types import UserError
+
+MAX_BYTES = 1 << 20
+"""Bytes of the longest YAML file that is read; PyYAML takes ten seconds for it, and no recipe has a tenth."""
+MAX_VALUES = 100_000
+"""Values that a document may have, each alias counted as all that it stands for."""
+MAX_DEPTH = 50
+"""How deep values may be nested."""
+
+
+def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
+    """Return what a YAML file holds, as plain data and as nodes with their lines.
+
+    Raises:
+        UserError: There is no such file, it is not YAML, or it is larger than the bounds.
+    """
+    refuse_irregular(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any such file needs: it is not read")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: this is not YAML: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
+    """`read_yaml` of a text. name: where it is from, for the message."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _values(node, {}, 0) > MAX_VALUES:
+            raise UserError(f"{name}: its aliases stand for more than {MAX_VALUES:,} values: write them out, or fewer")
+        return yaml.safe_load(text), node
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{name}{line}: this is not YAML: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{name}: its values are nested too deeply to be read") from None
+    except ValueError as error:  # a date that does not exist, a number of too many digits
+        raise UserError(f"{name}: this is not YAML: {error}") from None
+
+
+def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Count the values under a node, aliases expanded. An alias of a node around it would have no end: it is refused too."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES + 1  # until it is counted: whoever meets it before is inside of it
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_values(child, known, depth + 1) for child in children)
+    return known[id(node)]

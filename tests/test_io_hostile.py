@@ -1,0 +1,109 @@
+"""Files and settings made to do harm, other than models: pipes, YAML, forms of prompts, expressions of tokenizers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_room import tokenizer
+
+from firth.data.forms import fill
+from firth.io.yamls import read_yaml
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import load_model, save_model
+from firth.recipes import recipe
+from firth.text import read
+from firth.text.bounds import fault
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A model directory."""
+    shape = Shape(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
+    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer(), tmp_path / "given")
+    return tmp_path / "given"
+
+
+def refused(action: Callable[[], Any], says: str) -> None:
+    """A UserError of one sentence that says this, soon."""
+    started = time.process_time()
+    with pytest.raises(UserError, match=says) as error:
+        action()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert time.process_time() - started < 5
+
+
+def test_a_pipe_for_a_file_is_refused_at_once(given: Path, tmp_path: Path) -> None:
+    """Opening a named pipe waits for somebody who writes into it."""
+    for name in ("config.json", "model.safetensors", "firth.json"):
+        kept = (given / name).read_bytes() if (given / name).exists() else None
+        (given / name).unlink(missing_ok=True)
+        os.mkfifo(given / name)
+        refused(lambda: load_model(given), "is a pipe or a device, not a file|no safetensors")
+        (given / name).unlink()
+        if kept is not None:
+            (given / name).write_bytes(kept)
+    for name, load in (("r.yaml", lambda p: recipe.load(str(p))), ("t.json", Tokenizer.load), ("m.gguf", load_model)):
+        os.mkfifo(tmp_path / name)
+        refused(lambda load=load, name=name: load(tmp_path / name), "pipe|no tokenizer here|no such file")
+    os.mkfifo(tmp_path / "text.txt")
+    refused(lambda: list(read.documents([str(tmp_path / "text.txt")])), "neither a file nor a directory")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "tokenizer.json")
+    refused(lambda: Tokenizer.load(folder), "no tokenizer here")
+
+
+YAMLS = {
+    "aliases of aliases": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [" + f"*a{i - 1}," * 9 + "]\n" for i in range(1, 9)), "aliases stand"),
+    "an alias of itself": ("name: &a [*a]\n", "aliases stand for"),
+    "deep lists": ("name: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "deep, but closed": ("name: " + "[" * 80 + "]" * 80, "nested too deeply"),
+    "a date that is none": ("name: 2001-99-99", "not YAML"),
+    "a number of a million digits": ("name: " + "9" * 100_000, "not YAML"),
+    "megabytes": ("name: x\n" * 200_000, "more than any such file needs"),
+    "no text": ("\x00", "not YAML"),
+    "an object of Python's": ("name: !!python/object/apply:os.system [touch ran]", "not YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_recipes_that_mean_harm(name: str, tmp_path: Path) -> None:
+    text, says = YAMLS[name]
+    (tmp_path / "r.yaml").write_text(text)
+    refused(lambda: recipe.load(str(tmp_path / "r.yaml")), says)
+
+
+def test_an_anchor_of_a_few_values_is_read(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: &a [1, 2]\nb: [*a, *a]\n")
+    assert read_yaml(tmp_path / "r.yaml")[0] == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+@pytest.mark.parametrize("form", ["{x:>999999999}", "{x.__class__}", "{x[0]}", "{x!r}", "{}", "{0}", "{y}", "{x", "x}"])
+def test_a_form_holds_names_of_fields_alone(form: str) -> None:
+    refused(lambda: fill(form, {"x": "word"}), "is not the name of a field, which is x|without its other")
+    assert fill("{x}: {{x}}", {"x": "word"}) == "word: {x}"
+
+
+PUBLISHED = {
+    "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "GPT-4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t|'re)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+",
+    "thousands": r"\d{1,3}(?=(?:\d{3})*\b)",
+    "BLOOM": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    "DeepSeek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s+",
+    "SentencePiece": r" {2,}|\A +| +\z",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_expressions_are_within_the_bounds(name: str) -> None:
+    assert fault(PUBLISHED[name]) == ""
