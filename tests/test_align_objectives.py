@@ -244,14 +244,15 @@ def test_ppo_is_its_formulas() -> None:
     model = model_for(objective, std=0.1)
     rows = sampled(6)
     terms = step(model, objective, [collate(shown(objective, rows), asked(objective))])
-    sums = dict.fromkeys(("policy", "value", "kl", "moved", "entropy", "clipped", "value_error"), 0.0)
+    sums = dict.fromkeys(("policy", "value", "kl_per_token", "moved", "entropy", "clipped", "value_error"), 0.0)
     count = 0
     for row in rows:
         n = len(row["tokens"])
         with torch.no_grad():
             hidden = model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0]
             log_p = model.parts["lm"](hidden).log_softmax(-1)
-            values = model.parts["value"](hidden)[:, 0]
+            critic = model.parts["critic"]
+            values = critic.parts["value"](critic({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0])[:, 0]
         for t in np.flatnonzero(row["mask"]):
             now, value = float(log_p[t - 1, row["tokens"][t]]), float(values[t - 1])
             old, ref, before, adv, ret = (float(row[name][t]) for name in PER_TOKEN)
@@ -260,7 +261,7 @@ def test_ppo_is_its_formulas() -> None:
             near = before + min(max(value - before, -0.3), 0.3)
             sums["policy"] -= min(ratio * adv, held * adv)
             sums["value"] += 0.5 * 0.5 * max((value - ret) ** 2, (near - ret) ** 2)
-            sums["kl"] += ratio * (math.exp(ref - now) - 1 - (ref - now))
+            sums["kl_per_token"] += ratio * (math.exp(ref - now) - 1 - (ref - now))
             sums["moved"] += ratio - 1 - (now - old)
             sums["entropy"] -= ratio * now
             sums["clipped"] += held * adv < ratio * adv

@@ -100,8 +100,13 @@ def test_ppo_raises_the_true_reward_and_reports_a_kl_that_is_not_negative() -> N
     assert len(reward) == 20
     assert reward[0] < 0.45, "five letters of sixteen are vowels"
     assert np.mean(reward[-3:]) > 0.8
-    assert all(row["kl"] >= 0 and row["kl_token"] >= 0 and row["kl_estimate"] >= 0 for row in source.history)
-    assert source.history[0]["kl"] < 1e-3 < source.history[-1]["kl"], "the first phase is drawn from the reference"
+    assert all(
+        row["kl_per_answer"] >= 0 and row["kl_per_token"] >= 0 and row["kl_per_token_estimate"] >= 0
+        for row in source.history
+    )
+    assert source.history[0]["kl_per_answer"] < 1e-3 < source.history[-1]["kl_per_answer"], (
+        "the first phase is drawn from the reference"
+    )
     assert source.history[-1]["entropy"] < source.history[0]["entropy"]
     assert [row["truth"] for row in source.history] == pytest.approx(reward)
     assert source.prepare(model, 79) == {}, "the phase of this step is there"
@@ -116,7 +121,7 @@ def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
         phase = Phase(answers=32, steps=4, max_new=8, beta=beta)
         source = rollouts(copy.deepcopy(model), phase=phase)
         run(model, objective, source, steps=40, rate=3e-3)
-        final[beta] = source.history[-1]["kl"]
+        final[beta] = source.history[-1]["kl_per_answer"]
     assert final[1.0] < 0.5 * final[0.0]
 
 
@@ -138,7 +143,7 @@ def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[Comparison]
         [Sample.of(p, w) for p, w in zip(prompts, engine.generate(prompts, Sampling(max_new=8, seed=s)), strict=True)]
         for s in (0, 1000)
     )
-    return prefer(one, two, truth, noise=noise, rng=np.random.default_rng(0))
+    return prefer(one, two, truth, tokenizer=ByteCoder(), noise=noise, rng=np.random.default_rng(0))
 
 
 def test_dpo_raises_the_margin_and_the_true_reward() -> None:
@@ -209,7 +214,7 @@ def test_old_log_probabilities_are_those_of_training_so_the_first_ratio_is_one()
     terms = step(model, objective, Batches(source, objective, VOCAB, rows=32, seed=0).batches(0))
     assert float(terms["moved"]) == pytest.approx(0, abs=1e-6)
     assert float(terms["clipped"]) == 0
-    assert float(terms["kl"]) == pytest.approx(0, abs=1e-6)
+    assert float(terms["kl_per_token"]) == pytest.approx(0, abs=1e-6)
     assert float(terms["policy"]) == pytest.approx(0, abs=1e-3), "advantages are whitened over the phase"
 
 
@@ -312,16 +317,16 @@ def test_preference_without_noise_is_the_truth_and_ties_say_nothing() -> None:
         [sample("ab"), sample("xy"), sample("xx"), sample("ab")],
         [sample("ee"), sample("xa"), sample("zz"), sample("ab")],
     )
-    kept = prefer(first, second, truth, rng=np.random.default_rng(0))
+    kept = prefer(first, second, truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
     assert [(c.chosen.text, c.rejected.text) for c in kept] == [("ee", "ab"), ("xa", "xy")]
     assert [c.margin for c in kept] == pytest.approx([1 / 8, 1 / 8])
     with pytest.raises(UserError, match="same prompt"):
-        prefer([sample("a", "p")], [sample("b", "q")], truth, rng=np.random.default_rng(0))
+        prefer([sample("a", "p")], [sample("b", "q")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
 
 
 def test_noisy_preference_is_bradley_terry() -> None:
     first, second = [sample("aaaa")] * 4000, [sample("axyz")] * 4000
-    kept = prefer(first, second, truth, noise=0.5, rng=np.random.default_rng(0))
+    kept = prefer(first, second, truth, tokenizer=ByteCoder(), noise=0.5, rng=np.random.default_rng(0))
     share = np.mean([c.chosen.text == "aaaa" for c in kept])
     expected = 1 / (1 + np.exp(-(3 / 8) / 0.5))
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
@@ -329,7 +334,7 @@ def test_noisy_preference_is_bradley_terry() -> None:
 
 
 def test_comparisons_come_back_from_their_file(tmp_path: Path) -> None:
-    kept = prefer([sample("é€")], [sample("aa")], truth, rng=np.random.default_rng(0))
+    kept = prefer([sample("é€")], [sample("aa")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
     write_comparisons(kept, tmp_path / "c.jsonl")
     [back] = read_comparisons(tmp_path / "c.jsonl")
     a, b = Comparisons(kept)[0], Comparisons([back])[0]

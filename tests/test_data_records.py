@@ -169,8 +169,9 @@ def test_preferences(write: Write) -> None:
 
 
 def test_prompts_end_with_the_answer_begun(write: Write) -> None:
-    found, keys = prompts([write(*SHAPES, {"prompt": "long " * 99})], tokenizer(), 40)
+    found, keys, counts = prompts([write(*SHAPES, {"prompt": "long " * 99})], tokenizer(), 40)
     assert len(found) == len(SHAPES) == len(keys)
+    assert counts == {"records": len(SHAPES) + 1, "too_long": 1}
     assert len(set(keys.tolist())) == 1
     for prompt in found:
         assert np.array_equal(prompt, found[0])

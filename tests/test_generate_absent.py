@@ -147,8 +147,8 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size
-    assert found[0]["kl"] > 0
-    for name in ("reward", "kl", "kl_estimate", "entropy"):
+    assert found[0]["kl_per_answer"] > 0
+    for name in ("reward", "kl_per_answer", "kl_per_token_estimate", "entropy"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-3, abs=1e-4), name
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from firth.model.weights import save_model
 from firth.objectives.classification import Classification
 from firth.objectives.mlm import MLM
 from firth.objectives.objective import Objective
+from firth.objectives.reinforce import Reinforce
 from firth.objectives.reward import Ranking
 from firth.recipes.aligned import Rollouts
 from firth.recipes.fits import SEGMENTS, refuse_unfed
@@ -47,12 +49,14 @@ class Place:
     folder: Path
     tokenizer: Tokenizer
 
-    def segment(self, name: str) -> Segment:
-        """A segment of this name, as small as it comes."""
+    def segment(self, name: str, objective: Objective | None = None) -> Segment:
+        """A segment of this name, as small as it comes, with the credit that the objective learns from."""
+        grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.addends())
+        credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
             "windows": Windows(length=16), "pieces": Pieces(length=24), "pairs": Pairs(length=24),
             "partly": Partly(few=4), "taught": Taught(few=4, teacher=str(self.folder / "classifier")),
-            "rollouts": Rollouts(answers=4, epochs=1, max_new=3, scorer="builtins:len"),
+            "rollouts": Rollouts(answers=4, epochs=1, max_new=3, scorer="builtins:len", credit=credit),
         }  # fmt: skip
         return changed.get(name) or SEGMENTS[name]()
 
@@ -63,7 +67,7 @@ class Place:
         source = Text(path=(str(file),), split="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "taught" else "")
         material = Material(source, self.tokenizer, place, start, rows=2, echo=lambda _: None)
-        segment = self.segment(name)
+        segment = self.segment(name, objective)
         told = segment.settle(objective, material).fitted(shape)
         return segment.cut(material, told), told
 
@@ -143,14 +147,14 @@ def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objectiv
 def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> None:
     objective = objectives.find(name)()
     try:
-        refuse_unfed(objective, place.segment(segment))
+        refuse_unfed(objective, place.segment(segment, objective))
     except UserError as refusal:
         said = str(refusal)
         assert f"objective {name} " in said and "\n" not in said
         remedies = mended(objective, segment, said)
         assert remedies or type(objective) is Ranking
         for one, other in remedies:
-            refuse_unfed(one, place.segment(other))
+            refuse_unfed(one, place.segment(other, one))
         return
     terms = trained(place, segment, objective)
     assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.targets.keys()
@@ -167,7 +171,7 @@ def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
             continue
         for segment in SEGMENTS:
             try:
-                refuse_unfed(both, place.segment(segment), SHAPES[both.reads()])
+                refuse_unfed(both, place.segment(segment, both), SHAPES[both.reads()])
             except UserError:
                 continue
             try:

@@ -97,7 +97,14 @@ def phases(count=20, **changes):
     place = {"split": "rollouts", "seconds": 1.0, "tokens": 0}
     return [
         place
-        | {"step": 2 * s + 1, "reward": s / 10, "truth": 1 - s / 40, "kl": s / 4, "finished": 0.75, "phase": s}
+        | {
+            "step": 2 * s + 1,
+            "reward": s / 10,
+            "truth": 1 - s / 40,
+            "kl_per_answer": s / 4,
+            "finished": 0.75,
+            "phase": s,
+        }
         | changes
         for s in range(count)
     ]
@@ -105,7 +112,7 @@ def phases(count=20, **changes):
 
 def test_a_page_of_reinforcement_learning_leads_with_reward(tmp_path):
     drawn = phases(truth=None)
-    report = run_report(directory(tmp_path, drawn[:1] + rows(steps=20, kl=0.02) + drawn[1:]))
+    report = run_report(directory(tmp_path, drawn[:1] + rows(steps=20, kl_per_token=0.02) + drawn[1:]))
     assert [section.title for section in report.sections[:2]] == ["The answers it wrote", "What it learnt"]
     assert [f.title for f in report.sections[1].figures] == ["Loss", "Distance from the reference"]
     figures = {f.title: f for f in report.sections[0].figures}

@@ -7,8 +7,9 @@ are written down beside the examples, and the model is let go.
     pairs[0]["reference"]                                                # array([-31.2, -40.7], dtype=float32)
 
 With a directory the numbers are memory-mapped files that grow by index: interrupted, the same call goes on where it
-was, and finished, it only opens them. They are kept under a fingerprint of the model and of what it is shown of every example,
-so numbers of another model or another text are never taken for these; `fields` is always the same for one directory.
+was, and finished, it only opens them. They are kept under a fingerprint of the model, of its precision and of what it is
+shown of every example, so numbers of another model or another text are never taken for these; `fields` is always the same
+for one directory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from firth.data.batch import collate
@@ -57,6 +59,9 @@ def annotate(
 ) -> Annotated:
     """Read every example once, in batches of `rows`; memory holds a few batches and the numbers themselves.
 
+    The passes run in the precision of the caller's autocast context: enter that of the training which compares its own
+    numbers with these.
+
     show: example -> what the model reads (a view without chance). fields: (model, batch) -> name -> (B, ...) numbers,
     of one shape for all examples. directory: where to keep them; none keeps them in memory. progress is told how many
     examples are done.
@@ -80,8 +85,10 @@ def annotate(
 
 
 def fingerprint(source: Source, model: LM, show: Show) -> str:
-    """A hash of every weight of the model and of all that it is shown."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of every weight of the model, of the precision that it runs in here and of all that it is shown."""
+    device = model.tokens.weight.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    digest = hashlib.blake2b(f"{device} {cast}".encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())

@@ -40,12 +40,15 @@ class GAE:
 
     d_t = r_t + gamma v_{t+1} - v_t,  A_t = d_t + gamma lam A_{t+1},  return_t = A_t + v_t; nothing follows the end.
     gamma: how much a reward one token later is worth. lam: 0 trusts the value estimate, 1 the sampled rewards.
+    value_lam: the same for the returns that the value estimate learns; None means `lam`. (Yuan 2025, "What's behind PPO's
+    collapse in long-CoT?": 1 gives targets that do not depend on the estimate itself.)
     whiten: advantages of mean 0 and standard deviation 1 over all tokens of the phase.
     """
 
     gamma: float = 1.0
     lam: float = 0.95
     whiten: bool = True
+    value_lam: float | None = None
 
     def __call__(
         self, rewards: np.ndarray, values: np.ndarray, real: np.ndarray, group: int
@@ -53,13 +56,21 @@ class GAE:
         values = np.where(real, values, 0.0)
         after = np.concatenate((values[:, 1:], np.zeros_like(values[:, :1])), 1)
         surprise = np.where(real, rewards + self.gamma * after - values, 0.0)
-        advantage = np.zeros_like(surprise)
-        later = np.zeros(len(surprise))
-        for t in reversed(range(surprise.shape[1])):
-            later = surprise[:, t] + self.gamma * self.lam * later
-            advantage[:, t] = later
-        returns = advantage + values
-        return (whitened(advantage, real) if self.whiten else advantage), returns
+        advantage = to_go(surprise, self.gamma * self.lam)
+        far = advantage if self.value_lam is None else to_go(surprise, self.gamma * self.value_lam)
+        return (whitened(advantage, real) if self.whiten else advantage), far + values
+
+
+def to_go(x: np.ndarray, discount: float = 1.0) -> np.ndarray:
+    """The discounted sum of each entry and those behind it in its row: (N, T).
+
+    >>> to_go(np.array([[1.0, 2.0, 4.0]]), 0.5).tolist()
+    [[3.0, 4.0, 4.0]]
+    """
+    sums = np.array(x, np.float64)
+    for t in reversed(range(x.shape[1] - 1)):
+        sums[:, t] += discount * sums[:, t + 1]
+    return sums
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ can see (in life there is none: it stands in for people, so that a method can be
 stated amount of human inconstancy.
 
     truth = Truth(lambda text: float(text.endswith(".")))
-    comparisons = prefer(first, second, truth, noise=1.0, rng=np.random.default_rng(0))      # Bradley-Terry
+    comparisons = prefer(first, second, truth, tokenizer=tokenizer, noise=1.0, rng=rng)      # Bradley-Terry
     source = Comparisons(comparisons)          # {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"}
 """
 
 from __future__ import annotations
 
 import json
+import math
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from firth.generate.answer import Completion
 from firth.generate.rows import reading, rectangle
 from firth.model.lm import LM
 from firth.objectives.reward import rewards
+from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 Scorer = Callable[[str], float]
@@ -57,11 +60,47 @@ class Sample:
         return np.arange(len(self.prompt) + len(self.answer)) >= len(self.prompt)
 
 
+class RewardError(UserError):
+    """A judge that raised, or that returned no finite number, for one sample."""
+
+    def __init__(self, sample: Sample, fault: str) -> None:
+        super().__init__(f"the reward {fault} for the answer {_quoted(sample.text)}; correct the reward")
+        self.sample, self.fault = sample, fault
+
+
+QUOTED_CHARACTERS = 200
+"""The most characters of a prompt or an answer in an error."""
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS] + "...")
+
+
 class Judge(Protocol):
     """Scores answers."""
 
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
-        """One number per sample: (N,) float32."""
+        """One number per sample: (N,) float32. Raises RewardError for a sample that it cannot score."""
+
+
+def scored(judge: Judge, samples: Sequence[Sample], tokenizer: Tokenizer) -> np.ndarray:
+    """The judge's scores: (N,) float64.
+
+    Raises:
+        UserError: The judge raised RewardError, or a score is not finite; it names the prompt and the answer.
+    """
+    try:
+        scores = np.asarray(judge(samples), np.float64)
+        for score, sample in zip(scores.tolist(), samples, strict=True):
+            if not math.isfinite(score):
+                raise RewardError(sample, f"returned {score}")
+    except RewardError as error:
+        prompt = tokenizer.decode(error.sample.prompt.tolist())
+        raise UserError(
+            f"the reward {error.fault} for the prompt {_quoted(prompt)} and the answer {_quoted(error.sample.text)}; correct "
+            "the reward and run the same command again"
+        ) from error
+    return scores
 
 
 @dataclass(frozen=True)
@@ -71,7 +110,15 @@ class Truth:
     scorer: Scorer
 
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
-        return np.array([self.scorer(sample.text) for sample in samples], np.float32)
+        return np.array([self._score(sample) for sample in samples], np.float32)
+
+    def _score(self, sample: Sample) -> float:
+        try:
+            return float(self.scorer(sample.text))
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(at.filename).name}:{at.lineno}"
+            raise RewardError(sample, f"raised {type(error).__name__} ({error}) at {where}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +162,23 @@ class Comparison:
 
 
 def prefer(
-    first: Sequence[Sample], second: Sequence[Sample], judge: Judge, *, noise: float = 0.0, rng: np.random.Generator
+    first: Sequence[Sample],
+    second: Sequence[Sample],
+    judge: Judge,
+    *,
+    tokenizer: Tokenizer,
+    noise: float = 0.0,
+    rng: np.random.Generator,
 ) -> list[Comparison]:
     """Compare answers pairwise. noise 0 prefers the higher score, and leaves ties out; above it, the first is preferred
-    with probability sigma((score_1 - score_2) / noise) (Bradley & Terry 1952). Equal answers are left out."""
+    with probability sigma((score_1 - score_2) / noise) (Bradley & Terry 1952). Equal answers are left out.
+
+    Raises:
+        UserError: The judge cannot score an answer, or two answers have different prompts.
+    """
     drawn = rng.random(len(first))
     kept = []
-    scores = zip(judge(first), judge(second), strict=True)
+    scores = zip(*(scored(judge, side, tokenizer) for side in (first, second)), strict=True)
     for a, b, (x, y), u in zip(first, second, scores, drawn, strict=True):
         if not np.array_equal(a.prompt, b.prompt):
             raise UserError("only answers to the same prompt can be compared")

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from firth.align.credit import GAE, Credit
-from firth.align.rewards import Judge, Sample
+from firth.align.credit import GAE, Credit, to_go
+from firth.align.rewards import Judge, RewardModel, Sample, scored
 from firth.data.order import order
 from firth.data.source import Source
 from firth.generate.answer import Behind
@@ -37,13 +38,13 @@ from firth.generate.rows import reading, rectangle
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.objectives.ppo import PER_TOKEN, kl
+from firth.objectives.ppo import PER_TOKEN, critic_states, has_critic, kl, start_critic, values
 from firth.text.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 STATISTICS = (
-    "reward", "truth", "kl", "length", "finished", "reward_deviation", "penalised", "kl_token", "kl_estimate",
-    "entropy", "explained",
+    "reward", "truth", "kl_per_answer", "explained_variance", "finished", "length", "reward_deviation", "penalised",
+    "kl_per_token", "kl_per_token_estimate", "entropy",
 )  # fmt: skip
 CHUNK = 512
 """Positions whose full distributions are held at once."""
@@ -66,8 +67,20 @@ class Phase:
     unfinished: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_new < 1:
+            raise UserError(f"max_new is {self.max_new}: an answer has at least 1 token")
         if self.answers < 1 or self.group < 1 or self.steps < 1 or self.answers % self.group:
             raise UserError(f"{self.answers} answers a phase cannot be shared out in groups of {self.group}")
+
+
+def explained_variance(followed: np.ndarray, values: np.ndarray) -> float:
+    """The share of the variance of `followed` that estimates of it take away: 1 at best, 0 for a constant, below it worse.
+
+    >>> explained_variance(np.array([0.0, 2.0]), np.array([5.0, 7.0])), explained_variance(np.ones(2), np.zeros(2))
+    (1.0, 0.0)
+    """
+    spread = float(followed.var())
+    return 1 - float((followed - values).var()) / spread if spread else 0.0
 
 
 class Rollouts(Source):
@@ -77,8 +90,9 @@ class Rollouts(Source):
     reference: the frozen model; it is never part of the trained one. truth: a second judge which is measured but not
     learnt from. phase, credit: how much is drawn, and how scores become advantages; `Phase()` and `GAE()` unless given. stops:
     the tokens that end an answer, the tokenizer's own unless given. seed: of the order of prompts and of every draw. rows: how
-    many are read at once. Training calls `prepare` in the precision of its steps, so that old log-probabilities are those
-    of training.
+    many are read at once. critic: the reward model that PPO's critic starts from before the first phase; where there is
+    none, or one of another shape, it starts from the reference. Training calls `prepare` in the precision of its steps, so
+    that old log-probabilities are those of training.
     """
 
     def __init__(
@@ -94,13 +108,21 @@ class Rollouts(Source):
         stops: Sequence[int] | None = None,
         seed: int = 0,
         rows: int = 32,
+        critic: RewardModel | None = None,
     ) -> None:
         if not prompts:
             raise UserError("there are no prompts to answer")
+        phase = phase or Phase()
+        longest, room = max(map(len, prompts)), reference.context - phase.max_new
+        if longest > room:
+            raise UserError(
+                f"a prompt of {longest} tokens and an answer of {phase.max_new} do not fit the {reference.context} positions of "
+                f"the model: leave out prompts of more than {max(room, 0)} tokens, or lower max_new"
+            )
         self.prompts, self.coder, self.judge, self.reference = prompts, tokenizer, judge, reference
         reference.restrict(tokenizer.vocab)
-        self.phase, self.credit, self.truth = phase or Phase(), credit or GAE(), truth
-        self.stops, self.seed, self.rows = stops, seed, rows
+        self.phase, self.credit, self.truth = phase, credit or GAE(), truth
+        self.stops, self.seed, self.rows, self.critic = stops, seed, rows, critic
         self.number = -1
         self.history: list[dict[str, float]] = []
         self.samples: list[Sample] = []
@@ -123,22 +145,29 @@ class Rollouts(Source):
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         """Draw the phase that this step belongs to, unless it is there.
 
-        Returns the fresh phase in numbers: means over its answers (kl: nats per answer) or its tokens.
+        Returns the fresh phase in numbers: means over its answers or its tokens. kl_per_answer: nats. explained_variance:
+        of the sums of rewards that followed each token, how much the critic foresaw, which has seen none of them.
         """
         number = step // self.phase.steps
         if number == self.number:
             return {}
-        self.number = number
-        self._draw(model)
+        if self.number < 0:
+            c = self.critic
+            if c is None or not start_critic(model, c.model, c.mean, c.scale):
+                start_critic(model, self.reference)
+        self._draw(model, number)
         return dict(self.history[-1])
 
-    def _draw(self, model: LM) -> None:
-        prompts = self._asked()
-        seed = int(np.random.SeedSequence([self.seed, self.number]).generate_state(1)[0])
+    def _draw(self, model: LM, number: int) -> None:
+        """Phase `number` takes the place of the present one, which stays where the judge fails."""
+        prompts = self._asked(number)
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         engine = Engine(model, self.coder, self.stops, rows=self.rows)
         written = engine.generate(prompts, Sampling(max_new=self.phase.max_new, seed=seed))
-        self.samples = [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
-        score = np.asarray(self.judge(self.samples), np.float64)
+        samples = [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+        score = scored(self.judge, samples, self.coder)
+        truth = scored(self.truth, samples, self.coder).mean() if self.truth else nan
+        self.number, self.samples = number, samples
         finished = np.array([s.finished for s in self.samples])
         if self.phase.unfinished is not None:
             score = np.where(finished, score, self.phase.unfinished)
@@ -148,26 +177,26 @@ class Rollouts(Source):
         rewards[np.arange(len(real)), real.sum(1) - 1] += score
         advantage, returns = self.credit(rewards, now["values"], real, self.phase.group)
         self._store(real, now | {"advantage": advantage, "returns": returns})
-        values, told = now["values"][real], returns[real]
+        followed = to_go(rewards)[real]
         found = {
             "reward": float(score.mean()),
-            "truth": float(np.mean(self.truth(self.samples))) if self.truth else float("nan"),
-            "kl": float(now["kl"].sum(1).mean()),
-            "length": float(real.sum(1).mean()),
+            "truth": float(truth),
+            "kl_per_answer": float(now["kl"].sum(1).mean()),
+            "explained_variance": explained_variance(followed, now["values"][real]) if has_critic(model) else nan,
             "finished": float(finished.mean()),
+            "length": float(real.sum(1).mean()),
             "reward_deviation": float(score.std()),
             "penalised": float(rewards.sum(1).mean()),
-            "kl_token": float(now["kl"][real].mean()),
-            "kl_estimate": float(kl(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
+            "kl_per_token": float(now["kl"][real].mean()),
+            "kl_per_token_estimate": float(kl(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
             "entropy": float(now["entropy"][real].mean()),
-            "explained": 1 - float((told - values).var() / (told.var() + 1e-8)),
         }
         self.history.append(found | {"phase": float(self.number)})
 
-    def _asked(self) -> list[np.ndarray]:
-        """This phase's prompts, each `group` times."""
+    def _asked(self, number: int) -> list[np.ndarray]:
+        """The prompts of a phase, each `group` times."""
         count = self.phase.answers // self.phase.group
-        _, index = order(len(self.prompts), self.seed, np.arange(count) + count * self.number)
+        _, index = order(len(self.prompts), self.seed, np.arange(count) + count * number)
         return [self.prompts[i] for i in index.tolist() for _ in range(self.phase.group)]
 
     def _read(self, model: LM) -> dict[str, np.ndarray]:
@@ -189,7 +218,8 @@ class Rollouts(Source):
         asked = rectangle([s.mask[1:] for s in samples], device)["tokens"].bool()
         labels = torch.from_numpy(np.concatenate([s.answer for s in samples]).astype(np.int64)).to(device)
         with reading(model), reading(self.reference):
-            states, frozen = model(batch)[asked], self.reference(batch)[asked]
+            hidden, frozen = model(batch), self.reference(batch)[asked]
+            states = hidden[asked]
             ours: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
             theirs: Vocabulary = self.reference.parts["lm"]  # type: ignore[assignment]
             told: dict[str, list[Tensor]] = {"old": [], "reference": [], "kl": [], "entropy": []}
@@ -204,8 +234,8 @@ class Rollouts(Source):
                 told["kl"].append((p.exp() * (p - q)).sum(-1).clamp(min=0))
                 told["entropy"].append(-(p.exp() * p).sum(-1))
             out = {name: torch.cat(pieces) for name, pieces in told.items()}
-            if "value" in model.parts:
-                out["values"] = model.parts["value"](states)[:, 0].float()
+            if has_critic(model):
+                out["values"] = values(model, critic_states(model, hidden, batch)[asked])
         return out
 
     def _store(self, real: np.ndarray, numbers: Mapping[str, np.ndarray]) -> None:

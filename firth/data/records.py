@@ -393,14 +393,17 @@ class Preferences(Records):
         return found if answered and differ else None
 
 
-def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[np.ndarray], np.ndarray]:
+def prompts(
+    paths: Sequence[str], tokenizer: Tokenizer, length: int
+) -> tuple[list[np.ndarray], np.ndarray, Mapping[str, int]]:
     """Read what there is to answer in the records: dialogues up to their last answer, with its turn begun.
 
     A prompt of more than `length` tokens is left out: without its end it would ask something else.
 
     Returns:
-        The tokens of each prompt, and the `content_key` of each, (n,) uint64: the one that a dialogue or a preference with
-        this prompt has, so that what one stage holds out is held out in the next.
+        The tokens of each prompt; the `content_key` of each, (n,) uint64: the one that a dialogue or a preference with
+        this prompt has, so that what one stage holds out is held out in the next; and how many `records` there were, of
+        which `too_long` and `unanswered` were left out.
 
     Raises:
         UserError: there is none.
@@ -418,7 +421,7 @@ def prompts(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[li
             tally["too_long" if messages else "unanswered"] += 1
     if not found:
         raise UserError(f"{', '.join(paths)}: there is no prompt of at most {length} tokens, of {dict(tally)}")
-    return found, np.array(keys, np.uint64)
+    return found, np.array(keys, np.uint64), tally
 
 
 @contextmanager

@@ -194,7 +194,9 @@ def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: Size) 
 
 def alignment(out: Path, models: Facts, material: Material) -> Section:
     names = {"instruct": "before", "dpo": "DPO", "ppo": "PPO"}
-    rows = [[names[n], m["truth"], m["reward"], m["kl"], m["length"], m["finished"]] for n, m in models.items()]
+    rows = [
+        [names[n], m["truth"], m["reward"], m["kl_per_answer"], m["length"], m["finished"]] for n, m in models.items()
+    ]
     found = finding(out, "alignment")
     samples = [
         Sample(s["prompt"], {"before": s["instruct"], "DPO": s["dpo"], "PPO": s["ppo"]}) for s in found["samples"][:4]
@@ -203,11 +205,11 @@ def alignment(out: Path, models: Facts, material: Material) -> Section:
     figures = []
     for metric, title, unit in (("reward", "PPO: reward model's score, phase by phase", "standard deviations"),
                                 ("truth", "PPO: true reward, which it never sees", "true reward"),
-                                ("kl", "PPO: KL to the start", "nats per answer")):  # fmt: skip
+                                ("kl_per_answer", "PPO: KL to the start", "nats per answer")):  # fmt: skip
         x, y = series(phases, "rollouts", metric, "seconds")
         if x:
             figures.append(Figure(title, "seconds of training", unit, (Curve("PPO", x, y, points=True),)))
-    points = tuple(Curve(names[n], [m["kl"]], [m["truth"]], points=True) for n, m in models.items())
+    points = tuple(Curve(names[n], [m["kl_per_answer"]], [m["truth"]], points=True) for n, m in models.items())
     figures.append(Figure("True reward against distance", "KL to the start, nats per answer", "true reward", points))
     return Section(
         "PPO and DPO",

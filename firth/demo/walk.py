@@ -308,7 +308,7 @@ class _Walk:
             prompts = [self.prompt(row["prompt"]) for row in self.asked(part, n)]
             first, second = (self.drawn(model, prompts, self.seed + s) for s in (1, 100_001))
             rng = np.random.default_rng((self.seed, len(part)))
-            found = prefer(first, second, self.truth(), noise=self.size.noise, rng=rng)
+            found = prefer(first, second, self.truth(), tokenizer=self.tokenizer, noise=self.size.noise, rng=rng)
             write_comparisons(found, Path(self.file(f"preferences-{part}")))
             counts[part] = len(found)
             counts[f"{part}-agree"] = float(np.mean([c.margin > 0 for c in found]))
@@ -335,7 +335,7 @@ class _Walk:
         for name, row in found["models"].items():
             self.echo(
                 f"  {name:<9} true reward {row['truth']:.2f}   reward model {row['reward']:+.2f}   "
-                f"KL to the start {row['kl']:.1f} nats an answer   {row['length']:.0f} tokens"
+                f"KL to the start {row['kl_per_answer']:.1f} nats an answer   {row['length']:.0f} tokens"
             )
 
     def alignment(self) -> Facts:

@@ -106,6 +106,14 @@ class Dropout(nn.Module):
         return x * survivors(x, self.chance) if x.device.type == "cpu" else F.dropout(x, self.chance)
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether any module of the model applies dropout in training."""
+    chances = (
+        m.chance if isinstance(m, Dropout) else m.p for m in model.modules() if isinstance(m, Dropout | nn.Dropout)
+    )
+    return any(chance > 0 for chance in chances)
+
+
 class _Relu2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

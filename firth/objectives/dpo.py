@@ -55,13 +55,15 @@ class DPO(Objective):
     """A comparison with its reference log-probabilities: `comparison` | {"reference": (2,)}.
 
     beta: how dear it is to leave the reference. smoothing: the share of comparisons believed to be the wrong way
-    round (conservative DPO, Mitchell 2023).
+    round (conservative DPO, Mitchell 2023). dropout: apply the model's dropout; the first loss is then not ln 2.
     """
 
     beta: PositiveFloat = 0.1
     smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+    dropout: bool = False
 
     lays: ClassVar[frozenset[str]] = frozenset()
+    precomputed: ClassVar[frozenset[str]] = frozenset({"reference"})
     targets: ClassVar[dict[str, str]] = {"dpo": "preferred"}
     measures: ClassVar[dict[str, str]] = {
         "accuracy": "preferred",

@@ -77,6 +77,10 @@ class Objective(Ranged, section="objective"):
     sentinels: how many `<extra_id_n>` a tokenizer that is trained for it has.
     alone: False for what only adds to another's loss (a penalty). borrows: names of the parts that its loss uses and another
     addend must bring.
+    precomputed: the fields of an example that a model computed once and that the loss compares with the numbers of the model in
+    training (log-probabilities under a reference, or under the policy that sampled).
+    dropout: whether training applies the model's dropout, LoRA's included. Objectives with precomputed fields set it to False:
+    those are computed without dropout, and two passes of the same weights must agree.
     """
 
     targets: ClassVar[dict[str, str]] = {}
@@ -88,6 +92,8 @@ class Objective(Ranged, section="objective"):
     sentinels: ClassVar[int] = 0
     alone: ClassVar[bool] = True
     borrows: ClassVar[frozenset[str]] = frozenset()
+    precomputed: ClassVar[frozenset[str]] = frozenset()
+    dropout: bool = True
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
@@ -221,6 +227,8 @@ class Sum(Objective):
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
         object.__setattr__(self, "alone", self.first.alone or self.second.alone)
         object.__setattr__(self, "borrows", self.first.borrows | self.second.borrows)
+        object.__setattr__(self, "precomputed", self.first.precomputed | self.second.precomputed)
+        object.__setattr__(self, "dropout", self.first.dropout and self.second.dropout)
         object.__setattr__(self, "whole", self.first.whole or self.second.whole)
         object.__setattr__(self, "packs", self.first.packs and self.second.packs)
         object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)

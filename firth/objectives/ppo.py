@@ -8,14 +8,18 @@ estimate (`values`), the advantage and the return. With ratio = p(token) / p_old
     value     weight * 1/2 max((v - return)^2, (clip(v, values - c', values + c') - return)^2)
 
 The penalty beta * KL(p || p_ref) is inside the reward, token by token (the source subtracts it), not in the loss.
-Differences from the original: the value is a linear head on the policy's own trunk; no entropy bonus, as in
-InstructGPT; estimates of KL are of the non-negative kind (Schulman 2020, "Approximating KL divergence", k3).
+The critic is a model of its own, as large as the policy (Ouyang 2022, appendix C.4): `start_critic` gives it the weights
+of the reward model, and `optimizer.critic_rate` is its learning rate. critic="shared" is a linear head on the policy's
+own trunk: half the memory, and measured to learn next to nothing (docs/results.md).
+
+Differences from the original: no entropy bonus, as in InstructGPT; estimates of KL are of the non-negative kind (Schulman
+2020, "Approximating KL divergence", k3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective, asked, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.ranges import NonNegativeFloat, PositiveFloat
+from firth.scaling import flops
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
@@ -40,6 +45,49 @@ def value_head(width: int) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
+
+
+def has_critic(model: LM) -> bool:
+    """Whether the model estimates values, with a critic or with a head on its own trunk."""
+    return "critic" in model.parts or "value" in model.parts
+
+
+def critic_states(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
+    """The states that the value head reads: those of the critic, or `hidden` where the policy's trunk serves it."""
+    states: Tensor = model.parts["critic"](batch) if "critic" in model.parts else hidden
+    return states
+
+
+def values(model: LM, states: Tensor) -> Tensor:
+    """The value of each state: (..., width) -> (...) float32."""
+    head: nn.Module = model.parts["critic"].parts["value"] if "critic" in model.parts else model.parts["value"]  # type: ignore[index, assignment]
+    found: Tensor = head(states)[..., 0].float()
+    return found
+
+
+@torch.no_grad()
+def start_critic(model: LM, weights: LM, mean: float = 0.0, scale: float = 1.0) -> bool:
+    """Copy the trunk of `weights` into the model's critic, and its reward head, if it has one, as (reward - mean) / scale.
+
+    Returns:
+        False, with nothing changed, if the model has no critic or the shapes differ.
+    """
+    if "critic" not in model.parts:
+        return False
+    critic: LM = model.parts["critic"]  # type: ignore[assignment]
+    mine, theirs = (
+        {name: tensor for name, tensor in one.state_dict().items() if not name.startswith("parts.")}
+        for one in (critic, weights)
+    )
+    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
+        return False
+    for name, tensor in mine.items():
+        tensor.copy_(theirs[name])
+    if "reward" in weights.parts:
+        head: nn.Linear = critic.parts["value"]  # type: ignore[assignment]
+        head.weight.copy_(weights.parts["reward"].weight / scale)  # type: ignore[arg-type, operator]
+        head.bias.fill_(-mean / scale)
+    return True
 
 
 def kl(towards: Tensor, away: Tensor) -> Tensor:
@@ -56,7 +104,8 @@ class PPO(Objective):
     """An answer, the mask of its sampled tokens and PER_TOKEN, each (n,).
 
     clip: how far a token's probability may move, as a ratio, before its gradient stops. clip_value: the same for the
-    value, in units of reward; 0 for none. value: the weight of the value loss.
+    value, in units of reward; 0 for none. value: the weight of the value loss. critic: "own", a model of its own, or
+    "shared", a head on the policy's trunk. dropout: apply the model's dropout; the first ratios are then not 1.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True])}
@@ -69,10 +118,13 @@ class PPO(Objective):
     clip: PositiveFloat = 0.2
     clip_value: NonNegativeFloat = 0.2
     value: NonNegativeFloat = 0.1
+    critic: Literal["own", "shared"] = "own"
+    dropout: bool = False
 
+    precomputed: ClassVar[frozenset[str]] = frozenset({"old", "reference", "values"})
     targets: ClassVar[dict[str, str]] = {"policy": "labels", "value": "labels"}
     measures: ClassVar[dict[str, str]] = {
-        "kl": "labels",
+        "kl_per_token": "labels",
         "moved": "labels",
         "entropy": "labels",
         "clipped": "labels",
@@ -86,32 +138,50 @@ class PPO(Objective):
         return "left"
 
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"lm": Vocabulary(shape), "value": value_head(shape.width)}
+        value: dict[str, nn.Module] = {"value": value_head(shape.width)}
+        parts: dict[str, nn.Module] = {"lm": Vocabulary(shape)}
+        if self.critic == "shared":
+            return parts | value
+        with torch.random.fork_rng(devices=[]):  # its weights will be copied: the policy's draws do not depend on it
+            return parts | {"critic": LM(shape, value)}
+
+    def finish(self, model: LM) -> None:
+        """The exported model is the policy alone: a critic is of use to its own run only, and as large."""
+        if "critic" in model.parts:
+            del model.parts["critic"]
+
+    def run(self, model: LM, batch: Batch) -> Outputs:
+        outputs = super().run(model, batch)
+        return outputs | {"critic": critic_states(model, outputs["hidden"], batch)}
+
+    def run_flops(self, model: LM, batch: Batch) -> float:
+        own = flops.trunk(model.shape, flops.work(batch)) if "critic" in model.parts else 0.0
+        return super().run_flops(model, batch) + own
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shifted = {name: example[name][1:] for name in PER_TOKEN}
         return answer(example["tokens"], example["mask"]) | shifted
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the sampled tokens. Measured: `kl` to the reference and `entropy`, both reweighted to the policy as it is
+        """Sums over the sampled tokens. Measured: `kl_per_token` to the reference and `entropy`, both reweighted to the policy as it is
         now; `moved`, its KL from the policy that drew the samples (k3); `clipped`, the tokens whose gradient the clip has
         stopped; `value_error`, the squared distance to the return."""
         head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
         states, labels = asked(outputs["hidden"], batch["labels"])  # (N, width), (N,)
         at = batch["labels"] != IGNORE
-        old, reference, values, advantage, returns = (batch[name][at] for name in PER_TOKEN)
+        old, reference, before, advantage, returns = (batch[name][at] for name in PER_TOKEN)
         now = head.log_probs(states, labels)
         ratio = (now - old).exp()
         free, held = ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
-        value = model.parts["value"](states)[:, 0].float()
+        value = values(model, outputs["critic"][at])
         error = (value - returns) ** 2
         worst = error
         if self.clip_value:
-            near = values + (value - values).clamp(-self.clip_value, self.clip_value)
+            near = before + (value - before).clamp(-self.clip_value, self.clip_value)
             worst = torch.maximum(error, (near - returns) ** 2)
         with torch.no_grad():
             measures = {
-                "kl": (ratio * kl(now, reference)).sum(),
+                "kl_per_token": (ratio * kl(now, reference)).sum(),
                 "moved": (ratio - 1 - (now - old)).sum(),
                 "entropy": -(ratio * now).sum(),
                 "clipped": (held < free).float().sum(),

@@ -28,7 +28,8 @@ from firth.types import IGNORE, Batch, Example, Outputs
 class Reinforce(Objective):
     """An answer, the mask of its sampled tokens and their advantage: {"tokens", "mask", "advantage"}, each (n,).
 
-    `answer_labels` holds a 0 at the last asked position: it counts answers, in packed rows too.
+    `answer_labels` holds a 0 at the last asked position: it counts answers, in packed rows too. dropout: apply the model's
+    dropout; the gradient is then no longer that of the policy that sampled.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True]),
@@ -38,6 +39,9 @@ class Reinforce(Objective):
     ([6, 7], [1.5, 1.5], [-100, 0])
     """
 
+    dropout: bool = False
+
+    precomputed: ClassVar[frozenset[str]] = frozenset({"advantage"})
     targets: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
     measures: ClassVar[dict[str, str]] = {"surprise": "labels"}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
-from firth.model.weights import load_model
 from firth.objectives.dpo import comparison, reference
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN
@@ -61,14 +61,14 @@ class Referenced(Segment):
         return self.pairs.given | {"reference"}
 
     def cut(self, material: Material, objective: Objective) -> Cut:
-        model = load_model(needed(material.start, "start", "the model that DPO starts from and is held to"))
-        model.restrict(material.tokenizer.vocab)
+        model = material.frozen(needed(material.start, "start", "the model that DPO starts from and is held to"))
         plain = self.pairs.cut(material, objective)
-        known = [
-            annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
-            if source is not None else None
-            for part, source in (("train", plain.train), ("valid", plain.valid))
-        ]  # fmt: skip
+        with material.casts():
+            known = [
+                annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
+                if source is not None else None
+                for part, source in (("train", plain.train), ("valid", plain.valid))
+            ]  # fmt: skip
         assert known[0] is not None
         return dataclasses.replace(plain, train=known[0], valid=known[1])
 
@@ -80,8 +80,10 @@ class Rollouts(Segment):
     answers: drawn per phase, `group` to each prompt.
     max_new: most tokens of an answer. longest: most tokens of a prompt. beta: the price of a nat of divergence from
     the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
-    truth: a second such function that is measured and not learnt from. unfinished: the score of an answer that ran to max_new
-    without a stop token; not set, the judge gives it. credit: "gae" for PPO, "group" for REINFORCE.
+    truth: a second such function that is measured and not learnt from. Both are looked for in the working directory too.
+    unfinished: the score of an answer that ran to max_new without a stop token; not set, the judge gives it. credit: "gae"
+    for PPO, which has a critic, "group" for REINFORCE, which has none. Prompts of more than `longest` tokens are left out and
+    counted, and those that leave no room for max_new in the model's context.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
@@ -99,16 +101,32 @@ class Rollouts(Segment):
     unfinished: FiniteFloat | None = None
     credit: Literal["gae", "group"] = "gae"
 
+    def refuse(self, objective: Objective) -> None:
+        read = objective.needs(self.given)
+        if self.credit == "group" and "returns" in read:
+            raise UserError(
+                "segment.credit=group compares answers with each other, and the critic of objective ppo would be trained for "
+                "nothing: set segment.credit=gae, or take objective=reinforce"
+            )
+        if self.credit == "gae" and "advantage" in read and "returns" not in read:
+            raise UserError(
+                "segment.credit=gae needs the estimates of a critic, which objective reinforce does not have: set "
+                "segment.credit=group, or take objective=ppo"
+            )
+
     def cut(self, material: Material, objective: Objective) -> Cut:
-        start = load_model(needed(material.start, "start", "the model that writes the first answers and is held to"))
-        found, keys = records.prompts(material.source.paths(material.echo), material.tokenizer, self.longest)
+        start = material.frozen(
+            needed(material.start, "start", "the model that writes the first answers and is held to")
+        )
+        found, keys = self._prompts(material, start, material.source.paths(material.echo))
         aside = held_out_keys(keys, 0.0 if material.source.valid else material.source.held_out, len(found))
         prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
         if material.source.valid:
-            held, _ = records.prompts(material.source.valid, material.tokenizer, self.longest)
+            held, _ = self._prompts(material, start, material.source.valid)
         if bool(self.reward) == bool(self.scorer):
             raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
-        judge: Judge = Truth(function(self.scorer)) if self.scorer else self._reward_model(material, prompts, start)
+        learned = self._reward_model(material, prompts, start) if self.reward else None
+        judge: Judge = learned or Truth(function(self.scorer))
         steps, over = divmod(self.answers * self.epochs, material.rows)
         if over or not steps:
             raise UserError(
@@ -121,29 +139,67 @@ class Rollouts(Segment):
                 unfinished=self.unfinished,
             ),
             credit=Baseline() if self.credit == "group" else GAE(),
-            truth=Truth(function(self.truth)) if self.truth else None,
+            truth=Truth(function(self.truth)) if self.truth else None, critic=learned,
         )  # fmt: skip
         shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
         return Cut(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new))
 
-    def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> Judge:
+    def _prompts(self, material: Material, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """The prompts that fit, with an answer of max_new tokens, into the context, and their keys; how many do not is
+        reported."""
+        room = start.context - self.max_new
+        if room < 1:
+            raise UserError(
+                f"segment.max_new={self.max_new} leaves no room for a prompt in the {start.context} positions of the model: "
+                "lower segment.max_new"
+            )
+        limit = min(self.longest, room)
+        prompts, keys, counts = records.prompts(paths, material.tokenizer, limit)
+        if counts.get("too_long"):
+            why = (
+                f"segment.longest={limit}"
+                if limit < room
+                else f"{start.context} positions less segment.max_new={self.max_new}"
+            )
+            material.echo(
+                f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
+            )
+        return prompts, keys
+
+    def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
         run = model_directory(self.reward)
         cure = "train the reward model from the same start as the policy"
         check_same_tokenizer(material.tokenizer, run, "segment.reward:", cure)
-        judge = RewardModel(load_model(run))
+        judge = RewardModel(material.frozen(run))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
-        written = Engine(start, material.tokenizer).generate(some, Sampling(max_new=self.max_new, seed=material.seed))
-        return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
+        with material.casts():
+            sampling = Sampling(max_new=self.max_new, seed=material.seed)
+            written = Engine(start, material.tokenizer).generate(some, sampling)
+            return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
 
 
 def function(name: str) -> Callable[[str], float]:
-    """The scorer that `module:function` names; UserError where there is none."""
+    """The scorer that `module:function` names, of an installed module or of a file in the working directory.
+
+    Raises:
+        UserError: There is no such module or function, or the module fails when it is imported.
+    """
     module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # behind all others: a file of one's own never hides an installed module
+        importlib.invalidate_caches()
     try:
         found: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{name!r} names no function: write package.module:function ({error})") from None
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{name!r} names no function: write module:function, of an installed module or of a file in {here} ({error})"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{name!r} cannot be imported: {type(error).__name__} ({error})") from error
+    if not callable(found):
+        raise UserError(f"{name!r} is of type {type(found).__name__}: name a function of the answer's text")
     return found
 
 

@@ -102,6 +102,7 @@ def refuse_unfed(objective: Objective, segment: Segment, shape: Shape | None = N
             )
     if fault:
         raise UserError(f"{fault}: {_feeding(objective, segment, shape)}")
+    segment.refuse(objective)
 
 
 def _fault(objective: Objective, segment: Segment) -> str:

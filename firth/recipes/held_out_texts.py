@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.align.rewards import Judge, RewardModel, Sample
+from firth.align.rewards import Judge, RewardModel, Sample, scored
 from firth.data.batch import collate
 from firth.data.source import Source
 from firth.generate.engine import Engine
@@ -72,7 +72,9 @@ class HeldOutTexts:
             prompts = [_prompt(example) for example in shown]
             written = Engine(model, tokenizer).generate(prompts, sampling) if prompts else []
             samples = [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
-            scores = self.judge(samples).tolist() if self.judge and samples else [None] * len(samples)
+            scores = (
+                scored(self.judge, samples, tokenizer).tolist() if self.judge and samples else [None] * len(samples)
+            )
             for own, sample, value in zip(answers, samples, scores, strict=True):
                 own.insert(0, {"name": "model", "text": sample.text, "score": value})
         return [

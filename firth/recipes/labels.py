@@ -13,7 +13,6 @@ from firth.data.source import Mixture, Source, Subset
 from firth.data.votes import Annotators
 from firth.data.votes import Votes as Voting
 from firth.evaluate.tokenizer_match import check_same_tokenizer
-from firth.model.weights import load_model
 from firth.objectives.objective import Known, Objective
 from firth.objectives.semi_supervised import question, taught
 from firth.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
@@ -101,14 +100,15 @@ class Taught(Partly):
         place = needed(self.teacher, "segment.teacher", what)
         cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
         check_same_tokenizer(material.tokenizer, place, "segment.teacher:", cure)
-        model = load_model(place)
+        model = material.frozen(place)
         plain = super().cut(material, objective)
         vocab = material.tokenizer.vocab
 
         def show(example: Example) -> Example:
             return question(objective, example, vocab)
 
-        known = annotate(plain.train, model, show, taught, directory=material.directory / "taught")
+        with material.casts():
+            known = annotate(plain.train, model, show, taught, directory=material.directory / "taught")
         return replace(plain, train=known)
 
 

@@ -11,19 +11,25 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from firth.data.shards import TokenStore
 from firth.data.split import HeldOut, content_key, hold_out
+from firth.doctor import device
+from firth.model.lm import LM
+from firth.model.weights import load_model
 from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
 from firth.text import corpora, read
 from firth.text.counts import Counts, many
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
+from firth.train import precision
 from firth.types import UserError
 
 Echo = Callable[[str], None]
@@ -84,7 +90,8 @@ class Material:
     """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
 
     memory: how many tokens before each row the model reads (`Shape.memory`). siblings: all paths of a mixture, of which this is
-    one: what is held out of another is not trained on here.
+    one: what is held out of another is not trained on here. precision: of the run's steps, in which everything that is
+    computed once is computed too.
     """
 
     source: Text
@@ -96,6 +103,15 @@ class Material:
     echo: Echo = print
     memory: int = 0
     siblings: tuple[str, ...] = ()
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def frozen(self, directory: Path) -> LM:
+        """The model of a directory, on the device that the run trains on."""
+        return load_model(directory).to(device())
+
+    def casts(self) -> AbstractContextManager[object]:
+        """The context in which the run's forward passes run."""
+        return precision.casts(self.precision, device())()
 
     def parts(self) -> list[Material]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""

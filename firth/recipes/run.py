@@ -39,7 +39,7 @@ from firth.recipes.use import Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
 from firth.text.tokenizer import Tokenizer
-from firth.train import precision
+from firth.train import checkpoint, precision
 from firth.train.distributed import Ranks, join
 from firth.train.loop import Plan, train
 from firth.types import UserError
@@ -108,7 +108,8 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         if ranks.first and not (directory / REPORT).exists():
             write_report(run_report(directory), directory / REPORT)
         return finished
-    material = dataclasses.replace(material, memory=settled.shape.memory)
+    chosen = checkpoint.precision(directory) or precision.choose(settled.precision, best_device())
+    material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
     for line in _begins(settled, cut, shown):
@@ -144,7 +145,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         if known == settled.hash() and not begun:  # else it is there as the run began, and stays if this one is refused
             write_text(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
-        _held_out_texts(settled, cut, model, tokenizer, directory, 0)
+        _held_out_texts(settled, cut, model, material, 0)
     if shown is not None:
         shown.refuse_unmeasured(model)
     ended = train(
@@ -152,13 +153,13 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
         plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
                   best=settled.checks.best or "loss", best_last=bool(settled.checks.best or settled.checks.patience),
-                  patience=settled.checks.patience, precision=settled.precision),
+                  patience=settled.checks.patience, precision=chosen),
         evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
     )  # fmt: skip
     finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, ended.step)
-        _held_out_texts(settled, cut, model, tokenizer, directory, ended.step)
+        _held_out_texts(settled, cut, model, material, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
             "steps": ended.step,
@@ -331,18 +332,16 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
         _add_rows(directory / "samples.jsonl", step, rows)
 
 
-def _held_out_texts(recipe: Recipe, cut: Cut, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+def _held_out_texts(recipe: Recipe, cut: Cut, model: LM, material: Material, step: int) -> None:
     """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
     texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.segment.given)
     if texts is not None:
-        device = next(model.parameters()).device
-        cast = precision.casts(precision.choose(recipe.precision, device), device)
 
         def rows() -> Iterable[dict[str, Any]]:
-            with cast():
-                return texts.rows(model, tokenizer, step, recipe.seed)
+            with material.casts():
+                return texts.rows(model, material.tokenizer, step, recipe.seed)
 
-        _add_rows(directory / held_out_texts.FILE, step, rows)
+        _add_rows(material.directory / held_out_texts.FILE, step, rows)
 
 
 def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:

@@ -93,6 +93,9 @@ class Segment(Ranged, section="segment"):
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
         return objective
 
+    def refuse(self, objective: Objective) -> None:
+        """Raise a UserError for an objective that the segment's settings do not suit, though its fields would."""
+
     def untold(self, paths: Sequence[str], material: Material) -> Source:
         """Records with the same fields and no label, for what learns from these too."""
         raise UserError(

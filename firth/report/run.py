@@ -56,7 +56,8 @@ TERMS = {
     "bits_per_byte": Term("Bits per byte", "bits per byte of text"),
     "accuracy": Term("Accuracy", "share right"),
     "exact_match": Term("Exact match", "share of questions"),
-    "kl": Term("Distance from the reference", "KL, nats"),
+    "kl": Term("Latent from its prior", "KL, nats a text"),
+    "kl_per_token": Term("Distance from the reference", "KL, nats a token"),
     "f1": Term("F1", "F1"),
     "macro_f1": Term("F1, mean over classes", "F1"),
     "matthews": Term("Matthews' correlation", "correlation"),
@@ -68,7 +69,8 @@ TERMS = {
 DRAWN = {
     "reward": Term("Judge's score", "score"),
     "truth": Term("True score, not learnt from", "score"),
-    "kl": Term("Distance from the start", "KL, nats an answer"),
+    "kl_per_answer": Term("Distance from the start", "KL, nats an answer"),
+    "explained_variance": Term("What the critic foresees", "explained variance"),
     "entropy": Term("Entropy", "nats a token"),
     "length": Term("Length", "tokens an answer"),
     "finished": Term("Answers that end by themselves", "share"),
@@ -157,16 +159,18 @@ def reward_figures(drawn: Sequence[Row]) -> list[Figure]:
     """Return the figures of phases: rewards over divergence first, a dot for each phase, then each measure over steps."""
     known = [name for name in DRAWN if any(row.get(name) is not None for row in drawn)]
     over = []
-    if "kl" in known:
+    if "kl_per_answer" in known:
         for colour, name in enumerate(("reward", "truth")):
             if name in known:
-                both = [row for row in drawn if None not in (row["kl"], row[name])]
-                x, y = [row["kl"] for row in both], [row[name] for row in both]
+                both = [row for row in drawn if None not in (row["kl_per_answer"], row[name])]
+                x, y = [row["kl_per_answer"] for row in both], [row[name] for row in both]
                 over.append(Curve(DRAWN[name].title, x, y, line=False, colour=colour))
     note = (
         "A dot for each phase. Reward that rises while the true score falls is over-optimization of the reward model."
     )
-    first = Figure("Reward over divergence", DRAWN["kl"].unit, "score", tuple(over), note=note if len(over) > 1 else "")
+    first = Figure(
+        "Reward over divergence", DRAWN["kl_per_answer"].unit, "score", tuple(over), note=note if len(over) > 1 else ""
+    )
     return [first] * bool(over) + [_drawn(drawn, name) for name in known]
 
 
@@ -370,7 +374,12 @@ def _speed(rows: Sequence[Row]) -> list[Number]:
     return []
 
 
-LEAD = {"reward": "reward", "truth": "true score", "kl": "KL, nats an answer", "finished": "answers that end"}
+LEAD = {
+    "reward": "reward",
+    "truth": "true score",
+    "kl_per_answer": "KL, nats an answer",
+    "finished": "answers that end",
+}
 """Measures of phases that head the page of a run of reinforcement learning -> their labels."""
 
 
@@ -389,7 +398,7 @@ def summary(rows: Sequence[Row], exported: int | None = None) -> str:
     if phases:
         said += [_moved(label, ends) for name, label in (("reward", "reward"), ("truth", "true score"))
                  if (ends := _ends(phases, name)) is not None]  # fmt: skip
-        divergence, finished = _ends(phases, "kl"), _ends(phases, "finished")
+        divergence, finished = _ends(phases, "kl_per_answer"), _ends(phases, "finished")
         if divergence is not None:
             said.append(f"The answers diverge from the starting model by {number(divergence[1], 3)} nats each.")
         if finished is not None:

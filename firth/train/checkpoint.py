@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -116,6 +116,17 @@ def load(path: Path) -> Checkpoint:
              for name in body["files"] if name.endswith(".safetensors")}  # fmt: skip
     state = json.loads((path / "state.json").read_text())
     return Checkpoint(path, files, state, body["layout"], body["recipe"])
+
+
+def precision(run: Path) -> Literal["fp32", "bf16"] | None:
+    """The precision of the run's last checkpoint; None where none can be read."""
+    for path in reversed(_saved(run)):
+        try:
+            found: Literal["fp32", "bf16"] = json.loads((path / "state.json").read_text())["precision"]
+        except (OSError, ValueError, KeyError):
+            continue
+        return found
+    return None
 
 
 def best(run: Path) -> Path | None:

@@ -5,7 +5,7 @@ metrics.jsonl has one JSON object per line:
     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "norm": 0.8, "rate": 0.003,
      "tokens_per_second": 13100, "flops_per_second": 9.2e11, "flops": 3.7e13, "skipped": 0}
     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
-    {"split": "rollouts", "step": 41, "seconds": 12.5, "tokens": 163840, "reward": 0.4, "kl": 1.2, "length": 31.0}
+    {"split": "rollouts", "step": 41, "seconds": 12.5, "tokens": 163840, "reward": 0.4, "kl_per_answer": 1.2}
 
 step: optimizer steps behind, this one included. seconds: of training, without evaluation and checkpoints. tokens: real
 ones read so far. flops: counted work so far (`firth.scaling.flops`). loss: the sum of the objective's terms, each a mean

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from firth.model.fused import drops
 from firth.scaling import flops
 from firth.train import checkpoint, precision, state
 from firth.train.cpu import flush_denormals, keep_freed_memory
@@ -195,7 +196,13 @@ class _Run:
         at = self.at
         if not self._over:
             log = Log(self.directory, at.step) if self.ranks.first else None
-            self.model.train()
+            self.model.train(self.objective.dropout)
+            if self.objective.precomputed and self.objective.dropout and drops(self.model):
+                fields = ", ".join(sorted(self.objective.precomputed))
+                self.told.say(
+                    f"dropout is on here and off where {fields} were computed: the first ratios are not 1 "
+                    "(objective.dropout=false turns it off)"
+                )
             try:
                 self._go_on(log)
             finally:
@@ -222,8 +229,7 @@ class _Run:
         with ctrl_c(self.told.say) as stop:
             while not self._over:
                 start = time.perf_counter()
-                with self.casts():
-                    drawn = self.batches.source.prepare(self.model, at.step)
+                drawn = self._prepared()
                 if drawn:
                     self._tell_drawn(log, drawn)
                 here = self.batches.batches(at.step)
@@ -232,6 +238,17 @@ class _Run:
                     checked = True
                 stopping = self._step(here, start, stop.asked)
                 self._after(log, stopping)
+
+    def _prepared(self) -> Mapping[str, float]:
+        """What the source drew for this step. A source that fails (a user's reward) costs no step: it is saved first."""
+        try:
+            with self.casts():
+                return self.batches.source.prepare(self.model, self.at.step)
+        except UserError:
+            if self.at.step:
+                self._save()
+                self.told.say(f"step {self.at.step} is saved in {self.directory}")
+            raise
 
     def _refuse_silence(self, here: list[Batch]) -> None:
         """Training on nothing looks like training: the loss is 0 and no weight moves."""
@@ -386,7 +403,7 @@ class _Run:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), self.casts():
             found = evaluate(self.model, self.at.step)
-        self.model.train()
+        self.model.train(self.objective.dropout)
         return found
 
     def _save(self) -> None:

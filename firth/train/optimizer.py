@@ -8,6 +8,7 @@ Muon (`firth.train.muon`) moves hidden matrices, AdamW (Loshchilov & Hutter 2019
     parts.lm.weight (untied)      adamw       rest_rate        weight_decay
     norms, biases, scalars        adamw       rest_rate        none
     ...q.low.default.A, ...B      adamw       rate             weight_decay      (LoRA)
+    parts.critic.* (PPO)          as above    critic_rate      as above
 
 Rates. An orthogonal matrix of m rows and n columns has root-mean-square entries of 1 / sqrt(max(m, n)); Muon's update
 is multiplied by 0.2 sqrt(max(m, n)), so an entry moves by about 0.2 of the rate, as under AdamW (Liu et al. 2025,
@@ -41,6 +42,7 @@ class Optimizer(Ranged, section="optimizer"):
 
     rate: of hidden matrices under "muon", of everything under "adamw", where the schedule's factor is 1.
     embedding_rate, rest_rate: of embedding tables, and of heads, norms and biases; None means `rate`.
+    critic_rate: of every weight of PPO's critic (`parts.critic`); None means as the policy's.
     weight_decay: decoupled, times the rate; on hidden matrices and untied heads only.
     beta1, beta2, eps: AdamW's. momentum: Muon's.
     clip: the global norm that gradients are scaled down to; 0 leaves them alone.
@@ -50,6 +52,7 @@ class Optimizer(Ranged, section="optimizer"):
     rate: PositiveFloat = 3e-3
     embedding_rate: NonNegativeFloat | None = None
     rest_rate: NonNegativeFloat | None = None
+    critic_rate: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat = 0.1
     beta1: ShareBelowOne = 0.9
     beta2: ShareBelowOne = 0.95
@@ -61,6 +64,10 @@ class Optimizer(Ranged, section="optimizer"):
         super().__post_init__()
         if self.name not in ("muon", "adamw"):
             raise UserError(f"optimizer.name is {self.name!r}: use muon or adamw")
+
+
+CRITIC = "parts.critic."
+"""How the names of a critic's weights begin (`firth.objectives.ppo`)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
         hidden = matrix and (id(p) in layers or id(p) in low)
         decays = hidden or (matrix and name.startswith("parts."))
         rate = embedding_rate if table else optimizer.rate if hidden else rest_rate
+        if optimizer.critic_rate is not None and name.startswith(CRITIC):
+            rate = optimizer.critic_rate
         decay = optimizer.weight_decay if decays else 0.0
         placed.append(Place(name, p, hidden and optimizer.name == "muon" and id(p) not in low, rate, decay))
     return placed
@@ -117,7 +126,7 @@ class Mover:
         if not self.placed:
             raise UserError("there is nothing to train: every weight of the model is frozen")
         alike: dict[tuple[float, float], list[Place]] = {}
-        shapes: dict[tuple[int, ...], list[Place]] = {}
+        shapes: dict[tuple[float, tuple[int, ...]], list[Place]] = {}
         table = lone_table(model) if sparse else None
         self.rows: dict[str, Rows] = {}
         for p in self.placed:
@@ -126,7 +135,7 @@ class Mover:
                 self.rows[p.name] = Rows(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps)
                 self.row_rate = p.rate
             elif p.muon:
-                shapes.setdefault(tuple(p.parameter.shape), []).append(p)
+                shapes.setdefault((p.rate, tuple(p.parameter.shape)), []).append(p)
             else:
                 alike.setdefault((p.rate, p.decay), []).append(p)
         self.stacks = [_Stack(group, optimizer.momentum) for group in shapes.values()]
@@ -206,7 +215,7 @@ _ADAM = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}
 
 
 class _Stack:
-    """Muon on all hidden matrices of one shape at once: (K, rows, columns)."""
+    """Muon on all hidden matrices of one shape and rate at once: (K, rows, columns)."""
 
     def __init__(self, placed: list[Place], momentum: float) -> None:
         self.placed, self.looked_through = placed, momentum

@@ -1,0 +1,288 @@
+"""Recipes of alignment, run in a process: what is computed once and compared, rewards that fail, prompts that do not fit.
+
+The policy has dropout 0.1 in every test, and LoRA dropout 0.1 in some; no step changes it by more than rounding.
+"""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from firth import objectives
+from firth.align.rewards import Sample, Truth, prefer
+from firth.align.rollouts import Rollouts
+from firth.model import lora, published
+from firth.model.fused import drops
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder
+from firth.model.weights import load_model, save_model
+from firth.recipes.aligned import function
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train as train_tokenizer
+from firth.types import UserError
+
+WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
+SHAPES: dict[str, Callable[[int], Shape]] = {
+    "gpt": lambda vocab: published.gpt(vocab, 32, 2, 2, context=64),
+    "gpt2": lambda vocab: published.gpt2(vocab, 32, 2, 2, context=64),
+    "llama": lambda vocab: replace(decoder(vocab=vocab, width=32, depth=2, heads=2, context=64), dropout=0.1),
+}
+ROLLOUTS = (
+    "segment.answers=16", "segment.epochs=1", "batch.rows=16", "segment.max_new=6", "segment.scorer=builtins:len",
+)  # fmt: skip
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "dpo": ("batch.rows=16", "checks.examples=8"),
+    "ppo": ROLLOUTS,
+    "reinforce": (*ROLLOUTS, "segment.group=4"),
+}
+Rows = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained models with dropout 0.1 that start recipes, and records."""
+    out = tmp_path_factory.mktemp("precomputed")
+    rng = np.random.default_rng(0)
+    some = [" ".join(rng.choice(WORDS, 6)) for _ in range(96)]
+    tokenizer = train_tokenizer(iter(some), "byte-bpe", 420)
+    for name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        made = shape(tokenizer.vocab.size)
+        model = LM(made, {"lm": Vocabulary(made)})
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.1)
+        save_model(model, tokenizer, out / name)
+    pairs = [{"prompt": some[i], "chosen": some[i + 1], "rejected": some[i + 2]} for i in range(24)]
+    (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (out / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in some[:16]))
+    return out
+
+
+def assignments(place: Path, name: str, *more: str, shape: str = "gpt2") -> list[str]:
+    records = place / ("pairs.jsonl" if name == "dpo" else "prompts.jsonl")
+    plain = (f"start={place / shape}", f"source.path={records}", "length.steps=1", "optimizer.rate=1e-9")
+    return [*plain, *SETTINGS[name], *more]
+
+
+def first_rows(place: Path, out: Path, name: str, *more: str, shape: str = "gpt2") -> Rows:
+    """The first rows of a recipe by split, of a run of one step."""
+    run(load(name, assignments(place, name, *more, shape=shape)), out, lambda line: None)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["split"]: row for row in reversed(rows)}
+
+
+@pytest.fixture
+def old(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The mean log-probability of the sampled tokens under the policy that drew them, per phase."""
+    means: list[float] = []
+    store = Rollouts._store
+
+    def recorded(self: Rollouts, real: np.ndarray, numbers: dict[str, np.ndarray]) -> None:
+        means.append(float(numbers["old"][real].mean()))
+        store(self, real, numbers)
+
+    monkeypatch.setattr(Rollouts, "_store", recorded)
+    return means
+
+
+def faults(name: str, rows: Rows, old: list[float], tolerance: float) -> dict[str, float]:
+    """What differs from the right values of unchanged weights: first loss ln 2, first ratio 1, KL 0."""
+    train = rows["train"]
+    if name == "dpo":  # the sums of an answer's log-ratios, of about eight tokens
+        found = {"loss": train["loss"] - log(2), "chosen": train["chosen"] / 8, "rejected": train["rejected"] / 8}
+    elif name == "ppo":
+        found = {measure: train[measure] for measure in ("clipped", "moved", "kl_per_token")}
+    else:
+        found = {"log-probability": train["surprise"] + old[0]}
+    if "rollouts" in rows:
+        found["kl_per_answer"] = rows["rollouts"]["kl_per_answer"]
+    return {measure: value for measure, value in found.items() if not abs(value) <= tolerance}
+
+
+CASES = [
+    (name, precision, layout)
+    for name in SETTINGS
+    for precision in ("fp32", "bf16")
+    for layout in ("padded", "packed")
+    if (name, layout) != ("dpo", "packed")  # a pair is a group of rows, which cannot be packed
+]
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+"""Rounding errors of two passes over other batches, of a log-probability."""
+
+
+@pytest.mark.parametrize(("name", "precision", "layout"), CASES, ids=lambda x: x)
+def test_first_ratio_is_one(
+    place: Path, tmp_path: Path, old: list[float], name: str, precision: str, layout: str
+) -> None:
+    """First loss ln 2, first ratio 1 and no KL, in both precisions, padded with LoRA and packed without."""
+    more = ("batch.pack=48",) if layout == "packed" else ("adapt.kind=lora", "adapt.dropout=0.1")
+    rows = first_rows(place, tmp_path, name, f"precision={precision}", *more)
+    assert faults(name, rows, old, TOLERANCE[precision]) == {}
+
+
+@pytest.mark.parametrize(("name", "shape"), [("dpo", "gpt"), ("ppo", "llama"), ("reinforce", "gpt")])
+def test_first_ratio_is_one_on_other_shapes(
+    place: Path, tmp_path: Path, old: list[float], name: str, shape: str
+) -> None:
+    assert faults(name, first_rows(place, tmp_path, name, shape=shape), old, TOLERANCE["bf16"]) == {}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_dropout_on_is_reported(
+    place: Path, tmp_path: Path, old: list[float], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The option turns dropout on: the first numbers differ by more than rounding, and the run reports it."""
+    rows = first_rows(place, tmp_path, name, "objective.dropout=true", "precision=fp32")
+    assert faults(name, rows, old, 10 * TOLERANCE["fp32"]) != {}
+    assert "the first ratios are not 1" in capsys.readouterr().out
+
+
+def test_a_model_without_dropout_has_nothing_to_report() -> None:
+    shape = decoder(vocab=20, width=32, depth=1, heads=2)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    assert not drops(model)
+    lora.add(model, ["attention.q"], lora.Rank(dropout=0.1))
+    assert drops(model)
+
+
+def test_every_objective_with_precomputed_fields_is_tested() -> None:
+    found = {name for name in objectives.OBJECTIVES if objectives.find(name)().precomputed}
+    assert found == set(SETTINGS)
+    assert not any(objectives.find(name)().dropout for name in found)
+    assert all(objectives.find(name)().dropout for name in objectives.OBJECTIVES if name not in found)
+
+
+def test_reference_is_kept_per_precision(place: Path, tmp_path: Path) -> None:
+    """One directory, two precisions: the numbers of one are never taken for those of the other."""
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / "run"
+        first_rows(place, out, "dpo", f"precision={precision}")
+        kept = list((out / "reference" / "train").iterdir())
+        for name in ("done.json", "metrics.jsonl", "model", "checkpoints", "recipe.yaml"):
+            (out / name).rename(tmp_path / f"{precision}-{name}")
+    assert len(kept) == 2
+
+
+# ---- recipes that do not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "cure"),
+    [
+        ("ppo", "segment.credit=group", "segment.credit=gae"),
+        ("reinforce", "segment.credit=gae", "segment.credit=group"),
+    ],
+)
+def test_credit_that_does_not_suit_the_objective_is_refused(place: Path, name: str, setting: str, cure: str) -> None:
+    with pytest.raises(UserError, match=f"{setting}.*set {cure}"):
+        load(name, assignments(place, name, setting))
+
+
+# ---- rewards
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of a user's own in the working directory, which is not on the path. Its name is new in every test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    return tmp_path / f"rewards_{tmp_path.name}.py"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_reward_that_is_not_finite_is_named(place: Path, rewards: Path, value: str) -> None:
+    rewards.write_text(f"def brief(text):\n    return float('{value}')\n")
+    with pytest.raises(UserError) as error:
+        first_rows(place, rewards.parent / "run", "ppo", f"segment.scorer={rewards.stem}:brief")
+    assert re.match(rf"the reward returned {value} for the prompt 'user\\n.+' and the answer '", str(error.value))
+    assert "rate" not in str(error.value)
+
+
+def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards: Path) -> None:
+    """It fails in the second phase, after 8 calls for the report's texts and 16 of the first; fixed, the run continues."""
+    rewards.write_text(
+        "def brief(text):\n    global calls\n    calls += 1\n    return 1 / max(0, 30 - calls)\n\n\ncalls = 0\n"
+    )
+    recipe = load(
+        "reinforce",
+        assignments(
+            place, "reinforce", f"segment.scorer={rewards.stem}:brief", "length.steps=3", "optimizer.rate=1e-3"
+        ),
+    )
+    with pytest.raises(
+        UserError, match=r"the reward raised ZeroDivisionError .* for the prompt '.+' and the answer '"
+    ) as error:
+        run(recipe, rewards.parent / "run", lambda line: None)
+    assert f"{rewards.name}:4" in str(error.value)
+    assert [path.name for path in (rewards.parent / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    module = importlib.import_module(rewards.stem)
+    module.brief = len
+    continued = run(recipe, rewards.parent / "run", lambda line: None)
+    assert continued.steps == 3
+    rows = [json.loads(line) for line in (rewards.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "rollouts"] == [1, 2, 3]
+
+
+def test_a_judge_of_comparisons_that_fails_is_named(place: Path) -> None:
+    tokenizer = Tokenizer.load(place / "gpt2")
+    sample = Sample(tokenizer.encode("the heron"), tokenizer.encode("counts"), "counts", True)
+    for scorer, fault in ((lambda text: float("nan"), "returned nan"), (lambda text: {}[text], "raised KeyError")):
+        with pytest.raises(UserError, match=f"{fault}.* for the prompt 'the heron' and the answer 'counts'"):
+            prefer([sample], [sample], Truth(scorer), tokenizer=tokenizer, rng=np.random.default_rng(0))
+
+
+def test_scorers_are_found_in_the_working_directory(rewards: Path) -> None:
+    rewards.write_text("def brief(text):\n    return 1.0\n\n\nlevel = 3\n")
+    assert function(f"{rewards.stem}:brief")("x") == 1.0
+    with pytest.raises(UserError, match="write module:function, of an installed module or of a file in"):
+        function("rewards_of_nobody:brief")
+    with pytest.raises(UserError, match="is of type int: name a function"):
+        function(f"{rewards.stem}:level")
+    broken = rewards.with_name(f"broken_{rewards.name}")
+    broken.write_text("def brief(text) return 1\n")
+    with pytest.raises(UserError, match=f"'{broken.stem}:brief' cannot be imported: SyntaxError"):
+        function(f"{broken.stem}:brief")
+
+
+def test_rewards_that_are_all_alike_move_nothing(place: Path, rewards: Path) -> None:
+    """Advantages are 0 and the loss is 0; with beta 0 the weights stay bit for bit."""
+    rewards.write_text("def constant(text):\n    return 1.0\n")
+    out = rewards.parent / "run"
+    more = (f"segment.scorer={rewards.stem}:constant", "segment.beta=0", "optimizer.rate=1e-2")
+    rows = first_rows(place, out, "reinforce", *more)
+    assert rows["train"]["loss"] == 0
+    before, after = load_model(place / "gpt2").state_dict(), load_model(out / "model").state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+# ---- prompts
+
+
+def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
+    """Of the 64 positions max_new=40 leaves 24: longer prompts are left out and counted; where none is left, one sentence."""
+    records = tmp_path / "prompts.jsonl"
+    some = [" ".join(WORDS[:2])] * 4 + [" ".join(WORDS * 2)] * 3
+    records.write_text("\n".join(json.dumps({"prompt": text}) for text in some))
+    lines: list[str] = []
+    more = (f"source.path={records}", "segment.max_new=40")
+    run(load("ppo", assignments(place, "ppo", *more)), tmp_path / "run", lines.append)
+    assert any(
+        line == "3 of 7 prompts are left out: longer than 24 tokens (64 positions less segment.max_new=40)"
+        for line in lines
+    )
+    with pytest.raises(UserError, match="no prompt of at most 2 tokens"):
+        first_rows(place, tmp_path / "none", "ppo", f"source.path={records}", "segment.max_new=62")
+    with pytest.raises(UserError, match=r"segment\.max_new=64 leaves no room for a prompt in the 64 positions"):
+        first_rows(place, tmp_path / "room", "ppo", f"source.path={records}", "segment.max_new=64")
