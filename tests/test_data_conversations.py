@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_room import tokenizer
 
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.records import Dialogues, Preferences
+from firth.data.records import Dialogues, Preferences, Prompted
 from firth.text.chat import Message
 from firth.text.read import records
 from firth.types import UserError
@@ -123,3 +125,38 @@ def test_json_files_hold_a_list_or_lines(tmp_path: Path) -> None:
     path.write_text(json.dumps(rows[0]) + "\n{\n")
     with pytest.raises(UserError, match=r"rows\.json:2: this line is not JSON"):
         list(records([str(path)]))
+
+
+JUNK: list[Any] = [None, True, 0, 1.5, "", "x\ny", [], {}, [[]], [{}], [["a", "b"]], [{"role": "user"}], {"from": "gpt", "value": []},
+                   [{"type": "text"}], [{"type": "text", "text": 1}], "\n\nHuman: a\n\nAssistant:"]  # fmt: skip
+
+
+def damaged(value: Any, rng: np.random.Generator) -> Any:
+    """A copy of a record in which one value, at any depth, is junk."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not keys or rng.random() < 0.2:
+        return JUNK[rng.integers(len(JUNK))]
+    key = keys[rng.integers(len(keys))]
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[key] = damaged(value[key], rng)
+    return copy
+
+
+def test_damaged_records_are_read_or_rejected_in_a_sentence(tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "rows.jsonl"
+    good = [record_of(row[1]) for title in ("Dialogues", "Preferences") for row in rows_of(title)]
+    made = [damaged(good[i % len(good)], rng) for i in range(5000)]
+    messages: list[str] = []
+    for record in (one for one in made if isinstance(one, dict)):
+        for read in (messages_of, prompt_of, comparison):
+            try:
+                read(record)
+            except UserError as error:
+                messages.append(str(error))
+    assert len(messages) > 2000
+    assert not [message for message in messages if "\n" in message]
+    for record in made[:150]:
+        path.write_text(json.dumps(record) + "\n")
+        for source in (Dialogues, Prompted, Preferences):
+            with contextlib.suppress(UserError):
+                source([str(path)], tokenizer(), 64)

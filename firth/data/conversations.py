@@ -133,7 +133,9 @@ def comparison(record: Record) -> tuple[list[Message], list[Message], list[Messa
     """
     record = _pair_named(record)
     chosen, rejected = _answers(record, "chosen"), _answers(record, "rejected")
-    context, read = _prompt_side(record) if any(name in record for name in (*PROMPTS, *TURNS)) else ([], set())
+    context, read = (
+        _prompt_side(record) if _first(record, PROMPTS, filled=False) or _first(record, TURNS) else ([], set())
+    )
     if not _is_answer(chosen) or not _is_answer(rejected):
         if _is_answer(chosen) != _is_answer(rejected):
             raise UserError(
@@ -273,6 +275,8 @@ def _check_desirable(record: Record) -> None:
 def _turns(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
         raise UserError(f"`{name}` is a list of turns, not {value!r:.60}")
+    if not value:
+        raise UserError(f"`{name}` has no turn: write one, or remove the record")
     return [_message(turn) for turn in value]
 
 
@@ -281,14 +285,13 @@ def _message(turn: Any) -> Message:
         raise UserError(f"a turn of a dialogue is an object with role and content, not {turn!r:.60}")
     role = str(turn.get("role", turn.get("from", "")))
     content = turn.get("content", turn.get("value"))
+    of = role if role in ROLES else "a dialogue"
     for name in turn:
         if name in TURN_FIELDS and _filled(turn[name]):
-            raise UserError(
-                f"a turn of {role or 'a dialogue'} has `{name}`, which is not read: write it as text in its content"
-            )
+            raise UserError(f"a turn of {of} has `{name}`, which is not read: write it as text in its content")
         if name in TURN_WEIGHTS and turn[name] in (0, False) and turn[name] is not None:
             raise UserError(
-                f"a turn of {role or 'a dialogue'} has `{name}`: {turn[name]!r}, and every answer is trained on: move what is not "
+                f"a turn of {of} has `{name}`: {turn[name]!r}, and every answer is trained on: move what is not "
                 "into the prompt of a record with `prompt` and `completion`"
             )
     if role not in ROLES:
