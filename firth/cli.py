@@ -9,12 +9,13 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from firth import __version__
 from firth.io.atomic import refusal
+from firth.ranges import MAX_TOKENS, Range, check_range
 from firth.types import UserError
 
 app = typer.Typer(
@@ -33,17 +34,36 @@ Run = Annotated[
         help="A run directory, a directory of a model or an adapter as transformers and peft write them, or a GGUF file."
     ),
 ]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")]
-TopK = Annotated[int, typer.Option(help="Sample among the K likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that together have this probability.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
-Tokens = Annotated[int, typer.Option("--tokens", "-n", help="At most this many new tokens.")]
+
+
+def _number(allowed: Range, *names: str, help: str) -> Any:
+    """Return an option that holds a number; one outside of its range is refused in one sentence."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        check_range(param.opts[0], value, allowed)
+        return value
+
+    return typer.Option(*names, help=help, callback=check)
+
+
+POSITIVE, NOT_NEGATIVE = Range(ge=1), Range(ge=0)
+TOKENS = Range(ge=1, le=MAX_TOKENS)
+
+Temperature = Annotated[
+    float, _number(NOT_NEGATIVE, help="0 takes the likeliest token; 1 samples from the model as it is.")
+]
+TopK = Annotated[int, _number(NOT_NEGATIVE, help="Sample among the K likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float, _number(Range(gt=0, le=1), help="Sample among the likeliest tokens that together have this probability.")
+]
+MinP = Annotated[float, _number(Range(ge=0, le=1), help="Drop tokens less likely than this share of the likeliest.")]
+Tokens = Annotated[int, _number(TOKENS, "--tokens", "-n", help="At most this many new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
 Held = Annotated[
     str | None,
     typer.Option("--weights", help="Hold weights in fp32, bf16, int8 or int8-dynamic; by default as stored."),
 ]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Seed = Annotated[int, _number(NOT_NEGATIVE, help="The same seed gives the same text.")]
 Input = Annotated[
     str,
     typer.Option("--input", help="What FILE holds: lines, csv, tsv, jsonl, conll or squad; auto: what it looks like."),
@@ -149,10 +169,12 @@ def tokenizer_train(
     algorithm: Annotated[
         str, typer.Option(help="bpe, byte-bpe, wordpiece, unigram or word (whole words).")
     ] = "byte-bpe",
-    size: Annotated[int, typer.Option(help="Number of ids.")] = 8192,
+    size: Annotated[int, _number(Range(ge=1, lt=1 << 31), help="Number of ids.")] = 8192,
     field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
-    sample: Annotated[int, typer.Option(help="Bytes of text to look at, drawn over the whole corpus.")] = 200_000_000,
-    sentinels: Annotated[int, typer.Option(help="How many <extra_id_n> it has; T5 needs 100.")] = 0,
+    sample: Annotated[
+        int, _number(POSITIVE, help="Bytes of text to look at, drawn over the whole corpus.")
+    ] = 200_000_000,
+    sentinels: Annotated[int, _number(NOT_NEGATIVE, help="How many <extra_id_n> it has; T5 needs 100.")] = 0,
     byte_fallback: Annotated[
         bool, typer.Option(help="Write rare characters as bytes, so that nothing is unknown (bpe, unigram).")
     ] = True,
@@ -172,7 +194,7 @@ def tokenizer_train(
 def tokenizer_show(
     directory: Annotated[Path, typer.Argument(help="A tokenizer, model or run directory.")],
     words: Annotated[list[str] | None, typer.Argument(help="Words to split.")] = None,
-    first: Annotated[int, typer.Option(help="How many merges to print.")] = 20,
+    first: Annotated[int, _number(NOT_NEGATIVE, help="How many merges to print.")] = 20,
 ) -> None:
     """The first merges in the order they were learnt, with their counts, and how words split."""
     from firth.text import show
@@ -203,9 +225,11 @@ def compare(
             "probe.field=value for the finetuning."
         ),
     ],
-    seconds: Annotated[float, typer.Option(help="Seconds of training that each run gets.")] = 0.0,
-    flops: Annotated[float, typer.Option(help="Or counted FLOPs, for example 4e12: equal on any machine.")] = 0.0,
-    seeds: Annotated[int, typer.Option(help="Runs of each, from which intervals come.")] = 3,
+    seconds: Annotated[float, _number(NOT_NEGATIVE, help="Seconds of training that each run gets.")] = 0.0,
+    flops: Annotated[
+        float, _number(NOT_NEGATIVE, help="Or counted FLOPs, for example 4e12: equal on any machine.")
+    ] = 0.0,
+    seeds: Annotated[int, _number(POSITIVE, help="Runs of each, from which intervals come.")] = 3,
     shares: Annotated[
         str, typer.Option(help="Shares of the compute, each a run: the points of the curve.")
     ] = "0.25,0.5,1",
@@ -216,7 +240,7 @@ def compare(
             "by default questions for models that read Shakespeare, else sarcasm."
         ),
     ] = "",
-    labels: Annotated[int, typer.Option(help="How many of them are learnt from.")] = 500,
+    labels: Annotated[int, _number(POSITIVE, help="How many of them are learnt from.")] = 500,
     out: Annotated[Path, typer.Option(help="Where the runs, the table and the report go.")] = Path("runs/compare"),
 ) -> None:
     """Compare recipes: one text, one tokenizer, equal compute, the same probe, over seeds; run it again to go on.
@@ -249,7 +273,7 @@ def generate(
     between: Annotated[
         tuple[str, str] | None, typer.Option(help="Of a variational autoencoder: texts between these two.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many texts between two, or from the prior.")] = 5,
+    count: Annotated[int, _number(POSITIVE, help="How many texts between two, or from the prior.")] = 5,
 ) -> None:
     """Continue a text (decoders), or answer one (encoder-decoders).
 
@@ -278,7 +302,7 @@ def generate(
 def fill(
     run: Run,
     text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
-    top: Annotated[int, typer.Option(min=1, help="How many candidates to print for each gap.")] = 5,
+    top: Annotated[int, _number(POSITIVE, help="How many candidates to print for each gap.")] = 5,
 ) -> None:
     """What a model would put in the gaps: tokens (masked models, ELMo), spans (T5), or the whole text anew (BART)."""
     from firth.recipes.use import fill_text
@@ -290,7 +314,7 @@ def fill(
 def vectors(
     run: Run,
     words: Annotated[list[str] | None, typer.Argument(help="Words whose neighbours to name.")] = None,
-    top: Annotated[int, typer.Option(help="How many neighbours of each.")] = 8,
+    top: Annotated[int, _number(POSITIVE, help="How many neighbours of each.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Write all vectors here, as word2vec's text format.")] = None,
 ) -> None:
     """The nearest neighbours of words among a run's token vectors; or all vectors, for gensim and others."""
@@ -305,7 +329,9 @@ def chat(
     run: Run,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", "-n", help="Tokens to keep free for an answer; by default 256, or half the context."),
+        _number(
+            TOKENS, "--tokens", "-n", help="Tokens to keep free for an answer; by default 256, or half the context."
+        ),
     ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,
@@ -357,7 +383,9 @@ def evaluate(
             "what the run was trained for."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask at most about this many tokens, spread over the text.")] = None,
+    limit: Annotated[
+        int | None, _number(POSITIVE, help="Read at most this many records, or score at most this many tokens of text.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity, bits per byte or accuracy of a run on held-out text; the measures of its objective where it has no task."""
@@ -402,7 +430,9 @@ def embed(
     ),
     field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    length: Annotated[int, typer.Option(min=0, help="Most tokens of a text; 0: those of its training.")] = 0,
+    length: Annotated[
+        int, _number(Range(ge=0, le=MAX_TOKENS), help="Most tokens of a text; 0: those of its training.")
+    ] = 0,
     input: Input = "auto",
 ) -> None:
     """A vector for each text, the mean of its states: for search, clustering, similarity."""

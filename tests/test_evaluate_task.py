@@ -19,6 +19,7 @@ from firth.model.shape import decoder, encoder, encoder_decoder
 from firth.model.weights import save_model
 from firth.objectives.classification import Classification
 from firth.objectives.reward import reward_head
+from firth.recipes.use import evaluate_run
 from firth.text.train import train
 from firth.train.step import step
 from firth.types import IGNORE, UserError
@@ -129,9 +130,20 @@ def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
     assert second["reads"] == "halves"
     assert tokens / 2 <= second["tokens"] <= tokens / 2 + 5
     few = evaluate(tmp_path / "e", [str(tmp_path / "a.txt")], limit=60)
-    assert 30 <= few["tokens"] <= 90
+    assert 30 <= few["tokens"] <= 60 and few["limit"] == 60
     assert few["share"] == few["tokens"] / tokens
     assert tokens < MASKED_LIMIT
+
+
+@pytest.mark.parametrize("shape", [decoder, encoder, encoder_decoder])
+def test_a_limit_bounds_the_tokens_scored(shape, tmp_path, tokenizer):
+    """Also where all of the text is one document."""
+    (tmp_path / "a.txt").write_text(TEXT * 4)
+    saved(tmp_path / "model", tokenizer, shape)
+    whole = evaluate(tmp_path / "model", [str(tmp_path / "a.txt")])
+    found = evaluate(tmp_path / "model", [str(tmp_path / "a.txt")], limit=5)
+    assert (found["tokens"], found["limit"]) == (5, 5)
+    assert whole["tokens"] > 100 and "limit" not in whole
 
 
 def test_enough_text_has_an_interval_around_its_score(tmp_path, tokenizer):
@@ -301,3 +313,24 @@ def test_a_question_that_is_none_is_named(tmp_path, tokenizer, row, said):
 def test_a_tie_is_no_answer():
     assert likeliest(["a", "b", "c"], [1.0, 2.0, 2.0]) == ""
     assert likeliest(["a", "b", "c"], [1.0, 2.0, 1.0]) == "b"
+
+
+@pytest.mark.parametrize(
+    ("part", "row"),
+    [
+        ("classes", {"text": "a fine film", "label": "b"}),
+        ("reward", {"prompt": "a fine", "chosen": "film", "rejected": "fish"}),
+    ],
+)
+def test_a_limit_bounds_the_records_of_a_task(part, row, tmp_path, tokenizer):
+    facts = {"classes": ["a", "b", "c"]} if part == "classes" else None
+    saved(tmp_path / "run", tokenizer, encoder if part == "classes" else decoder, facts, parts=(part,))
+    files = written(tmp_path / "a.jsonl", [row] * 40)
+    assert evaluate(tmp_path / "run", files)["items"] == 40
+    found = evaluate(tmp_path / "run", files, limit=5)
+    assert (found["items"], found["limit"]) == (5, 5)
+
+
+def test_a_limit_without_files_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--limit 5 limits what is read of files.*: name files, or leave out --limit"):
+        evaluate_run(tmp_path, [], task=None, limit=5, as_json=False)

@@ -9,6 +9,7 @@ What is asked follows from what the model was trained for: a head for classes an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ def evaluate(
 
     task: a name of `firth.evaluate.tasks.TASKS`, "likelihood", or "glue", of which the paths are runs as well; None chooses by
     what the model was trained for.
-    limit: for likelihood, ask at most about this many tokens, spread over the text. progress: told the share done. say: told
+    limit: at most so many tokens are scored by "likelihood", spread over the text; other tasks read at most so many records, the
+    first ones. progress: told the share done. say: told
     what was cut, mended or left out.
     Raises UserError where the directory holds no model, the files no item, or the model cannot do the task.
     """
     if task == "glue":  # the other paths are runs too
-        return {"task": task} | glue.board([directory, *map(Path, paths)], evaluate)
+        limited = functools.partial(evaluate, limit=limit)
+        return {"task": task} | _noted(limit) | glue.board([directory, *map(Path, paths)], limited)
     return measured(open_subject(directory), paths, task=task, limit=limit, progress=progress, say=say)
 
 
@@ -60,8 +63,12 @@ def measured(
         found = likelihood(subject, paths, limit, progress, say)
     elif task in TASKS:
         here, other = glue.sets(subject.recipe, paths)
-        found = TASKS[task].run(subject, here, progress, say) if here else {}
-        found |= glue.renamed(TASKS[task].run(subject, other, progress, say)) if other else {}
+        found = TASKS[task].run(subject, here, progress, say, limit) if here else {}
+        found |= glue.renamed(TASKS[task].run(subject, other, progress, say, limit)) if other else {}
     else:
         raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue, objective")
-    return {"task": task} | found
+    return {"task": task} | _noted(limit) | found
+
+
+def _noted(limit: int | None) -> dict[str, Any]:
+    return {} if limit is None else {"limit": limit}

@@ -21,6 +21,7 @@ from firth.io.yamls import read_yaml
 from firth.model import adapter
 from firth.model.lm import LM
 from firth.model.weights import load_model, refuse_larger
+from firth.text.read import first_records
 from firth.text.tokenizer import Tokenizer
 from firth.text.vocab import Vocab
 from firth.types import UserError
@@ -129,9 +130,13 @@ class Task:
     remarks: Callable[[Any], Sequence[str]] = lambda items: items.remarks
     more: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
-    def run(self, subject: Subject, paths: Sequence[str], progress: Progress, say: Say) -> dict[str, Any]:
-        """The number of items, all metrics, and the interval of each as `NAME_interval`. say: is told the remarks."""
-        items = self.source(subject, paths)
+    def run(
+        self, subject: Subject, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
+    ) -> dict[str, Any]:
+        """The number of items, all metrics, and the interval of each as `NAME_interval`. say: is told the remarks. limit: only
+        the first so many records of the files are read."""
+        with first_records(limit):
+            items = self.source(subject, paths)
         for remark in self.remarks(items):
             say(remark)
         if not len(items):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from firth.model.weights import facts_of
 from firth.text.counts import Counts
 from firth.text.read import documents
 from firth.text.tokenizer import Tokenizer
-from firth.types import Example, UserError
+from firth.types import IGNORE, Example, UserError
 
 if TYPE_CHECKING:
     from firth.evaluate.task import Progress, Say, Subject
@@ -75,7 +75,7 @@ def likelihood(
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the files' documents, with an interval where there are enough blocks.
 
-    With a limit, whole pieces are asked, evenly spread over the text; "share" says how much of it that is. say: told what was
+    With a limit, no more tokens are asked, in pieces evenly spread over the text; "share" says how much of it that is. say: told what was
     mended or left out of the files.
     """
     model, tokenizer = subject.model, subject.tokenizer
@@ -108,18 +108,39 @@ def likelihood(
         return halves(document, context, tokenizer.vocab.starting(model.shape.decoder_start))
 
     asked = sum(len(d.tokens) for d in chosen)
-    done, results = 0, []
+    done, results, left = 0, [], limit
     for block in blocks(chosen):
-        results.append(score(model, (example for document in block for example in show(document))))
+        examples = (example for document in block for example in show(document))
+        results.append(score(model, examples if left is None else at_most(examples, left)))
+        left = None if left is None else left - results[-1].tokens
         done += sum(len(d.tokens) for d in block)
         progress(done / asked)
+        if left is not None and left <= 0:
+            break
     return summary(results) | {
         "reads": reads,
         "context": context,
         "documents": len(whole),
-        "share": asked / total,
+        "share": (asked if limit is None else sum(result.tokens for result in results)) / total,
         "bos": bos is not None,
     }
+
+
+def at_most(examples: Iterable[Example], count: int) -> Iterator[Example]:
+    """Return the examples until `count` tokens are asked; what the last one asks beyond that is not asked.
+
+    >>> three = {"tokens": np.array([4, 5, 6]), "labels": np.array([5, 6, 7])}
+    >>> [example["labels"].tolist() for example in at_most([three, three, three], 4)]
+    [[5, 6, 7], [5, -100, -100]]
+    """
+    for example in examples:
+        if count <= 0:
+            return
+        asked = np.flatnonzero(example["labels"] != IGNORE)
+        labels = example["labels"].copy()
+        labels[asked[count:]] = IGNORE
+        yield example | {"labels": labels}
+        count -= len(asked)
 
 
 def blocks(documents: Sequence[Document]) -> Iterator[list[Document]]:

@@ -46,20 +46,21 @@ def measure(
         directory: A run or model directory.
         paths: Text or records; runs for the task "glue".
         task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None for what the model is there for.
-        limit: Most tokens that are measured, spread over the text.
+        limit: Most tokens that are measured, spread over the text; of a task's records, the first so many.
         say: Is called with remarks on what was left out.
 
     Raises:
         UserError: The model does not serve the task, or the files hold nothing to measure.
     """
     if task == "glue":
-        return tasks.evaluate(directory, paths, task=task, say=say)
+        return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
     subject = open_subject(directory)
     task = default(subject) if task is None else task
     if task == "likelihood" and (subject.model.shape.latent or not subject.model.speaks):
         task = ""  # a bound, or two models' halves: the objective says what they are worth
     if task in (OBJECTIVE, ""):
-        return {"task": OBJECTIVE} | by_objective(subject, paths, limit, say)
+        noted = {} if limit is None else {"limit": limit}
+        return {"task": OBJECTIVE} | noted | by_objective(subject, paths, limit, say)
     return tasks.measured(subject, paths, task=task, limit=limit, say=say)
 
 

@@ -397,6 +397,11 @@ def evaluate_run(
 ) -> str:
     """Measure a run on files, or on the text that it held out itself; readable lines, or one JSON object. say: told
     what was cut, mended or left out."""
+    if limit is not None and not paths and task != "glue":
+        raise UserError(
+            f"--limit {limit} limits what is read of files, and without files the run's own last measurement is shown: "
+            f"name files, or leave out --limit"
+        )
     found = (
         measure(directory, list(paths), task=task, limit=limit, say=say)
         if paths or task == "glue"

@@ -36,6 +36,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -175,9 +177,28 @@ def records(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, record) of every record in files of records. Raises UserError for text files, unless `text` reads them.
 
-    columns: the names of the columns, of tables without a head.
+    columns: the names of the columns, of tables without a head. Within `first_records`, only the first ones are given.
     """
-    counts = counts if counts is not None else Counts()
+    found = _all_records(paths, counts if counts is not None else Counts(), columns, text)
+    return itertools.islice(found, _MAX_RECORDS.get())
+
+
+_MAX_RECORDS: ContextVar[int | None] = ContextVar("max_records", default=None)
+
+
+@contextmanager
+def first_records(count: int | None) -> Iterator[None]:
+    """Let `records` give at most the first `count` records of its files within the block; None for all."""
+    token = _MAX_RECORDS.set(count)
+    try:
+        yield
+    finally:
+        _MAX_RECORDS.reset(token)
+
+
+def _all_records(
+    paths: Sequence[str], counts: Counts, columns: Sequence[str], text: tables.Reader | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in files(paths, tabled=True):
         if _kind(path) == "text" and text is None:
             raise UserError(f"{path}: records are wanted here (.jsonl, .csv, .tsv or .parquet), and this is plain text")
