@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,11 +14,11 @@ from firth.cli import app
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
-from firth.model.shape import Shape, decoder
+from firth.model.shape import Shape, decoder, encoder
 from firth.model.weights import save_model
 from firth.recipes.recipe import load
 from firth.recipes.run import run
-from firth.recipes.use import Conversation, PromptTooLongError, open_engine
+from firth.recipes.use import Conversation, PromptTooLongError, open_engine, opening
 from firth.text import chat
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
@@ -108,9 +109,20 @@ def test_chat_refuses_an_answer_as_long_as_the_context(talker: Path) -> None:
         Conversation(talker, Sampling(max_new=128))
 
 
-def test_tuned_model_stops_where_pad_is_eos(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The token that ends the assistant's turn is supervised, so the model stops by itself (case 27)."""
-    base = tmp_path / "base"
+# A decoder that is tuned on dialogues, and scored by what it writes
+
+PAINTERS = {"boat": "otter", "map": "pilot", "mill": "clerk", "dawn": "heron"}
+ROWS = [
+    {"prompt": f"Who paints the {thing}?", "completion": f"The {who} paints the {thing}."}
+    for thing, who in PAINTERS.items()
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A run of `instruct` on ROWS, from a model of others whose pad is its eos, with a chat template of its own."""
+    place = tmp_path_factory.mktemp("tuned")
+    base = place / "base"
     save_model(random_model(decoder(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, base)
     (base / "firth.json").rename(base / "kept.json")
     (base / "chat_template.jinja").write_text(
@@ -122,16 +134,84 @@ def test_tuned_model_stops_where_pad_is_eos(tmp_path: Path, tokenizer: Tokenizer
         config = json.loads((base / name).read_text())
         config |= {key: config[key.replace("pad", "eos")] for key in ("pad_token", "pad_token_id") if key in config}
         (base / name).write_text(json.dumps(config))
-    rows = [{"prompt": f"Who paints {i % 5}?", "completion": "The otter paints the boat."} for i in range(20)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = [f"start={base}", f"source.path={tmp_path / 'd.jsonl'}", "source.held_out=0", "length.steps=80",
-                "batch.rows=8", "segment.length=64", "optimizer.rate=1e-2", "checks.every=80"]  # fmt: skip
-    run(load("instruct", settings), tmp_path / "run", echo=lambda _: None)
-    opened = open_engine(tmp_path / "run")
+    (place / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
+    settings = [f"start={base}", f"source.path={place / 'd.jsonl'}", "source.held_out=0", "length.steps=120", "batch.rows=8",
+                "segment.length=64", "optimizer.rate=1e-2", "checks.every=0", "precision=fp32"]  # fmt: skip
+    run(load("instruct", settings), place / "run", echo=lambda _: None)
+    return place
+
+
+def test_tuned_model_stops_where_pad_is_eos(tuned: Path) -> None:
+    """The token that ends the assistant's turn is supervised, so the model stops by itself (case 27)."""
+    opened = open_engine(tuned / "run")
     assert opened.tokenizer.vocab.pad == opened.tokenizer.vocab.eos
-    messages = [{"role": "user", "content": "Who paints 1?"}, {"role": "assistant", "content": "The otter."}]
+    messages = [{"role": "user", "content": ROWS[0]["prompt"]}, {"role": "assistant", "content": "The otter."}]
     tokens, mask = chat.encode(opened.tokenizer, messages)
     assert opened.tokenizer.vocab.eos in tokens[mask]
     prompt, _ = chat.encode(opened.tokenizer, messages[:1], open=True)
     [answer] = opened.engine.generate([prompt], Sampling(temperature=0, max_new=40))
-    assert answer.finish == "stop"
+    assert answer.finish == "stop" and answer.text.strip() == "The otter paints the boat."
+
+
+def firth(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("where", ["run", "run/model"])
+def test_a_decoder_is_scored_by_what_it_writes(tuned: Path, where: str) -> None:
+    """It was trained to write these answers: exact match, F1 and BLEU are perfect, and one wrong gold answer costs its share."""
+    right = tuned / "right.jsonl"
+    right.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[3] | {"completion": "Nobody."}]))
+    found = json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "answers", "--json"))
+    assert found["items"] == 4 and found["exact_match"] == 0.75 and found["f1"] == 0.75
+    assert found["commonest_accuracy"] == 0.25
+    if where == "run":
+        right.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        assert json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "translation", "--json"))[
+            "bleu"
+        ] == pytest.approx(100)
+
+
+def test_a_decoder_predicts_a_numbered_row_for_each_record(tuned: Path) -> None:
+    """Prompts of every shape, blank lines, and a prompt that leaves no room for an answer."""
+    opened = open_engine(tuned / "run")
+    prompts = tuned / "p.txt"
+    prompts.write_text(f"{ROWS[0]['prompt']}\n\n{ROWS[2]['prompt']}\n{'the boat ' * 80}\n")
+    rows = [json.loads(line) for line in firth("predict", str(tuned / "run"), str(prompts)).splitlines()]
+    assert [row["row"] for row in rows] == [1, 2, 3, 4]
+    assert [row.get("answer") for row in rows] == [ROWS[0]["completion"], None, ROWS[2]["completion"], ""]
+    assert [row.get("finish") for row in rows] == ["stop", None, "stop", "context"]
+    prompt, _ = chat.encode(opened.tokenizer, [{"role": "user", "content": ROWS[0]["prompt"]}], open=True)
+    [answer] = opened.engine.generate([prompt], Sampling(temperature=0, max_new=40))
+    assert rows[0]["probability"] == pytest.approx(float(np.exp(answer.logprobs.sum())), abs=1e-5)
+    dialogues = tuned / "m.jsonl"
+    turns = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "x"}] for row in ROWS]
+    dialogues.write_text("".join(json.dumps({"id": i, "messages": turn}) + "\n" for i, turn in enumerate(turns)))
+    firth("predict", str(tuned / "run"), str(dialogues), "--out", str(tuned / "out.csv"))
+    lines = (tuned / "out.csv").read_text().splitlines()
+    assert lines[0] == "row,id,answer,probability,finish" and lines[4].startswith("4,3,The heron paints the dawn.,")
+
+
+def test_a_plain_decoder_reads_running_text_and_answers_a_line(talker: Path, tokenizer: Tokenizer) -> None:
+    """No chat template: it was never trained on one."""
+    prompts = talker / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Who paints the boat?"}) + "\n")
+    [row] = [json.loads(line) for line in firth("predict", str(talker), str(prompts)).splitlines()]
+    opened = open_engine(talker)
+    [answer] = opened.engine.generate(
+        [opening(tokenizer, "Who paints the boat?", opened.model)], Sampling(temperature=0, max_new=256, stop=("\n",))
+    )
+    assert row == {"row": 1, "answer": answer.text.strip(), "probability": row["probability"], "finish": answer.finish}
+
+
+def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_model(random_model(encoder(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path)
+    (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    for command, instead in (
+        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train instruct"),
+        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "it serves `firth fill`"),
+    ):
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, UserError) and instead in str(done.exception)

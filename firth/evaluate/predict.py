@@ -4,6 +4,7 @@
     echo "a fine film" | firth predict runs/classify -             one text a line
     firth predict runs/answer questions.json --out answers.csv
     firth predict runs/t5 pairs.csv                      {"row": 1, "answer": "une loutre", "probability": 0.61, "finish": "stop"}
+    firth predict runs/chat questions.jsonl              as a decoder answers, behind its chat template
 
 Records are read as in training (JSONL, CSV, TSV, Parquet; CoNLL's columns; SQuAD's JSON), with the fields of the run's recipe;
 plain text has one text a line, for a tagger its words parted by blanks. Each row has its record's number and its `id`, if it
@@ -24,6 +25,7 @@ from firth.evaluate.given import given
 from firth.evaluate.task import Progress, Say, Subject, Task, open_subject
 from firth.evaluate.tasks import TASKS, default
 from firth.evaluate.tasks.answers import ANSWERS
+from firth.evaluate.text import reads_of
 from firth.io.atomic import new_file
 from firth.types import UserError
 
@@ -63,14 +65,17 @@ def predict(
 
 def served(subject: Subject) -> Task:
     """The task that a model is asked; UserError where it is none that gives a row for each record."""
-    name = default(subject)
-    if name == "likelihood" and not subject.recipe and subject.model.shape.encoder:
-        name = ANSWERS.name  # a stranger's T5 writes
+    name, shape = default(subject), subject.model.shape
+    written = name == "likelihood" and subject.model.speaks and not shape.latent
+    # A decoder goes on from whatever stands before; of encoder-decoders those of others, and not what a run has pretrained.
+    if written and (not subject.recipe if shape.encoder else reads_of(shape) == "causal"):
+        name = ANSWERS.name
     if name not in TASKS or TASKS[name].tell is None:
         there = ", ".join(subject.model.parts) or "no part"
+        other = "generate" if shape.latent else "fill" if "lm" in subject.model.parts else "embed"
         raise UserError(
             f"{subject.directory}: this model has {there} and no task's head: finetune it (firth train classify, regress, "
-            "choose, tag, answer or text_to_text)"
+            f"choose, tag, answer, instruct or text_to_text); as it is, it serves `firth {other}`"
         )
     return TASKS[name]
 

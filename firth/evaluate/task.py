@@ -20,8 +20,10 @@ from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.io.yamls import read_yaml
 from firth.model import adapter
 from firth.model.lm import LM
-from firth.model.weights import load_model, refuse_larger
+from firth.model.weights import facts_of, load_model, refuse_larger
+from firth.objectives import find
 from firth.text.read import first_records
+from firth.text.template import TEMPLATE
 from firth.text.tokenizer import Tokenizer
 from firth.text.vocab import Vocab
 from firth.types import UserError
@@ -70,6 +72,19 @@ class Subject:
         for one in found if isinstance(found, list) else [found]:
             settings |= one if isinstance(one, dict) else {}
         return settings
+
+    @cached_property
+    def talks(self) -> bool:
+        """Whether prompts are written to it by the chat template: its run was trained on the answers in dialogues. A model of
+        others, whose run is not known, brings a template of its own."""
+        found = self.recipe.get("objective", facts_of(self.place).get("objective"))
+        names = [
+            one["kind"] if isinstance(one, dict) else str(one)
+            for one in (found if isinstance(found, list) else [found])
+        ]
+        if found is None:
+            return self.tokenizer.template not in (None, TEMPLATE)
+        return any("mask" in field for name in names for field in find(name)().needs())
 
     @property
     def context(self) -> int:

@@ -27,6 +27,7 @@ from firth.model.compiled import compile_blocks
 from firth.model.lm import LM
 from firth.model.lora import trained
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
+from firth.objectives import name_of
 from firth.recipes import card, classes, held_out_texts, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
@@ -162,6 +163,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         _held_out_texts(settled, cut, model, material, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
+            "objective": [name_of(type(one)) for one in settled.objective.addends()],
             "steps": ended.step,
             "exported": ended.taken,
             "tokens": ended.tokens,
