@@ -27,8 +27,9 @@ from firth.data.batch import collate
 from firth.data.source import Source, Wrapped
 from firth.generate.rows import reading
 from firth.io.atomic import write_text
+from firth.io.jsons import read_object
 from firth.model.lm import LM
-from firth.types import Batch, Example
+from firth.types import Batch, Example, UserError
 
 Show = Callable[[Example], Example]
 Fields = Callable[[LM, Batch], Mapping[str, Tensor]]
@@ -108,9 +109,13 @@ class _Store:
         self.count, self.done = count, 0
         self.arrays: dict[str, np.ndarray] = {}
         if self.place is not None and (self.place / "done.json").exists():
-            note = json.loads((self.place / "done.json").read_text())
-            self.done = int(note["done"])
-            self.arrays = {name: np.load(self.place / f"{name}.npy", mmap_mode="r+") for name in note["fields"]}
+            cure = f"delete {self.place}, and it is computed again"
+            note = read_object(self.place / "done.json", {"done": int, "fields": list}, cure)
+            self.done = note["done"]
+            try:
+                self.arrays = {name: np.load(self.place / f"{name}.npy", mmap_mode="r+") for name in note["fields"]}
+            except (ValueError, OSError) as error:
+                raise UserError(f"{self.place}: its arrays cannot be read ({error}): {cure}") from None
 
     def write(self, index: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         for name, value in values.items():

@@ -28,12 +28,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from firth.io.atomic import new_file, refuse_irregular, write_text
+from firth.io.jsons import no_number, parsed
+from firth.io.jsons import read_json as read_json
 from firth.io.tensors import safetensors_blocks
 from firth.types import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER, TEXT = 100 << 20, 32 << 20
-"""Bytes: the longest header of a safetensors file (the library's own limit), and the longest JSON file beside it."""
+HEADER = 100 << 20
+"""Bytes of the longest header of a safetensors file: the library's own limit."""
 
 BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4,
@@ -75,36 +77,12 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file. UserError for anything else, NaN and too long a text too."""
-    if not file.exists():
-        return {}
-    found = _parsed(file)
-    if type(found) is not dict:
-        raise UserError(f"{file} is not a JSON object")
-    return found
-
-
 def read_list(file: Path) -> list[dict[str, Any]]:
     """The objects listed in a JSON file; UserError for anything else."""
-    found = _parsed(file)
+    found = parsed(file)
     if type(found) is not list or not all(type(one) is dict for one in found):
         raise UserError(f"{file} is not a JSON list of objects")
     return found
-
-
-def _parsed(file: Path) -> Any:
-    refuse_irregular(file)
-    if file.stat().st_size > TEXT:
-        raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file needs: it is not read")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError) as fault:
-        raise UserError(f"{file} is not JSON that can be read ({fault}): copy it again") from None
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number")
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -134,7 +112,7 @@ def header(file: Path) -> dict[str, Kept]:
             raise _broken(file, "it is cut off, or its header claims to be longer than the file")
         text = opened.read(long)
     try:
-        told = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        told = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
     except (ValueError, RecursionError) as fault:
         raise _broken(file, f"its header is not JSON that can be read: {str(fault)[:80]}") from None
     found: dict[str, Kept] = {}

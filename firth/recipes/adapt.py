@@ -205,6 +205,10 @@ def _begin(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
     """So many ids: of a text, again and again, or drawn from the vocabulary's ordinary tokens."""
     if text:
         ids = [int(i) for i in tokenizer.encode(text)]
+        if not ids:
+            raise UserError(
+                f"adapt.text={text!r} has no tokens to begin with: give words, or leave it out for drawn tokens"
+            )
         return (ids * (count // len(ids) + 1))[:count]
     ordinary = np.flatnonzero(~tokenizer.vocab.special)
     return [int(i) for i in np.random.default_rng(seed).choice(ordinary, count)]

@@ -22,6 +22,7 @@ import yaml
 
 from firth.gguf import find, read
 from firth.io.atomic import write_text
+from firth.io.jsons import read_rows
 from firth.io.yamls import read_yaml
 from firth.model.files import read_json
 from firth.model.lm import LM
@@ -66,7 +67,7 @@ def of_run(
     given = read_yaml(file)[0]
     recipe, start = nameless(given), given.get("start") or ""
     rows = run / "samples.jsonl"
-    samples = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
+    samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")
     licence, language = _stated(Path(start)) if start else ("", "")
     source = _at(recipe, "source") or {}
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]

@@ -23,7 +23,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 from firth.evaluate import cloze
 from firth.evaluate.cloze import Item
 from firth.io.atomic import make_directory, write_text
+from firth.io.jsons import read_json, read_object
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.objectives.classification import Classification, place
@@ -165,7 +166,10 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     recipe = arena.pretraining(name, share, seed) if share else arena.finetuning(name, seed)
     key = recipe.hash()
     if file.exists():
-        found = Score(**json.loads(file.read_text("utf-8")))
+        cure = "delete it, and this score is measured again"
+        needs = {field.name: object for field in fields(Score)}
+        kept = read_object(file, needs, cure)
+        found = Score(**{name: kept[name] for name in needs})
         if found.key != key:
             raise UserError(
                 f"{file} is a score of {name} with other settings: choose another --out, or delete {arena.out}"
@@ -319,7 +323,7 @@ def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
     file, told = out / "compare.json", json.loads(json.dumps(shared))
     if not file.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is there already and holds no comparison: choose another --out")
-    before = json.loads(file.read_text("utf-8")) if file.exists() else told
+    before = read_json(file) if file.exists() else told
     changed = [name for name in told if before.get(name) != told[name]]
     if changed and any((out / room).exists() for room in ("runs", "probes", "scores")):
         raise UserError(

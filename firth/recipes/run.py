@@ -23,6 +23,7 @@ from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.io.atomic import make_directory, new_directory, write_text
+from firth.io.jsons import read_object, read_rows
 from firth.model.compiled import compile_blocks
 from firth.model.lm import LM
 from firth.model.lora import trained
@@ -104,7 +105,9 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         ranks=ranks.world,
     )
     known = settled.known(directory / "recipe.yaml")
-    if (directory / DONE).exists():
+    if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
+        tell(f"{settled.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
+    elif (directory / DONE).exists():
         finished = _finished(directory, known)
         if ranks.first and not (directory / REPORT).exists():
             write_report(run_report(directory), directory / REPORT)
@@ -296,13 +299,16 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
 
 def _finished(directory: Path, known: str) -> Finished:
     """What done.json says, if it is of the recipe with this hash."""
-    facts: dict[str, Any] = json.loads((directory / "model" / "firth.json").read_text("utf-8"))["facts"]
-    if facts["recipe"] != known:
+    cure = f"delete {directory / DONE}, and the same command exports the model again"
+    facts = read_object(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
+    if facts.get("recipe") != known:
         raise UserError(
             f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
             "choose another directory with --out, or delete that one"
         )
-    told = json.loads((directory / DONE).read_text("utf-8"))
+    number = (int, float)
+    needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
+    told = read_object(directory / DONE, needs, cure)
     exported = told.get("exported", told["steps"])  # older runs do not say
     return Finished(directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
@@ -348,7 +354,7 @@ def _held_out_texts(recipe: Recipe, cut: Cut, model: LM, material: Material, ste
 
 def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
     """Add the rows of a step to a JSONL file, once; the random state of training is left as it was."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(path, {"step": int, "prompt": str}, "delete the file: it is for the report alone")
     if not any(row["step"] == step for row in rows):
         with torch.random.fork_rng():
             rows += make()

@@ -24,6 +24,7 @@ from firth.generate.embed import embed
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.io.atomic import new_file
+from firth.io.jsons import read_json, read_rows
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives import name_of
@@ -255,7 +256,7 @@ def embed_file(
 def _longest(subject: Subject) -> int:
     """Tokens that a model was trained to read: what sentence-transformers' own file says, else the run, else the shape."""
     file = subject.place / "sentence_bert_config.json"
-    told = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    told = read_json(file)
     return int(told.get("max_seq_length") or subject.context)
 
 
@@ -416,14 +417,14 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
     """What a run's row on held-out text says of the step that was exported, which may not be the last; UserError where it
     held none out."""
     metrics = directory / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.is_file() else []
+    rows = read_rows(metrics, {"split": str, "step": int}, "remove the line", cut=True)
     held = [row for row in rows if row["split"] == "valid"]
     if not held:
         raise UserError(
             f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES"
         )
     done = directory / "done.json"
-    exported = json.loads(done.read_text("utf-8")).get("exported") if done.is_file() else None
+    exported = read_json(done).get("exported")
     row = next((row for row in held if row["step"] == exported), held[-1])
     found = {k: v for k, v in row.items() if k not in ("split", "seconds")}
     if row is not held[-1]:

@@ -31,6 +31,8 @@ from statistics import fmean, median
 from typing import Any
 
 from firth import __version__
+from firth.io.jsons import read_json, read_object
+from firth.io.jsons import read_rows as rows_of
 from firth.io.yamls import parse_yaml
 from firth.report.figures import Curve, Figure, Level, number
 from firth.report.matrix import Matrix
@@ -128,7 +130,7 @@ def run_report(directory: Path) -> Report:
         sections.append(Section("Samples", text, samples=samples))
     sections.append(Section("How it ran", _trouble(rows), figures=ran))
     done = directory / "done.json"
-    told_at_end = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+    told_at_end = read_json(done)
     counts, exported = told_at_end.get("counts"), told_at_end.get("exported", rows[-1]["step"])
     if counts:
         counted = [(name.replace("_", " "), count) for name, count in counts.items()]
@@ -179,7 +181,7 @@ def held_out_texts(path: Path) -> Section | None:
     if not path.exists():
         return None
     by_prompt: dict[str, list[Row]] = {}
-    for row in read_rows(path):
+    for row in rows_of(path, {"step": int, "prompt": str, "answers": list}, "delete the file"):
         by_prompt.setdefault(row["prompt"], []).append(row)
     if not by_prompt:
         return None
@@ -209,7 +211,7 @@ def _scored(score: float | None) -> str:
 
 def _answers(path: Path) -> Section | None:
     """What the model told of each class of the held-out examples; None where it has no classes."""
-    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    told = read_json(path)
     if not told:
         return None
     rows = [[row["class"], row["examples"], row["precision"], row["recall"], row["f1"]] for row in told["per_class"]]
@@ -225,16 +227,11 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of metrics.jsonl; a last line that a kill has cut is left out."""
     if not path.exists():
         raise UserError(f"{path} does not exist: a report needs the metrics of a run, give a run directory")
-    rows: list[Row] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for at, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                if at == len(lines):
-                    break
-                raise UserError(f"{path}, line {at}: this is not JSON: remove the line, or train again") from None
+    rows: list[Row] = [
+        *rows_of(
+            path, {"split": str, "step": int, "seconds": (int, float)}, "remove the line, or train again", cut=True
+        )
+    ]
     return rows
 
 
@@ -243,7 +240,7 @@ def read_samples(path: Path) -> list[Sample]:
     if not path.exists():
         return []
     by_prompt: dict[str, list[Row]] = {}
-    for row in read_rows(path):
+    for row in rows_of(path, {"step": int, "prompt": str, "text": str}, "delete the file"):
         by_prompt.setdefault(row["prompt"], []).append(row)
     return [
         Sample(prompt, {f"step {row['step']:,}": row["text"] for row in (said[0], said[-1])})
@@ -460,7 +457,7 @@ def commands(directory: Path, kinds: Sequence[str]) -> list[Command]:
     out.append(Command("Measure it on text or records of your own", f"firth evaluate {place} my-text.txt"))
     config = directory / "model" / "config.json"
     if config.exists():
-        [name] = json.loads(config.read_text(encoding="utf-8"))["architectures"]
+        [name] = read_object(config, {"architectures": list})["architectures"]
         code = f"from transformers import {name} as M; print(M.from_pretrained({json.dumps(str(config.parent))}))"
         out.append(Command("Load it with transformers", f"python -c {shlex.quote(code)}"))
     return out

@@ -159,7 +159,7 @@ def remove_partial(run: Path) -> None:
 
 def _saved(run: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
@@ -184,9 +184,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         raw = name.read_bytes()
         body: dict[str, Any] = json.loads(raw)
         digest = body.pop("manifest")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{name}: there is no manifest; delete {path}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: this is not a manifest; delete {path}") from error
     if digest != _digest(body) or raw != _json(body | {"manifest": digest}):
         raise UserError(f"{name}: it has been changed since it was written; delete {path}")
@@ -213,7 +213,7 @@ def _read_digest(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: the file is missing; delete {path.parent}") from error
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from firth.io.atomic import write_text
+from firth.io.jsons import read_rows
 from firth.train.events import Events
 
 
@@ -56,9 +57,10 @@ def keep_until(path: Path, step: int) -> None:
     """Drop the rows of metrics.jsonl after `step`, and a last line that a kill has cut."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    rows = read_rows(
+        path, {"split": str, "step": int}, "remove the line, or delete the file: it is for reports alone", cut=True
+    )
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 class Voice(Protocol):

@@ -1,0 +1,166 @@
+"""Damaged, missing and stray files of a run: each command ends in one sentence that names the file, or does without it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firth.io.jsons import read_object
+from firth.recipes.exchange import export_model, import_model
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.use import evaluate_run, word_vectors
+from firth.report.run import run_report
+from firth.train.log import keep_until
+from firth.types import UserError
+
+TINY = ["shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=32", "segment.length=16", "batch.rows=4", "length.steps=4",
+        "tokenizer.size=300", "precision=fp32", "samples=[the cat]"]  # fmt: skip
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    place = tmp_path_factory.mktemp("damage")
+    (place / "a.txt").write_text("".join(f"the cat sat on mat {i} and saw dog {i * i}.\n\n" for i in range(200)))
+    run(load("llama", [*TINY, f"source.path={place / 'a.txt'}", "source.split=blank"]), place / "run", quiet)
+    return place / "run"
+
+
+@pytest.fixture
+def there(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def again(there: Path) -> None:
+    run(load(str(there)), there, quiet)
+
+
+def ends_in_a_sentence(action: Callable[[], Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        action()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+CUT = ('{"step": 3, "x', "[]\n", "3\n", '{"a": 1}\n', "\x00\x01\n")
+
+
+@pytest.mark.parametrize("text", CUT)
+def test_a_damaged_note_of_a_finished_run(text: str, there: Path) -> None:
+    (there / "done.json").write_text(text)
+    ends_in_a_sentence(
+        lambda: again(there), r"done\.json.*: delete .*done\.json, and the same command exports the model again$"
+    )
+    if text != CUT[3]:  # that is a note of a run without counts
+        ends_in_a_sentence(
+            lambda: evaluate_run(there, [], task=None, limit=None, as_json=False, say=quiet), r"done\.json"
+        )
+        ends_in_a_sentence(
+            lambda: export_model(there, there / "out", form="hf", dtype="", shard="", echo=quiet), r"done\.json"
+        )
+    (there / "done.json").unlink()
+    again(there)
+    assert read_object(there / "done.json")["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
+def test_a_damaged_table_of_a_run(name: str, there: Path) -> None:
+    (there / "done.json").unlink()
+    before = (there / name).read_text()
+    for text in (*CUT[1:], CUT[0] + "\n" + before):
+        (there / name).write_text(text)
+        (there / "done.json").unlink(missing_ok=True)
+        ends_in_a_sentence(lambda: again(there), rf"{name}, line 1: .*(delete|remove)")
+        ends_in_a_sentence(lambda: run_report(there), rf"{name}, line 1: .*(delete|remove)")
+    if name == "metrics.jsonl":
+        ends_in_a_sentence(lambda: keep_until(there / name, 3), r"metrics\.jsonl, line 1: .*remove")
+    (there / name).write_text(before)
+    again(there)
+
+
+def test_a_model_that_is_missing_is_exported_again(there: Path) -> None:
+    before = (there / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(there / "model")
+    lines: list[str] = []
+    run(load(str(there)), there, lines.append)
+    assert any("is missing, so it is exported again" in line for line in lines)
+    assert (there / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_stray_files_among_the_checkpoints(there: Path) -> None:
+    (there / "done.json").unlink()
+    for name in ("step-000051", "step-²", "step-000004.txt", "notes"):
+        (there / "checkpoints" / name).write_text("x")
+    (there / "checkpoints" / "step-000099" / "manifest.json").mkdir(parents=True)
+    again(there)
+    assert read_object(there / "done.json")["steps"] == 4 and (there / "checkpoints" / "step-000051").read_text() == "x"
+
+
+def test_an_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
+    plan = load(str(whole))
+    (tmp_path / "file").write_text("x")
+    for name, cure in (
+        ("file", "a file is where"),
+        ("file/run", "a file is where"),
+        ("n" * 300, "choose a shorter name"),
+    ):
+        ends_in_a_sentence(lambda name=name: run(plan, tmp_path / name, quiet), cure)
+        ends_in_a_sentence(
+            lambda name=name: export_model(whole, tmp_path / name, form="hf", dtype="", shard="", echo=quiet),
+            f"{cure}|holds other things",
+        )
+
+
+def test_numbers_of_nothing_are_refused(whole: Path) -> None:
+    for setting in ("segment.length=0", "batch.accumulate=0"):
+        ends_in_a_sentence(lambda setting=setting: load(str(whole), [setting]), f"{setting} must be at least 1")
+
+
+@pytest.mark.parametrize("what", ["train", "export", "gguf", "import", "vectors"])
+def test_a_full_disk_names_what_could_not_be_written(what: str, there: Path, tmp_path: Path) -> None:
+    """Nothing half-written stands under a final name, and what was there before is kept."""
+    if what == "train":
+        (there / "done.json").unlink()
+        shutil.rmtree(there / "model")
+    out = there / "model" if what == "train" else tmp_path / "out"
+    actions: dict[str, Callable[[], Any]] = {
+        "train": lambda: again(there),
+        "export": lambda: export_model(there, out, form="hf", dtype="", shard="", echo=quiet),
+        "gguf": lambda: export_model(there, out, form="gguf", dtype="fp32", shard="", echo=quiet),
+        "import": lambda: import_model(there / "model", out, quiet),
+        "vectors": lambda: word_vectors(there, [], 8, out),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (there / "metrics.jsonl").stat().st_size + 30_000  # the tables fit, the weights do not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        ends_in_a_sentence(actions[what], rf"{out.name}.*; free some room and run the same command again$")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (
+        not out.exists()
+        and not list(out.parent.glob(f".{out.name}.partial*"))
+        and not list(out.parent.glob("*.partial"))
+    )
+    actions[what]()
+    assert out.exists()
+
+
+def test_recipes_that_are_damaged(there: Path) -> None:
+    file = there / "recipe.yaml"
+    text = file.read_text()
+    for at in range(0, len(text), max(1, len(text) // 60)):
+        file.write_text(text[:at] + chr(ord(text[at]) ^ 1 << at % 5) + text[at + 1 :])
+        with contextlib.suppress(UserError):
+            load(str(there))
