@@ -34,7 +34,7 @@ from firth.recipes import segments
 from firth.recipes.begin import begin
 from firth.recipes.material import Material
 from firth.recipes.recipe import Recipe, load
-from firth.recipes.run import tokenizer_of
+from firth.recipes.run_tokenizer import tokenizer_of
 from firth.train.cpu import keep_freed_memory
 from firth.train.optimizer import Mover
 from firth.train.step import step

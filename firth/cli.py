@@ -206,14 +206,21 @@ def tokenizer_show(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file or a run directory.")],
     settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example batch.rows=64.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; runs/NAME by default, or RECIPE if that is one.")
+    ] = None,
 ) -> None:
-    """Train a model as a recipe says; run it again to go on where it was."""
+    """Train a model as a recipe says; run it again, or name its directory, to go on where it was."""
     from firth.recipes.recipe import load
     from firth.recipes.run import run
 
     plan = load(recipe, settings or [])
-    run(plan, out or Path("runs") / plan.name, echo=typer.echo)
+    home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / plan.name
+    if out is None and settings and home == Path(recipe) and plan != load(recipe):
+        raise UserError(
+            f"{recipe} is a run directory, and {' '.join(settings)} would change its recipe: choose another directory with --out"
+        )
+    run(plan, out or home, echo=typer.echo)
 
 
 @app.command()

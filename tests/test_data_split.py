@@ -24,7 +24,7 @@ from firth.recipes.labelled import Chosen, Labelled, Questions, Scored, Tagged
 from firth.recipes.labels import Votes
 from firth.recipes.material import Material, Text
 from firth.recipes.recipe import load
-from firth.recipes.run import tokenizer_of
+from firth.recipes.run_tokenizer import tokenizer_of
 from firth.recipes.segments import Dialogues, Preferences, Prompted, Segment
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer

@@ -119,6 +119,8 @@ def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: s
     saved = checkpoint.load(directory / "checkpoints" / "step-000003")
     assert not any(name.startswith("trunk.") and ".low." not in name for name in saved.files["model"])
     shutil.copytree(saved.path, tmp_path / "checkpoints" / saved.path.name)
+    for name in ("recipe.yaml", "inputs.json"):
+        shutil.copy(directory / name, tmp_path)
     run(measured(place, start, kind), tmp_path, quiet)
     whole, killed = load_model(directory / "model"), load_model(tmp_path / "model")
     assert whole.state_dict().keys() == killed.state_dict().keys() and not lora.adapted(whole)
@@ -234,7 +236,7 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
     hashes = record.read_text()
     record.write_text(json.dumps({k: v for k, v in json.loads(hashes).items() if k not in ("files", "digest")}))
     try:
-        with pytest.raises(UserError, match="the frozen weights, and those that the run starts from now are others"):
+        with pytest.raises(UserError, match="holds a run that began with another content of start"):
             run(plan, tmp_path, quiet)
     finally:
         weights.write_bytes(before)

@@ -15,6 +15,7 @@ from firth.objectives.mlm import MLM
 from firth.objectives.nsp import NSP
 from firth.objectives.objective import Objective, Sum
 from firth.recipes import card, tree
+from firth.recipes.inputs import Inputs, content_hash, recorded_hash
 from firth.recipes.names import RECIPES
 from firth.recipes.recipe import Recipe, load, published
 from firth.types import UserError
@@ -98,22 +99,32 @@ def test_recipes_are_values() -> None:
         recipe.seed = 3  # type: ignore[misc]
 
 
+def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
+    recipe = load("ppo", ["start=runs/a", "segment.reward=/b", "source.path=[x/*.txt, ~/y]", "adapt=lora"])
+    found = {name: (kind, value) for name, kind, value in tree.paths(recipe)}
+    assert found == {
+        "start": ("model", "runs/a"), "segment.reward": ("model", "/b"), "source.path": ("files", ("x/*.txt", "~/y")),
+    }  # fmt: skip
+    whole = tree.absolute_paths(recipe)
+    assert whole.source.path == (str(Path.cwd() / "x/*.txt"), str(Path.home() / "y"))
+    assert (whole.start, whole.segment.reward) == (str(Path.cwd() / "runs" / "a"), "/b")
+    assert tree.absolute_paths(whole) == whole
+    bare = tree.without_paths(whole)
+    assert bare == tree.without_paths(recipe) and not list(tree.paths(bare))
+    assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["start=runs/a", "seed=3"]))
+
+
 def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> None:
+    """Fields that came later, at their defaults, change nothing."""
     recipe = load("gpt", ["batch.rows=4"])
-    file = tmp_path / "recipe.yaml"
-    assert recipe.known(file) == recipe.hash()  # nothing is there yet
-    file.write_text(tree.write_yaml(recipe))
-    assert recipe.known(file) == recipe.hash()
     older = yaml.safe_load(tree.write_yaml(recipe))
-    del older["batch"]["sort"], older["recompute"]  # fields that came later, here at their defaults
-    file.write_text(yaml.safe_dump(older))
-    once = recipe.known(file)
-    assert once != recipe.hash() and once == load(str(file)).known(file)
+    del older["batch"]["sort"], older["recompute"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    Inputs().write(tmp_path, "the hash it had")
+    assert recorded_hash(tmp_path, recipe) == "the hash it had"
     for changed in ("batch.sort=8", "recompute=true", "batch.rows=5"):
-        other = load("gpt", ["batch.rows=4", changed])
-        assert other.known(file) == other.hash() != once
-    file.write_text("name: [\n")
-    assert recipe.known(file) == recipe.hash()
+        with pytest.raises(UserError, match=changed.partition("=")[0]):
+            recorded_hash(tmp_path, load("gpt", ["batch.rows=4", changed]))
 
 
 def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:

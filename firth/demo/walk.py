@@ -40,7 +40,8 @@ from firth.model.weights import load_model
 from firth.recipes import tasks, tune
 from firth.recipes.material import Echo, Text, train_tokenizer
 from firth.recipes.recipe import Recipe, TokenizerPlan
-from firth.recipes.run import Finished, run, sentinels_of
+from firth.recipes.run import Finished, run
+from firth.recipes.run_tokenizer import sentinels_of
 from firth.recipes.use import Opened, open_run, opening
 from firth.report.page import write
 from firth.text import chat, corpora, show

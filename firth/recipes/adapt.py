@@ -33,6 +33,7 @@ from firth.model.shape import Shape
 from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective
 from firth.ranges import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
+from firth.recipes.tree import path_field
 from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -145,7 +146,7 @@ class LoRA(Beside):
     stabilised: bool = False
     dropout: ShareBelowOne = 0.0
     targets: tuple[str, ...] = ("attention.q", "attention.v")
-    start: str = ""
+    start: str = path_field("model", "")
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         plan = lora.Rank(self.rank, self.alpha, self.stabilised, self.dropout)
@@ -160,7 +161,7 @@ class Prefix(Beside):
     tokens: TokenCount = 16
     hidden: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
     text: str = ""
-    start: str = ""
+    start: str = path_field("model", "")
 
     def fits(self, shape: Shape) -> None:
         refuse(shape, "prefix")
@@ -180,7 +181,7 @@ class Prompt(Beside):
     tokens: TokenCount = 16
     begin: Literal["tokens", "random"] = "tokens"
     text: str = ""
-    start: str = ""
+    start: str = path_field("model", "")
 
     def fits(self, shape: Shape) -> None:
         refuse(shape, "prompt")

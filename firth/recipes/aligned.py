@@ -34,6 +34,7 @@ from firth.recipes import held_out_texts
 from firth.recipes.held_out_texts import HeldOutTexts
 from firth.recipes.material import Material
 from firth.recipes.segments import COMPARED, Cut, Preferences, Segment, model_directory, needed, recorded
+from firth.recipes.tree import path_field
 from firth.types import UserError
 
 
@@ -95,7 +96,7 @@ class Rollouts(Segment):
     max_new: TokenCount = 48
     longest: TokenCount = 192
     beta: NonNegativeFloat = 0.05
-    reward: str = ""
+    reward: str = path_field("model", "")
     scorer: str = ""
     truth: str = ""
     unfinished: FiniteFloat | None = None

@@ -46,7 +46,8 @@ from firth.recipes.labelled import Labelled
 from firth.recipes.material import Echo, Material, Text
 from firth.recipes.probe import MOST, Drawn, draw
 from firth.recipes.recipe import Checks, Recipe, TokenizerPlan
-from firth.recipes.run import run, sentinels_of, tokenizer_of
+from firth.recipes.run import run
+from firth.recipes.run_tokenizer import sentinels_of, tokenizer_of
 from firth.recipes.verdict import Score
 from firth.report.figures import number
 from firth.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Framed(Segment):
                 for field, value in values
             ]
             yield texts[0], texts
+
+    @property
+    def text_fields(self) -> tuple[Any, ...]:
+        return (self.read_fields, self.named)
 
     @property
     def named(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from firth.align.annotate import annotate
 from firth.data.few import Unlabelled, few_of
@@ -19,6 +19,7 @@ from firth.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.recipes.labelled import Framed, Labelled
 from firth.recipes.material import Material
 from firth.recipes.segments import Cut, Segment, needed, recorded
+from firth.recipes.tree import path_field
 from firth.types import Example, UserError
 
 
@@ -41,6 +42,10 @@ class Around(Segment):
     def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
         return self.of.grouped_texts(paths)
 
+    @property
+    def text_fields(self) -> tuple[Any, ...]:
+        return self.of.text_fields
+
     def within(self, context: int) -> Segment:
         return replace(self, of=self.of.within(context))
 
@@ -60,7 +65,7 @@ class Partly(Around):
 
     few: NonNegativeInt = 0
     unlabelled: PositiveFloat = 3.0
-    others: tuple[str, ...] = ()
+    others: tuple[str, ...] = path_field("files", ())
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         if bool(self.few) == bool(self.others):
@@ -93,7 +98,7 @@ class Taught(Partly):
     gives: ClassVar[frozenset[str]] = frozenset({"taught"})
     wants: ClassVar[frozenset[str]] = frozenset({"label"})
 
-    teacher: str = ""
+    teacher: str = path_field("model", "")
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         what = "the run of `firth train classify` on the labelled records, which gives the pseudo-labels"

@@ -24,6 +24,7 @@ from firth.doctor import device
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
+from firth.recipes.tree import path_field
 from firth.text import corpora, read
 from firth.text.counts import Counts, many
 from firth.text.read import Document
@@ -59,14 +60,14 @@ class Text(Ranged, section="source"):
     store: a directory in which token stores are kept and shared with other runs; the run's own if empty.
     """
 
-    path: tuple[str, ...] = ()
+    path: tuple[str, ...] = path_field("files", ())
     corpus: str = ""
     weights: tuple[PositiveFloat, ...] = ()
     field: str = "text"
     split: str = "file"
-    valid: tuple[str, ...] = ()
+    valid: tuple[str, ...] = path_field("files", ())
     held_out: ShareBelowOne = 0.05
-    store: str = ""
+    store: str = path_field("place", "")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,7 +42,7 @@ class TokenizerPlan(Ranged, section="tokenizer"):
     bytes, so that nothing is unknown. sample: bytes of text that training looks at, drawn over the whole corpus.
     """
 
-    path: str = ""
+    path: str = tree.path_field("tokenizer", "")
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
     size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
     byte_fallback: bool = True
@@ -127,9 +127,9 @@ class Recipe(Ranged):
     source: Text = Text()
     tokenizer: TokenizerPlan = TokenizerPlan()
     shape: Shape | None = None
-    start: str = ""
+    start: str = tree.path_field("model", "")
     adapt: Adapt = Full()
-    embeddings: str = ""
+    embeddings: str = tree.path_field("model", "")
     unigram: bool = True
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
@@ -143,17 +143,8 @@ class Recipe(Ranged):
     seed: NonNegativeInt = 0
 
     def hash(self) -> str:
-        """A short name of the recipe's content, kept in checkpoints."""
+        """A short name of the recipe's content, paths included."""
         return _hash(tree.plain(self))
-
-    def known(self, file: Path) -> str:
-        """Its hash as the run that wrote `file` knows it: fields that firth has got since, at their defaults, change nothing."""
-        try:
-            if file.exists() and load(str(file)) == self:
-                return _hash(tree.read_yaml(file)[0])
-        except UserError:  # written by a firth whose recipes can no longer be read
-            pass
-        return self.hash()
 
 
 def _hash(data: Any) -> str:

@@ -1,6 +1,6 @@
 """From a recipe to a run directory: tokenizer, data, model, training, export, report.
 
-    recipe.yaml  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
+    recipe.yaml  inputs.json  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
 
 The same call on the same directory goes on where an earlier one stopped, and returns at once when it had finished.
 """
@@ -12,13 +12,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
-from firth.evaluate.tokenizer_match import check_same_tokenizer, load_tokenizer
+from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
@@ -34,8 +34,10 @@ from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.held import Held, vocab
-from firth.recipes.material import Echo, Material, train_tokenizer
-from firth.recipes.recipe import Recipe
+from firth.recipes.inputs import Inputs, begun, content_hash, recorded_hash
+from firth.recipes.material import Echo, Material
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run_tokenizer import resolved_size, tokenizer_of
 from firth.recipes.segments import Cut, model_directory
 from firth.recipes.use import Opened
 from firth.report.page import write as write_report
@@ -90,12 +92,20 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     """`run` on one rank."""
     tell = echo if ranks.first else _silent
     make_directory(directory)
-    tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell))
+    inputs = _first_alone(ranks, lambda: Inputs.read(recipe, directory, tell))
+    continued = begun(directory)
+    if continued:
+        inputs.check(directory)
+    tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell, inputs))
+    inputs.digests["tokenizer"] = tokenizer.digest
+    if continued:
+        inputs.check(directory)
     _refuse_strangers(tokenizer, recipe)
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _first_alone(
         ranks, lambda: _settled(recipe, material)
     )  # classes are read from a corpus that may not be here yet
+    settled = dataclasses.replace(settled, precision=_precision(recipe, directory, continued, ranks))
     assert settled.shape is not None
     refuse_cut(
         settled.objective,
@@ -104,13 +114,15 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         accumulate=settled.batch.accumulate,
         ranks=ranks.world,
     )
-    known = settled.known(directory / "recipe.yaml")
+    recipe_hash = recorded_hash(directory, settled) if continued else content_hash(settled)
+    known = inputs.identity(recipe_hash)
     if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
         tell(f"{settled.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
     elif (directory / DONE).exists():
         finished = _finished(directory, known)
         if ranks.first and not (directory / REPORT).exists():
             write_report(run_report(directory), directory / REPORT)
+        tell(f"{settled.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
         return finished
     chosen = checkpoint.precision(directory) or precision.choose(settled.precision, best_device())
     material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
@@ -145,8 +157,11 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         if counted:
             tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
-        begun = (directory / "recipe.yaml").exists() and any((directory / "checkpoints").glob("step-*"))
-        if known == settled.hash() and not begun:  # else it is there as the run began, and stays if this one is refused
+        if not continued:
+            for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
+                (directory / name).unlink(missing_ok=True)
+        inputs.write(directory, recipe_hash)
+        if not continued or load(str(directory)) != settled:  # the same inputs at another path
             write_text(directory / "recipe.yaml", tree.write_yaml(settled))
         _samples(settled, model, tokenizer, directory, 0)
         _held_out_texts(settled, cut, model, material, 0)
@@ -226,35 +241,6 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
     return made
 
 
-def tokenizer_of(recipe: Recipe, directory: Path, echo: Echo, sentinels: int | None = None) -> Tokenizer:
-    """The run's own copy of its tokenizer: from a path, from the model it starts from, or trained on its text.
-
-    Args:
-        sentinels: How many `<extra_id_n>` one that is trained has; None for what the recipe's objective needs.
-    """
-    own = directory / "tokenizer"
-    if not (own / "tokenizer.json").exists():
-        plan = recipe.tokenizer
-        begins = recipe.start or recipe.embeddings
-        given = plan.path or (str(model_directory(begins)) if begins else "")
-        if given:
-            load_tokenizer(Path(given)).save(own)
-        else:
-            source = recipe.source
-            train_tokenizer(
-                source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
-                split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
-                sentinels=sentinels_of(recipe) if sentinels is None else sentinels,
-                texts=lambda counts: segments.training_texts(recipe.segment, source, source.paths(echo), counts),
-            )  # fmt: skip
-    return Tokenizer.load(own)
-
-
-def sentinels_of(recipe: Recipe) -> int:
-    """Return how many `<extra_id_n>` the recipe's objective needs in a tokenizer."""
-    return max(one.sentinels for one in recipe.objective.addends())
-
-
 def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
     for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
@@ -294,7 +280,21 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     refuse_memory(shape, segment, batch.room)
     refuse_adapt(recipe.adapt, recipe.start)
     recipe.adapt.fits(shape)
-    return dataclasses.replace(recipe, shape=shape, objective=objective, segment=segment, batch=batch)
+    plan = dataclasses.replace(recipe.tokenizer, size=resolved_size(material.directory))
+    settled = dataclasses.replace(
+        recipe, shape=shape, objective=objective, segment=segment, batch=batch, tokenizer=plan
+    )
+    whole: Recipe = tree.absolute_paths(settled)
+    return whole
+
+
+def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -> Literal["fp32", "bf16"]:
+    """What `precision` comes to: a continued run keeps what it began with, and all ranks take that of the first."""
+    before = load(str(directory)).precision if continued and recipe.precision == "auto" else recipe.precision
+    device = best_device()
+    found = torch.tensor([precision.choose(before, device) == "bf16"], dtype=torch.float32, device=device)
+    ranks.copy_from_first([found])
+    return "bf16" if found.item() else "fp32"
 
 
 def _finished(directory: Path, known: str) -> Finished:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,11 +56,13 @@ class Cut:
 class Segment(Ranged, section="segment"):
     """One way to cut the material. Subclasses are frozen dataclasses.
 
-    remembers: whether it gives the tokens before each row, which a model with memory reads. gives: the fields that every
+    remembers: whether it gives the tokens before each row, which a model with memory reads. reads_documents: whether it cuts
+    documents, which are held out by their names, and no records. gives: the fields that every
     example to learn from holds. wants: those of them that an objective has to read for the segment to be of use.
     """
 
     remembers: ClassVar[bool] = False
+    reads_documents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"tokens"})
     wants: ClassVar[frozenset[str]] = frozenset()
 
@@ -84,6 +86,11 @@ class Segment(Ranged, section="segment"):
         None where the segment reads documents and no records.
         """
         return None
+
+    @property
+    def text_fields(self) -> tuple[Any, ...]:
+        """The settings that `grouped_texts` depends on."""
+        return ()
 
     def within(self, context: int) -> Segment:
         """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
@@ -142,6 +149,7 @@ def spread(source: Source, count: int) -> Source:
 class Windows(Segment):
     """Windows of `length` tokens of the running text; the documents in one do not see each other."""
 
+    reads_documents: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
 
     length: TokenCount = 256
@@ -161,6 +169,8 @@ class Pieces(Segment):
     """Parts of single documents of at most `length` tokens; frame: [CLS] and [SEP] around each; shortest: documents of
     fewer tokens are left out."""
 
+    reads_documents: ClassVar[bool] = True
+
     length: TokenCount = 128
     frame: bool = True
     shortest: TokenCount = 1
@@ -176,6 +186,7 @@ class Pieces(Segment):
 class Pairs(Segment):
     """Two neighbouring segments and a stranger, together at most `length` tokens: whole sentences, or cut anywhere."""
 
+    reads_documents: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
 
     length: TokenCount = 128
@@ -197,6 +208,7 @@ class Pairs(Segment):
 class Words(Segment):
     """Windows of running text with how often each word stays and is drawn as noise (`firth.data.words`): word2vec."""
 
+    reads_documents: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
 
     length: TokenCount = 512
@@ -231,6 +243,10 @@ class Dialogues(Segment):
     prompt: str = ""
     answer_is: str = ""
 
+    @property
+    def text_fields(self) -> tuple[Any, ...]:
+        return (self.prompt, self.answer_is)
+
     def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         return records.spoken(paths, (self.prompt, self.answer_is))
 
@@ -256,6 +272,10 @@ class Prompted(Segment):
     @property
     def longest(self) -> int:
         return max(self.length, self.answer)
+
+    @property
+    def text_fields(self) -> tuple[Any, ...]:
+        return (self.prompt, self.answer_is)
 
     def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         return records.spoken(paths, (self.prompt, self.answer_is))

@@ -1,0 +1,173 @@
+"""What a run reads from outside of its recipe, by content: text, records, the models that it begins from or asks.
+
+A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
+
+    {"recipe": "9f2c...",  "inputs": {"source.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
+     "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}}
+
+A directory with checkpoints or a finished run goes on only if all of them are as they were; the recipe is compared without
+its paths, so a copy of the same files elsewhere is the same run. A file is hashed again only if its size, a time or its inode
+has changed: whoever replaces a file and sets its time back still changes `ctime`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from firth.gguf import find
+from firth.io.atomic import write_text
+from firth.model.files import read_json
+from firth.recipes import tree
+from firth.recipes.material import Echo
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.segments import model_directory
+from firth.text import corpora, foreign, read
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+FILE = "inputs.json"
+
+MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+"""Files of a model or adapter directory that are hashed with its tensors and its tokenizer."""
+
+
+def begun(directory: Path) -> bool:
+    """Whether a run directory holds a checkpoint or a finished run, which other inputs would make untrue."""
+    saved = (path for path in (directory / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return (directory / "done.json").exists() or any(path.is_dir() for path in saved)
+
+
+@dataclass
+class Inputs:
+    """The inputs of a run.
+
+    Attributes:
+        digests: name of the field -> digest of what it names, "" where nothing is there.
+        files: path -> size, modification time, change time (ns), inode and SHA-256 of each file that was hashed.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(recipe: Recipe, directory: Path, echo: Echo) -> Inputs:
+        """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json."""
+        inputs = Inputs(files=dict(recorded(directory).get("files", {})))
+        source = recipe.source
+        if source.corpus:
+            inputs.digests["source.corpus"] = inputs._of_files(corpora.paths(source.corpus, echo), recipe)
+        for name, kind, value in tree.paths(recipe):
+            if kind == "files":
+                inputs.digests[name] = inputs._of_files(value, recipe)
+            elif kind == "model":
+                inputs.digests[name] = inputs._of_model(Path(value))
+            elif kind == "tokenizer":
+                inputs.digests[name] = Tokenizer.load(value).digest
+        return inputs
+
+    def check(self, directory: Path) -> None:
+        """Compare with what the run in a directory began with.
+
+        Raises:
+            UserError: an input has changed, or the directory has no record of its inputs.
+        """
+        before = recorded(directory).get("inputs")
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{directory} holds a run of an older version of firth, which kept no record of its inputs: choose another "
+                "directory with --out, or delete that one"
+            )
+        if "tokenizer" not in self.digests:  # it is made after the others have been compared
+            before = {name: digest for name, digest in before.items() if name != "tokenizer"}
+        for name in [*self.digests, *before]:
+            if before.get(name) == self.digests.get(name):
+                continue
+            if name not in self.digests:
+                how = f"with {name}, which this recipe does not set"
+            elif name not in before:
+                how = f"without {name}, which this recipe sets"
+            elif not self.digests[name]:
+                how = f"with a {name} that is not there any more"
+            else:
+                how = f"with another content of {name}"
+            raise UserError(
+                f"{directory} holds a run that began {how}: put back what it began with, or choose another directory with --out"
+            )
+
+    def write(self, directory: Path, recipe: str) -> None:
+        """Keep them in the directory, with the hash of the recipe that they belong to."""
+        record = {"recipe": recipe, "inputs": self.digests, "files": self.files}
+        write_text(directory / FILE, json.dumps(record, indent=1) + "\n")
+
+    def identity(self, recipe: str) -> str:
+        """A short hash of a recipe and its inputs: what a checkpoint is checked against."""
+        return _hash([recipe, self.digests])[:16]
+
+    def _of_files(self, paths: Sequence[str], recipe: Recipe) -> str:
+        """Of files in the order in which they are read, and of their names where these decide what is held out."""
+        documents = recipe.segment.reads_documents
+        found = read.files(paths, tabled=not documents)
+        named = documents and (len(found) > 1 or recipe.source.split != "file")
+        return _hash([(name if named else "", self._sha256(path)) for path, name in found.items()])
+
+    def _of_model(self, path: Path) -> str:
+        """Of tensors, shape and tokenizer; "" where there is no such file or directory."""
+        place = (
+            path / "adapter" if (path / "adapter").is_dir() and not (path / "model").is_dir() else model_directory(path)
+        )
+        if not place.exists():
+            return ""
+        one = find(place)
+        if one is not None:
+            return _hash(self._sha256(one))
+        files = [*sorted(place.glob("*.safetensors")), *(place / name for name in MODEL_FILES)]
+        tokens = foreign.find(place)
+        files += [tokens] if tokens is not None else []
+        ours = read_json(place / "firth.json")
+        shape = {name: ours.get(name) for name in ("shape", "parts", "family")}
+        return _hash([[(file.name, self._sha256(file)) for file in files if file.is_file()], shape])
+
+    def _sha256(self, file: Path) -> str:
+        status, key = file.stat(), str(file.absolute())
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        known = self.files.get(key)
+        if known is None or known[:-1] != stamp:
+            with file.open("rb") as opened:
+                self.files[key] = [*stamp, hashlib.file_digest(opened, "sha256").hexdigest()]
+        return str(self.files[key][-1])
+
+
+def recorded(directory: Path) -> dict[str, Any]:
+    """What inputs.json of a run directory holds; nothing where it is not there."""
+    return read_json(directory / FILE)
+
+
+def content_hash(recipe: Recipe) -> str:
+    """A hash of a recipe without the paths in it."""
+    return _hash(tree.plain(tree.without_paths(recipe)))[:16]
+
+
+def recorded_hash(directory: Path, settled: Recipe) -> str:
+    """The hash of the recipe of a run that has begun, if this recipe is the same but for its paths.
+
+    A later version of firth may have more fields: at their defaults they change nothing, so the hash is not made again.
+
+    Raises:
+        UserError: the recipes differ; it names the first field that does.
+    """
+    theirs, ours = (tree.plain(tree.without_paths(one)) for one in (load(str(directory)), settled))
+    if theirs != ours:
+        raise UserError(
+            f"{directory} holds a run of another recipe: {tree.difference(theirs, ours)}; choose another directory with "
+            "--out, or delete that one"
+        )
+    return str(recorded(directory)["recipe"])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

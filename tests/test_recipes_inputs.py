@@ -1,0 +1,295 @@
+"""A run knows its inputs: what it reads may move and may not change, and its directory says all that it depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.model.files import read_tensors
+from firth.model.lm import LM
+from firth.model.shape import decoder, encoder
+from firth.model.weights import save_model
+from firth.objectives.causal import CausalLM
+from firth.objectives.classification import Classification
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.reward import Reward
+from firth.recipes.inputs import Inputs
+from firth.recipes.recipe import load
+from firth.recipes.run import Finished, run
+from firth.recipes.run_tokenizer import resolved_size, tokenizer_of
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+SMALL = [
+    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.kv_heads=2", "shape.head_width=0", "shape.hidden=48",
+    "shape.context=64", "segment.length=24", "batch.rows=4", "length.steps=4", "checks.save=2", "checks.every=0", "samples=[]",
+    "tokenizer.size=420",
+]  # fmt: skip
+
+
+NOUNS = ("otter", "boat", "lamp", "river")
+
+
+def quiet(_: str) -> None:
+    """Progress that no test reads."""
+
+
+def words(seed: int, count: int = 60) -> str:
+    return " ".join(f"{NOUNS[(i * seed) % 4]}{(i * i + seed) % 7}" for i in range(count))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts and a finished run on them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "texts").mkdir()
+    for i in range(6):
+        (folder / "texts" / f"{i}.txt").write_text(words(i + 1))
+    run(load("gpt", [*SMALL, f"source.path={folder / 'texts'}", "source.held_out=0.2"]), folder / "run", quiet)
+    return folder
+
+
+def kill(directory: Path) -> None:
+    """Leave what a run leaves that was killed after its second step."""
+    for name in ("done.json", "report.html"):
+        (directory / name).unlink()
+    for name in ("model", "checkpoints/step-000004"):
+        shutil.rmtree(directory / name)
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def again(folder: Path, *settings: str, said: list[str] | None = None) -> Finished:
+    recipe = load("gpt", [*SMALL, f"source.path={folder / 'texts'}", "source.held_out=0.2", *settings])
+    return run(recipe, folder / "run", quiet if said is None else said.append)
+
+
+def edit(folder: Path) -> None:
+    (folder / "texts" / "3.txt").write_text(words(9))
+
+
+def edit_and_set_the_time_back(folder: Path) -> None:
+    file = folder / "texts" / "3.txt"
+    status, text = file.stat(), file.read_text()
+    file.write_text(text[::-1])
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def add(folder: Path) -> None:
+    (folder / "texts" / "new.txt").write_text(words(9))
+
+
+@pytest.mark.parametrize("state", ["killed", "finished"])
+@pytest.mark.parametrize("change", [edit, edit_and_set_the_time_back, add])
+def test_other_text_is_refused(folder: Path, change: Callable[[Path], None], state: str) -> None:
+    """Replaced between a kill and the resume, it trained on without a word; a finished run said that it was this one."""
+    if state == "killed":
+        kill(folder / "run")
+    again_first = {p: p.read_bytes() for p in (folder / "run" / "tokenizer").iterdir()}
+    change(folder)
+    with pytest.raises(UserError, match=r"began with another content of source\.path: put back") as error:
+        again(folder)
+    assert "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in (folder / "run" / "tokenizer").iterdir()} == again_first
+    with pytest.raises(UserError, match=r"began with another content of source\.path"):
+        again(folder, f"source.valid={folder / 'texts'}")
+
+
+def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, folder: Path) -> None:
+    whole = read_tensors(finished / "run" / "model")
+    kill(folder / "run")
+    shutil.copytree(folder / "texts", folder / "moved" / "texts")
+    shutil.rmtree(folder / "texts")
+    for file in (folder / "moved" / "texts").iterdir():
+        os.utime(file, (1, 1))
+    (folder / "texts").symlink_to(folder / "moved" / "texts")
+    done = again(folder, f"source.path={folder / 'moved' / 'texts'}")
+    assert done.steps == 4 and all(torch.equal(whole[n], t) for n, t in read_tensors(done.model).items())
+    recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
+    assert recipe["source"]["path"] == [str(folder / "moved" / "texts")]
+    said: list[str] = []
+    assert again(folder, said=said) == done  # and the finished run at the first path
+    assert said[-1].endswith(f"is finished, after 4 steps; its model is {folder / 'run' / 'model'}")
+
+
+def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again(folder, f"source.path={folder / 'texts'}")
+    recipe = load(str(folder / "run"))
+    first = Inputs.read(recipe, folder / "run", quiet)
+    first.write(folder / "run", "hash")
+    monkeypatch.setattr("firth.recipes.inputs.hashlib.file_digest", None)
+    assert Inputs.read(recipe, folder / "run", quiet).digests == first.digests
+
+
+def test_a_run_without_a_record_of_its_inputs_is_refused(folder: Path) -> None:
+    (folder / "run" / "inputs.json").unlink()
+    with pytest.raises(UserError, match="older version of firth, which kept no record of its inputs"):
+        again(folder)
+
+
+def test_other_settings_are_refused_by_name(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"a run of another recipe: batch\.rows is 4 there and 8 here; choose another"):
+        again(folder, "batch.rows=8")
+    with pytest.raises(UserError, match=r"began without source\.valid, which this recipe sets"):
+        again(folder, f"source.valid={folder / 'texts' / '0.txt'}")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of one tokenizer and shape, two of each kind, and records."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train([words(i) for i in range(1, 9)], "byte-bpe", size=400)
+    left, both = decoder(tokenizer.vocab.size, 32, 1, context=64), encoder(tokenizer.vocab.size, 32, 1, context=64)
+    kinds: dict[str, tuple[Objective, bool]] = {
+        "policy": (CausalLM(), True), "reward": (CausalLM() + Reward(), True), "encoder": (MLM(), False),
+        "teacher": (Classification(classes=("bad", "good")), False),
+    }  # fmt: skip
+    for kind, (objective, causal) in kinds.items():
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            shape = left if causal else both
+            facts = {"classes": ["bad", "good"]} if kind == "teacher" else {}
+            save_model(LM(shape, objective.parts(shape)), tokenizer, folder / f"{kind}-{seed}", facts)
+    rows = [{"prompt": f"otter{i}", "chosen": "boat", "rejected": "lamp"} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labels = [{"text": f"otter {i}", "label": "good" if i % 2 else "bad"} for i in range(30)]
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    return folder
+
+
+def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
+    """Field -> recipe, settings, the model that it names."""
+    pairs, labels = f"source.path={folder / 'pairs.jsonl'}", f"source.path={folder / 'labels.jsonl'}"
+    ppo = [pairs, "segment.answers=4", "segment.epochs=1", "segment.max_new=2"]
+    taught = f"segment={{kind: taught, teacher: {folder / 'teacher'}, few: 4}}"
+    begin = [f"start={folder / 'encoder'}", "objective=pseudo_labels", taught]
+    return {
+        "start": ("dpo", [pairs, f"start={folder / 'policy'}"], "policy"),
+        "segment.reward": ("ppo", [*ppo, f"start={folder / 'policy'}", f"segment.reward={folder / 'reward'}"], "reward"),
+        "segment.teacher": ("semi_supervised", [labels, *begin], "teacher"),
+        "embeddings": ("classify", [labels, f"embeddings={folder / 'encoder'}", "shape.width=32", "shape.depth=1",
+                                    "shape.heads=2", "shape.vocab=9", "shape.causal=false", "shape.context=64"], "encoder"),
+        "tokenizer.path": ("classify", [labels, f"tokenizer.path={folder / 'encoder'}", "shape.width=32", "shape.depth=1",
+                                        "shape.heads=2", "shape.vocab=9", "shape.causal=false", "shape.context=64"], "encoder"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["start", "segment.reward", "segment.teacher", "embeddings", "tokenizer.path"])
+def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> None:
+    """Between two starts of one run the weights are replaced by others of the same shape and tokenizer."""
+    for kind in ("policy", "reward", "encoder", "teacher"):
+        shutil.copytree(models / f"{kind}-0", tmp_path / kind)
+    for name in ("pairs", "labels"):
+        shutil.copy(models / f"{name}.jsonl", tmp_path)
+    name, settings, kind = cases(tmp_path)[field]
+    common = ["batch.rows=4", "length.steps=2", "checks.every=0", "checks.save=1", "samples=[]", "precision=fp32"]
+    recipe = load(name, [*settings, *common])
+    run(recipe, tmp_path / "run", quiet)
+    for file in (tmp_path / kind).iterdir():
+        os.utime(file, (1, 1))
+    run(recipe, tmp_path / "run", quiet)  # nothing but times has changed
+    shutil.rmtree(tmp_path / kind)
+    shutil.copytree(models / f"{kind}-1", tmp_path / kind)
+    if field == "tokenizer.path":
+        run(recipe, tmp_path / "run", quiet)  # the weights are no input here
+        train([words(i) + " lantern" for i in range(1, 9)], "byte-bpe", size=390).save(tmp_path / kind)
+        (tmp_path / kind / "firth.json").unlink()
+    with pytest.raises(UserError, match=rf"began with another content of {field}"):
+        run(recipe, tmp_path / "run", quiet)
+    (tmp_path / "run" / "done.json").unlink()
+    with pytest.raises(UserError, match=rf"began with another content of {field}"):
+        run(recipe, tmp_path / "run", quiet)
+    shutil.rmtree(tmp_path / kind)
+    if field == "segment.reward":
+        with pytest.raises(UserError, match=rf"began with a {field} that is not there any more"):
+            run(recipe, tmp_path / "run", quiet)
+
+
+def test_a_tokenizer_that_a_failed_run_left_is_made_again(finished: Path, tmp_path: Path) -> None:
+    """Its text and its settings were others: recipe.yaml said unigram of 450 ids, and the file was BPE of 366."""
+    (tmp_path / "text.txt").write_text(words(5, 400))
+    failed = load("gpt", [*SMALL, f"source.path={tmp_path / 'text.txt'}", "segment.length=999"])
+    with pytest.raises(UserError):
+        run(failed, tmp_path / "run", quiet)
+    left = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    settings = [*SMALL, f"source.path={finished / 'texts'}", "tokenizer.algorithm=unigram", "tokenizer.size=410"]
+    said: list[str] = []
+    run(load("gpt", settings), tmp_path / "run", said.append)
+    made = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    assert json.loads(made.definition)["model"]["type"] == "Unigram" and made.digest != left.digest
+    assert any("an earlier run made this tokenizer of another text or with other settings" in line for line in said)
+    alone = tokenizer_of(load("gpt", settings), tmp_path / "alone", quiet)
+    assert alone.digest == made.digest == Tokenizer.load(tmp_path / "run" / "model").digest
+    said.clear()
+    run(load("gpt", settings), tmp_path / "run", said.append)
+    assert not any("ids from" in line for line in said)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "byte-bpe", "wordpiece", "unigram", "word"])
+def test_a_tokenizer_of_the_ids_there_are_is_the_same(algorithm: str, finished: Path, tmp_path: Path) -> None:
+    """A text that has no 8,192 ids: the resolved size makes the same tokenizer, with every algorithm.
+
+    Unigram is asked for 286 ids here and finds 284, so its recipe keeps the 8,192.
+    """
+    settings = [f"source.path={finished / 'texts'}", f"tokenizer.algorithm={algorithm}"]
+    first = tokenizer_of(load("gpt", [*settings, "tokenizer.size=8192"]), tmp_path / "first", quiet)
+    size = first.vocab.size
+    resolved = resolved_size(tmp_path / "first")
+    assert size < 8192 and resolved == (8192 if algorithm == "unigram" else size)
+    again = tokenizer_of(load("gpt", [*settings, f"tokenizer.size={resolved}"]), tmp_path / "again", quiet)
+    assert again.digest == first.digest and resolved_size(tmp_path / "again") == resolved
+    said: list[str] = []
+    tokenizer_of(load("gpt", [*settings, f"tokenizer.size={resolved}"]), tmp_path / "first", said.append)
+    assert not said
+
+
+def firth(*arguments: str, code: int = 0) -> str:
+    """What the command prints, or the sentence that it is refused with."""
+    result = CliRunner().invoke(app, arguments)
+    if code:
+        assert isinstance(result.exception, UserError), result.output
+        return str(result.exception)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipe.yaml leaves nothing open; the directory continues itself; the file repeats the run bit for bit elsewhere."""
+    shutil.copytree(finished / "texts", tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    settings = [*(s for s in SMALL if "size" not in s), "tokenizer.size=8192", "source.path=texts", "precision=auto"]
+    firth("train", "gpt", *settings, "--out", "run")
+    recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    size = Tokenizer.load("run/tokenizer").vocab.size
+    assert recipe["tokenizer"]["size"] == recipe["shape"]["vocab"] == size < 8192
+    assert recipe["precision"] in ("fp32", "bf16")
+    assert recipe["source"]["path"] == [str(tmp_path / "texts")] and recipe["source"]["corpus"] == ""
+    whole = read_tensors(Path("run/model"))
+    assert "run is finished, after 4 steps" in firth("train", "run")
+    kill(Path("run"))
+    monkeypatch.chdir(tmp_path / "texts")
+    out = firth("train", "../run")
+    assert "going on from step-000002" in out and not (tmp_path / "texts" / "runs").exists()
+    monkeypatch.chdir(tmp_path)
+    assert "would change its recipe: choose another directory with --out" in firth("train", "run", "seed=5", code=2)
+    firth("train", "run", "seed=4", "length.steps=1", "--out", "other")
+    firth("train", "run/recipe.yaml", "--out", "again")
+    assert Path("again/recipe.yaml").read_bytes() == Path("run/recipe.yaml").read_bytes()
+    for directory in ("run", "again"):
+        repeated = read_tensors(Path(directory, "model"))
+        assert repeated.keys() == whole.keys() and all(torch.equal(whole[n], t) for n, t in repeated.items()), directory
