@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 from data_room import tokenizer
 
 from firth.data.conversations import comparison, messages_of, prompt_of
+from firth.data.labelled import Chosen, Labelled, Scored, Tagged, TextFields
+from firth.data.questions import Questions
 from firth.data.records import Dialogues, Preferences, Prompted
+from firth.data.votes import Votes
 from firth.text.chat import Message
 from firth.text.read import records
 from firth.types import UserError
@@ -35,6 +39,20 @@ def record_of(cell: str) -> dict[str, Any]:
 def written(messages: list[Message], as_role: str = "") -> list[str]:
     """Messages as the page writes them."""
     return [f"{as_role or m['role']}: {m['content']}".replace("\n", "\\n") for m in messages]
+
+
+READERS = {
+    "classify": Labelled, "regress": Scored, "choose": Chosen, "tag": Tagged, "answer": partial(Questions, question=16),
+    "weak": partial(Votes, fields=TextFields(label="labels")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", rows_of("Classes, numbers, choices, tags, spans"), ids=lambda row: row[0])
+def test_a_labeled_record_is_read(tmp_path: Path, row: list[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row[1].strip("`") + "\n")
+    source = READERS[row[0].strip("`")]([str(path)], tokenizer(), 64)
+    assert source.counts == {"examples": 1, "records": 1, "files": 1}
 
 
 @pytest.mark.parametrize("row", rows_of("Dialogues"), ids=lambda row: row[0])
@@ -63,6 +81,7 @@ def test_a_record_is_rejected_as_the_page_says(row: list[str]) -> None:
 def test_the_page_has_the_shapes() -> None:
     """A table that is not found would make the tests above empty."""
     assert [len(rows_of(title)) for title in ("Dialogues", "Preferences", "Rejected")] == [17, 11, 17]
+    assert len(rows_of("Classes, numbers, choices, tags, spans")) == len(READERS)
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_names_are_those_of_seqeval_in_every_scheme(scheme: str) -> None:
         tags = in_scheme(scheme, layout)
         ends = np.cumsum([n for _, n in layout]).tolist()
         wanted = [(kind, end - n, end) for (kind, n), end in zip(layout, ends, strict=True) if kind]
-        if scheme == "IO":  # touching names of one kind cannot be told from one name
+        if scheme == "IO":  # touching names of one kind are one name
             wanted = [(kind, first, last + 1) for kind, first, last in get_entities(tags)]
         elif oracle is not None:
             [entities] = Entities([tags], oracle).entities

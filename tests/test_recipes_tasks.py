@@ -147,7 +147,7 @@ def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> Non
     assert rows[3] == {"row": 4} and "nan" not in json.dumps(rows).lower()
 
 
-def test_a_column_that_is_missing_is_named_before_a_tokenizer_is_trained(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "reviews.csv"
     settings = ["shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}", "length.steps=1"]
     recipe = load("classify", [*settings, f"source={path}", "segment.text=reviews", "segment.label=stars"])

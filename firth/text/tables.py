@@ -5,7 +5,7 @@
     .conll .bio .iob a word a line with its columns, a blank line behind a sentence, -DOCSTART- lines left out
     .json            SQuAD 1.1 or 2.0, a list of records, or a record a line (JSON lines)
 
-A table without a head has its columns named by whoever asks for it. Columns whose head is empty are called as pandas calls
+A table without a head has its columns named by the reader's `columns`. Columns whose head is empty are called as pandas calls
 them (`Unnamed: 2`), and counted; a row may lack their cells. A row with more or fewer cells than its head is left out, counted
 and named; more than one such row, and more than one in a hundred, is an error, for then the quoting is wrong.
 
