@@ -206,6 +206,12 @@ NOISES: dict[str, Noise] = {
 }  # fmt: skip
 
 
+def text_units(kind: Kind) -> frozenset[str]:
+    """Return what a noise looks for in a text: whole "words", "names" (with dates and numbers), or nothing."""
+    whole = kind in ("words", "geometric", "ngrams", "contexts")
+    return frozenset({"words"} if whole else {"names"} if kind == "salient" else ())
+
+
 def disguised(
     tokens: np.ndarray, vocab: Vocab, masked: float, random: float, kind: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:

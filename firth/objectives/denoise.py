@@ -52,6 +52,10 @@ class Denoise(Tokens):
         if not self.noises:
             raise UserError("denoise: noises names no way to damage the text, so there would be nothing to mend")
 
+    @property
+    def text_units(self) -> frozenset[str]:
+        return frozenset({"sentences"} if "permutation" in self.noises else ())
+
     def reads(self) -> Reads:
         return "source" if self.layout == "seq2seq" else "prefix"
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.data.noise import NOISES, Kind, disguised
+from firth.data.noise import NOISES, Kind, disguised, text_units
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.ranges import NonNegativeInt, OpenShare, Share
@@ -59,6 +59,10 @@ class MLM(Tokens):
     @property
     def copies(self) -> int:
         return self.masks
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
 
     def reads(self) -> Reads:
         return "both"

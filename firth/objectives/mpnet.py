@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
-from firth.data.noise import NOISES, Kind, disguised
+from firth.data.noise import NOISES, Kind, disguised, text_units
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.ranges import OpenShare, Share
@@ -56,6 +56,10 @@ class MPNet(Tokens):
             raise UserError(
                 f"mpnet: masked={self.masked} and random={self.random} are shares of the same tokens: make them at most 1 together"
             )
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
 
     def reads(self) -> Reads:
         return "free"

@@ -110,6 +110,11 @@ class Objective(Ranged, section="objective"):
         """How many views each example has, which epochs take turns with; 0: a new one at every visit."""
         return 0
 
+    @property
+    def text_units(self) -> frozenset[str]:
+        """What `view` looks for in a text: "words", "names", "sentences"; a run reports where it does not find them."""
+        return frozenset()
+
     def addends(self) -> tuple[Objective, ...]:
         """The objectives that it is the sum of, in the order of their views."""
         return (self,)

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from firth.data import layout
-from firth.data.noise import NOISES, Kind
+from firth.data.noise import NOISES, Kind, text_units
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.ranges import PositiveInt
@@ -50,6 +50,10 @@ class PLM(Tokens):
     k: PositiveInt = 6
     noise: Kind = "count"
     order: Literal["random", "identity"] = "random"
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
 
     def reads(self) -> Reads:
         return "free"

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.data.noise import Kind
+from firth.data.noise import Kind, text_units
 from firth.model.heads import Vocabulary, detector
 from firth.model.lm import LM, Guest
 from firth.model.shape import Reads, Shape
@@ -72,6 +72,10 @@ class RTD(Objective):
     noise: Kind = "iid"
     size: ShareAboveZero = 0.25
     weight: NonNegativeFloat = 50.0
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
 
     def reads(self) -> Reads:
         return "both"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firth.data.noise import NOISES, Kind
+from firth.data.noise import NOISES, Kind, text_units
 from firth.model.lm import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, asked, choice_loss, worked
@@ -129,6 +129,10 @@ class Consistency(Related):
             raise UserError(
                 "consistency reads a text twice, once with masks in it: it needs an encoder or a decoder alone"
             )
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().view(example, vocab, rng)

@@ -20,7 +20,7 @@ import numpy as np
 
 from firth.data import layout
 from firth.data.layout import Answering, Gapped
-from firth.data.noise import NOISES, Kind
+from firth.data.noise import NOISES, Kind, text_units
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.ranges import OpenShare
@@ -80,6 +80,10 @@ class SpanCorruption(Tokens):
     rate: OpenShare = 0.15
     noise: Kind = "spans"
     layout: Answering = "seq2seq"
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
 
     def reads(self) -> Reads:
         return "source" if self.layout == "seq2seq" else "prefix"

@@ -32,6 +32,7 @@ from firth.objectives import name_of
 from firth.recipes import card, classes, held_out_texts, segments, tree
 from firth.recipes.adapt import refuse_adapt
 from firth.recipes.begin import begin
+from firth.recipes.fallbacks import fallbacks
 from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.held import Held, vocab
 from firth.recipes.inputs import Inputs, begun, content_hash, recorded_hash
@@ -128,7 +129,8 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
     shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
-    for line in _begins(settled, cut, shown):
+    fallen_back = fallbacks(settled.objective, settled.segment, cut.train, tokenizer.vocab)
+    for line in (*_begins(settled, cut, shown), *fallen_back):
         tell(f"{settled.name}: {line}")
     torch.manual_seed(settled.seed)
     model = LM(settled.shape, settled.objective.parts(settled.shape))
@@ -200,7 +202,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
         for remark in remarks:
             tell(f"{settled.name}: {remark}")
-        remarks += [cut.unheld] if cut.unheld else []  # which was said when it began
+        remarks += [*fallen_back, *([cut.unheld] if cut.unheld else [])]  # which are printed when it begins
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
         with new_directory(directory / "model") as place:
             said = save_model(model, tokenizer, place, facts)

@@ -72,6 +72,11 @@ class Segment(Ranged, section="segment"):
         return self.gives
 
     @property
+    def text_units(self) -> frozenset[str]:
+        """What it looks for in a text ("pairs": sentences to pair); a run reports where it does not find them."""
+        return frozenset()
+
+    @property
     def longest(self) -> int:
         """The most tokens of an example, of records whose lengths vary and are known before the run; 0 elsewhere."""
         return 0
@@ -191,6 +196,10 @@ class Pairs(Segment):
 
     length: TokenCount = 128
     sentences: bool = True
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return frozenset({"pairs"} if self.sentences else ())
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         train, valid = material.stores()

@@ -1,0 +1,102 @@
+"""A run reports where whole words, names or sentences are not found and what is done instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from firth.data import segment
+from firth.data.shards import TokenStore
+from firth.objectives.denoise import Denoise
+from firth.objectives.mlm import MLM
+from firth.objectives.objective import Objective
+from firth.objectives.rtd import RTD
+from firth.objectives.sop import SOP
+from firth.objectives.span_corruption import SpanCorruption
+from firth.recipes.fallbacks import fallbacks
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.segments import Pairs, Pieces
+from firth.text import segmentation
+from firth.text.read import Document
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+
+TEXTS = {
+    "Chinese": "河水很高，船不開。他們帶了傘嗎？下雨了！",
+    "English": "In May the boat of Anna came back. Was it late? It had left on 3 March.",
+    "Hindi without stops": "बारिश हो रही है और नदी ऊँची है ",
+}
+WORDS = "whole words fall back on subwords"
+NAMES = "100% of the texts have no name, date or number"
+SENTENCES = "100% of the texts are a single sentence"
+PAIRS = "100% of the texts have no end of a sentence, so their pairs fall back on cuts anywhere"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train([text * 9 for text in TEXTS.values()], "byte-bpe", 500, sentinels=20)
+
+
+@pytest.fixture(scope="module")
+def stores(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
+    folder = tmp_path_factory.mktemp("stores")
+    return {
+        name: TokenStore.build([Document(str(i), text * 2) for i in range(4)], tokenizer, folder / str(n))
+        for n, (name, text) in enumerate(TEXTS.items())
+    }
+
+
+@pytest.mark.parametrize(
+    ("objective", "language", "expected"),
+    [
+        (MLM(noise="words"), "Chinese", WORDS),
+        (MLM(noise="words"), "English", ""),
+        (MLM(noise="words"), "Hindi without stops", ""),
+        (MLM(noise="iid"), "Chinese", ""),
+        (RTD(noise="ngrams"), "Chinese", WORDS),
+        (SpanCorruption(noise="salient"), "Chinese", NAMES),
+        (SpanCorruption(noise="salient"), "English", ""),
+        (Denoise(), "Hindi without stops", SENTENCES),
+        (Denoise(), "Chinese", ""),
+        (Denoise(noises=("infilling",)), "Hindi without stops", ""),
+    ],
+)
+def test_what_is_not_found_is_reported(
+    objective: Objective, language: str, expected: str, stores: dict[str, TokenStore], tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
+    source = segment.Pieces(stores[language], 64, None)
+    found = fallbacks(objective, Pieces(64), source, tokenizer.vocab)
+    assert [expected in line for line in found] == [True] * bool(expected), found
+
+
+def test_a_dictionary_has_words_to_hide(stores: dict[str, TokenStore], tokenizer: Tokenizer) -> None:
+    pytest.importorskip("icu4py")
+    source = segment.Pieces(stores["Chinese"], 64, None)
+    assert fallbacks(MLM(noise="words"), Pieces(64), source, tokenizer.vocab) == []
+
+
+@pytest.mark.parametrize(("language", "expected"), [("Hindi without stops", [PAIRS]), ("Chinese", [])])
+def test_pairs_without_sentences_are_reported(
+    language: str, expected: list[str], stores: dict[str, TokenStore], tokenizer: Tokenizer
+) -> None:
+    source = segment.Pairs(stores[language], 64, tokenizer.vocab)
+    assert fallbacks(SOP() + MLM(), Pairs(64), source, tokenizer.vocab) == expected
+    assert fallbacks(SOP() + MLM(), Pairs(64, sentences=False), source, tokenizer.vocab) == []
+
+
+def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"船{n}走了。" * 30 for n in range(30)), "utf-8")
+    changes = [
+        f"source.path={tmp_path}/a.txt", "source.split=blank", "objective.noise=words", "tokenizer.size=300",
+        "shape.width=16", "shape.depth=1", "shape.heads=2", "segment.length=32", "length.steps=1", "batch.rows=2",
+    ]  # fmt: skip
+    lines: list[str] = []
+    run(load("roberta", changes), tmp_path / "run", echo=lines.append)
+    assert sum(WORDS in line for line in lines) == 1
+    assert any(WORDS in line for line in json.loads((tmp_path / "run" / "done.json").read_text())["remarks"])
