@@ -26,7 +26,7 @@ from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
 from firth.types import UserError
 
-SIZE = 400
+SIZE = 300
 
 
 def quiet(_: str) -> None:

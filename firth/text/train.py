@@ -115,8 +115,8 @@ def train(
             + (f", or take fewer sentinels than {sentinels}" if sentinels else "")
         )
     tokenizer = _learn(engine, algorithm, size, control, bytes_, letters, rare, first, pieces, words)
-    share = unknown_share(tokenizer, pieces)
-    if share:
+    doubtful = algorithm == WHOLE or (rare and not bytes_)  # elsewhere nothing is unknown, and measuring takes seconds
+    if doubtful and (share := unknown_share(tokenizer, pieces)):
         echo(f"{share:.2%} of the tokens of the training text are {control[1]}: {_cure(algorithm, len(rare))}")
     return tokenizer
 
