@@ -10,7 +10,7 @@ import pytest
 from data_room import tokenizer
 
 from firth.data.classes import Classes
-from firth.data.labelled import Labelled, TagFields, Tagged, TextFields
+from firth.data.labelled import Chosen, Labelled, TagFields, Tagged, TextFields
 from firth.data.questions import Questions
 from firth.text import read
 from firth.text.counts import Counts
@@ -243,6 +243,10 @@ def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
     assert source.remarks == [
         f"2 labels were written as a decimal number (1.0) and were read as a whole one; the first is {path}:1"
     ]
+    chosen = Chosen(
+        [file(tmp_path, "o.jsonl", lines({"text": "x", "options": ["a", "b"], "label": 1.0}))], tokenizer(), 32
+    )
+    assert chosen[0]["label"] == chosen.counts["decimal"] == 1
     path = file(tmp_path, "b.jsonl", lines({"text": "x", "label": 1.5}))
     with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* train `regress` on numbers"):
         Labelled([path], tokenizer(), 32)

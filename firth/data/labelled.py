@@ -131,6 +131,13 @@ class Texts(Records):
             raise UserError(f"there is no field {self._label!r} for the label; {read.nearest(self._label, record)}")
         return [self.number(record[self._label])]
 
+    def without_decimals(self, value: Any) -> Any:
+        """A label as a whole number where it is one written as 1.0, which is noted; else as it is."""
+        if not isinstance(value, float) or not value.is_integer():
+            return value
+        self.note("decimal")
+        return int(value)
+
     def number(self, value: Any) -> float:
         """A label as a number."""
         raise NotImplementedError(type(self).__name__)
@@ -167,9 +174,7 @@ class Labelled(Texts):
 
     def number(self, value: Any) -> int:
         """The number of a label, as it stands in the columns (names found on the way are numbered as they come)."""
-        if isinstance(value, float) and value.is_integer():
-            self.note("decimal")
-            value = int(value)
+        value = self.without_decimals(value)
         name = value.strip() if isinstance(value, str) else json.dumps(value)
         if not isinstance(value, (str, int)):
             cure = "train `regress` on numbers" if isinstance(value, float) else "write one"
@@ -282,7 +287,7 @@ class Chosen(Texts):
 
     def right(self, record: Record, options: list[str]) -> int:
         """The place of the right option."""
-        value = record.get(self._label)
+        value = self.without_decimals(record.get(self._label))
         if isinstance(value, str) and value in options:
             return options.index(value)
         place = int(str(value)) if str(value).isdecimal() else -1
