@@ -120,7 +120,7 @@ def base(results: Path) -> Path:
             first, second = (drawn(model, tokenizer, prompts, seed) for seed in (1, 100_001))
             rng = np.random.default_rng((0, len(part)))
             found = prefer(first, second, Truth(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng)
-            write_comparisons(found, Path(file[f"preferences-{part}"]))
+            write_comparisons(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
     pairs = Text(path=(file["preferences-train"],), valid=(file["preferences-valid"],))
     run(replace(SIZE.reward(tune.reward()), name="reward", source=pairs, start=str(out / "instruct")), out / "reward")
     return out

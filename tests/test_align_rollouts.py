@@ -22,6 +22,7 @@ from firth.align.rewards import (
     write_comparisons,
 )
 from firth.align.rollouts import Phase, Rollouts
+from firth.data import conversations
 from firth.data.batch import Batches
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
@@ -335,11 +336,16 @@ def test_noisy_preference_is_bradley_terry() -> None:
 
 def test_comparisons_come_back_from_their_file(tmp_path: Path) -> None:
     kept = prefer([sample("é€")], [sample("aa")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
-    write_comparisons(kept, tmp_path / "c.jsonl")
+    write_comparisons(kept, tmp_path / "c.jsonl", ByteCoder().decode)
     [back] = read_comparisons(tmp_path / "c.jsonl")
     a, b = Comparisons(kept)[0], Comparisons([back])[0]
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert (back.chosen.text, back.rejected.text, back.margin) == ("aa", "é€", kept[0].margin)
+    # The texts are those of every other preference.
+    record = json.loads((tmp_path / "c.jsonl").read_text())
+    prompt, chosen, rejected = conversations.comparison(record)
+    assert prompt == [{"role": "user", "content": ByteCoder().decode(kept[0].chosen.prompt)}]
+    assert [chosen[0]["content"], rejected[0]["content"]] == ["aa", "é€"]
     (tmp_path / "c.jsonl").write_text('{"prompt": [1]}\n')
     with pytest.raises(UserError, match=r"c\.jsonl:1: not a comparison"):
         read_comparisons(tmp_path / "c.jsonl")

@@ -137,7 +137,7 @@ def test_sampled_comparisons_of_a_prompt_are_on_one_side(tokenizer: Tokenizer, t
                 for word in ("yes", "no")
             )
             rows.append(Comparison(good, bad, 1.0))
-    write_comparisons(rows, tmp_path / "pairs.jsonl")
+    write_comparisons(rows, tmp_path / "pairs.jsonl", tokenizer.decode)
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "pairs.jsonl"), held_out=0.2)
     cut = Sampled().cut(made, CausalLM())
     assert cut.valid is not None and prompts(cut.valid, tokenizer)

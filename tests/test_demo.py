@@ -15,8 +15,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from firth.align.rewards import Comparisons, read_comparisons
+from firth.data.records import Preferences
 from firth.demo import folder, plays, scorers
 from firth.demo.material import Material, balanced, read_rows
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 STAGES = ("encoder", "encoder-decoder", "decoder", "classify-pretrained", "classify-scratch", "instruct", "reward",
@@ -65,6 +70,29 @@ def test_transformers_loads_what_it_made(whole: Path) -> None:
         tokens = AutoTokenizer.from_pretrained(place)("print the value", return_tensors="pt", add_special_tokens=False)
         assert tokens["input_ids"].shape[1] > 1
         assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(place))
+
+
+def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> None:
+    """Its preferences hold texts as every preference does, and the tokens that were sampled beside them."""
+    file, start = whole / "material" / "preferences-train.jsonl", whole / "instruct"
+    rows = read_rows(file)
+    assert all(isinstance(row[name], str) for row in rows for name in ("prompt", "chosen", "rejected"))
+    tokenizer = Tokenizer.load(start)
+    texts, sampled = Preferences([str(file)], tokenizer, 256), Comparisons(read_comparisons(file))
+    requests = {row["prompt"] for row in read_rows(whole / "material" / "dialogues-train.jsonl")}
+    assert {row["prompt"] for row in rows} <= requests
+    for i, owner in enumerate(texts.owners.tolist()):
+        for side in ("chosen", "rejected"):
+            ids = tokenizer.encode(rows[owner][side])
+            ours, theirs = sampled[owner][f"{side}_tokens"], texts[i][f"{side}_tokens"]
+            asked = len(rows[owner]["tokens"]["prompt"])
+            assert theirs[:asked].tolist() == ours[:asked].tolist()
+            # What was sampled may be cut into other pieces than its text is; where it is not, it is the same row.
+            if rows[owner]["finished"][side] and ids.tolist() == ours[asked:-1].tolist():
+                assert theirs[: len(ours)].tolist() == ours.tolist()
+    settings = [f"start={start}", f"source.path={file}", "length.steps=1", "batch.rows=4", "checks.every=0"]
+    run(load("reward", settings), tmp_path / "reward", echo=lambda _: None)
+    assert (tmp_path / "reward" / "model" / "model.safetensors").exists()
 
 
 def test_again_it_does_nothing(whole: Path, mine: Path) -> None:

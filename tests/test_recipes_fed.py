@@ -93,8 +93,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write("chosen", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
     write("dialogues-prompted-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
     write("preferences-referenced", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
-    side = {"text": "x", "tokens": [50, 51], "finished": True}
-    write("sampled", lambda i: {"prompt": [60, 61], "margin": 1.0, "chosen": side, "rejected": side})
+    ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
+    texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}
+    write("sampled", lambda i: texts_of | {"tokens": ids, "finished": ends})
     asked = [{"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)]
     write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
     train_tokenizer([str(texts)], folder / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None)

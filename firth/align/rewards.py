@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -210,29 +210,52 @@ class Comparisons(Source):
         return tokens | {f"{side}_mask": sample.mask for side, sample in sides.items()}
 
 
-def write_comparisons(comparisons: Iterable[Comparison], path: Path) -> None:
-    """One JSON record a line: the texts for people, the tokens so that training reads exactly what was sampled."""
+def write_comparisons(comparisons: Iterable[Comparison], path: Path, request: Callable[[np.ndarray], str]) -> None:
+    """Write preferences as every reader of preferences has them, one JSON record a line.
+
+    {"prompt": "Who paints?", "chosen": "The otter.", "rejected": "Who?", "margin": 0.7, "tokens": {"prompt": [...], "chosen":
+    [...], "rejected": [...]}, "finished": {"chosen": true, "rejected": false}}
+
+    `firth train reward` and `dpo` encode the three texts anew, with the stop token behind both answers. The segment "sampled"
+    reads the tokens (`read_comparisons`), which are exactly what was sampled.
+
+    Args:
+        comparisons: What to write.
+        path: A file of JSON lines.
+        request: The text of a prompt, from its tokens (n,): what the user said, without the chat template.
+    """
     with path.open("w", encoding="utf-8") as file:
-        for c in comparisons:
-            sides = {side: {"text": s.text, "tokens": s.answer.tolist(), "finished": s.finished}
-                     for side, s in (("chosen", c.chosen), ("rejected", c.rejected))}  # fmt: skip
-            file.write(json.dumps({"prompt": c.chosen.prompt.tolist(), "margin": c.margin} | sides) + "\n")
+        for one in comparisons:
+            sides = {"chosen": one.chosen, "rejected": one.rejected}
+            record: dict[str, Any] = {"prompt": request(one.chosen.prompt)} | {
+                side: sample.text for side, sample in sides.items()
+            }
+            tokens = {"prompt": one.chosen.prompt} | {side: sample.answer for side, sample in sides.items()}
+            record |= {
+                "margin": one.margin,
+                "tokens": {name: ids.tolist() for name, ids in tokens.items()},
+                "finished": {side: sample.finished for side, sample in sides.items()},
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_comparisons(path: Path) -> list[Comparison]:
-    """What `write_comparisons` wrote. Raises UserError with file and line for a record that is not one."""
+    """The comparisons that `write_comparisons` wrote, by their tokens; UserError with file and line for another record."""
     found = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
             record = json.loads(line)
-            prompt = np.array(record["prompt"], np.int32)
+            ids = {name: np.array(record["tokens"][name], np.int32) for name in ("prompt", "chosen", "rejected")}
             chosen, rejected = (
-                Sample(prompt, np.array(s["tokens"], np.int32), s["text"], s["finished"])
-                for s in (record["chosen"], record["rejected"])
+                Sample(ids["prompt"], ids[side], record[side], record["finished"][side])
+                for side in ("chosen", "rejected")
             )
             found.append(Comparison(chosen, rejected, record["margin"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{n}: not a comparison written by firth ({error}): delete the file to make it anew"
+                f"{path}:{n}: not a comparison of answers that firth sampled, with their tokens ({error}): delete the file to "
+                "make it anew, or read its texts with segment=preferences"
             ) from error
     return found

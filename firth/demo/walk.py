@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ def gapped(texts: Sequence[str], gap: str, missing: int, rng: random.Random) -> 
         words[at : at + missing] = [gap]
         found.append(" ".join(words))
     return found
+
+
+def text_of(texts: Mapping[bytes, str], prompt: np.ndarray) -> str:
+    """The text that a prompt (n,) was made of, by the bytes of its tokens."""
+    return texts[prompt.tobytes()]
 
 
 @dataclass
@@ -306,11 +311,13 @@ class _Walk:
         model = load_model(self.instructed / "model")
         counts: Facts = {}
         for part, n in (("train", self.size.comparisons), ("valid", self.size.held_comparisons)):
-            prompts = [self.prompt(row["prompt"]) for row in self.asked(part, n)]
+            requests = [row["prompt"] for row in self.asked(part, n)]
+            prompts = [self.prompt(text) for text in requests]
+            texts = {prompt.tobytes(): text for prompt, text in zip(prompts, requests, strict=True)}
             first, second = (self.drawn(model, prompts, self.seed + s) for s in (1, 100_001))
             rng = np.random.default_rng((self.seed, len(part)))
             found = prefer(first, second, self.truth(), tokenizer=self.tokenizer, noise=self.size.noise, rng=rng)
-            write_comparisons(found, Path(self.file(f"preferences-{part}")))
+            write_comparisons(found, Path(self.file(f"preferences-{part}")), functools.partial(text_of, texts))
             counts[part] = len(found)
             counts[f"{part}-agree"] = float(np.mean([c.margin > 0 for c in found]))
         self.echo(
