@@ -29,6 +29,7 @@ from firth.recipes.labels import Partly, Taught
 from firth.recipes.material import Material, Text, train_tokenizer
 from firth.recipes.segments import Cut, Pairs, Pieces, Segment, Windows
 from firth.text.tokenizer import Tokenizer
+from firth.train.precision import casts
 from firth.train.step import step
 from firth.types import UserError
 
@@ -110,14 +111,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Tensor]:
-    """One step of training on what a segment gives."""
+    """One step of training on what a segment gives, in fp32 and then in bf16; the terms of the latter."""
     shape = SHAPES[objective.reads()]
     cut, told = place.cut(name, objective, shape)
     torch.manual_seed(0)
     model = LM(shape, told.parts(shape))
     cut.train.prepare(model, 0)
     vocab = place.tokenizer.vocab.starting(shape.decoder_start)
-    return step(model, told, Batches(cut.train, told, vocab, rows=2, seed=0).batches(0))
+    batches = Batches(cut.train, told, vocab, rows=2, seed=0).batches(0)
+    step(model, told, batches)
+    return step(model, told, batches, precision=casts("bf16", torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", SEGMENTS)

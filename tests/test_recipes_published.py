@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,10 @@ import torch
 from firth.model.heads import Vocabulary, pooled
 from firth.model.lm import LM
 from firth.model.published import SHAPES
-from firth.model.weights import load_model
 from firth.recipes import tree
 from firth.recipes.fits import refuse_misfit
 from firth.recipes.names import RECIPES
 from firth.recipes.recipe import Recipe, load, published
-from firth.recipes.run import run
-from firth.train import loop
-from firth.train.guard import Stopped
 from firth.types import UserError
 
 COUNTS = {  # the released checkpoints', head and tied matrix counted once
@@ -96,65 +90,3 @@ def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
 def test_a_recipe_of_one_size_says_so() -> None:
     with pytest.raises(UserError, match="one size"):
         published("classify:tiny")
-
-
-WORDS = (
-    "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord! "
-)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two dozen documents of a few hundred words."""
-    folder = tmp_path_factory.mktemp("text")
-    words = WORDS.split()
-    for number in range(24):
-        turned = [words[(i * (number % 7 + 1) + number) % len(words)] for i in range(300)]
-        (folder / f"{number}.txt").write_text(
-            ". ".join(" ".join(turned[i : i + 9]).capitalize() for i in range(0, 300, 9))
-        )
-    return folder
-
-
-SMALL = {
-    "shape.width": 32, "shape.heads": 2, "shape.depth": 2, "shape.head_width": 0, "shape.kv_heads": 0, "shape.hidden": 48,
-    "tokenizer.size": 400, "length.steps": 2, "batch.rows": 4, "checks.every": 0, "checks.save": 1, "checks.examples": 4,
-}  # fmt: skip
-
-
-def small(name: str, text: Path) -> Recipe:
-    """The tiny recipe, made smaller still: nothing but sizes differs."""
-    recipe = published(name)
-    assert recipe.shape is not None
-    more = {"shape.encoder": 2} if recipe.shape.encoder else {}
-    more |= {} if recipe.shape.depth else {"shape.depth": 0}
-    return load(name, [*(f"{field}={value}" for field, value in (SMALL | more).items()), f"source.path={text}"])
-
-
-@pytest.mark.parametrize("name", PRETRAINED)
-def test_a_run_stopped_and_resumed_ends_with_the_same_bits(name: str, text: Path, tmp_path: Path, monkeypatch) -> None:
-    torch.set_num_threads(1)
-    recipe = small(name, text)
-    whole = run(recipe, tmp_path / "whole", echo=lambda _: None)
-    assert whole.steps == 2 and whole.metrics["loss"] > 0
-
-    class Once:
-        """Ctrl-C in the middle of the first step."""
-
-        asked = True
-
-        def __enter__(self) -> Once:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(loop, "ctrl_c", lambda _: Once())
-    with pytest.raises(Stopped):
-        run(recipe, tmp_path / "cut", echo=lambda _: None)
-    monkeypatch.undo()
-    cut = run(recipe, tmp_path / "cut", echo=lambda _: None)
-    first, second = (load_model(x.model).state_dict() for x in (whole, cut))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    told = json.loads((tmp_path / "cut" / "model" / "firth.json").read_text("utf-8"))
-    assert told["facts"]["steps"] == 2

@@ -23,4 +23,6 @@ class Mixture(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.scale * torch.tensordot(self.weights.softmax(0), states, 1)
+        weights = self.weights.softmax(0)
+        # Under autocast the states are bf16 and the weights fp32, and tensordot takes no two dtypes.
+        return self.scale * torch.tensordot(weights, states.to(weights.dtype), 1)

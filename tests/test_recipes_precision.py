@@ -1,0 +1,153 @@
+"""Every recipe in fp32 and in bf16: two small steps, stopped and resumed to the bit, reloaded, exported."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.model.weights import load_model
+from firth.recipes.exchange import export_model
+from firth.recipes.material import train_tokenizer
+from firth.recipes.names import RECIPES
+from firth.recipes.recipe import Recipe, load, published
+from firth.recipes.run import Finished, run
+from firth.train import loop
+from firth.train.guard import Stopped
+
+TEXT = "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord!"
+WORDS = TEXT.split()
+
+FEW = (
+    "length.steps=2", "batch.rows=4", "checks.every=0", "checks.save=1", "checks.examples=4", "checks.best=",
+)  # fmt: skip
+
+SMALL = {
+    "shape.width": 32, "shape.heads": 2, "shape.depth": 2, "shape.head_width": 0, "shape.kv_heads": 0, "shape.hidden": 48,
+}  # fmt: skip
+
+TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "classify": ("bert", "labeled.jsonl", ()),
+    "regress": ("bert", "scored.jsonl", ()),
+    "choose": ("bert", "choices.jsonl", ()),
+    "tag": ("bert", "tagged.jsonl", ()),
+    "tag_features": ("elmo", "tagged.jsonl", ()),
+    "answer": ("bert", "questions.jsonl", ("segment.length=64", "segment.stride=16", "segment.question=16")),
+    "text_to_text": ("t5", "dialogues.jsonl", ()),
+    "glue": ("bert", "sentences.tsv", ()),
+    "semi_supervised": ("bert", "labeled.jsonl", ("segment.few=8", "segment.teacher={classify}")),
+    "weak": ("bert", "votes.jsonl", ()),
+    "closed_book_questions": ("closed_book", "dialogues.jsonl", ()),
+    "instruct": ("gpt", "dialogues.jsonl", ()),
+    "reward": ("gpt", "preferences.jsonl", ()),
+    "dpo": ("gpt", "preferences.jsonl", ()),
+    "reinforce": ("gpt", "dialogues.jsonl", ("segment.scorer=builtins:len", "segment.answers=8", "segment.max_new=6")),
+    "ppo": ("gpt", "dialogues.jsonl", ("segment.reward={reward}", "segment.answers=8", "segment.max_new=6")),
+}
+"""Recipe -> the recipe of the run that it starts from, its records, and its settings."""
+
+Make = Callable[[str, str], Finished]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dozen documents, a tokenizer of them, and records of every kind."""
+    place = tmp_path_factory.mktemp("precision")
+    (place / "text").mkdir()
+    for number in range(24):
+        turned = [WORDS[(i * (number % 7 + 1) + number) % len(WORDS)] for i in range(300)]
+        lines = [" ".join(turned[i : i + 9]).capitalize() for i in range(0, 300, 9)]
+        (place / "text" / f"{number}.txt").write_text(". ".join(lines))
+    train_tokenizer([str(place / "text")], place / "tok", algorithm="byte-bpe", size=400, echo=lambda _: None)
+
+    def write(name: str, record: Callable[[int, list[str]], object]) -> None:
+        spoken = [[WORDS[(i * 3 + k) % len(WORDS)] for k in range(5)] + [f"number {i}"] for i in range(40)]
+        rows = [json.dumps(record(i, words)) + "\n" for i, words in enumerate(spoken)]
+        (place / f"{name}.jsonl").write_text("".join(rows))
+
+    write("labeled", lambda i, words: {"text": " ".join(words), "label": "ab"[i % 2]})
+    write("scored", lambda i, words: {"text": " ".join(words), "label": i / 4})
+    write("choices", lambda i, words: {"text": " ".join(words), "options": ["king", "queen"], "label": i % 2})
+    write("tagged", lambda i, words: {"tokens": words, "tags": ["x" if len(word) > 4 else "y" for word in words]})
+    write("votes", lambda i, words: {"text": " ".join(words), "labels": ["a", "b", "ab"[i % 2]]})
+    write("dialogues", lambda i, words: {"prompt": " ".join(words), "completion": words[0]})
+    write("preferences", lambda i, words: {"prompt": " ".join(words), "chosen": words[0], "rejected": "fool fool"})
+    write("questions", lambda i, words: {
+        "id": str(i), "question": "who?", "context": " ".join(words), "title": str(i),
+        "answers": {"text": [words[0]], "answer_start": [0]},
+    })  # fmt: skip
+    rows = [f"{' '.join(WORDS[i % 9 : i % 9 + 5])} {i}\t{i % 2}\n" for i in range(40)]
+    (place / "sentences.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    return place
+
+
+@pytest.fixture(scope="module")
+def make(folder: Path) -> Make:
+    """A recipe's name and a precision -> its run, stopped after the first step and resumed."""
+    made: dict[tuple[str, str], Finished] = {}
+
+    def one(name: str, precision: str) -> Finished:
+        if (name, precision) not in made:
+            plan, directory = small(name, precision, folder, one), folder / f"{name}-{precision}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "ctrl_c", lambda _: Once())
+                with pytest.raises(Stopped):
+                    run(plan, directory, echo=lambda _: None)
+            made[name, precision] = run(plan, directory, echo=lambda _: None)
+        return made[name, precision]
+
+    return one
+
+
+class Once:
+    """Ctrl-C in the middle of the first step."""
+
+    asked = True
+
+    def __enter__(self) -> Once:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
+    """The recipe, made smaller: nothing but sizes differs."""
+    if name in TUNED:
+        start, records, more = TUNED[name]
+        runs = {key: make(key, precision).directory for key in ("classify", "reward") if f"{{{key}}}" in "".join(more)}
+        settings = [f"start={make(start, precision).directory}", f"source.path={folder / records}"]
+        settings += [setting.format(**runs) for setting in more]
+    else:
+        shape = published(name).shape
+        assert shape is not None
+        sizes = SMALL | ({"shape.encoder": 2} if shape.encoder else {}) | ({} if shape.depth else {"shape.depth": 0})
+        settings = [f"{field}={value}" for field, value in sizes.items()]
+        settings += [f"source.path={folder / 'text'}"]
+        own = published(name).tokenizer.algorithm == "word"
+        settings += ["tokenizer.size=400"] if own else [f"tokenizer.path={folder / 'tok'}"]
+    return load(name, [*FEW, *settings, f"precision={precision}", "samples=[]"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_resumes_to_the_bit_and_reloads(
+    name: str, precision: str, folder: Path, make: Make, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    whole = run(small(name, precision, folder, make), tmp_path / "whole", echo=lambda _: None)
+    resumed = make(name, precision)
+    assert whole.steps == 2 and whole.metrics == resumed.metrics
+    first, second = (load_model(x.model).state_dict() for x in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert all(torch.isfinite(x).all() for x in first.values())
+    facts = json.loads((resumed.model / "firth.json").read_text("utf-8"))["facts"]
+    assert facts["steps"] == 2
+    with warnings.catch_warnings(action="ignore"):
+        export_model(resumed.directory, tmp_path / "export", form="hf", dtype="", shard="", echo=lambda _: None)
+    exported = load_model(tmp_path / "export").state_dict()
+    assert all(torch.equal(exported[k], second[k]) for k in second)
