@@ -161,7 +161,7 @@ def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: P
     adapt.apply(model, added, tokenizer, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     rng = np.random.default_rng(0)
-    shown = [objective.view({"tokens": rng.integers(120, 400, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
+    shown = [objective.view({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
              for i in range(6)]  # fmt: skip
     batch = collate(shown, set(objective.targets.values()))
     mover = Mover(Optimizer(name="adamw", rate=0.02, weight_decay=0.0), model)

@@ -33,8 +33,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = TEXT.split()
     tags = ["sign" if not w.isalpha() else "long" if len(w) > 3 else "short" for w in words]
-    sentence = json.dumps({"tokens": words, "tags": tags})
-    (folder / "tagged.jsonl").write_text(f"{sentence}\n" * 30)
+    # Each sentence begins elsewhere: those of the same words would be held out together, or not at all.
+    turned = [{"tokens": words[i:] + words[:i], "tags": tags[i:] + tags[:i]} for i in range(len(words))]
+    (folder / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
     return folder
 
 
