@@ -16,6 +16,7 @@ from firth.objectives.rtd import RTD
 from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption
 from firth.recipes.fallbacks import fallbacks
+from firth.recipes.material import Material, Text
 from firth.recipes.recipe import load
 from firth.recipes.run import run
 from firth.recipes.segments import Pairs, Pieces
@@ -87,6 +88,18 @@ def test_pairs_without_sentences_are_reported(
     source = segment.Pairs(stores[language], 64, tokenizer.vocab)
     assert fallbacks(SOP() + MLM(), Pairs(64), source, tokenizer.vocab) == expected
     assert fallbacks(SOP() + MLM(), Pairs(64, sentences=False), source, tokenizer.vocab) == []
+
+
+def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
+    """A tokenizer of another text: nearly all of this one is unknown to it."""
+    english = train([TEXTS["English"] * 9], "wordpiece", 200)
+    (tmp_path / "a.txt").write_text("\n\n".join([TEXTS["Chinese"]] * 40), "utf-8")
+    lines: list[str] = []
+    Material(Text(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", echo=lines.append).stores()
+    shares = [
+        line.split("%")[0] for line in lines if "% of these tokens are unknown to the tokenizer: train one" in line
+    ]
+    assert len(shares) == 2 and min(map(float, shares)) > 80  # what is learnt from, and what is held out
 
 
 def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
