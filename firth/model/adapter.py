@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,17 @@ from firth.types import UserError
 FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OWN, OWN_TENSORS = "firth.json", "parts.safetensors"
 FRONT = "base_model.model."
+PLAIN = "base_model."
+"""What peft writes before the names of LoRA's tensors, and before those of a head with a prefix or a prompt."""
 TABLES = ("tokens", "places", "segments", "source_places")
 """Modules of ours that are tables and not maps."""
+
+OWN_TYPE = "FIRTH_"
+"""What stands before peft's name of a kind where peft would load the file and silently leave out what it holds."""
+WITHOUT_PREFIX = ("albert", "distilbert", "modernbert", "mpnet", "openai-gpt")
+"""Families whose classes in transformers ignore or refuse `past_key_values` for a text that is read at once."""
+PEFT_HEADS = ("classifier", "score", "qa_outputs")
+"""Ends of the names of the modules that peft keeps whole with a prefix or a prompt."""
 
 REFUSED = {
     "use_dora": "DoRA",
@@ -93,7 +102,7 @@ def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that were trained whole (`modules_to_save`), by their names in the base's class. peft writes tables and heads
     along with what lies on them."""
     rest = {name: tensor for name, tensor in state.items() if ".lora_" not in name and name != "prompt_embeddings"}
-    front = FRONT if any(name.startswith(FRONT) for name in rest) else "base_model."
+    front = FRONT if any(name.startswith(FRONT) for name in rest) else PLAIN
     return {name.removeprefix(front).replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
 
 
@@ -103,7 +112,7 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
     Heads that were trained with it are put in the place of the model's. UserError for what does not fit.
     """
     config = _config(directory)
-    kind = config.get("peft_type")
+    kind = str(config.get("peft_type")).removeprefix(OWN_TYPE)
     state = read_file(directory / TENSORS)
     refuse_not_finite(state, directory)
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
@@ -129,7 +138,7 @@ def write(
     names = Names.of(model, base, low)
     heads = tuple(f"parts.{part}." for part in parts)
     state = {n: t for n, t in model.state_dict().items() if n.startswith(heads)} if heads else {}
-    theirs = {n: names.tensors[n] for n in state if n in names.tensors} if low else {}
+    theirs = {n: names.tensors[n] for n in state if n in names.tensors}
     if theirs:  # whoever has the head has the class with the head
         names = names.headed()
     if low:
@@ -141,8 +150,13 @@ def write(
         config, tensors = _prompt(model, model.prompt)
     else:
         raise UserError("there is no adapter on this model to be written")
-    tensors |= {FRONT + names.outside(new): state[n] for n, new in theirs.items()}
-    told = {"base_model_name_or_path": str(base.resolve()), "task_type": _task(model, names), "inference_mode": True}
+    front = FRONT if low else PLAIN
+    tensors |= {front + names.outside(new): state[n] for n, new in theirs.items()}
+    task = _task(model, names)
+    lacking = "" if low else _unserved(model, names, task, theirs.values())
+    if lacking:
+        config["peft_type"] = OWN_TYPE + config["peft_type"]
+    told = {"base_model_name_or_path": str(base.resolve()), "task_type": task, "inference_mode": True}
     write_json(directory / FILE, config | told)
     _save(tensors, directory / TENSORS)
     rest = {n: t for n, t in state.items() if n not in theirs}
@@ -155,7 +169,29 @@ def write(
     write_json(directory / OWN, sealed(record, directory, [FILE, TENSORS, *[OWN_TENSORS] * bool(rest)]))
     if names.form is None:
         return "no family of transformers has names for it, so only firth loads it"
+    if lacking:
+        return f"only firth loads it, for {lacking}"
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
+
+
+def _unserved(model: LM, names: Names, task: str | None, head: Iterable[str]) -> str:
+    """Return why peft cannot serve a prefix or a prompt on a model, checked with peft 0.21; empty where it can.
+
+    Args:
+        model: The model with the prefix or the prompt.
+        names: What its modules are called in transformers.
+        task: peft's word for the task.
+        head: The tensors of the head that was trained with it, by their names there.
+    """
+    if names.form is None:
+        return ""
+    family = names.form.family.name
+    if model.prefix is not None and family in WITHOUT_PREFIX:
+        return f"transformers' {family} takes no keys and values before a text"
+    if model.prompt is not None and task == "SEQ_CLS" and not model.shape.causal:
+        return "peft reads the class of a text at the first vector of its prompt"
+    lost = [name for name in head if not any(module.endswith(PEFT_HEADS) for module in name.split("."))]
+    return f"peft keeps no {lost[0]} with a {'prefix' if model.prefix is not None else 'prompt'}" if lost else ""
 
 
 def _saved(tensor: str) -> str:
@@ -323,7 +359,8 @@ def _prompt(model: LM, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
     refuse(model.shape, "prompt")
-    if _whole(state) and not model.shape.causal and {"classes", "score"} & {*model.parts}:
+    theirs = not str(config["peft_type"]).startswith(OWN_TYPE)
+    if theirs and _whole(state) and not model.shape.causal and {"classes", "score"} & {*model.parts}:
         raise UserError(
             f"{where / TENSORS}: peft reads the class of a text at the first vector of its prompt there, and firth at the text's "
             "first token: train it here (adapt=prompt), or take a prefix"
@@ -363,11 +400,12 @@ def _task(model: LM, names: Names) -> str | None:
     bare = form is not None and bool(form.family.prefix) and not names.front
     if form is not None and not bare and (named := TASKS.get(form.name.rpartition("For")[2])):
         return named
-    if model.shape.encoder:
+    if model.shape.encoder and "lm" in model.parts:
         return "SEQ_2_SEQ_LM"
     if model.shape.causal and "lm" in model.parts and not bare:
         return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if bare else None
+    # Without a word for its task, peft would load a prefix or a prompt and never show it to the model.
+    return "FEATURE_EXTRACTION" if bare or model.prefix is not None or model.prompt is not None else None
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Names:
         single = (e for e in entries if len(e.ours) == 1 and not (e.transposed or e.unread or e.folded[0]))
         config = base / "config.json" if base else Path()
         kinds = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else []
-        bare = form.family.classes[1] in (kinds or [])
+        bare = bool({family.classes[1] for family in families_of(model.shape)} & {*(kinds or [])})
         return Names(form, by_module, {e.ours[0]: e.theirs for e in single}, "" if bare else form.family.prefix)
 
     @staticmethod
