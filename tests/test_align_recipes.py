@@ -26,6 +26,7 @@ from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Shape, decoder
 from firth.model.weights import load_model, save_model
+from firth.objectives.reward import Ranking
 from firth.recipes.aligned import function
 from firth.recipes.recipe import load
 from firth.recipes.run import run
@@ -286,3 +287,24 @@ def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
         first_rows(place, tmp_path / "none", "ppo", f"source.path={records}", "segment.max_new=62")
     with pytest.raises(UserError, match=r"segment\.max_new=64 leaves no room for a prompt in the 64 positions"):
         first_rows(place, tmp_path / "room", "ppo", f"source.path={records}", "segment.max_new=64")
+
+
+# ---- rankings
+
+
+def test_rankings_train_a_reward_model_in_one_command(place: Path, tmp_path: Path) -> None:
+    """Records of two to four answers; the group is as large as the longest, and PPO takes the reward model."""
+    rng = np.random.default_rng(1)
+    some = [" ".join(rng.choice(WORDS, 5)) for _ in range(60)]
+    rows = [{"prompt": some[i], "answers": some[i + 1 : i + 3 + i % 3]} for i in range(40)]
+    (tmp_path / "rankings.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain = [f"start={place / 'gpt2'}", f"source.path={tmp_path / 'rankings.jsonl'}", "length.steps=3", "batch.rows=8"]
+    out = tmp_path / "ranking"
+    done = run(load("ranking", plain), out, lambda line: None)
+    assert load(str(out)).objective == Ranking(answers=4)
+    assert "reward" in load_model(out / "model").parts and np.isfinite(done.metrics["valid/accuracy"])
+    short = load("ranking", [*plain, "objective.answers=3"])
+    with pytest.raises(UserError, match="a ranking of 4 answers does not fit a group of 2 to 3"):
+        run(short, tmp_path / "short", lambda line: None)
+    more = (f"segment.reward={out}", "segment.scorer=")
+    assert np.isfinite(first_rows(place, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

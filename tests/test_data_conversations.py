@@ -16,6 +16,7 @@ from data_room import tokenizer
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.labelled import Chosen, Labelled, Scored, Tagged, TextFields
 from firth.data.questions import Questions
+from firth.data.rankings import ranking
 from firth.data.records import Dialogues, Preferences, Prompted
 from firth.data.votes import Votes
 from firth.text.chat import Message
@@ -70,9 +71,16 @@ def test_a_preference_is_read_as_the_page_says(row: list[str]) -> None:
     assert prompt_of(record_of(row[1])) == prompt
 
 
+@pytest.mark.parametrize("row", rows_of("Rankings"), ids=lambda row: row[0])
+def test_a_ranking_is_read_as_the_page_says(row: list[str]) -> None:
+    prompt, answers, rank = ranking(record_of(row[1]))
+    parts = [written(answer, str(place)) for answer, place in zip(answers, rank, strict=True)]
+    assert "; ".join([*written(prompt), *(text for one in parts for text in one)]) == row[2]
+
+
 @pytest.mark.parametrize("row", rows_of("Rejected"), ids=lambda row: row[2][:40])
 def test_a_record_is_rejected_as_the_page_says(row: list[str]) -> None:
-    read = comparison if row[1] == "preference" else messages_of
+    read = {"preference": comparison, "ranking": ranking, "dialogue": messages_of}[row[1]]
     with pytest.raises(UserError, match=re.escape(row[2])) as raised:
         read(record_of(row[0]))
     assert "\n" not in str(raised.value)
@@ -80,7 +88,8 @@ def test_a_record_is_rejected_as_the_page_says(row: list[str]) -> None:
 
 def test_the_page_has_the_shapes() -> None:
     """A table that is not found would make the tests above empty."""
-    assert [len(rows_of(title)) for title in ("Dialogues", "Preferences", "Rejected")] == [17, 11, 17]
+    tables = ("Dialogues", "Preferences", "Rankings", "Rejected")
+    assert [len(rows_of(title)) for title in tables] == [17, 11, 5, 19]
     assert len(rows_of("Classes, numbers, choices, tags, spans")) == len(READERS)
 
 

@@ -12,8 +12,9 @@ the whole order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from firth.data import layout
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
-from firth.objectives.objective import Objective, choice_loss, correct
-from firth.ranges import Range
+from firth.objectives.objective import Known, Objective, choice_loss, correct
+from firth.ranges import NonNegativeInt
 from firth.text.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
 
@@ -108,14 +109,18 @@ class Reward(Objective):
 class Ranking(Reward):
     """Score K answers to one prompt: {"answers": K rows of tokens, "masks", "rank" (K,)}, rank 0 the best.
 
-    Equal ranks are ties, and ask nothing of each other. answers: rows of a group; a group of fewer repeats its first
+    Equal ranks are ties, and ask nothing of each other. answers: rows of a group, in a recipe at least as many as the longest
+    ranking of the records has (0: as many); a group of fewer repeats its first
     row, which is then compared with nothing. likelihood "pairs" is the mean of -log sigma(r_i - r_j) over the pairs
     with rank_i < rank_j, so that K = 2 is `Reward`; "order" is Plackett-Luce: the best is chosen among all, the next
     among the rest (a tied answer stands beside its equals until they are worse).
     """
 
-    answers: Annotated[int, Range(ge=2)] = 4
+    answers: NonNegativeInt = 0
     likelihood: Literal["pairs", "order"] = "pairs"
+
+    def told(self, known: Callable[[], Known]) -> Ranking:
+        return self if self.answers else replace(self, answers=known().options)
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"answers", "masks", "rank"})

@@ -19,7 +19,7 @@ from firth.align.credit import GAE, Baseline
 from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, read_comparisons
 from firth.align.rollouts import Phase
 from firth.align.rollouts import Rollouts as OnPolicy
-from firth.data import records
+from firth.data import rankings, records
 from firth.data.source import Source
 from firth.data.split import held_out_keys
 from firth.evaluate.tokenizer_match import check_same_tokenizer
@@ -27,7 +27,7 @@ from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.model.lm import LM
 from firth.objectives.dpo import comparison, reference
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Known, Objective
 from firth.objectives.ppo import PER_TOKEN
 from firth.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 from firth.recipes import held_out_texts
@@ -57,6 +57,9 @@ class Referenced(Segment):
 
     pairs: Segment = Preferences()
 
+    def within(self, context: int) -> Segment:
+        return dataclasses.replace(self, pairs=self.pairs.within(context))
+
     @property
     def given(self) -> frozenset[str]:
         return self.pairs.given | {"reference"}
@@ -72,6 +75,28 @@ class Referenced(Segment):
             ]  # fmt: skip
         assert known[0] is not None
         return dataclasses.replace(plain, train=known[0], valid=known[1])
+
+
+@dataclass(frozen=True)
+class Rankings(Segment):
+    """Records with a prompt and several answers in the order of preference (`firth.data.rankings`)."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
+
+    length: TokenCount = 256
+
+    def within(self, context: int) -> Segment:
+        return dataclasses.replace(self, length=min(self.length, context))
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        def known() -> Known:
+            paths = [*material.source.paths(material.echo), *material.source.valid]
+            return Known(options=rankings.Rankings(paths, material.tokenizer, self.length).most)
+
+        return objective.told(known)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: rankings.Rankings(paths, material.tokenizer, self.length))
 
 
 @dataclass(frozen=True)
@@ -204,5 +229,10 @@ def function(name: str) -> Callable[[str], float]:
     return found
 
 
-SEGMENTS: dict[str, type[Segment]] = {"sampled": Sampled, "referenced": Referenced, "rollouts": Rollouts}
+SEGMENTS: dict[str, type[Segment]] = {
+    "sampled": Sampled,
+    "referenced": Referenced,
+    "rankings": Rankings,
+    "rollouts": Rollouts,
+}
 """Name in a recipe -> class, beside those of `firth.recipes.segments`."""

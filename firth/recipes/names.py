@@ -37,6 +37,7 @@ RECIPES = {
     "closed_book_questions": "firth.recipes.closed_book:closed_book_questions",
     "instruct": "firth.recipes.tune:instruct",
     "reward": "firth.recipes.tune:reward",
+    "ranking": "firth.recipes.tune:ranking",
     "dpo": "firth.recipes.tune:dpo",
     "reinforce": "firth.recipes.tune:reinforce",
     "ppo": "firth.recipes.tune:ppo",

@@ -310,6 +310,9 @@ class Preferences(Segment):
 
     length: TokenCount = 256
 
+    def within(self, context: int) -> Segment:
+        return replace(self, length=min(self.length, context))
+
     def cut(self, material: Material, objective: Objective) -> Cut:
         return recorded(material, lambda paths: records.Preferences(paths, material.tokenizer, self.length))
 

@@ -2,6 +2,7 @@
 
     firth train instruct start=runs/gpt source.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
     firth train reward start=runs/instruct source.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
+    firth train ranking start=runs/instruct source.path=rankings.jsonl           {"prompt", "answers"}, the best first
     firth train dpo start=runs/instruct source.path=preferences.jsonl
     firth train ppo start=runs/instruct segment.reward=runs/reward source.path=dialogues.jsonl
     firth train reinforce start=runs/instruct segment.scorer=my.module:score source.path=dialogues.jsonl
@@ -11,12 +12,14 @@ AdamW at a small rate: Muon's even steps help a model that starts from nothing, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from firth.objectives.dpo import DPO
 from firth.objectives.ppo import PPO
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward import Reward
+from firth.objectives.reward import Ranking, Reward
 from firth.objectives.sft import SFT
-from firth.recipes.aligned import Referenced, Rollouts
+from firth.recipes.aligned import Rankings, Referenced, Rollouts
 from firth.recipes.recipe import Batch, Checks, Recipe
 from firth.recipes.segments import Dialogues, Preferences
 from firth.train.optimizer import Optimizer
@@ -49,6 +52,11 @@ def reward() -> Recipe:
         length=Length(steps=200),
         checks=Checks(every=50, examples=1000, save=200),
     )
+
+
+def ranking() -> Recipe:
+    """A scalar for an answer, learned from rankings of several answers to a prompt."""
+    return replace(reward(), name="ranking", objective=Ranking(), segment=Rankings(length=256), batch=Batch(rows=8))
 
 
 def dpo() -> Recipe:

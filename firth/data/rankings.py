@@ -1,0 +1,126 @@
+"""Several answers to one prompt in the order of preference, for a reward model. `docs/records.md` has the shapes.
+
+>>> prompt, answers, rank = ranking({"prompt": "Hi", "answers": ["No", "Hello", "Hey"], "ranks": [2, 1, 1]})
+>>> [answer[0]["content"] for answer in answers], rank
+(['No', 'Hello', 'Hey'], [1, 0, 0])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from firth.data.conversations import comparison
+from firth.data.records import Record, Records, first_prompt
+from firth.text import chat
+from firth.text.chat import Message
+from firth.text.tokenizer import Tokenizer
+from firth.types import Example, UserError
+
+LISTS = ("answers", "responses", "completions")
+"""Fields that hold the answers."""
+
+TEXTS = ("answer", "response", "text", "completion")
+"""Fields of an answer that is an object, one of which holds its text."""
+
+RANKS, SCORES = ("rank", "ranks"), ("score", "overall_score", "scores")
+"""Fields of a record or of an answer: of ranks the lowest is the best, of scores the highest."""
+
+
+def ranking(record: Record) -> tuple[list[Message], list[list[Message]], list[int]]:
+    """Return the prompt, the answers and the rank of each, from 0, the best; equal ranks are ties.
+
+    Raises:
+        UserError: The record is no ranking, or has a field that is not read.
+    """
+    name = next((name for name in LISTS if isinstance(record.get(name), list)), "")
+    if not name or len(record[name]) < 2:
+        raise UserError(
+            "a ranking needs a prompt and a list of at least two `answers`, the best first or with `ranks` or `scores`; "
+            f"this record has {', '.join(record) or 'nothing'}"
+        )
+    listed: list[Any] = record[name]
+    rest = {key: value for key, value in record.items() if key not in (name, *RANKS, *SCORES)}
+    values = [_text(answer) for answer in listed]
+    prompt: list[Message] = []
+    answers: list[list[Message]] = []
+    for value in values[1:]:
+        prompt, first, other = comparison(rest | {"chosen": values[0], "rejected": value})
+        answers = [*(answers or [first]), other]
+    return prompt, answers, _order(record, listed)
+
+
+def _text(answer: Any) -> Any:
+    """What a member of the list says: itself, or the text in one of its fields."""
+    if not isinstance(answer, Mapping) or "role" in answer or "from" in answer:
+        return answer
+    name = next((name for name in TEXTS if name in answer), "")
+    if not name:
+        raise UserError(f"an answer of a ranking has none of the fields {', '.join(TEXTS)}: it has {', '.join(answer)}")
+    return answer[name]
+
+
+def _order(record: Record, listed: Sequence[Any]) -> list[int]:
+    """The ranks from 0, by the numbers of the record or of its answers, by their order where there are none."""
+    for names, sign in ((RANKS, 1.0), (SCORES, -1.0)):
+        for name in names:
+            numbers = record.get(name)
+            if numbers is None and any(isinstance(one, Mapping) and name in one for one in listed):
+                numbers = [one.get(name) if isinstance(one, Mapping) else None for one in listed]
+            if numbers is None:
+                continue
+            if not isinstance(numbers, list) or len(numbers) != len(listed) or not all(map(_finite, numbers)):
+                raise UserError(f"`{name}` of a ranking needs one number for each of its {len(listed)} answers")
+            return [int(rank) for rank in np.unique(sign * np.array(numbers, np.float64), return_inverse=True)[1]]
+    return list(range(len(listed)))
+
+
+def _finite(number: Any) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+
+
+class Rankings(Records):
+    """Answers to one prompt with their ranks: {"answers": K rows of tokens, "masks": K, "rank": (K,)}.
+
+    The masks are True on the answers and their stop tokens alone. A ranking of which an answer has no place within
+    `length`, or whose answers are all tied, is left out as unanswered. most: the most answers of a record.
+    """
+
+    columns: ClassVar[dict[str, type]] = {
+        "tokens": np.int32, "mask": np.bool_, "lengths": np.int64, "rank": np.int64,
+    }  # fmt: skip
+
+    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int) -> None:
+        self.most = 0
+        super().__init__(paths, tokenizer, length)
+
+    def group(self, record: Record) -> str:
+        prompt, answers, _ = ranking(record)
+        return first_prompt([*prompt, *answers[0]])
+
+    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
+        prompt, answers, rank = ranking(record)
+        begin = len(chat.encode(self.tokenizer, prompt)[0])
+        rows, masks = [], []
+        for answer in answers:
+            tokens, mask = chat.encode(self.tokenizer, [*prompt, *answer])
+            mask &= np.arange(len(tokens)) >= begin
+            rows.append(self.fit(tokens, self.length))
+            masks.append(mask[: self.length])
+        if not all(mask.any() for mask in masks) or len(set(rank)) < 2:
+            return None
+        self.most = max(self.most, len(rows))
+        return {
+            "tokens": np.concatenate(rows), "mask": np.concatenate(masks), "rank": np.array(rank),
+            "lengths": np.array([len(row) for row in rows]),
+        }  # fmt: skip
+
+    def __getitem__(self, index: int) -> Example:
+        kept = super().__getitem__(index)
+        ends = np.cumsum(kept["lengths"])[:-1]
+        return {
+            "answers": np.split(kept["tokens"], ends), "masks": np.split(kept["mask"], ends), "rank": kept["rank"],
+        }  # fmt: skip
