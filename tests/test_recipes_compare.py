@@ -264,8 +264,8 @@ def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"compute": Length(steps=3)}, "not equally dear"),
-    ({"shares": (0.0, 1.0)}, "above 0 and up to 1"),
-    ({"shares": ()}, "above 0 and up to 1"),
+    ({"shares": (0.0, 1.0)}, "above 0 and at most 1"),
+    ({"shares": ()}, "shares is empty"),
     ({"seeds": 0}, "at least 1"),
 ])  # fmt: skip
 def test_terms_that_mean_nothing_are_refused(changes: dict[str, object], said: str) -> None:

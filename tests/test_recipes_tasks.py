@@ -309,7 +309,7 @@ def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shape", ["shape.causal=true", "shape.encoder=1"])
 def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Path, shape: str) -> None:
-    rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(60))]
+    rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(120))]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
         *SHAPE[:4], "shape.vocab=300", *SHAPE[6:10], shape, f"tokenizer.path={tokens(folder)}", "checks.save=0",
