@@ -128,8 +128,16 @@ def memory() -> tuple[int, int]:
     for limit, used in _CGROUPS:
         if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max" and int(text) < total:
             total = int(text)
-            free = min(free, total - int(Path(used).read_text()))
+            free = min(free, total - int(Path(used).read_text()) + _cached(Path(used).with_name("memory.stat")))
     return total, free
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of files that a control group holds in memory, and gives up when it needs room: counted as used, and free."""
+    if not stat.exists():
+        return 0
+    found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
+    return int(found.get("file", found.get("total_cache", 0)))
 
 
 _CGROUPS = (

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 
 from firth.io.jsons import read_object
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.recipes.adapt import Prefix, Prompt
 from firth.recipes.exchange import export_model, import_model
 from firth.recipes.recipe import load
 from firth.recipes.run import run
 from firth.recipes.use import evaluate_run, word_vectors
 from firth.report.run import run_report
+from firth.text.train import train
 from firth.train.log import keep_until
 from firth.types import UserError
 
@@ -164,3 +169,28 @@ def test_recipes_that_are_damaged(there: Path) -> None:
         file.write_text(text[:at] + chr(ord(text[at]) ^ 1 << at % 5) + text[at + 1 :])
         with contextlib.suppress(UserError):
             load(str(there))
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tmp_path: Path) -> None:
+    """0.4 terabytes of weights, with gradients and Muon's momentum 1.2: no such memory is taken."""
+    settings = ["shape.width=32768", "shape.heads=64", "shape.depth=10", "shape.hidden=131072"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ends_in_a_sentence(
+        lambda: run(load(str(whole), settings), tmp_path / "run", quiet),
+        r"parameters, which take [\d,.]+ GB with gradients and optimizer, and [\d.,]+ GB of main memory are free: lower shape",
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": [], "completion": []}\n' * 3)
+    data = [f"source.path={tmp_path / 'a.jsonl'}", f"start={whole}", "length.steps=1"]
+    ends_in_a_sentence(lambda: run(load("instruct", data), tmp_path / "run", quiet), r"a\.jsonl")
+    words = train(["low lower lowest " * 20], "wordpiece", size=300, seed=0)
+    shape = Shape(vocab=words.vocab.size, width=16, depth=1, heads=2, context=16, causal=True)
+    for kind in (Prompt, Prefix):
+        model = LM(shape, {"lm": Vocabulary(shape)})
+        ends_in_a_sentence(
+            lambda kind=kind, model=model: kind(tokens=2, text=" \n ").apply(model, [], words, 0),
+            "has no tokens to begin with",
+        )

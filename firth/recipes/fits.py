@@ -19,7 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
+
 from firth import objectives
+from firth.doctor import memory
 from firth.model.hollow import hollow
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import WAYS, Objective
@@ -204,3 +207,31 @@ def _name_of(segment: Segment) -> str:
 def _listed(names: Iterable[str]) -> str:
     *most, last = sorted(names) or [""]
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def check_room(shape: Shape, optimizer: str, full: bool, device: torch.device) -> None:
+    """Refuse a model that cannot be trained in the memory that is free, before any of it is taken.
+
+    Counted are the weights, their gradients and the optimizer's state in fp32 (4 bytes each; AdamW keeps two numbers a
+    weight, Muon one), and not the activations: what passes may still be too large. Of an adapted model the weights alone.
+
+    Args:
+        shape: the model.
+        optimizer: its name.
+        full: whether all weights are trained.
+        device: where it is trained; the model is made in main memory in any case.
+
+    Raises:
+        UserError: More than is free.
+    """
+    count = shape.parameters()
+    each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
+    rooms = [("main memory", each if device.type == "cpu" else 4, memory()[1])]
+    if device.type == "cuda":
+        rooms.append(("the GPU's memory", each, torch.cuda.mem_get_info(device)[0]))
+    for name, size, free in rooms:
+        if count * size > free:
+            raise UserError(
+                f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "
+                f"and {free / 1e9:,.1f} GB of {name} are free: lower shape.width, shape.depth or the vocabulary"
+            )

@@ -30,10 +30,10 @@ from firth.model.lora import trained
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
 from firth.objectives import name_of
 from firth.recipes import card, classes, held_out_texts, segments, tree
-from firth.recipes.adapt import refuse_adapt
+from firth.recipes.adapt import Full, refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fallbacks import fallbacks
-from firth.recipes.fits import refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
+from firth.recipes.fits import check_room, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.held import Held, vocab
 from firth.recipes.inputs import Inputs, begun, content_hash, recorded_hash
 from firth.recipes.material import Echo, Material
@@ -115,6 +115,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         accumulate=settled.batch.accumulate,
         ranks=ranks.world,
     )
+    check_room(settled.shape, settled.optimizer.name, isinstance(settled.adapt, Full), best_device())
     recipe_hash = recorded_hash(directory, settled) if continued else content_hash(settled)
     known = inputs.identity(recipe_hash)
     if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():

@@ -233,9 +233,11 @@ def _choose(kinds: Kinds, value: Any, where: Where) -> Any:
         for one in built[1:]:
             total = kinds.join(total, one)
         return total
-    if not isinstance(value, Mapping):
-        return value
     names = list(kinds.names())
+    if not isinstance(value, Mapping):
+        if dataclasses.is_dataclass(value):  # it has been built
+            return value
+        raise UserError(f"{where}: {value!r} does not fit: it should be the name of a kind of {kinds.noun}")
     name = value.get("kind")
     if name not in names:
         raise UserError(f"{where}: there is no {kinds.noun} {name!r}{_nearest(str(name), names)}")

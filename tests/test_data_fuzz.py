@@ -1,0 +1,190 @@
+"""Records, tables, recipes and files of every kind, changed at random: each is read, or refused in one sentence.
+
+The suite runs a few hundred examples, the same ones each time; FIRTH_FUZZ=5000 runs as many as one likes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_room import tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from firth.data.conversations import comparison, messages_of, prompt_of
+from firth.data.labelled import Chosen, Labelled, Scored, Tagged
+from firth.data.questions import Questions
+from firth.data.records import Dialogues, Preferences, Prompted
+from firth.data.source import Source
+from firth.data.votes import Votes
+from firth.io.yamls import parse_yaml
+from firth.recipes import tree
+from firth.recipes.recipe import Recipe, published
+from firth.text import read
+from firth.text.tokenizer import Tokenizer
+from firth.types import UserError
+
+EXAMPLES = int(os.environ.get("FIRTH_FUZZ", "0"))
+
+
+def examples(count: int) -> Any:
+    """Hypothesis's settings: the same examples each time, unless more are asked for."""
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(
+        max_examples=EXAMPLES or count, derandomize=True, deadline=None, database=None, suppress_health_check=quiet
+    )
+
+
+def served_or_refused(action: Callable[[], Any]) -> bool:
+    """Run it; whether it ended in a UserError, of one sentence. Any other exception is a failure of the test."""
+    try:
+        action()
+    except UserError as error:
+        return "\n" not in str(error) or pytest.fail(f"more than one line: {error}")
+    return False
+
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "there"}]
+
+
+def asked(paths: Sequence[str], coder: Tokenizer, length: int) -> Source:
+    return Questions(paths, coder, 2 * length, question=16)
+
+
+GOOD: dict[str, tuple[Callable[..., Source], dict[str, Any]]] = {
+    "messages": (Dialogues, {"messages": TURNS}),
+    "conversations": (Dialogues, {"system": "be short", "conversations": SHARED}),
+    "Alpaca": (Dialogues, {"instruction": "say", "input": "x", "output": "y", "history": [["a", "b"]]}),
+    "parts": (Dialogues, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]}),
+    "prompt": (Dialogues, {"prompt": "hi", "completion": "there"}),
+    "prompted": (Prompted, {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+    "preference": (Preferences, {"prompt": "hi", "chosen": "there", "rejected": "no"}),
+    "UltraFeedback": (Preferences, {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], TURNS[0] | {"role": "assistant"}]}),
+    "HH-RLHF": (Preferences, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
+    "label": (Labelled, {"text": "x", "label": "good"}),
+    "score": (Scored, {"text": "x", "label": 0.5}),
+    "options": (Chosen, {"text": "x", "options": ["a", "b"], "label": 1}),
+    "tags": (Tagged, {"tokens": ["EU", "x"], "tags": ["B-ORG", "O"]}),
+    "votes": (Votes, {"text": "x", "label": ["good", "bad"]}),
+    "answers": (asked, {"context": "a b", "question": "?", "answers": [{"text": "b", "start": 2}], "id": "1"}),
+}  # fmt: skip
+"""Shape -> the source that reads it, and a record."""
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(allow_subnormal=False), st.text(max_size=6), st.just({}),
+    st.sampled_from(["", " ", "\n", "\0", "\ud83d", "user", "assistant", "x" * 300, [], [[]], [None], {"role": "user"}, [TURNS]]),
+)  # fmt: skip
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values inside of a value."""
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(path for key, one in inner for path in places(one, (*at, key)))]
+
+
+@st.composite
+def changed(draw: st.DrawFn, value: Any) -> Any:
+    """A value with one to three of those inside it replaced, removed or doubled."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(value)))
+        if not path:
+            continue
+        holder = value
+        for key in path[:-1]:
+            holder = holder[key]
+        match draw(st.sampled_from(["replace", "remove", "double"])):
+            case "replace":
+                holder[path[-1]] = draw(LEAVES)
+            case "remove":
+                del holder[path[-1]]
+            case "double" if isinstance(holder, list):
+                holder.insert(path[-1], copy.deepcopy(holder[path[-1]]))
+    return value
+
+
+def read_all(kind: Callable[..., Source], path: Path) -> None:
+    source = kind([str(path)], tokenizer(), 32)
+    for i in range(len(source)):
+        source[i]
+
+
+@examples(250)
+@given(st.data())
+def test_records_of_every_shape(tmp_path: Path, data: st.DataObject) -> None:
+    kind, record = GOOD[data.draw(st.sampled_from(sorted(GOOD)))]
+    some = [record, data.draw(changed(record))]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in some))
+    served_or_refused(lambda: read_all(kind, path))
+    for function in (messages_of, prompt_of, comparison):
+        served_or_refused(lambda function=function: function(some[1]))
+
+
+@examples(150)
+@given(st.data())
+def test_files_of_records_with_flipped_bytes(tmp_path: Path, data: st.DataObject) -> None:
+    name, text = data.draw(st.sampled_from([
+        ("a.csv", 'text,label\n"x, y",a\nz,b\n'), ("a.tsv", "text\tlabel\nx\ta\n"), ("a.conll", "EU B-ORG\nx O\n\ny O\n"),
+        ("a.json", json.dumps([{"text": "x", "label": "a"}])), ("a.jsonl", json.dumps({"messages": TURNS}) + "\n"),
+        ("b.json", json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": [{"id": "1", "question": "?", "answers": []}]}]}]})),
+    ]))  # fmt: skip
+    raw = bytearray(text.encode())
+    for at, byte in data.draw(
+        st.lists(st.tuples(st.integers(0, len(raw) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+    ):
+        raw[at] = byte
+    (tmp_path / name).write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    served_or_refused(lambda: list(read.records([str(tmp_path / name)])))
+    served_or_refused(lambda: list(read.documents([str(tmp_path / name)])))
+
+
+@examples(40)
+@given(st.data())
+def test_recipes_with_changed_values(data: st.DataObject) -> None:
+    plain = tree.plain(published(data.draw(st.sampled_from(["gpt", "bert", "t5", "dpo"]))))
+    served_or_refused(lambda: tree.build(Recipe, data.draw(changed(plain))))
+
+
+YAML = [
+    "a: ",
+    "- ",
+    "&x ",
+    "*x",
+    "[",
+    "]",
+    "{",
+    "}",
+    "\n",
+    "  ",
+    "1",
+    "'",
+    '"',
+    "? ",
+    "!!set ",
+    "\t",
+    "<<: ",
+    "é",
+    "2001-01-01",
+]
+
+
+@examples(150)
+@given(st.lists(st.sampled_from(YAML), max_size=25))
+def test_yaml_of_every_kind(pieces: Sequence[str]) -> None:
+    served_or_refused(lambda: parse_yaml("".join(pieces), "a.yaml"))
+
+
+def test_fuzzed_records_were_readable_at_first(tmp_path: Path) -> None:
+    for name, (kind, record) in GOOD.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(record) + "\n")
+        refused = served_or_refused(lambda kind=kind, path=path: read_all(kind, path))
+        assert not refused, name
