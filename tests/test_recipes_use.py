@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
+from firth.evaluate.task import open_subject
 from firth.generate.sample import Sampling
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
@@ -204,6 +205,27 @@ def test_a_plain_decoder_reads_running_text_and_answers_a_line(talker: Path, tok
         [opening(tokenizer, "Who paints the boat?", opened.model)], Sampling(temperature=0, max_new=256, stop=("\n",))
     )
     assert row == {"row": 1, "answer": answer.text.strip(), "probability": row["probability"], "finish": answer.finish}
+
+
+@pytest.mark.parametrize(
+    ("objective", "talks"),
+    [
+        (None, False),
+        ("sft", True),
+        (["sft"], True),
+        ({"kind": "dpo"}, True),
+        ("causal", False),
+        ("none such", False),
+        ([[7]], False),
+    ],
+)
+def test_whether_a_model_was_trained_on_dialogues(
+    tokenizer: Tokenizer, tmp_path: Path, objective: object, talks: bool
+) -> None:
+    """As firth.json says, which may say anything."""
+    facts = {} if objective is None else {"objective": objective}
+    save_model(random_model(decoder(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path, facts)
+    assert open_subject(tmp_path).talks is talks
 
 
 def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:

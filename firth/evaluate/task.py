@@ -21,7 +21,7 @@ from firth.io.yamls import read_yaml
 from firth.model import adapter
 from firth.model.lm import LM
 from firth.model.weights import facts_of, load_model, refuse_larger
-from firth.objectives import find
+from firth.objectives import OBJECTIVES, find
 from firth.text.read import first_records
 from firth.text.template import TEMPLATE
 from firth.text.tokenizer import Tokenizer
@@ -79,12 +79,13 @@ class Subject:
         others, whose run is not known, brings a template of its own."""
         found = self.recipe.get("objective", facts_of(self.place).get("objective"))
         names = [
-            one["kind"] if isinstance(one, dict) else str(one)
+            str(one.get("kind") if isinstance(one, dict) else one)
             for one in (found if isinstance(found, list) else [found])
         ]
         if found is None:
             return self.tokenizer.template not in (None, TEMPLATE)
-        return any("mask" in field for name in names for field in find(name)().needs())
+        known = [find(name)() for name in names if name in OBJECTIVES]  # a stranger's file may name anything
+        return any("mask" in field for objective in known for field in objective.needs())
 
     @property
     def context(self) -> int:
