@@ -1,13 +1,13 @@
 """How well does PPO's critic predict? Explained variance on rollouts that it has not seen, beside a constant per position.
 
     python -m bench.critic                               # all that is not there yet; about two hours on one thread
-    python -m bench.critic --only shared own-reward      # some of the arms
+    python -m bench.critic --only shared reward          # some of the arms
     python -m bench.critic --seeds 0                     # one of the seeds
-    python -m bench.critic --ceiling own-reward          # a critic fitted offline on ten times the rollouts of that arm
+    python -m bench.critic --ceiling reward              # a critic fitted offline on ten times the rollouts of that arm
     python -m bench.critic --table                       # markdown for docs/results.md, of what is there
 
 The demo's models (Shakespeare, 1.1 M parameters): a decoder, instruction tuning, 700 comparisons, a reward model; then
-160 steps of PPO for each arm and seed. Every base model is a run and every arm a file: a stopped command continues.
+100 steps of PPO (25 phases) for each arm and seed. Every base model is a run and every arm a file: a stopped command continues.
 
 For each phase and each sampled token: `value` is the critic's estimate before it has seen the phase, `return` is what
 followed, the sum of the penalized rewards to the end of the answer. Explained variance is 1 - var(return - value) /
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -241,8 +241,9 @@ def by_position(phases: Sequence[Mapping[str, np.ndarray]], length: int) -> np.n
 def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[str, float]:
     """What a critic learns offline, of the policy that a run ends with: ten times the run's answers to learn from.
 
-    The same trunk from the reward model, two epochs at 1e-3 falling to 0, on plain sums of rewards; measured on as many
-    fresh answers as the run saw, beside the run's own critic and a constant per position of the same ten times.
+    The same trunk from the reward model, three epochs at 5e-4 falling to 0, on plain sums of rewards; measured after each
+    epoch on as many fresh answers as the run saw (the best counts), beside the run's own critic and a constant per position
+    of the same ten times.
     """
     model = learn(bases, name, seed, steps, out)
     answers = steps * ROWS // ARMS[name].epochs
@@ -265,13 +266,12 @@ def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[s
     critic = PPO().parts(bases.start.shape)["critic"]
     host = LM(bases.start.shape, {"critic": critic})
     start_critic(host, bases.judge.model, bases.judge.mean, bases.judge.scale)
-    fit(host, known)
     told = np.concatenate([returns for _, returns, _ in fresh])
     by_place = np.concatenate([np.arange(len(returns)) for _, returns, _ in known])
     level = np.concatenate([returns for _, returns, _ in known])
     constant = np.array([level[by_place == at].mean() for at in range(ANSWER)])
     return {
-        "offline": explained_variance(told, estimates(host, fresh)),
+        "offline": max(explained_variance(told, estimates(host, fresh)) for _ in fit(host, known)),
         "online": explained_variance(told, np.concatenate([values for _, _, values in fresh])),
         "constant": explained_variance(told, np.concatenate([constant[: len(returns)] for _, returns, _ in fresh])),
     }
@@ -290,13 +290,14 @@ def read_values(host: LM, rows: Sequence[Answered]) -> torch.Tensor:
     return values_of(host, critic_states(host, torch.empty(0), batch)[at])
 
 
-def fit(host: LM, rows: Sequence[Answered], epochs: int = 2, size: int = 64, rate: float = 1e-3) -> None:
-    """Least squares on the returns; rows of like length are read together."""
+def fit(host: LM, rows: Sequence[Answered], epochs: int = 3, size: int = 64, rate: float = 5e-4) -> Iterator[int]:
+    """Least squares on the returns, in a random order; yields after each epoch."""
     optimizer = torch.optim.AdamW(host.parts["critic"].parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
-    rng, steps = np.random.default_rng(0), epochs * len(groups)
-    plan = [groups[i] for _ in range(epochs) for i in rng.permutation(len(groups))]
+    rng, each = np.random.default_rng(0), len(rows) // size
+    steps = epochs * each
+    plan = [
+        some for _ in range(epochs) for some in rng.permutation(len(rows))[: each * size].reshape(each, size).tolist()
+    ]
     for k, group in enumerate(plan):
         some = [rows[i] for i in group]
         for one in optimizer.param_groups:
@@ -309,7 +310,9 @@ def fit(host: LM, rows: Sequence[Answered], epochs: int = 2, size: int = 64, rat
         torch.nn.utils.clip_grad_norm_(host.parts["critic"].parameters(), 1.0)
         optimizer.step()
         if k % 50 == 0:
-            print(f"offline critic: step {k} of {steps}, squared error {float(error):.3f}", flush=True)
+            print(f"offline critic: step {k} of {steps}, squared error {float(error.detach()):.3f}", flush=True)
+        if k % each == each - 1:
+            yield k
 
 
 @torch.no_grad()

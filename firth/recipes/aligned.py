@@ -164,7 +164,7 @@ class Rollouts(Segment):
                 answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta,
                 unfinished=self.unfinished,
             ),
-            credit=Baseline() if self.credit == "group" else GAE(),
+            credit=Baseline() if self.credit == "group" else GAE(value_lam=1.0),
             truth=Truth(function(self.truth)) if self.truth else None, critic=learned,
         )  # fmt: skip
         shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
