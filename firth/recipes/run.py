@@ -295,9 +295,7 @@ def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -
     """What `precision` comes to: a continued run keeps what it began with, and all ranks take that of the first."""
     before = load(str(directory)).precision if continued and recipe.precision == "auto" else recipe.precision
     device = best_device()
-    found = torch.tensor([precision.choose(before, device) == "bf16"], dtype=torch.float32, device=device)
-    ranks.copy_from_first([found])
-    return "bf16" if found.item() else "fp32"
+    return "bf16" if ranks.from_first(precision.choose(before, device)) == "bf16" else "fp32"
 
 
 def _finished(directory: Path, known: str) -> Finished:
