@@ -211,7 +211,7 @@ def answers_of(record: Record) -> list[tuple[str, int]]:
     for one in given if isinstance(given, list) else [given]:
         start = one.get("start", one.get("answer_start")) if isinstance(one, dict) else None
         if type(start) is not int or not isinstance(one.get("text"), str):
-            raise UserError(f"an answer needs a 'text' and the character it starts at, and this is {str(one)[:60]}")
+            raise UserError(f"an answer needs a 'text' and the character it starts at, and this is {one!r:.60}")
         if one["text"]:
             found.append((whole(one["text"]), start))
     return found
