@@ -214,6 +214,14 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     else:
         data = tree.plain(published(name))
     changed: dict[str, Any] = _one_of_each(tree.override(data, assignments), assignments)
+    if data.get("shape") is None and isinstance(changed.get("shape"), dict):
+        missing = [one for one in ("vocab", "width", "depth", "heads") if one not in changed["shape"]]
+        if missing:
+            raise UserError(
+                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: begin from a model with "
+                "start=RUN, or give a whole shape, for an encoder "
+                "shape='{vocab: 8192, width: 128, depth: 2, heads: 2, causal: false}'"
+            )
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines, said))
     if not recipe.source.path and {("source",), ("source", "path")} & said.keys():
