@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from firth.cli import app
 from firth.objectives.objective import Sum
 from firth.recipes.recipe import Recipe, load
+from firth.types import UserError
 
 ROOM = Path(__file__).parents[1] / "firth"
 FILES = [*sorted((ROOM / "recipes").glob("*.py")), ROOM / "evaluate" / "glue.py"]
@@ -93,7 +94,7 @@ def test_a_command_that_is_none_is_found() -> None:
 
 
 def test_a_length_below_none_is_refused_and_predict_names_what_it_reads() -> None:
-    said = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--length", "-3"])
-    assert said.exit_code == 2 and "length" in said.output
+    error = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--length", "-3"]).exception
+    assert isinstance(error, UserError) and "--length=-3 must be at least 0" in str(error)
     told = CliRunner().invoke(app, ["predict", "--help"]).output
     assert "CoNLL" in told and "SQuAD" in told

@@ -213,11 +213,11 @@ def test_two_directions_take_what_an_encoder_takes() -> None:
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        ("A heron counts the rain.", [], "too few words for word2vec: 4 that .* train on a longer text$"),
+        ("A heron counts the rain.", [], "too few words for word2vec: 5 that .* train on a longer text$"),
         (
             "A heron counts the rain. " * 3,
             [],
-            "16 that .* segment.sample=0.001 keeps about 1.3; .* set segment.sample=0",
+            "17 that .* segment.sample=0.001 keeps about 1.5; .* set segment.sample=0",
         ),
         ("heron\nrain\nboat\nmill\n" * 9, ["source.split=line"], "single word, so no word has a neighbor"),
     ],
