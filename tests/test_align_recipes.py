@@ -38,6 +38,7 @@ WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "coun
 SHAPES: dict[str, Callable[[int], Shape]] = {
     "gpt": lambda vocab: published.gpt(vocab, 32, 2, 2, context=64),
     "gpt2": lambda vocab: published.gpt2(vocab, 32, 2, 2, context=64),
+    "bert": lambda vocab: published.bert(vocab, 32, 2, 2, context=64),
     "llama": lambda vocab: replace(decoder(vocab=vocab, width=32, depth=2, heads=2, context=64), dropout=0.1),
 }
 ROLLOUTS = (
@@ -133,7 +134,7 @@ def test_first_ratio_is_one(
     assert faults(name, rows, old, TOLERANCE[precision]) == {}
 
 
-@pytest.mark.parametrize(("name", "shape"), [("dpo", "gpt"), ("ppo", "llama"), ("reinforce", "gpt")])
+@pytest.mark.parametrize(("name", "shape"), [("dpo", "gpt"), ("dpo", "bert"), ("ppo", "llama"), ("ppo", "bert")])
 def test_first_ratio_is_one_on_other_shapes(
     place: Path, tmp_path: Path, old: list[float], name: str, shape: str
 ) -> None:
