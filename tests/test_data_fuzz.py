@@ -102,7 +102,7 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
             holder = holder[key]
         match draw(st.sampled_from(["replace", "remove", "double"])):
             case "replace":
-                holder[path[-1]] = draw(LEAVES)
+                holder[path[-1]] = copy.deepcopy(draw(LEAVES))
             case "remove":
                 del holder[path[-1]]
             case "double" if isinstance(holder, list):
