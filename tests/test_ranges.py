@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import math
 import typing
 from pathlib import Path
@@ -17,7 +16,6 @@ from firth.recipes import tree
 from firth.recipes.compare import Terms
 from firth.recipes.fits import SEGMENTS
 from firth.recipes.recipe import ADAPTS, Batch, Recipe, load
-from firth.text.read import documents
 from firth.types import UserError
 
 
@@ -145,13 +143,3 @@ def test_a_part_of_a_shape_names_the_cure() -> None:
     assert said.startswith("shape lacks vocab, depth, heads, for the recipe 'classify' has no shape of its own")
     assert "start=RUN" in said and "causal: false" in said
     assert load("classify", ["shape={vocab: 100, width: 32, depth: 1, heads: 2, causal: false}"]).shape is not None
-
-
-def test_packed_bytes_under_the_name_of_a_text_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(gzip.compress(b"a text that is packed" * 20))
-    with pytest.raises(UserError) as caught:
-        list(documents([str(path)]))
-    assert str(caught.value) == f"{path}: text is read here, and this file holds gzip's bytes: let its name end in .gz"
-    path.rename(tmp_path / "a.txt.gz")
-    assert len(list(documents([str(tmp_path / "a.txt.gz")]))) == 1

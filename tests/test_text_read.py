@@ -1,8 +1,10 @@
 """Reading, attacked: every stated policy for bad input, on files that are bad in that way."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -17,6 +19,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firth.evaluate import given as inputs
 from firth.text import read, unpack
 from firth.text.counts import Counts
 from firth.text.read import Document, documents, files, records
@@ -210,6 +213,41 @@ def test_packed_files_read_as_plain_ones_and_damage_is_told(tmp_path, kind, name
 
 
 # --- what is named ----------------------------------------------------------------------------------------------------
+
+
+PACKED_BYTES = {
+    "gzip's bytes: unpack it, or let its name end in {}.gz": gzip.compress(b'{"text": "a"}'),
+    "Zstandard's bytes: unpack it, or let its name end in {}.zst": zstandard.compress(b'{"text": "a"}'),
+    "xz's bytes: unpack it": lzma.compress(b'{"text": "a"}'),
+    "bzip2's bytes: unpack it": bz2.compress(b'{"text": "a"}'),
+    "a zip archive (.zip, .xlsx, .docx, .epub): unpack it, or save it as plain text": b"PK\x03\x04" + bytes(40),
+    "a Parquet file: let its name end in .parquet": b"PAR1" + bytes(40),
+}
+
+
+@pytest.mark.parametrize("end", [".txt", ".csv", ".tsv", ".jsonl", ".json", ".conll"])
+@pytest.mark.parametrize("what", list(PACKED_BYTES), ids=lambda what: what.partition(":")[0])
+def test_packed_bytes_under_another_name_are_refused(tmp_path, what, end):
+    path = tmp_path / f"a{end}"
+    path.write_bytes(PACKED_BYTES[what])
+    with pytest.raises(UserError) as caught:
+        list(documents([str(path)]) if end == ".txt" else records([str(path)]))
+    assert str(caught.value) == f"{path}: this file holds {what.format(end)}"
+    with pytest.raises(UserError) as caught:  # as `predict` reads them, which guesses what standard input holds
+        inputs.given("-" if end == ".txt" else str(path), path.open("rb"), "auto", LINES_OR_RECORDS, tmp_path)
+    suffix, name = ("", "standard input") if end == ".txt" else (end, str(path))
+    assert str(caught.value) == f"{name}: this file holds {what.format(suffix)}"
+
+
+LINES_OR_RECORDS = inputs.Wanted("text", lambda line: {"text": line}, lambda record: [record.get("text")])
+
+
+def test_bytes_packed_twice_are_refused(tmp_path):
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(gzip.compress(b"text,label\na,b\n")))
+    with pytest.raises(UserError) as caught:
+        list(records([str(path)]))
+    assert str(caught.value) == f"{path}: what this archive holds is packed again, as gzip's bytes: unpack it"
 
 
 def test_names_are_unique_and_do_not_depend_on_where_a_folder_lies(tmp_path):

@@ -174,16 +174,21 @@ def _records(
 
 def _lines(path: Path, counts: Counts, name: str) -> Iterator[str]:
     """The lines of a text, parted by line feeds alone, without their ends."""
-    with unpack.guarded(path) as file:
-        for number, raw in enumerate(file):
-            if not number:
-                if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise UserError(f"{name}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            text = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
-            counts.bad_utf8 += "\ufffd" in text and "\ufffd".encode() not in raw
-            counts.nul += "\0" in text
-            yield text.replace("\0", "")
+    try:
+        with unpack.guarded(path) as file:
+            for number, raw in enumerate(file):
+                if not number:
+                    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                        raise UserError(
+                            f"{name}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8"
+                        )
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                text = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
+                counts.bad_utf8 += "\ufffd" in text and "\ufffd".encode() not in raw
+                counts.nul += "\0" in text
+                yield text.replace("\0", "")
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), name)) from None
 
 
 def _form(file: str, source: Path, wanted: Wanted) -> tuple[str, str]:

@@ -241,26 +241,6 @@ def _kind(path: Path) -> str | None:
     return next((kind for some, kind in known.items() if suffix in some), None)
 
 
-BINARY = {
-    b"\x1f\x8b": "gzip's bytes: let its name end in .gz",
-    b"\x28\xb5\x2f\xfd": "Zstandard's bytes: let its name end in .zst",
-    b"PAR1": "a Parquet file: let its name end in .parquet",
-    b"\xfd7zXZ\0": "xz's bytes: unpack it",
-    b"PK\x03\x04": "a zip archive (.zip, .docx, .epub): unpack it, or save it as plain text",
-    b"%PDF-": "a PDF: save it as plain text",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-}
-"""First bytes of files that hold no text, whatever they are called -> what they are and what to do."""
-
-
-def _refuse_binary(path: Path, block: bytes) -> None:
-    """Raise a UserError for a file of text that begins as a file of another kind does."""
-    found = next((what for start, what in BINARY.items() if block.startswith(start)), "")
-    if found:
-        raise UserError(f"{path}: text is read here, and this file holds {found}")
-
-
 def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
     """A text file in pieces of about LONGEST, decoded and cleaned, cut where `split` cuts it, else at white space."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -271,8 +251,6 @@ def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
             block = decoder.getstate()[0] + raw
             if first and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
-            if first:
-                _refuse_binary(path, block)
             piece = decoder.decode(raw, final=not raw)
             if "\ufffd" in piece:  # those that the file itself has are not damage
                 counts.note("bad_utf8", f"{path}", piece.count("\ufffd") - block.count("\ufffd".encode()))

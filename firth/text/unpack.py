@@ -22,6 +22,19 @@ from firth.types import UserError
 
 PACKED = (".gz", ".zst")
 
+KNOWN_BYTES = {
+    b"\x1f\x8b": "gzip's bytes: unpack it, or let its name end in {suffix}.gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard's bytes: unpack it, or let its name end in {suffix}.zst",
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"\xfd7zXZ\0": "xz's bytes: unpack it",
+    b"BZh91AY": "bzip2's bytes: unpack it",
+    b"PK\x03\x04": "a zip archive (.zip, .xlsx, .docx, .epub): unpack it, or save it as plain text",
+    b"%PDF-": "a PDF: save it as plain text",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+"""First bytes of files that hold no text, whatever they are called -> what they are and what to do."""
+
 
 def open_bytes(path: Path) -> BinaryIO:
     """The file's content, unpacked where its name says .gz or .zst."""
@@ -73,7 +86,11 @@ class _Zstd(io.RawIOBase):
 
 @contextmanager
 def guarded(path: Path) -> Iterator[BinaryIO]:
-    """An open file whose damage (a cut-off archive, missing rights) is told in one sentence."""
+    """Open a file of text or of records; its damage (a cut-off archive, missing rights) is one sentence.
+
+    Raises:
+        UserError: The file cannot be read, or its first bytes are those of another kind of file (`KNOWN_BYTES`).
+    """
     import zstandard
 
     try:
@@ -82,6 +99,16 @@ def guarded(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: this file cannot be read: {error.strerror or error}") from None
     with file:
         try:
+            _check_kind(path, cast(io.BufferedReader, file).peek(8))
             yield file
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{path}: the archive is damaged or cut off: {error}") from None
+
+
+def _check_kind(path: Path, first: bytes) -> None:
+    """Raise a UserError for a file of text whose first bytes are those of another kind of file."""
+    what = next((what for start, what in KNOWN_BYTES.items() if first.startswith(start)), "")
+    if what and path.suffix.lower() in PACKED:
+        raise UserError(f"{path}: what this archive holds is packed again, as {what.partition(':')[0]}: unpack it")
+    if what:
+        raise UserError(f"{path}: this file holds {what.format(suffix=path.suffix)}")
