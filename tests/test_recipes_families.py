@@ -16,6 +16,10 @@ from firth.generate.infill import fill_spans, fill_two_way, split_gaps
 from firth.generate.masked import fill
 from firth.generate.rows import rectangle
 from firth.generate.sample import Sampling
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.published import bart as bart_shape
+from firth.model.weights import save_model
 from firth.recipes.recipe import load
 from firth.recipes.run import run
 from firth.recipes.use import fill_text, open_engine, open_model, open_run, opening
@@ -106,6 +110,26 @@ def test_bart_writes_the_text_anew(runs: Path) -> None:
     source = np.concatenate((pieces[0], [opened.tokenizer.vocab.mask], pieces[1], [opened.tokenizer.vocab.eos]))
     [expected] = opened.engine.generate([source], Sampling(temperature=0, max_new=2 * len(source) + 12))
     assert fill_text(runs / "bart", text, 5) == expected.text
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "electra"])
+def test_a_bare_model_directory_fills_as_its_run(runs: Path, name: str) -> None:
+    """firth.json says what it was trained on, where its tokenizer has sentinels and a mask."""
+    text = "The <mask> sells the boat."
+    assert fill_text(runs / name / "model", text, 2) == fill_text(runs / name, text, 2)
+
+
+def test_a_foreign_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path) -> None:
+    """What nobody says is read from the shape: BART's answers begin behind eos."""
+    tokenizer = open_run(runs / "bart").tokenizer
+    shape = bart_shape(tokenizer.vocab.size, 32, 1, 2, context=64)
+    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, tmp_path)
+    (tmp_path / "firth.json").unlink()
+    text = "The <mask> sells the boat."
+    pieces = split_gaps(tokenizer, text, "<mask>")
+    source = np.concatenate((pieces[0], [tokenizer.vocab.mask], pieces[1], [tokenizer.vocab.eos]))
+    [expected] = open_model(tmp_path).engine.generate([source], Sampling(temperature=0, max_new=2 * len(source) + 12))
+    assert fill_text(tmp_path, text, 5) == expected.text
 
 
 def test_elmo_fills_from_both_ends(runs: Path) -> None:

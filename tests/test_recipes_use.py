@@ -175,6 +175,34 @@ def test_a_decoder_is_scored_by_what_it_writes(tuned: Path, where: str) -> None:
         ] == pytest.approx(100)
 
 
+def test_dialogues_are_answered_without_a_task(tuned: Path, tmp_path: Path) -> None:
+    """A run trained on dialogues answers them; other records and text are scored as before."""
+    rows = tmp_path / "right.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    found = json.loads(firth("evaluate", str(tuned / "run"), str(rows), "--json"))
+    assert found["task"] == "answers" and found["exact_match"] == 1
+    texts = tmp_path / "t.jsonl"
+    texts.write_text(json.dumps({"text": TEXT, "prompt": "a", "completion": "b"}) + "\n")
+    assert json.loads(firth("evaluate", str(tuned / "run"), str(texts), "--json"))["task"] == "likelihood"
+
+
+@pytest.mark.parametrize(
+    ("row", "cure"),
+    [
+        (ROWS[0], "choose --task answers to score what the model writes to each prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "choose --task objective for a run of dpo, or evaluate a run of reward"),
+    ],
+)  # fmt: skip
+def test_records_without_text_name_their_task(talker: Path, tmp_path: Path, row: dict[str, str], cure: str) -> None:
+    """A model that was trained on running text."""
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    done = CliRunner().invoke(app, ["evaluate", str(talker), str(rows)])
+    assert str(done.exception) == (
+        f"{rows}:1: this record has {', '.join(row)} and no `text`, whose likelihood is measured without --task: {cure}"
+    )
+
+
 def test_a_decoder_predicts_a_numbered_row_for_each_record(tuned: Path) -> None:
     """Prompts of every shape, blank lines, and a prompt that leaves no room for an answer."""
     opened = open_engine(tuned / "run")

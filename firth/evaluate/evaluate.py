@@ -4,7 +4,8 @@
     evaluate(Path("runs/verse"), ["held-out.jsonl"])        {"task": "classification", "accuracy": 0.75, ...}
 
 What is asked follows from what the model was trained for: a head for classes answers "classification", a reward head
-"comparisons", text to text "answers", another vocabulary head "likelihood"; `task` asks for another one.
+"comparisons", text to text "answers", another vocabulary head "likelihood", or "answers" where it was trained on dialogues and
+the files hold some; `task` chooses another one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from firth.evaluate import glue
 from firth.evaluate.task import Progress, Say, Subject, open_subject
-from firth.evaluate.tasks import TASKS, default
+from firth.evaluate.tasks import TASKS, default_for
 from firth.evaluate.text import likelihood
 from firth.types import UserError
 
@@ -55,7 +56,7 @@ def measured(
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """`evaluate`, of a model that is open already and for all tasks but "glue"."""
-    task = default(subject) if task is None else task
+    task = default_for(subject, paths) if task is None else task
     if not task:
         parts = ", ".join(subject.model.parts) or "no part"
         raise UserError(f"{subject.directory}: this model has {parts} and so nothing to measure: name a task")

@@ -20,7 +20,7 @@ from typing import Any
 from firth.evaluate import evaluate as tasks
 from firth.evaluate.heads import head_of
 from firth.evaluate.task import Say, Subject, open_subject
-from firth.evaluate.tasks import TASKS, default
+from firth.evaluate.tasks import TASKS, default_for
 from firth.recipes import segments
 from firth.recipes.held import Held
 from firth.recipes.material import Material
@@ -55,7 +55,7 @@ def measure(
     if task == "glue":
         return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
     subject = open_subject(directory)
-    task = default(subject) if task is None else task
+    task = default_for(subject, paths) if task is None else task
     if task == "likelihood" and (subject.model.shape.latent or not subject.model.speaks):
         task = ""  # a bound, or two models' halves: the objective says what they are worth
     if task in (OBJECTIVE, ""):

@@ -27,7 +27,8 @@ from firth.io.atomic import new_file
 from firth.io.jsons import read_json, read_rows
 from firth.model.lm import LM
 from firth.model.shape import Shape
-from firth.objectives import name_of
+from firth.model.weights import facts_of
+from firth.objectives import OBJECTIVES, find, name_of
 from firth.objectives.denoise import Denoise
 from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
@@ -119,16 +120,16 @@ class Opened:
         )
 
     def _show_gaps(self, pieces: Sequence[np.ndarray]) -> Gapped | None:
-        """How a model that writes is shown a text with gaps. One of others is taken for what its tokenizer has: T5's
-        sentinels, else BART's mask."""
+        """How a model that writes is shown a text with gaps. One of others is taken for BART if it starts its answers as BART does
+        and has a mask, else for what its tokenizer has: T5's sentinels, or BART's mask."""
         vocab = self.tokenizer.vocab
         if self.objective is not None:
             return self.objective.show_gaps(pieces, vocab)
         if not self.model.shape.encoder or self.model.shape.latent:
             return None
-        if len(vocab.sentinels) > 1:
-            return SpanCorruption().show_gaps(pieces, vocab)
-        return Denoise().show_gaps(pieces, vocab) if "mask" in vocab.roles else None
+        if "mask" in vocab.roles and (self.model.shape.decoder_start == "eos" or len(vocab.sentinels) < 2):
+            return Denoise().show_gaps(pieces, vocab)
+        return SpanCorruption().show_gaps(pieces, vocab) if len(vocab.sentinels) > 1 else None
 
     def between(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts on the straight line between the latents of two texts, their own two included."""
@@ -271,13 +272,24 @@ def open_engine(directory: Path, weights: str | None = None) -> Opened:
 
 
 def objective_in(directory: Path) -> Objective | None:
-    """The objective that a run was trained with; None for a model directory without a recipe."""
+    """The objective that a run was trained with; None where neither its recipe nor its model's firth.json says it.
+
+    A model directory keeps the names alone, so the objectives have their default settings there.
+    """
     path = directory / "recipe.yaml"
-    return load(str(path)).objective if path.is_file() else None
+    if path.is_file():
+        return load(str(path)).objective
+    names = facts_of(directory / "model" if (directory / "model").is_dir() else directory).get("objective")
+    if not isinstance(names, list) or not names or not all(name in OBJECTIVES for name in names):
+        return None
+    total: Objective = find(names[0])()
+    for name in names[1:]:
+        total = total + find(name)()
+    return total
 
 
 def objective_of(directory: Path) -> list[str]:
-    """The names of the objectives that a run was trained with; none for a model directory without a recipe."""
+    """The names of the objectives that a run was trained with; none where they are not known."""
     objective = objective_in(directory)
     return [] if objective is None else [name_of(type(one)) for one in objective.addends()]
 

@@ -183,6 +183,12 @@ def records(
     return itertools.islice(found, _MAX_RECORDS.get())
 
 
+def first_record(paths: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """Return (file:line, record) of the first record of the first file; None where that file is text or has no record."""
+    path = next(iter(files(paths)), None)
+    return None if path is None or _kind(path) == "text" else next(_records(path, Counts(), (), ()), None)
+
+
 _MAX_RECORDS: ContextVar[int | None] = ContextVar("max_records", default=None)
 
 

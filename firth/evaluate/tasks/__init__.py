@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from firth.data.conversations import comparison, messages_of
 from firth.evaluate.task import Subject, Task
-from firth.evaluate.tasks.answers import ANSWERS
+from firth.evaluate.tasks.answers import ANSWERS, writes_answers
 from firth.evaluate.tasks.choices import CHOICES
 from firth.evaluate.tasks.classification import CLASSIFICATION
 from firth.evaluate.tasks.comparisons import COMPARISONS
@@ -12,6 +16,8 @@ from firth.evaluate.tasks.regression import REGRESSION
 from firth.evaluate.tasks.spans import SPANS
 from firth.evaluate.tasks.tagging import TAGGING
 from firth.evaluate.tasks.written import SUMMARIES, TRANSLATION
+from firth.text.read import first_record
+from firth.types import UserError
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -44,3 +50,37 @@ def default(subject: Subject) -> str:
     if "lm" in subject.model.parts and subject.objective.get("kind") == WRITTEN:
         return ANSWERS.name
     return next((name for part, name in DEFAULTS.items() if part in subject.model.parts), "")
+
+
+def default_for(subject: Subject, paths: Sequence[str]) -> str:
+    """Return the default task of a model for files: "answers" in place of "likelihood" where they hold dialogues.
+
+    Args:
+        subject: The model.
+        paths: Files or directories, of text or of records.
+
+    Raises:
+        UserError: The files hold dialogues and the model was not trained on any, or they hold preferences.
+    """
+    name = default(subject)
+    found = first_record(paths) if name == "likelihood" and writes_answers(subject) else None
+    if found is None or "text" in found[1]:
+        return name
+    place, record = found
+    fields = f"{place}: this record has {', '.join(record)} and no `text`, whose likelihood is measured without --task"
+    if _is_shaped(comparison, record):
+        raise UserError(f"{fields}: choose --task objective for a run of dpo, or evaluate a run of reward")
+    if not _is_shaped(messages_of, record):
+        return name
+    if not subject.talks:
+        raise UserError(f"{fields}: choose --task answers to score what the model writes to each prompt")
+    return ANSWERS.name
+
+
+def _is_shaped(reader: Callable[[Mapping[str, Any]], object], record: Mapping[str, Any]) -> bool:
+    """Whether a record has the shape that a reader wants."""
+    try:
+        reader(record)
+    except UserError:
+        return False
+    return True

@@ -40,7 +40,7 @@ LONGEST_TURN = 256
 def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Prompted:
     """The questions of the files, as the model reads them; UserError for a model that does not write."""
     shape = subject.model.shape
-    if not subject.model.speaks or shape.latent or reads_of(shape) == "masked":
+    if not writes_answers(subject):
         raise UserError(
             f"{subject.directory}: this model does not write answers: finetune one that does (firth train instruct, or "
             "text_to_text)"
@@ -53,6 +53,12 @@ def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Prompt
         paths, subject.tokenizer, subject.model.context, forms=forms(subject), dialogue=subject.talks,
         begin=() if bos is None else (bos,), answered=asked,
     )  # fmt: skip
+
+
+def writes_answers(subject: Subject) -> bool:
+    """Whether a model writes from left to right, behind a prompt."""
+    shape = subject.model.shape
+    return subject.model.speaks and not shape.latent and reads_of(shape) != "masked"
 
 
 def forms(subject: Subject) -> tuple[str, str]:
