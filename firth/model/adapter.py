@@ -41,12 +41,14 @@ from firth.model.files import read_file, read_json, refuse_not_finite, write_fil
 from firth.model.lm import LM
 from firth.model.lora import Low, Rank
 from firth.model.parts import described, rebuilt
-from firth.model.prefix import Prefix, Prompt, refuse
+from firth.model.prefix import AHEAD, Prefix, Prompt, refuse
 from firth.model.weights import load_model
 from firth.types import UserError
 
 FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OWN, OWN_TENSORS = "firth.json", "parts.safetensors"
+PARTS = "model_parts"
+"""The field of firth.json with the names of all parts of the model that the adapter was trained on."""
 FRONT = "base_model.model."
 PLAIN = "base_model."
 """What peft writes before the names of LoRA's tensors, and before those of a head with a prefix or a prompt."""
@@ -89,10 +91,15 @@ def base_of(directory: Path) -> Path:
 def load(directory: Path) -> LM:
     """The base that an adapter names with the adapter: LoRA merged into it, a prefix or a prompt among its parts.
 
-    A base without the head that the adapter was trained with gets it (`firth.model.adapter_head`), and loses its other parts.
+    A base without the head that the adapter was trained with gets it (`firth.model.adapter_head`), and loses its other parts,
+    as it loses those that a run of firth's left out: a head that is tied to the table of tokens would forbid to merge what
+    was learned on that table.
     """
     base = base_of(directory)
     model, state = load_model(base), read_file(directory / TENSORS)
+    known = read_json(directory / OWN).get(PARTS)
+    for part in [part for part in model.parts if known is not None and part not in known]:
+        del model.parts[part]
     bring(model, _config(directory), _whole(state), base, directory / TENSORS)
     read(model, directory)
     return lora.fold(model).eval()
@@ -153,7 +160,7 @@ def write(
     front = FRONT if low else PLAIN
     tensors |= {front + names.outside(new): state[n] for n, new in theirs.items()}
     task = _task(model, names)
-    lacking = "" if low else _unserved(model, names, task, theirs.values())
+    lacking = _unserved(model, names, task, theirs.values(), bool(low))
     if lacking:
         config["peft_type"] = OWN_TYPE + config["peft_type"]
     told = {"base_model_name_or_path": str(base.resolve()), "task_type": task, "inference_mode": True}
@@ -165,7 +172,7 @@ def write(
     if rest:
         _save(rest, directory / OWN_TENSORS)
     record: dict[str, Any] = {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
-    record |= {"tokenizer": tokenizer} if tokenizer else {}
+    record |= {PARTS: sorted(model.parts)} | ({"tokenizer": tokenizer} if tokenizer else {})
     write_json(directory / OWN, sealed(record, directory, [FILE, TENSORS, *[OWN_TENSORS] * bool(rest)]))
     if names.form is None:
         return "no family of transformers has names for it, so only firth loads it"
@@ -174,17 +181,21 @@ def write(
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
 
 
-def _unserved(model: LM, names: Names, task: str | None, head: Iterable[str]) -> str:
-    """Return why peft cannot serve a prefix or a prompt on a model, checked with peft 0.21; empty where it can.
+def _unserved(model: LM, names: Names, task: str | None, head: Iterable[str], low: bool) -> str:
+    """Return why peft cannot serve an adapter on a model, checked with peft 0.21; empty where it can.
 
     Args:
-        model: The model with the prefix or the prompt.
+        model: The model with the adapter.
         names: What its modules are called in transformers.
         task: peft's word for the task.
         head: The tensors of the head that was trained with it, by their names there.
+        low: Whether the adapter is LoRA.
     """
     if names.form is None:
         return ""
+    if low:
+        ahead = " and a ".join(sorted(AHEAD & {*model.parts}))
+        return f"its base has a {ahead}, which transformers does not read" if ahead else ""
     family = names.form.family.name
     if model.prefix is not None and family in WITHOUT_PREFIX:
         return f"transformers' {family} takes no keys and values before a text"

@@ -21,6 +21,7 @@ from firth.model.families.family import Entry, Family, Headed, spelled, to_ours
 from firth.model.files import read_json, read_tensors
 from firth.model.hollow import hollow
 from firth.model.lm import LM
+from firth.model.prefix import AHEAD
 from firth.types import UserError
 
 TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
@@ -56,7 +57,7 @@ def bring(model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor], bas
                 f"{where}: its head is that of a {headed.name}, of which neither it nor its base {base} has "
                 f"{entry.theirs!r}: that began at random and is lost; name it in peft's modules_to_save and train again"
             )
-    for name in [name for name in model.parts if name not in ("prefix", "prompt")]:
+    for name in [name for name in model.parts if name not in AHEAD]:
         del model.parts[name]  # that class has its own head and no other
     model.parts[headed.part] = _filled(headed.make(model.shape, answers), headed, entries, there, where)
 

@@ -21,6 +21,7 @@ from firth.model.families.classes import Form, of_model
 from firth.model.families.family import Entry, spelled
 from firth.model.lm import LM
 from firth.model.parts import described
+from firth.model.prefix import AHEAD
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Names:
     @staticmethod
     def of(model: LM, base: Path | None = None, needed: Collection[str] = ()) -> Names:
         """needed: modules of ours that must have a name; where one has none, all go by our own."""
-        told = {n: described(p) for n, p in model.parts.items() if n not in ("prefix", "prompt")}
+        told = {n: described(p) for n, p in model.parts.items() if n not in AHEAD}
         form = of_model(families_of(model.shape), model.shape, told)
         entries = [] if form is None else form.entries(model.shape)
         by_module = {_module(e.theirs): e for e in entries if e.theirs.endswith(".weight") and not e.folded[0]}

@@ -172,6 +172,10 @@ PLAIN: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 """The way back."""
 
 
+ALL_LINEAR = "all-linear"
+"""The target that means every linear map of the blocks, as in peft."""
+
+
 def adaptable(model: LM, but: Collection[str] = ()) -> list[str]:
     """The names of the modules that can be adapted. but: parts that are trained whole."""
     return [
@@ -182,20 +186,52 @@ def adaptable(model: LM, but: Collection[str] = ()) -> list[str]:
     ]
 
 
-def chosen(model: LM, targets: Sequence[str], but: Collection[str] = ()) -> list[str]:
-    """The modules that targets speak of: the ends of their names, `*` and `[01]` as in file names.
+def chosen(model: LM, targets: Sequence[str], but: Collection[str] = (), merges: bool = False) -> list[str]:
+    """The modules that targets speak of: the ends of their names, `*` and `[01]` as in file names; `all-linear` (peft's word)
+    is every linear map of the blocks.
 
-    UserError for a target that matches nothing, with what there is.
+    UserError for a target that matches nothing, with what there is. merges: and for a matrix that two modules share, for the
+    adapter is to be merged.
     """
     there = adaptable(model, but)
+    offered = _own(model, there) if merges else there
     found: list[str] = []
     for target in targets:
         here = [name for name in there if fnmatchcase(f".{name}", f"*.{target}")]
+        if target == ALL_LINEAR:
+            here = [name for name in there if ".blocks." in name and isinstance(model.get_submodule(name), nn.Linear)]
         if not here:
-            ends = dict.fromkeys(name.partition("blocks.")[2].partition(".")[2] or name for name in there)
-            raise UserError(f"no matrix of this model is called {target!r}; there is {', '.join(ends)}")
+            raise UserError(f"no matrix of this model is called {target!r}; {_listed(offered)}")
         found += here
-    return [name for name in there if name in found]
+    ordered = [name for name in there if name in found]
+    if merges:
+        refuse_shared(model, ordered)
+    return ordered
+
+
+def _own(model: LM, names: Iterable[str]) -> list[str]:
+    """The modules whose matrix is no other's too."""
+    shared = {name for pair in model.shared().items() for name in pair}
+    return [name for name in names if f"{name}.weight" not in shared]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """What targets can name, for a message."""
+    ends = dict.fromkeys(name.partition("blocks.")[2].partition(".")[2] or name for name in names)
+    return f"there is {', '.join(ends)}" if ends else "there is none"
+
+
+def refuse_shared(model: LM, places: Iterable[str]) -> None:
+    """Raise a UserError for a module whose matrix another module has too: merging would change both."""
+    shared = model.shared()
+    other = {first: name for name, first in shared.items()} | shared
+    for place in places:
+        if f"{place}.weight" in other:
+            with_ = other[f"{place}.weight"].removesuffix(".weight")
+            raise UserError(
+                f"{place} shares its matrix with {with_}, which merging would change too: leave it out of the adapter's "
+                f"targets; {_listed(_own(model, adaptable(model)))}"
+            )
 
 
 def add(model: LM, targets: Sequence[str], plan: Rank, name: str = "default", but: Collection[str] = ()) -> list[str]:
@@ -206,14 +242,20 @@ def add(model: LM, targets: Sequence[str], plan: Rank, name: str = "default", bu
     return found
 
 
-def put(model: LM, place: str, plan: Rank, name: str = "default") -> Low:
-    """Put an adapter on one matrix."""
+def refuse_rank(model: LM, place: str, plan: Rank) -> None:
+    """Raise a UserError for a rank that is larger than a matrix."""
     module: Any = model.get_submodule(place)
     rows, columns = module.weight.shape
     if plan.rank > min(rows, columns):
         raise UserError(
             f"rank {plan.rank} is larger than the matrix {place}, which is {rows} x {columns}: lower the rank"
         )
+
+
+def put(model: LM, place: str, plan: Rank, name: str = "default") -> Low:
+    """Put an adapter on one matrix."""
+    module: Any = model.get_submodule(place)
+    refuse_rank(model, place, plan)
     if type(module) in ADAPTED:
         adapted = ADAPTED[type(module)](module)
         adapted.take(module)
@@ -260,14 +302,9 @@ def use(model: LM, shares: Mapping[str, float]) -> None:
 @torch.no_grad()
 def merge(model: LM) -> None:
     """Add what the adapters say to the weights, and keep a copy of what these were."""
-    shared = {name for pair in model.shared().items() for name in pair}
-    for place, module in adapted(model).items():
+    refuse_shared(model, [place for place, module in adapted(model).items() if module.adding()])
+    for module in adapted(model).values():
         if module.kept is None and module.adding():
-            if f"{place}.weight" in shared:
-                raise UserError(
-                    f"{place} shares its matrix with another part of the model, which merging would change too: "
-                    "keep the adapter beside the model, or leave this matrix out of its targets"
-                )
             weight: Tensor = module.weight  # type: ignore[assignment]
             change, module.kept = module.summed(), weight.detach().clone()
             weight += change

@@ -27,6 +27,9 @@ from firth.model.fields import Past
 from firth.model.shape import Shape
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
+AHEAD = frozenset({"prefix", "prompt"})
+"""Names of the parts that stand before every text."""
+
 
 class Prefix(nn.Module):
     """Keys and values before every text. hidden: of the MLP that they are trained through; 0 where they are trained

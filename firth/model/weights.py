@@ -43,6 +43,7 @@ from firth.model.files import (
 from firth.model.hollow import hollow
 from firth.model.lm import LM
 from firth.model.parts import described, rebuilt
+from firth.model.prefix import AHEAD
 from firth.model.shape import Shape
 from firth.text import chat
 from firth.types import UserError
@@ -98,7 +99,7 @@ def save_model(
             write_json(
                 directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
             )
-        beside = [name for name in ("prefix", "prompt") if name in parts]
+        beside = sorted(AHEAD & parts.keys())
         said = f"transformers loads it as {form.name}"
         said += "".join(f", without its {name}, which peft adds" for name in beside)
     names += write_tensors(written, directory, storage)
@@ -158,9 +159,13 @@ def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:
 def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     """Begin from the weights of a directory: strict on the trunk. Returns the parts dropped and the parts added.
 
-    A part of the same name but of other sizes is both dropped and added. Raises UserError if the trunks differ.
+    A part of the same name but of other sizes is both dropped and added. A prefix or a prompt is kept, for without it the
+    trunk would read every text in another way. Raises UserError if the trunks differ.
     """
     found = _read(directory)
+    with _described(found.parts, directory):
+        for name in AHEAD & found.parts.keys():
+            model.parts[name] = rebuilt(found.parts[name], name)
     shape, shared = found.shape, model.shared()
     state = {name: tensor for name, tensor in found.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
@@ -168,12 +173,25 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(f"cannot start from {directory}: {_difference(model.shape, shape)}; use the same shape")
     there, here = _by_part(state), _by_part(mine)
-    kept = [
-        p for p in here if p in there and {n: state[n].shape for n in there[p]} == {n: mine[n].shape for n in here[p]}
-    ]
+    kept = _kept(mine, state)
     fill = {n: t for n, t in state.items() if not n.startswith("parts.")} | {n: state[n] for p in kept for n in here[p]}
     _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, directory)
     return sorted(there.keys() - set(kept)), sorted(here.keys() - set(kept))
+
+
+def added_parts(model: LM, base: LM) -> list[str]:
+    """Return the parts of a model that `start_from` finds no weights for in a base."""
+    mine = {name: tensor for name, tensor in model.state_dict().items() if name not in model.shared()}
+    state = {name: tensor for name, tensor in base.state_dict().items() if name not in base.shared()}
+    return sorted(_by_part(mine).keys() - {*_kept(mine, state)})
+
+
+def _kept(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """The parts that are there under the same name with the same sizes."""
+    there, here = _by_part(state), _by_part(mine)
+    return [
+        p for p in here if p in there and {n: state[n].shape for n in there[p]} == {n: mine[n].shape for n in here[p]}
+    ]
 
 
 def _by_part(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

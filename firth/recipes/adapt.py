@@ -28,8 +28,9 @@ from firth.io.atomic import new_directory
 from firth.model import adapter, lora
 from firth.model.initial import prefix_of, prompt_of
 from firth.model.lm import LM
-from firth.model.prefix import refuse
+from firth.model.prefix import AHEAD, refuse
 from firth.model.shape import Shape
+from firth.model.weights import added_parts
 from firth.objectives.mixed import Mixed
 from firth.objectives.objective import Objective
 from firth.ranges import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
@@ -48,8 +49,13 @@ class Adapt(Ranged, section="adapt"):
         """The objective as it reads a model that is adapted so."""
         return objective
 
-    def fits(self, shape: Shape) -> None:
-        """Raise a UserError for a shape that cannot be adapted so."""
+    def fits(self, model: LM, base: LM | None) -> None:
+        """Raise a UserError for a model that cannot be adapted so.
+
+        Args:
+            model: The model that is trained, without its weights and without what its base has before every text.
+            base: The model that it begins from.
+        """
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
@@ -79,7 +85,7 @@ class Head(Adapt):
     """The parts of the objective alone are trained; the trunk is not run back through."""
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        parts = [name for name in model.parts if name != "lm" or not model.shape.tied]
+        parts = _heads(model)
         if not parts:
             raise UserError(
                 "adapt=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
@@ -88,19 +94,49 @@ class Head(Adapt):
         lora.freeze(model, parts)
 
 
+def _heads(model: LM) -> list[str]:
+    """The parts that a head alone can be: neither one with the table of tokens nor before every text."""
+    return [name for name in model.parts if name not in AHEAD and (name != "lm" or not model.shape.tied)]
+
+
 @dataclass(frozen=True)
 class Frozen(Head):
     """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
 
     def settle(self, objective: Objective) -> Objective:
-        mixed = any(isinstance(one, Mixed) for one in objective.addends())
-        return objective if mixed else Mixed() + objective
+        return mix(objective)
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        # Whoever writes or scores with a vocabulary head reads the last layer, not the mixture that it was trained on.
+        if "lm" in model.parts:
+            raise UserError(
+                "adapt=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
+                "take adapt=lora, or an objective with a head of its own, such as classification"
+            )
+
+
+def mix(objective: Objective, frozen: bool = True) -> Objective:
+    """Return the objective on a mixture of all layers. frozen: whether the layers stay as they are (`Mixed.frozen`)."""
+    mixed = any(isinstance(one, Mixed) for one in objective.addends())
+    return objective if mixed else Mixed(frozen=frozen) + objective
 
 
 class Beside(Adapt):
-    """What lies beside the weights and can be kept apart from them. start: an adapter to go on from."""
+    """What lies beside the weights and can be kept apart from them. part: the model's part that it is, if it is one. start: an
+    adapter to go on from."""
+
+    part: ClassVar[str] = ""
 
     start: str
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        there = sorted(AHEAD & {*base.parts}) if base is not None and self.part else []
+        if there and (there != [self.part] or not self.start):
+            onward = "go on from it with adapt.start=RUN too, or " if there == [self.part] else ""
+            raise UserError(
+                f"adapt={self.part} puts a {self.part} before every text, where the start has a {there[0]} already: {onward}"
+                "begin from the start's own base"
+            )
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         """Put a new adapter on the model."""
@@ -114,9 +150,10 @@ class Beside(Adapt):
             kind = adapter.read(model, place)
             if ADAPTS[kind] is not type(self):
                 raise UserError(f"adapt.start={self.start} holds an adapter of kind {kind}: set adapt.kind={kind}")
+            lora.refuse_shared(model, lora.adapted(model))
         else:
             self.put(model, added, tokenizer, seed)
-        lora.freeze(model, [*added, *({"prefix", "prompt"} & {*model.parts})])
+        lora.freeze(model, [*added, *[self.part] * bool(self.part)])
 
     def finish(
         self,
@@ -139,7 +176,7 @@ class Beside(Adapt):
 @dataclass(frozen=True)
 class LoRA(Beside):
     """rank, alpha, stabilised, dropout: `firth.model.lora.Rank`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
-    (all maps of all blocks), `tokens`, `parts.lm`."""
+    (all maps of all blocks, also `all-linear`), `tokens`, `parts.lm`."""
 
     rank: Annotated[int, Range(ge=1, le=65536)] = 8
     alpha: PositiveFloat = 16.0
@@ -148,9 +185,18 @@ class LoRA(Beside):
     targets: tuple[str, ...] = ("attention.q", "attention.v")
     start: str = path_field("model", "")
 
+    @property
+    def plan(self) -> lora.Rank:
+        """How each adapter is made."""
+        return lora.Rank(self.rank, self.alpha, self.stabilised, self.dropout)
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        if base is not None and not self.start:
+            for place in lora.chosen(model, self.targets, but=added_parts(model, base), merges=True):
+                lora.refuse_rank(model, place, self.plan)
+
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        plan = lora.Rank(self.rank, self.alpha, self.stabilised, self.dropout)
-        lora.add(model, self.targets, plan, but=added)
+        lora.add(model, self.targets, self.plan, but=[*added, *AHEAD])
 
 
 @dataclass(frozen=True)
@@ -158,14 +204,17 @@ class Prefix(Beside):
     """tokens: how many stand before every text. hidden: units of the MLP that they are trained through (0: none). text:
     what they begin as; drawn tokens where it is empty."""
 
+    part: ClassVar[str] = "prefix"
+
     tokens: TokenCount = 16
     hidden: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
     text: str = ""
     start: str = path_field("model", "")
 
-    def fits(self, shape: Shape) -> None:
-        refuse(shape, "prefix")
-        _refuse_room(shape, self.tokens, "prefix")
+    def fits(self, model: LM, base: LM | None) -> None:
+        super().fits(model, base)
+        refuse(model.shape, self.part)
+        _refuse_room(model.shape, self.tokens, self.part)
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         model.parts["prefix"] = prefix_of(model, _begin(tokenizer, self.text, self.tokens, seed), self.hidden)
@@ -176,6 +225,7 @@ class Prompt(Beside):
     """tokens: how many stand before every text. begin: as the vectors of `text`, or of drawn tokens where it is empty; or
     at random. Each text of a packed row would need its own, and every row as many as the fullest: they are sorted instead."""
 
+    part: ClassVar[str] = "prompt"
     packs: ClassVar[bool] = False
 
     tokens: TokenCount = 16
@@ -183,9 +233,10 @@ class Prompt(Beside):
     text: str = ""
     start: str = path_field("model", "")
 
-    def fits(self, shape: Shape) -> None:
-        refuse(shape, "prompt")
-        _refuse_room(shape, self.tokens, "prompt")
+    def fits(self, model: LM, base: LM | None) -> None:
+        super().fits(model, base)
+        refuse(model.shape, self.part)
+        _refuse_room(model.shape, self.tokens, self.part)
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         prompt = prompt_of(model, _begin(tokenizer, self.text, self.tokens, seed))

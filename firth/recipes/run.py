@@ -25,12 +25,14 @@ from firth.generate.sample import Sampling
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.jsons import read_object, read_rows
 from firth.model.compiled import compile_blocks
+from firth.model.hollow import hollow
 from firth.model.lm import LM
 from firth.model.lora import trained
+from firth.model.prefix import AHEAD
 from firth.model.weights import load_model, refuse_larger, save_model, start_from
 from firth.objectives import name_of
 from firth.recipes import card, classes, held_out_texts, segments, tree
-from firth.recipes.adapt import Full, refuse_adapt
+from firth.recipes.adapt import Full, mix, refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fallbacks import fallbacks
 from firth.recipes.fits import check_room, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
@@ -255,9 +257,11 @@ def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
 def _settled(recipe: Recipe, material: Material) -> Recipe:
     """The recipe with nothing left open: the shape with its vocabulary and how prompts are read, the classes with their
     names."""
-    shape = recipe.shape
+    refuse_adapt(recipe.adapt, recipe.start)
+    shape, base = recipe.shape, None
     if recipe.start:
-        theirs = load_model(model_directory(recipe.start)).shape
+        base = load_model(model_directory(recipe.start))
+        theirs = base.shape
         if (
             not recipe.segment.remembers or recipe.batch.room
         ):  # records have nothing before them: finetuned without memory
@@ -273,16 +277,22 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     segment = recipe.segment.within(shape.context)
     objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
+    with hollow():
+        kept = objective.parts(shape).keys() & (base.parts.keys() - AHEAD if base is not None else ())
+    if kept and base is not None and "mixture" in base.parts:
+        objective = mix(objective, frozen=False)  # the start's head reads it
     refuse_misfit(objective, shape, segment, fixed=bool(recipe.start))
     refuse_unfed(objective, segment, shape)
     if (reads := objective.reads()) != "any":
         # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
         shape = dataclasses.replace(shape, causal=shape.causal or reads == "left", prefix_lm=reads == "prefix")
     packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
+    packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.laid(segment.longest, packs)
     refuse_memory(shape, segment, batch.room)
-    refuse_adapt(recipe.adapt, recipe.start)
-    recipe.adapt.fits(shape)
+    with hollow():
+        model = LM(shape, objective.parts(shape))
+    recipe.adapt.fits(model, base)
     plan = dataclasses.replace(recipe.tokenizer, size=resolved_size(material.directory))
     settled = dataclasses.replace(
         recipe, shape=shape, objective=objective, segment=segment, batch=batch, tokenizer=plan

@@ -1,0 +1,158 @@
+"""What a run with an adapter writes opens again on its base and starts a next run, whatever the adapter's targets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.evaluate.task import open_subject
+from firth.generate.sample import Sampling
+from firth.model.lm import LM
+from firth.recipes.recipe import Recipe, load
+from firth.recipes.run import run
+from firth.recipes.use import evaluate_run, fill_text, open_model, writes
+from firth.types import UserError
+
+WORDS = ["the", "king", "queen", "of", "sea", "had", "a", "ship", "with", "no", "sail", "and", "crown", "salt"]
+SMALL = [
+    "batch.rows=4", "precision=fp32", "checks.save=1000", "checks.examples=16", "samples=[]", "length.steps=1",
+    "segment.length=24",
+]  # fmt: skip
+SHAPE = ["shape.width=32", "shape.depth=2", "shape.heads=2", "shape.context=64"]
+BASES = {
+    "gpt": ["shape.kv_heads=2", "shape.hidden=48"], "gpt2": [], "roberta": [], "t5": ["shape.encoder=2"],
+}  # fmt: skip
+"""Recipe -> what else its shape needs. The table of tokens is the vocabulary head's of gpt2 and roberta."""
+RATE = ["optimizer.name=adamw", "optimizer.rate=0.05"]
+STILL = ["optimizer.rate=1e-12", "optimizer.embedding_rate=0", "optimizer.rest_rate=0", "optimizer.weight_decay=0"]
+"""A step that changes nothing: what is measured after it is what was there before."""
+
+CASES = [
+    ("gpt", "gpt", "lora", "['*']"), ("gpt", "gpt", "prompt", ""), ("gpt2", "gpt2", "lora", "[all-linear, places]"),
+    ("gpt2", "gpt2", "prefix", ""), ("gpt2", "classify", "lora", "[tokens, places]"),
+    ("foreign", "classify", "prefix", ""), ("roberta", "roberta", "lora", "[parts.lm.dense]"),
+    ("roberta", "classify", "lora", "[tokens, blocks.*]"), ("roberta", "classify", "frozen", ""),
+    ("t5", "t5", "lora", "['*']"), ("t5", "t5", "prefix", ""), ("t5", "classify", "prompt", ""),
+]  # fmt: skip
+
+
+def quiet(_: str) -> None:
+    """Report nothing."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a text and records of two classes."""
+    folder = tmp_path_factory.mktemp("again")
+    lines = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(40)) for i in range(1, 60)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    records = [{"text": line[: 30 + i % 50], "label": "salt" if "salt" in line[: 30 + i % 50] else "none"}
+               for i, line in enumerate(lines)]  # fmt: skip
+    (folder / "records.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(place: Path) -> Callable[[str], Path]:
+    """Return the directory of a base, made once; `foreign` is one that transformers could have written."""
+
+    @cache
+    def make(name: str) -> Path:
+        if name == "foreign":
+            shutil.copytree(make("gpt2") / "model", place / name)
+            (place / name / "firth.json").unlink()
+            return place / name
+        settings = [f"source.path={place / 'text.txt'}", "tokenizer.size=400", *SMALL, *SHAPE, *BASES[name]]
+        return run(load(name, settings), place / name, quiet).directory
+
+    return make
+
+
+def recipe(place: Path, task: str, start: Path, *more: str) -> Recipe:
+    data = place / ("records.jsonl" if task == "classify" else "text.txt")
+    settings = [*SMALL, *RATE, f"source.path={data}", f"source.valid={data}", f"start={start}", *more]
+    return load(task, [*settings, *["shape=null"] * (task != "classify")])
+
+
+def states(model: LM) -> torch.Tensor:
+    tokens = torch.arange(14).view(2, 7) * 11 % 200
+    when = torch.arange(7)[None].expand(2, -1) * model.shape.causal
+    source = {"source_tokens": tokens} if model.shape.encoder else {}
+    with torch.no_grad():
+        return model({"tokens": tokens, "looks": when, "appears": when, **source})
+
+
+def answer(directory: Path, task: str, place: Path) -> object:
+    """Return what the command for a directory's task answers."""
+    if task == "classify":
+        valid = [str(place / "records.jsonl")]
+        return json.loads(evaluate_run(directory, valid, task=None, limit=20, as_json=True))["accuracy"]
+    opened = open_model(directory)
+    return (
+        opened.sample("the king", Sampling(max_new=5, temperature=0.0))
+        if writes(opened.model.shape)
+        else fill_text(directory, "a <mask>", 2)
+    )
+
+
+@pytest.mark.parametrize(("name", "task", "kind", "targets"), CASES)
+def test_a_run_opens_again_and_starts_the_next(
+    place: Path, base: Callable[[str], Path], tmp_path: Path, name: str, task: str, kind: str, targets: str
+) -> None:
+    adapt = [f"adapt.kind={kind}", *[f"adapt.targets={targets}"] * bool(targets)]
+    adapt += ["adapt.tokens=3"] * (kind in ("prefix", "prompt"))
+    one = run(recipe(place, task, base(name), *adapt), tmp_path / "one", quiet)
+    whole = open_subject(one.directory).model
+    answer(one.directory, task, place)
+    onward = [recipe(place, task, one.directory, *STILL)]
+    if kind != "frozen":
+        part = open_subject(one.directory / "adapter").model
+        assert part.state_dict().keys() == whole.state_dict().keys()
+        torch.testing.assert_close(states(part), states(whole), atol=1e-5, rtol=0)
+        assert answer(one.directory / "adapter", task, place) == answer(one.model, task, place)
+        onward.append(recipe(place, task, base(name), *STILL, f"adapt.kind={kind}", f"adapt.start={one.directory}"))
+    for i, plan in enumerate(onward):
+        again = run(plan, tmp_path / f"next-{i}", quiet)
+        assert again.metrics["valid/loss"] == pytest.approx(one.metrics["valid/loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("gpt2", ["adapt.kind=lora", "adapt.targets=[norm]"], r"is called 'norm'; there is places, attention.q, "),
+        ("gpt2", ["adapt.kind=lora", "adapt.targets=[bias]"], r"is called 'bias'; there is places, attention.q, "),
+        ("gpt2", ["adapt.kind=lora", "adapt.targets=[tokens]"],
+         r"tokens shares its matrix with parts.lm, .* out of the adapter's targets; there is places, attention.q, "),
+        ("gpt2", ["adapt.kind=lora", "adapt.targets=[parts.lm]"], r"parts.lm shares its matrix with tokens, "),
+        ("gpt", ["adapt=frozen"], r"a mixture of all layers, which a vocabulary head does not read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_refused_before_data_is_read(
+    place: Path, base: Callable[[str], Path], tmp_path: Path, name: str, more: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(recipe(place, name, base(name), *more), tmp_path, quiet)
+    assert not (tmp_path / "inputs.json").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """LoRA leaves the prefix of its start as it is, and a second prefix is refused."""
+    prefix = ["adapt.kind=prefix", "adapt.tokens=3"]
+    one = run(recipe(place, "gpt2", base("gpt2"), *prefix), tmp_path / "one", quiet).directory
+    two = run(recipe(place, "gpt2", one, "adapt=lora"), tmp_path / "two", quiet).directory
+    before, after, part = (open_subject(place).model for place in (one, two, two / "adapter"))
+    assert torch.equal(before.prefix.whole(), after.prefix.whole())  # type: ignore[union-attr]
+    torch.testing.assert_close(states(part), states(after), atol=1e-5, rtol=0)
+    assert (states(before) - states(after)).abs().max() > 1e-3
+    config = json.loads((two / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "FIRTH_LORA"  # peft's base would read no prefix
+    with pytest.raises(
+        UserError, match=r"where the start has a prefix already: go on from it with adapt.start=RUN too"
+    ):
+        run(recipe(place, "gpt2", one, *prefix), tmp_path / "no", quiet)
