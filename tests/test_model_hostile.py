@@ -392,6 +392,19 @@ def nested_steps(depth: int) -> dict[str, Any]:
     return step
 
 
+def framed_by(texts: list[str], times: int = 1, tokens: int = 0) -> dict[str, str]:
+    single: list[dict[str, Any]] = [{"Sequence": {"id": text, "type_id": 0}} for text in texts]
+    special = {"x": {"id": "x", "ids": [0] * tokens, "tokens": ["x"] * tokens}}
+    pair = [{"Sequence": {"id": text, "type_id": 0}} for text in "AB"]
+    step = {"type": "TemplateProcessing", "pair": pair, "special_tokens": special}
+    step["single"] = [*single, *[{"SpecialToken": {"id": "x", "type_id": 0}}] * bool(tokens)]
+    return bad_tokenizer(changed(post_processor={"type": "Sequence", "processors": [step] * times}))
+
+
+PIECES: dict[str, Any] = {
+    "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": {"[UNK]": 0, "a": 1, "##a": 2},
+}  # fmt: skip
+
 TOKENIZERS |= {
     "one letter to 6 GB": (replaced({"String": "a"}, "a" * 300, 4), "more than 1000 times as long"),
     "what matches nothing": (replaced({"Regex": ""}, "aa", 20), "more than 1000 times as long"),
@@ -405,6 +418,12 @@ TOKENIZERS |= {
     "a catastrophic choice": (split_at("(a|ab|b)*c"), "repeats a choice"),
     "a power of the length": (split_at("a*a*a*a*a*a*b"), "more than 4 endless repeats"),
     "a large count": (split_at("(a{1,900}){1,900}"), "counts to more than 1000"),
+    "a text a hundred times": (framed_by(["A"] * 100), "of the texts A, A.*must be there once"),
+    "two templates that double": (framed_by(["A", "A"], 2), "must be there once"),
+    "a template without a text": (framed_by([]), r"of the texts \(none\)"),
+    "a second text where one is": (framed_by(["A", "B"]), "of the texts A, B"),
+    "a million tokens around": (framed_by(["A"], tokens=10**6), "adds more than 10,000 tokens"),
+    "WordPiece of endless words": (bad_tokenizer(changed(model=PIECES | {"max_input_chars_per_word": 10**9})), "third power"),
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ expression such as `(a+)+$` takes time that doubles with each letter. Neither is
 some text comes, inside of the library, where nothing can stop it. So the file itself is checked, without running it:
 
     growth       the product of what each step can multiply a text by is at most MAX_GROWTH, what it adds MAX_ADDED
+    templates    a post-processor holds each text once and adds at most MAX_ADDED tokens: a second `$A` doubles every text
+    words        WordPiece looks for all beginnings of all rests of a word, each look as long as the word: at most MAX_WORD
     expressions  nothing that repeats without end, and no choice (a|b, a?), inside of a group that repeats without end; at most
                  MAX_REPEATS endless repeats in a row; no backreferences. The time is then a small power of the length.
 
@@ -25,9 +27,11 @@ from firth.types import UserError
 MAX_GROWTH = 1000
 """How many times as long all steps of a normalizer or decoder together may make a text."""
 MAX_ADDED = 10_000
-"""Characters that they may add once."""
+"""Characters that they may add once, and tokens that a post-processor may."""
+MAX_WORD = 1000
+"""The largest `max_input_chars_per_word` of WordPiece; BERT's is 100. A word of 1,000 letters takes 0.2 s, one of 10,000 36 s."""
 MAX_STEPS = 100
-"""Steps of a normalizer, pre-tokenizer or decoder."""
+"""Steps of a normalizer, pre-tokenizer, post-processor or decoder."""
 MAX_REPEATS = 4
 """Endless repeats (`*`, `+`, `{n,}`) in one alternative of an expression. GPT-4's and Llama's have two."""
 MAX_COUNT = 1000
@@ -47,6 +51,47 @@ def check_bounds(definition: Any, file: Path) -> None:
         raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: it is not a JSON object")
     for name in STEPS:
         check_growth(definition.get(name), f"{file}: its {name}")
+    _check_templates(definition.get("post_processor"), f"{file}: its post_processor")
+    model = definition.get("model")
+    longest = model.get("max_input_chars_per_word") if isinstance(model, Mapping) else None
+    if isinstance(longest, int | float) and longest > MAX_WORD:
+        raise UserError(
+            f"{file}: its max_input_chars_per_word is {longest}, and WordPiece takes time by the third power of a word's "
+            f"length: lower it to at most {MAX_WORD:,}"
+        )
+
+
+def _check_templates(component: Any, what: str) -> None:
+    """Check that a post-processor multiplies no text. The library follows the template even where no tokens are added."""
+    added = 0
+    for count, step in enumerate(_steps(component, what), 1):
+        for name, texts in (("single", ["A"]), ("pair", ["A", "B"])):
+            parts = step.get(name)
+            if not isinstance(parts, list):
+                continue
+            held = sorted(id for part in parts if isinstance(id := _part(part, "Sequence"), str))
+            if held != texts and (name == "single" or not set(held) <= set(texts) or len(set(held)) < len(held)):
+                raise UserError(
+                    f"{what} has a template {name!r} of the texts {', '.join(held) or '(none)':.40}, where "
+                    f"{' and '.join(texts)} must be there once: it is not read"
+                )
+            special = step.get("special_tokens")
+            tokens = special if isinstance(special, Mapping) else {}
+            for part in parts:
+                token = tokens.get(_part(part, "SpecialToken"))
+                ids = token.get("ids") if isinstance(token, Mapping) else None
+                added += len(ids) if isinstance(ids, list) else 1
+        if added > MAX_ADDED or count > MAX_STEPS:
+            raise UserError(
+                f"{what} adds more than {MAX_ADDED:,} tokens or has more than {MAX_STEPS} steps: it is not read"
+            )
+
+
+def _part(part: Any, kind: str) -> str | None:
+    """Return the name in a part of a template, {"Sequence": {"id": "A"}} or {"SpecialToken": {"id": "[CLS]"}}."""
+    inner = part.get(kind) if isinstance(part, Mapping) else None
+    name = inner.get("id") if isinstance(inner, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def check_growth(component: Any, what: str) -> None:
@@ -78,7 +123,9 @@ def _steps(component: Any, what: str) -> Iterator[Mapping[str, Any]]:
             raise UserError(f"{what} has more steps than any tokenizer needs: it is not read")
         if isinstance(one, Mapping):
             inner = [
-                one[name] for name in ("normalizers", "pretokenizers", "decoders") if isinstance(one.get(name), list)
+                one[name]
+                for name in ("normalizers", "pretokenizers", "processors", "decoders")
+                if isinstance(one.get(name), list)
             ]
             if inner:
                 waiting += [step for steps in inner for step in steps][::-1]
