@@ -394,3 +394,24 @@ def test_a_run_that_ends_without_a_finite_loss_is_no_success(bad: set[int], tmp_
     with pytest.raises(UserError, match=rf"ends at step 3 on a loss .* not finite \({len(bad)} in a row\)"):
         run_badly(tmp_path, frozenset(bad), steps=3, limit=9)
     assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", "nan"), ("loss/answers", "inf"), ("accuracy", "nan")])
+def test_a_measurement_that_is_not_finite_is_no_success(name: str, value: str, tmp_path: Path) -> None:
+    """The weights are finite, and the second measurement is not: the checkpoint of before may stay."""
+    measured = iter([0.5, float(value)])
+    says = rf"step 4: the held-out {name} is {value}, while all weights are finite, so this model is not saved"
+    with pytest.raises(UserError, match=says):
+        train(
+            small_model(), Scored(), small_batches(Chains()), tmp_path, length=Length(steps=6), told=Silence(),
+            plan=Plan(evaluate_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
+        )  # fmt: skip
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == ["step-000002"]
+
+
+def test_an_infinite_perplexity_of_a_finite_loss_is_kept(tmp_path: Path) -> None:
+    found = train(
+        small_model(), Scored(), small_batches(Chains()), tmp_path, length=Length(steps=1), told=Silence(),
+        evaluate=lambda model, step: {"loss": 1000.0, "perplexity": float("inf")},
+    )  # fmt: skip
+    assert found.metrics["valid/loss"] == 1000.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import torch
 from firth.data.layout import Gapped
 from firth.evaluate.given import Wanted, given
 from firth.evaluate.heads import head_of
+from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import refuse_out
 from firth.evaluate.task import Say, Subject, open_subject
 from firth.evaluate.text import reads_of
@@ -441,8 +441,8 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
     found = {k: v for k, v in row.items() if k not in ("split", "seconds")}
     if row is not held[-1]:
         found = {"exported_step": found.pop("step"), "last_step": held[-1]["step"]} | found
-    if "loss" in found and "bits_per_byte" in found:
-        found["perplexity"] = math.exp(found["loss"])
+    if isinstance(found.get("loss"), float) and "bits_per_byte" in found:
+        found["perplexity"] = perplexity(found["loss"], 1)
     return found
 
 

@@ -316,6 +316,7 @@ class _Run:
         self.score, better = None, False
         if self.evaluate is not None and (last or _due(at.step, plan.evaluate_every)):
             found = self._measure(self.evaluate)
+            self._refuse_not_finite_measure(found)
             better = self._judge(found)
             at.metrics = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
             at.metrics |= {f"valid/{name}": value for name, value in found.items()}
@@ -347,6 +348,20 @@ class _Run:
             raise UserError(
                 f"the run ends at step {at.step} on a loss or a gradient that is not finite ({at.in_a_row} in a row), so this "
                 f"model is not saved; {advice}"
+            )
+
+    def _refuse_not_finite_measure(self, found: Mapping[str, float]) -> None:
+        """Raise a UserError where a held-out measurement is NaN or a loss infinite, though the weights are finite.
+
+        Another measure may be infinite: the exponential of a large finite loss is.
+        """
+        losses = ("loss", "bits_per_byte")
+        names = [k for k, v in found.items() if math.isnan(v) or (k.startswith(losses) and math.isinf(v))]
+        if names:
+            raise UserError(
+                f"step {self.at.step}: the held-out {names[0]} is {found[names[0]]}, while all weights are finite, so "
+                "this model is not saved: check the held-out records for numbers too large for the model, set "
+                f"precision=fp32 if it is bf16, or lower optimizer.rate (now {self.rate:g}) and begin anew"
             )
 
     def _judge(self, found: Mapping[str, float]) -> bool:
