@@ -7,7 +7,7 @@ rows = read_rows(run / "metrics.jsonl", {"split": str, "step": int}, "train agai
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,14 @@ def _check(found: Mapping[str, Any], needs: Fields, place: str, cure: str) -> No
     for name, kinds in needs.items():
         if not isinstance(found.get(name), kinds):
             raise UserError(f"{place}: the field {name!r} is missing or of another kind: {cure}")
+
+
+def check_all(rows: Iterable[Any], needs: Fields, place: str, cure: str) -> None:
+    """Raise a UserError if one of the values is not an object with certain fields."""
+    for row in rows:
+        if type(row) is not dict:
+            raise UserError(f"{place}: this is not a JSON object: {cure}")
+        _check(row, needs, place, cure)
 
 
 def parsed(file: Path, cure: str = "copy it again") -> Any:

@@ -3,7 +3,7 @@
 A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
 
     {"recipe": "9f2c...",  "inputs": {"source.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
-     "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}}
+     "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}, "digest": "of the rest"}
 
 A directory with checkpoints or a finished run goes on only if all of them are as they were; the recipe is compared without
 its paths, so a copy of the same files elsewhere is the same run. A file is hashed again only if its size, a time or its inode
@@ -21,6 +21,7 @@ from typing import Any
 
 from firth.gguf import find
 from firth.io.atomic import write_text
+from firth.io.integrity import check_digest, with_digest
 from firth.model.files import read_json
 from firth.recipes import tree
 from firth.recipes.material import Echo
@@ -102,7 +103,7 @@ class Inputs:
     def write(self, directory: Path, recipe: str) -> None:
         """Keep them in the directory, with the hash of the recipe that they belong to."""
         record = {"recipe": recipe, "inputs": self.digests, "files": self.files}
-        write_text(directory / FILE, json.dumps(record, indent=1) + "\n")
+        write_text(directory / FILE, json.dumps(with_digest(record), indent=1) + "\n")
 
     def identity(self, recipe: str) -> str:
         """A short hash of a recipe and its inputs: what a checkpoint is checked against."""
@@ -144,7 +145,10 @@ class Inputs:
 
 def recorded(directory: Path) -> dict[str, Any]:
     """What inputs.json of a run directory holds; nothing where it is not there."""
-    return read_json(directory / FILE)
+    found = read_json(directory / FILE)
+    if found:
+        check_digest(found, directory / FILE, "put it back, or choose another directory with --out")
+    return found
 
 
 def content_hash(recipe: Recipe) -> str:

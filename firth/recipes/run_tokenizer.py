@@ -14,7 +14,7 @@ from typing import Any
 
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import write_text
-from firth.model.files import read_json
+from firth.io.jsons import read_object
 from firth.recipes.inputs import Inputs, begun
 from firth.recipes.material import Echo, train_tokenizer
 from firth.recipes.recipe import Recipe
@@ -88,7 +88,14 @@ def resolved_size(directory: Path) -> int:
     Where the algorithm makes another tokenizer when it is asked for these (the characters it knows depend on the size), it is
     the size that was asked for, so that the recipe repeats the run.
     """
-    return int(read_json(directory / "tokenizer" / RECORD)["resolved_size"])
+    return int(_record(directory / "tokenizer")["resolved_size"])
+
+
+def _record(own: Path) -> dict[str, Any]:
+    """What the tokenizer in a directory was made of; empty where nothing says it."""
+    if not (own / RECORD).exists():
+        return {}
+    return read_object(own / RECORD, {"resolved_size": int, "digest": str}, f"delete {own}, and it is made again")
 
 
 def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> bool:
@@ -112,7 +119,7 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
 
 def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
     """The tokenizer in a directory, if it was made of this. A resolved recipe asks for the ids that there are."""
-    made = read_json(own / RECORD)
+    made = _record(own)
     if not made or not (own / "tokenizer.json").exists():
         return None
     sizes = (made.get("size"), made.get("resolved_size")) if "text" in record else (None,)

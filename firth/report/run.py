@@ -31,7 +31,7 @@ from statistics import fmean, median
 from typing import Any
 
 from firth import __version__
-from firth.io.jsons import read_json, read_object
+from firth.io.jsons import check_all, read_json, read_object
 from firth.io.jsons import read_rows as rows_of
 from firth.io.yamls import parse_yaml
 from firth.report.figures import Curve, Figure, Level, number
@@ -181,7 +181,9 @@ def held_out_texts(path: Path) -> Section | None:
     if not path.exists():
         return None
     by_prompt: dict[str, list[Row]] = {}
-    for row in rows_of(path, {"step": int, "prompt": str, "answers": list}, "delete the file"):
+    needs = {"step": int, "prompt": str, "held_out": bool, "score": str, "answers": list}
+    for row in rows_of(path, needs, "delete the file"):
+        check_all(row["answers"], ANSWER, f"{path}, an answer of {row['prompt']!r:.40}", "delete the file")
         by_prompt.setdefault(row["prompt"], []).append(row)
     if not by_prompt:
         return None
@@ -205,6 +207,13 @@ def held_out_texts(path: Path) -> Section | None:
     return Section("Answers before and after training", f"{which}{what}", samples=samples)
 
 
+NUMBER = (int, float)
+ANSWER = {"name": str, "text": str, "score": (int, float, type(None))}
+"""Fields of an answer in held_out_texts.jsonl."""
+CLASS = {"class": (str, *NUMBER), "examples": int, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER}
+"""Fields of a class in held_out.json."""
+
+
 def _scored(score: float | None) -> str:
     return "" if score is None else f" ({number(score, 3)})"
 
@@ -214,6 +223,18 @@ def _answers(path: Path) -> Section | None:
     told = read_json(path)
     if not told:
         return None
+    cure = "delete the file: it is for the report alone"
+    check_all([told], {"per_class": list}, f"{path}", cure)
+    check_all(told["per_class"], CLASS, f"{path}, a class", cure)
+    names, table = told.get("classes", []), told.get("confusion", [])
+    square = type(names) is list and type(table) is list and len(table) == len(names)
+    if not square or any(
+        type(row) is not list or len(row) != len(names) or any(type(n) is not int or n < 0 for n in row)
+        for row in table
+    ):
+        raise UserError(
+            f"{path}: the field 'confusion' is no table of counts with a row and a column for each class: {cure}"
+        )
     rows = [[row["class"], row["examples"], row["precision"], row["recall"], row["f1"]] for row in told["per_class"]]
     table = Table("Class by class", ("class", "examples", "precision", "recall", "F1"), rows)
     matrices = []

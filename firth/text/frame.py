@@ -17,6 +17,8 @@ from typing import Any, Literal
 from tokenizers import Tokenizer as Engine
 from tokenizers import processors
 
+from firth.types import UserError
+
 Reads = Literal["both", "left", "source"]
 
 
@@ -25,7 +27,20 @@ def bare(definition: str) -> str:
     if json.loads(definition).get("post_processor") is None:
         return definition
     told = json.loads(definition) | {"post_processor": None}
-    return str(Engine.from_str(json.dumps(told)).to_str(pretty=True))
+    return str(engine_of(json.dumps(told)).to_str(pretty=True))
+
+
+def engine_of(definition: str) -> Engine:
+    """Return the engine of a tokenizer.json as the library wrote it, which reads a few damaged ones once and not again.
+
+    Raises:
+        UserError: The library does not read what it wrote.
+    """
+    try:
+        return Engine.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"the definition of this tokenizer is damaged ({reason}): copy tokenizer.json again") from None
 
 
 def frames(engine: Engine) -> list[int]:
@@ -38,7 +53,7 @@ def framed(definition: str, roles: Mapping[str, str], reads: Reads, bos: bool | 
 
     roles: role -> token. bos: whether bos stands before a decoder's texts; None: yes, where there is one.
     """
-    engine = Engine.from_str(definition)
+    engine = engine_of(definition)
     first, last = {"both": ("cls", "sep"), "left": ("bos", ""), "source": ("", "eos")}[reads]
     if frames(engine) or (reads == "left" and bos is False) or not {first, last} - {""} <= roles.keys():
         return definition

@@ -259,7 +259,7 @@ def _again(
     definition: str, roles: dict[str, str], template: str | None, learnt: Sequence[Merge], bos: bool | None,
     ends: Sequence[str],
 ) -> Tokenizer:  # fmt: skip
-    return Tokenizer(Engine.from_str(definition), roles, template, learnt, bos, ends)
+    return Tokenizer(frame.engine_of(definition), roles, template, learnt, bos, ends)
 
 
 def _refuse_holes(engine: Engine) -> None:

@@ -1,0 +1,133 @@
+"""Bytes flipped at random in every file that a run keeps: each command does the right thing or ends in one sentence.
+
+The suite flips a few bytes of each file, the same ones each time; FIRTH_FUZZ=1000 flips as many as one likes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firth.evaluate.task import open_subject
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import save_model
+from firth.recipes.exchange import export_model
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.recipes.use import evaluate_run
+from firth.report.run import run_report
+from firth.text.train import train
+from firth.types import UserError
+
+FLIPS = int(os.environ.get("FIRTH_FUZZ", "0"))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of DPO that trains an adapter, and so keeps files of every kind."""
+    place = tmp_path_factory.mktemp("flipped")
+    tokenizer = train(["the otter paints a red boat " * 9], "byte-bpe", 300)
+    shape = Shape(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
+    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, place / "base")
+    pairs = [{"prompt": f"the {i}", "chosen": "otter", "rejected": f"boat {i}"} for i in range(24)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = [f"start={place / 'base'}", f"source.path={place / 'pairs.jsonl'}", "length.steps=2", "batch.rows=8",
+                "adapt=lora", "checks.save=1", "samples=[the otter]", "precision=fp32"]  # fmt: skip
+    run(load("dpo", settings), place / "run", quiet)
+    row = {"class": "a", "examples": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    table = {"classes": ["a", "b"], "confusion": [[1, 1], [0, 2]], "per_class": [row, row | {"class": "b"}]}
+    (place / "run" / "held_out.json").write_text(json.dumps(table))
+    return place / "run"
+
+
+def go_on(there: Path) -> None:
+    run(load(str(there)), there, quiet)
+
+
+def resume(there: Path) -> None:
+    """Go on from the last checkpoint."""
+    (there / "done.json").unlink(missing_ok=True)
+    go_on(there)
+
+
+def export(there: Path) -> None:
+    export_model(there, there.parent / "out", form="hf", dtype="", shard="", echo=quiet)
+    shutil.rmtree(there.parent / "out")
+
+
+def evaluate(there: Path) -> None:
+    evaluate_run(there, [], task=None, limit=None, as_json=False, say=quiet)
+
+
+Actions = tuple[tuple[Callable[[Path], Any], ...], int]
+"""What reads a file, and the flips of the suite."""
+FILES: dict[str, Actions] = {
+    "done.json": ((go_on, run_report, evaluate, export), 12),
+    "metrics.jsonl": ((run_report, evaluate, resume), 9),
+    "samples.jsonl": ((run_report, resume), 6),
+    "held_out_texts.jsonl": ((run_report, resume), 8),
+    "held_out.json": ((run_report,), 30),
+    "recipe.yaml": ((go_on, run_report, evaluate, export, open_subject), 10),
+    "inputs.json": ((go_on,), 12),
+    "tokenizer/tokenizer.json": ((go_on,), 10),
+    "tokenizer/tokenizer_config.json": ((go_on,), 10),
+    "tokenizer/made_from.json": ((go_on,), 20),
+    "model/firth.json": ((open_subject, go_on, run_report, export), 20),
+    "model/config.json": ((open_subject, run_report, export), 20),
+    "model/tokenizer.json": ((open_subject, export), 20),
+    "model/tokenizer_config.json": ((open_subject, export), 20),
+    "adapter/adapter_config.json": ((lambda there: open_subject(there / "adapter"),), 20),
+    "adapter/firth.json": ((lambda there: open_subject(there / "adapter"),), 20),
+    "checkpoints/step-000002/manifest.json": ((resume,), 3),
+    "checkpoints/step-000002/state.json": ((resume,), 2),
+    "reference/*/*/done.json": ((resume,), 5),
+}
+
+
+def flipped(raw: bytes, draw: random.Random) -> bytes:
+    """The bytes with one to three of them replaced, or one bit of one changed, and now and then cut."""
+    found = bytearray(raw)
+    for _ in range(draw.choice((1, 1, 3))):
+        at = draw.randrange(len(found))
+        found[at] = draw.choice((found[at] ^ 1 << draw.randrange(8), draw.randrange(256), *b'09-"[{,}e '))
+    return bytes(found[: draw.randrange(len(found))] if draw.random() < 0.1 else found)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_bytes_end_in_a_sentence(name: str, whole: Path, tmp_path: Path) -> None:
+    there, draw = tmp_path / "run", random.Random(name)
+    shutil.copytree(whole, there)
+    relative = next(whole.glob(name)).relative_to(whole)
+    raw = (whole / relative).read_bytes()
+    actions, count = FILES[name]
+    refused = 0
+    for number in range(FLIPS or count):
+        damaged = flipped(raw, draw)
+        if number % (4 if not FLIPS else 20) == 0:
+            shutil.rmtree(there)
+            shutil.copytree(whole, there)
+        for action in actions if FLIPS else (actions[number % len(actions)],):
+            (there / relative).parent.mkdir(exist_ok=True)
+            (there / relative).write_bytes(damaged)
+            try:
+                action(there)
+            except UserError as error:
+                refused += 1
+                if "\n" in str(error):
+                    pytest.fail(f"more than one line: {error}")
+            except Exception as error:
+                raise AssertionError(f"{action} of {damaged!r}: {error!r}") from error
+    assert refused or name.startswith("checkpoints/")  # there an earlier one takes its place
