@@ -41,11 +41,9 @@ RESULTS = Path("runs/learn_recurrent")
 WIDTH = 128
 LABELS, SCORED = 500, 2000
 TOKENIZER = ("tokenizer.algorithm=word", "tokenizer.size=10000")
-READER = (
-    f"{{vocab: 1, width: {WIDTH}, depth: 1, heads: 1, norm_at: post, position: none, recurrent: lstm, dropout: 0.1}}"
-)
+READER = f"{{width: {WIDTH}, depth: 1, heads: 1, norm_at: post, position: none, recurrent: lstm, dropout: 0.1}}"
 SPELLER = (
-    f"{{vocab: 1, width: {2 * WIDTH}, depth: 2, heads: 1, norm_at: post, position: none, recurrent: lstm, causal: false, "
+    f"{{width: {2 * WIDTH}, depth: 2, heads: 1, norm_at: post, position: none, recurrent: lstm, causal: false, "
     "apart: true, skip: true, tied: false, head_bias: true, characters: 16, filters: 256}"
 )
 

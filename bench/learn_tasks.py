@@ -208,7 +208,7 @@ def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
         settings += [f"source.valid=[{test}]", "checks.every=0", f"checks.examples={TESTED}"]
     if arm == "scratch":  # the shape and the tokenizer of our own, and none of its weights
         shape = json.loads((Path(start) / "firth.json").read_text("utf-8"))["shape"]
-        settings += [f"tokenizer.path={start}", f"shape={json.dumps(shape)}"]
+        settings += [f"tokenizer.path={start}", f"shape={json.dumps(shape | {'vocab': None})}"]
     else:
         settings.append(f"start={start}")
     place_ = RESULTS / "runs" / f"{name}-{arm}-{seed}"

@@ -335,7 +335,7 @@ def test_checks_of_answers_are_squad_s_by_question(tmp_path: Path) -> None:
     train, valid = windows(tmp_path / "train.json", 8), windows(tmp_path / "valid.json", 5)
     settings = [
         f"source={train}", f"source.valid={valid}", f"tokenizer.path={tmp_path}/tok", "shape.width=32", "shape.depth=1",
-        "shape.heads=2", "shape.context=64", "shape.causal=false", "shape.segments=2", "shape.vocab=600", "precision=fp32",
+        "shape.heads=2", "shape.context=64", "shape.causal=false", "shape.segments=2", "precision=fp32",
         "segment.length=32", "segment.question=8", "segment.stride=8", "length.steps=60", "checks.every=20", "checks.save=0",
         "checks.best=exact_match", "batch.rows=16", "optimizer.rate=1e-2",
     ]  # fmt: skip

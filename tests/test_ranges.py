@@ -140,6 +140,6 @@ def test_a_part_of_a_shape_names_the_cure() -> None:
     with pytest.raises(UserError) as caught:
         load("classify", ["shape.width=64"])
     said = str(caught.value)
-    assert said.startswith("shape lacks vocab, depth, heads, for the recipe 'classify' has no shape of its own")
+    assert said.startswith("shape lacks depth, heads, for the recipe 'classify' has no shape of its own")
     assert "start=RUN" in said and "causal: false" in said
     assert load("classify", ["shape={vocab: 100, width: 32, depth: 1, heads: 2, causal: false}"]).shape is not None

@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "records.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     common = [f"source.path={folder / 'text.txt'}", "tokenizer.size=400", "length.steps=4", "segment.length=24"]
     for name, recipe in (("decoder", "llama"), ("encoder", "roberta")):
-        run(load(recipe, [*common, *SHAPE, *SMALL, "shape.vocab=400"]), folder / name, quiet)
+        run(load(recipe, [*common, *SHAPE, *SMALL]), folder / name, quiet)
     return folder
 
 

@@ -22,7 +22,7 @@ from firth.text.tokenizer import Tokenizer
 from firth.types import UserError
 
 SHAPE = (
-    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false", "shape.vocab=300",
+    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false",
     "shape.segments=2", "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "checks.save=0",
     "length.steps=2",
 )  # fmt: skip

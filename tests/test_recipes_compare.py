@@ -194,7 +194,7 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     records: Path, tmp_path: Path
 ) -> None:
     shape = [setting for setting in SMALL if setting.startswith("shape.")]
-    t5 = load("t5", [*shape, "shape.encoder=1"])
+    t5 = load("t5", [*shape, "shape.encoder=1", "tokenizer.size=400"])
     recipe = load("classify", [
         f"source.path={records}", "tokenizer.size=400", "objective.at=answer", "length.steps=4", "precision=fp32",
     ])  # fmt: skip

@@ -183,9 +183,9 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
         "segment.reward": ("ppo", [*ppo, f"start={folder / 'policy'}", f"segment.reward={folder / 'reward'}"], "reward"),
         "segment.teacher": ("semi_supervised", [labels, *begin], "teacher"),
         "embeddings": ("classify", [labels, f"embeddings={folder / 'encoder'}", "shape.width=32", "shape.depth=1",
-                                    "shape.heads=2", "shape.vocab=9", "shape.causal=false", "shape.context=64"], "encoder"),
+                                    "shape.heads=2", "shape.causal=false", "shape.context=64"], "encoder"),
         "tokenizer.path": ("classify", [labels, f"tokenizer.path={folder / 'encoder'}", "shape.width=32", "shape.depth=1",
-                                        "shape.heads=2", "shape.vocab=9", "shape.causal=false", "shape.context=64"], "encoder"),
+                                        "shape.heads=2", "shape.causal=false", "shape.context=64"], "encoder"),
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from firth.types import UserError
 TINY = [
     "source.held_out=0.2", "length.steps=3", "batch.rows=4", "tokenizer.size=400", "segment.length=24", "checks.save=0",
 ]  # fmt: skip
-ENCODER = "shape={vocab: 400, width: 32, depth: 1, heads: 2, causal: false, context: 64}"
+ENCODER = "shape={width: 32, depth: 1, heads: 2, causal: false, context: 64}"
 
 
 def settled(folder: Path, name: str, *settings: str) -> dict[str, object]:
@@ -48,7 +48,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("classify", [ENCODER], 24, 0),
         ("classify", [ENCODER, "batch.pack=0"], 0, 0),
         ("classify", [ENCODER, "batch.sort=7"], 0, 7),
-        ("classify", ["shape={vocab: 400, width: 32, depth: 1, heads: 2, causal: false, context: 64, linformer: 8}"], 0, ALIKE),
+        ("classify", ["shape={width: 32, depth: 1, heads: 2, causal: false, context: 64, linformer: 8}"], 0, ALIKE),
         ("choose", [ENCODER], 0, ALIKE),
     ],
 )  # fmt: skip
@@ -81,7 +81,7 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
     rows = [{"text": f"word {'again ' * (i % 9)}", "label": "ab"[i % 2]} for i in range(160)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 1, causal: false, context: 64}"
+    shape = "shape={width: 32, depth: 1, heads: 1, causal: false, context: 64}"
     settings = [
         f"source={file}",
         "tokenizer.size=400",
@@ -103,7 +103,7 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
 def test_a_refused_recipe_leaves_the_one_that_began_the_run(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"word {i}", "label": "ab"[i % 2]}) + "\n" for i in range(40)))
-    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 1, causal: false, context: 64}"
+    shape = "shape={width: 32, depth: 1, heads: 1, causal: false, context: 64}"
     settings = [f"source={file}", "tokenizer.size=400", shape, "length.steps=4", "batch.rows=8", "checks.save=2"]
     directory = tmp_path / "run"
     run(load("classify", settings), directory, lambda _: None)

@@ -21,7 +21,7 @@ from firth.recipes.run import Finished, run
 from firth.types import UserError
 
 SHAPE = (
-    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false", "shape.vocab=300",
+    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false",
     "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "shape.segments=2",
 )  # fmt: skip
 GOOD, BAD = ("fine", "lovely", "warm"), ("dull", "cold", "grim")
@@ -149,7 +149,7 @@ def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> Non
 
 def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "reviews.csv"
-    settings = ["shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}", "length.steps=1"]
+    settings = ["shape={width: 32, depth: 1, heads: 2, context: 96, causal: false}", "length.steps=1"]
     recipe = load("classify", [*settings, f"source={path}", "segment.text=reviews", "segment.label=stars"])
     with pytest.raises(UserError, match=r"reviews\.csv:2: there is no field 'reviews'; did you mean 'review'\?"):
         run(recipe, tmp_path / "run", lambda _: None)
@@ -164,7 +164,7 @@ def test_one_document_has_no_pairs(folder: Path, tmp_path: Path) -> None:
 
 
 def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
-    shape = "shape={vocab: 400, width: 32, depth: 1, heads: 2, context: 96, causal: false}"
+    shape = "shape={width: 32, depth: 1, heads: 2, context: 96, causal: false}"
     settings = [shape, f"source={folder}/reviews.csv", "tokenizer.size=400", "length.steps=1", "checks.save=0"]
     done = run(
         load("classify", [*settings, "segment.text=review", "segment.label=stars"]), tmp_path / "run", lambda _: None
@@ -291,7 +291,7 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
 def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
     settings = [
         f"source={folder}/reviews.csv", "segment.prompt=is it good? {review}", "segment.answer_is={stars}",
-        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "shape.encoder=1", "shape.vocab=300", "shape.context=96",
+        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "shape.encoder=1", "shape.context=96",
         "length.steps=2", "checks.save=0", "precision=fp32", "segment.length=64",
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
@@ -312,7 +312,7 @@ def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Pa
     rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(120))]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
-        *SHAPE[:4], "shape.vocab=300", *SHAPE[6:10], shape, f"tokenizer.path={tokens(folder)}", "checks.save=0",
+        *SHAPE[:4], *SHAPE[5:9], shape, f"tokenizer.path={tokens(folder)}", "checks.save=0",
         f"source={tmp_path}/pairs.jsonl", "segment.pair=other", "length.steps=40", "source.held_out=0.2",
     ]  # fmt: skip
     done = run(load("classify", settings), tmp_path / "run", lambda _: None)

@@ -93,7 +93,6 @@ def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, fiel
     settings = [f"source.path={place / 'labels.jsonl'}", f"tokenizer.path={place / 'theirs' / 'tokenizer'}"]
     shape = (
         [
-            "shape.vocab=400",
             "shape.causal=false",
             "shape.width=32",
             "shape.depth=1",

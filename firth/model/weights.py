@@ -171,7 +171,9 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
-            raise UserError(f"cannot start from {directory}: {_difference(model.shape, shape)}; use the same shape")
+            raise UserError(
+                f"cannot start from {directory}: {_difference(model.shape, shape)}; use the same shape, which shape=null does"
+            )
     there, here = _by_part(state), _by_part(mine)
     kept = _kept(mine, state)
     fill = {n: t for n, t in state.items() if not n.startswith("parts.")} | {n: state[n] for p in kept for n in here[p]}

@@ -47,7 +47,7 @@ from firth.recipes.material import Echo, Material, Text
 from firth.recipes.probe import MOST, Drawn, draw
 from firth.recipes.recipe import Checks, Recipe, TokenizerPlan
 from firth.recipes.run import run
-from firth.recipes.run_tokenizer import sentinels_of, tokenizer_of
+from firth.recipes.run_tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.recipes.verdict import Score
 from firth.report.figures import number
 from firth.text.tokenizer import Tokenizer
@@ -289,6 +289,9 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     return Arena(terms, out, tokenizer, contenders, hidden, cloze.commonest(learnt, hidden), probe, drawn)
 
 
+GOES_ON = "goes on from another run, and what is compared begins from nothing: take recipes that pretrain"
+
+
 def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
     """The recipes by the names they have in tables; refused where they cannot stand side by side."""
     loaded: dict[str, Recipe] = {}
@@ -298,9 +301,7 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
         label = labels[name]
         bare = recipes.load(name)
         if bare.shape is None or bare.start:
-            raise UserError(
-                f"{name} goes on from another run, and what is compared begins from nothing: take recipes that pretrain"
-            )
+            raise UserError(f"{name} {GOES_ON}")
         if label in loaded:
             raise UserError(f"{label} is named twice: compare different recipes")
         own = [s.removeprefix(f"{label}.") for s in settings if s.startswith(f"{label}.")]
@@ -308,6 +309,8 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
             loaded[label] = recipes.load(name, [*common, *own])
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
+        if loaded[label].start:
+            raise UserError(f"{name} {GOES_ON}")
     if not loaded:
         raise UserError("name the recipes to compare, for example: firth compare roberta gpt --seconds 60")
     first, *rest = loaded
@@ -345,6 +348,7 @@ def _fitted(
     assert recipe.shape is not None
     shape = dataclasses.replace(recipe.shape, vocab=tokenizer.vocab.size)
     try:
+        check_vocab(recipe, tokenizer)
         refuse_misfit(recipe.objective, shape)
         if probed:
             refuse_misfit(Classification(classes=("a", "b"), at=place(shape, recipe.objective.reads())), shape)

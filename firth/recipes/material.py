@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -277,7 +277,7 @@ def train_tokenizer(
     counts = Counts()
     plain = (d.text for d in read.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(
-        plain if texts is None else texts(counts), algorithm, size, seed=seed, sample=sample, sentinels=sentinels,
+        _nonempty(plain if texts is None else texts(counts), paths), algorithm, size, seed=seed, sample=sample, sentinels=sentinels,
         byte_fallback=byte_fallback, echo=echo,
     )  # fmt: skip
     tokenizer.save(out)
@@ -288,3 +288,13 @@ def train_tokenizer(
     )
     echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
     return tokenizer
+
+
+def _nonempty(texts: Iterable[str], paths: Sequence[str]) -> Iterator[str]:
+    """Yield the texts; UserError with the files behind the last one if all of them are empty."""
+    found = False
+    for text in texts:
+        found = found or bool(text.strip())
+        yield text
+    if not found:
+        raise UserError(f"{', '.join(paths)}: there is no text here: every document is empty")

@@ -14,7 +14,8 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,8 @@ from firth.recipes.adapt import ADAPTS, Adapt, Full, refuse_adapt
 from firth.recipes.fits import SEGMENTS, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.material import Text
 from firth.recipes.names import RECIPES
-from firth.recipes.segments import Segment
+from firth.recipes.segments import Segment, model_directory
+from firth.text.tokenizer import Tokenizer
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 from firth.types import UserError
@@ -48,6 +50,8 @@ class TokenizerPlan(Ranged, section="tokenizer"):
     byte_fallback: bool = True
     sample: PositiveInt = 200_000_000
 
+
+DEFAULT_SIZE = TokenizerPlan().size
 
 ALIKE = 50
 """Steps that share their examples out by length, where a recipe leaves it open."""
@@ -113,9 +117,9 @@ class Recipe(Ranged):
 
     start: a run or model directory whose weights to begin from. adapt: how much of them is trained
     (`firth.recipes.adapt`). embeddings: one of the same tokenizer whose token vectors alone are taken over, into a model
-    that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of `start`; its `vocab` is set from the
-    tokenizer. samples: texts that the model continues before training and after, for the report; it fills those with a
-    <mask> in them, and word vectors name a word's neighbours. unigram: a model that starts from nothing begins with the
+    that knows nothing else (`firth.generate.vectors`). shape: None takes the shape of `start`; its `vocab` may be left out, and
+    is then the tokenizer's number of ids. samples: texts that the model continues before training and after, for the report; it
+    fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that starts from nothing begins with the
     frequencies of the answers (`firth.model.unigram`). precision: "auto" is what this machine is measured to be fast at.
     compile: torch.compile the blocks; on a CPU that takes a compiler of C++ and half a minute, and gains a twentieth.
     recompute: keep no activations inside of attention blocks, and run these again on the way back.
@@ -173,10 +177,17 @@ def published(name: str) -> Recipe:
     module, function = RECIPES[name].split(":")
     make: Callable[..., Recipe] = getattr(importlib.import_module(module), function)
     if not colon:
-        return make()
+        return _of_tokenizer(make())
     if "size" not in inspect.signature(make).parameters:
         raise UserError(f"the recipe {name!r} comes in one size: leave out {colon + size!r}")
-    return make(size)
+    return _of_tokenizer(make(size))
+
+
+def _of_tokenizer(recipe: Recipe) -> Recipe:
+    """Return a recipe whose model has as many ids as its tokenizer: published tables may be padded (T5's 32,128 rows)."""
+    if recipe.shape is None:
+        return recipe
+    return replace(recipe, shape=replace(recipe.shape, vocab=recipe.tokenizer.size))
 
 
 ONE_OF = (("length", ("steps", "seconds", "flops")), ("source", ("path", "corpus")))
@@ -200,6 +211,45 @@ def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     return data
 
 
+WHOLE = (
+    "begin from a model with start=RUN, or give a whole shape, for an encoder "
+    "shape='{width: 128, depth: 2, heads: 2, causal: false}'"
+)
+"""What cures a recipe without a shape."""
+
+
+def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collection[str]) -> None:
+    """Set the shape's number of ids where the user leaves it open: to that of a given tokenizer, else to `tokenizer.size`.
+
+    It is open where it is not there or null, and where the recipe had the size of its own tokenizer and assignments choose
+    another tokenizer. Any other number is checked against the tokenizer when the run begins (`check_vocab`).
+
+    Args:
+        changed: The recipe with its assignments, as plain data.
+        data: The recipe without them.
+        names: The fields that the assignments set.
+    """
+    shape, plan = changed.get("shape"), _mapping(changed.get("tokenizer"))
+    if not isinstance(shape, dict):
+        return
+    before, size = _mapping(data.get("shape")).get("vocab"), _mapping(data.get("tokenizer")).get("size", DEFAULT_SIZE)
+    follows = before == size and "shape.vocab" not in names and "shape" not in names
+    chosen = any(one.split(".")[0] in ("tokenizer", "embeddings", "start") for one in names)
+    if shape.get("vocab") is not None and not (follows and chosen):
+        return
+    path, begins = plan.get("path"), changed.get("start") or changed.get("embeddings")
+    given = Path(path) if path else model_directory(begins) if begins else None
+    size = plan.get("size", DEFAULT_SIZE)
+    if given is not None:
+        with suppress(UserError):  # a tokenizer that is not there is refused when the run begins
+            size = Tokenizer.load(given).vocab.size
+    shape["vocab"] = size if isinstance(size, int) and size > 0 else DEFAULT_SIZE  # a wrong size has its own sentence
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, a run directory or a published name, with `field=value` assignments laid over it.
 
@@ -211,17 +261,25 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     lines: dict[tuple[str, ...], str] = {}
     if path.suffix in (".yaml", ".yml") or path.exists():
         data, lines = tree.read_yaml(path)
+        file = True
     else:
-        data = tree.plain(published(name))
+        data, file = tree.plain(published(name)), False
     changed: dict[str, Any] = _one_of_each(tree.override(data, assignments), assignments)
+    names = {one.partition("=")[0] for one in assignments}
+    if "start" in names and changed.get("start") and not file and not any(n.split(".")[0] == "shape" for n in names):
+        changed["shape"] = None  # the model to begin from has one; the published one is nobody's wish
     if data.get("shape") is None and isinstance(changed.get("shape"), dict):
-        missing = [one for one in ("vocab", "width", "depth", "heads") if one not in changed["shape"]]
+        missing = [one for one in ("width", "depth", "heads") if one not in changed["shape"]]
+        if missing and changed.get("start"):
+            raise UserError(
+                f"shape lacks {', '.join(missing)}: the shape of a run with a start is that of {changed['start']}, so leave out "
+                f"{', '.join(sorted(n for n in names if n.startswith('shape')))}"
+            )
         if missing:
             raise UserError(
-                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: begin from a model with "
-                "start=RUN, or give a whole shape, for an encoder "
-                "shape='{vocab: 8192, width: 128, depth: 2, heads: 2, causal: false}'"
+                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: {WHOLE}"
             )
+    _fill_vocab(changed, data, names)
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
     recipe: Recipe = tree.build(Recipe, changed, tree.Where((), lines, said))
     if not recipe.source.path and {("source",), ("source", "path")} & said.keys():

@@ -39,8 +39,8 @@ from firth.recipes.fits import check_room, refuse_cut, refuse_memory, refuse_mis
 from firth.recipes.held import Held, vocab
 from firth.recipes.inputs import Inputs, begun, content_hash, recorded_hash
 from firth.recipes.material import Echo, Material
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run_tokenizer import resolved_size, tokenizer_of
+from firth.recipes.recipe import WHOLE, Recipe, load
+from firth.recipes.run_tokenizer import check_vocab, resolved_size, tokenizer_of
 from firth.recipes.segments import Cut, model_directory
 from firth.recipes.use import Opened
 from firth.report.page import write as write_report
@@ -94,6 +94,9 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
 def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     """`run` on one rank."""
     tell = echo if ranks.first else _silent
+    if recipe.shape is None and not recipe.start:
+        raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {WHOLE}")
+    _check_models(recipe)
     make_directory(directory)
     inputs = _first_alone(ranks, lambda: Inputs.read(recipe, directory, tell))
     continued = begun(directory)
@@ -104,6 +107,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     if continued:
         inputs.check(directory)
     _refuse_strangers(tokenizer, recipe)
+    check_vocab(recipe, tokenizer)
     material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _first_alone(
         ranks, lambda: _settled(recipe, material)
@@ -246,6 +250,16 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
     return made
 
 
+def _check_models(recipe: Recipe) -> None:
+    """Raise a UserError if a model that a run begins from is not there, or not yet."""
+    for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
+        place = Path(begins)
+        if begins and not place.exists():
+            raise UserError(f"{name}={begins}: there is no such run or model directory, nor a GGUF file")
+        if begins and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
+            raise UserError(f"{name}={begins}: this run has no model yet: finish it with `firth train {begins}`")
+
+
 def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
     for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
@@ -267,10 +281,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         ):  # records have nothing before them: finetuned without memory
             theirs = dataclasses.replace(theirs, memory=0)
         shape = theirs if shape is None else shape
-    if shape is None:
-        raise UserError(
-            f"the recipe {recipe.name!r} says neither a shape nor a start: set shape.width=... or start=RUN"
-        )
+    assert shape is not None
     if recipe.start:
         refuse_larger(material.tokenizer, shape, recipe.start)
     else:

@@ -82,6 +82,25 @@ def tokenizer_of(
     return made
 
 
+def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse a number of ids in a recipe that is not its tokenizer's.
+
+    A tokenizer that is trained may have fewer ids than `tokenizer.size`, where the text is small: a shape of that size follows.
+
+    Raises:
+        UserError: `shape.vocab` is another number. Of a run with a start the weights decide.
+    """
+    if recipe.shape is None or recipe.start:
+        return
+    stated, plan, count = recipe.shape.vocab, recipe.tokenizer, tokenizer.vocab.size
+    trained = not plan.path and not recipe.embeddings
+    if stated != count and not (trained and stated == plan.size):
+        raise UserError(
+            f"shape.vocab={stated} is not the number of ids of the tokenizer, which is {count}: leave shape.vocab out, and it "
+            "is taken from there"
+        )
+
+
 def resolved_size(directory: Path) -> int:
     """Return `tokenizer.size` as the resolved recipe of a run has it: the ids that there are.
 

@@ -13,7 +13,7 @@
 Whatever is wrong with a file is said with its line, and counted. Records whose label says that there is none (SNLI's "-") are
 left out where they are told: "segment.absent=['-']".
 
-Without start=MODEL they begin from nothing: shape={vocab: 4096, width: 192, depth: 4, heads: 3, causal: false}. An encoder
+Without start=MODEL they begin from nothing: shape={width: 192, depth: 4, heads: 3, causal: false}. An encoder
 answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
 
 The examples of a step are packed into rows as long as the longest may be, and do not see one another; where they cannot be

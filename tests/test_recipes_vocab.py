@@ -1,0 +1,134 @@
+"""The number of ids in a recipe is the tokenizer's, and a run with a start takes the shape of its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from firth.recipes.compare import Terms, compare
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.train import train
+from firth.train.schedule import Length
+from firth.types import UserError
+
+TEXT = "\n".join(
+    f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot") for b in ("paints", "sells") for c in ("at dawn", "in Leeds")
+)  # fmt: skip
+BODY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.hidden=64", "shape.context=32", "segment.length=16",
+        "length.steps=1", "batch.rows=4", "checks.every=0", "source.held_out=0", "precision=fp32"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, a tokenizer of 290 ids, and runs: `trained` of a size of 300, `given` of that tokenizer."""
+    folder = tmp_path_factory.mktemp("vocab")
+    (folder / "text.txt").write_text(TEXT)
+    train([TEXT], "byte-bpe", 290).save(folder / "tokenizer")
+    for name, setting in (("trained", "tokenizer.size=300"), ("given", f"tokenizer.path={folder / 'tokenizer'}")):
+        run(load("gpt", [*BODY, f"source.path={folder / 'text.txt'}", setting]), folder / name, lambda _: None)
+    return folder
+
+
+def refused(name: str, settings: list[str], out: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        run(load(name, settings), out, lambda _: None)
+    return str(caught.value)
+
+
+def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
+    """On the command line, in a whole shape, in a user's file; of a trained and of a given tokenizer."""
+    text, given = f"source.path={place / 'text.txt'}", f"tokenizer.path={place / 'tokenizer'}"
+    said = "shape.vocab={} is not the number of ids of the tokenizer, which is {}: leave shape.vocab out, and it is taken from there"
+    assert refused("gpt", [*BODY, text, "tokenizer.size=300", "shape.vocab=10"], tmp_path / "a") == said.format(10, 300)
+    assert refused("gpt", [*BODY, text, given, "shape.vocab=4096"], tmp_path / "b") == said.format(4096, 290)
+    whole = "shape={vocab: 10, width: 32, depth: 1, heads: 1, context: 32}"
+    assert refused("gpt", [*BODY[5:], text, given, whole], tmp_path / "c") == said.format(10, 290)
+    recipe = yaml.safe_load((place / "given" / "recipe.yaml").read_text())
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(recipe | {"shape": recipe["shape"] | {"vocab": 8192}}))
+    assert refused(str(mine), [], tmp_path / "d") == said.format(8192, 290)
+    settings = [*BODY[:6], text, "source.split=line", "tokenizer.size=300", "gpt.shape.vocab=10"]
+    with pytest.raises(
+        UserError, match=r"^gpt: shape.vocab=10 is not the number of ids of the tokenizer, which is 300"
+    ):
+        compare(["gpt"], settings, Terms(Length(flops=1e9), (1.0,), 1, "none"), tmp_path / "e", echo=lambda _: None)
+
+
+def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
+    """Its recipe has the real number of ids, and so has one with another tokenizer or another size."""
+    for name, count in (("trained", 300), ("given", 290)):
+        file = place / name / "recipe.yaml"
+        assert yaml.safe_load(file.read_text())["shape"]["vocab"] == count
+        assert run(load(str(file)), tmp_path / name, lambda _: None).steps == 1
+        weights = [one / "model" / "model.safetensors" for one in (place / name, tmp_path / name)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    for name, setting, count in (
+        ("trained", "tokenizer.size=280", 280),
+        ("trained", f"tokenizer.path={place / 'tokenizer'}", 290),
+        ("given", "tokenizer.path=", 290),
+        ("gpt", "tokenizer.size=280", 280),
+        ("gpt", f"tokenizer.path={place / 'tokenizer'}", 290),
+        ("gpt", f"embeddings={place / 'given'}", 290),
+    ):
+        shape = load(str(place / name / "recipe.yaml") if name != "gpt" else name, [setting]).shape
+        assert shape is not None and shape.vocab == count, (name, setting)
+
+
+def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
+    for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
+        made = load("classify", [f"shape={shape}", "tokenizer.size=500"]).shape
+        assert made is not None and made.vocab == 500
+    made = load("classify", ["shape={width: 32, depth: 1, heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).shape
+    assert made is not None and made.vocab == 290
+    small = [*BODY, f"source.path={place / 'text.txt'}", "tokenizer.size=4000"]
+    done = run(load("gpt", small), tmp_path / "small", lambda _: None)
+    ids = yaml.safe_load((done.directory / "recipe.yaml").read_text())["shape"]["vocab"]
+    assert ids < 4000  # a text with fewer than the recipe and its tokenizer have
+
+
+def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
+    """A published recipe gives way to the start; what a user wrote does not, and the sentence names the cure."""
+    assert load("gpt", [f"start={place / 'given'}"]).shape is None
+    on = [f"source.path={place / 'text.txt'}", *BODY[5:], f"start={place / 'given'}"]
+    assert run(load("gpt", on), tmp_path / "on", lambda _: None).steps == 1
+    said = refused("gpt", [*on, "shape.width=96"], tmp_path / "a")
+    assert said.endswith("shape.width is 32 there and 96 here; use the same shape, which shape=null does")
+    assert run(load(str(place / "trained" / "recipe.yaml"), on), tmp_path / "b", lambda _: None).steps == 1
+    recipe = yaml.safe_load((place / "trained" / "recipe.yaml").read_text())
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(recipe | {"shape": recipe["shape"] | {"hidden": 96}}))
+    said = refused(str(mine), on, tmp_path / "c")
+    assert said.endswith("shape.hidden is 64 there and 96 here; use the same shape, which shape=null does")
+    assert run(load(str(mine), [*on, "shape=null"]), tmp_path / "c", lambda _: None).steps == 1
+    said = refused("classify", [*on, "shape.dropout=0.1"], tmp_path / "d")
+    assert said == (
+        f"shape lacks width, depth, heads: the shape of a run with a start is that of {place / 'given'}, so leave out shape.dropout"
+    )
+
+
+@pytest.mark.parametrize("settings", [["shape=null"], []])
+def test_neither_a_shape_nor_a_start_is_refused_first(settings: list[str], tmp_path: Path) -> None:
+    """Before any text is read."""
+    said = refused("gpt" if settings else "classify", settings, tmp_path / "none")
+    assert "has neither a shape nor a start: begin from a model with start=RUN, or give a whole shape" in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_start_without_a_model_names_the_cure(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").write_text((place / "given" / "recipe.yaml").read_text())
+    for field in ("start", "embeddings"):
+        said = refused("gpt", [f"{field}={tmp_path / 'none'}"], tmp_path / "out")
+        assert said == f"{field}={tmp_path / 'none'}: there is no such run or model directory, nor a GGUF file"
+        said = refused("gpt", [f"{field}={tmp_path / 'begun'}"], tmp_path / "out")
+        cure = f"finish it with `firth train {tmp_path / 'begun'}`"
+        assert said == f"{field}={tmp_path / 'begun'}: this run has no model yet: {cure}"
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    said = refused("gpt", [*BODY, f"source.path={tmp_path / 'empty.txt'}"], tmp_path / "out")
+    assert said == f"{tmp_path / 'empty.txt'}: there is no text here: every document is empty"
