@@ -69,7 +69,7 @@ def read_rows(file: Path, needs: Fields, cure: str, *, cut: bool = False) -> lis
 
 def _check(found: Mapping[str, Any], needs: Fields, place: str, cure: str) -> None:
     for name, kinds in needs.items():
-        if not isinstance(found.get(name), kinds):
+        if name not in found or not isinstance(found[name], kinds):
             raise UserError(f"{place}: the field {name!r} is missing or of another kind: {cure}")
 
 
