@@ -110,7 +110,10 @@ def run_report(directory: Path) -> Report:
     if not rows:
         raise UserError(f"{directory / 'metrics.jsonl'} holds no row yet: train a few more steps")
     recipe_file = directory / "recipe.yaml"
-    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
+    try:
+        recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{recipe_file} is not UTF-8 ({error}): copy it again") from None
     kinds = objectives(recipe)
     learnt, ran = figures(rows)
     once = _once(rows)
@@ -275,9 +278,10 @@ def objectives(recipe: str) -> list[str]:
     >>> objectives("objective: [nsp, {kind: mlm, rate: 0.2}]"), objectives("objective: causal"), objectives("")
     (['nsp', 'mlm'], ['causal'], [])
     """
-    said = (parse_yaml(recipe, "recipe.yaml")[0] or {}).get("objective", [])
+    found = parse_yaml(recipe, "recipe.yaml")[0]
+    said = found.get("objective", []) if type(found) is dict else []
     listed = said if type(said) is list else [said]
-    return [str(one["kind"] if type(one) is dict else one) for one in listed]
+    return [str(one.get("kind") if type(one) is dict else one) for one in listed]
 
 
 def series(rows: Sequence[Row], split: str, name: str, x: str) -> tuple[list[float], list[float]]:
