@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turned = [WORDS[(i * (number % 7 + 1) + number) % len(WORDS)] for i in range(300)]
         lines = [" ".join(turned[i : i + 9]).capitalize() for i in range(0, 300, 9)]
         (place / "text" / f"{number}.txt").write_text(". ".join(lines))
-    train_tokenizer([str(place / "text")], place / "tok", algorithm="byte-bpe", size=400, echo=lambda _: None)
+    train_tokenizer([str(place / "text")], place / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None)
 
     def write(name: str, record: Callable[[int, list[str]], object]) -> None:
         spoken = [[WORDS[(i * 3 + k) % len(WORDS)] for k in range(5)] + [f"number {i}"] for i in range(40)]
