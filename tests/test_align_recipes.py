@@ -147,7 +147,7 @@ def test_dropout_on_is_reported(
 ) -> None:
     """The option turns dropout on: the first numbers differ by more than rounding, and the run reports it."""
     rows = first_rows(place, tmp_path, name, "objective.dropout=true", "precision=fp32")
-    assert faults(name, rows, old, 10 * TOLERANCE["fp32"]) != {}
+    assert faults(name, rows, old, TOLERANCE["fp32"]) != {}
     assert "the first ratios are not 1" in capsys.readouterr().out
 
 
