@@ -44,6 +44,7 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "closed_book_questions": ("closed_book", "dialogues.jsonl", ()),
     "instruct": ("gpt", "dialogues.jsonl", ()),
     "reward": ("gpt", "preferences.jsonl", ()),
+    "ranking": ("gpt", "rankings.jsonl", ()),
     "dpo": ("gpt", "preferences.jsonl", ()),
     "reinforce": ("gpt", "dialogues.jsonl", ("segment.scorer=builtins:len", "segment.answers=8", "segment.max_new=6")),
     "ppo": ("gpt", "dialogues.jsonl", ("segment.reward={reward}", "segment.answers=8", "segment.max_new=6")),
@@ -62,7 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turned = [WORDS[(i * (number % 7 + 1) + number) % len(WORDS)] for i in range(300)]
         lines = [" ".join(turned[i : i + 9]).capitalize() for i in range(0, 300, 9)]
         (place / "text" / f"{number}.txt").write_text(". ".join(lines))
-    train_tokenizer([str(place / "text")], place / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None)
+    train_tokenizer(
+        [str(place / "text")], place / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None
+    )
 
     def write(name: str, record: Callable[[int, list[str]], object]) -> None:
         spoken = [[WORDS[(i * 3 + k) % len(WORDS)] for k in range(5)] + [f"number {i}"] for i in range(40)]
@@ -76,6 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("votes", lambda i, words: {"text": " ".join(words), "labels": ["a", "b", "ab"[i % 2]]})
     write("dialogues", lambda i, words: {"prompt": " ".join(words), "completion": words[0]})
     write("preferences", lambda i, words: {"prompt": " ".join(words), "chosen": words[0], "rejected": "fool fool"})
+    write("rankings", lambda i, words: {"prompt": " ".join(words), "answers": [words[0], words[1], "fool fool"]})
     write("questions", lambda i, words: {
         "id": str(i), "question": "who?", "context": " ".join(words), "title": str(i),
         "answers": {"text": [words[0]], "answer_start": [0]},

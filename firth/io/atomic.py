@@ -122,14 +122,29 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
-        lock = os.open(scratch, os.O_RDONLY)
+        scratch, lock = _locked_directory(path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             os.close(lock)
+
+
+def _locked_directory(path: Path) -> tuple[Path, int]:
+    """Create a scratch directory and return it with the descriptor that holds its lock.
+
+    Until it is locked another process may take it for abandoned and remove it: then the next one is made.
+    """
+    while True:
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)
 
 
 def _remove_abandoned(path: Path) -> None:
