@@ -23,9 +23,10 @@ import yaml
 from firth.gguf import find, read
 from firth.io.atomic import write_text
 from firth.io.jsons import read_rows
-from firth.io.yamls import read_yaml
 from firth.model.files import read_json
 from firth.model.lm import LM
+from firth.recipes import tree
+from firth.recipes.recipe import load
 from firth.text.corpora import CATALOGUE
 
 KINDS = {"left": "text-generation", "both": "fill-mask", "source": "text2text-generation", "": "feature-extraction"}
@@ -64,7 +65,7 @@ def of_run(
     file = run / "recipe.yaml"
     if not file.exists():
         return of_directory(run, place, model, said, facts)
-    given = read_yaml(file)[0]
+    given = tree.plain(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
     recipe, start = nameless(given), given.get("start") or ""
     rows = run / "samples.jsonl"
     samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")

@@ -251,11 +251,13 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of metrics.jsonl; a last line that a kill has cut is left out."""
     if not path.exists():
         raise UserError(f"{path} does not exist: a report needs the metrics of a run, give a run directory")
-    rows: list[Row] = [
-        *rows_of(
-            path, {"split": str, "step": int, "seconds": (int, float)}, "remove the line, or train again", cut=True
-        )
-    ]
+    needs = {"split": str, "step": int, "seconds": NUMBER, "tokens": NUMBER}
+    cure = "remove the line, or train again"
+    rows: list[Row] = [*rows_of(path, needs, cure, cut=True)]
+    for number_, row in enumerate(rows, 1):
+        for name, value in row.items():
+            if name != "split" and value is not None and not (isinstance(value, NUMBER) and math.isfinite(value)):
+                raise UserError(f"{path}, row {number_}: the field {name!r} is no finite number: {cure}")
     return rows
 
 
