@@ -200,6 +200,9 @@ def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Pa
         stem, _, last = name.rpartition(".")
         stored[f"{old.get(stem, stem)}.{last}"] = tensor
     save_file(stored, tmp_path / "model.safetensors")
+    facts = json.loads((tmp_path / "firth.json").read_text())
+    del facts["files"], facts["digest"]  # such a model has no content hashes
+    (tmp_path / "firth.json").write_text(json.dumps(facts))
     again = load_model(tmp_path)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
