@@ -149,6 +149,20 @@ def test_other_settings_are_refused_by_name(folder: Path) -> None:
         again(folder, f"source.valid={folder / 'texts' / '0.txt'}")
 
 
+def test_a_recipe_edited_in_the_run_is_refused(folder: Path) -> None:
+    file = folder / "run" / "recipe.yaml"
+    text = file.read_text()
+    assert text.count("weight_decay: 0.1") == 1
+    file.write_text(text.replace("weight_decay: 0.1", "weight_decay: 0.2"))
+    with pytest.raises(
+        UserError, match=r"recipe\.yaml was changed after the run began: put it back, or train it in another"
+    ):
+        run(load(str(folder / "run")), folder / "run", lambda _: None)
+    file.write_text(text + "\n# a comment changes nothing\n")
+    again(folder)
+    file.write_text(text)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of one tokenizer and shape, two of each kind, and records."""

@@ -2,7 +2,7 @@
 
 A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
 
-    {"recipe": "9f2c...",  "inputs": {"source.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
+    {"recipe": "9f2c...", "recipe_file": "sha256...", "inputs": {"source.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
      "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}, "digest": "of the rest"}
 
 A directory with checkpoints or a finished run goes on only if all of them are as they were; the recipe is compared without
@@ -101,8 +101,9 @@ class Inputs:
             )
 
     def write(self, directory: Path, recipe: str) -> None:
-        """Keep them in the directory, with the hash of the recipe that they belong to."""
-        record = {"recipe": recipe, "inputs": self.digests, "files": self.files}
+        """Keep them in the directory, with the hashes of the recipe that they belong to and of recipe.yaml."""
+        file = _file_hash(directory / "recipe.yaml")
+        record = {"recipe": recipe, "recipe_file": file, "inputs": self.digests, "files": self.files}
         write_text(directory / FILE, json.dumps(with_digest(record), indent=1) + "\n")
 
     def identity(self, recipe: str) -> str:
@@ -162,15 +163,26 @@ def recorded_hash(directory: Path, settled: Recipe) -> str:
     A later version of firth may have more fields: at their defaults they change nothing, so the hash is not made again.
 
     Raises:
-        UserError: the recipes differ; it names the first field that does.
+        UserError: the recipes differ; it names the first field that does. Or recipe.yaml was changed after the run began.
     """
-    theirs, ours = (tree.plain(tree.without_paths(one)) for one in (load(str(directory)), settled))
+    began, record = load(str(directory)), recorded(directory)
+    theirs, ours = (tree.plain(tree.without_paths(one)) for one in (began, settled))
     if theirs != ours:
         raise UserError(
             f"{directory} holds a run of another recipe: {tree.difference(theirs, ours)}; choose another directory with "
             "--out, or delete that one"
         )
-    return str(recorded(directory)["recipe"])
+    file = directory / "recipe.yaml"
+    if record.get("recipe_file") != _file_hash(file) and content_hash(began) != record["recipe"]:
+        raise UserError(
+            f"{file} was changed after the run began: put it back, or train it in another directory: firth train {file} --out "
+            "ANOTHER"
+        )
+    return str(record["recipe"])
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _hash(value: Any) -> str:

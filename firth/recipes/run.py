@@ -169,9 +169,9 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         if not continued:
             for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
                 (directory / name).unlink(missing_ok=True)
-        inputs.write(directory, recipe_hash)
         if not continued or load(str(directory)) != settled:  # the same inputs at another path
             write_text(directory / "recipe.yaml", tree.write_yaml(settled))
+        inputs.write(directory, recipe_hash)
         _samples(settled, model, tokenizer, directory, 0)
         _held_out_texts(settled, cut, model, material, 0)
     if shown is not None:
