@@ -120,7 +120,10 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
 
 @torch.no_grad()
 def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
-    """Largest difference of logits and of loss on real positions."""
+    """Return the largest difference of logits on real positions, in units of their deviation where that is above 1.
+
+    Random weights of a gated T5 give logits of up to 25 (deviation 6.6): kernels of AVX2 alone differ by 1.2e-4 there, 5e-6 of them.
+    """
     ours_in, theirs_in, real = batches(family)
     hidden = model(ours_in)
     head = model.parts["lm"]
@@ -131,7 +134,7 @@ def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
     expected = torch.nn.functional.cross_entropy(want[real].float(), labels[real])
     assert abs(loss.item() - expected.item()) < 1e-5
     assert want[real].std() > 0.05
-    return difference
+    return difference / max(1.0, want[real].std().item())
 
 
 @pytest.mark.parametrize("name", SHAPES)

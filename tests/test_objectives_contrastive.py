@@ -101,7 +101,7 @@ def test_two_dropout_views_differ_in_training_alone() -> None:
     rows = shown(objective, lambda rng: {"tokens": VOCAB.frame(text(rng))}, 4)
     batch, model = collate(rows, asked(objective)), built(objective)
     one, other = model(batch).unbind(1)
-    assert torch.equal(one, other)
+    assert torch.allclose(one, other, atol=1e-5)  # two rows of one batch: some kernels add in another order
     one, other = model.train()(batch).unbind(1)
     assert (one - other).abs().max() > 1e-2
 
