@@ -35,6 +35,7 @@ from firth.model import gguf
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.published import bert, gpt2, llama
+from firth.model.quantize import PACK
 from firth.model.shape import Shape
 from firth.model.weights import load_model
 from firth.recipes.use import opening
@@ -229,7 +230,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     size = tokenizer.vocab.size
     file = folder / "file.gguf"
     shape = llama(size, 128, 3, 4, 256, context=512, kv_heads=2)
-    for kind in ("F32", "F16", "BF16", "Q8_0"):
+    for kind in PACK:
         gguf.write(random(shape), tokenizer, file, kind)
         yield texts(f"llama, random, {kind}", file, arguments.new)
     yield ids("firth's byte-bpe", tokenizer, file)
@@ -254,7 +255,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield ids(f"{name}, read and written", golden, file)
     if arguments.run:
         model, tokenizer = load_model(arguments.run / "model"), Tokenizer.load(arguments.run)
-        for kind in ("F32", "F16", "BF16", "Q8_0"):
+        for kind in PACK:
             gguf.write(model, tokenizer, file, kind)
             yield texts(f"{arguments.run.name}, {kind}", file, arguments.new)
         yield ids(f"{arguments.run.name}", tokenizer, file)

@@ -6,9 +6,9 @@
     python -m bench.smollm2 --site LLAMA --only "transformers" "firth"
 
 All begin from the Q4_1 file of `firth fetch smollm2`. firth and transformers (which reads GGUF itself, with the `gguf`
-package) run its weights as float32 or bf16; llama.cpp runs the file as it is, and the F32, F16 and Q8_0 files that firth
-writes from it. Each writes NEW tokens behind the same PROMPT and reads that anew each time; nothing ends an answer early.
-At one row the floor is the weights' bytes over the memory bandwidth: 540 MB in float32, 270 in 16 bits, 144 in Q8_0.
+package) run its weights as float32 or bf16; llama.cpp runs the file as it is, and the F32, F16, Q8_0 and Q4_0 files that
+firth writes from it. Each writes NEW tokens behind the same PROMPT and reads that anew each time; nothing ends an answer early.
+At one row the floor is the weights' bytes over the memory bandwidth: 540 MB in float32, 270 in 16 bits, 144 in Q8_0, 91 in Q4_0.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def contenders(where: str) -> dict[str, Callable[[Turn], None]]:
     return {
         "transformers": partial(hf, dtype=torch.float32),
         "transformers, bf16": partial(hf, dtype=torch.bfloat16),
-        **{f"llama.cpp, {kind}": partial(llama, kind=kind) for kind in ("F32", "F16", "Q8_0", "Q4_1")},
+        **{f"llama.cpp, {kind}": partial(llama, kind=kind) for kind in ("F32", "F16", "Q8_0", "Q4_1", "Q4_0")},
         **{f"firth, {w}": partial(firth_generate, weights=w) for w in dict.fromkeys((*lowered(), "bf16"))},
         "firth": partial(firth_generate, weights="fp32"),
     }

@@ -468,7 +468,7 @@ def export(
     form: Annotated[
         str, typer.Option("--format", help="hf: what transformers loads; gguf: what llama.cpp loads.")
     ] = "hf",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0); as it is by default.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0, q4_0); as it is by default.")] = "",
     shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
 ) -> None:
     """Write a run's model for others, with a card that says what it was made of."""

@@ -117,6 +117,9 @@ HOSTILE = {
     "2^31 dimensions": (header(tensors=1, rest=text(b"t") + struct.pack("<I", 1 << 31)), "2147483648 dimensions"),
     "dimensions whose product overflows": (header(tensors=1, rest=info(shape=(1 << 33, 1 << 31)) + b"\0" * 256), "outside"),
     "half a block": (header(tensors=1, rest=info(shape=(33,), kind=8) + b"\0" * 256), "no whole blocks of Q8_0"),
+    "half a block of four bits": (header(tensors=1, rest=info(shape=(48,), kind=2) + b"\0" * 256), "no whole blocks of Q4_0"),
+    "a row more of four bits than there are": (header(tensors=1, rest=info(shape=(32, 15), kind=2) + b"\0" * 265), "outside"),
+    "2^62 numbers of four bits": (header(tensors=1, rest=info(shape=(1 << 31, 1 << 31), kind=2) + b"\0" * 256), "outside"),
     "an offset outside": (header(tensors=1, rest=info(offset=1 << 50) + b"\0" * 256), "outside"),
     "an offset out of line": (header(tensors=1, rest=info(offset=16) + b"\0" * 256), "out of line"),
     "tensors over each other": (header(tensors=2, rest=info() + info(b"u", offset=32) + b"\0" * 512), "over another"),
@@ -201,9 +204,37 @@ def test_blocks_equal_those_of_the_gguf_package():
                 want = theirs.quants.dequantize(rows, theirs.GGMLQuantizationType[kind])
                 assert np.array_equal(unpack(kind, rows), want, equal_nan=True), kind
     numbers = (rng.standard_normal((64, 256)) * rng.lognormal(0, 3, (64, 1))).astype(np.float32)
+    numbers[0, :40] = 0
+    numbers[1] = np.round(numbers[1] * 4) / 4  # ties of the largest number and halves of steps
+    numbers[2, ::2] = -numbers[2, 1::2]
+    numbers[3] *= np.float32(1e-30)
     for kind in PACK:
         want = theirs.quants.quantize(numbers, theirs.GGMLQuantizationType[kind])
         assert np.array_equal(pack(kind, numbers), want.view(np.uint8)), kind
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_blocks_are_the_same_however_many(kind):
+    """Blocks are packed in parts; the numbers of rows and parts change nothing."""
+    many = np.random.default_rng(4).standard_normal((140_000, 32)).astype(np.float32)
+    packed = pack(kind, many.reshape(-1, 320))
+    assert packed.shape == (14_000, 10 * KINDS[kind].size)
+    packed = packed.reshape(140_000, -1)
+    for at in (0, 131_071, 131_072, 139_999):
+        assert np.array_equal(packed[at], pack(kind, many[at : at + 1])[0])
+
+
+def test_q4_0_spends_its_lowest_step_on_the_largest_number():
+    numbers = np.zeros((4, 32), np.float32)
+    numbers[0, :5] = [8, 7, -7, 0.5, -0.5]  # the step is -1: q is 0, 1, 15 and the halves 8 and 9
+    numbers[1, :3] = [-16, 14, 16]  # the first of the two largest decides: 16 is past the highest step
+    numbers[3, :2] = [1e-40, -1e-41]  # no float32 is the inverse of such a step
+    with np.errstate(all="raise", under="ignore"):
+        packed = pack("Q4_0", numbers)
+    found = unpack("Q4_0", packed)
+    assert found[0, :5].tolist() == [8, 7, -7, 0, -1] and found[1, :3].tolist() == [-16, 14, 14]
+    assert not found[2].any() and not found[3].any()
+    assert packed[0, 2] == 0x80 and packed[0, 3] == 0x81  # the numbers 0 and 16 of a block share a byte
 
 
 def test_q8_0_rounds_to_the_nearest_of_255_steps():

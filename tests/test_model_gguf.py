@@ -77,7 +77,7 @@ def test_an_encoder_goes_without_its_head(tmp_path):
         assert torch.equal(model(rows), back(rows))
 
 
-@pytest.mark.parametrize(("kind", "worst"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)])
+@pytest.mark.parametrize(("kind", "worst"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3), ("Q4_0", 0.13)])
 def test_matrices_are_rounded_and_vectors_are_not(kind, worst, tmp_path):
     model, file = written(tmp_path, kind=kind)
     back = load_model(file).state_dict()
@@ -86,7 +86,53 @@ def test_matrices_are_rounded_and_vectors_are_not(kind, worst, tmp_path):
             assert torch.equal(mine, back[name])
         else:
             assert 0 < (mine - back[name]).abs().max() <= worst * mine.abs().max()
-    assert {t.kind for t in container.read(file).tensors.values()} == {"F32", kind}
+    stored = {name: t.kind for name, t in container.read(file).tensors.items()}
+    assert stored.pop("output.weight") == {"Q4_0": "Q8_0"}.get(kind, kind)
+    assert set(stored.values()) == {"F32", kind}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_q4_0_is_what_llama_cpp_makes_of_a_file(name, tmp_path):
+    """Its quantizer: all matrices but the one that makes the logits, and of vectors and positions none."""
+    theirs = pytest.importorskip("gguf", reason="the gguf package, an oracle, is not installed")
+    exact, four = tmp_path / "exact.gguf", tmp_path / "four.gguf"
+    model = model_of(SHAPES[name])
+    gguf.write(model, TOKENIZER, exact, "F32")
+    said = gguf.write(model, TOKENIZER, four, "Q4_0")
+    whole, found = container.read(exact), container.read(four)
+    head = "output.weight" if "output.weight" in whole.tensors else "token_embd.weight"
+    assert said == f"llama.cpp loads it as {name.partition(',')[0]}, Q4_0; {head} in Q8_0"
+    assert whole.tensors.keys() == found.tensors.keys()
+    for name, stored in whole.tensors.items():
+        kind = "Q8_0" if name == head else "Q4_0"
+        kind = "F32" if len(stored.shape) == 1 or name == "position_embd.weight" else kind
+        numbers = unpack("F32", stored.data).reshape(stored.shape)
+        want = theirs.quants.quantize(numbers, theirs.GGMLQuantizationType[kind]).view(np.uint8)
+        got = found.tensors[name]
+        assert (got.kind, got.shape) == (kind, stored.shape)
+        assert np.array_equal(got.data, want.reshape(got.data.shape)), name
+    assert found.metadata["general.file_type"] == theirs.LlamaFileType.MOSTLY_Q4_0
+    assert found.metadata["general.quantization_version"] == theirs.GGML_QUANT_VERSION
+    again = tmp_path / "again.gguf"
+    gguf.write(load_model(four), Tokenizer.load(four), again, "Q4_0")
+    assert again.read_bytes() == four.read_bytes()  # what four bits hold is rounded only once
+    assert four.stat().st_size < exact.stat().st_size / 3
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_rows_without_whole_blocks_are_written_as_f16(kind, tmp_path):
+    model, file = written(tmp_path, llama(SIZE, 48, 2, 2, 96))
+    said = gguf.write(model, TOKENIZER, file, kind)
+    odd = "blk.*.attn_q.weight, blk.*.attn_k.weight, blk.*.attn_v.weight, blk.*.attn_output.weight"
+    assert "blk.*.ffn_down" not in said and f"{odd}, blk.*.ffn_gate.weight, blk.*.ffn_up.weight" in said
+    assert said.endswith(" in F16 (rows of 48, no multiple of 32)")
+    back = load_model(file).state_dict()
+    for name, tensor in container.read(file).tensors.items():
+        want = kind if "ffn_down" in name else "F16"
+        assert tensor.kind == ("F32" if len(tensor.shape) == 1 else want)
+    for name, mine in model.state_dict().items():
+        if mine.ndim > 1 and "mlp.down" not in name:
+            assert torch.equal(mine.half().float(), back[name])
 
 
 def test_rows_of_a_head_are_in_pairs():
@@ -154,11 +200,12 @@ def test_shapes_that_llama_cpp_does_not_have_are_refused(tmp_path):
         with pytest.raises(UserError, match=f"{why}.*firth train llama") as told:
             gguf.write(model_of(shape), TOKENIZER, tmp_path / "a.gguf")
         assert "\n" not in str(told.value)
-    narrow = llama(SIZE, 48, 1, 2, 96)
-    with pytest.raises(UserError, match=r"32 numbers together, and token_embd\.weight has rows of 48: use F16"):
-        gguf.write(model_of(narrow), TOKENIZER, tmp_path / "a.gguf", "Q8_0")
-    with pytest.raises(UserError, match="'Q4_0' is no kind"):
-        gguf.write(model_of(SHAPES["llama"]), TOKENIZER, tmp_path / "a.gguf", "Q4_0")
+    narrow = llama(SIZE, 48, 1, 2, 80)
+    for kind in ("Q8_0", "Q4_0"):
+        with pytest.raises(UserError, match=f"{kind} stores 32 numbers of a row together, and no matrix .*: use F16"):
+            gguf.write(model_of(narrow), TOKENIZER, tmp_path / "a.gguf", kind)
+    with pytest.raises(UserError, match="'Q4_1' is no kind"):
+        gguf.write(model_of(SHAPES["llama"]), TOKENIZER, tmp_path / "a.gguf", "Q4_1")
     with pytest.raises(UserError, match=f"the tokenizer has {SIZE} ids and the model 64"):
         gguf.write(model_of(llama(64, 64, 1, 2, 96)), TOKENIZER, tmp_path / "a.gguf")
     assert not list(tmp_path.glob("*"))

@@ -19,6 +19,7 @@ from tokenizers import models, pre_tokenizers
 from firth.model.files import DTYPES, Storage, read_tensors
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
+from firth.model.published import llama
 from firth.model.shape import Shape, decoder, encoder, encoder_decoder
 from firth.model.weights import load_model, save_model
 from firth.recipes.exchange import export_model, import_model
@@ -468,3 +469,24 @@ def test_what_to_do_with_an_export_is_what_its_run_has_learnt(trained: Path, tmp
     with pytest.raises(UserError, match=f"name it {tmp_path}/mine$"):
         export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", echo=said.append)
     assert not (tmp_path / "mine.gguf").exists()
+
+
+def test_four_bits_go_out_and_come_back(tmp_path: Path) -> None:
+    coder = tokenizer()
+    torch.manual_seed(0)
+    shape = llama(coder.vocab.size, 32, 1, 2, 64, context=32)
+    save_model(LM(shape, {"lm": Vocabulary(shape)}).eval(), coder, tmp_path / "run")
+    said: list[str] = []
+    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=said.append)
+    assert said[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
+    assert said[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Q4_0; output.weight in Q8_0" in card and "| numbers | Q4_0 |" in card
+    import_model(tmp_path / "out", tmp_path / "back", said.append)
+    mine, theirs = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "back").state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    first = load_model(tmp_path / "run").state_dict()
+    assert all(torch.allclose(first[name], mine[name], atol=0.13 * float(first[name].abs().max())) for name in first)
+    for form, dtype, says in (("gguf", "q4_1", "'q4_1'; there is .* q8_0, q4_0$"), ("hf", "q4_0", "'q4_0'; there is")):
+        with pytest.raises(UserError, match=f"no dtype {says}"):
+            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", echo=said.append)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -280,10 +280,11 @@ def write(
 ) -> str:
     """Write a model with its tokenizer as one GGUF file; return one sentence that says what llama.cpp loads it as.
 
-    kind: of the matrices, one of F32, F16, BF16, Q8_0; vectors stay float32, as llama.cpp has it. dialogue: whether the
+    kind: of the matrices, one of F32, F16, BF16, Q8_0, Q4_0; vectors stay float32, as llama.cpp has it, and
+    `stored_kind` says which matrices are of another kind: the sentence names them. dialogue: whether the
     model was trained on dialogues: then its chat template is written, and texts begin as that says, without bos.
     facts: further metadata, such as general.name and general.license. UserError for a shape that no architecture has,
-    for a tokenizer that llama.cpp does not have, and for a width that Q8_0's blocks do not divide.
+    for a tokenizer that llama.cpp does not have, and for a model of whose rows none has whole blocks of the kind.
     """
     if kind not in PACK:
         raise UserError(f"{kind!r} is no kind of numbers that firth writes into a GGUF file: use {', '.join(PACK)}")
@@ -301,31 +302,68 @@ def write(
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     entries = family.entries(model.shape, "lm" in model.parts and "lm_head" in found.names)
     left_out = [name for name in state if name not in model.shared() and not any(name in e.ours for e in entries)]
+    theirs = to_theirs(state, entries)
+    untied = any(found.theirs(name) == "output.weight" for name in theirs)
     written = []
-    for name, tensor in to_theirs(state, entries).items():
-        make = partial(_made, found, told, name, tensor, kind)
-        theirs, shape = found.theirs(name), tuple(_turn(found, told, name, tensor.to("meta"), back=False).shape)
-        if len(shape) > 1 and shape[-1] % KINDS[kind].block:
-            raise UserError(
-                f"{kind} stores {KINDS[kind].block} numbers together, and {theirs} has rows of {shape[-1]}: use F16"
-            )
-        # token_types and position_embd are read row by row as float32 by llama.cpp.
-        exact = len(shape) == 1 or theirs in ("token_types.weight", "position_embd.weight")
-        written.append(Writing(theirs, "F32" if exact else kind, shape, partial(make, exact)))
+    for name, tensor in theirs.items():
+        shape = tuple(_turn(found, told, name, tensor.to("meta"), back=False).shape)
+        stored = stored_kind(found.theirs(name), shape, kind, untied)
+        make = partial(_made, found, told, name, tensor, stored)
+        written.append(Writing(found.theirs(name), stored, shape, make))
+    if not any(one.kind == kind for one in written):
+        raise UserError(
+            f"{kind} stores {KINDS[kind].block} numbers of a row together, and no matrix of this model has rows of a "
+            "multiple of that: use F16"
+        )
     gguf.write(path, metadata, written)
     dropped = f", without {', '.join(sorted({n.split('.')[1] for n in left_out}))}" if left_out else ""
-    return f"llama.cpp loads it as {found.name}, {kind}{dropped}"
+    return f"llama.cpp loads it as {found.name}, {kind}{_exceptions(written, kind)}{dropped}"
 
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-"""`general.file_type`, by ggml's numbers."""
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+"""`general.file_type`, by ggml's numbers: what most matrices are."""
+HEADS = {"Q4_0": "Q8_0"}
+"""Kind of a file -> kind of the matrix that makes the logits, where that is another. llama.cpp's own quantizer takes Q6_K
+there, a k-quant; Q8_0 costs 2 bits more for each of its numbers."""
 
 
-def _made(
-    found: Architecture, config: Mapping[str, Any], name: str, tensor: Tensor, kind: str, exact: bool
-) -> np.ndarray:
-    numbers = _turn(found, config, name, tensor.float().cpu(), back=False)
-    return pack("F32" if exact else kind, numbers.numpy())
+def stored_kind(name: str, shape: tuple[int, ...], kind: str, untied: bool) -> str:
+    """Return how a file of a kind stores a tensor.
+
+    Args:
+        name: llama.cpp's name of the tensor.
+        shape: Its shape, the rows first.
+        kind: What the file's matrices are, one of `PACK`.
+        untied: Whether the model has an `output.weight`; the token table makes the logits of one that has not.
+
+    Returns:
+        F32 for what llama.cpp reads as float32, the head's kind for the matrix that makes the logits, and F16 for rows
+        that have no whole blocks, as llama.cpp's convert_hf_to_gguf.py does.
+    """
+    # token_types and position_embd are read row by row as float32 by llama.cpp.
+    if len(shape) == 1 or name in ("token_types.weight", "position_embd.weight"):
+        return "F32"
+    if name == ("output.weight" if untied else "token_embd.weight"):
+        kind = HEADS.get(kind, kind)
+    return "F16" if shape[-1] % KINDS[kind].block else kind
+
+
+def _exceptions(written: Sequence[Writing], kind: str) -> str:
+    """Name the matrices that are not of a file's kind: those of all layers once, as `blk.*.ffn_down.weight`."""
+    names: dict[tuple[str, int], dict[str, None]] = {}
+    for one in written:
+        if one.kind not in (kind, "F32"):
+            width = one.shape[-1] if one.shape[-1] % KINDS[kind].block else 0
+            names.setdefault((one.kind, width), {})[re.sub(r"^blk\.\d+", "blk.*", one.name)] = None
+    found = [
+        f"{', '.join(of)} in {other}" + f" (rows of {width}, no multiple of {KINDS[kind].block})" * (width > 0)
+        for (other, width), of in names.items()
+    ]
+    return f"; {'; '.join(found)}" if found else ""
+
+
+def _made(found: Architecture, config: Mapping[str, Any], name: str, tensor: Tensor, kind: str) -> np.ndarray:
+    return pack(kind, _turn(found, config, name, tensor.float().cpu(), back=False).numpy())
 
 
 def described(kind: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:

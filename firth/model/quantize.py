@@ -1,4 +1,4 @@
-"""ggml's blocks of few bits: back to float32, and float32 into Q8_0.
+"""ggml's blocks of few bits: back to float32, and float32 into Q8_0 and Q4_0.
 
 A block is a scale, perhaps an offset, and small integers: x = scale * q, or scale * q + offset. The K kinds (k-quants,
 github.com/ggml-org/llama.cpp, pull request 1684) are blocks of 256 in 8 or 16 groups whose scales are small integers too.
@@ -24,7 +24,10 @@ import numpy as np
 from firth.gguf import KINDS
 
 AT_ONCE = 1 << 14
-"""Blocks that are unpacked at once: the temporary arrays stay in the cache, and small."""
+"""Blocks of 256 that are packed or unpacked at once: the temporary arrays stay in the cache, and small."""
+
+SMALLEST_SCALE = float(1 / np.finfo(np.float32).max)
+"""A scale up to this has no inverse in float32, and is 0 in float16."""
 
 Blocks = np.ndarray
 """(n, bytes of a block) uint8."""
@@ -46,8 +49,13 @@ def unpack(kind: str, rows: np.ndarray) -> np.ndarray:
 
 def pack(kind: str, numbers: np.ndarray) -> np.ndarray:
     """(rows, n) float32 to (rows, bytes of a row) uint8; for the kinds in PACK, n a multiple of their block."""
-    rows = numbers.reshape(-1, numbers.shape[-1])
-    return PACK[kind](np.ascontiguousarray(rows, np.float32)).reshape(len(rows), -1)
+    block, bytes = KINDS[kind].block, KINDS[kind].size
+    blocks = np.ascontiguousarray(numbers, np.float32).reshape(-1, block)
+    out = np.empty((len(blocks), bytes), np.uint8)
+    step = AT_ONCE * 256 // block
+    for at in range(0, len(blocks), step):
+        out[at : at + step] = PACK[kind](blocks[at : at + step])
+    return out.reshape(-1, numbers.shape[-1] // block * bytes)
 
 
 def half(two: np.ndarray) -> np.ndarray:
@@ -150,27 +158,41 @@ def q6_k(b: Blocks) -> np.ndarray:
     return grouped(scales, q.view(np.int8) - np.int8(32)).reshape(len(b), 256)
 
 
-def to_q8_0(rows: np.ndarray) -> np.ndarray:
+def inverse(scale: np.ndarray) -> np.ndarray:
+    """Return 1 / scale, and 0 where float32 cannot hold that: the block's numbers are all 0, or 0 in float16."""
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=np.abs(scale) > SMALLEST_SCALE)
+
+
+def to_q4_0(blocks: np.ndarray) -> np.ndarray:
+    """Quantize to 16 steps; the number furthest from 0 is the lowest, -8, of a scale of the other sign.
+
+    Both roundings are in float32, as in the gguf package: another order changes halves, so the bytes.
+    """
+    furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
+    scale = furthest / np.float32(-8)
+    q = np.minimum(np.trunc(blocks * inverse(scale) + np.float32(8.5)), 15).astype(np.uint8)
+    return np.concatenate((scale.astype("<f2").view(np.uint8), q[:, :16] | q[:, 16:] << 4), 1)
+
+
+def to_q8_0(blocks: np.ndarray) -> np.ndarray:
     """To the nearest of 255 steps between the largest number of a block and its negative; halves away from zero."""
-    blocks = rows.reshape(-1, 32)
     scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    scaled = blocks * inverse
+    scaled = blocks * inverse(scale)
     size = np.abs(scaled)
     down = np.floor(size)
     q = np.copysign(down + np.floor(2 * (size - down)), scaled).astype(np.int8)
     return np.concatenate((scale.astype("<f2").view(np.uint8), q.view(np.uint8)), 1)
 
 
-def to_f16(rows: np.ndarray) -> np.ndarray:
-    return rows.astype("<f2").view(np.uint8)
+def to_f16(blocks: np.ndarray) -> np.ndarray:
+    return blocks.astype("<f2").view(np.uint8)
 
 
-def to_bf16(rows: np.ndarray) -> np.ndarray:
+def to_bf16(blocks: np.ndarray) -> np.ndarray:
     """To the nearest, halves to even; a NaN stays one."""
-    bits = rows.view(np.uint32)
+    bits = blocks.view(np.uint32)
     near = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(rows), bits >> 16 | 64, near).astype("<u2").view(np.uint8)
+    return np.where(np.isnan(blocks), bits >> 16 | 64, near).astype("<u2").view(np.uint8)
 
 
 UNPACK: dict[str, Callable[[Blocks], np.ndarray]] = {
@@ -179,6 +201,6 @@ UNPACK: dict[str, Callable[[Blocks], np.ndarray]] = {
 }  # fmt: skip
 
 PACK: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "F32": lambda rows: rows.view(np.uint8), "F16": to_f16, "BF16": to_bf16, "Q8_0": to_q8_0,
+    "F32": lambda blocks: blocks.view(np.uint8), "F16": to_f16, "BF16": to_bf16, "Q8_0": to_q8_0, "Q4_0": to_q4_0,
 }  # fmt: skip
 """The kinds that are written."""

@@ -2,7 +2,7 @@
 
     firth import DIR OUT                                       what generate, chat, fill, evaluate and start= take
     firth export RUN DIR --dtype bf16 --shard-size 2GB         what transformers, vLLM and sentence-transformers take
-    firth export RUN DIR --format gguf --dtype q8_0            what llama.cpp takes: DIR/model.gguf
+    firth export RUN DIR --format gguf --dtype q4_0            what llama.cpp takes: DIR/model.gguf
 
 Both read all of a model, check it against its tokenizer and write into a neighbour of the target that is renamed at the
 end: a directory is there whole or not at all. Neither writes into a directory that another has filled.
@@ -87,7 +87,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
 def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, echo: Echo = print) -> None:
     """Write the model of a run into a directory for others, with its card.
 
-    form: one of FORMS. dtype: fp32, fp16 or bf16; "" as it is. For gguf q8_0 too, and "" is fp16. shard: most bytes in
+    form: one of FORMS. dtype: fp32, fp16 or bf16; "" as it is. For gguf q8_0 and q4_0 too, and "" is fp16. shard: most bytes in
     one file, such as "2GB"; "" for one.
     """
     if form not in FORMS:
@@ -143,7 +143,7 @@ def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
     return said
 
 
-KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """--dtype -> how a GGUF file calls it."""
 FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
 """Name of a format -> what writes it into a directory and says what others load it as."""
