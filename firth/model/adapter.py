@@ -113,6 +113,12 @@ def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(front).replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
 
 
+def virtual_tokens(directory: Path) -> int:
+    """Return how many trained positions the prefix or the prompt in a directory has; 0 for a LoRA."""
+    config = _config(directory)
+    return 0 if str(config.get("peft_type")).endswith("LORA") else int(_number(config, "num_virtual_tokens", directory))
+
+
 def read(model: LM, directory: Path, name: str = "default") -> str:
     """Put an adapter of peft's files onto the base it was made for, and say in a word what it was: lora, prefix, prompt.
 

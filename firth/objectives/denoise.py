@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -42,6 +43,8 @@ class Denoise(Tokens):
     tokens [0, 3, 4, 5, 6, 7, 8]
     labels [3, 4, 5, 6, 7, 8, 1]
     """
+
+    added_tokens: ClassVar[int] = 1  # the stop token
 
     noises: tuple[Damage, ...] = ("permutation", "infilling")
     rate: OpenShare = 0.3

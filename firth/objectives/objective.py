@@ -79,6 +79,7 @@ class Objective(Ranged, section="objective"):
     addend must bring.
     precomputed: the fields of an example that a model computed once and that the loss compares with the numbers of the model in
     training (log-probabilities under a reference, or under the policy that sampled).
+    added_tokens: how many tokens the longest row that `view` makes of an example has beyond the example's.
     dropout: whether training applies the model's dropout, LoRA's included. Objectives with precomputed fields set it to False:
     those are computed without dropout, and two passes of the same weights must agree.
     """
@@ -93,6 +94,7 @@ class Objective(Ranged, section="objective"):
     alone: ClassVar[bool] = True
     borrows: ClassVar[frozenset[str]] = frozenset()
     precomputed: ClassVar[frozenset[str]] = frozenset()
+    added_tokens: ClassVar[int] = 0
     dropout: bool = True
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()

@@ -57,6 +57,10 @@ class Adapt(Ranged, section="adapt"):
             base: The model that it begins from.
         """
 
+    def ahead(self, base: LM | None) -> tuple[int, int]:
+        """Return how many trained positions are before every text, and before every source of an encoder."""
+        return (base.ahead(), base.ahead(source=True)) if base is not None else (0, 0)
+
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
 
@@ -143,9 +147,8 @@ class Beside(Adapt):
         raise NotImplementedError(type(self).__name__)
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        place = Path(self.start)
         if self.start:
-            place = place / "adapter" if (place / "adapter").is_dir() else place
+            place = _adapter_of(self.start)
             check_adapter(tokenizer, place)
             kind = adapter.read(model, place)
             if ADAPTS[kind] is not type(self):
@@ -216,6 +219,9 @@ class Prefix(Beside):
         refuse(model.shape, self.part)
         _refuse_room(model.shape, self.tokens, self.part)
 
+    def ahead(self, base: LM | None) -> tuple[int, int]:
+        return _positions(self.start, self.tokens), 0
+
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         model.parts["prefix"] = prefix_of(model, _begin(tokenizer, self.text, self.tokens, seed), self.hidden)
 
@@ -238,12 +244,27 @@ class Prompt(Beside):
         refuse(model.shape, self.part)
         _refuse_room(model.shape, self.tokens, self.part)
 
+    def ahead(self, base: LM | None) -> tuple[int, int]:
+        count = _positions(self.start, self.tokens)
+        return (0, count) if base is not None and base.encoder is not None else (count, 0)
+
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         prompt = prompt_of(model, _begin(tokenizer, self.text, self.tokens, seed))
         if self.begin == "random":
             prompt.table.reset_parameters()
             prompt.table.weight.data *= model.tokens.weight.data.std()
         model.parts["prompt"] = prompt
+
+
+def _adapter_of(start: str) -> Path:
+    """The directory of an adapter: that of a run, or one of its own."""
+    place = Path(start)
+    return place / "adapter" if (place / "adapter").is_dir() else place
+
+
+def _positions(start: str, tokens: int) -> int:
+    """The trained positions of an adapter to go on from, or of a new one."""
+    return adapter.virtual_tokens(_adapter_of(start)) if start else tokens
 
 
 def _refuse_room(shape: Shape, tokens: int, what: str) -> None:

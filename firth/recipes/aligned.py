@@ -114,6 +114,7 @@ class Rollouts(Segment):
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
     wants: ClassVar[frozenset[str]] = frozenset({"mask"})
+    leaves_out: ClassVar[bool] = True
 
     answers: PositiveInt = 64
     group: PositiveInt = 1
@@ -139,6 +140,9 @@ class Rollouts(Segment):
                 "segment.credit=gae needs the estimates of a critic, which objective reinforce does not have: set "
                 "segment.credit=group, or take objective=ppo"
             )
+
+    def row_limits(self, text: int, source: int) -> dict[str, int]:
+        return {"longest": text - self.max_new}
 
     def cut(self, material: Material, objective: Objective) -> Cut:
         start = material.frozen(

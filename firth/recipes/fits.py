@@ -17,16 +17,22 @@ firth.types.UserError: objective nsp needs first, other and second in an example
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from firth import objectives
 from firth.doctor import memory
+from firth.model.count import LEARNED
 from firth.model.hollow import hollow
+from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import WAYS, Objective
 from firth.recipes import aligned, labelled, labels, segments, tree
+from firth.recipes.adapt import Adapt, Full
+from firth.recipes.material import Echo
 from firth.recipes.segments import Segment
 from firth.types import UserError
 
@@ -191,6 +197,52 @@ def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
             f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {_name_of(segment)} does "
             f"not give: set shape.memory=0, or take segment={told}"
         )
+
+
+def fit_rows(
+    segment: Segment, usual: Segment, adapt: Adapt, base: LM | None, shape: Shape, added: int, echo: Echo
+) -> Segment:
+    """Bound the rows of a segment by the positions that a model has learned, less the trained ones before every text.
+
+    Args:
+        segment: As the recipe has it.
+        usual: That of the published recipe: a limit that is as there is lowered, any other is the user's own.
+        adapt: What is trained.
+        base: The model that the run begins from.
+        shape: Its shape. Positions that are not learned bound no row.
+        added: Tokens that the objective adds to a row (`Objective.added_tokens`).
+        echo: Reports what is lowered.
+
+    Raises:
+        UserError: The user's own limit is too high; the error names the one that fits.
+    """
+    ahead = adapt.ahead(base)
+    own = ahead != Full().ahead(base)
+    if shape.position not in LEARNED or (segment.leaves_out and not own):
+        return segment
+    if not own:  # records are cut at the context in any case, and counted
+        segment = segment.within(shape.context)
+    return _fit_rows(segment, usual, shape.context - added, ahead, echo, "segment")
+
+
+def _fit_rows(segment: Segment, usual: Segment, room: int, ahead: tuple[int, int], echo: Echo, section: str) -> Segment:
+    usual = usual if type(usual) is type(segment) else type(segment)()
+    changed: dict[str, Any] = {}
+    for name, inner in vars(segment).items():
+        if isinstance(inner, Segment):
+            changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, echo, f"{section}.{name}")
+    for name, limit in segment.row_limits(room - ahead[0], room - ahead[1]).items():
+        value = getattr(segment, name)
+        if value <= limit:
+            continue
+        taken = f", of which {max(ahead)} are before every text" if max(ahead) else ""
+        why = f"the model has learned {room} positions for a row{taken}"
+        if limit < 1 or (value != getattr(usual, name) and not segment.leaves_out):
+            cure = f"set {section}.{name}={limit}" if limit > 0 else "lower adapt.tokens"
+            raise UserError(f"{section}.{name}={value}: {why}: {cure}")
+        echo(f"{section}.{name} is lowered from {value} to {limit}: {why}")
+        changed[name] = limit
+    return dataclasses.replace(segment, **changed) if changed else segment  # type: ignore[type-var]
 
 
 def _name(objective: Objective) -> str:

@@ -35,13 +35,14 @@ from firth.recipes import card, classes, held_out_texts, segments, tree
 from firth.recipes.adapt import Full, mix, refuse_adapt
 from firth.recipes.begin import begin
 from firth.recipes.fallbacks import fallbacks
-from firth.recipes.fits import check_room, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
+from firth.recipes.fits import check_room, fit_rows, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.held import Held, vocab
 from firth.recipes.inputs import Inputs, begun, content_hash, recorded_hash
 from firth.recipes.material import Echo, Material
-from firth.recipes.recipe import WHOLE, Recipe, load
+from firth.recipes.names import RECIPES
+from firth.recipes.recipe import WHOLE, Recipe, load, published
 from firth.recipes.run_tokenizer import check_vocab, resolved_size, tokenizer_of
-from firth.recipes.segments import Cut, model_directory
+from firth.recipes.segments import Cut, Segment, model_directory
 from firth.recipes.use import Opened
 from firth.report.page import write as write_report
 from firth.report.run import run_report
@@ -286,7 +287,9 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         refuse_larger(material.tokenizer, shape, recipe.start)
     else:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
-    segment = recipe.segment.within(shape.context)
+    added = max(one.added_tokens for one in recipe.objective.addends())
+    segment = fit_rows(recipe.segment, _usual(recipe), recipe.adapt, base, shape, added, material.echo)
+    segment = segment.within(shape.context)
     objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
     with hollow():
         kept = objective.parts(shape).keys() & (base.parts.keys() - AHEAD if base is not None else ())
@@ -310,6 +313,11 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     )
     whole: Recipe = tree.absolute_paths(settled)
     return whole
+
+
+def _usual(recipe: Recipe) -> Segment:
+    """The segment of the published recipe of this name; the defaults of its kind where there is none."""
+    return published(recipe.name).segment if recipe.name in RECIPES else type(recipe.segment)()
 
 
 def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -> Literal["fp32", "bf16"]:

@@ -8,7 +8,7 @@ and preferences read records, as do those of `firth.recipes.labelled` and `label
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,12 +59,14 @@ class Segment(Ranged, section="segment"):
     remembers: whether it gives the tokens before each row, which a model with memory reads. reads_documents: whether it cuts
     documents, which are held out by their names, and no records. gives: the fields that every
     example to learn from holds. wants: those of them that an objective has to read for the segment to be of use.
+    leaves_out: whether records that are longer than its limits (`row_limits`) are left out and counted, not cut.
     """
 
     remembers: ClassVar[bool] = False
     reads_documents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"tokens"})
     wants: ClassVar[frozenset[str]] = frozenset()
+    leaves_out: ClassVar[bool] = False
 
     @property
     def given(self) -> frozenset[str]:
@@ -100,6 +102,15 @@ class Segment(Ranged, section="segment"):
     def within(self, context: int) -> Segment:
         """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
         return self
+
+    def row_limits(self, text: int, source: int) -> dict[str, int]:
+        """Return the most tokens that each field which bounds a row may allow.
+
+        Args:
+            text: The most tokens of a row of the model, of an encoder-decoder's decoder.
+            source: The most tokens of a row of its encoder; as `text` where it has none.
+        """
+        return {field.name: min(text, source) for field in fields(self) if field.name == "length"}  # type: ignore[arg-type]
 
     def settle(self, objective: Objective, material: Material) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
@@ -281,6 +292,9 @@ class Prompted(Segment):
     @property
     def longest(self) -> int:
         return max(self.length, self.answer)
+
+    def row_limits(self, text: int, source: int) -> dict[str, int]:
+        return {"length": source, "answer": text}
 
     @property
     def text_fields(self) -> tuple[Any, ...]:

@@ -1,0 +1,129 @@
+"""Rows fit into the positions that a model has learned, less those of a prefix or a prompt, before a run begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import save_model
+from firth.objectives import find as objective
+from firth.recipes.adapt import Full, Prefix
+from firth.recipes.aligned import Rollouts
+from firth.recipes.fits import fit_rows
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.text.train import train
+from firth.types import UserError
+
+TEXT = ("the otter paints a red boat near the old stone bridge and sings all day long " * 30 + "\n\n") * 6
+BODY = {"vocab": 300, "width": 32, "depth": 1, "heads": 2, "context": 64}
+SHAPES = {
+    "gpt2": Shape(**BODY),
+    "rotary": Shape(**BODY, position="rotary"),
+    "roberta": Shape(**BODY, causal=False, segments=2),
+    "bart": Shape(**BODY, encoder=1, decoder_start="eos"),
+}
+PARTS = {"gpt2": "causal", "rotary": "causal", "roberta": "mlm", "bart": "denoise"}
+"""Shape -> the objective of its heads."""
+
+
+def quiet(_: str) -> None:
+    """Report nothing."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "text.txt").write_text(TEXT)
+    rows = [{"text": TEXT[i : i + 500], "label": "ab"[i % 2], "prompt": TEXT[i : i + 300], "answer": TEXT[i : i + 300]}
+            for i in range(40)]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(place: Path) -> Callable[[str], Path]:
+    """Return the directory of a model with random weights."""
+
+    @cache
+    def make(name: str) -> Path:
+        tokenizer = train([TEXT], "byte-bpe", 300)
+        torch.manual_seed(0)
+        shape = SHAPES[name]
+        save_model(LM(shape, objective(PARTS[name])().parts(shape)), tokenizer, place / name)
+        return place / name
+
+    return make
+
+
+CASES = [
+    ("gpt2", "gpt2", "adapt=prefix", {"length": 48}),
+    ("gpt2", "gpt2", "adapt=prompt", {"length": 48}),
+    ("gpt2", "gpt2", "adapt=full", {"length": 64}),
+    ("roberta", "roberta", "adapt=prompt", {"length": 48}),
+    ("roberta", "classify", "adapt=prefix", {"length": 48}),
+    ("bart", "bart", "adapt=prefix", {"length": 47}),
+    ("bart", "bart", "adapt=full", {"length": 63}),
+    ("bart", "text_to_text", "adapt=prefix", {"length": 64, "answer": 48}),
+    ("bart", "text_to_text", "adapt=prompt", {"length": 48, "answer": 64}),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "adapt", "fits"), CASES)
+def test_rows_are_shortened_or_refused_with_the_number_that_fits(
+    name: str, recipe: str, adapt: str, fits: dict[str, int], place: Path, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = place / ("rows.jsonl" if recipe in ("classify", "text_to_text") else "text.txt")
+    common = [f"source.path={data}", f"start={base(name)}", adapt, "length.steps=1", "batch.rows=8", "precision=fp32",
+              "checks.examples=8", "samples=[]", *["shape=null"] * (recipe not in ("classify", "text_to_text"))]  # fmt: skip
+    common += ["segment.prompt={prompt}", "segment.answer_is={answer}"] * (recipe == "text_to_text")
+    tight = [f"segment.{field}={value}" for field, value in fits.items()]
+    assert run(load(recipe, [*common, *tight]), tmp_path / "tight", quiet).steps == 1
+    lines: list[str] = []
+    short = run(load(recipe, [*common, *["segment.answer=64"] * ("answer" in fits)]), tmp_path / "open", lines.append)
+    kept = load(str(short.directory)).segment
+    assert {field: getattr(kept, field) for field in fits} == fits
+    assert run(load(str(short.directory)), short.directory, quiet).steps == 1
+    for field, value in fits.items():
+        message = rf"^segment\.{field}={value + 1}: .* positions .*: set segment\.{field}={value}$"
+        with pytest.raises(UserError, match=message):
+            run(load(recipe, [*common, *tight, f"segment.{field}={value + 1}"]), tmp_path / "no", quiet)
+    assert not (tmp_path / "no" / "inputs.json").exists()
+
+
+def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
+    model, lines = LM(SHAPES["gpt2"], {}), list[str]()
+    found = fit_rows(Rollouts(max_new=20), Rollouts(), Prefix(), model, model.shape, 0, lines.append)
+    assert found == Rollouts(max_new=20, longest=28) and len(lines) == 1
+    assert fit_rows(Rollouts(), Rollouts(), Full(), model, model.shape, 0, lines.append) == Rollouts()
+    with pytest.raises(UserError, match=r"lower adapt\.tokens$"):
+        fit_rows(Rollouts(), Rollouts(), Prefix(), model, model.shape, 0, quiet)
+
+
+@pytest.mark.parametrize("adapt", ["adapt=prefix", "adapt=prompt"])
+def test_rotary_positions_bound_no_row(adapt: str, place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = [f"source.path={place / 'text.txt'}", f"start={base('rotary')}", adapt, "length.steps=1", "batch.rows=8",
+                "precision=fp32", "checks.examples=8", "samples=[]", "shape=null", "segment.length=80"]  # fmt: skip
+    done = run(load("gpt2", settings), tmp_path, quiet)
+    assert load(str(done.directory)).segment.length == 80  # type: ignore[attr-defined]
+
+
+def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """A run that goes on from an adapter counts that one's positions, and a LoRA on it too."""
+    common = [f"source.path={place / 'text.txt'}", "length.steps=1", "batch.rows=8", "precision=fp32", "samples=[]",
+              "checks.examples=8", "shape=null"]  # fmt: skip
+    first = [f"start={base('gpt2')}", "adapt.kind=prefix", "adapt.tokens=10"]
+    one = run(load("gpt2", [*common, *first]), tmp_path / "one", quiet).directory
+    onward = (["adapt.kind=prefix", f"adapt.start={one}", f"start={base('gpt2')}"], ["adapt=lora", f"start={one}"])
+    for more in onward:
+        with pytest.raises(UserError, match=r"^segment\.length=55: .* set segment\.length=54$"):
+            run(load("gpt2", [*common, *more, "segment.length=55"]), tmp_path / "no", quiet)
+        done = run(load("gpt2", [*common, *more]), tmp_path / more[0], quiet)
+        assert load(str(done.directory)).segment.length == 54  # type: ignore[attr-defined]
