@@ -14,11 +14,13 @@ import os
 import platform
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from firth import openmp
 from firth.train import precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
@@ -58,8 +60,11 @@ def device() -> torch.device:
 
 
 def doctor(directory: Path | None = None) -> list[Row]:
-    """All rows; disk space is that of `directory` (default: where we are). Takes about a tenth of a second."""
-    return [_python(), _torch(), _cores(), *_precision(), _memory(), _disk(directory or Path.cwd()), _device()]
+    """All rows; disk space is that of `directory` (default: where we are). Takes about three tenths of a second."""
+    return [
+        _python(), _torch(), _cores(), _load(), _waiting(), *_precision(), _memory(), _disk(directory or Path.cwd()),
+        _device(),
+    ]  # fmt: skip
 
 
 def _python() -> Row:
@@ -84,6 +89,92 @@ def _cores() -> Row:
 def usable_cores() -> int:
     """Cores that this process may run on, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+BUSY_SHARE = 0.1
+"""Share of the usable cores that other processes may use before the machine counts as busy."""
+
+LOAD_SECONDS = 0.2
+"""How long the load is watched."""
+
+
+def _load() -> Row:
+    usable, others, waited = usable_cores(), other_load(), cpu_pressure()
+    value = f"{others:.1f} of {usable} cores are used by other processes"
+    if waited is not None:
+        value += f"; in the last 10 seconds tasks waited for a core {waited:.0f}% of the time"
+    if others <= BUSY_SHARE * usable:
+        return Row("load", value)
+    return Row(
+        "load",
+        value,
+        "the machine is busy, and training will be slower; if it stays so, OMP_WAIT_POLICY=PASSIVE loses least",
+        False,
+    )
+
+
+def other_load(seconds: float = LOAD_SECONDS) -> float:
+    """Return how many of the usable cores other processes use, from a short watch; the load average where it is not Linux."""
+    if sys.platform != "linux":
+        return os.getloadavg()[0]
+    began, before, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    time.sleep(seconds)
+    busy = _busy_seconds() - before - (time.process_time() - own)
+    return max(0.0, busy / (time.perf_counter() - began))
+
+
+def _busy_seconds() -> float:
+    """Return the seconds for which the usable cores have been busy since the start of the machine, stolen time included."""
+    usable = {f"cpu{n}" for n in os.sched_getaffinity(0)}
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
+    ticks = 0
+    for name, *numbers in rows:
+        if name in usable:
+            user, nice, system, _idle, _wait, irq, soft, steal = map(int, numbers[:8])
+            ticks += user + nice + system + irq + soft + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_pressure() -> float | None:
+    """Return for what percentage of the last 10 seconds a task of this control group waited for a core; None: not measured."""
+    for path in _PRESSURE:
+        if Path(path).exists():
+            some = Path(path).read_text().splitlines()[0].split()  # some avg10=1.23 avg60=... total=...
+            return float(some[1].removeprefix("avg10="))
+    return None
+
+
+_PRESSURE = ("/sys/fs/cgroup/cpu.pressure", "/proc/pressure/cpu")
+"""Pressure stall information: of the container's own control group where there is one, else of the machine."""
+
+
+def _waiting() -> Row:
+    library = openmp_library()
+    names, chosen = openmp.GNU_VARIABLES, {"GOMP_SPINCOUNT": str(openmp.GOMP_SPINS)}
+    if not library.startswith("libgomp"):
+        names, chosen = openmp.LLVM_VARIABLES, {"KMP_BLOCKTIME": str(openmp.KMP_BLOCKTIME_MS)}
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    value = f"{library}: " + (", ".join(f"{k}={v}" for k, v in given.items()) or "its default")
+    if given == chosen and openmp.EFFECTIVE:
+        return Row("waiting", value, "firth's choice: a waiting thread spins briefly and then sleeps")
+    if given:
+        return Row("waiting", value, "your environment decides how threads wait")
+    return Row(
+        "waiting",
+        value,
+        "torch was imported before firth, so waiting threads spin, which is slow beside other work: import firth first",
+        False,
+    )
+
+
+def openmp_library() -> str:
+    """Return the file name of the OpenMP library that torch uses: the one loaded, or else the one that it brings."""
+    if sys.platform == "linux":
+        paths = [Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line]
+    else:
+        paths = sorted((Path(torch.__file__).parent / "lib").glob("*omp*"))
+    names = [path.name for path in paths if path.name.startswith(("libgomp", "libiomp", "libomp"))]
+    return names[0] if names else "not found"
 
 
 def _precision() -> list[Row]:

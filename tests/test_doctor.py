@@ -1,16 +1,32 @@
 """The doctor says what training will do."""
 
+import sys
+
 import pytest
 import torch
 
-from firth import doctor
+from firth import doctor, openmp
 from firth.train import precision
 from firth.types import UserError
 
 
 def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
     rows = {row.name: row for row in doctor.doctor()}
-    assert list(rows) == ["Python", "torch", "cores", "fp32", "bf16", "malloc", "denormals", "memory", "disk", "device"]
+    names = [
+        "Python",
+        "torch",
+        "cores",
+        "load",
+        "waiting",
+        "fp32",
+        "bf16",
+        "malloc",
+        "denormals",
+        "memory",
+        "disk",
+        "device",
+    ]
+    assert list(rows) == names
     assert rows["torch"].value == torch.__version__
     assert rows["device"].value.startswith(doctor.device().type)
     assert f"use {precision.choose('auto', torch.device('cpu'))}" in rows["bf16"].advice
@@ -52,3 +68,51 @@ def test_a_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"process 2 of this machine has no GPU .* --nproc-per-node 2\)"):
         doctor.device()
+
+
+@pytest.mark.parametrize(("others", "well"), [(0.1, True), (1.0, False)])
+def test_doctor_says_when_the_machine_is_busy(monkeypatch: pytest.MonkeyPatch, others: float, well: bool) -> None:
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
+    monkeypatch.setattr(doctor, "other_load", lambda: others)
+    monkeypatch.setattr(doctor, "cpu_pressure", lambda: 24.58)
+    row = next(row for row in doctor.doctor() if row.name == "load")
+    assert row.value.startswith(f"{others:.1f} of 2 cores are used by other processes; in the last 10 seconds")
+    assert "25% of the time" in row.value
+    assert row.well == well
+    assert ("the machine is busy" in row.advice) != well
+
+
+def test_load_counts_other_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 10 seconds the cores were busy for 17, and this process for 5 of them: 1.2 cores are the others'."""
+    if sys.platform != "linux":
+        pytest.skip("the load average is all there is here")
+    busy, own, clock = iter([100.0, 117.0]), iter([1.0, 6.0]), iter([50.0, 60.0])
+    monkeypatch.setattr(doctor, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr("firth.doctor.time.process_time", lambda: next(own))
+    monkeypatch.setattr("firth.doctor.time.perf_counter", lambda: next(clock))
+    assert doctor.other_load(0) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "effective", "says"),
+    [
+        ({"GOMP_SPINCOUNT": str(openmp.GOMP_SPINS)}, True, "firth's choice"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, True, "your environment decides"),
+        ({"GOMP_SPINCOUNT": "7"}, False, "your environment decides"),
+        ({}, False, "import firth first"),
+    ],
+)
+def test_doctor_prints_the_wait_policy(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], effective: bool, says: str
+) -> None:
+    for name in {*openmp.GNU_VARIABLES, *openmp.LLVM_VARIABLES}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor, "openmp_library", lambda: "libgomp.so.1")
+    monkeypatch.setattr(doctor, "other_load", lambda: 0.0)
+    monkeypatch.setattr(openmp, "EFFECTIVE", effective)
+    row = next(row for row in doctor.doctor() if row.name == "waiting")
+    assert row.value == "libgomp.so.1: " + (", ".join(f"{k}={v}" for k, v in given.items()) or "its default")
+    assert says in row.advice
+    assert row.well == bool(given)

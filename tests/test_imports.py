@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "firth"
 
 BELOW = {
-    "firth": (),
+    "firth": ("openmp",),
+    "openmp": (),
     "types": (),
     "io": ("types",),
     "ranges": ("types",),
@@ -38,7 +39,7 @@ BELOW = {
     "serve": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "scaling": ("types", "model"),
     "report": ("types", "io"),
-    "doctor": ("types", "io", "text", "data", "model", "train"),
+    "doctor": ("types", "openmp", "io", "text", "data", "model", "train"),
 }
 """Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
 

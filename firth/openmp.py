@@ -1,0 +1,54 @@
+"""How torch's threads wait for work: OpenMP's wait policy, set when firth is imported, before torch is loaded.
+
+Between two operations the threads of a CPU pool wait for the next. By default they spin: GNU's library 300,000 times (3 to 20
+milliseconds), Intel's and LLVM's 200 milliseconds. On a quiet machine that saves a wake-up. Beside other work a spinning
+thread keeps a core from the thread that it waits for. A short spin covers the time between two operations of a training
+step, and then the thread sleeps.
+
+OpenMP reads its variables once, when its library is loaded. So they are set at the first import of firth, and torch is
+imported later. Programs that import torch first keep the policy that they began with.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, MutableMapping
+
+GOMP_SPINS = 5000
+"""Spins of a waiting thread of GNU's library (libgomp) before it sleeps; one takes 10 to 55 nanoseconds."""
+
+KMP_BLOCKTIME_MS = 1
+"""Milliseconds that a waiting thread of Intel's or LLVM's library (libiomp5, libomp) spins before it sleeps. In whole
+milliseconds, the unit that every version of them reads."""
+
+GNU_VARIABLES: tuple[str, ...] = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""The environment variables by which users choose how the threads of libgomp wait."""
+
+LLVM_VARIABLES: tuple[str, ...] = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
+"""The environment variables by which users choose how the threads of libiomp5 and libomp wait."""
+
+
+def set_wait_policy(environment: MutableMapping[str, str], modules: Collection[str]) -> bool:
+    """Let OpenMP's waiting threads sleep after a short spin, unless the user has chosen how they wait.
+
+    Processes that are started from this one inherit the choice.
+
+    Args:
+        environment: The environment variables of this process; changed in place.
+        modules: The names of the modules that are imported already.
+
+    Returns:
+        Whether the variables take effect: False where torch, and with it OpenMP, is loaded already; then nothing is set.
+    """
+    if "torch" in modules:
+        return False
+    if not any(name in environment for name in GNU_VARIABLES):
+        environment["GOMP_SPINCOUNT"] = str(GOMP_SPINS)
+    if not any(name in environment for name in LLVM_VARIABLES):
+        environment["KMP_BLOCKTIME"] = str(KMP_BLOCKTIME_MS)
+    return True
+
+
+EFFECTIVE = set_wait_policy(os.environ, sys.modules)
+"""Whether firth was imported before torch, so that OpenMP has read the variables as they are now."""
