@@ -14,6 +14,7 @@ Random draws are a function too: `Draws(seed, use).at(epoch, index)` is the gene
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import numpy as np
 
@@ -76,10 +77,11 @@ def mix(x: np.ndarray) -> np.ndarray:
     return mixed
 
 
-class Draws:
+class Draws(threading.local):
     """One random stream per (epoch, index) under a seed, from the counter-based Philox (Salmon et al. 2011).
 
-    `at` points one generator at the beginning of a stream and lends it out: it is good until the next call.
+    `at` points one generator at the beginning of a stream and lends it out: it is good until the next call in the same thread.
+    Each thread has its own: a held-out and a training example may be made at once.
     Moving it costs 1 microsecond where building a generator costs 10, and there are 40,000 short examples a second.
 
     use: what the draws are for. Two who draw for one example under one seed must not share a stream: where a source cut its

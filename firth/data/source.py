@@ -72,6 +72,15 @@ class Source:
         """The (epoch, index) of each position of an endless run: every epoch is a permutation."""
         return order(len(self), seed, positions)
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether examples depend on the model in training, or on the steps before.
+
+        Batches of such a source are made when the step before has ended; those of others in a thread while it runs. A source
+        that has `prepare` or `state` is taken for one, unless it overrides this.
+        """
+        return type(self).prepare is not Source.prepare or type(self).state is not Source.state
+
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         """Called before the batches of a step are made: an on-policy source asks the model for its text here.
 
@@ -170,6 +179,10 @@ class Mixture(Source):
             index[mine] = local + self._starts[i]
         return epoch, index
 
+    @property
+    def on_policy(self) -> bool:
+        return any(source.on_policy for source in self.sources)
+
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         return {name: n for source in self.sources for name, n in source.prepare(model, step).items()}
 
@@ -219,6 +232,10 @@ class Wrapped(Source):
 
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.source.order(seed, positions)
+
+    @property
+    def on_policy(self) -> bool:
+        return self.source.on_policy
 
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         return self.source.prepare(model, step)

@@ -34,6 +34,7 @@ from firth.train.distributed import Ranks
 from firth.train.guard import Stopped, alone_in, ctrl_c
 from firth.train.log import Log, Silence, Voice, clock, short, voice
 from firth.train.optimizer import Mover, Optimizer
+from firth.train.prefetch import Prefetcher
 from firth.train.schedule import Length, Schedule
 from firth.train.state import Progress
 from firth.train.step import count_targets
@@ -226,16 +227,19 @@ class _Run:
 
     def _go_on(self, log: Log | None) -> None:
         at, checked = self.at, False
-        with ctrl_c(self.told.say) as stop:
+        ahead = not self.batches.source.on_policy
+        with ctrl_c(self.told.say) as stop, Prefetcher(self.batches.batches, enabled=ahead) as prefetcher:
             while not self._over:
                 start = time.perf_counter()
                 drawn = self._prepared()
                 if drawn:
                     self._tell_drawn(log, drawn)
-                here = self.batches.batches(at.step)
+                here = prefetcher.take(at.step)
                 if not checked:
                     self._refuse_silence(here)
                     checked = True
+                if at.step + 1 != self.length.steps:
+                    prefetcher.begin(at.step + 1)
                 stopping = self._step(here, start, stop.asked)
                 self._after(log, stopping)
 

@@ -1,0 +1,209 @@
+"""Batches are made a step ahead in a thread: no bit changes, no error is lost, and no thread is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_room import TEXTS
+from train_room import Chains, OnPolicy, small_batches, small_model
+
+from firth.align.rollouts import Rollouts
+from firth.data.order import Draws
+from firth.data.source import Mixture, Source, Wrapped
+from firth.model.lm import LM
+from firth.recipes.recipe import load
+from firth.recipes.run import run
+from firth.train.checkpoint import load as load_checkpoint
+from firth.train.log import Silence
+from firth.train.loop import Plan, Trained, train
+from firth.train.prefetch import Prefetcher
+from firth.train.schedule import Length
+from firth.types import Batch, Example, UserError
+
+TIMED = {"seconds", "tokens_per_second", "flops_per_second"}
+MAIN, AHEAD = "MainThread", "firth-batches_0"
+
+
+def rows(directory: Path) -> list[dict[str, object]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def running() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+class Recorded(Chains):
+    """Notes which thread reads; what `then` does happens where the fifteenth example, the first of step 2, is read."""
+
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        self.threads: list[str] = []
+        self.then = then
+
+    def __getitem__(self, index: int) -> Example:
+        self.threads.append(threading.current_thread().name)
+        if len(self.threads) == 15:
+            self.then()
+        return super().__getitem__(index)
+
+
+def small_run(
+    directory: Path, source: Source, evaluate: Callable[[LM, int], dict[str, float]] | None = None
+) -> Trained:
+    """Six steps of seven examples, each with a checkpoint."""
+    plan = Plan(save_every=1, evaluate_every=1 if evaluate else 0, precision="fp32")
+    return train(small_model(), small_batches().objective, small_batches(source), directory, length=Length(steps=6),
+                 plan=plan, told=Silence(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i, words in enumerate(TEXTS[:12]):
+        (folder / f"{i}.txt").write_text(words[:900], encoding="utf-8")
+    return folder
+
+
+SMALL = [
+    "shape.width=32", "shape.heads=2", "shape.depth=1", "shape.hidden=48", "length.steps=5", "batch.rows=4", "samples=[]",
+    "segment.length=48", "tokenizer.size=400", "checks.every=1", "checks.examples=8", "checks.save=5", "precision=fp32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "electra", "t5", "xlnet"])
+def test_losses_do_not_depend_on_the_thread(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERT's pairs draw in the thread while held-out pairs are drawn by the main thread."""
+    more = ["shape.embed=16"] if name == "electra" else []
+    recipe = load(name, [*SMALL, *more, f"source.path={text}", "source.held_out=0.3"])
+    begun: list[int] = []
+    begin = Prefetcher.begin
+    monkeypatch.setattr(Prefetcher, "begin", lambda self, step: (begun.append(step), begin(self, step)))
+    run(recipe, tmp_path / "with", echo=lambda _: None)
+    assert begun == [1, 2, 3, 4]
+    monkeypatch.setattr(Prefetcher, "begin", lambda self, step: None)
+    run(recipe, tmp_path / "without", echo=lambda _: None)
+    assert rows(tmp_path / "with") == rows(tmp_path / "without")
+    ends = [load_checkpoint(tmp_path / way / "checkpoints" / "step-000005") for way in ("with", "without")]
+    assert ends[0].state["random"] == ends[1].state["random"]
+    for key, x in ends[0].files["model"].items():
+        assert torch.equal(x, ends[1].files["model"][key]), key
+
+
+def test_only_batches_of_later_steps_are_made_ahead(tmp_path: Path) -> None:
+    source = Recorded()
+    small_run(tmp_path, source)
+    assert source.threads == [MAIN] * 7 + [AHEAD] * 35
+    assert AHEAD not in running()
+
+
+def test_on_policy_sources_are_read_by_the_main_thread(tmp_path: Path) -> None:
+    class Read(Recorded):
+        def prepare(self, model: LM, step: int) -> dict[str, float]:
+            return {}
+
+    source = Read()
+    small_run(tmp_path, source)
+    assert source.threads == [MAIN] * 42
+
+
+def test_sources_know_whether_they_are_on_policy() -> None:
+    assert not Chains().on_policy
+    assert OnPolicy().on_policy
+    assert Wrapped(OnPolicy()).on_policy and not Wrapped(Chains()).on_policy
+    assert Mixture([Chains(), OnPolicy()], [1, 1]).on_policy and not Mixture([Chains(), Chains()], [1, 1]).on_policy
+    assert Rollouts.on_policy.fget(object.__new__(Rollouts))  # type: ignore[attr-defined]
+
+
+def test_a_batch_made_and_not_trained_on_is_made_again(tmp_path: Path) -> None:
+    """The run is stopped in the evaluation of step 3, with the batch of step 4 made and no checkpoint of step 3."""
+    stopped = False
+
+    def evaluate(_model: LM, step: int) -> dict[str, float]:
+        nonlocal stopped
+        if step == 3 and not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+        return {"loss": 1.0}
+
+    small_run(tmp_path / "whole", Chains(), lambda _model, _step: {"loss": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        small_run(tmp_path / "cut", Chains(), evaluate)
+    assert AHEAD not in running()
+    small_run(tmp_path / "cut", Chains(), evaluate)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+    ends = [load_checkpoint(tmp_path / way / "checkpoints" / "step-000006") for way in ("whole", "cut")]
+    for key, x in ends[0].files["model"].items():
+        assert torch.equal(x, ends[1].files["model"][key]), key
+
+
+def test_an_error_of_the_thread_is_raised_at_its_step(tmp_path: Path) -> None:
+    """Steps 0 and 1 are trained and saved; step 2 has the error, with its own text."""
+
+    def fail() -> None:
+        raise UserError("rows.jsonl, line 15: the text is empty: remove the line")
+
+    with pytest.raises(UserError, match=r"^rows.jsonl, line 15: the text is empty: remove the line$"):
+        small_run(tmp_path, Recorded(fail))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoints" / "step-000002").exists()
+    assert AHEAD not in running()
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_a_batch(tmp_path: Path) -> None:
+    """Both come while the thread makes the batch of step 2 and the main thread waits for it."""
+
+    def interrupt() -> None:
+        time.sleep(0.3)  # meanwhile step 1 is trained
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    with pytest.raises(KeyboardInterrupt):
+        small_run(tmp_path, Recorded(interrupt))
+    assert AHEAD not in running()
+    assert small_run(tmp_path, Chains()).step == 6
+
+
+def test_each_thread_has_its_own_draws() -> None:
+    """What one thread draws does not move the stream of another."""
+    draws = Draws(0, "view")
+    first = draws.at(0, 7)
+    wanted = Draws(0, "view").at(0, 7).random(4)
+    other: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: other.append(draws.at(0, 7).random(4)))
+    first.random(2)
+    thread.start()
+    thread.join()
+    assert np.array_equal(other[0], wanted)
+    assert np.array_equal(first.random(2), wanted[2:])
+
+
+def test_torch_uses_one_thread_in_the_batch_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found: list[int] = []
+        numbers: list[Batch] = [{"n": torch.zeros(1)}]
+
+        def make(_step: int) -> list[Batch]:
+            found.append(torch.get_num_threads())
+            return numbers
+
+        with Prefetcher(make) as prefetcher:
+            prefetcher.begin(1)
+            assert prefetcher.take(1) is numbers
+        assert torch.get_num_threads() == 2
+        assert found == [1]
+    finally:
+        torch.set_num_threads(before)
