@@ -8,8 +8,8 @@ Ids: a vocabulary is written with a small random model, and llama.cpp's `/tokeni
 sides take the likeliest token, firth with the very weights that it reads back from the file, so that rounding them is no
 difference. llama.cpp also rounds what it multiplies with them (to F16, BF16, Q8_0), so only F32 must agree in every
 token; for the others the share of prompts that agree is printed, and how far the logarithms of the next token's ten
-largest probabilities lie apart. Golden vocabularies of llama.cpp are used where they are in firth's cache
-(tests/test_text_gguf.py fetches them).
+largest probabilities differ, and the perplexity of 201 tokens of a play in both. Golden vocabularies of llama.cpp are
+used where they are in firth's cache (tests/test_text_gguf.py fetches them).
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ PROMPTS = (
     "First Citizen:", "To be, or not to be", "The king", "What light through yonder", "My lord,", "Enter HAMLET",
     "I have seen", "Good morrow", "O Romeo, Romeo", "Once more unto the breach",
 )  # fmt: skip
+COMMON = 2000
+"""Likeliest tokens whose probabilities a text's perplexity asks llama.cpp for at first: all of them are 4 MB of JSON."""
 VOCABULARIES = (
     "gpt-2", "llama-spm", "llama-bpe", "qwen2", "qwen35", "falcon", "starcoder", "refact", "command-r", "mpt", "phi-3",
     "deepseek-coder",
@@ -155,6 +157,40 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
     return Row(
         f"{name}: greedy", right, len(prompts), f"{tokens / len(prompts):.1f} tokens alike, log p within {worst:.1e}"
     )
+
+
+def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
+    """A text's perplexity in llama.cpp, and in firth with the weights that it reads from the same file.
+
+    llama.cpp is asked for the COMMON likeliest tokens behind each prefix, and for all where the right one is not there.
+    """
+    model = load_model(file)
+    with reading(model):
+        hidden = model(rectangle([np.array(tokens)], torch.device("cpu")))
+        found = model.parts["lm"](hidden[0, :-1]).log_softmax(-1)
+    ours = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double().numpy()
+    theirs, alike = np.zeros_like(ours), 0
+    with serving(file, context=len(tokens) + 8) as server:
+        for at, token in enumerate(tokens[1:]):
+            for count in (COMMON, found.shape[1]):
+                asked = {"prompt": tokens[: at + 1], "n_predict": 1, "n_probs": count, "cache_prompt": True}
+                answer = server.ask("/completion", asked | {"temperature": 0.0})
+                top = answer["completion_probabilities"][0]["top_logprobs"]
+                right = [one["logprob"] for one in top if one["id"] == token]
+                if right:
+                    break
+            theirs[at] = right[0]
+            alike += top[0]["id"] == int(found[at].argmax())
+    there, here = np.exp(-theirs.mean()), np.exp(-ours.mean())
+    note = f"perplexity {there:.3f}, firth {here:.3f}; log p within {np.abs(theirs - ours).max():.1e}"
+    return Row(f"{name}: likeliest token of {len(ours)}", alike, len(ours), note)
+
+
+def play(tokenizer: Tokenizer) -> list[int]:
+    """Return 201 tokens of a play, which is what the smallest recipes have context for."""
+    text = (corpora.fetch("shakespeare", echo=lambda _: None) / "hamlet.txt").read_text("utf-8")
+    found: list[int] = tokenizer.encode(text).tolist()[1000:1201]
+    return found
 
 
 def dialogue(name: str, file: Path, new: int) -> list[Row]:
@@ -258,6 +294,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         for kind in PACK:
             gguf.write(model, tokenizer, file, kind)
             yield texts(f"{arguments.run.name}, {kind}", file, arguments.new)
+            yield perplexity(f"{arguments.run.name}, {kind}", file, play(tokenizer))
         yield ids(f"{arguments.run.name}", tokenizer, file)
     if arguments.chat:
         model, tokenizer = load_model(arguments.chat / "model"), Tokenizer.load(arguments.chat)
@@ -270,6 +307,9 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield ids("smollm2, written", tokenizer, file)
         yield texts("smollm2, F32", file, arguments.new, PROMPTS[:5])
         yield from dialogue("smollm2, F32", file, arguments.new)
+        for kind in ("F32", "Q8_0", "Q4_0"):
+            gguf.write(model, tokenizer, file, kind)
+            yield perplexity(f"smollm2, {kind}", file, play(tokenizer))
 
 
 def main() -> None:
@@ -277,7 +317,9 @@ def main() -> None:
     parser.add_argument("--site", type=Path, default=None, help="where xllamacpp was installed, if not here")
     parser.add_argument("--run", type=Path, default=None, help="a run of a llama")
     parser.add_argument("--chat", type=Path, default=None, help="a run of a llama that was trained on dialogues")
-    parser.add_argument("--smollm2", action="store_true", help="also SmolLM2-135M, written in F32 (540 MB)")
+    parser.add_argument(
+        "--smollm2", action="store_true", help="also SmolLM2-135M, written in F32 (540 MB), Q8_0 and Q4_0"
+    )
     parser.add_argument("--new", type=int, default=48, help="tokens to write")
     arguments = parser.parse_args()
     if arguments.site is not None:
