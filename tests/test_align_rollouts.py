@@ -26,6 +26,7 @@ from firth.data import conversations
 from firth.data.batch import Batches
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
+from firth.io.integrity import read_record
 from firth.model.lm import LM
 from firth.model.shape import decoder
 from firth.objectives.dpo import DPO, comparison, reference
@@ -380,7 +381,7 @@ def test_annotation_goes_on_where_it_was_and_knows_its_model(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt, match="32"):
         annotated(model, 50, directory=tmp_path, progress=interrupt)
     [place] = tmp_path.iterdir()
-    assert json.loads((place / "done.json").read_text()) == {"done": 32, "fields": ["reference"]}
+    assert read_record(place / "done.json") == {"done": 32, "fields": ["reference"]}
     told: list[int] = []
     resumed, _ = annotated(model, 50, directory=tmp_path, progress=told.append)
     assert told == [50]

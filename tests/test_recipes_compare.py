@@ -15,6 +15,7 @@ from firth import cli
 from firth.data.shards import TokenStore
 from firth.data.split import content_key
 from firth.evaluate.evaluate import evaluate
+from firth.io.integrity import read_record
 from firth.recipes import compare as arena
 from firth.recipes.compare import Terms, compare
 from firth.recipes.labelled import Labelled
@@ -110,7 +111,7 @@ def test_the_table_says_what_the_results_say(held: tuple[Path, str]) -> None:
     out, said = held
     results = json.loads((out / "results.json").read_text())
     scores = [Score(**s) for s in results["scores"]]
-    on_disk = [Score(**json.loads(f.read_text())) for f in (out / "scores").rglob("*.json")]
+    on_disk = [Score(**read_record(f)) for f in (out / "scores").rglob("*.json")]
     assert sorted(scores, key=str) == sorted(on_disk, key=str)
     assert len(scores) == 2 * 2 * 3
     table = (out / "table.md").read_text()
@@ -170,8 +171,7 @@ def test_killed_anywhere_and_run_again_it_comes_to_the_same(
     contest(tmp_path, records, seeds=1)
     for file in (tmp_path / "scores").rglob("*.json"):
         ours, theirs = (
-            json.loads((top / "scores" / file.relative_to(tmp_path / "scores")).read_text())
-            for top in (tmp_path, whole)
+            read_record(top / "scores" / file.relative_to(tmp_path / "scores")) for top in (tmp_path, whole)
         )
         # Their directories are in their recipes, and so in their keys.
         assert ours | {"seconds": 0, "key": ""} == theirs | {"seconds": 0, "key": ""}

@@ -31,7 +31,8 @@ from firth.train.step import step
 from firth.train.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
 
-TIMED = {"seconds", "tokens_per_second", "flops_per_second"}
+TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
+"""What differs between two equal runs; the checksum is of the times too."""
 
 
 def rows(directory: Path) -> list[dict[str, object]]:

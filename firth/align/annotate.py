@@ -15,7 +15,6 @@ for one directory.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -26,8 +25,7 @@ from torch import Tensor
 from firth.data.batch import collate
 from firth.data.source import Source, Wrapped
 from firth.generate.rows import reading
-from firth.io.atomic import write_text
-from firth.io.jsons import read_object
+from firth.io.integrity import read_record, write_record
 from firth.model.lm import LM
 from firth.types import Batch, Example, UserError
 
@@ -110,7 +108,7 @@ class _Store:
         self.arrays: dict[str, np.ndarray] = {}
         if self.place is not None and (self.place / "done.json").exists():
             cure = f"delete {self.place}, and it is computed again"
-            note = read_object(self.place / "done.json", {"done": int, "fields": list}, cure)
+            note = read_record(self.place / "done.json", {"done": int, "fields": list, "digest": str}, cure)
             self.done = note["done"]
             try:
                 self.arrays = {name: np.load(self.place / f"{name}.npy", mmap_mode="r+") for name in note["fields"]}
@@ -136,4 +134,4 @@ class _Store:
             return
         for array in self.arrays.values():
             array.flush()  # type: ignore[attr-defined]
-        write_text(self.place / "done.json", json.dumps({"done": done, "fields": sorted(self.arrays)}))
+        write_record(self.place / "done.json", {"done": done, "fields": sorted(self.arrays)})

@@ -22,6 +22,7 @@ import yaml
 
 from firth.gguf import find, read
 from firth.io.atomic import write_text
+from firth.io.integrity import check_recipe, read_done
 from firth.io.jsons import read_rows
 from firth.model.files import read_json
 from firth.model.lm import LM
@@ -65,6 +66,7 @@ def of_run(
     file = run / "recipe.yaml"
     if not file.exists():
         return of_directory(run, place, model, said, facts)
+    check_recipe(run)
     given = tree.plain(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
     recipe, start = nameless(given), given.get("start") or ""
     rows = run / "samples.jsonl"
@@ -73,7 +75,7 @@ def of_run(
     source = _at(recipe, "source") or {}
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
     return Card(
-        place, model, said, facts, run.resolve().name, recipe, read_json(run / "done.json") if done is None else done,
+        place, model, said, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
         samples, PurePath(start).name, licence, language or ("en" if corpus in CATALOGUE else ""),
     )  # fmt: skip
 

@@ -32,8 +32,8 @@ import torch
 
 from firth.evaluate import cloze
 from firth.evaluate.cloze import Item
-from firth.io.atomic import make_directory, write_text
-from firth.io.jsons import read_json, read_object
+from firth.io.atomic import make_directory
+from firth.io.integrity import read_record, write_record
 from firth.model.lm import LM
 from firth.model.weights import load_model
 from firth.objectives.classification import Classification, place
@@ -169,7 +169,7 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     if file.exists():
         cure = "delete it, and this score is measured again"
         needs = {field.name: object for field in fields(Score)}
-        kept = read_object(file, needs, cure)
+        kept = read_record(file, needs, cure)
         found = Score(**{name: kept[name] for name in needs})
         if found.key != key:
             raise UserError(
@@ -184,7 +184,7 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     else:
         score = Score(name, share, seed, key, accuracy=_finetuned(arena, name, seed, ""))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(asdict(score), indent=1))
+    write_record(file, asdict(score))
     return score
 
 
@@ -327,7 +327,7 @@ def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
     file, told = out / "compare.json", json.loads(json.dumps(shared))
     if not file.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is there already and holds no comparison: choose another --out")
-    before = read_json(file) if file.exists() else told
+    before = read_record(file) if file.exists() else told
     changed = [name for name in told if before.get(name) != told[name]]
     if changed and any((out / room).exists() for room in ("runs", "probes", "scores")):
         raise UserError(
@@ -337,7 +337,7 @@ def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
     if changed:  # it was refused before anything ran: what was made of another text goes
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     make_directory(out)
-    write_text(file, json.dumps(told, indent=1))
+    write_record(file, told)
 
 
 def _fitted(

@@ -8,7 +8,6 @@ The same call on the same directory goes on where an earlier one stopped, and re
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from firth.generate import vectors
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.io.atomic import make_directory, new_directory, write_text
-from firth.io.jsons import read_object, read_rows
+from firth.io.integrity import read_record, write_record
+from firth.io.jsons import read_rows, row_line
 from firth.model.compiled import compile_blocks
 from firth.model.hollow import hollow
 from firth.model.lm import LM
@@ -200,7 +200,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         if settled.objective.classes:
             facts["classes"] = settled.objective.classes
         if shown is not None:
-            write_text(directory / TOLD, json.dumps(shown.told(model)))
+            write_record(directory / TOLD, shown.told(model))
         settled.objective.finish(model)
         kept = settled.adapt.finish(
             model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
@@ -215,7 +215,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         with new_directory(directory / "model") as place:
             said = save_model(model, tokenizer, place, facts)
             card.write(card.of_run(directory, place, model, said, facts, told), place / "README.md")
-        write_text(directory / DONE, json.dumps(told, indent=1))
+        write_record(directory / DONE, told)
         write_report(run_report(directory), directory / REPORT)
         tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
     ranks.wait()
@@ -330,7 +330,7 @@ def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -
 def _finished(directory: Path, known: str) -> Finished:
     """What done.json says, if it is of the recipe with this hash."""
     cure = f"delete {directory / DONE}, and the same command exports the model again"
-    facts = read_object(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
+    facts = read_record(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
     if facts.get("recipe") != known:
         raise UserError(
             f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
@@ -338,7 +338,7 @@ def _finished(directory: Path, known: str) -> Finished:
         )
     number = (int, float)
     needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
-    told = read_object(directory / DONE, needs, cure)
+    told = read_record(directory / DONE, needs, cure)
     exported = told.get("exported", told["steps"])  # older runs do not say
     return Finished(directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"])
 
@@ -388,4 +388,4 @@ def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]
     if not any(row["step"] == step for row in rows):
         with torch.random.fork_rng():
             rows += make()
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(row_line(row, ascii_only=False) for row in rows))

@@ -1,7 +1,7 @@
 """The tokenizer that a run directory keeps, bound to what it was made of.
 
 `tokenizer/made_from.json` holds a hash of the text and the settings of its training, or the digest of the tokenizer that it
-is a copy of. A tokenizer that a failed run left there serves the next one only if that agrees.
+is a copy of, and the hashes of its files. A tokenizer that a failed run left there serves the next one only if that agrees.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import write_text
-from firth.io.jsons import read_object
+from firth.io.integrity import file_facts, verify_files
+from firth.io.jsons import check_all, read_object
 from firth.recipes.inputs import Inputs, begun
 from firth.recipes.material import Echo, train_tokenizer
 from firth.recipes.recipe import Recipe
@@ -25,6 +26,8 @@ from firth.text.train import train
 from firth.types import UserError
 
 RECORD = "made_from.json"
+FILES = ("tokenizer.json", "tokenizer_config.json")
+"""Files of a tokenizer whose hashes the record keeps."""
 
 
 def tokenizer_of(
@@ -78,7 +81,8 @@ def tokenizer_of(
         )  # fmt: skip
         made = Tokenizer.load(own)
         record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else plan.size
-    write_text(own / RECORD, json.dumps(record | {"digest": made.digest}, indent=1) + "\n")
+    record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
+    write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
     return made
 
 
@@ -114,7 +118,13 @@ def _record(own: Path) -> dict[str, Any]:
     """What the tokenizer in a directory was made of; empty where nothing says it."""
     if not (own / RECORD).exists():
         return {}
-    return read_object(own / RECORD, {"resolved_size": int, "digest": str}, f"delete {own}, and it is made again")
+    cure = f"delete {own}, and it is made again"
+    found = read_object(own / RECORD, {"resolved_size": int, "digest": str}, cure)
+    files = found.get("files", {})  # older versions keep none
+    check_all([files], {}, f"{own / RECORD}", cure)
+    check_all(files.values(), {"bytes": int, "sha256": str}, f"{own / RECORD}", cure)
+    verify_files(files, own, cure)
+    return found
 
 
 def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> bool:

@@ -24,6 +24,7 @@ from firth.generate.embed import embed
 from firth.generate.engine import Engine
 from firth.generate.sample import Sampling
 from firth.io.atomic import new_file
+from firth.io.integrity import read_done
 from firth.io.jsons import read_json, read_rows
 from firth.model.lm import LM
 from firth.model.shape import Shape
@@ -435,9 +436,13 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES"
         )
-    done = directory / "done.json"
-    exported = read_json(done).get("exported")
-    row = next((row for row in held if row["step"] == exported), held[-1])
+    exported = read_done(directory).get("exported", held[-1]["step"])  # a run that goes on, or of an older version
+    row = next((row for row in held if row["step"] == exported), None)
+    if row is None:
+        raise UserError(
+            f"{metrics}: the row of step {exported:,}, whose model was exported, is missing: name files to measure it again: "
+            f"firth evaluate {directory} FILES"
+        )
     found = {k: v for k, v in row.items() if k not in ("split", "seconds")}
     if row is not held[-1]:
         found = {"exported_step": found.pop("step"), "last_step": held[-1]["step"]} | found

@@ -31,7 +31,8 @@ from statistics import fmean, median
 from typing import Any
 
 from firth import __version__
-from firth.io.jsons import check_all, read_json, read_object
+from firth.io.integrity import COPY_AGAIN, check_recipe, read_done, read_record, verify_files
+from firth.io.jsons import check_all, read_object
 from firth.io.jsons import read_rows as rows_of
 from firth.io.yamls import parse_yaml
 from firth.report.figures import Curve, Figure, Level, number
@@ -114,6 +115,7 @@ def run_report(directory: Path) -> Report:
         recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
     except UnicodeDecodeError as error:
         raise UserError(f"{recipe_file} is not UTF-8 ({error}): copy it again") from None
+    check_recipe(directory)
     kinds = objectives(recipe)
     learnt, ran = figures(rows)
     once = _once(rows)
@@ -132,8 +134,12 @@ def run_report(directory: Path) -> Report:
         text = "The same prompts and the same random numbers, at the first and at the last of the logged samples."
         sections.append(Section("Samples", text, samples=samples))
     sections.append(Section("How it ran", _trouble(rows), figures=ran))
-    done = directory / "done.json"
-    told_at_end = read_json(done)
+    told_at_end = read_done(directory)
+    if told_at_end and told_at_end["steps"] > rows[-1]["step"]:
+        raise UserError(
+            f"{directory / 'metrics.jsonl'} ends at step {rows[-1]['step']:,} of {told_at_end['steps']:,}: its last lines are "
+            "missing, so copy it again or train again"
+        )
     counts, exported = told_at_end.get("counts"), told_at_end.get("exported", rows[-1]["step"])
     if counts:
         counted = [(name.replace("_", " "), count) for name, count in counts.items()]
@@ -223,10 +229,10 @@ def _scored(score: float | None) -> str:
 
 def _answers(path: Path) -> Section | None:
     """What the model told of each class of the held-out examples; None where it has no classes."""
-    told = read_json(path)
+    cure = "delete the file: it is for the report alone"
+    told = read_record(path, cure=cure) if path.exists() else {}
     if not told:
         return None
-    cure = "delete the file: it is for the report alone"
     check_all([told], {"per_class": list}, f"{path}", cure)
     check_all(told["per_class"], CLASS, f"{path}, a class", cure)
     names, table = told.get("classes", []), told.get("confusion", [])
@@ -484,6 +490,11 @@ def commands(directory: Path, kinds: Sequence[str]) -> list[Command]:
     out.append(Command("Measure it on text or records of your own", f"firth evaluate {place} my-text.txt"))
     config = directory / "model" / "config.json"
     if config.exists():
+        own = config.with_name("firth.json")
+        record = read_record(own, cure=COPY_AGAIN) if own.exists() else {}
+        verify_files(
+            {"config.json": record["files"]["config.json"]} if "files" in record else {}, config.parent, COPY_AGAIN
+        )
         [name] = read_object(config, {"architectures": list})["architectures"]
         code = f"from transformers import {name} as M; print(M.from_pretrained({json.dumps(str(config.parent))}))"
         out.append(Command("Load it with transformers", f"python -c {shlex.quote(code)}"))

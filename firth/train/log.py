@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON object per line:
 
     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "norm": 0.8, "rate": 0.003,
-     "tokens_per_second": 13100, "flops_per_second": 9.2e11, "flops": 3.7e13, "skipped": 0}
+     "tokens_per_second": 13100, "flops_per_second": 9.2e11, "flops": 3.7e13, "skipped": 0, "crc": 2310844212}
     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     {"split": "rollouts", "step": 41, "seconds": 12.5, "tokens": 163840, "reward": 0.4, "kl_per_answer": 1.2}
 
@@ -13,12 +13,12 @@ over what it asked in this step (not smoothed). With several terms each is there
 their own names. norm: of the gradient before clipping. rate: `optimizer.rate` times the schedule's factor. skipped: steps
 without a finite gradient so far. A number that is not finite is null. A row of the split rollouts tells of the answers
 that the model wrote just before that step.
+crc: a checksum of the row (`firth.io.jsons.row_line`), by which a damaged row is refused; every row has one.
 A resumed run drops the rows after its checkpoint and goes on, so the file reads as one run.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from firth.io.atomic import write_text
-from firth.io.jsons import read_rows
+from firth.io.jsons import read_rows, row_line
 from firth.train.events import Events
 
 
@@ -44,7 +44,7 @@ class Log:
         """One line, in the hands of the kernel when this returns."""
         said = {name: value if math.isfinite(value) else None for name, value in values.items()}
         place: dict[str, Any] = {"split": split, "step": step, "seconds": round(seconds, 3), "tokens": tokens}
-        self._file.write(json.dumps(place | said) + "\n")
+        self._file.write(row_line(place | said))
         self._file.flush()
         self._events.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
@@ -60,7 +60,7 @@ def keep_until(path: Path, step: int) -> None:
     rows = read_rows(
         path, {"split": str, "step": int}, "remove the line, or delete the file: it is for reports alone", cut=True
     )
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    write_text(path, "".join(row_line(row) for row in rows if row["step"] <= step))
 
 
 class Voice(Protocol):
