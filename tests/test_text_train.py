@@ -26,11 +26,11 @@ from firth.text.train import (
     FALLBACK,
     PIECE,
     blank,
-    count_words,
     reservoir,
     train,
     unknown_share,
 )
+from firth.text.words import count as count_words
 from firth.types import UserError
 
 TOPICS = sorted(pydoc_data.topics.topics.values())

@@ -16,7 +16,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from firth.io.atomic import FULL
 from firth.io.integrity import check_digest, digest, with_digest
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
+from firth.text.workers import WORTH_CHARACTERS, Encode, Workers, cores
 from firth.types import UserError
 
 FORMAT = 2
@@ -38,6 +41,11 @@ PART = 1 << 18
 byte-level tokenizers split there anyway, others may split one word in a quarter of a million differently."""
 CHUNK = 1 << 21
 """Characters encoded at once: enough to keep all cores busy, and what the engine makes of them stays within 200 MB."""
+WORKER_CHUNK = 1 << 19
+"""Characters that a worker process encodes at once: a tenth of a second, so that all of them end at about the same time."""
+
+Chunk = list[tuple[str, bool]]
+"""Texts that are encoded at once: part of a document, whether it is its last part."""
 
 
 BLOCK_BYTES = 1 << 20
@@ -144,16 +152,24 @@ class TokenStore:
         *,
         counts: Callable[[], Mapping[str, int]] = dict,
         progress: Callable[[int], None] | None = None,
+        workers: int | None = None,
     ) -> TokenStore:
         """Encode all documents into `directory`, which must not exist yet.
 
-        counts: the reader's own, asked for when everything is read. progress: is told the bytes so far.
+        Args:
+            documents: What to encode; they are read once, in order.
+            tokenizer: The tokenizer.
+            directory: Where the store will be.
+            counts: Returns the reader's own counts when everything is read.
+            progress: Receives the number of bytes so far.
+            workers: Number of processes that encode, None for one on each core. The files are the same for any number; a
+                text of less than WORTH_CHARACTERS is encoded by this process.
         """
         directory = Path(directory)
         if directory.exists():
             raise UserError(f"{directory}: exists already: open it, or delete it to build it again")
         try:
-            with _Build(directory, tokenizer) as build:
+            with _Build(directory, tokenizer, cores() if workers is None else workers) as build:
                 build.extend(documents, progress or _silent)
                 build.finish(counts())
         except OSError as error:
@@ -173,8 +189,8 @@ class _Build:
     those of their stamps, are kept; the files are cut behind them and the rest is encoded.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
-        self.directory, self.tokenizer = directory, tokenizer
+    def __init__(self, directory: Path, tokenizer: Tokenizer, workers: int = 1) -> None:
+        self.directory, self.tokenizer, self.workers = directory, tokenizer, workers
         self.partial = directory.with_name(directory.name + ".partial")
         roles, size = tokenizer.vocab.roles, tokenizer.vocab.size
         self.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
@@ -203,23 +219,48 @@ class _Build:
         files = {name: (self.partial / name).open("ab") for name in (*FILES, STAMPS)}
         try:
             ids, raw = [self.before], bytearray()
-            for chunk in _chunks(rest):
-                encoded = self.tokenizer.encode_batch([text for text, _ in chunk])
-                for (text, last), some in zip(chunk, encoded, strict=True):
-                    ids.append(some.astype(self.dtype))
-                    raw += text.encode()
-                    if last:
-                        row = np.concatenate((*ids, self.after))
-                        self._count(len(row), len(raw))
-                        files["tokens.bin"].write(row.tobytes())
-                        files["offsets.bin"].write(np.int64(self.tokens).tobytes())
-                        files["bytes.bin"].write(np.int64(len(raw)).tobytes())
-                        files[STAMPS].write(_stamp(raw) + _stamp(row.tobytes()))
-                        ids, raw = [self.before], bytearray()
-                progress(self.bytes)
+            with closing(self._encoded(rest)) as encoded:
+                for chunk, found in encoded:
+                    for (text, last), some in zip(chunk, found, strict=True):
+                        ids.append(some.astype(self.dtype))
+                        raw += text.encode()
+                        if last:
+                            row = np.concatenate((*ids, self.after))
+                            self._count(len(row), len(raw))
+                            files["tokens.bin"].write(row.tobytes())
+                            files["offsets.bin"].write(np.int64(self.tokens).tobytes())
+                            files["bytes.bin"].write(np.int64(len(raw)).tobytes())
+                            files[STAMPS].write(_stamp(raw) + _stamp(row.tobytes()))
+                            ids, raw = [self.before], bytearray()
+                    progress(self.bytes)
         finally:
             for file in files.values():
                 file.close()
+
+    def _encoded(self, documents: Iterator[Document]) -> Generator[tuple[Chunk, list[np.ndarray]]]:
+        """Chunks of the documents' texts with their ids, in order. What comes behind the first WORTH_CHARACTERS is encoded by
+        worker processes."""
+        parts = (part for document in documents for part in _parts(document.text))
+        alone = 0
+        while chunk := _chunk(parts, CHUNK):
+            if self.workers > 1 and alone >= WORTH_CHARACTERS:
+                break
+            yield chunk, self.tokenizer.encode_batch([text for text, _ in chunk])
+            alone += sum(len(text) for text, _ in chunk)
+        else:
+            return
+        sent: deque[Chunk] = deque()
+
+        def texts() -> Iterator[list[str]]:
+            more = chunk
+            while more:
+                sent.append(more)
+                yield [text for text, _ in more]
+                more = _chunk(parts, WORKER_CHUNK)
+
+        with Workers(Encode(self.tokenizer), self.workers) as workers:
+            for found in workers.map(texts()):
+                yield sent.popleft(), found
 
     def _count(self, tokens: int, size: int) -> None:
         self.documents += 1
@@ -286,19 +327,14 @@ def _silent(read: int) -> None:
     """Progress that nobody asked for."""
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """The documents' texts in lists of about CHUNK characters: (part of a text, whether it is the last part)."""
-    chunk: list[tuple[str, bool]] = []
+def _chunk(parts: Iterator[tuple[str, bool]], characters: int) -> Chunk:
+    """The next parts, of about so many characters together; none at the end."""
+    chunk: Chunk = []
     size = 0
-    for document in documents:
-        for part in _parts(document.text):
-            chunk.append(part)
-            size += len(part[0])
-            if size >= CHUNK:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
+    while size < characters and (part := next(parts, None)) is not None:
+        chunk.append(part)
+        size += len(part[0])
+    return chunk
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:

@@ -1,16 +1,30 @@
-"""The merges of a BPE or WordPiece vocabulary in the order they were learnt, and how often each pair stood in the text.
+"""Learning the merges of a BPE or WordPiece vocabulary from the words of a text (Sennrich 2016), with their counts.
 
-The engine keeps the order of the merges but not the count that was the reason for each. `count` finds it again, exactly,
-by applying the merges one after another to the words they were learnt from; `firth tokenizer show` prints it.
+The two neighbours that occur most often together become one piece, again and again. Of pairs that are equally frequent the one
+with the smaller ids is taken. These are the rules of the tokenizers library's trainer, and its merges; but its trainer takes a
+text, of which it cuts and counts every word, and this one takes words that are counted already. It also returns how often each
+pair occurred when it was merged (`firth tokenizer show` prints it).
+
+All words are in one row of symbols. A merge is a few array operations on the places where its pair is.
+
+>>> ids, learned = learn({"low": 3, "lo": 2, "slow": 1}, ["l", "o", "s", "w"], size=6)
+>>> [(m.left, m.right, m.count) for m in learned], ids["low"]
+([('l', 'o', 6), ('lo', 'w', 4)], 5)
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-Pair = tuple[str, str]
+import numpy as np
+
+GAP, GONE = -1, -2
+"""What is between two words, and a symbol that has become part of the one before it."""
+
+STEP = 8
+"""Only pairs within this factor of the frequent ones are kept sorted; the others are sorted when their turn comes."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +46,129 @@ def spell(word: str, prefix: str = "", suffix: str = "") -> list[str]:
     return [(prefix if i else "") + letter + (suffix if i == last else "") for i, letter in enumerate(word)]
 
 
-def count(pairs: Iterable[Pair], words: Mapping[str, int], prefix: str = "", suffix: str = "") -> list[Merge]:
-    """Apply the merges one after another to words (word -> how often) and count each just before it is applied.
+def learn(
+    words: Mapping[str, int], first: Sequence[str], size: int, prefix: str = "", suffix: str = ""
+) -> tuple[dict[str, int], list[Merge]]:
+    """Learn merges until there are `size` pieces or nothing is left to merge.
 
-    >>> [m.count for m in count([("l", "o"), ("lo", "w")], {"low": 3, "lo": 2, "slow": 1})]
-    [6, 4]
+    Args:
+        words: Word -> how often it occurs, at least once.
+        first: The pieces with the ids from 0 on, all characters of the words among them, in all their forms.
+        size: Number of pieces.
+        prefix: Mark of a piece that goes on with a word (WordPiece).
+        suffix: Mark of a piece that ends a word (BPE).
+
+    Returns:
+        Piece -> id, and the merges, first to last.
     """
-    order = list(pairs)
-    rank = {pair: i for i, pair in enumerate(order)}
-    total = [0] * len(order)
-    for word, often in words.items():
-        letters = spell(word, prefix, suffix)
-        while len(letters) > 1:
-            found = [rank.get(pair, len(order)) for pair in itertools.pairwise(letters)]
-            first = min(found)
-            if first == len(order):
-                break
-            total[first] += often * found.count(first)
-            letters = _merged(letters, order[first], prefix)
-    return [Merge(*pair, n) for pair, n in zip(order, total, strict=True)]
+    ids = {piece: i for i, piece in enumerate(first)}
+    pieces, learned = list(first), list[Merge]()
+    row = _Row(words, ids, prefix, suffix)
+    while len(pieces) < size and (best := row.most_frequent()) is not None:
+        left, right, count = best
+        piece = pieces[left] + pieces[right].removeprefix(prefix)
+        if piece not in ids:
+            ids[piece] = len(pieces)
+            pieces.append(piece)
+        learned.append(Merge(pieces[left], pieces[right], count))
+        row.merge(left, right, ids[piece])
+    return ids, learned
 
 
-def _merged(letters: Sequence[str], pair: Pair, prefix: str) -> list[str]:
-    whole = pair[0] + pair[1].removeprefix(prefix)
-    merged: list[str] = []
-    i = 0
-    while i < len(letters):
-        if tuple(letters[i : i + 2]) == pair:
-            merged.append(whole)
-            i += 2
-        else:
-            merged.append(letters[i])
-            i += 1
-    return merged
+class _Row:
+    """The symbols of all words in one row, with the places of every pair."""
+
+    def __init__(self, words: Mapping[str, int], ids: Mapping[str, int], prefix: str, suffix: str) -> None:
+        symbols, lengths = [GAP], []
+        for word in words:
+            symbols += [ids[letter] for letter in spell(word, prefix, suffix)]
+            symbols.append(GAP)
+            lengths.append(len(word) + 1)
+        self._symbols = np.array(symbols, np.int64)
+        n = len(symbols)
+        self._next, self._before = np.arange(1, n + 1), np.arange(-1, n - 1)
+        self._often = np.zeros(n, np.int64)
+        self._often[1:] = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)
+        self._counts: dict[int, int] = {}
+        self._places: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        """Newest symbol of the pairs (-1: the characters) -> sorted pairs, where the places of each begin, places."""
+        self._heap: list[tuple[int, int]] = []
+        self._least = 1 << 62
+        self._newest = len(ids)
+        at = np.flatnonzero((self._symbols[:-1] >= 0) & (self._symbols[1:] >= 0))
+        self._add(-1, self._symbols[at] << 32 | self._symbols[at + 1], at)
+
+    def most_frequent(self) -> tuple[int, int, int] | None:
+        """The most frequent pair and its count; None where no pair is left."""
+        while True:
+            while self._heap:
+                count, pair = heapq.heappop(self._heap)
+                now = self._counts.get(pair, 0)
+                if now == -count:
+                    return pair >> 32, pair & 0xFFFFFFFF, now
+                if now >= self._least:
+                    heapq.heappush(self._heap, (-now, pair))
+            if self._least <= 1:
+                return None
+            highest = max(self._counts.values(), default=1)
+            self._least = max(1, highest // STEP)
+            self._heap = [(-count, pair) for pair, count in self._counts.items() if count >= self._least]
+            heapq.heapify(self._heap)
+
+    def merge(self, left: int, right: int, new: int) -> None:
+        """Replace every pair of left and right by one symbol."""
+        symbols, following, preceding = self._symbols, self._next, self._before
+        pair = left << 32 | right
+        del self._counts[pair]
+        at = self._found(pair, max(left, right))
+        at = at[symbols[at] == left]
+        second = following[at]
+        alive = symbols[second] == right
+        at, second = at[alive], second[alive]
+        if left == right:  # of three in a row the first two are merged
+            number = np.arange(len(at))
+            opens = np.append(True, second[:-1] != at[1:])
+            even = (number - np.maximum.accumulate(number * opens)) % 2 == 0
+            at, second = at[even], second[even]
+        before, behind = preceding[at], following[second]
+        symbols[second] = GONE
+        opened, closed = (
+            symbols[before] >= 0,
+            symbols[behind] >= 0,
+        )  # the left neighbor of a merged pair goes by that pair
+        at_left, at_right = before[opened], at[closed]
+        often = np.concatenate((self._often[at_left], self._often[at_right]))
+        lost = np.concatenate((symbols[at_left] << 32 | left, right << 32 | symbols[behind[closed]]))
+        symbols[at] = new
+        following[at], preceding[behind] = behind, at
+        won = np.concatenate((symbols[at_left] << 32 | new, new << 32 | symbols[behind[closed]]))
+        pairs, inverse = np.unique(lost, return_inverse=True)
+        counts = self._counts
+        for gone, count in zip(pairs.tolist(), np.bincount(inverse, often).astype(np.int64).tolist(), strict=True):
+            if gone in counts:
+                counts[gone] -= count
+        self._add(new, won, np.concatenate((at_left, at_right)))
+
+    def _add(self, newest: int, pairs: np.ndarray, at: np.ndarray) -> None:
+        """Note pairs (n,) at the places (n,)."""
+        if not len(pairs):
+            return
+        order = np.argsort(pairs, kind="stable")
+        pairs, at = pairs[order], at[order]
+        begins = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1]))
+        kinds = pairs[begins]
+        self._places.setdefault(newest, []).append((kinds, np.append(begins, len(pairs)), at))
+        counts, heap, least = self._counts, self._heap, self._least
+        for pair, count in zip(kinds.tolist(), np.add.reduceat(self._often[at], begins).tolist(), strict=True):
+            counts[pair] = count = counts.get(pair, 0) + count
+            if count >= least:
+                heapq.heappush(heap, (-count, pair))
+
+    def _found(self, pair: int, newest: int) -> np.ndarray:
+        """The places where a pair once was."""
+        found = []
+        for kinds, begins, at in self._places.get(newest if newest >= self._newest else -1, ()):
+            i = int(kinds.searchsorted(pair))
+            if i < len(kinds) and kinds[i] == pair:
+                found.append(at[begins[i] : begins[i + 1]])
+        return found[0] if len(found) == 1 else np.sort(np.concatenate(found))

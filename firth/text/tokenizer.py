@@ -310,7 +310,7 @@ def _spelling(
     model = definition["model"]
     on, end = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix") or ""
     bytewise = "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     found = [b"\n"] * len(special)
     for token, i in ids.items():
         if token == unk:
@@ -333,7 +333,7 @@ def _spelling(
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's characters for bytes: printable ones stand for themselves, the others for 256 and on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

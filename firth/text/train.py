@@ -15,7 +15,8 @@ Memory is bounded: of a corpus larger than `sample` bytes, read once, a uniform 
 seeded). The same text and seed give the same tokenizer.json, byte for byte. Of two pairs that are equally frequent the
 one whose pieces have the smaller ids is merged first, and ids are settled before anything is counted: control tokens,
 then characters in the order of their code points, then what is learnt. (Left to itself the library numbers `e</w>` and
-`##e` in the order of a hash table that differs in each process, and so breaks ties by chance.)
+`##e` in the order of a hash table that differs in each process, and so breaks ties by chance.) Words are counted by all cores
+(`firth.text.words`), and merges are learned from the counts (`firth.text.merges`).
 
 >>> t = train(["low lower lowest " * 9], "bpe", size=24, byte_fallback=False)
 >>> t.pieces("lowest")
@@ -25,19 +26,18 @@ then characters in the order of their code points, then what is learnt. (Left to
 from __future__ import annotations
 
 import heapq
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.text import merges, unigram
 from firth.text.normalize import whole
 from firth.text.tokenizer import Tokenizer
+from firth.text.workers import count_all
 from firth.types import UserError
 
 ALGORITHMS = ("bpe", "byte-bpe", "wordpiece", "unigram")
@@ -100,7 +100,7 @@ def train(
     bytes_ = BYTES if byte_fallback and algorithm in FALLBACK else []
     engine = blank(algorithm, control[1], bool(bytes_))
     pieces = list(reservoir(texts, sample, seed))
-    words = count_words(engine, pieces)
+    words = count_all(engine, pieces)
     if not words:
         raise UserError("there is no text to train a tokenizer on: every document is empty")
     letters, rare = _letters(algorithm, words, size - len(control) - len(bytes_), bool(bytes_))
@@ -114,7 +114,7 @@ def train(
             + (", or train without byte fallback" if bytes_ else "")
             + (f", or take fewer sentinels than {sentinels}" if sentinels else "")
         )
-    tokenizer = _learn(engine, algorithm, size, control, bytes_, letters, rare, first, pieces, words)
+    tokenizer = _learn(engine, algorithm, size, control, bytes_, letters, rare, first, words)
     doubtful = algorithm == WHOLE or (rare and not bytes_)  # elsewhere nothing is unknown, and measuring takes seconds
     if doubtful and (share := unknown_share(tokenizer, pieces)):
         echo(f"{share:.2%} of the tokens of the training text are {control[1]}: {_cure(algorithm, len(rare))}")
@@ -140,7 +140,7 @@ def _cure(algorithm: str, rare: int) -> str:
 
 def _learn(
     engine: Engine, algorithm: str, size: int, control: list[str], bytes_: list[str], letters: list[str],
-    rare: list[str], first: list[str], pieces: list[str], words: Counter[str],
+    rare: list[str], first: list[str], words: Counter[str],
 ) -> Tokenizer:  # fmt: skip
     """Learn the pieces: `first` are the ids from 0 on, `rare` the characters that are not known."""
     if algorithm == WHOLE:
@@ -149,16 +149,17 @@ def _learn(
         engine.model = models.WordLevel(ids, unk_token=control[1])
         engine.add_special_tokens(control)
         return Tokenizer(engine)
-    if rare:  # read as blanks: no piece reaches across a character that is not known
-        pieces = [_normal(engine, piece).translate(dict.fromkeys(map(ord, rare), " ")) for piece in pieces]
-        words = count_words(engine, pieces)
+    if rare:
+        words = _without(words, rare, unigram.BLANK if algorithm == "unigram" else "")
     if algorithm == "unigram":
-        learnt = unigram.learn(words, size - len(control) - len(bytes_)) if letters and words else []
+        likely = unigram.learn(words, size - len(control) - len(bytes_)) if letters and words else []
         fixed = [(token, 0.0) for token in control] + [(byte, BYTE_LOG_PROBABILITY) for byte in bytes_]
-        engine.model = models.Unigram(fixed + learnt, unk_id=1, byte_fallback=bool(bytes_))
+        engine.model = models.Unigram(fixed + likely, unk_id=1, byte_fallback=bool(bytes_))
         engine.add_special_tokens(control)
         return Tokenizer(engine)
-    vocab, pairs = _merge(engine, algorithm, size, first, pieces)
+    prefix, suffix = ON if algorithm == "wordpiece" else "", END if algorithm == "bpe" else ""
+    vocab, learned = merges.learn(words, first, size, prefix, suffix)
+    pairs = [(merge.left, merge.right) for merge in learned]
     if algorithm == "wordpiece":
         # BERT's limit is 100 characters; a longer word would be unknown as a whole.
         engine.model = models.WordPiece(vocab, unk_token=control[1], max_input_chars_per_word=1000)
@@ -169,8 +170,7 @@ def _learn(
     else:
         engine.model = models.BPE(vocab, pairs)
     engine.add_special_tokens(control)
-    prefix, suffix = ON if algorithm == "wordpiece" else "", END if algorithm == "bpe" else ""
-    return Tokenizer(engine, learnt=merges.count(pairs, words, prefix, suffix))
+    return Tokenizer(engine, learnt=learned)
 
 
 def unknown_share(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
@@ -222,16 +222,19 @@ def blank(algorithm: str, unk: str, byte_fallback: bool = False) -> Engine:
     return engine
 
 
-def count_words(engine: Engine, pieces: Iterable[str]) -> Counter[str]:
-    """Word -> how often, after the engine's normalisation, as its pre-tokenizer cuts."""
-    words: Counter[str] = Counter()
-    for piece in pieces:
-        words.update([word for word, _ in engine.pre_tokenizer.pre_tokenize_str(_normal(engine, piece))])
-    return words
+def _without(words: Mapping[str, int], rare: Sequence[str], mark: str) -> Counter[str]:
+    """The words with rare characters read as blanks: no piece reaches across a character that is not known.
 
-
-def _normal(engine: Engine, text: str) -> str:
-    return text if engine.normalizer is None else str(engine.normalizer.normalize_str(text))
+    mark: how a blank is written at the beginning of a word, "" where it is not.
+    """
+    blanks = dict.fromkeys(map(ord, rare), " ")
+    found: Counter[str] = Counter()
+    for word, often in words.items():
+        first, *rest = word.translate(blanks).split(" ")
+        for part in (first, *(mark + part for part in rest)):
+            if part:
+                found[part] += often
+    return found
 
 
 def _letters(algorithm: str, words: Counter[str], room: int, byte_fallback: bool) -> tuple[list[str], list[str]]:
@@ -253,20 +256,6 @@ def _letters(algorithm: str, words: Counter[str], room: int, byte_fallback: bool
     if byte_fallback:
         known = min(known, max(room * 3 // 4, 0) // (2 if algorithm == "bpe" else 1))
     return sorted(most[:known]), sorted(most[known:])
-
-
-def _merge(
-    engine: Engine, algorithm: str, size: int, first: list[str], pieces: Sequence[str]
-) -> tuple[dict[str, int], list[merges.Pair]]:
-    """Vocabulary and merges. `first` are the ids from 0 on: control tokens, characters, their marked forms."""
-    learner = Engine(models.BPE())
-    learner.normalizer, learner.pre_tokenizer = engine.normalizer, engine.pre_tokenizer
-    # What the trainer calls special tokens are the ids it begins with: that is how marked characters get theirs.
-    settings: dict[str, Any] = {"vocab_size": size, "special_tokens": first, "show_progress": False}
-    marks = {"bpe": {"end_of_word_suffix": END}, "wordpiece": {"continuing_subword_prefix": ON}}
-    learner.train_from_iterator(pieces, trainers.BpeTrainer(**settings | marks.get(algorithm, {})))
-    model = json.loads(learner.to_str())["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
 def reservoir(texts: Iterable[str], sample: int, seed: int) -> Iterator[str]:
