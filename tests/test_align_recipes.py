@@ -229,12 +229,33 @@ def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards
         run(recipe, rewards.parent / "run", lambda line: None)
     assert f"{rewards.name}:4" in str(error.value)
     assert [path.name for path in (rewards.parent / "run" / "checkpoints").iterdir()] == ["step-000001"]
-    module = importlib.import_module(rewards.stem)
-    module.brief = len
+    importlib.import_module(rewards.stem).brief = len
+    rewards.write_text("brief = len\n")
     continued = run(recipe, rewards.parent / "run", lambda line: None)
     assert continued.steps == 3
     rows = [json.loads(line) for line in (rewards.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "rollouts"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("field", ["scorer", "truth"])
+def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field: str) -> None:
+    """Unless it raised, and was corrected; the function that the recipe names is the same each time."""
+    rewards.write_text("def brief(text):\n    return -len(text)\n")
+    name = f"segment.{field}={rewards.stem}:brief"
+    recipe, out = load("reinforce", assignments(place, "reinforce", name, "length.steps=2")), rewards.parent / "run"
+    run(recipe, out, lambda line: None)
+    run(recipe, out, lambda line: None)
+    text = rewards.read_text()
+    rewards.write_text(text.replace("-", "+"))
+    for _ in ("finished", "killed"):
+        with pytest.raises(UserError, match=rf"began with another content of segment\.{field}: put back what"):
+            run(recipe, out, lambda line: None)
+        (out / "done.json").unlink(missing_ok=True)
+    rewards.unlink()
+    with pytest.raises(UserError, match=rf"began with a segment\.{field} that is not there any more"):
+        run(recipe, out, lambda line: None)
+    rewards.write_text(text)
+    assert run(recipe, out, lambda line: None).steps == 2
 
 
 def test_a_judge_of_comparisons_that_fails_is_named(place: Path) -> None:

@@ -15,7 +15,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.rtd import RTD
 from firth.objectives.sop import SOP
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.fallbacks import fallbacks
+from firth.recipes.fallbacks import fallbacks, resolve_segmentation
 from firth.recipes.material import Material, Text
 from firth.recipes.recipe import load
 from firth.recipes.run import run
@@ -24,6 +24,7 @@ from firth.text import segmentation
 from firth.text.read import Document
 from firth.text.tokenizer import Tokenizer
 from firth.text.train import train
+from firth.types import UserError
 
 TEXTS = {
     "Chinese": "河水很高，船不開。他們帶了傘嗎？下雨了！",
@@ -113,3 +114,22 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run(load("roberta", changes), tmp_path / "run", echo=lines.append)
     assert sum(WORDS in line for line in lines) == 1
     assert any(WORDS in line for line in json.loads((tmp_path / "run" / "done.json").read_text())["remarks"])
+    assert load(str(tmp_path / "run")).segmentation == "uax29"
+    monkeypatch.setattr(segmentation, "has_dictionary", lambda: True)
+    for recipe in (load("roberta", changes), load(str(tmp_path / "run"))):
+        with pytest.raises(
+            UserError, match=r"^segmentation=uax29, and this machine finds words by icu, .*: uninstall icu4py"
+        ):
+            run(recipe, tmp_path / "run", echo=lines.append)
+
+
+def test_only_an_objective_of_words_depends_on_the_segmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dictionary, here in ((True, "icu"), (False, "uax29")):
+        monkeypatch.setattr(segmentation, "has_dictionary", lambda dictionary=dictionary: dictionary)
+        assert resolve_segmentation(MLM(noise="words"), "auto") == here
+        assert resolve_segmentation(SOP() + MLM(noise="words"), here) == here
+        assert resolve_segmentation(MLM(), "icu") == "icu" and resolve_segmentation(MLM(), "auto") == "auto"
+    with pytest.raises(
+        UserError, match=r"^segmentation=icu, and this machine finds words by uax29, .*: install firth\[icu\]"
+    ):
+        resolve_segmentation(RTD(noise="ngrams"), "icu")

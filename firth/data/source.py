@@ -144,6 +144,10 @@ class Mixture(Source):
         first = np.cumsum([0, *(int(part.max(initial=-1)) + 1 for part in parts)])
         return np.concatenate([part + start for part, start in zip(parts, first[:-1], strict=True)])
 
+    @property
+    def families(self) -> np.ndarray:
+        return np.concatenate([source.families for source in self.sources])
+
     def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
         total: dict[str, int] = {}
         for source, start in zip(self.sources, self._starts[:-1], strict=True):
@@ -315,6 +319,10 @@ class Subset(Source):
     @property
     def owners(self) -> np.ndarray:
         return self.source.owners[self.indices]
+
+    @property
+    def families(self) -> np.ndarray:
+        return self.source.families[self.indices]
 
     def beside(self, index: int) -> Mapping[str, Any]:
         return self.source.beside(int(self.indices[index]))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,10 @@ class Rollouts(Segment):
                 "segment.credit=group, or take objective=ppo"
             )
 
+    @property
+    def functions(self) -> dict[str, str]:
+        return {name: value for name, value in (("scorer", self.scorer), ("truth", self.truth)) if value}
+
     def row_limits(self, text: int, source: int) -> dict[str, int]:
         return {"longest": text - self.max_new}
 
@@ -216,10 +221,7 @@ def function(name: str) -> Callable[[str], float]:
         UserError: There is no such module or function, or the module fails when it is imported.
     """
     module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # behind all others: a file of one's own never hides an installed module
-        importlib.invalidate_caches()
+    here = _search_working_directory()
     try:
         found: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
@@ -231,6 +233,28 @@ def function(name: str) -> Callable[[str], float]:
     if not callable(found):
         raise UserError(f"{name!r} is of type {type(found).__name__}: name a function of the answer's text")
     return found
+
+
+def module_files(name: str) -> list[Path]:
+    """Return the files of the module in `module:function`, all of a package; none where there is no such module."""
+    _search_working_directory()
+    try:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):  # no such package, or no name
+        return []
+    if found is None or found.origin is None:
+        return []
+    origin = Path(found.origin)
+    return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin] * origin.is_file()
+
+
+def _search_working_directory() -> str:
+    """Let imports find files in the working directory, and return it."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # behind all others: a file of one's own never hides an installed module
+    importlib.invalidate_caches()
+    return here
 
 
 SEGMENTS: dict[str, type[Segment]] = {

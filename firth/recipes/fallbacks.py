@@ -6,6 +6,8 @@ have no capitals, and some texts no full stop; the objective then hides subwords
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from firth.data.noise import facts
@@ -14,7 +16,9 @@ from firth.objectives.objective import Objective
 from firth.recipes.segments import Segment
 from firth.text import segmentation
 from firth.text.vocab import Vocab
-from firth.types import Example
+from firth.types import Example, UserError
+
+Segmentation = Literal["auto", "icu", "uax29"]
 
 SAMPLED_EXAMPLES = 64
 """Examples that are looked at, evenly spaced."""
@@ -45,6 +49,24 @@ def fallbacks(objective: Objective, segment: Segment, source: Source, vocab: Voc
     texts = [text for i in some if len(text := _tokens(source[i]))]
     shares = {unit: _missing(unit, texts, vocab) for unit in sorted(units)} if texts else {}
     return [REPORTS[unit].format(share=share) for unit, share in shares.items() if share >= MIN_SHARE]
+
+
+def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmentation:
+    """Return how an objective finds whole words on this machine; `wanted` where it looks for none.
+
+    Raises:
+        UserError: A run began with, or a recipe asks for, another segmentation than this machine has.
+    """
+    if not any("words" in one.text_units for one in objective.addends()):
+        return wanted
+    here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
+    if wanted not in ("auto", here):
+        cure = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
+        raise UserError(
+            f"segmentation={wanted}, and this machine finds words by {here}, which would hide other words: {cure}, or set "
+            "segmentation=auto for a new run"
+        )
+    return here
 
 
 def _tokens(example: Example) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""What a run reads from outside of its recipe, by content: text, records, the models that it begins from or asks.
+"""What a run reads from outside of its recipe, by content: text, records, the models that it begins from or asks, the
+modules of scorers.
 
 A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
 
@@ -24,6 +25,7 @@ from firth.io.atomic import write_text
 from firth.io.integrity import check_digest, with_digest
 from firth.model.files import read_json
 from firth.recipes import tree
+from firth.recipes.aligned import module_files
 from firth.recipes.material import Echo
 from firth.recipes.recipe import Recipe, load
 from firth.recipes.segments import model_directory
@@ -49,10 +51,13 @@ class Inputs:
 
     Attributes:
         digests: name of the field -> digest of what it names, "" where nothing is there.
+        functions: the same for functions of the user's, of the files of their modules. No checkpoint depends on them, for a
+            reward that raised may be corrected.
         files: path -> size, modification time, change time (ns), inode and SHA-256 of each file that was hashed.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
+    functions: dict[str, str] = field(default_factory=dict)
     files: dict[str, list[Any]] = field(default_factory=dict)
 
     @staticmethod
@@ -69,6 +74,9 @@ class Inputs:
                 inputs.digests[name] = inputs._of_model(Path(value))
             elif kind == "tokenizer":
                 inputs.digests[name] = Tokenizer.load(value).digest
+        for name, function in recipe.segment.functions.items():
+            files = [(file.name, inputs._sha256(file)) for file in module_files(function)]
+            inputs.functions[f"segment.{name}"] = _hash(files) if files else ""
         return inputs
 
     def check(self, directory: Path) -> None:
@@ -85,14 +93,15 @@ class Inputs:
             )
         if "tokenizer" not in self.digests:  # it is made after the others have been compared
             before = {name: digest for name, digest in before.items() if name != "tokenizer"}
-        for name in [*self.digests, *before]:
-            if before.get(name) == self.digests.get(name):
+        now = self.digests | {name: digest for name, digest in self.functions.items() if name in before}
+        for name in [*now, *before]:
+            if before.get(name) == now.get(name):
                 continue
-            if name not in self.digests:
+            if name not in now:
                 how = f"with {name}, which this recipe does not set"
             elif name not in before:
                 how = f"without {name}, which this recipe sets"
-            elif not self.digests[name]:
+            elif not now[name]:
                 how = f"with a {name} that is not there any more"
             else:
                 how = f"with another content of {name}"
@@ -103,7 +112,7 @@ class Inputs:
     def write(self, directory: Path, recipe: str) -> None:
         """Keep them in the directory, with the hashes of the recipe that they belong to and of recipe.yaml."""
         file = _file_hash(directory / "recipe.yaml")
-        record = {"recipe": recipe, "recipe_file": file, "inputs": self.digests, "files": self.files}
+        record = {"recipe": recipe, "recipe_file": file, "inputs": self.digests | self.functions, "files": self.files}
         write_text(directory / FILE, json.dumps(with_digest(record), indent=1) + "\n")
 
     def identity(self, recipe: str) -> str:

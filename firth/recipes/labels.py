@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from firth.align.annotate import annotate
 from firth.data.few import Unlabelled, few_of
 from firth.data.labelled import TextFields
@@ -60,7 +62,7 @@ class Partly(Around):
     Args:
         few: For a trial: this many records keep their label, as many of each class, and the others are read without it.
         unlabelled: Texts without a label for each one with a label, in every batch.
-        others: Files of texts without a label.
+        others: Files of texts without a label. Texts that are held out are left out of them.
     """
 
     few: NonNegativeInt = 0
@@ -75,7 +77,7 @@ class Partly(Around):
             )
         whole = self.of.cut(material, objective)
         if self.others:
-            parts: list[Source] = [whole.train, self.of.untold(self.others, material)]
+            parts: list[Source] = [whole.train, self._unlabelled(whole.valid, material)]
             return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
         known, others = few_of(whole.train, self.few, material.seed)
         if not len(others):
@@ -85,6 +87,23 @@ class Partly(Around):
         )
         parts = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
         return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
+
+    def _unlabelled(self, valid: Source | None, material: Material) -> Source:
+        """The texts of `others`, less those whose prompt or text is held out."""
+        texts = self.of.untold(self.others, material)
+        if valid is None:
+            return texts
+        held = np.isin(texts.families, valid.families)
+        if held.all():
+            raise UserError(
+                f"all {len(texts):,} texts of segment.others are held out, so none is left to train on: give other files"
+            )
+        if held.any():
+            material.echo(
+                f"{held.sum():,} of {len(texts):,} texts in segment.others are left out: they are held out; the first is number "
+                f"{held.argmax() + 1:,}"
+            )
+        return Unlabelled(Subset(texts, np.flatnonzero(~held))) if held.any() else texts
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,8 @@ class Recipe(Ranged):
     is then the tokenizer's number of ids. samples: texts that the model continues before training and after, for the report; it
     fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that starts from nothing begins with the
     frequencies of the answers (`firth.model.unigram`). precision: "auto" is what this machine is measured to be fast at.
+    segmentation: how an objective of whole words finds them (`firth.text.segmentation`); "auto" is by ICU's dictionaries where
+    they are installed. A run goes on only where words are found as they were when it began.
     compile: torch.compile the blocks; on a CPU that takes a compiler of C++ and half a minute, and gains a twentieth.
     recompute: keep no activations inside of attention blocks, and run these again on the way back.
     """
@@ -142,6 +144,7 @@ class Recipe(Ranged):
     checks: Checks = Checks()
     samples: tuple[str, ...] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    segmentation: Literal["auto", "icu", "uax29"] = "auto"
     compile: bool = False
     recompute: bool = False
     seed: NonNegativeInt = 0

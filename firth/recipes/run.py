@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from firth.align.rewards import RewardError
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
@@ -34,7 +35,7 @@ from firth.objectives import name_of
 from firth.recipes import card, classes, held_out_texts, segments, tree
 from firth.recipes.adapt import Full, mix, refuse_adapt
 from firth.recipes.begin import begin
-from firth.recipes.fallbacks import fallbacks
+from firth.recipes.fallbacks import Segmentation, fallbacks, resolve_segmentation
 from firth.recipes.fits import check_room, fit_rows, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
 from firth.recipes.held import Held, vocab
 from firth.recipes.inputs import Inputs, begun, content_hash, recorded_hash
@@ -113,7 +114,11 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     settled = _first_alone(
         ranks, lambda: _settled(recipe, material)
     )  # classes are read from a corpus that may not be here yet
-    settled = dataclasses.replace(settled, precision=_precision(recipe, directory, continued, ranks))
+    settled = dataclasses.replace(
+        settled,
+        precision=_precision(recipe, directory, continued, ranks),
+        segmentation=_segmentation(settled, directory, continued),
+    )
     assert settled.shape is not None
     refuse_cut(
         settled.objective,
@@ -177,14 +182,19 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         _held_out_texts(settled, cut, model, material, 0)
     if shown is not None:
         shown.refuse_unmeasured(model)
-    ended = train(
-        model, settled.objective, batches, directory,
-        length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
-        plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
-                  best=settled.checks.best or "loss", best_last=bool(settled.checks.best or settled.checks.patience),
-                  patience=settled.checks.patience, precision=chosen),
-        evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
-    )  # fmt: skip
+    try:
+        ended = train(
+            model, settled.objective, batches, directory,
+            length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
+            plan=Plan(evaluate_every=settled.checks.every, save_every=settled.checks.save, keep=settled.checks.keep,
+                      best=settled.checks.best or "loss", best_last=bool(settled.checks.best or settled.checks.patience),
+                      patience=settled.checks.patience, precision=chosen),
+            evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
+        )  # fmt: skip
+    except UserError as error:
+        if ranks.first and isinstance(error.__cause__, RewardError):  # it may be corrected, and the run goes on
+            dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)
+        raise
     finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, ended.step)
@@ -325,6 +335,14 @@ def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -
     before = load(str(directory)).precision if continued and recipe.precision == "auto" else recipe.precision
     device = best_device()
     return "bf16" if ranks.from_first(precision.choose(before, device)) == "bf16" else "fp32"
+
+
+def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentation:
+    """What `segmentation` comes to: a continued run keeps what it began with, also "auto" where an older version wrote it."""
+    if not continued or recipe.segmentation != "auto":
+        return resolve_segmentation(recipe.objective, recipe.segmentation)
+    before = load(str(directory)).segmentation
+    return before if before == "auto" else resolve_segmentation(recipe.objective, before)
 
 
 def _finished(directory: Path, known: str) -> Finished:

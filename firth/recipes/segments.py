@@ -103,6 +103,11 @@ class Segment(Ranged, section="segment"):
         """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
         return self
 
+    @property
+    def functions(self) -> dict[str, str]:
+        """The functions of the user's that it calls: field -> `module:function`."""
+        return {}
+
     def row_limits(self, text: int, source: int) -> dict[str, int]:
         """Return the most tokens that each field which bounds a row may allow.
 

@@ -1,0 +1,56 @@
+"""Texts without a label bring in nothing that is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from firth.objectives.semi_supervised import Consistency
+from firth.recipes.labels import Partly
+from firth.recipes.material import Material, Text
+from firth.recipes.segments import Cut
+from firth.text.tokenizer import Tokenizer
+from firth.text.train import train
+from firth.types import UserError
+
+TEXTS = [f"the {animal} paints boat {n}" for n in range(10) for animal in ("otter", "heron", "badger", "vole")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(TEXTS * 5, "byte-bpe", 300)
+
+
+def write(file: Path, texts: list[str]) -> str:
+    file.write_text("".join(json.dumps({"text": text, "label": "ab"[len(text) % 2]}) + "\n" for text in texts))
+    return str(file)
+
+
+def cut(folder: Path, tokenizer: Tokenizer, others: str, lines: list[str], **source: object) -> Cut:
+    text = Text(path=(write(folder / "labeled.jsonl", TEXTS),), **source)  # type: ignore[arg-type]
+    return Partly(others=(others,)).cut(
+        Material(text, tokenizer, folder, echo=lines.append), Consistency(classes=("a", "b"))
+    )
+
+
+def test_held_out_texts_are_left_out_of_the_unlabeled_ones(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    more = [f"a new text of number {n}" for n in range(12)]
+    lines: list[str] = []
+    for name, texts in (("more.jsonl", [*TEXTS, *more]), ("more.txt", [*TEXTS, *more])):
+        file = write(tmp_path / name, texts)
+        if name == "more.txt":
+            (tmp_path / name).write_text("\n".join(texts))
+        found = cut(tmp_path, tokenizer, file, lines, held_out=0.25)
+        assert found.valid is not None and 0 < len(found.valid) < 20
+        known = [{source[i]["tokens"].tobytes() for i in range(len(source))} for source in (found.train, found.valid)]
+        assert not known[0] & known[1] and len(known[0]) == len(texts) - len(found.valid)
+        assert found.counts["unlabelled"] == len(texts) - len(found.valid)
+    assert [line.split(" texts")[0] for line in lines if "segment.others" in line] == [f"{len(found.valid)} of 52"] * 2
+
+
+def test_unlabeled_texts_that_are_all_held_out_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    valid = write(tmp_path / "valid.jsonl", TEXTS[:30])
+    with pytest.raises(UserError, match=r"^all 30 texts of segment\.others are held out"):
+        cut(tmp_path, tokenizer, valid, [], valid=(valid,))
