@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -91,6 +91,7 @@ class HeldOut:
         documents: how many documents there are in all.
         duplicates: how many of them repeat an earlier one.
         first: the name of the first that does, "" where none does.
+        contents: the `content_key` of every document, (documents,).
     """
 
     names: frozenset[str] = frozenset()
@@ -98,6 +99,7 @@ class HeldOut:
     documents: int = 0
     duplicates: int = 0
     first: str = ""
+    contents: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64), compare=False, repr=False)
 
 
 def hold_out(documents: Iterable[Document], share: float) -> HeldOut:
@@ -140,6 +142,7 @@ def hold_out(documents: Iterable[Document], share: float) -> HeldOut:
         len(names),
         len(names) - len(seen),
         first,
+        np.array(contents, np.uint64),
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from firth.io.integrity import check_digest, with_digest
 from firth.model.files import read_json
 from firth.recipes import tree
 from firth.recipes.aligned import module_files
-from firth.recipes.material import Echo
+from firth.recipes.material import Echo, text_of
 from firth.recipes.recipe import Recipe, load
 from firth.recipes.segments import model_directory
 from firth.text import corpora, foreign, read
 from firth.text.tokenizer import Tokenizer
+from firth.text.unpack import stamp
 from firth.types import UserError
 
 FILE = "inputs.json"
@@ -65,6 +66,8 @@ class Inputs:
         """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json."""
         inputs = Inputs(files=dict(recorded(directory).get("files", {})))
         source = recipe.source
+        if not (begun(directory) or recipe.tokenizer.path or recipe.start or recipe.embeddings or source.store):
+            inputs._read_once(recipe, directory, echo)
         if source.corpus:
             inputs.digests["source.corpus"] = inputs._of_files(corpora.paths(source.corpus, echo), recipe)
         for name, kind, value in tree.paths(recipe):
@@ -119,6 +122,22 @@ class Inputs:
         """A short hash of a recipe and its inputs: what a checkpoint is checked against."""
         return _hash([recipe, self.digests])[:16]
 
+    def _read_once(self, recipe: Recipe, directory: Path, echo: Echo) -> None:
+        """Hash the text of a run that trains a tokenizer on it, in the pass that reads it for that.
+
+        Elsewhere the text is hashed alone, at the speed of the disk: what is wrong with the recipe is found before the text is
+        read.
+        """
+        source = recipe.source
+        paths = source.paths(echo) if source.path or source.corpus else []
+        if not recipe.segment.reads_documents or not paths or any((directory / "data").glob("*/train")):
+            return
+        parts = [[path] for path in paths] if source.weights else [paths]
+        for part in parts:
+            alone = replace(source, path=tuple(part), weights=())
+            for apart in (False, True) if source.valid else (False,):
+                self.files |= text_of(alone, part, apart, directory).hashes
+
     def _of_files(self, paths: Sequence[str], recipe: Recipe) -> str:
         """Of files in the order in which they are read, and of their names where these decide what is held out."""
         documents = recipe.segment.reads_documents
@@ -145,11 +164,10 @@ class Inputs:
 
     def _sha256(self, file: Path) -> str:
         status, key = file.stat(), str(file.absolute())
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         known = self.files.get(key)
-        if known is None or known[:-1] != stamp:
+        if known is None or known[:-1] != stamp(status):
             with file.open("rb") as opened:
-                self.files[key] = [*stamp, hashlib.file_digest(opened, "sha256").hexdigest()]
+                self.files[key] = [*stamp(status), hashlib.file_digest(opened, "sha256").hexdigest()]
         return str(self.files[key][-1])
 
 

@@ -6,7 +6,6 @@ start of a run reads no text.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -18,8 +17,9 @@ from typing import Literal
 
 import numpy as np
 
+from firth.data.once import ReadOnce, read_once
 from firth.data.shards import TokenStore
-from firth.data.split import HeldOut, content_key, hold_out
+from firth.data.split import HeldOut, content_key
 from firth.doctor import device
 from firth.model.lm import LM
 from firth.model.weights import load_model
@@ -136,8 +136,8 @@ class Material:
         for apart in (False, True):
             place = folder / ("valid" if apart else "train")
             if not place.exists():
-                counts = Counts()
-                documents = documents_of(self.source, paths, apart, counts, self._held_elsewhere())
+                counts = text_of(self.source, paths, apart, self.directory).counts
+                documents = documents_of(self.source, paths, apart, self._held_elsewhere(), self.directory)
                 first = next(documents, None)
                 if first is None:
                     if not apart:
@@ -165,22 +165,22 @@ class Material:
 
     def _held_elsewhere(self) -> frozenset[int]:
         """The documents that are held out of the other paths of a mixture, by their content."""
-        found = [held_out_of(replace(self.source, path=(path,)), [path]).keys for path in self.siblings]
+        found = [held_out_of(replace(self.source, path=(path,)), [path], self.directory).keys for path in self.siblings]
         return frozenset().union(*found)
 
     def _repeated(self, paths: Sequence[str]) -> list[str]:
         """A sentence on duplicates among the documents, and one on those that are in the held-out files too."""
         lines = []
-        chosen = held_out_of(self.source, paths)
+        chosen = held_out_of(self.source, paths, self.directory)
         if chosen.duplicates:
             lines.append(
                 f"duplicates: {chosen.duplicates:,} of {chosen.documents:,} documents have the same content as an earlier one, "
                 f"and are held out with it or not at all; the first is {chosen.first}"
             )
         if self.source.valid:
-            how = functools.partial(read.documents, field=self.source.field, split=self.source.split)
-            held = {content_key(d.text) for d in how(self.source.valid)}
-            both = [d.name for d in how(paths) if content_key(d.text) in held]
+            learned, measured = (text_of(self.source, paths, apart, self.directory) for apart in (False, True))
+            held = {content_key(d.text) for d in measured.documents()}
+            both = [d.name for d in learned.documents() if content_key(d.text) in held]
             if both:
                 lines.append(
                     f"{len(both):,} documents in source.path have the content of a document in source.valid, so they are "
@@ -189,47 +189,38 @@ class Material:
         return lines
 
 
-def held_out_of(source: Text, paths: Sequence[str]) -> HeldOut:
-    """Choose the documents that a run holds out of these files; nothing where files for it are named, or no share is.
-
-    The text is read once for it, and not again as long as the files are the same.
-    """
-    if source.valid or not source.held_out:
-        return HeldOut()
-    stats = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in read.files(paths))
-    return _held_out_of(tuple(paths), source.field, source.split, source.held_out, stats)
+def text_of(source: Text, paths: Sequence[str], apart: bool, directory: Path | None = None) -> ReadOnce:
+    """Return the documents that a run trains on and holds some out of, or (apart) is measured on, if other files are named
+    for that. directory: of the run, which the temporary copy goes to."""
+    share = None if source.valid or not source.held_out else source.held_out
+    chosen = source.valid if apart and source.valid else paths
+    return read_once(chosen, field=source.field, split=source.split, share=share, directory=directory)
 
 
-@functools.lru_cache(maxsize=16)
-def _held_out_of(
-    paths: tuple[str, ...], field: str, split: str, share: float, stats: tuple[tuple[str, int, int], ...]
-) -> HeldOut:
-    return hold_out(read.documents(paths, field=field, split=split), share)
+def held_out_of(source: Text, paths: Sequence[str], directory: Path | None = None) -> HeldOut:
+    """Choose the documents that a run holds out of these files; nothing where files for it are named, or no share is."""
+    return HeldOut() if source.valid or not source.held_out else text_of(source, paths, False, directory).held
 
 
 def documents_of(
     source: Text,
     paths: Sequence[str],
     apart: bool,
-    counts: Counts | None = None,
     elsewhere: frozenset[int] = frozenset(),
+    directory: Path | None = None,
 ) -> Iterator[Document]:
-    """The documents that are learnt from, or (apart) those held out.
+    """Yield the documents that are trained on, or (apart) those held out.
 
     Which are held out is decided by their names, and those of one content are held out together (`firth.data.split`). Of a
     single document that is its last share, cut between paragraphs. elsewhere: the content of others that are held out too.
     """
-    chosen = source.valid if apart and source.valid else paths
-    documents = read.documents(chosen, field=source.field, split=source.split, counts=counts)
+    found = text_of(source, paths, apart, directory)
     if source.valid:
-        yield from documents
-        return
-    held = held_out_of(source, paths)
-    if held.documents == 1:
-        yield from _share(next(documents), source.held_out, apart)
+        yield from found.documents()
+    elif found.held.documents == 1:
+        yield from _share(next(found.documents()), source.held_out, apart)
     else:
-        keys = held.keys | elsewhere
-        yield from (d for d in documents if (bool(keys) and content_key(d.text) in keys) == apart)
+        yield from found.documents(apart, elsewhere)
 
 
 def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from firth.align.rewards import RewardError
+from firth.data import once
 from firth.data.batch import Batches
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
@@ -141,6 +142,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     chosen = checkpoint.precision(directory) or precision.choose(settled.precision, best_device())
     material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
     cut = _first_alone(ranks, lambda: segments.cut(settled.segment, material, settled.objective))
+    once.forget()
     shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
     fallen_back = fallbacks(settled.objective, settled.segment, cut.train, tokenizer.vocab)
     for line in (*_begins(settled, cut, shown), *fallen_back):

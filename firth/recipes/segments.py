@@ -22,7 +22,7 @@ from firth.objectives.objective import Objective
 from firth.ranges import NonNegativeFloat, Ranged, TokenCount
 from firth.recipes import classes
 from firth.recipes.held_out_texts import HeldOutTexts
-from firth.recipes.material import Material, Text, documents_of
+from firth.recipes.material import Material, Text, documents_of, text_of
 from firth.text.counts import Counts
 from firth.types import UserError
 
@@ -391,12 +391,12 @@ def training_texts(segment: Segment, source: Text, paths: Sequence[str], counts:
     for part in [[path] for path in paths] if source.weights else [list(paths)]:
         grouped = segment.grouped_texts(part)
         if grouped is None:
-            reading = Counts()
-            for document in documents_of(replace(source, path=tuple(part), weights=()), part, False, reading):
+            alone = replace(source, path=tuple(part), weights=())
+            for document in documents_of(alone, part, False):
                 counts.documents += 1
                 counts.bytes += len(document.text.encode())
                 yield document.text
-            counts.files += reading.files
+            counts.files += text_of(alone, part, False).counts.files
             continue
         keys = np.fromiter((content_key(group) for group, _ in grouped), np.uint64)
         held = held_out_keys(keys, share, len(keys))

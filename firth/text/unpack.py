@@ -11,10 +11,13 @@ b'good day'
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
+import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -36,23 +39,72 @@ KNOWN_BYTES = {
 """First bytes of files that hold no text, whatever they are called -> what they are and what to do."""
 
 
+def stamp(status: os.stat_result) -> list[int]:
+    """What tells that a file has changed: size, modification time, change time (ns), inode."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+_HASHES: ContextVar[dict[str, list[Any]] | None] = ContextVar("hashes", default=None)
+
+
+@contextmanager
+def hashing(found: dict[str, list[Any]]) -> Iterator[None]:
+    """Hash each file that is opened in the block and read to its end: absolute path -> its stamp and SHA-256."""
+    token = _HASHES.set(found)
+    try:
+        yield
+    finally:
+        _HASHES.reset(token)
+
+
+class _Hashed(io.RawIOBase):
+    """A file whose bytes are hashed while they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("rb", buffering=0)
+        self._stamp, self._hash = stamp(os.fstat(self._file.fileno())), hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self._file.readinto(buffer) or 0
+        self._hash.update(memoryview(buffer)[:n])
+        return n
+
+    def note(self, found: dict[str, list[Any]]) -> None:
+        """Read what is left, and note the hash."""
+        while self.read(1 << 20):
+            pass
+        found[str(self._path.absolute())] = [*self._stamp, self._hash.hexdigest()]
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def open_bytes(path: Path) -> BinaryIO:
-    """The file's content, unpacked where its name says .gz or .zst."""
+    """Open a file as it is; within `hashing` its bytes are hashed."""
+    return path.open("rb") if _HASHES.get() is None else io.BufferedReader(_Hashed(path), 1 << 20)
+
+
+def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+    """The content of a file, unpacked where its name says .gz or .zst."""
     packed = path.suffix.lower()
     if packed == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if packed == ".zst":
-        return io.BufferedReader(_Zstd(path), 1 << 20)
-    return path.open("rb")
+        return io.BufferedReader(_Zstd(raw), 1 << 20)
+    return raw
 
 
 class _Zstd(io.RawIOBase):
     """Unpacks frame after frame. zstandard's own reader takes a file that is cut off for one that ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
-        self.file = path.open("rb")
+        self.file = file
         self.frames = zstandard.ZstdDecompressor()
         self.frame = self.frames.decompressobj()
         self.within = False  # a frame has begun and not ended
@@ -93,14 +145,19 @@ def guarded(path: Path) -> Iterator[BinaryIO]:
     """
     import zstandard
 
-    try:
-        file = open_bytes(path)
-    except OSError as error:
-        raise UserError(f"{path}: this file cannot be read: {error.strerror or error}") from None
-    with file:
+    hashes = _HASHES.get()
+    with ExitStack() as opened:
         try:
+            raw = open_bytes(path)
+        except OSError as error:
+            raise UserError(f"{path}: this file cannot be read: {error.strerror or error}") from None
+        opened.enter_context(raw)
+        try:
+            file = opened.enter_context(_unpacked(raw, path))
             _check_kind(path, cast(io.BufferedReader, file).peek(8))
             yield file
+            if hashes is not None:
+                cast(_Hashed, cast(io.BufferedReader, raw).raw).note(hashes)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{path}: the archive is damaged or cut off: {error}") from None
 

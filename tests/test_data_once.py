@@ -1,0 +1,111 @@
+"""Text that is read once: the files of a run are opened one time, and their hashes are those of their bytes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from firth.data import once
+from firth.data.once import ReadOnce, read_once
+from firth.recipes.inputs import Inputs
+from firth.recipes.material import Material
+from firth.recipes.recipe import load
+from firth.recipes.run_tokenizer import tokenizer_of
+from firth.text import read
+
+TEXT = "the film {} is good, and so is the book that it was made of\n\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """40 documents in every kind of file that is read as a stream."""
+    made = tmp_path / "texts"
+    made.mkdir()
+    for i in range(30):
+        (made / f"{i:02d}.txt").write_text(TEXT.format(i) * 3)
+    (made / "a.txt.gz").write_bytes(gzip.compress(TEXT.format("a").encode() * 9) + gzip.compress(b"more"))
+    (made / "b.txt.zst").write_bytes(zstandard.compress(TEXT.format("b").encode() * 9))
+    (made / "c.jsonl").write_text("".join(json.dumps({"text": TEXT.format(f"c{i}")}) + "\n" for i in range(8)))
+    yield made
+    once.forget()
+
+
+OPENED: list[str] = []
+
+
+def _note(event: str, args: tuple[object, ...]) -> None:
+    if event == "open":
+        OPENED.append(str(args[0]))
+
+
+def opened(folder: Path) -> Counter[int]:
+    """How many files were opened so many times."""
+    found = Counter(path for path in OPENED if path.startswith(str(folder)))
+    return Counter(found.values())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -> None:
+    """It opened each five times. With a tokenizer that is there already, the text is hashed before it is read."""
+    settings = [f"source.path={folder}", "tokenizer.size=400", "source.held_out=0.2"]
+    if given:
+        tokenizer_of(load("gpt", settings), tmp_path / "first", lambda _: None)
+        settings.append(f"tokenizer.path={tmp_path / 'first' / 'tokenizer'}")
+        once.forget()
+    recipe, directory = load("gpt", settings), tmp_path / "run"
+    directory.mkdir()
+    if not OPENED:
+        sys.addaudithook(_note)  # which stays: it costs a list entry for each file
+    OPENED.clear()
+    inputs = Inputs.read(recipe, directory, lambda _: None)
+    tokenizer = tokenizer_of(recipe, directory, lambda _: None, inputs)
+    train, valid = Material(recipe.source, tokenizer, directory).stores()
+    assert opened(folder) == {1 + given: 33}
+    assert valid is not None and len(train) + len(valid) == 40
+    for path in folder.iterdir():
+        status = path.stat()
+        known = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        assert inputs.files[str(path)] == [*known, hashlib.sha256(path.read_bytes()).hexdigest()]
+    assert os.listdir(directory / "data") != []
+    assert not [p for p in directory.rglob("*") if p.is_file() and "tmp" in p.name]  # the copy has no name
+
+
+def test_copied_documents_are_those_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = list(read.documents([str(folder)]))
+    for memory in (1 << 20, 100):
+        monkeypatch.setattr(once, "MEMORY_BYTES", memory)
+        found = ReadOnce([str(folder)], "text", "file", 0.2, folder.parent)
+        assert list(found.documents()) == plain
+        learned, held = list(found.documents(False)), list(found.documents(True))
+        assert held and sorted(learned + held) == sorted(plain)
+        assert {d.name for d in held} == found.held.names
+
+
+def test_a_file_that_has_changed_is_read_again(folder: Path) -> None:
+    first = read_once([str(folder)], field="text", split="file")
+    assert read_once([str(folder)], field="text", split="file") is first
+    (folder / "00.txt").write_text("other words")
+    assert next(read_once([str(folder)], field="text", split="file").documents()).text == "other words"
+
+
+def test_files_are_read_again_where_a_copy_has_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "MEMORY_BYTES", 100)
+    plain = list(read.documents([str(folder)]))
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, was[1]))
+    try:
+        found = ReadOnce([str(folder)], "text", "file", 0.2, folder.parent)
+        assert list(found.documents()) == plain
+        assert len(list(found.documents(True))) == len(found.held.names)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
