@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from data_room import Counting
+from data_room import Counting, store, tokenizer
 
 from firth.data import layout
 from firth.data.batch import Batches, collate, pack
+from firth.data.order import Draws
 from firth.data.place import first_fit
+from firth.data.segment import Pieces
 from firth.model.attention import Visibility
 from firth.model.lm import LM
 from firth.model.shape import Shape
 from firth.objectives.causal import CausalLM
 from firth.objectives.dpo import DPO
+from firth.objectives.mlm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.reward import Reward
 from firth.objectives.sft import SFT
@@ -38,6 +43,11 @@ class Stranger:
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         n = len(example["tokens"])
         return example | {"wonder": np.arange(n), "astonishment": rng.random(n), "draw": rng.random(n)}
+
+    def view_many(
+        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+    ) -> list[Example]:
+        return [self.view(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
@@ -315,3 +325,23 @@ def test_batches_refuse_what_cannot_be_shared_or_is_empty() -> None:
         Batches(Counting(10), Stranger(), VOCAB, rows=3, seed=0, accumulate=2, world=2)
     with pytest.raises(UserError, match="nothing to train on"):
         Batches(Counting(0), Stranger(), VOCAB, rows=3, seed=0)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.15, 0.9])
+@pytest.mark.parametrize("framed", [False, True])
+def test_many_masked_examples_are_those_of_each(tmp_path: Path, rate: float, framed: bool) -> None:
+    """At a rate of 0.9 more tokens are hidden than there are draws for at once."""
+    made, vocab = store(tmp_path), tokenizer().vocab
+    pieces = Pieces(made, 24, vocab if framed else None)
+    indices = np.array([3, 0, len(pieces) - 1, 7, 7])
+    streams = [(epoch, int(i)) for epoch, i in enumerate(indices)]
+    examples = pieces.many(indices.tolist())
+    draws, objective = Draws(5, "view"), MLM(rate=rate)
+    for i, example, found, stream in zip(
+        indices, examples, objective.view_many(examples, vocab, draws, streams), streams, strict=True
+    ):
+        assert np.array_equal(example["tokens"], pieces[int(i)]["tokens"])
+        alone = objective.view(pieces[int(i)], vocab, draws.at(*stream))
+        assert alone.keys() == found.keys()
+        for name in alone:
+            assert np.array_equal(alone[name], found[name]) and alone[name].dtype == found[name].dtype

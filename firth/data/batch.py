@@ -45,7 +45,9 @@ class Shows(Protocol):
     @property
     def copies(self) -> int: ...
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example: ...
+    def view_many(
+        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+    ) -> list[Example]: ...
 
 
 class Batches:
@@ -121,10 +123,11 @@ class Batches:
 
     def shown(self, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
         """What the objective makes of these examples in these epochs, as yet in no batch."""
-        source, view, vocab, at = self.source, self.objective.view, self.vocab, self._draws.at
         copies = self.objective.copies
-        drawn = epochs % copies if copies else epochs
-        return [view(source[i], vocab, at(e, i)) for e, i in zip(drawn.tolist(), indices.tolist(), strict=True)]
+        drawn = (epochs % copies if copies else epochs).tolist()
+        examples = self.source.many(indices.tolist())
+        streams = list(zip(drawn, indices.tolist(), strict=True))
+        return self.objective.view_many(examples, self.vocab, self._draws, streams)
 
     def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
         shown = self.shown(epochs, indices)

@@ -9,6 +9,7 @@ Each is a `Source`: indices are fixed by the store, and the order of a run is dr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -105,6 +106,20 @@ class Pieces(Source):
         start, stop = self._parts.bounds(index)
         tokens = self.store.tokens[start:stop]
         return {"tokens": self.frame.frame(tokens, np.int32) if self.frame else tokens.astype(np.int32)}
+
+    def many(self, indices: Sequence[int]) -> list[Example]:
+        starts, stops = self._parts.bounds_of(np.asarray(indices, np.int64))
+        around = 1 if self.frame else 0
+        lengths = stops - starts
+        ends = np.cumsum(lengths + 2 * around)
+        begins = ends - lengths - 2 * around
+        flat = np.empty(int(ends[-1]), np.int32)
+        places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(int(lengths.sum()))
+        inside = np.repeat(begins + around - starts, lengths) + places
+        flat[inside] = self.store.tokens.take(places)
+        if self.frame:
+            flat[begins], flat[ends - 1] = self.frame.cls, self.frame.sep
+        return [{"tokens": flat[a:b]} for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +231,15 @@ class _Parts:
         parts = self._ends.item(document) - before
         low, high = self._text(document)
         n, at = high - low, index - before
+        return low + n * at // parts, low + n * (at + 1) // parts
+
+    def bounds_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`bounds` of many parts: (n,) -> (n,) and (n,)."""
+        document = self._ends.searchsorted(indices, "right")
+        before = np.append(0, self._ends)[document]
+        parts, at = self._ends[document] - before, indices - before
+        low = self._offsets[document] + self._opened
+        n = self._offsets[document + 1] - 1 - low
         return low + n * at // parts, low + n * (at + 1) // parts
 
     def document(self, at: int) -> tuple[int, int]:

@@ -77,6 +77,16 @@ class VerifiedTokens:
         self._verify(start, stop)
         return self._array[index]
 
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at some places (n,)."""
+        for block in np.unique(places * self.dtype.itemsize // BLOCK_BYTES).tolist():
+            if not self._checked[block]:
+                self._verify(
+                    block * BLOCK_BYTES // self.dtype.itemsize, (block + 1) * BLOCK_BYTES // self.dtype.itemsize
+                )
+        found: np.ndarray = self._array[places]
+        return found
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         self._verify(0, len(self))
         return np.array(self._array, dtype, copy=copy)

@@ -11,12 +11,14 @@ epoch, and what is drawn for it by its number: neither tells of what is hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from firth.data.noise import NOISES, Kind, disguised, text_units
+from firth.data.order import Draws
 from firth.model.shape import Reads
 from firth.objectives.objective import Tokens
 from firth.ranges import NonNegativeInt, OpenShare, Share
@@ -78,6 +80,44 @@ class MLM(Tokens):
         labels[at] = tokens[at]
         shown[at] = disguised(tokens[at], vocab, self.masked, self.random, kind, rng)
         return example | {"tokens": shown, "labels": labels}
+
+    def view_many(
+        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+    ) -> list[Example]:
+        """Return `view` of many examples: the same numbers are drawn for each, and all else is done to all of them at once."""
+        if self.noise != "iid" or self.alike or type(self).view is not MLM.view:
+            return super().view_many(examples, vocab, draws, streams)
+        tokens = np.concatenate([example["tokens"] for example in examples])
+        lengths = np.array([len(example["tokens"]) for example in examples])
+        ends, room = np.cumsum(lengths), lengths // 2 + 8  # draws for hidden tokens: six times as many as they are
+        stops = np.cumsum(lengths + room)
+        starts = stops - lengths - room
+        drawn = np.empty(int(stops[-1]))
+        for stream, low, high in zip(streams, starts.tolist(), stops.tolist(), strict=True):
+            draws.at(*stream).random(out=drawn[low:high])
+        for_each = np.repeat(starts - ends + lengths, lengths) + np.arange(len(tokens))
+        at = np.flatnonzero((drawn[for_each] < self.rate) > vocab.special[tokens])
+        owner = ends.searchsorted(at, "right")
+        hidden = np.bincount(owner, minlength=len(examples))
+        first = np.cumsum(hidden) - hidden
+        place = np.arange(len(at)) - first[owner] + (starts + lengths)[owner]
+        kind = drawn[np.minimum(place, stops[owner] - 1)]
+        masked = kind < self.masked
+        others = np.flatnonzero((kind < self.masked + self.random) > masked)
+        owners = owner[others]
+        random = np.bincount(owners, minlength=len(examples))
+        place = np.arange(len(others)) - (np.cumsum(random) - random)[owners] + (starts + lengths + hidden)[owners]
+        labels, shown = np.full_like(tokens, IGNORE), tokens.copy()
+        labels[at] = tokens[at]
+        shown[at[masked]] = vocab.mask
+        shown[at[others]] = vocab.drawn(drawn[np.minimum(place, stops[owners] - 1)])
+        made = [
+            example | {"tokens": shown[low:high], "labels": labels[low:high]}
+            for example, low, high in zip(examples, (ends - lengths).tolist(), ends.tolist(), strict=True)
+        ]
+        for i in np.flatnonzero(hidden + random > room).tolist():
+            made[i] = self.view(examples[i], vocab, draws.at(*streams[i]))
+        return made
 
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         shown = vocab.frame(tokens)

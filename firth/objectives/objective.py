@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data.layout import Gapped
+from firth.data.order import Draws
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
@@ -160,6 +161,19 @@ class Objective(Ranged, section="objective"):
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         """What is shown and what is asked: a pure function of (example, rng), NumPy only, on the CPU."""
         return example
+
+    def view_many(
+        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+    ) -> list[Example]:
+        """Return `view` of many examples, all at once where that is faster.
+
+        Args:
+            examples: What is shown.
+            vocab: The vocabulary.
+            draws: Gives the generator of each example.
+            streams: The epoch and the index of each example, which its generator goes by.
+        """
+        return [self.view(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
     def wanted(self, batch: Batch) -> Tensor | None:
         """Where the loss reads a state, (..., T) bool: others need not be made. None: it may be anywhere."""

@@ -177,7 +177,11 @@ class Vocab:
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """n ordinary ids, uniformly."""
         # rng.integers costs 4 microseconds even for one; the unevenness of this is below 2**-30.
-        return self.ordinary[(rng.random(n) * len(self.ordinary)).astype(np.int64)]
+        return self.drawn(rng.random(n))
+
+    def drawn(self, numbers: np.ndarray) -> np.ndarray:
+        """Return an ordinary id for each of some numbers from [0, 1): (n,)."""
+        return self.ordinary[(numbers * len(self.ordinary)).astype(np.int64)]
 
     def frame(self, tokens: np.ndarray, dtype: type[np.integer] | None = None) -> np.ndarray:
         """[CLS] tokens [SEP]: one segment as an encoder reads it. dtype: of the answer; the tokens' own unless given."""
