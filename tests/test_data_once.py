@@ -80,6 +80,14 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
     assert not [p for p in directory.rglob("*") if p.is_file() and "tmp" in p.name]  # the copy has no name
 
 
+def test_another_rank_hashes_the_text_and_does_not_read_it(folder: Path, tmp_path: Path) -> None:
+    recipe = load("gpt", [f"source.path={folder}", "tokenizer.size=400"])
+    alone = Inputs.read(recipe, tmp_path, lambda _: None, first=False)
+    assert not once._kept
+    assert alone == Inputs.read(recipe, tmp_path, lambda _: None)
+    assert len(once._kept) == 1
+
+
 def test_copied_documents_are_those_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = list(read.documents([str(folder)]))
     for memory in (1 << 20, 100):

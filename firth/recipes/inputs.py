@@ -62,11 +62,19 @@ class Inputs:
     files: dict[str, list[Any]] = field(default_factory=dict)
 
     @staticmethod
-    def read(recipe: Recipe, directory: Path, echo: Echo) -> Inputs:
-        """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json."""
+    def read(recipe: Recipe, directory: Path, echo: Echo, first: bool = True) -> Inputs:
+        """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json.
+
+        Args:
+            recipe: The recipe of the run.
+            directory: Its directory.
+            echo: Progress.
+            first: Whether this process makes the tokenizer and the token stores; the other ranks only hash the text.
+        """
         inputs = Inputs(files=dict(recorded(directory).get("files", {})))
         source = recipe.source
-        if not (begun(directory) or recipe.tokenizer.path or recipe.start or recipe.embeddings or source.store):
+        given = recipe.tokenizer.path or recipe.start or recipe.embeddings
+        if first and not (given or source.store or begun(directory)):
             inputs._read_once(recipe, directory, echo)
         if source.corpus:
             inputs.digests["source.corpus"] = inputs._of_files(corpora.paths(source.corpus, echo), recipe)

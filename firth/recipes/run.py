@@ -101,7 +101,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {WHOLE}")
     _check_models(recipe)
     make_directory(directory)
-    inputs = _first_alone(ranks, lambda: Inputs.read(recipe, directory, tell))
+    inputs = _first_alone(ranks, lambda: Inputs.read(recipe, directory, tell, ranks.first))
     continued = begun(directory)
     if continued:
         inputs.check(directory)
