@@ -1,6 +1,6 @@
 """Training steps per second on a quiet machine and beside one busy process, for ways in which OpenMP's threads wait.
 
-    python -m bench.busy                              # every policy, about 3 minutes on two cores
+    python -m bench.busy                              # every policy
     python -m bench.busy --recipe roberta             # another tiny recipe
     python -m bench.busy --only default firth --rounds 9
 

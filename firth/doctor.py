@@ -108,7 +108,7 @@ def _load() -> Row:
     return Row(
         "load",
         value,
-        "the machine is busy, and training will be slower; if it stays so, OMP_WAIT_POLICY=PASSIVE loses least",
+        "the machine is busy, and training will be slower; if it stays so, set OMP_WAIT_POLICY=PASSIVE",
         False,
     )
 
@@ -168,13 +168,16 @@ def _waiting() -> Row:
 
 
 def openmp_library() -> str:
-    """Return the file name of the OpenMP library that torch uses: the one loaded, or else the one that it brings."""
+    """Return the file name of the OpenMP library that torch uses: the one loaded, or else the one that it brings.
+
+    Of several, libgomp is the one that another library was loaded in place of.
+    """
     if sys.platform == "linux":
         paths = [Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line]
     else:
         paths = sorted((Path(torch.__file__).parent / "lib").glob("*omp*"))
     names = [path.name for path in paths if path.name.startswith(("libgomp", "libiomp", "libomp"))]
-    return names[0] if names else "not found"
+    return min(names, key=lambda name: name.startswith("libgomp"), default="not found")
 
 
 def _precision() -> list[Row]:

@@ -15,8 +15,12 @@ import os
 import sys
 from collections.abc import Collection, MutableMapping
 
-GOMP_SPINS = 5000
-"""Spins of a waiting thread of GNU's library (libgomp) before it sleeps; one takes 10 to 55 nanoseconds."""
+GOMP_SPINS = 2000
+"""Spins of a waiting thread of GNU's library (libgomp) before it sleeps; one takes 10 to 55 nanoseconds.
+
+On a Zen 5 with two cores, very small steps: with 300,000 spins 48 steps/s on a quiet machine and 14.5 beside a busy process, with
+1,000 46 and 21.7, with none 35 and 26.2. This number lies between; `python -m bench.busy` measures it.
+"""
 
 KMP_BLOCKTIME_MS = 1
 """Milliseconds that a waiting thread of Intel's or LLVM's library (libiomp5, libomp) spins before it sleeps. In whole
