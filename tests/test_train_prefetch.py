@@ -29,7 +29,7 @@ from firth.train.prefetch import Prefetcher
 from firth.train.schedule import Length
 from firth.types import Batch, Example, UserError
 
-TIMED = {"seconds", "tokens_per_second", "flops_per_second"}
+TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
 MAIN, AHEAD = "MainThread", "firth-batches_0"
 
 
