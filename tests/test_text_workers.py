@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,17 @@ def test_a_fault_of_a_worker_names_its_exit_code() -> None:
     task.setup = lambda: {"count": "no engine"}  # type: ignore[method-assign]
     with pytest.raises(UserError, match="ended with exit code 1"), Workers(task, 1) as running:
         list(running.map([["text"]]))
+
+
+@pytest.mark.parametrize("last", [b"", b"\x00\x00\x00\x64within"])
+def test_a_worker_ends_silently_when_its_pipe_is_closed(last: bytes) -> None:
+    """Also within a message, as it is when Ctrl-C ends the main process."""
+    ours, theirs = Pipe()
+    ours.send_bytes(json.dumps(Encode(tokenizer()).setup()).encode())
+    os.write(ours.fileno(), last)
+    ours.close()
+    workers.serve(os.dup(theirs.fileno()))
+    theirs.close()
 
 
 def test_a_small_text_starts_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

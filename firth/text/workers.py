@@ -242,7 +242,7 @@ def _unpacked(message: bytes) -> Iterator[str]:
 
 def serve(descriptor: int) -> None:
     """Be a worker: do the task that the first message describes on each message that follows, until the pipe is closed."""
-    with Connection(descriptor) as line, contextlib.suppress(EOFError, ConnectionError):
+    with Connection(descriptor) as line, contextlib.suppress(EOFError, OSError):  # OSError: it ends within a message
         setup: dict[str, Any] = json.loads(line.recv_bytes())
         if "encode" in setup:
             tokenizer = Tokenizer(engine_of(setup["encode"]))
