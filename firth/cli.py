@@ -80,9 +80,11 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"firth: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:  # a run that was asked to stop says what it saved and how to go on
-        typer.echo(f"firth: {stopped or 'interrupted'}", err=True)
-        sys.exit(130)
+    except SystemExit as ended:
+        stopped = ended.__context__.__cause__ if ended.__context__ else None  # typer turns Ctrl-C into an exit with 130
+        if isinstance(stopped, KeyboardInterrupt):  # a run that was asked to stop says what it saved and how to go on
+            typer.echo(f"firth: {str(stopped) or 'interrupted'}", err=True)
+        raise
     except BrokenPipeError:  # `firth list | head`
         sys.stderr.close()
         sys.exit(0)

@@ -113,6 +113,23 @@ def test_what_the_machine_refuses_is_one_sentence(
     assert "/some/file" in said and mend in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("said", ["", "stopped at step 7 and saved; run the same command again to go on"])
+def test_ctrl_c_ends_in_one_sentence(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typer made an exit of it, and the sentence was lost."""
+
+    def interrupted(*_: object, echo: object) -> None:
+        raise KeyboardInterrupt(*[said] * bool(said))
+
+    monkeypatch.setattr("firth.text.corpora.fetch", interrupted)
+    monkeypatch.setattr(sys, "argv", ["firth", "fetch", "pydoc"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"firth: {said or 'interrupted'}\n"
+
+
 def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise OSError(errno.EIO, "a bad disk")
