@@ -35,7 +35,8 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from firth.model import blocked
+    from firth import kernels
+    from firth.model.attention import ATTENTION
     from firth.model.lm import LM
     from firth.model.shape import encoder
 
@@ -44,7 +45,7 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
     if contender == "linformer":
         shape = replace(shape, linformer=SLOTS)
     if contender == "written out":
-        blocked.LONGEST = 0
+        kernels.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})
     backends = [SDPBackend.MATH] if contender == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     model = LM(shape, {})
     tokens = torch.randint(0, 1000, (1, length))

@@ -1,6 +1,7 @@
 """Where a training step goes: seconds by phase and by kind of work, beside the floor that the arithmetic sets.
 
-    python -m bench.profile                # firth's causal step of bench/causal.py
+    python -m bench.profile                # firth's causal step of bench/causal.py, in the precision that training takes here
+    python -m bench.profile --precision fp32
     python -m bench.profile --plain        # the plain fp32 loop, for comparison
     python -m bench.profile --ops 25       # the costliest single operators by shape too
 
@@ -15,7 +16,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,17 +35,19 @@ from bench.causal import (
     windows,
 )  # fmt: skip
 from bench.harness import gemm_rate
+from firth import kernels
+from firth.train import precision
 
 KINDS = (
+    ("casts and copies", ("copy_", "aten::cat", "aten::stack", "contiguous", "clone", "aten::to", "split")),
     ("linear", ("addmm", "aten::mm", "mkldnn_linear")),
-    ("batched products (attention, Muon)", ("aten::bmm", "baddbmm")),
+    ("batched products", ("aten::bmm", "baddbmm")),
     ("fused attention", ("flash_attention", "scaled_dot_product")),
     ("norms", ("layer_norm", "rms_norm", "rsqrt")),
     ("activation", ("gelu", "relu", "tanh", "silu", "threshold", "aten::pow", "square")),
     ("softmax, cross-entropy", ("softmax", "nll_loss", "logsumexp")),
     ("embedding", ("embedding", "index", "gather", "scatter")),
     ("optimizer", ("_foreach", "_fused_adam", "lerp")),
-    ("copies", ("copy_", "aten::cat", "aten::stack", "contiguous", "clone")),
     ("elementwise", ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::neg", "aten::sum", "aten::exp")),
 )
 """Kind of work -> parts of operator names, the first that matches."""
@@ -62,15 +65,17 @@ def flops() -> dict[str, float]:
     }
 
 
-def firth_phases(name: str) -> Phases:
+def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     """The phases of firth's step, in order; each leaves what the next one needs."""
-    from firth.train.cpu import keep_freed_memory
+    from firth.train.cpu import flush_denormals, keep_freed_memory
     from firth.train.optimizer import Mover, Optimizer
     from firth.train.step import step
 
     keep_freed_memory()
+    flush_denormals()
+    casts = precision.casts(chosen, torch.device("cpu"))
     model, objective, batches = firth_parts()
-    mover = Mover(Optimizer(name=name), model)  # type: ignore[arg-type]
+    mover = Mover(Optimizer(name=name), model, sparse=True)  # type: ignore[arg-type]
     made: list[Any] = []
     number = iter(range(1_000_000))
 
@@ -79,7 +84,7 @@ def firth_phases(name: str) -> Phases:
 
     return [
         ("view and batch", batch),
-        ("forward and backward", lambda: step(model, objective, made)),
+        ("forward and backward", lambda: step(model, objective, made, precision=casts)),
         ("clip", mover.clip),
         (f"move ({name})", lambda: mover.move(0.5)),
     ]
@@ -114,10 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ops", type=int, default=0)
     given = parser.parse_args()
-    phases = plain_phases() if given.plain else firth_phases(given.optimizer)
+    chosen = "fp32" if given.plain else precision.choose(given.precision, torch.device("cpu"))
+    phases = plain_phases() if given.plain else firth_phases(given.optimizer, chosen)
     spent: dict[str, list[float]] = defaultdict(list)
     for number in range(given.steps + 2):
         for name, work in phases:
@@ -127,10 +134,12 @@ def main() -> None:
                 spent[name].append(time.perf_counter() - began)
     least = {name: min(seconds) for name, seconds in spent.items()}
     total = sum(least.values())
-    rate, products = gemm_rate(torch.float32), flops()
+    rate, products = gemm_rate(torch.bfloat16 if chosen == "bf16" else torch.float32), flops()
     floor = sum(products.values()) / rate
     print(f"step {total * 1e3:,.0f} ms = {ROWS * LENGTH / total:,.0f} tokens/s (the best of {given.steps} per phase)")
-    print(f"floor {floor * 1e3:,.0f} ms at {rate / 1e9:,.0f} GFLOP/s fp32: the step runs at {floor / total:.0%} of it")
+    print(
+        f"floor {floor * 1e3:,.0f} ms at {rate / 1e9:,.0f} GFLOP/s {chosen}: the step runs at {floor / total:.0%} of it"
+    )
     for name, n in products.items():
         print(f"  {name:36} {n / 1e9:7.1f} GFLOP {n / rate * 1e3:7.0f} ms at least")
     for name, seconds in least.items():
@@ -140,12 +149,15 @@ def main() -> None:
             for _, step_phase in phases:
                 step_phase()
     kinds: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
     for event in traced.key_averages():
         kinds[kind(event.key)] += event.self_cpu_time_total / 2e3
-    print("by kind of operator, own time:")
+        calls[kind(event.key)] += event.count
+    # The profiler slows the step down, small operators most: the shares are its own, the milliseconds those of the step.
     whole = sum(kinds.values())
+    print(f"by kind of operator, own time (kernels: {', '.join(f'{n}={c}' for n, c in kernels.table().items())}):")
     for name, ms in sorted(kinds.items(), key=lambda item: -item[1]):
-        print(f"  {name:36} {ms:7.0f} ms {ms / whole:6.1%}")
+        print(f"  {name:36} {ms / whole * total * 1e3:7.0f} ms {ms / whole:6.1%} {calls[name] // 2:6} calls")
     if given.ops:
         by_shape = traced.key_averages(group_by_input_shape=True)
         for event in sorted(by_shape, key=lambda e: -e.self_cpu_time_total)[: given.ops]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from firth import openmp
+from firth import kernels, openmp
 from firth.train import precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
@@ -62,7 +62,7 @@ def device() -> torch.device:
 def doctor(directory: Path | None = None) -> list[Row]:
     """All rows; disk space is that of `directory` (default: where we are). Takes about three tenths of a second."""
     return [
-        _python(), _torch(), _cores(), _load(), _waiting(), *_precision(), _memory(), _disk(directory or Path.cwd()),
+        _python(), _torch(), _cores(), _load(), _waiting(), *_precision(), *_kernels(), _memory(), _disk(directory or Path.cwd()),
         _device(),
     ]  # fmt: skip
 
@@ -200,6 +200,19 @@ def _precision() -> list[Row]:
             "are 0 in training" if flush_denormals() else "are computed with: this processor cannot skip them",
         ),
     ]
+
+
+def _kernels() -> list[Row]:
+    """Which implementation of each kernel this machine runs, and how much quicker it is than the plain one."""
+    kernels.check_forced()
+    rows = []
+    for name, choice in kernels.table().items():
+        kernel = kernels.KERNELS[name]
+        plain = next(iter(kernel.choices))
+        took = kernels.seconds(kernel)
+        quicker = "" if choice == plain else f", {took[plain] / took[choice]:.1f} times as fast as {plain}"
+        rows.append(Row(name, choice + quicker))
+    return rows
 
 
 def _memory() -> Row:

@@ -1,10 +1,18 @@
-"""What a run of the tests prints at its end."""
+"""What all tests share: the kernels that this machine is quickest at, and what a run prints at its end."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
+
+from firth import kernels
+from firth.model import attention  # noqa: F401
+from firth.train import muon  # noqa: F401
+
+# Measured once for all workers and the commands that tests start, so that two of them never choose differently.
+os.environ.setdefault(kernels.FORCE, ",".join(f"{name}={choice}" for name, choice in kernels.table().items()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from firth import doctor, openmp
+from firth import doctor, kernels, openmp
 from firth.train import precision
 from firth.types import UserError
 
@@ -22,6 +22,7 @@ def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
         "bf16",
         "malloc",
         "denormals",
+        *kernels.table(),
         "memory",
         "disk",
         "device",

@@ -19,6 +19,7 @@ BELOW = {
     "openmp": (),
     "types": (),
     "io": ("types",),
+    "kernels": ("types", "io"),
     "ranges": ("types",),
     "gguf": ("types", "io"),
     "text": ("types", "io", "gguf"),
@@ -26,20 +27,21 @@ BELOW = {
     "model": (
         "types",
         "io",
+        "kernels",
         "ranges",
         "gguf",
         "text.chat",
         "text.to_gguf",
     ),  # what a model's files say of its tokenizer
     "objectives": ("types", "io", "ranges", "text", "data", "model", "scaling.flops"),
-    "train": ("types", "io", "ranges", "text", "data", "model", "objectives.objective", "scaling.flops"),
-    "generate": ("types", "io", "ranges", "text", "data", "model"),
+    "train": ("types", "io", "kernels", "ranges", "text", "data", "model", "objectives.objective", "scaling.flops"),
+    "generate": ("types", "io", "kernels", "ranges", "text", "data", "model"),
     "align": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "evaluate": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "serve": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "scaling": ("types", "model"),
     "report": ("types", "io"),
-    "doctor": ("types", "openmp", "io", "text", "data", "model", "train"),
+    "doctor": ("types", "openmp", "io", "kernels", "text", "data", "model", "train"),
 }
 """Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
 

@@ -24,16 +24,17 @@ def numbers(*size: int) -> Tensor:
 
 def test_unit() -> None:
     x = numbers(3, 5, 8)
-    assert torch.allclose(fused._Unit.apply(x, 1e-3), F.rms_norm(x, (8,), eps=1e-3))
-    assert gradcheck(lambda x: fused._Unit.apply(x, 1e-3), x)
+    assert torch.allclose(fused._Unit.apply(x, 1e-3, x.dtype), F.rms_norm(x, (8,), eps=1e-3))
+    assert gradcheck(lambda x: fused._Unit.apply(x, 1e-3, x.dtype), x)
     large = torch.randn(64, 512)
     with torch.no_grad():
         assert torch.allclose(fused.unit(large, 1e-6), F.rms_norm(large, (512,), eps=1e-6), atol=1e-6)
     assert torch.equal(fused.unit(large.bfloat16(), 1e-6), F.rms_norm(large.bfloat16(), (512,), eps=1e-6))
 
 
-def test_relu2() -> None:
-    x = numbers(4, 6)
+def test_relu2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CACHED", 12)  # two rows at a time
+    x = numbers(5, 6)
     assert torch.equal(fused.relu2(x), F.relu(x).square())
     assert gradcheck(fused.relu2, x)
     with torch.no_grad():
@@ -41,7 +42,8 @@ def test_relu2() -> None:
 
 
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
-def test_turn(eps: float) -> None:
+def test_turn(eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CACHED", 72)  # a row at a time
     x = numbers(2, 3, 4, 6)
     shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
     cos, sin = (angle.double() for angle in turns(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape))
@@ -93,7 +95,8 @@ def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 @pytest.mark.parametrize("biased", [False, True])
 def test_cross_entropy(cap: float, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", 7 * 4)  # chunks of four rows, the last one short
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 4 * 8)  # chunks of four rows, the last one short
+    monkeypatch.setattr(cross_entropy, "PART", 7 * 3)  # scored three rows at a time
     torch.manual_seed(0)
     states, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (10, 7))
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if biased else None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from firth import kernels
 from firth.model.lm import LM
 from firth.model.shape import decoder, encoder_decoder
 from firth.objectives.causal import CausalLM
@@ -54,7 +55,7 @@ def test_both_forms_agree_and_bf16_stays_near_the_band() -> None:
     assert (orthogonalise(wide).double() - exact).abs().max() < 1e-4  # the Gram form
     assert (orthogonalise(wide.mT.contiguous()).mT.double() - exact).abs().max() < 1e-4
     rough = torch.linalg.svdvals(orthogonalise(wide.bfloat16()).float())
-    assert rough.min() > BAND[0] - 0.05
+    assert rough.min() > BAND[0] - 0.1  # two rounds act on one Gram matrix
     assert rough.max() < BAND[1] + 0.05
 
 
@@ -95,8 +96,9 @@ def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
 
 def test_momentum_is_nesterov() -> None:
     layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
-    mover = Mover(Optimizer(rate=0.1, weight_decay=0.0, momentum=0.9), layer)
     first, second = torch.randn(8, 8), torch.randn(8, 8)
+    with kernels.forced({"muon": "fp32"}):
+        mover = Mover(Optimizer(rate=0.1, weight_decay=0.0, momentum=0.9), layer)
     for g in (first, second):
         before = layer[0].weight.detach().clone()
         layer[0].weight.grad = g.clone()

@@ -25,13 +25,14 @@ True
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from firth import kernels
 from firth.model import blocked
 from firth.types import NEVER
 
@@ -137,6 +138,47 @@ def _compiled_flex() -> object:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def _workload(length: int, dtype: torch.dtype, way: str) -> kernels.Workload:
+    """Causal attention of 2048 tokens, 4 heads of 64, forward and backward."""
+    q, k, v = (torch.linspace(-1, 1, 2048 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
+
+    def work() -> None:
+        if BLOCK_ROWS[way]:
+            out = blocked.attend(q, k, v, 0.125, True, False, None, None, rows=BLOCK_ROWS[way])
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.backward(out, q.detach())
+
+    return work
+
+
+BLOCK_ROWS = {"sdpa": 0, "blocks-64": 64, "blocks-256": 256}
+"""How attention is trained on a CPU -> query rows of a block (`firth.model.blocked`); 0: torch's flash kernel."""
+
+LONG_ROW = 512
+"""Keys of a row from which on a kernel is chosen by what it does on rows of 1,024, and not of 256."""
+
+ATTENTION = {
+    (dtype, long): kernels.Kernel(
+        f"attention{'-long' if long else ''}-{name}",
+        {way: partial(_workload, 1024 if long else 256, dtype, way) for way in BLOCK_ROWS},
+    )
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    for long in (False, True)
+}
+"""(dtype, whether rows are long) -> how attention is trained on a CPU."""
+
+
+def _block_rows(q: Tensor, k: Tensor) -> int:
+    """Return the rows of a block where `blocked` attends: in training, on a CPU, where this machine is quicker at it; else 0."""
+    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+        return 0
+    if blocked.kept_bytes(q, k) > blocked.MAX_KEPT_BYTES:
+        return 0
+    kernel = ATTENTION.get((q.dtype, k.shape[2] > LONG_ROW))
+    return blocked.ROWS if kernel is None else BLOCK_ROWS[kernel.choice()]
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sees: Visibility, scale: float, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
@@ -145,10 +187,13 @@ def attend(
     bias: (B or 1, H, T, S), added to the scores and given a gradient.
     """
     groups = q.shape[1] // k.shape[1]
-    if sees.block is None and blocked.serves(q, k):
+    if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets leave fp32 here and there
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    rows = _block_rows(q, k) if sees.block is None else 0
+    if rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout)
+        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout, rows)
     elif sees.block is not None:
         flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
         out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]

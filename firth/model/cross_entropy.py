@@ -1,9 +1,9 @@
 """Cross-entropy over a vocabulary without ever holding all the logits, gradients made on the way forward.
 
 The logits of a chunk of rows are computed, scored, turned into their own gradient in place, multiplied into the
-gradients of states and weight, and forgotten. Memory: one chunk in place of three (N, vocab) tensors. Time, at
-4096 rows, 8192 ids and width 384 on two cores in fp32: elementwise work 30 ms in place of 300 ms, because a chunk
-of 16 MB stays in cache (5 ms a pass against 24 ms); the three products (77 ms each) are the floor.
+gradients of states and weight, and forgotten. Memory: one chunk in place of three (N, vocab) tensors. Products take a
+whole chunk, since in half precision the sum of several costs a pass over the gradient of the weight for each. Elementwise
+work takes a few rows at a time, in fp32: ten passes then read what is in the cache (PART).
 
 With scores e = exp(logit - shift) and their row sum s, p = e / s is never formed: the label's e is lowered by s, the
 slope of the soft cap multiplied in, and the division by s done on the narrow side of each product.
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 22
-"""Logits held at a time on a CPU: 16 MB in fp32, best of 64 to 4096 rows at 8192 ids. Accelerators take 16 times that."""
+CHUNK_BYTES = 1 << 26
+"""Bytes of logits that are held at a time on a CPU; accelerators take four times that."""
+
+PART = 1 << 19
+"""Logits that are scored at a time on a CPU: 2 MB in fp32, which the caches next to the cores hold from pass to pass."""
 
 
 ABSENT = -1e30
@@ -45,46 +48,57 @@ class _Rows:
         self.states = states if self.dtype == states.dtype else states.to(self.dtype)
         self.weight = weight if self.dtype == weight.dtype else weight.to(self.dtype)
         self.bias, self.cap, self.absent = bias, cap, absent
-        size = CHUNK if states.device.type == "cpu" else 16 * CHUNK
-        self.step = max(1, size // len(weight))
-        buffer = (min(self.step, len(states)), len(weight))
-        self.logits = states.new_empty(buffer, dtype=self.wide)
-        self.scores = states.new_empty(buffer, dtype=self.wide) if cap else self.logits
+        cpu = states.device.type == "cpu"
+        size = (CHUNK_BYTES if cpu else 4 * CHUNK_BYTES) // self.dtype.itemsize
+        self.step = min(max(1, size // len(weight)), max(1, len(states)))
+        self.part = max(1, PART // len(weight)) if cpu else self.step
+        self.products = states.new_empty((self.step, len(weight)), dtype=self.dtype)
+        small = (min(self.part, self.step), len(weight))
+        self.scores = None if self.dtype == self.wide else states.new_empty(small, dtype=self.wide)
+        self.tanh = states.new_empty(small, dtype=self.wide) if cap else None
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, len(self.states), self.step):
             yield slice(start, min(start + self.step, len(self.states)))
 
-    def score(self, rows: slice, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p(label) (n,), the scores e (n, vocab) and their sums s (n, 1). The buffers hold this chunk alone."""
-        states = self.states[rows]
-        logits, scores = self.logits[: len(states)], self.scores[: len(states)]
-        if self.dtype == self.wide:
-            torch.mm(states, self.weight.t(), out=logits)
-        else:
-            logits.copy_(states @ self.weight.t())
+    def read(self, at: slice, labels: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(label) (n,) of some rows; sums s (n, 1) of their scores e; and a buffer (n, vocab), valid until the next call.
+
+        learn: let the buffer hold s times the gradient of -log p(label) by the uncapped logits.
+        """
+        states, labels = self.states[at], labels[at, None]
+        products = self.products[: len(states)]
+        torch.mm(states, self.weight.t(), out=products)
+        right, total = (states.new_empty(len(states), 1, dtype=self.wide) for _ in range(2))
+        for start in range(0, len(states), self.part):
+            some = slice(start, start + self.part)
+            right[some], total[some] = self._score(products[some], labels[some], learn)
+        return right[:, 0], total, products
+
+    def _score(self, products: Tensor, labels: Tensor, learn: bool) -> tuple[Tensor, Tensor]:
+        """log p(label) and s (n, 1) of a few rows; see `read` for what becomes of their logits."""
+        scores = products if self.scores is None else self.scores[: len(products)].copy_(products)
         if self.bias is not None:
-            logits += self.bias
-        if self.cap:
+            scores += self.bias
+        tanh = None
+        if self.tanh is not None:
             # |logit| <= cap: no need of the row's maximum.
-            torch.tanh(logits.div_(self.cap), out=logits)
-            torch.mul(logits, self.cap, out=scores)
+            tanh = torch.tanh(scores.div_(self.cap), out=self.tanh[: len(products)])
+            torch.mul(tanh, self.cap, out=scores)
         if self.absent is not None:
             scores.index_fill_(1, self.absent, ABSENT)
-        if not self.cap:
-            logits -= logits.amax(-1, keepdim=True)
-        label = scores.gather(1, labels[rows, None])
+        if tanh is None:
+            scores -= scores.amax(-1, keepdim=True)
+        label = scores.gather(1, labels)
         scores.exp_()
         total = scores.sum(-1, keepdim=True)
-        return (label - total.log())[:, 0], scores, total
-
-    def slope(self, scores: Tensor, total: Tensor, labels: Tensor) -> Tensor:
-        """s times the gradient of -log p(label) by the uncapped logits: (n, vocab), in the place of the scores."""
-        scores.scatter_add_(1, labels[:, None], -total)
-        if self.cap:
-            capped = self.logits[: len(scores)]
-            torch.ops.aten.tanh_backward.grad_input(scores, capped, grad_input=scores)
-        return scores if self.dtype == self.wide else scores.to(self.dtype)
+        if learn:
+            scores.scatter_add_(1, labels, -total)
+            if tanh is not None:
+                torch.ops.aten.tanh_backward.grad_input(scores, tanh, grad_input=scores)
+            if self.scores is not None:
+                products.copy_(scores)
+        return label - total.log(), total
 
 
 class _Gradients:
@@ -125,10 +139,10 @@ class SumNLL(torch.autograd.Function):
         gradients = _Gradients(rows, *needs[:3])
         loss = states.new_zeros((), dtype=rows.wide)
         for at in rows.chunks():
-            right, scores, total = rows.score(at, labels)
+            right, total, slope = rows.read(at, labels, learn=any(needs[:3]))
             loss -= right.sum()
             if any(needs[:3]):
-                gradients.add(at, rows.slope(scores, total, labels[at]), 1 / total)
+                gradients.add(at, slope, 1 / total)
         ctx.save_for_backward(gradients.states, gradients.weight, gradients.bias)
         ctx.dtypes = states.dtype, weight.dtype
         return loss
@@ -156,7 +170,7 @@ class LogProbs(torch.autograd.Function):
         rows = _Rows(states, weight, bias, cap, absent)
         out = states.new_empty(len(states), dtype=rows.wide)
         for at in rows.chunks():
-            out[at] = rows.score(at, labels)[0]
+            out[at] = rows.read(at, labels, learn=False)[0]
         ctx.save_for_backward(states, weight, bias, labels)
         ctx.cap, ctx.absent = cap, absent
         ctx.autocast = (states.device.type, rows.dtype if rows.dtype != states.dtype else None)
@@ -171,7 +185,7 @@ class LogProbs(torch.autograd.Function):
             rows = _Rows(states, weight, bias, ctx.cap, ctx.absent)
             gradients = _Gradients(rows, *ctx.needs_input_grad[:3])
             for at in rows.chunks():
-                _, scores, total = rows.score(at, labels)
-                gradients.add(at, rows.slope(scores, total, labels[at]), -grad[at, None] / total)
+                _, total, slope = rows.read(at, labels, learn=True)
+                gradients.add(at, slope, -grad[at, None] / total)
         found = ((gradients.states, states), (gradients.weight, weight), (gradients.bias, bias))
         return *(None if g is None else g.to(of.dtype) for g, of in found), None, None, None

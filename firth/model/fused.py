@@ -7,13 +7,15 @@ here states the passes it makes. All are checked against the plain formula with 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from firth import kernels
 
 FEW = range(8, 49)
 """Numbers of rows for which a CPU's product is quicker with the weights on the left (see `project`)."""
@@ -40,6 +42,22 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
 
 
+CACHED = 1 << 18
+"""Numbers worked on at a time: 1 MB in fp32, so that what one call writes is still in the cache for the next."""
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """The rows of x in parts of CACHED numbers; all at once on an accelerator, where calls are what costs."""
+    rows = len(x)
+    step = max(1, CACHED * rows // max(1, x.numel())) if x.device.type == "cpu" else max(1, rows)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision in fp32, anything else as it is: norms and angles are never computed in half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept: one reading pass, no square of x in memory."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -55,27 +73,61 @@ def _through_unit(grad: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
 
 class _Unit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_rms(x, eps)
-        y = x * inverse
+    def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty(rows.shape, dtype=dtype, device=x.device)
+        inverse = rows.new_empty(len(rows), 1, dtype=_wide(x[:0]).dtype)
+        for part in _parts(rows):
+            wide = _wide(rows[part])
+            inverse[part] = of_part = _inverse_rms(wide, eps)
+            y[part] = wide * of_part
         ctx.save_for_backward(y, inverse)
-        return y
+        ctx.dtype = x.dtype
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _through_unit(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        y, inverse = ctx.saved_tensors
+        rows = grad.reshape(y.shape)
+        out = torch.empty(y.shape, dtype=ctx.dtype, device=y.device)
+        for part in _parts(y):
+            out[part] = _through_unit(_wide(rows[part]), _wide(y[part]), inverse[part])
+        return out.view(grad.shape), None, None
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last axis: (..., width) -> (..., width). Two passes forward, four back."""
-    if x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16):
-        return F.rms_norm(x, x.shape[-1:], eps=eps)  # one kernel on CUDA; sums in fp32 everywhere
-    if not torch.is_grad_enabled():
+def unit(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) over the last axis: (..., width) -> (..., width), in the dtype given or that of x.
+
+    One reading pass and one writing one, forward and back: what lies between stays in the cache.
+    """
+    dtype = dtype or x.dtype
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and dtype == x.dtype == _wide(x[:0]).dtype:
         # For a single token a call costs 1 us, whatever it does: four calls. torch's own rms_norm takes 55 us.
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(_constant(eps, x.dtype, x.device), size, size, value=1 / x.shape[-1]).rsqrt_()
-    return _Unit.apply(x, eps)
+    learns = x.device.type == "cpu" and torch.is_grad_enabled()
+    if not learns or (x.dtype in NORM and NORM[x.dtype].choice() == "rms_norm"):
+        return F.rms_norm(x, x.shape[-1:], eps=eps).to(dtype)  # one kernel; sums in fp32 everywhere
+    return _Unit.apply(x, eps, dtype)
+
+
+def _norm_workload(way: str, dtype: torch.dtype) -> kernels.Workload:
+    """2048 rows of 384 numbers, forward and backward."""
+    x = torch.linspace(-1, 1, 2048 * 384).view(2048, 384).to(dtype).requires_grad_()
+
+    def work() -> None:
+        y = _Unit.apply(x, 1e-6, dtype) if way == "unit" else F.rms_norm(x, (384,), eps=1e-6)
+        torch.autograd.backward(y, x.detach())
+
+    return work
+
+
+NORM = {
+    dtype: kernels.Kernel(f"norm-{name}", {way: partial(_norm_workload, way, dtype) for way in ("rms_norm", "unit")})
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+}
+"""dtype -> how an RMS norm is computed on a CPU."""
 
 
 LEVELS = 65536
@@ -117,19 +169,27 @@ def drops(model: nn.Module) -> bool:
 class _Relu2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        kept = x.clamp_min(0)
-        ctx.save_for_backward(kept)
-        return kept * kept
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty_like(rows)
+        for part in _parts(rows):
+            torch.clamp_min(rows[part], 0, out=y[part])
+            y[part].square_()
+        ctx.save_for_backward(rows)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (kept,) = ctx.saved_tensors
-        return torch.addcmul(kept.new_zeros(kept.shape[-1]), grad, kept, value=2)
+        (rows,) = ctx.saved_tensors
+        slopes, out = grad.reshape(rows.shape), torch.empty_like(rows)
+        for part in _parts(rows):
+            torch.clamp_min(rows[part], 0, out=out[part])
+            out[part].mul_(slopes[part]).mul_(2)
+        return out.view(grad.shape)
 
 
 def relu2(x: Tensor) -> Tensor:
-    """Squared ReLU (So 2021, Primer): two passes forward, one back, one tensor kept."""
+    """Squared ReLU (So 2021, Primer): one reading pass and one writing one, forward and back (`CACHED`)."""
     if not torch.is_grad_enabled():
         return F.relu(x).square_()
     return _Relu2.apply(x)
@@ -143,38 +203,47 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def _of_rows(angles: Tensor, part: slice) -> Tensor:
+    """The angles (B or 1, T, 1, n) of some rows."""
+    return angles if len(angles) == 1 else angles[part]
+
+
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        inverse = None
-        if eps >= 0:
-            inverse = _inverse_rms(x, eps)
-            x = x * inverse
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        inverse = None if eps < 0 else x.new_empty(*x.shape[:-1], 1, dtype=_wide(x[:0]).dtype)
+        for part in _parts(x):
+            wide = _wide(x[part])
+            if inverse is not None:
+                inverse[part] = of_part = _inverse_rms(wide, eps)
+                wide = wide * of_part
+            y[part] = _turned(wide, _of_rows(cos, part), _of_rows(sin, part))
         ctx.save_for_backward(x if eps >= 0 else None, inverse, cos, sin)
-        return _turned(x, cos, sin)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, inverse, cos, sin = ctx.saved_tensors
-        back = _turned(grad, cos, -sin)
-        return (back if x is None else _through_unit(back, x, inverse)), None, None, None
+        out, back = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), -sin
+        for part in _parts(grad):
+            slope = _turned(_wide(grad[part]), _of_rows(cos, part), _of_rows(back, part))
+            out[part] = slope if x is None else _through_unit(slope, _wide(x[part]) * inverse[part], inverse[part])
+        return out, None, None, None
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, eps: float = -1.0) -> Tensor:
     """Rotate the pairs (x[i], x[i + half]) of each head by its position; with eps >= 0 also make its RMS one.
 
     x (B, T, H, D); cos (B or 1, T, 1, D), both halves alike; sin (B or 1, T, 1, D / 2). Turning keeps lengths, so
-    "rotary, then unit RMS" (NanoChat) and "unit RMS, then rotary" are one function. Forward: two passes to the unit
-    RMS and two to turn; back: two and four.
+    "rotary, then unit RMS" (NanoChat) and "unit RMS, then rotary" are one function. One reading pass and one writing one,
+    forward and back: what lies between, in fp32 for half precision, stays in the cache.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    wide = x.float() if half else x  # angles and norms are never rounded to half precision
     if torch.is_grad_enabled():
-        y = _Turn.apply(wide, cos, sin, eps)
-    else:
-        y = _turned(unit(wide, eps) if eps >= 0 else wide, cos, sin)
-    return y.to(x.dtype) if half else y
+        return _Turn.apply(x, cos, sin, eps)
+    wide = _wide(x)
+    return _turned(unit(wide, eps) if eps >= 0 else wide, cos, sin).to(x.dtype)
 
 
 def rotated(x: Tensor, rotation: Tensor, eps: float = -1.0) -> Tensor:
@@ -182,7 +251,6 @@ def rotated(x: Tensor, rotation: Tensor, eps: float = -1.0) -> Tensor:
 
     One product in place of seven calls: 3 us and not 15 for a single token.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    wide = x.float() if half else x
+    wide = _wide(x)
     y = (unit(wide, eps) if eps >= 0 else wide) @ rotation.to(wide.dtype)
-    return y.to(x.dtype) if half else y
+    return y.to(x.dtype)

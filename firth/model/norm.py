@@ -29,21 +29,26 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """(..., width) -> (..., width): unit root mean square, then gain where there is one."""
+    """(..., width) -> (..., width): unit root mean square, then gain where there is one.
 
-    def __init__(self, width: int, weight: bool, eps: float):
+    to_maps: its output goes to linear maps alone, so that autocast would round it in any case: it is written rounded.
+    """
+
+    def __init__(self, width: int, weight: bool, eps: float, to_maps: bool = False):
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.rounds = width, eps, to_maps and not weight
         self.weight = nn.Parameter(torch.ones(width)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = unit(x, self.eps)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if self.rounds and torch.is_autocast_enabled(device) else None
+        y = unit(x, self.eps, dtype)
         return y if self.weight is None else y * self.weight
 
 
-def make_norm(shape: Shape, width: int = 0) -> nn.Module:
-    """The norm that a shape asks for, over `width` numbers (0: its own width)."""
+def make_norm(shape: Shape, width: int = 0, to_maps: bool = False) -> nn.Module:
+    """The norm that a shape asks for, over `width` numbers (0: its own width). to_maps: as in `RMSNorm`."""
     width = width or shape.width
     if shape.norm == "layer":
         return LayerNorm(width, shape.norm_weight, shape.norm_bias, shape.norm_eps)
-    return RMSNorm(width, shape.norm_weight, shape.norm_eps)
+    return RMSNorm(width, shape.norm_weight, shape.norm_eps, to_maps)

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,27 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from firth.model.attention import Cache
 from firth.model.shape import Shape
 from firth.types import NEVER, Batch, UserError
+
+
+@cache
+def lstm_runs_in_bf16() -> bool:
+    """Return whether an LSTM runs under autocast on this CPU: oneDNN has no bf16 kernel of it without AVX-512."""
+    with torch.random.fork_rng([]), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        try:
+            nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
+        except RuntimeError:
+            return False
+    return True
+
+
+def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
+    """Return layer(x, state), computed in fp32 where bf16 is asked of a CPU that has no kernel for it."""
+    device = layer.weight_ih_l0.device.type
+    if device == "cpu" and isinstance(layer, nn.LSTM) and torch.is_autocast_enabled("cpu") and not lstm_runs_in_bf16():
+        with torch.autocast("cpu", enabled=False):
+            return layer(x.float(), state)
+    return layer(x, state)
+
 
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
@@ -160,10 +183,10 @@ class Recurrent(nn.Module):
                 ahead = whole = self._handed(i, forward, ahead)
                 continue
             if self.shape.apart:
-                ahead, back = self._handed(i, forward, ahead), self._handed(i, layer.back(back)[0], back)
+                ahead, back = self._handed(i, forward, ahead), self._handed(i, run_layer(layer.back, back)[0], back)
                 whole = torch.cat((ahead, runs.reverse(back)), -1)
             else:
-                backward = runs.reverse(layer.back(runs.reverse(ahead))[0])
+                backward = runs.reverse(run_layer(layer.back, runs.reverse(ahead))[0])
                 ahead = whole = self._handed(i, torch.cat((forward, backward), -1), ahead)
         if cache is not None:
             cache.advance(runs.home.shape[-1])
@@ -181,14 +204,14 @@ class Recurrent(nn.Module):
         """One direction of a layer; with a cache, from the states it left behind and to those it leaves."""
         out: Tensor
         if cache is None:
-            out = layer(x)[0]
+            out = run_layer(layer, x)[0]
             return out
         held = cache.layers.get(i)
         given = None if held is None else held if self.shape.recurrent == "lstm" else held[0]
         if runs.at is None:
-            out, state = layer(x, given)
+            out, state = run_layer(layer, x, given)
         else:  # the last state of each row is wanted, which is not that of its last slot
-            packed, state = layer(pack_padded_sequence(x, runs.lengths.cpu(), True, False), given)
+            packed, state = run_layer(layer, pack_padded_sequence(x, runs.lengths.cpu(), True, False), given)
             out = pad_packed_sequence(packed, True)[0]
         cache.layers[i] = state if self.shape.recurrent == "lstm" else (state,)
         return out

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from firth.io.atomic import make_directory, scratch_directory, write_text
+from firth.io.cache import cache
 from firth.io.integrity import sealed, verify
 from firth.text import facts, prepare, prepare_tasks, registry
 from firth.text.registry import Package
@@ -206,11 +207,6 @@ def describe() -> list[str]:
         f"{name:<{widths[0]}}  {size:>{widths[1]}}  {licence:<{widths[2]}}  {about}"
         for name, size, licence, about in rows
     ]
-
-
-def cache() -> Path:
-    """Where fetched corpora live: $FIRTH_CACHE, else ~/.cache/firth."""
-    return Path(os.environ.get("FIRTH_CACHE") or Path.home() / ".cache" / "firth")
 
 
 def fetch(name: str, echo: Callable[[str], None] = print) -> Path:

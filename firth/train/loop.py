@@ -16,6 +16,7 @@ uninterrupted run would have (same layout and thread count; a length in seconds 
 from __future__ import annotations
 
 import errno
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from firth import kernels
 from firth.model.fused import drops
 from firth.scaling import flops
 from firth.train import checkpoint, precision, state
@@ -148,6 +150,8 @@ class _Run:
         self.ranks, self.recipe, self.told = ranks, recipe, told
         self.rate = optimizer.rate
         self.device = next(model.parameters()).device
+        if ranks.world > 1:  # replicas that took different kernels would drift
+            kernels.use(json.loads(ranks.from_first(json.dumps(kernels.table() if ranks.first else {}))))
         self.mover = Mover(optimizer, model, sparse=ranks.world == 1)
         self.learning = flops.learning(model)
         self.at = self._begin()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from firth.model.lora import Low
 from firth.model.trunk import Trunk
 from firth.ranges import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
-from firth.train.muon import orthogonalise
+from firth.train.muon import orthogonalise, product_dtype
 from firth.train.rows import Rows, sums
 from firth.types import UserError
 
@@ -223,18 +223,20 @@ class _Stack:
         shape, device = self.weights[0].shape, self.weights[0].device
         self.scale = 0.2 * math.sqrt(max(shape))
         self.momentum = torch.zeros((len(placed), *shape), device=device)
-        # Tensor cores are made for bf16, and the rounds bear its error (Jordan et al. 2024); a CPU's fp32 is faster.
-        self.products = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.products = product_dtype(device)
 
     @torch.no_grad()
     def move(self, factor: float) -> None:
         """A weight without a gradient counts as one with a gradient of zeros, unless none has one: frozen, they stay."""
         if all(w.grad is None for w in self.weights):
             return
-        grads = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]).float()
-        self.momentum.lerp_(grads, 1 - self.looked_through)
-        grads.lerp_(self.momentum, self.looked_through)
-        update = orthogonalise(grads.to(self.products)).to(self.weights[0].dtype)
+        # Matrix by matrix, so that what one call writes is in the cache for the next.
+        directions = self.momentum.new_empty(self.momentum.shape, dtype=self.products)
+        for w, momentum, direction in zip(self.weights, self.momentum, directions, strict=True):
+            grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
+            momentum.lerp_(grad, 1 - self.looked_through)
+            direction.copy_(torch.lerp(grad, momentum, self.looked_through))
+        updates = orthogonalise(directions)
         rate, decay = self.placed[0].rate * factor, self.placed[0].decay
-        torch._foreach_mul_(self.weights, 1 - rate * decay)
-        torch._foreach_add_(self.weights, update.unbind(), alpha=-rate * self.scale)
+        for w, update in zip(self.weights, updates, strict=True):
+            w.mul_(1 - rate * decay).add_(update, alpha=-rate * self.scale)

@@ -1,0 +1,216 @@
+"""Which of several implementations of one computation this machine runs: measured once, then read from a file.
+
+Whether a kernel is quick depends on the instructions of the CPU and on torch's version, and nothing that either states
+says which one is. So a `Kernel` names its implementations, each with a small typical workload. The first process that needs
+one times them in turns and takes the least time of each. The answer is kept in CACHE/kernels.json under the CPU's model, the
+limits set on its instructions, the number of threads and torch's version; `firth doctor` prints all of them.
+
+    FIRTH_KERNELS=attention-bf16=sdpa,muon=fp32    forces some of them, without a measurement
+    FIRTH_KERNELS=first                            the first implementation of each: the plain one, best where nothing is known
+
+On several ranks the choices of rank 0 hold for all (`table`, `use`): replicas that took different kernels would drift.
+
+>>> Kernel("doctest-sum", {"one": lambda: lambda: 1, "other": lambda: lambda: 2}).name
+'doctest-sum'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firth.io.atomic import write_text
+from firth.io.cache import cache
+from firth.io.jsons import read_json
+from firth.types import UserError
+
+MARGIN = 1.1
+"""How many times as fast as the first an implementation must be to replace it: less is within the noise."""
+
+SECONDS = 0.03
+"""Time spent on each implementation of a kernel."""
+
+FORCE = "FIRTH_KERNELS"
+
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that keep libraries from using some instructions."""
+
+TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+"""Instructions that decide which kernel is quick; virtual machines often hide the model's name."""
+
+Workload = Callable[[], object]
+
+KERNELS: dict[str, Kernel] = {}
+"""Every kernel whose module has been imported, by name."""
+
+_chosen: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One computation with several implementations.
+
+    Args:
+        name: What `FIRTH_KERNELS`, the file and `firth doctor` call it.
+        choices: Name of an implementation -> a function that prepares a typical workload and returns it. The first is
+            the plain one, which is taken unless another is MARGIN times as fast.
+    """
+
+    name: str
+    choices: Mapping[str, Callable[[], Workload]]
+
+    def __post_init__(self) -> None:
+        KERNELS[self.name] = self
+
+    def choice(self) -> str:
+        """Return the name of the implementation to run; the first call of a process may measure it."""
+        found = _chosen.get(self.name)
+        return found if found is not None else _choose(self)
+
+    def measure(self) -> dict[str, float]:
+        """Return the seconds that each implementation takes, the least of many turns."""
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):  # wherever the caller is
+            workloads = {name: prepare() for name, prepare in self.choices.items()}
+            for work in workloads.values():
+                work()  # the first call makes primitives and fills caches
+            least = dict.fromkeys(workloads, float("inf"))
+            end = time.perf_counter() + SECONDS * len(workloads)
+            while time.perf_counter() < end or float("inf") in least.values():
+                for name, work in workloads.items():
+                    start = time.perf_counter()
+                    work()
+                    least[name] = min(least[name], time.perf_counter() - start)
+        return least
+
+
+def _choose(kernel: Kernel) -> str:
+    forced = _forced()
+    _chosen[kernel.name] = forced[kernel.name] if kernel.name in forced else _best(seconds(kernel))
+    return _chosen[kernel.name]
+
+
+def seconds(kernel: Kernel) -> dict[str, float]:
+    """Return what each implementation takes on this machine: from the file, or measured now and kept there."""
+    found = _read().get(kernel.name)
+    if not isinstance(found, dict) or found.keys() != kernel.choices.keys() or not all(map(_positive, found.values())):
+        found = kernel.measure()
+        _write(kernel.name, found)
+    return found
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, float) and 0 < x < float("inf")
+
+
+def _best(seconds: Mapping[str, float]) -> str:
+    plain = next(iter(seconds))
+    quickest = min(seconds, key=lambda name: seconds[name])
+    return quickest if seconds[quickest] * MARGIN < seconds[plain] else plain
+
+
+def _forced() -> dict[str, str]:
+    """Return what FIRTH_KERNELS forces.
+
+    Raises:
+        UserError: It names a kernel or an implementation that does not exist.
+    """
+    text = os.environ.get(FORCE, "").strip()
+    if text == "first":
+        return {name: next(iter(kernel.choices)) for name, kernel in KERNELS.items()}
+    forced = dict(pair.strip().partition("=")[::2] for pair in text.split(",") if pair.strip())
+    for name, choice in forced.items():
+        if name in KERNELS and choice not in KERNELS[name].choices:
+            raise UserError(f"{FORCE}: {name} is one of {', '.join(KERNELS[name].choices)}, and not {choice!r}")
+    return forced
+
+
+def check_forced() -> None:
+    """Refuse a FIRTH_KERNELS that names what does not exist; every module with kernels must be imported by now.
+
+    Raises:
+        UserError: As above.
+    """
+    for name in _forced():
+        if name not in KERNELS:
+            raise UserError(f"{FORCE}: there is no kernel {name!r}; there are {', '.join(sorted(KERNELS))}")
+
+
+@once
+def machine() -> str:
+    """Return what decides which kernel is quick: CPU, limits on its instructions, threads, torch."""
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return "; ".join((cpu(), *limits, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"))
+
+
+@once
+def cpu() -> str:
+    """Return the CPU's model and its instructions."""
+    model = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        pairs = [line.partition(":")[::2] for line in listing.read_text("utf-8", "replace").splitlines()]
+        facts = {name.strip(): value.strip() for name, value in pairs}
+        model = facts.get("model name", model)
+        flags = facts.get("flags", "").split()
+        model = " ".join((model, *(flag for flag in TELLING_FLAGS if flag in flags)))
+    return model
+
+
+def _file() -> Path:
+    return cache() / "kernels.json"
+
+
+def _read() -> dict[str, Any]:
+    """Return what was measured on this machine; nothing where the file cannot be used, so that it is made again."""
+    try:
+        found = read_json(_file()).get(machine())
+    except (UserError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(name: str, measured: Mapping[str, float]) -> None:
+    """Keep the seconds of one kernel. A cache that cannot be written is no fault: the next process measures again."""
+    try:
+        whole = read_json(_file())
+    except (UserError, OSError):
+        whole = {}
+    found = whole.get(machine())
+    whole[machine()] = (found if isinstance(found, dict) else {}) | {name: dict(measured)}
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_text(_file(), json.dumps(whole, indent=1, sort_keys=True))
+    except (UserError, OSError):
+        return
+
+
+def table() -> dict[str, str]:
+    """Return the choice of every kernel, measuring those that are not known yet."""
+    return {name: kernel.choice() for name, kernel in sorted(KERNELS.items())}
+
+
+def use(choices: Mapping[str, str]) -> None:
+    """Let these choices hold in this process (another rank's)."""
+    _chosen.update(choices)
+
+
+@contextmanager
+def forced(choices: Mapping[str, str]) -> Iterator[None]:
+    """Let these choices hold within the block."""
+    before = dict(_chosen)
+    _chosen.update(choices)
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
