@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 
 from firth import kernels, openmp
-from firth.train import precision
+from firth.generate import lowered
+from firth.model import attention, fused
+from firth.train import muon, precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
 from firth.types import UserError
@@ -206,12 +208,13 @@ def _kernels() -> list[Row]:
     """Which implementation of each kernel this machine runs, and how much quicker it is than the plain one."""
     kernels.check_forced()
     rows = []
-    for name, choice in kernels.table().items():
-        kernel = kernels.KERNELS[name]
-        plain = next(iter(kernel.choices))
-        took = kernels.seconds(kernel)
-        quicker = "" if choice == plain else f", {took[plain] / took[choice]:.1f} times as fast as {plain}"
-        rows.append(Row(name, choice + quicker))
+    every = (*attention.ATTENTION.values(), *fused.NORM.values(), muon.KERNEL, lowered.KERNEL)
+    for kernel in sorted(every, key=lambda kernel: kernel.name):
+        choice, plain, took = kernel.choice(), next(iter(kernel.choices)), kernels.seconds(kernel)
+        quicker = choice != plain and choice in took
+        rows.append(
+            Row(kernel.name, choice, f"{took[plain] / took[choice]:.1f} times as fast as {plain}" if quicker else "")
+        )
     return rows
 
 

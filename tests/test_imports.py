@@ -41,7 +41,7 @@ BELOW = {
     "serve": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "scaling": ("types", "model"),
     "report": ("types", "io"),
-    "doctor": ("types", "openmp", "io", "kernels", "text", "data", "model", "train"),
+    "doctor": ("types", "openmp", "io", "kernels", "text", "data", "model", "train", "generate.lowered"),
 }
 """Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
 

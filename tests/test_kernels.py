@@ -61,6 +61,17 @@ def test_a_cache_that_cannot_be_written_is_no_fault(monkeypatch: pytest.MonkeyPa
     assert measured("k", monkeypatch, plain=1.0, other=0.5).choice() == "other"
 
 
+def test_what_does_not_run_here_is_not_chosen() -> None:
+    def missing() -> kernels.Workload:
+        raise RuntimeError("could not create a primitive")
+
+    kernel = Kernel("k", {"plain": lambda: lambda: None, "other": missing})
+    assert kernel.measure().keys() == {"plain"}
+    assert kernel.choice() == kernel.choice() == "plain"
+    with pytest.raises(RuntimeError, match="primitive"):
+        Kernel("k", {"plain": missing}).measure()
+
+
 def test_a_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = measured("k", monkeypatch, plain=1.0, other=0.5)
     for text, choice in (("k=plain", "plain"), ("first", "plain"), ("muon=fp32, k=other", "other")):

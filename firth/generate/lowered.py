@@ -32,12 +32,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from firth import kernels
 from firth.model.block import MLP, Attention, Linear
 from firth.model.cross_entropy import ABSENT
 from firth.model.heads import Vocabulary
@@ -73,11 +74,37 @@ def products_are_exact() -> bool:
     return bool((torch._int_mm(ones, ones.t()) == 64 * MOST * MOST).all())
 
 
+EXACT = 1 << 24
+"""Whole numbers up to here are exact in fp32, which is what oneDNN's quantized linear map puts out."""
+
+
+def _workload(way: str) -> kernels.Workload:
+    """Sixteen rows through a map of 1024 x 1024."""
+    layer = Lowered.of(
+        torch.arange(1 << 20).remainder(15).sub(7).to(torch.int8).view(1024, 1024), torch.ones(1024), None, 1
+    )
+    rows = torch.ones(16, 1024, dtype=torch.int8)
+    return lambda: layer.multiply(rows, way)
+
+
+WAYS = ("int_mm", "qlinear") if torch.backends.mkldnn.is_available() else ("int_mm",)
+
+KERNEL = kernels.Kernel("int8", {way: partial(_workload, way) for way in WAYS})
+"""How whole numbers of 8 bits are multiplied: by torch's plain product, or by oneDNN's quantized linear map, which wants the
+weights in an order of its own and so holds them twice."""
+
+
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (out, in) as whole numbers (out, in) int8 and the step of each row (out,) float32."""
     weight = weight.detach().float()
     steps = weight.abs().amax(-1).div_(MOST).clamp_(min=SMALLEST)
     return (weight / steps[:, None]).round_().to(torch.int8), steps
+
+
+@cache
+def _unscaled(outputs: int) -> tuple[Tensor, Tensor]:
+    """Scales of 1 and offsets of 0 for each output."""
+    return torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
 
 
 class Lowered(nn.Module):
@@ -99,6 +126,8 @@ class Lowered(nn.Module):
         self.register_buffer("sums", weight.sum(-1, dtype=torch.int32) * steps if base == 1 else None)
         self.least: Tensor
         self.sums: Tensor | None
+        self.packed: Tensor | None = None
+        self.fits_fp32: bool | None = None
 
     @staticmethod
     def of(weight: Tensor, steps: Tensor, bias: Tensor | None, digits: int) -> Lowered:
@@ -138,19 +167,33 @@ class Lowered(nn.Module):
         return (self._product((rows - middle).div_(step).round_()) * self.steps).mul_(step).addcmul_(middle, sums)
 
     def _product(self, whole: Tensor) -> Tensor:
-        """Whole numbers, at most MOST * base, times the weights: (n, in) float -> (n, out) int32, exact."""
+        """Whole numbers, at most MOST * base, times the weights: (n, in) float -> (n, out), exact for each digit."""
         if not products_are_exact():
             return self._narrow_product(whole)
-        weight = self.weight.t()
+        way = KERNEL.choice()
         if self.base == 1:
-            return torch._int_mm(whole.to(torch.int8), weight)
+            return self.multiply(whole.to(torch.int8), way)
         first = (whole * (1 / self.base)).round_()
         second = whole.sub_(first, alpha=self.base)
         if len(whole) == 1:  # a product of one row is so much quicker that two of them are quicker than one of two
-            high, low = torch._int_mm(first.to(torch.int8), weight), torch._int_mm(second.to(torch.int8), weight)
+            high, low = self.multiply(first.to(torch.int8), way), self.multiply(second.to(torch.int8), way)
         else:
-            high, low = torch._int_mm(torch.cat((first, second)).to(torch.int8), weight).chunk(2)
+            high, low = self.multiply(torch.cat((first, second)).to(torch.int8), way).chunk(2)
         return torch.add(low, high, alpha=self.base)
+
+    def multiply(self, digits: Tensor, way: str) -> Tensor:
+        """Return digits (n, in) int8 times the weights: (n, out) int32, or float32 of the same values. way: as in KERNEL."""
+        if way == "qlinear" and self.fits_fp32 is None:
+            self.fits_fp32 = MOST * int(self.weight.abs().sum(-1, dtype=torch.int64).amax()) <= EXACT
+        if way == "int_mm" or not self.fits_fp32:
+            return torch._int_mm(digits, self.weight.t())
+        if self.packed is None:
+            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        ones, zeros = _unscaled(len(self.weight))
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            digits, 1.0, 0, self.packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return out
 
     def _narrow_product(self, whole: Tensor) -> Tensor:
         """`_product` with digits of at most NARROW. The weights come first, for that side is the one that may be large."""
