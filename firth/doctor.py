@@ -210,7 +210,8 @@ def _kernels() -> list[Row]:
     rows = []
     every = (*attention.ATTENTION.values(), *fused.NORM.values(), muon.KERNEL, lowered.KERNEL)
     for kernel in sorted(every, key=lambda kernel: kernel.name):
-        choice, plain, took = kernel.choice(), next(iter(kernel.choices)), kernels.seconds(kernel)
+        choice, took = kernel.choice(), kernels.seconds(kernel)
+        plain = next(name for name in kernel.choices if name in took)
         quicker = choice != plain and choice in took
         rows.append(
             Row(kernel.name, choice, f"{took[plain] / took[choice]:.1f} times as fast as {plain}" if quicker else "")

@@ -63,7 +63,7 @@ class Kernel:
     Args:
         name: What `FIRTH_KERNELS`, the file and `firth doctor` call it.
         choices: Name of an implementation -> a function that prepares a typical workload and returns it. The first is
-            the plain one, which is taken unless another is MARGIN times as fast.
+            the plain one, which is taken unless it does not run here or another is MARGIN times as fast.
     """
 
     name: str
@@ -81,14 +81,16 @@ class Kernel:
         """Return the seconds that each implementation takes, the least of many turns; of those alone that run here."""
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):  # wherever the caller is
             workloads: dict[str, Workload] = {}
+            failed = RuntimeError(f"the kernel {self.name} has no implementation")
             for name, prepare in self.choices.items():
                 try:
                     workloads[name] = prepare()
                     workloads[name]()  # the first call makes primitives and fills caches
-                except RuntimeError:  # no such kernel in this build of torch, or for this CPU
-                    if name == next(iter(self.choices)):
-                        raise
+                except RuntimeError as error:  # no such kernel in this build of torch, or for this CPU
                     workloads.pop(name, None)
+                    failed = error
+            if not workloads:
+                raise failed
             least = dict.fromkeys(workloads, float("inf"))
             end = time.perf_counter() + SECONDS * len(workloads)
             while time.perf_counter() < end or float("inf") in least.values():
@@ -107,11 +109,9 @@ def _choose(kernel: Kernel) -> str:
 
 def seconds(kernel: Kernel) -> dict[str, float]:
     """Return what each implementation takes on this machine: from the file, or measured now and kept there."""
-    found = _read().get(kernel.name)
-    plain = next(iter(kernel.choices))
-    if not (isinstance(found, dict) and plain in found and found.keys() <= kernel.choices.keys()) or not all(
-        map(_positive, found.values())
-    ):
+    kept = _read().get(kernel.name)
+    found: dict[str, float] = kept if isinstance(kept, dict) else {}
+    if not found or not found.keys() <= kernel.choices.keys() or not all(map(_positive, found.values())):
         found = kernel.measure()
         _write(kernel.name, found)
     return found

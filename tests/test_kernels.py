@@ -65,9 +65,10 @@ def test_what_does_not_run_here_is_not_chosen() -> None:
     def missing() -> kernels.Workload:
         raise RuntimeError("could not create a primitive")
 
-    kernel = Kernel("k", {"plain": lambda: lambda: None, "other": missing})
-    assert kernel.measure().keys() == {"plain"}
-    assert kernel.choice() == kernel.choice() == "plain"
+    for runs, choices in (("plain", ("plain", "other")), ("other", ("plain", "other"))):
+        kernel = Kernel(f"k-{runs}", {name: (lambda: lambda: None) if name == runs else missing for name in choices})
+        assert kernel.measure().keys() == {runs}
+        assert kernel.choice() == kernel.choice() == runs
     with pytest.raises(RuntimeError, match="primitive"):
         Kernel("k", {"plain": missing}).measure()
 
