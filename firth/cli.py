@@ -66,7 +66,7 @@ Held = Annotated[
     str | None,
     typer.Option("--weights", help="Hold weights in fp32, bf16, int8 or int8-dynamic; by default as stored."),
 ]
-Seed = Annotated[int, _number(NOT_NEGATIVE, help="The same seed gives the same text.")]
+Seed = Annotated[int, _number(NOT_NEGATIVE, help="The same seed gives the same result.")]
 Input = Annotated[
     str,
     typer.Option("--input", help="What FILE holds: lines, csv, tsv, jsonl, conll or squad; auto: what it looks like."),
