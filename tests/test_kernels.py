@@ -14,6 +14,8 @@ from firth import kernels
 from firth.kernels import Kernel
 from firth.model import attention, blocked, fused
 from firth.model.attention import Visibility
+from firth.recipes.recipe import load
+from firth.recipes.run import run
 from firth.train.muon import BAND, orthogonalise
 from firth.types import UserError
 
@@ -81,7 +83,7 @@ def test_a_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernel.choice() == choice
 
 
-def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernel = measured("k", monkeypatch, plain=1.0, other=0.5)
     monkeypatch.setenv(kernels.FORCE, "k=quick")
     with pytest.raises(UserError, match="k is one of plain, other, and not 'quick'"):
@@ -89,6 +91,9 @@ def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(kernels.FORCE, "quick=k")
     with pytest.raises(UserError, match="there is no kernel 'quick'; there are attention-bf16"):
         kernels.check_forced()
+    with pytest.raises(UserError, match="there is no kernel 'quick'"):
+        run(load("gpt", []), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_measurement_leaves_the_random_numbers_alone() -> None:

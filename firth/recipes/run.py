@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from firth import kernels
 from firth.align.rewards import RewardError
 from firth.data import once
 from firth.data.batch import Batches
@@ -89,6 +90,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
 
     Raises UserError where the directory holds a run of another recipe, and for everything a recipe can get wrong.
     """
+    kernels.check_forced()
     ranks = join(best_device())
     with ranks.together():
         return _run(recipe, directory, echo, ranks)
