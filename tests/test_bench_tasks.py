@@ -15,6 +15,7 @@ from bench import tasks_translate
 from bench.learn_tasks import JOBS, Job, classes, divided
 from bench.tasks_peers import PEERS, Lesson, Rows, scored, trained
 from firth.data.batch import Batches
+from firth.data.source import Source
 from firth.recipes.recipe import load
 from firth.scaling.flops import real_tokens
 from firth.text.tokenizer import Tokenizer
@@ -125,7 +126,7 @@ def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, coder: Tokeniz
     assert int(batch["attention_mask"].sum()) == real_tokens(ours)
 
 
-class Firsts:
+class Firsts(Source):
     """The first two examples of a source, in their order."""
 
     def __init__(self, of: Any) -> None:

@@ -88,7 +88,7 @@ def test_an_error_on_an_input_names_the_input(tmp_path: Path) -> None:
     given.mkdir()
     with pytest.raises(UserError, match=rf"^{given}: is a directory"), new_file(tmp_path / "out"):
         given.open("wb")
-    with pytest.raises(FileNotFoundError), new_file(tmp_path / "out"):
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'missing'}: no such file"), new_file(tmp_path / "out"):
         (tmp_path / "missing").read_bytes()
 
 

@@ -58,22 +58,22 @@ def examples(shape: Shape, n: int = 5) -> list[Example]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_padded_and_packed_rows_read_as_each_text_alone(name: str, kind: str) -> None:
     shape = SHAPES[name]
-    model, texts = made(shape, kind), examples(shape)
+    model, texts = made(shape, kind).double(), examples(shape)
     with torch.no_grad():
         alone = [model(collate([text], set()))[0] for text in texts]
-        bare = LM(shape, {"lm": model.parts["lm"]}).eval()
+        bare = LM(shape, {"lm": model.parts["lm"]}).eval().double()
         bare.load_state_dict({n: x for n, x in model.state_dict().items() if kind not in n})
         assert (bare(collate([texts[0]], set()))[0] - alone[0]).abs().max() > 0.01
         padded = model(collate(texts, set()))
         for row, own in zip(padded, alone, strict=True):
-            torch.testing.assert_close(row[: len(own)], own, atol=2e-5, rtol=0)
+            torch.testing.assert_close(row[: len(own)], own, atol=1e-10, rtol=0)
         rows = pack(texts, 16, set())
         assert int(rows["document"].amax()) > 1
         hidden = model(rows)
     found = [_texts(hidden[i], rows["document"][i], rows["tokens"][i]) for i in range(len(hidden))]
     there = {key: states for row in found for key, states in row.items()}
     for text, own in zip(texts, alone, strict=True):
-        torch.testing.assert_close(there[tuple(text["tokens"].tolist())], own, atol=2e-5, rtol=0)
+        torch.testing.assert_close(there[tuple(text["tokens"].tolist())], own, atol=1e-10, rtol=0)
 
 
 def _texts(hidden: Tensor, document: Tensor, tokens: Tensor) -> dict[tuple[int, ...], Tensor]:
