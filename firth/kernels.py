@@ -37,8 +37,8 @@ from firth.types import UserError
 MARGIN = 1.1
 """How many times as fast as the first an implementation must be to replace it: less is within the noise."""
 
-SECONDS = 0.03
-"""Time spent on each implementation of a kernel."""
+SECONDS, LEAST_TURNS = 0.03, 5
+"""Time spent on each implementation of a kernel, and how often it is run at least: a busy machine slows single turns."""
 
 FORCE = "FIRTH_KERNELS"
 
@@ -93,7 +93,9 @@ class Kernel:
                 raise failed
             least = dict.fromkeys(workloads, float("inf"))
             end = time.perf_counter() + SECONDS * len(workloads)
-            while time.perf_counter() < end or float("inf") in least.values():
+            turns = 0
+            while time.perf_counter() < end or turns < LEAST_TURNS:
+                turns += 1
                 for name, work in workloads.items():
                     start = time.perf_counter()
                     work()

@@ -139,8 +139,8 @@ def _compiled_flex() -> object:
 
 
 def _workload(length: int, dtype: torch.dtype, way: str) -> kernels.Workload:
-    """Causal attention of 2048 tokens, 4 heads of 64, forward and backward."""
-    q, k, v = (torch.linspace(-1, 1, 2048 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
+    """Causal attention of 1024 tokens, 4 heads of 64, forward and backward."""
+    q, k, v = (torch.linspace(-1, 1, 1024 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
 
     def work() -> None:
         if BLOCK_ROWS[way]:
