@@ -169,9 +169,24 @@ ATTENTION = {
 """(dtype, whether rows are long) -> how attention is trained on a CPU."""
 
 
+@cache
+def _flash_runs(dtype: torch.dtype) -> bool:
+    """Whether torch's flash kernel runs on this CPU: in bf16 it wants AVX-512 where oneDNN has bf16 products."""
+    x = torch.zeros(1, 1, 256, 64, dtype=dtype)
+    try:
+        F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _block_rows(q: Tensor, k: Tensor) -> int:
     """Return the rows of a block where `blocked` attends: in training, on a CPU, where this machine is quicker at it; else 0."""
-    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+    if q.device.type != "cpu":
+        return 0
+    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
+        return blocked.ROWS
+    if not (torch.is_grad_enabled() and q.requires_grad):
         return 0
     if blocked.kept_bytes(q, k) > blocked.MAX_KEPT_BYTES:
         return 0
