@@ -55,7 +55,7 @@ def test_both_forms_agree_and_bf16_stays_near_the_band() -> None:
     assert (orthogonalise(wide).double() - exact).abs().max() < 1e-4  # the Gram form
     assert (orthogonalise(wide.mT.contiguous()).mT.double() - exact).abs().max() < 1e-4
     rough = torch.linalg.svdvals(orthogonalise(wide.bfloat16()).float())
-    assert rough.min() > BAND[0] - 0.1  # two rounds act on one Gram matrix
+    assert rough.min() > BAND[0] - 0.05
     assert rough.max() < BAND[1] + 0.05
 
 
