@@ -22,7 +22,7 @@ import torch
 
 from firth import kernels, openmp
 from firth.generate import lowered
-from firth.model import attention, fused
+from firth.model import attention, cross_entropy, fused, native
 from firth.train import muon, precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
@@ -207,8 +207,11 @@ def _precision() -> list[Row]:
 def _kernels() -> list[Row]:
     """Which implementation of each kernel this machine runs, and how much quicker it is than the plain one."""
     kernels.check_forced()
-    rows = []
-    every = (*attention.ATTENTION.values(), *fused.NORM.values(), muon.KERNEL, lowered.KERNEL)
+    missing = native.why_not()
+    compiler = Row("compiler", "none of use", f"{missing}: training works without, and is slower") if missing else None
+    rows = [compiler or Row("compiler", "native kernels are compiled")]
+    tables = (attention.ATTENTION, cross_entropy.KERNEL, fused.NORM, fused.LAYER_NORM, fused.HEADS, fused.ACTIVATION)
+    every = [kernel for table in tables for kernel in table.values()] + [muon.KERNEL, lowered.KERNEL]
     for kernel in sorted(every, key=lambda kernel: kernel.name):
         choice, took = kernel.choice(), kernels.seconds(kernel)
         plain = next(name for name in kernel.choices if name in took)

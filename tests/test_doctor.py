@@ -22,6 +22,7 @@ def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
         "bf16",
         "malloc",
         "denormals",
+        "compiler",
         *kernels.table(),
         "memory",
         "disk",

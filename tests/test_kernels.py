@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 
 from firth import kernels
 from firth.kernels import Kernel
-from firth.model import attention, blocked, fused
+from firth.model import attention, cross_entropy, fused, native, native_ops
 from firth.model.attention import Visibility
+from firth.model.block import MLP
+from firth.model.shape import Shape
 from firth.recipes.recipe import load
 from firth.recipes.run import run
 from firth.train.muon import BAND, orthogonalise
@@ -90,7 +93,7 @@ def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(UserError, match="k is one of plain, other, and not 'quick'"):
         kernel.choice()
     monkeypatch.setenv(kernels.FORCE, "quick=k")
-    with pytest.raises(UserError, match="there is no kernel 'quick'; there are attention-bf16"):
+    with pytest.raises(UserError, match="there is no kernel 'quick'; there are activation-bf16"):
         kernels.check_forced()
     with pytest.raises(UserError, match="there is no kernel 'quick'"):
         run(load("gpt", []), tmp_path / "run")
@@ -128,37 +131,188 @@ def running(dtype: torch.dtype) -> frozenset[str]:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("way", attention.BLOCK_ROWS)
-def test_attention_is_its_formula_in_every_choice(
-    way: str, causal: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blocked, "CACHED_BYTES", 20_000)  # several groups of rows
+@pytest.mark.parametrize("way", attention.WAYS)
+def test_attention_is_its_formula_in_every_choice(way: str, causal: bool, bias: bool) -> None:
     exact = read("sdpa", torch.float64, causal, bias)
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.04)):
         if way not in running(dtype):
-            assert way == "sdpa" and dtype == torch.bfloat16
+            assert native.why_not() if way.startswith("native") else way == "sdpa" and dtype == torch.bfloat16
             continue
         for found, right in zip(read(way, dtype, causal, bias), exact, strict=True):
             assert (found.double() - right).abs().max() < near * right.abs().max()
 
 
-@pytest.mark.parametrize("way", ["rms_norm", "unit"])
+def trained(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> list[torch.Tensor]:
+    """The output of a function and the gradients of its inputs, for a slope that is the same each time."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    torch.manual_seed(1)
+    out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves if x is not None)]  # type: ignore[misc]
+
+
+def same(
+    table: dict[torch.dtype, Kernel], function: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor | None, learned: int = 0,
+) -> None:  # fmt: skip
+    """Check every choice that runs here, in fp32 and bf16, against a plain formula in float64.
+
+    learned: how many of the inputs, the last ones, are parameters, which stay in fp32.
+    """
+    exact = trained(plain, *inputs)
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        count = len(inputs) - learned
+        given = [None if x is None else x.to(dtype if i < count else torch.float32) for i, x in enumerate(inputs)]
+        ways = set(table[dtype].measure())
+        assert ("native" in ways) is not bool(native.why_not())
+        if dtype == torch.bfloat16 and any(x is not None for x in inputs[count:]):
+            ways &= {
+                "native"
+            }  # torch's own layer norm takes parameters in bf16 alone, and sums their gradients in bf16
+        for way in ways:
+            with kernels.forced({table[dtype].name: way}):
+                found = trained(function, *given)
+            assert found[0].dtype == dtype
+            for got, right in zip(found, exact, strict=True):
+                assert (got.double() - right).abs().max() <= near * right.abs().max().clamp(min=1), (way, dtype)
+
+
+@pytest.mark.parametrize("width", [24, 384])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_norm_is_its_formula_in_every_choice(center: bool, gain: bool, offset: bool, width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 40, width, dtype=torch.float64) * 3 + 1
+    learned = [torch.randn(width, dtype=torch.float64) if has else None for has in (gain, offset)]
+
+    def plain(x: torch.Tensor, gain: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
+        if center:
+            return F.layer_norm(x, (width,), gain, offset, 1e-6)
+        y = F.rms_norm(x, (width,), gain, 1e-6)
+        return y if offset is None else y + offset
+
+    table = fused.LAYER_NORM if center else fused.NORM
+    same(table, lambda x, g, o: fused.normalized(x, g, o, 1e-6, center), plain, x, *learned, learned=2)
+
+
+@pytest.mark.parametrize("width", [10, 64])
+@pytest.mark.parametrize("eps", [-1.0, 1e-3])
+@pytest.mark.parametrize("turned", ["not", "alike", "each"])
+def test_heads_are_their_formula_in_every_choice(turned: str, eps: float, width: int) -> None:
+    torch.manual_seed(0)
+    angles = torch.randn(3 if turned == "each" else 1, 7, 1, width // 2).repeat(1, 1, 1, 2)
+    turns = None if turned == "not" else (angles.cos(), angles[..., : width // 2].sin())
+
+    def plain(joined: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.unflatten(-1, (-1, width)) for x in joined.split([4 * width, 2 * width, 2 * width], -1))
+        both = torch.cat((q, k), 2)
+        both = F.rms_norm(both, (width,), eps=eps) if eps > 0 else both
+        if turns is not None:
+            first, second = torch.view_as_real(
+                torch.complex(*both.chunk(2, -1)) * torch.complex(turns[0][..., : width // 2], turns[1])
+            ).unbind(-1)
+            both = torch.cat((first, second), -1)
+        return torch.cat((both, v), 2).transpose(1, 2)
+
+    joined = torch.randn(3, 7, 8 * width, dtype=torch.float64)
+    same(fused.HEADS, lambda x: torch.cat(fused.heads(x, turns, eps, 4, 2, width), 1), plain, joined)
+
+
+@pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])
+def test_an_mlp_is_its_formula_in_every_choice(name: str) -> None:
+    torch.manual_seed(0)
+    shape = Shape(vocab=9, width=32, depth=1, heads=2, hidden=600, activation=name)  # type: ignore[arg-type]
+    mlp = MLP(shape)
+    x = torch.randn(70, 600 * (2 if shape.gated else 1), dtype=torch.float64) * 4
+    act = {"relu": F.relu, "relu2": lambda x: F.relu(x) ** 2, "gelu": F.gelu, "silu": F.silu}.get(
+        mlp.activation, lambda x: F.gelu(x, approximate="tanh")
+    )
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return act(x[:, :600]) * x[:, 600:] if shape.gated else act(x)
+
+    same(fused.ACTIVATION, mlp.inner, plain, x)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_cross_entropy_is_its_formula_in_every_choice(cap: float, biased: bool) -> None:
+    torch.manual_seed(0)
+    labels, absent = torch.randint(300, (50,)), torch.tensor([301, 340])
+    states, weight = torch.randn(50, 16, dtype=torch.float64), torch.randn(350, 16, dtype=torch.float64)
+    bias = torch.randn(350, dtype=torch.float64) if biased else None
+
+    def plain(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = F.linear(states, weight, bias)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        logits = logits.index_fill(1, absent, float("-inf"))
+        return -F.log_softmax(logits, -1)[torch.arange(50), labels]
+
+    exact = trained(plain, states, weight, bias)
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        given = [None if x is None else x.float() for x in (states, weight, bias)]
+        for way in cross_entropy.KERNEL[dtype].measure():
+            with (
+                kernels.forced({cross_entropy.KERNEL[dtype].name: way}),
+                torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            ):
+                found = trained(lambda *x: cross_entropy.LogProbs.apply(*x[:2], x[2], labels, cap, absent), *given)
+                total = cross_entropy.SumNLL.apply(*given, labels, cap, False, absent)
+            for got, right in zip([-found[0], *(-x for x in found[1:])], exact, strict=True):
+                assert (got.double() - right).abs().max() < near * right.abs().max(), (way, dtype)
+            assert total.item() == pytest.approx(exact[0].sum().item(), rel=near)
+
+
+@pytest.mark.skipif(bool(native.why_not()), reason=f"no native kernels: {native.why_not()}")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_is_its_formula_in_every_choice(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CACHED", 64)  # several parts
-    x, slope = torch.randn(5, 7, 24, dtype=torch.float64), torch.randn(5, 7, 24, dtype=torch.float64)
+def test_native_kernels_do_not_hide_what_is_no_number(bad: float, dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, 4 * 512).view(4, 512).to(dtype)
+    x[1, 3] = bad
+    written = {
+        "layer norm": native_ops.norm(x, None, None, 1e-6, True),
+        "RMS norm": native_ops.norm(x, None, None, 1e-6, False),
+        "heads": native_ops.heads(x[None], None, 1e-6, 4, 2, 64)[0][0].transpose(0, 1).flatten(1),
+        "relu2": native_ops.activation("relu2", x.abs()),
+        "swiglu": native_ops.activation("silu", x, gated=True),
+        "gelu": native_ops.activation("gelu", x if bad > 0 else -x),
+    }
+    for name, y in written.items():
+        finite = y.isfinite().all(-1).tolist()
+        assert finite == [True, False, True, True], name
 
-    def both(x: torch.Tensor, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.clone().requires_grad_()
-        y = F.rms_norm(x, (24,), eps=1e-6) if plain else fused.unit(x, 1e-6)
-        y.backward(slope.to(x.dtype))
-        assert x.grad is not None and y.dtype == x.dtype
-        return y.detach(), x.grad
 
-    with kernels.forced({kernel.name: way for kernel in fused.NORM.values()}):
-        found = both(x.to(dtype), plain=False)
-    for got, right in zip(found, both(x, plain=True), strict=True):
-        assert (got.double() - right).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)
+def test_results_do_not_depend_on_threads() -> None:
+    """But for the sums of a gain's gradient, which each thread begins anew."""
+    if native.why_not():
+        pytest.skip(f"no native kernels: {native.why_not()}")
+    before, found = torch.get_num_threads(), []
+    x, gain = torch.linspace(-3, 3, 400 * 256).sin().view(400, 256), torch.linspace(0, 1, 256)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(trained(lambda x, g: native_ops.norm(x, g, None, 1e-6, True), x, gain))
+            found[-1] += trained(lambda x: native_ops.activation("gelu", x, True), x)
+    finally:
+        torch.set_num_threads(before)
+    for number, (one, two) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(one, two) or (number == 2 and torch.allclose(one, two, rtol=1e-5, atol=1e-4))
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    native._outcome.cache_clear()
+    try:
+        assert native.why_not() == "no C compiler is found"
+        assert set(fused.NORM[torch.float32].measure()) == {"rms_norm", "unit"}
+        (tmp_path / "cc").write_text("#!/bin/sh\necho 'it broke' >&2\nexit 1\n")
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+        native._outcome.cache_clear()
+        assert native.why_not().endswith("fails: it broke")
+    finally:
+        native._outcome.cache_clear()
 
 
 @pytest.mark.parametrize(("rows", "columns"), itertools.product((24, 96), (24, 96)))

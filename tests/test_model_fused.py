@@ -32,8 +32,7 @@ def test_unit() -> None:
     assert torch.equal(fused.unit(large.bfloat16(), 1e-6), F.rms_norm(large.bfloat16(), (512,), eps=1e-6))
 
 
-def test_relu2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CACHED", 12)  # two rows at a time
+def test_relu2() -> None:
     x = numbers(5, 6)
     assert torch.equal(fused.relu2(x), F.relu(x).square())
     assert gradcheck(fused.relu2, x)
@@ -42,8 +41,7 @@ def test_relu2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
-def test_turn(eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CACHED", 72)  # a row at a time
+def test_turn(eps: float) -> None:
     x = numbers(2, 3, 4, 6)
     shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
     cos, sin = (angle.double() for angle in turns(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape))

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from firth import kernels
-from firth.model import blocked
+from firth.model import blocked, native
 from firth.types import NEVER
 
 EVERY = -1
@@ -138,13 +138,35 @@ def _compiled_flex() -> object:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _workload(length: int, dtype: torch.dtype, way: str) -> kernels.Workload:
+@dataclass(frozen=True)
+class Way:
+    """How attention is trained on a CPU: query rows of a block of `firth.model.blocked` (0: torch's flash kernel), and whether
+    what is between its products is compiled (`firth.model.native`)."""
+
+    rows: int = 0
+    compiled: bool = False
+
+
+WAYS = {
+    "sdpa": Way(),
+    "blocks-64": Way(64),
+    "blocks-256": Way(256),
+    "native-64": Way(64, compiled=True),
+    "native-128": Way(128, compiled=True),
+    "native-256": Way(256, compiled=True),
+}
+"""Name of an implementation -> what it is."""
+
+
+def _workload(length: int, dtype: torch.dtype, way: Way) -> kernels.Workload:
     """Causal attention of 1024 tokens, 4 heads of 64, forward and backward."""
     q, k, v = (torch.linspace(-1, 1, 1024 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
+    if way.compiled:
+        native.library()
 
     def work() -> None:
-        if BLOCK_ROWS[way]:
-            out = blocked.attend(q, k, v, 0.125, True, False, None, None, rows=BLOCK_ROWS[way])
+        if way.rows:
+            out = blocked.attend(q, k, v, 0.125, True, False, None, None, rows=way.rows, compiled=way.compiled)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.backward(out, q.detach())
@@ -152,16 +174,13 @@ def _workload(length: int, dtype: torch.dtype, way: str) -> kernels.Workload:
     return work
 
 
-BLOCK_ROWS = {"sdpa": 0, "blocks-64": 64, "blocks-256": 256}
-"""How attention is trained on a CPU -> query rows of a block (`firth.model.blocked`); 0: torch's flash kernel."""
-
 LONG_ROW = 512
 """Keys of a row from which on a kernel is chosen by what it does on rows of 1,024, and not of 256."""
 
 ATTENTION = {
     (dtype, long): kernels.Kernel(
         f"attention{'-long' if long else ''}-{name}",
-        {way: partial(_workload, 1024 if long else 256, dtype, way) for way in BLOCK_ROWS},
+        {label: partial(_workload, 1024 if long else 256, dtype, way) for label, way in WAYS.items()},
     )
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
     for long in (False, True)
@@ -180,18 +199,16 @@ def _flash_runs(dtype: torch.dtype) -> bool:
     return True
 
 
-def _block_rows(q: Tensor, k: Tensor) -> int:
-    """Return the rows of a block where `blocked` attends: in training, on a CPU, where this machine is quicker at it; else 0."""
+def _way(q: Tensor, k: Tensor) -> Way:
+    """Return how this attention is computed: in blocks in training on a CPU that is quicker at it, else by torch's kernel."""
     if q.device.type != "cpu":
-        return 0
-    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
-        return blocked.ROWS
-    if not (torch.is_grad_enabled() and q.requires_grad):
-        return 0
-    if blocked.kept_bytes(q, k) > blocked.MAX_KEPT_BYTES:
-        return 0
+        return WAYS["sdpa"]
     kernel = ATTENTION.get((q.dtype, k.shape[2] > LONG_ROW))
-    return blocked.ROWS if kernel is None else BLOCK_ROWS[kernel.choice()]
+    chosen = WAYS["blocks-64"] if kernel is None else WAYS[kernel.choice()]
+    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
+        return chosen if chosen.rows else WAYS["blocks-64"]
+    learns = torch.is_grad_enabled() and q.requires_grad
+    return chosen if learns and blocked.kept_bytes(q, k) <= blocked.MAX_KEPT_BYTES else WAYS["sdpa"]
 
 
 def attend(
@@ -204,11 +221,11 @@ def attend(
     groups = q.shape[1] // k.shape[1]
     if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets leave fp32 here and there
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    rows = _block_rows(q, k) if sees.block is None else 0
-    if rows:
+    way = _way(q, k) if sees.block is None else WAYS["sdpa"]
+    if way.rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout, rows)
+        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout, way.rows, way.compiled)
     elif sees.block is not None:
         flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
         out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]

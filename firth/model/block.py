@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firth.model import native_ops
 from firth.model.attention import Cache, Visibility, attend
 from firth.model.count import GATED
 from firth.model.distance import Apart, Distance
-from firth.model.fused import Dropout, project, relu2, rotated, turn, unit
+from firth.model.fused import ACTIVATION, Dropout, heads, project, relu2, rotated, runs_native, turn, unit
 from firth.model.linformer import Slots
 from firth.model.norm import make_norm
 from firth.model.shape import Shape
@@ -53,6 +54,12 @@ def together(x: Tensor, maps: Sequence[nn.Module]) -> Tensor:
         return torch.cat([m(x) for m in maps], -1)
     bias = None if plain[0].bias is None else torch.cat([m.bias for m in plain])
     return F.linear(x, torch.cat([m.weight for m in plain]), bias)
+
+
+def joins(x: Tensor, maps: Sequence[nn.Module]) -> bool:
+    """Whether maps of one input are quicker as one: they are plain, and x has more numbers than their weights."""
+    plain = [m for m in maps if type(m) is Linear]
+    return len(plain) == len(maps) and x.numel() >= sum(m.weight.numel() for m in plain)
 
 
 @dataclass(frozen=True)
@@ -136,23 +143,18 @@ class Attention(nn.Module):
             return turn(x, *reading.turns, eps)
         return unit(x, eps) if eps >= 0 else x
 
-    def _joins(self, x: Tensor) -> bool:
-        """Whether the three maps are quicker as one: they are plain, and x has more numbers than their weights."""
-        plain = all(type(m) is Linear for m in (self.q, self.k, self.v))
-        return plain and x.numel() >= self.q.weight.numel() + 2 * self.k.weight.numel()
-
     def _read(self, x: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of x, placed: (B, heads, T, D), and two of (B, KV, T, D).
-
-        Queries and keys are placed together: for a few tokens the calls are what costs, and one copy of them nothing.
-        """
+        """Return queries, keys and values of x, placed: (B, heads, T, D), and two of (B, KV, T, D)."""
         joined = together(x, (self.q, self.k, self.v)) if self.joined is None else self.joined(x)
+        if self.q_gain is None and reading.rotation is None:
+            eps = self.eps if self.qk_norm else -1.0
+            return heads(joined, reading.turns, eps, self.heads, self.kv_heads, self.head_width)
         values = self.kv_heads * self.head_width
         placed, v = joined.split((joined.shape[-1] - values, values), -1)
         gains = None
         if self.q_gain is not None and self.k_gain is not None:
             each = ((self.q_gain, self.heads), (self.k_gain, self.kv_heads))
-            gains = torch.cat([gain.expand(heads, -1) for gain, heads in each])
+            gains = torch.cat([gain.expand(count, -1) for gain, count in each])
         both = self._place(placed, reading, gains).transpose(1, 2)
         q, k = both.split((self.heads, self.kv_heads), 1)
         return q, k, self._heads(v).transpose(1, 2)
@@ -168,7 +170,7 @@ class Attention(nn.Module):
         if memory is None and reading.cache is not None:
             q, k, v = self._read(x, reading)
             k, v = reading.cache.extend(*_behind(reading.front, k, v))
-        elif memory is None and before is None and reading.narrow is None and self._joins(x):
+        elif memory is None and before is None and reading.narrow is None and joins(x, (self.q, self.k, self.v)):
             q, k, v = self._read(x, reading)
             k, v = _behind(reading.front, k, v)
         else:
@@ -201,7 +203,7 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
+        self.activation = GATED.get(shape.activation, shape.activation)
         bias = shape.bias and shape.bias_at == "all"
         self.up = Linear(shape.width, shape.hidden, bias=bias)
         self.gate = Linear(shape.width, shape.hidden, bias=bias) if shape.gated else None
@@ -211,9 +213,21 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(self.act(self.up(x)))
-        gate, up = (self.gate(x), self.up(x)) if self.joined is None else self.joined(x).chunk(2, -1)
-        return self.down(self.act(gate) * up)
+            return self.down(self.inner(self.up(x)))
+        if self.joined is not None:
+            return self.down(self.inner(self.joined(x)))
+        if joins(x, (self.gate, self.up)):
+            return self.down(self.inner(together(x, (self.gate, self.up))))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What `down` reads, made of what `up` says, or gate and up side by side: (..., hidden or 2 hidden) -> (..., hidden)."""
+        if runs_native(ACTIVATION, x):
+            return native_ops.activation(self.activation, x, gated=self.gate is not None)
+        if self.gate is None:
+            return ACTIVATIONS[self.activation](x)
+        gate, up = x.chunk(2, -1)
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 class Block(nn.Module):

@@ -14,11 +14,16 @@ The idea is Wijmans 2024 (arXiv:2411.09009) and Liger's fused linear cross-entro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from firth import kernels
+from firth.model import native
+from firth.model.native import address, half
 
 CHUNK_BYTES = 1 << 26
 """Bytes of logits that are held at a time on a CPU; accelerators take four times that."""
@@ -35,10 +40,18 @@ them, which a KL divergence takes, must be a number."""
 class _Rows:
     """One pass over chunks of rows; all its arithmetic, shared by the two functions below.
 
-    absent: ids (n,) that have no probability, None where all have some.
+    absent: ids (n,) that have no probability, None where all have some. way: one of KERNEL; empty: its choice.
     """
 
-    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, cap: float, absent: Tensor | None = None):
+    def __init__(
+        self,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cap: float,
+        absent: Tensor | None = None,
+        way: str = "",
+    ):
         self.dtype = (
             torch.get_autocast_dtype(states.device.type)
             if torch.is_autocast_enabled(states.device.type)
@@ -53,7 +66,9 @@ class _Rows:
         self.step = min(max(1, size // len(weight)), max(1, len(states)))
         self.part = max(1, PART // len(weight)) if cpu else self.step
         self.products = states.new_empty((self.step, len(weight)), dtype=self.dtype)
-        small = (min(self.part, self.step), len(weight))
+        plain = {None if bias is None else bias.dtype, self.wide} <= {None, torch.float32}
+        self.native = plain and native.reads(self.products) and (way or KERNEL[self.dtype].choice()) == "native"
+        small = (0 if self.native else min(self.part, self.step), len(weight))
         self.scores = None if self.dtype == self.wide else states.new_empty(small, dtype=self.wide)
         self.tanh = states.new_empty(small, dtype=self.wide) if cap else None
 
@@ -70,6 +85,9 @@ class _Rows:
         products = self.products[: len(states)]
         torch.mm(states, self.weight.t(), out=products)
         right, total = (states.new_empty(len(states), 1, dtype=self.wide) for _ in range(2))
+        if self.native:
+            _score_native(products, labels, self.bias, self.absent, self.cap, learn, right, total)
+            return right[:, 0], total, products
         for start in range(0, len(states), self.part):
             some = slice(start, start + self.part)
             right[some], total[some] = self._score(products[some], labels[some], learn)
@@ -99,6 +117,38 @@ class _Rows:
             if self.scores is not None:
                 products.copy_(scores)
         return label - total.log(), total
+
+
+def _score_native(
+    products: Tensor, labels: Tensor, bias: Tensor | None, absent: Tensor | None, cap: float, learn: bool,
+    right: Tensor, total: Tensor,
+) -> None:  # fmt: skip
+    """`_Rows._score` of all rows at once, by one compiled pass; writes to products, right and total."""
+    labels, bias = labels.to(torch.int64).contiguous(), None if bias is None else bias.contiguous()
+    absent = None if absent is None else absent.to(torch.int64).contiguous()
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < products.shape[1]:
+        raise IndexError(f"a label is not one of the {products.shape[1]} ids of the vocabulary")
+    native.library().cross_entropy(
+        products.data_ptr(), half(products), labels.data_ptr(), address(bias), address(absent),
+        0 if absent is None else len(absent), ABSENT, cap, learn, right.data_ptr(), total.data_ptr(), *products.shape,
+        native.threads(),
+    )  # fmt: skip
+
+
+def _workload(dtype: torch.dtype, way: str) -> kernels.Workload:
+    """512 rows of 2,048 logits with a soft cap, 128 numbers a state."""
+    states, weight = (torch.linspace(-1, 1, n * 128).view(n, 128).to(dtype) for n in (512, 2048))
+    rows, labels = _Rows(states, weight, None, 15.0, way=way), torch.arange(512)
+    if way == "native":
+        native.library()
+    return lambda: rows.read(slice(0, 512), labels, learn=True)
+
+
+KERNEL = {
+    dtype: kernels.Kernel(f"cross-entropy-{name}", {way: partial(_workload, dtype, way) for way in ("torch", "native")})
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+}
+"""dtype of the products -> how their logits are scored on a CPU."""
 
 
 class _Gradients:

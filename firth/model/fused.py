@@ -3,10 +3,15 @@
 A 4096 x 384 fp32 tensor takes 0.25 ms a pass when it is in cache, and a page-faulted or uncached one 1 ms; written as
 plain formulas, norms, rotary turns and squared ReLU made some sixty passes a block, forward and back. Each function
 here states the passes it makes. All are checked against the plain formula with torch.autograd.gradcheck.
+
+Where this machine has a C compiler, the same is one compiled pass each (`firth.model.native_ops`). Which of them runs is
+measured: NORM, LAYER_NORM, HEADS, ACTIVATION.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from firth import kernels
+from firth.model import native, native_ops
 
 FEW = range(8, 49)
 """Numbers of rows for which a CPU's product is quicker with the weights on the left (see `project`)."""
@@ -42,17 +48,6 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-CACHED = 1 << 18
-"""Numbers worked on at a time: 1 MB in fp32, so that what one call writes is still in the cache for the next."""
-
-
-def _parts(x: Tensor) -> list[slice]:
-    """The rows of x in parts of CACHED numbers; all at once on an accelerator, where calls are what costs."""
-    rows = len(x)
-    step = max(1, CACHED * rows // max(1, x.numel())) if x.device.type == "cpu" else max(1, rows)
-    return [slice(start, start + step) for start in range(0, rows, step)]
-
-
 def _wide(x: Tensor) -> Tensor:
     """Half precision in fp32, anything else as it is: norms and angles are never computed in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -74,33 +69,22 @@ def _through_unit(grad: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
 class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.empty(rows.shape, dtype=dtype, device=x.device)
-        inverse = rows.new_empty(len(rows), 1, dtype=_wide(x[:0]).dtype)
-        for part in _parts(rows):
-            wide = _wide(rows[part])
-            inverse[part] = of_part = _inverse_rms(wide, eps)
-            y[part] = wide * of_part
+        wide = _wide(x)
+        inverse = _inverse_rms(wide, eps)
+        y = (wide * inverse).to(dtype)
         ctx.save_for_backward(y, inverse)
         ctx.dtype = x.dtype
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         y, inverse = ctx.saved_tensors
-        rows = grad.reshape(y.shape)
-        out = torch.empty(y.shape, dtype=ctx.dtype, device=y.device)
-        for part in _parts(y):
-            out[part] = _through_unit(_wide(rows[part]), _wide(y[part]), inverse[part])
-        return out.view(grad.shape), None, None
+        return _through_unit(_wide(grad), _wide(y), inverse).to(ctx.dtype), None, None
 
 
 def unit(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """x / rms(x) over the last axis: (..., width) -> (..., width), in the dtype given or that of x.
-
-    One reading pass and one writing one, forward and back: what lies between stays in the cache.
-    """
+    """x / rms(x) over the last axis: (..., width) -> (..., width), in the dtype given or that of x."""
     dtype = dtype or x.dtype
     if x.device.type == "cpu" and not torch.is_grad_enabled() and dtype == x.dtype == _wide(x[:0]).dtype:
         # For a single token a call costs 1 us, whatever it does: four calls. torch's own rms_norm takes 55 us.
@@ -112,22 +96,82 @@ def unit(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     return _Unit.apply(x, eps, dtype)
 
 
-def _norm_workload(way: str, dtype: torch.dtype) -> kernels.Workload:
-    """2048 rows of 384 numbers, forward and backward."""
-    x = torch.linspace(-1, 1, 2048 * 384).view(2048, 384).to(dtype).requires_grad_()
+def normalized(
+    x: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float, center: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """RMS norm, or layer norm where `center`, with gain and offset (width,): (..., width) -> (..., width).
 
-    def work() -> None:
-        y = _Unit.apply(x, 1e-6, dtype) if way == "unit" else F.rms_norm(x, (384,), eps=1e-6)
-        torch.autograd.backward(y, x.detach())
+    dtype: of the result; None: that of x.
+    """
+    learned = [p for p in (gain, offset) if p is not None]
+    if runs_native(LAYER_NORM if center else NORM, x, learned):
+        return native_ops.norm(x, gain, offset, eps, center, dtype)
+    if center:
+        y = F.layer_norm(x, x.shape[-1:], gain, offset, eps)
+        return y if dtype is None else y.to(dtype)
+    y = unit(x, eps, x.dtype if learned else dtype)
+    y = y if gain is None else y * gain
+    y = y if offset is None else y + offset
+    return y.to(dtype or x.dtype)
 
-    return work
+
+def runs_native(table: Mapping[torch.dtype, kernels.Kernel], x: Tensor, learned: Sequence[Tensor] = ()) -> bool:
+    """Return whether a compiled kernel reads x and this machine is quicker at it; learned: its parameters, in fp32."""
+    return (
+        native.reads(x) and native.worth(x) and all(p.dtype == torch.float32 and p.is_contiguous() for p in learned)
+        and table[x.dtype].choice() == "native"
+    )  # fmt: skip
 
 
-NORM = {
-    dtype: kernels.Kernel(f"norm-{name}", {way: partial(_norm_workload, way, dtype) for way in ("rms_norm", "unit")})
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
-}
+def _trained(function: Callable[[Tensor], Tensor], *shape: int, dtype: torch.dtype) -> kernels.Workload:
+    """Forward and backward of a function of one tensor of this shape."""
+    x = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(dtype).requires_grad_()
+    slope = torch.ones_like(function(x))
+    return lambda: torch.autograd.backward(function(x), slope)
+
+
+def _per_dtype(
+    name: str, ways: Mapping[str, Callable[[Tensor], Tensor]], *shape: int
+) -> dict[torch.dtype, kernels.Kernel]:
+    """dtype -> the kernel NAME-fp32 or NAME-bf16, whose ways are timed on a tensor of this shape, forward and backward."""
+    return {
+        dtype: kernels.Kernel(
+            f"{name}-{label}", {way: partial(_trained, function, *shape, dtype=dtype) for way, function in ways.items()}
+        )
+        for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    }
+
+
+NORM = _per_dtype(
+    "norm",
+    {
+        "rms_norm": lambda x: F.rms_norm(x, (384,), eps=1e-6),
+        "unit": lambda x: _Unit.apply(x, 1e-6, x.dtype),
+        "native": lambda x: native_ops.norm(x, None, None, 1e-6, False),
+    },
+    2048, 384,
+)  # fmt: skip
 """dtype -> how an RMS norm is computed on a CPU."""
+
+LAYER_NORM = _per_dtype(
+    "layer-norm",
+    {
+        "layer_norm": lambda x: F.layer_norm(x, (384,), eps=1e-5),
+        "native": lambda x: native_ops.norm(x, None, None, 1e-5, True),
+    },
+    2048, 384,
+)  # fmt: skip
+"""dtype -> how a layer norm is computed on a CPU."""
+
+ACTIVATION = _per_dtype(
+    "activation",
+    {
+        "torch": lambda x: F.gelu(x[..., :1024]) * x[..., 1024:],
+        "native": lambda x: native_ops.activation("gelu", x, True),
+    },
+    1024, 2048,
+)  # fmt: skip
+"""dtype -> how the activation of an MLP is computed on a CPU."""
 
 
 LEVELS = 65536
@@ -169,27 +213,18 @@ def drops(model: nn.Module) -> bool:
 class _Relu2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.empty_like(rows)
-        for part in _parts(rows):
-            torch.clamp_min(rows[part], 0, out=y[part])
-            y[part].square_()
-        ctx.save_for_backward(rows)
-        return y.view(x.shape)
+        ctx.save_for_backward(x)
+        return x.clamp_min(0).square_()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        slopes, out = grad.reshape(rows.shape), torch.empty_like(rows)
-        for part in _parts(rows):
-            torch.clamp_min(rows[part], 0, out=out[part])
-            out[part].mul_(slopes[part]).mul_(2)
-        return out.view(grad.shape)
+        (x,) = ctx.saved_tensors
+        return x.clamp_min(0).mul_(grad).mul_(2)
 
 
 def relu2(x: Tensor) -> Tensor:
-    """Squared ReLU (So 2021, Primer): one reading pass and one writing one, forward and back (`CACHED`)."""
+    """Squared ReLU (So 2021, Primer): two passes forward, three back."""
     if not torch.is_grad_enabled():
         return F.relu(x).square_()
     return _Relu2.apply(x)
@@ -203,47 +238,79 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def _of_rows(angles: Tensor, part: slice) -> Tensor:
-    """The angles (B or 1, T, 1, n) of some rows."""
-    return angles if len(angles) == 1 else angles[part]
-
-
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        inverse = None if eps < 0 else x.new_empty(*x.shape[:-1], 1, dtype=_wide(x[:0]).dtype)
-        for part in _parts(x):
-            wide = _wide(x[part])
-            if inverse is not None:
-                inverse[part] = of_part = _inverse_rms(wide, eps)
-                wide = wide * of_part
-            y[part] = _turned(wide, _of_rows(cos, part), _of_rows(sin, part))
+        wide, inverse = _wide(x), None
+        if eps >= 0:
+            inverse = _inverse_rms(wide, eps)
+            wide = wide * inverse
         ctx.save_for_backward(x if eps >= 0 else None, inverse, cos, sin)
-        return y
+        return _turned(wide, cos, sin).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, inverse, cos, sin = ctx.saved_tensors
-        out, back = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), -sin
-        for part in _parts(grad):
-            slope = _turned(_wide(grad[part]), _of_rows(cos, part), _of_rows(back, part))
-            out[part] = slope if x is None else _through_unit(slope, _wide(x[part]) * inverse[part], inverse[part])
-        return out, None, None, None
+        slope = _turned(_wide(grad), cos, -sin)
+        if x is not None:
+            slope = _through_unit(slope, _wide(x) * inverse, inverse)
+        return slope.to(grad.dtype), None, None, None
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, eps: float = -1.0) -> Tensor:
     """Rotate the pairs (x[i], x[i + half]) of each head by its position; with eps >= 0 also make its RMS one.
 
     x (B, T, H, D); cos (B or 1, T, 1, D), both halves alike; sin (B or 1, T, 1, D / 2). Turning keeps lengths, so
-    "rotary, then unit RMS" (NanoChat) and "unit RMS, then rotary" are one function. One reading pass and one writing one,
-    forward and back: what lies between, in fp32 for half precision, stays in the cache.
+    "rotary, then unit RMS" (NanoChat) and "unit RMS, then rotary" are one function.
     """
     if torch.is_grad_enabled():
         return _Turn.apply(x, cos, sin, eps)
     wide = _wide(x)
     return _turned(unit(wide, eps) if eps >= 0 else wide, cos, sin).to(x.dtype)
+
+
+def _split(
+    joined: Tensor, turns: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
+) -> Heads:
+    """`heads` on torch's operators. Queries and keys are placed together: of few tokens, the calls are what costs."""
+    placed, v = joined.split(((queries + keys) * width, keys * width), -1)
+    placed, v = (x.view(*x.shape[:-1], -1, width) for x in (placed, v))
+    if turns is not None:
+        placed = turn(placed, *turns, eps)
+    elif eps >= 0:
+        placed = unit(placed, eps)
+    q, k = placed.transpose(1, 2).split((queries, keys), 1)
+    return q, k, v.transpose(1, 2)
+
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def heads(
+    joined: Tensor, turns: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
+) -> Heads:
+    """Queries, keys and values of a row, side by side, in heads: (B, T, (queries + 2 keys) width) -> (B, heads, T, width) each.
+
+    turns, eps: as for `turn`; None and a negative number leave queries and keys as they are.
+    """
+    if runs_native(HEADS, joined):
+        return native_ops.heads(joined, turns, eps, queries, keys, width)
+    return _split(joined, turns, eps, queries, keys, width)
+
+
+def _heads_of(split: Callable[..., Heads]) -> Callable[[Tensor], Tensor]:
+    angles = torch.linspace(-3, 3, 256 * 64).view(1, 256, 1, 64)
+    turns = (angles.cos(), angles[..., :32].sin())
+
+    def all_heads(joined: Tensor) -> Tensor:
+        return torch.stack([x.sum() for x in split(joined, turns, 1e-6, 6, 6, 64)])
+
+    return all_heads
+
+
+HEADS = _per_dtype("heads", {"torch": _heads_of(_split), "native": _heads_of(native_ops.heads)}, 8, 256, 1152)
+"""dtype -> how queries, keys and values are placed on a CPU."""
 
 
 def rotated(x: Tensor, rotation: Tensor, eps: float = -1.0) -> Tensor:

@@ -95,7 +95,7 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "dropout": lambda d: nn.Dropout(d["rate"]),
     "torch_layer_norm": lambda d: nn.LayerNorm(d["width"], eps=d["eps"]),
     "layer_norm": lambda d: LayerNorm(d["width"], d["weight"], d["bias"], d["eps"]),
-    "rms_norm": lambda d: RMSNorm(d["width"], d["weight"], d["eps"]),
+    "rms_norm": lambda d: RMSNorm(d["width"], d["weight"], False, d["eps"]),
     "mixture": lambda d: Mixture(d["layers"]),
     "prefix": lambda d: Prefix(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
     "prompt": lambda d: Prompt(d["tokens"], d["width"]),

@@ -1,0 +1,549 @@
+/* Elementwise pieces of a training step, each in one pass over memory: what `firth.model.native` compiles and calls.
+
+   A row is read into a buffer of floats, worked on there, and written once. Numbers in memory are fp32, or bf16 where the
+   flag `half` beside a pointer is 1; all arithmetic is fp32. Rows are shared out among `threads` OpenMP threads, and no sum
+   crosses rows but those of gains and offsets: nothing else depends on how many there are, and nothing on which is first.
+   Formulas and their gradients stand in `firth/model/fused.py`, which computes the same without a compiler. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define SMALL 32768 /* numbers from which on a second thread is worth waking */
+#define EXPORT __attribute__((visibility("default")))
+
+static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+/* n numbers from `from` + `at`, as floats. */
+static inline void load(float *restrict to, const void *from, int64_t at, int64_t n, int half) {
+    if (half) {
+        const uint16_t *restrict x = (const uint16_t *)from + at;
+        #pragma omp simd
+        for (int64_t i = 0; i < n; i++) to[i] = from_bits((uint32_t)x[i] << 16);
+    } else memcpy(to, (const float *)from + at, n * sizeof(float));
+}
+
+/* Round to nearest, ties to even; what is not a number stays one that is not. */
+static inline uint16_t rounded(float x) {
+    uint32_t bits = to_bits(x);
+    uint32_t near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : near;
+}
+
+static inline void store(void *to, int64_t at, const float *restrict from, int64_t n, int half) {
+    if (half) {
+        uint16_t *restrict y = (uint16_t *)to + at;
+        int64_t done = 0;
+#ifdef __AVX512BF16__
+        for (; done + 16 <= n; done += 16)
+            _mm256_storeu_si256((__m256i *)(y + done), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + done)));
+#endif
+        #pragma omp simd
+        for (int64_t i = done; i < n; i++) y[i] = rounded(from[i]);
+    } else memcpy((float *)to + at, from, n * sizeof(float));
+}
+
+/* exp(x) for x <= 88, within 2e-7 of it: 2^k e^r by a polynomial (Cephes). Below -87 it is 0. */
+static inline float exponential(float x) {
+    float at = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float k = (at * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = at - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    float y = (p * r * r + r + 1.0f) * from_bits((uint32_t)((int32_t)k + 127) << 23);
+    return x < -87.0f ? 0.0f : y;
+}
+
+/* tanh(x), within 3e-7 of it for small x too (Cephes). */
+static inline float hyperbolic(float x) {
+    float z = x * x, size = fabsf(x);
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    float small = p * z * x + x;
+    float large = 1.0f - 2.0f / (exponential(2.0f * (size > 10.0f ? 10.0f : size)) + 1.0f);
+    return size < 0.625f || x != x ? small : copysignf(large, x);
+}
+
+/* The normal distribution up to x, within 2e-7 (Abramowitz and Stegun 7.1.26), and its density. */
+static inline float normal(float x, float *density) {
+    float size = fabsf(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * size);
+    float e = exponential(-0.5f * x * x);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    float tail = 0.5f * p * t * e;
+    *density = 0.39894228f * e;
+    return x < 0 ? tail : 1.0f - tail;
+}
+
+static float *scratch(int64_t n) { return aligned_alloc(64, ((n * sizeof(float) + 63) / 64) * 64); }
+
+/* ------------------------------------------------------------------------------------------ norms
+
+   y = (x - mean) * inverse * gain + offset over rows of `width` numbers; the mean is 0 unless `center`. */
+
+EXPORT void norm_forward(const void *x, int xhalf, void *y, int yhalf, const float *gain, const float *offset, float *mean,
+                         float *inverse, int64_t rows, int64_t width, float eps, int center, int threads) {
+    #pragma omp parallel num_threads(threads) if (rows * width >= SMALL)
+    {
+        float *row = scratch(width);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            float middle = 0, square = 0;
+            load(row, x, i * width, width, xhalf);
+            if (center) {
+                #pragma omp simd reduction(+ : middle)
+                for (int64_t j = 0; j < width; j++) middle += row[j];
+                middle /= width;
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) row[j] -= middle;
+            }
+            #pragma omp simd reduction(+ : square)
+            for (int64_t j = 0; j < width; j++) square += row[j] * row[j];
+            float factor = 1.0f / sqrtf(square / width + eps);
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) row[j] *= factor;
+            if (gain) {
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) row[j] *= gain[j];
+            }
+            if (offset) {
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) row[j] += offset[j];
+            }
+            store(y, i * width, row, width, yhalf);
+            if (center) mean[i] = middle;
+            inverse[i] = factor;
+        }
+        free(row);
+    }
+}
+
+/* of: x, or where `normal_form`, (x - mean) * inverse. The gradients of gain and offset are added to those given. */
+EXPORT void norm_backward(const void *grad, int ghalf, const void *of, int ohalf, int normal_form, const float *gain,
+                          const float *mean, const float *inverse, void *dx, int dhalf, float *dgain, float *doffset,
+                          int64_t rows, int64_t width, int center, int threads) {
+    int64_t kept = (dgain || doffset) ? 2 * width : 0;
+    float *sums = scratch(threads * kept + 1); /* of each thread its own, added up in order: the same every time */
+    memset(sums, 0, threads * kept * sizeof(float));
+    #pragma omp parallel num_threads(threads) if (rows * width >= SMALL)
+    {
+        float *g = scratch(2 * width), *n = g + width;
+        float *own_gain = sums + omp_get_thread_num() * kept, *own_offset = own_gain + width;
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            float factor = inverse[i], along = 0, sum = 0;
+            load(g, grad, i * width, width, ghalf);
+            load(n, of, i * width, width, ohalf);
+            if (!normal_form) {
+                float middle = center ? mean[i] : 0;
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) n[j] = (n[j] - middle) * factor;
+            }
+            if (doffset) {
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) own_offset[j] += g[j];
+            }
+            if (dgain) {
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) own_gain[j] += g[j] * n[j];
+            }
+            if (gain) {
+                #pragma omp simd
+                for (int64_t j = 0; j < width; j++) g[j] *= gain[j];
+            }
+            #pragma omp simd reduction(+ : along, sum)
+            for (int64_t j = 0; j < width; j++) { along += g[j] * n[j]; sum += g[j]; }
+            along /= width;
+            sum = center ? sum / width : 0;
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) g[j] = (g[j] - n[j] * along - sum) * factor;
+            store(dx, i * width, g, width, dhalf);
+        }
+        free(g);
+    }
+    for (int64_t i = 0; kept && i < threads; i++) {
+        if (dgain) for (int64_t j = 0; j < width; j++) dgain[j] += sums[i * kept + j];
+        if (doffset) for (int64_t j = 0; j < width; j++) doffset[j] += sums[i * kept + width + j];
+    }
+    free(sums);
+}
+
+/* ------------------------------------------------------------------------------------------ heads
+
+   A row of joined queries, keys and values, heads of `width` numbers, to three tensors (batch, heads, length, width). Queries
+   and keys are made unit RMS where eps >= 0, and turned where there are cosines (1 or batch, length, width) and sines
+   (half as wide): (a, b) -> (a cos - b sin, b cos + a sin). `inverse` (batch, length, queries + keys) is for the way back. */
+
+/* One head of a token: unit RMS, turned. Written for a constant width, which the compiler then makes straight code of. */
+static inline float place(float *restrict x, float *restrict turned, const float *restrict c, const float *restrict s,
+                          float eps, int64_t width) {
+    int64_t side = width / 2;
+    float factor = 1;
+    if (eps >= 0) {
+        float square = 0;
+        #pragma omp simd reduction(+ : square)
+        for (int64_t j = 0; j < width; j++) square += x[j] * x[j];
+        factor = 1.0f / sqrtf(square / width + eps);
+    }
+    if (c) {
+        #pragma omp simd
+        for (int64_t j = 0; j < side; j++) {
+            turned[j] = factor * (x[j] * c[j] - x[j + side] * s[j]);
+            turned[j + side] = factor * (x[j + side] * c[j + side] + x[j] * s[j]);
+        }
+    } else {
+        #pragma omp simd
+        for (int64_t j = 0; j < width; j++) turned[j] = factor * x[j];
+    }
+    return factor;
+}
+
+/* The gradient of a head of a token before it was placed, from that after it; x: the head before. */
+static inline void unplace(const float *restrict grad, const float *restrict x, float *restrict out, const float *restrict c,
+                           const float *restrict s, float factor, int unit, int64_t width) {
+    int64_t side = width / 2;
+    if (c) {
+        #pragma omp simd
+        for (int64_t j = 0; j < side; j++) {
+            out[j] = grad[j] * c[j] + grad[j + side] * s[j];
+            out[j + side] = grad[j + side] * c[j + side] - grad[j] * s[j];
+        }
+    } else memcpy(out, grad, width * sizeof(float));
+    if (unit) {
+        float along = 0;
+        #pragma omp simd reduction(+ : along)
+        for (int64_t j = 0; j < width; j++) along += x[j] * out[j];
+        along *= factor * factor / width;
+        #pragma omp simd
+        for (int64_t j = 0; j < width; j++) out[j] = (out[j] - x[j] * along) * factor;
+    }
+}
+
+#define BY_WIDTH(call) \
+    switch (width) { \
+    case 32: { enum { WIDTH = 32 }; call; break; } \
+    case 64: { enum { WIDTH = 64 }; call; break; } \
+    case 128: { enum { WIDTH = 128 }; call; break; } \
+    default: { int64_t WIDTH = width; call; } \
+    }
+
+EXPORT void heads_forward(const void *joined, int half, void *q, void *k, void *v, const float *cosine, const float *sine,
+                          int each, float eps, float *inverse, int64_t batch, int64_t length, int64_t queries, int64_t keys,
+                          int64_t width, int threads) {
+    int64_t heads = queries + 2 * keys, side = width / 2;
+    #pragma omp parallel num_threads(threads) if (batch * length * heads * width >= SMALL)
+    {
+        float *row = scratch(width * heads), *turned = scratch(width);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < batch * length; i++) {
+            int64_t b = i / length, t = i % length, angle = each ? i : t;
+            const float *c = cosine ? cosine + angle * width : 0, *s = sine ? sine + angle * side : 0;
+            load(row, joined, i * heads * width, heads * width, half);
+            for (int64_t h = 0; h < heads; h++) {
+                float *x = row + h * width;
+                int which = h < queries ? 0 : h < queries + keys ? 1 : 2;
+                if (which < 2) {
+                    float factor;
+                    BY_WIDTH(factor = place(x, turned, c, s, eps, WIDTH))
+                    if (eps >= 0) inverse[i * (queries + keys) + h] = factor;
+                    x = turned;
+                }
+                int64_t count = which ? keys : queries, at = which == 0 ? h : which == 1 ? h - queries : h - queries - keys;
+                void *to = which == 0 ? q : which == 1 ? k : v;
+                int64_t start = ((b * count + at) * length + t) * width;
+                BY_WIDTH(store(to, start, x, WIDTH, half))
+            }
+        }
+        free(row);
+        free(turned);
+    }
+}
+
+/* grads: of q, k and v, whose numbers lie at batch, head and token times the three strides of each. */
+EXPORT void heads_backward(const void *dq, const void *dk, const void *dv, const int64_t *strides, const void *joined,
+                           int half, void *djoined, const float *cosine, const float *sine, int each, float eps,
+                           const float *inverse, int64_t batch, int64_t length, int64_t queries, int64_t keys, int64_t width,
+                           int threads) {
+    int64_t heads = queries + 2 * keys, side = width / 2;
+    #pragma omp parallel num_threads(threads) if (batch * length * heads * width >= SMALL)
+    {
+        float *row = scratch(width * heads), *x = scratch(width * heads), *given = scratch(width);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < batch * length; i++) {
+            int64_t b = i / length, t = i % length, angle = each ? i : t;
+            const float *c = cosine ? cosine + angle * width : 0, *s = sine ? sine + angle * side : 0;
+            if (eps >= 0) load(x, joined, i * heads * width, (queries + keys) * width, half);
+            for (int64_t h = 0; h < heads; h++) {
+                int which = h < queries ? 0 : h < queries + keys ? 1 : 2;
+                int64_t at = which == 0 ? h : which == 1 ? h - queries : h - queries - keys;
+                const int64_t *stride = strides + 3 * which;
+                const void *from = which == 0 ? dq : which == 1 ? dk : dv;
+                float *out = row + h * width, factor = eps >= 0 && which < 2 ? inverse[i * (queries + keys) + h] : 1;
+                int64_t start = b * stride[0] + at * stride[1] + t * stride[2];
+                if (which == 2) BY_WIDTH(load(out, from, start, WIDTH, half))
+                else {
+                    BY_WIDTH(load(given, from, start, WIDTH, half); unplace(given, x + h * width, out, c, s, factor, eps >= 0, WIDTH))
+                }
+            }
+            store(djoined, i * heads * width, row, heads * width, half);
+        }
+        free(row);
+        free(given);
+        free(x);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ activations */
+
+enum { RELU, RELU2, GELU, GELU_TANH, SILU };
+
+static inline float linear_unit(float x) { return x < 0 ? 0 : x; }
+
+static inline float gelu_inner(float x) { return hyperbolic(0.79788456f * (x + 0.044715f * x * x * x)); }
+
+static inline float value_of(int kind, float x) {
+    float density;
+    switch (kind) {
+    case RELU: return linear_unit(x);
+    case RELU2: return linear_unit(x) * linear_unit(x);
+    case GELU: return x * normal(x, &density);
+    case GELU_TANH: return 0.5f * x * (1 + gelu_inner(x));
+    default: return x / (1.0f + exponential(-x));
+    }
+}
+
+static inline float slope_of(int kind, float x) {
+    float density, below, t;
+    switch (kind) {
+    case RELU: return x > 0 ? 1 : 0;
+    case RELU2: return 2 * linear_unit(x);
+    case GELU: below = normal(x, &density); return below + x * density;
+    case GELU_TANH: t = gelu_inner(x); return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.79788456f * (1 + 0.134145f * x * x);
+    default: t = 1.0f / (1.0f + exponential(-x)); return t * (1 + x * (1 - t));
+    }
+}
+
+/* The same for n numbers; the kind is a constant in each loop, which the compiler then makes vectors of. */
+#define FOR_EACH(kind, function, to, x, n) \
+    switch (kind) { \
+    case RELU: LOOP(function(RELU, x[j]), to, n) break; \
+    case RELU2: LOOP(function(RELU2, x[j]), to, n) break; \
+    case GELU: LOOP(function(GELU, x[j]), to, n) break; \
+    case GELU_TANH: LOOP(function(GELU_TANH, x[j]), to, n) break; \
+    default: LOOP(function(SILU, x[j]), to, n) break; \
+    }
+#define LOOP(result, to, n) _Pragma("omp simd") for (int64_t j = 0; j < n; j++) to[j] = result;
+
+static void values(int kind, const float *restrict x, float *restrict to, int64_t n) { FOR_EACH(kind, value_of, to, x, n) }
+
+static void slopes(int kind, const float *restrict x, float *restrict to, int64_t n) { FOR_EACH(kind, slope_of, to, x, n) }
+
+#define PART 512
+
+/* y = act(x) of rows of `width` numbers; `gated`: rows of 2 width, y = act(first half) * second half. */
+EXPORT void activation_forward(int kind, const void *x, void *y, int half, int gated, int64_t rows, int64_t width, int threads) {
+    int64_t parts = (width + PART - 1) / PART;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width >= SMALL)
+    for (int64_t i = 0; i < rows * parts; i++) {
+        float in[PART], value[PART];
+        int64_t row = i / parts, start = i % parts * PART, n = width - start < PART ? width - start : PART;
+        int64_t at = row * width * (gated ? 2 : 1) + start;
+        load(in, x, at, n, half);
+        values(kind, in, value, n);
+        if (gated) {
+            load(in, x, at + width, n, half);
+            #pragma omp simd
+            for (int64_t j = 0; j < n; j++) value[j] *= in[j];
+        }
+        store(y, row * width + start, value, n, half);
+    }
+}
+
+EXPORT void activation_backward(int kind, const void *grad, const void *x, void *dx, int half, int gated, int64_t rows,
+                                int64_t width, int threads) {
+    int64_t parts = (width + PART - 1) / PART;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width >= SMALL)
+    for (int64_t i = 0; i < rows * parts; i++) {
+        float in[PART], g[PART], value[PART], slope[PART];
+        int64_t row = i / parts, start = i % parts * PART, n = width - start < PART ? width - start : PART;
+        int64_t at = row * width * (gated ? 2 : 1) + start;
+        load(in, x, at, n, half);
+        load(g, grad, row * width + start, n, half);
+        slopes(kind, in, slope, n);
+        if (gated) {
+            values(kind, in, value, n);
+            #pragma omp simd
+            for (int64_t j = 0; j < n; j++) value[j] *= g[j];
+            store(dx, at + width, value, n, half);
+            load(in, x, at + width, n, half);
+            #pragma omp simd
+            for (int64_t j = 0; j < n; j++) g[j] *= in[j];
+        }
+        #pragma omp simd
+        for (int64_t j = 0; j < n; j++) slope[j] *= g[j];
+        store(dx, at, slope, n, half);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ attention weights
+
+   scores (groups, heads, rows, keys) -> softmax(scale * scores + bias) in place. Row t of a block that begins at `start` sees
+   keys 0..start + t if `causal`, and those where `mask` is 1; strides of mask and bias are those of group, head, row. */
+
+EXPORT void softmax_forward(void *scores, int half, const uint8_t *mask, const int64_t *mask_strides, const void *bias,
+                            int bhalf, const int64_t *bias_strides, float scale, int causal, int64_t start, int64_t groups,
+                            int64_t heads, int64_t rows, int64_t keys, int threads) {
+    #pragma omp parallel num_threads(threads) if (groups * heads * rows * keys >= SMALL)
+    {
+        float *row = scratch(keys), *other = bias ? scratch(keys) : 0;
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < groups * heads * rows; i++) {
+            int64_t t = i % rows, h = i / rows % heads, g = i / rows / heads;
+            int64_t seen = causal && start + t + 1 < keys ? start + t + 1 : keys;
+            float most = -INFINITY, sum = 0;
+            load(row, scores, i * keys, seen, half);
+            #pragma omp simd
+            for (int64_t j = 0; j < seen; j++) row[j] *= scale;
+            if (bias) {
+                load(other, bias, g * bias_strides[0] + h * bias_strides[1] + t * bias_strides[2], seen, bhalf);
+                #pragma omp simd
+                for (int64_t j = 0; j < seen; j++) row[j] += other[j];
+            }
+            if (mask) {
+                const uint8_t *restrict shown = mask + g * mask_strides[0] + h * mask_strides[1] + t * mask_strides[2];
+                #pragma omp simd
+                for (int64_t j = 0; j < seen; j++) row[j] = shown[j] ? row[j] : -INFINITY;
+            }
+            #pragma omp simd reduction(max : most)
+            for (int64_t j = 0; j < seen; j++) most = row[j] > most ? row[j] : most;
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < seen; j++) { row[j] = exponential(row[j] - most); sum += row[j]; }
+            float factor = 1.0f / sum;
+            #pragma omp simd
+            for (int64_t j = 0; j < seen; j++) row[j] *= factor;
+            memset(row + seen, 0, (keys - seen) * sizeof(float));
+            store(scores, i * keys, row, keys, half);
+        }
+        free(row);
+        free(other);
+    }
+}
+
+/* slope: the gradient of the weights -> scale times that of the softmax's input, in place. */
+EXPORT void softmax_backward(void *slope, const void *weights, int half, float scale, int64_t rows, int64_t keys, int threads) {
+    #pragma omp parallel num_threads(threads) if (rows * keys >= SMALL)
+    {
+        float *g = scratch(2 * keys), *w = g + keys;
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            float along = 0;
+            load(g, slope, i * keys, keys, half);
+            load(w, weights, i * keys, keys, half);
+            #pragma omp simd reduction(+ : along)
+            for (int64_t j = 0; j < keys; j++) along += g[j] * w[j];
+            #pragma omp simd
+            for (int64_t j = 0; j < keys; j++) g[j] = scale * w[j] * (g[j] - along);
+            store(slope, i * keys, g, keys, half);
+        }
+        free(g);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ cross-entropy
+
+   products (rows, vocab): logits before offset and soft cap. With e = exp(logit - shift): right = log p(label) and total = sum
+   of e of each row; where `learn`, products become total times the gradient of -log p(label) by themselves. */
+
+EXPORT void cross_entropy(void *products, int half, const int64_t *labels, const float *offset, const int64_t *absent,
+                          int64_t absents, float missing, float cap, int learn, float *right, float *total, int64_t rows,
+                          int64_t vocab, int threads) {
+    #pragma omp parallel num_threads(threads) if (rows * vocab >= SMALL)
+    {
+        float *e = scratch(vocab), *slope = cap > 0 ? scratch(vocab) : 0;
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            float shift = 0, sum = 0;
+            load(e, products, i * vocab, vocab, half);
+            if (offset) {
+                #pragma omp simd
+                for (int64_t j = 0; j < vocab; j++) e[j] += offset[j];
+            }
+            if (cap > 0) {
+                float share = 1.0f / cap;
+                #pragma omp simd
+                for (int64_t j = 0; j < vocab; j++) {
+                    float t = hyperbolic(e[j] * share);
+                    e[j] = cap * t;
+                    slope[j] = 1.0f - t * t;
+                }
+            }
+            for (int64_t j = 0; j < absents; j++) e[absent[j]] = missing;
+            if (!(cap > 0)) {
+                shift = -INFINITY;
+                #pragma omp simd reduction(max : shift)
+                for (int64_t j = 0; j < vocab; j++) shift = e[j] > shift ? e[j] : shift;
+            }
+            float label = e[labels[i]] - shift;
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < vocab; j++) { e[j] = exponential(e[j] - shift); sum += e[j]; }
+            right[i] = label - logf(sum);
+            total[i] = sum;
+            if (!learn) continue;
+            e[labels[i]] -= sum;
+            if (cap > 0) {
+                #pragma omp simd
+                for (int64_t j = 0; j < vocab; j++) e[j] *= slope[j];
+            }
+            store(products, i * vocab, e, vocab, half);
+        }
+        free(e);
+        free(slope);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ Muon
+
+   momentum += (grad - momentum) * (1 - look); direction = grad + (momentum - grad) * look, for n numbers. */
+
+EXPORT void momentum(const float *grad, float *past, void *direction, int half, float look, int64_t n, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (n >= SMALL)
+    for (int64_t start = 0; start < n; start += PART) {
+        int64_t count = n - start < PART ? n - start : PART;
+        float ahead[PART];
+        #pragma omp simd
+        for (int64_t j = 0; j < count; j++) {
+            float g = grad[start + j], mean = past[start + j] + (g - past[start + j]) * (1 - look);
+            past[start + j] = mean;
+            ahead[j] = g + (mean - g) * look;
+        }
+        store(direction, start, ahead, count, half);
+    }
+}
+
+/* weight = weight * keep - update * rate, for n numbers. */
+EXPORT void apply(float *weight, const void *update, int half, float keep, float rate, int64_t n, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (n >= SMALL)
+    for (int64_t start = 0; start < n; start += PART) {
+        int64_t count = n - start < PART ? n - start : PART;
+        float by[PART];
+        load(by, update, start, count, half);
+        #pragma omp simd
+        for (int64_t j = 0; j < count; j++) weight[start + j] = weight[start + j] * keep - by[j] * rate;
+    }
+}

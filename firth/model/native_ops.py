@@ -1,0 +1,173 @@
+"""Norms, heads and activations by the kernels of `native.c`, as functions that autograd can go back through.
+
+Each is one pass over memory forward and one back. `firth.model.fused` says when they are called, and has the same formulas
+in torch's operators. All read fp32 or bf16 on a CPU, and compute in fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from firth.model import native
+from firth.model.native import address, half
+
+ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+"""Name in `firth.model.block` -> number in native.c."""
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float, center: bool, dtype: torch.dtype
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.empty(rows.shape, dtype=dtype)
+        count, width = rows.shape
+        inverse = torch.empty(count)
+        mean = torch.empty(count) if center else None
+        native.library().norm_forward(
+            rows.data_ptr(), half(rows), y.data_ptr(), half(y), address(gain), address(offset), address(mean),
+            inverse.data_ptr(), count, width, eps, center, native.threads(),
+        )  # fmt: skip
+        ctx.normal_form = gain is None and offset is None
+        # Without a gain the output is what the way back needs, and the map behind it keeps it in any case.
+        ctx.save_for_backward(y if ctx.normal_form else rows, gain, mean, inverse)
+        ctx.center, ctx.dtype, ctx.has_offset = center, x.dtype, offset is not None
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of, gain, mean, inverse = ctx.saved_tensors
+        rows = grad.reshape(of.shape).contiguous()
+        count, width = of.shape
+        dx = torch.empty(of.shape, dtype=ctx.dtype)
+        dgain = torch.zeros(width) if gain is not None and ctx.needs_input_grad[1] else None
+        doffset = torch.zeros(width) if ctx.has_offset and ctx.needs_input_grad[2] else None
+        native.library().norm_backward(
+            rows.data_ptr(), half(rows), of.data_ptr(), half(of), ctx.normal_form, address(gain), address(mean),
+            inverse.data_ptr(), dx.data_ptr(), half(dx), address(dgain), address(doffset), count, width, ctx.center,
+            native.threads(),
+        )  # fmt: skip
+        return dx.view(grad.shape), dgain, doffset, None, None, None
+
+
+def norm(
+    x: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float, center: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return x scaled to unit RMS (`center`: to zero mean first), then gain and offset: (..., width) -> (..., width).
+
+    Args:
+        x: fp32 or bf16.
+        gain: (width,) fp32 or None.
+        offset: (width,) fp32 or None.
+        eps: Added to the mean square.
+        center: Whether this is a layer norm.
+        dtype: Of the result; None: that of x.
+    """
+    y: Tensor = _Norm.apply(x, gain, offset, eps, center, dtype or x.dtype)
+    return y
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        joined: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        queries: int,
+        keys: int,
+        width: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        joined = joined.contiguous()
+        batch, length = joined.shape[:2]
+        q, k, v = (joined.new_empty(batch, n, length, width) for n in (queries, keys, keys))
+        inverse = torch.empty(batch, length, queries + keys) if eps >= 0 else None
+        each = cos is not None and len(cos) > 1
+        ctx.sizes = (batch, length, queries, keys, width)
+        native.library().heads_forward(
+            joined.data_ptr(), half(joined), q.data_ptr(), k.data_ptr(), v.data_ptr(), address(cos), address(sin), each,
+            eps, address(inverse), *ctx.sizes, native.threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(joined if eps >= 0 else None, cos, sin, inverse)
+        ctx.eps, ctx.each, ctx.dtype = eps, each, joined.dtype
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        joined, cos, sin, inverse = ctx.saved_tensors
+        batch, length, queries, keys, width = ctx.sizes
+        given = [g if g.stride(-1) == 1 else g.contiguous() for g in (x.to(ctx.dtype) for x in grads)]
+        out = torch.empty(batch, length, (queries + 2 * keys) * width, dtype=ctx.dtype)
+        strides = native.longs([n for g in given for n in g.stride()[:3]])
+        native.library().heads_backward(
+            *(g.data_ptr() for g in given), ctypes.addressof(strides), address(joined), half(out), out.data_ptr(),
+            address(cos), address(sin), ctx.each, ctx.eps, address(inverse), *ctx.sizes, native.threads(),
+        )  # fmt: skip
+        return out, None, None, None, None, None, None
+
+
+def heads(
+    joined: Tensor, turns: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split joined queries, keys and values into heads; make queries and keys unit RMS and turn them to their positions.
+
+    Args:
+        joined: (B, T, (queries + 2 keys) width), fp32 or bf16.
+        turns: Cosines (B or 1, T, 1, width) and sines (B or 1, T, 1, width / 2), fp32; None: queries and keys are not turned.
+        eps: Of the norm; negative: queries and keys are not made unit RMS.
+        queries: Heads of the queries.
+        keys: Heads of the keys, and of the values.
+        width: Numbers of a head.
+
+    Returns:
+        (B, queries, T, width) and two of (B, keys, T, width), contiguous.
+    """
+    cos, sin = (None, None) if turns is None else (x.contiguous() for x in turns)
+    q, k, v = _Heads.apply(joined, cos, sin, eps, queries, keys, width)
+    return q, k, v
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: int, gated: bool) -> Tensor:
+        x = x.contiguous()
+        width = x.shape[-1] // (2 if gated else 1)
+        y = x.new_empty(*x.shape[:-1], width)
+        ctx.settings = (kind, gated, y.numel() // max(1, width), width)
+        native.library().activation_forward(
+            kind, x.data_ptr(), y.data_ptr(), half(x), gated, *ctx.settings[2:], native.threads()
+        )
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        kind, gated, *sizes = ctx.settings
+        grad, dx = grad.to(x.dtype).contiguous(), torch.empty_like(x)
+        native.library().activation_backward(
+            kind, grad.data_ptr(), x.data_ptr(), dx.data_ptr(), half(x), gated, *sizes, native.threads()
+        )
+        return dx, None, None
+
+
+def activation(name: str, x: Tensor, gated: bool = False) -> Tensor:
+    """Return act(x), or act(gate) * up of x = [gate, up]: (..., width or 2 width) -> (..., width).
+
+    Args:
+        name: One of ACTIVATIONS.
+        x: fp32 or bf16.
+        gated: Whether x has gate and up side by side.
+    """
+    y: Tensor = _Activation.apply(x, ACTIVATIONS[name], gated)
+    return y
