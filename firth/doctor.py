@@ -211,7 +211,7 @@ def _kernels() -> list[Row]:
     compiler = Row("compiler", "none of use", f"{missing}: training works without, and is slower") if missing else None
     rows = [compiler or Row("compiler", "native kernels are compiled")]
     tables = (attention.ATTENTION, cross_entropy.KERNEL, fused.NORM, fused.LAYER_NORM, fused.HEADS, fused.ACTIVATION)
-    every = [kernel for table in tables for kernel in table.values()] + [muon.KERNEL, lowered.KERNEL]
+    every = [kernel for table in tables for kernel in table.values()] + [muon.KERNEL, muon.MOMENTUM, lowered.KERNEL]
     for kernel in sorted(every, key=lambda kernel: kernel.name):
         choice, took = kernel.choice(), kernels.seconds(kernel)
         plain = next(name for name in kernel.choices if name in took)

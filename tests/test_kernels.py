@@ -20,6 +20,7 @@ from firth.model.block import MLP
 from firth.model.shape import Shape
 from firth.recipes.recipe import load
 from firth.recipes.run import run
+from firth.train import muon
 from firth.train.muon import BAND, orthogonalise
 from firth.types import UserError
 
@@ -281,6 +282,22 @@ def test_native_kernels_do_not_hide_what_is_no_number(bad: float, dtype: torch.d
     for name, y in written.items():
         finite = y.isfinite().all(-1).tolist()
         assert finite == [True, False, True, True], name
+
+
+def test_muon_moves_alike_in_every_choice() -> None:
+    torch.manual_seed(0)
+    grad, start, weight = torch.randn(3, 50, 77).unbind()
+    right = 0.9 * start.double() + 0.1 * grad.double()
+    for dtype in (torch.float32, torch.bfloat16):
+        for way in muon.MOMENTUM.measure():
+            momentum, moved, direction = start.clone(), weight.clone(), torch.empty(50, 77, dtype=dtype)
+            with kernels.forced({"momentum": way}):
+                muon.look_ahead(grad, momentum, direction, 0.9)
+                muon.apply(moved, direction, 0.99, 0.1)
+            torch.testing.assert_close(momentum.double(), right, rtol=1e-6, atol=1e-6)
+            ahead = (0.9 * right + 0.1 * grad).to(dtype)
+            torch.testing.assert_close(direction, ahead, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+            torch.testing.assert_close(moved, weight * 0.99 - 0.1 * direction.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_results_do_not_depend_on_threads() -> None:

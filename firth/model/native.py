@@ -80,6 +80,8 @@ ARGUMENTS = {
     "activation_backward": (INT, POINTER, POINTER, POINTER, INT, INT, LONG, LONG, INT),
     "softmax_forward": (POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, FLOAT, INT, *5 * (LONG,), INT),
     "softmax_backward": (POINTER, POINTER, INT, FLOAT, LONG, LONG, INT),
+    "momentum": (POINTER, POINTER, POINTER, INT, FLOAT, LONG, INT),
+    "apply": (POINTER, POINTER, INT, FLOAT, FLOAT, LONG, INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
 }
 """Function of native.c -> the types of its arguments."""

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 from firth import kernels
+from firth.model import native
+from firth.model.native import half
 
 COEFFICIENTS = (
     (8.2218, -23.3469, 16.6338),
@@ -102,6 +104,61 @@ def _product_of_rounds(gram: Tensor, rounds: Sequence[tuple[float, float, float]
             gram = factor @ gram @ factor
     assert product is not None
     return product
+
+
+def look_ahead(grad: Tensor, momentum: Tensor, direction: Tensor, share: float) -> None:
+    """Move the momentum of a matrix on, and write where it looks: share * momentum + (1 - share) * grad.
+
+    Args:
+        grad: (rows, columns) fp32.
+        momentum: The same; becomes share * momentum + (1 - share) * grad.
+        direction: What is written, in fp32 or bf16.
+        share: Of the past, twice.
+    """
+    if _one_pass(grad, momentum, direction):
+        native.library().momentum(
+            grad.data_ptr(), momentum.data_ptr(), direction.data_ptr(), half(direction), share, grad.numel(),
+            native.threads(),
+        )  # fmt: skip
+        return
+    momentum.lerp_(grad, 1 - share)
+    direction.copy_(torch.lerp(grad, momentum, share))
+
+
+def apply(weight: Tensor, update: Tensor, keep: float, rate: float) -> None:
+    """Change a matrix to keep * weight - rate * update, in place."""
+    if _one_pass(weight, update):
+        native.library().apply(
+            weight.data_ptr(), update.data_ptr(), half(update), keep, rate, weight.numel(), native.threads()
+        )
+        return
+    weight.mul_(keep).add_(update, alpha=-rate)
+
+
+def _one_pass(first: Tensor, *others: Tensor) -> bool:
+    """Whether the compiled pass reads these: contiguous, the first in fp32."""
+    plain = native.reads(first, *others) and first.dtype == torch.float32
+    return plain and all(x.is_contiguous() for x in (first, *others)) and MOMENTUM.choice() == "native"
+
+
+def _momentum_workload(way: str) -> kernels.Workload:
+    """A matrix of 384 x 1536."""
+    grad, momentum, weight = (torch.linspace(-1, 1, 384 * 1536).view(384, 1536) for _ in range(3))
+    direction = torch.empty(384, 1536, dtype=torch.bfloat16)
+    if way == "native":
+        native.library()
+
+    @torch.no_grad()
+    def work() -> None:
+        with kernels.forced({MOMENTUM.name: way}):
+            look_ahead(grad, momentum, direction, 0.95)
+            apply(weight, direction, 0.999, 1e-6)
+
+    return work
+
+
+MOMENTUM = kernels.Kernel("momentum", {way: partial(_momentum_workload, way) for way in ("torch", "native")})
+"""How a CPU moves the momentum of Muon and the weights on."""
 
 
 def _workload(dtype: torch.dtype) -> kernels.Workload:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from firth.model.lora import Low
 from firth.model.trunk import Trunk
 from firth.ranges import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
-from firth.train.muon import orthogonalise, product_dtype
+from firth.train import muon
 from firth.train.rows import Rows, sums
 from firth.types import UserError
 
@@ -223,20 +223,18 @@ class _Stack:
         shape, device = self.weights[0].shape, self.weights[0].device
         self.scale = 0.2 * math.sqrt(max(shape))
         self.momentum = torch.zeros((len(placed), *shape), device=device)
-        self.products = product_dtype(device)
+        self.products = muon.product_dtype(device)
 
     @torch.no_grad()
     def move(self, factor: float) -> None:
         """A weight without a gradient counts as one with a gradient of zeros, unless none has one: frozen, they stay."""
         if all(w.grad is None for w in self.weights):
             return
-        # Matrix by matrix, so that what one call writes is in the cache for the next.
         directions = self.momentum.new_empty(self.momentum.shape, dtype=self.products)
         for w, momentum, direction in zip(self.weights, self.momentum, directions, strict=True):
             grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
-            momentum.lerp_(grad, 1 - self.looked_through)
-            direction.copy_(torch.lerp(grad, momentum, self.looked_through))
-        updates = orthogonalise(directions)
+            muon.look_ahead(grad, momentum, direction, self.looked_through)
+        updates = muon.orthogonalise(directions)
         rate, decay = self.placed[0].rate * factor, self.placed[0].decay
         for w, update in zip(self.weights, updates, strict=True):
-            w.mul_(1 - rate * decay).add_(update, alpha=-rate * self.scale)
+            muon.apply(w, update, 1 - rate * decay, rate * self.scale)
