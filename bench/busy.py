@@ -24,7 +24,7 @@ from functools import partial
 from bench.harness import Sample, Turn, Worker, cpu_name, progress
 from firth import openmp
 
-SPINS = (1000, 2000, 5000, 10_000, 30_000)
+SPINS = (1000, 2000, 10_000, 20_000, 50_000, 100_000)
 
 POLICIES: dict[str, dict[str, str]] = {
     "default": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},

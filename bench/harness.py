@@ -30,10 +30,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from firth import openmp
 
 Turn = Callable[[float], None]
 Contender = Callable[[Turn], None]
@@ -124,7 +126,10 @@ def compare(
     of one thread each; who waits for others does not count it.
     """
     report = Report(unit=unit, peer=peer, shared=shared)
-    workers = {name: Worker(name, contender) for name, contender in contenders.items()}
+    workers = {}
+    for name, contender in contenders.items():
+        with _waiting_as(name.startswith("firth")):
+            workers[name] = Worker(name, contender)
     try:
         for worker in workers.values():
             for _ in range(warmup):
@@ -150,6 +155,21 @@ def progress(what: str, samples: Mapping[str, Sample]) -> None:
     """One line on standard error: each contender's rate, `!` behind a dirty one."""
     shown = "  ".join(f"{n} {s.rate:,.0f}{'!' if s.dirty else ''}" for n, s in samples.items())
     print(f"{what}  {shown}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _waiting_as(ours: bool) -> Iterator[None]:
+    """Let a process that is started inside wait for work as its users' do: firth's by `firth.openmp`, others' by default."""
+    before = dict(os.environ)
+    for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME") if openmp.EFFECTIVE else ():
+        os.environ.pop(name, None)
+    if ours:
+        openmp.set_wait_policy(os.environ, ())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class Worker:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Collection, MutableMapping
 
-GOMP_SPINS = 2000
+GOMP_SPINS = 5000
 """Spins of a waiting thread of GNU's library (libgomp) before it sleeps; one takes 10 to 55 nanoseconds.
 
 On a Zen 5 with two cores, very small steps: with 300,000 spins 48 steps/s on a quiet machine and 14.5 beside a busy process, with
