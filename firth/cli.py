@@ -63,8 +63,11 @@ MinP = Annotated[
 Tokens = Annotated[int, _number(TOKENS, "--tokens", "-n", help="At most this many new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
 Held = Annotated[
-    str | None,
-    typer.Option("--weights", help="Hold weights in fp32, bf16, int8 or int8-dynamic; by default as stored."),
+    str,
+    typer.Option(
+        "--weights",
+        help="Hold weights in fp32, bf16, int8 or int8-dynamic; auto: bf16 where this machine is quicker at it.",
+    ),
 ]
 Seed = Annotated[int, _number(NOT_NEGATIVE, help="The same seed gives the same result.")]
 Input = Annotated[
@@ -281,7 +284,7 @@ def generate(
     min_p: MinP = 0.0,
     stop: Stop = None,
     seed: Seed = 0,
-    weights: Held = None,
+    weights: Held = "auto",
     between: Annotated[
         tuple[str, str] | None, typer.Option(help="Of a variational autoencoder: texts between these two.")
     ] = None,
@@ -305,7 +308,7 @@ def generate(
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in generate_texts(run, text, between, count, sampling, weights):
+    for piece in generate_texts(run, text, between, count, sampling, weights, _aside):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -350,7 +353,7 @@ def chat(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
-    weights: Held = None,
+    weights: Held = "auto",
     system: Annotated[str, typer.Option(help="A system turn before the first line; it stays in sight.")] = "",
 ) -> None:
     """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves.
@@ -362,7 +365,7 @@ def chat(
 
     longest = 256 if tokens is None else tokens
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=longest, seed=seed)
-    talk = Conversation(run, sampling, weights, system, capped=tokens is None)
+    talk = Conversation(run, sampling, weights, system, capped=tokens is None, say=_aside)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

@@ -18,8 +18,8 @@ from collections.abc import Collection, MutableMapping
 GOMP_SPINS = 5000
 """Spins of a waiting thread of GNU's library (libgomp) before it sleeps; one takes 10 to 55 nanoseconds.
 
-On a Zen 5 with two cores, very small steps: with 300,000 spins 48 steps/s on a quiet machine and 14.5 beside a busy process, with
-1,000 46 and 21.7, with none 35 and 26.2. This number lies between; `python -m bench.busy` measures it.
+A small decoder on two cores of a Xeon, in steps/s on a quiet machine and beside a busy process: 300,000 spins 8.2 and 0.7; 2,000
+8.2 and 5.4; 10,000 8.5 and 3.7; 50,000 9.0 and 1.8; none 7.5 and 5.9. `python -m bench.busy` measures it.
 """
 
 KMP_BLOCKTIME_MS = 1

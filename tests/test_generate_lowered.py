@@ -23,6 +23,7 @@ from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurren
 from firth.model.weights import save_model
 from firth.recipes.use import open_engine
 from firth.text.train import train
+from firth.train import precision
 from firth.types import UserError
 
 V = ByteCoder.vocab.size
@@ -292,16 +293,26 @@ def test_a_head_has_no_matrix_of_its_own_left() -> None:
     assert not list(head.head.parameters())
 
 
-def test_the_command_line_lowers_and_refuses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quick", ["fp32", "bf16"])
+def test_the_command_line_lowers_and_refuses(quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default in what this machine is quickest at, which is printed where it is not what is stored."""
+    monkeypatch.setattr(precision, "choose", lambda wanted, device: quick)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
     shape = decoder(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
     save_model(random_model(shape), tokenizer, tmp_path)
     words = ["to be", "--temperature", "0", "-n", "8"]
-    stored, fp32, int8, refused = (
+    usual, same, int8, refused = (
         CliRunner().invoke(app, ["generate", str(tmp_path), *words, *given])
-        for given in ([], ["--weights", "fp32"], ["--weights", "int8"], ["--weights", "int4"])
+        for given in ([], ["--weights", quick], ["--weights", "int8"], ["--weights", "int4"])
     )
-    assert stored.exit_code == fp32.exit_code == int8.exit_code == 0
-    assert stored.output == fp32.output
+    assert usual.exit_code == same.exit_code == int8.exit_code == 0
+    assert usual.stdout == same.stdout
+    assert ("weights are held in bf16" in usual.stderr) is (quick == "bf16")
+    assert not same.stderr
     assert isinstance(refused.exception, UserError)
+    assert (
+        open_engine(tmp_path, "auto").model.tokens.weight.dtype
+        == {"fp32": torch.float32, "bf16": torch.bfloat16}[quick]
+    )
+    assert open_engine(tmp_path).model.tokens.weight.dtype == torch.float32
     assert open_engine(tmp_path, "int8").engine.model.tokens.weight.dtype == torch.int8

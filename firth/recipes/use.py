@@ -39,6 +39,7 @@ from firth.text import chat, read
 from firth.text.counts import many
 from firth.text.show import readable
 from firth.text.tokenizer import Tokenizer
+from firth.train import precision
 from firth.types import UserError
 
 
@@ -172,9 +173,9 @@ def writes(shape: Shape) -> bool:
     return shape.latent > 0 or reads_of(shape) != "masked"
 
 
-def open_run(directory: Path, weights: str | None = None) -> Opened:
-    """The model of a run or model directory, its weights as stored or as told; UserError where it cannot write."""
-    opened = open_model(directory, weights)
+def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> Opened:
+    """Return `open_model` of a directory; UserError where its model cannot write."""
+    opened = open_model(directory, weights, say)
     if not opened.model.speaks:
         raise UserError(
             f"{directory}: no vocabulary head reads this model's states, so it cannot write; {_instead(directory, opened)}"
@@ -182,9 +183,22 @@ def open_run(directory: Path, weights: str | None = None) -> Opened:
     return opened
 
 
-def open_model(directory: Path, weights: str | None = None) -> Opened:
-    """The model of a run or model directory, whatever it serves, with the objective of its run."""
+def open_model(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> Opened:
+    """Return the model of a run or model directory, whatever it serves, with the objective of its run.
+
+    Args:
+        directory: A run or model directory, or a GGUF file.
+        weights: What the weights are held in (`Engine`); None: as they are stored; "auto": in bf16 where they are stored in
+            fp32 and this machine trains in bf16, for the same reason.
+        say: Reports what "auto" chooses.
+    """
     subject = open_subject(directory)
+    if weights == "auto":
+        stored = subject.model.tokens.weight
+        quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
+        weights = "bf16" if quick else None
+        if quick:
+            say("weights are held in bf16, which is quicker here: --weights fp32 writes in full precision")
     engine = Engine(subject.model, subject.tokenizer, weights=weights)
     return Opened(engine.model, subject.tokenizer, engine, objective_in(directory))
 
@@ -262,9 +276,9 @@ def _longest(subject: Subject) -> int:
     return int(told.get("max_seq_length") or subject.context)
 
 
-def open_engine(directory: Path, weights: str | None = None) -> Opened:
+def open_engine(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> Opened:
     """A model that was trained to write from left to right; UserError with the command that serves another."""
-    opened = open_run(directory, weights)
+    opened = open_run(directory, weights, say)
     if not writes(opened.model.shape):
         raise UserError(
             f"{directory}: this model reads a text from both sides, so it does not go on from it; {_instead(directory, opened)}"
@@ -307,15 +321,16 @@ def fill_text(directory: Path, text: str, top: int) -> str:
 
 
 def generate_texts(
-    directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None
-) -> Iterator[str]:
+    directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None,
+    say: Say = lambda _: None,
+) -> Iterator[str]:  # fmt: skip
     """Write, a piece at a time: on from a text; or `count` texts of a variational autoencoder, a line each, from its prior
     where the text is empty, or between the latents of two texts (`ends`).
 
     Raises:
         UserError: The model does not write, or is given two ends and has no latent.
     """
-    opened = open_engine(directory, weights)
+    opened = open_engine(directory, weights, say)
     if not opened.model.shape.latent:
         if ends is not None:
             raise UserError(
@@ -339,7 +354,8 @@ class Conversation:
         run: A run or model directory, or a GGUF file.
         sampling: How answers are written. The oldest exchanges (a user's turn and its answer) are dropped until
             `sampling.max_new` tokens fit.
-        weights: What the weights are held in (`Engine`).
+        weights: What the weights are held in (`open_model`).
+        say: Reports what is chosen where weights are "auto".
         system: A system turn before the first line; it is never dropped.
         capped: Lower `sampling.max_new` to half the context where it is more.
         messages: The system turn and the exchanges that are still in sight.
@@ -351,11 +367,12 @@ class Conversation:
     weights: str | None = None
     system: str = ""
     capped: bool = False
+    say: Say = lambda _: None
     messages: list[chat.Message] = field(default_factory=list)
     dropped: int = 0
 
     def __post_init__(self) -> None:
-        self.opened = open_engine(self.run, self.weights)
+        self.opened = open_engine(self.run, self.weights, self.say)
         context = self.opened.model.context
         if self.capped:
             self.sampling = replace(self.sampling, max_new=max(1, min(self.sampling.max_new, context // 2)))
