@@ -210,7 +210,15 @@ def _kernels() -> list[Row]:
     missing = native.why_not()
     compiler = Row("compiler", "none of use", f"{missing}: training works without, and is slower") if missing else None
     rows = [compiler or Row("compiler", "native kernels are compiled")]
-    tables = (attention.ATTENTION, cross_entropy.KERNEL, fused.NORM, fused.LAYER_NORM, fused.HEADS, fused.ACTIVATION)
+    tables = (
+        attention.ATTENTION,
+        cross_entropy.KERNEL,
+        fused.NORM,
+        fused.LAYER_NORM,
+        fused.HEADS,
+        fused.ACTIVATION,
+        fused.ONE_ROW,
+    )
     every = [kernel for table in tables for kernel in table.values()] + [muon.KERNEL, muon.MOMENTUM, lowered.KERNEL]
     for kernel in sorted(every, key=lambda kernel: kernel.name):
         choice, took = kernel.choice(), kernels.seconds(kernel)

@@ -79,7 +79,8 @@ class Kernel:
 
     def measure(self) -> dict[str, float]:
         """Return the seconds that each implementation takes, the least of many turns; of those alone that run here."""
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):  # wherever the caller is
+        # Wherever the caller is: what is made in inference mode could not be trained.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
             workloads: dict[str, Workload] = {}
             failed = RuntimeError(f"the kernel {self.name} has no implementation")
             for name, prepare in self.choices.items():

@@ -101,10 +101,10 @@ def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_measurement_leaves_the_random_numbers_alone() -> None:
+def test_a_measurement_runs_anywhere_and_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         kernels.table()
     assert torch.equal(before, torch.get_rng_state())
     assert set(kernels.table()) >= {"attention-bf16", "attention-fp32", "muon", "norm-bf16", "norm-fp32"}
@@ -282,6 +282,23 @@ def test_native_kernels_do_not_hide_what_is_no_number(bad: float, dtype: torch.d
     for name, y in written.items():
         finite = y.isfinite().all(-1).tolist()
         assert finite == [True, False, True, True], name
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("inner", "outer"), [(512, 300), (33, 7)])
+@torch.no_grad()
+def test_a_row_is_multiplied_alike_in_every_choice(inner: int, outer: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, inner), torch.randn(outer, inner)
+    bias = torch.randn(outer) if biased else None
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+        given = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
+        right = F.linear(*(None if t is None else t.double() for t in given))
+        for way in fused.ONE_ROW[dtype].measure():
+            with kernels.forced({fused.ONE_ROW[dtype].name: way}):
+                found = fused.project(*given)
+            assert found.dtype == dtype and found.shape == (1, 1, outer)
+            assert (found - right).abs().max() < near * right.abs().max()
 
 
 def test_muon_moves_alike_in_every_choice() -> None:

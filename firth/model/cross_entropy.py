@@ -157,7 +157,8 @@ class _Gradients:
     def __init__(self, rows: _Rows, states: bool, weight: bool, bias: bool):
         self.rows = rows
         self.states = torch.empty_like(rows.states) if states else None
-        self.weight = torch.zeros_like(rows.weight, dtype=rows.wide) if weight else None
+        self.weight = torch.zeros_like(rows.weight, dtype=rows.wide) if weight and not len(rows.states) else None
+        self.learns_weight = weight
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=rows.wide) if bias else None
 
     def add(self, at: slice, slope: Tensor, factor: Tensor) -> None:
@@ -166,12 +167,12 @@ class _Gradients:
         if self.states is not None:
             torch.mm(slope, self.rows.weight, out=self.states[at])
             self.states[at] *= factor
-        if self.weight is not None:
-            scaled = self.rows.states[at] * factor
-            if self.weight.dtype == slope.dtype:
-                self.weight.addmm_(slope.t(), scaled)
+        if self.learns_weight:
+            product = slope.t() @ (self.rows.states[at] * factor)
+            if self.weight is None:  # most steps have one chunk: nothing to fill with zeros and add to
+                self.weight = product.to(self.rows.wide)
             else:
-                self.weight += slope.t() @ scaled
+                self.weight += product
         if self.bias is not None:
             self.bias += torch.mv(slope.t(), factor[:, 0])
 

@@ -547,3 +547,65 @@ EXPORT void apply(float *weight, const void *update, int half, float keep, float
         for (int64_t j = 0; j < count; j++) weight[start + j] = weight[start + j] * keep - by[j] * rate;
     }
 }
+
+/* ------------------------------------------------------------------------------------------ a linear map of a few rows
+
+   y (rows, out) = x (rows, in) w' + bias, w (out, in): a product as quick as its weights are read. */
+
+#define SHARED_WEIGHTS 131072 /* weights from which on a second thread is worth waking */
+
+/* The sums over `in` of one row of x with four rows of w, or with one. */
+static inline void four(const float *restrict x, const void *w, int half, int64_t at, int64_t in, float *restrict sums) {
+    float a = 0, b = 0, c = 0, d = 0;
+    if (half) {
+        const uint16_t *restrict p = (const uint16_t *)w + at, *restrict q = p + in, *restrict r = q + in, *restrict s = r + in;
+        #pragma omp simd reduction(+ : a, b, c, d)
+        for (int64_t i = 0; i < in; i++) {
+            a += x[i] * from_bits((uint32_t)p[i] << 16);
+            b += x[i] * from_bits((uint32_t)q[i] << 16);
+            c += x[i] * from_bits((uint32_t)r[i] << 16);
+            d += x[i] * from_bits((uint32_t)s[i] << 16);
+        }
+    } else {
+        const float *restrict p = (const float *)w + at, *restrict q = p + in, *restrict r = q + in, *restrict s = r + in;
+        #pragma omp simd reduction(+ : a, b, c, d)
+        for (int64_t i = 0; i < in; i++) { a += x[i] * p[i]; b += x[i] * q[i]; c += x[i] * r[i]; d += x[i] * s[i]; }
+    }
+    sums[0] = a;
+    sums[1] = b;
+    sums[2] = c;
+    sums[3] = d;
+}
+
+static inline float one(const float *restrict x, const void *w, int half, int64_t at, int64_t in) {
+    float a = 0;
+    if (half) {
+        const uint16_t *restrict p = (const uint16_t *)w + at;
+        #pragma omp simd reduction(+ : a)
+        for (int64_t i = 0; i < in; i++) a += x[i] * from_bits((uint32_t)p[i] << 16);
+    } else {
+        const float *restrict p = (const float *)w + at;
+        #pragma omp simd reduction(+ : a)
+        for (int64_t i = 0; i < in; i++) a += x[i] * p[i];
+    }
+    return a;
+}
+
+EXPORT void linear(const void *x, const void *w, const void *bias, void *y, int half, int64_t rows, int64_t in, int64_t out,
+                   int threads) {
+    float *wide = scratch(rows * in);
+    load(wide, x, 0, rows * in, half);
+    #pragma omp parallel for num_threads(threads) schedule(static) if (in * out >= SHARED_WEIGHTS)
+    for (int64_t o = 0; o < out; o += 4) {
+        float sums[4], offset[4] = {0, 0, 0, 0};
+        int64_t count = out - o < 4 ? out - o : 4;
+        if (bias) load(offset, bias, o, count, half);
+        for (int64_t r = 0; r < rows; r++) {
+            if (count == 4) four(wide + r * in, w, half, o * in, in, sums);
+            else for (int64_t j = 0; j < count; j++) sums[j] = one(wide + r * in, w, half, (o + j) * in, in);
+            for (int64_t j = 0; j < count; j++) sums[j] += offset[j];
+            store(y, r * out + o, sums, count, half);
+        }
+    }
+    free(wide);
+}

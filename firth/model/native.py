@@ -80,6 +80,7 @@ ARGUMENTS = {
     "activation_backward": (INT, POINTER, POINTER, POINTER, INT, INT, LONG, LONG, INT),
     "softmax_forward": (POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, FLOAT, INT, *5 * (LONG,), INT),
     "softmax_backward": (POINTER, POINTER, INT, FLOAT, LONG, LONG, INT),
+    "linear": (*4 * (POINTER,), INT, LONG, LONG, LONG, INT),
     "momentum": (POINTER, POINTER, POINTER, INT, FLOAT, LONG, INT),
     "apply": (POINTER, POINTER, INT, FLOAT, FLOAT, LONG, INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
@@ -166,8 +167,8 @@ def reads(*tensors: Tensor | None) -> bool:
 
 
 def worth(x: Tensor) -> bool:
-    """Whether a kernel pays for a tensor: where gradients are wanted, or it is long."""
-    return torch.is_grad_enabled() or x.numel() >= SMALL
+    """Whether a kernel pays for a tensor: where gradients are wanted, it is long, or torch would make many calls of bf16."""
+    return torch.is_grad_enabled() or x.numel() >= SMALL or x.dtype == torch.bfloat16
 
 
 def half(x: Tensor) -> int:

@@ -171,3 +171,21 @@ def activation(name: str, x: Tensor, gated: bool = False) -> Tensor:
     """
     y: Tensor = _Activation.apply(x, ACTIVATIONS[name], gated)
     return y
+
+
+def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x @ weight' + bias of a single row, without gradients: (..., in) -> (..., out).
+
+    Args:
+        x: fp32 or bf16, one row.
+        weight: (out, in), of the same dtype.
+        bias: (out,) of the same dtype, or None.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    native.library().linear(
+        x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), half(x), 1, x.shape[-1], len(weight),
+        native.threads(),
+    )  # fmt: skip
+    return y
