@@ -189,7 +189,7 @@ def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
     ends = opened.engine.posterior([opening(opened.tokenizer, text, opened.model) for text in (first, second)])
     middle = opened.engine.decode(ends.mean(0, keepdim=True), sampling)[0].text
     assert [lines[0], lines[4]] == [one.text for one in opened.engine.decode(ends, sampling)] and lines[2] == middle
-    more = ["--temperature", "0", "-n", "8", "--count", "3", "--seed", "4"]
+    more = ["--temperature", "0", "-n", "8", "--count", "3", "--seed", "4", "--weights", "fp32"]
     assert firth("generate", str(runs / "vae"), "--between", first, second, *more) == (
         "\n".join(opened.between(first, second, 3, sampling)) + "\n"
     )
