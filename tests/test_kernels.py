@@ -143,6 +143,18 @@ def test_attention_is_its_formula_in_every_choice(way: str, causal: bool, bias: 
             assert (found.double() - right).abs().max() < near * right.abs().max()
 
 
+def test_a_large_soft_cap_does_not_overflow() -> None:
+    states, weight = torch.eye(4) * 150, torch.eye(4)
+    right = -F.log_softmax(200 * torch.tanh(states / 200), -1).diagonal()
+    for way in cross_entropy.KERNEL[torch.float32].measure():
+        with kernels.forced({"cross-entropy-fp32": way}):
+            found = trained(
+                lambda s, w: cross_entropy.LogProbs.apply(s, w, None, torch.arange(4), 200.0), states, weight
+            )
+        torch.testing.assert_close(-found[0], right)
+        assert all(x.isfinite().all() for x in found)
+
+
 def trained(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> list[torch.Tensor]:
     """The output of a function and the gradients of its inputs, for a slope that is the same each time."""
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]

@@ -32,6 +32,9 @@ PART = 1 << 19
 """Logits that are scored at a time on a CPU: 2 MB in fp32, which the caches next to the cores hold from pass to pass."""
 
 
+LARGE_CAP = 80.0
+"""Soft cap above which e to its power overflows: the largest logit of a row is taken off then, as without a cap."""
+
 ABSENT = -1e30
 """The logit of an id that the tokenizer does not have: its probability is 0. It is finite, since the difference of two of
 them, which a KL divergence takes, must be a number."""
@@ -100,12 +103,11 @@ class _Rows:
             scores += self.bias
         tanh = None
         if self.tanh is not None:
-            # |logit| <= cap: no need of the row's maximum.
             tanh = torch.tanh(scores.div_(self.cap), out=self.tanh[: len(products)])
             torch.mul(tanh, self.cap, out=scores)
         if self.absent is not None:
             scores.index_fill_(1, self.absent, ABSENT)
-        if tanh is None:
+        if tanh is None or self.cap > LARGE_CAP:  # a small |logit| <= cap has no need of the row's maximum
             scores -= scores.amax(-1, keepdim=True)
         label = scores.gather(1, labels)
         scores.exp_()

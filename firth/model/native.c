@@ -1,7 +1,7 @@
 /* Elementwise pieces of a training step, each in one pass over memory: what `firth.model.native` compiles and calls.
 
    A row is read into a buffer of floats, worked on there, and written once. Numbers in memory are fp32, or bf16 where the
-   flag `half` beside a pointer is 1; all arithmetic is fp32. Rows are shared out among `threads` OpenMP threads, and no sum
+   flag `half` of a pointer is 1; all arithmetic is fp32. Rows are shared out among `threads` OpenMP threads, and no sum
    crosses rows but those of gains and offsets: nothing else depends on how many there are, and nothing on which is first.
    Formulas and their gradients stand in `firth/model/fused.py`, which computes the same without a compiler. */
 
@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#define LARGE_CAP 80 /* e to a soft cap above this overflows: the largest logit of the row is taken off, as without one */
 #define SMALL 32768 /* numbers from which on a second thread is worth waking */
 #define EXPORT __attribute__((visibility("default")))
 
@@ -494,7 +495,7 @@ EXPORT void cross_entropy(void *products, int half, const int64_t *labels, const
                 }
             }
             for (int64_t j = 0; j < absents; j++) e[absent[j]] = missing;
-            if (!(cap > 0)) {
+            if (!(cap > 0 && cap <= LARGE_CAP)) {
                 shift = -INFINITY;
                 #pragma omp simd reduction(max : shift)
                 for (int64_t j = 0; j < vocab; j++) shift = e[j] > shift ? e[j] : shift;

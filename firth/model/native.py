@@ -132,7 +132,7 @@ def build() -> Path:
     if compiler is None or sys.platform == "win32":
         raise NoCompilerError("no C compiler is found")
     known = "\n".join(
-        (SOURCE.read_text("utf-8"), *FLAGS, str(TUNINGS), _run(compiler, "--version").stdout, kernels.cpu())
+        (SOURCE.read_text("utf-8"), *FLAGS, str(TUNINGS), _run(compiler, "--version").stdout, _instructions())
     )
     path = cache() / "native" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -147,6 +147,14 @@ def build() -> Path:
                 return path
     lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
     raise NoCompilerError(f"{compiler} fails: {lines[0]}")
+
+
+def _instructions() -> str:
+    """Return every instruction set that the CPU lists: a library compiled for one more would kill the process."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text("utf-8", "replace").splitlines() if listing.exists() else []
+    found = {line for line in lines if line.startswith(("flags", "Features", "CPU part"))}
+    return "\n".join((kernels.cpu(), *sorted(found)))
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

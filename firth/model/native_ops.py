@@ -35,7 +35,7 @@ class _Norm(torch.autograd.Function):
             inverse.data_ptr(), count, width, eps, center, native.threads(),
         )  # fmt: skip
         ctx.normal_form = gain is None and offset is None
-        # Without a gain the output is what the way back needs, and the map behind it keeps it in any case.
+        # Without a gain the gradient needs the output alone, which the next linear map keeps in any case.
         ctx.save_for_backward(y if ctx.normal_form else rows, gain, mean, inverse)
         ctx.center, ctx.dtype, ctx.has_offset = center, x.dtype, offset is not None
         return y.view(x.shape)
