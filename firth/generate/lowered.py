@@ -240,7 +240,10 @@ class LoweredVocabulary(nn.Module):
         return self._capped(self.head.transform(hidden))
 
     def _capped(self, read: Tensor) -> Tensor:
-        logits: Tensor = self.matrix(read)
+        return self.finish(self.matrix(read))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Return products (..., vocab) as logits, in place: capped, absent ids left out."""
         if self.softcap:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits if self.head.absent is None else logits.index_fill_(-1, self.head.absent, ABSENT)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from firth.data.layout import written_on
+from firth.generate.native_decoder import NativeDecoder
 from firth.generate.sample import Sampling, draw, filtered, repeated, uniforms
 from firth.model.heads import Vocabulary
 from firth.model.lm import LM
@@ -79,6 +80,8 @@ class Rows:
         self.cache = model.cache(len(prompts), self.seen.shape[1] + sampling.max_new)
         self.state = model(batch, self.cache, latent=latents)[:, -1]  # (rows, width)
         self.cache.write_on()
+        self.decoder = NativeDecoder.of(model, self.cache)
+        """The compiled step; None: torch's operators are used."""
 
     def _aligned(self, rows: Sequence[np.ndarray]) -> Batch:
         """Rows on the right of a rectangle: tokens, positions, looks, appears, each (rows, T) int64."""
@@ -94,10 +97,7 @@ class Rows:
 
     def step(self) -> tuple[list[int], list[float]]:
         """Write one token in every row; return the tokens and their log-probabilities."""
-        if self.written:
-            self.state = self.model({"tokens": self.seen[:, -1:], "positions": self.next}, self.cache)[:, -1]
-            self.next = self.next + 1
-        logits = self.head(self.state).float()  # (rows, V)
+        logits = self._logits().float()
         options = logits
         if self.sampling.repetition != 1:
             options = repeated(options, self.seen, self.sampling.repetition)
@@ -110,8 +110,19 @@ class Rows:
         self.written += 1
         return token[:, 0].tolist(), logprob.tolist()
 
+    def _logits(self) -> Tensor:
+        """Read the newest token of each row; return the logits of the next: (rows, vocab)."""
+        if self.written:
+            token, self.next = self.seen[:, -1:], self.next + 1
+            if self.decoder is not None:
+                return self.decoder(token, self.next - 1)
+            self.state = self.model({"tokens": token, "positions": self.next - 1}, self.cache)[:, -1]
+        return self.head(self.state)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
         index = torch.tensor(rows, device=self.device)
         self.cache.select(index)
         self.seen, self.next, self.uniform = self.seen[index], self.next[index], self.uniform[index]
+        if self.decoder is not None:
+            self.decoder = NativeDecoder.of(self.model, self.cache)

@@ -63,7 +63,10 @@ class Vocabulary(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         # In one piece: what reads a row of logits then takes a tenth of the time.
-        logits = project(self.transform(hidden), self.matrix, self.bias).contiguous()
+        return self.finish(project(self.transform(hidden), self.matrix, self.bias).contiguous())
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Return products (..., vocab) as logits, which may be changed in place without gradients: capped, absent ids left out."""
         if self.softcap and torch.is_grad_enabled():
             logits = self.softcap * torch.tanh(logits / self.softcap)
         elif self.softcap:

@@ -1,4 +1,4 @@
-"""The kernels of `native.c`: compiled once with the C compiler that a machine has, called through ctypes.
+"""The kernels of `native.c` and `decode.c`: compiled once with the C compiler that a machine has, called through ctypes.
 
 What a training step does between its matrix products moves memory: written with torch's operators, a norm or a squared ReLU
 reads and writes its input three to ten times. `native.c` does each in one pass. Nothing depends on it: where no compiler is
@@ -28,7 +28,9 @@ from firth import kernels
 from firth.io.cache import cache
 from firth.types import UserError
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c"))
+
+HEADER = Path(__file__).with_name("native.h")
 
 FLAGS = (
     "-O3",
@@ -78,11 +80,13 @@ ARGUMENTS = {
     "softmax_forward": (POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER, FLOAT, INT, *5 * (LONG,), INT),
     "softmax_backward": (POINTER, POINTER, INT, FLOAT, LONG, LONG, INT),
     "linear": (*4 * (POINTER,), INT, LONG, LONG, LONG, INT),
+    "decode": (POINTER, POINTER, INT),
+    "few_rows": (*3 * (POINTER,), LONG, INT, INT),
     "momentum": (POINTER, POINTER, POINTER, INT, FLOAT, LONG, INT),
     "apply": (POINTER, POINTER, INT, FLOAT, FLOAT, LONG, INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
 }
-"""Function of native.c -> the types of its arguments."""
+"""Function of native.c or decode.c -> the types of its arguments."""
 
 
 class NoCompilerError(UserError, RuntimeError):
@@ -122,7 +126,7 @@ def why_not() -> str:
 
 
 def build() -> Path:
-    """Compile native.c, unless that has been done for this compiler and CPU; return the library's path.
+    """Compile SOURCES, unless that has been done for this compiler and CPU; return the library's path.
 
     Raises:
         NoCompilerError: No compiler is found, or it fails with every tuning.
@@ -132,7 +136,13 @@ def build() -> Path:
     if compiler is None or sys.platform == "win32":
         raise NoCompilerError("no C compiler is found")
     known = "\n".join(
-        (SOURCE.read_text("utf-8"), *FLAGS, str(TUNINGS), _run(compiler, "--version").stdout, _instructions())
+        (
+            *(path.read_text("utf-8") for path in (HEADER, *SOURCES)),
+            *FLAGS,
+            str(TUNINGS),
+            _run(compiler, "--version").stdout,
+            _instructions(),
+        )
     )
     path = cache() / "native" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -141,7 +151,7 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as directory:
         made = Path(directory) / "native.so"
         for tuning in TUNINGS:
-            done = _run(compiler, *FLAGS, *tuning, "-o", str(made), str(SOURCE), "-lm")
+            done = _run(compiler, *FLAGS, *tuning, "-o", str(made), *map(str, SOURCES), "-lm")
             if done.returncode == 0:
                 os.replace(made, path)
                 return path

@@ -1,0 +1,313 @@
+"""The step of a decoder that writes token by token, as one compiled call (`firth/model/decode.c`).
+
+    decoder = NativeDecoder.of(model, cache)       # None where torch's operators are used
+    logits = decoder(tokens, positions)            # what the model and its head give for the new token of each row
+
+Prompts are read by torch's operators. After that a token costs the reading of the weights and of the cache, and little else.
+Weights may be fp32, bf16 or int8; activations and sums are fp32 throughout, so that int8 weights multiply what has not been
+rounded. The sum of a row is added in one order, whatever rows are in the batch.
+
+Computed here: attention with grouped keys, rotary, learned, sinusoidal and T5's positions, both norms before or after a branch,
+every activation, cross-attention. Adapters that have not been folded, recurrent layers, XLNet's and MPNet's positions are not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from firth import kernels
+from firth.generate.lowered import Lowered, LoweredVocabulary
+from firth.model import native
+from firth.model.attention import Cache
+from firth.model.block import Attention, Block, Linear
+from firth.model.fields import rows as fields_of
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.native_ops import ACTIVATIONS
+from firth.model.norm import LayerNorm, RMSNorm
+from firth.model.position import turns
+from firth.model.shape import decoder as decoder_shape
+from firth.model.trunk import Trunk
+from firth.types import NEVER
+
+POSITIONS = ("learned", "sinusoidal", "marian", "rotary", "t5", "none")
+"""Values of `Shape.position` that are computed here."""
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""dtype of weights, keys and values -> number in decode.c; int8 is 2."""
+
+INT8 = 2
+
+MAX_PRODUCT = 1 << 31
+"""Most multiplications of a step: many rows of a large model are quicker by matrix instructions, which torch's products use."""
+
+POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [("weight", POINTER), ("steps", POINTER), ("bias", POINTER), ("input", LONG), ("output", LONG), ("kind", LONG)]  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("gain", POINTER), ("offset", POINTER), ("kind", LONG), ("eps", DOUBLE)]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _Map) for name in ("q", "k", "v", "o")),
+        *((name, POINTER) for name in ("q_gain", "k_gain", "keys", "values")),
+        ("capacity", LONG),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("attention_norm", "cross_norm", "mlp_norm")),
+        *((name, _Attention) for name in ("attention", "cross")),
+        *((name, _Map) for name in ("gate", "up", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", POINTER),
+        *((name, LONG) for name in ("depth", "width", "heads", "kv_heads", "head_dim", "hidden")),
+        *((name, LONG) for name in ("post_norm", "activation", "cache_kind", "tiles")),
+        *((name, DOUBLE) for name in ("scale", "qk_eps")),
+        *((name, POINTER) for name in ("cosine", "sine")),
+        ("norm", _Norm),
+        ("head", _Map),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("x", "logits", "positions", "shown", "bias")),
+        ("bias_stride", LONG),
+        ("source", POINTER),
+        *((name, LONG) for name in ("rows", "length", "source_length")),
+    ]
+
+
+class UnsupportedError(Exception):
+    """A model, or the state of a cache, that is not computed here."""
+
+
+class NativeDecoder:
+    """The compiled step of one model over one cache; made again whenever the cache has other rows.
+
+    Args:
+        model: Any; its weights are read where they are, so that changes in place are seen.
+        cache: Holds the prompt, and has been set to grow by one token a pass (`Cache.write_on`).
+
+    Raises:
+        UnsupportedError: This model is not computed here.
+        NoCompilerError: There are no compiled kernels on this machine.
+    """
+
+    def __init__(self, model: LM, cache: Cache):
+        self.library = native.library()
+        shape = model.shape
+        head: Any = model.parts["lm"] if "lm" in model.parts else None  # noqa: SIM401
+        _need(type(model.trunk) is Trunk and not shape.linformer, "its blocks are not attention")
+        _need(shape.position in POSITIONS, f"position {shape.position}")
+        _need(type(head) in (Vocabulary, LoweredVocabulary), "its head is another")
+        _need(cache.shown is not None and bool(cache.keys), "nothing has been read yet")
+        _need("document" not in cache.source, "the source has several documents")
+        self.model, self.cache, self.head = model, cache, head
+        self.trunk: Trunk = model.trunk  # type: ignore[assignment]
+        self.held: list[Any] = []
+        """What the structures point to."""
+        dtypes = {x.dtype for pair in (cache.keys, cache.values) for x in pair}
+        dtypes |= {x.dtype for pair in cache.cross for x in pair}
+        _need(len(dtypes) == 1 and dtypes <= KINDS.keys(), "its keys and values are of several kinds")
+        self.layers = (_Layer * self.trunk.depth)()
+        for i, block in enumerate(self.trunk.layers()):
+            self._layer(self.layers[i], block, i)
+        self.direct = self._head_is_a_map(head)
+        """Whether the vocabulary head is a product alone, which is computed here as well."""
+        tiles = FEW_ROWS.choice() == "tiles" and bool(self.library.has_tiles())
+        cosine, sine = self._angles()
+        self.structure = _Model(
+            ctypes.addressof(self.layers), self.trunk.depth, shape.width, shape.heads, shape.kv_heads, shape.head_width,
+            shape.hidden, shape.norm_at == "post", ACTIVATIONS[self.trunk.layers()[0].mlp.activation], KINDS[dtypes.pop()],
+            tiles, self.trunk.layers()[0].attention.scale, shape.norm_eps if shape.qk_norm else -1.0, cosine, sine,
+            self._norm(self.trunk.norm), self._map(head.matrix, head) if self.direct else _Map(),
+        )  # fmt: skip
+        weights = sum(p.numel() for p in model.trunk.parameters()) + sum(b.numel() for b in model.trunk.buffers())
+        _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are quicker by matrix instructions")
+        source = cache.source.get("appears")
+        self.source = None if source is None else (source < NEVER).expand(cache.rows, -1).contiguous()
+        self.source_length = 0 if self.source is None else self.source.shape[1]
+
+    @staticmethod
+    def of(model: LM, cache: Any) -> NativeDecoder | None:
+        """Return the compiled step, or None where this model or this machine is better served by torch's operators."""
+        if model.tokens.weight.device.type != "cpu" or type(cache) is not Cache or DECODE.choice() != "native":
+            return None
+        try:
+            return NativeDecoder(model, cache)
+        except (UnsupportedError, native.NoCompilerError):
+            return None
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits (rows, vocab) float32 of the new tokens (rows, 1) at their positions (rows, 1)."""
+        cache, model = self.cache, self.model
+        fields = fields_of({"tokens": tokens, "positions": positions}, "", cache.length, model.ahead())
+        places = fields["positions"].expand(cache.rows, -1).contiguous()
+        x = self.trunk.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
+        logits = x.new_empty(cache.rows, self.structure.head.output) if self.direct else None
+        bias = None
+        if self.trunk.relative is not None:
+            bias = self.trunk.relative(places, cache.note("positions", places))[:, :, 0].float().contiguous()
+        shown = cache.shown if cache.gaps else None
+        step = _Step(
+            x.data_ptr(), native.address(logits), places.data_ptr(), native.address(shown), native.address(bias),
+            0 if bias is None or len(bias) == 1 else bias[0].numel(), native.address(self.source), cache.rows, cache.length,
+            self.source_length,
+        )  # fmt: skip
+        self.library.decode(ctypes.addressof(self.structure), ctypes.addressof(step), native.threads())
+        cache.advance(1)
+        return self.head(x.to(model.tokens.weight.dtype)).float() if logits is None else self.head.finish(logits)
+
+    def _pointer(self, x: Tensor | None) -> int | None:
+        """Where a float32 copy of a parameter is, or the parameter itself where it is one."""
+        if x is None:
+            return None
+        x = x.detach().float().contiguous()
+        self.held.append(x)
+        return x.data_ptr()
+
+    def _map(self, module: Any, head: Any = None) -> _Map:
+        """A linear map: a module, or the matrix of a vocabulary head (whose bias is the head's)."""
+        weight: Any
+        steps, bias = None, None
+        if type(module) is Lowered:
+            weight, steps, bias, kind = module.weight, module.steps, module.bias, INT8
+        elif type(module) is Linear or isinstance(module, Tensor):
+            weight = module.weight if type(module) is Linear else module
+            bias = module.bias if type(module) is Linear else head.bias
+            _need(weight.dtype in KINDS, f"weights of {weight.dtype}")
+            kind = KINDS[weight.dtype]
+        else:
+            raise UnsupportedError(f"a map of {type(module).__name__}")
+        _need(weight.is_contiguous(), "weights that are not contiguous")
+        self.held.append(weight)
+        return _Map(
+            weight.data_ptr(), self._pointer(steps), self._pointer(bias), weight.shape[1], weight.shape[0], kind
+        )
+
+    def _norm(self, module: nn.Module | None) -> _Norm:
+        if module is None or type(module) is nn.Identity:
+            return _Norm()
+        if type(module) not in (RMSNorm, LayerNorm):
+            raise UnsupportedError(f"a norm of {type(module).__name__}")
+        norm: Any = module
+        return _Norm(self._pointer(norm.weight), self._pointer(norm.bias), 2 if norm.center else 1, norm.eps)
+
+    def _layer(self, to: Any, block: Block, layer: int) -> None:
+        cache = self.cache
+        to.attention_norm, to.mlp_norm = self._norm(block.attention_norm), self._norm(block.mlp_norm)
+        self._attention(to.attention, block.attention, cache.keys[layer], cache.values[layer])
+        if block.cross is not None:
+            _need(layer < len(cache.cross), "the source has not been read")
+            to.cross_norm = self._norm(block.cross_norm)
+            keys, values = cache.cross[layer] = tuple(x.contiguous() for x in cache.cross[layer])  # type: ignore[assignment]
+            self._attention(to.cross, block.cross, keys, values)
+            to.cross.k = to.cross.v = _Map()
+        mlp = block.mlp
+        to.gate = _Map() if mlp.gate is None else self._map(mlp.gate)
+        to.up, to.down = self._map(mlp.up), self._map(mlp.down)
+
+    def _attention(self, to: Any, module: Attention, keys: Tensor, values: Tensor) -> None:
+        _need(module.distance is None, "XLNet's distances")
+        for name in ("q", "k", "v", "o"):
+            setattr(to, name, self._map(getattr(module, name)))
+        to.q_gain, to.k_gain = self._pointer(module.q_gain), self._pointer(module.k_gain)
+        self.held += (keys, values)
+        to.keys, to.values, to.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+
+    def _angles(self) -> tuple[int | None, int | None]:
+        """Where the cosines and sines of all positions that this cache can reach are."""
+        if self.model.shape.position != "rotary":
+            return None, None
+        reach = torch.arange(self.cache.capacity + self.model.ahead() + 1)[None]
+        cos, sin = turns(reach, self.model.shape)
+        return self._pointer(cos[0, :, 0]), self._pointer(sin[0, :, 0])
+
+    def _head_is_a_map(self, head: Any) -> bool:
+        inner = head.head if type(head) is LoweredVocabulary else head
+        return inner.dense is None and inner.scale == 1
+
+
+def _need(holds: bool, why: str) -> None:
+    if not holds:
+        raise UnsupportedError(why)
+
+
+def few_rows(x: Tensor, weight: Tensor, steps: Tensor | None = None, tiles: bool = False) -> Tensor:
+    """Return x @ weight' of a few rows: x (rows, in) float32, weight (out, in) -> (rows, out) float32.
+
+    Args:
+        x: Contiguous.
+        weight: float32, bfloat16 or int8, contiguous.
+        steps: (out,) float32, of int8 weights.
+        tiles: Whether to use matrix instructions (AMX); activations keep 16 bits then.
+
+    Raises:
+        NoCompilerError: There are no compiled kernels, or none with matrix instructions.
+    """
+    library = native.library()
+    if tiles and not library.has_tiles():
+        raise native.NoCompilerError("this machine has no matrix instructions")
+    y = x.new_empty(len(x), len(weight))
+    given = _Map(weight.data_ptr(), native.address(steps), None, x.shape[1], len(weight), KINDS.get(weight.dtype, INT8))
+    library.few_rows(ctypes.addressof(given), x.data_ptr(), y.data_ptr(), len(x), tiles, native.threads())
+    return y
+
+
+def _rows_workload(way: str) -> kernels.Workload:
+    """Sixteen rows by 8 maps of 512 x 2048 in bf16."""
+    x, weights = torch.ones(16, 512), torch.ones(8, 2048, 512, dtype=torch.bfloat16).unbind()
+
+    def work() -> None:
+        for weight in weights:
+            few_rows(x, weight, tiles=way == "tiles")
+
+    return work
+
+
+FEW_ROWS = kernels.Kernel("few-rows", {way: partial(_rows_workload, way) for way in ("vectors", "tiles")})
+"""How a compiled step multiplies five rows or more by bf16 and int8 weights."""
+
+
+def _workload(way: str) -> kernels.Workload:
+    """A token of 4 rows by a decoder of 4 layers, 256 wide."""
+    shape = decoder_shape(vocab=1024, width=256, depth=4, heads=4)
+    with torch.random.fork_rng(devices=[]):
+        model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)
+    with torch.no_grad():
+        cache = model.cache(4, 32)
+        model({"tokens": tokens.expand(-1, 16)}, cache)
+        cache.write_on()
+    step = NativeDecoder(model, cache) if way == "native" else None
+
+    @torch.no_grad()
+    def work() -> None:
+        if step is None:
+            model.parts["lm"](model({"tokens": tokens, "positions": positions}, cache)[:, -1])
+        else:
+            step(tokens, positions)
+        cache.length = 16
+
+    return work
+
+
+DECODE = kernels.Kernel("decode", {way: partial(_workload, way) for way in ("torch", "native")})
+"""How a decoder's next token is computed on a CPU."""

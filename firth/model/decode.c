@@ -1,0 +1,531 @@
+/* One step of a decoder that writes token by token: the new token of each row through all blocks, in one call.
+
+   With torch's operators a token is 1,000 to 2,000 calls, which take longer than reading the weights does. Here one parallel
+   region runs the whole stack. Activations and sums are fp32. Weights are fp32, bf16, or int8 with a step per output; keys and
+   values are fp32 or bf16. A sum adds in one fixed order, so a row gets the same bits in any batch and with any number of
+   threads. `firth.generate.native_decoder` says which models are computed here. */
+
+#include "native.h"
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+enum { FP32, BF16, INT8 };
+enum { NO_NORM, RMS_NORM, LAYER_NORM };
+
+typedef struct {
+    const void *weight; /* (out, in); null: there is no such map */
+    const float *steps; /* (out,) of INT8, else null */
+    const float *bias;  /* (out,) or null */
+    int64_t in, out, kind;
+} Map;
+
+typedef struct {
+    const float *gain, *offset; /* (width,) or null */
+    int64_t kind;
+    double eps;
+} Norm;
+
+typedef struct {
+    Map q, k, v, o; /* k and v have no weight in cross-attention: its keys and values are made once, from the source */
+    const float *q_gain, *k_gain; /* (head_dim,) or null */
+    void *keys, *values; /* (rows, kv_heads, capacity, head_dim) */
+    int64_t capacity;
+} Attention;
+
+typedef struct {
+    Norm attention_norm, cross_norm, mlp_norm;
+    Attention attention, cross; /* cross.o has no weight where there is no encoder */
+    Map gate, up, down;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    int64_t depth, width, heads, kv_heads, head_dim, hidden, post_norm, activation, cache_kind, tiles;
+    double scale, qk_eps; /* qk_eps: negative where queries and keys are not made unit RMS */
+    const float *cosine, *sine; /* (positions, head_dim) and (positions, head_dim / 2), or null */
+    Norm norm;
+    Map head;
+} Model;
+
+typedef struct {
+    float *x;                 /* (rows, width): embeddings in, final states out */
+    float *logits;            /* (rows, head.out), where the head has a weight */
+    const int64_t *positions; /* (rows,) */
+    const uint8_t *shown;     /* (rows, capacity): which slots a row may see; null: all */
+    const float *bias;        /* (1 or rows, heads, length + 1) added to the scores of self-attention, or null */
+    int64_t bias_stride;      /* 0: the same for all rows */
+    const uint8_t *source;    /* (rows, source length): which tokens of the source a row may see; null: all */
+    int64_t rows, length, source_length; /* length: slots that are filled; the new token goes to the next */
+} Step;
+
+/* ------------------------------------------------------------------------------------------ products */
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef __clang__
+#define PICK(p, q, ...) __builtin_shufflevector(p, q, __VA_ARGS__)
+#else
+#define PICK(p, q, ...) __builtin_shuffle(p, q, (I){__VA_ARGS__})
+#endif
+/* Two vectors of sums that are spread over g lanes each -> one in which they are spread over g / 2. */
+#if LANES == 16
+INLINE V fold16(V p, V q) {
+    return PICK(p, q, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           PICK(p, q, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+INLINE V fold8(V p, V q) {
+    return PICK(p, q, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           PICK(p, q, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+INLINE V fold4(V p, V q) {
+    return PICK(p, q, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           PICK(p, q, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+INLINE V fold2(V p, V q) {
+    return PICK(p, q, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(p, q, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#else
+INLINE V fold8(V p, V q) { return PICK(p, q, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(p, q, 4, 5, 6, 7, 12, 13, 14, 15); }
+INLINE V fold4(V p, V q) { return PICK(p, q, 0, 1, 4, 5, 8, 9, 12, 13) + PICK(p, q, 2, 3, 6, 7, 10, 11, 14, 15); }
+INLINE V fold2(V p, V q) { return PICK(p, q, 0, 2, 4, 6, 8, 10, 12, 14) + PICK(p, q, 1, 3, 5, 7, 9, 11, 13, 15); }
+#endif
+
+/* The sums of n vectors (a power of two, at most LANES) in the first n lanes of one. */
+INLINE V fold(V *v, const int n) {
+    int left = n;
+#define HALVE(by) \
+    for (int i = 0; i < (left > 1 ? left / 2 : 1); i++) v[i] = by(v[left > 1 ? 2 * i : 0], v[left > 1 ? 2 * i + 1 : 0]); \
+    left = left > 1 ? left / 2 : 1;
+#if LANES == 16
+    HALVE(fold16)
+#endif
+    HALVE(fold8)
+    HALVE(fold4)
+    HALVE(fold2)
+    return v[0];
+}
+
+INLINE V weights_at(const void *w, int64_t at, const int kind) {
+    if (kind == FP32) return *(const V *)((const float *)w + at);
+#if defined(__AVX512F__) /* compilers make poor code of the general form below */
+    if (kind == BF16) return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const uint16_t *)w + at))), 16);
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)((const int8_t *)w + at))));
+#elif defined(__AVX2__)
+    if (kind == BF16) return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)((const uint16_t *)w + at))), 16);
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)((const int8_t *)w + at))));
+#else
+    if (kind == BF16) return (V)(__builtin_convertvector(*(const H *)((const uint16_t *)w + at), U) << 16);
+    return __builtin_convertvector(__builtin_convertvector(*(const B *)((const int8_t *)w + at), I), V);
+#endif
+}
+
+INLINE float weight_at(const void *w, int64_t at, const int kind) {
+    if (kind == FP32) return ((const float *)w)[at];
+    if (kind == BF16) return from_bits((uint32_t)((const uint16_t *)w)[at] << 16);
+    return ((const int8_t *)w)[at];
+}
+
+/* sums[r * O + o] = x[r] . w[o] for R rows of x, `ldx` numbers from one to the next, and O rows of w, `in` numbers each. */
+INLINE void tile(const float *x, int64_t ldx, const void *w, int64_t at, int64_t in, const int kind, const int R, const int O,
+                 float *sums) {
+    V a[LANES];
+    int64_t i = 0;
+    #pragma GCC unroll 16
+    for (int j = 0; j < R * O; j++) a[j] = (V){0};
+    for (; i + LANES <= in; i += LANES) {
+        V ws[O];
+        #pragma GCC unroll 16
+        for (int o = 0; o < O; o++) ws[o] = weights_at(w, at + o * in + i, kind);
+        #pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            V value = *(const V *)(x + r * ldx + i);
+            #pragma GCC unroll 16
+            for (int o = 0; o < O; o++) a[r * O + o] += value * ws[o];
+        }
+    }
+    V total = fold(a, R * O);
+    for (int j = 0; j < R * O; j++) sums[j] = total[j];
+    for (; i < in; i++) /* what is left of the row */
+        for (int r = 0; r < R; r++)
+            for (int o = 0; o < O; o++) sums[r * O + o] += x[r * ldx + i] * weight_at(w, at + o * in + i, kind);
+}
+
+#define BLOCK 8 /* outputs that are computed together */
+
+/* y[r, o] for o from `first` to `last`, at most BLOCK of them: sums of R rows, O outputs at a time. */
+INLINE void some_rows(const float *x, int64_t ldx, const void *w, int64_t in, int64_t first, int64_t last, const int kind,
+                      const int R, const int O, float *y, int64_t ldy) {
+    float sums[LANES];
+    int64_t o = first;
+    for (; o + O <= last; o += O) {
+        tile(x, ldx, w, o * in, in, kind, R, O, sums);
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < O; j++) y[r * ldy + o + j] = sums[r * O + j];
+    }
+    for (; o < last; o++) {
+        tile(x, ldx, w, o * in, in, kind, R, 1, sums);
+        for (int r = 0; r < R; r++) y[r * ldy + o] = sums[r];
+    }
+}
+
+INLINE void all_rows(const float *x, int64_t ldx, int64_t rows, const void *w, int64_t in, int64_t first, int64_t last,
+                     const int kind, float *y, int64_t ldy) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) some_rows(x + r * ldx, ldx, w, in, first, last, kind, 8, LANES / 8, y + r * ldy, ldy);
+    for (; r + 4 <= rows; r += 4) some_rows(x + r * ldx, ldx, w, in, first, last, kind, 4, LANES / 4, y + r * ldy, ldy);
+    for (; r + 2 <= rows; r += 2) some_rows(x + r * ldx, ldx, w, in, first, last, kind, 2, LANES / 2, y + r * ldy, ldy);
+    for (; r < rows; r++) some_rows(x + r * ldx, ldx, w, in, first, last, kind, 1, 8, y + r * ldy, ldy);
+}
+
+static void dots(const float *x, int64_t ldx, int64_t rows, const void *w, int64_t in, int64_t first, int64_t last, int64_t kind,
+                 float *y, int64_t ldy) {
+    if (kind == FP32) all_rows(x, ldx, rows, w, in, first, last, FP32, y, ldy);
+    else if (kind == BF16) all_rows(x, ldx, rows, w, in, first, last, BF16, y, ldy);
+    else all_rows(x, ldx, rows, w, in, first, last, INT8, y, ldy);
+}
+
+#define MIN_TILE_ROWS 5 /* fewer rows are as quick as their weights are read, by vectors too */
+
+/* Put the sums of an output into y: times its step, with its bias, on top of what is there where `add`. */
+INLINE void put(const Map *map, int64_t o, float sum, float *y, int add) {
+    sum = sum * (map->steps ? map->steps[o] : 1) + (map->bias ? map->bias[o] : 0);
+    *y = add ? *y + sum : sum;
+}
+
+#ifdef TILES
+/* Matrix instructions (AMX): 16 outputs by 16 rows by 32 inputs at once, in bf16. An activation is the sum of two bf16 numbers, so
+   that it keeps 16 bits; int8 weights are exact in bf16. */
+
+static void configure_tiles(void) {
+    struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) { config.bytes[i] = 64; config.rows[i] = 16; }
+    _tile_loadconfig(&config);
+}
+
+/* 16 rows of x (zeros from `rows` on) as tiles: pairs of inputs, for each of them all rows; the large parts, then the small. */
+static void pack(const float *x, int64_t ldx, int64_t rows, int64_t in, uint16_t *packed) {
+    memset(packed, 0, in * 64);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < in; k += 2) {
+            uint16_t *to = packed + k / 32 * 1024 + k % 32 * 16 + r * 2;
+            for (int i = 0; i < 2; i++) {
+                float value = x[r * ldx + k + i];
+                to[i] = rounded(value);
+                to[512 + i] = rounded(value - from_bits((uint32_t)to[i] << 16));
+            }
+        }
+}
+
+/* 16 outputs by 32 inputs of int8 weights as bf16. */
+static void widen(const int8_t *w, int64_t in, uint16_t *to) {
+    for (int r = 0; r < 16; r++) {
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + r * in))));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + r * in + 16))));
+        _mm512_storeu_si512(to + r * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+/* `product` for outputs in 32s: what is left of them is for `dots`. */
+static void tile_product(const Map *map, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add) {
+    int64_t in = map->in, groups = (rows + 15) / 16, whole = map->out / 32 * 32;
+    uint16_t *packed = (uint16_t *)scratch(groups * in * 16), wide[2][512];
+    for (int64_t g = 0; g < groups; g++)
+        pack(x + g * 16 * ldx, ldx, rows - g * 16 < 16 ? rows - g * 16 : 16, in, packed + g * in * 32);
+    #pragma omp for schedule(static) nowait
+    for (int64_t o = 0; o < whole; o += 32)
+        for (int64_t g = 0; g < groups; g++) {
+            float sums[4][256];
+            const uint16_t *tiles = packed + g * in * 32;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t k = 0; k < in; k += 32) {
+                if (map->kind == INT8) {
+                    widen((const int8_t *)map->weight + o * in + k, in, wide[0]);
+                    widen((const int8_t *)map->weight + (o + 16) * in + k, in, wide[1]);
+                    _tile_loadd(4, wide[0], 64);
+                    _tile_loadd(5, wide[1], 64);
+                } else {
+                    _tile_loadd(4, (const uint16_t *)map->weight + o * in + k, in * 2);
+                    _tile_loadd(5, (const uint16_t *)map->weight + (o + 16) * in + k, in * 2);
+                }
+                _tile_loadd(6, tiles + k * 32, 64);
+                _tile_loadd(7, tiles + k * 32 + 512, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, sums[0], 64);
+            _tile_stored(1, sums[1], 64);
+            _tile_stored(2, sums[2], 64);
+            _tile_stored(3, sums[3], 64);
+            for (int64_t r = 0; r < 16 && g * 16 + r < rows; r++)
+                for (int j = 0; j < 32; j++) {
+                    const float *at = sums[j / 16 * 2] + j % 16 * 16 + r;
+                    put(map, o + j, at[0] + at[256], y + (g * 16 + r) * ldy + o + j, add);
+                }
+        }
+    free(packed);
+}
+#endif
+
+/* Whether this library and this system have the matrix instructions; asks the system to let the process use them. */
+EXPORT int has_tiles(void) {
+#ifdef TILES
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) == 0;
+#else
+    return 0;
+#endif
+}
+
+/* y = x w' + bias, or y += that where `add`. All threads call it, and none waits at its end. */
+static void product(const Map *map, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add, int tiles) {
+    int64_t start = 0;
+    if (!map->weight) return;
+#ifdef TILES
+    if (tiles && rows >= MIN_TILE_ROWS && map->kind != FP32 && map->in % 32 == 0) {
+        tile_product(map, x, ldx, rows, y, ldy, add);
+        start = map->out / 32 * 32;
+    }
+#else
+    (void)tiles;
+#endif
+    #pragma omp for schedule(static) nowait
+    for (int64_t o = start; o < map->out; o += BLOCK) {
+        float sums[BLOCK * rows];
+        int64_t last = o + BLOCK < map->out ? o + BLOCK : map->out;
+        dots(x, ldx, rows, map->weight, map->in, o, last, map->kind, sums - o, BLOCK);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = o; j < last; j++) put(map, j, sums[r * BLOCK + j - o], y + r * ldy + j, add);
+    }
+}
+
+/* The product alone: x (rows, in) -> y (rows, out). */
+EXPORT void few_rows(const Map *map, const float *x, float *y, int64_t rows, int tiles, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+#ifdef TILES
+        if (tiles) configure_tiles();
+#endif
+        product(map, x, map->in, rows, y, map->out, 0, tiles);
+#ifdef TILES
+        if (tiles) _tile_release();
+#endif
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ norms, heads, attention */
+
+static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, int64_t width) {
+    #pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = x + r * width;
+        float *to = y + r * width, mean = 0, square = 0;
+        if (norm->kind == NO_NORM) {
+            memmove(to, from, width * sizeof(float));
+            continue;
+        }
+        if (norm->kind == LAYER_NORM) {
+            #pragma omp simd reduction(+ : mean)
+            for (int64_t j = 0; j < width; j++) mean += from[j];
+            mean /= width;
+        }
+        #pragma omp simd reduction(+ : square)
+        for (int64_t j = 0; j < width; j++) square += (from[j] - mean) * (from[j] - mean);
+        float factor = 1.0f / sqrtf(square / width + (float)norm->eps);
+        for (int64_t j = 0; j < width; j++) to[j] = (from[j] - mean) * factor;
+        if (norm->gain) for (int64_t j = 0; j < width; j++) to[j] *= norm->gain[j];
+        if (norm->offset) for (int64_t j = 0; j < width; j++) to[j] += norm->offset[j];
+    }
+}
+
+/* A head of a query or a key in place: unit RMS, its gain, turned to its position. */
+static void place_head(float *x, const float *gain, const Model *model, const Step *step, int64_t row) {
+    int64_t width = model->head_dim;
+    float turned[width], eps = model->qk_eps;
+    const float *c = model->cosine ? model->cosine + step->positions[row] * width : 0;
+    const float *s = model->sine ? model->sine + step->positions[row] * (width / 2) : 0;
+    if (gain) {
+        place(x, turned, 0, 0, eps, width);
+        for (int64_t j = 0; j < width; j++) x[j] = turned[j] * gain[j];
+        eps = -1;
+    }
+    place(x, turned, c, s, eps, width);
+    memcpy(x, turned, width * sizeof(float));
+}
+
+/* sum of p[j] v[j] over n values of WIDTH numbers. */
+#define WEIGHTED(WIDTH) \
+    V sum[WIDTH / LANES]; \
+    _Pragma("GCC unroll 16") for (int i = 0; i < WIDTH / LANES; i++) sum[i] = (V){0}; \
+    for (int64_t j = 0; j < n; j++) \
+        _Pragma("GCC unroll 16") \
+        for (int i = 0; i < WIDTH / LANES; i++) sum[i] += p[j] * weights_at(v, j * WIDTH + i * LANES, kind); \
+    _Pragma("GCC unroll 16") for (int i = 0; i < WIDTH / LANES; i++) *(V *)(out + i * LANES) = sum[i];
+
+INLINE void weighted_of(const float *p, const void *v, int64_t n, int64_t width, const int kind, float *out) {
+    if (width == 32) { WEIGHTED(32) }
+    else if (width == 64) { WEIGHTED(64) }
+    else if (width == 128) { WEIGHTED(128) }
+    else {
+        for (int64_t i = 0; i < width; i++) out[i] = 0;
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < width; i++) out[i] += p[j] * weight_at(v, j * width + i, kind);
+    }
+}
+
+static void weighted(const float *p, const void *v, int64_t n, int64_t width, int64_t kind, float *out) {
+    if (kind == FP32) weighted_of(p, v, n, width, FP32, out);
+    else weighted_of(p, v, n, width, BF16, out);
+}
+
+/* q (rows, heads, head_dim) -> out, over the first n slots of the cache. */
+static void attend(const Model *model, const Attention *at, const float *q, float *out, int64_t n, const uint8_t *shown,
+                   int64_t shown_stride, const float *bias, int64_t bias_stride, int64_t rows) {
+    int64_t group = model->heads / model->kv_heads, width = model->head_dim, size = model->cache_kind == FP32 ? 4 : 2;
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows * model->kv_heads; i++) {
+        int64_t row = i / model->kv_heads, head = i % model->kv_heads * group;
+        const char *keys = (const char *)at->keys + i * at->capacity * width * size;
+        const char *values_ = (const char *)at->values + i * at->capacity * width * size;
+        float *scores = scratch(group * n);
+        dots(q + (row * model->heads + head) * width, width, group, keys, width, 0, n, model->cache_kind, scores, n);
+        for (int64_t g = 0; g < group; g++) {
+            float *p = scores + g * n, most = -INFINITY, sum = 0;
+            for (int64_t j = 0; j < n; j++) p[j] *= (float)model->scale;
+            if (bias) {
+                const float *added = bias + row * bias_stride + (head + g) * n;
+                for (int64_t j = 0; j < n; j++) p[j] += added[j];
+            }
+            if (shown) for (int64_t j = 0; j < n; j++) p[j] = shown[row * shown_stride + j] ? p[j] : -INFINITY;
+            #pragma omp simd reduction(max : most)
+            for (int64_t j = 0; j < n; j++) most = p[j] > most ? p[j] : most;
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < n; j++) { p[j] = exponential(p[j] - most); sum += p[j]; }
+            for (int64_t j = 0; j < n; j++) p[j] /= sum;
+            weighted(p, values_, n, width, model->cache_kind, out + (row * model->heads + head + g) * width);
+        }
+        free(scores);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ the step */
+
+/* Self-attention of the new tokens: x += o(attend(q, keys, values)), their keys and values kept in the next slot. */
+static void self_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *joined,
+                           float *mixed) {
+    int64_t width = model->head_dim, queries = model->heads * width, keys = model->kv_heads * width;
+    int64_t heads = model->heads + 2 * model->kv_heads, rows = step->rows;
+    float *q = joined, *k = q + rows * queries, *v = k + rows * keys;
+    product(&at->q, from, model->width, rows, q, queries, 0, model->tiles);
+    product(&at->k, from, model->width, rows, k, keys, 0, model->tiles);
+    product(&at->v, from, model->width, rows, v, keys, 0, model->tiles);
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows * heads; i++) {
+        int64_t row = i / heads, h = i % heads, kv = h < model->heads + model->kv_heads ? h - model->heads : h - model->heads - model->kv_heads;
+        if (h < model->heads) {
+            place_head(q + row * queries + h * width, at->q_gain, model, step, row);
+            continue;
+        }
+        int is_key = h < model->heads + model->kv_heads;
+        float *x = (is_key ? k : v) + row * keys + kv * width;
+        if (is_key) place_head(x, at->k_gain, model, step, row);
+        int64_t slot = ((row * model->kv_heads + kv) * at->capacity + step->length) * width;
+        store(is_key ? at->keys : at->values, slot, x, width, model->cache_kind == BF16);
+    }
+    attend(model, at, q, mixed, step->length + 1, step->shown, at->capacity, step->bias, step->bias_stride, rows);
+    product(&at->o, mixed, queries, rows, step->x, model->width, 1, model->tiles);
+    #pragma omp barrier
+}
+
+/* Attention to the source: queries have no position, as in `firth.model.block`. */
+static void cross_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *q,
+                            float *mixed) {
+    int64_t queries = model->heads * model->head_dim, rows = step->rows;
+    Model still = *model;
+    still.cosine = still.sine = 0;
+    product(&at->q, from, model->width, rows, q, queries, 0, model->tiles);
+    #pragma omp barrier
+    if (at->q_gain || model->qk_eps >= 0) {
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * model->heads; i++)
+            place_head(q + i * model->head_dim, at->q_gain, &still, step, i / model->heads);
+    }
+    attend(model, at, q, mixed, step->source_length, step->source, step->source_length, 0, 0, rows);
+    product(&at->o, mixed, queries, rows, step->x, model->width, 1, model->tiles);
+    #pragma omp barrier
+}
+
+static void feed_forward(const Model *model, const Layer *layer, const Step *step, const float *from, float *inner) {
+    int64_t hidden = model->hidden, rows = step->rows, parts = (hidden + 511) / 512;
+    int gated = layer->gate.weight != 0;
+    float *up = inner + (gated ? rows * hidden : 0);
+    product(&layer->gate, from, model->width, rows, inner, hidden, 0, model->tiles);
+    product(&layer->up, from, model->width, rows, up, hidden, 0, model->tiles);
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows * parts; i++) {
+        int64_t start = i / parts * hidden + i % parts * 512, n = hidden - i % parts * 512 < 512 ? hidden - i % parts * 512 : 512;
+        float value[512];
+        values(model->activation, inner + start, value, n);
+        for (int64_t j = 0; j < n; j++) inner[start + j] = gated ? value[j] * up[start + j] : value[j];
+    }
+    product(&layer->down, inner, hidden, rows, step->x, model->width, 1, model->tiles);
+    #pragma omp barrier
+}
+
+EXPORT void decode(const Model *model, const Step *step, int threads) {
+    int64_t rows = step->rows, width = model->width, queries = model->heads * model->head_dim;
+    float *normed = scratch(rows * width), *mixed = scratch(rows * queries), *inner = scratch(2 * rows * model->hidden);
+    float *joined = scratch(rows * (model->heads + 2 * model->kv_heads) * model->head_dim), *x = step->x;
+    #pragma omp parallel num_threads(threads)
+    {
+#ifdef TILES
+        if (model->tiles) configure_tiles();
+#endif
+        for (int64_t i = 0; i < model->depth; i++) {
+            const Layer *layer = model->layers + i;
+            const float *from = model->post_norm ? x : normed;
+            if (!model->post_norm) normalize(&layer->attention_norm, x, normed, rows, width);
+            self_attention(model, &layer->attention, step, from, joined, mixed);
+            if (model->post_norm) normalize(&layer->attention_norm, x, x, rows, width);
+            if (layer->cross.o.weight) {
+                if (!model->post_norm) normalize(&layer->cross_norm, x, normed, rows, width);
+                cross_attention(model, &layer->cross, step, from, joined, mixed);
+                if (model->post_norm) normalize(&layer->cross_norm, x, x, rows, width);
+            }
+            if (!model->post_norm) normalize(&layer->mlp_norm, x, normed, rows, width);
+            feed_forward(model, layer, step, from, inner);
+            if (model->post_norm) normalize(&layer->mlp_norm, x, x, rows, width);
+        }
+        normalize(&model->norm, x, x, rows, width);
+        product(&model->head, x, width, rows, step->logits, model->head.out, 0, model->tiles);
+#ifdef TILES
+        if (model->tiles) _tile_release();
+#endif
+    }
+    free(normed);
+    free(mixed);
+    free(inner);
+    free(joined);
+}

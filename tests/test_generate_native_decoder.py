@@ -1,0 +1,213 @@
+"""The compiled step of a decoder computes what the model computes, for every architecture that it accepts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from firth import kernels
+from firth.generate.lowered import lowered
+from firth.generate.native_decoder import NativeDecoder, few_rows
+from firth.generate.rows import Rows, reading
+from firth.generate.sample import Sampling
+from firth.model import lora, native
+from firth.model.heads import Vocabulary
+from firth.model.lm import LM
+from firth.model.shape import Shape, decoder, encoder_decoder, recurrent
+
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is found")
+
+V = 61
+BASE = {"vocab": V, "width": 48, "depth": 3, "heads": 4, "context": 64}
+SHAPES = {
+    "gpt2": Shape(**BASE),
+    "bias in attention": Shape(**BASE, bias_at="attention"),
+    "nanochat": Shape(
+        **BASE, norm="rms", norm_weight=False, norm_bias=False, embed_norm=True, qk_norm=True, activation="relu2",
+        position="rotary", rotary_sign=-1, softcap=15, tied=False, bias=False,
+    ),
+    "llama": Shape(**BASE, kv_heads=2, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, hidden=100),
+    "qwen3": Shape(
+        **BASE, kv_heads=1, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, qk_norm=True,
+        qk_weight=True, head_width=20,
+    ),
+    "gelu, head bias": Shape(**BASE, activation="gelu", head_bias=True),
+    "silu, no norm weights": Shape(**BASE, activation="silu", norm_weight=False, norm_bias=False),
+    "post-norm, sinusoidal, grouped": Shape(**BASE, kv_heads=2, position="sinusoidal", norm_at="post"),
+    "shared blocks, narrow table": Shape(**BASE, groups=1, embed=16, head="transform"),
+    "no position, first norm left out": Shape(**BASE, position="none", first_norm=False, activation="relu"),
+    "wide heads": Shape(**(BASE | {"width": 256, "heads": 2}), position="rotary"),
+    "heads of 32": Shape(**(BASE | {"width": 64, "heads": 2}), position="rotary"),
+    "heads of 64": decoder(vocab=V, width=128, depth=2, heads=2, context=64),
+    "t5": encoder_decoder(vocab=V, width=48, depth=2, heads=4, context=64),
+    "t5, scaled head": replace(encoder_decoder(vocab=V, width=48, depth=2, heads=4, context=64), head_scale=0.125),
+    "bart": Shape(**BASE, encoder=2, norm_at="post", embed_norm=True, activation="gelu", head_bias=True, decoder_start="eos"),
+    "marian": Shape(**BASE, encoder=2, norm_at="post", position="marian", activation="relu", embed_scale=48**0.5),
+}  # fmt: skip
+
+
+def random_model(shape: Shape) -> LM:
+    """A model with every weight drawn, none left at its (often zero) start."""
+    torch.manual_seed(0)
+    model = LM(shape, {"lm": Vocabulary(shape)})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
+
+
+def prompts(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(3, V, rng.integers(2, 12)) for _ in range(count)]
+
+
+def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[int, ...] = ()) -> list[Tensor]:
+    """Logits of each step, with the same tokens whatever they are: (rows, V) float32 each. kept: rows to go on with half-way."""
+    rng = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, V, (count, steps), generator=rng)
+    out = []
+    with kernels.forced({"decode": way}), reading(model):
+        rows = Rows(model, prompts(count), 0 if model.shape.encoder else None, Sampling(max_new=steps), range(count))
+        assert (rows.decoder is not None) == (way == "native")
+        for i in range(steps):
+            out.append(rows._logits().float().clone())
+            rows.written, rows.seen = 1, tokens[:, i : i + 1]
+            if kept and i == steps // 2:
+                rows.keep(kept)
+                tokens = tokens[list(kept)]
+                rows.seen = tokens[:, i : i + 1]
+    return out
+
+
+def agree(got: list[Tensor], want: list[Tensor], bound: float) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_logits_are_those_of_the_model(name: str, count: int) -> None:
+    model = random_model(SHAPES[name])
+    agree(logits_of(model, "native", count), logits_of(model, "torch", count), 2e-6)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5"])
+def test_rows_may_be_dropped(name: str) -> None:
+    model = random_model(SHAPES[name])
+    agree(logits_of(model, "native", 5, kept=(3, 1)), logits_of(model, "torch", 5, kept=(3, 1)), 2e-6)
+
+
+@pytest.mark.parametrize("tiles", ["vectors", "tiles"])
+@pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5", "heads of 64"])
+def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
+    """Beside float32 weights of the same values; only keys and values are rounded, and what torch did to the prompt."""
+    half = lowered(random_model(SHAPES[name]), "bf16")
+    same = lowered(half, "fp32")
+    with kernels.forced({"few-rows": tiles}):
+        got = logits_of(half, "native", 6)
+    agree(got[1:], logits_of(same, "torch", 6)[1:], 2e-2)
+    theirs = [
+        (a - b).norm() for a, b in zip(logits_of(half, "torch", 6)[1:], logits_of(same, "torch", 6)[1:], strict=True)
+    ]
+    ours = [(a - b).norm() for a, b in zip(got[1:], logits_of(same, "torch", 6)[1:], strict=True)]
+    assert sum(ours) < sum(theirs), "fp32 activations are nearer than bf16 ones"
+
+
+@pytest.mark.parametrize("tiles", ["vectors", "tiles"])
+@pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "heads of 64"])
+def test_int8_weights_are_those_of_torch(name: str, tiles: str) -> None:
+    model = lowered(random_model(SHAPES[name]), "int8")
+    with kernels.forced({"few-rows": tiles}):
+        agree(logits_of(model, "native", 6), logits_of(model, "torch", 6), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 5, 3), (2, 37, 9), (3, 64, 8), (5, 96, 33), (16, 64, 100), (37, 160, 64)]
+)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_products_of_a_few_rows(rows: int, inputs: int, outputs: int, dtype: torch.dtype, tiles: bool) -> None:
+    if tiles and not native.library().has_tiles():
+        pytest.skip("this machine has no matrix instructions")
+    torch.manual_seed(0)
+    x, weight, steps = torch.randn(rows, inputs), torch.randn(outputs, inputs), None
+    if dtype == torch.int8:
+        weight, steps = (weight * 40).round().clamp(-127, 127), torch.rand(outputs)
+    weight = weight.to(dtype)
+    want = x.double() @ weight.double().T * (1 if steps is None else steps.double())
+    got = few_rows(x, weight, steps, tiles)
+    assert (got - want).norm() <= (6e-6 if tiles else 4e-7) * want.norm()
+    x[-1, -1] = float("nan")
+    assert few_rows(x, weight, steps, tiles).isnan().any(1).tolist() == [False] * (rows - 1) + [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(19, 100), (torch.randn(50, 100) * 9).to(dtype)
+    steps = torch.ones(50) if dtype == torch.int8 else None
+    whole = few_rows(x, weight, steps)
+    for count in (1, 2, 3, 4, 5, 8, 11):
+        assert torch.equal(few_rows(x[:count].contiguous(), weight, steps), whole[:count])
+
+
+def test_threads_change_no_bit() -> None:
+    model, before = random_model(SHAPES["heads of 64"]), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with reading(model), kernels.forced({"decode": "native"}):
+                rows = Rows(model, prompts(3), None, Sampling(max_new=4), range(3))
+                # The prompt is torch's, whose sums may depend on its threads.
+                for cached in (*rows.cache.keys, *rows.cache.values):
+                    cached.copy_(torch.linspace(-1, 1, cached.numel()).view(cached.shape))
+                found.append(rows.decoder(torch.tensor([[5], [6], [7]]), rows.next))  # type: ignore[misc]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_weights_that_change_in_place_are_seen() -> None:
+    model = random_model(SHAPES["llama"])
+    first = logits_of(model, "native")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    second = logits_of(model, "native")
+    assert not torch.equal(first[-1], second[-1])
+    agree(second, logits_of(model, "torch"), 2e-6)
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    model = random_model(SHAPES["llama"])
+    with torch.no_grad():
+        model.trunk.blocks[1].mlp.up.weight[3, 3] = float("nan")  # type: ignore[union-attr, index]
+    assert logits_of(model, "native")[-1].isnan().all()
+
+
+def test_an_adapter_that_is_not_folded_is_left_to_torch() -> None:
+    model = random_model(SHAPES["llama"])
+    lora.add(model, ["attention.q"], lora.Rank(rank=2))
+    with reading(model), kernels.forced({"decode": "native"}):
+        assert Rows(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
+
+
+@pytest.mark.parametrize("shape", [Shape(**BASE, position="xlnet", query=True), recurrent(vocab=V, width=48, depth=2)])
+def test_other_architectures_are_left_to_torch(shape: Shape) -> None:
+    model = random_model(shape)
+    with reading(model), kernels.forced({"decode": "native"}):
+        assert Rows(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
+
+
+def test_many_rows_of_a_large_model_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(SHAPES["llama"])
+    monkeypatch.setattr("firth.generate.native_decoder.MAX_PRODUCT", 1000)
+    with reading(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
+        rows = Rows(model, prompts(2), None, Sampling(max_new=2), [0, 1])
+        assert rows.decoder is None
+        assert NativeDecoder.of(model, rows.cache) is None
