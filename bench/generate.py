@@ -2,12 +2,14 @@
 
     python -m bench.generate --batch 1 --weights fp32 bf16 int8-dynamic int8      # and --batch 16
     python -m bench.generate --batch 1 --model DIR     # a Llama of a directory, such as SmolLM2, in place of the two
+    python -m bench.generate --batch 1 --prompt 512 --new 1    # what reading a prompt takes: units are its tokens
     python -m bench.generate --check                   # the same weights write the same tokens on both sides; no timing
 
 Contenders: transformers' `generate()` on a `GPT2LMHeadModel` as it comes, the same with its weights in bf16, firth's
 `Engine` reading the very same GPT-2 from its directory, and firth's `Engine` on its own default decoder of that size,
 each with every kind of weights that is asked for (firth.generate.lowered). The last one named is what ratios are of.
-Every contender gets the same prompts (32 tokens a row) and must write 128 tokens a row: nothing can end an answer.
+Every contender gets the same prompts (32 tokens a row) and must write 128 tokens a row: nothing can end an answer. Units are
+the tokens written, or with `--new 1` the tokens read.
 
 At batch 1 the floor is the weights' bytes over the memory bandwidth (embeddings of tokens that are not read excluded).
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,26 @@ import torch
 
 from bench.harness import Turn, arguments, command
 
-VOCAB, WIDTH, DEPTH, HEADS, CONTEXT = 8192, 512, 8, 8, 256
+VOCAB, WIDTH, DEPTH, HEADS, CONTEXT = 8192, 512, 8, 8, 1024
 PROMPT, NEW = 32, 128
 
 
-def prompts(batch: int) -> np.ndarray:
-    """(batch, PROMPT) int64 ordinary ids."""
-    return np.random.default_rng(0).integers(200, VOCAB, size=(batch, PROMPT))
+@dataclass(frozen=True)
+class Work:
+    """Rows, the tokens of each prompt, and the tokens to write in each row."""
+
+    batch: int
+    prompt: int = PROMPT
+    new: int = NEW
+
+    @property
+    def units(self) -> int:
+        """Tokens that are counted: those written, or those read where one is written."""
+        return self.batch * (self.prompt if self.new == 1 else self.new)
+
+    def prompts(self) -> np.ndarray:
+        """(batch, prompt) int64 ordinary ids."""
+        return np.random.default_rng(0).integers(200, VOCAB, size=(self.batch, self.prompt))
 
 
 # ------------------------------------------------------------------------------- transformers
@@ -60,16 +76,17 @@ def hf_from(directory: Path) -> Any:
     return model.eval()
 
 
-def hf_write(model: Any, batch: int) -> list[list[int]]:
-    ids = torch.from_numpy(prompts(batch))
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
-    return out[:, PROMPT:].tolist()  # type: ignore[no-any-return]
+def hf_write(model: Any, work: Work) -> list[list[int]]:
+    ids = torch.from_numpy(work.prompts())
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=work.new, do_sample=False)
+    return out[:, work.prompt :].tolist()  # type: ignore[no-any-return]
 
 
-def transformers_generate(turn: Turn, batch: int, make: Callable[[], Any], dtype: torch.dtype) -> None:
+def transformers_generate(turn: Turn, work: Work, make: Callable[[], Any], dtype: torch.dtype) -> None:
     model = make().to(dtype)
     while True:
-        turn(sum(map(len, hf_write(model, batch))))
+        hf_write(model, work)
+        turn(work.units)
 
 
 # ------------------------------------------------------------------------------- firth
@@ -119,22 +136,23 @@ def own_decoder() -> Any:
     return model
 
 
-def firth_write(engine: Any, batch: int) -> list[list[int]]:
+def firth_write(engine: Any, work: Work) -> list[list[int]]:
     from firth.generate.sample import Sampling
 
-    done = engine.generate(list(prompts(batch)), Sampling(temperature=0, max_new=NEW))
+    done = engine.generate(list(work.prompts()), Sampling(temperature=0, max_new=work.new))
     return [c.tokens.tolist() for c in done]
 
 
-def firth_generate(turn: Turn, batch: int, make: Callable[[], Any], weights: str) -> None:
+def firth_generate(turn: Turn, work: Work, make: Callable[[], Any], weights: str) -> None:
     from firth.generate.engine import Engine
 
     engine = Engine(make(), Numbers(), stops=(), weights=weights)
     while True:
-        turn(sum(map(len, firth_write(engine, batch))))
+        firth_write(engine, work)
+        turn(work.units)
 
 
-def contenders(batch: int, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[Turn], None]]:
+def contenders(work: Work, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[Turn], None]]:
     from firth.model.weights import load_model
 
     theirs = hf_model if directory is None else partial(hf_from, directory)
@@ -142,12 +160,12 @@ def contenders(batch: int, weights: Sequence[str], directory: Path | None) -> di
     if directory is not None:
         ours = {"the same": partial(load_model, directory)}
     found: dict[str, Callable[[Turn], None]] = {
-        "transformers": partial(transformers_generate, batch=batch, make=theirs, dtype=torch.float32),
-        "transformers, bf16": partial(transformers_generate, batch=batch, make=theirs, dtype=torch.bfloat16),
+        "transformers": partial(transformers_generate, work=work, make=theirs, dtype=torch.float32),
+        "transformers, bf16": partial(transformers_generate, work=work, make=theirs, dtype=torch.bfloat16),
     }
     for name, make in ours.items():
         for kind in weights:
-            found[f"firth, {name}, {kind}"] = partial(firth_generate, batch=batch, make=make, weights=kind)
+            found[f"firth, {name}, {kind}"] = partial(firth_generate, work=work, make=make, weights=kind)
     return found
 
 
@@ -165,7 +183,7 @@ def check(directory: Path | None) -> None:
     }
     assert sizes["transformers"] == sizes["firth, the same"], sizes
     for batch in (1, 4):
-        want, got = hf_write(theirs, batch), firth_write(engine, batch)
+        want, got = hf_write(theirs, Work(batch)), firth_write(engine, Work(batch))
         assert all(len(row) == NEW for row in want + got), "an answer ended early"
         assert len({t for row in want for t in row}) > NEW // 4, "the text is too dull to show a difference"
         agree = np.mean(np.array(want) == np.array(got))
@@ -177,16 +195,23 @@ def main() -> None:
     from firth.generate.lowered import DIGITS, FLOATS
 
     every = [*FLOATS, *DIGITS]
-    names = {**contenders(1, every, None), **contenders(1, every, Path())}
+    names = {**contenders(Work(1), every, None), **contenders(Work(1), every, Path())}
     parser = arguments(__doc__, names)
     parser.add_argument("--batch", type=int, default=1, help="rows written at once")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
+    parser.add_argument(
+        "--new", type=int, default=NEW, help="tokens written in each row; 1: the prompt's tokens are counted"
+    )
     parser.add_argument("--weights", nargs="+", choices=every, default=["fp32", "int8-dynamic", "int8"])
     parser.add_argument("--model", type=Path, help="the directory of a Llama to write with on both sides")
     given = parser.parse_args()
     if given.check:
         check(given.model)
     else:
-        command(given, contenders(given.batch, every if given.only else given.weights, given.model))
+        command(
+            given,
+            contenders(Work(given.batch, given.prompt, given.new), every if given.only else given.weights, given.model),
+        )
 
 
 if __name__ == "__main__":
