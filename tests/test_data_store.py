@@ -12,19 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_room import TEXTS, documents, store, tokenizer
+import torch
+from data_room import TEXTS, Counting, documents, store, tokenizer
 
 from firth.data import shards
 from firth.data.batch import Batches
 from firth.data.segment import Pairs, Pieces, Windows
 from firth.data.shards import TokenStore
+from firth.data.source import Mixture, Source
 from firth.data.split import enough, place, split
 from firth.objectives.causal import CausalLM
 from firth.text import read
 from firth.text.counts import Counts
 from firth.text.read import Document
 from firth.text.train import train
-from firth.types import IGNORE, UserError
+from firth.types import IGNORE, Example, UserError
 
 
 def body(made: TokenStore, i: int) -> np.ndarray:
@@ -244,6 +246,73 @@ def test_windows_number_their_documents(tmp_path: Path) -> None:
     assert several
     with pytest.raises(UserError, match="too few for one window"):
         Windows(made, 1 << 20)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_windows_move_in_later_epochs(ahead: int, tmp_path: Path) -> None:
+    """The first epoch reads windows as they are. Each later one reads as many whole windows, side by side from another offset
+    on, which is a function of the seed and the epoch alone; only the last may overlap the one before it."""
+    made = store(tmp_path)
+    windows = Windows(made, 50, ahead)
+    every = np.arange(len(windows))
+    usable = len(made.tokens) - ahead
+    number = np.repeat(np.arange(len(made)), np.diff(made.offsets))
+
+    def read(seed: int, epoch: int, of: Windows = windows) -> list[Example]:
+        return of.in_epochs(seed, np.full_like(every, epoch), every)
+
+    def offset(seed: int, epoch: int) -> int:
+        """Found in the tokens, and checked in every window."""
+        examples = read(seed, epoch)
+        for first in range(50):
+            starts = [min(first + k * 50, usable - 50) for k in every]
+            if all(
+                np.array_equal(x["tokens"], made.tokens[a : a + 50 + ahead])
+                for x, a in zip(examples, starts, strict=True)
+            ):
+                break
+        else:
+            raise AssertionError(f"the windows of epoch {epoch} do not lie side by side")
+        for x, a in zip(examples, starts, strict=True):
+            own = number[a : a + 50 + ahead]
+            assert np.array_equal(x.get("document", np.zeros(len(own))), own - own[0])
+        return first
+
+    assert offset(0, 0) == offset(1, 0) == 0
+    offsets = [offset(0, epoch) for epoch in range(1, 20)]
+    assert len(set(offsets)) > 10
+    assert offsets == [offset(0, epoch) for epoch in range(1, 20)] != [offset(1, epoch) for epoch in range(1, 20)]
+    mixed = windows.in_epochs(0, np.array([3, 0, 3]), np.array([4, 4, 1]))
+    for got, known in zip(mixed, (read(0, 3)[4], windows[4], read(0, 3)[1]), strict=True):
+        assert np.array_equal(got["tokens"], known["tokens"])
+    tailed = Windows(made, 50, ahead, tail=True)
+    assert all(np.array_equal(x["tokens"], tailed[i]["tokens"]) for i, x in enumerate(read(0, 3, tailed)))
+
+
+def test_batches_read_moved_windows(tmp_path: Path) -> None:
+    """A batch of any step is the same from a new `Batches`, so a resumed run reads what it would have read; an evaluation
+    reads the windows where they are, and a mixture moves those of each source by that source's epochs."""
+    made, vocab = store(tmp_path), tokenizer().vocab
+    windows = Windows(made, 50)
+
+    def batches(source: Source) -> Batches:
+        return Batches(source, CausalLM(), vocab, rows=4, seed=5)
+
+    steps = 3 * len(windows) // 4
+    run = [batches(windows).batches(step)[0]["tokens"] for step in range(steps)]
+    whole = batches(windows)
+    assert all(torch.equal(whole.batches(step)[0]["tokens"], run[step]) for step in reversed(range(steps)))
+    known = {tuple(windows[i]["tokens"][:-1].tolist()) for i in range(len(windows))}
+    first = torch.cat(run[: len(windows) // 4])
+    assert {tuple(row) for row in first.tolist()} <= known
+    assert not {tuple(row) for row in run[-1].tolist()} & known
+    measured = torch.cat([batch["tokens"] for batch in batches(windows).once()])
+    assert {tuple(row) for row in measured.tolist()} == known
+    twins = Mixture([Counting(7), windows], [1, 2])
+    epochs, indices = twins.order(5, np.arange(300))
+    own = windows.in_epochs(6, epochs[indices >= 7], indices[indices >= 7] - 7)
+    mixed = [x for x, i in zip(twins.in_epochs(5, epochs, indices), indices, strict=True) if i >= 7]
+    assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(mixed, own, strict=True))
 
 
 @pytest.mark.parametrize("framed", [False, True])

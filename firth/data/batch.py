@@ -115,7 +115,7 @@ class Batches:
     def once(self) -> Iterator[Batch]:
         """Every example of the source once, in the source's own order, `rows` at a time: what an evaluation reads.
 
-        Each rank takes every `world`-th batch; the draws are those of epoch 0.
+        Each rank takes every `world`-th batch; draws and windows are those of epoch 0.
         """
         for start in range(self.rank * self.rows, len(self.source), self.world * self.rows):
             index = np.arange(start, min(start + self.rows, len(self.source)))
@@ -125,7 +125,7 @@ class Batches:
         """What the objective makes of these examples in these epochs, as yet in no batch."""
         copies = self.objective.copies
         drawn = (epochs % copies if copies else epochs).tolist()
-        examples = self.source.many(indices.tolist())
+        examples = self.source.in_epochs(self.seed, epochs, indices)
         streams = list(zip(drawn, indices.tolist(), strict=True))
         return self.objective.view_many(examples, self.vocab, self._draws, streams)
 

@@ -4,7 +4,8 @@
     `Pieces`     parts of single documents, of varied length          (masked language modelling, span corruption)
     `Pairs`      two neighbours, and a stranger                       (next sentence and sentence order prediction)
 
-Each is a `Source`: indices are fixed by the store, and the order of a run is drawn elsewhere (`firth.data.order`).
+Each is a `Source`: indices are fixed by the store, and the order of a run is drawn elsewhere (`firth.data.order`). Only
+windows move: a run that reads its text several times cuts them at another offset in each epoch (`Windows.in_epochs`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,25 @@ class Windows(Source):
         return -(-usable // self.length) if self.tail else max(usable, 0) // self.length
 
     def __getitem__(self, index: int) -> Example:
-        start = index * self.length
+        return self._from(index * self.length)
+
+    def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        """Return windows that begin at an offset drawn from (seed, epoch) in each epoch but the first, where it is 0.
+
+        A model that reads the same text many times then sees a token after a new stretch of text, and at another position,
+        in every epoch. There are as many windows in each; the last one may overlap the one before it. Windows with a tail
+        do not move.
+        """
+        if self.tail:
+            return self.many(indices.tolist())
+        draws = Draws(seed, "windows")
+        offsets = {e: int(draws.at(e, 0).random() * self.length) if e else 0 for e in set(epochs.tolist())}
+        last = len(self.store.tokens) - self.ahead - self.length
+        places = zip(epochs.tolist(), indices.tolist(), strict=True)
+        return [self._from(min(offsets[epoch] + index * self.length, last)) for epoch, index in places]
+
+    def _from(self, start: int) -> Example:
+        """The window from the store's token `start` on."""
         tokens = self.store.tokens[start : start + self.length + self.ahead].astype(np.int32)
         example = {"tokens": tokens} | ({"memory_tokens": self._before(start)} if self.memory else {})
         if not self.isolate:

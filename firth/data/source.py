@@ -72,6 +72,16 @@ class Source:
         """The examples of some indices: those of `source[i]`, all at once where that is faster."""
         return [self[i] for i in indices]
 
+    def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        """Return the examples that a run with this seed reads as `indices` in `epochs`: a pure function of the three.
+
+        Args:
+            seed: The seed that the run gives to `order`.
+            epochs: (n,) int; in epoch 0 the examples are those of `source[i]`, in later ones a source may cut its text elsewhere.
+            indices: (n,) int.
+        """
+        return self.many(indices.tolist())
+
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The (epoch, index) of each position of an endless run: every epoch is a permutation."""
         return order(len(self), seed, positions)
@@ -186,6 +196,16 @@ class Mixture(Source):
             epoch[mine], local = source.order(seed + i, draws)
             index[mine] = local + self._starts[i]
         return epoch, index
+
+    def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        which = self._starts.searchsorted(indices, side="right") - 1
+        found: dict[int, Example] = {}
+        for i in np.unique(which).tolist():
+            at = np.flatnonzero(which == i)
+            # The seed of a source is the one by which `order` permutes it.
+            examples = self.sources[i].in_epochs(seed + i, epochs[at], indices[at] - self._starts[i])
+            found |= zip(at.tolist(), examples, strict=True)
+        return [found[k] for k in range(len(indices))]
 
     @property
     def on_policy(self) -> bool:
