@@ -98,7 +98,7 @@ def ours(name: str) -> Iterator[int]:
     torch.manual_seed(0)
     model = LM(recipe.shape, objective.parts(recipe.shape))
     begin(model, objective, batches)
-    mover = Mover(recipe.optimizer, model)
+    mover = Mover(recipe.optimizer, model, sparse=True)
     precision = casts(choose(recipe.precision, CPU), CPU)
     pool = [(batches.batches(i), useful(padded(batches, i))) for i in range(POOL)]
     model.train()

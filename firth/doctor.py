@@ -22,7 +22,7 @@ import torch
 
 from firth import kernels, openmp
 from firth.generate import lowered
-from firth.model import attention, cross_entropy, fused, native
+from firth.model import attention, cross_entropy, distance, fused, native
 from firth.train import muon, precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
@@ -217,6 +217,7 @@ def _kernels() -> list[Row]:
         fused.LAYER_NORM,
         fused.HEADS,
         fused.ACTIVATION,
+        distance.COLUMNS,
         fused.ONE_ROW,
     )
     every = [kernel for table in tables for kernel in table.values()] + [muon.KERNEL, muon.MOMENTUM, lowered.KERNEL]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from firth import kernels
 from firth.kernels import Kernel
-from firth.model import attention, cross_entropy, fused, native, native_ops
+from firth.model import attention, cross_entropy, distance, fused, native, native_ops
 from firth.model.attention import Visibility
 from firth.model.block import MLP
 from firth.model.shape import Shape
@@ -230,6 +230,17 @@ def test_heads_are_their_formula_in_every_choice(turned: str, eps: float, width:
 
     joined = torch.randn(3, 7, 8 * width, dtype=torch.float64)
     same(fused.HEADS, lambda x: torch.cat(fused.heads(x, turns, eps, 4, 2, width), 1), plain, joined)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_distances_are_gathered_alike_in_every_choice(alike: bool) -> None:
+    torch.manual_seed(0)
+    met, index = torch.randn(3, 2, 40, 60, dtype=torch.float64), torch.randint(60, (1 if alike else 3, 40, 75))
+
+    def plain(met: torch.Tensor) -> torch.Tensor:
+        return met.gather(-1, index[:, None].expand(3, 2, -1, -1))
+
+    same(distance.COLUMNS, lambda x: distance.gathered(x, index), plain, met)
 
 
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])

@@ -340,6 +340,21 @@ static inline float slope_of(int kind, float x) {
     }
 }
 
+/* Both at once, of what they share: the gradient of a gated activation needs both. */
+static inline float value_and_slope(int kind, float x, float *slope) {
+    float density, below, t;
+    switch (kind) {
+    case RELU: *slope = x > 0 ? 1 : 0; return linear_unit(x);
+    case RELU2: *slope = 2 * linear_unit(x); return linear_unit(x) * linear_unit(x);
+    case GELU: below = normal(x, &density); *slope = below + x * density; return x * below;
+    case GELU_TANH:
+        t = gelu_inner(x);
+        *slope = 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.79788456f * (1 + 0.134145f * x * x);
+        return 0.5f * x * (1 + t);
+    default: t = 1.0f / (1.0f + exponential(-x)); *slope = t * (1 + x * (1 - t)); return x * t;
+    }
+}
+
 /* The same for n numbers; the kind is a constant in each loop, which the compiler then makes vectors of. */
 #define FOR_EACH(kind, function, to, x, n) \
     switch (kind) { \
@@ -349,11 +364,16 @@ static inline float slope_of(int kind, float x) {
     case GELU_TANH: LOOP(function(GELU_TANH, x[j]), to, n) break; \
     default: LOOP(function(SILU, x[j]), to, n) break; \
     }
+#define BOTH(kind, x) value_and_slope(kind, x, slope + j)
 #define LOOP(result, to, n) _Pragma("omp simd") for (int64_t j = 0; j < n; j++) to[j] = result;
 
 static void values(int kind, const float *restrict x, float *restrict to, int64_t n) { FOR_EACH(kind, value_of, to, x, n) }
 
 static void slopes(int kind, const float *restrict x, float *restrict to, int64_t n) { FOR_EACH(kind, slope_of, to, x, n) }
+
+static void values_and_slopes(int kind, const float *restrict x, float *restrict value, float *restrict slope, int64_t n) {
+    FOR_EACH(kind, BOTH, value, x, n)
+}
 
 #define PART 512
 
@@ -386,9 +406,9 @@ EXPORT void activation_backward(int kind, const void *grad, const void *x, void 
         int64_t at = row * width * (gated ? 2 : 1) + start;
         load(in, x, at, n, half);
         load(g, grad, row * width + start, n, half);
-        slopes(kind, in, slope, n);
-        if (gated) {
-            values(kind, in, value, n);
+        if (!gated) slopes(kind, in, slope, n);
+        else {
+            values_and_slopes(kind, in, value, slope, n);
             #pragma omp simd
             for (int64_t j = 0; j < n; j++) value[j] *= g[j];
             store(dx, at + width, value, n, half);
@@ -609,4 +629,51 @@ EXPORT void linear(const void *x, const void *w, const void *bias, void *y, int 
         }
     }
     free(wide);
+}
+
+/* ------------------------------------------------------------------------------------------ columns by distance
+
+   from (batch, heads, rows, columns), index (batch or 1, rows, keys) -> to (batch, heads, rows, keys): row t of each head, at
+   index[b, t, j] (`firth.model.distance`). `step`: how far the index of the next batch is, 0 where all have one. */
+
+EXPORT void columns_forward(const void *from, int half, const int64_t *index, int64_t step, void *to, int64_t batch,
+                            int64_t heads, int64_t rows, int64_t columns, int64_t keys, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (batch * heads * rows * keys >= SMALL)
+    for (int64_t i = 0; i < batch * rows; i++) {
+        const int64_t *restrict at = index + i / rows * step + i % rows * keys;
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t row = (i / rows * heads + h) * rows + i % rows;
+            if (half) {
+                const uint16_t *restrict x = (const uint16_t *)from + row * columns;
+                uint16_t *restrict y = (uint16_t *)to + row * keys;
+                for (int64_t j = 0; j < keys; j++) y[j] = x[at[j]];
+            } else {
+                const float *restrict x = (const float *)from + row * columns;
+                float *restrict y = (float *)to + row * keys;
+                for (int64_t j = 0; j < keys; j++) y[j] = x[at[j]];
+            }
+        }
+    }
+}
+
+/* The sums of grad (batch, heads, rows, keys) over the keys that took each column. */
+EXPORT void columns_backward(const void *grad, int half, const int64_t *index, int64_t step, void *dfrom, int64_t batch,
+                             int64_t heads, int64_t rows, int64_t columns, int64_t keys, int threads) {
+    #pragma omp parallel num_threads(threads) if (batch * heads * rows * keys >= SMALL)
+    {
+        float *g = scratch(keys), *sum = scratch(columns);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < batch * rows; i++) {
+            const int64_t *restrict at = index + i / rows * step + i % rows * keys;
+            for (int64_t h = 0; h < heads; h++) {
+                int64_t row = (i / rows * heads + h) * rows + i % rows;
+                load(g, grad, row * keys, keys, half);
+                memset(sum, 0, columns * sizeof(float));
+                for (int64_t j = 0; j < keys; j++) sum[at[j]] += g[j];
+                store(dfrom, row * columns, sum, columns, half);
+            }
+        }
+        free(g);
+        free(sum);
+    }
 }

@@ -80,6 +80,8 @@ ARGUMENTS = {
     "linear": (*4 * (POINTER,), INT, LONG, LONG, LONG, INT),
     "momentum": (POINTER, POINTER, POINTER, INT, FLOAT, LONG, INT),
     "apply": (POINTER, POINTER, INT, FLOAT, FLOAT, LONG, INT),
+    "columns_forward": (POINTER, INT, POINTER, LONG, POINTER, *5 * (LONG,), INT),
+    "columns_backward": (POINTER, INT, POINTER, LONG, POINTER, *5 * (LONG,), INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
 }
 """Function of native.c -> the types of its arguments."""
