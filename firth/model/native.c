@@ -677,3 +677,102 @@ EXPORT void columns_backward(const void *grad, int half, const int64_t *index, i
         free(sum);
     }
 }
+
+/* ------------------------------------------------------------------------------------------ rows of a table
+
+   AdamW without decay on the `count` rows of a table that are named by `seen`; `from`: which row of `grads` is the gradient of
+   each, less than 0 where it is zero. `factor`: the square root of the second moment's bias correction. */
+
+EXPORT void adamw_rows(float *table, const int64_t *seen, const int64_t *from, const float *grads, float *mean, float *square,
+                       float beta1, float beta2, float rate, float factor, float eps, int64_t count, int64_t width,
+                       int threads) {
+    float share = 1.0f / factor;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (count * width >= SMALL)
+    for (int64_t i = 0; i < count; i++) {
+        float *restrict w = table + seen[i] * width, *restrict m = mean + i * width, *restrict v = square + i * width;
+        if (from[i] < 0) {
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                m[j] *= beta1;
+                v[j] *= beta2;
+                w[j] -= rate * m[j] / (sqrtf(v[j]) * share + eps);
+            }
+        } else {
+            const float *restrict g = grads + from[i] * width;
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                m[j] += (g[j] - m[j]) * (1 - beta1);
+                v[j] = v[j] * beta2 + g[j] * g[j] * (1 - beta2);
+                w[j] -= rate * m[j] / (sqrtf(v[j]) * share + eps);
+            }
+        }
+    }
+}
+
+/* Add up the values (count, width) that have one index: `rows` takes each index once, in rising order, `sums` what belongs to it,
+   and `unique` how many there are. `size`: rows of the table, more than any index. */
+EXPORT void sum_rows(const int64_t *index, const float *values, int64_t *rows, float *sums, int64_t *unique, int64_t count,
+                     int64_t width, int64_t size, int threads) {
+    int64_t *slot = calloc(size, sizeof(int64_t)), met = 0;
+    for (int64_t i = 0; i < count; i++) slot[index[i]] = 1;
+    for (int64_t i = 0; i < size; i++) {
+        if (!slot[i]) continue;
+        rows[met] = i;
+        slot[i] = met++;
+    }
+    *unique = met;
+    int64_t parts = count * width >= SMALL ? threads : 1;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (parts > 1)
+    for (int64_t part = 0; part < parts; part++) { /* each has rows of its own, and adds in the order of the values */
+        int64_t first = met * part / parts, end = met * (part + 1) / parts;
+        memset(sums + first * width, 0, (end - first) * width * sizeof(float));
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = slot[index[i]];
+            if (at < first || at >= end) continue;
+            const float *restrict from = values + i * width;
+            float *restrict to = sums + at * width;
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) to[j] += from[j];
+        }
+    }
+    free(slot);
+}
+
+/* The mean of the neighbors of each word, x (rows, length, width): those up to `left` before and `right` behind it, without
+   itself; zeros where there are none. */
+EXPORT void neighbors_forward(const float *x, const int64_t *left, const int64_t *right, float *y, int64_t rows,
+                              int64_t length, int64_t width, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (rows * length * width >= SMALL)
+    for (int64_t i = 0; i < rows * length; i++) {
+        int64_t count = left[i] + right[i];
+        float *restrict to = y + i * width, share = count ? 1.0f / count : 0;
+        memset(to, 0, width * sizeof(float));
+        for (int64_t j = i - left[i]; j <= i + right[i]; j++) {
+            const float *restrict from = x + j * width;
+            if (j == i) continue;
+            #pragma omp simd
+            for (int64_t k = 0; k < width; k++) to[k] += from[k];
+        }
+        #pragma omp simd
+        for (int64_t k = 0; k < width; k++) to[k] *= share;
+    }
+}
+
+EXPORT void neighbors_backward(const float *grad, const int64_t *left, const int64_t *right, float *dx, int64_t rows,
+                               int64_t length, int64_t width, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (rows * length * width >= SMALL)
+    for (int64_t row = 0; row < rows; row++) {
+        memset(dx + row * length * width, 0, length * width * sizeof(float));
+        for (int64_t i = row * length; i < (row + 1) * length; i++) {
+            const float *restrict from = grad + i * width;
+            int64_t count = left[i] + right[i];
+            float share = count ? 1.0f / count : 0;
+            for (int64_t j = i - left[i]; j <= i + right[i]; j++) {
+                float *restrict to = dx + j * width;
+                if (j == i) continue;
+                #pragma omp simd
+                for (int64_t k = 0; k < width; k++) to[k] += from[k] * share;
+            }
+        }
+    }
+}

@@ -230,3 +230,41 @@ def columns(x: Tensor, index: Tensor) -> Tensor:
     """
     y: Tensor = _Columns.apply(x, index)
     return y
+
+
+class _Neighbors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        x, left, right = x.contiguous(), left.contiguous(), right.contiguous()
+        y = torch.empty_like(x)
+        native.library().neighbors_forward(
+            x.data_ptr(), left.data_ptr(), right.data_ptr(), y.data_ptr(), *x.shape, native.threads()
+        )
+        ctx.save_for_backward(left, right)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        left, right = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = torch.empty_like(grad)
+        native.library().neighbors_backward(
+            grad.data_ptr(), left.data_ptr(), right.data_ptr(), dx.data_ptr(), *grad.shape, native.threads()
+        )
+        return dx, None, None
+
+
+def neighbors(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the mean of each word's neighbors, itself not among them; zeros where it has none.
+
+    Args:
+        x: (B, T, width) fp32.
+        left: How many neighbors are before each word, (B, T) int64, within its row.
+        right: How many are behind it.
+
+    Returns:
+        (B, T, width).
+    """
+    y: Tensor = _Neighbors.apply(x, left, right)
+    return y
