@@ -30,7 +30,7 @@ from bench.causal import DEPTH, HEADS, VOCAB, WIDTH, firth_run
 from bench.harness import Contender, Turn, arguments, command
 
 Task = Literal["reward", "dpo"]
-COMPARISONS, ROWS, SHARE = 512, 16, 4
+COMPARISONS, ROWS, SHARE = 256, 16, 4
 PAD, UNK, EOS, FIRST = 0, 1, 2, 3
 LONGEST = 128
 
