@@ -7,11 +7,12 @@
     python -m bench.finetune vitaminc --check   # equal ids, states and losses; no timing
 
 The peer is the Trainer on `AutoModelForSequenceClassification` as it comes: fp32, DataCollatorWithPadding, padded to the
-longest of the step. MiniLM's own config has dropout 0.1, and firth, which starts from it, has that too. Since torch's dropout
-is slow on a CPU and ours is not, both stand beside it without; and the peer with its rows grouped by length. Ours are
-`classify`'s own objective, weights, AdamW and loop: with rows padded, with rows of like length, and packed, as the recipe has
-them. All have as many examples a step; units are the useful tokens of training steps, [CLS] and [SEP] with them and padding
-not.
+longest of the step; and the same with bf16=True, which a user of a CPU with bf16 instructions would set. MiniLM's own config
+has dropout 0.1, and firth, which starts from it, has that too. Since torch's dropout is slow on a CPU and ours is not, both
+run without it as well; and the peer with its rows grouped by length. Ours are `classify`'s own objective, weights, AdamW and
+loop, in the precision that a run chooses by itself on this machine: with rows padded, with rows of like length, and packed, as
+the recipe has them. All have as many examples a step; units are the useful tokens of training steps, [CLS] and [SEP] with them
+and padding not.
 
 The floor. A token passes 12 width^2 weights a block, at 6 FLOPs each; the peer's padding does too. Ours need the last
 block's states where the class is read alone, so keys and values are all that the other tokens pay for there. Attention's own
@@ -37,6 +38,7 @@ from bench.causal import firth_run
 from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
 from bench.masked import GROUP, useful_turns
 
+PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARE = 2  # steps in a turn, where every step is like another
 
 
@@ -180,6 +182,9 @@ def contenders(name: str) -> dict[str, Contender]:
         "Trainer as it comes": arm(trainer, name=name),
         "Trainer, rows of like length": arm(trainer, name=name, **alike),
         "Trainer, dropout 0": arm(trainer, name=name, dropout=False),
+        "Trainer, bf16": arm(trainer, name=name, bf16=True),
+        "Trainer, bf16, rows of like length": arm(trainer, name=name, bf16=True, **alike),
+        "Trainer, bf16, dropout 0": arm(trainer, name=name, dropout=False, bf16=True),
         "firth, padded": arm(firth, name=name),
         "firth, rows of like length": arm(firth, name=name, sort=GROUP, share=GROUP),
         "firth, packed, dropout 0": arm(firth, name=name, dropout=False, pack=length),
@@ -229,6 +234,7 @@ def check(name: str) -> None:
 def floor(name: str) -> None:
     """FLOPs of products, and bytes that AdamW moves, of both: what they allow at this machine's rates."""
     from firth.scaling.flops import Work, trunk
+    from firth.train.precision import choose
 
     task, steps = TASKS[name], 50
     model, objective, packed = firth_parts(name, pack=task.length)
@@ -240,7 +246,7 @@ def floor(name: str) -> None:
     peer = trunk(model.shape, Work(slots, task.rows * sum(w * w for w in widths)))
     ours = sum(objective.run_flops(model, batch) for batch in mine)
     cells = sum(batch["tokens"].numel() for batch in mine)
-    rate, memory = gemm_rate(torch.float32), memory_rate()
+    rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()
     words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in mine]))
     whole = sum(p.numel() for p in model.parameters())
     table = model.tokens.weight.numel()

@@ -8,10 +8,11 @@
 
 Every run is a recipe in a directory of its own under runs/learn_adapt, as `firth train classify` makes them, and every peer
 a file: stopped at any moment, the same command goes on. Both sides begin from the same weights, read the same 1,920 records
-(the seed draws them and their order), make the same steps of 32 at the same rate of AdamW with the same schedule, in fp32,
-read the class off [CLS] by one linear map, and answer the same 600 held-out records. Ours packs its texts into rows (but
-those with prompts, of which each text has its own); the peer pads each batch to its longest text, as the library's own
-collator does. Seconds are of the training steps alone.
+(the seed draws them and their order), make the same steps of 32 at the same rate of AdamW with the same schedule, read the
+class off [CLS] by one linear map, and answer the same 600 held-out records. Ours runs in the precision that it chooses by
+itself on this machine, the peer once in fp32 and once in bf16 autocast; its accuracy in the table is that of the faster. Ours
+packs its texts into rows (but those with prompts, of which each text has its own); the peer pads each batch to its longest
+text, as the library's own collator does. Seconds are of the training steps alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
     made = Recipe(
         name=f"{corpus}-{way}", objective=Classification(), segment=Labelled(length=LONGEST), start=str(base()),
         source=Text(path=(train,), valid=(valid,)), adapt=WAYS[way].adapt, seed=seed, batch=Batch(rows=ROWS, pack=WAYS[way].pack),
-        optimizer=Optimizer(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999), precision="fp32",
+        optimizer=Optimizer(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
         schedule=Schedule("linear", warmup=0.1), length=Length(steps=place.steps),
         checks=Checks(examples=HELD, save=0),
     )  # fmt: skip
@@ -136,6 +137,15 @@ def base() -> Path:
 
 
 # ------------------------------------------------------------------------------- the peer
+
+
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+"""Of the peer."""
+
+
+def peer_file(place: Place, corpus: str, way: str, seed: int, precision: Precision) -> Path:
+    return place.results / f"{corpus}-{way}-{seed}-peer-{precision}.json"
 
 
 class Peer(nn.Module):
@@ -168,10 +178,10 @@ class Peer(nn.Module):
         return scores
 
 
-def theirs(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
+def theirs(place: Place, corpus: str, way: str, seed: int, precision: Precision) -> dict[str, float]:
     import transformers
 
-    file = place.results / f"{corpus}-{way}-{seed}-peer.json"
+    file = peer_file(place, corpus, way, seed, precision)
     if file.exists():
         found: dict[str, float] = json.loads(file.read_text())
         return found
@@ -201,13 +211,15 @@ def theirs(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
     for number, (shown, labels) in enumerate(batches(order[: steps * ROWS], ROWS)):
         for group in optimizer.param_groups:
             group["lr"] = WAYS[way].rate * schedule.factor((number + 0.5) / steps)
-        nn.functional.cross_entropy(model(shown), labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = nn.functional.cross_entropy(model(shown), labels)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         right = sum(int((model(shown).argmax(-1) == labels).sum()) for shown, labels in batches(rows["valid"], ROWS))
     found = {"accuracy": right / len(rows["valid"]), "seconds": seconds, "trained": sum(p.numel() for p in trained)}
     file.write_text(json.dumps(found))
@@ -215,33 +227,46 @@ def theirs(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
 
 
 def table(place: Place, sets: Sequence[str], ways: Sequence[str], seeds: Sequence[int]) -> str:
-    """Mean and range over the seeds that are there."""
+    """Mean and range over the seeds that are there; the ratio is of the peer's seconds in its faster precision to ours."""
     lines: list[str] = []
     for corpus in sets:
         lines += [
             f"**{corpus}**",
             "",
-            "| | trained | accuracy, firth | peer | seconds, firth | peer |",
-            "|---|---|---|---|---|---|",
+            "| | trained | accuracy, firth | peer | seconds, firth | peer in fp32 | in bf16 | firth over the faster |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for way in ways:
-            sides: list[list[dict[str, float]]] = [[], []]
+            mine: list[dict[str, float]] = []
+            peers: dict[Precision, list[dict[str, float]]] = {p: [] for p in PRECISIONS}
             for seed in seeds:
                 if (place.results / f"{corpus}-{way}-{seed}" / "done.json").exists():
-                    sides[0].append(ours(place, corpus, way, seed))
-                if (place.results / f"{corpus}-{way}-{seed}-peer.json").exists():
-                    sides[1].append(theirs(place, corpus, way, seed))
-            if all(sides):
-                counts = [f"{round(side[0]['trained']):,}" for side in sides]
-                cells = [" and ".join(dict.fromkeys(counts))]
-                for name, digits in (("accuracy", 3), ("seconds", 1)):
-                    for side in sides:
-                        values = [found[name] for found in side]
-                        spread = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
-                        cells.append(f"{statistics.mean(values):.{digits}f} ({spread})")
-                lines.append(f"| {way} | {' | '.join(cells)} |")
+                    mine.append(ours(place, corpus, way, seed))
+                for p in PRECISIONS:
+                    if peer_file(place, corpus, way, seed, p).exists():
+                        peers[p].append(theirs(place, corpus, way, seed, p))
+            if mine and all(peers.values()):
+                lines.append(f"| {way} | {' | '.join(cells(mine, peers))} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def cells(mine: list[dict[str, float]], peers: dict[Precision, list[dict[str, float]]]) -> list[str]:
+    """A row of the table: numbers that are trained, accuracies, seconds, and how many times as fast firth is."""
+
+    def spread(runs: list[dict[str, float]], name: str, digits: int) -> str:
+        values = [found[name] for found in runs]
+        return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    took = {p: statistics.median(found["seconds"] for found in peers[p]) for p in PRECISIONS}
+    faster = min(PRECISIONS, key=lambda p: took[p])
+    counts = (f"{round(side[0]['trained']):,}" for side in (mine, peers[faster]))
+    return [
+        " and ".join(dict.fromkeys(counts)),
+        *(spread(side, "accuracy", 3) for side in (mine, peers[faster])),
+        *(spread(side, "seconds", 1) for side in (mine, *(peers[p] for p in PRECISIONS))),
+        f"**{took[faster] / statistics.median(found['seconds'] for found in mine):.2f}x**",
+    ]
 
 
 def main() -> None:
@@ -257,8 +282,10 @@ def main() -> None:
     for seed in given.seeds if not given.table else ():
         for corpus in given.sets:
             for way in given.only:
-                for side in (ours, theirs):  # one after the other: what else the machine does falls on both
-                    print(corpus, way, seed, side.__name__, side(place, corpus, way, seed), flush=True)
+                # One after the other: what else the machine does falls on all.
+                print(corpus, way, seed, "firth", ours(place, corpus, way, seed), flush=True)
+                for p in PRECISIONS:
+                    print(corpus, way, seed, "peer", p, theirs(place, corpus, way, seed, p), flush=True)
     print(table(place, given.sets, given.only, given.seeds))
 
 

@@ -1,12 +1,14 @@
-"""Each objective's training speed beside a plain PyTorch loop around transformers' class for it, of the same sizes.
+"""Each objective's training speed against a plain PyTorch loop around transformers' class for it, of the same sizes.
 
-    python -m bench.objectives                    # every row of the table, about 10 minutes on two cores
+    python -m bench.objectives                    # every row of the table, about 15 minutes on two cores
     python -m bench.objectives --only t5 bart     # some
     python -m bench.objectives --check
+    python -m bench.objectives --profile xlnet    # where a step of firth and of the peer spends its time
 
 A row is the tiny recipe of that name: its own batches of real text (made before the clock starts, on both sides), its
-step, its optimizer. The peer reads the same examples, padded, and asks the same labels, with AdamW and a clipped gradient,
-fp32 and no dropout: what one would write by hand around the library. Width, layers, heads and vocabulary are the same;
+step, its optimizer, and the precision that it chooses by itself on this machine. The peer reads the same examples, padded,
+with the same labels, AdamW, a clipped gradient and no dropout: what one would write by hand around the library. It runs
+twice, in fp32 and in bf16 autocast; the ratio is to the faster of the two. Width, layers, heads and vocabulary are the same;
 where firth's block is gated its MLP is half as wide, which is as many numbers. Tokens are the examples' own: no padding,
 no queries. Where the library has no such objective, the peer is the nearest: SpanBERT without span boundaries, MPNet with
 masks alone; the LSTM's peer is written with torch.nn. Rows with empty columns have no peer.
@@ -17,16 +19,18 @@ Ratios are medians over rounds in turns (`bench.harness`); absolute speeds belon
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Report, Turn, compare, describe
+from bench.harness import Contender, Report, Turn, compare, describe
 from firth.data.batch import Batches, collate
 from firth.model.lm import LM
 from firth.objectives.objective import Objective
@@ -37,8 +41,11 @@ from firth.recipes.recipe import Recipe, load
 from firth.recipes.run_tokenizer import tokenizer_of
 from firth.train.cpu import keep_freed_memory
 from firth.train.optimizer import Mover
+from firth.train.precision import casts, choose
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Batch
+
+CPU = torch.device("cpu")
 
 POOL, SHARE = 8, 8
 """Batches that take turns; steps in a share."""
@@ -83,48 +90,50 @@ def useful(batch: Batch) -> int:
     return total
 
 
-def ours(turn: Turn, name: str) -> None:
-    """firth's step on the recipe's own batches."""
+def ours(name: str) -> Iterator[int]:
+    """Take firth's step on the recipe's own batches, for ever; yield the tokens of each."""
     keep_freed_memory()
     recipe, objective, batches = prepared(name)
     assert recipe.shape is not None
     torch.manual_seed(0)
     model = LM(recipe.shape, objective.parts(recipe.shape))
     begin(model, objective, batches)
-    mover = Mover(recipe.optimizer, model)
+    mover = Mover(recipe.optimizer, model, sparse=True)
+    precision = casts(choose(recipe.precision, CPU), CPU)
     pool = [(batches.batches(i), useful(padded(batches, i))) for i in range(POOL)]
     model.train()
-    number = 0
-    while True:
-        done = 0
-        for _ in range(SHARE):
-            here, tokens = pool[number % POOL]
-            step(model, objective, here)
-            mover.clip()
-            mover.move(0.1)
-            number, done = number + 1, done + tokens
-        turn(done)
+    for number in count():
+        here, tokens = pool[number % POOL]
+        step(model, objective, here, precision=precision)
+        mover.clip()
+        mover.move(0.1)
+        yield tokens
 
 
-def theirs(turn: Turn, name: str) -> None:
-    """A plain loop around the peer's model."""
+def theirs(name: str, precision: Literal["fp32", "bf16"]) -> Iterator[int]:
+    """Take the step of a plain loop around the peer's model, for ever; yield the tokens of each."""
     recipe, _, batches = prepared(name)
     torch.manual_seed(0)
     model, loss = PEERS[name](recipe)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
     pool = [(batch, useful(batch)) for batch in (padded(batches, i) for i in range(POOL))]
-    number = 0
+    for number in count():
+        batch, tokens = pool[number % POOL]
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            value = loss(batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield tokens
+
+
+def in_turns(turn: Turn, side: Callable[[], Iterator[int]]) -> None:
+    """Work in shares of SHARE steps."""
+    steps = side()
     while True:
-        done = 0
-        for _ in range(SHARE):
-            batch, tokens = pool[number % POOL]
-            optimizer.zero_grad()
-            loss(batch).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            number, done = number + 1, done + tokens
-        turn(done)
+        turn(sum(islice(steps, SHARE)))
 
 
 # ------------------------------------------------------------------------------- peers
@@ -350,6 +359,9 @@ PEERS: dict[str, Callable[[Recipe], Peer]] = {
     "bart": partial(written, "bart"),
     "lstm": recurrent,
 }
+PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+"""Of a peer."""
+
 ALONE = ("prefix_lm", "linformer", "elmo", "contrastive", "vae")
 """Recipes without a peer."""
 
@@ -373,20 +385,35 @@ def check() -> None:
 
 def row(name: str, rounds: int) -> tuple[str, Report]:
     """A line of the table."""
-    contenders = {"theirs": partial(theirs, name=name)} if name in PEERS else {}
-    report = compare(
-        contenders | {"firth": partial(ours, name=name)}, rounds=rounds, peer=next(iter(contenders), "firth")
-    )
+    contenders: dict[str, Contender] = {}
+    if name in PEERS:
+        contenders = {p: partial(in_turns, side=partial(theirs, name, p)) for p in PRECISIONS}
+    contenders["firth"] = partial(in_turns, side=partial(ours, name))
+    report = compare(contenders, rounds=rounds, peer=next(iter(contenders)))
     if not report.rounds:
-        return f"| {name} | no clean round | | |", report
-    speed = {who: sorted(report.rates(who))[len(report.rounds) // 2] for who in report.rounds[0]}
+        return f"| {name} | no clean round | | | |", report
+    speed = {who: statistics.median(report.rates(who)) for who in contenders}
     if name not in PEERS:
-        return f"| {name} | {speed['firth']:,.0f} | | |", report
-    middle, low, high = report.ratio("firth")
+        return f"| {name} | {speed['firth']:,.0f} | | | |", report
+    middle, low, high = report.ratio("firth", max(PRECISIONS, key=lambda p: speed[p]))
+    ratio = f"**{middle:.2f}x** ({low:.2f} to {high:.2f})"
     return (
-        f"| {name} | {speed['firth']:,.0f} | {speed['theirs']:,.0f} | **{middle:.2f}x** ({low:.2f} to {high:.2f}) |",
+        f"| {name} | {speed['firth']:,.0f} | {' | '.join(f'{speed[p]:,.0f}' for p in PRECISIONS)} | {ratio} |",
         report,
     )
+
+
+def profile(name: str, rows: int = 40) -> None:
+    """Print the operators that a step of each side spends its time in."""
+    sides = {"firth": ours(name)} | ({p: theirs(name, p) for p in PRECISIONS} if name in PEERS else {})
+    for who, steps in sides.items():
+        for _ in islice(steps, POOL):
+            pass
+        with torch.profiler.profile() as found:
+            for _ in islice(steps, POOL):
+                pass
+        table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
+        print(f"{name}, {who}, {POOL} steps\n{table}", flush=True)
 
 
 def main() -> None:
@@ -394,11 +421,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*PEERS, *ALONE], default=[*PEERS, *ALONE])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--profile", choices=[*PEERS, *ALONE], help="print where a step of this recipe spends its time")
     given = parser.parse_args()
     if given.check:
         check()
         return
-    lines = ["| recipe | firth, tokens/s | plain loop, tokens/s | ratio |", "|---|---|---|---|"]
+    if given.profile:
+        profile(given.profile)
+        return
+    lines = [
+        "| recipe | firth, tokens/s | plain loop in fp32 | in bf16 | firth over the faster |",
+        "|---|---|---|---|---|",
+    ]
     for name in given.only:
         line, report = row(name, given.rounds)
         print(line, flush=True)

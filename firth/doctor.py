@@ -22,10 +22,12 @@ import torch
 
 from firth import kernels, openmp
 from firth.generate import lowered
-from firth.model import attention, cross_entropy, fused, native
+from firth.model import attention, cross_entropy, distance, fused, native
+from firth.objectives.word2vec import NEIGHBORS
 from firth.train import muon, precision
 from firth.train.cpu import flush_denormals, keep_freed_memory
 from firth.train.log import short
+from firth.train.rows import KERNEL as TABLE_ROWS
 from firth.types import UserError
 
 
@@ -217,9 +219,16 @@ def _kernels() -> list[Row]:
         fused.LAYER_NORM,
         fused.HEADS,
         fused.ACTIVATION,
+        distance.COLUMNS,
         fused.ONE_ROW,
     )
-    every = [kernel for table in tables for kernel in table.values()] + [muon.KERNEL, muon.MOMENTUM, lowered.KERNEL]
+    every = [kernel for table in tables for kernel in table.values()] + [
+        muon.KERNEL,
+        muon.MOMENTUM,
+        lowered.KERNEL,
+        TABLE_ROWS,
+        NEIGHBORS,
+    ]
     for kernel in sorted(every, key=lambda kernel: kernel.name):
         choice, took = kernel.choice(), kernels.seconds(kernel)
         plain = next(name for name in kernel.choices if name in took)

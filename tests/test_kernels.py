@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 from firth import kernels
 from firth.kernels import Kernel
-from firth.model import attention, cross_entropy, fused, native, native_ops
+from firth.model import attention, cross_entropy, distance, fused, native, native_ops
 from firth.model.attention import Visibility
 from firth.model.block import MLP
 from firth.model.shape import Shape
+from firth.objectives import word2vec
 from firth.recipes.recipe import load
 from firth.recipes.run import run
 from firth.train import muon
@@ -230,6 +231,35 @@ def test_heads_are_their_formula_in_every_choice(turned: str, eps: float, width:
 
     joined = torch.randn(3, 7, 8 * width, dtype=torch.float64)
     same(fused.HEADS, lambda x: torch.cat(fused.heads(x, turns, eps, 4, 2, width), 1), plain, joined)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_distances_are_gathered_alike_in_every_choice(alike: bool) -> None:
+    torch.manual_seed(0)
+    met, index = torch.randn(3, 2, 40, 60, dtype=torch.float64), torch.randint(60, (1 if alike else 3, 40, 75))
+
+    def plain(met: torch.Tensor) -> torch.Tensor:
+        return met.gather(-1, index[:, None].expand(3, 2, -1, -1))
+
+    same(distance.COLUMNS, lambda x: distance.gathered(x, index), plain, met)
+
+
+def test_neighbors_are_averaged_alike_in_every_choice() -> None:
+    torch.manual_seed(0)
+    x, at = torch.randn(3, 70, 24, dtype=torch.float64), torch.arange(70)
+    left, right = (torch.minimum(torch.randint(6, (3, 70)), room) for room in (at, 69 - at))
+    offset = at[None, None, :] - at[None, :, None]
+    near = ((offset >= -left[..., None]) & (offset <= right[..., None]) & (offset != 0)).double()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return near / near.sum(-1, keepdim=True).clamp(min=1) @ x
+
+    exact, cbow = trained(plain, x), word2vec.Word2Vec(algorithm="cbow")
+    for way in word2vec.NEIGHBORS.measure():
+        with kernels.forced({"neighbors": way}):
+            found = trained(lambda x: cbow._means(x, {"left": left, "right": right}), x.float())
+        for got, right_ in zip(found, exact, strict=True):
+            assert (got - right_).abs().max() < 1e-5 * right_.abs().max()
 
 
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])

@@ -102,6 +102,26 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
             assert torch.allclose(mine, other, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_that_nobody_sees_are_left_out(dtype: torch.dtype) -> None:
+    """Queries at the end of the rows of a permuted order."""
+    torch.manual_seed(0)
+    order = torch.stack([torch.randperm(20) for _ in range(B)])
+    looks = torch.cat((order, order - 1, order - 1), 1)
+    appears = torch.cat((order, torch.full((B, 40), NEVER)), 1)
+    q, k, v = (torch.randn(B, H, 60, D, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias = torch.randn(B, H, 60, 60, dtype=dtype, requires_grad=True)
+    sees = Visibility.lower(looks, appears)
+    assert sees.keys == 32 and sees.mask is not None and sees.mask.shape[-1] == 32
+    nothing = torch.zeros(B, 60)
+    fields = {"looks": looks, "appears": appears, "document": nothing, "key_document": nothing}
+    slope, found = torch.randn(B, H, 60, D, dtype=dtype), []
+    for out in (attend(q, k, v, sees, 0.3, bias), written_out(q, k, v, fields, 0.3, bias)):
+        found.append([out, *torch.autograd.grad((out * slope).sum(), (q, k, v, bias))])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
 def test_across_the_rule_is_the_same() -> None:
     """Cross-attention of packed rows: other lengths, other documents, padding."""
     torch.manual_seed(0)

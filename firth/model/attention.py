@@ -45,13 +45,18 @@ FLEX = 256
 
 @dataclass(frozen=True)
 class Visibility:
-    """Who sees whom, lowered (see above). `blind` (B, 1, T or 1, 1): positions that see nothing; in `mask` they see all."""
+    """Who sees whom, lowered (see above). `blind` (B, 1, T or 1, 1): positions that see nothing; in `mask` they see all.
+
+    keys: how many keys stay when those at the end of the rows that nobody sees (queries of a permuted order) are left out, as
+    `mask` leaves them out; 0 where all stay.
+    """
 
     causal: bool = False
     mask: Tensor | None = None
     below: bool = False
     blind: Tensor | None = None
     block: BlockMask | None = None
+    keys: int = 0
 
     @staticmethod
     def lower(
@@ -95,8 +100,9 @@ class Visibility:
             flex = looks.device.type == "cuda" and queries >= FLEX
         seen = rule(looks, appears, document, key_document, leaves)[:, None]
         if not flex:
-            below = looks.device.type == "cpu" and queries == keys and not bool(seen.triu(1).any())
-            return _masked(seen, below)
+            on_cpu = looks.device.type == "cpu"
+            below = on_cpu and queries == keys and not bool(seen.triu(1).any())
+            return _masked(seen, below, 0 if below or not on_cpu else _reach(ever))
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return seen[batch, 0, query, key]
@@ -105,12 +111,25 @@ class Visibility:
         return Visibility(block=block, blind=~seen.any(-1, keepdim=True))
 
 
-def _masked(seen: Tensor, below: bool = False) -> Visibility:
+EVEN_KEYS = 16
+"""Rows of scores are a multiple of so many keys: products of odd rows are slower, and copy them first."""
+
+
+def _reach(ever: Tensor) -> int:
+    """How many keys (B, S) there are up to the last one that somebody may see, evened out; 0 for all."""
+    seen = ever.any(0).nonzero()
+    last = int(seen.amax()) + 1 if len(seen) else 0
+    last = -(-last // EVEN_KEYS) * EVEN_KEYS
+    return 0 if last >= ever.shape[-1] else last
+
+
+def _masked(seen: Tensor, below: bool = False, keys: int = 0) -> Visibility:
     """A mask in which no row is empty, since kernels disagree on those, and which rows those were."""
     blind = ~seen.any(-1, keepdim=True)
+    seen = seen[..., :keys].contiguous() if keys else seen
     if blind.device.type == "cpu" and not bool(blind.any()):
-        return Visibility(mask=seen, below=below)
-    return Visibility(mask=seen | blind, blind=blind)
+        return Visibility(mask=seen, below=below, keys=keys)
+    return Visibility(mask=seen | blind, blind=blind, keys=keys)
 
 
 def rule(
@@ -219,6 +238,8 @@ def attend(
     bias: (B or 1, H, T, S), added to the scores and given a gradient.
     """
     groups = q.shape[1] // k.shape[1]
+    if sees.keys:
+        bias = None if bias is None else bias[..., : sees.keys]
     if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets leave fp32 here and there
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     way = _way(q, k) if sees.block is None else WAYS["sdpa"]
@@ -231,6 +252,8 @@ def attend(
         out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]
     else:
         mask, causal = sees.mask, sees.causal
+        if sees.keys:
+            k, v = k[:, :, : sees.keys], v[:, :, : sees.keys]
         if bias is not None:
             if causal:
                 mask, causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), False

@@ -126,6 +126,10 @@ class Attention(nn.Module):
 
     def memorize(self, memory: Tensor, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: two of (B, KV, S, D)."""
+        turned = None if reading is None else reading.turns
+        if self.k_gain is None and (reading is None or reading.rotation is None) and joins(memory, (self.k, self.v)):
+            joined, eps = together(memory, (self.k, self.v)), self.eps if self.qk_norm else -1.0
+            return heads(joined, turned, eps, 0, self.kv_heads, self.head_width)[1:]
         k = self._place(self.k(memory), reading, self.k_gain)
         return k.transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
 

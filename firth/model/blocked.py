@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,6 +52,10 @@ class _Rule:
     mask: Tensor | None
     bias: Tensor | None
     native: bool
+
+    def keys(self, count: int) -> int:
+        """How many of so many keys are read: the mask may end before those that nobody sees."""
+        return count if self.mask is None else self.mask.shape[-1]
 
     @property
     def in_product(self) -> float:
@@ -121,7 +126,7 @@ class _Blocked(torch.autograd.Function):
         queries, keys, values = _flat(q), _flat(k), _flat(v)
         for start in range(0, length, rows):
             end = min(start + rows, length)
-            reach = end if rule.causal or rule.below else keys.shape[1]
+            reach = end if rule.causal or rule.below else rule.keys(keys.shape[1])
             scores = _product(queries[:, start:end], keys[:, :reach].mT, rule.in_product)
             kept.append(rule.weigh(scores, heads, start))
             if dropout:
@@ -141,7 +146,10 @@ class _Blocked(torch.autograd.Function):
         kept, survive = (saved[: len(saved) // 2], saved[len(saved) // 2 :]) if ctx.drops else (saved, [])
         rule, heads, rows = ctx.rule, ctx.heads, ctx.rows
         grad = _flat(grad)
-        dbias = torch.zeros_like(rule.bias) if rule.bias is not None and ctx.needs_input_grad[3] else None
+        learns = rule.bias is not None and ctx.needs_input_grad[3]
+        # One block that is the whole of a bias of its own is its gradient as it is; others are added in.
+        alone = learns and len(kept) == 1 and rule.bias.numel() == kept[0].numel()
+        dbias = torch.zeros_like(rule.bias) if learns and not alone else None
         # Batched products are fast only into contiguous results: whole tensors first, then earlier blocks added in.
         slopes: list[Tensor] = []
         dk: Tensor | None = None
@@ -166,7 +174,11 @@ class _Blocked(torch.autograd.Function):
                 by_head = slope.view(-1, heads, end - start, reach)
                 by_head = by_head.sum(0, keepdim=True) if len(dbias) == 1 else by_head
                 dbias[:, :, start:end, :reach].add_(by_head, alpha=rule.in_product / rule.scale)
-        assert dk is not None and dv is not None and dk.shape[1] == keys.shape[1]
+        assert dk is not None and dv is not None
+        if unseen := keys.shape[1] - dk.shape[1]:
+            dk, dv = (F.pad(x, (0, 0, 0, unseen)) for x in (dk, dv))
+        if alone:
+            dbias = slope.view(rule.bias.shape).to(rule.bias.dtype) * (rule.in_product / rule.scale)
         dq = slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1)
         dq, dk, dv = (x.view(-1, heads, *x.shape[1:]) for x in (dq, dk, dv))
         return dq, dk, dv, dbias, None, None, None
@@ -193,7 +205,8 @@ def attend(
     """softmax(scale q k' + bias) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
     causal: position i sees slots 0..i. below: the mask shows nothing after i, which need not be computed.
-    mask (B, 1, T or 1, S) bool without an empty row. bias (B or 1, H, T, S), given a gradient.
+    mask (B, 1, T or 1, S) bool without an empty row; it may end before the last keys, which nobody sees then, as the bias does.
+    bias (B or 1, H, T, S), given a gradient.
     dropout: the chance of a weight to be left out. rows: query rows of a block, ROWS where it is 0.
     compiled: whether what is not a product is done by `native.c`.
     """

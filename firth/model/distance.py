@@ -19,11 +19,14 @@ count anew. Costs about one more product than the scores, and the gathering, whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from firth.model import native_ops
+from firth.model.fused import per_dtype, runs_native
 from firth.model.position import waves
 from firth.model.shape import Shape
 
@@ -49,6 +52,25 @@ def between(queries: Tensor, keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return index, torch.cat((angles.sin(), angles.cos()), -1)
 
 
+def gathered(met: Tensor, index: Tensor) -> Tensor:
+    """Give each key the column of its distance: met (B, heads, T, distances), index (B or 1, T, S) -> (B, heads, T, S)."""
+    if runs_native(COLUMNS, met):
+        return native_ops.columns(met, index)
+    return met.gather(-1, index[:, None].expand(*met.shape[:2], -1, -1))
+
+
+def _ways() -> dict[str, Callable[[Tensor], Tensor]]:
+    index = between(torch.arange(128)[None], torch.arange(128)[None], 2)[0]
+    return {
+        "torch": lambda met: met.gather(-1, index[:, None].expand(*met.shape[:2], -1, -1)),
+        "native": lambda met: native_ops.columns(met, index),
+    }
+
+
+COLUMNS = per_dtype("distance", _ways(), 8, 3, 128, 255)
+"""dtype -> how keys are given the column of their distance on a CPU."""
+
+
 class Distance(nn.Module):
     """What one block knows of distances and segments. The offsets are (heads * head_width,) as biases are."""
 
@@ -64,20 +86,18 @@ class Distance(nn.Module):
             nn.Parameter(torch.randn(2, shape.heads, shape.head_width) * (shape.init or 0.02)) if told else None
         )
 
-    def _offset(self, offset: Tensor) -> Tensor:
-        return offset.view(-1, 1, self.head_width)
+    def _offset(self, offset: Tensor, q: Tensor) -> Tensor:
+        """An offset for each head, in the dtype of the queries, as a linear map adds its bias."""
+        return offset.view(-1, 1, self.head_width).to(q.dtype)
 
     def forward(self, q: Tensor, apart: Apart, scale: float) -> tuple[Tensor, Tensor]:
         """Queries (B, heads, T, head_width) -> those that meet the keys, and the bias (B, heads, T, S)."""
-        rows, heads = q.shape[:2]
-        far = (
-            self.r(apart.table.to(q.dtype)).unflatten(-1, (heads, -1)).permute(1, 2, 0)
-        )  # (heads, head_width, distances)
-        met = (q + self._offset(self.place)) * scale @ far  # (B, heads, T, distances)
-        bias = met.gather(-1, apart.index[:, None].expand(rows, heads, -1, -1))
+        heads = q.shape[1]
+        far = self.r(apart.table.to(q.dtype)).unflatten(-1, (heads, -1)).permute(1, 2, 0) * scale
+        met = (q + self._offset(self.place, q)) @ far  # (B, heads, T, distances), far (heads, head_width, distances)
+        bias = gathered(met, apart.index)
         if apart.other is not None and self.kinds is not None and self.segment is not None:
-            same, other = (
-                (q + self._offset(self.segment)) * scale @ self.kinds[:, :, :, None].to(q.dtype)[:, None]
-            ).unbind(0)
+            kinds = self.kinds[:, :, :, None].to(q.dtype)[:, None] * scale
+            same, other = ((q + self._offset(self.segment, q)) @ kinds).unbind(0)
             bias = bias + torch.where(apart.other[:, None], other, same)
-        return q + self._offset(self.content), bias
+        return q + self._offset(self.content, q), bias

@@ -160,7 +160,7 @@ def _trained(function: Callable[[Tensor], Tensor], *shape: int, dtype: torch.dty
     return lambda: torch.autograd.backward(function(x), slope)
 
 
-def _per_dtype(
+def per_dtype(
     name: str, ways: Mapping[str, Callable[[Tensor], Tensor]], *shape: int
 ) -> dict[torch.dtype, kernels.Kernel]:
     """dtype -> the kernel NAME-fp32 or NAME-bf16, whose ways are timed on a tensor of this shape, forward and backward."""
@@ -172,7 +172,7 @@ def _per_dtype(
     }
 
 
-NORM = _per_dtype(
+NORM = per_dtype(
     "norm",
     {
         "rms_norm": lambda x: F.rms_norm(x, (384,), eps=1e-6),
@@ -183,7 +183,7 @@ NORM = _per_dtype(
 )  # fmt: skip
 """dtype -> how an RMS norm is computed on a CPU."""
 
-LAYER_NORM = _per_dtype(
+LAYER_NORM = per_dtype(
     "layer-norm",
     {
         "layer_norm": lambda x: F.layer_norm(x, (384,), eps=1e-5),
@@ -193,7 +193,7 @@ LAYER_NORM = _per_dtype(
 )  # fmt: skip
 """dtype -> how a layer norm is computed on a CPU."""
 
-ACTIVATION = _per_dtype(
+ACTIVATION = per_dtype(
     "activation",
     {
         "torch": lambda x: F.gelu(x[..., :1024]) * x[..., 1024:],
@@ -339,7 +339,7 @@ def _heads_of(split: Callable[..., Heads]) -> Callable[[Tensor], Tensor]:
     return all_heads
 
 
-HEADS = _per_dtype("heads", {"torch": _heads_of(_split), "native": _heads_of(native_ops.heads)}, 8, 256, 1152)
+HEADS = per_dtype("heads", {"torch": _heads_of(_split), "native": _heads_of(native_ops.heads)}, 8, 256, 1152)
 """dtype -> how queries, keys and values are placed on a CPU."""
 
 

@@ -214,7 +214,28 @@ static inline float slope_of(int kind, float x) {
     }
 }
 
+/* Both at once, of what they share: the gradient of a gated activation needs both. */
+static inline float value_and_slope(int kind, float x, float *slope) {
+    float density, below, t;
+    switch (kind) {
+    case RELU: *slope = x > 0 ? 1 : 0; return linear_unit(x);
+    case RELU2: *slope = 2 * linear_unit(x); return linear_unit(x) * linear_unit(x);
+    case GELU: below = normal(x, &density); *slope = below + x * density; return x * below;
+    case GELU_TANH:
+        t = gelu_inner(x);
+        *slope = 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.79788456f * (1 + 0.134145f * x * x);
+        return 0.5f * x * (1 + t);
+    default: t = 1.0f / (1.0f + exponential(-x)); *slope = t * (1 + x * (1 - t)); return x * t;
+    }
+}
+
+#define BOTH(kind, x) value_and_slope(kind, x, slope + j)
+
 static void slopes(int kind, const float *restrict x, float *restrict to, int64_t n) { FOR_EACH(kind, slope_of, to, x, n) }
+
+static void values_and_slopes(int kind, const float *restrict x, float *restrict value, float *restrict slope, int64_t n) {
+    FOR_EACH(kind, BOTH, value, x, n)
+}
 
 #define PART 512
 
@@ -247,9 +268,9 @@ EXPORT void activation_backward(int kind, const void *grad, const void *x, void 
         int64_t at = row * width * (gated ? 2 : 1) + start;
         load(in, x, at, n, half);
         load(g, grad, row * width + start, n, half);
-        slopes(kind, in, slope, n);
-        if (gated) {
-            values(kind, in, value, n);
+        if (!gated) slopes(kind, in, slope, n);
+        else {
+            values_and_slopes(kind, in, value, slope, n);
             #pragma omp simd
             for (int64_t j = 0; j < n; j++) value[j] *= g[j];
             store(dx, at + width, value, n, half);
@@ -470,4 +491,150 @@ EXPORT void linear(const void *x, const void *w, const void *bias, void *y, int 
         }
     }
     free(wide);
+}
+
+/* ------------------------------------------------------------------------------------------ columns by distance
+
+   from (batch, heads, rows, columns), index (batch or 1, rows, keys) -> to (batch, heads, rows, keys): row t of each head, at
+   index[b, t, j] (`firth.model.distance`). `step`: how far the index of the next batch is, 0 where all have one. */
+
+EXPORT void columns_forward(const void *from, int half, const int64_t *index, int64_t step, void *to, int64_t batch,
+                            int64_t heads, int64_t rows, int64_t columns, int64_t keys, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (batch * heads * rows * keys >= SMALL)
+    for (int64_t i = 0; i < batch * rows; i++) {
+        const int64_t *restrict at = index + i / rows * step + i % rows * keys;
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t row = (i / rows * heads + h) * rows + i % rows;
+            if (half) {
+                const uint16_t *restrict x = (const uint16_t *)from + row * columns;
+                uint16_t *restrict y = (uint16_t *)to + row * keys;
+                for (int64_t j = 0; j < keys; j++) y[j] = x[at[j]];
+            } else {
+                const float *restrict x = (const float *)from + row * columns;
+                float *restrict y = (float *)to + row * keys;
+                for (int64_t j = 0; j < keys; j++) y[j] = x[at[j]];
+            }
+        }
+    }
+}
+
+/* The sums of grad (batch, heads, rows, keys) over the keys that took each column. */
+EXPORT void columns_backward(const void *grad, int half, const int64_t *index, int64_t step, void *dfrom, int64_t batch,
+                             int64_t heads, int64_t rows, int64_t columns, int64_t keys, int threads) {
+    #pragma omp parallel num_threads(threads) if (batch * heads * rows * keys >= SMALL)
+    {
+        float *g = scratch(keys), *sum = scratch(columns);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < batch * rows; i++) {
+            const int64_t *restrict at = index + i / rows * step + i % rows * keys;
+            for (int64_t h = 0; h < heads; h++) {
+                int64_t row = (i / rows * heads + h) * rows + i % rows;
+                load(g, grad, row * keys, keys, half);
+                memset(sum, 0, columns * sizeof(float));
+                for (int64_t j = 0; j < keys; j++) sum[at[j]] += g[j];
+                store(dfrom, row * columns, sum, columns, half);
+            }
+        }
+        free(g);
+        free(sum);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ rows of a table
+
+   AdamW without decay on the `count` rows of a table that are named by `seen`; `from`: which row of `grads` is the gradient of
+   each, less than 0 where it is zero. `factor`: the square root of the second moment's bias correction. */
+
+EXPORT void adamw_rows(float *table, const int64_t *seen, const int64_t *from, const float *grads, float *mean, float *square,
+                       float beta1, float beta2, float rate, float factor, float eps, int64_t count, int64_t width,
+                       int threads) {
+    float share = 1.0f / factor;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (count * width >= SMALL)
+    for (int64_t i = 0; i < count; i++) {
+        float *restrict w = table + seen[i] * width, *restrict m = mean + i * width, *restrict v = square + i * width;
+        if (from[i] < 0) {
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                m[j] *= beta1;
+                v[j] *= beta2;
+                w[j] -= rate * m[j] / (sqrtf(v[j]) * share + eps);
+            }
+        } else {
+            const float *restrict g = grads + from[i] * width;
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                m[j] += (g[j] - m[j]) * (1 - beta1);
+                v[j] = v[j] * beta2 + g[j] * g[j] * (1 - beta2);
+                w[j] -= rate * m[j] / (sqrtf(v[j]) * share + eps);
+            }
+        }
+    }
+}
+
+/* Add up the values (count, width) that have one index: `rows` takes each index once, in rising order, `sums` what belongs to it,
+   and `unique` how many there are. `size`: rows of the table, more than any index. */
+EXPORT void sum_rows(const int64_t *index, const float *values, int64_t *rows, float *sums, int64_t *unique, int64_t count,
+                     int64_t width, int64_t size, int threads) {
+    int64_t *slot = calloc(size, sizeof(int64_t)), met = 0;
+    for (int64_t i = 0; i < count; i++) slot[index[i]] = 1;
+    for (int64_t i = 0; i < size; i++) {
+        if (!slot[i]) continue;
+        rows[met] = i;
+        slot[i] = met++;
+    }
+    *unique = met;
+    int64_t parts = count * width >= SMALL ? threads : 1;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (parts > 1)
+    for (int64_t part = 0; part < parts; part++) { /* each has rows of its own, and adds in the order of the values */
+        int64_t first = met * part / parts, end = met * (part + 1) / parts;
+        memset(sums + first * width, 0, (end - first) * width * sizeof(float));
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = slot[index[i]];
+            if (at < first || at >= end) continue;
+            const float *restrict from = values + i * width;
+            float *restrict to = sums + at * width;
+            #pragma omp simd
+            for (int64_t j = 0; j < width; j++) to[j] += from[j];
+        }
+    }
+    free(slot);
+}
+
+/* The mean of the neighbors of each word, x (rows, length, width): those up to `left` before and `right` behind it, without
+   itself; zeros where there are none. */
+EXPORT void neighbors_forward(const float *x, const int64_t *left, const int64_t *right, float *y, int64_t rows,
+                              int64_t length, int64_t width, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (rows * length * width >= SMALL)
+    for (int64_t i = 0; i < rows * length; i++) {
+        int64_t count = left[i] + right[i];
+        float *restrict to = y + i * width, share = count ? 1.0f / count : 0;
+        memset(to, 0, width * sizeof(float));
+        for (int64_t j = i - left[i]; j <= i + right[i]; j++) {
+            const float *restrict from = x + j * width;
+            if (j == i) continue;
+            #pragma omp simd
+            for (int64_t k = 0; k < width; k++) to[k] += from[k];
+        }
+        #pragma omp simd
+        for (int64_t k = 0; k < width; k++) to[k] *= share;
+    }
+}
+
+EXPORT void neighbors_backward(const float *grad, const int64_t *left, const int64_t *right, float *dx, int64_t rows,
+                               int64_t length, int64_t width, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (rows * length * width >= SMALL)
+    for (int64_t row = 0; row < rows; row++) {
+        memset(dx + row * length * width, 0, length * width * sizeof(float));
+        for (int64_t i = row * length; i < (row + 1) * length; i++) {
+            const float *restrict from = grad + i * width;
+            int64_t count = left[i] + right[i];
+            float share = count ? 1.0f / count : 0;
+            for (int64_t j = i - left[i]; j <= i + right[i]; j++) {
+                float *restrict to = dx + j * width;
+                if (j == i) continue;
+                #pragma omp simd
+                for (int64_t k = 0; k < width; k++) to[k] += from[k] * share;
+            }
+        }
+    }
 }

@@ -84,6 +84,12 @@ ARGUMENTS = {
     "few_rows": (*3 * (POINTER,), LONG, INT, INT),
     "momentum": (POINTER, POINTER, POINTER, INT, FLOAT, LONG, INT),
     "apply": (POINTER, POINTER, INT, FLOAT, FLOAT, LONG, INT),
+    "columns_forward": (POINTER, INT, POINTER, LONG, POINTER, *5 * (LONG,), INT),
+    "columns_backward": (POINTER, INT, POINTER, LONG, POINTER, *5 * (LONG,), INT),
+    "adamw_rows": (*6 * (POINTER,), *5 * (FLOAT,), LONG, LONG, INT),
+    "sum_rows": (*5 * (POINTER,), *3 * (LONG,), INT),
+    "neighbors_forward": (*4 * (POINTER,), *3 * (LONG,), INT),
+    "neighbors_backward": (*4 * (POINTER,), *3 * (LONG,), INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
 }
 """Function of native.c or decode.c -> the types of its arguments."""

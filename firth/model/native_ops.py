@@ -189,3 +189,82 @@ def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         native.threads(),
     )  # fmt: skip
     return y
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        x, index = x.contiguous(), index.contiguous()
+        batch, heads, rows, columns = x.shape
+        keys = index.shape[-1]
+        y = x.new_empty(batch, heads, rows, keys)
+        ctx.step = index.stride(0) if len(index) > 1 else 0
+        ctx.sizes = (batch, heads, rows, columns, keys)
+        native.library().columns_forward(
+            x.data_ptr(), half(x), index.data_ptr(), ctx.step, y.data_ptr(), *ctx.sizes, native.threads()
+        )
+        ctx.save_for_backward(index)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = grad.new_empty(ctx.sizes[:4])
+        native.library().columns_backward(
+            grad.data_ptr(), half(grad), index.data_ptr(), ctx.step, dx.data_ptr(), *ctx.sizes, native.threads()
+        )
+        return dx, None
+
+
+def columns(x: Tensor, index: Tensor) -> Tensor:
+    """Return, of each row of x, the columns that the index names: x.gather(-1, index) for all heads alike.
+
+    Args:
+        x: (B, H, T, columns), fp32 or bf16.
+        index: (B or 1, T, S) int64, each at least 0 and less than `columns`.
+
+    Returns:
+        (B, H, T, S).
+    """
+    y: Tensor = _Columns.apply(x, index)
+    return y
+
+
+class _Neighbors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        x, left, right = x.contiguous(), left.contiguous(), right.contiguous()
+        y = torch.empty_like(x)
+        native.library().neighbors_forward(
+            x.data_ptr(), left.data_ptr(), right.data_ptr(), y.data_ptr(), *x.shape, native.threads()
+        )
+        ctx.save_for_backward(left, right)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        left, right = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = torch.empty_like(grad)
+        native.library().neighbors_backward(
+            grad.data_ptr(), left.data_ptr(), right.data_ptr(), dx.data_ptr(), *grad.shape, native.threads()
+        )
+        return dx, None, None
+
+
+def neighbors(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the mean of each word's neighbors, itself not among them; zeros where it has none.
+
+    Args:
+        x: (B, T, width) fp32.
+        left: How many neighbors are before each word, (B, T) int64, within its row.
+        right: How many are behind it.
+
+    Returns:
+        (B, T, width).
+    """
+    y: Tensor = _Neighbors.apply(x, left, right)
+    return y

@@ -191,6 +191,8 @@ class Trunk(nn.Module):
         if self.linformer is not None:
             slots = self.linformer.at(positions.shape[-1], sees)
             return Reading(slots.sees, angles, slots=slots)
+        if sees.keys:
+            keys = {name: value[..., : sees.keys] for name, value in keys.items()}
         bias = None if self.relative is None else self.relative(asking["positions"], keys["positions"])
         return Reading(sees, angles, None, bias, cache, self.apart(asking, keys), narrow=narrow)
 

@@ -17,6 +17,7 @@ be a true neighbour is not left out. And many rows are one step of Adam, where t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firth import kernels
+from firth.model import native, native_ops
 from firth.model.lm import LM
 from firth.model.shape import Reads, Shape
 from firth.objectives.objective import Objective
@@ -92,23 +95,29 @@ class Word2Vec(Objective):
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         x = outputs["hidden"]
-        table: Tensor = model.parts["context"].weight  # type: ignore[assignment]
         # One look-up, so that the table's gradient is made once.
-        vectors = F.embedding(torch.cat((batch["tokens"], batch["noise"]), 1), table)
+        vectors: Tensor = model.parts["context"](torch.cat((batch["tokens"], batch["noise"]), 1))
         context, noise = vectors.split((x.shape[1], self.noise), 1)
-        near = self._near(batch)  # (B, blocks, BLOCK, BLOCK + 2 window)
         neighbours = (batch["left"] + batch["right"]).to(x.dtype)
         if self.algorithm == "skipgram":
+            near = self._near(batch)  # (B, blocks, BLOCK, BLOCK + 2 window)
             scores = self._blocks(x) @ self._around(context).mT
             true = (F.softplus(-scores) * near).sum()
             asked = neighbours
         else:
             asked = (neighbours > 0).to(x.dtype)
-            mean = near / near.sum(-1, keepdim=True).clamp(min=1)
-            x = (mean @ self._around(x)).flatten(1, 2)[:, : x.shape[1]]  # (B, T, width)
+            x = self._means(x, batch)  # (B, T, width)
             true = (F.softplus(-(x * context).sum(-1)) * asked).sum()
         false = F.softplus(x @ noise.mT).sum(-1)  # (B, T)
         return {"words": true + (false * asked).sum() * (self.negatives / self.noise)}
+
+    def _means(self, x: Tensor, batch: Batch) -> Tensor:
+        """The mean of each word's neighbors, zeros where it has none: (B, T, n) -> (B, T, n)."""
+        if x.dtype == torch.float32 and native.reads(x) and NEIGHBORS.choice() == "native":
+            return native_ops.neighbors(x, batch["left"].long(), batch["right"].long())
+        near = self._near(batch)
+        mean = near / near.sum(-1, keepdim=True).clamp(min=1)
+        return (mean @ self._around(x)).flatten(1, 2)[:, : x.shape[1]]
 
     def _near(self, batch: Batch) -> Tensor:
         """1 where a word of the block has a word around it for a neighbour, else 0."""
@@ -136,3 +145,23 @@ class Word2Vec(Objective):
         return flops.linear(rows * padded, model.shape.width, BLOCK + 2 * self.window) + flops.linear(
             rows * length, model.shape.width, self.noise
         )
+
+
+def _workload(way: str) -> kernels.Workload:
+    """The means of 8 rows of 256 words of width 128, forward and backward."""
+    side = torch.arange(256).clamp(max=3)
+    batch = {"left": side.expand(8, -1), "right": side.flip(0).expand(8, -1)}
+    x = torch.linspace(-1, 1, 8 * 256 * 128).view(8, 256, 128).requires_grad_()
+    objective, slope = Word2Vec(algorithm="cbow"), torch.ones(8, 256, 128)
+    if way == "native":
+        native.library()
+
+    def work() -> None:
+        with kernels.forced({NEIGHBORS.name: way}):
+            torch.autograd.backward(objective._means(x, batch), slope)
+
+    return work
+
+
+NEIGHBORS = kernels.Kernel("neighbors", {way: partial(_workload, way) for way in ("torch", "native")})
+"""How the neighbors of words are averaged for CBOW."""

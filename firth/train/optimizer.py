@@ -21,6 +21,7 @@ Momentum is Jordan's: an exponential mean (1 - momentum) g + momentum b, looked 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -114,7 +115,7 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
 class Mover:
     """Moves a model's weights along their gradients, and remembers what that takes.
 
-    sparse: let the table of tokens have gradients of those rows alone that were read, if nothing else is tied to it; on a
+    sparse: let tables have gradients of those rows alone that were read, if nothing else is tied to them; on a
     CPU, where visiting all of a large vocabulary takes as long as a block (`firth.train.rows`). The numbers are the same.
     Raises UserError when nothing in the model is trainable.
     """
@@ -127,13 +128,12 @@ class Mover:
             raise UserError("there is nothing to train: every weight of the model is frozen")
         alike: dict[tuple[float, float], list[Place]] = {}
         shapes: dict[tuple[float, tuple[int, ...]], list[Place]] = {}
-        table = lone_table(model) if sparse else None
-        self.rows: dict[str, Rows] = {}
+        tables = {id(table.weight): table for table in lone_tables(model)} if sparse else {}
+        self.rows: dict[str, tuple[Rows, float]] = {}
         for p in self.placed:
-            if table is not None and p.parameter is table.weight:
-                table.sparse = True
-                self.rows[p.name] = Rows(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps)
-                self.row_rate = p.rate
+            if id(p.parameter) in tables:
+                tables[id(p.parameter)].sparse = True
+                self.rows[p.name] = Rows(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps), p.rate
             elif p.muon:
                 shapes.setdefault((p.rate, tuple(p.parameter.shape)), []).append(p)
             else:
@@ -160,8 +160,8 @@ class Mover:
             for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             self.adam.step()
-        for rows in self.rows.values():
-            rows.move(self.row_rate * factor)
+        for rows, rate in self.rows.values():
+            rows.move(rate * factor)
         for stack in self.stacks:
             stack.move(factor)
         self.clear()
@@ -178,7 +178,7 @@ class Mover:
             for p in self.placed:
                 for ours, theirs in _ADAM.items() if p.parameter in self.adam.state else ():
                     state[f"{ours}/{p.name}"] = self.adam.state[p.parameter][theirs]
-        for name, rows in self.rows.items():
+        for name, (rows, _) in self.rows.items():
             state |= {f"{what}/{name}": value for what, value in rows.state().items()}
         for stack in self.stacks:
             state |= {f"momentum/{p.name}": m for p, m in zip(stack.placed, stack.momentum, strict=True)}
@@ -193,7 +193,7 @@ class Mover:
                         theirs: state[f"{ours}/{p.name}"].to(p.parameter.device, copy=True)
                         for ours, theirs in _ADAM.items()
                     }
-        for name, rows in self.rows.items():
+        for name, (rows, _) in self.rows.items():
             if f"step/{name}" in state:
                 rows.restore(*(state[f"{what}/{name}"] for what in ("mean", "square", "step")))
         for stack in self.stacks:
@@ -201,13 +201,12 @@ class Mover:
                 m.copy_(state[f"momentum/{p.name}"])
 
 
-def lone_table(model: nn.Module) -> nn.Embedding | None:
-    """A model's table of tokens on a CPU, if its vectors are looked up there and nowhere else has their weight."""
-    table = next((child for name, child in model.named_children() if name == "tokens"), None)
-    if type(table) is not nn.Embedding or table.weight.device.type != "cpu":
-        return None
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
-    return table if len(names) == 1 else None
+def lone_tables(model: nn.Module) -> list[nn.Embedding]:
+    """The tables on a CPU whose rows are looked up and whose weight nothing else has: of tokens, and parts that are a table."""
+    parts = getattr(model, "parts", nn.ModuleDict())
+    tables = [child for name, child in model.named_children() if name == "tokens"] + list(parts.children())
+    count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [t for t in tables if type(t) is nn.Embedding and t.weight.device.type == "cpu" and count[id(t.weight)] == 1]
 
 
 _ADAM = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}

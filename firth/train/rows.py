@@ -17,16 +17,44 @@ and is another method.)
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+
+from firth import kernels
+from firth.model import native
 
 
 def sums(table: nn.Parameter) -> Tensor | None:
     """The numbers of a table's gradient, each row once, to be read and changed in place; None if it has no gradient."""
     if table.grad is None or not table.grad.is_sparse:
         return table.grad
-    table.grad = table.grad.coalesce()
+    table.grad = coalesced(table.grad)
     return table.grad.values()
+
+
+def coalesced(grad: Tensor) -> Tensor:
+    """Return a sparse gradient (V, width) with each row once, in rising order."""
+    index, values = grad._indices(), grad._values()
+    if grad.is_coalesced() or not _one_pass(values):
+        return grad.coalesce()
+    index, values = index[0].contiguous(), values.contiguous()
+    rows, added, unique = torch.empty_like(index), torch.empty_like(values), torch.empty(1, dtype=torch.int64)
+    native.library().sum_rows(
+        index.data_ptr(), values.data_ptr(), rows.data_ptr(), added.data_ptr(), unique.data_ptr(), *values.shape, len(grad),
+        native.threads(),
+    )  # fmt: skip
+    count = int(unique)
+    return torch.sparse_coo_tensor(
+        rows[:count][None], added[:count], grad.shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def _one_pass(*tensors: Tensor) -> bool:
+    """Whether the compiled passes read these, and this machine is quicker at them."""
+    return native.reads(*tensors) and all(x.dtype == torch.float32 for x in tensors) and KERNEL.choice() == "native"
 
 
 class Rows:
@@ -65,17 +93,35 @@ class Rows:
         grad = self.table.grad
         if grad is None:
             return
-        rows = grad.coalesce().indices()[0] if grad.is_sparse else torch.arange(len(grad))
+        grad = coalesced(grad) if grad.is_sparse else grad
+        rows = grad.indices()[0] if grad.is_sparse else torch.arange(len(grad))
         self._meet(rows)
+        values = grad.values() if grad.is_sparse else grad
         count = len(self.seen)
+        self.step.add_(1)
+        if self.table.is_contiguous() and _one_pass(self.table, values):
+            self._move_native(rate, rows, values)
+            return
         whole = self.mean.new_zeros(count, self.mean.shape[1])
-        whole[self.slots[rows]] = grad.coalesce().values() if grad.is_sparse else grad
+        whole[self.slots[rows]] = values
         weights = self.table.index_select(0, self.seen)
         torch._fused_adamw_(
-            [weights], [whole], [self.mean[:count]], [self.square[:count]], [], [self.step.add_(1)], lr=rate,
+            [weights], [whole], [self.mean[:count]], [self.square[:count]], [], [self.step], lr=rate,
             beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         self.table.index_copy_(0, self.seen, weights)
+
+    def _move_native(self, rate: float, rows: Tensor, values: Tensor) -> None:
+        """The same in one pass over the rows that were read."""
+        origin = torch.full_like(self.seen, -1)
+        origin[self.slots[rows]] = torch.arange(len(rows))
+        values, step = values.contiguous(), int(self.step)
+        first, second = (1 - beta**step for beta in self.betas)
+        native.library().adamw_rows(
+            self.table.data_ptr(), self.seen.data_ptr(), origin.data_ptr(), values.data_ptr(), self.mean.data_ptr(),
+            self.square.data_ptr(), *self.betas, rate / first, math.sqrt(second), self.eps, *self.mean[: len(origin)].shape,
+            native.threads(),
+        )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """{"mean", "square"}: of the whole table, (V, width); "step". Nothing before the first step."""
@@ -93,3 +139,25 @@ class Rows:
         count = len(self.seen)
         self.mean[:count], self.square[:count] = mean[self.seen], square[self.seen]
         self.step = step.clone()
+
+
+def _workload(way: str) -> kernels.Workload:
+    """A step on 2,000 rows, each read twice, of 8,000 that were read before; width 128."""
+    table = nn.Parameter(torch.ones(8000, 128))
+    rows = Rows(table, (0.9, 0.99), 1e-8)
+    rows._meet(torch.arange(8000))
+    read = torch.arange(4000)[None] % 2000
+    grad = torch.sparse_coo_tensor(read, torch.ones(4000, 128), (8000, 128), check_invariants=False)
+    if way == "native":
+        native.library()
+
+    def work() -> None:
+        table.grad = grad
+        with kernels.forced({KERNEL.name: way}):
+            rows.move(1e-3)
+
+    return work
+
+
+KERNEL = kernels.Kernel("table-rows", {way: partial(_workload, way) for way in ("torch", "native")})
+"""How the gradients of the rows that were read are added up, and AdamW moves them."""
