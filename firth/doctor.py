@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from firth import kernels, openmp
-from firth.generate import lowered
+from firth.generate import lowered, native_decoder
 from firth.model import attention, cross_entropy, distance, fused, native
 from firth.objectives.word2vec import NEIGHBORS
 from firth.train import muon, precision
@@ -226,6 +226,8 @@ def _kernels() -> list[Row]:
         muon.KERNEL,
         muon.MOMENTUM,
         lowered.KERNEL,
+        native_decoder.DECODE,
+        native_decoder.FEW_ROWS,
         TABLE_ROWS,
         NEIGHBORS,
     ]

@@ -10,6 +10,8 @@
                     the largest number of a token: half of the products, and most of the error (docs/results.md)
 
 All the maps of the blocks, the vocabulary head and the table of tokens are lowered; norms, places and biases are not.
+A decoder that writes token by token reads these weights by a compiled step where there is one (`firth.generate.native_decoder`): what
+they are multiplied with is then not rounded to 8 bits, in int8-dynamic neither. Prompts and scored texts are read as above.
 The rounding is that of LLM.int8 (Dettmers 2022, arXiv:2208.07339, section 2.1, "vector-wise"): a step per row of the
 weights and one per token. Where they take the few dimensions with outliers out and multiply those in fp16, we give all
 dimensions a second digit: no column need be picked out, and the second product finds the weights in the cache.

@@ -78,7 +78,9 @@ class Rows:
         # Every number that this batch will draw with: (rows, max_new).
         self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new)).to(self.device)
         self.cache = model.cache(len(prompts), self.seen.shape[1] + sampling.max_new)
-        self.state = model(batch, self.cache, latent=latents)[:, -1]  # (rows, width)
+        newest = torch.zeros_like(self.seen, dtype=torch.bool)
+        newest[:, -1] = True
+        self.state = model(batch, self.cache, latent=latents, wanted=newest)[:, -1]  # (rows, width)
         self.cache.write_on()
         self.decoder = NativeDecoder.of(model, self.cache)
         """The compiled step; None: torch's operators are used."""

@@ -171,7 +171,7 @@ class Attention(nn.Module):
         before: Tensor | None = None,
     ) -> Tensor:
         """memory: keys and values made elsewhere. before (B, M, width): states that stand in front of x and are read."""
-        if memory is None and reading.cache is not None:
+        if memory is None and reading.cache is not None and reading.narrow is None:
             q, k, v = self._read(x, reading)
             k, v = reading.cache.extend(*_behind(reading.front, k, v))
         elif memory is None and before is None and reading.narrow is None and joins(x, (self.q, self.k, self.v)):
@@ -182,6 +182,8 @@ class Attention(nn.Module):
             q = self._place(self.q(reading.asking(x)), mine, self.q_gain).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
             k, v = _behind(reading.front, *self.memorize(whole, reading)) if memory is None else memory
+            if memory is None and reading.cache is not None:
+                k, v = reading.cache.extend(k, v)
         if reading.slots is not None:
             k, v = (reading.slots.mix(each, side) for side, each in enumerate((k, v)))
         bias = reading.bias

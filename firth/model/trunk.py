@@ -114,9 +114,9 @@ class Trunk(nn.Module):
                 made = cache.cross
             crossed = made
         last = None
-        if wanted is not None and self.shape.narrows and cache is None and kept is None:
+        if wanted is not None and self.shape.narrows and (cache is None or not cache.length) and kept is None:
             index = askers(wanted)
-            last = None if index is None else self.reading(fields, None, past, index)
+            last = None if index is None else replace(self.reading(fields, None, past, index), cache=cache)
         learning = cache is None and torch.is_grad_enabled()
         again = self.recompute and learning
         for layer, (block, crossing) in enumerate(zip(layers, crossed, strict=True)):
@@ -133,7 +133,7 @@ class Trunk(nn.Module):
             else:
                 x = through(x, here, across, crossing, earlier)
         if cache is not None:
-            cache.advance(x.shape[1] + (0 if past is None else past.fields["appears"].shape[1]))
+            cache.advance(fields["tokens"].shape[1] + (0 if past is None else past.fields["appears"].shape[1]))
         x = self.norm(x)
         if kept is not None:
             kept.append(x)
