@@ -33,7 +33,7 @@ BELOW = {
         "text.chat",
         "text.to_gguf",
     ),  # what a model's files say of its tokenizer
-    "objectives": ("types", "io", "ranges", "text", "data", "model", "scaling.flops"),
+    "objectives": ("types", "io", "kernels", "ranges", "text", "data", "model", "scaling.flops"),
     "train": ("types", "io", "kernels", "ranges", "text", "data", "model", "objectives.objective", "scaling.flops"),
     "generate": ("types", "io", "kernels", "ranges", "text", "data", "model"),
     "align": ("types", "io", "text", "data", "model", "objectives", "generate"),
@@ -41,7 +41,7 @@ BELOW = {
     "serve": ("types", "io", "text", "data", "model", "objectives", "generate"),
     "scaling": ("types", "model"),
     "report": ("types", "io"),
-    "doctor": ("types", "openmp", "io", "kernels", "text", "data", "model", "train", "generate.lowered"),
+    "doctor": ("types", "openmp", "io", "kernels", "text", "data", "model", "objectives.word2vec", "train", "generate"),
 }
 """Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
 

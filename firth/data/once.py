@@ -131,7 +131,7 @@ def read_once(
     paths: Sequence[str], *, field: str, split: str, share: float | None = None, directory: Path | None = None
 ) -> ReadOnce:
     """Return the documents of some files: those that are kept already, where the files are as they were."""
-    stats = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in read.files(paths))
+    stats = tuple((str(f), stat.st_size, stat.st_mtime_ns) for f in read.files(paths) for stat in (f.stat(),))
     key = (tuple(paths), field, split, share, stats)
     if key not in _kept:
         _kept[key] = ReadOnce(paths, field, split, share, directory)

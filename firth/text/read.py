@@ -53,6 +53,14 @@ LONGEST = 4 << 20
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", "")
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet",)
+KINDS = (
+    dict.fromkeys(tables.READERS, "other")
+    | dict.fromkeys(TABLES, "table")
+    | dict.fromkeys(LINES, "lines")
+    | dict.fromkeys(TEXT, "text")
+)
+"""The end of a file's name -> how it is read."""
+
 SPLITS = {"file": None, "blank": re.compile(r"\n\s*\n"), "line": re.compile(r"\n")}
 READ = "firth reads .txt, .md and such, .jsonl, .parquet, .csv, .tsv, .conll and .json, plain or as .gz and .zst"
 
@@ -77,11 +85,12 @@ def files(paths: Sequence[str], *, tabled: bool = False, counts: Counts | None =
     Raises UserError where a path matches nothing, or only files of a kind that is not read.
     """
     found: dict[Path, str] = {}
-    met: set[Path] = set()
+    met: set[str] = set()
+    directories: dict[Path, str] = {}
     names: set[str] = set()
     for given in paths:
         for path, root in _under(given, tabled, counts if counts is not None else Counts()):
-            real = path.resolve()
+            real = _real(path, directories)
             if real in met:
                 continue
             met.add(real)
@@ -93,6 +102,16 @@ def files(paths: Sequence[str], *, tabled: bool = False, counts: Counts | None =
             names.add(name)
             found[path] = name
     return found
+
+
+def _real(path: Path, directories: dict[Path, str]) -> str:
+    """The path of a file without symbolic links. Of a corpus of many files each directory is resolved once, into `directories`."""
+    if path.is_symlink():
+        return os.path.realpath(path)
+    parent = path.parent
+    if parent not in directories:
+        directories[parent] = os.path.realpath(parent)
+    return os.path.join(directories[parent], path.name)
 
 
 def _under(given: str, tabled: bool, counts: Counts) -> list[tuple[Path, Path]]:
@@ -242,9 +261,10 @@ def clean(text: str, counts: Counts, place: str) -> str:
 
 
 def _kind(path: Path) -> str | None:
-    suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
-    known = {TEXT: "text", LINES: "lines", TABLES: "table", tuple(tables.READERS): "other"}
-    return next((kind for some, kind in known.items() if suffix in some), None)
+    stem, suffix = os.path.splitext(path.name)
+    if suffix.lower() in PACKED:
+        suffix = os.path.splitext(stem)[1]
+    return KINDS.get(suffix.lower())
 
 
 def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
