@@ -104,7 +104,7 @@ def test_rows_may_be_dropped(name: str) -> None:
 @pytest.mark.parametrize("tiles", ["vectors", "tiles"])
 @pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5", "heads of 64"])
 def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
-    """Beside float32 weights of the same values; only keys and values are rounded, and what torch did to the prompt."""
+    """Compared with float32 weights of the same values; only keys and values are rounded, and what torch did to the prompt."""
     half = lowered(random_model(SHAPES[name]), "bf16")
     same = lowered(half, "fp32")
     with kernels.forced({"few-rows": tiles}):
@@ -118,7 +118,10 @@ def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
 
 
 @pytest.mark.parametrize("tiles", ["vectors", "tiles"])
-@pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "heads of 64"])
+@pytest.mark.parametrize(
+    "name",
+    ["nanochat", "llama", "gpt2", "heads of 64", "t5", "t5, scaled head", "bart", "shared blocks, narrow table"],
+)
 def test_int8_weights_are_those_of_torch(name: str, tiles: str) -> None:
     model = lowered(random_model(SHAPES[name]), "int8")
     with kernels.forced({"few-rows": tiles}):

@@ -60,12 +60,12 @@ def test_many_steps_are_those_of_adamw_on_the_whole_table(way: str) -> None:
         if number == 34:
             assert len(rows.seen) < 45
             assert torch.equal(sparse.weight[45:], start[45:])
-        torch.testing.assert_close(sparse.weight, dense.weight, rtol=1e-6, atol=5e-7)
+        torch.testing.assert_close(sparse.weight, dense.weight, rtol=1e-6, atol=5e-7 if way == "native" else 1e-7)
     kept = adam.state[dense.weight]
     state = rows.state()
     assert int(state["step"]) == 40
     torch.testing.assert_close(state["mean"], kept["exp_avg"], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(state["square"], kept["exp_avg_sq"], rtol=5e-6, atol=1e-7)
+    torch.testing.assert_close(state["square"], kept["exp_avg_sq"], rtol=5e-6 if way == "native" else 1e-6, atol=1e-7)
 
 
 def test_rows_read_twice_are_added_up(way: str) -> None:

@@ -46,6 +46,9 @@ INT8 = 2
 MAX_PRODUCT = 1 << 31
 """Most multiplications of a step: many rows of a large model are quicker by matrix instructions, which torch's products use."""
 
+MAX_ROWS = 1024
+"""Most rows of a step: each thread keeps a few sums of every row on its stack."""
+
 POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -139,6 +142,7 @@ class NativeDecoder:
             tiles, self.trunk.layers()[0].attention.scale, shape.norm_eps if shape.qk_norm else -1.0, cosine, sine,
             self._norm(self.trunk.norm), self._map(head.matrix, head) if self.direct else _Map(),
         )  # fmt: skip
+        _need(cache.rows <= MAX_ROWS, "too many rows")
         weights = sum(p.numel() for p in model.trunk.parameters()) + sum(b.numel() for b in model.trunk.buffers())
         _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are quicker by matrix instructions")
         source = cache.source.get("appears")
@@ -159,7 +163,7 @@ class NativeDecoder:
         """Return the logits (rows, vocab) float32 of the new tokens (rows, 1) at their positions (rows, 1)."""
         cache, model = self.cache, self.model
         fields = fields_of({"tokens": tokens, "positions": positions}, "", cache.length, model.ahead())
-        places = fields["positions"].expand(cache.rows, -1).contiguous()
+        places = fields["positions"].long().expand(cache.rows, -1).contiguous()
         x = self.trunk.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
         logits = x.new_empty(cache.rows, self.structure.head.output) if self.direct else None
         bias = None
@@ -173,7 +177,10 @@ class NativeDecoder:
         )  # fmt: skip
         self.library.decode(ctypes.addressof(self.structure), ctypes.addressof(step), native.threads())
         cache.advance(1)
-        return self.head(x.to(model.tokens.weight.dtype)).float() if logits is None else self.head.finish(logits)
+        if logits is not None:
+            return self.head.finish(logits)
+        weight = model.tokens.weight
+        return self.head(x.to(weight.dtype) if weight.is_floating_point() else x).float()
 
     def _pointer(self, x: Tensor | None) -> int | None:
         """Where a float32 copy of a parameter is, or the parameter itself where it is one."""
