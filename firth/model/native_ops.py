@@ -261,7 +261,7 @@ def neighbors(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Args:
         x: (B, T, width) fp32.
         left: How many neighbors are before each word, (B, T) int64, within its row.
-        right: How many are behind it.
+        right: How many are after it.
 
     Returns:
         (B, T, width).
