@@ -4,7 +4,7 @@
     python -m bench.busy --recipe roberta             # another tiny recipe
     python -m bench.busy --only default firth --rounds 9
 
-Each policy is a process of its own that trains a tiny recipe by `firth.train.loop.train`. They work in turns, and each round
+Each policy is a process of its own that trains a tiny recipe by `firth.train.trainer.train`. They work in turns, and each round
 has a quiet half and a half beside a Python process that spins for ever. The policies are environment variables, which
 OpenMP reads when it is loaded: `default` is what libgomp does by itself, `firth` is what firth sets.
 """
@@ -46,7 +46,7 @@ def contender(turn: Turn, recipe: str) -> None:
     """Train a tiny recipe; the turn ends after SHARE steps."""
     from bench.causal import firth_run
     from bench.objectives import prepared
-    from firth.model.lm import LM
+    from firth.model.model import LM
 
     plan, objective, batches = prepared(recipe)
     assert plan.shape is not None

@@ -166,12 +166,12 @@ def plain(turn: Turn) -> None:
 
 def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train` builds for the default decoder on these windows."""
-    from firth.data.batch import Batches
+    from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.model.lm import LM
-    from firth.model.shape import decoder
-    from firth.objectives.causal import CausalLM
-    from firth.text.vocab import Vocab
+    from firth.model.config import decoder
+    from firth.model.model import LM
+    from firth.objectives.causal_lm import CausalLM
+    from firth.tokenizer.vocab import Vocab
     from firth.types import Example
 
     class Drawn(Source):
@@ -201,10 +201,10 @@ def firth_run(
 
     share: steps in a turn. units: of the turn that ends with a step.
     """
-    from firth.train.log import Silence
-    from firth.train.loop import Plan, train
+    from firth.train.logging import Silence
     from firth.train.optimizer import Optimizer
     from firth.train.schedule import Length, Schedule
+    from firth.train.trainer import Plan, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         turn(units(step))

@@ -29,29 +29,30 @@ from typing import Literal
 import numpy as np
 import torch
 
-from firth.align.credit import GAE, to_go
+from firth.align.advantages import GAE, to_go
 from firth.align.rewards import RewardModel, Sample, Truth, prefer, write_comparisons
 from firth.align.rollouts import Phase, Rollouts, explained_variance
-from firth.data.batch import Batches
+from firth.corpora import catalog
+from firth.data.collate import Batches
 from firth.demo import plays
-from firth.demo.material import read_rows
+from firth.demo.data import read_rows
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES
+from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
-from firth.generate.rows import rectangle
-from firth.generate.sample import Sampling
-from firth.model.lm import LM
-from firth.model.weights import load_model, start_from
+from firth.generate.sampling import Sampling
+from firth.model.model import LM
 from firth.objectives.ppo import PPO, critic_states, start_critic
 from firth.objectives.ppo import values as values_of
-from firth.recipes import tune
-from firth.recipes.material import Text, train_tokenizer
-from firth.recipes.recipe import TokenizerPlan
-from firth.recipes.run import run
-from firth.text import chat, corpora
-from firth.text.tokenizer import Tokenizer
-from firth.train.loop import Plan, train
+from firth.pretrained.load_save import load_model, start_from
+from firth.recipes import post_training
+from firth.runs.prepare import Text, train_tokenizer
+from firth.runs.recipe import TokenizerPlan
+from firth.runs.run import run
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Length, Schedule
+from firth.train.trainer import Plan, train
 
 SIZE = SIZES["small"]
 SEEDS = (0, 1, 2)
@@ -98,7 +99,7 @@ def base(results: Path) -> Path:
     material, tokenizer_at = out / "material", out / "tokenizer"
     if not (material / "material.json").exists():
         plays.make(
-            corpora.fetch("shakespeare", echo=print), material, labels=SIZE.labels, held_labels=SIZE.held_labels, seed=0
+            catalog.fetch("shakespeare", echo=print), material, labels=SIZE.labels, held_labels=SIZE.held_labels, seed=0
         )
     file = {name: str(material / f"{name}.jsonl") for name in
             ("train", "valid", "dialogues-train", "dialogues-valid", "preferences-train", "preferences-valid")}  # fmt: skip
@@ -110,7 +111,7 @@ def base(results: Path) -> Path:
     run(replace(made, name="decoder", source=text, tokenizer=TokenizerPlan(path=str(tokenizer_at))), out / "decoder")
     talk = Text(path=(file["dialogues-train"],), valid=(file["dialogues-valid"],))
     run(
-        replace(SIZE.instruct(tune.instruct()), name="instruct", source=talk, start=str(out / "decoder")),
+        replace(SIZE.instruct(post_training.instruct()), name="instruct", source=talk, start=str(out / "decoder")),
         out / "instruct",
     )
     if not Path(file["preferences-valid"]).exists():
@@ -122,7 +123,10 @@ def base(results: Path) -> Path:
             found = prefer(first, second, Truth(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng)
             write_comparisons(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
     pairs = Text(path=(file["preferences-train"],), valid=(file["preferences-valid"],))
-    run(replace(SIZE.reward(tune.reward()), name="reward", source=pairs, start=str(out / "instruct")), out / "reward")
+    run(
+        replace(SIZE.reward(post_training.reward()), name="reward", source=pairs, start=str(out / "instruct")),
+        out / "reward",
+    )
     return out
 
 
@@ -200,7 +204,7 @@ def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
     start_from(model, bases.directory / "instruct" / "model")
     source = bases.source(arm, seed, directory / "phases")
     batches = Batches(source, objective, bases.tokenizer.vocab, rows=ROWS, seed=seed)
-    optimizer = replace(tune.ppo().optimizer, critic_rate=arm.rate)
+    optimizer = replace(post_training.ppo().optimizer, critic_rate=arm.rate)
     train(
         model, objective, batches, directory, length=Length(steps=steps), optimizer=optimizer,
         schedule=Schedule("constant", warmup=0.05), plan=Plan(save_every=20, keep=1), recipe=name,

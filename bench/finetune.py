@@ -65,9 +65,9 @@ STORE = 6000
 
 
 def fetched(corpus: str) -> Path:
-    from firth.text import corpora
+    from firth.corpora import catalog
 
-    return corpora.fetch(corpus, lambda _: None)
+    return catalog.fetch(corpus, lambda _: None)
 
 
 def records(task: Task) -> Path:
@@ -85,8 +85,8 @@ def records(task: Task) -> Path:
 
 def source(task: Task) -> Any:
     """The set as firth reads it; its token ids are those of the peer too."""
-    from firth.data.labelled import Labelled, TextFields
-    from firth.text.tokenizer import Tokenizer
+    from firth.data.labeled import Labelled, TextFields
+    from firth.tokenizer.tokenizer import Tokenizer
 
     coder = Tokenizer.load(fetched("minilm"))
     return Labelled([str(records(task))], coder, task.length, TextFields(task.text, pair=task.pair))
@@ -145,10 +145,10 @@ def trainer(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **c
 
 def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train classify start=MINILM` builds; batch: how its rows are laid."""
-    from firth.data.batch import Batches
-    from firth.model.lm import LM
-    from firth.model.weights import load_model, start_from
+    from firth.data.collate import Batches
+    from firth.model.model import LM
     from firth.objectives.classification import Classification
+    from firth.pretrained.load_save import load_model, start_from
 
     task, start = TASKS[name], fetched("minilm")
     examples = source(task)
@@ -233,7 +233,7 @@ def check(name: str) -> None:
 
 def floor(name: str) -> None:
     """FLOPs of products, and bytes that AdamW moves, of both: what they allow at this machine's rates."""
-    from firth.scaling.flops import Work, trunk
+    from firth.model.flops import Work, trunk
     from firth.train.precision import choose
 
     task, steps = TASKS[name], 50

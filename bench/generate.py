@@ -7,7 +7,7 @@
 
 Contenders: transformers' `generate()` on a `GPT2LMHeadModel` as it comes, the same with its weights in bf16, firth's
 `Engine` reading the very same GPT-2 from its directory, and firth's `Engine` on its own default decoder of that size,
-each with every kind of weights that is asked for (firth.generate.lowered). The last one named is what ratios are of.
+each with every kind of weights that is asked for (firth.generate.quantized). The last one named is what ratios are of.
 Every contender gets the same prompts (32 tokens a row) and must write 128 tokens a row: nothing can end an answer. Units are
 the tokens written, or with `--new 1` the tokens read.
 
@@ -96,7 +96,7 @@ class Numbers:
     """A tokenizer whose text is its token ids: nothing to encode or decode, so that the model alone is measured."""
 
     def __init__(self) -> None:
-        from firth.text.vocab import Vocab
+        from firth.tokenizer.vocab import Vocab
 
         self.vocab = Vocab(size=VOCAB, roles={"pad": 0}, special=np.arange(VOCAB) < 1)
 
@@ -115,7 +115,7 @@ class Numbers:
 
 def same_gpt2() -> Any:
     """The peer's weights, read by firth from the directory that transformers wrote."""
-    from firth.model.weights import load_model
+    from firth.pretrained.load_save import load_model
 
     with tempfile.TemporaryDirectory() as directory:
         hf_model().save_pretrained(directory)
@@ -124,9 +124,9 @@ def same_gpt2() -> Any:
 
 def own_decoder() -> Any:
     """firth's default decoder. Its zero-initialised projections are filled, or it would only repeat itself."""
+    from firth.model.config import decoder
     from firth.model.heads import Vocabulary
-    from firth.model.lm import LM
-    from firth.model.shape import decoder
+    from firth.model.model import LM
 
     torch.manual_seed(0)
     shape = decoder(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
@@ -137,7 +137,7 @@ def own_decoder() -> Any:
 
 
 def firth_write(engine: Any, work: Work) -> list[list[int]]:
-    from firth.generate.sample import Sampling
+    from firth.generate.sampling import Sampling
 
     done = engine.generate(list(work.prompts()), Sampling(temperature=0, max_new=work.new))
     return [c.tokens.tolist() for c in done]
@@ -153,7 +153,7 @@ def firth_generate(turn: Turn, work: Work, make: Callable[[], Any], weights: str
 
 
 def contenders(work: Work, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[Turn], None]]:
-    from firth.model.weights import load_model
+    from firth.pretrained.load_save import load_model
 
     theirs = hf_model if directory is None else partial(hf_from, directory)
     ours = {"the same GPT-2": same_gpt2, "its own": own_decoder}
@@ -172,7 +172,7 @@ def contenders(work: Work, weights: Sequence[str], directory: Path | None) -> di
 def check(directory: Path | None) -> None:
     """The same weights write the same tokens, whoever runs them, at batch 1 and 4."""
     from firth.generate.engine import Engine
-    from firth.model.weights import load_model
+    from firth.pretrained.load_save import load_model
 
     theirs = hf_model() if directory is None else hf_from(directory)
     engine = Engine(same_gpt2() if directory is None else load_model(directory), Numbers(), stops=())
@@ -192,7 +192,7 @@ def check(directory: Path | None) -> None:
 
 
 def main() -> None:
-    from firth.generate.lowered import DIGITS, FLOATS
+    from firth.generate.quantized import DIGITS, FLOATS
 
     every = [*FLOATS, *DIGITS]
     names = {**contenders(Work(1), every, None), **contenders(Work(1), every, Path())}

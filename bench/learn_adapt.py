@@ -31,14 +31,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from firth.model.mixture import Mixture
+from firth.corpora import catalog, readers
+from firth.model.layer_mixture import Mixture
 from firth.objectives.classification import Classification
-from firth.recipes.adapt import Adapt, Frozen, Full, Head, LoRA, Prefix, Prompt
-from firth.recipes.labelled import Labelled
-from firth.recipes.material import Text
-from firth.recipes.recipe import Batch, Checks, Recipe
-from firth.recipes.run import run
-from firth.text import corpora, read
+from firth.runs.labeled_examples import Labelled
+from firth.runs.peft_options import Adapt, Frozen, Full, Head, LoRA, Prefix, Prompt
+from firth.runs.prepare import Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
+from firth.runs.run import run
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -96,7 +96,7 @@ class Place:
         """The records of a set that a seed learns from (`train`), and those that all are asked (`valid`)."""
         file = self.results / "records" / f"{corpus}-{part if part == 'valid' else f'{part}-{seed}'}.jsonl"
         if not file.exists():
-            lines = [json.dumps(record) for _, record in read.records(corpora.paths(corpus, print))]
+            lines = [json.dumps(record) for _, record in readers.records(catalog.paths(corpus, print))]
             random.Random("held out").shuffle(lines)
             held, rest = lines[: max(32, round(HELD * self.scale))], lines[HELD:]
             random.Random(seed).shuffle(rest)
@@ -113,7 +113,7 @@ def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
         source=Text(path=(train,), valid=(valid,)), adapt=WAYS[way].adapt, seed=seed, batch=Batch(rows=ROWS, pack=WAYS[way].pack),
         optimizer=Optimizer(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
         schedule=Schedule("linear", warmup=0.1), length=Length(steps=place.steps),
-        checks=Checks(examples=HELD, save=0),
+        evaluation=EvalConfig(max_examples=HELD), checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
     said: list[str] = []
     directory = place.results / f"{corpus}-{way}-{seed}"
@@ -133,7 +133,7 @@ def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
 @functools.cache
 def base() -> Path:
     """MiniLM's directory."""
-    return corpora.fetch("minilm", print)
+    return catalog.fetch("minilm", print)
 
 
 # ------------------------------------------------------------------------------- the peer
@@ -185,7 +185,7 @@ def theirs(place: Place, corpus: str, way: str, seed: int, precision: Precision)
     if file.exists():
         found: dict[str, float] = json.loads(file.read_text())
         return found
-    rows = {part: [r for _, r in read.records([str(place.file(corpus, seed, part))])] for part in ("train", "valid")}
+    rows = {part: [r for _, r in readers.records([str(place.file(corpus, seed, part))])] for part in ("train", "valid")}
     names = sorted({str(r["label"]) for r in rows["train"]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(base())
 

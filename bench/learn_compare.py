@@ -18,8 +18,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from firth.recipes.compare import Terms, compare
-from firth.recipes.names import RECIPES
+from firth.compare.compare import Terms, compare
+from firth.runs.recipe_names import RECIPES
 from firth.train.schedule import Length
 
 BODY = (

@@ -37,31 +37,31 @@ import numpy as np
 import torch
 
 from bench.harness import describe, machine
-from firth.data.batch import Batches, collate
-from firth.data.segment import Pairs, Pieces
-from firth.data.shards import TokenStore
+from firth.corpora import catalog
+from firth.data.collate import Batches, collate
 from firth.data.source import Source, Subset
-from firth.generate.rows import reading
-from firth.model.lm import LM
-from firth.model.shape import encoder
-from firth.model.weights import load_model, start_from
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.data.token_store import TokenStore
+from firth.data.windows import Pairs, Pieces
+from firth.generate.decoding import reading
+from firth.model.config import encoder
+from firth.model.model import LM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, asked
-from firth.objectives.rtd import RTD, AdversarialRTD
-from firth.objectives.sbo import SBO
-from firth.objectives.sop import SOP
-from firth.recipes.begin import begin
-from firth.recipes.material import Material, documents_of
-from firth.recipes.material import Text as Where
-from firth.text import corpora
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train as train_tokenizer
-from firth.text.vocab import Vocab
-from firth.train.log import Silence
-from firth.train.loop import Plan, train
+from firth.objectives.replaced_tokens import RTD, AdversarialRTD
+from firth.objectives.sentence_order import SOP
+from firth.objectives.span_boundary import SBO
+from firth.pretrained.load_save import load_model, start_from
+from firth.runs.init_head import begin
+from firth.runs.prepare import Material, documents_of
+from firth.runs.prepare import Text as Where
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train as train_tokenizer
+from firth.tokenizer.vocab import Vocab
+from firth.train.logging import Silence
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
+from firth.train.trainer import Plan, train
 from firth.train.validate import validate
 from firth.types import IGNORE
 
@@ -110,7 +110,7 @@ class Arm:
 def data(corpus: str, theirs: str) -> Data:
     where, folder = Where(corpus=corpus), RESULTS / f"{corpus}{theirs}"
     if theirs:
-        Tokenizer.load(corpora.fetch(theirs, echo=print)).save(folder / "tokenizer")
+        Tokenizer.load(catalog.fetch(theirs, echo=print)).save(folder / "tokenizer")
     elif not (folder / "tokenizer").exists():
         texts = (d.text for d in documents_of(where, where.paths(print), apart=False))
         train_tokenizer(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
@@ -228,7 +228,7 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     if arm.small:
         source = some(source, SMALL)
     shape = replace(encoder(VOCAB, WIDTH, depth, context=length), segments=2 * arm.pairs)
-    theirs = corpora.fetch("minilm", echo=print) if arm.rate else None
+    theirs = catalog.fetch("minilm", echo=print) if arm.rate else None
     torch.manual_seed(seed)
     if theirs is not None:
         shape = load_model(theirs).shape

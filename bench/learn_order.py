@@ -14,7 +14,7 @@ sentences as ALBERT's are. A tenth of the 500 samples is held out whole, and eve
                  of the same length or nearly, and as whole
     words        logistic regression on the very same pairs: which words are in which segment, and at their ends; the best of
                  three regularisations, chosen on the held-out pairs, in its favour
-    junction     the running text in segments cut anywhere (`firth.data.segment.Pairs`): of the two words that meet in the
+    junction     the running text in segments cut anywhere (`firth.data.windows.Pairs`): of the two words that meet in the
                  middle, how much likelier than by chance does one follow the other, counted in the training text
 
 The last is what order there is in `Pairs`: no word tells anything alone there, since both segments begin and end
@@ -39,24 +39,24 @@ import numpy as np
 import torch
 
 from bench.harness import describe, machine
-from firth.data.batch import Batches
-from firth.data.order import Draws
-from firth.data.segment import Pairs
+from firth.corpora import catalog, readers
+from firth.data.collate import Batches
+from firth.data.shuffle import Draws
 from firth.data.source import Source
 from firth.data.split import split
-from firth.model.lm import LM
-from firth.model.weights import load_model, start_from
-from firth.objectives.nsp import NSP
-from firth.objectives.pair import Pair
-from firth.objectives.sop import SOP
-from firth.recipes.material import Material
-from firth.recipes.material import Text as Where
-from firth.text import corpora, read
-from firth.text.tokenizer import Tokenizer
-from firth.train.log import Silence
-from firth.train.loop import Plan, train
+from firth.data.windows import Pairs
+from firth.model.model import LM
+from firth.objectives.next_sentence import NSP
+from firth.objectives.sentence_order import SOP
+from firth.objectives.sentence_pairs import Pair
+from firth.pretrained.load_save import load_model, start_from
+from firth.runs.prepare import Material
+from firth.runs.prepare import Text as Where
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.train.logging import Silence
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
+from firth.train.trainer import Plan, train
 from firth.train.validate import validate
 from firth.types import Example
 
@@ -137,10 +137,10 @@ def quiet(_: str) -> None:
 
 def material() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
     """MiniLM's tokenizer, the pairs to learn from and those held out."""
-    tokenizer = Tokenizer.load(corpora.fetch("minilm", echo=quiet))
+    tokenizer = Tokenizer.load(catalog.fetch("minilm", echo=quiet))
 
     def part(apart: bool) -> Paragraphs:
-        documents = split(read.documents(corpora.paths(CORPUS, quiet)), HELD, held_out=apart)
+        documents = split(readers.documents(catalog.paths(CORPUS, quiet)), HELD, held_out=apart)
         paragraphs = ((d.name, p.replace("\n", " ")) for d in documents for p in d.text.split("\n\n"))
         return Paragraphs(paragraphs, tokenizer, LENGTH)
 
@@ -153,7 +153,7 @@ def material() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
 def one(objective: Pair, seed: int) -> dict[str, Any]:
     """SOP or NSP from MiniLM, once: its scores before and after."""
     tokenizer, learnt, held = material()
-    home = corpora.fetch("minilm", echo=quiet)
+    home = catalog.fetch("minilm", echo=quiet)
     shape = load_model(home).shape
     torch.manual_seed(seed)
     model = LM(shape, objective.parts(shape))
@@ -213,7 +213,7 @@ def words() -> dict[str, Any]:
 
 def junction(length: int) -> dict[str, Any]:
     """How often the words that meet tell the order of segments of the running text, cut anywhere."""
-    tokenizer = Tokenizer.load(corpora.fetch("minilm", echo=quiet))
+    tokenizer = Tokenizer.load(catalog.fetch("minilm", echo=quiet))
     learnt, held = Material(Where(corpus=CORPUS), tokenizer, RESULTS / "running", echo=quiet).stores()
     assert held is not None
     tokens = np.asarray(learnt.tokens[:], np.int64)

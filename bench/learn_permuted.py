@@ -35,27 +35,27 @@ from pathlib import Path
 import torch
 
 from bench.harness import DIRTY, busy, describe, machine, others
-from firth.data import segment as cut
-from firth.data.batch import Batches
-from firth.data.shards import TokenStore
+from firth.data import windows as cut
+from firth.data.collate import Batches
 from firth.data.source import Source
+from firth.data.token_store import TokenStore
 from firth.evaluate import cloze
-from firth.model.lm import LM
-from firth.model.shape import Shape, encoder
-from firth.model.weights import load_model
-from firth.objectives.causal import CausalLM
-from firth.objectives.mlm import MLM
+from firth.model.config import Shape, encoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
-from firth.objectives.plm import PLM
-from firth.recipes import segments
-from firth.recipes.material import Material, train_tokenizer
-from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
-from firth.recipes.run import run
-from firth.recipes.segments import Pieces, Segment, Windows, spread
+from firth.objectives.permuted_lm import PLM
+from firth.pretrained.load_save import load_model
 from firth.recipes.sizes import CONTEXT, DEPTH, TEXT, VOCAB, WIDTH, tiny
-from firth.text.tokenizer import Tokenizer
-from firth.text.vocab import Vocab
+from firth.runs import examples
+from firth.runs.examples import Pieces, Segment, Windows, spread
+from firth.runs.prepare import Material, train_tokenizer
+from firth.runs.recipe import Batch, Recipe, TokenizerPlan
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import Vocab
 from firth.train.validate import validate
 
 SEEDS = (0, 1, 2)
@@ -80,10 +80,10 @@ CONTENDERS: dict[str, tuple[Objective, Shape, Segment]] = {
 def recipe(name: str, seed: int, steps: int, results: Path) -> Recipe:
     objective, shape, segment = CONTENDERS[name]
     made = tiny(name, objective, segment, shape, steps=steps, batch=Batch(rows=ROWS))
-    checks = replace(made.checks, every=0, save=steps)
+    evaluation, checkpoint = replace(made.evaluation, every=0), replace(made.checkpoint, every=steps)
     source = replace(TEXT, store=str(results / "stores"))
     plan = TokenizerPlan(path=str(results / "tokenizer"), size=VOCAB)
-    return replace(made, seed=seed, source=source, tokenizer=plan, checks=checks)
+    return replace(made, seed=seed, source=source, tokenizer=plan, evaluation=evaluation, checkpoint=checkpoint)
 
 
 def measured(model: LM, name: str, seed: int, held: Source, store: TokenStore, vocab: Vocab) -> dict[str, float]:
@@ -105,7 +105,7 @@ def contend(name: str, seed: int, steps: int, results: Path) -> dict[str, object
     made = recipe(name, seed, steps, results)
     tokenizer = Tokenizer.load(results / "tokenizer")
     material = Material(made.source, tokenizer, results, memory=made.shape.memory if made.shape else 0)
-    held, store = segments.cut(made.segment, material, made.objective).valid, material.stores()[1]
+    held, store = examples.cut(made.segment, material, made.objective).valid, material.stores()[1]
     assert held is not None and store is not None and made.shape is not None
     shape = replace(made.shape, vocab=tokenizer.vocab.size)
     torch.manual_seed(seed)

@@ -6,7 +6,7 @@
     python -m bench.learn_recipes --table                # markdown for docs/results.md
 
 Beside each the same model at its beginning: a rate of zero for one step, the same tokenizer and the same held-out text.
-That is no model of nothing: it begins with the frequencies of its answers (`firth.recipes.begin`). Seconds are of the whole
+That is no model of nothing: it begins with the frequencies of its answers (`firth.runs.init_head`). Seconds are of the whole
 command, with tokenizer and token store, and of training alone. One JSON for each in runs/learn_recipes.
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 
 from bench.harness import DIRTY, busy, describe, machine, others
 from bench.learn_seq2seq import NOTHING
-from firth.recipes.names import RECIPES
-from firth.recipes.recipe import load
-from firth.recipes.run import run
+from firth.runs.recipe import load
+from firth.runs.recipe_names import RECIPES
+from firth.runs.run import run
 
 NAMES = (
     "word2vec", "lstm", "elmo", "gpt", "gpt2", "gpt3", "llama", "bert", "roberta", "spanbert", "albert", "electra", "xlnet",

@@ -30,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
-from firth.generate import vectors
-from firth.model.weights import load_model
-from firth.recipes.recipe import load
-from firth.recipes.run import Finished, run
-from firth.text import corpora
-from firth.text.tokenizer import Tokenizer
+from firth.corpora import catalog
+from firth.generate import word_vectors
+from firth.pretrained.load_save import load_model
+from firth.runs.recipe import load
+from firth.runs.run import Finished, run
+from firth.tokenizer.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_recurrent")
 WIDTH = 128
@@ -50,7 +50,7 @@ SPELLER = (
 
 def headlines(folder: Path) -> None:
     """bare.jsonl, few.jsonl and scored.jsonl; what is scored is in no other, and the few are read as bare text too."""
-    lines = next(corpora.fetch("sarcasm", echo=print).glob("*.jsonl")).read_text("utf-8").splitlines()
+    lines = next(catalog.fetch("sarcasm", echo=print).glob("*.jsonl")).read_text("utf-8").splitlines()
     order = np.random.default_rng(0).permutation(len(lines))
     cuts = {"scored": order[:SCORED], "few": order[SCORED : SCORED + LABELS], "bare": order[SCORED:]}
     for name, some in cuts.items():
@@ -59,7 +59,7 @@ def headlines(folder: Path) -> None:
 
 def brown(folder: Path) -> None:
     """text/*.txt without the held-out documents; tagged.jsonl and scored_tags.jsonl with main tags alone."""
-    source = corpora.fetch("brown", echo=print)
+    source = catalog.fetch("brown", echo=print)
     names = sorted(path.stem for path in source.glob("*.txt"))
     apart = set(names[::10])
     (folder / "text").mkdir()
@@ -162,7 +162,7 @@ def words_study(seed: int, steps: Steps) -> dict[str, float]:
     for algorithm in ("skipgram", "cbow"):
         directory = brown_vectors(seed, steps, algorithm).directory
         words = Words(directory, data() / "text")
-        tables = {"firth": vectors.table(load_model(directory / "model")).numpy()}
+        tables = {"firth": word_vectors.table(load_model(directory / "model")).numpy()}
         if importlib.util.find_spec("gensim"):
             tables["gensim"] = words.theirs(seed, algorithm)
         for whose, table in tables.items():
@@ -202,7 +202,7 @@ class Words:
     def synonyms(self, table: np.ndarray) -> float:
         """The area under the curve of synonyms against words of the same frequencies."""
         senses: set[tuple[int, int]] = set()
-        for path in sorted(corpora.fetch("wordnet", echo=print).glob("*.jsonl")):
+        for path in sorted(catalog.fetch("wordnet", echo=print).glob("*.jsonl")):
             for line in path.read_text("utf-8").splitlines():
                 same = [
                     self.known[w] for w in json.loads(line)["text"].partition(": ")[0].split(", ") if w in self.known

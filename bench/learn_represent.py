@@ -29,24 +29,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from firth.data.batch import Batches
-from firth.model.shape import Shape, encoder, encoder_decoder
-from firth.model.weights import load_model
+from firth.corpora import catalog, readers
+from firth.data.collate import Batches
+from firth.model.config import Shape, encoder, encoder_decoder
 from firth.objectives.classification import Classification
 from firth.objectives.contrastive import Contrastive, InfoNCE
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.multi_annotator import Weak
 from firth.objectives.objective import Objective
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.vae import VAE
-from firth.objectives.weak import Weak
-from firth.recipes.labelled import Labelled
-from firth.recipes.labels import Partly, Taught, Voted
-from firth.recipes.material import Material, Text
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.run import run
-from firth.recipes.segments import Pairs, Pieces, Segment, spread
-from firth.text import corpora, read
-from firth.text.tokenizer import Tokenizer
+from firth.pretrained.load_save import load_model
+from firth.runs.examples import Pairs, Pieces, Segment, spread
+from firth.runs.labeled_examples import Labelled
+from firth.runs.noisy_label_examples import Partly, Taught, Voted
+from firth.runs.prepare import Material, Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 from firth.train.validate import validate
@@ -80,7 +80,7 @@ class Place:
         """`train`, `valid` or `some` (2,000 of train) of the headlines, in an order that has nothing of the file's."""
         path = self.results / f"{part}.jsonl"
         if not path.exists():
-            lines = [json.dumps(record) for _, record in read.records(corpora.paths("sarcasm", print))]
+            lines = [json.dumps(record) for _, record in readers.records(catalog.paths("sarcasm", print))]
             random.Random(0).shuffle(lines)
             parts = {"valid": lines[:HELD], "train": lines[HELD:], "some": lines[HELD : HELD + 2000]}
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,8 @@ def recipe(
         name=name, objective=objective, segment=segment, source=source, shape=shape, start=start, seed=seed,
         tokenizer=TokenizerPlan(size=vocab, path=tokenizer), batch=Batch(rows=rows, pack=pack),
         optimizer=optimizer or Optimizer(), schedule=schedule or Schedule("wsd"), length=place.steps(steps),
-        checks=Checks(examples=max(64, round(HELD * place.scale)), save=0),
+        evaluation=EvalConfig(max_examples=max(64, round(HELD * place.scale))),
+        checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
 
 
@@ -152,10 +153,10 @@ def classifier(
     """MiniLM with a head for the classes: its directory, and its accuracy on TESTED headlines held out."""
     made = recipe(
         place, "classifier", objective, segment, place.text("some"), None, steps=steps, rows=rows, seed=seed,
-        optimizer=TUNED, schedule=Schedule("linear", warmup=0.1), start=str(corpora.fetch("minilm", print)),
+        optimizer=TUNED, schedule=Schedule("linear", warmup=0.1), start=str(catalog.fetch("minilm", print)),
     )  # fmt: skip
-    tested = replace(made.checks, examples=max(64, round(TESTED * place.scale)))
-    directory, metrics = done(place, name, seed, replace(made, checks=tested))
+    tested = replace(made.evaluation, max_examples=max(64, round(TESTED * place.scale)))
+    directory, metrics = done(place, name, seed, replace(made, evaluation=tested))
     return directory, {"accuracy": metrics["valid/accuracy"]}
 
 

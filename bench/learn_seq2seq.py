@@ -56,8 +56,8 @@ def quiet(_: str) -> None:
 
 def train(recipe: Sequence[str], seed: int, where: Path, settings: Sequence[str]) -> dict[str, Any]:
     """A run of a recipe: its steps, seconds and last metrics."""
-    from firth.recipes.recipe import load
-    from firth.recipes.run import run
+    from firth.runs.recipe import load
+    from firth.runs.run import run
 
     plan = load(recipe[0], [*recipe[1:], f"seed={seed}", *settings])
     done = run(plan, where, echo=quiet)
@@ -66,12 +66,12 @@ def train(recipe: Sequence[str], seed: int, where: Path, settings: Sequence[str]
 
 def coder(results: Path, corpus: str, algorithm: str, size: int) -> str:
     """One tokenizer for all runs on a corpus."""
-    from firth.recipes.material import train_tokenizer
-    from firth.text import corpora
+    from firth.corpora import catalog
+    from firth.runs.prepare import train_tokenizer
 
     where = results / f"tokenizer-{corpus}"
     if not (where / "tokenizer.json").exists():
-        train_tokenizer(corpora.paths(corpus, quiet), where, algorithm=algorithm, size=size, sentinels=100)
+        train_tokenizer(catalog.paths(corpus, quiet), where, algorithm=algorithm, size=size, sentinels=100)
     return str(where)
 
 
@@ -103,8 +103,8 @@ def objective(name: str, seed: int, results: Path, scale: float) -> dict[str, An
 
 def closed_book(name: str, seed: int, results: Path, scale: float) -> dict[str, Any]:
     """Exact match on names that no finetuning question was about."""
+    from firth.corpora import catalog
     from firth.evaluate.evaluate import evaluate
-    from firth.text import corpora
 
     work = results / "work" / f"{name.replace(' ', '-')}-{seed}"
     shared = [f"tokenizer.path={coder(results, 'places', 'bpe', 8192)}", "checks.every=0"]
@@ -126,7 +126,7 @@ def closed_book(name: str, seed: int, results: Path, scale: float) -> dict[str, 
         "asked": tuned["loss"],
     }
     for part in ("train", "test"):
-        score = evaluate(work / "asked", corpora.paths(f"places/{part}.jsonl", quiet), task="answers")
+        score = evaluate(work / "asked", catalog.paths(f"places/{part}.jsonl", quiet), task="answers")
         found |= {f"{part} {key}": score[key] for key in ("items", "exact_match", "commonest_accuracy")}
     return found
 

@@ -23,14 +23,14 @@ import torch
 
 from bench.learn_encoders import Data, span_scores
 from bench.learn_tasks import JOBS, classes, halves, say
+from firth.corpora import catalog
 from firth.evaluate.evaluate import evaluate
-from firth.model.weights import load_model
-from firth.objectives.mlm import MLM
-from firth.recipes.material import Material
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text import corpora
-from firth.text.tokenizer import Tokenizer
+from firth.objectives.masked_lm import MLM
+from firth.pretrained.load_save import load_model
+from firth.runs.prepare import Material
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_spans")
 SEEDS = (0, 1, 2)
@@ -63,7 +63,7 @@ def bare() -> tuple[Path, Path]:
 
 def read_on(arm: str, seed: int, scale: float) -> tuple[Path, dict[str, float]]:
     """MiniLM after it has read the text by an arm's objective, and how it fills in held-out spans."""
-    start = corpora.fetch("minilm", say)
+    start = catalog.fetch("minilm", say)
     if not ARMS[arm]:
         return start, {}
     train, test = bare()

@@ -39,16 +39,16 @@ import torch
 from bench import tasks_peers, tasks_translate
 from bench.harness import describe, machine
 from bench.tasks_peers import Lesson, Row
+from firth.corpora import catalog, tables
+from firth.corpora import readers as text
 from firth.data.split import place
 from firth.evaluate import metrics
 from firth.evaluate.evaluate import evaluate
-from firth.generate.embed import embed
-from firth.model.weights import load_model
-from firth.recipes.recipe import load
-from firth.recipes.run import Finished, run
-from firth.text import corpora, tables
-from firth.text import read as text
-from firth.text.tokenizer import Tokenizer
+from firth.generate.embeddings import embed
+from firth.pretrained.load_save import load_model
+from firth.runs.recipe import load
+from firth.runs.run import Finished, run
+from firth.tokenizer.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_tasks")
 SEEDS = (0, 1, 2)
@@ -172,7 +172,7 @@ def conll(folder: Path) -> None:
 def read(name: str) -> Iterator[Row]:
     """The records of a corpus's file."""
     corpus, _, file = name.partition("/")
-    for line in (corpora.fetch(corpus, say) / file).open(encoding="utf-8"):
+    for line in (catalog.fetch(corpus, say) / file).open(encoding="utf-8"):
         yield json.loads(line)
 
 
@@ -196,7 +196,7 @@ def classes(job: Job, parts: tuple[Path, Path]) -> tuple[str, ...]:
 def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
     """One run of a recipe, and its score on the test."""
     train, test = halves(name, job, quick)
-    start = str(corpora.fetch("minilm", say) if arm == "minilm" else job.own(train, quick))
+    start = str(catalog.fetch("minilm", say) if arm == "minilm" else job.own(train, quick))
     settings = [
         *job.settings, f"source={train}", "source.held_out=0", f"batch.rows={job.rows}", f"seed={seed}",
         f"length.steps={4 if quick else job.steps}", f"optimizer.rate={job.rates[arm]}", f"optimizer.weight_decay={DECAY}",
@@ -231,7 +231,7 @@ def trainer(name: str, job: Job, seed: int, quick: bool) -> Row:
     if job.recipe == "text_to_text":
         found = tasks_translate.taught(lesson, str(job.own(train, quick)), out)
     else:
-        found = tasks_peers.taught(job.recipe, lesson, str(corpora.fetch("minilm", say)), out)
+        found = tasks_peers.taught(job.recipe, lesson, str(catalog.fetch("minilm", say)), out)
     return {score: found[score] for score in (*job.scores, "seconds", "tokens", "tested")}
 
 
@@ -241,7 +241,7 @@ def lee(quick: bool) -> dict[str, float]:
     texts = sorted({text for row in rows for text in (row["text"], row["other"])})
     at = {text: i for i, text in enumerate(texts)}
     out = {}
-    for arm, start in (("own", own(Path(), quick)), ("minilm", corpora.fetch("minilm", say))):
+    for arm, start in (("own", own(Path(), quick)), ("minilm", catalog.fetch("minilm", say))):
         found, _ = embed(load_model(start), Tokenizer.load(start), texts, length=256)
         said = [float(found[at[row["text"]]] @ found[at[row["other"]]]) for row in rows]
         out[arm] = metrics.pearson([row["label"] for row in rows], said)

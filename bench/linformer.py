@@ -37,8 +37,8 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
 
     from firth import kernels
     from firth.model.attention import ATTENTION
-    from firth.model.lm import LM
-    from firth.model.shape import encoder
+    from firth.model.config import encoder
+    from firth.model.model import LM
 
     torch.manual_seed(0)
     shape = encoder(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
@@ -74,8 +74,8 @@ def check() -> None:
     """With identity projections the Linformer is full attention."""
     import torch
 
-    from firth.model.lm import LM
-    from firth.model.shape import encoder
+    from firth.model.config import encoder
+    from firth.model.model import LM
 
     torch.manual_seed(0)
     shape = encoder(vocab=1000, width=64, depth=2, heads=2, context=64)

@@ -28,20 +28,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from firth.corpora import catalog, download
+from firth.generate.decoding import reading, rectangle
 from firth.generate.engine import Engine
-from firth.generate.rows import reading, rectangle
-from firth.generate.sample import Sampling
-from firth.model import gguf
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.published import bert, gpt2, llama
-from firth.model.quantize import PACK
-from firth.model.shape import Shape
-from firth.model.weights import load_model
-from firth.recipes.use import opening
-from firth.text import chat, corpora, registry
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.model.model import LM
+from firth.model.presets import bert, gpt2, llama
+from firth.pretrained import gguf
+from firth.pretrained.gguf_quantize import PACK
+from firth.pretrained.load_save import load_model
+from firth.runs.inference import opening
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 HARD = (
@@ -188,7 +189,7 @@ def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
 
 def play(tokenizer: Tokenizer) -> list[int]:
     """Return 201 tokens of a play, which is what the smallest recipes have context for."""
-    text = (corpora.fetch("shakespeare", echo=lambda _: None) / "hamlet.txt").read_text("utf-8")
+    text = (catalog.fetch("shakespeare", echo=lambda _: None) / "hamlet.txt").read_text("utf-8")
     found: list[int] = tokenizer.encode(text).tolist()[1000:1201]
     return found
 
@@ -237,10 +238,10 @@ def small() -> Tokenizer:
 
 def goldens(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
     """llama.cpp's own vocabularies, where their package is in the cache."""
-    shelf = corpora.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
+    shelf = catalog.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
     for archive in sorted(shelf.glob("*.tar.gz")):
         wanted = [f"*/llama.cpp/models/ggml-vocab-{name}.gguf" for name in VOCABULARIES]
-        for path, file in registry.members(archive, wanted):
+        for path, file in download.members(archive, wanted):
             (directory / Path(path).name).write_bytes(file.read())
             yield Path(path).stem.removeprefix("ggml-vocab-"), Tokenizer.load(directory / Path(path).name)
 
@@ -279,7 +280,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield texts(f"{name}, random, F32", file, arguments.new)
     gguf.write(random(replace(gpt2(size, 128, 3, 4), context=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)
-    words = corpora.cache() / "minilm" / "vocab.txt"
+    words = catalog.cache() / "minilm" / "vocab.txt"
     if words.is_file():
         uncased = Tokenizer.load(words)
         model = random(bert(uncased.vocab.size, 64, 2, 4))
@@ -301,7 +302,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         gguf.write(model, tokenizer, file, "F32", dialogue=True)
         yield from dialogue(f"{arguments.chat.name}, F32", file, arguments.new)
     if arguments.smollm2:
-        place = corpora.fetch("smollm2", echo=lambda _: None)
+        place = catalog.fetch("smollm2", echo=lambda _: None)
         model, tokenizer = load_model(place), Tokenizer.load(place)
         gguf.write(model, tokenizer, file, "F32")
         yield ids("smollm2, written", tokenizer, file)

@@ -141,12 +141,12 @@ def trainer_bf16_grouped(turn: Turn) -> None:
 
 def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
     """(model, objective, batches): the default encoder, or the peer's own BERT, on these sentences in packed rows."""
-    from firth.data.batch import Batches
+    from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.model.lm import LM
-    from firth.model.shape import Shape, encoder
-    from firth.objectives.mlm import MLM
-    from firth.text.vocab import Vocab
+    from firth.model.config import Shape, encoder
+    from firth.model.model import LM
+    from firth.objectives.masked_lm import MLM
+    from firth.tokenizer.vocab import Vocab
     from firth.types import Example
 
     class Framed(Source):

@@ -31,15 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import Contender, Report, Turn, compare, describe
-from firth.data.batch import Batches, collate
-from firth.model.lm import LM
+from firth.data.collate import Batches, collate
+from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.recipes import segments
-from firth.recipes.begin import begin
-from firth.recipes.material import Material
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run_tokenizer import tokenizer_of
-from firth.train.cpu import keep_freed_memory
+from firth.runs import examples
+from firth.runs.init_head import begin
+from firth.runs.prepare import Material
+from firth.runs.recipe import Recipe, load
+from firth.runs.tokenizer import tokenizer_of
+from firth.train.cpu_setup import keep_freed_memory
 from firth.train.optimizer import Mover
 from firth.train.precision import casts, choose
 from firth.train.step import step
@@ -64,7 +64,7 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
     material = Material(
         recipe.source, tokenizer, folder, rows=recipe.batch.rows, memory=recipe.shape.memory, echo=lambda _: None
     )
-    cut = segments.cut(recipe.segment, material, recipe.objective)
+    cut = examples.cut(recipe.segment, material, recipe.objective)
     batches = Batches(
         cut.train, recipe.objective, tokenizer.vocab.starting(recipe.shape.decoder_start), rows=recipe.batch.rows, seed=0,
         pack=recipe.batch.pack,

@@ -48,11 +48,11 @@ def made(folder: Path) -> list[Path]:
     """Directories of random models, one of each architecture."""
     import torch
 
+    from firth.model.config import Shape, decoder, encoder, encoder_decoder
     from firth.model.heads import Vocabulary
-    from firth.model.lm import LM
-    from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-    from firth.model.weights import save_model
-    from firth.text.train import train
+    from firth.model.model import LM
+    from firth.pretrained.load_save import save_model
+    from firth.tokenizer.train import train
 
     tokenizer = train(list(topics.values())[:60], "byte-bpe", size=1000, seed=0)
     size: dict[str, int] = {"vocab": tokenizer.vocab.size, "width": 64, "depth": 2, "heads": 4, "context": 128}
@@ -80,10 +80,10 @@ def reference(directory: Path) -> dict[str, Any]:
     import torch
 
     from firth.evaluate.task import open_subject
-    from firth.evaluate.tasks.choices import cut
+    from firth.evaluate.tasks.option_scoring import cut
     from firth.generate.engine import Engine
     from firth.model.latent import average
-    from firth.recipes.use import opening
+    from firth.runs.inference import opening
 
     subject = open_subject(directory)
     model, tokenizer, shape = subject.model, subject.tokenizer, subject.model.shape
@@ -207,7 +207,7 @@ def main() -> None:
     asked.add_argument("--model", type=Path, action="append", default=[], help="a run or model directory")
     asked.add_argument("--dtype", default="", help="export in this type; numbers then agree to that type's precision")
     given = asked.parse_args()
-    from firth.recipes.exchange import export_model
+    from firth.runs.import_export import export_model
 
     sites = {"transformers": "", "sentences": given.site, "harness": given.site} | (
         {"version4": given.version4} if given.version4 else {}

@@ -19,17 +19,17 @@ from pydoc_data.topics import topics
 
 import torch
 
-from firth.data.batch import Batches
-from firth.data.segment import Pairs, Pieces, Windows
-from firth.data.shards import TokenStore
+from firth.corpora.readers import Document
+from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.objectives.causal import CausalLM
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.data.token_store import TokenStore
+from firth.data.windows import Pairs, Pieces, Windows
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
-from firth.text.read import Document
-from firth.text.train import train
+from firth.tokenizer.train import train
 
 SECONDS = 1.0
 ROUNDS = 3

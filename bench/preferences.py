@@ -122,14 +122,14 @@ def theirs(turn: Turn, task: Task, **chosen: Any) -> None:
 
 def firth_parts(task: Task) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train reward` and `firth train dpo` build."""
-    from firth.align.annotate import annotate
+    from firth.align.precompute import annotate
     from firth.align.rewards import Comparison, Comparisons, Sample
-    from firth.data.batch import Batches
-    from firth.model.lm import LM
-    from firth.model.weights import load_model, start_from
+    from firth.data.collate import Batches
+    from firth.model.model import LM
     from firth.objectives.dpo import DPO, comparison, reference
-    from firth.objectives.reward import Reward
-    from firth.text.vocab import Vocab
+    from firth.objectives.reward_model import Reward
+    from firth.pretrained.load_save import load_model, start_from
+    from firth.tokenizer.vocab import Vocab
     from firth.train.precision import casts, choose
 
     cpu = torch.device("cpu")

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import cpu_name
-from firth.data.shards import TokenStore
-from firth.recipes.inputs import Inputs
-from firth.recipes.material import Material
-from firth.recipes.recipe import load
-from firth.recipes.run_tokenizer import tokenizer_of
-from firth.text import corpora, read, train
-from firth.text.read import Document
+from firth.corpora import catalog, readers
+from firth.corpora.readers import Document
+from firth.data.token_store import TokenStore
+from firth.runs.inputs import Inputs
+from firth.runs.prepare import Material
+from firth.runs.recipe import load
+from firth.runs.tokenizer import tokenizer_of
+from firth.tokenizer import train
 
 CORPORA = ("shakespeare", "sotu", "wordnet")
 SIZE = 8192
@@ -43,7 +44,7 @@ def documents(paths: Sequence[str], megabytes: float) -> list[Document]:
     """The first documents of the files, so many megabytes of text."""
     found: list[Document] = []
     size = 0
-    for document in read.documents(paths):
+    for document in readers.documents(paths):
         found.append(document)
         size += len(document.text.encode())
         if size >= megabytes * 1e6:
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(contenders()), help="some of the questions")
     parser.add_argument("--one", help="do one share of work (this is how the others are started)")
     given = parser.parse_args()
-    paths = given.paths or [path for name in CORPORA for path in corpora.paths(name, _silent)]
+    paths = given.paths or [path for name in CORPORA for path in catalog.paths(name, _silent)]
     if given.one:
         one(given.one, paths, given.megabytes)
         return

@@ -67,7 +67,7 @@ def flops() -> dict[str, float]:
 
 def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     """The phases of firth's step, in order; each leaves what the next one needs."""
-    from firth.train.cpu import flush_denormals, keep_freed_memory
+    from firth.train.cpu_setup import flush_denormals, keep_freed_memory
     from firth.train.optimizer import Mover, Optimizer
     from firth.train.step import step
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from bench.harness import Turn, arguments, command
-from firth.text import corpora
+from firth.corpora import catalog
 
 PROMPT = (
     "The history of the English language begins with the arrival of three Germanic tribes who crossed the North Sea."
@@ -44,7 +44,7 @@ PROMPTS = (
 
 def place() -> Path:
     """The directory with the Q4_1 file."""
-    return corpora.fetch("smollm2", echo=lambda _: None)
+    return catalog.fetch("smollm2", echo=lambda _: None)
 
 
 def site(directory: str) -> None:
@@ -78,8 +78,8 @@ def transformers_generate(turn: Turn, dtype: torch.dtype, where: str) -> None:
 def ours(weights: str) -> Any:
     """firth's engine with these weights. What this version of the engine does not have is for the model to be."""
     from firth.generate.engine import Engine
-    from firth.model.weights import load_model
-    from firth.text.tokenizer import Tokenizer
+    from firth.pretrained.load_save import load_model
+    from firth.tokenizer.tokenizer import Tokenizer
 
     model, tokenizer = load_model(place()), Tokenizer.load(place())
     if weights in lowered():
@@ -96,7 +96,7 @@ def lowered() -> tuple[str, ...]:
 
 
 def firth_generate(turn: Turn, weights: str) -> None:
-    from firth.generate.sample import Sampling
+    from firth.generate.sampling import Sampling
 
     torch.set_num_threads(THREADS)
     engine = ours(weights)
@@ -108,9 +108,9 @@ def firth_generate(turn: Turn, weights: str) -> None:
 def llama_generate(turn: Turn, kind: str, where: str) -> None:
     site(where)
     from bench.llamacpp import serving
-    from firth.model import gguf
-    from firth.model.weights import load_model
-    from firth.text.tokenizer import Tokenizer
+    from firth.pretrained import gguf
+    from firth.pretrained.load_save import load_model
+    from firth.tokenizer.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         [file] = place().glob("*.gguf")
@@ -146,8 +146,8 @@ def contenders(where: str) -> dict[str, Callable[[Turn], None]]:
 
 def check(where: str) -> None:
     """transformers and firth on PROMPTS: ids, logits (largest relative difference) and NEW greedy tokens."""
-    from firth.generate.rows import reading, rectangle
-    from firth.generate.sample import Sampling
+    from firth.generate.decoding import reading, rectangle
+    from firth.generate.sampling import Sampling
 
     (model, tokenizer), engine = theirs(torch.float32, where), ours("fp32")
     model.generation_config.eos_token_id = None

@@ -23,13 +23,13 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
-from firth.data.labelled import Chosen, Labelled, Tagged
-from firth.data.questions import Questions
+from firth.data.labeled import Chosen, Labelled, Tagged
+from firth.data.question_answering import Questions
 from firth.data.source import Source
-from firth.evaluate import passages
+from firth.evaluate import answer_spans
 from firth.evaluate.task import Answers, Task
-from firth.evaluate.tasks import TASKS, spans, tagging
-from firth.text.tokenizer import Tokenizer
+from firth.evaluate.tasks import TASKS, question_answering, token_classification
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
 
 Row = dict[str, Any]
@@ -208,11 +208,11 @@ PEERS: Mapping[str, Peer] = {
     "tag": Peer(
         "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["tagging"], tagged,
         lambda example: ids(example) | {"labels": example["tags"].tolist()},
-        first_pieces, lambda examples, logits: tagging.counted(examples, tagging.by_word(examples, iter(logits))),
+        first_pieces, lambda examples, logits: token_classification.counted(examples, token_classification.by_word(examples, iter(logits))),
     ),
     "answer": Peer(
         "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["spans"], windows, window, both_ends,
-        lambda examples, logits: spans.compared(examples, passages.by_question(examples, iter(logits), may_lack=False)),
+        lambda examples, logits: question_answering.compared(examples, answer_spans.by_question(examples, iter(logits), may_lack=False)),
     ),
     "choose": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,

@@ -22,16 +22,16 @@ import transformers
 
 from bench.tasks_peers import Lesson, Row, Rows, trained
 from firth.data.records import Prompted
-from firth.evaluate import overlap
+from firth.evaluate import overlap_metrics
 from firth.evaluate.task import open_subject
-from firth.evaluate.tasks import answers
-from firth.model.families import t5
-from firth.model.shape import Shape, encoder_decoder
-from firth.recipes.material import train_tokenizer
-from firth.recipes.recipe import load
-from firth.recipes.run import Finished, run
-from firth.recipes.tree import plain
-from firth.text.tokenizer import Tokenizer
+from firth.evaluate.tasks import generation
+from firth.model.config import Shape, encoder_decoder
+from firth.pretrained.families import t5
+from firth.runs.config_io import plain
+from firth.runs.prepare import train_tokenizer
+from firth.runs.recipe import load
+from firth.runs.run import Finished, run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
 
 LANGUAGES = ("en", "es")
@@ -72,14 +72,17 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
 def measured(directory: Path, test: Path, done: Finished) -> Row:
     """What a run of ours scores."""
     subject = open_subject(directory)
-    items = answers.source(subject, [str(test)])
-    right, said = answers.answer(subject, items, lambda _: None, LENGTH)
+    items = generation.source(subject, [str(test)])
+    right, said = generation.answer(subject, items, lambda _: None, LENGTH)
     return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
 
 
 def scored(right: Sequence[str], said: Sequence[str]) -> Row:
     """BLEU and chrF of texts."""
-    return {"chrf": overlap.chrf(right, said), "bleu": overlap.bleu(*overlap.bleu_counts(right, said))}
+    return {
+        "chrf": overlap_metrics.chrf(right, said),
+        "bleu": overlap_metrics.bleu(*overlap_metrics.bleu_counts(right, said)),
+    }
 
 
 def taught(lesson: Lesson, coder: str, out: str) -> Row:

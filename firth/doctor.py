@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from firth import kernels, openmp
-from firth.generate import lowered, native_decoder
-from firth.model import attention, cross_entropy, distance, fused, native
+from firth.generate import native_decoder, quantized
+from firth.model import attention, cross_entropy, fused, native, relative_distance
 from firth.objectives.word2vec import NEIGHBORS
 from firth.train import muon, precision
-from firth.train.cpu import flush_denormals, keep_freed_memory
-from firth.train.log import short
-from firth.train.rows import KERNEL as TABLE_ROWS
+from firth.train.cpu_setup import flush_denormals, keep_freed_memory
+from firth.train.logging import short
+from firth.train.sparse_adam import KERNEL as TABLE_ROWS
 from firth.types import UserError
 
 
@@ -219,13 +219,13 @@ def _kernels() -> list[Row]:
         fused.LAYER_NORM,
         fused.HEADS,
         fused.ACTIVATION,
-        distance.COLUMNS,
+        relative_distance.COLUMNS,
         fused.ONE_ROW,
     )
     every = [kernel for table in tables for kernel in table.values()] + [
         muon.KERNEL,
         muon.MOMENTUM,
-        lowered.KERNEL,
+        quantized.KERNEL,
         native_decoder.DECODE,
         native_decoder.FEW_ROWS,
         TABLE_ROWS,

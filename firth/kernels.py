@@ -31,7 +31,7 @@ import torch
 
 from firth.io.atomic import write_text
 from firth.io.cache import cache
-from firth.io.jsons import read_json
+from firth.io.json_files import read_json
 from firth.types import UserError
 
 MARGIN = 1.1

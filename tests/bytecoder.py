@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<|im_start|>", "<|im_end|>")

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from firth import kernels
-from firth.generate import lowered  # noqa: F401
+from firth.generate import quantized  # noqa: F401
 from firth.model import attention  # noqa: F401
 from firth.train import muon  # noqa: F401
 

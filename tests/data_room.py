@@ -8,11 +8,11 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from firth.data.shards import TokenStore
+from firth.corpora.readers import Document
 from firth.data.source import Source
-from firth.text.read import Document
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.data.token_store import TokenStore
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import Example
 
 TEXTS = [text for text in topics.values() if len(text) > 400][:40]

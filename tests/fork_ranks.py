@@ -25,9 +25,9 @@ import torch
 import torch._dynamo  # an optimizer imports it, which takes seconds in every rank otherwise
 import torch.distributed as dist
 
-import firth.recipes.run as run_module
+import firth.runs.run as run_module
 from firth import cli
-from firth.train import checkpoint, loop
+from firth.train import checkpoint, trainer
 from firth.types import UserError
 
 PATIENCE_SECONDS = 8.0
@@ -61,14 +61,14 @@ def failing_first(rank: int) -> None:
 
 def stopped_second(rank: int) -> None:
     """Rank 1 is stopped after its first step, as by SIGSTOP from outside."""
-    step = loop._Run._step
+    step = trainer._Run._step
 
     def stop(run: Any, *given: Any) -> Any:
         if rank == 1 and run.at.step == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         return step(run, *given)
 
-    loop._Run._step = stop  # type: ignore[method-assign]
+    trainer._Run._step = stop  # type: ignore[method-assign]
 
 
 def killed_in_save(rank: int) -> None:

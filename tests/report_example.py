@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from firth.report.figures import Curve, Figure, Level
+from firth.report.charts import Curve, Figure, Level
 from firth.report.page import Command, Number, Report, Sample, Section, Table
 
 HOSTILE = "</p><script>alert('x')</script><img src=https://example.com/a.png onerror=alert(1)>\" & 'quotes'"

@@ -9,15 +9,15 @@ import torch
 from bytecoder import ByteCoder
 from torch import nn
 
-from firth.align.credit import GAE, Baseline, whitened
-from firth.data.batch import collate, pack
+from firth.align.advantages import GAE, Baseline, whitened
+from firth.data.collate import collate, pack
+from firth.model.config import Shape, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, encoder_decoder
+from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN, PPO, kl
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward import Ranking, Reward
+from firth.objectives.reward_model import Ranking, Reward
 from firth.objectives.sft import SFT, TextToText
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError

@@ -20,25 +20,26 @@ from torch import nn
 from firth import objectives
 from firth.align.rewards import Sample, Truth, prefer
 from firth.align.rollouts import Rollouts
-from firth.model import lora, published
+from firth.model import presets
+from firth.model.config import Shape, decoder
 from firth.model.fused import drops
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder
-from firth.model.weights import load_model, save_model
-from firth.objectives.reward import Ranking
-from firth.recipes.aligned import function
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train as train_tokenizer
+from firth.model.model import LM
+from firth.objectives.reward_model import Ranking
+from firth.peft import lora
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.alignment_examples import function
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train as train_tokenizer
 from firth.types import UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
 SHAPES: dict[str, Callable[[int], Shape]] = {
-    "gpt": lambda vocab: published.gpt(vocab, 32, 2, 2, context=64),
-    "gpt2": lambda vocab: published.gpt2(vocab, 32, 2, 2, context=64),
-    "bert": lambda vocab: published.bert(vocab, 32, 2, 2, context=64),
+    "gpt": lambda vocab: presets.gpt(vocab, 32, 2, 2, context=64),
+    "gpt2": lambda vocab: presets.gpt2(vocab, 32, 2, 2, context=64),
+    "bert": lambda vocab: presets.bert(vocab, 32, 2, 2, context=64),
     "llama": lambda vocab: replace(decoder(vocab=vocab, width=32, depth=2, heads=2, context=64), dropout=0.1),
 }
 ROLLOUTS = (

@@ -9,8 +9,8 @@ import pytest
 import torch
 from bytecoder import ByteCoder
 
-from firth.align.annotate import Annotated, annotate
-from firth.align.credit import Baseline
+from firth.align.advantages import Baseline
+from firth.align.precompute import Annotated, annotate
 from firth.align.rewards import (
     Comparison,
     Comparisons,
@@ -23,17 +23,17 @@ from firth.align.rewards import (
 )
 from firth.align.rollouts import Phase, Rollouts
 from firth.data import conversations
-from firth.data.batch import Batches
+from firth.data.collate import Batches
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
+from firth.generate.sampling import Sampling
 from firth.io.integrity import read_record
-from firth.model.lm import LM
-from firth.model.shape import decoder
+from firth.model.config import decoder
+from firth.model.model import LM
 from firth.objectives.dpo import DPO, comparison, reference
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN, PPO
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward import Reward
+from firth.objectives.reward_model import Reward
 from firth.train.step import step
 from firth.types import UserError
 

@@ -9,13 +9,13 @@ import torch
 from bytecoder import SPECIAL, ByteCoder
 
 from firth import kernels
-from firth.align.annotate import annotate
+from firth.align.precompute import annotate
 from firth.align.rewards import Comparison, Comparisons, Sample
-from firth.data.batch import Batches
-from firth.model.lm import LM
-from firth.model.weights import load_model
+from firth.data.collate import Batches
+from firth.model.model import LM
 from firth.objectives.dpo import DPO, comparison, reference
-from firth.objectives.reward import Reward
+from firth.objectives.reward_model import Reward
+from firth.pretrained.load_save import load_model
 from firth.train.step import step
 
 transformers = pytest.importorskip("transformers")

@@ -14,11 +14,11 @@ from text_packages import minilm
 from bench import tasks_translate
 from bench.learn_tasks import JOBS, Job, classes, divided
 from bench.tasks_peers import PEERS, Lesson, Rows, scored, trained
-from firth.data.batch import Batches
+from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.recipes.recipe import load
-from firth.scaling.flops import real_tokens
-from firth.text.tokenizer import Tokenizer
+from firth.model.flops import real_tokens
+from firth.runs.recipe import load
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
 
 PASSAGE = "The play was written by Anne Lee in the year 1901. " + "It was shown in many towns of the north. " * 6

@@ -122,7 +122,7 @@ def test_ctrl_c_ends_in_one_sentence(
     def interrupted(*_: object, echo: object) -> None:
         raise KeyboardInterrupt(*[said] * bool(said))
 
-    monkeypatch.setattr("firth.text.corpora.fetch", interrupted)
+    monkeypatch.setattr("firth.corpora.catalog.fetch", interrupted)
     monkeypatch.setattr(sys, "argv", ["firth", "fetch", "pydoc"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.io.atomic import refusal
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.model.weights import save_model
-from firth.text.train import train
+from firth.model.model import LM
+from firth.pretrained.load_save import save_model
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 TINY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.kv_heads=1", "shape.head_width=0", "tokenizer.size=300",

@@ -10,13 +10,13 @@ import pytest
 import torch
 from data_room import Counting, tokenizer
 
-from firth.data.batch import Batches
-from firth.data.labelled import Labelled
-from firth.data.order import deal
+from firth.data.collate import Batches
+from firth.data.labeled import Labelled
 from firth.data.records import Prompted
+from firth.data.shuffle import deal
 from firth.data.source import Mixture, Source, Subset
-from firth.model.lm import LM
-from firth.model.shape import encoder
+from firth.model.config import encoder
+from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.types import Example, UserError
 

@@ -13,20 +13,20 @@ import torch
 from data_room import Counting, store, tokenizer
 
 from firth.data import layout
-from firth.data.batch import Batches, collate, pack
-from firth.data.order import Draws
-from firth.data.place import first_fit
-from firth.data.segment import Pieces
+from firth.data.collate import Batches, collate, pack
+from firth.data.packing import first_fit
+from firth.data.shuffle import Draws
+from firth.data.windows import Pieces
 from firth.model.attention import Visibility
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.objectives.causal import CausalLM
+from firth.model.config import Shape
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.dpo import DPO
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.reward import Reward
+from firth.objectives.reward_model import Reward
 from firth.objectives.sft import SFT
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 VOCAB = Vocab(size=50, roles={"pad": 0}, special=np.arange(50) < 1)

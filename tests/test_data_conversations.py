@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from data_room import tokenizer
 
+from firth.corpora.readers import records
+from firth.data.annotations import Votes
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.labelled import Chosen, Labelled, Scored, Tagged, TextFields
-from firth.data.questions import Questions
+from firth.data.labeled import Chosen, Labelled, Scored, Tagged, TextFields
+from firth.data.question_answering import Questions
 from firth.data.rankings import ranking
 from firth.data.records import Dialogues, Preferences, Prompted
-from firth.data.votes import Votes
-from firth.text.chat import Message
-from firth.text.read import records
+from firth.tokenizer.chat import Message
 from firth.types import UserError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "records.md").read_text("utf-8")

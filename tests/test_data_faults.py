@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from data_room import tokenizer
 
-from firth.data.classes import Classes
-from firth.data.labelled import Chosen, Labelled, TagFields, Tagged, TextFields
-from firth.data.questions import Questions
-from firth.text import read
-from firth.text.counts import Counts
+from firth.corpora import readers
+from firth.corpora.read_stats import Counts
+from firth.data.class_names import Classes
+from firth.data.labeled import Chosen, Labelled, TagFields, Tagged, TextFields
+from firth.data.question_answering import Questions
 from firth.types import UserError
 
 
@@ -71,7 +71,7 @@ def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> Non
 
 
 def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "LONGEST", 100)
+    monkeypatch.setattr(readers, "LONGEST", 100)
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}, {"text": "x" * 200, "label": "b"}))
     source = Labelled([path], tokenizer(), 32)
     assert source.remarks == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
@@ -118,20 +118,20 @@ def test_a_word_that_is_missing_is_named_and_blanks_that_do_not_break_are_none(t
     assert any(f"the first is {path}:302 (no word before its columns)" in remark for remark in source.remarks)
     with pytest.raises(UserError, match=r"b\.conll:2 \(no word before its columns\): so in 1 of 1 sentences"):
         Tagged([file(tmp_path, "b.conll", "a\tO\n\tO\nb\tO\n")], tokenizer(), 32)
-    [(_, sentence)] = read.records([file(tmp_path, "c.conll", "10\u00a0000 NUM\nmen  NOUN\n")])
+    [(_, sentence)] = readers.records([file(tmp_path, "c.conll", "10\u00a0000 NUM\nmen  NOUN\n")])
     assert sentence == {"tokens": ["10\u00a0000", "men"], "tags": ["NUM", "NOUN"]}
 
 
 def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path: Path) -> None:
     file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}))
     file(tmp_path, "b.csv", "text,label\ny,b\n")
-    assert [record["text"] for _, record in read.records([str(tmp_path)])] == ["x", "y"]
+    assert [record["text"] for _, record in readers.records([str(tmp_path)])] == ["x", "y"]
     counts = Counts()
-    assert [d.text for d in read.documents([str(tmp_path)], counts=counts)] == ["x"]
+    assert [d.text for d in readers.documents([str(tmp_path)], counts=counts)] == ["x"]
     assert (counts.passed_over, counts.at["passed_over"]) == (1, str(tmp_path / "b.csv"))
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"no text in this directory: .*b\.csv and such are records, read as text only"):
-        list(read.documents([str(tmp_path)]))
+        list(readers.documents([str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_squad_s_json_names_the_question(tmp_path: Path, change: dict[str, objec
     good = {"context": "a b", "qas": []}
     path = file(tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [good, {"context": "a b", "qas": [asked]}]}]}))
     with pytest.raises(UserError) as found:
-        list(read.records([path]))
+        list(readers.records([path]))
     assert said in str(found.value) and str(found.value).startswith(path)
 
 
@@ -176,7 +176,7 @@ def test_line_ends_of_old_macs(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a\.csv:1: a line ends in a carriage return alone, as on old Macs: convert it"
     ):
-        list(read.records([file(tmp_path, "a.csv", "text,label\rx,a\ry,b\r")]))
+        list(readers.records([file(tmp_path, "a.csv", "text,label\rx,a\ry,b\r")]))
 
 
 def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
 def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) -> None:
     """Spreadsheets pad a head with empty cells, and pandas writes its index under one."""
     path = file(tmp_path, "a.csv", "kind,message,,,\ngood,a film,,,\nbad,a play\nbad,a poem,,see,\n")
-    rows = [record for _, record in read.records([path])]
+    rows = [record for _, record in readers.records([path])]
     empty = {"Unnamed: 2": "", "Unnamed: 3": "", "Unnamed: 4": ""}
     assert rows[:2] == [{"kind": "good", "message": "a film", **empty}, {"kind": "bad", "message": "a play", **empty}]
     assert rows[2]["Unnamed: 3"] == "see"
@@ -207,7 +207,7 @@ def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) ->
     assert source.per_class(np.arange(3)) == {"bad": 2, "good": 1}
     remark = f"3 columns have no name and are called 'Unnamed: ' and their place from 0; the first is {path}:1"
     assert source.remarks == [remark]
-    index = [record for _, record in read.records([file(tmp_path, "b.csv", ",text,label\n0,x,good\n")])]
+    index = [record for _, record in readers.records([file(tmp_path, "b.csv", ",text,label\n0,x,good\n")])]
     assert index == [{"Unnamed: 0": "0", "text": "x", "label": "good"}]
 
 

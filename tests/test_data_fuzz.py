@@ -17,17 +17,17 @@ from data_room import tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from firth.corpora import readers
+from firth.data.annotations import Votes
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.labelled import Chosen, Labelled, Scored, Tagged
-from firth.data.questions import Questions
+from firth.data.labeled import Chosen, Labelled, Scored, Tagged
+from firth.data.question_answering import Questions
 from firth.data.records import Dialogues, Preferences, Prompted
 from firth.data.source import Source
-from firth.data.votes import Votes
-from firth.io.yamls import parse_yaml
-from firth.recipes import tree
-from firth.recipes.recipe import Recipe, published
-from firth.text import read
-from firth.text.tokenizer import Tokenizer
+from firth.io.yaml_files import parse_yaml
+from firth.runs import config_io
+from firth.runs.recipe import Recipe, published
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 EXAMPLES = int(os.environ.get("FIRTH_FUZZ", "0"))
@@ -142,15 +142,15 @@ def test_files_of_records_with_flipped_bytes(tmp_path: Path, data: st.DataObject
     ):
         raw[at] = byte
     (tmp_path / name).write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
-    served_or_refused(lambda: list(read.records([str(tmp_path / name)])))
-    served_or_refused(lambda: list(read.documents([str(tmp_path / name)])))
+    served_or_refused(lambda: list(readers.records([str(tmp_path / name)])))
+    served_or_refused(lambda: list(readers.documents([str(tmp_path / name)])))
 
 
 @examples(40)
 @given(st.data())
 def test_recipes_with_changed_values(data: st.DataObject) -> None:
-    plain = tree.plain(published(data.draw(st.sampled_from(["gpt", "bert", "t5", "dpo"]))))
-    served_or_refused(lambda: tree.build(Recipe, data.draw(changed(plain))))
+    plain = config_io.plain(published(data.draw(st.sampled_from(["gpt", "bert", "t5", "dpo"]))))
+    served_or_refused(lambda: config_io.build(Recipe, data.draw(changed(plain))))
 
 
 YAML = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from firth.data.noise import NOISES, WORDS
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 
 # Ids below 5 are control tokens; an odd id begins a word.
 SPELLING = tuple(b"\n" if i < 5 else b" a" if i % 2 else b"a" for i in range(105))

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from firth.data import once
-from firth.data.once import ReadOnce, read_once
-from firth.recipes.inputs import Inputs
-from firth.recipes.material import Material
-from firth.recipes.recipe import load
-from firth.recipes.run_tokenizer import tokenizer_of
-from firth.text import read
+from firth.corpora import readers
+from firth.data import text_cache
+from firth.data.text_cache import ReadOnce, read_once
+from firth.runs.inputs import Inputs
+from firth.runs.prepare import Material
+from firth.runs.recipe import load
+from firth.runs.tokenizer import tokenizer_of
 
 TEXT = "the film {} is good, and so is the book that it was made of\n\n"
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     (made / "b.txt.zst").write_bytes(zstandard.compress(TEXT.format("b").encode() * 9))
     (made / "c.jsonl").write_text("".join(json.dumps({"text": TEXT.format(f"c{i}")}) + "\n" for i in range(8)))
     yield made
-    once.forget()
+    text_cache.forget()
 
 
 OPENED: list[str] = []
@@ -61,7 +61,7 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
     if given:
         tokenizer_of(load("gpt", settings), tmp_path / "first", lambda _: None)
         settings.append(f"tokenizer.path={tmp_path / 'first' / 'tokenizer'}")
-        once.forget()
+        text_cache.forget()
     recipe, directory = load("gpt", settings), tmp_path / "run"
     directory.mkdir()
     if not OPENED:
@@ -83,15 +83,15 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
 def test_another_rank_hashes_the_text_and_does_not_read_it(folder: Path, tmp_path: Path) -> None:
     recipe = load("gpt", [f"source.path={folder}", "tokenizer.size=400"])
     alone = Inputs.read(recipe, tmp_path, lambda _: None, first=False)
-    assert not once._kept
+    assert not text_cache._kept
     assert alone == Inputs.read(recipe, tmp_path, lambda _: None)
-    assert len(once._kept) == 1
+    assert len(text_cache._kept) == 1
 
 
 def test_copied_documents_are_those_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = list(read.documents([str(folder)]))
+    plain = list(readers.documents([str(folder)]))
     for memory in (1 << 20, 100):
-        monkeypatch.setattr(once, "MEMORY_BYTES", memory)
+        monkeypatch.setattr(text_cache, "MEMORY_BYTES", memory)
         found = ReadOnce([str(folder)], "text", "file", 0.2, folder.parent)
         assert list(found.documents()) == plain
         learned, held = list(found.documents(False)), list(found.documents(True))
@@ -107,8 +107,8 @@ def test_a_file_that_has_changed_is_read_again(folder: Path) -> None:
 
 
 def test_files_are_read_again_where_a_copy_has_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(once, "MEMORY_BYTES", 100)
-    plain = list(read.documents([str(folder)]))
+    monkeypatch.setattr(text_cache, "MEMORY_BYTES", 100)
+    plain = list(readers.documents([str(folder)]))
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, was[1]))
     try:

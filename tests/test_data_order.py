@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_room import Counting
 
-from firth.data.order import Draws, order
+from firth.data.shuffle import Draws, order
 from firth.data.source import Mixture
 from firth.types import UserError
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from firth.data.segment import Pairs
-from firth.data.shards import TokenStore
-from firth.recipes.recipe import load
-from firth.text.read import Document
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.corpora.readers import Document
+from firth.data.token_store import TokenStore
+from firth.data.windows import Pairs
+from firth.runs.recipe import load
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 
 
 def texts(count: int, sentences: int) -> list[str]:

@@ -14,14 +14,14 @@ import pyarrow.parquet
 import pytest
 from data_room import tokenizer
 
-from firth.data.batch import Batches
-from firth.data.labelled import Labelled, TextFields
+from firth.data.collate import Batches
+from firth.data.labeled import Labelled, TextFields
 from firth.data.records import Dialogues, Preferences, Prompted, Records, comparison, prompts
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
-from firth.objectives.reward import Reward
+from firth.objectives.reward_model import Reward
 from firth.objectives.sft import SFT, TextToText
-from firth.text import chat
+from firth.tokenizer import chat
 from firth.types import IGNORE, UserError
 
 Write = Callable[..., str]

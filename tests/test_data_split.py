@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 
 from firth.align.rewards import Comparison, Sample, write_comparisons
+from firth.corpora.readers import Document
 from firth.data.source import Source
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys, hold_out
-from firth.objectives.causal import CausalLM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
-from firth.objectives.tagging import Tagging
-from firth.recipes.aligned import Sampled
-from firth.recipes.labelled import Chosen, Labelled, Questions, Scored, Tagged
-from firth.recipes.labels import Votes
-from firth.recipes.material import Material, Text
-from firth.recipes.recipe import load
-from firth.recipes.run_tokenizer import tokenizer_of
-from firth.recipes.segments import Dialogues, Preferences, Prompted, Segment
-from firth.text.read import Document
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.objectives.token_classification import Tagging
+from firth.runs.alignment_examples import Sampled
+from firth.runs.examples import Dialogues, Preferences, Prompted, Segment
+from firth.runs.labeled_examples import Chosen, Labelled, Questions, Scored, Tagged
+from firth.runs.noisy_label_examples import Votes
+from firth.runs.prepare import Material, Text
+from firth.runs.recipe import load
+from firth.runs.tokenizer import tokenizer_of
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 
 PROMPTS, EACH = 40, 3
 """Prompts, and records of each: not one after the other."""

@@ -15,17 +15,17 @@ import pytest
 import torch
 from data_room import TEXTS, Counting, documents, store, tokenizer
 
-from firth.data import shards
-from firth.data.batch import Batches
-from firth.data.segment import Pairs, Pieces, Windows
-from firth.data.shards import TokenStore
+from firth.corpora import readers
+from firth.corpora.read_stats import Counts
+from firth.corpora.readers import Document
+from firth.data import token_store
+from firth.data.collate import Batches
 from firth.data.source import Mixture, Source
 from firth.data.split import enough, place, split
-from firth.objectives.causal import CausalLM
-from firth.text import read
-from firth.text.counts import Counts
-from firth.text.read import Document
-from firth.text.train import train
+from firth.data.token_store import TokenStore
+from firth.data.windows import Pairs, Pieces, Windows
+from firth.objectives.causal_lm import CausalLM
+from firth.tokenizer.train import train
 from firth.types import IGNORE, Example, UserError
 
 
@@ -51,8 +51,8 @@ def test_a_store_holds_every_document_exactly(tmp_path: Path) -> None:
 
 def test_a_long_document_is_encoded_in_parts_as_if_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = store(tmp_path)
-    monkeypatch.setattr(shards, "PART", 400)
-    monkeypatch.setattr(shards, "CHUNK", 700)
+    monkeypatch.setattr(token_store, "PART", 400)
+    monkeypatch.setattr(token_store, "CHUNK", 700)
     (tmp_path / "parts").mkdir()
     assert same(store(tmp_path / "parts"), whole)
 
@@ -72,7 +72,7 @@ def cut_short(n: int) -> Iterator[Document]:
 def test_an_interrupted_build_goes_on(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(shards, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK", 500)
     with pytest.raises(Stop):
         TokenStore.build(cut_short(after), tokenizer(), tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -84,10 +84,10 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, after: int, monkeypatch: p
     monkeypatch.setattr(engine, "encode_batch", lambda texts: asked.extend(texts) or encode(texts))
     assert same(store(tmp_path), whole)
     assert len("".join(asked)) == sum(len(d.text) for d in documents()[kept:])  # the kept ones were not encoded again
-    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == sorted([*shards.FILES, "manifest.json"])
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == sorted([*token_store.FILES, "manifest.json"])
 
 
-@pytest.mark.parametrize("name", [*shards.FILES, "stamps.bin"])
+@pytest.mark.parametrize("name", [*token_store.FILES, "stamps.bin"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "more"])
 def test_a_build_goes_on_from_damaged_files_too(
     tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +95,7 @@ def test_a_build_goes_on_from_damaged_files_too(
     """A machine that lost power may have kept any part of any file."""
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(shards, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK", 500)
     with pytest.raises(Stop):
         TokenStore.build(cut_short(25), tokenizer(), tmp_path / "store")
     path = tmp_path / "store.partial" / name
@@ -130,7 +130,7 @@ def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path:
 def test_a_full_disk_is_told_in_a_sentence_and_lost_is_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(shards, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK", 500)
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (whole.tokens.nbytes * 2 // 3, was[1]))
     try:
@@ -172,7 +172,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit in a fifth of the tokens: every window of a damaged block is refused, and those of whole blocks are served."""
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(token_store, "BLOCK_BYTES", 256)
     made = store(tmp_path)
     path = tmp_path / "store" / "tokens.bin"
     known = [Windows(made, 16)[i] for i in range(len(Windows(made, 16)))]
@@ -417,13 +417,13 @@ def test_a_document_of_6_mb_needs_little_memory(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from firth.data.batch import Batches
-from firth.data.segment import Windows
-from firth.data.shards import TokenStore
-from firth.objectives.causal import CausalLM
+from firth.data.collate import Batches
+from firth.data.windows import Windows
+from firth.data.token_store import TokenStore
+from firth.objectives.causal_lm import CausalLM
 from firth.text import read
-from firth.text.counts import Counts
-from firth.text.tokenizer import Tokenizer
+from firth.corpora.read_stats import Counts
+from firth.tokenizer.tokenizer import Tokenizer
 folder = Path(sys.argv[1])
 t = Tokenizer.load(folder / "tokenizer")
 one = read.Document("one", (folder / "long.txt").read_text())
@@ -440,7 +440,7 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
     counts = Counts()
-    some = list(read.documents([str(tmp_path)], counts=counts))
+    some = list(readers.documents([str(tmp_path)], counts=counts))
     made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows)
     assert len(made) == 2
     assert made.manifest["counts"]["nul"] == 1
@@ -452,7 +452,7 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
 
 def test_a_tokenizer_that_puts_no_bos_before_texts_has_none_in_the_store(tmp_path: Path) -> None:
     """As GPT-2's and SmolLM2's directories say (add_bos_token: false): a run that starts there reads what they read."""
-    from firth.text.tokenizer import Tokenizer
+    from firth.tokenizer.tokenizer import Tokenizer
 
     engine = tokenizer().engine
     quiet = Tokenizer(engine, bos=False)

@@ -13,13 +13,13 @@ from data_room import tokenizer
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import Entities
 
-from firth.data.labelled import Chosen, Labelled, OptionFields, Scored, TagFields, Tagged, TextFields
-from firth.data.questions import Questions
+from firth.corpora import readers
+from firth.data.labeled import Chosen, Labelled, OptionFields, Scored, TagFields, Tagged, TextFields
+from firth.data.question_answering import Questions
 from firth.data.tags import begun, marked, names
-from firth.evaluate.passages import by_question
-from firth.evaluate.tasks import tagging
-from firth.text import read
-from firth.text.train import train
+from firth.evaluate.answer_spans import by_question
+from firth.evaluate.tasks import token_classification
+from firth.tokenizer.train import train
 from firth.types import IGNORE, UserError
 
 
@@ -30,14 +30,14 @@ def file(tmp_path: Path, name: str, text: str) -> str:
 
 
 def rows(path: str, **options: object) -> list[dict[str, object]]:
-    return [record for _, record in read.records([path], **options)]  # type: ignore[arg-type]
+    return [record for _, record in readers.records([path], **options)]  # type: ignore[arg-type]
 
 
 def test_csv_has_quotes_and_lines_within_cells(tmp_path: Path) -> None:
     text = '\ufefftext,label\r\n"a, ""b""\nc",yes\r\n\r\nd,no\r\n'
     path = file(tmp_path, "a.csv", text)
     assert rows(path) == [{"text": 'a, "b"\nc', "label": "yes"}, {"text": "d", "label": "no"}]
-    assert [place for place, _ in read.records([path])] == [f"{path}:2", f"{path}:5"]
+    assert [place for place, _ in readers.records([path])] == [f"{path}:2", f"{path}:5"]
     with gzip.open(tmp_path / "a.csv.gz", "wb") as packed:
         packed.write(text.encode())
     assert rows(str(tmp_path / "a.csv.gz")) == rows(path)
@@ -67,8 +67,8 @@ def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> Non
 def test_a_directory_is_read_for_its_text_and_tables_are_named(tmp_path: Path) -> None:
     file(tmp_path, "a.txt", "text")
     path = file(tmp_path, "b.csv", "text,label\nx,y\n")
-    assert [p.name for p in read.files([str(tmp_path)])] == ["a.txt"]
-    assert [d.text for d in read.documents([path])] == ["x"]
+    assert [p.name for p in readers.files([str(tmp_path)])] == ["a.txt"]
+    assert [d.text for d in readers.documents([path])] == ["x"]
 
 
 def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
@@ -297,8 +297,8 @@ def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str
     record = {"tokens": [f"word{i}" for i in range(len(tags))], "tags": tags}
     items = Tagged([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
     right = begun(tags)
-    columns = tagging.counted(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
-    found = {name: metric(*columns) for name, metric in tagging.more(items).items()}
+    columns = token_classification.counted(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
+    found = {name: metric(*columns) for name, metric in token_classification.more(items).items()}
     assert found == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
 
 

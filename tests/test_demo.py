@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from firth.align.rewards import Comparisons, read_comparisons
 from firth.data.records import Preferences
 from firth.demo import folder, plays, scorers
-from firth.demo.material import Material, balanced, read_rows
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.tokenizer import Tokenizer
+from firth.demo.data import Material, balanced, read_rows
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 STAGES = ("encoder", "encoder-decoder", "decoder", "classify-pretrained", "classify-scratch", "instruct", "reward",

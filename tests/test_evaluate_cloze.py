@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.batch import collate
-from firth.data.shards import TokenStore
+from firth.corpora.readers import Document
+from firth.data.collate import collate
+from firth.data.token_store import TokenStore
 from firth.evaluate.cloze import Item, commonest, items, score
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.objectives.causal import CausalLM
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.denoise import Denoise
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.span_corruption import SpanCorruption
-from firth.text.read import Document
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
-from firth.text.vocab import Vocab
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE
 
 ROLES = {"pad": 0, "eos": 1, "mask": 2, "cls": 3, "sep": 4, "bos": 5}

@@ -19,19 +19,19 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from firth.cli import app
-from firth.data.questions import Questions
+from firth.data.question_answering import Questions
 from firth.data.source import Subset
+from firth.evaluate.answer_spans import best, chosen
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.passages import best, chosen
 from firth.evaluate.predict import predict
-from firth.model.lm import LM
-from firth.model.shape import encoder, encoder_decoder
-from firth.model.weights import save_model
+from firth.model.config import encoder, encoder_decoder
+from firth.model.model import LM
 from firth.objectives.classification import answers
 from firth.objectives.sft import TextToText
-from firth.recipes.held import Held
-from firth.recipes.recipe import Checks, load
-from firth.recipes.run import run
+from firth.pretrained.load_save import save_model
+from firth.runs.recipe import EvalConfig, load
+from firth.runs.run import run
+from firth.runs.validation import Held
 from firth.train.distributed import Ranks
 from firth.types import UserError
 
@@ -355,7 +355,7 @@ def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -
     half = Subset(whole, np.flatnonzero(whole.owners >= 6))  # four of six passages, of three questions each
     assert len(whole) > 40 and len(np.unique(half.owners)) == 12
     shape = encoder(600, 32, 1, heads=2, context=64)
-    recipe = replace(load("answer", []), shape=shape, checks=Checks(every=1, examples=len(half) // 2))
+    recipe = replace(load("answer", []), shape=shape, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
     shown = Held(recipe, half, 0.0, tokenizer(), Ranks()).shown
     some = np.unique(shown.owners)
     assert 4 <= len(some) <= 8

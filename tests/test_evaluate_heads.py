@@ -12,13 +12,13 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from firth.data.tags import begun, names
-from firth.evaluate import entities, glue, metrics, overlap
-from firth.evaluate.passages import LONGEST, best
+from firth.evaluate import entity_metrics, glue, metrics, overlap_metrics
+from firth.evaluate.answer_spans import LONGEST, best
 from firth.evaluate.predict import predict
-from firth.model.lm import LM
-from firth.model.shape import encoder_decoder
-from firth.model.weights import save_model
+from firth.model.config import encoder_decoder
+from firth.model.model import LM
 from firth.objectives.classification import answers
+from firth.pretrained.load_save import save_model
 from firth.types import UserError
 
 
@@ -79,13 +79,13 @@ def test_names_are_seqeval_s() -> None:
     kinds = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
     draw = [[[kinds[i] for i in rng.integers(0, 7, 15)] for _ in range(100)] for _ in range(2)]
     right, said = (HARD[:2] + draw[0]), (HARD[1::-1] + draw[1])
-    counted = np.array([entities.counts(a, b) for a, b in zip(right, said, strict=True)]).T
-    ours = entities.scores(*counted)
+    counted = np.array([entity_metrics.counts(a, b) for a, b in zip(right, said, strict=True)]).T
+    ours = entity_metrics.scores(*counted)
     assert ours["f1"] == pytest.approx(seqeval.f1_score(right, said))
     assert ours["precision"] == pytest.approx(seqeval.precision_score(right, said))
     assert ours["recall"] == pytest.approx(seqeval.recall_score(right, said))
     theirs = seqeval.classification_report(right, said, output_dict=True)
-    for row in entities.by_kind(list(zip(right, said, strict=True))):
+    for row in entity_metrics.by_kind(list(zip(right, said, strict=True))):
         assert (row["f1"], row["examples"]) == pytest.approx(
             (theirs[row["class"]]["f1-score"], theirs[row["class"]]["support"])
         )
@@ -94,8 +94,8 @@ def test_names_are_seqeval_s() -> None:
 def test_entity_f1_by_hand() -> None:
     """Two names, one found; one said that is none: precision and recall a half."""
     right, said = ["B-PER", "I-PER", "O", "B-LOC"], ["B-PER", "I-PER", "B-ORG", "O"]
-    counted = np.array([entities.counts(right, said)]).T
-    assert entities.scores(*counted) == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
+    counted = np.array([entity_metrics.counts(right, said)]).T
+    assert entity_metrics.scores(*counted) == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
 
 
 @pytest.mark.parametrize(("golds", "said", "exact", "f1"), [
@@ -139,20 +139,22 @@ SAID = ["the cat is on the mat today", "she walked home in rain", "so it is, it 
 
 def test_bleu_is_sacrebleu_s() -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="the oracle, where it is installed")
-    assert overlap.bleu(*overlap.bleu_counts(RIGHT, SAID)) == pytest.approx(sacrebleu.corpus_bleu(SAID, [RIGHT]).score)
-    assert overlap.chrf(RIGHT, RIGHT) == pytest.approx(100)
+    assert overlap_metrics.bleu(*overlap_metrics.bleu_counts(RIGHT, SAID)) == pytest.approx(
+        sacrebleu.corpus_bleu(SAID, [RIGHT]).score
+    )
+    assert overlap_metrics.chrf(RIGHT, RIGHT) == pytest.approx(100)
 
 
 def test_rouge_is_rouge_score_s() -> None:
     scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the oracle, where it is installed")
-    found = overlap.rouge_scores(RIGHT, SAID)
+    found = overlap_metrics.rouge_scores(RIGHT, SAID)
     theirs = scorer.RougeScorer(["rouge2"], use_stemmer=True)
     assert found[1].tolist() == [theirs.score(a, b)["rouge2"].fmeasure for a, b in zip(RIGHT, SAID, strict=True)]
 
 
 def test_a_library_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="which is not installed: pip install no-such-library"):
-        overlap.library("no_such_library", "no-such-library")
+        overlap_metrics.library("no_such_library", "no-such-library")
 
 
 def test_the_glue_score() -> None:

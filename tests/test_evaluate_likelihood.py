@@ -7,14 +7,14 @@ import pytest
 import torch
 from test_model_families import AUTO, SHAPES, built
 
-from firth.evaluate.likelihood import Document, Likelihood, halves, one_at_a_time, read, score, strided
+from firth.evaluate.perplexity import Document, Likelihood, halves, one_at_a_time, read, score, strided
+from firth.model.config import decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import decoder
-from firth.model.weights import save_model
-from firth.text.normalize import whole
-from firth.text.train import train
-from firth.text.vocab import Vocab
+from firth.model.model import LM
+from firth.pretrained.load_save import save_model
+from firth.tokenizer.normalize import whole
+from firth.tokenizer.train import train
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

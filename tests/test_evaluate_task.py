@@ -9,18 +9,18 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_model_families import built
 
-from firth.data.batch import collate
+from firth.data.collate import collate
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import likeliest, open_subject
-from firth.evaluate.tasks.choices import cut
-from firth.evaluate.text import MASKED_LIMIT, leading
-from firth.model.lm import LM
-from firth.model.shape import decoder, encoder, encoder_decoder
-from firth.model.weights import save_model
+from firth.evaluate.tasks.option_scoring import cut
+from firth.evaluate.text_perplexity import MASKED_LIMIT, leading
+from firth.model.config import decoder, encoder, encoder_decoder
+from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.reward import reward_head
-from firth.recipes.use import evaluate_run
-from firth.text.train import train
+from firth.objectives.reward_model import reward_head
+from firth.pretrained.load_save import save_model
+from firth.runs.inference import evaluate_run
+from firth.tokenizer.train import train
 from firth.train.step import step
 from firth.types import IGNORE, UserError
 

@@ -17,23 +17,23 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from firth.align.rewards import Truth
 from firth.align.rollouts import Phase, Rollouts
-from firth.data.batch import collate
+from firth.data.collate import collate
 from firth.evaluate.task import open_subject
-from firth.evaluate.text import likelihood
-from firth.generate import vectors
+from firth.evaluate.text_perplexity import likelihood
+from firth.generate import word_vectors
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
-from firth.model import gguf
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.published import llama
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.model.weights import save_model
+from firth.model.model import LM
+from firth.model.presets import llama
 from firth.objectives.objective import token_loss
-from firth.objectives.rtd import RTD
-from firth.text.to_gguf import metadata
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.objectives.replaced_tokens import RTD
+from firth.pretrained import gguf
+from firth.pretrained.load_save import save_model
+from firth.tokenizer.gguf_write import metadata
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import IGNORE
 
 TEXT = "the king is dead, long live the queen; the fool speaks and nobody listens to the fool. " * 9
@@ -98,7 +98,9 @@ def test_masks_are_filled_with_tokens_alone(tokenizer: Tokenizer) -> None:
     assert [c.token for c in found] == [c.token for c in expected]
     np.testing.assert_allclose([c.probability for c in found], [c.probability for c in expected], atol=1e-5)
     # Words with vectors of their own: a padding row is nobody's neighbor.
-    assert len(vectors.nearest(other, tokenizer, "the", 400)) == len(vectors.nearest(one, tokenizer, "the", 400))
+    assert len(word_vectors.nearest(other, tokenizer, "the", 400)) == len(
+        word_vectors.nearest(one, tokenizer, "the", 400)
+    )
 
 
 def test_likelihood_adds_up_over_tokens_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:

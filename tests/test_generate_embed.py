@@ -13,13 +13,13 @@ from text_packages import minilm
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.generate.embed import embed
-from firth.model.lm import LM
-from firth.model.published import bert
-from firth.model.shape import decoder, encoder_decoder
-from firth.model.weights import load_model, save_model
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.generate.embeddings import embed
+from firth.model.config import decoder, encoder_decoder
+from firth.model.model import LM
+from firth.model.presets import bert
+from firth.pretrained.load_save import load_model, save_model
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 TEXTS = ["A man sings.", "Somebody is singing a long song, and then another one!", "", "x"]

@@ -5,15 +5,15 @@ import pytest
 import torch
 from bytecoder import ByteCoder
 
-from firth.generate.answer import Answer
+from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
-from firth.generate.masked import masked
-from firth.generate.rows import rectangle
-from firth.generate.sample import Sampling
+from firth.generate.fill_mask import masked
+from firth.generate.sampling import Sampling
+from firth.generate.streaming import Answer
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.text.train import train
+from firth.model.model import LM
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 V = ByteCoder.vocab.size

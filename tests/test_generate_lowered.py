@@ -12,17 +12,17 @@ from typer.testing import CliRunner
 
 from firth import kernels
 from firth.cli import app
-from firth.evaluate.likelihood import score
+from firth.evaluate.perplexity import score
+from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
-from firth.generate.lowered import DIGITS, Lowered, LoweredVocabulary, lowered, quantised
-from firth.generate.rows import rectangle
-from firth.generate.sample import Sampling
+from firth.generate.quantized import DIGITS, Lowered, LoweredVocabulary, lowered, quantised
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape, decoder, encoder, encoder_decoder, recurrent
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurrent
-from firth.model.weights import save_model
-from firth.recipes.use import open_engine
-from firth.text.train import train
+from firth.model.model import LM
+from firth.pretrained.load_save import save_model
+from firth.runs.inference import open_engine
+from firth.tokenizer.train import train
 from firth.train import precision
 from firth.types import UserError
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from firth import kernels
-from firth.generate.lowered import lowered
+from firth.generate.decoding import Rows, reading
 from firth.generate.native_decoder import NativeDecoder, few_rows
-from firth.generate.rows import Rows, reading
-from firth.generate.sample import Sampling
-from firth.model import lora, native
+from firth.generate.quantized import lowered
+from firth.generate.sampling import Sampling
+from firth.model import native
+from firth.model.config import Shape, decoder, encoder_decoder, recurrent
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder_decoder, recurrent
+from firth.model.model import LM
+from firth.peft import lora
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is found")
 

@@ -12,20 +12,20 @@ import torch
 from bytecoder import ByteCoder
 from data_room import TEXTS
 
-from firth.data.batch import collate
-from firth.evaluate.likelihood import Document, score, strided
-from firth.evaluate.text import reads_of
+from firth.data.collate import collate
+from firth.evaluate.perplexity import Document, score, strided
+from firth.evaluate.text_perplexity import reads_of
+from firth.generate.decoding import Rows, reading, rectangle
 from firth.generate.engine import Engine
-from firth.generate.rows import Rows, reading, rectangle
-from firth.generate.sample import Sampling
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape, decoder, encoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder
-from firth.model.weights import load_model, save_model
+from firth.model.model import LM
 from firth.objectives.prefix_lm import PrefixLM
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import evaluate_run, open_engine, opening
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.inference import evaluate_run, open_engine, opening
+from firth.runs.recipe import load
+from firth.runs.run import run
 from firth.types import IGNORE, UserError
 
 V = ByteCoder.vocab.size

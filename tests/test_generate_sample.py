@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from firth.generate.sample import Sampling, draw, filtered, min_p, repeated, top_k, top_p, uniforms
+from firth.generate.sampling import Sampling, draw, filtered, min_p, repeated, top_k, top_p, uniforms
 from firth.types import UserError
 
 

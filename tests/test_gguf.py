@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from firth import gguf
-from firth.gguf import KINDS, Writing, find, read, write
-from firth.model.quantize import PACK, pack, unpack
+from firth.io import gguf
+from firth.io.gguf import KINDS, Writing, find, read, write
+from firth.pretrained.gguf_quantize import PACK, pack, unpack
 from firth.types import UserError
 
 METADATA = {

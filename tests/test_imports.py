@@ -58,7 +58,7 @@ ORACLES = {
 
 @dataclass(frozen=True)
 class Import:
-    """One name imported: `firth.model.lm.LM`. typing: under TYPE_CHECKING. top: when the module itself is imported."""
+    """One name imported: `firth.model.model.LM`. typing: under TYPE_CHECKING. top: when the module itself is imported."""
 
     name: str
     typing: bool
@@ -90,7 +90,7 @@ def imports(source: str) -> list[Import]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module of firth: `firth.model.lm.LM` -> model; what firth itself holds -> firth; its door -> cli."""
+    """The room of a module of firth: `firth.model.model.LM` -> model; what firth itself holds -> firth; its door -> cli."""
     parts = module.replace(".__main__", ".cli").split(".")
     rooms = {*BELOW, *ABOVE}
     return parts[1] if len(parts) > 1 and parts[1] in rooms else "firth"
@@ -118,7 +118,7 @@ def faults(module: str, source: str) -> list[str]:
         if outer in LEARNERS and not one.typing:
             if room in TORCH_FREE and (room != "cli" or one.top):
                 out.append(f"{where}: {room} must start without it")
-            if room == "data" and module != "firth.data.batch":
+            if room == "data" and module != "firth.data.collate":
                 out.append(f"{where}: in data only batch.py makes tensors")
     return out
 
@@ -145,23 +145,26 @@ def test_every_room_has_its_place():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("firth.model.lm", "from firth.objectives.objective import Objective"),
-        ("firth.model.lm", "import firth.train.step"),
-        ("firth.train.loop", "from firth.objectives.mlm import MLM"),
-        ("firth.train.loop", "from firth.objectives import mlm"),
-        ("firth.text.vocab", "def f():\n    from firth.data import layout"),
-        ("firth.text.tokenizer", "def f():\n    import torch"),
-        ("firth.text.tokenizer", "from torch import Tensor"),
+        ("firth.model.model", "from firth.objectives.objective import Objective"),
+        ("firth.model.model", "import firth.train.step"),
+        ("firth.train.trainer", "from firth.objectives.masked_lm import MLM"),
+        ("firth.train.trainer", "from firth.objectives import mlm"),
+        ("firth.tokenizer.vocab", "def f():\n    from firth.data import layout"),
+        ("firth.tokenizer.tokenizer", "def f():\n    import torch"),
+        ("firth.tokenizer.tokenizer", "from torch import Tensor"),
         ("firth.data.source", "import torch.nn as nn"),
         ("firth.cli", "import torch"),
         ("firth.types", "import torch"),
-        ("firth.evaluate.task", "from firth.recipes.recipe import load"),
-        ("firth.train.loop", "if TYPE_CHECKING:\n    from firth.recipes.recipe import Recipe"),
-        ("firth.recipes.run", "from firth.demo.walk import walk"),
-        ("firth.model.weights", "def f():\n    import transformers"),
+        ("firth.evaluate.task", "from firth.runs.recipe import load"),
+        ("firth.train.trainer", "if TYPE_CHECKING:\n    from firth.runs.recipe import Recipe"),
+        ("firth.runs.run", "from firth.demo.demo import walk"),
+        ("firth.pretrained.load_save", "def f():\n    import transformers"),
         ("firth.evaluate.metrics", "if TYPE_CHECKING:\n    from sklearn.metrics import f1_score"),
-        ("firth.evaluate.task", "from firth.train.loop import train"),
-        ("firth.objectives.mlm", "if TYPE_CHECKING:\n    pass\nelse:\n    from firth.generate.engine import Engine"),
+        ("firth.evaluate.task", "from firth.train.trainer import train"),
+        (
+            "firth.objectives.masked_lm",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    from firth.generate.engine import Engine",
+        ),
     ],
 )
 def test_a_fault_is_found(module, source):
@@ -172,12 +175,12 @@ def test_a_fault_is_found(module, source):
     ("module", "source"),
     [
         ("firth.types", "if TYPE_CHECKING:\n    import torch"),
-        ("firth.data.source", "if TYPE_CHECKING:\n    from firth.model.lm import LM"),
-        ("firth.data.batch", "import torch"),
+        ("firth.data.source", "if TYPE_CHECKING:\n    from firth.model.model import LM"),
+        ("firth.data.collate", "import torch"),
         ("firth.train.step", "from firth.objectives.objective import Objective"),
-        ("firth.cli", "def train():\n    import torch\n    from firth.recipes.run import run"),
-        ("firth.demo.walk", "from firth.recipes.recipe import load"),
-        ("firth.report.run", "from firth import __version__"),
+        ("firth.cli", "def train():\n    import torch\n    from firth.runs.run import run"),
+        ("firth.demo.demo", "from firth.runs.recipe import load"),
+        ("firth.report.run_report", "from firth import __version__"),
     ],
 )
 def test_what_is_allowed_is_not_a_fault(module, source):
@@ -197,11 +200,11 @@ def loads(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in modules() if room_of(m) in TORCH_FREE or (room_of(m) == "data" and m != "firth.data.batch")]
+    "module", [m for m in modules() if room_of(m) in TORCH_FREE or (room_of(m) == "data" and m != "firth.data.collate")]
 )
 def test_starts_without_torch(module):
     assert not loads(f"import {module}") & {"torch", *ORACLES}
 
 
 def test_loads_would_see_torch():
-    assert "torch" in loads("import firth.data.batch")
+    assert "torch" in loads("import firth.data.collate")

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from data_room import tokenizer
 
-from firth.data.forms import fill
-from firth.io.yamls import read_yaml
+from firth.corpora import readers
+from firth.data.templates import fill
+from firth.io.yaml_files import read_yaml
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.model.weights import load_model, save_model
-from firth.recipes import recipe
-from firth.text import read
-from firth.text.bounds import fault
-from firth.text.tokenizer import Tokenizer
+from firth.model.model import LM
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs import recipe
+from firth.tokenizer.limits import fault
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 
@@ -55,7 +55,7 @@ def test_a_pipe_for_a_file_is_refused_at_once(given: Path, tmp_path: Path) -> No
         os.mkfifo(tmp_path / name)
         refused(lambda load=load, name=name: load(tmp_path / name), "pipe|no tokenizer here|no such file")
     os.mkfifo(tmp_path / "text.txt")
-    refused(lambda: list(read.documents([str(tmp_path / "text.txt")])), "neither a file nor a directory")
+    refused(lambda: list(readers.documents([str(tmp_path / "text.txt")])), "neither a file nor a directory")
     folder = tmp_path / "folder"
     folder.mkdir()
     os.mkfifo(folder / "tokenizer.json")

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from firth import kernels
 from firth.kernels import Kernel
-from firth.model import attention, cross_entropy, distance, fused, native, native_ops
+from firth.model import attention, cross_entropy, fused, native, native_ops, relative_distance
 from firth.model.attention import Visibility
 from firth.model.block import MLP
-from firth.model.shape import Shape
+from firth.model.config import Shape
 from firth.objectives import word2vec
-from firth.recipes.recipe import load
-from firth.recipes.run import run
+from firth.runs.recipe import load
+from firth.runs.run import run
 from firth.train import muon
 from firth.train.muon import BAND, orthogonalise
 from firth.types import UserError
@@ -241,7 +241,7 @@ def test_distances_are_gathered_alike_in_every_choice(alike: bool) -> None:
     def plain(met: torch.Tensor) -> torch.Tensor:
         return met.gather(-1, index[:, None].expand(3, 2, -1, -1))
 
-    same(distance.COLUMNS, lambda x: distance.gathered(x, index), plain, met)
+    same(relative_distance.COLUMNS, lambda x: relative_distance.gathered(x, index), plain, met)
 
 
 def test_neighbors_are_averaged_alike_in_every_choice() -> None:

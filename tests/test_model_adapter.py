@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model import adapter, lora
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.initial import prefix_of
-from firth.model.lm import LM
-from firth.model.lora import Rank
-from firth.model.shape import Shape
-from firth.model.weights import load_model, save_model
+from firth.model.model import LM
+from firth.peft import adapter_files, lora
+from firth.peft.init import prefix_of
+from firth.peft.lora import Rank
+from firth.pretrained.load_save import load_model, save_model
 from firth.types import UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
@@ -111,13 +111,13 @@ def test_their_files_give_their_outputs_and_ours_again(name: str, kind: str, tmp
     wanted = theirs(there)
     there.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "base")
-    assert adapter.read(model, tmp_path / "theirs") == ("prefix" if kind == "mlp" else kind)
+    assert adapter_files.read(model, tmp_path / "theirs") == ("prefix" if kind == "mlp" else kind)
     assert (wanted - plain).abs().max() > 0.05
     torch.testing.assert_close(ours(model), wanted, atol=1e-5, rtol=0)
-    assert "peft loads it" in adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    assert "peft loads it" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     again = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(again), wanted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours(adapter.load(tmp_path / "ours")), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(adapter_files.load(tmp_path / "ours")), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -127,7 +127,7 @@ def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
     lora.add(model, OURS[name], Rank(rank=3, alpha=5.0))
     for low in lora.lows(model).values():
         low.B.data.normal_(std=0.2)
-    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
     count = sum(p.numel() for n, p in there.named_parameters() if "lora_" in n)
@@ -143,7 +143,7 @@ def test_our_prefix_is_theirs(name: str, tmp_path: Path) -> None:
     """With layers that all differ, which peft's own layout for T5 cannot say without a turn."""
     model = base(name, tmp_path)
     model.parts["prefix"] = prefix_of(model, [5, 6, 7, 8])
-    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
 
@@ -151,7 +151,7 @@ def test_our_prefix_is_theirs(name: str, tmp_path: Path) -> None:
 def test_writing_with_a_prefix_is_their_generation(tmp_path: Path) -> None:
     model = base("llama", tmp_path)
     model.parts["prefix"] = prefix_of(model, [5, 6, 7, 8])
-    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of("llama", tmp_path), tmp_path / "ours").eval()
     tokens = IDS[:1, :4]
     with torch.no_grad():
@@ -172,10 +172,10 @@ def test_separate_adapters_lie_side_by_side_in_one_matrix_of_theirs(targets: lis
         lora.add(model, [target], Rank(rank=2 + i, alpha=3.0 + i))
     for low in lora.lows(model).values():
         low.B.data.normal_(std=0.2)
-    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of("gpt2", tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours(adapter.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(adapter_files.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
 
 
 def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> None:
@@ -183,9 +183,9 @@ def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> N
     lora.add(model, ["parts.lm", "q"], Rank(rank=2))
     for low in lora.lows(model).values():
         low.B.data.normal_(std=0.2)
-    assert "only firth" in adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    assert "only firth" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     again = load_model(tmp_path / "base")
-    adapter.read(again, tmp_path / "ours")
+    adapter_files.read(again, tmp_path / "ours")
     torch.testing.assert_close(ours(again), ours(model), atol=1e-5, rtol=0)
 
 
@@ -196,17 +196,17 @@ def test_a_base_of_no_family_is_written_for_firth(tmp_path: Path) -> None:
     lora.add(model, ["blocks.*"], Rank(rank=2))
     for low in lora.lows(model).values():
         low.B.data.normal_(std=0.2)
-    assert "only firth" in adapter.write(model, tmp_path / "ours", tmp_path / "base")
-    torch.testing.assert_close(ours(adapter.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
+    assert "only firth" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
+    torch.testing.assert_close(ours(adapter_files.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
     model = base("llama", tmp_path)
     lora.add(model, ["q"], Rank(rank=2))
-    adapter.write(model, tmp_path / "ours", tmp_path / "base")
-    file = tmp_path / "ours" / adapter.FILE
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
+    file = tmp_path / "ours" / adapter_files.FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    (tmp_path / "ours" / adapter.OWN).unlink()  # peft's own has none, and its content hashes would differ
+    (tmp_path / "ours" / adapter_files.OWN).unlink()  # peft's own has none, and its content hashes would differ
     return tmp_path / "ours"
 
 
@@ -228,23 +228,25 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        adapter.load(written(tmp_path, **changes))
+        adapter_files.load(written(tmp_path, **changes))
 
 
 def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> None:
     model = base("bert", tmp_path)
     model.parts["classes"] = torch.nn.Linear(32, 3)
     lora.add(model, ["q"], Rank(rank=2))
-    said = adapter.write(model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]})
-    again = adapter.load(tmp_path / "ours")
+    said = adapter_files.write(
+        model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]}
+    )
+    again = adapter_files.load(tmp_path / "ours")
     assert torch.equal(again.parts["classes"].weight, model.parts["classes"].weight) and "firth's own" in said
     there = peft.PeftModel.from_pretrained(theirs_of("bert", tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
-    (tmp_path / "ours" / adapter.OWN).write_text(  # as an older version would have, without content hashes
+    (tmp_path / "ours" / adapter_files.OWN).write_text(  # as an older version would have, without content hashes
         '{"parts": {"classes": {"kind": "linear", "in": 32, "out": 4, "bias": true}}}'
     )
     with pytest.raises(UserError, match="does not hold the part 'classes'"):
-        adapter.load(tmp_path / "ours")
+        adapter_files.load(tmp_path / "ours")
 
 
 def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
@@ -259,10 +261,10 @@ def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:
         (replace(LLAMA, width=64), "another matrix"),
     ):
         with pytest.raises(UserError, match=said):
-            adapter.read(LM(shape, {}), place)
-    (place / adapter.TENSORS).write_bytes(b"not tensors")
+            adapter_files.read(LM(shape, {}), place)
+    (place / adapter_files.TENSORS).write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        adapter.load(place)
-    (place / adapter.TENSORS).unlink()
+        adapter_files.load(place)
+    (place / adapter_files.TENSORS).unlink()
     with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
-        adapter.load(place)
+        adapter_files.load(place)

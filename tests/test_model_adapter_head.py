@@ -14,9 +14,9 @@ from test_model_adapter_tasks import FAMILIES, answers, hidden, said, theirs_of
 from text_packages import minilm
 
 from firth.evaluate.predict import predict
-from firth.model import adapter
-from firth.model.weights import load_model
-from firth.text.tokenizer import Tokenizer
+from firth.peft import adapter_files
+from firth.pretrained.load_save import load_model
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
@@ -57,7 +57,7 @@ def test_a_classifier_on_a_bare_base(name: str, body: str, tmp_path: Path) -> No
     there = trained(tmp_path / "base", "SequenceClassification", tmp_path / "theirs", plan, num_labels=3)
     there.config.pad_token_id = None
     wanted = torch.cat([alone(there, i) for i in range(2)]) if causal else said(there)
-    model = adapter.load(tmp_path / "theirs")
+    model = adapter_files.load(tmp_path / "theirs")
     assert [*model.parts] == ["classes"]
     torch.testing.assert_close(answers(model), wanted, atol=1e-5, rtol=1e-5)
 
@@ -79,7 +79,7 @@ def test_what_neither_has_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"has 'bert.pooler.dense.weight': that began at random and is lost; name it in"
     ):
-        adapter.load(tmp_path / "theirs")
+        adapter_files.load(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(("suffix", "task", "part"), [
@@ -92,7 +92,7 @@ def test_other_heads(suffix: str, task: str | None, part: str, tmp_path: Path) -
     saved = None if task else ["classifier"]
     plan = peft.LoraConfig(r=3, target_modules=["query", "value"], task_type=task, modules_to_save=saved)
     there = trained(tmp_path / "base", suffix, tmp_path / "theirs", plan)
-    model = adapter.load(tmp_path / "theirs")
+    model = adapter_files.load(tmp_path / "theirs")
     from test_model_adapter_tasks import IDS
 
     with torch.no_grad():
@@ -105,11 +105,11 @@ def test_a_prefix_brings_its_head_too(tmp_path: Path) -> None:
     theirs_of("bert", "Model").save_pretrained(tmp_path / "base")
     plan = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")
     there = trained(tmp_path / "base", "SequenceClassification", tmp_path / "theirs", plan, num_labels=3)
-    torch.testing.assert_close(answers(adapter.load(tmp_path / "theirs")), said(there), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answers(adapter_files.load(tmp_path / "theirs")), said(there), atol=1e-5, rtol=1e-5)
     plan = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")
     trained(tmp_path / "base", "SequenceClassification", tmp_path / "prompt", plan, num_labels=3)
     with pytest.raises(UserError, match="peft reads the class of a text at the first vector of its prompt"):
-        adapter.load(tmp_path / "prompt")
+        adapter_files.load(tmp_path / "prompt")
 
 
 def test_a_head_of_another_size_takes_the_place_of_the_base_s(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_head_of_another_size_takes_the_place_of_the_base_s(tmp_path: Path) ->
         tmp_path / "base", "SequenceClassification", tmp_path / "theirs", plan, num_labels=5,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
-    torch.testing.assert_close(answers(adapter.load(tmp_path / "theirs")), said(there), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answers(adapter_files.load(tmp_path / "theirs")), said(there), atol=1e-5, rtol=1e-5)
     assert load_model(tmp_path / "base").parts["classes"][2].out_features == 2
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model import adapter, lora
-from firth.model.initial import prefix_of, prompt_of
-from firth.model.lm import LM
-from firth.model.lora import Rank
-from firth.model.weights import load_model
+from firth.model.model import LM
+from firth.peft import adapter_files, lora
+from firth.peft.init import prefix_of, prompt_of
+from firth.peft.lora import Rank
+from firth.pretrained.load_save import load_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 peft = pytest.importorskip("peft", reason="the oracle; installed with the test extra")
@@ -139,9 +139,9 @@ def test_an_adapter_works_in_peft_or_is_not_promised(base: Path, kind: str, tmp_
     model, plain = adapted(base, kind), ours(load_model(base))
     wanted = ours(model)
     assert (wanted - plain).abs().max() > 0.05
-    said = adapter.write(model, tmp_path / "ours", base, heads(model))
+    said = adapter_files.write(model, tmp_path / "ours", base, heads(model))
     again = load_model(base)
-    adapter.read(again, tmp_path / "ours")
+    adapter_files.read(again, tmp_path / "ours")
     torch.testing.assert_close(ours(again), wanted, atol=1e-5, rtol=0)
     name = json.loads((base / "config.json").read_text())["architectures"][0]
     served = not (

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model import adapter
-from firth.model.lm import LM
-from firth.model.weights import load_model
+from firth.model.model import LM
+from firth.peft import adapter_files
+from firth.pretrained.load_save import load_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 peft = pytest.importorskip("peft", reason="the oracle; installed with the test extra")
@@ -81,11 +81,11 @@ def test_a_classifier_s_adapter_brings_its_head(name: str, tmp_path: Path) -> No
     there.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "base")
     before = answers(model)
-    assert adapter.read(model, tmp_path / "theirs") == "lora"
+    assert adapter_files.read(model, tmp_path / "theirs") == "lora"
     torch.testing.assert_close(answers(model), wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - before).abs().max() > 0.1
-    adapter.write(model, tmp_path / "ours", tmp_path / "base", ["classes"])
-    assert not (tmp_path / "ours" / adapter.OWN_TENSORS).exists()
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base", ["classes"])
+    assert not (tmp_path / "ours" / adapter_files.OWN_TENSORS).exists()
     again = theirs_of(name, "ForSequenceClassification", num_labels=3)
     again = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
     torch.testing.assert_close(said(again), wanted, atol=1e-5, rtol=1e-5)
@@ -115,8 +115,8 @@ def test_bare_models_too(name: str, kind: str, tmp_path: Path) -> None:
     wanted = said(there)[:, -9:]
     there.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "base")
-    assert adapter.read(model, tmp_path / "theirs") == kind
+    assert adapter_files.read(model, tmp_path / "theirs") == kind
     torch.testing.assert_close(hidden(model), wanted, atol=1e-5, rtol=1e-5)
-    adapter.write(model, tmp_path / "ours", tmp_path / "base")
+    adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     again = peft.PeftModel.from_pretrained(theirs_of(name, "Model"), tmp_path / "ours").eval()
     torch.testing.assert_close(said(again)[:, -9:], wanted, atol=1e-5, rtol=1e-5)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model import blocked
+from firth.model import blocked_attention
 from firth.model.attention import Visibility, attend
 from firth.model.block import Attention, initialise
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.model import LM
 from firth.types import NEVER, Batch
 
 B, T, H, D = 3, 9, 4, 8
@@ -75,7 +75,7 @@ CASES = {
 def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, kind = CASES[name]
     document = fields.get("document")
-    monkeypatch.setattr(blocked, "ROWS", 4)  # several blocks, the last one short
+    monkeypatch.setattr(blocked_attention, "ROWS", 4)  # several blocks, the last one short
     torch.manual_seed(0)
     kv = 2 if way == "groups" else H
     q, k, v = (torch.randn(B, n, T, D, dtype=torch.float64, requires_grad=way != "read") for n in (H, kv, kv))

@@ -16,19 +16,19 @@ import torch.compiler.config
 from torch import Tensor
 
 from firth import kernels
-from firth.data.batch import collate
-from firth.model import compiled
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder, vectors
-from firth.model.weights import load_model
-from firth.objectives.causal import CausalLM
-from firth.objectives.mlm import MLM
+from firth.data.collate import collate
+from firth.model import compilation
+from firth.model.config import Shape, decoder, encoder, encoder_decoder, vectors
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.rtd import RTD
+from firth.objectives.replaced_tokens import RTD
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.vocab import Vocab
+from firth.pretrained.load_save import load_model
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import Batch, UserError
 
@@ -71,10 +71,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compiler.config.recompile_limit = compiled.KINDS
-    whole = torch.compile(compiled._pass, backend=keep, fullgraph=True)
-    monkeypatch.setattr(compiled, "_compiled", lambda: whole)
-    monkeypatch.setattr(compiled, "_try", lambda device: None)
+    torch.compiler.config.recompile_limit = compilation.KINDS
+    whole = torch.compile(compilation._pass, backend=keep, fullgraph=True)
+    monkeypatch.setattr(compilation, "_compiled", lambda: whole)
+    monkeypatch.setattr(compilation, "_try", lambda device: None)
     # What is compiled runs on torch's operators: plain blocks do too, so that they agree in the last bits.
     monkeypatch.setattr(kernels, "_chosen", {name: next(iter(k.choices)) for name, k in kernels.KERNELS.items()})
     return made
@@ -91,7 +91,7 @@ def test_the_gradients_are_those_of_plain_blocks(case: str, graphs: list[torch.f
     rows = batches(objective)
     plain = learnt(model, objective, rows)
     assert not graphs
-    compiled.compile_blocks(model)
+    compilation.compile_blocks(model)
     found = learnt(model, objective, rows)
     assert plain.keys() == found.keys()
     for name, value in plain.items():
@@ -111,7 +111,7 @@ def test_a_graph_serves_all_layers_of_its_kind(graphs: list[torch.fx.GraphModule
     for depth in (2, 6):
         shape, objective = replace(CASES["encoder"][0], depth=depth), CASES["encoder"][1]
         model = LM(shape, objective.parts(shape))
-        compiled.compile_blocks(model)
+        compilation.compile_blocks(model)
         torch._dynamo.reset()
         graphs.clear()
         learnt(model, objective, batches(objective)[:1])
@@ -125,14 +125,14 @@ def test_blocks_that_are_run_again_on_the_way_back(graphs: list[torch.fx.GraphMo
     model, rows = LM(shape, objective.parts(shape)), batches(objective)
     plain = learnt(model, objective, rows)
     model.trunk.recompute = True
-    compiled.compile_blocks(model)
+    compilation.compile_blocks(model)
     found = learnt(model, objective, rows)
     assert graphs and all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="this model has none: set compile=false"):
-        compiled.compile_blocks(LM(vectors(60, 16), {}))
+        compilation.compile_blocks(LM(vectors(60, 16), {}))
 
 
 def test_a_machine_that_cannot_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_machine_that_cannot_is_told_in_a_sentence(monkeypatch: pytest.MonkeyP
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
         pytest.raises(UserError, match=r"^torch.compile does not work here \(.+\): set compile=false$") as told,
     ):
-        compiled.compile_blocks(model)
+        compilation.compile_blocks(model)
     assert "compiler" in str(told.value)
 
 

@@ -11,12 +11,12 @@ import torch
 from data_room import tokenizer
 
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
-from firth.model.families import FAMILIES, family_of
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.model.weights import load_model, save_model, start_from
+from firth.model.model import LM
+from firth.pretrained.families import FAMILIES, family_of
+from firth.pretrained.load_save import load_model, save_model, start_from
 from firth.types import NEVER, UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -11,15 +11,15 @@ import torch
 from bytecoder import ByteCoder
 from test_model_families import MARIAN, MARIAN_IDS, built, random_theirs
 
-from firth.data.batch import collate
+from firth.data.collate import collate
 from firth.data.layout import seq2seq
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
+from firth.generate.sampling import Sampling
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.position import sinusoidal
-from firth.model.weights import load_model, save_model
+from firth.model.model import LM
+from firth.model.positions import sinusoidal
 from firth.objectives.sft import TextToText
+from firth.pretrained.load_save import load_model, save_model
 from firth.train.step import step
 from firth.types import UserError
 

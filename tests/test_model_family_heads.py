@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from firth.model.families import FAMILIES as OURS
-from firth.model.weights import class_names, left_out, load_model, save_model
+from firth.pretrained.families import FAMILIES as OURS
+from firth.pretrained.load_save import class_names, left_out, load_model, save_model
 from firth.types import NEVER
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from firth.model import blocked, cross_entropy, fused
+from firth.model import blocked_attention, cross_entropy, fused
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.position import rotation, turns
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
+from firth.model.model import LM
+from firth.model.positions import rotation, turns
 
 
 def numbers(*size: int) -> Tensor:
@@ -84,10 +84,10 @@ def test_project_is_linear(rows: int, biased: bool) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "ROWS", 2)
+    monkeypatch.setattr(blocked_attention, "ROWS", 2)
     q, k, v, bias = numbers(2, 2, 5, 3), numbers(2, 2, 5, 3) * 2, numbers(2, 2, 5, 3) + 1, numbers(1, 2, 5, 5)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
-    assert gradcheck(lambda q, k, v, b: blocked.attend(q, k, v, 0.4, causal, False, None, b), leaves)
+    assert gradcheck(lambda q, k, v, b: blocked_attention.attend(q, k, v, 0.4, causal, False, None, b), leaves)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])

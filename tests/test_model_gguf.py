@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from firth import gguf as container
-from firth.generate.rows import reading, rectangle
-from firth.gguf import Writing
-from firth.model import gguf
+from firth.generate.decoding import reading, rectangle
+from firth.io import gguf as container
+from firth.io.gguf import Writing
+from firth.model.config import decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.published import bert, gpt2, llama
-from firth.model.quantize import unpack
-from firth.model.shape import decoder
-from firth.model.weights import load_model, save_model, start_from
-from firth.recipes.use import open_run
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.model.model import LM
+from firth.model.presets import bert, gpt2, llama
+from firth.pretrained import gguf
+from firth.pretrained.gguf_quantize import unpack
+from firth.pretrained.load_save import load_model, save_model, start_from
+from firth.runs.inference import open_run
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 TOKENIZER = train(["to be, or not to be: that is the question " * 20], "byte-bpe", 400)

@@ -18,14 +18,14 @@ import torch
 from data_room import tokenizer
 from safetensors.torch import load_file, save_file
 
-from firth.model import adapter, lora
-from firth.model.files import Storage, header, read_tensors
+from firth.io.safetensors import Storage, header, read_tensors
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.model.weights import load_model, save_model, start_from
-from firth.text import chat
-from firth.text.tokenizer import Tokenizer
+from firth.model.model import LM
+from firth.peft import adapter_files, lora
+from firth.pretrained.load_save import load_model, save_model, start_from
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
@@ -276,8 +276,8 @@ def test_pickles_are_never_opened(name: str, given: Path) -> None:
 BOMB = """
 import resource, sys
 from pathlib import Path
-from firth.model.weights import load_model
-from firth.text.tokenizer import Tokenizer
+from firth.pretrained.load_save import load_model
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 for name in sys.argv[1:]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -327,7 +327,7 @@ def test_reading_costs_a_models_memory_once(tmp_path: Path) -> None:
     size = sum(p.numel() for p in model.parameters()) * 4
     save_model(model, None, tmp_path)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom firth.model.weights import load_model\n"
+        "import sys\nfrom pathlib import Path\nfrom firth.pretrained.load_save import load_model\n"
         "def held(): return sum(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
         "import torch, threading, time\nload_model(Path(sys.argv[2]))\nbefore = held(); most = [0]; go = [True]\n"
         "def watch():\n while go[0]:\n  most[0] = max(most[0], held()); time.sleep(0.001)\n"
@@ -516,9 +516,9 @@ def test_every_flipped_bit_of_an_adapter_is_found(tmp_path: Path) -> None:
     model = gpt2()
     save_model(model, tokenizer(), tmp_path / "base")
     lora.add(model, ["q"], lora.Rank(rank=2))
-    adapter.write(model, tmp_path / "adapter", tmp_path / "base")
+    adapter_files.write(model, tmp_path / "adapter", tmp_path / "base")
     names = ["adapter_model.safetensors", "adapter_config.json", "firth.json"]
-    refuses_every_flip(tmp_path / "adapter", names, adapter.load, 60)
+    refuses_every_flip(tmp_path / "adapter", names, adapter_files.load, 60)
 
 
 def test_a_directory_of_transformers_needs_no_hashes(given: Path) -> None:

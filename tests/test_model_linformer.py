@@ -10,13 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.model.attention import Visibility
-from firth.model.lm import LM
-from firth.model.parts import described, rebuilt
-from firth.model.shape import Shape, encoder
-from firth.objectives.causal import CausalLM
-from firth.objectives.mlm import MLM
-from firth.recipes.recipe import load
-from firth.scaling.flops import trunk, work
+from firth.model.config import Shape, encoder
+from firth.model.flops import trunk, work
+from firth.model.head_descriptions import described, rebuilt
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
+from firth.runs.recipe import load
 from firth.types import NEVER, UserError
 
 FULL = Shape(vocab=60, width=32, depth=2, heads=2, context=12, causal=False, zero_init=False, init=0.3)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.generate.lowered import lowered
-from firth.generate.rows import Rows, reading
-from firth.generate.sample import Sampling
-from firth.model import lora
+from firth.generate.decoding import Rows, reading
+from firth.generate.quantized import lowered
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.fused import FEW
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.lora import Rank
-from firth.model.published import bert
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.objectives.causal import CausalLM
+from firth.model.model import LM
+from firth.model.presets import bert
+from firth.objectives.causal_lm import CausalLM
+from firth.peft import lora
+from firth.peft.lora import Rank
 from firth.types import UserError
 
 DECODER = replace(decoder(50, 64, 2, heads=2, context=40), tied=True)

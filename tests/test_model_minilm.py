@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from text_packages import minilm
 from torch import Tensor
 
-from firth.model.lm import LM
-from firth.model.weights import left_out, load_model, save_model
-from firth.text.tokenizer import Tokenizer
+from firth.model.model import LM
+from firth.pretrained.load_save import left_out, load_model, save_model
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import NEVER
 
 SENTENCES = [

@@ -10,29 +10,28 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data.batch import collate, pack
-from firth.model import blocked, trunk
+from firth.data.collate import collate, pack
+from firth.model import blocked_attention, flops, transformer
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.fused import Dropout, survivors
-from firth.model.initial import prefix_of, prompt_of
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.objectives.choice import MultipleChoice
+from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
-from firth.objectives.nsp import NSP
+from firth.objectives.multiple_choice import MultipleChoice
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.plm import PLM
+from firth.objectives.permuted_lm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.regression import Regression
-from firth.objectives.reward import Reward
-from firth.objectives.rtd import RTD
-from firth.objectives.sbo import SBO
+from firth.objectives.replaced_tokens import RTD
+from firth.objectives.reward_model import Reward
 from firth.objectives.semi_supervised import PseudoLabels
 from firth.objectives.sft import SFT
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.objectives.span_boundary import SBO
+from firth.peft.init import prefix_of, prompt_of
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example
 
 VOCAB = Vocab(size=40, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(40) < 4)
@@ -176,8 +175,8 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
     batch = collate([objective.view(e, VOCAB, np.random.default_rng(i)) for i, e in enumerate(examples)], labels)
     found: dict[float, dict[str, torch.Tensor]] = {}
     ran: dict[float, float] = {}
-    for worth in (0.0, trunk.WORTH):
-        monkeypatch.setattr(trunk, "WORTH", worth)
+    for worth in (0.0, transformer.WORTH):
+        monkeypatch.setattr(transformer, "WORTH", worth)
         model.zero_grad()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             terms = objective.loss(model, objective.run(model, batch), batch)
@@ -190,7 +189,7 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
     assert whole.keys() == narrow.keys()
     for term in whole:
         torch.testing.assert_close(narrow[term], whole[term], rtol=1e-4, atol=1e-5, msg=term)
-    assert ran[trunk.WORTH] < ran[0.0]
+    assert ran[transformer.WORTH] < ran[0.0]
 
 
 @pytest.mark.parametrize("how", ["padded", "packed"])
@@ -244,8 +243,8 @@ def test_attention_drops_weights_and_their_gradients(length: int, monkeypatch: p
         drawn.append(survivors(like, chance))
         return drawn[-1]
 
-    monkeypatch.setattr(blocked, "survivors", noted)
-    out = blocked.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
+    monkeypatch.setattr(blocked_attention, "survivors", noted)
+    out = blocked_attention.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
     dropped = torch.cat([d.view(2, 3, -1, length) for d in drawn], 2)
     weights = (q @ k.mT * 0.3).masked_fill(~mask, float("-inf")).softmax(-1) * dropped
     torch.testing.assert_close(out, weights @ v)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.data.batch import collate, pack
+from firth.data.collate import collate, pack
 from firth.data.layout import causal
 from firth.generate.engine import Engine
-from firth.generate.lowered import lowered
-from firth.generate.sample import Sampling
+from firth.generate.quantized import lowered
+from firth.generate.sampling import Sampling
 from firth.model.attention import EVERY, Visibility, attend
+from firth.model.config import Shape, decoder, encoder, encoder_decoder, recurrent
 from firth.model.heads import Vocabulary
-from firth.model.initial import prefix_of, prompt_of
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder, recurrent
+from firth.model.model import LM
+from firth.peft.init import prefix_of, prompt_of
 from firth.types import ALWAYS, NEVER, Example, UserError
 
 LEARNED = Shape(vocab=50, width=32, depth=2, heads=4, context=40, tied=False)
@@ -155,7 +155,7 @@ class _Coder:
     """A tokenizer of numbers."""
 
     def __init__(self) -> None:
-        from firth.text.vocab import Vocab
+        from firth.tokenizer.vocab import Vocab
 
         self.vocab = Vocab(size=50, roles={"bos": 0, "eos": 1, "pad": 2}, special=np.arange(50) < 3)
 

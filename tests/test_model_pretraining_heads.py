@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from firth.data.batch import collate
+from firth.data.collate import collate
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.model.weights import load_model, save_model
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.model.model import LM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.rtd import RTD
-from firth.objectives.sop import SOP
-from firth.text.vocab import Vocab
+from firth.objectives.replaced_tokens import RTD
+from firth.objectives.sentence_order import SOP
+from firth.pretrained.load_save import load_model, save_model
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Batch
 

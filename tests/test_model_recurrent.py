@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data.batch import collate, pack
-from firth.generate.rows import rectangle
-from firth.model.lm import LM
-from firth.model.parts import described, rebuilt
+from firth.data.collate import collate, pack
+from firth.generate.decoding import rectangle
+from firth.model import flops
+from firth.model.config import Shape, decoder, recurrent
+from firth.model.head_descriptions import described, rebuilt
+from firth.model.model import LM
 from firth.model.recurrent import Recurrent
-from firth.model.shape import Shape, decoder, recurrent
-from firth.model.weights import load_model, save_model
-from firth.objectives.causal import CausalLM
+from firth.objectives.causal_lm import CausalLM
+from firth.pretrained.load_save import load_model, save_model
 from firth.recipes.recurrent import bilm
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
 KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}

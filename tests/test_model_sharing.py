@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from firth.model.block import Block
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM, Guest
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.model.weights import load_model, save_model, start_from
-from firth.objectives.rtd import RTD, thinner
+from firth.model.model import LM, Guest
+from firth.objectives.replaced_tokens import RTD, thinner
+from firth.pretrained.load_save import load_model, save_model, start_from
 from firth.train.optimizer import Mover, Optimizer, place
 from firth.types import UserError
 

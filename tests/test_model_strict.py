@@ -15,26 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
-from firth.model import published
-from firth.model.families import FAMILIES, families_of, family_of
+from firth.generate.sampling import Sampling
+from firth.model import presets
+from firth.model.config import Shape, encoder
 from firth.model.heads import Vocabulary, linear, pooled
-from firth.model.lm import LM
-from firth.model.shape import Shape, encoder
-from firth.model.weights import left_out, load_model, save_model, start_from
+from firth.model.model import LM
+from firth.pretrained.families import FAMILIES, families_of, family_of
+from firth.pretrained.load_save import left_out, load_model, save_model, start_from
 from firth.types import UserError
 
-BERT = published.bert(61, 32, 1, 4, context=40)
-GPT2 = published.gpt2(61, 32, 1, 4, context=40)
-LLAMA = published.llama(61, 32, 1, 4, 48, context=40, kv_heads=2)
+BERT = presets.bert(61, 32, 1, 4, context=40)
+GPT2 = presets.gpt2(61, 32, 1, 4, context=40)
+LLAMA = presets.llama(61, 32, 1, 4, 48, context=40, kv_heads=2)
 QWEN3 = replace(LLAMA, head_width=10, qk_norm=True, qk_weight=True)
 QWEN2 = replace(LLAMA, bias=True, bias_at="qkv")
-T5 = published.t5(61, 32, 1, 4, 8, 48)
+T5 = presets.t5(61, 32, 1, 4, 8, 48)
 SHAPES = {
     "bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "t5": T5,
     "roberta": replace(BERT, segments=1), "distilbert": replace(BERT, segments=0),
-    "openai-gpt": published.gpt(61, 32, 1, 4, context=40), "bart": published.bart(61, 32, 1, 4, context=40),
-    "xlnet": published.xlnet(61, 32, 1, 4), "mpnet": published.mpnet(61, 32, 1, 4, context=40),
+    "openai-gpt": presets.gpt(61, 32, 1, 4, context=40), "bart": presets.bart(61, 32, 1, 4, context=40),
+    "xlnet": presets.xlnet(61, 32, 1, 4), "mpnet": presets.mpnet(61, 32, 1, 4, context=40),
     "albert": replace(BERT, embed=12, groups=1), "electra": replace(BERT, embed=12),
     "modernbert": replace(encoder(61, 32, 2, heads=4, context=40)),
 }  # fmt: skip
@@ -176,11 +176,11 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
     millions: int, width: int, depth: int, heads: int, head_width: int
 ) -> None:
     """Rows of Hoffmann 2022, table A9: the width of the MLP is four times the model's throughout."""
-    shape = published.transformer_xl(width, depth, heads, head_width)
+    shape = presets.transformer_xl(width, depth, heads, head_width)
     assert abs(shape.parameters() - millions * 1e6) < 0.7e6
-    tiny = published.transformer_xl(32, 2, 4, 10, vocab=61)
+    tiny = presets.transformer_xl(32, 2, 4, 10, vocab=61)
     assert sum(p.numel() for p in LM(tiny, {"lm": Vocabulary(tiny)}).parameters()) == tiny.parameters()
-    assert 69.5e9 < published.SHAPES["chinchilla"].parameters() < 70.5e9
+    assert 69.5e9 < presets.SHAPES["chinchilla"].parameters() < 70.5e9
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
 )
 def test_released_encoders_are_counted(name: str, count: int) -> None:
     """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
-    assert published.SHAPES[name].parameters() == count
-    assert family_of(published.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
+    assert presets.SHAPES[name].parameters() == count
+    assert family_of(presets.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
 
 
 def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_spanbert_is_a_bert(tmp_path: Path) -> None:
-    assert family_of(published.SHAPES["spanbert"]) is FAMILIES["bert"]
+    assert family_of(presets.SHAPES["spanbert"]) is FAMILIES["bert"]
     model = LM(
         BERT, {"lm": Vocabulary(BERT), "boundary": nn.Sequential(nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 32))}
     )

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.batch import collate, pack
-from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.data.collate import collate, pack
+from firth.model.config import Shape
+from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.objective import Objective
-from firth.recipes.fits import refuse_cut
-from firth.recipes.recipe import load
-from firth.text.vocab import Vocab
+from firth.runs.compatibility import refuse_cut
+from firth.runs.recipe import load
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import Example, UserError
 

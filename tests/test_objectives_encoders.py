@@ -11,26 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.batch import Batches, collate
+from firth.data.collate import Batches, collate
 from firth.data.noise import NOISES
 from firth.data.source import Source
-from firth.model.lm import LM
-from firth.model.shape import Shape, encoder
-from firth.model.weights import load_model, save_model
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.model.config import Shape, encoder
+from firth.model.model import LM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.rtd import RTD, AdversarialRTD, draw
-from firth.objectives.sbo import SBO
-from firth.objectives.sop import SOP
-from firth.recipes.begin import begin
-from firth.recipes.fits import refuse_misfit
-from firth.text.vocab import Vocab
-from firth.train.log import Silence
-from firth.train.loop import Plan, train
+from firth.objectives.replaced_tokens import RTD, AdversarialRTD, draw
+from firth.objectives.sentence_order import SOP
+from firth.objectives.span_boundary import SBO
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.compatibility import refuse_misfit
+from firth.runs.init_head import begin
+from firth.tokenizer.vocab import Vocab
+from firth.train.logging import Silence
 from firth.train.optimizer import Mover, Optimizer
 from firth.train.schedule import Length
 from firth.train.step import step
+from firth.train.trainer import Plan, train
 from firth.train.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
 
@@ -451,7 +451,7 @@ def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
 
 
 def test_a_decoder_is_refused() -> None:
-    from firth.model.shape import decoder
+    from firth.model.config import decoder
 
     for objective in ALL.values():
         with pytest.raises(UserError, match="reads a text from both sides"):

@@ -13,24 +13,24 @@ import torch
 import torch.nn.functional as F
 from data_room import tokenizer
 
-from firth.align.annotate import annotate
-from firth.data.batch import collate, pack
-from firth.data.few import Unlabelled, few_of
-from firth.data.labelled import Labelled, TextFields, Untold
+from firth.align.precompute import annotate
+from firth.data.annotations import Annotators, Votes, majority
+from firth.data.collate import collate, pack
+from firth.data.labeled import Labelled, TextFields, Untold
 from firth.data.source import Mixture, Source, Subset
-from firth.data.votes import Annotators, Votes, majority
-from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.data.unlabeled import Unlabelled, few_of
+from firth.model.config import Shape
+from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.multi_annotator import Weak
 from firth.objectives.objective import Objective
-from firth.objectives.penalty import Penalty
 from firth.objectives.semi_supervised import Consistency, PseudoLabels, question, taught
-from firth.objectives.weak import Weak
-from firth.recipes import labelled as segments
-from firth.recipes.labels import Partly
-from firth.recipes.material import Material, Text
-from firth.text.vocab import Vocab
+from firth.objectives.weight_penalty import Penalty
+from firth.runs import labeled_examples as segments
+from firth.runs.noisy_label_examples import Partly
+from firth.runs.prepare import Material, Text
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 

@@ -22,28 +22,28 @@ from test_objectives_views import CASES, VOCAB, bare, framed, labelled, partly, 
 
 from firth import objectives
 from firth.data import layout
-from firth.data.batch import Batches
+from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.objectives.bilm import BiLM
-from firth.objectives.causal import CausalLM
-from firth.objectives.choice import MultipleChoice
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.contrastive import Contrastive
 from firth.objectives.dpo import DPO
-from firth.objectives.mixed import Mixed
-from firth.objectives.mlm import MLM
+from firth.objectives.layer_mixture import Mixed
+from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
-from firth.objectives.nsp import NSP
+from firth.objectives.multi_annotator import Weak
+from firth.objectives.multiple_choice import MultipleChoice
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum, Tokens
 from firth.objectives.ppo import PER_TOKEN, PPO
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward import Ranking
-from firth.objectives.rtd import RTD
+from firth.objectives.replaced_tokens import RTD
+from firth.objectives.reward_model import Ranking
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.sft import SFT, TextToText
-from firth.objectives.tagging import Tagging
+from firth.objectives.token_classification import Tagging
 from firth.objectives.vae import VAE
-from firth.objectives.weak import Weak
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
 
 FIRST = int(VOCAB.ordinary[0])

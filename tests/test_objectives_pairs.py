@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.batch import Batches
-from firth.data.segment import Pairs
-from firth.data.shards import TokenStore
-from firth.model.lm import LM
-from firth.model.shape import encoder
-from firth.objectives.nsp import NSP
-from firth.objectives.pair import Pair
-from firth.objectives.sop import SOP
-from firth.text.read import Document
-from firth.text.train import train as train_tokenizer
-from firth.train.log import Silence
-from firth.train.loop import Plan, train
+from firth.corpora.readers import Document
+from firth.data.collate import Batches
+from firth.data.token_store import TokenStore
+from firth.data.windows import Pairs
+from firth.model.config import encoder
+from firth.model.model import LM
+from firth.objectives.next_sentence import NSP
+from firth.objectives.sentence_order import SOP
+from firth.objectives.sentence_pairs import Pair
+from firth.tokenizer.train import train as train_tokenizer
+from firth.train.logging import Silence
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
+from firth.train.trainer import Plan, train
 from firth.train.validate import validate
 
 WORDS, LONG = 160, 100

@@ -16,30 +16,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data import layout
-from firth.data.batch import Batches, collate, pack
-from firth.data.segment import Windows
-from firth.evaluate.likelihood import Document, one_at_a_time
-from firth.evaluate.text import reads_of
+from firth.data.collate import Batches, collate, pack
+from firth.data.windows import Windows
+from firth.evaluate.perplexity import Document, one_at_a_time
+from firth.evaluate.text_perplexity import reads_of
 from firth.generate.engine import Engine
-from firth.generate.masked import fill
-from firth.generate.sample import Sampling
+from firth.generate.fill_mask import fill
+from firth.generate.sampling import Sampling
 from firth.model.attention import rule
 from firth.model.block import Linear
-from firth.model.distance import Apart, Distance, between
-from firth.model.lm import LM
-from firth.model.position import waves
-from firth.model.published import SHAPES
-from firth.model.shape import Shape
-from firth.model.weights import load_model, save_model
-from firth.objectives.causal import CausalLM
-from firth.objectives.mlm import MLM
+from firth.model.config import Shape
+from firth.model.flops import Memory, real_tokens, trunk, work
+from firth.model.model import LM
+from firth.model.positions import waves
+from firth.model.presets import SHAPES
+from firth.model.relative_distance import Apart, Distance, between
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
-from firth.objectives.plm import PLM
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.scaling.flops import Memory, real_tokens, trunk, work
-from firth.text.vocab import Vocab
+from firth.objectives.permuted_lm import PLM
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 

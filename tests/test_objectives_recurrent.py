@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.batch import Batches, collate, pack
+from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
-from firth.data.words import Words, kept, noise
-from firth.model.lm import LM
-from firth.model.shape import Shape, recurrent, vectors
+from firth.data.word_windows import Words, kept, noise
+from firth.model.config import Shape, recurrent, vectors
+from firth.model.model import LM
 from firth.objectives.bilm import BiLM
-from firth.objectives.mixed import Mixed
+from firth.objectives.layer_mixture import Mixed
 from firth.objectives.objective import Objective
-from firth.objectives.tagging import Tagging
+from firth.objectives.token_classification import Tagging
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import bilm
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.train.optimizer import Mover, Optimizer
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
@@ -291,7 +291,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         ):
             Word2Vec(**bad)
     apart = CASES["bilm, tied"][2]
-    from firth.objectives.mlm import MLM
+    from firth.objectives.masked_lm import MLM
 
     with pytest.raises(UserError, match=r"shape\.tied=false"):
         LM(apart, MLM().parts(apart))

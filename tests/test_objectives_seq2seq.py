@@ -12,24 +12,24 @@ import torch
 from data_room import tokenizer
 from test_objectives_views import VOCAB, bare, some_text
 
-from firth.data.batch import collate
-from firth.data.corrupt import CORRUPTIONS, Damage, infilling, permutation
+from firth.data.collate import collate
+from firth.data.corruptions import CORRUPTIONS, Damage, infilling, permutation
 from firth.data.noise import Kind, facts, salient
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
-from firth.model.lm import LM
-from firth.model.published import SHAPES, bart
-from firth.model.shape import Shape
-from firth.model.weights import save_model
-from firth.objectives.causal import CausalLM
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape
+from firth.model.model import LM
+from firth.model.presets import SHAPES, bart
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.denoise import Denoise
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.sft import TextToText
 from firth.objectives.span_corruption import SpanCorruption
-from firth.text.train import train
-from firth.text.vocab import Vocab
+from firth.pretrained.load_save import save_model
+from firth.tokenizer.train import train
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 

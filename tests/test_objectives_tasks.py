@@ -10,17 +10,17 @@ import torch
 from test_objectives_views import VOCAB, labelled, scored, spanned, tagged
 
 from firth.data import layout
-from firth.data.batch import collate, pack
-from firth.model.lm import LM
-from firth.model.published import bert
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.model.weights import save_model
-from firth.objectives.choice import MultipleChoice
+from firth.data.collate import collate, pack
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.model import LM
+from firth.model.presets import bert
 from firth.objectives.classification import Classification
+from firth.objectives.extractive_qa import Spans
+from firth.objectives.multiple_choice import MultipleChoice
 from firth.objectives.objective import Known, Objective, choice_loss
 from firth.objectives.regression import Regression
-from firth.objectives.spans import Spans
-from firth.objectives.tagging import Tagging
+from firth.objectives.token_classification import Tagging
+from firth.pretrained.load_save import save_model
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 

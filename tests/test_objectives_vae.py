@@ -15,19 +15,19 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data.batch import collate, pack
-from firth.evaluate.text import reads_of
+from firth.data.collate import collate, pack
+from firth.evaluate.text_perplexity import reads_of
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
-from firth.model.lm import LM
-from firth.model.shape import encoder_decoder
-from firth.model.weights import load_model
+from firth.generate.sampling import Sampling
+from firth.model.config import encoder_decoder
+from firth.model.flops import trunk, work
+from firth.model.model import LM
 from firth.objectives.span_corruption import SpanCorruption
 from firth.objectives.vae import VAE
-from firth.recipes.fits import refuse_cut, refuse_misfit
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.scaling.flops import trunk, work
+from firth.pretrained.load_save import load_model
+from firth.runs.compatibility import refuse_cut, refuse_misfit
+from firth.runs.recipe import load
+from firth.runs.run import run
 from firth.train.step import step
 from firth.types import Example, UserError
 

@@ -10,31 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.batch import Batches, collate, pack
-from firth.data.corrupt import Damage
-from firth.data.segment import Pairs
+from firth.data.collate import Batches, collate, pack
+from firth.data.corruptions import Damage
 from firth.data.source import Source
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.objectives.causal import CausalLM
+from firth.data.windows import Pairs
+from firth.model.config import Shape
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.denoise import Denoise
-from firth.objectives.mlm import MLM
+from firth.objectives.extractive_qa import Spans
+from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
-from firth.objectives.nsp import NSP
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.penalty import Penalty
-from firth.objectives.plm import PLM
+from firth.objectives.permuted_lm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.regression import Regression
-from firth.objectives.rtd import RTD, AdversarialRTD
-from firth.objectives.sbo import SBO
+from firth.objectives.replaced_tokens import RTD, AdversarialRTD
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
-from firth.objectives.sop import SOP
+from firth.objectives.sentence_order import SOP
+from firth.objectives.span_boundary import SBO
 from firth.objectives.span_corruption import SpanCorruption, corrupt
-from firth.objectives.spans import Spans
-from firth.objectives.tagging import Tagging
-from firth.text.vocab import Vocab
+from firth.objectives.token_classification import Tagging
+from firth.objectives.weight_penalty import Penalty
+from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 

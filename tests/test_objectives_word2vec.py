@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.batch import Batches
+from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.data.words import Words
-from firth.generate import vectors
-from firth.model.lm import LM
-from firth.model.shape import vectors as table_of
+from firth.data.word_windows import Words
+from firth.generate import word_vectors
+from firth.model.config import vectors as table_of
+from firth.model.model import LM
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import word2vec
-from firth.text.vocab import Vocab
-from firth.train.log import Silence
-from firth.train.loop import Plan, train
+from firth.tokenizer.vocab import Vocab
+from firth.train.logging import Silence
 from firth.train.schedule import Length
+from firth.train.trainer import Plan, train
 from firth.types import Example
 
 VOCAB, TOPICS, LENGTH, WIDTH = 600, 20, 16, 48
@@ -79,7 +79,7 @@ def ours(text: np.ndarray, seed: int, place: Path) -> np.ndarray:
         length=Length(steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
         plan=Plan(save_every=0, precision="fp32"),
     )  # fmt: skip
-    return vectors.table(model).numpy()
+    return word_vectors.table(model).numpy()
 
 
 def theirs(text: np.ndarray, seed: int) -> np.ndarray:

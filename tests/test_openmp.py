@@ -51,7 +51,7 @@ CHILD = "import firth, subprocess, sys; sys.exit(subprocess.run([sys.executable,
     [
         ["-m", "firth", "doctor"],  # and a rank: torchrun -m firth
         ["-c", "import sys; from firth.cli import main; sys.argv[1:] = ['doctor']; main()"],  # the firth command
-        ["-c", "import firth.model.lm"],
+        ["-c", "import firth.model.model"],
         ["-c", CHILD],
     ],
     ids=["module", "command", "import", "worker"],

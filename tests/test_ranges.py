@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from firth import objectives
-from firth.generate.sample import Sampling
-from firth.ranges import MAX_INT, PositiveInt, Range, Ranged, is_numeric, range_of, ranges
-from firth.recipes import tree
-from firth.recipes.compare import Terms
-from firth.recipes.fits import SEGMENTS
-from firth.recipes.recipe import ADAPTS, Batch, Recipe, load
+from firth.compare.compare import Terms
+from firth.generate.sampling import Sampling
+from firth.runs import config_io
+from firth.runs.compatibility import SEGMENTS
+from firth.runs.recipe import ADAPTS, Batch, Recipe, load
 from firth.types import UserError
+from firth.validated import MAX_INT, PositiveInt, Range, Ranged, is_numeric, range_of, ranges
 
 
 def recipe_classes() -> list[type]:
@@ -48,7 +48,7 @@ NUMBERS = [(kind, name) for kind in recipe_classes() for name in numeric_fields(
 
 def test_the_walk_finds_every_class_and_number() -> None:
     names = {kind.__name__ for kind in recipe_classes()}
-    assert {"Recipe", "Batch", "Checks", "Length", "Schedule", "Optimizer", "Text", "TokenizerPlan", "Shape"} <= names
+    assert {"Recipe", "Batch", "EvalConfig", "CheckpointConfig", "Length", "Schedule", "Optimizer", "Text", "TokenizerPlan", "Shape"} <= names
     assert {"Windows", "Rollouts", "MLM", "PPO", "LoRA", "Prefix", "Sampling", "Terms"} <= names
     assert len(NUMBERS) >= 130
 
@@ -132,7 +132,7 @@ def test_a_number_out_of_range_is_refused_in_python() -> None:
     with pytest.raises(UserError, match=r"^sampling.top_p=0 must be above 0 and at most 1$"):
         Sampling(top_p=0)
     assert range_of(PositiveInt | None) == Range(ge=1)
-    assert tree.build(tuple[PositiveInt, ...], "3") == (3,)
+    assert config_io.build(tuple[PositiveInt, ...], "3") == (3,)
 
 
 def test_a_part_of_a_shape_names_the_cure() -> None:

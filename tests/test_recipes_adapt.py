@@ -14,25 +14,25 @@ import pytest
 import torch
 import yaml
 
-from firth.data.batch import collate, pack
+from firth.data.collate import collate, pack
 from firth.data.layout import causal
 from firth.evaluate.task import open_subject
-from firth.model import lora
+from firth.model import flops
+from firth.model.config import decoder, encoder
 from firth.model.heads import Vocabulary
-from firth.model.initial import prefix_of, prompt_of
-from firth.model.lm import LM
-from firth.model.shape import decoder, encoder
-from firth.model.weights import load_model, start_from
-from firth.objectives.causal import CausalLM
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
-from firth.recipes import tree
-from firth.recipes.adapt import ADAPTS, Full, LoRA
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run import run
-from firth.recipes.use import evaluate_run
-from firth.scaling import flops
-from firth.text.tokenizer import Tokenizer
+from firth.peft import lora
+from firth.peft.init import prefix_of, prompt_of
+from firth.pretrained.load_save import load_model, start_from
+from firth.runs import config_io
+from firth.runs.inference import evaluate_run
+from firth.runs.peft_options import ADAPTS, Full, LoRA
+from firth.runs.recipe import Recipe, load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import checkpoint
 from firth.train.optimizer import Mover, Optimizer
 from firth.train.step import step
@@ -261,7 +261,7 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
     assert load("classify", ["start=x", "adapt=lora"]).adapt == LoRA()
     full = load("classify", ["start=x", "adapt.kind=lora", "adapt.rank=4", "adapt.targets=[blocks.*]"])
     assert full.adapt == LoRA(rank=4, targets=("blocks.*",))
-    assert tree.build(type(full), yaml.safe_load(tree.write_yaml(full))) == full
+    assert config_io.build(type(full), yaml.safe_load(config_io.write_yaml(full))) == full
 
 
 @pytest.mark.parametrize(

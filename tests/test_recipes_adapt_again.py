@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from firth.evaluate.task import open_subject
-from firth.generate.sample import Sampling
-from firth.model.lm import LM
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run import run
-from firth.recipes.use import evaluate_run, fill_text, open_model, writes
+from firth.generate.sampling import Sampling
+from firth.model.model import LM
+from firth.runs.inference import evaluate_run, fill_text, open_model, writes
+from firth.runs.recipe import Recipe, load
+from firth.runs.run import run
 from firth.types import UserError
 
 WORDS = ["the", "king", "queen", "of", "sea", "had", "a", "ship", "with", "no", "sail", "and", "crown", "salt"]

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.batch import Batches
+from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.objectives.causal import CausalLM
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.begin import begin
-from firth.text.vocab import Vocab
+from firth.runs.init_head import begin
+from firth.tokenizer.vocab import Vocab
 from firth.train.validate import validate
 from firth.types import Example
 

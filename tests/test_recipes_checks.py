@@ -11,14 +11,14 @@ import pytest
 
 from firth.data.split import content_key
 from firth.evaluate import glue
+from firth.evaluate.answer_spans import by_question
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.passages import by_question
 from firth.evaluate.predict import predict
-from firth.recipes.material import Material, train_tokenizer
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run import Finished, run
-from firth.recipes.use import evaluate_run, held_out_measures
-from firth.text.tokenizer import Tokenizer
+from firth.runs.inference import evaluate_run, held_out_measures
+from firth.runs.prepare import Material, train_tokenizer
+from firth.runs.recipe import Recipe, load
+from firth.runs.run import Finished, run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 SHAPE = (
@@ -222,8 +222,8 @@ def test_checks_of_questions_are_squad_s_own(tmp_path: Path, tokens: Path) -> No
 
 
 def test_whole_questions_are_measured(tmp_path: Path, tokens: Path) -> None:
-    from firth.data.questions import Questions
-    from firth.recipes.segments import spread
+    from firth.data.question_answering import Questions
+    from firth.runs.examples import spread
 
     (tmp_path / "a.json").write_text(squad(20))
     source = Questions([str(tmp_path / "a.json")], Tokenizer.load(tokens), 18, question=8, stride=4)
@@ -234,7 +234,7 @@ def test_whole_questions_are_measured(tmp_path: Path, tokens: Path) -> None:
 
 
 def test_no_answer_is_as_probable_as_nowhere(tmp_path: Path, tokens: Path) -> None:
-    from firth.data.questions import Questions
+    from firth.data.question_answering import Questions
 
     (tmp_path / "a.json").write_text(squad(1))
     source = Questions([str(tmp_path / "a.json")], Tokenizer.load(tokens), 96, question=8)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.lm import LM
-from firth.model.published import bert
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.model.weights import load_model, save_model
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.model import LM
+from firth.model.presets import bert
 from firth.objectives.classification import Classification
-from firth.recipes.exchange import export_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.train import train
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.import_export import export_model
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

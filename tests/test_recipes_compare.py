@@ -12,19 +12,19 @@ import scipy.stats
 import torch
 
 from firth import cli
-from firth.data.shards import TokenStore
+from firth.compare import compare as arena
+from firth.compare.compare import Terms, compare
+from firth.compare.probe_dataset import draw, questions
+from firth.compare.statistics import MEASURES, Interval, Score, differences, gains, line, markdown, paired
 from firth.data.split import content_key
+from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate
 from firth.io.integrity import read_record
-from firth.recipes import compare as arena
-from firth.recipes.compare import Terms, compare
-from firth.recipes.labelled import Labelled
-from firth.recipes.material import Echo, Text, documents_of
-from firth.recipes.probe import draw, questions
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run import Finished, run
-from firth.recipes.verdict import MEASURES, Interval, Score, differences, gains, line, markdown, paired
-from firth.text.tokenizer import Tokenizer
+from firth.runs.labeled_examples import Labelled
+from firth.runs.prepare import Echo, Text, documents_of
+from firth.runs.recipe import Recipe, load
+from firth.runs.run import Finished, run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Length
 from firth.types import UserError
 

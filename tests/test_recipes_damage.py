@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from firth.io.jsons import read_object
+from firth.io.json_files import read_object
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.recipes.adapt import Prefix, Prompt
-from firth.recipes.exchange import export_model, import_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import evaluate_run, word_vectors
-from firth.report.run import run_report
-from firth.text.train import train
-from firth.train.log import keep_until
+from firth.model.model import LM
+from firth.report.run_report import run_report
+from firth.runs.import_export import export_model, import_model
+from firth.runs.inference import evaluate_run, nearest_words
+from firth.runs.peft_options import Prefix, Prompt
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.train import train
+from firth.train.logging import keep_until
 from firth.types import UserError
 
 TINY = ["shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=32", "segment.length=16", "batch.rows=4", "length.steps=4",
@@ -144,7 +144,7 @@ def test_a_full_disk_names_what_could_not_be_written(what: str, there: Path, tmp
         "export": lambda: export_model(there, out, form="hf", dtype="", shard="", echo=quiet),
         "gguf": lambda: export_model(there, out, form="gguf", dtype="fp32", shard="", echo=quiet),
         "import": lambda: import_model(there / "model", out, quiet),
-        "vectors": lambda: word_vectors(there, [], 8, out),
+        "vectors": lambda: nearest_words(there, [], 8, out),
     }
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = (there / "metrics.jsonl").stat().st_size + 30_000  # the tables fit, the weights do not

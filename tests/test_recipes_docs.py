@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.objectives.objective import Sum
-from firth.recipes.recipe import Recipe, load
+from firth.runs.recipe import Recipe, load
 from firth.types import UserError
 
 ROOM = Path(__file__).parents[1] / "firth"

@@ -9,13 +9,13 @@ import pytest
 import torch
 from data_room import TEXTS
 
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.published import SHAPES
-from firth.model.shape import Shape
-from firth.model.weights import load_model
-from firth.recipes.recipe import load, published
-from firth.recipes.run import run
+from firth.model.model import LM
+from firth.model.presets import SHAPES
+from firth.pretrained.load_save import load_model
+from firth.runs.recipe import load, published
+from firth.runs.run import run
 from firth.types import UserError
 
 

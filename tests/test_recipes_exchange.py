@@ -16,18 +16,18 @@ from text_packages import minilm
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
-from firth.model.files import DTYPES, Storage, read_tensors
+from firth.io.safetensors import DTYPES, Storage, read_tensors
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.published import llama
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.model.weights import load_model, save_model
-from firth.recipes.exchange import export_model, import_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import fill_text, opening
-from firth.text import chat
-from firth.text.tokenizer import Tokenizer
+from firth.model.model import LM
+from firth.model.presets import llama
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.import_export import export_model, import_model
+from firth.runs.inference import fill_text, opening
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from firth.data import segment
-from firth.data.shards import TokenStore
+from firth.corpora.readers import Document
+from firth.data import windows
+from firth.data.token_store import TokenStore
 from firth.objectives.denoise import Denoise
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.rtd import RTD
-from firth.objectives.sop import SOP
+from firth.objectives.replaced_tokens import RTD
+from firth.objectives.sentence_order import SOP
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.fallbacks import fallbacks, resolve_segmentation
-from firth.recipes.material import Material, Text
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.segments import Pairs, Pieces
-from firth.text import segmentation
-from firth.text.read import Document
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.runs.examples import Pairs, Pieces
+from firth.runs.fallbacks import fallbacks, resolve_segmentation
+from firth.runs.prepare import Material, Text
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer import segmentation
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 TEXTS = {
@@ -71,14 +71,14 @@ def test_what_is_not_found_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
-    source = segment.Pieces(stores[language], 64, None)
+    source = windows.Pieces(stores[language], 64, None)
     found = fallbacks(objective, Pieces(64), source, tokenizer.vocab)
     assert [expected in line for line in found] == [True] * bool(expected), found
 
 
 def test_a_dictionary_has_words_to_hide(stores: dict[str, TokenStore], tokenizer: Tokenizer) -> None:
     pytest.importorskip("icu4py")
-    source = segment.Pieces(stores["Chinese"], 64, None)
+    source = windows.Pieces(stores["Chinese"], 64, None)
     assert fallbacks(MLM(noise="words"), Pieces(64), source, tokenizer.vocab) == []
 
 
@@ -86,7 +86,7 @@ def test_a_dictionary_has_words_to_hide(stores: dict[str, TokenStore], tokenizer
 def test_pairs_without_sentences_are_reported(
     language: str, expected: list[str], stores: dict[str, TokenStore], tokenizer: Tokenizer
 ) -> None:
-    source = segment.Pairs(stores[language], 64, tokenizer.vocab)
+    source = windows.Pairs(stores[language], 64, tokenizer.vocab)
     assert fallbacks(SOP() + MLM(), Pairs(64), source, tokenizer.vocab) == expected
     assert fallbacks(SOP() + MLM(), Pairs(64, sentences=False), source, tokenizer.vocab) == []
 

@@ -12,18 +12,18 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.data.layout import Gapped
+from firth.generate.decoding import rectangle
+from firth.generate.fill_mask import fill
 from firth.generate.infill import fill_spans, fill_two_way, split_gaps
-from firth.generate.masked import fill
-from firth.generate.rows import rectangle
-from firth.generate.sample import Sampling
+from firth.generate.sampling import Sampling
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.published import bart as bart_shape
-from firth.model.weights import save_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import fill_text, open_engine, open_model, open_run, opening
-from firth.text.train import train
+from firth.model.model import LM
+from firth.model.presets import bart as bart_shape
+from firth.pretrained.load_save import save_model
+from firth.runs.inference import fill_text, open_engine, open_model, open_run, opening
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 SENTENCES = [f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot", "clerk") for b in ("paints", "sells", "hides")

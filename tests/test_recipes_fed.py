@@ -14,20 +14,20 @@ import pytest
 import torch
 
 from firth import objectives
-from firth.data.batch import Batches
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape, decoder, encoder, encoder_decoder, recurrent, vectors
-from firth.model.weights import save_model
+from firth.data.collate import Batches
+from firth.model.config import Reads, Shape, decoder, encoder, encoder_decoder, recurrent, vectors
+from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.reinforce import Reinforce
-from firth.recipes.aligned import Rollouts
-from firth.recipes.fits import SEGMENTS, refuse_unfed
-from firth.recipes.labels import Partly, Taught
-from firth.recipes.material import Material, Text, train_tokenizer
-from firth.recipes.segments import Cut, Pairs, Pieces, Segment, Windows
-from firth.text.tokenizer import Tokenizer
+from firth.pretrained.load_save import save_model
+from firth.runs.alignment_examples import Rollouts
+from firth.runs.compatibility import SEGMENTS, refuse_unfed
+from firth.runs.examples import Cut, Pairs, Pieces, Segment, Windows
+from firth.runs.noisy_label_examples import Partly, Taught
+from firth.runs.prepare import Material, Text, train_tokenizer
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.precision import casts
 from firth.train.step import step
 from firth.types import UserError

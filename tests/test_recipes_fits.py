@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 
 from firth import objectives
-from firth.model.hollow import hollow
-from firth.model.lm import LM
-from firth.model.shape import decoder, encoder, encoder_decoder
-from firth.objectives.causal import CausalLM
+from firth.model.config import decoder, encoder, encoder_decoder
+from firth.model.empty_weights import hollow
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.mixed import Mixed
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.objectives.layer_mixture import Mixed
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.fits import refuse_misfit
-from firth.recipes.recipe import load
+from firth.runs.compatibility import refuse_misfit
+from firth.runs.recipe import load
 from firth.types import UserError
 
 SHAPES = {

@@ -18,17 +18,17 @@ import yaml
 
 from firth.evaluate.task import open_subject
 from firth.io.integrity import write_record
+from firth.model.config import Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.model.weights import save_model
-from firth.recipes.exchange import export_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import evaluate_run
-from firth.report.run import run_report
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.model.model import LM
+from firth.pretrained.load_save import save_model
+from firth.report.run_report import run_report
+from firth.runs.import_export import export_model
+from firth.runs.inference import evaluate_run
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 FLIPS = int(os.environ.get("FIRTH_FUZZ", "0"))

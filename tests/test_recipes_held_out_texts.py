@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from firth.objectives.dpo import DPO
-from firth.recipes.recipe import load
-from firth.recipes.run import Finished, run
-from firth.report.run import run_report
+from firth.report.run_report import run_report
+from firth.runs.recipe import load
+from firth.runs.run import Finished, run
 
 SMALL = ["batch.rows=4", "length.steps=2", "checks.every=0", "checks.save=0"]
 

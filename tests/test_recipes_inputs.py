@@ -14,21 +14,21 @@ import yaml
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.model.files import read_tensors
-from firth.model.lm import LM
-from firth.model.shape import decoder, encoder
-from firth.model.weights import save_model
-from firth.objectives.causal import CausalLM
+from firth.io.safetensors import read_tensors
+from firth.model.config import decoder, encoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.reward import Reward
-from firth.recipes.inputs import Inputs
-from firth.recipes.recipe import load
-from firth.recipes.run import Finished, run
-from firth.recipes.run_tokenizer import resolved_size, tokenizer_of
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.objectives.reward_model import Reward
+from firth.pretrained.load_save import save_model
+from firth.runs.inputs import Inputs
+from firth.runs.recipe import load
+from firth.runs.run import Finished, run
+from firth.runs.tokenizer import resolved_size, tokenizer_of
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 SMALL = [
@@ -132,7 +132,7 @@ def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatc
     recipe = load(str(folder / "run"))
     first = Inputs.read(recipe, folder / "run", quiet)
     first.write(folder / "run", "hash")
-    monkeypatch.setattr("firth.recipes.inputs.hashlib.file_digest", None)
+    monkeypatch.setattr("firth.runs.inputs.hashlib.file_digest", None)
     assert Inputs.read(recipe, folder / "run", quiet).digests == first.digests
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from firth.recipes.recipe import ALIKE, Batch, load
-from firth.recipes.run import run
-from firth.recipes.tree import read_yaml
+from firth.runs.config_io import read_yaml
+from firth.runs.recipe import ALIKE, Batch, load
+from firth.runs.run import run
 from firth.types import UserError
 
 TINY = [

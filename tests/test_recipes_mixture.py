@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from firth.data.source import Source
-from firth.recipes import segments
-from firth.recipes.material import Material, Text, train_tokenizer
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.segments import Windows, spread
-from firth.text.tokenizer import Tokenizer
+from firth.runs import examples
+from firth.runs.examples import Windows, spread
+from firth.runs.prepare import Material, Text, train_tokenizer
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 WORDS = {"a": "ababab baba abba ", "z": "zyzy yzzy zzyy "}
@@ -46,7 +46,7 @@ def share_of_a(source: Source, indices: np.ndarray, tokenizer: Tokenizer) -> flo
 
 def test_the_shares_are_the_stated_ones_in_training_and_in_held_out_text(folder: Path, tmp_path: Path) -> None:
     mixed = material(folder, tmp_path, weights=(3.0, 1.0))
-    cut = segments.cut(Windows(length=32), mixed, load("gpt").objective)
+    cut = examples.cut(Windows(length=32), mixed, load("gpt").objective)
     _, indices = cut.train.order(seed=0, positions=np.arange(64))
     assert share_of_a(cut.train, indices, mixed.tokenizer) == 0.75
     assert cut.valid is not None
@@ -58,13 +58,13 @@ def test_the_shares_are_the_stated_ones_in_training_and_in_held_out_text(folder:
 
 def test_without_weights_each_path_gives_what_it_holds(folder: Path, tmp_path: Path) -> None:
     plain = material(folder, tmp_path)
-    cut = segments.cut(Windows(length=32), plain, load("gpt").objective)
+    cut = examples.cut(Windows(length=32), plain, load("gpt").objective)
     assert share_of_a(cut.train, np.arange(len(cut.train)), plain.tokenizer) == pytest.approx(0.25, abs=0.1)
 
 
 def test_one_weight_too_few_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source.weights has 1 numbers for the 2 paths"):
-        segments.cut(Windows(length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective)
+        examples.cut(Windows(length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective)
 
 
 def test_a_recipe_with_weights_runs_and_goes_on(folder: Path, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.weights import load_model
-from firth.recipes.exchange import export_model
-from firth.recipes.material import train_tokenizer
-from firth.recipes.names import RECIPES
-from firth.recipes.recipe import Recipe, load, published
-from firth.recipes.run import Finished, run
-from firth.train import loop
-from firth.train.guard import Stopped
+from firth.pretrained.load_save import load_model
+from firth.runs.import_export import export_model
+from firth.runs.prepare import train_tokenizer
+from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe_names import RECIPES
+from firth.runs.run import Finished, run
+from firth.train import trainer
+from firth.train.run_lock import Stopped
 
 TEXT = "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord!"
 WORDS = TEXT.split()
@@ -98,7 +98,7 @@ def make(folder: Path) -> Make:
         if (name, precision) not in made:
             plan, directory = small(name, precision, folder, one), folder / f"{name}-{precision}"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "ctrl_c", lambda _: Once())
+                patch.setattr(trainer, "ctrl_c", lambda _: Once())
                 with pytest.raises(Stopped):
                     run(plan, directory, echo=lambda _: None)
             made[name, precision] = run(plan, directory, echo=lambda _: None)

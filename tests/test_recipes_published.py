@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from firth.model.heads import Vocabulary, pooled
-from firth.model.lm import LM
-from firth.model.published import SHAPES
-from firth.recipes import tree
-from firth.recipes.fits import refuse_misfit
-from firth.recipes.names import RECIPES
-from firth.recipes.recipe import Recipe, load, published
+from firth.model.model import LM
+from firth.model.presets import SHAPES
+from firth.runs import config_io
+from firth.runs.compatibility import refuse_misfit
+from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
 
 COUNTS = {  # the released checkpoints', head and tied matrix counted once
@@ -83,7 +83,7 @@ def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
         recipe = load(f"{name}:{size}")
         assert recipe.name.startswith(name) and recipe.shape is not None
         refuse_misfit(recipe.objective, recipe.shape)
-        again = tree.build(Recipe, tree.plain(recipe))
+        again = config_io.build(Recipe, config_io.plain(recipe))
         assert again == recipe
 
 

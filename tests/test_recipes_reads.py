@@ -10,10 +10,10 @@ import pytest
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import open_subject
-from firth.evaluate.text import reads_of
-from firth.recipes.recipe import load
-from firth.recipes.run import Finished, run
-from firth.recipes.use import fill_text, open_run
+from firth.evaluate.text_perplexity import reads_of
+from firth.runs.inference import fill_text, open_run
+from firth.runs.recipe import load
+from firth.runs.run import Finished, run
 from firth.types import UserError
 
 SMALL = (

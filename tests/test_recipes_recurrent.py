@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.labelled import Tagged
+from firth.data.labeled import Tagged
 from firth.generate.engine import Engine
-from firth.generate.sample import Sampling
-from firth.model.weights import load_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import word_vectors
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.generate.sampling import Sampling
+from firth.pretrained.load_save import load_model
+from firth.runs.inference import nearest_words
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import IGNORE, UserError
 
 TEXT = "The king loved the queen . A dog barked at a cat ! The queen saw a dog , and the king saw a cat .\n"
@@ -92,10 +92,10 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     samples = [json.loads(line) for line in (runs / "word2vec" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 2]
     out = tmp_path / "vectors.txt"
-    lines = word_vectors(runs / "word2vec", ["queen"], 3, out)
+    lines = nearest_words(runs / "word2vec", ["queen"], 3, out)
     assert lines[0].startswith("queen: ") and "queen" not in lines[0][7:]
     with pytest.raises(UserError, match="no single token"):
-        word_vectors(runs / "word2vec", ["Zwieback"], 3, None)
+        nearest_words(runs / "word2vec", ["Zwieback"], 3, None)
     first, *rows = out.read_text().splitlines()
     model, tokenizer = load_model(runs / "word2vec" / "model"), Tokenizer.load(runs / "word2vec")
     assert first == f"{len(rows)} 16" == f"{len(tokenizer.vocab.ordinary)} 16"

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.lm import LM
-from firth.model.shape import Shape
-from firth.model.weights import save_model
+from firth.model.config import Shape
+from firth.model.model import LM
 from firth.objectives import find as objective
-from firth.recipes.adapt import Full, Prefix
-from firth.recipes.aligned import Rollouts
-from firth.recipes.fits import fit_rows
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.train import train
+from firth.pretrained.load_save import save_model
+from firth.runs.alignment_examples import Rollouts
+from firth.runs.compatibility import fit_rows
+from firth.runs.peft_options import Full, Prefix
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 TEXT = ("the otter paints a red boat near the old stone bridge and sings all day long " * 30 + "\n\n") * 6

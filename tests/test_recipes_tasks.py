@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from firth.cli import app
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
-from firth.model.weights import load_model
-from firth.recipes.recipe import Recipe, load
-from firth.recipes.run import Finished, run
+from firth.pretrained.load_save import load_model
+from firth.runs.recipe import Recipe, load
+from firth.runs.run import Finished, run
 from firth.types import UserError
 
 SHAPE = (
@@ -68,7 +68,7 @@ def make(folder: Path) -> Make:
 
 
 def tokens(folder: Path) -> Path:
-    from firth.recipes.material import train_tokenizer
+    from firth.runs.prepare import train_tokenizer
 
     if not (folder / "tok").exists():
         train_tokenizer(
@@ -330,8 +330,8 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
     cells = {
         "label": "1", "Quality": "0", "is_duplicate": "1", "gold_label": "neutral", "score": "3.8", "sentence": 'a "film',
     }  # fmt: skip
-    from firth.recipes.material import Material
-    from firth.text.tokenizer import Tokenizer
+    from firth.runs.prepare import Material
+    from firth.tokenizer.tokenizer import Tokenizer
 
     for task, head in heads.items():
         path = tmp_path / f"{task}.tsv"

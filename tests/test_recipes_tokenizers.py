@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from firth.evaluate.task import open_subject
-from firth.model import adapter, lora
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder
-from firth.model.weights import load_model, save_model
-from firth.objectives.causal import CausalLM
+from firth.model.config import Shape, decoder, encoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.reward import Reward
-from firth.recipes.exchange import export_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.objectives.reward_model import Reward
+from firth.peft import adapter_files, lora
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.import_export import export_model
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 SIZE = 300
@@ -112,7 +112,7 @@ def adapted(place: Path) -> Path:
     model = load_model(place / "ours" / "policy")
     lora.add(model, ("attention.q",), lora.Rank(2, 4.0))
     digest = Tokenizer.load(place / "ours" / "policy").digest
-    adapter.write(model, place / "adapter", place / "ours" / "policy", tokenizer=digest)
+    adapter_files.write(model, place / "adapter", place / "ours" / "policy", tokenizer=digest)
     return place / "adapter"
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from firth.model.lm import LM
-from firth.model.shape import decoder
-from firth.objectives.causal import CausalLM
-from firth.objectives.mlm import MLM
-from firth.objectives.nsp import NSP
+from firth.model.config import decoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum
-from firth.recipes import card, tree
-from firth.recipes.inputs import Inputs, content_hash, recorded_hash
-from firth.recipes.names import RECIPES
-from firth.recipes.recipe import Recipe, load, published
+from firth.runs import config_io, model_card
+from firth.runs.inputs import Inputs, content_hash, recorded_hash
+from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
 
 
@@ -25,7 +25,7 @@ from firth.types import UserError
 def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = published(name)
     path = tmp_path / "recipe.yaml"
-    path.write_text(tree.write_yaml(recipe))
+    path.write_text(config_io.write_yaml(recipe))
     assert load(str(path)) == recipe
     assert load(str(tmp_path)).hash() == recipe.hash()
     assert load(str(path), ["seed=1"]).hash() != recipe.hash()
@@ -33,11 +33,11 @@ def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None
 
 def test_a_sum_of_objectives_is_a_list() -> None:
     both = NSP() + MLM(rate=0.2)
-    told = tree.plain(both)
+    told = config_io.plain(both)
     assert [one["kind"] for one in told] == ["nsp", "mlm"]
-    built = tree.build(Objective, told)
+    built = config_io.build(Objective, told)
     assert isinstance(built, Sum) and built == both
-    assert tree.build(Objective, ["nsp", {"kind": "mlm", "rate": 0.2}]) == both
+    assert config_io.build(Objective, ["nsp", {"kind": "mlm", "rate": 0.2}]) == both
 
 
 def test_derived_numbers_follow_an_override() -> None:
@@ -86,7 +86,7 @@ def test_not_yaml_and_not_there(tmp_path: Path) -> None:
 
 def test_a_missing_field_and_a_bad_setting() -> None:
     with pytest.raises(UserError, match="needs the field 'objective'"):
-        tree.build(Recipe, {"name": "x"})
+        config_io.build(Recipe, {"name": "x"})
     with pytest.raises(UserError, match="field=value"):
         load("gpt", ["batch.rows"])
     with pytest.raises(UserError, match=r"batch\.rwos|no field 'rwos'"):
@@ -101,23 +101,23 @@ def test_recipes_are_values() -> None:
 
 def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
     recipe = load("ppo", ["start=runs/a", "segment.reward=/b", "source.path=[x/*.txt, ~/y]", "adapt=lora"])
-    found = {name: (kind, value) for name, kind, value in tree.paths(recipe)}
+    found = {name: (kind, value) for name, kind, value in config_io.paths(recipe)}
     assert found == {
         "start": ("model", "runs/a"), "segment.reward": ("model", "/b"), "source.path": ("files", ("x/*.txt", "~/y")),
     }  # fmt: skip
-    whole = tree.absolute_paths(recipe)
+    whole = config_io.absolute_paths(recipe)
     assert whole.source.path == (str(Path.cwd() / "x/*.txt"), str(Path.home() / "y"))
     assert (whole.start, whole.segment.reward) == (str(Path.cwd() / "runs" / "a"), "/b")
-    assert tree.absolute_paths(whole) == whole
-    bare = tree.without_paths(whole)
-    assert bare == tree.without_paths(recipe) and not list(tree.paths(bare))
+    assert config_io.absolute_paths(whole) == whole
+    bare = config_io.without_paths(whole)
+    assert bare == config_io.without_paths(recipe) and not list(config_io.paths(bare))
     assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["start=runs/a", "seed=3"]))
 
 
 def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> None:
     """Fields that came later, at their defaults, change nothing."""
     recipe = load("gpt", ["batch.rows=4"])
-    older = yaml.safe_load(tree.write_yaml(recipe))
+    older = yaml.safe_load(config_io.write_yaml(recipe))
     del older["batch"]["sort"], older["recompute"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
     Inputs().write(tmp_path, "the hash it had")
@@ -170,7 +170,7 @@ def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> Non
     recipe = load("gpt", ["source.path=mine.txt"])
     assert (recipe.source.path, recipe.source.corpus) == (("mine.txt",), "")
     assert load("gpt", ["source=mine.txt"]).source == recipe.source
-    (tmp_path / "recipe.yaml").write_text(tree.write_yaml(recipe))
+    (tmp_path / "recipe.yaml").write_text(config_io.write_yaml(recipe))
     other = load(str(tmp_path), ["source.corpus=brown"]).source
     assert (other.path, other.corpus) == ((), "brown")
     with pytest.raises(UserError, match=r"source\.path and source\.corpus are set together"):
@@ -182,7 +182,7 @@ def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Pat
     (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal\nsegment: windows\n{written}\n")
     shape = decoder(50, 32, 1)
     model = LM(shape, CausalLM().parts(shape))
-    text = card.text(card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
+    text = model_card.text(model_card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
     front = yaml.safe_load(text.split("---")[1])
     assert "language" not in front and "`mine.txt`" in text and "shakespeare:" not in text
 

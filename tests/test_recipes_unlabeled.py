@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from firth.objectives.semi_supervised import Consistency
-from firth.recipes.labels import Partly
-from firth.recipes.material import Material, Text
-from firth.recipes.segments import Cut
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.runs.examples import Cut
+from firth.runs.noisy_label_examples import Partly
+from firth.runs.prepare import Material, Text
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 TEXTS = [f"the {animal} paints boat {n}" for n in range(10) for animal in ("otter", "heron", "badger", "vole")]

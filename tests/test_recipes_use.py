@@ -12,17 +12,17 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.evaluate.task import open_subject
-from firth.generate.sample import Sampling
+from firth.generate.sampling import Sampling
+from firth.model.config import Shape, decoder, encoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder
-from firth.model.weights import save_model
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.recipes.use import Conversation, PromptTooLongError, open_engine, opening
-from firth.text import chat
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.model.model import LM
+from firth.pretrained.load_save import save_model
+from firth.runs.inference import Conversation, PromptTooLongError, open_engine, opening
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 TEXT = "Who paints the boat at dawn, and who holds the map by the mill? The otter paints the boat. " * 12

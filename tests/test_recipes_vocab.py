@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from firth.recipes.compare import Terms, compare
-from firth.recipes.recipe import load
-from firth.recipes.run import run
-from firth.text.train import train
+from firth.compare.compare import Terms, compare
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.tokenizer.train import train
 from firth.train.schedule import Length
 from firth.types import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from report_example import example
 
-from firth.report.figures import Curve, Figure, Level, linear_ticks, log_ticks, number, spread, svg, thin
+from firth.report.charts import Curve, Figure, Level, linear_ticks, log_ticks, number, spread, svg, thin
 
 
 def one(y, x=None, **settings):

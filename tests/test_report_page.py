@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from report_example import HOSTILE, example
 
-from firth.report import figures
+from firth.report import charts
 from firth.report.page import Number, Report, Sample, Section, Table, cells, prose, render, write
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -183,7 +183,7 @@ def test_colours_stand_out_from_the_paper(dark):
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("sight", SIGHT)
 def test_the_first_four_colours_differ_to_every_eye(dark, sight):
-    assert figures.DISTINCT == 4
+    assert charts.DISTINCT == 4
     colours = palette(dark)
     seen = {n: oklab(np.asarray(SIGHT[sight]) @ colours[n]) for n in ("c0", "c1", "c2", "c3")}
     for a, b in itertools.combinations(seen, 2):

@@ -7,12 +7,12 @@ import pytest
 from test_report_page import Reader
 
 from firth.report.page import render, write
-from firth.report.run import numbers, run_report, summary
+from firth.report.run_report import numbers, run_report, summary
 from firth.types import UserError
 
 
 def rows(valid=lambda s: 2 + 6 * math.exp(-s / 100), steps=600, **more):
-    """Rows as firth.train.log writes them."""
+    """Rows as firth.train.logging writes them."""
     out = []
     for s in range(10, steps + 1, 10):
         place = {"step": s, "seconds": s * 0.15, "tokens": s * 4096}

@@ -5,11 +5,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.model.lm import LM
-from firth.model.shape import Shape, decoder, encoder, encoder_decoder
-from firth.objectives.causal import CausalLM
+from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.flops import asked_positions, real_tokens, work
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.objective import asked
-from firth.scaling.flops import asked_positions, real_tokens, work
 from firth.types import IGNORE, NEVER, Batch
 
 

@@ -10,15 +10,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data.batch import collate
-from firth.model.lm import LM
-from firth.model.published import bert
-from firth.model.shape import Shape
-from firth.objectives.mlm import MLM
+from firth.data.collate import collate
+from firth.model.config import Shape
+from firth.model.model import LM
+from firth.model.presets import bert
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, asked
-from firth.objectives.rtd import RTD
-from firth.objectives.sbo import SBO
-from firth.text.vocab import Vocab
+from firth.objectives.replaced_tokens import RTD
+from firth.objectives.span_boundary import SBO
+from firth.tokenizer.vocab import Vocab
 from firth.types import Batch
 
 VOCAB = Vocab(size=70, roles={"cls": 2, "sep": 3, "mask": 4}, special=np.arange(70) < 5)

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from firth.text import chat
-from firth.text.chat import Message, encode
-from firth.text.template import TEMPLATE, parts
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.tokenizer import chat
+from firth.tokenizer.chat import Message, encode
+from firth.tokenizer.chat_template import TEMPLATE, parts
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 PROSE = "user assistant system hello there, what is it? It is a cat; you know that well.\n\nYes!  No.\n" * 9

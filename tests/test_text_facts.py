@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from firth.corpora import catalog
+from firth.corpora.closed_book import Fact, book, facts, held_out
 from firth.evaluate.evaluate import evaluate
+from firth.model.config import decoder, encoder_decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import decoder, encoder_decoder
-from firth.model.weights import save_model
-from firth.text import corpora
-from firth.text.facts import Fact, book, facts, held_out
-from firth.text.train import train
+from firth.model.model import LM
+from firth.pretrained.load_save import save_model
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 
@@ -72,10 +72,10 @@ def test_the_book_and_its_questions(tmp_path: Path) -> None:
 
 def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
-    [file] = corpora.paths("pydoc/assert.txt", lambda _: None)
+    [file] = catalog.paths("pydoc/assert.txt", lambda _: None)
     assert "assert" in Path(file).read_text("utf-8")
     with pytest.raises(UserError, match="no file 'nosuch"):
-        corpora.paths("pydoc/nosuch.txt", lambda _: None)
+        catalog.paths("pydoc/nosuch.txt", lambda _: None)
 
 
 def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from text_packages import GPT2, SENTENCEPIECE, minilm, unpacked
 from tokenizers import Tokenizer as Engine
 from tokenizers import models
 
-from firth.text import foreign
-from firth.text.tokenizer import Tokenizer
+from firth.tokenizer import formats
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 GOLDEN = {
@@ -219,6 +219,6 @@ def test_roles_come_from_the_configuration(tmp_path, name):
 
 
 def test_a_protobuf_message_by_hand():
-    assert list(foreign.fields(message((1, 300), (2, b"hi"), (9, 0)))) == [(1, 300), (2, b"hi"), (9, 0)]
+    assert list(formats.fields(message((1, 300), (2, b"hi"), (9, 0)))) == [(1, 300), (2, b"hi"), (9, 0)]
     with pytest.raises(ValueError, match="cut off"):
-        list(foreign.fields(message((2, b"hi"))[:-1]))
+        list(formats.fields(message((2, b"hi"))[:-1]))

@@ -12,10 +12,10 @@ from text_packages import LLAMA, large, unpacked
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from firth import gguf as container
-from firth.text import chat, to_gguf
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.io import gguf as container
+from firth.tokenizer import chat, gguf_write
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 GOLDEN = (
@@ -70,7 +70,10 @@ def test_golden_ids_are_equal(goldens, name):
 def there_and_back(tokenizer, tmp_path, size=0, dialogue=False):
     """The tokenizer that a file has which was written with this one, and the file's metadata."""
     file = tmp_path / "vocabulary.gguf"
-    metadata = {"general.architecture": "llama", **to_gguf.metadata(tokenizer, size or tokenizer.vocab.size, dialogue)}
+    metadata = {
+        "general.architecture": "llama",
+        **gguf_write.metadata(tokenizer, size or tokenizer.vocab.size, dialogue),
+    }
     container.write(file, metadata, [])
     return Tokenizer.load(file), metadata
 
@@ -159,14 +162,14 @@ def test_a_dialogue_is_written_alike(tmp_path):
 def test_what_llama_cpp_does_not_have_is_refused(algorithm):
     tokenizer = train(TEXT, algorithm, 400)
     with pytest.raises(UserError, match="train the model with one of `firth tokenizer train --algorithm byte-bpe`"):
-        to_gguf.metadata(tokenizer, tokenizer.vocab.size, dialogue=False)
+        gguf_write.metadata(tokenizer, tokenizer.vocab.size, dialogue=False)
 
 
 def test_merges_that_no_scores_make_are_refused():
     definition = json.loads(sentencepiece().definition)
     definition["model"]["merges"] = definition["model"]["merges"][:-1]  # "or" is there, and yet never made
     with pytest.raises(UserError, match="no tokenizer that cuts"):
-        to_gguf._kind(definition)
+        gguf_write._kind(definition)
 
 
 def test_usual_names_of_pieces_are_not_roles(tmp_path):

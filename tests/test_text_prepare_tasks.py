@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from firth.text import prepare_tasks
+from firth.corpora import prepare_tasks
 from firth.types import UserError
 
 

@@ -19,10 +19,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firth.evaluate import given as inputs
-from firth.text import read, unpack
-from firth.text.counts import Counts
-from firth.text.read import Document, documents, files, records
+from firth.corpora import compression, readers
+from firth.corpora.read_stats import Counts
+from firth.corpora.readers import Document, documents, files, records
+from firth.evaluate import prediction_inputs as inputs
 from firth.types import UserError
 
 
@@ -48,14 +48,16 @@ BAD = [b"\xff", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x99", b"\x80", b"\xc0\xaf", b"\
 PARTS = st.sampled_from([g.encode() for g in GOOD] + BAD)
 
 
-@given(st.lists(PARTS, max_size=30).map(b"".join), st.sampled_from([1, 2, 3, 5, 8]), st.sampled_from(list(read.SPLITS)))
+@given(
+    st.lists(PARTS, max_size=30).map(b"".join), st.sampled_from([1, 2, 3, 5, 8]), st.sampled_from(list(readers.SPLITS))
+)
 def test_block_borders_change_nothing(tmp_path_factory, data, block, split):
     """Read in blocks of 1 to 8 bytes, a file says what Python's whole-file decoder says, and as much is counted."""
     path = write(tmp_path_factory.mktemp("x") / "a.txt", data)
     counts = Counts()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "LONGEST", block)
-        pieces = list(read._chunks(Path(path), split, counts))
+        patch.setattr(readers, "LONGEST", block)
+        pieces = list(readers._chunks(Path(path), split, counts))
     wanted = data.decode("utf-8", "replace")
     assert "".join(pieces) == wanted.replace("\0", "")
     assert counts.bad_utf8 == wanted.count("\ufffd") - data.count("\ufffd".encode())
@@ -68,8 +70,8 @@ def test_byte_order_mark_and_windows_line_breaks_across_borders(tmp_path, monkey
     path = write(tmp_path / "a.txt", data)
     wanted = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     for block in (1, 2, 3, 4, 7, 1000):
-        monkeypatch.setattr(read, "LONGEST", block)
-        assert "".join(read._chunks(Path(path), "file", Counts())) == wanted
+        monkeypatch.setattr(readers, "LONGEST", block)
+        assert "".join(readers._chunks(Path(path), "file", Counts())) == wanted
 
 
 def test_what_is_mended_is_counted(tmp_path):
@@ -106,7 +108,7 @@ def test_splits(tmp_path):
 @pytest.mark.parametrize(("split", "end"), [("line", "\n"), ("blank", "\n\n")])
 def test_a_document_is_not_cut_at_a_block_border(tmp_path, monkeypatch, split, end):
     """The border of a block falls inside some line, and the line must come whole all the same."""
-    monkeypatch.setattr(read, "LONGEST", 64)
+    monkeypatch.setattr(readers, "LONGEST", 64)
     wanted = [f"line number {i} with blanks in it" for i in range(100)]
     path = write(tmp_path / "a.txt", end.join(wanted) + end)
     found, mended = texts(path, split=split)
@@ -115,7 +117,7 @@ def test_a_document_is_not_cut_at_a_block_border(tmp_path, monkeypatch, split, e
 
 
 def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "LONGEST", 64)
+    monkeypatch.setattr(readers, "LONGEST", 64)
     paragraph = "some words that go on\nand on"
     path = write(tmp_path / "a.txt", "\n\n".join([paragraph] * 20))
     found, mended = texts(path)
@@ -130,7 +132,7 @@ def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatc
 
 
 def test_records_over_the_longest_are_skipped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "LONGEST", 100)
+    monkeypatch.setattr(readers, "LONGEST", 100)
     lines = [json.dumps({"text": "x" * n}) for n in (5, 300, 7, 88, 89, 1000, 3)]  # 88: a line of exactly 100 bytes
     for end in ("\n", ""):
         found, mended = texts(write(tmp_path / "a.jsonl", "\n".join(lines) + end))
@@ -311,7 +313,7 @@ def test_rights_that_are_missing_are_told(tmp_path, monkeypatch):
     def refuse(path: Path) -> io.BytesIO:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(unpack, "open_bytes", refuse)
+    monkeypatch.setattr(compression, "open_bytes", refuse)
     with pytest.raises(UserError, match=r"a\.txt: this file cannot be read: Permission denied"):
         list(documents([path]))
     monkeypatch.undo()
@@ -331,8 +333,8 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     code = (
         "import re, sys\n"
-        "from firth.text.counts import Counts\n"
-        "from firth.text.read import documents\n"
+        "from firth.corpora.read_stats import Counts\n"
+        "from firth.corpora.readers import documents\n"
         "counts = Counts()\n"
         "lengths = [len(d.text) for d in documents([sys.argv[1]], counts=counts)]\n"
         # Not getrusage: its peak is at least that of the process which started this one.
@@ -342,5 +344,5 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     total, longest, too_long, peak = map(int, done.stdout.split())
     assert (total, too_long) == (50_000_000 + 5 + 5, 3)
-    assert longest <= read.LONGEST + 1
+    assert longest <= readers.LONGEST + 1
     assert peak < 500, f"{peak} MB"

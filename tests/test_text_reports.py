@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from firth.corpora.readers import Document
 from firth.data.noise import NOISES
-from firth.data.segment import Windows
-from firth.data.shards import TokenStore
-from firth.generate import vectors
+from firth.data.token_store import TokenStore
+from firth.data.windows import Windows
+from firth.generate import word_vectors
+from firth.model.config import decoder
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import decoder
+from firth.model.model import LM
 from firth.objectives.span_corruption import SpanCorruption
-from firth.text.read import Document
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 from firth.types import UserError
 
 SUBJECTS = [
@@ -126,7 +126,7 @@ def test_a_vectors_file_has_one_field_for_a_word(algorithm: str, tmp_path: Path)
     rng = random.Random(0)
     tokenizer = train([" ".join(rng.choice(words) for _ in range(900))], algorithm, 420)
     shape = decoder(tokenizer.vocab.size, 64, 1)
-    vectors.write(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, tmp_path / "a.vec")
+    word_vectors.write(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, tmp_path / "a.vec")
     head, *rows, last = (tmp_path / "a.vec").read_text("utf-8").split("\n")
     count, width = map(int, head.split())
     assert last == "" and len(rows) == count == len(tokenizer.vocab.ordinary)

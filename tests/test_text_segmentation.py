@@ -8,12 +8,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from firth.data.corrupt import permutation
+from firth.data.corruptions import permutation
 from firth.data.noise import NOISES
-from firth.text import segmentation
-from firth.text.segmentation import sentence_starts, split, word_starts
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import train
+from firth.tokenizer import segmentation
+from firth.tokenizer.segmentation import sentence_starts, split, word_starts
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
 
 TEXTS = {
     "Chinese": ["下雨了。", "他們帶了傘嗎？", "沒有！", "河水很高，船不開。"],

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
-from firth.text import show
-from firth.text.merges import Merge
-from firth.text.normalize import whole
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import ALGORITHMS, train
+from firth.tokenizer import inspection
+from firth.tokenizer.merges import Merge
+from firth.tokenizer.normalize import whole
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import ALGORITHMS, train
 from firth.types import UserError
 
 PROSE = sorted(pydoc_data.topics.topics.values())[:12]
@@ -200,7 +200,7 @@ def test_inside_a_character_no_word_begins(trained, dictionary, monkeypatch):
     """Without a dictionary each character is a word, with one the three are; a cut character begins none."""
     if dictionary:
         pytest.importorskip("icu4py")
-    monkeypatch.setattr("firth.text.segmentation.has_dictionary", lambda: dictionary)
+    monkeypatch.setattr("firth.tokenizer.segmentation.has_dictionary", lambda: dictionary)
     tokenizer = trained["byte-bpe"]
     ids = tokenizer.encode("日本語")
     assert len(ids) == 9
@@ -289,7 +289,7 @@ def test_damaged_files_are_one_sentence(tmp_path, trained):
 
 
 def test_no_torch():
-    program = "import firth.text.tokenizer, firth.text.train, firth.text.show, sys; print('torch' in sys.modules)"
+    program = "import firth.tokenizer.tokenizer, firth.tokenizer.train, firth.tokenizer.inspection, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -299,38 +299,38 @@ def test_no_torch():
 def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     for algorithm in ("bpe", "byte-bpe", "wordpiece"):
         trained[algorithm].save(tmp_path / algorithm)
-        seen = show.look(trained[algorithm], ["laern"], first=5)
+        seen = inspection.look(trained[algorithm], ["laern"], first=5)
         assert seen.merges == trained[algorithm].learnt[:5]
         counts = [m.count for m in seen.merges]
         assert counts == sorted(counts, reverse=True)
         assert seen.splits == (("laern", tuple(trained[algorithm].pieces("laern"))),)
-        text = show.report(tmp_path / algorithm, ["laern", "taaaaasty"], first=5)
+        text = inspection.report(tmp_path / algorithm, ["laern", "taaaaasty"], first=5)
         rows = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
         assert [int(row[1].replace(",", "")) for row in rows] == counts
         assert "taaaaasty" in text
-    assert show.render(show.Look("BPE", 9, 3, (Merge("##a", "##b", 7),), (), (), ())).split()[-6:-1] == [
+    assert inspection.render(inspection.Look("BPE", 9, 3, (Merge("##a", "##b", 7),), (), (), ())).split()[-6:-1] == [
         "##a", "+", "##b", "->", "##ab",
     ]  # fmt: skip
 
 
 def test_show_of_unigram_prints_the_likeliest_pieces(trained):
-    seen = show.look(trained["unigram"], [], first=8)
+    seen = inspection.look(trained["unigram"], [], first=8)
     scores = [score for _, score in seen.scores]
     assert scores == sorted(scores, reverse=True)
     assert all(score < 0 for score in scores)
     assert seen.kind == "Unigram"
-    assert "log p" in show.render(seen)
+    assert "log p" in inspection.render(seen)
 
 
 def test_show_of_a_stranger_says_what_it_knows(tmp_path, trained):
     trained["byte-bpe"].save(tmp_path)
     (tmp_path / "merges.json").unlink()
-    seen = show.look(Tokenizer.load(tmp_path), [], first=3)
+    seen = inspection.look(Tokenizer.load(tmp_path), [], first=3)
     assert [(m.left, m.right) for m in seen.merges] == [(m.left, m.right) for m in trained["byte-bpe"].learnt[:3]]
     assert [m.count for m in seen.merges] == [None] * 3
     trained["wordpiece"].save(tmp_path)
     (tmp_path / "merges.json").unlink()
-    seen = show.look(Tokenizer.load(tmp_path), [], first=3)
+    seen = inspection.look(Tokenizer.load(tmp_path), [], first=3)
     assert seen.merges == ()
     assert len(seen.pieces) == 3
     assert json.dumps(seen.pieces)

@@ -16,21 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
-from firth.text import unigram
-from firth.text.show import report
-from firth.text.tokenizer import Tokenizer
-from firth.text.train import (
-    ALGORITHMS,
-    BYTES,
-    CONTROL,
-    FALLBACK,
-    PIECE,
-    blank,
-    reservoir,
-    train,
-    unknown_share,
-)
-from firth.text.words import count as count_words
+from firth.tokenizer import unigram
+from firth.tokenizer.inspection import report
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import ALGORITHMS, BYTES, CONTROL, FALLBACK, PIECE, blank, reservoir, train, unknown_share
+from firth.tokenizer.word_counts import count as count_words
 from firth.types import UserError
 
 TOPICS = sorted(pydoc_data.topics.topics.values())
@@ -103,7 +93,7 @@ def test_merges_and_their_counts_are_those_of_a_direct_implementation(algorithm,
 
 PROGRAM = """
 import pydoc_data.topics, sys
-from firth.text.train import train
+from firth.tokenizer.train import train
 texts = sorted(pydoc_data.topics.topics.values())[:40]
 print(train(texts, sys.argv[1], 1500, seed=3, sample=int(sys.argv[2])).digest)
 """

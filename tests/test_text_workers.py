@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, trainers
 
-from firth.data import shards
-from firth.data.shards import TokenStore
-from firth.text import merges, words, workers
-from firth.text.read import Document
-from firth.text.train import ALGORITHMS, WHOLE, blank, train
-from firth.text.workers import Encode, Workers, count_all
+from firth.corpora.readers import Document
+from firth.data import token_store
+from firth.data.token_store import TokenStore
+from firth.tokenizer import merges, word_counts, workers
+from firth.tokenizer.train import ALGORITHMS, WHOLE, blank, train
+from firth.tokenizer.workers import Encode, Workers, count_all
 from firth.types import UserError
 
 NASTY = [
@@ -40,7 +40,7 @@ def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
     """What the engine itself cuts."""
     found: Counter[str] = Counter()
     for text in texts:
-        found.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(words.normal(engine, text)))
+        found.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(word_counts.normal(engine, text)))
     return found
 
 
@@ -48,8 +48,8 @@ def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
 def test_words_are_counted_as_the_engine_cuts_them(algorithm: str) -> None:
     engine = blank(algorithm, "<unk>")
     for text in [*NASTY, *TEXTS]:
-        assert words.count(engine, [text]) == by_engine(engine, [text]), text
-    assert words.count(engine, [*NASTY, *TEXTS]) == by_engine(engine, [*NASTY, *TEXTS])
+        assert word_counts.count(engine, [text]) == by_engine(engine, [text]), text
+    assert word_counts.count(engine, [*NASTY, *TEXTS]) == by_engine(engine, [*NASTY, *TEXTS])
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +57,7 @@ def test_words_are_counted_as_the_engine_cuts_them(algorithm: str) -> None:
 def test_words_of_any_text_are_those_of_the_engine(texts: list[str]) -> None:
     for algorithm in (*ALGORITHMS, WHOLE):
         engine = blank(algorithm, "<unk>")
-        assert words.count(engine, texts) == by_engine(engine, texts), algorithm
+        assert word_counts.count(engine, texts) == by_engine(engine, texts), algorithm
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,9 +79,9 @@ def test_merges_are_those_of_the_library(counts: dict[str, int]) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers for a text of a few kilobytes."""
-    monkeypatch.setattr(shards, "WORTH_CHARACTERS", 900)
-    monkeypatch.setattr(shards, "CHUNK", 500)
-    monkeypatch.setattr(shards, "WORKER_CHUNK", 300)
+    monkeypatch.setattr(token_store, "WORTH_CHARACTERS", 900)
+    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "WORKER_CHUNK", 300)
     monkeypatch.setattr(workers, "WORTH_CHARACTERS", 900)
     monkeypatch.setattr(workers, "LIST_CHARACTERS", 700)
 
@@ -91,13 +91,13 @@ def test_a_store_is_the_same_for_any_number_of_workers(tmp_path: Path, small: No
     for count in (1, 2, 3):
         TokenStore.build(documents(), tokenizer(), tmp_path / str(count), workers=count)
         files[count] = {path.name: path.read_bytes() for path in (tmp_path / str(count)).iterdir()}
-    assert sorted(files[1]) == sorted([*shards.FILES, "manifest.json"])
+    assert sorted(files[1]) == sorted([*token_store.FILES, "manifest.json"])
     assert files[1] == files[2] == files[3]
 
 
 def test_counts_and_tokenizers_are_the_same_with_workers(small: None) -> None:
     engine = blank("wordpiece", "[UNK]")
-    assert count_all(engine, TEXTS, workers=2) == words.count(engine, TEXTS)
+    assert count_all(engine, TEXTS, workers=2) == word_counts.count(engine, TEXTS)
 
 
 def test_a_killed_worker_ends_in_one_sentence_and_the_build_goes_on(

@@ -8,13 +8,13 @@ import pytest
 import torch
 from train_room import Chains, Scored, small_batches, small_model
 
-from firth.model.lm import LM
-from firth.scaling import flops
+from firth.model import flops
+from firth.model.model import LM
 from firth.train.checkpoint import load, newest
-from firth.train.log import Silence
-from firth.train.loop import Plan, Trained, train
+from firth.train.logging import Silence
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
+from firth.train.trainer import Plan, Trained, train
 from firth.types import IGNORE
 
 ENOUGH = 3e8

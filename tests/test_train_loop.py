@@ -16,18 +16,18 @@ import train_room
 from torch import Tensor
 from train_room import Chains, Scored, small_batches, small_model, small_run
 
-from firth.model.lm import LM
-from firth.train import loop
+from firth.model.model import LM
+from firth.train import trainer
 from firth.train.checkpoint import load
-from firth.train.cpu import flush_denormals
+from firth.train.cpu_setup import flush_denormals
 from firth.train.distributed import Ranks
-from firth.train.guard import alone_in
-from firth.train.log import Lines, Log, Silence
-from firth.train.loop import Plan, train
+from firth.train.logging import Lines, Log, Silence
 from firth.train.optimizer import Optimizer
 from firth.train.precision import choose, measured_speed
+from firth.train.run_lock import alone_in
 from firth.train.schedule import Length, Schedule
 from firth.train.step import step
+from firth.train.trainer import Plan, train
 from firth.train.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
 
@@ -222,7 +222,7 @@ class Sometimes(Scored):
         return terms
 
 
-def run_badly(directory: Path, bad: frozenset[int], steps: int, limit: int = 10) -> loop.Trained:
+def run_badly(directory: Path, bad: frozenset[int], steps: int, limit: int = 10) -> trainer.Trained:
     objective = Sometimes()
     object.__setattr__(objective, "bad", bad)
     object.__setattr__(objective, "calls", [])
@@ -273,7 +273,7 @@ def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
         now[0] += 100
         return {"loss": 1.0}
 
-    monkeypatch.setattr("firth.train.loop.time.perf_counter", clock)
+    monkeypatch.setattr("firth.train.trainer.time.perf_counter", clock)
     found = train(
         small_model(), Scored(), small_batches(), tmp_path, length=Length(seconds=0.3), evaluate=slow,
         plan=Plan(evaluate_every=5), told=Silence(),
@@ -366,13 +366,13 @@ def test_alone_the_sums_are_the_identity() -> None:
 def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and the gradient of the last step are finite, and its update is not: the run ends with the cause."""
 
-    def update(mover: loop.Mover, factor: float) -> None:
+    def update(mover: trainer.Mover, factor: float) -> None:
         move(mover, factor)
         with torch.no_grad():
             mover.parameters[0].view(-1)[3] *= float("inf")
 
-    move = loop.Mover.move
-    monkeypatch.setattr(loop.Mover, "move", update)
+    move = trainer.Mover.move
+    monkeypatch.setattr(trainer.Mover, "move", update)
     for steps in (1, 4):
         with pytest.raises(
             UserError, match=r"the optimizer has made the weight '.*' infinite or NaN.*lower optimizer.rate"

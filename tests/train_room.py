@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.data.batch import Batches
+from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.model.lm import LM
-from firth.model.shape import decoder
-from firth.objectives.causal import CausalLM
+from firth.model.config import decoder
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.objectives.objective import asked, correct
-from firth.text.vocab import Vocab
-from firth.train.guard import Stopped
-from firth.train.log import Silence
-from firth.train.loop import Plan, Trained, train
+from firth.tokenizer.vocab import Vocab
+from firth.train.logging import Silence
 from firth.train.optimizer import Optimizer
+from firth.train.run_lock import Stopped
 from firth.train.schedule import Length, Schedule
+from firth.train.trainer import Plan, Trained, train
 from firth.train.validate import validate
 from firth.types import Batch, Example, Outputs
 

@@ -2,7 +2,7 @@
 
 A `Judge` gives one number to each sampled answer. `Truth` reads the number off the text with a function that everybody
 can see (in life there is none: it stands in for people, so that a method can be held to what was really wanted);
-`RewardModel` has learnt it from comparisons (`firth.objectives.reward`). `prefer` asks a judge to compare, with a
+`RewardModel` has learnt it from comparisons (`firth.objectives.reward_model`). `prefer` asks a judge to compare, with a
 stated amount of human inconstancy.
 
     truth = Truth(lambda text: float(text.endswith(".")))
@@ -24,11 +24,11 @@ import numpy as np
 
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.generate.answer import Completion
-from firth.generate.rows import reading, rectangle
-from firth.model.lm import LM
-from firth.objectives.reward import rewards
-from firth.text.tokenizer import Tokenizer
+from firth.generate.decoding import reading, rectangle
+from firth.generate.streaming import Completion
+from firth.model.model import LM
+from firth.objectives.reward_model import rewards
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 Scorer = Callable[[str], float]

@@ -7,7 +7,7 @@ starting point (`reference`), value estimates, and from the penalised rewards
 
     r_t = -beta (log p(token_t) - log p_ref(token_t)),   and at the last token + the judge's score
 
-advantages and returns (`firth.align.credit`). Then it is a source like any other, read for one or more epochs by
+advantages and returns (`firth.align.advantages`). Then it is a source like any other, read for one or more epochs by
 `PPO` or `Reinforce` through the one training loop. Old log-probabilities are computed by the pass that training makes,
 not taken from the sampler, so that the first ratios are 1 up to rounding. A phase is part of the checkpoint (`state`):
 a run killed in its middle goes on with the very same answers.
@@ -28,18 +28,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.align.credit import GAE, Credit, to_go
+from firth.align.advantages import GAE, Credit, to_go
 from firth.align.rewards import Judge, RewardModel, Sample, scored
-from firth.data.order import order
+from firth.data.shuffle import order
 from firth.data.source import Source
-from firth.generate.answer import Behind
+from firth.generate.decoding import reading, rectangle
 from firth.generate.engine import Engine
-from firth.generate.rows import reading, rectangle
-from firth.generate.sample import Sampling
+from firth.generate.sampling import Sampling
+from firth.generate.streaming import Behind
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
+from firth.model.model import LM
 from firth.objectives.ppo import PER_TOKEN, critic_states, has_critic, kl, start_critic, values
-from firth.text.tokenizer import Tokenizer
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 STATISTICS = (

@@ -1,7 +1,7 @@
 r"""Read a record of any usual shape as a dialogue, a prompt, or a preference. `docs/records.md` has the table of the shapes.
 
 Every field that carries text to the model in a known format is read with the meaning that the format gives it, or the record
-is rejected with a sentence that names the field. Nothing is dropped. `firth.text.chat` encodes the messages.
+is rejected with a sentence that names the field. Nothing is dropped. `firth.tokenizer.chat` encodes the messages.
 
 >>> messages_of({"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
 ... # doctest: +NORMALIZE_WHITESPACE
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from firth.text.chat import Message
+from firth.tokenizer.chat import Message
 from firth.types import UserError
 
 Record = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
 
 PADDING = {"appears": NEVER, "looks": -NEVER, "leaves": NEVER}
@@ -80,7 +80,7 @@ def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensate
 
 
 def earlier(example: Example) -> Example:
-    """What the example says of the tokens that stand before it (`firth.data.segment.Windows`)."""
+    """What the example says of the tokens that stand before it (`firth.data.windows.Windows`)."""
     return {name: field for name, field in example.items() if name.startswith("memory_")}
 
 

@@ -33,7 +33,7 @@ from typing import Literal
 
 import numpy as np
 
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
 Noise = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]

@@ -15,9 +15,9 @@ import numpy as np
 
 from firth.data.conversations import comparison
 from firth.data.records import Record, Records, first_prompt
-from firth.text import chat
-from firth.text.chat import Message
-from firth.text.tokenizer import Tokenizer
+from firth.tokenizer import chat
+from firth.tokenizer.chat import Message
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 LISTS = ("answers", "responses", "completions")

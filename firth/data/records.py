@@ -1,5 +1,5 @@
 """Examples from records, of JSONL, Parquet or tables: dialogues, prompts with answers, preferences; those that have a label
-are in `firth.data.labelled`, questions about a passage in `firth.data.questions`.
+are in `firth.data.labeled`, questions about a passage in `firth.data.question_answering`.
 
 Every record is read and encoded once, when the source is made, into a memory-mapped temporary file: an epoch costs no
 encoding, memory stays small, and what was cut or left out is known before the first step (`counts`):
@@ -32,13 +32,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from firth.corpora import readers, tables
+from firth.corpora.read_stats import Counts
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.forms import fill
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.text import chat, read, tables
-from firth.text.counts import Counts
-from firth.text.tokenizer import Tokenizer
+from firth.data.templates import fill
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 Record = dict[str, Any]
@@ -147,7 +148,7 @@ class Records(Source):
         self._groups = array("Q")
         self._contents: set[int] = set()
         reading = Counts()
-        records = read.records(paths, counts=reading, columns=names, text=type(self).reader)
+        records = readers.records(paths, counts=reading, columns=names, text=type(self).reader)
         while some := list(islice(records, AT_ONCE)):
             self._add(some)
         for column in self._columns.values():
@@ -330,7 +331,7 @@ class Prompted(Records):
 
 def spoken(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[tuple[str, list[str]]]:
     """Yield the group of each dialogue (`Records.group`) and its messages: what a tokenizer is trained on."""
-    for place, record in read.records(paths):
+    for place, record in readers.records(paths):
         with _told(place):
             messages = messages_of(formed(record, forms))
         yield first_prompt(messages), [message["content"] for message in messages]
@@ -409,7 +410,7 @@ def prompts(
         UserError: there is none.
     """
     found, keys, tally = [], array("Q"), Counter[str]()
-    for place, record in read.records(paths):
+    for place, record in readers.records(paths):
         with _told(place):
             messages = prompt_of(record)
             tokens, _ = chat.encode(tokenizer, messages, open=True)

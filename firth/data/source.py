@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from firth.data.order import order
+from firth.data.shuffle import order
 from firth.data.split import content_key
 from firth.types import Example, UserError
 
 if TYPE_CHECKING:
-    from firth.model.lm import LM
+    from firth.model.model import LM
 
 
 class Source:

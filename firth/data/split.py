@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from firth.text.normalize import whole
-from firth.text.read import Document
+from firth.corpora.readers import Document
+from firth.tokenizer.normalize import whole
 from firth.types import UserError
 
 MIN_RECORDS = 20

@@ -11,8 +11,8 @@ import random
 import re
 from pathlib import Path
 
-from firth.demo.material import Files, Material, Row, balanced, write
-from firth.text.read import documents
+from firth.corpora.readers import documents
+from firth.demo.data import Files, Material, Row, balanced, write
 from firth.types import UserError
 
 SMALLEST = 50_000  # bytes: below this there is nothing to learn in minutes, and no held-out text to measure it on

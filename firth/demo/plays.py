@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from firth.demo.material import Files, Material, Row, balanced, write
-from firth.recipes.probe import sentences
+from firth.compare.probe_dataset import sentences
+from firth.demo.data import Files, Material, Row, balanced, write
 
 # One play of each kind; nothing of them is seen in any training stage.
 HELD_OUT = ("the-tempest", "much-ado-about-nothing", "henry-iv-part-1", "julius-caesar")

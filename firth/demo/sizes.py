@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from firth.model.shape import decoder, encoder, encoder_decoder
-from firth.objectives.mlm import MLM
-from firth.recipes.aligned import Referenced, Rollouts, Sampled
+from firth.model.config import decoder, encoder, encoder_decoder
+from firth.objectives.masked_lm import MLM
 from firth.recipes.bert import roberta
 from firth.recipes.gpt import gpt
-from firth.recipes.labelled import Labelled
-from firth.recipes.recipe import Batch, Checks, Recipe
-from firth.recipes.segments import Dialogues, Pieces, Windows
 from firth.recipes.t5 import t5
+from firth.runs.alignment_examples import Referenced, Rollouts, Sampled
+from firth.runs.examples import Dialogues, Pieces, Windows
+from firth.runs.labeled_examples import Labelled
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length
 
@@ -53,21 +53,22 @@ class Size:
         """The three families, smallest shapes that still show what each learns."""
         of = {"vocab": vocab, "width": self.width, "depth": self.depth, "context": self.context}
         mlm, spans, causal = self.steps
-        checks = Checks(every=max(50, causal // 4), examples=128, save=100, keep=1)
+        evaluation = EvalConfig(every=max(50, causal // 4), max_examples=128)
+        checkpoint = CheckpointConfig(every=100, keep=1)
         return {
             "encoder": dataclasses.replace(
                 roberta("small"), objective=MLM(rate=0.3), shape=encoder(**of), segment=Pieces(length=96),
                 batch=Batch(rows=24, pack=96), optimizer=Optimizer(embedding_rate=4e-3, rest_rate=2e-3),
-                length=Length(steps=mlm), checks=checks,
+                length=Length(steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "encoder-decoder": dataclasses.replace(
                 t5("small"), shape=encoder_decoder(**(of | {"depth": max(1, self.depth - 1)})),
                 segment=Pieces(length=96, frame=False), batch=Batch(rows=24),
-                length=Length(steps=spans), checks=checks,
+                length=Length(steps=spans), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "decoder": dataclasses.replace(
                 gpt("small"), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=24),
-                length=Length(steps=causal), checks=checks,
+                length=Length(steps=causal), evaluation=evaluation, checkpoint=checkpoint,
             ),
         }  # fmt: skip
 
@@ -75,33 +76,33 @@ class Size:
         return dataclasses.replace(
             recipe, segment=Labelled(length=48), batch=Batch(rows=32), length=Length(steps=self.classify_steps),
             optimizer=dataclasses.replace(recipe.optimizer, rate=5e-4),
-            checks=Checks(every=max(1, self.classify_steps // 4), examples=2000, save=0, keep=1),
+            evaluation=EvalConfig(every=max(1, self.classify_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def instruct(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
             recipe, segment=Dialogues(length=self.context // 2), length=Length(steps=self.instruct_steps),
-            checks=Checks(every=max(1, self.instruct_steps // 4), examples=200, save=100, keep=1),
+            evaluation=EvalConfig(every=max(1, self.instruct_steps // 4), max_examples=200), checkpoint=CheckpointConfig(every=100, keep=1),
         )  # fmt: skip
 
     def reward(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
             recipe, segment=Sampled(), length=Length(steps=self.reward_steps),
-            checks=Checks(every=max(1, self.reward_steps // 4), examples=2000, save=0, keep=1),
+            evaluation=EvalConfig(every=max(1, self.reward_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def dpo(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
             recipe, segment=Referenced(pairs=Sampled()), length=Length(steps=self.dpo_steps),
             optimizer=dataclasses.replace(recipe.optimizer, rate=1e-4),
-            checks=Checks(every=max(1, self.dpo_steps // 4), examples=2000, save=0, keep=1),
+            evaluation=EvalConfig(every=max(1, self.dpo_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
         segment = Rollouts(answers=64, epochs=2, max_new=self.answer, reward=reward, truth=scorer, beta=0.05,
                            longest=self.context - self.answer)  # fmt: skip
         return dataclasses.replace(
-            recipe, segment=segment, length=Length(steps=self.ppo_steps), checks=Checks(save=16, keep=1)
+            recipe, segment=segment, length=Length(steps=self.ppo_steps), checkpoint=CheckpointConfig(every=16, keep=1)
         )
 
 

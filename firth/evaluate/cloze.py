@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch.nn.functional as F
 
-from firth.data.batch import collate
-from firth.data.segment import Pieces
-from firth.data.shards import TokenStore
-from firth.evaluate.likelihood import groups
-from firth.generate.rows import reading
-from firth.model.lm import LM
+from firth.data.collate import collate
+from firth.data.token_store import TokenStore
+from firth.data.windows import Pieces
+from firth.evaluate.perplexity import groups
+from firth.generate.decoding import reading
+from firth.model.model import LM
 from firth.objectives.objective import Objective, asked, correct
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 
 
 @dataclass(frozen=True, eq=False)

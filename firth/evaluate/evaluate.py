@@ -18,7 +18,7 @@ from typing import Any
 from firth.evaluate import glue
 from firth.evaluate.task import Progress, Say, Subject, open_subject
 from firth.evaluate.tasks import TASKS, default_for
-from firth.evaluate.text import likelihood
+from firth.evaluate.text_perplexity import likelihood
 from firth.types import UserError
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from firth.io.yamls import read_yaml
+from firth.io.yaml_files import read_yaml
 from firth.types import UserError
 
 NUMBERS: dict[str, tuple[str, ...]] = {

@@ -14,18 +14,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from firth.data.batch import collate
+from firth.data.collate import collate
 from firth.data.source import Source
 from firth.data.tags import marked
-from firth.evaluate import entities, metrics, passages
-from firth.evaluate.likelihood import groups
-from firth.generate.rows import reading
-from firth.model.lm import LM
-from firth.objectives.choice import MultipleChoice
-from firth.objectives.mixed import Mixed
+from firth.evaluate import answer_spans, entity_metrics, metrics
+from firth.evaluate.perplexity import groups
+from firth.generate.decoding import reading
+from firth.model.model import LM
+from firth.objectives.extractive_qa import Spans
+from firth.objectives.layer_mixture import Mixed
+from firth.objectives.multiple_choice import MultipleChoice
 from firth.objectives.objective import Objective, Sum, asked
-from firth.objectives.spans import Spans
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
 Reading = tuple[np.ndarray, np.ndarray]
@@ -91,13 +91,13 @@ def _tagged(found: Sequence[Reading], objective: Objective, source: Source) -> d
     if not marked(classes):
         return {}
     told = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in found]
-    return entities.scores(*np.array([entities.counts(*pair) for pair in told]).T)
+    return entity_metrics.scores(*np.array([entity_metrics.counts(*pair) for pair in told]).T)
 
 
 def _spanned(found: Sequence[Reading], objective: Objective, source: Source) -> dict[str, float]:
     """By the text, over all windows of a question, as `firth evaluate` has it."""
     spans = addend(objective, Spans)
-    return passages.measured(source, [scores for _, scores in found], bool(spans.unanswerable), spans.at)
+    return answer_spans.measured(source, [scores for _, scores in found], bool(spans.unanswerable), spans.at)
 
 
 @dataclass(frozen=True)

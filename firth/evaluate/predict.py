@@ -8,7 +8,7 @@
 
 Records are read as in training (JSONL, CSV, TSV, Parquet; CoNLL's columns; SQuAD's JSON), with the fields of the run's recipe;
 plain text has one text a line, for a tagger its words parted by blanks. Each row has its record's number and its `id`, if it
-has one; a record without text has a row of nothing else, and one that cannot be read is an error (`firth.evaluate.given`).
+has one; a record without text has a row of nothing else, and one that cannot be read is an error (`firth.evaluate.prediction_inputs`).
 What was cut or mended is told on the side.
 """
 
@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from firth.evaluate.given import given
+from firth.evaluate.prediction_inputs import given
 from firth.evaluate.task import Progress, Say, Subject, Task, open_subject
 from firth.evaluate.tasks import TASKS, default
-from firth.evaluate.tasks.answers import ANSWERS
-from firth.evaluate.text import reads_of
+from firth.evaluate.tasks.generation import ANSWERS
+from firth.evaluate.text_perplexity import reads_of
 from firth.io.atomic import new_file
 from firth.types import UserError
 
@@ -39,7 +39,7 @@ def predict(
     form: str = "auto",
     say: Say = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows. file: a file of records, of text by lines, or - for what `stdin` holds; form: of `firth.evaluate.given.FORMS`.
+    """The rows. file: a file of records, of text by lines, or - for what `stdin` holds; form: of `firth.evaluate.prediction_inputs.FORMS`.
 
     say: told what was cut, mended or doubtful. Raises UserError where the model has no head of a task, and for records that do
     not fit it.

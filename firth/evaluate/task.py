@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
+from firth.corpora.readers import first_records
 from firth.evaluate import metrics
-from firth.evaluate.given import Wanted
+from firth.evaluate.prediction_inputs import Wanted
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
-from firth.io.yamls import read_yaml
-from firth.model import adapter
-from firth.model.lm import LM
-from firth.model.weights import facts_of, load_model, refuse_larger
+from firth.io.yaml_files import read_yaml
+from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
-from firth.text.read import first_records
-from firth.text.template import TEMPLATE
-from firth.text.tokenizer import Tokenizer
-from firth.text.vocab import Vocab
+from firth.peft import adapter_files
+from firth.pretrained.load_save import facts_of, load_model, refuse_larger
+from firth.tokenizer.chat_template import TEMPLATE
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
 Metric = Callable[..., float]
@@ -102,10 +102,10 @@ class Subject:
 def open_subject(directory: Path) -> Subject:
     """The model and tokenizer of a run directory (its `model/`), of a model directory, or of an adapter's and its base's."""
     place = directory / "model" if (directory / "model").is_dir() else directory
-    if adapter.present(place):
-        check_adapter_base(place, adapter.base_of(place))
-        model = adapter.load(place)
-        place = place if (place / "tokenizer.json").is_file() else adapter.base_of(place)
+    if adapter_files.present(place):
+        check_adapter_base(place, adapter_files.base_of(place))
+        model = adapter_files.load(place)
+        place = place if (place / "tokenizer.json").is_file() else adapter_files.base_of(place)
     else:
         model = load_model(place)
     tokenizer = load_tokenizer(place)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from firth.model.files import read_json
-from firth.text import foreign
-from firth.text.tokenizer import Tokenizer
+from firth.io.safetensors import read_json
+from firth.tokenizer import formats
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 RECORD, KEY = "firth.json", "tokenizer"
@@ -72,7 +72,7 @@ def check_adapter(tokenizer: Tokenizer, adapter: Path) -> None:
     stated = _stated(adapter)
     same = stated == tokenizer.digest
     if not stated:
-        same = foreign.find(adapter) is None or _same_ids(tokenizer, Tokenizer.load(adapter))
+        same = formats.find(adapter) is None or _same_ids(tokenizer, Tokenizer.load(adapter))
     if not same:
         raise UserError(
             f"the adapter {adapter} was trained with another tokenizer than its base has, so the same ids mean other tokens "
@@ -82,7 +82,7 @@ def check_adapter(tokenizer: Tokenizer, adapter: Path) -> None:
 
 def check_adapter_base(adapter: Path, base: Path) -> None:
     """Check an adapter against a base on disk, as `check_adapter` does; a base without a tokenizer is not checked."""
-    if foreign.find(base) is not None:
+    if formats.find(base) is not None:
         check_adapter(load_tokenizer(base), adapter)
 
 

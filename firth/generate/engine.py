@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.answer import Answer, Completion
-from firth.generate.lowered import lowered
-from firth.generate.masked import Candidate, fill
-from firth.generate.rows import Rows, reading, rectangle, stacked
-from firth.generate.sample import Sampling
+from firth.generate.decoding import Rows, reading, rectangle, stacked
+from firth.generate.fill_mask import Candidate, fill
+from firth.generate.quantized import lowered
+from firth.generate.sampling import Sampling
+from firth.generate.streaming import Answer, Completion
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.text import chat
-from firth.text.tokenizer import Tokenizer
+from firth.model.model import LM
+from firth.tokenizer import chat
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, NEVER, UserError
 
 
@@ -42,7 +42,7 @@ class Engine:
     """One model, one tokenizer, and the verbs.
 
     stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch. weights: what the weights are
-    held in, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.lowered`); default as they are.
+    held in, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.quantized`); default as they are.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Engine:
         return int(np.argmax(self.options(prompt, options)))
 
     def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
-        """The k likeliest tokens for each mask written in the text: a masked model's verb (`firth.generate.masked`)."""
+        """The k likeliest tokens for each mask written in the text: a masked model's verb (`firth.generate.fill_mask`)."""
         return fill(self.model, self.coder, text, k)
 
     def _both(self, prompts: Sequence[np.ndarray]) -> list[int] | None:

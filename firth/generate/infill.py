@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from firth.data.layout import Gapped
-from firth.generate.answer import Completion
+from firth.generate.decoding import reading, rectangle
 from firth.generate.engine import Engine
-from firth.generate.masked import Candidate
-from firth.generate.rows import reading, rectangle
-from firth.generate.sample import Sampling
+from firth.generate.fill_mask import Candidate
+from firth.generate.sampling import Sampling
+from firth.generate.streaming import Completion
 from firth.model.heads import Vocabulary
-from firth.text.tokenizer import Tokenizer
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 SAMPLES = 32

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from firth import kernels
-from firth.generate.lowered import Lowered, LoweredVocabulary
+from firth.generate.quantized import Lowered, LoweredVocabulary
 from firth.model import native
 from firth.model.attention import Cache
 from firth.model.block import Attention, Block, Linear
-from firth.model.fields import rows as fields_of
+from firth.model.config import decoder as decoder_shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
+from firth.model.model import LM
 from firth.model.native_ops import ACTIVATIONS
 from firth.model.norm import LayerNorm, RMSNorm
-from firth.model.position import turns
-from firth.model.shape import decoder as decoder_shape
-from firth.model.trunk import Trunk
+from firth.model.positions import turns
+from firth.model.row_fields import rows as fields_of
+from firth.model.transformer import Trunk
 from firth.types import NEVER
 
 POSITIONS = ("learned", "sinusoidal", "marian", "rotary", "t5", "none")

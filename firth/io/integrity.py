@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from firth.io.atomic import refuse_irregular, write_text
-from firth.io.jsons import Fields, read_object
+from firth.io.json_files import Fields, read_object
 from firth.types import UserError
 
 HASH = re.compile("[0-9a-f]{64}")

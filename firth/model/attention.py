@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from firth import kernels
-from firth.model import blocked, native
+from firth.model import blocked_attention, native
 from firth.types import NEVER
 
 EVERY = -1
@@ -159,7 +159,7 @@ def _compiled_flex() -> object:
 
 @dataclass(frozen=True)
 class Way:
-    """How attention is trained on a CPU: query rows of a block of `firth.model.blocked` (0: torch's flash kernel), and whether
+    """How attention is trained on a CPU: query rows of a block of `firth.model.blocked_attention` (0: torch's flash kernel), and whether
     what is between its products is compiled (`firth.model.native`)."""
 
     rows: int = 0
@@ -185,7 +185,9 @@ def _workload(length: int, dtype: torch.dtype, way: Way) -> kernels.Workload:
 
     def work() -> None:
         if way.rows:
-            out = blocked.attend(q, k, v, 0.125, True, False, None, None, rows=way.rows, compiled=way.compiled)
+            out = blocked_attention.attend(
+                q, k, v, 0.125, True, False, None, None, rows=way.rows, compiled=way.compiled
+            )
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.backward(out, q.detach())
@@ -227,7 +229,7 @@ def _way(q: Tensor, k: Tensor) -> Way:
     if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
         return chosen if chosen.rows else WAYS["blocks-64"]
     learns = torch.is_grad_enabled() and q.requires_grad
-    return chosen if learns and blocked.kept_bytes(q, k) <= blocked.MAX_KEPT_BYTES else WAYS["sdpa"]
+    return chosen if learns and blocked_attention.kept_bytes(q, k) <= blocked_attention.MAX_KEPT_BYTES else WAYS["sdpa"]
 
 
 def attend(
@@ -246,7 +248,9 @@ def attend(
     if way.rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = blocked.attend(q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout, way.rows, way.compiled)
+        out = blocked_attention.attend(
+            q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout, way.rows, way.compiled
+        )
     elif sees.block is not None:
         flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
         out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from firth.model import native_ops
 from firth.model.attention import Cache, Visibility, attend
-from firth.model.count import GATED
-from firth.model.distance import Apart, Distance
+from firth.model.config import Shape
 from firth.model.fused import ACTIVATION, Dropout, heads, project, relu2, rotated, runs_native, turn, unit
 from firth.model.linformer import Slots
 from firth.model.norm import make_norm
-from firth.model.shape import Shape
+from firth.model.parameter_count import GATED
+from firth.model.relative_distance import Apart, Distance
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

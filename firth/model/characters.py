@@ -4,7 +4,7 @@ Kim 2016 (arXiv:1508.06615), as ELMo has it (Peters 2018, section 3.4): each byt
 filters of 1 to 7 bytes are laid over them and the greatest answer of each is taken; two highway layers (Srivastava
 2015) and a linear map follow. Words that end alike so begin alike, before anything is learnt of either.
 
->>> from firth.model.shape import Shape
+>>> from firth.model.config import Shape
 >>> shape = Shape(vocab=2, width=8, depth=1, heads=1, characters=7, filters=64, tied=False)
 >>> embedding = Characters(shape)
 >>> embedding.spell(["un", "fair"])
@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.model.count import LETTER, LETTERS, WINDOWS
-from firth.model.shape import Shape
+from firth.model.config import Shape
+from firth.model.parameter_count import LETTER, LETTERS, WINDOWS
 
 FIRST, LAST = 257, 258
 """The letters before and behind a token; 0 is none, a byte b is b + 1."""

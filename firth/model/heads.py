@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
-from firth.model.count import GATED
+from firth.model.config import Shape
 from firth.model.cross_entropy import ABSENT, LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.norm import make_norm
-from firth.model.shape import Shape
+from firth.model.parameter_count import GATED
 from firth.types import UserError
 
 
@@ -52,7 +52,7 @@ class Vocabulary(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """What states are multiplied with: the weight, and whatever has been put on it (`firth.model.lora`)."""
+        """What states are multiplied with: the weight, and whatever has been put on it (`firth.peft.lora`)."""
         return self.weight
 
     def transform(self, hidden: Tensor) -> Tensor:

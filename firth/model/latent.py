@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from firth.model.count import VECTORS
-from firth.model.shape import Shape
+from firth.model.config import Shape
+from firth.model.parameter_count import VECTORS
 from firth.types import NEVER
 
 

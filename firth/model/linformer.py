@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.attention import Visibility
-from firth.model.shape import Shape
+from firth.model.config import Shape
 from firth.types import UserError
 
 

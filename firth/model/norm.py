@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from firth.model.config import Shape
 from firth.model.fused import normalized
-from firth.model.shape import Shape
 
 
 class _Norm(nn.Module):

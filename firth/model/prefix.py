@@ -10,7 +10,7 @@ right and in an encoder see their text too.
 
 Numbers and files are peft's: of an encoder-decoder, its decoder reads the prefix and its encoder the prompt. Li and Liang
 train a prefix through an MLP (section 4.3), which `Prefix.settle` works out and leaves off; with `hidden` 0 there is none.
-What both begin as is in `firth.model.initial`.
+What both begin as is in `firth.peft.init`.
 
 >>> prefix = Prefix(tokens=3, layers=2, kv_heads=2, head_width=4)
 >>> [tuple(x.shape) for x in prefix.past().pairs[0]]
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.attention import EVERY
-from firth.model.fields import Past
-from firth.model.shape import Shape
+from firth.model.config import Shape
+from firth.model.row_fields import Past
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
 AHEAD = frozenset({"prefix", "prompt"})

@@ -10,7 +10,7 @@ a batch of whole rows is read as it lies. So packed and padded batches give the 
 read plain rectangles.
 
 >>> import torch
->>> from firth.model.shape import recurrent
+>>> from firth.model.config import recurrent
 >>> trunk = Recurrent(recurrent(vocab=9, width=8, depth=2))
 >>> x, fields = torch.randn(1, 5, 8), {"document": torch.tensor([[1, 1, 2, 2, 2]])}
 >>> alone = trunk(x[:, 2:], {"document": torch.ones(1, 3)})
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from firth.model.attention import Cache
-from firth.model.shape import Shape
+from firth.model.config import Shape
 from firth.types import NEVER, Batch, UserError
 
 

@@ -17,12 +17,12 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from firth.model import flops
+from firth.model.config import Reads, Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Objective, token_loss
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.families import families_of
-from firth.model.families.classes import head_of
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model.config import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Known, Objective, asked, choice_loss, correct
-from firth.ranges import NonNegativeFloat, ShareBelowOne
-from firth.text.vocab import Vocab
+from firth.pretrained.families import families_of
+from firth.pretrained.families.heads import head_of
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.validated import NonNegativeFloat, ShareBelowOne
 
 Place = Literal["first", "last", "answer"]
 READS: dict[str, Reads] = {"auto": "any", "first": "both", "last": "left", "answer": "source"}
@@ -38,7 +38,7 @@ READS: dict[str, Reads] = {"auto": "any", "first": "both", "last": "left", "answ
 def place(shape: Shape, reads: Reads = "any") -> Place:
     """Where a class is read off a model of this shape that has learnt to read a text so.
 
-    >>> from firth.model.shape import decoder, encoder, encoder_decoder
+    >>> from firth.model.config import decoder, encoder, encoder_decoder
     >>> [place(make(vocab=9, width=64, depth=1)) for make in (encoder, decoder, encoder_decoder)]
     ['first', 'last', 'answer']
     """

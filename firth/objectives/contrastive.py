@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data import layout
+from firth.model.config import Reads, Shape
 from firth.model.latent import average
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, correct
-from firth.ranges import PositiveFloat, Range
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
+from firth.validated import PositiveFloat, Range
 
 TINY = 1e-12
 """Keeps the slope of a distance finite where two representations coincide."""

@@ -1,7 +1,7 @@
 """Denoising: the text is damaged, the model writes it as it was (BART, Lewis 2019, section 2.2).
 
 The whole text is asked, not what was damaged alone: about seven times the targets of span corruption, and the model
-learns to go on writing. The five ways to damage are in `firth.data.corrupt`; BART itself shuffles the sentences and
+learns to go on writing. The five ways to damage are in `firth.data.corruptions`; BART itself shuffles the sentences and
 then hides 30% of the tokens by infilling. Both rows end with the stop token; BART's begin with one too, ours do not.
 
     I came. I saw the sea. I won.
@@ -18,20 +18,20 @@ from typing import ClassVar
 import numpy as np
 
 from firth.data import layout
-from firth.data.corrupt import Damage, damage
+from firth.data.corruptions import Damage, damage
 from firth.data.layout import Answering, Gapped
-from firth.model.shape import Reads
+from firth.model.config import Reads
 from firth.objectives.objective import Tokens
-from firth.ranges import OpenShare
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
+from firth.validated import OpenShare
 
 
 @dataclass(frozen=True)
 class Denoise(Tokens):
     """Write {"tokens"}, a bare text, as it was.
 
-    noises: how it is damaged (`firth.data.corrupt`), in the order in which that is done. rate: share of the tokens that
+    noises: how it is damaged (`firth.data.corruptions`), in the order in which that is done. rate: share of the tokens that
     masking, deletion and infilling each hit. layout: "seq2seq" shows the damaged text to an encoder; "prefix" does both
     in one row, read both ways up to the end of the damaged text.
 

@@ -2,7 +2,7 @@
 
 The best policy under a KL penalty beta satisfies r(x, y) = beta log p(y|x) / p_ref(y|x) + beta log Z(x), and Z cancels in a
 comparison. So the Bradley-Terry loss needs no reward model, no sampling and no value: a pair of rows and two numbers,
-the reference's log-probabilities, which are data (`firth.align.annotate`).
+the reference's log-probabilities, which are data (`firth.align.precompute`).
 
     loss = -log sigma(beta (log p/p_ref (chosen) - log p/p_ref (rejected)))  =  a two-way softmax over the gains
 
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
+from firth.model.config import Reads, Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, correct, log_probs, vocabulary_flops
 from firth.objectives.sft import answer
-from firth.ranges import PositiveFloat, Range
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
+from firth.validated import PositiveFloat, Range
 
 
 def comparison(example: Example) -> Example:

@@ -23,11 +23,11 @@ import numpy as np
 
 from firth.data import layout
 from firth.data.noise import NOISES, Kind, disguised, text_units
-from firth.model.shape import Reads
+from firth.model.config import Reads
 from firth.objectives.objective import Tokens
-from firth.ranges import OpenShare, Share
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
+from firth.validated import OpenShare, Share
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data.layout import Gapped
-from firth.data.order import Draws
+from firth.data.shuffle import Draws
+from firth.model import flops
+from firth.model.config import Reads, Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
-from firth.model.trunk import askers
+from firth.model.model import LM
+from firth.model.transformer import askers
 from firth.objectives import name_of
-from firth.ranges import Ranged
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.validated import Ranged
 
 WAYS: dict[Reads, str] = {
     "left": "reads a text from left to right",
@@ -209,7 +209,7 @@ class Objective(Ranged, section="objective"):
         return None
 
     def run_flops(self, model: LM, batch: Batch) -> float:
-        """What `run` costs, forward and backward (`firth.scaling.flops`). To be said anew where it is not one pass."""
+        """What `run` costs, forward and backward (`firth.model.flops`). To be said anew where it is not one pass."""
         work, prefix, prompt = worked(model, batch, self.wanted(batch)), model.prefix, model.prompt
         if prefix is not None or prompt is not None:
             counts = (0 if part is None else part.tokens for part in (prefix, prompt))

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from firth.model import flops
+from firth.model.config import Reads, Shape
 from firth.model.heads import Vocabulary
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Objective, asked, vocabulary_flops
 from firth.objectives.sft import answer
-from firth.ranges import NonNegativeFloat, PositiveFloat
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
+from firth.validated import NonNegativeFloat, PositiveFloat
 
 PER_TOKEN = ("old", "reference", "values", "advantage", "returns")
 """The numbers a sampled token carries, aligned with `tokens`; a view shifts them as it shifts the labels."""

@@ -16,11 +16,11 @@ import numpy as np
 
 from firth.data import layout
 from firth.data.layout import Answering
-from firth.model.shape import Reads
+from firth.model.config import Reads
 from firth.objectives.objective import Tokens
-from firth.ranges import Share
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
+from firth.validated import Share
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firth.model.lm import LM
-from firth.model.shape import Shape
+from firth.model.config import Shape
+from firth.model.model import LM
 from firth.objectives.classification import Read, answers, ask
 from firth.objectives.objective import Known, Objective, asked
-from firth.ranges import FiniteFloat, PositiveFloat
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
+from firth.validated import FiniteFloat, PositiveFloat
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
-from firth.model.lm import LM
+from firth.model import flops
+from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, asked, choice_loss, worked
-from firth.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.validated import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Supervised finetuning: learn to write the answer, not the question.
 
 A dialogue is one row of tokens and a mask that is True on what the assistant says *and on the token that ends its
-turn* (`firth.text.chat`): a model that is never asked for the stop token never learns to stop. InstructGPT (Ouyang
+turn* (`firth.tokenizer.chat`): a model that is never asked for the stop token never learns to stop. InstructGPT (Ouyang
 2022) and FLAN (Wei 2022) train so; T5 (Raffel 2020, section 2.4) does the same with an encoder for the question.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
-from firth.model.shape import Reads
+from firth.model.config import Reads
 from firth.objectives.objective import Tokens
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from firth.data import layout
 from firth.data.layout import Answering, Gapped
 from firth.data.noise import NOISES, Kind, text_units
-from firth.model.shape import Reads
+from firth.model.config import Reads
 from firth.objectives.objective import Tokens
-from firth.ranges import OpenShare
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
+from firth.validated import OpenShare
 
 
 def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,12 +23,12 @@ import numpy as np
 from torch import Tensor
 
 from firth.data import layout
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model.config import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Tokens
-from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
+from firth.validated import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 
 ACTIVE = 0.01
 """Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""

@@ -4,7 +4,7 @@
     CBOW        for each word j, with h the mean of x over its window      -log s(h . c_j)   - k E_n log s(-h . c_n)
 
 x are the vectors of the model's embedding, c those of the part "context". Windows are drawn anew from 1 to `window` for
-every word, frequent words are left out at random, noise words n are drawn by count ** 0.75 (`firth.data.words`).
+every word, frequent words are left out at random, noise words n are drawn by count ** 0.75 (`firth.data.word_windows`).
 
     the quick brown fox   window 1   pairs   quick-the  quick-brown  brown-quick  brown-fox ...
 
@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth import kernels
-from firth.model import native, native_ops
-from firth.model.lm import LM
-from firth.model.shape import Reads, Shape
+from firth.model import flops, native, native_ops
+from firth.model.config import Reads, Shape
+from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.ranges import PositiveInt, Range
-from firth.scaling import flops
-from firth.text.vocab import Vocab
+from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
+from firth.validated import PositiveInt, Range
 
 BLOCK = 32
 """Words whose neighbours are scored by one product: of 32 + 2 window columns 2 window are wanted, the rest is waste."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model import published
-from firth.model.shape import encoder
-from firth.objectives.mlm import MLM
-from firth.objectives.sop import SOP
+from firth.model import presets
+from firth.model.config import encoder
+from firth.objectives.masked_lm import MLM
+from firth.objectives.sentence_order import SOP
 from firth.recipes import sizes
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pairs
+from firth.runs.examples import Pairs
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -40,11 +40,11 @@ def _tiny() -> Recipe:
 def _published() -> Recipe:
     """Section 4.1: 125,000 steps of 4,096 pairs of 512 tokens, LAMB at 1.76e-3. There is no LAMB here: AdamW stands for it,
     at a rate that this batch has been trained with elsewhere (RoBERTa's large batches)."""
-    shape = published.SHAPES["albert-base"]
+    shape = presets.SHAPES["albert-base"]
     return Recipe(
         name="albert", objective=SOP() + MLM(noise="ngrams"), segment=Pairs(length=512), shape=shape,
         tokenizer=TokenizerPlan(algorithm="unigram", size=shape.vocab), batch=Batch(rows=4096, accumulate=64),
         optimizer=Optimizer(name="adamw", rate=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
         schedule=Schedule("linear", warmup=3125 / 125_000), length=Length(steps=125_000),
-        checks=Checks(every=5000, save=5000),
+        evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
     )  # fmt: skip

@@ -8,12 +8,12 @@ firth train bart:published source.path=BOOKS_NEWS_AND_STORIES
 
 from __future__ import annotations
 
-from firth.model import published
-from firth.model.shape import encoder_decoder
+from firth.model import presets
+from firth.model.config import encoder_decoder
 from firth.objectives.denoise import Denoise
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.runs.examples import Pieces
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -26,10 +26,10 @@ def bart(size: str = "tiny") -> Recipe:
     """
     paper = {
         name: Recipe(
-            name="bart", objective=Denoise(), segment=Pieces(length=512, frame=False), shape=published.SHAPES[shape],
+            name="bart", objective=Denoise(), segment=Pieces(length=512, frame=False), shape=presets.SHAPES[shape],
             tokenizer=TokenizerPlan(size=50265), batch=Batch(rows=8000, pack=512),
             optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-            schedule=Schedule("linear", warmup=0.06), length=Length(steps=500_000), checks=Checks(every=1000, save=1000),
+            schedule=Schedule("linear", warmup=0.06), length=Length(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "bart-base"), ("published", "bart-large"))
     }  # fmt: skip

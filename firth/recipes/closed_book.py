@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model import published
-from firth.model.shape import encoder_decoder
+from firth.model import presets
+from firth.model.config import encoder_decoder
 from firth.objectives.sft import TextToText
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.material import Text
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces, Prompted
 from firth.recipes.sizes import CONTEXT, one_of, tiny
+from firth.runs.examples import Pieces, Prompted
+from firth.runs.prepare import Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -34,10 +34,10 @@ def closed_book(size: str = "tiny") -> Recipe:
     """
     objective, segment = SpanCorruption(noise="salient"), Pieces(length=128, frame=False)
     paper = Recipe(
-        name="closed_book", objective=objective, segment=replace(segment, length=512), shape=published.SHAPES["t5-11b"],
+        name="closed_book", objective=objective, segment=replace(segment, length=512), shape=presets.SHAPES["t5-11b"],
         tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=384),
         optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("constant", warmup=0.01), length=Length(steps=100_000), checks=Checks(every=1000, save=1000),
+        schedule=Schedule("constant", warmup=0.01), length=Length(steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # Nearly every name is one token of 8,192, and the body is small: each gloss is read some eighty times in two minutes.
     body = encoder_decoder(8192, 128, 1, context=CONTEXT)
@@ -62,5 +62,5 @@ def closed_book_questions() -> Recipe:
         optimizer=Optimizer(name="adamw", rate=1e-3, weight_decay=0.0),
         schedule=Schedule("linear", warmup=0.1),
         length=Length(steps=200),
-        checks=Checks(every=50, examples=200, save=200),
+        evaluation=EvalConfig(every=50, max_examples=200), checkpoint=CheckpointConfig(every=200),
     )

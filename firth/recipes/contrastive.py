@@ -12,12 +12,12 @@ What was measured of them is in docs/results.md.
 
 from __future__ import annotations
 
-from firth.model.published import SHAPES
-from firth.model.shape import encoder
+from firth.model.config import encoder
+from firth.model.presets import SHAPES
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.recipes import sizes
-from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
-from firth.recipes.segments import Pairs, Pieces
+from firth.runs.examples import Pairs, Pieces
+from firth.runs.recipe import Batch, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 

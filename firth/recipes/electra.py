@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model import published
-from firth.model.shape import Shape, encoder
-from firth.objectives.rtd import RTD
+from firth.model import presets
+from firth.model.config import Shape, encoder
+from firth.objectives.replaced_tokens import RTD
 from firth.recipes import sizes
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
+from firth.runs.examples import Pieces
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -28,9 +28,9 @@ from firth.train.schedule import Length, Schedule
 def electra(size: str = "tiny") -> Recipe:
     """An encoder that judges every token: `firth train electra`."""
     small = _published(
-        RTD(size=1 / 4), published.SHAPES["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
+        RTD(size=1 / 4), presets.SHAPES["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
     )
-    base = _published(RTD(size=1 / 3), published.SHAPES["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
+    base = _published(RTD(size=1 / 3), presets.SHAPES["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
     return sizes.one_of("electra", size, {"tiny": _tiny(), "published": small, "base": base})
 
 
@@ -47,5 +47,5 @@ def _published(objective: RTD, shape: Shape, *, length: int, rows: int, rate: fl
         tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=rows),
         optimizer=Optimizer(name="adamw", rate=rate, weight_decay=0.01, beta2=0.999, eps=1e-6),
         schedule=Schedule("linear", warmup=10_000 / steps), length=Length(steps=steps),
-        checks=Checks(every=10_000, save=10_000),
+        evaluation=EvalConfig(every=10_000), checkpoint=CheckpointConfig(every=10_000),
     )  # fmt: skip

@@ -25,12 +25,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.objectives.penalty import Penalty
+from firth.objectives.multi_annotator import Weak
 from firth.objectives.semi_supervised import PseudoLabels
-from firth.objectives.weak import Weak
-from firth.recipes.labels import Taught, Votes
-from firth.recipes.recipe import Recipe
-from firth.recipes.tasks import classify
+from firth.objectives.weight_penalty import Penalty
+from firth.recipes.finetuning import classify
+from firth.runs.noisy_label_examples import Taught, Votes
+from firth.runs.recipe import Recipe
 
 
 def semi_supervised() -> Recipe:

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model import published
-from firth.model.shape import Shape, decoder
-from firth.objectives.causal import CausalLM
-from firth.recipes.material import Text
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Windows
+from firth.model import presets
+from firth.model.config import Shape, decoder
+from firth.objectives.causal_lm import CausalLM
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.runs.examples import Windows
+from firth.runs.prepare import Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -49,10 +49,10 @@ def gpt(size: str = "tiny") -> Recipe:
     small = Recipe(
         name="gpt", objective=CausalLM(), segment=Windows(length=256), source=Text(corpus="shakespeare"),
         shape=decoder(vocab=8192, width=384, depth=6, context=512), batch=Batch(rows=8), optimizer=ours,
-        schedule=Schedule("wsd"), length=Length(steps=1200), checks=Checks(every=100, examples=256, save=200), samples=SAMPLES,
+        schedule=Schedule("wsd"), length=Length(steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), samples=SAMPLES,
     )  # fmt: skip
     adam = Optimizer(name="adamw", rate=2.5e-4, weight_decay=0.01, beta2=0.999, clip=1.0)
-    paper = _long("gpt", published.SHAPES["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
+    paper = _long("gpt", presets.SHAPES["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
     return one_of("gpt", size, {
         "tiny": _tiny("gpt", decoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), ours),
         "small": small,
@@ -70,7 +70,7 @@ def gpt2(size: str = "tiny") -> Recipe:
              "published": ("gpt2-xl", 2e-4)}  # fmt: skip
     sizes = {
         name: replace(
-            _long("gpt2", published.SHAPES[shape], 512, 1024, _brown(rate), warmup=715, steps=572_000),
+            _long("gpt2", presets.SHAPES[shape], 512, 1024, _brown(rate), warmup=715, steps=572_000),
             tokenizer=TokenizerPlan(size=50257),
         )
         for name, (shape, rate) in steps.items()
@@ -85,7 +85,7 @@ def gpt3(size: str = "tiny") -> Recipe:
     the width, for nothing else of it fits into two minutes.
     """
     deep = replace(_plain(), width=WIDTH // 2, depth=2 * DEPTH, heads=3, head_width=32, hidden=2 * WIDTH)
-    whole = _long("gpt3", published.SHAPES["gpt3"], 1563, 2048, _brown(0.6e-4), warmup=117, steps=93_750)
+    whole = _long("gpt3", presets.SHAPES["gpt3"], 1563, 2048, _brown(0.6e-4), warmup=117, steps=93_750)
     return one_of("gpt3", size, {
         "tiny": _tiny("gpt3", deep, _adamw()),
         "published": replace(whole, tokenizer=TokenizerPlan(size=50257)),
@@ -94,9 +94,9 @@ def gpt3(size: str = "tiny") -> Recipe:
 
 def llama(size: str = "tiny") -> Recipe:
     """Llama (Touvron 2023): 4 M tokens a step, 1 T in all, AdamW at 3e-4 with a cosine to a tenth."""
-    small = published.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, hidden=2 * WIDTH, context=CONTEXT)
+    small = presets.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, hidden=2 * WIDTH, context=CONTEXT)
     adamw = Optimizer(name="adamw", rate=3e-4, weight_decay=0.1, beta2=0.95)
-    whole = _long("llama", published.SHAPES["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
+    whole = _long("llama", presets.SHAPES["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
     return one_of("llama", size, {
         "tiny": _tiny("llama", small, _adamw()),
         "published": replace(whole, tokenizer=TokenizerPlan(size=32000), schedule=_tenth(2000, 250_000)),
@@ -105,7 +105,7 @@ def llama(size: str = "tiny") -> Recipe:
 
 def _plain() -> Shape:
     """GPT-2's blocks at the tiny size, without dropout: two minutes are less than an epoch."""
-    return replace(published.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, context=CONTEXT), dropout=0.0)
+    return replace(presets.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, context=CONTEXT), dropout=0.0)
 
 
 def _tiny(name: str, shape: Shape, optimizer: Optimizer) -> Recipe:
@@ -140,5 +140,5 @@ def _long(name: str, shape: Shape, rows: int, length: int, optimizer: Optimizer,
     schedule = Schedule("cosine", warmup=warmup / steps) if name == "gpt" else _tenth(warmup, steps)
     return Recipe(
         name=name, objective=CausalLM(), segment=Windows(length=length), shape=shape, batch=Batch(rows=rows),
-        optimizer=optimizer, schedule=schedule, length=Length(steps=steps), checks=Checks(every=1000, save=1000),
+        optimizer=optimizer, schedule=schedule, length=Length(steps=steps), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.published import bert
-from firth.model.shape import encoder
-from firth.objectives.mlm import MLM
+from firth.model.config import encoder
+from firth.model.presets import bert
+from firth.objectives.masked_lm import MLM
 from firth.recipes import sizes
-from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
+from firth.runs.examples import Pieces
+from firth.runs.recipe import Batch, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model import published
-from firth.model.shape import decoder, encoder_decoder
+from firth.model import presets
+from firth.model.config import decoder, encoder_decoder
 from firth.objectives.prefix_lm import PrefixLM
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.runs.examples import Pieces
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -28,10 +28,10 @@ def prefix_lm(size: str = "tiny") -> Recipe:
     segment = Pieces(length=128, frame=False, shortest=2)
     paper = Recipe(
         name="prefix_lm", objective=PrefixLM(), segment=replace(segment, length=512),
-        shape=replace(published.SHAPES["t5-base"], encoder=0, causal=False),
+        shape=replace(presets.SHAPES["t5-base"], encoder=0, causal=False),
         tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=128),
         optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), checks=Checks(every=1000, save=1000),
+        schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # What reads both ways is no causal decoder to others: only firth loads it.
     body = replace(decoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), causal=False)

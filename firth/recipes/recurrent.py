@@ -21,17 +21,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.shape import Shape, recurrent, vectors
+from firth.model.config import Shape, recurrent, vectors
 from firth.objectives.bilm import BiLM
-from firth.objectives.causal import CausalLM
-from firth.objectives.mixed import Mixed
-from firth.objectives.tagging import Tagging
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.layer_mixture import Mixed
+from firth.objectives.token_classification import Tagging
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes import sizes
-from firth.recipes.labelled import Tagged
-from firth.recipes.material import Text
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Windows, Words
+from firth.runs.examples import Windows, Words
+from firth.runs.labeled_examples import Tagged
+from firth.runs.prepare import Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -48,13 +48,13 @@ def word2vec(size: str = "tiny") -> Recipe:
         shape=vectors(WORDS.size, 128), batch=Batch(rows=16),
         optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.99, clip=0.0),
         schedule=Schedule("linear", warmup=0.02), length=Length(steps=1500),
-        checks=Checks(every=500, examples=256, save=500), samples=("king", "good", "went", "blood"),
+        evaluation=EvalConfig(every=500, max_examples=256), checkpoint=CheckpointConfig(every=500), samples=("king", "good", "went", "blood"),
         precision="fp32",
     )  # fmt: skip
     published = replace(
         tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=692_000), shape=vectors(692_000, 300),
         segment=Words(sample=1e-5), batch=Batch(rows=256), length=Length(steps=12_000),
-        checks=Checks(every=1000, save=2000),
+        evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("word2vec", size, {"tiny": tiny, "published": published})
 
@@ -71,7 +71,7 @@ def lstm(size: str = "tiny") -> Recipe:
     published = replace(
         tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=30_000), samples=(),
         shape=replace(recurrent(30_000, 1024, 1, context=400), dropout=0.25), segment=Windows(length=400),
-        batch=Batch(rows=128), length=Length(steps=100_000), checks=Checks(every=2000, save=2000),
+        batch=Batch(rows=128), length=Length(steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("lstm", size, {"tiny": tiny, "published": published})
 
@@ -90,7 +90,7 @@ def elmo(size: str = "tiny") -> Recipe:
         tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=100_000), segment=Windows(length=20),
         shape=replace(bilm(100_000, 1024, 2, characters=50, filters=2048, hidden=4096), dropout=0.1, context=400),
         optimizer=Optimizer(name="adamw", rate=1e-3, weight_decay=0.0), batch=Batch(rows=384),
-        length=Length(steps=1_000_000), checks=Checks(every=5000, save=5000),
+        length=Length(steps=1_000_000), evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
     )  # fmt: skip
     return sizes.one_of("elmo", size, {"tiny": tiny, "published": published})
 
@@ -109,5 +109,5 @@ def tag_features() -> Recipe:
     return Recipe(
         name="tag_features", objective=Mixed() + Tagging(), segment=Tagged(length=128), batch=Batch(rows=32),
         optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=300), checks=Checks(examples=2000, save=300),
+        length=Length(steps=300), evaluation=EvalConfig(max_examples=2000), checkpoint=CheckpointConfig(every=300),
     )  # fmt: skip

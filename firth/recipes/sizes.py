@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from firth.model.shape import Shape
+from firth.model.config import Shape
 from firth.objectives.objective import Objective
-from firth.recipes.material import Text
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Segment
+from firth.runs.examples import Segment
+from firth.runs.prepare import Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 from firth.types import UserError
@@ -54,5 +54,5 @@ def tiny(
     return Recipe(
         name=name, objective=objective, segment=segment, source=TEXT, tokenizer=TokenizerPlan(size=VOCAB), shape=shape,
         batch=batch, optimizer=optimizer or Optimizer(), schedule=Schedule("wsd"), length=Length(steps=steps),
-        checks=Checks(every=steps // 4, examples=256, save=steps // 4), samples=samples,
+        evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), samples=samples,
     )  # fmt: skip

@@ -9,14 +9,14 @@ What was measured of it is in docs/results.md. Single segments and no NSP, as in
 
 from __future__ import annotations
 
-from firth.model import published
-from firth.model.shape import encoder
-from firth.objectives.mlm import MLM
+from firth.model import presets
+from firth.model.config import encoder
+from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.sbo import SBO
+from firth.objectives.span_boundary import SBO
 from firth.recipes import sizes
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
+from firth.runs.examples import Pieces
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -40,11 +40,11 @@ def _tiny() -> Recipe:
 
 def _published() -> Recipe:
     """Section 4.2: 2.4 M steps of 256 rows of at most 512 tokens, Adam at 1e-4 with 10,000 steps of warmup."""
-    shape = published.SHAPES["spanbert"]
+    shape = presets.SHAPES["spanbert"]
     return Recipe(
         name="spanbert", objective=_objective(0.15), segment=Pieces(length=512), shape=shape,
         tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=256),
         optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
         schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Length(steps=2_400_000),
-        checks=Checks(every=10_000, save=10_000),
+        evaluation=EvalConfig(every=10_000), checkpoint=CheckpointConfig(every=10_000),
     )  # fmt: skip

@@ -8,13 +8,13 @@ firth train t5:published source.path=C4
 
 from __future__ import annotations
 
-from firth.model import published
-from firth.model.shape import encoder_decoder
+from firth.model import presets
+from firth.model.config import encoder_decoder
 from firth.objectives.span_corruption import SpanCorruption
-from firth.recipes.material import Text
-from firth.recipes.recipe import Batch, Checks, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
+from firth.runs.examples import Pieces
+from firth.runs.prepare import Text
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 
@@ -30,16 +30,16 @@ def t5(size: str = "tiny") -> Recipe:
     small = Recipe(
         name="t5", objective=SpanCorruption(), segment=Pieces(length=256, frame=False), source=Text(corpus="shakespeare"),
         shape=encoder_decoder(vocab=8192, width=384, depth=4, context=512), batch=Batch(rows=16), optimizer=ours,
-        schedule=Schedule("wsd"), length=Length(steps=1000), checks=Checks(every=100, examples=256, save=200),
+        schedule=Schedule("wsd"), length=Length(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
     body = encoder_decoder(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
     sizes = {
         name: Recipe(
-            name="t5", objective=SpanCorruption(), segment=Pieces(length=512, frame=False), shape=published.SHAPES[shape],
+            name="t5", objective=SpanCorruption(), segment=Pieces(length=512, frame=False), shape=presets.SHAPES[shape],
             tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=128),
             optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-            schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), checks=Checks(every=1000, save=1000),
+            schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "t5-base"), ("large", "t5-large"), ("3b", "t5-3b"), ("published", "t5-11b"))
     }  # fmt: skip

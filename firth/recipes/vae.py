@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.shape import encoder_decoder
+from firth.model.config import encoder_decoder
 from firth.objectives.vae import VAE
 from firth.recipes import sizes
-from firth.recipes.recipe import Batch, Recipe, TokenizerPlan
-from firth.recipes.segments import Pieces
+from firth.runs.examples import Pieces
+from firth.runs.recipe import Batch, Recipe, TokenizerPlan
 from firth.train.optimizer import Optimizer
 from firth.train.schedule import Length, Schedule
 

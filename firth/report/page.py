@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from firth.io.atomic import write_text
-from firth.report.figures import COLOURS, Figure, number, svg
+from firth.report.charts import COLOURS, Figure, number, svg
 from firth.report.matrix import Matrix, drawn
 
 Cell = str | int | float | None

@@ -5,9 +5,9 @@ whatever share of the labels each rank holds. Started by torchrun, `join()` read
 
     torchrun --nproc-per-node 2 -m firth train gpt
 
-Ranks hold whole copies of the model and take the same step; data is split by global index (`firth.data.batch`). Whatever
+Ranks hold whole copies of the model and take the same step; data is split by global index (`firth.data.collate`). Whatever
 takes long on one rank alone is waited for without a collective, and a rank that fails or is stopped ends the others with a
-sentence that names it (`firth.train.peers`).
+sentence that names it (`firth.train.peer_watch`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from firth.train.peers import Peers, silence_seconds
+from firth.train.peer_watch import Peers, silence_seconds
 
 BUCKET = 32 << 20
 """Bytes of gradients that are summed in one call: large enough to fill a link, small beside the model."""

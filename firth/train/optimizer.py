@@ -29,12 +29,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from firth.model.lora import Low
-from firth.model.trunk import Trunk
-from firth.ranges import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
+from firth.model.transformer import Trunk
+from firth.peft.lora import Low
 from firth.train import muon
-from firth.train.rows import Rows, sums
+from firth.train.sparse_adam import Rows, sums
 from firth.types import UserError
+from firth.validated import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Mover:
     """Moves a model's weights along their gradients, and remembers what that takes.
 
     sparse: let tables have gradients of those rows alone that were read, if nothing else is tied to them; on a
-    CPU, where visiting all of a large vocabulary takes as long as a block (`firth.train.rows`). The numbers are the same.
+    CPU, where visiting all of a large vocabulary takes as long as a block (`firth.train.sparse_adam`). The numbers are the same.
     Raises UserError when nothing in the model is trainable.
     """
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from firth.ranges import NonNegativeFloat, NonNegativeInt, Ranged, Share
 from firth.types import UserError
+from firth.validated import NonNegativeFloat, NonNegativeInt, Ranged, Share
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Length(Ranged, section="length"):
     """How long to train: `steps` optimizer steps, `seconds` of wall time, or `flops` of counted work; exactly one is set.
 
     A run measured in seconds depends on the speed of its machine, so it cannot be repeated bit for bit. One measured in
-    FLOPs (`firth.scaling.flops`) can: it ends with the first step that reaches them.
+    FLOPs (`firth.model.flops`) can: it ends with the first step that reaches them.
     """
 
     steps: NonNegativeInt = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from firth.types import IGNORE, Batch
 
 if TYPE_CHECKING:
-    from firth.model.lm import LM
+    from firth.model.model import LM
     from firth.objectives.objective import Objective
 
 Reduce = Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from firth.train.step import Reduce, alone, count_targets
 from firth.types import Batch, Outputs
 
 if TYPE_CHECKING:
-    from firth.model.lm import LM
+    from firth.model.model import LM
     from firth.objectives.objective import Objective
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from firth.corpora.readers import first_record
 from firth.data.conversations import comparison, messages_of
 from firth.evaluate.task import Subject, Task
-from firth.evaluate.tasks.answers import ANSWERS, writes_answers
-from firth.evaluate.tasks.choices import CHOICES
 from firth.evaluate.tasks.classification import CLASSIFICATION
 from firth.evaluate.tasks.comparisons import COMPARISONS
+from firth.evaluate.tasks.generation import ANSWERS, writes_answers
 from firth.evaluate.tasks.multiple_choice import MULTIPLE_CHOICE
+from firth.evaluate.tasks.option_scoring import CHOICES
+from firth.evaluate.tasks.question_answering import SPANS
 from firth.evaluate.tasks.regression import REGRESSION
-from firth.evaluate.tasks.spans import SPANS
-from firth.evaluate.tasks.tagging import TAGGING
-from firth.evaluate.tasks.written import SUMMARIES, TRANSLATION
-from firth.text.read import first_record
+from firth.evaluate.tasks.text_generation import SUMMARIES, TRANSLATION
+from firth.evaluate.tasks.token_classification import TAGGING
 from firth.types import UserError
 
 TASKS: dict[str, Task] = {

@@ -1,6 +1,6 @@
 """Classification: labelled records through the head that a finetuned run has for its classes.
 
-Records are read and shown exactly as in training (`firth.data.labelled.Labelled`, the objective's own view), so this is
+Records are read and shown exactly as in training (`firth.data.labeled.Labelled`, the objective's own view), so this is
 the accuracy that training logged, with what one number hides beside it: F1, Matthews' correlation, intervals.
 """
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labelled import Labelled, TextFields
+from firth.data.annotations import Judged
+from firth.data.labeled import Labelled, TextFields
 from firth.data.source import Source
-from firth.data.votes import Judged
 from firth.evaluate import metrics
-from firth.evaluate.given import Wanted
 from firth.evaluate.heads import Reading, readings, softmax
+from firth.evaluate.prediction_inputs import Wanted
 from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
-from firth.model import weights
-from firth.model.families.classes import UNNAMED
-from firth.model.parts import answered, described
+from firth.model.head_descriptions import answered, described
 from firth.objectives.classification import Classification, Place, place
+from firth.pretrained import load_save
+from firth.pretrained.families.heads import UNNAMED
 from firth.types import Example, UserError
 
 
@@ -49,7 +49,7 @@ def class_names(subject: Subject, part: str) -> tuple[str, ...]:
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
-    said = weights.class_names(subject.place) or subject.objective.get("classes")
+    said = load_save.class_names(subject.place) or subject.objective.get("classes")
     rows = answered(described(subject.model.parts[part]))
     strange = not subject.recipe and not (subject.place / "firth.json").is_file()
     if strange and (not said or len(said) != rows):
@@ -70,7 +70,7 @@ def where(subject: Subject) -> Place:
     """
     said: Any = subject.objective.get("at", "auto")
     shape = subject.model.shape
-    ours = bool(subject.objective) or "recipe" in weights.facts_of(subject.place)
+    ours = bool(subject.objective) or "recipe" in load_save.facts_of(subject.place)
     if not ours and (shape.encoder or shape.position == "xlnet"):
         raise UserError(
             f"{subject.directory}: this classifier of others reads its answer behind the text, where firth reads none: "

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from firth.data.batch import collate
+from firth.data.collate import collate
 from firth.data.records import Preferences
 from firth.evaluate import metrics
-from firth.evaluate.likelihood import groups
+from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
-from firth.generate.rows import reading
-from firth.objectives.reward import rewards, whole
+from firth.generate.decoding import reading
+from firth.objectives.reward_model import rewards, whole
 from firth.types import Example, UserError
 
 SIDES = ("chosen", "rejected")

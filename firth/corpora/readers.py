@@ -1,0 +1,414 @@
+"""Reading what users have: text, JSONL, Parquet, CSV, plain or compressed, in files, directories and globs.
+
+Everything streams, in an order that does not depend on the file system. What is wrong with a file has a stated
+policy, and each use of it is counted:
+
+    bad UTF-8, lone surrogates    read as U+FFFD, counted
+    NUL characters                removed, counted
+    a byte-order mark             dropped
+    line breaks of Windows        read as \\n (in text files; a record says what it says)
+    nothing but white space       skipped, counted (so is a record whose text is null)
+    text over LONGEST             cut at a paragraph, a line or a blank, counted
+    a record over LONGEST         skipped, counted
+    a file met twice              read once (through links too); hidden files and linked directories are not entered
+    a row of too many cells       left out, counted (`firth.corpora.tables`)
+    a table within a directory    read for its records; where text is wanted it is passed over, counted: name it
+
+and a UserError with file and line (and the nearest field) where a line is not JSON, a field is missing or holds no
+text, an archive is damaged or cut off, a file cannot be read, or is UTF-16.
+
+>>> import tempfile, pathlib
+>>> folder = pathlib.Path(tempfile.mkdtemp())
+>>> _ = (folder / "a.txt").write_bytes(b"\\xef\\xbb\\xbfgood\\x00 day")
+>>> counts = Counts()
+>>> [d.text for d in documents([str(folder)], counts=counts)], counts.nul
+(['good day'], 1)
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import glob
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from firth.corpora import tables
+from firth.corpora.compression import PACKED, guarded
+from firth.corpora.read_stats import Counts
+from firth.tokenizer.normalize import whole
+from firth.types import UserError
+
+LONGEST = 4 << 20
+"""Bytes: the longest piece of text handed on as one document, and the longest record that is read."""
+
+TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", "")
+LINES = (".jsonl", ".ndjson")
+TABLES = (".parquet",)
+KINDS = (
+    dict.fromkeys(tables.READERS, "other")
+    | dict.fromkeys(TABLES, "table")
+    | dict.fromkeys(LINES, "lines")
+    | dict.fromkeys(TEXT, "text")
+)
+"""The end of a file's name -> how it is read."""
+
+SPLITS = {"file": None, "blank": re.compile(r"\n\s*\n"), "line": re.compile(r"\n")}
+READ = "firth reads .txt, .md and such, .jsonl, .parquet, .csv, .tsv, .conll and .json, plain or as .gz and .zst"
+
+
+class Document(NamedTuple):
+    """name: its file within what the user named (and its number there), the same on every machine and used once; a
+    record's own `name` where it has one (records that share it are held out together). text: what it says."""
+
+    name: str
+    text: str
+
+
+def files(paths: Sequence[str], *, tabled: bool = False, counts: Counts | None = None) -> dict[Path, str]:
+    """The readable files under files, directories and globs, each once, sorted within each path that was given.
+
+    tabled: whether tables (`firth.corpora.tables`) are read where they are found in a directory, as records; else only where
+    they are named, and the first that is passed over is noted in `counts`.
+
+    File -> its name within the directory that was given (or a glob's fixed part), which does not depend on where that
+    lies. Of two files with one name the later is called `name~2`.
+
+    Raises UserError where a path matches nothing, or only files of a kind that is not read.
+    """
+    found: dict[Path, str] = {}
+    met: set[str] = set()
+    directories: dict[Path, str] = {}
+    names: set[str] = set()
+    for given in paths:
+        for path, root in _under(given, tabled, counts if counts is not None else Counts()):
+            real = _real(path, directories)
+            if real in met:
+                continue
+            met.add(real)
+            plain = name = path.relative_to(root).as_posix()
+            again = 1
+            while name in names:
+                again += 1
+                name = f"{plain}~{again}"
+            names.add(name)
+            found[path] = name
+    return found
+
+
+def _real(path: Path, directories: dict[Path, str]) -> str:
+    """The path of a file without symbolic links. Of a corpus of many files each directory is resolved once, into `directories`."""
+    if path.is_symlink():
+        return os.path.realpath(path)
+    parent = path.parent
+    if parent not in directories:
+        directories[parent] = os.path.realpath(parent)
+    return os.path.join(directories[parent], path.name)
+
+
+def _under(given: str, tabled: bool, counts: Counts) -> list[tuple[Path, Path]]:
+    """The readable files that one given path means, each with the directory that its name starts from."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        some = _inside(path, tabled, counts)
+        if not some:
+            over = counts.at.get("passed_over")
+            only = f": {over} and such are records, read as text only where they are named" if over else f"; {READ}"
+            raise UserError(f"{given}: there is no text in this directory{only}")
+        return [(p, path) for p in some]
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"{given}: this is neither a file nor a directory")
+        if _kind(path) is None:
+            raise UserError(f"{given}: files of this kind are not read; {READ}")
+        return [(path, path.parent)]
+    matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if not matched:
+        raise UserError(f"{given}: there is no such file or directory, and it matches none as a pattern")
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
+    found = [p for m in matched for p in (_inside(m, tabled, counts) if m.is_dir() else [m])]
+    some = [p for p in found if p.is_file() and _kind(p) is not None]
+    if not some:
+        raise UserError(f"{given}: what matches this pattern is not read; {READ}")
+    return [(p, Path(*fixed)) for p in some]
+
+
+def _inside(root: Path, tabled: bool, counts: Counts) -> list[Path]:
+    def denied(error: OSError) -> None:
+        raise UserError(f"{error.filename}: this directory cannot be read: {error.strerror}") from None
+
+    found = []
+    for directory, below, names in os.walk(root, onerror=denied):
+        below[:] = [name for name in below if not name.startswith(".")]
+        some = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
+        for path in (p for p in some if _kind(p) is not None and p.is_file()):
+            if _kind(path) == "other" and not tabled:
+                counts.note("passed_over", f"{path}")
+            else:
+                found.append(path)
+    return sorted(found)
+
+
+def documents(
+    paths: Sequence[str], *, field: str = "text", split: str = "file", counts: Counts | None = None
+) -> Iterator[Document]:
+    """The documents under `paths`. split: a text file is one document ("file"), or one per paragraph or line.
+
+    field: where a record's text is. A text file over LONGEST comes in several documents.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
+    counts = counts if counts is not None else Counts()
+    for path, name in files(paths, counts=counts).items():
+        if _kind(path) == "text":
+            counts.files += 1
+            for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
+                yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
+        else:
+            for place, record in _records(path, counts, (field, "name"), ()):
+                value = record.get(field)
+                text = (
+                    "" if value is None and field in record else clean(text_field(record, field, place), counts, place)
+                )
+                if text.strip():
+                    counts.documents += 1
+                    counts.bytes += len(text.encode())
+                    own = record.get("name")
+                    yield Document(str(own) if own else name + place.removeprefix(str(path)), text)
+                else:
+                    counts.empty += 1
+
+
+def records(
+    paths: Sequence[str],
+    *,
+    counts: Counts | None = None,
+    columns: Sequence[str] = (),
+    text: tables.Reader | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, record) of every record in files of records. Raises UserError for text files, unless `text` reads them.
+
+    columns: the names of the columns, of tables without a head. Within `first_records`, only the first ones are given.
+    """
+    found = _all_records(paths, counts if counts is not None else Counts(), columns, text)
+    return itertools.islice(found, _MAX_RECORDS.get())
+
+
+def first_record(paths: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """Return (file:line, record) of the first record of the first file; None where that file is text or has no record."""
+    path = next(iter(files(paths)), None)
+    return None if path is None or _kind(path) == "text" else next(_records(path, Counts(), (), ()), None)
+
+
+_MAX_RECORDS: ContextVar[int | None] = ContextVar("max_records", default=None)
+
+
+@contextmanager
+def first_records(count: int | None) -> Iterator[None]:
+    """Let `records` give at most the first `count` records of its files within the block; None for all."""
+    token = _MAX_RECORDS.set(count)
+    try:
+        yield
+    finally:
+        _MAX_RECORDS.reset(token)
+
+
+def _all_records(
+    paths: Sequence[str], counts: Counts, columns: Sequence[str], text: tables.Reader | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in files(paths, tabled=True):
+        if _kind(path) == "text" and text is None:
+            raise UserError(f"{path}: records are wanted here (.jsonl, .csv, .tsv or .parquet), and this is plain text")
+        yield from _records(path, counts, (), columns, text)
+
+
+def text_field(record: dict[str, Any], field: str, place: str) -> str:
+    """The text in a record's field; UserError with the nearest field that exists."""
+    value = record.get(field)
+    if isinstance(value, str):
+        return value
+    if field in record:
+        raise UserError(f"{place}: the field {field!r} holds {type(value).__name__}, and text is wanted")
+    raise UserError(f"{place}: there is no field {field!r}; {nearest(field, record)}")
+
+
+def nearest(field: str, record: Mapping[str, Any]) -> str:
+    """What there is in place of a field that there is not.
+
+    >>> nearest("label", {"text": "", "labels": ""}), nearest("label", {"text": ""})
+    ("did you mean 'labels'?", 'it has text')
+    """
+    close = difflib.get_close_matches(field, list(record), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(record) or 'none'}"
+
+
+def clean(text: str, counts: Counts, place: str) -> str:
+    """Without NUL characters and lone surrogates, both counted."""
+    if "\0" in text:
+        counts.note("nul", place, text.count("\0"))
+        text = text.replace("\0", "")
+    mended = whole(text)
+    counts.note("bad_utf8", place, mended is not text)
+    return mended
+
+
+def _kind(path: Path) -> str | None:
+    stem, suffix = os.path.splitext(path.name)
+    if suffix.lower() in PACKED:
+        suffix = os.path.splitext(stem)[1]
+    return KINDS.get(suffix.lower())
+
+
+def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
+    """A text file in pieces of about LONGEST, decoded and cleaned, cut where `split` cuts it, else at white space."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    held, first = "", True
+    with guarded(path) as file:
+        while True:
+            raw = file.read(LONGEST)
+            block = decoder.getstate()[0] + raw
+            if first and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
+            piece = decoder.decode(raw, final=not raw)
+            if "\ufffd" in piece:  # those that the file itself has are not damage
+                counts.note("bad_utf8", f"{path}", piece.count("\ufffd") - block.count("\ufffd".encode()))
+            if first and piece:
+                piece, first = piece.removeprefix("\ufeff"), False
+            held = (held + clean(piece, counts, f"{path}")).replace("\r\n", "\n")
+            if not raw:
+                yield held
+                return
+            while len(held) > LONGEST:
+                cut, clean_cut = _cut(held, split)
+                counts.cut += not clean_cut
+                yield held[:cut]
+                held = held[cut:]
+
+
+def _cut(text: str, split: str) -> tuple[int, bool]:
+    """Where to cut a text longer than LONGEST, and whether a document ends there anyway."""
+    if split != "file":
+        ends = "\n" if split == "line" else "\n\n"
+        at = text.rfind(ends, 0, LONGEST)
+        if at >= 0:
+            return at + len(ends), True
+    for sign in ("\n\n", "\n", " "):
+        at = text.rfind(sign, LONGEST // 2, LONGEST)
+        if at >= 0:
+            return at + len(sign), False
+    return LONGEST - (LONGEST > 1 and text[LONGEST - 1] == "\r"), False
+
+
+def _split(chunks: Iterator[str], split: str, counts: Counts) -> Iterator[str]:
+    pattern = SPLITS[split]
+    empty = True
+    for chunk in chunks:
+        for text in pattern.split(chunk) if pattern else [chunk]:
+            if text.strip():
+                empty = False
+                counts.documents += 1
+                counts.bytes += len(text.encode())
+                yield text
+    counts.empty += empty
+
+
+def _records(
+    path: Path, counts: Counts, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """wanted: the columns of a Parquet table, all where none is named. columns, text: as of `records`."""
+    counts.files += 1
+    kind = _kind(path)
+    suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+    if kind in ("table", "lines") or (suffix == ".json" and _has_lines(path)):
+        yield from (_table(path, counts, wanted) if kind == "table" else _lines(path, counts))
+        return
+    with guarded(path) as file:
+        yield from (text if kind == "text" and text else tables.READERS[suffix])(file, path, counts, columns)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether the first line of a .json file that is not blank is a record by itself, as in JSON lines."""
+    with guarded(path) as file:
+        reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
+        while (line := reader.readline(LONGEST + 1)) and not line.strip():
+            pass
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and "data" not in first  # SQuAD's JSON may be one line
+
+
+def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    with guarded(path) as file:
+        reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
+        while line := reader.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST and not line.endswith(b"\n"):
+                counts.note("too_long", f"{path}:{number}")
+                while (rest := reader.readline(LONGEST)) and not rest.endswith(b"\n"):
+                    pass
+                continue
+            if number == 1:
+                if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            yield f"{path}:{number}", parse(line, f"{path}:{number}", counts)
+    if not number:
+        counts.empty += 1
+
+
+def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
+    """One JSON line as a record."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        text = line.decode("utf-8", "replace")
+        counts.note("bad_utf8", place)
+    try:
+        record = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{place}: this record is nested too deeply; mend or remove it") from None
+    except ValueError as error:
+        raise UserError(f"{place}: this line is not JSON: {error}; mend or remove it") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: a record is a JSON object with named fields, and this is {text.strip()[:40]!r}")
+    return record
+
+
+def _table(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            there = table.schema_arrow.names
+            some = [c for c in columns if c in there] if columns and columns[0] in there else None
+            row = 0
+            for batch in table.iter_batches(batch_size=64, columns=some):
+                many = [batch] if batch.nbytes <= LONGEST else [batch.slice(i, 1) for i in range(len(batch))]
+                for part in many:
+                    if part.nbytes > LONGEST:
+                        counts.note("too_long", f"{path}:{row + 1}", len(part))
+                        row += len(part)
+                        continue
+                    for record in part.to_pylist():
+                        row += 1
+                        yield f"{path}:{row}", record
+            if not row:
+                counts.empty += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text behind row {row} is not UTF-8: {error.reason}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: this is not a Parquet file that can be read: {error}") from None

@@ -1,0 +1,240 @@
+"""Files of records that are no JSON lines: CSV and TSV, CoNLL's columns, SQuAD's JSON. `firth.corpora.readers` opens them.
+
+    .csv             a head, quoted cells (RFC 4180); semicolons or tabs where the head has these and no comma
+    .tsv             a head, no quoting: a quotation mark is one (IANA; GLUE's files are so)
+    .conll .bio .iob a word a line with its columns, a blank line behind a sentence, -DOCSTART- lines left out
+    .json            SQuAD 1.1 or 2.0, a list of records, or a record a line (JSON lines)
+
+A table without a head has its columns named by the reader's `columns`. Columns whose head is empty are called as pandas calls
+them (`Unnamed: 2`), and counted; a row may lack their cells. A row with more or fewer cells than its head is left out, counted
+and named; more than one such row, and more than one in a hundred, is an error, for then the quoting is wrong.
+
+>>> import io
+>>> rows = delimited(io.BytesIO(b'text,label\\n"good, really",yes\\nbad\\n' + b"a,b\\n" * 200), Path("a.csv"), Counts(), ())
+>>> next(rows)
+('a.csv:2', {'text': 'good, really', 'label': 'yes'})
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from firth.corpora.read_stats import Counts
+from firth.tokenizer.normalize import whole
+from firth.types import UserError
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+LONGEST_CELL = 4 << 20
+"""Characters of one cell."""
+
+LOST = 0.01
+"""The share of a table's rows that may have another number of cells than the head; one row may in any table."""
+
+NAMELESS = "Unnamed: "
+"""How a column without a name is called, before its place from 0."""
+
+
+def delimited(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str], tabs: bool = False) -> Rows:
+    """The rows of a table as records of text. columns: their names, of a table without a head. tabs: a TSV."""
+    csv.field_size_limit(LONGEST_CELL)
+    lines = _decoded(file, path, counts)
+    head = next(lines, "")
+    sign = "\t" if tabs else _sign(head)
+    rows = csv.reader(
+        _again(head, lines), delimiter=sign, strict=not tabs, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    )
+    names, total, lost = list(columns), 0, 0
+    while True:
+        place = f"{path}:{rows.line_num + 1}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            if "new-line character" in str(error):  # csv's own sentence speaks of how a program opens files
+                raise UserError(
+                    f"{place}: a line ends in a carriage return alone, as on old Macs: convert it: tr '\\r' '\\n' < {path.name}"
+                ) from None
+            raise UserError(f"{place}: this row cannot be read: {error}; mend its quotation marks") from None
+        if row is None:
+            break
+        if not row or row == [""]:
+            continue
+        row_names = [name.strip() for name in row]
+        if not names or (not total and len(row) != len(names) and {*row_names} & {*names}):
+            # A table that was to have no head may have one (CoLA's test.tsv has); spreadsheets pad one with empty cells.
+            names = [name or f"{NAMELESS}{i}" for i, name in enumerate(row_names)]
+            counts.note("nameless", place, row_names.count(""))
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise UserError(f"{place}: two columns are called {twice[0]!r}: name them apart")
+            continue
+        total += 1
+        if len(row) < len(names) and all(name.startswith(NAMELESS) for name in names[len(row) :]):
+            row += [""] * (len(names) - len(row))
+        if len(row) == len(names):
+            yield place, dict(zip(names, row, strict=True))
+            continue
+        lost += 1
+        counts.note("mismatched", f"{place} ({len(row)} cells under {len(names)} columns)")
+    if lost > LOST * total and (lost > 1 or total == 1):
+        cure = (
+            "a cell of a TSV holds no tab and no line break" if tabs else "quote what holds a separator or a line break"
+        )
+        raise UserError(
+            f"{counts.at['mismatched']}: so in {lost} of {total} rows: give each row as many cells as the head has names; {cure}"
+        )
+
+
+def _sign(head: str) -> str:
+    """What parts the cells of a CSV: as its head has it."""
+    return max(",;\t", key=lambda sign: (sign in head, -",;\t".index(sign))) if "," not in head else ","
+
+
+def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _decoded(file: BinaryIO, path: Path, counts: Counts) -> Iterator[str]:
+    """The lines as text, with their ends; what is not UTF-8 is read as U+FFFD and counted, NUL is removed."""
+    for number, raw in enumerate(file):
+        if not number:
+            if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            line = raw.decode("utf-8", "replace")
+            counts.note("bad_utf8", f"{path}:{number + 1}")
+        counts.note("nul", f"{path}:{number + 1}", line.count("\0"))
+        yield line.replace("\0", "")
+
+
+def tabbed(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+    """The rows of a TSV."""
+    return delimited(file, path, counts, columns, tabs=True)
+
+
+def sentences(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+    """CoNLL's columns: a record is a sentence, {"tokens": its first column, "tags": its last}, or all by their names.
+
+    >>> import io
+    >>> text = b"-DOCSTART- -X- O\\n\\nEU NNP B-ORG\\nrejects VBZ O\\n"
+    >>> next(sentences(io.BytesIO(text), Path("a.conll"), Counts(), ()))
+    ('a.conll:3', {'tokens': ['EU', 'rejects'], 'tags': ['B-ORG', 'O']})
+    """
+    first, rows, width, total, lost = 1, list[list[str]](), len(columns), 0, 0
+    for number, line in enumerate(_again_blank(_decoded(file, path, counts)), 1):
+        # Blanks and tabs alone part cells: a word may hold a blank that does not break, and a cell may be empty.
+        said = line.rstrip("\r\n")
+        cells = said.split("\t") if "\t" in said else re.split(" +", said.strip(" "))
+        if said.strip(" \t") and cells[0] != "-DOCSTART-":
+            first = first if rows else number
+            rows.append(cells)
+            continue
+        if not rows:
+            continue
+        width, total = width or len(rows[0]), total + 1
+        wrong = [i for i, row in enumerate(rows) if len(row) != width or width < 2 or not row[0]]
+        if wrong:
+            lost += 1
+            row = rows[wrong[0]]
+            fault = f"{len(row)} columns of {max(width, 2)}" if row[0] else "no word before its columns"
+            counts.note("mismatched", f"{path}:{first + wrong[0]} ({fault})")
+        elif columns:
+            yield f"{path}:{first}", {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+        else:
+            yield f"{path}:{first}", {"tokens": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
+        rows = []
+    if lost > LOST * total and (lost > 1 or total == 1):
+        raise UserError(f"{counts.at['mismatched']}: so in {lost} of {total} sentences: give every word all columns")
+
+
+def _again_blank(lines: Iterator[str]) -> Iterator[str]:
+    """The lines and a blank one, which ends the last sentence."""
+    yield from lines
+    yield ""
+
+
+def lines(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+    """Plain text with a record a line, {"text": the line}; blank lines are passed over."""
+    for number, line in enumerate(_decoded(file, path, counts), 1):
+        if text := line.strip():
+            yield f"{path}:{number}", {"text": text}
+
+
+def document(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+    """A JSON file: SQuAD's articles as {"context", "question", "answers": [{"text", "start"}], "id"}, or a list of records.
+
+    A question of SQuAD 2.0 that has no answer has no `answers`; of SQuAD 1.1, which has no such questions, they are None.
+    """
+    raw = file.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = raw.decode("utf-8-sig", "replace")
+        line = raw.count(b"\n", 0, error.start) + 1
+        counts.note("bad_utf8", f"{path}:{line}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: this is not JSON: {error}; JSON lines are called .jsonl") from None
+    if type(found) is list and all(type(record) is dict for record in found):
+        for number, record in enumerate(found, 1):
+            yield f"{path}: record {number}", record
+        return
+    if type(found) is not dict or type(found.get("data")) is not list:
+        raise UserError(
+            f"{path}: this is neither SQuAD's JSON nor a list of records: there is no list 'data'; use .jsonl"
+        )
+    for article, one in enumerate(found["data"], 1):
+        for paragraph, part in enumerate(_listed(one, "paragraphs", f"{path}: article {article}"), 1):
+            where = f"{path}: article {article}, paragraph {paragraph}"
+            context = whole(_field(part, "context", str, where))
+            for number, asked in enumerate(_listed(part, "qas", where), 1):
+                yield _question(asked, context, f"{path}", f"{where}, question {number}")
+
+
+def _question(asked: Any, context: str, path: str, where: str) -> tuple[str, dict[str, Any]]:
+    """The place and the record of one of SQuAD's questions. where: its place while its id is not known."""
+    name = _field(asked, "id", (str, int), where)
+    place = f"{path}: question {name}"
+    question = _field(asked, "question", str, place)
+    answers: list[dict[str, Any]] | None = []
+    if not asked.get("is_impossible", False):
+        given = _listed(asked, "answers", place)
+        answers = [
+            {"text": _field(a, "text", str, place), "start": _field(a, "answer_start", int, place)} for a in given
+        ]
+        if not answers and "is_impossible" not in asked:
+            answers = None  # SQuAD 1.1 has an answer to every question, so this one was lost
+    return place, {"context": context, "question": question, "answers": answers, "id": str(name)}
+
+
+def _field(holder: Any, name: str, kind: Any, where: str) -> Any:
+    """What stands in a field of SQuAD's JSON; UserError that says where one is missing or is of another kind."""
+    value = holder.get(name) if type(holder) is dict else None
+    if not isinstance(value, kind):
+        wrong = f"there is no {name!r}" if value is None else f"{name!r} holds {str(value)[:40]!r}"
+        raise UserError(f"{where}: {wrong}, so this is not SQuAD's JSON: mend or remove it")
+    return value
+
+
+def _listed(holder: Any, name: str, where: str) -> list[Any]:
+    found: list[Any] = _field(holder, name, list, where)
+    return found
+
+
+Reader = Callable[[BinaryIO, Path, Counts, Sequence[str]], Rows]
+
+READERS: dict[str, Reader] = {
+    ".csv": delimited, ".tsv": tabbed, ".conll": sentences, ".bio": sentences, ".iob": sentences, ".json": document,
+}  # fmt: skip
+"""The ends of names -> who reads such a file."""

@@ -1,0 +1,147 @@
+"""The documents of some files, read once: hashed, split and copied in one pass, however often they are needed then.
+
+A run needs its text four times: for the hash of its inputs, for the choice of what is held out, to train a tokenizer, and to
+encode it. Reading is unpacking, decoding and cleaning, and costs more than a copy: the texts go into a temporary file without
+a name (in memory while they are few), which vanishes with the process. Where the disk has no room for it, the files are read
+again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+import numpy as np
+
+from firth.corpora import readers
+from firth.corpora.compression import hashing
+from firth.corpora.read_stats import Counts
+from firth.corpora.readers import Document
+from firth.data.split import HeldOut, hold_out
+from firth.io.atomic import FULL
+
+MEMORY_BYTES = 16 << 20
+"""Bytes of a copy that are kept in memory; a larger one goes to the disk."""
+
+MAX_KEPT = 32
+"""Sets of files whose documents are kept at once: the paths of a mixture."""
+
+
+class ReadOnce:
+    """The documents of some files.
+
+    Args:
+        paths: The files.
+        field: As of `firth.corpora.readers.documents`.
+        split: As of `firth.corpora.readers.documents`.
+        share: The share of the documents to hold out; None where none is chosen.
+        directory: Where the temporary file goes; None for the system's place.
+
+    Attributes:
+        counts: What the reader counted.
+        held: The choice of what is held out.
+        hashes: Absolute path -> stamp and SHA-256 of each file (`firth.corpora.compression.hashing`).
+    """
+
+    def __init__(
+        self, paths: Sequence[str], field: str, split: str, share: float | None, directory: Path | None
+    ) -> None:
+        self._paths, self._field, self._split = tuple(paths), field, split
+        self.counts = Counts()
+        self.hashes: dict[str, list[Any]] = {}
+        self._names, self._texts = array("q"), array("q")
+        place = None if directory is None else str(directory)
+        self._file: SpooledTemporaryFile[bytes] | None = SpooledTemporaryFile(MEMORY_BYTES, dir=place)  # noqa: SIM115
+        with hashing(self.hashes):
+            found = self._copied(readers.documents(paths, field=field, split=split, counts=self.counts))
+            self.held = HeldOut() if share is None else hold_out(found, share)
+            deque(found, maxlen=0)
+
+    def documents(self, held_out: bool | None = None, others: frozenset[int] = frozenset()) -> Iterator[Document]:
+        """Yield all documents, or those that are held out, or the others.
+
+        Args:
+            held_out: Which; None for all.
+            others: Content keys of further documents that are held out.
+        """
+        if held_out is None:
+            yield from self._all(None)
+            return
+        keys = self.held.keys | others
+        out = np.isin(self.held.contents, np.fromiter(keys, np.uint64, len(keys))) if keys else None
+        if out is None and held_out:
+            return
+        yield from self._all(None if out is None else out == held_out)
+
+    def _all(self, wanted: np.ndarray | None) -> Iterator[Document]:
+        """The documents where `wanted` (documents,) is True."""
+        if self._file is None:
+            again = readers.documents(self._paths, field=self._field, split=self._split)
+            yield from (d for i, d in enumerate(again) if wanted is None or wanted[i])
+            return
+        at = 0
+        for i, (name, text) in enumerate(zip(self._names, self._texts, strict=True)):
+            if wanted is None or wanted[i]:
+                self._file.seek(at)
+                raw = self._file.read(name + text)
+                yield Document(raw[:name].decode("utf-8", "surrogatepass"), raw[name:].decode())
+            at += name + text
+
+    def _copied(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents, while they are copied to the temporary file."""
+        for document in documents:
+            name, text = document.name.encode("utf-8", "surrogatepass"), document.text.encode()
+            self._append(len(name), len(text), name + text)
+            yield document
+        self._append(0, 0, b"")
+
+    def _append(self, name: int, text: int, raw: bytes) -> None:
+        """Copy a document, or write out what is buffered (no bytes). Where the disk is full the copy is given up."""
+        if self._file is None:
+            return
+        try:
+            if raw:
+                self._names.append(name)
+                self._texts.append(text)
+                self._file.write(raw)
+            else:
+                self._file.flush()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.close()
+
+    def close(self) -> None:
+        """Remove the copy; the documents are then read from their files again."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what a full disk did not take
+                file.close()
+
+
+_kept: OrderedDict[tuple[Any, ...], ReadOnce] = OrderedDict()
+
+
+def read_once(
+    paths: Sequence[str], *, field: str, split: str, share: float | None = None, directory: Path | None = None
+) -> ReadOnce:
+    """Return the documents of some files: those that are kept already, where the files are as they were."""
+    stats = tuple((str(f), stat.st_size, stat.st_mtime_ns) for f in readers.files(paths) for stat in (f.stat(),))
+    key = (tuple(paths), field, split, share, stats)
+    if key not in _kept:
+        _kept[key] = ReadOnce(paths, field, split, share, directory)
+    _kept.move_to_end(key)
+    while len(_kept) > MAX_KEPT:
+        _kept.popitem(last=False)[1].close()
+    return _kept[key]
+
+
+def forget() -> None:
+    """Remove all copies."""
+    while _kept:
+        _kept.popitem()[1].close()

@@ -1,0 +1,375 @@
+"""The token store: a corpus as one long memory-mapped row of token ids, with the documents' places in it.
+
+    store/tokens.bin       uint16 (uint32 from 65537 ids on), every document as [bos] text [eos]
+    store/offsets.bin      int64 (documents + 1,): document i is tokens[offsets[i]:offsets[i+1]]
+    store/bytes.bin        int64 (documents,): UTF-8 bytes of its text, so that bits per byte are exact
+    store/manifest.json    tokenizer, dtype, counts, content hashes, and the digest of itself; written last
+
+A store is built in `store.partial` and renamed when it is whole, so a directory that exists is complete. An interrupted
+build keeps what it has and goes on (see `_Build`). bos is left out where the tokenizer has none, as T5's, or says
+that none stands before a text, as GPT-2's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firth.corpora.readers import Document
+from firth.io.atomic import FULL
+from firth.io.integrity import check_digest, digest, with_digest
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.workers import WORTH_CHARACTERS, Encode, Workers, cores
+from firth.types import UserError
+
+FORMAT = 2
+FILES = ("tokens.bin", "offsets.bin", "bytes.bin")
+STAMPS = "stamps.bin"
+STAMP = 16
+PART = 1 << 18
+"""Characters encoded as one text. A longer document is cut before a space, so a 50 MB line costs what a short one does;
+byte-level tokenizers split there anyway, others may split one word in a quarter of a million differently."""
+CHUNK = 1 << 21
+"""Characters encoded at once: enough to keep all cores busy, and what the engine makes of them stays within 200 MB."""
+WORKER_CHUNK = 1 << 19
+"""Characters that a worker process encodes at once: a tenth of a second, so that all of them end at about the same time."""
+
+Chunk = list[tuple[str, bool]]
+"""Texts that are encoded at once: part of a document, whether it is its last part."""
+
+
+BLOCK_BYTES = 1 << 20
+"""Bytes of tokens that have one hash: a first read hashes up to two blocks, 1 ms each, and 100 GB have 4 MB of hashes."""
+
+REBUILD = "delete {}, and the next run builds it again"
+"""What to do about a damaged store."""
+
+
+class VerifiedTokens:
+    """The token ids of a store, memory-mapped and read only. A block of them is compared with its hash when it is first read.
+
+    It behaves as an array (n,) that can be sliced, indexed and given to NumPy.
+    """
+
+    def __init__(self, file: Path, dtype: np.dtype, hashes: Sequence[str]) -> None:
+        self._file, self._hashes = file, hashes
+        self._array = np.memmap(file, dtype, "r").view(np.ndarray)
+        self._checked = bytearray(len(hashes))
+        self.dtype, self.nbytes = self._array.dtype, self._array.nbytes
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: slice | int | np.integer) -> Any:
+        start, stop, _ = index.indices(len(self)) if isinstance(index, slice) else (int(index), int(index) + 1, 1)
+        if start < 0:
+            raise IndexError(f"token {start}: a store is read from its beginning")
+        self._verify(start, stop)
+        return self._array[index]
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at some places (n,)."""
+        for block in np.unique(places * self.dtype.itemsize // BLOCK_BYTES).tolist():
+            if not self._checked[block]:
+                self._verify(
+                    block * BLOCK_BYTES // self.dtype.itemsize, (block + 1) * BLOCK_BYTES // self.dtype.itemsize
+                )
+        found: np.ndarray = self._array[places]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self._verify(0, len(self))
+        return np.array(self._array, dtype, copy=copy)
+
+    def _verify(self, start: int, stop: int) -> None:
+        """Check the blocks that hold the tokens from `start` to `stop` and have not been checked."""
+        size = self.dtype.itemsize
+        first, last = start * size // BLOCK_BYTES, -(-stop * size // BLOCK_BYTES)
+        if 0 not in self._checked[first:last]:
+            return
+        raw = self._array.view(np.uint8)
+        for i in range(first, min(last, len(self._hashes))):
+            if not self._checked[i]:
+                if _hash(raw[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES].data) != self._hashes[i]:
+                    raise UserError(
+                        f"{self._file}: block {i} of {len(self._hashes)} is not as it was written (its content hash "
+                        f"differs): {REBUILD.format(self._file.parent)}"
+                    )
+                self._checked[i] = 1
+
+
+class TokenStore:
+    """An open store. tokens (n,), offsets (documents + 1,) and bytes (documents,) are memory-mapped, read only."""
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        self.directory, self.manifest = directory, manifest
+        self.tokens = VerifiedTokens(directory / FILES[0], np.dtype(manifest["dtype"]), manifest["blocks"][FILES[0]])
+        self.offsets, self.bytes = (
+            np.asarray(VerifiedTokens(directory / name, np.dtype(np.int64), manifest["blocks"][name]))
+            for name in FILES[1:]
+        )
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self.bytes)
+
+    @property
+    def opened(self) -> bool:
+        """Every document begins with bos."""
+        return bool(self.manifest["opened"])
+
+    @classmethod
+    def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> TokenStore:
+        """Open a finished store; with a tokenizer, refuse one whose tokens were made by another."""
+        directory = Path(directory)
+        path = directory / "manifest.json"
+        if not path.exists():
+            raise UserError(f"{directory}: no token store here (it has no manifest.json): build it first")
+        cure = REBUILD.format(directory)
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is cut off or damaged: {cure}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path} is not of store format {FORMAT}, which this firth reads: {cure}")
+        check_digest(manifest, path, cure)
+        if tokenizer is not None and manifest["tokenizer"] != tokenizer.digest:
+            raise UserError(
+                f"{directory}: its tokens were made by another tokenizer ({manifest['tokenizer'][:12]}, not "
+                f"{tokenizer.digest[:12]}): build the store again, or use the tokenizer it was built with"
+            )
+        for name, size in manifest["sizes"].items():
+            if not (directory / name).exists() or (directory / name).stat().st_size != size:
+                raise UserError(f"{directory / name}: not the {size} bytes that were written: {cure}")
+        return cls(directory, manifest)
+
+    @classmethod
+    def build(
+        cls,
+        documents: Iterable[Document],
+        tokenizer: Tokenizer,
+        directory: Path | str,
+        *,
+        counts: Callable[[], Mapping[str, int]] = dict,
+        progress: Callable[[int], None] | None = None,
+        workers: int | None = None,
+    ) -> TokenStore:
+        """Encode all documents into `directory`, which must not exist yet.
+
+        Args:
+            documents: What to encode; they are read once, in order.
+            tokenizer: The tokenizer.
+            directory: Where the store will be.
+            counts: Returns the reader's own counts when everything is read.
+            progress: Receives the number of bytes so far.
+            workers: Number of processes that encode, None for one on each core. The files are the same for any number; a
+                text of less than WORTH_CHARACTERS is encoded by this process.
+        """
+        directory = Path(directory)
+        if directory.exists():
+            raise UserError(f"{directory}: exists already: open it, or delete it to build it again")
+        try:
+            with _Build(directory, tokenizer, cores() if workers is None else workers) as build:
+                build.extend(documents, progress or _silent)
+                build.finish(counts())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"{directory}: the store could not be written ({error.strerror}): make room and start again, "
+                "it goes on from where it was"
+            ) from None
+        return cls.open(directory, tokenizer)
+
+
+class _Build:
+    """The files of a store while they grow. Each document also has a stamp: 8 bytes of hash of its text and of its ids.
+
+    So an interrupted build needs no journal: the leading documents whose text comes again, and whose ids on disk are
+    those of their stamps, are kept; the files are cut behind them and the rest is encoded.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, workers: int = 1) -> None:
+        self.directory, self.tokenizer, self.workers = directory, tokenizer, workers
+        self.partial = directory.with_name(directory.name + ".partial")
+        roles, size = tokenizer.vocab.roles, tokenizer.vocab.size
+        self.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
+        begins = "bos" in roles and tokenizer.bos is not False
+        self.before = np.array([roles["bos"]] if begins else [], self.dtype)
+        self.after = np.array([tokenizer.vocab.eos], self.dtype)
+        self.documents = self.tokens = self.bytes = 0
+
+    def __enter__(self) -> _Build:
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.partial / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"{self.partial}: another process is building this store: wait for it to end") from None
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock.close()
+
+    def extend(self, documents: Iterable[Document], progress: Callable[[int], None]) -> None:
+        """Append the documents, less those that an earlier build has left."""
+        rest = self._kept(iter(documents))
+        progress(self.bytes)
+        files = {name: (self.partial / name).open("ab") for name in (*FILES, STAMPS)}
+        try:
+            ids, raw = [self.before], bytearray()
+            with closing(self._encoded(rest)) as encoded:
+                for chunk, found in encoded:
+                    for (text, last), some in zip(chunk, found, strict=True):
+                        ids.append(some.astype(self.dtype))
+                        raw += text.encode()
+                        if last:
+                            row = np.concatenate((*ids, self.after))
+                            self._count(len(row), len(raw))
+                            files["tokens.bin"].write(row.tobytes())
+                            files["offsets.bin"].write(np.int64(self.tokens).tobytes())
+                            files["bytes.bin"].write(np.int64(len(raw)).tobytes())
+                            files[STAMPS].write(_stamp(raw) + _stamp(row.tobytes()))
+                            ids, raw = [self.before], bytearray()
+                    progress(self.bytes)
+        finally:
+            for file in files.values():
+                file.close()
+
+    def _encoded(self, documents: Iterator[Document]) -> Generator[tuple[Chunk, list[np.ndarray]]]:
+        """Chunks of the documents' texts with their ids, in order. What comes behind the first WORTH_CHARACTERS is encoded by
+        worker processes."""
+        parts = (part for document in documents for part in _parts(document.text))
+        alone = 0
+        while chunk := _chunk(parts, CHUNK):
+            if self.workers > 1 and alone >= WORTH_CHARACTERS:
+                break
+            yield chunk, self.tokenizer.encode_batch([text for text, _ in chunk])
+            alone += sum(len(text) for text, _ in chunk)
+        else:
+            return
+        sent: deque[Chunk] = deque()
+
+        def texts() -> Iterator[list[str]]:
+            more = chunk
+            while more:
+                sent.append(more)
+                yield [text for text, _ in more]
+                more = _chunk(parts, WORKER_CHUNK)
+
+        with Workers(Encode(self.tokenizer), self.workers) as workers:
+            for found in workers.map(texts()):
+                yield sent.popleft(), found
+
+    def _count(self, tokens: int, size: int) -> None:
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += size
+
+    def _kept(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """Cut the files to what is still right of an earlier build; return the documents that are left to encode."""
+        made_by, paths = self.partial / "tokenizer", [self.partial / name for name in (*FILES, STAMPS)]
+        if not (made_by.exists() and made_by.read_text("utf-8") == self.tokenizer.digest):
+            for path in paths:
+                path.write_bytes(np.int64(0).tobytes() if path.name == "offsets.bin" else b"")
+            made_by.write_text(self.tokenizer.digest, "utf-8")  # last: without it all the rest is begun anew
+        offsets, sizes = (
+            np.frombuffer(path.read_bytes()[: path.stat().st_size // 8 * 8], np.int64) for path in paths[1:3]
+        )
+        stamps = paths[3].read_bytes()
+        there = min(len(offsets) - 1, len(sizes), len(stamps) // STAMP)
+        with paths[0].open("rb") as tokens:
+            for document in documents:
+                i, raw = self.documents, document.text.encode()
+                row = b""
+                if i < there and sizes[i] == len(raw) and offsets[i] == self.tokens:
+                    row = tokens.read(max(int(offsets[i + 1] - offsets[i]), 0) * self.dtype.itemsize)
+                if not row or stamps[STAMP * i :][:STAMP] != _stamp(raw) + _stamp(row):
+                    documents = chain([document], documents)
+                    break
+                self._count(len(row) // self.dtype.itemsize, len(raw))
+        item = (self.dtype.itemsize * self.tokens, 8 * (self.documents + 1), 8 * self.documents, STAMP * self.documents)
+        for path, size in zip(paths, item, strict=True):
+            os.truncate(path, size)
+        return documents
+
+    def finish(self, counts: Mapping[str, int]) -> None:
+        """Write the manifest and give the store its name."""
+        if not self.documents:
+            raise UserError(f"{self.directory}: no documents to build a store from; the reader counted {dict(counts)}")
+        blocks = {name: _block_hashes(self.partial / name) for name in FILES}
+        manifest = {
+            "format": FORMAT,
+            "tokenizer": self.tokenizer.digest,
+            "dtype": self.dtype.name,
+            "opened": bool(len(self.before)),
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "counts": dict(counts),
+            "sizes": {name: (self.partial / name).stat().st_size for name in FILES},
+            "content": digest(blocks),
+            "blocks": blocks,
+        }
+        (self.partial / "manifest.json").write_text(json.dumps(with_digest(manifest)) + "\n", "utf-8")
+        for name in (*FILES, "manifest.json"):
+            with (self.partial / name).open("rb") as file:
+                os.fsync(file.fileno())
+        for name in (STAMPS, "tokenizer", "lock"):
+            (self.partial / name).unlink()
+        if self.directory.exists():
+            raise UserError(f"{self.directory}: another process has built this store in the meantime: open it")
+        os.replace(self.partial, self.directory)
+
+
+def _silent(read: int) -> None:
+    """Progress that nobody asked for."""
+
+
+def _chunk(parts: Iterator[tuple[str, bool]], characters: int) -> Chunk:
+    """The next parts, of about so many characters together; none at the end."""
+    chunk: Chunk = []
+    size = 0
+    while size < characters and (part := next(parts, None)) is not None:
+        chunk.append(part)
+        size += len(part[0])
+    return chunk
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """A text in parts of at most PART characters, cut before white space where there is any in the second half."""
+    start = 0
+    while len(text) - start > PART:
+        lowest, highest = start + PART // 2, start + PART
+        cut = max(text.rfind(" ", lowest, highest), text.rfind("\n", lowest, highest))
+        while cut > lowest and text[cut - 1].isspace():  # not inside a run of white space, which is split as a whole
+            cut -= 1
+        cut = cut if cut > lowest else highest
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
+
+
+def _stamp(raw: bytes | bytearray) -> bytes:
+    return hashlib.blake2b(raw, digest_size=8).digest()
+
+
+def _hash(raw: bytes | memoryview) -> str:
+    """The content hash of a block: BLAKE2b, about 1 GB/s on any CPU (SHA-256 needs instructions for that)."""
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+def _block_hashes(file: Path) -> list[str]:
+    with file.open("rb") as opened:
+        return [_hash(block) for block in iter(lambda: opened.read(BLOCK_BYTES), b"")]

@@ -1,0 +1,377 @@
+"""The demo: the whole way once, on real text, in about six minutes on two cores.
+
+    1 subwords   2 three families pretrained   3 a finetuned task   4 instruction tuning
+    5 preferences and a reward model   6 PPO and DPO   7 report, models, what to type next
+
+Every stage is an ordinary recipe in an ordinary run directory, so whatever the demo does a user can do with
+`firth train`, and an interrupted demo goes on where it was: finished stages return at once, a started one resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from firth.align.rewards import RewardModel, Sample, Truth, prefer, write_comparisons
+from firth.align.rollouts import Phase, Rollouts
+from firth.corpora import catalog
+from firth.demo import folder, plays
+from firth.demo.data import Material, read_rows
+from firth.demo.report import WORDS, commands, demo_report
+from firth.demo.scorers import SCORERS
+from firth.demo.sizes import SIZES, Size
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.io.atomic import make_directory, write_text
+from firth.model.model import LM
+from firth.pretrained.load_save import load_model
+from firth.recipes import finetuning, post_training
+from firth.report.page import write
+from firth.runs.inference import Opened, open_run, opening
+from firth.runs.prepare import Echo, Text, train_tokenizer
+from firth.runs.recipe import Recipe, TokenizerPlan
+from firth.runs.run import Finished, run
+from firth.runs.tokenizer import sentinels_of
+from firth.tokenizer import chat, inspection
+from firth.tokenizer.inspection import readable
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import UserError
+
+Facts = dict[str, Any]
+
+
+def walk(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
+    """Do every stage that is not done yet in `out`; return the report.
+
+    text: a user's own files or folders in place of the plays. Raises UserError for an unknown size, text that is too
+    small, and a directory that holds another demo.
+    """
+    if size not in SIZES:
+        raise UserError(f"there is no size {size!r} of the demo; there is {', '.join(SIZES)}")
+    make_directory(out)
+    _same(out, {"text": [str(Path(t).resolve()) for t in text], "size": size, "seed": seed})
+    return _Walk(out, list(text), SIZES[size], seed, echo).whole()
+
+
+def _same(out: Path, asked: Facts) -> None:
+    path = out / "demo.json"
+    if not path.exists():
+        path.write_text(json.dumps(asked), "utf-8")
+    elif json.loads(path.read_text("utf-8")) != asked:
+        raise UserError(
+            f"{out} holds a demo of other text, size or seed: delete it, or choose another place with --out"
+        )
+
+
+def gapped(texts: Sequence[str], gap: str, missing: int, rng: random.Random) -> list[str]:
+    """Four of the texts of 8 to 24 words, or as many as there are, each with a gap where so many words stood; none that
+    spells the gap itself, as a text about models may.
+
+    >>> gapped(["so shaken as we are so wan with care", "a <mask> b c d e f g h"], "<mask>", 2, random.Random(0))
+    ['so shaken as we <mask> wan with care']
+    """
+    said = [text for text in texts if 8 <= len(text.split()) <= 24 and gap not in text]
+    found = []
+    for text in rng.sample(said, min(4, len(said))):
+        words = text.split()
+        at = rng.randrange(1, len(words) - 2)
+        words[at : at + missing] = [gap]
+        found.append(" ".join(words))
+    return found
+
+
+def text_of(texts: Mapping[bytes, str], prompt: np.ndarray) -> str:
+    """The text that a prompt (n,) was made of, by the bytes of its tokens."""
+    return texts[prompt.tobytes()]
+
+
+@dataclass
+class _Walk:
+    """One walk: where, on what, how large."""
+
+    out: Path
+    text: list[str]
+    size: Size
+    seed: int
+    echo: Echo
+
+    def whole(self) -> Path:
+        began = time.monotonic()
+        self.material = self.material_made()
+        self.say(1, f"subwords from {self.material.title}, {self.material.bytes / 1e6:.1f} MB of text to learn from")
+        self.tokenizer = self.subwords()
+        self.say(2, "an encoder, an encoder-decoder and a decoder learn from the raw text")
+        self.families = self.pretrained()
+        self.say(3, f"a real label: {self.material.question}")
+        self.classified()
+        self.say(4, f"instruction tuning. {self.material.cue}")
+        self.instructed = self.tuned()
+        self.say(5, "pairwise preferences, and a reward model that learns them")
+        self.reward = self.rewarded()
+        self.say(6, "PPO and DPO from the same start")
+        self.aligned()
+        self.say(7, "the report")
+        path = write(demo_report(self.out, self.material, self.size), self.out / "report.html")
+        self.echo(f"\nDone in {time.monotonic() - began:.0f} s. Open {path}\nThen, for example:")
+        activate = Path(sys.prefix, "bin", "activate")
+        if shutil.which("firth") is None and activate.exists():
+            self.echo(f"  source {os.path.relpath(activate)}")
+        for command in commands(self.out, self.material):
+            self.echo(f"  {command.line}")
+        return path
+
+    def say(self, number: int, what: str) -> None:
+        self.echo(f"\n[{number}/7] {what}")
+
+    def once(self, name: str, make: Callable[[], Facts]) -> Facts:
+        """A stage's findings: computed once and kept as JSON."""
+        path = self.out / "findings" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            found = make()
+            write_text(path, json.dumps(found, ensure_ascii=False, indent=1))
+        kept: Facts = json.loads(path.read_text("utf-8"))
+        return kept
+
+    # 1
+
+    def material_made(self) -> Material:
+        place = self.out / "material"
+        plan = {"labels": self.size.labels, "held_labels": self.size.held_labels, "seed": self.seed}
+        if (place / "material.json").exists():
+            return Material.load(place)
+        if self.text:
+            return folder.make(self.text, place, **plan)
+        return plays.make(catalog.fetch("shakespeare", echo=self.echo), place, **plan)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return read_rows(self.out / "material" / f"{name}.jsonl")
+
+    def file(self, name: str) -> str:
+        return str(self.out / "material" / f"{name}.jsonl")
+
+    def subwords(self) -> Tokenizer:
+        place = self.out / "tokenizer"
+        if not (place / "merges.json").exists():
+            plans = self.size.pretraining(self.size.vocab).values()
+            train_tokenizer(
+                [self.file("train")], place, algorithm="byte-bpe", size=self.size.vocab, seed=self.seed, echo=self.echo,
+                sentinels=max(map(sentinels_of, plans)),
+            )  # fmt: skip
+        self.echo(inspection.report(place, WORDS, first=12))
+        return Tokenizer.load(place)
+
+    # 2
+
+    def pretrained(self) -> dict[str, Finished]:
+        source = Text(path=(self.file("train"),), valid=(self.file("valid"),), store=str(self.out / "stores"))
+        plan = TokenizerPlan(path=str(self.out / "tokenizer"))
+        done = {}
+        for name, recipe in self.size.pretraining(self.tokenizer.vocab.size).items():
+            here = dataclasses.replace(recipe, name=name, source=source, tokenizer=plan, seed=self.seed)
+            done[name] = run(here, self.out / name, echo=self.echo)
+            found = self.once(f"samples-{name}", functools.partial(self.before_and_after, name, here))
+            for sample in found["samples"][:1]:
+                self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
+        return done
+
+    def before_and_after(self, name: str, recipe: Recipe) -> Facts:
+        """The same prompts answered by the untrained and the trained model."""
+        after = open_run(self.out / name)
+        torch.manual_seed(self.seed)
+        untrained = LM(after.model.shape, recipe.objective.parts(after.model.shape))
+        before = Opened(untrained, self.tokenizer, Engine(untrained, self.tokenizer))
+        prompts = self.prompts(name)
+        answers = [self.answers(name, opened, prompts) for opened in (before, after)]
+        samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]
+        return {"samples": samples}
+
+    def prompts(self, name: str) -> list[str]:
+        """Held-out text in the form that the family reads."""
+        if name == "decoder":
+            return list(self.material.samples)
+        said = [row["completion"] for row in self.rows("dialogues-valid")]
+        if name == "encoder":
+            return gapped(said, self.tokenizer.token(self.tokenizer.vocab.mask), 1, random.Random(self.seed))
+        return gapped(said, "<extra_id_0>", 2, random.Random(self.seed))
+
+    def answers(self, name: str, opened: Opened, prompts: Sequence[str]) -> list[str]:
+        if name == "encoder":
+            found = []
+            for prompt in prompts:
+                [candidates] = opened.engine.fill(prompt, 5)
+                found.append("  ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in candidates))
+            return found
+        sampling = self.legible(self.size.sample)
+        if name == "decoder":
+            return opened.continue_text(prompts, sampling)
+        sentinel = self.tokenizer.id("<extra_id_0>")
+        ids = []
+        for prompt in prompts:
+            left, right = prompt.split("<extra_id_0>")
+            parts = (
+                self.tokenizer.encode(left.rstrip()),
+                [sentinel],
+                self.tokenizer.encode(right),
+                [self.tokenizer.vocab.eos],
+            )
+            ids.append(np.concatenate(parts).astype(np.int32))
+        short = dataclasses.replace(sampling, max_new=12)
+        return [c.text for c in opened.engine.generate(ids, short)]
+
+    def legible(self, longest: int) -> Sampling:
+        """How a sample for a reader is drawn: somewhat below temperature 1, without the long tail."""
+        return Sampling(max_new=longest, temperature=0.7, min_p=0.05, seed=self.seed)
+
+    # 3
+
+    def classified(self) -> None:
+        source = Text(path=(self.file("labelled-train"),), valid=(self.file("labelled-valid"),))
+        base = self.size.classify(finetuning.classify())
+        shape = load_model(self.families["encoder"].model).shape
+        plan = TokenizerPlan(path=str(self.out / "tokenizer"))
+        for name, begins in (
+            ("classify-pretrained", {"start": str(self.out / "encoder")}),
+            ("classify-scratch", {"shape": shape}),
+        ):
+            recipe = dataclasses.replace(base, name=name, source=source, seed=self.seed, tokenizer=plan, **begins)
+            done = run(recipe, self.out / name, echo=self.echo)
+            self.echo(f"  {name}: {done.metrics['valid/accuracy']:.1%} of the held-out passages right")
+
+    # 4
+
+    def tuned(self) -> Path:
+        source = Text(path=(self.file("dialogues-train"),), valid=(self.file("dialogues-valid"),))
+        recipe = dataclasses.replace(
+            self.size.instruct(post_training.instruct()),
+            name="instruct",
+            source=source,
+            start=str(self.out / "decoder"),
+            seed=self.seed,
+        )
+        run(recipe, self.out / "instruct", echo=self.echo)
+        found = self.once("samples-instruct", self.dialogues)
+        for sample in found["samples"][:2]:
+            self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
+        return self.out / "instruct"
+
+    def asked(self, part: str, n: int) -> list[dict[str, Any]]:
+        """The first n rows of dialogues whose prompts leave room for an answer."""
+        rows = self.rows(f"dialogues-{part}")
+        room = self.size.context - self.size.answer
+        return [r for r in rows if len(self.prompt(r["prompt"])) <= room][:n]
+
+    def prompt(self, text: str) -> np.ndarray:
+        return chat.encode(self.tokenizer, [{"role": "user", "content": text}], open=True)[0]
+
+    def dialogues(self) -> Facts:
+        prompts = [row["prompt"] for row in self.asked("valid", 4)]
+        answers = []
+        for name in ("decoder", "instruct"):
+            opened = open_run(self.out / name)
+            read = [self.prompt(p) if name == "instruct" else opening(self.tokenizer, p, opened.model) for p in prompts]
+            sampling = self.legible(self.size.answer)
+            answers.append([c.text for c in opened.engine.generate(read, sampling)])
+        return {"samples": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]}
+
+    # 5
+
+    def truth(self) -> Truth:
+        return Truth(SCORERS[self.material.scorer])
+
+    def drawn(self, model: LM, prompts: Sequence[np.ndarray], seed: int) -> list[Sample]:
+        sampling = Sampling(max_new=self.size.answer, seed=seed)
+        written = Engine(model, self.tokenizer).generate(prompts, sampling)
+        return [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+
+    def rewarded(self) -> Path:
+        self.once("preferences", self.preferences)
+        source = Text(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        recipe = dataclasses.replace(
+            self.size.reward(post_training.reward()),
+            name="reward",
+            source=source,
+            start=str(self.instructed),
+            seed=self.seed,
+        )
+        done = run(recipe, self.out / "reward", echo=self.echo)
+        self.echo(f"  the reward model agrees with {done.metrics['valid/accuracy']:.1%} of the held-out comparisons")
+        return self.out / "reward"
+
+    def preferences(self) -> Facts:
+        """Two answers to each prompt, compared by the true scorer with a stated inconstancy (Bradley-Terry)."""
+        model = load_model(self.instructed / "model")
+        counts: Facts = {}
+        for part, n in (("train", self.size.comparisons), ("valid", self.size.held_comparisons)):
+            requests = [row["prompt"] for row in self.asked(part, n)]
+            prompts = [self.prompt(text) for text in requests]
+            texts = {prompt.tobytes(): text for prompt, text in zip(prompts, requests, strict=True)}
+            first, second = (self.drawn(model, prompts, self.seed + s) for s in (1, 100_001))
+            rng = np.random.default_rng((self.seed, len(part)))
+            found = prefer(first, second, self.truth(), tokenizer=self.tokenizer, noise=self.size.noise, rng=rng)
+            write_comparisons(found, Path(self.file(f"preferences-{part}")), functools.partial(text_of, texts))
+            counts[part] = len(found)
+            counts[f"{part}-agree"] = float(np.mean([c.margin > 0 for c in found]))
+        self.echo(
+            f"  {counts['train']} comparisons to learn from and {counts['valid']} held out; the judge is inconstant: "
+            f"{counts['train-agree']:.0%} of its choices have the higher true score"
+        )
+        return counts
+
+    # 6
+
+    def aligned(self) -> None:
+        start = str(self.instructed)
+        prompts = Text(path=(self.file("dialogues-train"),))
+        ppo = dataclasses.replace(
+            self.size.ppo(post_training.ppo(), reward=str(self.reward), scorer=f"firth.demo.scorers:{self.material.scorer}"),
+            name="ppo", source=prompts, start=start, seed=self.seed,
+        )  # fmt: skip
+        pairs = Text(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        dpo = dataclasses.replace(
+            self.size.dpo(post_training.dpo()), name="dpo", source=pairs, start=start, seed=self.seed
+        )
+        for recipe in (ppo, dpo):
+            run(recipe, self.out / recipe.name, echo=self.echo)
+        found = self.once("alignment", self.alignment)
+        for name, row in found["models"].items():
+            self.echo(
+                f"  {name:<9} true reward {row['truth']:.2f}   reward model {row['reward']:+.2f}   "
+                f"KL to the start {row['kl_per_answer']:.1f} nats an answer   {row['length']:.0f} tokens"
+            )
+
+    def alignment(self) -> Facts:
+        """True reward, learnt reward and KL to the reference of all three, on the same held-out prompts."""
+        reference = load_model(self.instructed / "model")
+        held = self.asked("valid", self.size.judged)
+        prompts = [self.prompt(row["prompt"]) for row in held]
+        judge = RewardModel(load_model(self.reward / "model"))
+        judge = judge.normalised(self.drawn(reference, prompts, self.seed + 9))
+        phase = Phase(answers=len(prompts), max_new=self.size.answer, steps=1)
+        models: Facts = {}
+        texts: dict[str, list[str]] = {}
+        for name in ("instruct", "ppo", "dpo"):
+            policy = load_model(self.out / name / "model")
+            source = Rollouts(
+                prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7
+            )
+            models[name] = dict(source.prepare(policy, 0))
+            written = Engine(policy, self.tokenizer).generate(prompts[:6], self.legible(self.size.answer))
+            texts[name] = [w.text for w in written]
+        samples = [
+            {"prompt": row["prompt"], **{name: texts[name][i] for name in texts}} for i, row in enumerate(held[:6])
+        ]
+        return {"models": models, "samples": samples, "prompts": len(prompts)}

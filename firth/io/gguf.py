@@ -1,0 +1,314 @@
+"""The GGUF container: one file with a model's metadata, its vocabulary and its tensors, as llama.cpp has it.
+
+    magic "GGUF" | version | tensors: how many | metadata: how many | (key, type, value)... |
+    (name, dimensions, type, offset)... | padding | the tensors, each at a multiple of `general.alignment`
+
+Only the container is here: what its keys mean for a model stands in `firth.pretrained.gguf`, what they mean for a
+tokenizer in `firth.tokenizer.gguf_read`, and what its blocks of numbers mean in `firth.pretrained.gguf_quantize`. The layout is that of the
+GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), versions 2 and 3, in the byte order of this world's
+machines. Unlike llama.cpp, arrays in arrays are refused (nobody writes them), and so are overlapping tensors.
+
+>>> from pathlib import Path; from tempfile import TemporaryDirectory
+>>> with TemporaryDirectory() as folder:
+...     file = Path(folder) / "small.gguf"
+...     write(file, {"general.architecture": "llama"}, [Writing("a", "F32", (2, 3), lambda: np.zeros((2, 3), np.float32))])
+...     found = read(file)
+>>> found.metadata, found.tensors["a"].shape
+({'general.architecture': 'llama'}, (2, 3))
+
+A file is a stranger's: every count and length is held against what is left of the file before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from firth.io.atomic import new_file
+from firth.types import UserError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+NUMBERS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+"""The number of a value's type -> NumPy's name of it; 8 is a string and 9 an array."""
+STRING, ARRAY = 8, 9
+MOST_KEYS, MOST_TENSORS, MOST_STRINGS, LONGEST_KEY = 1 << 16, 1 << 17, 1 << 23, 1 << 16
+"""More than any model has; a file that states more is broken, and a reader of it would be busy for minutes."""
+DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a tensor's numbers are stored: `block` of them in `size` bytes."""
+
+    number: int
+    block: int
+    size: int
+
+
+KINDS = {
+    "F32": Kind(0, 1, 4), "F16": Kind(1, 1, 2), "BF16": Kind(30, 1, 2),
+    "Q4_0": Kind(2, 32, 18), "Q4_1": Kind(3, 32, 20), "Q5_0": Kind(6, 32, 22), "Q5_1": Kind(7, 32, 24),
+    "Q8_0": Kind(8, 32, 34), "Q2_K": Kind(10, 256, 84), "Q3_K": Kind(11, 256, 110), "Q4_K": Kind(12, 256, 144),
+    "Q5_K": Kind(13, 256, 176), "Q6_K": Kind(14, 256, 210),
+}  # fmt: skip
+"""What is read, by ggml's names. The others (IQ..., TQ..., MXFP4) are refused by their number."""
+BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor in a file. shape: as NumPy counts, the rows first. data: (rows, bytes of a row) uint8, memory-mapped."""
+
+    kind: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class File:
+    """What a file holds. metadata: key -> bool, int, float, str, list of str, or a NumPy array of numbers."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A value that must be text; UserError where it is something else, or missing without a default."""
+        value = self.metadata.get(key, default)
+        if type(value) is not str:
+            raise UserError(f"{self.path}: its metadata has no text {key!r}")
+        return value
+
+    def list(self, key: str) -> list[str]:
+        """A value that must be a list of texts, not empty."""
+        value = self.metadata.get(key)
+        if type(value) is not list or not value:
+            raise UserError(f"{self.path}: its metadata has no list of texts {key!r}")
+        return value
+
+    def numbers(self, key: str, count: int) -> np.ndarray | None:
+        """A value that must be an array of `count` numbers; None where there is none."""
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray) or len(value) != count:
+            raise UserError(f"{self.path}: {key!r} in its metadata is no array of {count} numbers")
+        return value
+
+
+def find(path: Path) -> Path | None:
+    """The GGUF file that a path names: itself, or the only one of a directory that holds no other model; else None.
+
+    UserError where a directory holds several.
+    """
+    if path.suffix == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+        return path
+    others = ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json")
+    if not path.is_dir() or any((path / name).exists() for name in others):
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} GGUF files, {files[0].name} first: name the one you mean")
+    return files[0] if files else None
+
+
+class _Reader:
+    """The bytes of a header, from front to back, never past the end."""
+
+    def __init__(self, path: Path, data: np.ndarray) -> None:
+        # Through NumPy each of a vocabulary's strings would cost four times as much.
+        self.path, self.data, self.at, self.strings = path, data.data, 0, 0
+
+    def refused(self, why: str) -> UserError:
+        return UserError(f"{self.path}: this is not a GGUF file that can be read: {why}; fetch or convert it again")
+
+    def take(self, size: int, what: str) -> bytes:
+        if size > len(self.data) - self.at:
+            raise self.refused(f"{what} goes past its end")
+        self.at += size
+        return bytes(self.data[self.at - size : self.at])
+
+    def number(self, form: str, what: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+
+    def string(self, what: str, longest: int = 1 << 62) -> str:
+        size = self.number("<Q", what)
+        if size > longest:
+            raise self.refused(f"{what} is {size} bytes long")
+        try:
+            return self.take(size, what).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.refused(f"{what} is not UTF-8") from None
+
+    def count(self, what: str, most: int) -> int:
+        count: int = self.number("<Q", what)
+        if count > most:
+            raise self.refused(f"it states {count} {what}")
+        return count
+
+    def value(self, key: str) -> Any:
+        kind = self.number("<I", f"the value of {key!r}")
+        if kind == STRING:
+            return self.string(f"the value of {key!r}")
+        if kind == ARRAY:
+            return self.array(key)
+        if kind not in NUMBERS:
+            raise self.refused(f"the value of {key!r} has the unknown type {kind}")
+        return _plain(self.vector(kind, 1, key)[0])
+
+    def vector(self, kind: int, count: int, key: str) -> np.ndarray:
+        form = np.dtype(NUMBERS[kind])
+        if kind == 7:  # any byte but 0 and 1 in a NumPy bool is trouble
+            return np.frombuffer(self.take(count, f"the value of {key!r}"), np.uint8) != 0
+        return np.frombuffer(self.take(count * form.itemsize, f"the value of {key!r}"), form)
+
+    def array(self, key: str) -> Any:
+        kind, count = self.number("<I", f"the value of {key!r}"), self.number("<Q", f"the value of {key!r}")
+        if kind == STRING:
+            self.strings += count
+            if self.strings > MOST_STRINGS or count * 8 > len(self.data) - self.at:
+                raise self.refused(f"the value of {key!r} is a list of {count} texts")
+            return [self.string(f"a text of {key!r}") for _ in range(count)]
+        if kind not in NUMBERS:
+            raise self.refused(f"the value of {key!r} is a list of the type {kind}, which firth does not read")
+        return self.vector(kind, count, key)
+
+
+def read(path: Path) -> File:
+    """What a GGUF file holds; its tensors are mapped, not read. UserError where it is broken or of a kind not known."""
+    if not path.is_file() or path.stat().st_size < 24:
+        raise UserError(f"{path}: this is not a GGUF file: it is too short, or not there")
+    data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+    reader = _Reader(path, data)
+    if reader.take(4, "its magic") != MAGIC:
+        raise reader.refused("it does not begin with GGUF")
+    version = reader.number("<I", "its version")
+    if version not in VERSIONS:
+        told = "of the other byte order" if version & 0xFFFF == 0 else f"of version {version}"
+        raise reader.refused(f"it is {told}, and firth reads versions 2 and 3, little-endian")
+    tensors, keys = reader.count("tensors", MOST_TENSORS), reader.count("keys", MOST_KEYS)
+    metadata: dict[str, Any] = {}
+    for _ in range(keys):
+        key = reader.string("a key", LONGEST_KEY)
+        if key in metadata:
+            raise reader.refused(f"the key {key!r} is there twice")
+        metadata[key] = reader.value(key)
+    infos = [_info(reader) for _ in range(tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
+        raise reader.refused(f"its alignment is {alignment!r}")
+    return File(path, metadata, _placed(reader, data, infos, alignment))
+
+
+def _info(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
+    """(name, kind, shape, offset) of one tensor."""
+    name = reader.string("a tensor's name", LONGEST_KEY)
+    dimensions = reader.number("<I", f"the tensor {name!r}")
+    if not 0 < dimensions <= DIMENSIONS:
+        raise reader.refused(f"the tensor {name!r} has {dimensions} dimensions")
+    shape = tuple(reader.number("<Q", f"the tensor {name!r}") for _ in range(dimensions))[::-1]
+    number, offset = reader.number("<I", f"the tensor {name!r}"), reader.number("<Q", f"the tensor {name!r}")
+    if number not in BY_NUMBER:
+        raise UserError(
+            f"{reader.path}: the tensor {name!r} is of ggml's type {number}; firth reads {', '.join(KINDS)}: "
+            "take a file in one of those"
+        )
+    return name, BY_NUMBER[number], shape, offset
+
+
+def _placed(
+    reader: _Reader, data: np.ndarray, infos: Sequence[tuple[str, str, tuple[int, ...], int]], alignment: int
+) -> dict[str, Stored]:
+    """The tensors' bytes: inside the file, at multiples of the alignment, none over another."""
+    start = _padded(reader.at, alignment)
+    found: dict[str, Stored] = {}
+    ends = 0
+    for name, kind, shape, offset in sorted(infos, key=lambda info: info[3]):
+        block, size = KINDS[kind].block, KINDS[kind].size
+        row, bytes = math.prod(shape[:-1]), shape[-1] // block * size
+        if name in found:
+            raise reader.refused(f"the tensor {name!r} is there twice")
+        if 0 in shape or shape[-1] % block:
+            raise reader.refused(f"the tensor {name!r} of shape {shape} has no whole blocks of {kind}")
+        if offset % alignment or offset < ends or start + offset + row * bytes > len(data):
+            raise reader.refused(f"the tensor {name!r} lies outside of the file, over another one or out of line")
+        ends = offset + row * bytes
+        found[name] = Stored(kind, shape, data[start + offset : start + ends].reshape(row, bytes))
+    return {name: found[name] for name, *_ in infos}
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own: a float32 as the shortest decimal that names it (1e-05, not 9.99e-06)."""
+    return float(str(value)) if value.dtype == np.float32 else value.item()
+
+
+@dataclass(frozen=True, eq=False)
+class Writing:
+    """A tensor to be written. make: called once, when its turn comes; its numbers stored as `kind` says, any shape."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Writing], alignment: int = 32) -> None:
+    """Write a file; one tensor at a time is in memory. Values are as in `File`: an int becomes a uint32, a float a float32.
+
+    The file appears under its name when it is whole.
+    """
+    with new_file(path) as partial, partial.open("wb") as file:
+        file.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata)))
+        for key, value in metadata.items():
+            file.write(_string(key) + _value(value))
+        offset = 0
+        for tensor in tensors:
+            kind = KINDS[tensor.kind]
+            shape = tensor.shape[::-1]
+            file.write(
+                _string(tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind.number, offset)
+            )
+            offset += _padded(math.prod(tensor.shape) // kind.block * kind.size, alignment)
+        _pad(file, alignment)
+        for tensor in tensors:
+            made, kind = tensor.make(), KINDS[tensor.kind]
+            assert made.nbytes == math.prod(tensor.shape) // kind.block * kind.size, tensor.name
+            file.write(np.ascontiguousarray(made).data)
+            _pad(file, alignment)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _pad(file: BinaryIO, alignment: int) -> None:
+    file.write(b"\0" * (-file.tell() % alignment))
+
+
+def _string(text: str) -> bytes:
+    coded = text.encode("utf-8")
+    return struct.pack("<Q", len(coded)) + coded
+
+
+def _value(value: Any) -> bytes:
+    """A value's type and bytes."""
+    if isinstance(value, np.ndarray):
+        number = next(n for n, form in NUMBERS.items() if np.dtype(form) == value.dtype)
+        return struct.pack("<IIQ", ARRAY, number, len(value)) + value.tobytes()
+    if isinstance(value, list):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    form, number = {bool: ("<I?", 7), int: ("<II", 4), float: ("<If", 6)}[type(value)]
+    return struct.pack(form, number, value)

@@ -1,0 +1,147 @@
+"""The shapes of published models, as their papers and released checkpoints have them.
+
+    shape                   parameters        from
+    gpt                     117 M             Radford 2018, section 4.1
+    gpt2 ... gpt2-xl        124 M to 1.56 B   Radford 2019, table 2 (its 117 M and 345 M are miscounts: 124 M and 355 M)
+    chinchilla              70 B              Hoffmann 2022, table 4: Gopher's form (see `transformer_xl`)
+    gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
+    bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
+    roberta-base, -large    125 M, 355 M      Liu 2019, section 2 and 5, with one segment, as released
+    distilbert-base         66 M              Sanh 2019, table 3, without the head
+    xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
+    mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
+    spanbert                334 M             Joshi 2020: BERT-large with its cased vocabulary
+    albert-base ...         12, 18, 60, 223 M Lan 2020, table 1, with the pooler (its 235 M for the last is 223 M as released)
+    electra-small, -base    14 M, 110 M       Clark 2020, table 6: the discriminator
+    t5-small ... t5-11b     61 M to 11 B      Raffel 2020, section 3.7 (there 60 M, 220 M, 770 M, 3 B, 11 B)
+    bart-base, bart-large   139 M, 406 M      Lewis 2019, section 2.1 (base) and 5 (large)
+    llama-7b                6.7 B             Touvron 2023, table 2
+
+>>> f"{SHAPES['gpt2-xl'].parameters():,}"
+'1,557,611,200'
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.model.config import Shape
+
+
+def gpt(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+    """GPT: a decoder with the norm after each branch, learned positions, a tied head (Radford 2018)."""
+    return Shape(vocab=vocab, width=width, depth=depth, heads=heads, context=context, norm_at="post", dropout=0.1)
+
+
+def gpt2(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
+    """GPT-2: the norm before each branch and one more at the end (Radford 2019, section 2.3)."""
+    return Shape(vocab=vocab, width=width, depth=depth, heads=heads, context=context, dropout=0.1)
+
+
+def transformer_xl(
+    width: int, depth: int, heads: int, head_width: int, vocab: int = 32000, context: int = 2048
+) -> Shape:
+    """Gopher's form: RMSNorm before each branch, relative positions as in Transformer-XL, a tied table of 32,000
+    (Rae 2021, section 2.1; Hoffmann 2022, section 4.1).
+
+    The paper says no more, and no weights were released. Its counts agree with this reading: with a matrix of distances in
+    each layer, offsets in the MLP and the two of the scores, this function gives 46 of the 50 sizes of its table A9 to the
+    million, and the others to 0.7 million (16,183 M for 47 layers of 5,120; without those matrices 14,951 M). The activation
+    is not told.
+    """
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, head_width=head_width, context=context, norm="rms",
+        norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
+    )  # fmt: skip
+
+
+def llama(vocab: int, width: int, depth: int, heads: int, hidden: int, context: int = 2048, kv_heads: int = 0) -> Shape:
+    """Llama: RMSNorm, SwiGLU, rotary positions, no biases, a head of its own (Touvron 2023, section 2.2)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden, context=context, norm="rms",
+        norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False,
+    )  # fmt: skip
+
+
+def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, segments: int = 2) -> Shape:
+    """BERT: an encoder with the norm after each branch, learned positions and segments (Devlin 2019, section 3)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, segments=segments,
+        norm_at="post", norm_eps=1e-12, embed_norm=True, activation="gelu", dropout=0.1, head="transform", head_bias=True,
+    )  # fmt: skip
+
+
+def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> Shape:
+    """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, norm_at="post", norm_eps=1e-12,
+        position="xlnet", query=True, segments=2, memory=memory, activation="gelu", dropout=0.1, head_bias=True,
+    )  # fmt: skip
+
+
+def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+    """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
+    return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
+
+
+def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> Shape:
+    """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
+    like = bert(vocab, width, depth, heads)
+    return replace(like, embed=128, groups=1, activation="gelu_tanh")
+
+
+def electra(width: int, heads: int, embed: int = 0) -> Shape:
+    """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
+    return replace(bert(30522, width, 12, heads), embed=embed)
+
+
+def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> Shape:
+    """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, head_width=head_width, hidden=hidden,
+        context=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
+        score_scale=False, head_scale=width**-0.5, dropout=0.1, init=0.0,
+    )  # fmt: skip
+
+
+def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
+    """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
+    return Shape(
+        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, context=context, decoder_start="eos",
+        norm_at="post", embed_norm=True, activation="gelu", dropout=0.1, head_bias=True,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Shape] = {
+    "gpt": gpt(40478, 768, 12, 12),
+    "gpt2": gpt2(50257, 768, 12, 12),
+    "gpt2-medium": gpt2(50257, 1024, 24, 16),
+    "gpt2-large": gpt2(50257, 1280, 36, 20),
+    "gpt2-xl": gpt2(50257, 1600, 48, 25),
+    "gpt3": gpt2(50257, 12288, 96, 96, context=2048),
+    "chinchilla": transformer_xl(8192, 80, 64, 128),
+    "bert-base": bert(30522, 768, 12, 12),
+    "bert-large": bert(30522, 1024, 24, 16),
+    "roberta-base": bert(50265, 768, 12, 12, segments=1),
+    "roberta-large": bert(50265, 1024, 24, 16, segments=1),
+    "distilbert-base": bert(30522, 768, 6, 12, segments=0),
+    "xlnet-base": xlnet(32000, 768, 12, 12),
+    "xlnet-large": xlnet(32000, 1024, 24, 16),
+    "mpnet-base": mpnet(30527, 768, 12, 12),
+    "spanbert": bert(28996, 1024, 24, 16),
+    "albert-base": albert(768, 12, 12),
+    "albert-large": albert(1024, 24, 16),
+    "albert-xlarge": albert(2048, 24, 16),
+    "albert-xxlarge": albert(4096, 12, 64),
+    "electra-small": electra(256, 4, embed=128),
+    "electra-base": electra(768, 12),
+    "t5-small": t5(32128, 512, 6, 8, 64, 2048),
+    "t5-base": t5(32128, 768, 12, 12, 64, 3072),
+    "t5-large": t5(32128, 1024, 24, 16, 64, 4096),
+    "t5-3b": t5(32128, 1024, 24, 32, 128, 16384),
+    "t5-11b": t5(32128, 1024, 24, 128, 128, 65536),
+    "bart-base": bart(50265, 768, 6, 12),
+    "bart-large": bart(50265, 1024, 12, 16),
+    "llama-7b": llama(32000, 4096, 32, 32, 11008),
+}
+"""Name -> shape, with the vocabulary that the released tokenizer has (T5's rounded up to 32,128)."""

@@ -1,0 +1,46 @@
+"""Causal language modelling: p(w_t | w_<t), the objective of GPT (Radford 2018, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from firth.data import layout
+from firth.model.config import Reads
+from firth.objectives.objective import Tokens
+from firth.tokenizer.vocab import Vocab
+from firth.types import IGNORE, Example
+
+
+@dataclass(frozen=True)
+class CausalLM(Tokens):
+    """Read left to right, predict the next token everywhere.
+
+    >>> from firth.tokenizer.vocab import Vocab
+    >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
+    >>> seen = CausalLM().view({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["looks"].tolist()
+    ([5, 6, 7], [6, 7, 8], [0, 1, 2])
+    """
+
+    def reads(self) -> Reads:
+        return "left"
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        shown = {"tokens": tokens[:-1], "labels": tokens[1:]} | layout.causal(len(tokens) - 1) | layout.earlier(example)
+        if "document" in example:
+            document = example["document"]
+            # The last token of a document is not asked to predict the first of the next one.
+            labels = np.where(document[1:] == document[:-1], shown["labels"], IGNORE)
+            shown |= {"document": document[:-1], "labels": labels}
+        return shown
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        """What stands behind the token cannot be shown."""
+        begin = [vocab.roles["bos"]] if "bos" in vocab.roles else []
+        shown = np.concatenate((begin, tokens[:at])).astype(tokens.dtype)
+        labels = np.full(len(shown), IGNORE)
+        labels[-1] = tokens[at]
+        return {"tokens": shown, "labels": labels} | layout.causal(len(shown))

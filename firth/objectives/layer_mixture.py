@@ -1,0 +1,61 @@
+"""A task that reads a mixture of all layers of a model, frozen or not: how ELMo is used (Peters 2018, section 3.2).
+
+`Mixed() + Tagging()` tags from the frozen states of a pretrained model: the task learns its head, one weight for each
+layer and a scale, and the model learns nothing. Lower layers know more of grammar and upper ones more of meaning; the
+task finds what it needs.
+
+>>> from firth.objectives.token_classification import Tagging
+>>> (Mixed() + Tagging()).targets
+{'tags': 'tags'}
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from firth.model.config import Shape
+from firth.model.layer_mixture import Mixture
+from firth.model.model import LM
+from firth.objectives.objective import Objective
+from firth.types import Batch, Outputs
+
+
+@dataclass(frozen=True)
+class Mixed(Objective):
+    """Gives the objective that it is added to a learnt mixture of all layers for its hidden states; asks nothing itself.
+
+    frozen: the model is read without gradient and without dropout, so that it stays what it was.
+    """
+
+    keeps: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
+
+    frozen: bool = True
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset()
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"mixture": Mixture(shape.depth + 1)}
+
+    def run(self, model: LM, batch: Batch) -> Outputs:
+        learning = model.training
+        model.train(learning and not self.frozen)
+        with torch.no_grad() if self.frozen else nullcontext():
+            states = model.layers(batch)  # (depth + 1, ..., T, width)
+        model.train(learning)
+        return {"hidden": model.parts["mixture"](states)}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def run_flops(self, model: LM, batch: Batch) -> float:
+        whole = super().run_flops(model, batch)
+        # A model whose weights are frozen themselves is counted so by the loop (`firth.model.flops.learning`).
+        learns = any(p.requires_grad for p in model.trunk.parameters())
+        return whole / 3 if self.frozen and learns else whole

@@ -1,0 +1,96 @@
+"""Multiple choice: one number for each option, and the likeliest is chosen (GPT, Radford 2018, figure 1; BERT on SWAG,
+Devlin 2019, section 4.4).
+
+    [CLS] She opens the door [SEP] and walks in. [SEP]          1.9   <-
+    [CLS] She opens the door [SEP] of the sea. [SEP]           -0.4
+
+Every option is a row with the context in front of it, a question a group of them, and the loss a softmax over the group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from firth.data import layout
+from firth.model.config import Reads, Shape
+from firth.model.model import LM
+from firth.objectives.classification import READS, answers, place
+from firth.objectives.objective import Known, Objective, choice_loss, correct
+from firth.objectives.reward_model import last, last_state
+from firth.tokenizer.vocab import Vocab
+from firth.types import Batch, Example, Outputs, UserError
+from firth.validated import NonNegativeInt
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Objective):
+    """Which of the options is right: {"options": rows of {"tokens", "segments"}, "label": its place}.
+
+    options: rows of a group (0: as many as the data's longest list); a shorter list repeats its first row, which cannot be
+    chosen twice. at: where a row is read, "first" by an encoder, "last" by a decoder; "auto" as suits the shape.
+
+    >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
+    >>> example = {"options": [{"tokens": np.array([5, 6, 7])}, {"tokens": np.array([5, 8])}], "label": 1}
+    >>> seen = MultipleChoice(options=3).view(example, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["absent"].tolist(), int(seen["choice"])
+    ([[5, 6, 7], [5, 8, 0], [5, 6, 7]], [False, False, True], 1)
+    """
+
+    targets: ClassVar[dict[str, str]] = {"choice": "choice"}
+    measures: ClassVar[dict[str, str]] = {"accuracy": "choice"}
+    packs: ClassVar[bool] = False
+    lays: ClassVar[frozenset[str]] = frozenset()
+
+    options: NonNegativeInt = 0
+    at: Literal["auto", "first", "last"] = "auto"
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"options", "label"})
+
+    def reads(self) -> Reads:
+        return READS[self.at]
+
+    def fitted(self, shape: Shape) -> Objective:
+        if self.at != "auto":
+            return self
+        return dataclasses.replace(self, at="last" if place(shape) == "last" else "first")
+
+    def told(self, known: Callable[[], Known]) -> Objective:
+        return self if self.options else dataclasses.replace(self, options=known().options)
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"choice": answers(shape.width, 1)}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        rows = [row | (layout.causal(len(row["tokens"])) if self.at == "last" else {}) for row in example["options"]]
+        most = self.options or len(rows)
+        if not 2 <= len(rows) <= most:
+            raise UserError(f"a question of {len(rows)} options does not fit a group of 2 to {most}: set `options`")
+        absent = np.arange(most) >= len(rows)
+        shown = layout.group(rows + rows[:1] * (most - len(rows)))
+        return shown | {"absent": absent, "choice": np.int64(example["label"])}
+
+    def wanted(self, batch: Batch) -> Tensor | None:
+        if self.at == "last":
+            return last(batch)
+        first = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+        first[..., 0] = True
+        return first
+
+    def scores(self, model: LM, outputs: Outputs, batch: Batch) -> Tensor:
+        """One number for each option, (B, K) float32; minus infinity for one that is not there."""
+        hidden = outputs["hidden"]
+        states = last_state(hidden, batch) if self.at == "last" else hidden[..., 0, :]  # (B, K, width)
+        found: Tensor = model.parts["choice"](states)[..., 0].float()
+        return found.masked_fill(batch["absent"], float("-inf"))
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        scores = self.scores(model, outputs, batch)
+        return {"choice": choice_loss(scores, batch["choice"]), "accuracy": correct(scores, batch["choice"])}

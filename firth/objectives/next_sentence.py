@@ -1,0 +1,44 @@
+"""Next sentence prediction: does the second segment follow the first? (BERT, Devlin 2019, section 3.1)
+
+    [CLS] the man went to the store [SEP] he bought milk [SEP]            follows (0)
+    [CLS] the man went to the store [SEP] penguins cannot fly [SEP]       from another document (1)
+
+BERT is `NSP() + MLM()`: the pair is laid out first, and the masks are then drawn on what was laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from firth.objectives.sentence_pairs import Pair
+from firth.tokenizer.vocab import Vocab
+from firth.types import Example
+from firth.validated import Share
+
+
+@dataclass(frozen=True)
+class NSP(Pair):
+    """From {"first", "second", "other"}: half the time second follows first, half the time other stands there.
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> example = {"first": np.array([5]), "second": np.array([6, 7]), "other": np.array([8])}
+    >>> seen = NSP(follows=1.0).view(example, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["next"].tolist()
+    ([1, 5, 2, 6, 7, 2], [0, -100, -100, -100, -100, -100])
+    """
+
+    targets: ClassVar[dict[str, str]] = {"next": "next"}
+    measures: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
+    asks: ClassVar[str] = "next"
+
+    follows: Share = 0.5
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"first", "second", "other"})
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        stranger = bool(rng.random() >= self.follows)
+        return self.laid(example["first"], example["other" if stranger else "second"], stranger, vocab)

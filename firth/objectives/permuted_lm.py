@@ -1,0 +1,68 @@
+"""Permuted language modelling: predict a text's tokens in an order drawn at random (XLNet, Yang 2019, section 2).
+
+Over all orders z of a text, maximise E[sum over t of log p(x[z_t] | x[z_<t])]: every token learns from both sides, and
+still each is predicted given those before it, as in a plain language model. Only the last 1 / K of an order is asked
+(section 2.3); what comes before is context, which sees all of itself, as in XLNet's code.
+
+    the quick brown fox jumps    order: quick, jumps last
+    asked   quick | the _ brown fox _        jumps | the quick brown fox _
+
+Two streams: a token's own state may know the token, the state that predicts it must not. Both are one row here: the text,
+and behind it one query for each token asked, at that token's position, seen by nobody (`firth.data.layout.permuted`). A
+query is shown as [MASK], or as a vector of its own where `Shape.query` says so (the paper's w).
+
+With the order of the text and K = 1 this is causal language modelling: the same factors, and the text's own states
+are those of `CausalLM` to the bit. What remains is the query: CausalLM asks the token before, which here knows not
+where it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from firth.data import layout
+from firth.data.noise import NOISES, Kind, text_units
+from firth.model.config import Reads
+from firth.objectives.objective import Tokens
+from firth.tokenizer.vocab import Vocab
+from firth.types import Example
+from firth.validated import PositiveInt
+
+
+@dataclass(frozen=True)
+class PLM(Tokens):
+    """Predict one of `k` tokens, each given the context and those predicted before it. Control tokens are context.
+
+    k: the paper's K. noise: which are asked (`firth.data.noise`): "count" is the last 1 / K of a random order, "contexts"
+    XLNet's span-based choice. order: in which order, at "random" or that of the text ("identity").
+
+    >>> vocab = Vocab(size=10, roles={"mask": 1}, special=np.arange(10) < 2)
+    >>> seen = PLM(k=3).view({"tokens": np.array([4, 5, 6, 7, 8, 9])}, vocab, np.random.default_rng(0))
+    >>> for name in ("tokens", "positions", "labels"): print(name, seen[name].tolist())
+    tokens [4, 5, 6, 7, 8, 9, 1, 1]
+    positions [0, 1, 2, 3, 4, 5, 3, 2]
+    labels [-100, -100, -100, -100, -100, -100, 7, 6]
+    """
+
+    k: PositiveInt = 6
+    noise: Kind = "count"
+    order: Literal["random", "identity"] = "random"
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return text_units(self.noise)
+
+    def reads(self) -> Reads:
+        return "free"
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        asked = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))
+        order = rng.permutation(asked) if self.order == "random" else asked
+        return layout.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
+
+    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        return layout.permuted({"tokens": tokens}, np.array([at]), np.array([vocab.mask], tokens.dtype))

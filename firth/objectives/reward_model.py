@@ -1,0 +1,157 @@
+"""The reward model: one number for a whole answer, learnt from which of several answers people preferred.
+
+The number is a linear reading of the hidden state at the answer's last token. A comparison is a row group `(2, T)`
+and its loss -log sigma(r_chosen - r_rejected) is a two-way softmax (Bradley & Terry 1952; Christiano 2017). A ranking
+of K answers is a group `(K, T)`: the mean over all its pairs, one group counting as one example, so that K answers to
+one prompt do not weigh as K(K-1)/2 independent ones (Ouyang 2022, section 3.5); or Plackett-Luce, the likelihood of
+the whole order.
+
+    chosen   <s> how are you <e> well , thanks <e>      r = +1.2
+    rejected <s> how are you <e> no <e>                 r = -0.3      loss = log(1 + exp(-1.5)) = 0.20
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firth.data import layout
+from firth.model.config import Reads, Shape
+from firth.model.model import LM
+from firth.objectives.objective import Known, Objective, choice_loss, correct
+from firth.tokenizer.vocab import Vocab
+from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
+from firth.validated import NonNegativeInt
+
+
+def reward_head(width: int) -> nn.Linear:
+    """A scalar reading that starts at about unit scale (Stiennon 2020). No bias: only differences are ever learnt."""
+    head = nn.Linear(width, 1, bias=False)
+    nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+    return head
+
+
+def whole(tokens: np.ndarray, mask: np.ndarray) -> Example:
+    """The row up to its last answered token, which is where a reward is read: what follows it (a template's line
+    break) is not there when a sampled answer is scored."""
+    end = int(np.flatnonzero(mask)[-1]) + 1
+    return {"tokens": tokens[:end]} | layout.causal(end)
+
+
+def last(batch: Batch) -> Tensor:
+    """The last token of each row that is not padding, (..., T) bool."""
+    real = batch["appears"] != NEVER
+    at = real.shape[-1] - 1 - real.flip(-1).int().argmax(-1, keepdim=True)
+    return torch.zeros_like(real).scatter(-1, at, True)
+
+
+def last_state(hidden: Tensor, batch: Batch) -> Tensor:
+    """The hidden state at the last token that is not padding: (..., T, width) -> (..., width)."""
+    at = last(batch).byte().argmax(-1)[..., None, None]
+    return hidden.gather(-2, at.expand(*at.shape[:-1], hidden.shape[-1])).squeeze(-2)
+
+
+def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
+    """One reward per row: (..., T, width) -> (...) float32."""
+    scores: Tensor = model.parts["reward"](last_state(hidden, batch))
+    return scores[..., 0].float()
+
+
+@dataclass(frozen=True)
+class Reward(Objective):
+    """Score both answers of a comparison; the preferred one shall have more.
+
+    >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
+    >>> on = np.ones(3, bool)
+    >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
+    ...         "rejected_tokens": np.array([5, 8]), "rejected_mask": on[:2]}
+    >>> seen = Reward().view(pair, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["appears"].tolist(), int(seen["preferred"])
+    ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]], 0)
+    """
+
+    targets: ClassVar[dict[str, str]] = {"reward": "preferred"}
+    measures: ClassVar[dict[str, str]] = {"accuracy": "preferred", "margin": "preferred"}
+    lays: ClassVar[frozenset[str]] = frozenset()
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
+
+    def reads(self) -> Reads:
+        return "left"
+
+    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+        return {"reward": reward_head(shape.width)}
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        rows = [whole(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
+        return layout.group(rows) | {"preferred": np.int64(0)}
+
+    def wanted(self, batch: Batch) -> Tensor | None:
+        return last(batch)
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        scores = rewards(model, outputs["hidden"], batch)  # (B, 2)
+        return {
+            "reward": choice_loss(scores, batch["preferred"]),
+            "accuracy": correct(scores, batch["preferred"]),
+            "margin": (scores[:, 0] - scores[:, 1]).detach().sum(),
+        }
+
+
+@dataclass(frozen=True)
+class Ranking(Reward):
+    """Score K answers to one prompt: {"answers": K rows of tokens, "masks", "rank" (K,)}, rank 0 the best.
+
+    Equal ranks are ties, and ask nothing of each other. answers: rows of a group, in a recipe at least as many as the longest
+    ranking of the records has (0: as many); a group of fewer repeats its first
+    row, which is then compared with nothing. likelihood "pairs" is the mean of -log sigma(r_i - r_j) over the pairs
+    with rank_i < rank_j, so that K = 2 is `Reward`; "order" is Plackett-Luce: the best is chosen among all, the next
+    among the rest (a tied answer stands beside its equals until they are worse).
+    """
+
+    answers: NonNegativeInt = 0
+    likelihood: Literal["pairs", "order"] = "pairs"
+
+    def told(self, known: Callable[[], Known]) -> Ranking:
+        return self if self.answers else replace(self, answers=known().options)
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"answers", "masks", "rank"})
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        rank = np.asarray(example["rank"], np.int64)
+        if not 2 <= len(rank) <= self.answers:
+            raise UserError(
+                f"a ranking of {len(rank)} answers does not fit a group of 2 to {self.answers}: set `answers`"
+            )
+        absent = self.answers - len(rank)
+        rows = [whole(t, m) for t, m in zip(example["answers"], example["masks"], strict=True)]
+        # An answer that no other is better or worse than leaves nothing to learn: such a group is not counted.
+        preferred = int(rank.argmin()) if len(set(rank.tolist())) > 1 else IGNORE
+        ranked = np.concatenate((rank, np.full(absent, IGNORE)))
+        return layout.group(rows + rows[:1] * absent) | {"rank": ranked, "preferred": np.int64(preferred)}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        scores, rank = rewards(model, outputs["hidden"], batch), batch["rank"]  # (B, K)
+        real = rank != IGNORE
+        better = (rank[:, :, None] < rank[:, None, :]) & real[:, :, None] & real[:, None, :]  # (B, K, K)
+        ahead = scores[:, :, None] - scores[:, None, :]
+        pairs = better.sum((1, 2)).clamp(min=1)
+        if self.likelihood == "pairs":
+            loss = -(F.logsigmoid(ahead) * better).sum((1, 2)) / pairs
+        else:
+            # -log p(order) = sum over answers i of logsumexp(r_i and every worse r_j) - r_i; the worst adds nothing.
+            rest = better | torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+            loss = ((-ahead).masked_fill(~rest, float("-inf")).logsumexp(-1) * real).sum(-1)
+        return {
+            "reward": loss.sum(),
+            "accuracy": (((ahead > 0) & better).sum((1, 2)) / pairs).sum(),
+            "margin": ((ahead.detach() * better).sum((1, 2)) / pairs).sum(),
+        }

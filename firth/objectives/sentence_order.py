@@ -1,0 +1,46 @@
+"""Sentence order prediction: which of two neighbouring segments comes first? (ALBERT, Lan 2020, section 3.1)
+
+    [CLS] the man went to the store [SEP] he bought milk [SEP]            as written (0)
+    [CLS] he bought milk [SEP] the man went to the store [SEP]            swapped (1)
+
+Both segments are always of one text, so the topic, which gives away most of NSP's answers, says nothing here.
+ALBERT is `SOP() + MLM(noise="ngrams")`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from firth.objectives.sentence_pairs import Pair
+from firth.tokenizer.vocab import Vocab
+from firth.types import Example
+from firth.validated import Share
+
+
+@dataclass(frozen=True)
+class SOP(Pair):
+    """From {"first", "second"}: half the time they change places.
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> example = {"first": np.array([5]), "second": np.array([6, 7])}
+    >>> seen = SOP(swapped=1.0).view(example, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["order"].tolist()
+    ([1, 6, 7, 2, 5, 2], [1, -100, -100, -100, -100, -100])
+    """
+
+    targets: ClassVar[dict[str, str]] = {"order": "order"}
+    measures: ClassVar[dict[str, str]] = {"order_accuracy": "order"}
+    asks: ClassVar[str] = "order"
+
+    swapped: Share = 0.5
+
+    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"first", "second"})
+
+    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        first, second = example["first"], example["second"]
+        swap = bool(rng.random() < self.swapped)
+        return self.laid(second, first, swap, vocab) if swap else self.laid(first, second, swap, vocab)

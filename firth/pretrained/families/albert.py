@@ -1,0 +1,76 @@
+"""ALBERT (Lan 2020): BERT with one block's weights for all layers and narrow tables that a matrix widens.
+
+Also BERT's two heads, the second of which asks for the order of two sentences in place of whether they are neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firth.model.config import Shape
+from firth.pretrained.families import bert
+from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.types import UserError
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in bert.ACTIVATIONS.items()}
+    return {
+        "vocab_size": shape.vocab, "embedding_size": shape.embed, "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth, "num_hidden_groups": shape.groups, "inner_group_num": 1,
+        "num_attention_heads": shape.heads, "intermediate_size": shape.hidden,
+        "hidden_act": theirs.get(shape.activation, shape.activation), "hidden_dropout_prob": shape.dropout,
+        "attention_probs_dropout_prob": shape.dropout, "classifier_dropout_prob": 0.0,
+        "max_position_embeddings": shape.context, "type_vocab_size": shape.segments, "layer_norm_eps": shape.norm_eps,
+        "initializer_range": 0.02, "tie_word_embeddings": shape.tied,
+    }  # fmt: skip
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    if config.get("inner_group_num", 1) != 1:
+        raise UserError("config.json asks for inner_group_num above 1, which firth's models do not have")
+    if not config["embedding_size"] or not config.get("num_hidden_groups", 1):
+        raise UserError("an ALBERT has narrow tables and shared blocks")
+    return Shape(
+        vocab=config["vocab_size"], embed=config["embedding_size"], width=config["hidden_size"],
+        depth=config["num_hidden_layers"], groups=config.get("num_hidden_groups", 1),
+        heads=config["num_attention_heads"], hidden=config["intermediate_size"], causal=False,
+        context=config.get("max_position_embeddings", 512), segments=config.get("type_vocab_size", 2), norm_at="post",
+        norm_eps=config.get("layer_norm_eps", 1e-12), embed_norm=True,
+        activation=activation(config.get("hidden_act", "gelu_new"), bert.ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
+        dropout=config.get("hidden_dropout_prob", 0.0), head="transform", head_bias=True,
+        tied=config.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = bert.tables("albert.")
+    out += both({"trunk.project": "embedding_hidden_mapping_in"}, "", "albert.encoder.", bias=True)
+    block = {
+        "attention.q": "attention.query", "attention.k": "attention.key", "attention.v": "attention.value",
+        "attention.o": "attention.dense", "attention_norm": "attention.LayerNorm", "mlp.up": "ffn",
+        "mlp.down": "ffn_output", "mlp_norm": "full_layer_layer_norm",
+    }  # fmt: skip
+    for i in range(shape.groups):
+        theirs = f"albert.encoder.albert_layer_groups.{i}.albert_layers.0."
+        out += both(block, f"trunk.blocks.{i}.", theirs, bias=True)
+    if head:
+        out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "predictions.", bias=True)
+        out.append(Entry("predictions.bias", ("parts.lm.bias",)))
+        # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
+        out += both({"": "decoder"}, "parts.lm", "predictions.", bias=True) * (not shape.tied)
+    return out
+
+
+POOLED = {"0": "albert.pooler", "2": "classifier"}
+ORDER = {"0": "albert.pooler", "2": "sop_classifier.classifier"}
+
+FAMILY = Family(
+    "albert", ("AlbertForMaskedLM", "AlbertModel"), config, shape, entries, "albert.",
+    spare=r"position_ids$", tied=r"^predictions\.decoder\.",
+    unused=r"^albert\.pooler\.|^predictions\.|^sop_classifier\.|^classifier\.|^qa_outputs\.",
+    headed=(
+        Headed("AlbertForPreTraining", "order", bert.pooler, ORDER, answers=2, lm=True),
+        *bert.tasks("Albert", POOLED, POOLED),
+    ),
+)  # fmt: skip

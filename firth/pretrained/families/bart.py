@@ -1,0 +1,84 @@
+"""BART (Lewis 2019): a post-norm encoder-decoder with learned positions for each side, GELU and one tied table.
+
+Its position tables begin with two rows that are never read (an offset left over from padding), and its decoder begins
+at the stop token. The offset of its logits is a constant row of zeros there; here it is a parameter.
+
+For a task its decoder reads the whole text once more: a class is read at the stop token's last place there (part
+`classes`), the ends of an answer at every place (`span`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firth.model.config import Shape
+from firth.pretrained.families import bert
+from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.types import UserError
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+UNREAD = 2
+"""Rows in front of a table of positions."""
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in ACTIVATIONS.items()}
+    sides = {"encoder": shape.encoder, "decoder": shape.depth}
+    return {
+        "vocab_size": shape.vocab, "d_model": shape.width, "max_position_embeddings": shape.context,
+        **{f"{side}_layers": depth for side, depth in sides.items()},
+        **{f"{side}_attention_heads": shape.heads for side in sides},
+        **{f"{side}_ffn_dim": shape.hidden for side in sides},
+        "activation_function": theirs.get(shape.activation, shape.activation), "dropout": shape.dropout,
+        "attention_dropout": shape.dropout, "activation_dropout": 0.0, "scale_embedding": False, "init_std": 0.02,
+        "is_encoder_decoder": True, "tie_word_embeddings": shape.tied,
+        "forced_eos_token_id": None, "forced_bos_token_id": None,
+    }  # fmt: skip
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    for name in ("attention_heads", "ffn_dim"):
+        if config[f"encoder_{name}"] != config[f"decoder_{name}"]:
+            raise UserError(f"config.json has another {name} in its decoder; firth's two sides have the same")
+    if config.get("scale_embedding") or not config.get("tie_word_embeddings", True):
+        raise UserError("config.json asks for scaled or untied embeddings, which firth's BART does not have")
+    act = activation(config.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
+    return Shape(
+        vocab=config["vocab_size"], width=config["d_model"], encoder=config["encoder_layers"],
+        depth=config["decoder_layers"], heads=config["encoder_attention_heads"], hidden=config["encoder_ffn_dim"],
+        context=config["max_position_embeddings"], norm_at="post", embed_norm=True, activation=act,  # type: ignore[arg-type]
+        dropout=config.get("dropout", 0.1), head_bias=True, decoder_start="eos",
+    )  # fmt: skip
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = both({"tokens": "shared"}, "", "model.", bias=False)
+    for ours, theirs, places, depth in (
+        ("encoder.", "model.encoder.", "source_places", shape.encoder),
+        ("trunk.", "model.decoder.", "places", shape.depth),
+    ):
+        out.append(Entry(f"{theirs}embed_positions.weight", (f"{places}.weight",), unread=UNREAD))
+        out += both({"embed_norm": "layernorm_embedding"}, ours, theirs, bias=True)
+        block = {f"attention.{x}": f"self_attn.{y}" for x, y in MAPS.items()} | {
+            "attention_norm": "self_attn_layer_norm", "mlp.up": "fc1", "mlp.down": "fc2", "mlp_norm": "final_layer_norm",
+        }  # fmt: skip
+        if ours == "trunk.":
+            block |= {f"cross.{x}": f"encoder_attn.{y}" for x, y in MAPS.items()}
+            block["cross_norm"] = "encoder_attn_layer_norm"
+        for i in range(depth):
+            out += both(block, f"{ours}blocks.{i}.", f"{theirs}layers.{i}.", bias=True)
+    return out + [Entry("final_logits_bias", ("parts.lm.bias",), folded=((shape.vocab,), (1, shape.vocab)))] * head
+
+
+MAPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+
+FAMILY = Family(
+    "bart", ("BartForConditionalGeneration", "BartModel"), config, shape, entries, "model.",
+    spare=r"embed_tokens\.weight$|\.version$", tied=r"^lm_head\.weight$",
+    unused=r"^classification_head\.|^qa_outputs\.|^final_logits_bias$",
+    headed=(
+        Headed("BartForSequenceClassification", "classes", bert.pooler,
+               {"0": "classification_head.dense", "2": "classification_head.out_proj"}),
+        Headed("BartForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+    ),
+)  # fmt: skip

@@ -1,0 +1,64 @@
+"""DistilBERT (Sanh 2019): BERT without segments, half as deep as its teacher. Its classes are read through ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from firth.model.config import Shape
+from firth.model.heads import pooled
+from firth.pretrained.families import bert
+from firth.pretrained.families.family import Entry, Family, activation, both
+
+ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab, "dim": shape.width, "n_layers": shape.depth, "n_heads": shape.heads,
+        "hidden_dim": shape.hidden, "activation": shape.activation, "dropout": shape.dropout,
+        "attention_dropout": shape.dropout, "max_position_embeddings": shape.context, "sinusoidal_pos_embds": False,
+        "initializer_range": 0.02, "tie_word_embeddings": shape.tied,
+    }  # fmt: skip
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    return Shape(
+        vocab=config["vocab_size"], width=config["dim"], depth=config["n_layers"], heads=config["n_heads"],
+        hidden=config["hidden_dim"], context=config.get("max_position_embeddings", 512), causal=False, norm_at="post",
+        norm_eps=1e-12, embed_norm=True, head="transform", head_bias=True, dropout=config.get("dropout", 0.1),
+        activation=activation(config.get("activation", "gelu"), ACTIVATIONS, "activation"),  # type: ignore[arg-type]
+        tied=config.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    tables = {"tokens": "word_embeddings", "places": "position_embeddings"}
+    out = both(tables, "", "distilbert.embeddings.", bias=False)
+    out += both({"trunk.embed_norm": "LayerNorm"}, "", "distilbert.embeddings.", bias=True)
+    block = {f"attention.{x}": f"attention.{x}_lin" for x in "qkv"} | {
+        "attention.o": "attention.out_lin", "attention_norm": "sa_layer_norm", "mlp.up": "ffn.lin1",
+        "mlp.down": "ffn.lin2", "mlp_norm": "output_layer_norm",
+    }  # fmt: skip
+    for i in range(shape.depth):
+        out += both(block, f"trunk.blocks.{i}.", f"distilbert.transformer.layer.{i}.", bias=True)
+    if head:
+        out += both({"dense": "vocab_transform", "norm": "vocab_layer_norm"}, "parts.lm.", "", bias=True)
+        out.append(Entry("vocab_projector.bias", ("parts.lm.bias",)))
+        out += [Entry("vocab_projector.weight", ("parts.lm.weight",))] * (not shape.tied)
+    return out
+
+
+def through_relu(shape: Shape, answers: int) -> nn.Module:
+    return pooled(shape.width, answers, nn.ReLU)
+
+
+READ = {"0": "pre_classifier", "2": "classifier"}
+
+FAMILY = Family(
+    "distilbert", ("DistilBertForMaskedLM", "DistilBertModel"), config, shape, entries, "distilbert.",
+    spare=r"position_ids$", tied=r"^vocab_projector\.weight$",
+    unused=r"^vocab_|^pre_classifier\.|^classifier\.|^qa_outputs\.",
+    headed=bert.tasks("DistilBert", READ, READ, through_relu),
+)  # fmt: skip

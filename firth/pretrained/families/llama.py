@@ -1,0 +1,98 @@
+"""Llama (Touvron 2023): RMSNorm, rotary positions, SwiGLU, grouped keys, no biases. SmolLM2 is a Llama.
+
+Mistral, Qwen2 and Qwen3 have its layout, and their files say only in which fields they differ (`llama.kin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from firth.model.config import Shape
+from firth.pretrained.families import bert
+from firth.pretrained.families.family import Entry, Family, Headed, activation, both, rope, ropes
+from firth.pretrained.families.gpt2 import scored
+from firth.types import UserError
+
+ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh"}
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
+    return {
+        "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_width,
+        "intermediate_size": shape.hidden, "hidden_act": theirs.get(shape.activation, shape.activation),
+        "max_position_embeddings": shape.context, "rms_norm_eps": shape.norm_eps, "attention_bias": shape.bias,
+        "mlp_bias": shape.bias and shape.bias_at == "all", "attention_dropout": shape.dropout, "initializer_range": 0.02,
+        "tie_word_embeddings": shape.tied,
+    } | ropes(shape)  # fmt: skip
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    heads, bias = config["num_attention_heads"], config.get("attention_bias", False)
+    if config.get("mlp_bias", False) and not bias:
+        raise UserError("config.json asks for biases in the MLP alone; firth has them everywhere or in attention")
+    rotary, everywhere = rope(config, 10000.0), config.get("mlp_bias", False) or not bias
+    return Shape(
+        vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"], heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads, head_width=config.get("head_dim") or 0,
+        hidden=config["intermediate_size"], context=config["max_position_embeddings"], norm="rms", norm_bias=False,
+        norm_eps=config.get("rms_norm_eps", 1e-6), position="rotary", rotary_theta=rotary.theta,
+        rotary_scaling=rotary.scaling, rotary_factor=rotary.factor, rotary_low=rotary.low, rotary_high=rotary.high,
+        rotary_original=rotary.original,
+        activation=activation(config.get("hidden_act", "silu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
+        bias=bias, bias_at="all" if everywhere else "attention", dropout=config.get("attention_dropout", 0.0),
+        tied=config.get("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = both({"tokens": "embed_tokens", "trunk.norm": "norm"}, "", "model.", bias=False)
+    maps = {
+        "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+        "attention.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+    }  # fmt: skip
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    biased = {"all": (*"qkvo", "gate", "up", "down"), "attention": "qkvo", "qkv": "qkv"}[shape.bias_at]
+    gains = {"attention.q_gain": "q_norm", "attention.k_gain": "k_norm"} if shape.qk_weight else {}
+    for i in range(shape.depth):
+        for ours, theirs in maps.items():
+            bias = shape.bias and ours.rpartition(".")[2] in biased
+            out += both({ours: theirs}, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=bias)
+        for ours, theirs in gains.items():
+            out.append(Entry(f"model.layers.{i}.self_attn.{theirs}.weight", (f"trunk.blocks.{i}.{ours}",)))
+        out += both(norms, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
+    return out + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
+
+
+def kin(
+    kind: str,
+    name: str,
+    config: Callable[[Shape], dict[str, Any]],
+    shape: Callable[[dict[str, Any]], Shape],
+    within: str | None = "transformer.",
+) -> Family:
+    """A family of Llama's layout. within: what stands before the trunk's names in its class for questions."""
+    return Family(
+        kind, (f"{name}ForCausalLM", f"{name}Model"), config, shape, entries, "model.",
+        spare=r"rotary_emb\.inv_freq$", tied=r"^lm_head\.weight$", unused=r"^lm_head\.|^score\.|^qa_outputs\.",
+        headed=(
+            *scored(name),
+            Headed(f"{name}ForTokenClassification", "tags", bert.plain, {"": "score"}),
+            Headed(f"{name}ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2, prefix=within),
+        ),
+    )  # fmt: skip
+
+
+def whole(config: dict[str, Any], window: int | None) -> None:
+    """Raise a UserError where a row may be longer than what each of its tokens sees."""
+    if window and window < config["max_position_embeddings"]:
+        raise UserError(
+            f"config.json asks for a sliding window of {window} tokens in rows of {config['max_position_embeddings']}, which "
+            f"firth's models do not have: up to {window} tokens it changes nothing, so set max_position_embeddings to that"
+        )
+
+
+FAMILY = kin("llama", "Llama", config, shape)

@@ -1,0 +1,94 @@
+"""The tensors of a file, under our names: all of them or an error that names the first that is amiss.
+
+    {"bert.pooler.dense.weight": ..., ...}   ->   Found(shape, {"tokens.weight": ...}, {"lm": ...}, ["bert.pooler.dense.weight"])
+
+Every tensor of the file's class must be there, of the size that its config says, and every tensor of the file must be
+one of them. What a family knows and our class has no place for is left out and told (`Family.unused`); what says nothing
+is left out (`Family.spare`, `Family.tied`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firth.model.config import Shape
+from firth.model.empty_weights import hollow
+from firth.model.head_descriptions import Description, described
+from firth.model.model import LM
+from firth.pretrained.families.family import Family, bare, spelled, to_ours, to_theirs
+from firth.pretrained.families.heads import Form, copied, known, of_file, of_model, untied
+from firth.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A model in a file: its shape, its tensors by our names, its parts described, and the file's tensors left out."""
+
+    shape: Shape
+    state: dict[str, Tensor]
+    parts: dict[str, Description]
+    left_out: list[str]
+
+
+def own(family: Family, shape: Shape, state: Mapping[str, Tensor], parts: dict[str, Description], where: str) -> Found:
+    """What we wrote as a class of a family: what that has no name for stands under ours, `parts.*`."""
+    ours = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
+    names = spelled(family, state.keys() - ours.keys(), known(family, shape))
+    form = of_model([family], shape, parts)
+    if form is None:
+        raise UserError(f"{where}/firth.json says {family.name}, which its shape is not: copy the directory again")
+    found, left = _mapped(form, shape, {name: state[stored] for name, stored in names.items()}, names, ours, where)
+    return Found(shape, found | ours, parts, left)
+
+
+def foreign(family: Family, shape: Shape, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> Found:
+    """What others wrote. Raises UserError for what is missing, unknown or of another size than its config says."""
+    names = spelled(family, state, known(family, shape))
+    theirs = {name: state[stored] for name, stored in names.items()}
+    table = next(entry.theirs for entry in family.entries(shape, False) if "tokens.weight" in entry.ours)
+    head = untied(family, shape, theirs)
+    if head is not None and table in theirs and not torch.equal(theirs[head], theirs[table]):
+        # Version 5 of transformers says of an untied T5 that it is tied, and goes by what the file holds.
+        shape = replace(shape, tied=False)
+    sizes = {name: tensor.shape for name, tensor in theirs.items()}
+    form = of_file(family, shape, sizes, config, bare(family, state), where)
+    found, left = _mapped(form, shape, theirs, names, {}, where)
+    return Found(shape, found, {name: described(part) for name, part in form.parts(shape).items()}, left)
+
+
+def _mapped(
+    form: Form,
+    shape: Shape,
+    theirs: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    ours: Mapping[str, Tensor],
+    where: str,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under our names, and the names of those left out. names: as the family spells them -> as the file does."""
+    family, entries = form.family, form.entries(shape)
+    unread = theirs.keys() - {entry.theirs for entry in entries}
+    for name in sorted(unread):
+        if not re.search(f"{family.spare}|{family.tied}|{family.unused}", name):
+            raise UserError(f"{where} holds {names[name]!r}, which is no tensor of a {form.name} of this shape")
+    with hollow():
+        wanted = to_theirs(LM(shape, form.parts(shape)).state_dict(), entries)
+    for entry in entries:
+        have, want = theirs.get(entry.theirs), tuple(wanted[entry.theirs].shape)
+        if have is not None and tuple(have.shape) != want:
+            size, stored = tuple(have.shape), names[entry.theirs]
+            raise UserError(f"{where}: tensor {stored!r} is {size}, and its config expects {want}")
+    found = to_ours(theirs, entries)
+    for entry in entries:
+        # Old versions saved some parts under our names; a second name of what is there already may be left out.
+        if not found.keys() | ours.keys() >= set(entry.ours) and not copied(entry, shape):
+            raise UserError(f"{where} lacks tensor {entry.theirs!r} of a {form.name}")
+    if shape.tied and form.lm:
+        found["parts.lm.weight"] = found["tokens.weight"]
+    nothing = f"{family.spare}|{family.tied}" if shape.tied else family.spare
+    return found, sorted(names[name] for name in unread if not re.search(nothing, name))

@@ -1,0 +1,58 @@
+"""RoBERTa (Liu 2019): BERT's layers with one segment, a head named otherwise, and positions that begin at 2.
+
+Their table of positions has two rows in front that belong to padding, and nobody reads them. Positions are counted over
+the tokens whose id is not the pad's, and begin behind it: 2 with their pad, 1, which is the only one that we read. A
+model of this shape whose tokenizer pads with another id is written as a BERT with one segment, which computes the same.
+XLM-RoBERTa (Conneau 2020) differs by its name and its tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from firth.model.config import Shape
+from firth.pretrained.families import bert
+from firth.pretrained.families.family import Entry, Family, activation, both, refused
+from firth.types import UserError
+
+PAD = 1
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    return {**bert.config(shape), "max_position_embeddings": shape.context + PAD + 1, "pad_token_id": PAD}
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    refused(config, {"pad_token_id": PAD})
+    found = bert.shape(config)
+    activation(config.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act")  # their head has GELU whatever it says
+    if found.segments != 1:
+        raise UserError(f"a RoBERTa has one segment, and config.json has type_vocab_size={found.segments}")
+    return replace(found, context=found.context - PAD - 1)
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = bert.tables("roberta.", PAD + 1) + bert.layers(shape, "roberta.")
+    if head:
+        out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
+        out.append(Entry("lm_head.bias", ("parts.lm.bias",)))
+        # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
+        out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True) * (not shape.tied)
+    return out
+
+
+FAMILY = Family(
+    "roberta", ("RobertaForMaskedLM", "RobertaModel"), config, shape, entries, "roberta.",
+    spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
+    unused=r"^roberta\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
+    headed=bert.tasks(
+        "Roberta", {"0": "classifier.dense", "2": "classifier.out_proj"},
+        {"0": "roberta.pooler.dense", "2": "classifier"},
+    ),
+    pad=PAD,
+)  # fmt: skip
+
+XLM = replace(FAMILY, name="xlm-roberta", classes=("XLMRobertaForMaskedLM", "XLMRobertaModel"), headed=tuple(
+    replace(headed, name=f"XLM{headed.name}") for headed in FAMILY.headed
+))  # fmt: skip

@@ -1,0 +1,94 @@
+"""XLNet (Yang 2019): post-norm, Transformer-XL's relative positions and segments, a vector of its own for queries.
+
+Theirs keeps the heads of a matrix apart, (width, heads, head_width): the same numbers as ours, turned. Their `mask_emb` is
+our `query` (`Shape.query`), which stands wherever nobody can look, so nothing is lost: the embedding of <mask>, which
+theirs also has, remains a token's. Two streams are `perm_mask` and `target_mapping` there and a row with queries behind
+it here; `mems` are the states of `memory_tokens`. `context` bounds nothing in XLNet, whose config does not know it.
+
+Its class of a text is read at the last token, where its tokenizer writes <cls>, through tanh (part `classes`).
+
+What theirs can and ours cannot say is refused: clamped distances, reversed halves of a batch, a memory that slides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firth.model.config import Shape
+from firth.pretrained.families import bert
+from firth.pretrained.families.bert import ACTIVATIONS
+from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.types import UserError
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in ACTIVATIONS.items()}
+    return {
+        "vocab_size": shape.vocab, "d_model": shape.width, "n_layer": shape.depth, "n_head": shape.heads,
+        "d_head": shape.head_width, "d_inner": shape.hidden, "ff_activation": theirs.get(shape.activation, shape.activation),
+        "attn_type": "uni" if shape.causal else "bi", "layer_norm_eps": shape.norm_eps, "dropout": shape.dropout,
+        "mem_len": shape.memory or None, "clamp_len": -1, "same_length": False, "bi_data": False,
+        "initializer_range": 0.02, "tie_word_embeddings": shape.tied, "firth_context": shape.context,
+    }  # fmt: skip
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    for field, plain in (("clamp_len", -1), ("same_length", False), ("bi_data", False)):
+        if config.get(field, plain) != plain and config[field] is not None:
+            raise UserError(
+                f"config.json asks for {field}={config[field]!r}; firth has XLNet with {field}={plain!r} only"
+            )
+    return Shape(
+        vocab=config["vocab_size"], width=config["d_model"], depth=config["n_layer"], heads=config["n_head"],
+        hidden=config["d_inner"], context=config.get("firth_context", 512), causal=config.get("attn_type", "bi") == "uni",
+        norm_at="post", norm_eps=config.get("layer_norm_eps", 1e-12), position="xlnet", query=True, segments=2,
+        memory=config.get("mem_len") or 0, dropout=config.get("dropout", 0.1), head_bias=True,
+        activation=activation(config.get("ff_activation", "gelu"), ACTIVATIONS, "ff_activation"),  # type: ignore[arg-type]
+        tied=config.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def entries(shape: Shape, head: bool) -> list[Entry]:
+    out = [
+        Entry("transformer.word_embedding.weight", ("tokens.weight",)),
+        Entry("transformer.mask_emb", ("query",), folded=((shape.width,), (1, 1, shape.width))),
+    ]
+    heads, inner = (shape.heads, shape.head_width), shape.heads * shape.head_width
+    apart = ((shape.width, inner), (shape.width, *heads))
+    names = {"place": "r_r_bias", "segment": "r_s_bias", "content": "r_w_bias"}
+    rest = {
+        "attention_norm": "rel_attn.layer_norm", "mlp.up": "ff.layer_1", "mlp.down": "ff.layer_2",
+        "mlp_norm": "ff.layer_norm",
+    }  # fmt: skip
+    for i in range(shape.depth):
+        a, b = f"trunk.blocks.{i}.", f"transformer.layer.{i}."
+        for name in "qkv":
+            out.append(Entry(f"{b}rel_attn.{name}", (f"{a}attention.{name}.weight",), transposed=True, folded=apart))
+        out.append(Entry(f"{b}rel_attn.o", (f"{a}attention.o.weight",), folded=apart))
+        far = f"{a}attention.distance."
+        out.append(Entry(f"{b}rel_attn.r", (f"{far}r.weight",), transposed=True, folded=apart))
+        out += [
+            Entry(f"{b}rel_attn.{theirs}", (far + ours,), folded=((inner,), heads)) for ours, theirs in names.items()
+        ]
+        out.append(Entry(f"{b}rel_attn.seg_embed", (f"{far}kinds",)))
+        out += both(rest, a, b, bias=True)
+    if head:
+        out.append(Entry("lm_loss.bias", ("parts.lm.bias",)))
+        out += [Entry("lm_loss.weight", ("parts.lm.weight",))] * (not shape.tied)
+    return out
+
+
+LAST = (("summary_type", "last"), ("summary_use_proj", True), ("summary_activation", "tanh"))
+SUMMARY = {"0": "sequence_summary.summary", "2": "logits_proj"}
+
+FAMILY = Family(
+    "xlnet", ("XLNetLMHeadModel", "XLNetModel"), config, shape, entries, "transformer.", tied=r"^lm_loss\.weight$",
+    unused=r"^lm_loss\.|^sequence_summary\.|^logits_proj\.|^classifier\.|^qa_outputs\.|_logits\.|^answer_class\.",
+    headed=(
+        Headed("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, answers=1, says=LAST),
+        Headed("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, says=LAST),
+        Headed("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, answers=1, says=LAST),
+        Headed("XLNetForTokenClassification", "tags", bert.plain, {"": "classifier"}),
+        Headed("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+    ),
+)  # fmt: skip

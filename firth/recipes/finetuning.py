@@ -1,0 +1,125 @@
+"""Tasks over files: a class, a number, a choice, tags, a span of a passage, or text for a text.
+
+    firth train classify start=runs/bert source=reviews.csv segment.text=review segment.label=stars
+    firth train classify start=MODEL source=pairs.csv segment.text=premise segment.pair=hypothesis
+    firth train regress  start=MODEL source=pairs.tsv segment.text=sentence1 segment.pair=sentence2 segment.label=score
+    firth train choose   start=MODEL source=questions.jsonl                    {"text", "options": [...], "label"}
+    firth train tag      start=MODEL source=train.conll source.valid=dev.conll
+    firth train answer   start=MODEL source=train-v1.1.json source.valid=dev-v1.1.json
+    firth train text_to_text start=runs/t5 source=pairs.csv "segment.prompt=translate to French: {en}" "segment.answer_is={fr}"
+    firth train glue:mrpc start=MODEL source=MRPC/train.tsv source.valid=MRPC/dev.tsv
+    firth evaluate runs/glue-mrpc runs/glue-cola --task glue
+
+Whatever is wrong with a file is said with its line, and counted. Records whose label says that there is none (SNLI's "-") are
+left out where they are told: "segment.absent=['-']".
+
+Without start=MODEL they begin from nothing: shape={width: 192, depth: 4, heads: 3, causal: false}. An encoder
+answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
+
+The examples of a step are packed into rows as long as the longest may be, and do not see one another; where they cannot be
+(the options of a question, a prompt before each text), steps are made of examples of like length (`batch.pack`, `batch.sort`).
+
+    checks.every=50 checks.best=f1 checks.patience=3     the best of the checks is exported, and three that are no better end it
+    objective.weights=balanced objective.smoothing=0.1   every class counts the same; a tenth of each label is spread over all
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.objectives.classification import Classification
+from firth.objectives.extractive_qa import Spans
+from firth.objectives.multiple_choice import MultipleChoice
+from firth.objectives.regression import Regression
+from firth.objectives.sft import TextToText
+from firth.objectives.token_classification import Tagging
+from firth.recipes import sizes
+from firth.runs.examples import Prompted
+from firth.runs.labeled_examples import Chosen, Labelled, Questions, Scored, Tagged
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def classify() -> Recipe:
+    """A label for a text or for two, read at [CLS].
+
+    The rate suits a small published encoder: MiniLM, 80 steps, headlines and reviews: 0.852 and 0.807 at 1e-4, 0.856 and 0.823
+    at 2e-4, 0.857 and 0.811 at 5e-4. BERT-base wants a fifth of it, a tiny encoder of one's own up to ten times as much.
+    """
+    return Recipe(
+        name="classify",
+        objective=Classification(),
+        segment=Labelled(length=128),
+        batch=Batch(rows=32, pack="auto"),
+        optimizer=Optimizer(name="adamw", rate=2e-4, weight_decay=0.01, beta2=0.98),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=200),
+    )
+
+
+def regress() -> Recipe:
+    """A number for a text or for two (STS-B)."""
+    return replace(classify(), name="regress", objective=Regression(), segment=Scored(length=128))
+
+
+def choose(size: str = "records") -> Recipe:
+    """One of several options; choose:swag reads SWAG's four endings (Zellers 2018)."""
+    plain = replace(
+        classify(),
+        name="choose",
+        objective=MultipleChoice(),
+        segment=Chosen(length=128),
+        batch=Batch(rows=16, pack="auto"),
+    )
+    swag = Chosen(text="sent1", begin="sent2", options=("ending0", "ending1", "ending2", "ending3"))
+    return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", segment=swag)})
+
+
+def tag() -> Recipe:
+    """A tag for each word."""
+    return replace(classify(), name="tag", objective=Tagging(), segment=Tagged(length=128))
+
+
+def answer() -> Recipe:
+    """A span of a passage that answers a question."""
+    return replace(
+        classify(), name="answer", objective=Spans(), segment=Questions(length=384), batch=Batch(rows=16, pack="auto"),
+        length=Length(steps=1000), evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=500),
+    )  # fmt: skip
+
+
+def text_to_text() -> Recipe:
+    """Text in, text out: any of these, translation, summaries, talk. For an encoder-decoder; decoders have `instruct`."""
+    plain = classify()
+    return replace(
+        plain, name="text_to_text", objective=TextToText(), segment=Prompted(length=256, answer=64),
+        batch=Batch(rows=16, pack="auto"), length=Length(steps=400), evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
+        optimizer=replace(plain.optimizer, rate=5e-4),
+    )  # fmt: skip
+
+
+GLUE = {
+    "cola": Labelled(text="sentence", columns=("source", "label", "mark", "sentence")),
+    "sst2": Labelled(text="sentence"),
+    "mrpc": Labelled(text="#1 String", pair="#2 String", label="Quality"),
+    "qqp": Labelled(text="question1", pair="question2", label="is_duplicate"),
+    "mnli": Labelled(text="sentence1", pair="sentence2", label="gold_label", absent=("-",)),
+    "qnli": Labelled(text="question", pair="sentence"),
+    "rte": Labelled(text="sentence1", pair="sentence2"),
+    "wnli": Labelled(text="sentence1", pair="sentence2"),
+}
+"""How each of GLUE's files of classes is read (Wang 2018): CoLA's has no head. MNLI has "-" where annotators do not agree, and
+such records are left out. STS-B has numbers."""
+
+
+def glue(size: str = "sst2") -> Recipe:
+    """GLUE by its task: `firth train glue:cola`; for MNLI source.valid is either of its two development sets, or both.
+
+    `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
+    """
+    plain = classify()
+    tasks = {name: replace(plain, name=f"glue-{name}", segment=segment) for name, segment in GLUE.items()}
+    pair = Scored(text="sentence1", pair="sentence2", label="score")
+    return sizes.one_of("glue", size, tasks | {"stsb": replace(regress(), name="glue-stsb", segment=pair)})

@@ -1,0 +1,101 @@
+"""What is done to a model that writes: instruction tuning, a reward model, DPO, REINFORCE, PPO. (Other tasks: `tasks`.)
+
+    firth train instruct start=runs/gpt source.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
+    firth train reward start=runs/instruct source.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
+    firth train ranking start=runs/instruct source.path=rankings.jsonl           {"prompt", "answers"}, the best first
+    firth train dpo start=runs/instruct source.path=preferences.jsonl
+    firth train ppo start=runs/instruct segment.reward=runs/reward source.path=dialogues.jsonl
+    firth train reinforce start=runs/instruct segment.scorer=my.module:score source.path=dialogues.jsonl
+
+AdamW at a small rate: Muon's even steps help a model that starts from nothing, and undo one that does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from firth.objectives.dpo import DPO
+from firth.objectives.ppo import PPO
+from firth.objectives.reinforce import Reinforce
+from firth.objectives.reward_model import Ranking, Reward
+from firth.objectives.sft import SFT
+from firth.runs.alignment_examples import Rankings, Referenced, Rollouts
+from firth.runs.examples import Dialogues, Preferences
+from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+
+
+def instruct() -> Recipe:
+    """Answers to instructions, the stop token inside the mask."""
+    return Recipe(
+        name="instruct",
+        objective=SFT(),
+        segment=Dialogues(length=256),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.05),
+        length=Length(steps=400),
+        evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
+    )
+
+
+def reward() -> Recipe:
+    """A scalar for an answer, learnt from comparisons."""
+    return Recipe(
+        name="reward",
+        objective=Reward(),
+        segment=Preferences(length=256),
+        batch=Batch(rows=16),
+        optimizer=Optimizer(name="adamw", rate=2e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        evaluation=EvalConfig(every=50, max_examples=1000), checkpoint=CheckpointConfig(every=200),
+    )
+
+
+def ranking() -> Recipe:
+    """A scalar for an answer, learned from rankings of several answers to a prompt."""
+    return replace(reward(), name="ranking", objective=Ranking(), segment=Rankings(length=256), batch=Batch(rows=8))
+
+
+def dpo() -> Recipe:
+    """Preferences without a reward model."""
+    return Recipe(
+        name="dpo",
+        objective=DPO(beta=0.1),
+        segment=Referenced(pairs=Preferences(length=256)),
+        batch=Batch(rows=16),
+        optimizer=Optimizer(name="adamw", rate=5e-5, weight_decay=0.0),
+        schedule=Schedule("linear", warmup=0.1),
+        length=Length(steps=200),
+        evaluation=EvalConfig(every=50, max_examples=1000), checkpoint=CheckpointConfig(every=200),
+    )
+
+
+def reinforce() -> Recipe:
+    """The policy gradient with the mean of a group of answers as its baseline."""
+    return Recipe(
+        name="reinforce",
+        objective=Reinforce(),
+        segment=Rollouts(answers=64, group=4, epochs=1, credit="group"),
+        batch=Batch(rows=64),
+        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0),
+        schedule=Schedule("constant", warmup=0.05),
+        length=Length(steps=100),
+        checkpoint=CheckpointConfig(every=25),
+    )
+
+
+def ppo() -> Recipe:
+    """KL-penalized reinforcement learning from a reward model. The critic starts from it, at ten times the policy's rate."""
+    return Recipe(
+        name="ppo",
+        objective=PPO(clip_value=0.0),
+        segment=Rollouts(answers=64, epochs=2),
+        batch=Batch(rows=32),
+        optimizer=Optimizer(name="adamw", rate=1e-4, critic_rate=1e-3, weight_decay=0.0, beta2=0.95),
+        schedule=Schedule("constant", warmup=0.05),
+        length=Length(steps=160),
+        checkpoint=CheckpointConfig(every=40),
+    )

@@ -1,0 +1,266 @@
+"""Segments of the last stages: comparisons that a judge makes, what a frozen reference says of them, and answers that the
+model itself writes and is paid for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from firth.align.advantages import GAE, Baseline
+from firth.align.precompute import annotate
+from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, read_comparisons
+from firth.align.rollouts import Phase
+from firth.align.rollouts import Rollouts as OnPolicy
+from firth.data import rankings, records
+from firth.data.source import Source
+from firth.data.split import held_out_keys
+from firth.evaluate.tokenizer_match import check_same_tokenizer
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.model.model import LM
+from firth.objectives.dpo import comparison, reference
+from firth.objectives.objective import Known, Objective
+from firth.objectives.ppo import PER_TOKEN
+from firth.runs import held_out_texts
+from firth.runs.config_io import path_field
+from firth.runs.examples import COMPARED, Cut, Preferences, Segment, model_directory, needed, recorded
+from firth.runs.held_out_texts import HeldOutTexts
+from firth.runs.prepare import Material
+from firth.types import UserError
+from firth.validated import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
+
+
+@dataclass(frozen=True)
+class Sampled(Segment):
+    """Comparisons of answers that a model of ours has sampled, with the very tokens it wrote (`firth.align.rewards`)."""
+
+    gives: ClassVar[frozenset[str]] = COMPARED
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        def read(paths: Sequence[str]) -> Source:
+            return Comparisons([c for path in paths for c in read_comparisons(Path(path))])
+
+        return recorded(material, read)
+
+
+@dataclass(frozen=True)
+class Referenced(Segment):
+    """Comparisons with the log-probabilities that the model they start from gives to both answers: what DPO reads."""
+
+    pairs: Segment = Preferences()
+
+    def within(self, context: int) -> Segment:
+        return dataclasses.replace(self, pairs=self.pairs.within(context))
+
+    @property
+    def given(self) -> frozenset[str]:
+        return self.pairs.given | {"reference"}
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        model = material.frozen(needed(material.start, "start", "the model that DPO starts from and is held to"))
+        plain = self.pairs.cut(material, objective)
+        with material.casts():
+            known = [
+                annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
+                if source is not None else None
+                for part, source in (("train", plain.train), ("valid", plain.valid))
+            ]  # fmt: skip
+        assert known[0] is not None
+        return dataclasses.replace(plain, train=known[0], valid=known[1])
+
+
+@dataclass(frozen=True)
+class Rankings(Segment):
+    """Records with a prompt and several answers in the order of preference (`firth.data.rankings`)."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
+
+    length: TokenCount = 256
+
+    def within(self, context: int) -> Segment:
+        return dataclasses.replace(self, length=min(self.length, context))
+
+    def settle(self, objective: Objective, material: Material) -> Objective:
+        def known() -> Known:
+            paths = [*material.source.paths(material.echo), *material.source.valid]
+            return Known(options=rankings.Rankings(paths, material.tokenizer, self.length).most)
+
+        return objective.told(known)
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        return recorded(material, lambda paths: rankings.Rankings(paths, material.tokenizer, self.length))
+
+
+@dataclass(frozen=True)
+class Rollouts(Segment):
+    """Answers that the model itself writes to the prompts of the records, judged, and learnt from for `epochs`.
+
+    answers: drawn per phase, `group` to each prompt.
+    max_new: most tokens of an answer. longest: most tokens of a prompt. beta: the price of a nat of divergence from
+    the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
+    truth: a second such function that is measured and not learnt from. Both are looked for in the working directory too.
+    unfinished: the score of an answer that ran to max_new without a stop token; not set, the judge gives it. credit: "gae"
+    for PPO, which has a critic, "group" for REINFORCE, which has none. Prompts of more than `longest` tokens are left out and
+    counted, and those that leave no room for max_new in the model's context.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
+    wants: ClassVar[frozenset[str]] = frozenset({"mask"})
+    leaves_out: ClassVar[bool] = True
+
+    answers: PositiveInt = 64
+    group: PositiveInt = 1
+    epochs: PositiveInt = 2
+    max_new: TokenCount = 48
+    longest: TokenCount = 192
+    beta: NonNegativeFloat = 0.05
+    reward: str = path_field("model", "")
+    scorer: str = ""
+    truth: str = ""
+    unfinished: FiniteFloat | None = None
+    credit: Literal["gae", "group"] = "gae"
+
+    def refuse(self, objective: Objective) -> None:
+        read = objective.needs(self.given)
+        if self.credit == "group" and "returns" in read:
+            raise UserError(
+                "segment.credit=group compares answers with each other, and the critic of objective ppo would be trained for "
+                "nothing: set segment.credit=gae, or take objective=reinforce"
+            )
+        if self.credit == "gae" and "advantage" in read and "returns" not in read:
+            raise UserError(
+                "segment.credit=gae needs the estimates of a critic, which objective reinforce does not have: set "
+                "segment.credit=group, or take objective=ppo"
+            )
+
+    @property
+    def functions(self) -> dict[str, str]:
+        return {name: value for name, value in (("scorer", self.scorer), ("truth", self.truth)) if value}
+
+    def row_limits(self, text: int, source: int) -> dict[str, int]:
+        return {"longest": text - self.max_new}
+
+    def cut(self, material: Material, objective: Objective) -> Cut:
+        start = material.frozen(
+            needed(material.start, "start", "the model that writes the first answers and is held to")
+        )
+        found, keys = self._prompts(material, start, material.source.paths(material.echo))
+        aside = held_out_keys(keys, 0.0 if material.source.valid else material.source.held_out, len(found))
+        prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
+        if material.source.valid:
+            held, _ = self._prompts(material, start, material.source.valid)
+        if bool(self.reward) == bool(self.scorer):
+            raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
+        learned = self._reward_model(material, prompts, start) if self.reward else None
+        judge: Judge = learned or Truth(function(self.scorer))
+        steps, over = divmod(self.answers * self.epochs, material.rows)
+        if over or not steps:
+            raise UserError(
+                f"{self.answers} answers for {self.epochs} epochs do not fill steps of batch.rows={material.rows} evenly"
+            )
+        source = OnPolicy(
+            prompts, material.tokenizer, judge, start, seed=material.seed,
+            phase=Phase(
+                answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta,
+                unfinished=self.unfinished,
+            ),
+            credit=Baseline() if self.credit == "group" else GAE(value_lam=1.0),
+            truth=Truth(function(self.truth)) if self.truth else None, critic=learned,
+        )  # fmt: skip
+        shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
+        return Cut(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new))
+
+    def _prompts(self, material: Material, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """The prompts that fit, with an answer of max_new tokens, into the context, and their keys; how many do not is
+        reported."""
+        room = start.context - self.max_new
+        if room < 1:
+            raise UserError(
+                f"segment.max_new={self.max_new} leaves no room for a prompt in the {start.context} positions of the model: "
+                "lower segment.max_new"
+            )
+        limit = min(self.longest, room)
+        prompts, keys, counts = records.prompts(paths, material.tokenizer, limit)
+        if counts.get("too_long"):
+            why = (
+                f"segment.longest={limit}"
+                if limit < room
+                else f"{start.context} positions less segment.max_new={self.max_new}"
+            )
+            material.echo(
+                f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
+            )
+        return prompts, keys
+
+    def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
+        """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
+        run = model_directory(self.reward)
+        cure = "train the reward model from the same start as the policy"
+        check_same_tokenizer(material.tokenizer, run, "segment.reward:", cure)
+        judge = RewardModel(material.frozen(run))
+        some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
+        with material.casts():
+            sampling = Sampling(max_new=self.max_new, seed=material.seed)
+            written = Engine(start, material.tokenizer).generate(some, sampling)
+            return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
+
+
+def function(name: str) -> Callable[[str], float]:
+    """The scorer that `module:function` names, of an installed module or of a file in the working directory.
+
+    Raises:
+        UserError: There is no such module or function, or the module fails when it is imported.
+    """
+    module, _, attribute = name.partition(":")
+    here = _search_working_directory()
+    try:
+        found: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{name!r} names no function: write module:function, of an installed module or of a file in {here} ({error})"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{name!r} cannot be imported: {type(error).__name__} ({error})") from error
+    if not callable(found):
+        raise UserError(f"{name!r} is of type {type(found).__name__}: name a function of the answer's text")
+    return found
+
+
+def module_files(name: str) -> list[Path]:
+    """Return the files of the module in `module:function`, all of a package; none where there is no such module."""
+    _search_working_directory()
+    try:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):  # no such package, or no name
+        return []
+    if found is None or found.origin is None:
+        return []
+    origin = Path(found.origin)
+    return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin] * origin.is_file()
+
+
+def _search_working_directory() -> str:
+    """Let imports find files in the working directory, and return it."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # behind all others: a file of one's own never hides an installed module
+    importlib.invalidate_caches()
+    return here
+
+
+SEGMENTS: dict[str, type[Segment]] = {
+    "sampled": Sampled,
+    "referenced": Referenced,
+    "rankings": Rankings,
+    "rollouts": Rollouts,
+}
+"""Name in a recipe -> class, beside those of `firth.runs.examples`."""

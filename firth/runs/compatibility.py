@@ -1,0 +1,289 @@
+"""What cannot be trained is refused when the recipe is read: an objective that its architecture cannot serve, or that its
+segment does not feed.
+
+>>> from firth.model.config import decoder
+>>> from firth.objectives.masked_lm import MLM
+>>> from firth.objectives.next_sentence import NSP
+>>> from firth.runs.examples import Pieces
+>>> refuse_misfit(MLM(), decoder(vocab=10, width=64, depth=1))  # doctest: +ELLIPSIS
+Traceback (most recent call last):
+...
+firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false, ...
+>>> refuse_unfed(NSP() + MLM(), Pieces())
+Traceback (most recent call last):
+...
+firth.types.UserError: objective nsp needs first, other and second in an example, and segment pieces gives tokens: take segment=pairs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from firth import objectives
+from firth.doctor import memory
+from firth.model.config import Reads, Shape
+from firth.model.empty_weights import hollow
+from firth.model.model import LM
+from firth.model.parameter_count import LEARNED
+from firth.objectives.objective import WAYS, Objective
+from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
+from firth.runs.examples import Segment
+from firth.runs.peft_options import Adapt, Full
+from firth.runs.prepare import Echo
+from firth.types import UserError
+
+SEGMENTS = examples.SEGMENTS | labeled_examples.SEGMENTS | noisy_label_examples.SEGMENTS | alignment_examples.SEGMENTS
+"""Name in a recipe -> class."""
+
+RECIPE: dict[Reads, str] = {
+    "left": "gpt (a decoder)", "both": "roberta (an encoder)", "free": "xlnet (an encoder)",
+    "prefix": "prefix_lm (attention both ways)", "source": "t5 (an encoder-decoder)",
+    "apart": "elmo (two LSTMs)", "alone": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
+}  # fmt: skip
+"""A way of reading -> a recipe whose shape serves it."""
+
+
+def refuse_misfit(objective: Objective, shape: Shape, segment: Segment | None = None, fixed: bool = False) -> None:
+    """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks.
+
+    segment: what else would fit has to be fed by it. fixed: whether the shape is that of the weights to begin from.
+    """
+    name, reads = _name(objective), objective.reads()
+    if reads in shape.honours:
+        if lacking := objective.lacks(shape):
+            raise UserError(f"objective {name} cannot be trained with this shape: {lacking}")
+        return
+    told = "" if fixed else _settings(objective, shape)
+    remedy = f"set {told}" if told else f"{'start' if fixed else 'begin'} from the recipe {RECIPE[reads]}"
+    others = [one for one in _served(shape) if type(one) is not type(objective)]
+    served = [one for one in others if segment is None or _fed(one, segment)] or others
+    offered = ", ".join(sorted(_name(one) for one in served))
+    raise UserError(
+        f"objective {name} {WAYS[reads]}, which {shape.noun} cannot: {remedy}"
+        + (f", or take an objective that it serves: {offered}" if offered else "")
+    )
+
+
+def _served(shape: Shape) -> Iterator[Objective]:
+    """The objectives with a way of reading of their own that a shape serves."""
+    for name in objectives.OBJECTIVES:
+        one: Objective = objectives.find(name)()
+        if one.reads() in shape.honours - {"any"} and one.alone and not one.lacks(shape):
+            yield one
+
+
+def _settings(objective: Objective, shape: Shape) -> str:
+    """The fewest settings by which a shape comes to serve an objective; empty where it takes another architecture."""
+    wanted: dict[Reads, dict[str, bool | int]] = {
+        "left": {"causal": True, "encoder": 0, "latent": 0, "linformer": 0, "apart": False},
+        "both": {"causal": False, "encoder": 0, "latent": 0},
+        "free": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
+        "prefix": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
+        "source": {"causal": True, "encoder": shape.encoder or shape.depth, "latent": 0, "linformer": 0},
+        "apart": {"causal": False, "apart": True},
+    }
+    told = config_io.plain(shape)
+    changes = {name: value for name, value in wanted.get(objective.reads(), {}).items() if told.get(name) != value}
+    try:
+        changed: Shape = config_io.build(Shape, told | changes)
+    except UserError:
+        return ""
+    if objective.reads() not in changed.honours or objective.lacks(changed):
+        return ""
+    return _listed(f"shape.{name}={str(value).lower()}" for name, value in changes.items())
+
+
+def refuse_unfed(objective: Objective, segment: Segment, shape: Shape | None = None) -> None:
+    """Raise a UserError if the examples lack what the objective needs, or if it asks nothing of them, or if an addend of it
+    loses what another asks. What would fit has to suit the shape, if there is one."""
+    fault = _fault(objective, segment)
+    if not fault and shape is not None and objective.borrows:
+        with hollow():
+            lent = objective.parts(shape)
+        if lacking := objective.borrows - lent.keys():
+            names = ", ".join(objectives.name_of(type(one)) for one in objective.addends())
+            raise UserError(
+                f"no addend of the objective [{names}] has the part {_listed(lacking)} that it reads with: add mlm"
+            )
+    if fault:
+        raise UserError(f"{fault}: {_feeding(objective, segment, shape)}")
+    segment.refuse(objective)
+
+
+def _fault(objective: Objective, segment: Segment) -> str:
+    """What is wrong with an objective's food, if anything."""
+    given, asked = segment.given, frozenset[str]()
+    read = frozenset[str]().union(*(one.needs(given) for one in objective.addends()))
+    if segment.wants - read:
+        told = _listed(segment.wants)
+        return f"segment {_name_of(segment)} is for those who read {told}, and objective {_name(objective)} does not"
+    for one in objective.addends():
+        if lacking := one.needs(given) - given:
+            told = f"segment {_name_of(segment)} gives" if given == segment.given else "what stands before it lays out"
+            needed = one.needs(given) if given == segment.given else lacking
+            return f"objective {_name(one)} needs {_listed(needed)} in an example, and {told} {_listed(given) or 'nothing'}"
+        own = asked | frozenset(one.targets.values())
+        given = one.hands_on(given)
+        if lost := own - given:
+            return f"objective {_name(one)} lays an example out anew, so that {_listed(lost)} of what stands before it is lost"
+        if twice := asked.intersection(one.targets.values()):
+            return f"objective {_name(one)} asks {_listed(twice)}, which what stands before it asks too"
+        asked = own
+    return "" if objective.alone else f"objective {_name(objective)} asks nothing of a text by itself"
+
+
+def _fed(objective: Objective, segment: Segment) -> bool:
+    return not _fault(objective, segment)
+
+
+def _feeding(objective: Objective, segment: Segment, shape: Shape | None) -> str:
+    """What mends it: another segment, or an objective to add it to."""
+    if fitting := _segments(objective):
+        return f"take {fitting}"
+    if len(objective.addends()) > 1:
+        return "train with one of them, or put them into another order"
+    elsewhere = ""
+    for name in objectives.OBJECTIVES:
+        try:
+            both = objectives.find(name)() + objective
+        except UserError:
+            continue
+        if shape is not None and (both.reads() not in shape.honours or both.lacks(shape)):
+            continue
+        told = f"write objective=[{name}, {_name(objective)}]"
+        if _fed(both, segment):
+            return told
+        if not elsewhere and (fitting := _segments(both)):
+            elsewhere = f"{told} and take {fitting}"
+    return elsewhere or "no segment gives that, so it can be trained from Python alone"
+
+
+def _segments(objective: Objective) -> str:
+    """The segments that feed an objective and give the least besides, as one writes them."""
+    fitting = {name: len(kind().given) for name, kind in SEGMENTS.items() if _fed(objective, kind())}
+    return " or ".join(f"segment={name}" for name, n in fitting.items() if n == min(fitting.values()))
+
+
+def refuse_cut(objective: Objective, shape: Shape, *, pack: int, accumulate: int, ranks: int = 1) -> None:
+    """Raise a UserError if a step is packed or cut up in a way that the shape or the objective cannot bear."""
+    if pack and not shape.packs:
+        raise UserError(
+            f"{shape.noun} reads one document a row, and batch.pack={pack} puts several there: set batch.pack=0"
+        )
+    if objective.whole and accumulate * ranks > 1:
+        raise UserError(
+            f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
+            f"{accumulate} micro-batches would compare only their own: set batch.accumulate=1 and train on one rank"
+        )
+
+
+def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
+    """Raise a UserError if the shape's memory is asked of rows that have no text before them.
+
+    (That positions must reach back before a row, `Shape` says itself.)
+    """
+    if shape.memory and pack:
+        raise UserError(
+            f"shape.memory={shape.memory} needs rows of one text each, and batch.pack={pack} puts several into a row: "
+            "set batch.pack=0, or shape.memory=0"
+        )
+    if shape.memory and not segment.remembers:
+        told = ", ".join(name for name, kind in SEGMENTS.items() if kind.remembers)
+        raise UserError(
+            f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {_name_of(segment)} does "
+            f"not give: set shape.memory=0, or take segment={told}"
+        )
+
+
+def fit_rows(
+    segment: Segment, usual: Segment, adapt: Adapt, base: LM | None, shape: Shape, added: int, echo: Echo
+) -> Segment:
+    """Bound the rows of a segment by the positions that a model has learned, less the trained ones before every text.
+
+    Args:
+        segment: As the recipe has it.
+        usual: That of the published recipe: a limit that is as there is lowered, any other is the user's own.
+        adapt: What is trained.
+        base: The model that the run begins from.
+        shape: Its shape. Positions that are not learned bound no row.
+        added: Tokens that the objective adds to a row (`Objective.added_tokens`).
+        echo: Reports what is lowered.
+
+    Raises:
+        UserError: The user's own limit is too high; the error names the one that fits.
+    """
+    ahead = adapt.ahead(base)
+    own = ahead != Full().ahead(base)
+    if shape.position not in LEARNED or (segment.leaves_out and not own):
+        return segment
+    if not own:  # records are cut at the context in any case, and counted
+        segment = segment.within(shape.context)
+    return _fit_rows(segment, usual, shape.context - added, ahead, echo, "segment")
+
+
+def _fit_rows(segment: Segment, usual: Segment, room: int, ahead: tuple[int, int], echo: Echo, section: str) -> Segment:
+    usual = usual if type(usual) is type(segment) else type(segment)()
+    changed: dict[str, Any] = {}
+    for name, inner in vars(segment).items():
+        if isinstance(inner, Segment):
+            changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, echo, f"{section}.{name}")
+    for name, limit in segment.row_limits(room - ahead[0], room - ahead[1]).items():
+        value = getattr(segment, name)
+        if value <= limit:
+            continue
+        taken = f", of which {max(ahead)} are before every text" if max(ahead) else ""
+        why = f"the model has learned {room} positions for a row{taken}"
+        if limit < 1 or (value != getattr(usual, name) and not segment.leaves_out):
+            cure = f"set {section}.{name}={limit}" if limit > 0 else "lower adapt.tokens"
+            raise UserError(f"{section}.{name}={value}: {why}: {cure}")
+        echo(f"{section}.{name} is lowered from {value} to {limit}: {why}")
+        changed[name] = limit
+    return dataclasses.replace(segment, **changed) if changed else segment  # type: ignore[type-var]
+
+
+def _name(objective: Objective) -> str:
+    """As a recipe calls it; the addend that makes the demand, of a sum."""
+    addends = objective.addends()
+    demanding = next((one for one in addends if one.reads() != "any"), addends[-1])
+    return objectives.name_of(type(demanding))
+
+
+def _name_of(segment: Segment) -> str:
+    return next((name for name, kind in SEGMENTS.items() if kind is type(segment)), type(segment).__name__)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = sorted(names) or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def check_room(shape: Shape, optimizer: str, full: bool, device: torch.device) -> None:
+    """Refuse a model that cannot be trained in the memory that is free, before any of it is taken.
+
+    Counted are the weights, their gradients and the optimizer's state in fp32 (4 bytes each; AdamW keeps two numbers a
+    weight, Muon one), and not the activations: what passes may still be too large. Of an adapted model the weights alone.
+
+    Args:
+        shape: the model.
+        optimizer: its name.
+        full: whether all weights are trained.
+        device: where it is trained; the model is made in main memory in any case.
+
+    Raises:
+        UserError: More than is free.
+    """
+    count = shape.parameters()
+    each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
+    rooms = [("main memory", each if device.type == "cpu" else 4, memory()[1])]
+    if device.type == "cuda":
+        rooms.append(("the GPU's memory", each, torch.cuda.mem_get_info(device)[0]))
+    for name, size, free in rooms:
+        if count * size > free:
+            raise UserError(
+                f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "
+                f"and {free / 1e9:,.1f} GB of {name} are free: lower shape.width, shape.depth or the vocabulary"
+            )

@@ -1,0 +1,86 @@
+"""Where an objective cannot find what it looks for in a text and does something else: a sentence on each, before the run.
+
+Words, names and sentences are found by Unicode's rules (`firth.tokenizer.segmentation`). Some scripts do not separate words, some
+have no capitals, and some texts no full stop; the objective then hides subwords or random spans, or cuts anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from firth.data.noise import facts
+from firth.data.source import Source
+from firth.objectives.objective import Objective
+from firth.runs.examples import Segment
+from firth.tokenizer import segmentation
+from firth.tokenizer.vocab import Vocab
+from firth.types import Example, UserError
+
+Segmentation = Literal["auto", "icu", "uax29"]
+
+SAMPLED_EXAMPLES = 64
+"""Examples that are looked at, evenly spaced."""
+MIN_SHARE = 0.05
+"""Of the examples or letters: what happens less often is not reported."""
+
+REPORTS = {
+    "words": "{share:.0%} of the letters are of scripts that do not separate words (Chinese, Japanese, Thai, Khmer, ...), so "
+    "whole words fall back on subwords there; install firth[icu] to find words by ICU's dictionaries",
+    "names": "{share:.0%} of the texts have no name, date or number that capitals or digits show, so salient spans fall back on "
+    "random spans there",
+    "sentences": "{share:.0%} of the texts are a single sentence, so there is no order of sentences to change there",
+    "pairs": "{share:.0%} of the texts have no end of a sentence, so their pairs fall back on cuts anywhere",
+}
+"""Unit that is looked for -> what is reported where it is not found."""
+
+
+def fallbacks(objective: Objective, segment: Segment, source: Source, vocab: Vocab) -> list[str]:
+    """Return a sentence for each unit that an objective or a segment looks for and often does not find.
+
+    Args:
+        source: The examples to learn from, of which SAMPLED_EXAMPLES are looked at.
+    """
+    units = frozenset[str]().union(segment.text_units, *(one.text_units for one in objective.addends()))
+    if not units or vocab.spelling is None or not len(source):
+        return []
+    some = np.linspace(0, len(source) - 1, min(SAMPLED_EXAMPLES, len(source))).astype(int).tolist()
+    texts = [text for i in some if len(text := _tokens(source[i]))]
+    shares = {unit: _missing(unit, texts, vocab) for unit in sorted(units)} if texts else {}
+    return [REPORTS[unit].format(share=share) for unit, share in shares.items() if share >= MIN_SHARE]
+
+
+def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmentation:
+    """Return how an objective finds whole words on this machine; `wanted` where it looks for none.
+
+    Raises:
+        UserError: A run began with, or a recipe asks for, another segmentation than this machine has.
+    """
+    if not any("words" in one.text_units for one in objective.addends()):
+        return wanted
+    here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
+    if wanted not in ("auto", here):
+        cure = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
+        raise UserError(
+            f"segmentation={wanted}, and this machine finds words by {here}, which would hide other words: {cure}, or set "
+            "segmentation=auto for a new run"
+        )
+    return here
+
+
+def _tokens(example: Example) -> np.ndarray:
+    parts = [example[name] for name in ("tokens", "first", "second") if name in example]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _missing(unit: str, texts: list[np.ndarray], vocab: Vocab) -> float:
+    """The share in which a unit is not found: of the letters for words, of the texts for the others."""
+    if unit == "words":
+        if segmentation.has_dictionary():
+            return 0.0
+        letters = [c for text in texts for c in vocab.text(text) if c.isalpha()]
+        return float(segmentation.unspaced(np.array(list(map(ord, letters)))).mean()) if letters else 0.0
+    if unit == "names":
+        return float(np.mean([not facts(text, vocab).any() for text in texts]))
+    return float(np.mean([vocab.sentences(text).sum() < 2 for text in texts]))

@@ -1,0 +1,225 @@
+"""What a run reads from outside of its recipe, by content: text, records, the models that it begins from or asks, the
+modules of scorers.
+
+A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
+
+    {"recipe": "9f2c...", "recipe_file": "sha256...", "inputs": {"source.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
+     "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}, "digest": "of the rest"}
+
+A directory with checkpoints or a finished run goes on only if all of them are as they were; the recipe is compared without
+its paths, so a copy of the same files elsewhere is the same run. A file is hashed again only if its size, a time or its inode
+has changed: whoever replaces a file and sets its time back still changes `ctime`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from firth.corpora import catalog, readers
+from firth.corpora.compression import stamp
+from firth.io.atomic import write_text
+from firth.io.gguf import find
+from firth.io.integrity import check_digest, with_digest
+from firth.io.safetensors import read_json
+from firth.runs import config_io
+from firth.runs.alignment_examples import module_files
+from firth.runs.examples import model_directory
+from firth.runs.prepare import Echo, text_of
+from firth.runs.recipe import Recipe, load
+from firth.tokenizer import formats
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import UserError
+
+FILE = "inputs.json"
+
+MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+"""Files of a model or adapter directory that are hashed with its tensors and its tokenizer."""
+
+
+def begun(directory: Path) -> bool:
+    """Whether a run directory holds a checkpoint or a finished run, which other inputs would make untrue."""
+    saved = (path for path in (directory / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return (directory / "done.json").exists() or any(path.is_dir() for path in saved)
+
+
+@dataclass
+class Inputs:
+    """The inputs of a run.
+
+    Attributes:
+        digests: name of the field -> digest of what it names, "" where nothing is there.
+        functions: the same for functions of the user's, of the files of their modules. No checkpoint depends on them, for a
+            reward that raised may be corrected.
+        files: path -> size, modification time, change time (ns), inode and SHA-256 of each file that was hashed.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    functions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(recipe: Recipe, directory: Path, echo: Echo, first: bool = True) -> Inputs:
+        """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json.
+
+        Args:
+            recipe: The recipe of the run.
+            directory: Its directory.
+            echo: Progress.
+            first: Whether this process makes the tokenizer and the token stores; the other ranks only hash the text.
+        """
+        inputs = Inputs(files=dict(recorded(directory).get("files", {})))
+        source = recipe.source
+        given = recipe.tokenizer.path or recipe.start or recipe.embeddings
+        if first and not (given or source.store or begun(directory)):
+            inputs._read_once(recipe, directory, echo)
+        if source.corpus:
+            inputs.digests["source.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
+        for name, kind, value in config_io.paths(recipe):
+            if kind == "files":
+                inputs.digests[name] = inputs._of_files(value, recipe)
+            elif kind == "model":
+                inputs.digests[name] = inputs._of_model(Path(value))
+            elif kind == "tokenizer":
+                inputs.digests[name] = Tokenizer.load(value).digest
+        for name, function in recipe.segment.functions.items():
+            files = [(file.name, inputs._sha256(file)) for file in module_files(function)]
+            inputs.functions[f"segment.{name}"] = _hash(files) if files else ""
+        return inputs
+
+    def check(self, directory: Path) -> None:
+        """Compare with what the run in a directory began with.
+
+        Raises:
+            UserError: an input has changed, or the directory has no record of its inputs.
+        """
+        before = recorded(directory).get("inputs")
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{directory} holds a run of an older version of firth, which kept no record of its inputs: choose another "
+                "directory with --out, or delete that one"
+            )
+        if "tokenizer" not in self.digests:  # it is made after the others have been compared
+            before = {name: digest for name, digest in before.items() if name != "tokenizer"}
+        now = self.digests | {name: digest for name, digest in self.functions.items() if name in before}
+        for name in [*now, *before]:
+            if before.get(name) == now.get(name):
+                continue
+            if name not in now:
+                how = f"with {name}, which this recipe does not set"
+            elif name not in before:
+                how = f"without {name}, which this recipe sets"
+            elif not now[name]:
+                how = f"with a {name} that is not there any more"
+            else:
+                how = f"with another content of {name}"
+            raise UserError(
+                f"{directory} holds a run that began {how}: put back what it began with, or choose another directory with --out"
+            )
+
+    def write(self, directory: Path, recipe: str) -> None:
+        """Keep them in the directory, with the hashes of the recipe that they belong to and of recipe.yaml."""
+        file = _file_hash(directory / "recipe.yaml")
+        record = {"recipe": recipe, "recipe_file": file, "inputs": self.digests | self.functions, "files": self.files}
+        write_text(directory / FILE, json.dumps(with_digest(record), indent=1) + "\n")
+
+    def identity(self, recipe: str) -> str:
+        """A short hash of a recipe and its inputs: what a checkpoint is checked against."""
+        return _hash([recipe, self.digests])[:16]
+
+    def _read_once(self, recipe: Recipe, directory: Path, echo: Echo) -> None:
+        """Hash the text of a run that trains a tokenizer on it, in the pass that reads it for that.
+
+        Elsewhere the text is hashed alone, at the speed of the disk: what is wrong with the recipe is found before the text is
+        read.
+        """
+        source = recipe.source
+        paths = source.paths(echo) if source.path or source.corpus else []
+        if not recipe.segment.reads_documents or not paths or any((directory / "data").glob("*/train")):
+            return
+        parts = [[path] for path in paths] if source.weights else [paths]
+        for part in parts:
+            alone = replace(source, path=tuple(part), weights=())
+            for apart in (False, True) if source.valid else (False,):
+                self.files |= text_of(alone, part, apart, directory).hashes
+
+    def _of_files(self, paths: Sequence[str], recipe: Recipe) -> str:
+        """Of files in the order in which they are read, and of their names where these decide what is held out."""
+        documents = recipe.segment.reads_documents
+        found = readers.files(paths, tabled=not documents)
+        named = documents and (len(found) > 1 or recipe.source.split != "file")
+        return _hash([(name if named else "", self._sha256(path)) for path, name in found.items()])
+
+    def _of_model(self, path: Path) -> str:
+        """Of tensors, shape and tokenizer; "" where there is no such file or directory."""
+        place = (
+            path / "adapter" if (path / "adapter").is_dir() and not (path / "model").is_dir() else model_directory(path)
+        )
+        if not place.exists():
+            return ""
+        one = find(place)
+        if one is not None:
+            return _hash(self._sha256(one))
+        files = [*sorted(place.glob("*.safetensors")), *(place / name for name in MODEL_FILES)]
+        tokens = formats.find(place)
+        files += [tokens] if tokens is not None else []
+        ours = read_json(place / "firth.json")
+        shape = {name: ours.get(name) for name in ("shape", "parts", "family")}
+        return _hash([[(file.name, self._sha256(file)) for file in files if file.is_file()], shape])
+
+    def _sha256(self, file: Path) -> str:
+        status, key = file.stat(), str(file.absolute())
+        known = self.files.get(key)
+        if known is None or known[:-1] != stamp(status):
+            with file.open("rb") as opened:
+                self.files[key] = [*stamp(status), hashlib.file_digest(opened, "sha256").hexdigest()]
+        return str(self.files[key][-1])
+
+
+def recorded(directory: Path) -> dict[str, Any]:
+    """What inputs.json of a run directory holds; nothing where it is not there."""
+    found = read_json(directory / FILE)
+    if found:
+        check_digest(found, directory / FILE, "put it back, or choose another directory with --out")
+    return found
+
+
+def content_hash(recipe: Recipe) -> str:
+    """A hash of a recipe without the paths in it."""
+    return _hash(config_io.plain(config_io.without_paths(recipe)))[:16]
+
+
+def recorded_hash(directory: Path, settled: Recipe) -> str:
+    """The hash of the recipe of a run that has begun, if this recipe is the same but for its paths.
+
+    A later version of firth may have more fields: at their defaults they change nothing, so the hash is not made again.
+
+    Raises:
+        UserError: the recipes differ; it names the first field that does. Or recipe.yaml was changed after the run began.
+    """
+    began, record = load(str(directory)), recorded(directory)
+    theirs, ours = (config_io.plain(config_io.without_paths(one)) for one in (began, settled))
+    if theirs != ours:
+        raise UserError(
+            f"{directory} holds a run of another recipe: {config_io.difference(theirs, ours)}; choose another directory with "
+            "--out, or delete that one"
+        )
+    file = directory / "recipe.yaml"
+    if record.get("recipe_file") != _file_hash(file) and content_hash(began) != record["recipe"]:
+        raise UserError(
+            f"{file} was changed after the run began: put it back, or train it in another directory: firth train {file} --out "
+            "ANOTHER"
+        )
+    return str(record["recipe"])
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""Measure a run on files: by the task that it was trained for, or by its own objective where that is no task.
+
+    firth evaluate runs/electra held-out.txt         loss/generator, loss/replaced, replaced_accuracy, original_accuracy
+    firth evaluate runs/vae held-out.txt             elbo, kl, active
+    firth evaluate runs/elmo held-out.txt            loss/forward, loss/backward
+    firth evaluate runs/bert held-out.txt --task objective       NSP's accuracy beside the masked loss
+
+The files are cut and shown as the run's recipe does it, and the objective's terms and measures are those of training's own
+checks (`firth.runs.validation`), in fp32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from firth.evaluate import evaluate as tasks
+from firth.evaluate.heads import head_of
+from firth.evaluate.task import Say, Subject, open_subject
+from firth.evaluate.tasks import TASKS, default_for
+from firth.runs import examples
+from firth.runs.prepare import Material
+from firth.runs.recipe import load
+from firth.runs.validation import Held
+from firth.train.distributed import Ranks
+from firth.types import UserError
+
+OBJECTIVE = "objective"
+"""What a run's own objective is called among the tasks."""
+
+
+def measure(
+    directory: Path,
+    paths: Sequence[str],
+    *,
+    task: str | None = None,
+    limit: int | None = None,
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Return what is measured of a run or model directory on files, plain numbers by name.
+
+    Args:
+        directory: A run or model directory.
+        paths: Text or records; runs for the task "glue".
+        task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None for what the model is there for.
+        limit: Most tokens that are measured, spread over the text; of a task's records, the first so many.
+        say: Is called with remarks on what was left out.
+
+    Raises:
+        UserError: The model does not serve the task, or the files hold nothing to measure.
+    """
+    if task == "glue":
+        return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
+    subject = open_subject(directory)
+    task = default_for(subject, paths) if task is None else task
+    if task == "likelihood" and (subject.model.shape.latent or not subject.model.speaks):
+        task = ""  # a bound, or two models' halves: the objective says what they are worth
+    if task in (OBJECTIVE, ""):
+        noted = {} if limit is None else {"limit": limit}
+        return {"task": OBJECTIVE} | noted | by_objective(subject, paths, limit, say)
+    return tasks.measured(subject, paths, task=task, limit=limit, say=say)
+
+
+def by_objective(subject: Subject, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
+    """Return the terms and measures of a run's own objective on files.
+
+    Raises:
+        UserError: The directory keeps no recipe, or its model has a task's head, which `firth evaluate` reads without this.
+    """
+    where = subject.directory
+    if not (where / "recipe.yaml").is_file():
+        raise UserError(
+            f"{where}: this model has {', '.join(subject.model.parts) or 'no part'}, and no recipe says how it was trained: "
+            f"name its run directory, or a task that it serves (--task {', '.join(TASKS)})"
+        )
+    if part := head_of(dict(subject.model.parts)):
+        raise UserError(f"{where}: this model has a head for {part}: leave out --task, and its answers are measured")
+    recipe = load(str(where))
+    assert recipe.shape is not None
+    source = replace(recipe.source, path=tuple(paths), valid=tuple(paths), corpus="", weights=(), store="")
+    with tempfile.TemporaryDirectory() as folder:
+        material = Material(
+            source, subject.tokenizer, Path(folder), recipe.start, recipe.batch.rows, recipe.seed, lambda _: None,
+            recipe.shape.memory,
+        )  # fmt: skip
+        cut = examples.cut(recipe.segment, material, recipe.objective)
+        if cut.valid is None or not len(cut.valid):
+            raise UserError(f"{', '.join(paths)}: there is nothing to measure in it")
+        for remark in cut.valid.remarks:
+            say(remark)
+        count = len(cut.valid)
+        if limit is not None:
+            some = examples.spread(cut.valid, 64)
+            mean = sum(max(field.size for field in some[i].values()) for i in range(len(some))) / len(some)
+            count = max(1, min(count, round(limit / mean)))
+        shown = replace(recipe, evaluation=replace(recipe.evaluation, max_examples=count))
+        held = Held(shown, cut.valid, cut.bytes_per_target, subject.tokenizer, Ranks())
+        return {"examples": len(held.shown), "share": len(held.shown) / len(cut.valid)} | held.measure(subject.model, 0)

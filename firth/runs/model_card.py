@@ -1,0 +1,265 @@
+"""The model card: README.md beside every exported model, with what it was made of and what it scored.
+
+    of_run(run, place, model, said, facts)           from a run's recipe.yaml, done.json and samples.jsonl
+    of_directory(given, place, model, said, facts)   of a model that came from elsewhere
+
+The front matter is what model hubs read (licence, language, tags, base_model). A licence is stated where one is known:
+that of the model it began from; what a new model's is, is for its owner to say. Files are called by their names alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from firth.corpora.catalog import CATALOGUE
+from firth.io.atomic import write_text
+from firth.io.gguf import find, read
+from firth.io.integrity import check_recipe, read_done
+from firth.io.json_files import read_rows
+from firth.io.safetensors import read_json
+from firth.model.model import LM
+from firth.runs import config_io
+from firth.runs.recipe import load
+
+KINDS = {"left": "text-generation", "both": "fill-mask", "source": "text2text-generation", "": "feature-extraction"}
+"""How a model with a vocabulary head reads, or that it has none -> what model hubs call its task."""
+MARK = "Made with firth"
+HEAD = 4096
+"""Characters of another's README.md in which its licence is looked for."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says. place: the directory it lies in, as written so far. said: what others load the model as.
+
+    facts: what was kept of its training (`firth.json`). recipe: the settled recipe in plain data, paths by their names;
+    empty for a model from elsewhere. done: what the run came to. samples: rows of samples.jsonl. base, licence,
+    language: of what it began from, "" where nothing is known.
+    """
+
+    place: Path
+    model: LM
+    said: str
+    facts: Mapping[str, Any]
+    name: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    done: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+    base: str = ""
+    licence: str = ""
+    language: str = ""
+
+
+def of_run(
+    run: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any], done: Mapping[str, Any] | None = None
+) -> Card:
+    """The card of a run's model, or of a model directory that has no recipe. done: in place of the run's done.json."""
+    file = run / "recipe.yaml"
+    if not file.exists():
+        return of_directory(run, place, model, said, facts)
+    check_recipe(run)
+    given = config_io.plain(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
+    recipe, start = nameless(given), given.get("start") or ""
+    rows = run / "samples.jsonl"
+    samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")
+    licence, language = _stated(Path(start)) if start else ("", "")
+    source = _at(recipe, "source") or {}
+    corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
+    return Card(
+        place, model, said, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
+        samples, PurePath(start).name, licence, language or ("en" if corpus in CATALOGUE else ""),
+    )  # fmt: skip
+
+
+def of_directory(given: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any]) -> Card:
+    """The card of a model that came from another directory, and has no recipe."""
+    licence, language = _stated(given)
+    name = given.resolve().name
+    return Card(place, model, said, facts, name, base=name, licence=licence, language=language)
+
+
+def write(card: Card, file: Path) -> None:
+    """Write it, whole or not at all."""
+    write_text(file, text(card))
+
+
+def pretty(value: Any) -> str:
+    """JSON as people read it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def text(card: Card) -> str:
+    """The card in Markdown, its front matter in YAML."""
+    config, shape = read_json(card.place / "config.json"), card.model.shape
+    task = KINDS[
+        ("source" if shape.encoder else "left" if shape.causal or shape.prefix_lm else "both")
+        if "lm" in card.model.parts
+        else ""
+    ]
+    front: dict[str, Any] = {"license": card.licence or "other"}
+    if not card.licence:
+        front["license_name"] = "not-stated"
+    front |= {"language": card.language} if card.language else {}
+    front |= {"base_model": card.base} if card.base else {}
+    front |= {"library_name": "transformers" if config else "firth", "pipeline_tag": task}
+    front["tags"] = ["firth", *_objectives(card.recipe)]
+    blocks = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {card.name}",
+        _what(card, config),
+        *_training(card),
+        *_scores(card),
+        *_samples(card),
+        _loading(card, config, task),
+        _limits(card),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _what(card: Card, config: Mapping[str, Any]) -> str:
+    shape = card.model.shape
+    rows = [
+        ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
+        ("layers", f"{shape.encoder} + {shape.depth}" if shape.encoder else f"{shape.depth}"),
+        ("width", f"{shape.width:,}"), ("context", f"{shape.context:,} tokens"), ("vocabulary", f"{shape.vocab:,}"),
+        ("heads besides the trunk", ", ".join(card.model.parts) or "none"), ("numbers", _numbers(card.place, config)),
+    ]  # fmt: skip
+    began = f" It began from {card.base}." if card.base and card.recipe else ""
+    return f"{MARK}; {card.said}.{began}\n\n" + _table(("", ""), rows)
+
+
+def _training(card: Card) -> list[str]:
+    if not card.recipe:
+        came = f"from `{card.base}`" if card.base else "from elsewhere"
+        return [f"## Training\n\nThis model came {came}; what it was trained on is for its own card to say."]
+    source = _at(card.recipe, "source") or {}
+    corpus = str(source.get("corpus") or "")
+    known = CATALOGUE.get(corpus.partition("/")[0])
+    if source.get("path") or known is None:
+        data = ", ".join(f"`{p}`" for p in source.get("path") or ()) or "not stated"
+        data += "; the licence of these files is not known to firth"
+    else:
+        data = f"{corpus}: {known.about}, from {known.package}; licence: {known.licence}"
+        data += f" ({known.note})" if known.note else ""
+    rows = [("objective", " + ".join(_objectives(card.recipe))), ("data", data)]
+    done = card.done
+    if done:
+        took = f"{done['steps']:,} steps, {done['tokens']:,} tokens, {done['flops']:.3g} counted FLOPs, {done['seconds']:,.0f} s"
+        rows.append(("length", took))
+        if done.get("exported", done["steps"]) != done["steps"]:
+            rows.append(("exported", f"the model of step {done['exported']:,}, the best check"))
+    command = "Save the recipe below as recipe.yaml; then `firth train recipe.yaml` repeats the training."
+    listing = yaml.safe_dump(card.recipe, sort_keys=False, allow_unicode=True)
+    return [f"## Training\n\n{_table(('', ''), rows)}\n\n{command}\n\n```yaml\n{listing}```"]
+
+
+def _scores(card: Card) -> list[str]:
+    found = card.facts.get("metrics")
+    found = found if isinstance(found, dict) else {}
+    held = {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
+    rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in held.items() if type(value) in (int, float)]
+    if not rows:
+        return []
+    return [f"## Scores\n\nOn text that was held out from the same source.\n\n{_table(('measure', 'held out'), rows)}"]
+
+
+def _samples(card: Card) -> list[str]:
+    last: dict[str, str] = {str(row["prompt"]): str(row["text"]) for row in card.samples}
+    shown = [f"> **{_quoted(prompt)}** {_quoted(text[:400])}" for prompt, text in list(last.items())[:3]]
+    return ["## Samples\n\nThe last ones of the run, not chosen.\n\n" + "\n\n".join(shown)] if shown else []
+
+
+def _quoted(text: str) -> str:
+    """Text as Markdown shows it: line breaks kept, no signs of its own."""
+    return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text).replace("\n", "  \n> ")
+
+
+def _numbers(place: Path, config: Mapping[str, Any]) -> str:
+    """What most of the weights are stored as."""
+    file = find(place)
+    if file is None:
+        return str(config.get("dtype", "float32"))
+    sizes: Counter[str] = Counter()
+    for stored in read(file).tensors.values():
+        sizes[stored.kind] += math.prod(stored.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _loading(card: Card, config: Mapping[str, Any], task: str) -> str:
+    verb = {"text-generation": 'generate DIR "..."', "fill-mask": 'fill DIR "a word is <mask> here"',
+            "text2text-generation": 'generate DIR "..."'}.get(task, "evaluate DIR FILES")  # fmt: skip
+    blocks = [f"```\nfirth {verb}\n```"]
+    kinds = config.get("architectures")
+    if isinstance(kinds, list) and kinds:
+        blocks.append(
+            f"```python\nfrom transformers import AutoTokenizer, {kinds[0]}\n\n"
+            f'model, tokenizer = {kinds[0]}.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")\n```'
+        )
+    if find(card.place) is not None:
+        blocks.append("```\nllama-cli -m DIR/model.gguf\n```")
+    if (card.place / "modules.json").exists():
+        blocks.append(
+            '```python\nfrom sentence_transformers import SentenceTransformer\n\nSentenceTransformer("DIR").encode(["a text"])\n```'
+        )
+    return "## Use\n\nDIR is this directory.\n\n" + "\n\n".join(blocks)
+
+
+def _limits(card: Card) -> str:
+    read = card.done.get("tokens")
+    how = f"{read:,} tokens" if read else "its training text"
+    return (
+        f"## Limits\n\nThe model knows {how} and nothing else. It repeats what stands there, its errors and prejudices too, "
+        "and says false things in the same voice as true ones. The scores are those of the text and the records named above "
+        "and say little about others. It has not been tested for any use in which a wrong answer does harm."
+    )
+
+
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {a} | {b.replace('|', chr(92) + '|')} |" for a, b in rows])
+
+
+def _at(data: Any, *keys: str) -> Any:
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def _objectives(recipe: Mapping[str, Any]) -> list[str]:
+    said = recipe.get("objective") or []
+    listed = said if isinstance(said, list) else [said]
+    return [str(one["kind"] if isinstance(one, Mapping) else one) for one in listed]
+
+
+def nameless(data: Any) -> Any:
+    """Plain data in which a path that holds on one machine alone is called by its name.
+
+    >>> nameless({"path": ["mine/a.txt", "/" + "data/b.txt"], "rate": 0.1})
+    {'path': ['mine/a.txt', 'b.txt'], 'rate': 0.1}
+    """
+    if isinstance(data, Mapping):
+        return {key: nameless(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [nameless(value) for value in data]
+    return PurePath(data).name if isinstance(data, str) and PurePath(data).is_absolute() else data
+
+
+def _stated(directory: Path) -> tuple[str, str]:
+    """The licence and the language in the card of what a model begins from; "" where it says none."""
+    for file in (directory / "README.md", directory / "model" / "README.md"):
+        if file.is_file():
+            with file.open(encoding="utf-8", errors="replace") as opened:
+                front = opened.read(HEAD).split("\n---")[0]
+            found = [re.search(rf"^{key}:\s*([\w.-]+)\s*$", front, re.M) for key in ("license", "language")]
+            licence, language = ("" if match is None else match[1] for match in found)
+            return "" if licence == "other" else licence, language
+    return "", ""

@@ -1,0 +1,302 @@
+"""How much of a pretrained model a run trains: the `adapt` of a recipe.
+
+    full      everything (the default)
+    head      the task's head alone, on the last layer (`adapt=head`)
+    frozen    the same on a learnt mixture of all layers (Peters 2018, ELMo)
+    lora      thin products added to chosen matrices (Hu 2021), and the heads that the start has not
+    prefix    keys and values before every text (Li & Liang 2021), and those heads
+    prompt    vectors before every text (Lester 2021), and those heads
+
+    firth train classify start=runs/bert source.path=labelled.jsonl adapt=lora
+    firth train instruct start=runs/gpt source.path=dialogues.jsonl adapt.kind=lora adapt.rank=16 adapt.targets='[blocks.*]'
+
+The last three leave `adapter/` in the run directory, in peft's format, beside `model/`, which holds a LoRA's weights merged,
+and a prefix or a prompt as a part of the model (which transformers alone does not read: it takes peft and `adapter/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+
+from firth.evaluate.tokenizer_match import check_adapter
+from firth.io.atomic import new_directory
+from firth.model.config import Shape
+from firth.model.model import LM
+from firth.model.prefix import AHEAD, refuse
+from firth.objectives.layer_mixture import Mixed
+from firth.objectives.objective import Objective
+from firth.peft import adapter_files, lora
+from firth.peft.init import prefix_of, prompt_of
+from firth.pretrained.load_save import added_parts
+from firth.runs.config_io import path_field
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import UserError
+from firth.validated import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
+
+
+class Adapt(Ranged, section="adapt"):
+    """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
+
+    needs: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+
+    def settle(self, objective: Objective) -> Objective:
+        """The objective as it reads a model that is adapted so."""
+        return objective
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        """Raise a UserError for a model that cannot be adapted so.
+
+        Args:
+            model: The model that is trained, without its weights and without what its base has before every text.
+            base: The model that it begins from.
+        """
+
+    def ahead(self, base: LM | None) -> tuple[int, int]:
+        """Return how many trained positions are before every text, and before every source of an encoder."""
+        return (base.ahead(), base.ahead(source=True)) if base is not None else (0, 0)
+
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
+
+    def finish(
+        self,
+        model: LM,
+        directory: Path,
+        base: Path,
+        added: Sequence[str],
+        tokenizer: Tokenizer,
+        facts: Mapping[str, Any],
+    ) -> str:
+        """Write the adapter that was trained, if there is one, and leave a plain model; one sentence for the user."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Full(Adapt):
+    """Everything is trained."""
+
+    needs: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Head(Adapt):
+    """The parts of the objective alone are trained; the trunk is not run back through."""
+
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        parts = _heads(model)
+        if not parts:
+            raise UserError(
+                "adapt=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
+                "with the table of tokens: take adapt=lora or adapt=prompt"
+            )
+        lora.freeze(model, parts)
+
+
+def _heads(model: LM) -> list[str]:
+    """The parts that a head alone can be: neither one with the table of tokens nor before every text."""
+    return [name for name in model.parts if name not in AHEAD and (name != "lm" or not model.shape.tied)]
+
+
+@dataclass(frozen=True)
+class Frozen(Head):
+    """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
+
+    def settle(self, objective: Objective) -> Objective:
+        return mix(objective)
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        # Whoever writes or scores with a vocabulary head reads the last layer, not the mixture that it was trained on.
+        if "lm" in model.parts:
+            raise UserError(
+                "adapt=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
+                "take adapt=lora, or an objective with a head of its own, such as classification"
+            )
+
+
+def mix(objective: Objective, frozen: bool = True) -> Objective:
+    """Return the objective on a mixture of all layers. frozen: whether the layers stay as they are (`Mixed.frozen`)."""
+    mixed = any(isinstance(one, Mixed) for one in objective.addends())
+    return objective if mixed else Mixed(frozen=frozen) + objective
+
+
+class Beside(Adapt):
+    """What lies beside the weights and can be kept apart from them. part: the model's part that it is, if it is one. start: an
+    adapter to go on from."""
+
+    part: ClassVar[str] = ""
+
+    start: str
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        there = sorted(AHEAD & {*base.parts}) if base is not None and self.part else []
+        if there and (there != [self.part] or not self.start):
+            onward = "go on from it with adapt.start=RUN too, or " if there == [self.part] else ""
+            raise UserError(
+                f"adapt={self.part} puts a {self.part} before every text, where the start has a {there[0]} already: {onward}"
+                "begin from the start's own base"
+            )
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        """Put a new adapter on the model."""
+        raise NotImplementedError(type(self).__name__)
+
+    def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        if self.start:
+            place = _adapter_of(self.start)
+            check_adapter(tokenizer, place)
+            kind = adapter_files.read(model, place)
+            if ADAPTS[kind] is not type(self):
+                raise UserError(f"adapt.start={self.start} holds an adapter of kind {kind}: set adapt.kind={kind}")
+            lora.refuse_shared(model, lora.adapted(model))
+        else:
+            self.put(model, added, tokenizer, seed)
+        lora.freeze(model, [*added, *[self.part] * bool(self.part)])
+
+    def finish(
+        self,
+        model: LM,
+        directory: Path,
+        base: Path,
+        added: Sequence[str],
+        tokenizer: Tokenizer,
+        facts: Mapping[str, Any],
+    ) -> str:
+        if model.prefix is not None:
+            model.parts["prefix"] = model.prefix.settle()
+        with new_directory(directory) as place:
+            said = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
+            tokenizer.save(place)
+        lora.fold(model)
+        return said
+
+
+@dataclass(frozen=True)
+class LoRA(Beside):
+    """rank, alpha, stabilised, dropout: `firth.peft.lora.Rank`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
+    (all maps of all blocks, also `all-linear`), `tokens`, `parts.lm`."""
+
+    rank: Annotated[int, Range(ge=1, le=65536)] = 8
+    alpha: PositiveFloat = 16.0
+    stabilised: bool = False
+    dropout: ShareBelowOne = 0.0
+    targets: tuple[str, ...] = ("attention.q", "attention.v")
+    start: str = path_field("model", "")
+
+    @property
+    def plan(self) -> lora.Rank:
+        """How each adapter is made."""
+        return lora.Rank(self.rank, self.alpha, self.stabilised, self.dropout)
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        if base is not None and not self.start:
+            for place in lora.chosen(model, self.targets, but=added_parts(model, base), merges=True):
+                lora.refuse_rank(model, place, self.plan)
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        lora.add(model, self.targets, self.plan, but=[*added, *AHEAD])
+
+
+@dataclass(frozen=True)
+class Prefix(Beside):
+    """tokens: how many stand before every text. hidden: units of the MLP that they are trained through (0: none). text:
+    what they begin as; drawn tokens where it is empty."""
+
+    part: ClassVar[str] = "prefix"
+
+    tokens: TokenCount = 16
+    hidden: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
+    text: str = ""
+    start: str = path_field("model", "")
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        super().fits(model, base)
+        refuse(model.shape, self.part)
+        _refuse_room(model.shape, self.tokens, self.part)
+
+    def ahead(self, base: LM | None) -> tuple[int, int]:
+        return _positions(self.start, self.tokens), 0
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        model.parts["prefix"] = prefix_of(model, _begin(tokenizer, self.text, self.tokens, seed), self.hidden)
+
+
+@dataclass(frozen=True)
+class Prompt(Beside):
+    """tokens: how many stand before every text. begin: as the vectors of `text`, or of drawn tokens where it is empty; or
+    at random. Each text of a packed row would need its own, and every row as many as the fullest: they are sorted instead."""
+
+    part: ClassVar[str] = "prompt"
+    packs: ClassVar[bool] = False
+
+    tokens: TokenCount = 16
+    begin: Literal["tokens", "random"] = "tokens"
+    text: str = ""
+    start: str = path_field("model", "")
+
+    def fits(self, model: LM, base: LM | None) -> None:
+        super().fits(model, base)
+        refuse(model.shape, self.part)
+        _refuse_room(model.shape, self.tokens, self.part)
+
+    def ahead(self, base: LM | None) -> tuple[int, int]:
+        count = _positions(self.start, self.tokens)
+        return (0, count) if base is not None and base.encoder is not None else (count, 0)
+
+    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        prompt = prompt_of(model, _begin(tokenizer, self.text, self.tokens, seed))
+        if self.begin == "random":
+            prompt.table.reset_parameters()
+            prompt.table.weight.data *= model.tokens.weight.data.std()
+        model.parts["prompt"] = prompt
+
+
+def _adapter_of(start: str) -> Path:
+    """The directory of an adapter: that of a run, or one of its own."""
+    place = Path(start)
+    return place / "adapter" if (place / "adapter").is_dir() else place
+
+
+def _positions(start: str, tokens: int) -> int:
+    """The trained positions of an adapter to go on from, or of a new one."""
+    return adapter_files.virtual_tokens(_adapter_of(start)) if start else tokens
+
+
+def _refuse_room(shape: Shape, tokens: int, what: str) -> None:
+    if not 0 < tokens < shape.context:
+        raise UserError(
+            f"adapt.tokens={tokens}: a {what} takes at least 1 of the {shape.context} positions, and not all"
+        )
+
+
+def _begin(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
+    """So many ids: of a text, again and again, or drawn from the vocabulary's ordinary tokens."""
+    if text:
+        ids = [int(i) for i in tokenizer.encode(text)]
+        if not ids:
+            raise UserError(
+                f"adapt.text={text!r} has no tokens to begin with: give words, or leave it out for drawn tokens"
+            )
+        return (ids * (count // len(ids) + 1))[:count]
+    ordinary = np.flatnonzero(~tokenizer.vocab.special)
+    return [int(i) for i in np.random.default_rng(seed).choice(ordinary, count)]
+
+
+ADAPTS: dict[str, type[Adapt]] = {
+    "full": Full, "head": Head, "frozen": Frozen, "lora": LoRA, "prefix": Prefix, "prompt": Prompt,
+}  # fmt: skip
+"""Name in a recipe -> class."""
+
+
+def refuse_adapt(adapt: Adapt, start: str) -> None:
+    """Raise a UserError if there is nothing to adapt."""
+    if adapt.needs and not start:
+        name = next(name for name, kind in ADAPTS.items() if kind is type(adapt))
+        raise UserError(
+            f"adapt={name} trains a little beside a model that is there: say which with start=RUN, or adapt=full"
+        )

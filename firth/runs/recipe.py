@@ -1,0 +1,315 @@
+"""A run is one expression: a frozen, typed tree that says everything the run depends on.
+
+    Recipe(name="gpt", objective=CausalLM(), segment=Windows(length=256), source=Text(corpus="shakespeare"), ...)
+
+The same tree in YAML is what `firth train mine.yaml` reads and what every run directory keeps as `recipe.yaml`;
+running that file again repeats the run. `firth train gpt batch.rows=64 source.path=mine/` starts from a published
+recipe (a function in this room, see `RECIPES`) and changes fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from firth import objectives
+from firth.model.config import Shape
+from firth.objectives.objective import Objective
+from firth.runs import config_io
+from firth.runs.compatibility import SEGMENTS, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
+from firth.runs.examples import Segment, model_directory
+from firth.runs.peft_options import ADAPTS, Adapt, Full, refuse_adapt
+from firth.runs.prepare import Text
+from firth.runs.recipe_names import RECIPES
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.train.optimizer import Optimizer
+from firth.train.schedule import Length, Schedule
+from firth.types import UserError
+from firth.validated import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
+
+
+@dataclass(frozen=True)
+class TokenizerPlan(Ranged, section="tokenizer"):
+    """Where the tokenizer comes from: `path` (a tokenizer.json, a model or a run), else trained on the source's text.
+
+    algorithm: see `firth.tokenizer.train`. size: number of ids. byte_fallback: whether bpe and unigram write rare characters as
+    bytes, so that nothing is unknown. sample: bytes of text that training looks at, drawn over the whole corpus.
+    """
+
+    path: str = config_io.path_field("tokenizer", "")
+    algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
+    size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
+    byte_fallback: bool = True
+    sample: PositiveInt = 200_000_000
+
+
+DEFAULT_SIZE = TokenizerPlan().size
+
+ALIKE = 50
+"""Steps that share their examples out by length, where a recipe leaves it open."""
+
+
+@dataclass(frozen=True)
+class Batch(Ranged, section="batch"):
+    """How many examples a step holds over all ranks and micro-batches, and how they are laid into rows.
+
+    pack: several to a row of this many tokens, kept apart; 0: one to a row, padded to the longest of its step. "auto": rows as
+    long as the segment's longest example, or like lengths (`sort`) where no row can hold two. sort: the examples of so many
+    steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.shuffle.deal`).
+    """
+
+    rows: PositiveInt = 16
+    accumulate: PositiveInt = 1
+    pack: OptionalTokenCount | Literal["auto"] = 0
+    sort: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pack != "auto" and self.pack and self.sort:
+            raise UserError("batch.pack and batch.sort both spare padding: set one of them to 0")
+
+    @property
+    def room(self) -> int:
+        """Tokens of a packed row; 0 where rows are not packed, or where that is still open."""
+        return 0 if self.pack == "auto" else self.pack
+
+    def laid(self, longest: int, packs: bool) -> Batch:
+        """With nothing left open. longest: tokens of an example at most, 0 if that is unknown; packs: whether rows can hold
+        several."""
+        if self.pack != "auto":
+            return self
+        pack = longest if packs and not self.sort else 0
+        return replace(self, pack=pack, sort=self.sort or (0 if pack or not longest else ALIKE))
+
+
+@dataclass(frozen=True)
+class EvalConfig(Ranged, section="evaluation"):
+    """Evaluation on held-out examples during training.
+
+    Args:
+        every: Steps between evaluations; 0 evaluates at the end only.
+        max_examples: Held-out examples to evaluate, at most.
+        best_metric: The metric that chooses the exported checkpoint (accuracy, f1, loss, ...); empty exports the last step.
+        patience: Stop after this many evaluations in a row without a new best (by the loss if `best_metric` is empty); 0
+            never stops early.
+
+    Raises:
+        UserError: `patience` is set and `every` is not.
+    """
+
+    every: NonNegativeInt = 0
+    max_examples: PositiveInt = 512
+    best_metric: str = ""
+    patience: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience and not self.every:
+            raise UserError("evaluation.patience counts evaluations during training: set evaluation.every too")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Ranged, section="checkpoint"):
+    """When checkpoints are written.
+
+    Args:
+        every: Steps between checkpoints; 0 writes one at the end only.
+        keep: Checkpoints to keep besides the best one.
+    """
+
+    every: NonNegativeInt = 500
+    keep: PositiveInt = 2
+
+
+@dataclass(frozen=True)
+class Recipe(Ranged):
+    """Everything a run depends on.
+
+    start: a run or model directory whose weights to begin from. adapt: how much of them is trained
+    (`firth.runs.peft_options`). embeddings: one of the same tokenizer whose token vectors alone are taken over, into a model
+    that knows nothing else (`firth.generate.word_vectors`). shape: None takes the shape of `start`; its `vocab` may be left out, and
+    is then the tokenizer's number of ids. samples: texts that the model continues before training and after, for the report; it
+    fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that starts from nothing begins with the
+    frequencies of the answers (`firth.model.init`). precision: "auto" is what this machine is measured to be fast at.
+    segmentation: how an objective of whole words finds them (`firth.tokenizer.segmentation`); "auto" is by ICU's dictionaries where
+    they are installed. A run goes on only where words are found as they were when it began.
+    compile: torch.compile the blocks; on a CPU that takes a compiler of C++ and half a minute, and gains a twentieth.
+    recompute: keep no activations inside of attention blocks, and run these again on the way back.
+    """
+
+    name: str
+    objective: Objective
+    segment: Segment
+    source: Text = Text()
+    tokenizer: TokenizerPlan = TokenizerPlan()
+    shape: Shape | None = None
+    start: str = config_io.path_field("model", "")
+    adapt: Adapt = Full()
+    embeddings: str = config_io.path_field("model", "")
+    unigram: bool = True
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    length: Length = field(default_factory=lambda: Length(steps=1000))
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: tuple[str, ...] = ()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    segmentation: Literal["auto", "icu", "uax29"] = "auto"
+    compile: bool = False
+    recompute: bool = False
+    seed: NonNegativeInt = 0
+
+    def hash(self) -> str:
+        """A short name of the recipe's content, paths included."""
+        return _hash(config_io.plain(self))
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+config_io.KINDS[Objective] = config_io.Kinds(
+    "objective",
+    lambda: list(objectives.OBJECTIVES),
+    objectives.find,
+    join=lambda first, second: first + second,
+    part=lambda total: (total.first, total.second),
+)
+config_io.KINDS[Adapt] = config_io.Kinds("way to adapt", lambda: list(ADAPTS), ADAPTS.__getitem__)
+config_io.SHORT[Text] = "path"
+config_io.KINDS[Segment] = config_io.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
+
+
+def published(name: str) -> Recipe:
+    """The recipe of this name, among RECIPES; NAME:SIZE for one that comes in several sizes."""
+    name, colon, size = name.partition(":")
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(RECIPES)}"
+        raise UserError(f"there is no recipe {name!r} and no such file; {hint}")
+    module, function = RECIPES[name].split(":")
+    make: Callable[..., Recipe] = getattr(importlib.import_module(module), function)
+    if not colon:
+        return _of_tokenizer(make())
+    if "size" not in inspect.signature(make).parameters:
+        raise UserError(f"the recipe {name!r} comes in one size: leave out {colon + size!r}")
+    return _of_tokenizer(make(size))
+
+
+def _of_tokenizer(recipe: Recipe) -> Recipe:
+    """Return a recipe whose model has as many ids as its tokenizer: published tables may be padded (T5's 32,128 rows)."""
+    if recipe.shape is None:
+        return recipe
+    return replace(recipe, shape=replace(recipe.shape, vocab=recipe.tokenizer.size))
+
+
+ONE_OF = (("length", ("steps", "seconds", "flops")), ("source", ("path", "corpus")))
+"""Fields of which one is set: the one that the user sets replaces what the recipe has of the others."""
+
+
+def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Remove the fields that an assignment replaces: `length.seconds=70` in a recipe of 600 steps leaves the seconds."""
+    names = {one.partition("=")[0] for one in assignments}
+    for parent, fields in ONE_OF:
+        inner = data.get(parent)
+        if not isinstance(inner, dict):
+            continue
+        given = [name for name in fields if f"{parent}.{name}" in names and inner.get(name)]
+        if len(given) > 1:
+            both = " and ".join(f"{parent}.{name}" for name in given)
+            raise UserError(f"{both} are set together, and one of them replaces the other: leave one out")
+        for name in fields if given else ():
+            if name not in given:
+                inner.pop(name, None)
+    return data
+
+
+WHOLE = (
+    "begin from a model with start=RUN, or give a whole shape, for an encoder "
+    "shape='{width: 128, depth: 2, heads: 2, causal: false}'"
+)
+"""What cures a recipe without a shape."""
+
+
+def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collection[str]) -> None:
+    """Set the shape's number of ids where the user leaves it open: to that of a given tokenizer, else to `tokenizer.size`.
+
+    It is open where it is not there or null, and where the recipe had the size of its own tokenizer and assignments choose
+    another tokenizer. Any other number is checked against the tokenizer when the run begins (`check_vocab`).
+
+    Args:
+        changed: The recipe with its assignments, as plain data.
+        data: The recipe without them.
+        names: The fields that the assignments set.
+    """
+    shape, plan = changed.get("shape"), _mapping(changed.get("tokenizer"))
+    if not isinstance(shape, dict):
+        return
+    before, size = _mapping(data.get("shape")).get("vocab"), _mapping(data.get("tokenizer")).get("size", DEFAULT_SIZE)
+    follows = before == size and "shape.vocab" not in names and "shape" not in names
+    chosen = any(one.split(".")[0] in ("tokenizer", "embeddings", "start") for one in names)
+    if shape.get("vocab") is not None and not (follows and chosen):
+        return
+    path, begins = plan.get("path"), changed.get("start") or changed.get("embeddings")
+    given = Path(path) if path else model_directory(begins) if begins else None
+    size = plan.get("size", DEFAULT_SIZE)
+    if given is not None:
+        with suppress(UserError):  # a tokenizer that is not there is refused when the run begins
+            size = Tokenizer.load(given).vocab.size
+    shape["vocab"] = size if isinstance(size, int) and size > 0 else DEFAULT_SIZE  # a wrong size has its own sentence
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, a run directory or a published name, with `field=value` assignments laid over it.
+
+    Raises UserError naming the field, the file and line and the nearest existing name where something does not fit.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    lines: dict[tuple[str, ...], str] = {}
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        data, lines = config_io.read_yaml(path)
+        file = True
+    else:
+        data, file = config_io.plain(published(name)), False
+    changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
+    names = {one.partition("=")[0] for one in assignments}
+    if "start" in names and changed.get("start") and not file and not any(n.split(".")[0] == "shape" for n in names):
+        changed["shape"] = None  # the model to begin from has one; the published one is nobody's wish
+    if data.get("shape") is None and isinstance(changed.get("shape"), dict):
+        missing = [one for one in ("width", "depth", "heads") if one not in changed["shape"]]
+        if missing and changed.get("start"):
+            raise UserError(
+                f"shape lacks {', '.join(missing)}: the shape of a run with a start is that of {changed['start']}, so leave out "
+                f"{', '.join(sorted(n for n in names if n.startswith('shape')))}"
+            )
+        if missing:
+            raise UserError(
+                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: {WHOLE}"
+            )
+    _fill_vocab(changed, data, names)
+    said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
+    recipe: Recipe = config_io.build(Recipe, changed, config_io.Where((), lines, said))
+    if not recipe.source.path and {("source",), ("source", "path")} & said.keys():
+        raise UserError("source.path=[] names no file: name files or directories, or set source.corpus=NAME")
+    refuse_adapt(recipe.adapt, recipe.start)
+    if recipe.shape is not None:
+        refuse_misfit(recipe.objective, recipe.shape, recipe.segment)
+        refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.room, accumulate=recipe.batch.accumulate)
+        refuse_memory(recipe.shape, recipe.segment, recipe.batch.room)
+    refuse_unfed(recipe.objective, recipe.segment, recipe.shape)
+    return recipe

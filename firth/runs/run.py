@@ -1,0 +1,416 @@
+"""From a recipe to a run directory: tokenizer, data, model, training, export, report.
+
+    recipe.yaml  inputs.json  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
+
+The same call on the same directory goes on where an earlier one stopped, and returns at once when it had finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from firth import kernels
+from firth.align.rewards import RewardError
+from firth.data import text_cache
+from firth.data.collate import Batches
+from firth.doctor import device as best_device
+from firth.evaluate.tokenizer_match import check_same_tokenizer
+from firth.generate import word_vectors
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.io.atomic import make_directory, new_directory, write_text
+from firth.io.integrity import read_record, write_record
+from firth.io.json_files import read_rows, row_line
+from firth.model.compilation import compile_blocks
+from firth.model.empty_weights import hollow
+from firth.model.model import LM
+from firth.model.prefix import AHEAD
+from firth.objectives import name_of
+from firth.peft.lora import trained
+from firth.pretrained.load_save import load_model, refuse_larger, save_model, start_from
+from firth.report.page import write as write_report
+from firth.report.run_report import run_report
+from firth.runs import class_counts, config_io, examples, held_out_texts, model_card
+from firth.runs.compatibility import check_room, fit_rows, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
+from firth.runs.examples import Cut, Segment, model_directory
+from firth.runs.fallbacks import Segmentation, fallbacks, resolve_segmentation
+from firth.runs.inference import Opened
+from firth.runs.init_head import begin
+from firth.runs.inputs import Inputs, begun, content_hash, recorded_hash
+from firth.runs.peft_options import Full, mix, refuse_adapt
+from firth.runs.prepare import Echo, Material
+from firth.runs.recipe import WHOLE, Recipe, load, published
+from firth.runs.recipe_names import RECIPES
+from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
+from firth.runs.validation import Held, vocab
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.train import checkpoint, precision
+from firth.train.distributed import Ranks, join
+from firth.train.trainer import Plan, train
+from firth.types import UserError
+
+T = TypeVar("T")
+
+TOLD = "held_out.json"
+"""What the exported model told of the held-out examples, for the report."""
+
+REPORT = "report.html"
+
+DONE = "done.json"
+"""Steps, seconds, metrics, remarks: its presence means that the run is whole, but for the report that is made of it."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run. flops: counted. exported: the step whose model it is, the last one or the best. metrics: of that step,
+    held-out ones as `valid/NAME`."""
+
+    directory: Path
+    steps: int
+    exported: int
+    tokens: int
+    seconds: float
+    flops: float
+    metrics: dict[str, float]
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.directory / "model"
+
+
+def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
+    """Do what the recipe says in `directory`, or what is left of it.
+
+    Raises UserError where the directory holds a run of another recipe, and for everything a recipe can get wrong.
+    """
+    kernels.check_forced()
+    ranks = join(best_device())
+    with ranks.together():
+        return _run(recipe, directory, echo, ranks)
+
+
+def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
+    """`run` on one rank."""
+    tell = echo if ranks.first else _silent
+    if recipe.shape is None and not recipe.start:
+        raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {WHOLE}")
+    _check_models(recipe)
+    make_directory(directory)
+    inputs = _first_alone(ranks, lambda: Inputs.read(recipe, directory, tell, ranks.first))
+    continued = begun(directory)
+    if continued:
+        inputs.check(directory)
+    tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell, inputs))
+    inputs.digests["tokenizer"] = tokenizer.digest
+    if continued:
+        inputs.check(directory)
+    _refuse_strangers(tokenizer, recipe)
+    check_vocab(recipe, tokenizer)
+    material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
+    settled = _first_alone(
+        ranks, lambda: _settled(recipe, material)
+    )  # classes are read from a corpus that may not be here yet
+    settled = dataclasses.replace(
+        settled,
+        precision=_precision(recipe, directory, continued, ranks),
+        segmentation=_segmentation(settled, directory, continued),
+    )
+    assert settled.shape is not None
+    refuse_cut(
+        settled.objective,
+        settled.shape,
+        pack=settled.batch.room,
+        accumulate=settled.batch.accumulate,
+        ranks=ranks.world,
+    )
+    check_room(settled.shape, settled.optimizer.name, isinstance(settled.adapt, Full), best_device())
+    recipe_hash = recorded_hash(directory, settled) if continued else content_hash(settled)
+    known = inputs.identity(recipe_hash)
+    if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
+        tell(f"{settled.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
+    elif (directory / DONE).exists():
+        finished = _finished(directory, known)
+        if ranks.first and not (directory / REPORT).exists():
+            write_report(run_report(directory), directory / REPORT)
+        tell(f"{settled.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
+        return finished
+    chosen = checkpoint.precision(directory) or precision.choose(settled.precision, best_device())
+    material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
+    cut = _first_alone(ranks, lambda: examples.cut(settled.segment, material, settled.objective))
+    text_cache.forget()
+    shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
+    fallen_back = fallbacks(settled.objective, settled.segment, cut.train, tokenizer.vocab)
+    for line in (*_begins(settled, cut, shown), *fallen_back):
+        tell(f"{settled.name}: {line}")
+    torch.manual_seed(settled.seed)
+    model = LM(settled.shape, settled.objective.parts(settled.shape))
+    added: list[str] = []
+    if settled.start:
+        dropped, added = start_from(model, model_directory(settled.start))
+        changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
+        tell(f"{settled.name} starts from {settled.start}" + (f": {'; '.join(changed)}" if changed else ""))
+    else:
+        model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
+    if settled.embeddings:
+        said = word_vectors.take(model, model_directory(settled.embeddings))
+        tell(f"{settled.name} takes {said}; everything else begins at random")
+    model.restrict(tokenizer.vocab)
+    settled.adapt.apply(model, added, tokenizer, settled.seed)
+    for trunk in model.trunks():
+        trunk.recompute = settled.recompute
+    model.to(best_device())
+    if settled.compile:
+        compile_blocks(model)
+    learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
+    tell(f"{settled.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
+    batches = _batches(settled, cut, tokenizer, ranks)
+    if settled.unigram and not settled.start:
+        counted = begin(model, settled.objective, batches)
+        if counted:
+            tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
+    if ranks.first:
+        if not continued:
+            for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
+                (directory / name).unlink(missing_ok=True)
+        if not continued or load(str(directory)) != settled:  # the same inputs at another path
+            write_text(directory / "recipe.yaml", config_io.write_yaml(settled))
+        inputs.write(directory, recipe_hash)
+        _samples(settled, model, tokenizer, directory, 0)
+        _held_out_texts(settled, cut, model, material, 0)
+    if shown is not None:
+        shown.refuse_unmeasured(model)
+    evaluation = settled.evaluation
+    try:
+        ended = train(
+            model, settled.objective, batches, directory,
+            length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
+            plan=Plan(evaluate_every=evaluation.every, save_every=settled.checkpoint.every, keep=settled.checkpoint.keep,
+                      best=evaluation.best_metric or "loss",
+                      best_last=bool(evaluation.best_metric or evaluation.patience),
+                      patience=evaluation.patience, precision=chosen),
+            evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
+        )  # fmt: skip
+    except UserError as error:
+        if ranks.first and isinstance(error.__cause__, RewardError):  # it may be corrected, and the run goes on
+            dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)
+        raise
+    finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
+    if ranks.first:
+        _samples(settled, model, tokenizer, directory, ended.step)
+        _held_out_texts(settled, cut, model, material, ended.step)
+        facts: dict[str, Any] = {
+            "recipe": known,
+            "objective": [name_of(type(one)) for one in settled.objective.addends()],
+            "steps": ended.step,
+            "exported": ended.taken,
+            "tokens": ended.tokens,
+            "metrics": ended.metrics,
+        }
+        if settled.objective.classes:
+            facts["classes"] = settled.objective.classes
+        if shown is not None:
+            write_record(directory / TOLD, shown.told(model))
+        settled.objective.finish(model)
+        kept = settled.adapt.finish(
+            model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
+        )
+        if kept:
+            tell(f"{settled.name}: {directory / 'adapter'} ({kept})")
+        remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
+        for remark in remarks:
+            tell(f"{settled.name}: {remark}")
+        remarks += [*fallen_back, *([cut.unheld] if cut.unheld else [])]  # which are printed when it begins
+        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
+        with new_directory(directory / "model") as place:
+            said = save_model(model, tokenizer, place, facts)
+            model_card.write(model_card.of_run(directory, place, model, said, facts, told), place / "README.md")
+        write_record(directory / DONE, told)
+        write_report(run_report(directory), directory / REPORT)
+        tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
+    ranks.wait()
+    return finished
+
+
+def _begins(recipe: Recipe, cut: Cut, shown: Held | None) -> list[str]:
+    """What is said of the data before a run: its classes, and that nothing is held out. UserError if the best check was asked
+    for and there is none."""
+    evaluation = recipe.evaluation
+    best, patience = evaluation.best_metric, evaluation.patience
+    if shown is None and (best or patience):
+        asked = f"evaluation.best_metric={best}" if best else f"evaluation.patience={patience}"
+        why = f" ({cut.unheld})" if cut.unheld else ""
+        raise UserError(
+            f"{asked} goes by held-out measurements, and nothing is held out{why}: name source.valid=FILES, or raise "
+            "source.held_out"
+        )
+    line = class_counts.told(cut.train, cut.valid)
+    return [line] * bool(line) + [cut.unheld] * bool(cut.unheld)
+
+
+def _silent(_: str) -> None:
+    """What the other ranks say."""
+
+
+def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
+    """Let the first rank write files before the others find them written."""
+    if not ranks.first:
+        ranks.wait()
+        return make()
+    made = make()
+    ranks.wait()
+    return made
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Raise a UserError if a model that a run begins from is not there, or not yet."""
+    for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
+        place = Path(begins)
+        if begins and not place.exists():
+            raise UserError(f"{name}={begins}: there is no such run or model directory, nor a GGUF file")
+        if begins and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
+            raise UserError(f"{name}={begins}: this run has no model yet: finish it with `firth train {begins}`")
+
+
+def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
+    for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
+        if begins:
+            cure = "leave out tokenizer.path, and the run takes that one"
+            check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
+
+
+def _settled(recipe: Recipe, material: Material) -> Recipe:
+    """The recipe with nothing left open: the shape with its vocabulary and how prompts are read, the classes with their
+    names."""
+    refuse_adapt(recipe.adapt, recipe.start)
+    shape, base = recipe.shape, None
+    if recipe.start:
+        base = load_model(model_directory(recipe.start))
+        theirs = base.shape
+        if (
+            not recipe.segment.remembers or recipe.batch.room
+        ):  # records have nothing before them: finetuned without memory
+            theirs = dataclasses.replace(theirs, memory=0)
+        shape = theirs if shape is None else shape
+    assert shape is not None
+    if recipe.start:
+        refuse_larger(material.tokenizer, shape, recipe.start)
+    else:
+        shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
+    added = max(one.added_tokens for one in recipe.objective.addends())
+    segment = fit_rows(recipe.segment, _usual(recipe), recipe.adapt, base, shape, added, material.echo)
+    segment = segment.within(shape.context)
+    objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
+    with hollow():
+        kept = objective.parts(shape).keys() & (base.parts.keys() - AHEAD if base is not None else ())
+    if kept and base is not None and "mixture" in base.parts:
+        objective = mix(objective, frozen=False)  # the start's head reads it
+    refuse_misfit(objective, shape, segment, fixed=bool(recipe.start))
+    refuse_unfed(objective, segment, shape)
+    if (reads := objective.reads()) != "any":
+        # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
+        shape = dataclasses.replace(shape, causal=shape.causal or reads == "left", prefix_lm=reads == "prefix")
+    packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
+    packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
+    batch = recipe.batch.laid(segment.longest, packs)
+    refuse_memory(shape, segment, batch.room)
+    with hollow():
+        model = LM(shape, objective.parts(shape))
+    recipe.adapt.fits(model, base)
+    plan = dataclasses.replace(recipe.tokenizer, size=resolved_size(material.directory))
+    settled = dataclasses.replace(
+        recipe, shape=shape, objective=objective, segment=segment, batch=batch, tokenizer=plan
+    )
+    whole: Recipe = config_io.absolute_paths(settled)
+    return whole
+
+
+def _usual(recipe: Recipe) -> Segment:
+    """The segment of the published recipe of this name; the defaults of its kind where there is none."""
+    return published(recipe.name).segment if recipe.name in RECIPES else type(recipe.segment)()
+
+
+def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -> Literal["fp32", "bf16"]:
+    """What `precision` comes to: a continued run keeps what it began with, and all ranks take that of the first."""
+    before = load(str(directory)).precision if continued and recipe.precision == "auto" else recipe.precision
+    device = best_device()
+    return "bf16" if ranks.from_first(precision.choose(before, device)) == "bf16" else "fp32"
+
+
+def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentation:
+    """What `segmentation` comes to: a continued run keeps what it began with, also "auto" where an older version wrote it."""
+    if not continued or recipe.segmentation != "auto":
+        return resolve_segmentation(recipe.objective, recipe.segmentation)
+    before = load(str(directory)).segmentation
+    return before if before == "auto" else resolve_segmentation(recipe.objective, before)
+
+
+def _finished(directory: Path, known: str) -> Finished:
+    """What done.json says, if it is of the recipe with this hash."""
+    cure = f"delete {directory / DONE}, and the same command exports the model again"
+    facts = read_record(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
+    if facts.get("recipe") != known:
+        raise UserError(
+            f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
+            "choose another directory with --out, or delete that one"
+        )
+    number = (int, float)
+    needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
+    told = read_record(directory / DONE, needs, cure)
+    exported = told.get("exported", told["steps"])  # older runs do not say
+    return Finished(directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"])
+
+
+def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
+    return Batches(
+        cut.train, recipe.objective, vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
+        accumulate=recipe.batch.accumulate, pack=recipe.batch.room, sort=recipe.batch.sort, rank=ranks.rank,
+        world=ranks.world,
+    )  # fmt: skip
+
+
+def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+    """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
+    opened = Opened(model, tokenizer, Engine(model, tokenizer), recipe.objective)
+    sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for prompt in recipe.samples:
+            if not opened.suits(prompt):  # a recipe's own samples need not suit what a user trains it for
+                continue
+            try:
+                text = opened.sample(prompt, sampling)
+            except UserError as error:  # nor a user's words: no reason to stop a run
+                text = f"({error})"
+            yield {"step": step, "prompt": prompt, "text": text}
+
+    if recipe.samples:
+        _add_rows(directory / "samples.jsonl", step, rows)
+
+
+def _held_out_texts(recipe: Recipe, cut: Cut, model: LM, material: Material, step: int) -> None:
+    """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
+    texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.segment.given)
+    if texts is not None:
+
+        def rows() -> Iterable[dict[str, Any]]:
+            with material.casts():
+                return texts.rows(model, material.tokenizer, step, recipe.seed)
+
+        _add_rows(material.directory / held_out_texts.FILE, step, rows)
+
+
+def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    """Add the rows of a step to a JSONL file, once; the random state of training is left as it was."""
+    rows = read_rows(path, {"step": int, "prompt": str}, "delete the file: it is for the report alone")
+    if not any(row["step"] == step for row in rows):
+        with torch.random.fork_rng():
+            rows += make()
+        write_text(path, "".join(row_line(row, ascii_only=False) for row in rows))

@@ -1,0 +1,176 @@
+"""The tokenizer that a run directory keeps, bound to what it was made of.
+
+`tokenizer/made_from.json` holds a hash of the text and the settings of its training, or the digest of the tokenizer that it
+is a copy of, and the hashes of its files. A tokenizer that a failed run left there serves the next one only if that agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from firth.corpora.read_stats import Counts
+from firth.evaluate.tokenizer_match import load_tokenizer
+from firth.io.atomic import write_text
+from firth.io.integrity import file_facts, verify_files
+from firth.io.json_files import check_all, read_object
+from firth.runs.examples import model_directory, training_texts
+from firth.runs.inputs import Inputs, begun
+from firth.runs.prepare import Echo, train_tokenizer
+from firth.runs.recipe import Recipe
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
+from firth.types import UserError
+
+RECORD = "made_from.json"
+FILES = ("tokenizer.json", "tokenizer_config.json")
+"""Files of a tokenizer whose hashes the record keeps."""
+
+
+def tokenizer_of(
+    recipe: Recipe, directory: Path, echo: Echo, inputs: Inputs | None = None, sentinels: int | None = None
+) -> Tokenizer:
+    """Return the run's own tokenizer: a copy from a path or from the model it starts from, or trained on its text.
+
+    Args:
+        recipe: the recipe of the run.
+        directory: its directory, which keeps the tokenizer.
+        echo: progress.
+        inputs: its inputs, if they are read already.
+        sentinels: how many `<extra_id_n>` one that is trained has; None for what the recipe's objective needs.
+
+    Raises:
+        UserError: the directory holds checkpoints of a run with another tokenizer.
+    """
+    sentinels = sentinels_of(recipe) if sentinels is None else sentinels
+    inputs = inputs or Inputs.read(recipe, directory, echo)
+    own, plan, source = directory / "tokenizer", recipe.tokenizer, recipe.source
+    begins = recipe.start or recipe.embeddings
+    path = plan.path or (str(model_directory(begins)) if begins else "")
+    given = load_tokenizer(Path(path)) if path else None
+    record: dict[str, Any] = (
+        {"digest": given.digest}
+        if given is not None
+        else {"text": _text_hash(recipe, inputs, sentinels), "size": plan.size}
+    )
+    kept = _kept(own, record)
+    if kept is not None:
+        return kept
+    exists = (own / "tokenizer.json").exists()
+    if exists and begun(directory):
+        raise UserError(
+            f"{directory} holds a run of another recipe: its tokenizer was made of another text or with other settings; "
+            "choose another directory with --out, or delete that one"
+        )
+    if exists:
+        echo(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is made again")
+    shutil.rmtree(own, ignore_errors=True)
+    if given is not None:
+        given.save(own)
+        made = Tokenizer.load(own)
+        record["resolved_size"] = made.vocab.size
+    else:
+        train_tokenizer(
+            source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
+            split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
+            sentinels=sentinels,
+            texts=lambda counts: training_texts(recipe.segment, source, source.paths(echo), counts),
+        )  # fmt: skip
+        made = Tokenizer.load(own)
+        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else plan.size
+    record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
+    write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
+    return made
+
+
+def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse a number of ids in a recipe that is not its tokenizer's.
+
+    A tokenizer that is trained may have fewer ids than `tokenizer.size`, where the text is small: a shape of that size follows.
+
+    Raises:
+        UserError: `shape.vocab` is another number. Of a run with a start the weights decide.
+    """
+    if recipe.shape is None or recipe.start:
+        return
+    stated, plan, count = recipe.shape.vocab, recipe.tokenizer, tokenizer.vocab.size
+    trained = not plan.path and not recipe.embeddings
+    if stated != count and not (trained and stated == plan.size):
+        raise UserError(
+            f"shape.vocab={stated} is not the number of ids of the tokenizer, which is {count}: leave shape.vocab out, and it "
+            "is taken from there"
+        )
+
+
+def resolved_size(directory: Path) -> int:
+    """Return `tokenizer.size` as the resolved recipe of a run has it: the ids that there are.
+
+    Where the algorithm makes another tokenizer when it is asked for these (the characters it knows depend on the size), it is
+    the size that was asked for, so that the recipe repeats the run.
+    """
+    return int(_record(directory / "tokenizer")["resolved_size"])
+
+
+def _record(own: Path) -> dict[str, Any]:
+    """What the tokenizer in a directory was made of; empty where nothing says it."""
+    if not (own / RECORD).exists():
+        return {}
+    cure = f"delete {own}, and it is made again"
+    found = read_object(own / RECORD, {"resolved_size": int, "digest": str}, cure)
+    files = found.get("files", {})  # older versions keep none
+    check_all([files], {}, f"{own / RECORD}", cure)
+    check_all(files.values(), {"bytes": int, "sha256": str}, f"{own / RECORD}", cure)
+    verify_files(files, own, cure)
+    return found
+
+
+def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> bool:
+    """Whether training with the number of ids that there are makes the same tokenizer.
+
+    It is trained once more to know, which costs little: a text with fewer ids than are asked for is small.
+    """
+    plan, source, size = recipe.tokenizer, recipe.source, made.vocab.size
+    if size == plan.size:
+        return True
+    texts = training_texts(recipe.segment, source, source.paths(echo), Counts())
+    try:
+        again = train(
+            texts, plan.algorithm, size, seed=recipe.seed, sample=plan.sample, sentinels=sentinels,
+            byte_fallback=plan.byte_fallback,
+        )  # fmt: skip
+    except UserError:  # too few for what it needs at least
+        return False
+    return again.digest == made.digest
+
+
+def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer in a directory, if it was made of this. A resolved recipe asks for the ids that there are."""
+    made = _record(own)
+    if not made or not (own / "tokenizer.json").exists():
+        return None
+    sizes = (made.get("size"), made.get("resolved_size")) if "text" in record else (None,)
+    if made.get("text") != record.get("text") or record.get("size") not in sizes:
+        return None
+    tokenizer = Tokenizer.load(own)
+    wanted = record.get("digest", made.get("digest"))
+    return tokenizer if tokenizer.digest == made.get("digest") == wanted else None
+
+
+def sentinels_of(recipe: Recipe) -> int:
+    """Return how many `<extra_id_n>` the recipe's objective needs in a tokenizer."""
+    return max(one.sentinels for one in recipe.objective.addends())
+
+
+def _text_hash(recipe: Recipe, inputs: Inputs, sentinels: int) -> str:
+    """A hash of the training text of a tokenizer, and of the settings by which it is read, but for the number of ids."""
+    source, plan = recipe.source, recipe.tokenizer
+    told = [
+        {name: digest for name, digest in inputs.digests.items() if name in ("source.path", "source.corpus")},
+        [source.field, source.split, source.held_out, bool(source.valid), source.weights],
+        [plan.algorithm, plan.sample, plan.byte_fallback, sentinels, recipe.seed],
+        recipe.segment.text_fields,
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

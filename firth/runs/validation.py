@@ -1,0 +1,125 @@
+"""A run's held-out examples: what is measured of them on the way, and what the exported model tells of each class.
+
+Losses and accuracies are sums over batches. A task's head is asked for each answer too, and then there is F1, Matthews'
+correlation, rank correlation, whatever the part has (`firth.evaluate.heads`): all of them may choose the best checkpoint.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from firth.data.collate import Batches
+from firth.data.source import Source
+from firth.data.tags import marked
+from firth.evaluate import entity_metrics, metrics
+from firth.evaluate.heads import HEADS, Reading, head_of
+from firth.model.model import LM
+from firth.runs.examples import spread
+from firth.runs.recipe import Recipe
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import Vocab
+from firth.train.distributed import Ranks
+from firth.train.step import alone
+from firth.train.validate import validate
+from firth.types import Batch, Outputs, UserError
+
+FEW = 8
+"""Examples that tell which measurements there are."""
+
+MOST = 12
+"""Classes that a table of confusions has room for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """`checks.examples` held-out examples, spread over all; the same each time, and always shown alike."""
+
+    recipe: Recipe
+    source: Source
+    bytes_per_target: float
+    tokenizer: Tokenizer
+    ranks: Ranks
+
+    @cached_property
+    def part(self) -> str:
+        """The head whose answers are looked at one by one; empty for most objectives."""
+        shape = self.recipe.shape
+        assert shape is not None
+        with torch.device("meta"):  # only their names are wanted
+            return head_of(self.recipe.objective.parts(shape))
+
+    @cached_property
+    def shown(self) -> Source:
+        """The examples that are measured."""
+        return spread(self.source, self.recipe.evaluation.max_examples)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Of a head's answers each rank reads all, in their order; else the ranks share the work."""
+        recipe, shared = self.recipe, not self.part
+        return Batches(
+            self.shown, recipe.objective, vocab(recipe, self.tokenizer),
+            rows=min(recipe.batch.rows, 64), seed=recipe.seed, pack=recipe.batch.room if shared else 0,
+            rank=self.ranks.rank if shared else 0, world=self.ranks.world if shared else 1,
+        )  # fmt: skip
+
+    def measure(self, model: LM, step: int) -> dict[str, float]:
+        """Everything that is measured, by name."""
+        found, readings = self._read(model)
+        return found | (HEADS[self.part].measures(readings, self.recipe.objective, self.shown) if self.part else {})
+
+    def refuse_unmeasured(self, model: LM) -> None:
+        """Raise a UserError if `checks.best` is none of the measurements: it is asked of a few examples, before a run begins."""
+        best = self.recipe.evaluation.best_metric
+        if best:
+            evaluation = replace(self.recipe.evaluation, max_examples=FEW)
+            few = replace(self, recipe=replace(self.recipe, evaluation=evaluation))
+            with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):  # a correlation of two numbers
+                found = few.measure(model, 0)
+            if best not in found:
+                raise UserError(
+                    f"checks.best={best} is not among the held-out measurements: there is {', '.join(found)}"
+                )
+
+    def told(self, model: LM) -> dict[str, Any]:
+        """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""
+        classes = self.recipe.objective.classes
+        if self.part not in ("classes", "tags") or len(classes) < 2:
+            return {}
+        _, readings = self._read(model)
+        if self.part == "tags" and marked(classes):
+            sentences = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in readings]
+            return {"per_class": entity_metrics.by_kind(sentences)}
+        right = np.concatenate([np.atleast_1d(r) for r, _ in readings])
+        said = np.concatenate([np.atleast_1d(s.argmax(-1)) for _, s in readings])
+        rows = metrics.per_class(right, said, range(len(classes)))
+        per_class = [{"class": name} | row for name, row in zip(classes, rows, strict=True)]
+        if len(classes) > MOST:
+            return {"per_class": per_class}
+        table = np.bincount(right * len(classes) + said, minlength=len(classes) ** 2)
+        return {"classes": classes, "confusion": table.reshape(len(classes), -1).tolist(), "per_class": per_class}
+
+    def _read(self, model: LM) -> tuple[dict[str, float], Sequence[Reading]]:
+        """The means over all, and the head's answers one by one."""
+        readings: list[Reading] = []
+
+        def watch(outputs: Outputs, batch: Batch) -> None:
+            readings.extend(HEADS[self.part].read(model, self.recipe.objective, outputs, batch))
+
+        found = validate(
+            model, self.recipe.objective, self.batches.once(), bytes_per_target=self.bytes_per_target,
+            reduce=alone if self.part else self.ranks.sum, watch=watch if self.part else None,
+        )  # fmt: skip
+        return found, readings
+
+
+def vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
+    """What views know of the tokenizer and of the model."""
+    return tokenizer.vocab if recipe.shape is None else tokenizer.vocab.starting(recipe.shape.decoder_start)

@@ -1,0 +1,289 @@
+"""Training a tokenizer: BPE with end-of-word, byte-level BPE, WordPiece, Unigram, on a bounded sample of a corpus.
+
+    bpe         characters and `</w>`; the most frequent pair is merged, again and again (Sennrich 2016; GPT)
+    byte-bpe    the same on bytes: nothing is unknown, every text comes back (GPT-2, RoBERTa, BART, Llama)
+    wordpiece   `##` continuations, longest match first (BERT). Google never published how BERT's were learnt; here,
+                as in the tokenizers library, by the most frequent pair
+    unigram     a probability for each piece, pruned from a large seed vocabulary (Kudo 2018; T5, XLNet, ALBERT)
+    word        no pieces: the most frequent words, in small letters, and one id for all others (word2vec)
+
+A character that is too rare for an id of its own is written as its UTF-8 bytes, `<0xE6><0x97><0xA5>`, by bpe and unigram
+(byte fallback, as in Llama's and Gemma's vocabularies), so that nothing is unknown. The WordPiece format has no byte
+fallback: there a word with such a character is unknown, as in BERT, and `train` reports the share of such tokens.
+
+Memory is bounded: of a corpus larger than `sample` bytes, read once, a uniform sample is kept (reservoir sampling,
+seeded). The same text and seed give the same tokenizer.json, byte for byte. Of two pairs that are equally frequent the
+one whose pieces have the smaller ids is merged first, and ids are settled before anything is counted: control tokens,
+then characters in the order of their code points, then what is learnt. (Left to itself the library numbers `e</w>` and
+`##e` in the order of a hash table that differs in each process, and so breaks ties by chance.) Words are counted by all cores
+(`firth.tokenizer.word_counts`), and merges are learned from the counts (`firth.tokenizer.merges`).
+
+>>> t = train(["low lower lowest " * 9], "bpe", size=24, byte_fallback=False)
+>>> t.pieces("lowest")
+['lowe', 's', 't</w>']
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+
+from firth.tokenizer import merges, unigram
+from firth.tokenizer.normalize import whole
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.workers import count_all
+from firth.types import UserError
+
+ALGORITHMS = ("bpe", "byte-bpe", "wordpiece", "unigram")
+WHOLE = "word"
+"""The one that gives no text back: it cuts nothing, so that a rare word is lost."""
+CONTROL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<|im_start|>", "<|im_end|>")
+END, ON = "</w>", "##"
+"""The marks of a word's end (bpe) and of what goes on with a word (wordpiece)."""
+BERT = {"<pad>": "[PAD]", "<unk>": "[UNK]", "<s>": "[CLS]", "</s>": "[SEP]", "<mask>": "[MASK]"}
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+"""The ids of byte fallback, as SentencePiece writes them."""
+FALLBACK = ("bpe", "unigram")
+"""The algorithms on characters whose format knows byte fallback."""
+BYTE_LOG_PROBABILITY = -1000.0
+"""Natural log-probability of a byte in a Unigram vocabulary: so low that a text in which `<0xE6>` is written does not
+become that byte. It has no other effect, for a byte is only taken where no piece fits."""
+MEASURED_CHARACTERS = 2_000_000
+"""Characters of the training text whose share of unknown tokens is measured; a million take about a second."""
+PIECE = 1 << 12
+"""Characters that the reservoir keeps or drops as one: a huge document does not fill it."""
+LETTERS = 250
+"""So many different characters are always known; of more, at most a quarter as many as there are ids."""
+
+
+def train(
+    texts: Iterable[str],
+    algorithm: str,
+    size: int,
+    *,
+    seed: int = 0,
+    sample: int = 200_000_000,
+    sentinels: int = 0,
+    byte_fallback: bool = True,
+    echo: Callable[[str], None] = lambda _: None,
+) -> Tokenizer:
+    """Train a tokenizer of `size` ids, fewer where text is scarce.
+
+    Args:
+        texts: The documents.
+        algorithm: One of ALGORITHMS, or WHOLE.
+        size: Number of ids, CONTROL and the sentinels included.
+        seed: Of the sample.
+        sample: Bytes of text to look at; memory is about four times that at most.
+        sentinels: How many of T5's `<extra_id_n>` it has; only span corruption needs them.
+        byte_fallback: Whether rare characters are written as bytes, where the algorithm has a choice (FALLBACK).
+        echo: Receives a sentence where a part of the training text is unknown to the tokenizer.
+
+    Returns:
+        The tokenizer; its `learnt` has the merges with their counts.
+
+    Raises:
+        UserError: For an unknown algorithm, a size too small for the control tokens and the alphabet, and a corpus
+            without text.
+    """
+    if algorithm not in (*ALGORITHMS, WHOLE):
+        known = ", ".join((*ALGORITHMS, WHOLE))
+        raise UserError(f"there is no tokenizer algorithm {algorithm!r}; use one of {known}")
+    control = [BERT.get(token, token) if algorithm == "wordpiece" else token for token in CONTROL]
+    control += [f"<extra_id_{i}>" for i in range(sentinels)]
+    bytes_ = BYTES if byte_fallback and algorithm in FALLBACK else []
+    engine = blank(algorithm, control[1], bool(bytes_))
+    pieces = list(reservoir(texts, sample, seed))
+    words = count_all(engine, pieces)
+    if not words:
+        raise UserError("there is no text to train a tokenizer on: every document is empty")
+    letters, rare = _letters(algorithm, words, size - len(control) - len(bytes_), bool(bytes_))
+    forms = {"bpe": [c + END for c in letters], "wordpiece": [ON + c for c in letters]}.get(algorithm, [])
+    first = [*control, *bytes_, *letters, *forms]
+    if size < len(first):
+        alphabet = "" if algorithm == WHOLE else f" and {len(bytes_) or len(letters)} {_alphabet(algorithm, bytes_)}"
+        raise UserError(
+            f"a {algorithm} tokenizer of this text needs at least {len(first)} ids for its {len(control)} control tokens"
+            f"{alphabet or ' and one word'}, not {size}: raise the size"
+            + (", or train without byte fallback" if bytes_ else "")
+            + (f", or take fewer sentinels than {sentinels}" if sentinels else "")
+        )
+    tokenizer = _learn(engine, algorithm, size, control, bytes_, letters, rare, first, words)
+    doubtful = algorithm == WHOLE or (rare and not bytes_)  # elsewhere nothing is unknown, and measuring takes seconds
+    if doubtful and (share := unknown_share(tokenizer, pieces)):
+        echo(f"{share:.2%} of the tokens of the training text are {control[1]}: {_cure(algorithm, len(rare))}")
+    return tokenizer
+
+
+def _alphabet(algorithm: str, bytes_: Sequence[str]) -> str:
+    return "bytes" if bytes_ or algorithm == "byte-bpe" else "characters"
+
+
+def _cure(algorithm: str, rare: int) -> str:
+    """What to do about unknown tokens."""
+    if algorithm == WHOLE:
+        return "a vocabulary of whole words knows the most frequent ones only; raise the size to know more"
+    lost = f"{rare:,} rare characters have no id"
+    if algorithm in FALLBACK:
+        return f"{lost}; train with byte fallback (--byte-fallback, tokenizer.byte_fallback=true), or raise the size"
+    return (
+        f"{lost}, and {algorithm} files have no byte fallback; use unigram or byte-bpe, which know every character, or "
+        "raise the size"
+    )
+
+
+def _learn(
+    engine: Engine, algorithm: str, size: int, control: list[str], bytes_: list[str], letters: list[str],
+    rare: list[str], first: list[str], words: Counter[str],
+) -> Tokenizer:  # fmt: skip
+    """Learn the pieces: `first` are the ids from 0 on, `rare` the characters that are not known."""
+    if algorithm == WHOLE:
+        frequent = sorted(words, key=lambda word: (-words[word], word))[: size - len(control)]
+        ids = {token: i for i, token in enumerate([*control, *(w for w in frequent if w not in control)])}
+        engine.model = models.WordLevel(ids, unk_token=control[1])
+        engine.add_special_tokens(control)
+        return Tokenizer(engine)
+    if rare:
+        words = _without(words, rare, unigram.BLANK if algorithm == "unigram" else "")
+    if algorithm == "unigram":
+        likely = unigram.learn(words, size - len(control) - len(bytes_)) if letters and words else []
+        fixed = [(token, 0.0) for token in control] + [(byte, BYTE_LOG_PROBABILITY) for byte in bytes_]
+        engine.model = models.Unigram(fixed + likely, unk_id=1, byte_fallback=bool(bytes_))
+        engine.add_special_tokens(control)
+        return Tokenizer(engine)
+    prefix, suffix = ON if algorithm == "wordpiece" else "", END if algorithm == "bpe" else ""
+    vocab, learned = merges.learn(words, first, size, prefix, suffix)
+    pairs = [(merge.left, merge.right) for merge in learned]
+    if algorithm == "wordpiece":
+        # BERT's limit is 100 characters; a longer word would be unknown as a whole.
+        engine.model = models.WordPiece(vocab, unk_token=control[1], max_input_chars_per_word=1000)
+    elif algorithm == "bpe":
+        engine.model = models.BPE(
+            vocab, pairs, unk_token=control[1], end_of_word_suffix=END, byte_fallback=bool(bytes_)
+        )
+    else:
+        engine.model = models.BPE(vocab, pairs)
+    engine.add_special_tokens(control)
+    return Tokenizer(engine, learnt=learned)
+
+
+def unknown_share(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Return the share of unknown tokens in the first MEASURED_CHARACTERS of some texts."""
+    unk = tokenizer.vocab.roles.get("unk")
+    found = total = read = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        found, total, read = found + int(np.count_nonzero(ids == unk)), total + len(ids), read + len(text)
+        if read >= MEASURED_CHARACTERS:
+            break
+    return found / total if total else 0.0
+
+
+def blank(algorithm: str, unk: str, byte_fallback: bool = False) -> Engine:
+    """The engine of an algorithm with nothing learnt: how text is normalized and cut into words, and put together."""
+    back: list[decoders.Decoder] = [decoders.ByteFallback()] if byte_fallback else []
+    if algorithm == "byte-bpe":
+        engine = Engine(models.BPE())
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        engine.decoder = decoders.ByteLevel()
+    elif algorithm == "bpe":
+        engine = Engine(models.BPE(unk_token=unk, end_of_word_suffix=END))
+        engine.normalizer = normalizers.NFC()
+        engine.pre_tokenizer = pre_tokenizers.Whitespace()
+        # Signs are words of their own; put together again they stand close to the word before them.
+        close = [decoders.Replace(f" {sign}", sign) for sign in ".,!?;:"]
+        # The bytes of a word's last character are followed by those of `</w>`: they are joined before words are.
+        words = [*back, decoders.Fuse(), decoders.Replace(Regex(rf"{END}\z"), ""), decoders.Replace(END, " ")]
+        engine.decoder = decoders.Sequence([*words, *close])
+    elif algorithm == WHOLE:
+        engine = Engine(models.WordLevel({}, unk_token=unk))
+        engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    elif algorithm == "wordpiece":
+        engine = Engine(models.WordPiece(unk_token=unk))
+        engine.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        engine.decoder = decoders.WordPiece(prefix=ON)
+    else:
+        # Each word holds the blank in front of it, at the beginning of the text and of a line too; so line breaks and
+        # runs of blanks come back (T5's own normalisation drops them, and verse and programs with them).
+        engine = Engine(models.Unigram())
+        lines = normalizers.Replace(Regex(r"\n(?=[\s\S])"), "\n ")
+        engine.normalizer = normalizers.Sequence([normalizers.NFKC(), lines, normalizers.Prepend(" ")])
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        joined = [*back, decoders.Fuse(), decoders.Replace(unigram.BLANK, " "), decoders.Replace(Regex(r"\A "), "")]
+        engine.decoder = decoders.Sequence([*joined, decoders.Replace("\n ", "\n")])
+    return engine
+
+
+def _without(words: Mapping[str, int], rare: Sequence[str], mark: str) -> Counter[str]:
+    """The words with rare characters read as blanks: no piece reaches across a character that is not known.
+
+    mark: how a blank is written at the beginning of a word, "" where it is not.
+    """
+    blanks = dict.fromkeys(map(ord, rare), " ")
+    found: Counter[str] = Counter()
+    for word, often in words.items():
+        first, *rest = word.translate(blanks).split(" ")
+        for part in (first, *(mark + part for part in rest)):
+            if part:
+                found[part] += often
+    return found
+
+
+def _letters(algorithm: str, words: Counter[str], room: int, byte_fallback: bool) -> tuple[list[str], list[str]]:
+    """The characters that are known and those too rare to be, in the order of code points (ties of count too).
+
+    Args:
+        room: Ids for characters and pieces. With byte fallback, characters get three quarters of it at most.
+    """
+    if algorithm == "byte-bpe":
+        return sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    if algorithm == WHOLE:
+        return [min(words)], []  # one word at least
+    found: Counter[str] = Counter()
+    for word, often in words.items():
+        for letter in word:
+            found[letter] += often
+    most = sorted(found, key=lambda letter: (letter != unigram.BLANK, -found[letter], letter))
+    known = max(LETTERS, room // 4)
+    if byte_fallback:
+        known = min(known, max(room * 3 // 4, 0) // (2 if algorithm == "bpe" else 1))
+    return sorted(most[:known]), sorted(most[known:])
+
+
+def reservoir(texts: Iterable[str], sample: int, seed: int) -> Iterator[str]:
+    """The text in its own order, or a uniform sample of about `sample` bytes of its pieces where it is larger.
+
+    Each piece gets a random key, and those with the smallest keys stay as long as they fit (Efraimidis & Spirakis
+    2006 with weights equal): memory is `sample` bytes, whatever the size of the corpus.
+    """
+    rng = random.Random(seed)
+    kept: list[tuple[float, int, str]] = []  # a heap, the largest key first
+    size = 0
+    for at, piece in enumerate(_pieces(texts)):
+        heapq.heappush(kept, (-rng.random(), at, piece))
+        size += len(piece.encode())
+        while size > sample and len(kept) > 1:
+            size -= len(heapq.heappop(kept)[2].encode())
+    for _, _, piece in sorted(kept, key=lambda k: k[1]):
+        yield piece
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Documents cut at white space into pieces of at most about PIECE characters."""
+    for text in map(whole, texts):
+        start = 0
+        while start < len(text):
+            end = min(start + PIECE, len(text))
+            if end < len(text):
+                space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+                end = space if space > start else end
+            yield text[start:end]
+            start = end
