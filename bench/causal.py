@@ -168,7 +168,7 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train` builds for the default decoder on these windows."""
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.model.config import decoder
+    from firth.model.config import decoder_config
     from firth.model.model import LM
     from firth.objectives.causal_lm import CausalLM
     from firth.tokenizer.vocab import Vocab
@@ -185,7 +185,7 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(seed)
     objective = CausalLM()
-    shape = decoder(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LENGTH)
+    shape = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LENGTH)
     vocab = Vocab(size=VOCAB, roles={"pad": 0, "bos": 2, "eos": 3}, special=np.arange(VOCAB) < 107)
     return LM(shape, objective.parts(shape)), objective, Batches(Drawn(), objective, vocab, rows=ROWS, seed=seed)
 
@@ -201,10 +201,10 @@ def firth_run(
 
     share: steps in a turn. units: of the turn that ends with a step.
     """
-    from firth.train.logging import Silence
-    from firth.train.optimizer import Optimizer
-    from firth.train.schedule import Length, Schedule
-    from firth.train.trainer import Plan, train
+    from firth.train.logging import NullReporter
+    from firth.train.optimizer import OptimizerConfig
+    from firth.train.schedule import Budget, Schedule
+    from firth.train.trainer import TrainerConfig, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         turn(units(step))
@@ -213,9 +213,9 @@ def firth_run(
     model, objective, batches = made
     with tempfile.TemporaryDirectory() as directory:
         train(
-            model, objective, batches, Path(directory), length=Length(steps=1_000_000), told=Silence(),
-            optimizer=Optimizer(name=optimizer), schedule=Schedule("constant", warmup=0), evaluate=evaluate,
-            plan=Plan(evaluate_every=share, save_every=0),
+            model, objective, batches, Path(directory), length=Budget(steps=1_000_000), told=NullReporter(),
+            optimizer=OptimizerConfig(name=optimizer), schedule=Schedule("constant", warmup=0), evaluate=evaluate,
+            plan=TrainerConfig(evaluate_every=share, save_every=0),
         )  # fmt: skip
 
 

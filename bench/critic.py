@@ -29,9 +29,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from firth.align.advantages import GAE, to_go
-from firth.align.rewards import RewardModel, Sample, Truth, prefer, write_comparisons
-from firth.align.rollouts import Phase, Rollouts, explained_variance
+from firth.align.advantages import GAE, discounted_returns
+from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_preference, write_preference_pairs
+from firth.align.rollouts import RolloutConfig, RolloutSource, explained_variance
 from firth.corpora import catalog
 from firth.data.collate import Batches
 from firth.demo import plays
@@ -44,15 +44,15 @@ from firth.generate.sampling import Sampling
 from firth.model.model import LM
 from firth.objectives.ppo import PPO, critic_states, start_critic
 from firth.objectives.ppo import values as values_of
-from firth.pretrained.load_save import load_model, start_from
+from firth.pretrained.load_save import init_from, load_model
 from firth.recipes import post_training
-from firth.runs.prepare import Text, train_tokenizer
-from firth.runs.recipe import TokenizerPlan
+from firth.runs.prepare import DataConfig, train_tokenizer
+from firth.runs.recipe import TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.schedule import Length, Schedule
-from firth.train.trainer import Plan, train
+from firth.train.schedule import Budget, Schedule
+from firth.train.trainer import TrainerConfig, train
 
 SIZE = SIZES["small"]
 SEEDS = (0, 1, 2)
@@ -107,11 +107,11 @@ def base(results: Path) -> Path:
         train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", size=SIZE.vocab)
     tokenizer = Tokenizer.load(tokenizer_at)
     made = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
-    text = Text(path=(file["train"],), valid=(file["valid"],), store=str(out / "stores"))
-    run(replace(made, name="decoder", source=text, tokenizer=TokenizerPlan(path=str(tokenizer_at))), out / "decoder")
-    talk = Text(path=(file["dialogues-train"],), valid=(file["dialogues-valid"],))
+    text = DataConfig(path=(file["train"],), valid=(file["valid"],), store=str(out / "stores"))
+    run(replace(made, name="decoder", source=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
+    talk = DataConfig(path=(file["dialogues-train"],), valid=(file["dialogues-valid"],))
     run(
-        replace(SIZE.instruct(post_training.instruct()), name="instruct", source=talk, start=str(out / "decoder")),
+        replace(SIZE.instruct(post_training.sft()), name="instruct", source=talk, start=str(out / "decoder")),
         out / "instruct",
     )
     if not Path(file["preferences-valid"]).exists():
@@ -120,11 +120,13 @@ def base(results: Path) -> Path:
             prompts = asked(tokenizer, Path(file[f"dialogues-{part}"]))[:count]
             first, second = (drawn(model, tokenizer, prompts, seed) for seed in (1, 100_001))
             rng = np.random.default_rng((0, len(part)))
-            found = prefer(first, second, Truth(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng)
-            write_comparisons(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
-    pairs = Text(path=(file["preferences-train"],), valid=(file["preferences-valid"],))
+            found = sample_preference(
+                first, second, FunctionReward(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng
+            )
+            write_preference_pairs(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
+    pairs = DataConfig(path=(file["preferences-train"],), valid=(file["preferences-valid"],))
     run(
-        replace(SIZE.reward(post_training.reward()), name="reward", source=pairs, start=str(out / "instruct")),
+        replace(SIZE.reward(post_training.reward_model()), name="reward", source=pairs, start=str(out / "instruct")),
         out / "reward",
     )
     return out
@@ -139,9 +141,9 @@ def asked(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
 
 def drawn(
     model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.answer
-) -> list[Sample]:
+) -> list[Rollout]:
     written = Engine(model, tokenizer).generate(prompts, Sampling(max_new=answer, seed=seed))
-    return [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+    return [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ class Recorder:
         self, rewards: np.ndarray, values: np.ndarray, real: np.ndarray, group: int
     ) -> tuple[np.ndarray, np.ndarray]:
         self.directory.mkdir(parents=True, exist_ok=True)
-        np.savez(self.directory / f"{self.phase():04d}.npz", returns=to_go(rewards), values=values, real=real)
+        np.savez(
+            self.directory / f"{self.phase():04d}.npz", returns=discounted_returns(rewards), values=values, real=real
+        )
         return self.credit(rewards, values, real, group)
 
 
@@ -184,10 +188,10 @@ class Bases:
         plain = RewardModel(load_model(self.directory / "reward" / "model"))
         return plain.normalised(drawn(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
 
-    def source(self, arm: Arm, seed: int, directory: Path) -> Rollouts:
-        phase = Phase(answers=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new=ANSWER, beta=0.05)
-        source = Rollouts(
-            self.prompts, self.tokenizer, self.judge, self.start, phase=phase, truth=Truth(SCORERS["thou"]), seed=seed,
+    def source(self, arm: Arm, seed: int, directory: Path) -> RolloutSource:
+        phase = RolloutConfig(answers=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new=ANSWER, beta=0.05)
+        source = RolloutSource(
+            self.prompts, self.tokenizer, self.judge, self.start, phase=phase, truth=FunctionReward(SCORERS["thou"]), seed=seed,
             critic=self.judge if arm.start == "reward" else None,
             credit=Recorder(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
             rows=ANSWERS,
@@ -201,13 +205,13 @@ def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
     objective = PPO(critic=arm.critic, clip_value=arm.clip_value)
     torch.manual_seed(seed)
     model = LM(bases.start.shape, objective.parts(bases.start.shape))
-    start_from(model, bases.directory / "instruct" / "model")
+    init_from(model, bases.directory / "instruct" / "model")
     source = bases.source(arm, seed, directory / "phases")
     batches = Batches(source, objective, bases.tokenizer.vocab, rows=ROWS, seed=seed)
     optimizer = replace(post_training.ppo().optimizer, critic_rate=arm.rate)
     train(
-        model, objective, batches, directory, length=Length(steps=steps), optimizer=optimizer,
-        schedule=Schedule("constant", warmup=0.05), plan=Plan(save_every=20, keep=1), recipe=name,
+        model, objective, batches, directory, length=Budget(steps=steps), optimizer=optimizer,
+        schedule=Schedule("constant", warmup=0.05), plan=TrainerConfig(save_every=20, keep=1), recipe=name,
     )  # fmt: skip
     return model
 
@@ -252,9 +256,9 @@ def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[s
     model = learn(bases, name, seed, steps, out)
     answers = steps * ROWS // ARMS[name].epochs
     drawn_at = out / f"{name}-{seed}-{steps}-drawn"
-    phase = Phase(answers=DRAWN, steps=1, max_new=ANSWER, beta=0.05)
+    phase = RolloutConfig(answers=DRAWN, steps=1, max_new=ANSWER, beta=0.05)
     rows: list[Answered] = []
-    source = Rollouts(
+    source = RolloutSource(
         bases.prompts, bases.tokenizer, bases.judge, bases.start, phase=phase, seed=1000 + seed, rows=256, critic=bases.judge,
         credit=Recorder(GAE(), drawn_at, lambda: len(source.history)),
     )  # fmt: skip

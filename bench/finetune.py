@@ -85,11 +85,11 @@ def records(task: Task) -> Path:
 
 def source(task: Task) -> Any:
     """The set as firth reads it; its token ids are those of the peer too."""
-    from firth.data.labeled import Labelled, TextFields
+    from firth.data.labeled import LabeledTexts, TextFields
     from firth.tokenizer.tokenizer import Tokenizer
 
     coder = Tokenizer.load(fetched("minilm"))
-    return Labelled([str(records(task))], coder, task.length, TextFields(task.text, pair=task.pair))
+    return LabeledTexts([str(records(task))], coder, task.length, TextFields(task.text, pair=task.pair))
 
 
 def lengths(examples: Any) -> np.ndarray:
@@ -148,7 +148,7 @@ def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.classification import Classification
-    from firth.pretrained.load_save import load_model, start_from
+    from firth.pretrained.load_save import init_from, load_model
 
     task, start = TASKS[name], fetched("minilm")
     examples = source(task)
@@ -157,7 +157,7 @@ def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     shape = shape if dropout else dataclasses.replace(shape, dropout=0.0)
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
-    start_from(model, start)
+    init_from(model, start)
     return model, objective, Batches(examples, objective, examples.tokenizer.vocab, rows=task.rows, seed=0, **batch)
 
 
@@ -233,7 +233,7 @@ def check(name: str) -> None:
 
 def floor(name: str) -> None:
     """FLOPs of products, and bytes that AdamW moves, of both: what they allow at this machine's rates."""
-    from firth.model.flops import Work, trunk
+    from firth.model.flops import Work, stack_flops
     from firth.train.precision import choose
 
     task, steps = TASKS[name], 50
@@ -243,7 +243,7 @@ def floor(name: str) -> None:
     drawn = [tokens[packed.source.order(0, packed.positions(number))[1]] for number in range(steps)]
     useful, widths = sum(int(n.sum()) for n in drawn), [int(n.max()) for n in drawn]
     slots = task.rows * sum(widths)
-    peer = trunk(model.shape, Work(slots, task.rows * sum(w * w for w in widths)))
+    peer = stack_flops(model.shape, Work(slots, task.rows * sum(w * w for w in widths)))
     ours = sum(objective.run_flops(model, batch) for batch in mine)
     cells = sum(batch["tokens"].numel() for batch in mine)
     rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()

@@ -124,13 +124,13 @@ def same_gpt2() -> Any:
 
 def own_decoder() -> Any:
     """firth's default decoder. Its zero-initialised projections are filled, or it would only repeat itself."""
-    from firth.model.config import decoder
-    from firth.model.heads import Vocabulary
+    from firth.model.config import decoder_config
+    from firth.model.heads import LMHead
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    shape = decoder(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    shape = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     return model

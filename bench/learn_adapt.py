@@ -32,15 +32,23 @@ import torch
 from torch import Tensor, nn
 
 from firth.corpora import catalog, readers
-from firth.model.layer_mixture import Mixture
+from firth.model.layer_mixture import ScalarMix
 from firth.objectives.classification import Classification
-from firth.runs.labeled_examples import Labelled
-from firth.runs.peft_options import Adapt, Frozen, Full, Head, LoRA, Prefix, Prompt
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
+from firth.runs.labeled_examples import LabeledConfig
+from firth.runs.peft_options import (
+    FrozenFeatures,
+    FullFinetuning,
+    HeadOnly,
+    LoRA,
+    PeftConfig,
+    PrefixTuning,
+    PromptTuning,
+)
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.runs.run import run
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 SETS = ("sarcasm", "sentiment")
 SEEDS = (0, 1, 2)
@@ -51,7 +59,7 @@ TRAIN, HELD, STEPS, ROWS, LONGEST = 1920, 600, 60, 32, 48
 class Way:
     """adapt: ours. rate: of both sides. peer: what peft is told; None where it is not asked. pack: our rows' tokens."""
 
-    adapt: Adapt
+    adapt: PeftConfig
     rate: float
     peer: Callable[[Any], Any] | None = None
     pack: int = 64
@@ -72,12 +80,12 @@ def prompt(peft: Any) -> Any:
 
 
 WAYS: dict[str, Way] = {
-    "full": Way(Full(), 1e-4),
+    "full": Way(FullFinetuning(), 1e-4),
     "lora": Way(LoRA(rank=8, alpha=16.0), 2e-3, lora),
-    "prefix": Way(Prefix(tokens=16), 1e-2, prefix),
-    "prompt": Way(Prompt(tokens=16), 1e-2, prompt, pack=0),
-    "head": Way(Head(), 1e-2),
-    "frozen": Way(Frozen(), 1e-2),
+    "prefix": Way(PrefixTuning(tokens=16), 1e-2, prefix),
+    "prompt": Way(PromptTuning(tokens=16), 1e-2, prompt, pack=0),
+    "head": Way(HeadOnly(), 1e-2),
+    "frozen": Way(FrozenFeatures(), 1e-2),
 }
 
 
@@ -109,10 +117,10 @@ class Place:
 def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
     train, valid = (str(place.file(corpus, seed, part)) for part in ("train", "valid"))
     made = Recipe(
-        name=f"{corpus}-{way}", objective=Classification(), segment=Labelled(length=LONGEST), start=str(base()),
-        source=Text(path=(train,), valid=(valid,)), adapt=WAYS[way].adapt, seed=seed, batch=Batch(rows=ROWS, pack=WAYS[way].pack),
-        optimizer=Optimizer(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("linear", warmup=0.1), length=Length(steps=place.steps),
+        name=f"{corpus}-{way}", objective=Classification(), segment=LabeledConfig(length=LONGEST), start=str(base()),
+        source=DataConfig(path=(train,), valid=(valid,)), adapt=WAYS[way].adapt, seed=seed, batch=BatchConfig(rows=ROWS, pack=WAYS[way].pack),
+        optimizer=OptimizerConfig(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("linear", warmup=0.1), length=Budget(steps=place.steps),
         evaluation=EvalConfig(max_examples=HELD), checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
     said: list[str] = []
@@ -162,7 +170,7 @@ class Peer(nn.Module):
         plan = WAYS[way].peer
         self.trunk = trunk if plan is None else peft.get_peft_model(trunk, plan(peft))
         self.trunk.requires_grad_(not self.frozen) if plan is None else None
-        self.mixture = Mixture(trunk.config.num_hidden_layers + 1) if way == "frozen" else None
+        self.mixture = ScalarMix(trunk.config.num_hidden_layers + 1) if way == "frozen" else None
         self.head = nn.Linear(trunk.config.hidden_size, classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

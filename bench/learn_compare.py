@@ -18,9 +18,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from firth.compare.compare import Terms, compare
+from firth.compare.compare import ComparisonConfig, compare
 from firth.runs.recipe_names import RECIPES
-from firth.train.schedule import Length
+from firth.train.schedule import Budget
 
 BODY = (
     "shape.width=128", "shape.depth=3", "shape.heads=2", "shape.hidden=256", "gpt.shape.hidden=512",
@@ -68,8 +68,8 @@ def main() -> None:
         print(f"no such recipe yet, left out: {', '.join(missing)}")
     others = {*RECIPES} - {*known}
     settings = [s for s in contest.settings if s.split(".")[0] not in others]
-    compute = Length(flops=contest.flops / (50 if given.quick else 1))
-    terms = Terms(compute, contest.shares, 1 if given.quick else 3, contest.probe, labels=300)
+    compute = Budget(flops=contest.flops / (50 if given.quick else 1))
+    terms = ComparisonConfig(compute, contest.shares, 1 if given.quick else 3, contest.probe, labels=300)
     print(compare(known, settings, terms, out))
 
 

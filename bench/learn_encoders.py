@@ -39,29 +39,29 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog
 from firth.data.collate import Batches, collate
-from firth.data.source import Source, Subset
+from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
-from firth.data.windows import Pairs, Pieces
-from firth.generate.decoding import reading
-from firth.model.config import encoder
+from firth.data.windows import DocumentChunks, SegmentPairs
+from firth.generate.decoding import attention_pattern_of
+from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
-from firth.objectives.objective import Objective, asked
+from firth.objectives.objective import Objective, supervised
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_boundary import SBO
-from firth.pretrained.load_save import load_model, start_from
-from firth.runs.init_head import begin
-from firth.runs.prepare import Material, documents_of
-from firth.runs.prepare import Text as Where
+from firth.pretrained.load_save import init_from, load_model
+from firth.runs.init_head import init_head
+from firth.runs.prepare import DataConfig as Where
+from firth.runs.prepare import RunData, documents_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import Silence
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
-from firth.train.trainer import Plan, train
+from firth.train.logging import NullReporter
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
+from firth.train.trainer import TrainerConfig, train
 from firth.train.validate import validate
 from firth.types import IGNORE
 
@@ -115,18 +115,18 @@ def data(corpus: str, theirs: str) -> Data:
         texts = (d.text for d in documents_of(where, where.paths(print), apart=False))
         train_tokenizer(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    learnt, held = Material(where, tokenizer, folder).stores()
+    learnt, held = RunData(where, tokenizer, folder).stores()
     assert held is not None
     counts = np.bincount(learnt.tokens[:], minlength=tokenizer.vocab.size) * ~tokenizer.vocab.special
     return Data(learnt, held, tokenizer.vocab, counts / counts.sum())
 
 
 def some(source: Source, count: int = HELD) -> Source:
-    return Subset(source, np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)))
+    return SubsetSource(source, np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)))
 
 
 def pieces(store: TokenStore, vocab: Vocab) -> Source:
-    return Pieces(store, LENGTH, vocab)
+    return DocumentChunks(store, LENGTH, vocab)
 
 
 # ------------------------------------------------------------------------------- scores
@@ -138,7 +138,7 @@ def held_out(model: LM, objective: Objective, source: Source, vocab: Vocab) -> S
 
 
 def pair_scores(model: LM, objective: Objective, given: Data) -> Scores:
-    return held_out(model, objective, some(Pairs(given.held, PAIR, given.vocab), 4 * HELD), given.vocab)
+    return held_out(model, objective, some(SegmentPairs(given.held, PAIR, given.vocab), 4 * HELD), given.vocab)
 
 
 def mask_scores(model: LM, objective: Objective, given: Data) -> Scores:
@@ -151,11 +151,11 @@ def span_scores(model: LM, objective: Objective, given: Data) -> Scores:
     hide, rng = MLM(noise="geometric", masked=1.0, random=0.0), np.random.default_rng(7)
     source = some(pieces(given.held, given.vocab), 2 * HELD)
     right: dict[str, list[bool]] = {"span_exact": [], "spans_of_1": [], "spans_of_2_or_3": [], "token_exact": []}
-    with reading(model):
+    with attention_pattern_of(model):
         for start in range(0, len(source), ROWS):
             shown = [hide.view(source[i], given.vocab, rng) for i in range(start, min(start + ROWS, len(source)))]
             batch = collate(shown)
-            states, labels = asked(model(batch), batch["labels"])
+            states, labels = supervised(model(batch), batch["labels"])
             hits = torch.zeros_like(batch["labels"], dtype=torch.bool)
             hits[batch["labels"] != IGNORE] = model.parts["lm"](states).argmax(-1) == labels
             for row, hit in zip(batch["labels"].numpy(), hits.numpy(), strict=True):
@@ -176,7 +176,7 @@ def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
     rng = np.random.default_rng(8)
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     common: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with reading(model):
+    with attention_pattern_of(model):
         for batch in batches:
             real, at = batch["real"], batch["labels"] != IGNORE
             drawn = torch.from_numpy(rng.choice(len(given.counts), int(at.sum()), p=given.counts))
@@ -184,7 +184,7 @@ def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
                 (objective.run(model, batch)["shown"], own),
                 (batch["tokens"].masked_scatter(at, drawn), common),
             ):
-                states, wanted = asked(model(batch | {"tokens": shown}), real)
+                states, wanted = supervised(model(batch | {"tokens": shown}), real)
                 into.append((model.parts["replaced"](states)[:, 0].float(), shown[real != IGNORE] != wanted))
     measured = held_out(model, objective, source, given.vocab)
     nats = measured["surprise"] if "surprise" in measured else measured["loss/generator"]
@@ -223,11 +223,11 @@ ARMS = {
 def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     """Train an arm once: its scores before and after."""
     arm = ARMS[name]
-    source: Source = Pairs(given.train, PAIR, given.vocab) if arm.pairs else pieces(given.train, given.vocab)
+    source: Source = SegmentPairs(given.train, PAIR, given.vocab) if arm.pairs else pieces(given.train, given.vocab)
     length, rows, depth = (PAIR, PAIRS, SHALLOW) if arm.pairs else (LENGTH, ROWS, DEPTH)
     if arm.small:
         source = some(source, SMALL)
-    shape = replace(encoder(VOCAB, WIDTH, depth, context=length), segments=2 * arm.pairs)
+    shape = replace(encoder_config(VOCAB, WIDTH, depth, context=length), segments=2 * arm.pairs)
     theirs = catalog.fetch("minilm", echo=print) if arm.rate else None
     torch.manual_seed(seed)
     if theirs is not None:
@@ -235,15 +235,15 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     model = LM(shape, arm.objective.parts(shape))
     batches = Batches(source, arm.objective, given.vocab, rows=rows, seed=seed, pack=length)
     if theirs is None:
-        begin(model, arm.objective, batches)
+        init_head(model, arm.objective, batches)
     else:
-        start_from(model, theirs)
+        init_from(model, theirs)
     before, started = arm.scores(model, arm.objective, given), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, arm.objective, batches, Path(folder), length=Length(steps=max(2, round(arm.steps * scale))),
-            optimizer=Optimizer("adamw", rate=arm.rate) if arm.rate else Optimizer(),
-            schedule=Schedule("linear", warmup=0.1) if arm.rate else Schedule("wsd"), plan=Plan(save_every=0), told=Silence(),
+            model, arm.objective, batches, Path(folder), length=Budget(steps=max(2, round(arm.steps * scale))),
+            optimizer=OptimizerConfig("adamw", rate=arm.rate) if arm.rate else OptimizerConfig(),
+            schedule=Schedule("linear", warmup=0.1) if arm.rate else Schedule("wsd"), plan=TrainerConfig(save_every=0), told=NullReporter(),
         )  # fmt: skip
     return {
         "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,

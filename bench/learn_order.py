@@ -14,7 +14,7 @@ sentences as ALBERT's are. A tenth of the 500 samples is held out whole, and eve
                  of the same length or nearly, and as whole
     words        logistic regression on the very same pairs: which words are in which segment, and at their ends; the best of
                  three regularisations, chosen on the held-out pairs, in its favour
-    junction     the running text in segments cut anywhere (`firth.data.windows.Pairs`): of the two words that meet in the
+    junction     the running text in segments cut anywhere (`firth.data.windows.SegmentPairs`): of the two words that meet in the
                  middle, how much likelier than by chance does one follow the other, counted in the training text
 
 The last is what order there is in `Pairs`: no word tells anything alone there, since both segments begin and end
@@ -41,22 +41,22 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
-from firth.data.shuffle import Draws
+from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.split import split
-from firth.data.windows import Pairs
+from firth.data.windows import SegmentPairs
 from firth.model.model import LM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.sentence_order import SOP
-from firth.objectives.sentence_pairs import Pair
-from firth.pretrained.load_save import load_model, start_from
-from firth.runs.prepare import Material
-from firth.runs.prepare import Text as Where
+from firth.objectives.sentence_pairs import SentencePairObjective
+from firth.pretrained.load_save import init_from, load_model
+from firth.runs.prepare import DataConfig as Where
+from firth.runs.prepare import RunData
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.logging import Silence
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
-from firth.train.trainer import Plan, train
+from firth.train.logging import NullReporter
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
+from firth.train.trainer import TrainerConfig, train
 from firth.train.validate import validate
 from firth.types import Example
 
@@ -66,7 +66,7 @@ CORPUS, HELD = "brown", 0.1
 LENGTH, ROWS, STEPS = 64, 32, 120
 RATE = 1e-4
 """AdamW's. A head ten times as quick (2e-3 beside 2e-4) learnt nothing in 60 steps."""
-OBJECTIVES: dict[str, Pair] = {"sop": SOP(), "nsp": NSP()}
+OBJECTIVES: dict[str, SentencePairObjective] = {"sop": SOP(), "nsp": NSP()}
 LAST = 30
 """Steps at the end whose training loss is averaged."""
 
@@ -100,7 +100,7 @@ class Paragraphs(Source):
         """texts: the name of a document, and a paragraph of it."""
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.of: list[str] = []
-        draws = Draws(0, "sentences")
+        draws = ExampleRNG(0, "sentences")
         for i, (name, text) in enumerate(texts):
             parts = [np.array(tokenizer.encode(s), np.int32) for s in sentences(text) if s.strip()]
             if len(parts) > 1 and sum(map(len, parts)) + 3 <= length:
@@ -125,7 +125,7 @@ class Paragraphs(Source):
             equal += 1
         order = [self.by_length[i] for i in (*range(equal, -1, -1), *range(equal + 1, len(self)))]
         found = [i for i in order[: 20 * self.NEAR] if self.of[i] != self.of[index]][: self.NEAR]
-        return found[int(Draws(0, "strangers").at(0, index).random() * len(found))]
+        return found[int(ExampleRNG(0, "strangers").at(0, index).random() * len(found))]
 
     def _length(self, place: int) -> int:
         return len(self.pairs[self.by_length[place]][1])
@@ -150,14 +150,14 @@ def material() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
 # ------------------------------------------------------------------------------- runs
 
 
-def one(objective: Pair, seed: int) -> dict[str, Any]:
+def one(objective: SentencePairObjective, seed: int) -> dict[str, Any]:
     """SOP or NSP from MiniLM, once: its scores before and after."""
     tokenizer, learnt, held = material()
     home = catalog.fetch("minilm", echo=quiet)
     shape = load_model(home).shape
     torch.manual_seed(seed)
     model = LM(shape, objective.parts(shape))
-    start_from(model, home)
+    init_from(model, home)
 
     def scores() -> dict[str, float]:
         return validate(model, objective, Batches(held, objective, tokenizer.vocab, rows=ROWS, seed=99).once())
@@ -166,9 +166,9 @@ def one(objective: Pair, seed: int) -> dict[str, Any]:
     before, started = scores(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, objective, batches, Path(folder), length=Length(steps=STEPS),
-            optimizer=Optimizer("adamw", rate=RATE, weight_decay=0.01, beta2=0.98),
-            schedule=Schedule("linear", warmup=0.1), plan=Plan(save_every=0), told=Silence(),
+            model, objective, batches, Path(folder), length=Budget(steps=STEPS),
+            optimizer=OptimizerConfig("adamw", rate=RATE, weight_decay=0.01, beta2=0.98),
+            schedule=Schedule("linear", warmup=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
     last = [row["loss"] for row in rows if row["split"] == "train"][-LAST:]
@@ -214,7 +214,7 @@ def words() -> dict[str, Any]:
 def junction(length: int) -> dict[str, Any]:
     """How often the words that meet tell the order of segments of the running text, cut anywhere."""
     tokenizer = Tokenizer.load(catalog.fetch("minilm", echo=quiet))
-    learnt, held = Material(Where(corpus=CORPUS), tokenizer, RESULTS / "running", echo=quiet).stores()
+    learnt, held = RunData(Where(corpus=CORPUS), tokenizer, RESULTS / "running", echo=quiet).stores()
     assert held is not None
     tokens = np.asarray(learnt.tokens[:], np.int64)
     counts = np.bincount(tokens, minlength=tokenizer.vocab.size)
@@ -225,7 +225,7 @@ def junction(length: int) -> dict[str, Any]:
         """log p(b after a) / p(b), five guesses by frequency mixed in."""
         return math.log((after[a * size + b] + 5 * share[b] + 1e-6) / (counts[a] + 5)) - math.log(share[b] + 1e-9)
 
-    source = Pairs(held, length)
+    source = SegmentPairs(held, length)
     right = []
     for i in range(len(source)):
         first, second = source[i]["first"].tolist(), source[i]["second"].tolist()

@@ -40,7 +40,7 @@ from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
 from firth.evaluate import cloze
-from firth.model.config import Shape, encoder
+from firth.model.config import ModelConfig, encoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
@@ -50,9 +50,9 @@ from firth.objectives.permuted_lm import PLM
 from firth.pretrained.load_save import load_model
 from firth.recipes.sizes import CONTEXT, DEPTH, TEXT, VOCAB, WIDTH, tiny
 from firth.runs import examples
-from firth.runs.examples import Pieces, Segment, Windows, spread
-from firth.runs.prepare import Material, train_tokenizer
-from firth.runs.recipe import Batch, Recipe, TokenizerPlan
+from firth.runs.examples import ChunksConfig, ExamplesConfig, WindowsConfig, spread
+from firth.runs.prepare import RunData, train_tokenizer
+from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
@@ -65,24 +65,24 @@ HELD = 256
 GAPS = 768
 """Held-out texts of which one token is hidden."""
 
-BODY = encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+BODY = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
 FAR = replace(BODY, position="xlnet", query=True)
-CONTENDERS: dict[str, tuple[Objective, Shape, Segment]] = {
-    "xlnet": (PLM(k=3), replace(FAR, memory=MEMORY), Windows(LENGTH)),
-    "xlnet, no memory": (PLM(k=3), FAR, Windows(LENGTH)),
-    "mpnet": (MPNet(rate=0.3), replace(BODY, position="mpnet"), Pieces(LENGTH)),
-    "mpnet, rotary": (MPNet(rate=0.3), BODY, Pieces(LENGTH)),
-    "mlm": (MLM(rate=0.3), BODY, Pieces(LENGTH)),
-    "causal": (CausalLM(), replace(BODY, causal=True), Windows(LENGTH)),
+CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
+    "xlnet": (PLM(k=3), replace(FAR, memory=MEMORY), WindowsConfig(LENGTH)),
+    "xlnet, no memory": (PLM(k=3), FAR, WindowsConfig(LENGTH)),
+    "mpnet": (MPNet(rate=0.3), replace(BODY, position="mpnet"), ChunksConfig(LENGTH)),
+    "mpnet, rotary": (MPNet(rate=0.3), BODY, ChunksConfig(LENGTH)),
+    "mlm": (MLM(rate=0.3), BODY, ChunksConfig(LENGTH)),
+    "causal": (CausalLM(), replace(BODY, causal=True), WindowsConfig(LENGTH)),
 }
 
 
 def recipe(name: str, seed: int, steps: int, results: Path) -> Recipe:
     objective, shape, segment = CONTENDERS[name]
-    made = tiny(name, objective, segment, shape, steps=steps, batch=Batch(rows=ROWS))
+    made = tiny(name, objective, segment, shape, steps=steps, batch=BatchConfig(rows=ROWS))
     evaluation, checkpoint = replace(made.evaluation, every=0), replace(made.checkpoint, every=steps)
     source = replace(TEXT, store=str(results / "stores"))
-    plan = TokenizerPlan(path=str(results / "tokenizer"), size=VOCAB)
+    plan = TokenizerConfig(path=str(results / "tokenizer"), size=VOCAB)
     return replace(made, seed=seed, source=source, tokenizer=plan, evaluation=evaluation, checkpoint=checkpoint)
 
 
@@ -104,8 +104,8 @@ def measured(model: LM, name: str, seed: int, held: Source, store: TokenStore, v
 def contend(name: str, seed: int, steps: int, results: Path) -> dict[str, object]:
     made = recipe(name, seed, steps, results)
     tokenizer = Tokenizer.load(results / "tokenizer")
-    material = Material(made.source, tokenizer, results, memory=made.shape.memory if made.shape else 0)
-    held, store = examples.cut(made.segment, material, made.objective).valid, material.stores()[1]
+    material = RunData(made.source, tokenizer, results, memory=made.shape.memory if made.shape else 0)
+    held, store = examples.build_datasets(made.segment, material, made.objective).valid, material.stores()[1]
     assert held is not None and store is not None and made.shape is not None
     shape = replace(made.shape, vocab=tokenizer.vocab.size)
     torch.manual_seed(seed)

@@ -34,7 +34,7 @@ from firth.corpora import catalog
 from firth.generate import word_vectors
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_recurrent")
@@ -74,7 +74,7 @@ def brown(folder: Path) -> None:
     (folder / "scored_tags.jsonl").write_text("\n".join(rows[True]) + "\n", "utf-8")
 
 
-def stage(name: str, recipe: str, seed: int, steps: int, settings: Sequence[str]) -> Finished:
+def stage(name: str, recipe: str, seed: int, steps: int, settings: Sequence[str]) -> RunResult:
     """One run, or what there is of it."""
     common = (
         f"seed={seed}",
@@ -126,7 +126,7 @@ def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
     return found
 
 
-def brown_vectors(seed: int, steps: Steps, algorithm: str = "skipgram") -> Finished:
+def brown_vectors(seed: int, steps: Steps, algorithm: str = "skipgram") -> RunResult:
     settings = (f"source.path={data()}/text", *TOKENIZER, f"shape.width={WIDTH}", f"objective.algorithm={algorithm}")
     return stage(f"brown-{algorithm}", "word2vec", seed, steps(1200), settings)
 

@@ -31,24 +31,24 @@ from typing import Any
 
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
-from firth.model.config import Shape, encoder, encoder_decoder
+from firth.model.config import ModelConfig, encoder_config, encoder_decoder_config
 from firth.objectives.classification import Classification
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.masked_lm import MLM
-from firth.objectives.multi_annotator import Weak
+from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.objective import Objective
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
-from firth.runs.examples import Pairs, Pieces, Segment, spread
-from firth.runs.labeled_examples import Labelled
-from firth.runs.noisy_label_examples import Partly, Taught, Voted
-from firth.runs.prepare import Material, Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
+from firth.runs.examples import ChunksConfig, ExamplesConfig, SegmentPairsConfig, spread
+from firth.runs.labeled_examples import LabeledConfig
+from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig, SimulatedAnnotatorsConfig
+from firth.runs.prepare import DataConfig, RunData
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 from firth.train.validate import validate
 
 SEEDS = (0, 1, 2)
@@ -56,9 +56,9 @@ HELD = 3000
 TESTED = 1000
 NOISE = (0.6, 0.8)
 FEW = (50,)
-TUNED = Optimizer(name="adamw", rate=1e-4, rest_rate=5e-4, weight_decay=0.01, beta2=0.98)
+TUNED = OptimizerConfig(name="adamw", rate=1e-4, rest_rate=5e-4, weight_decay=0.01, beta2=0.98)
 """A head begins from nearly nothing, so it and the norms move five times as fast as the rest."""
-STILL = Optimizer(name="adamw", rate=1e-12)
+STILL = OptimizerConfig(name="adamw", rate=1e-12)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Place:
     results: Path
     scale: float
 
-    def steps(self, full: int) -> Length:
-        return Length(steps=max(2, round(full * self.scale)))
+    def steps(self, full: int) -> Budget:
+        return Budget(steps=max(2, round(full * self.scale)))
 
     @property
     def many(self) -> str:
@@ -87,20 +87,22 @@ class Place:
             path.write_text("\n".join(parts[part]) + "\n", "utf-8")
         return str(path)
 
-    def text(self, part: str = "") -> Text:
+    def text(self, part: str = "") -> DataConfig:
         part = part or self.many
-        return Text(path=(self.headlines(part),), valid=(self.headlines("valid"),), store=str(self.results / "stores"))
+        return DataConfig(
+            path=(self.headlines(part),), valid=(self.headlines("valid"),), store=str(self.results / "stores")
+        )
 
 
 def recipe(
-    place: Place, name: str, objective: Objective, segment: Segment, source: Text, shape: Shape | None, *, steps: int,
-    rows: int, seed: int, optimizer: Optimizer | None = None, schedule: Schedule | None = None, start: str = "",
+    place: Place, name: str, objective: Objective, segment: ExamplesConfig, source: DataConfig, shape: ModelConfig | None, *, steps: int,
+    rows: int, seed: int, optimizer: OptimizerConfig | None = None, schedule: Schedule | None = None, start: str = "",
     pack: int = 0, vocab: int = 4096, tokenizer: str = "",
 ) -> Recipe:  # fmt: skip
     return Recipe(
         name=name, objective=objective, segment=segment, source=source, shape=shape, start=start, seed=seed,
-        tokenizer=TokenizerPlan(size=vocab, path=tokenizer), batch=Batch(rows=rows, pack=pack),
-        optimizer=optimizer or Optimizer(), schedule=schedule or Schedule("wsd"), length=place.steps(steps),
+        tokenizer=TokenizerConfig(size=vocab, path=tokenizer), batch=BatchConfig(rows=rows, pack=pack),
+        optimizer=optimizer or OptimizerConfig(), schedule=schedule or Schedule("wsd"), length=place.steps(steps),
         evaluation=EvalConfig(max_examples=max(64, round(HELD * place.scale))),
         checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
@@ -116,15 +118,15 @@ def done(place: Place, name: str, seed: int, made: Recipe) -> tuple[Path, dict[s
 
 
 def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    source = Text(corpus="shakespeare", store=str(place.results / "stores"))
-    body = encoder(4096, 128, 3, heads=2, context=128)
-    pairs, pieces = Pairs(length=64), Pieces(length=34)
+    source = DataConfig(corpus="shakespeare", store=str(place.results / "stores"))
+    body = encoder_config(4096, 128, 3, heads=2, context=128)
+    pairs, pieces = SegmentPairsConfig(length=64), ChunksConfig(length=34)
     tokenizer = ""
     for name, objective, segment, shape, optimizer in (
         ("untrained", Contrastive(), pairs, body, STILL),
-        ("margin", Contrastive(), pairs, body, Optimizer(rate=1e-3)),
-        ("infonce, neighbours", InfoNCE(views="neighbours"), pairs, body, Optimizer(rate=1e-3)),
-        ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), Optimizer(rate=1e-3)),
+        ("margin", Contrastive(), pairs, body, OptimizerConfig(rate=1e-3)),
+        ("infonce, neighbours", InfoNCE(views="neighbours"), pairs, body, OptimizerConfig(rate=1e-3)),
+        ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), OptimizerConfig(rate=1e-3)),
     ):
         made = recipe(
             place, "contrastive", objective, segment, source, shape, steps=2 if name == "untrained" else 300, rows=48,
@@ -135,10 +137,10 @@ def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]
         yield name, nearer(directory, source, pairs)
 
 
-def nearer(directory: Path, source: Text, segment: Pairs) -> dict[str, float]:
+def nearer(directory: Path, source: DataConfig, segment: SegmentPairsConfig) -> dict[str, float]:
     """Held-out pairs of a run's text, whatever it was trained on: shares and mean squared distance."""
     tokenizer = Tokenizer.load(str(directory / "tokenizer"))
-    held = segment.cut(Material(source, tokenizer, directory), Contrastive()).valid
+    held = segment.cut(RunData(source, tokenizer, directory), Contrastive()).valid
     assert held is not None
     batches = Batches(spread(held, 2000), Contrastive(), tokenizer.vocab, rows=64, seed=0)
     return validate(load_model(directory / "model"), Contrastive(), batches.once())
@@ -148,7 +150,7 @@ def nearer(directory: Path, source: Text, segment: Pairs) -> dict[str, float]:
 
 
 def classifier(
-    place: Place, name: str, objective: Objective, segment: Segment, seed: int, *, rows: int, steps: int
+    place: Place, name: str, objective: Objective, segment: ExamplesConfig, seed: int, *, rows: int, steps: int
 ) -> tuple[Path, dict[str, float]]:
     """MiniLM with a head for the classes: its directory, and its accuracy on TESTED headlines held out."""
     made = recipe(
@@ -162,15 +164,15 @@ def classifier(
 
 def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     for count in FEW:
-        partly = Partly(of=Labelled(length=48), few=count, unlabelled=3.0)
+        partly = PartiallyLabeledConfig(of=LabeledConfig(length=48), few=count, unlabelled=3.0)
         alone = replace(partly, unlabelled=0.001)  # next to nothing else is read, and nothing is asked of it
         teacher, found = classifier(place, f"few-alone-{count}", Classification(), alone, seed, rows=16, steps=80)
         yield f"{count} labels, alone", found
-        runs: list[tuple[str, Objective, Segment]] = [
+        runs: list[tuple[str, Objective, ExamplesConfig]] = [
             (
                 "pseudo-labels",
                 PseudoLabels(confidence=0.8, ramp=30),
-                Taught(of=partly.of, few=count, teacher=str(teacher)),
+                PseudoLabeledConfig(of=partly.of, few=count, teacher=str(teacher)),
             ),
             ("consistency", Consistency(ramp=30), partly),
         ]
@@ -180,14 +182,14 @@ def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    labelled = Labelled(length=48)
-    runs: list[tuple[str, Objective, Segment]] = [("true labels, softmax", Classification(), labelled)]
+    labelled = LabeledConfig(length=48)
+    runs: list[tuple[str, Objective, ExamplesConfig]] = [("true labels, softmax", Classification(), labelled)]
     for accuracy in NOISE:
-        five, one = (Voted(of=labelled, annotators=k, accuracy=accuracy) for k in (5, 1))
+        five, one = (SimulatedAnnotatorsConfig(of=labelled, annotators=k, accuracy=accuracy) for k in (5, 1))
         runs += [
             (f"one annotator of {accuracy:g}, softmax", Classification(), one),
             (f"five of {accuracy:g}, the majority, softmax", Classification(), five),
-            (f"five of {accuracy:g}, all votes, one against all", Weak(), five),
+            (f"five of {accuracy:g}, all votes, one against all", MultiAnnotator(), five),
         ]
     for name, objective, segment in runs:
         slug = "weak-" + name.replace(", ", "-").replace(" ", "_")
@@ -198,7 +200,7 @@ def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    body = replace(encoder_decoder(4096, 128, 2, heads=2, context=64), latent=32)
+    body = replace(encoder_decoder_config(4096, 128, 2, heads=2, context=64), latent=32)
     anneal = place.steps(250).steps or 0
     for name, objective, optimizer in (
         ("untrained", VAE(), STILL),
@@ -207,8 +209,8 @@ def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         ("annealed, 40% hidden, 4 nats free", VAE(anneal=anneal, drop=0.4, free=4.0), None),
     ):
         made = recipe(
-            place, "vae", objective, Pieces(length=32, frame=False), place.text(), body,
-            steps=2 if name == "untrained" else 400, rows=64, seed=seed, optimizer=optimizer or Optimizer(rest_rate=1e-2),
+            place, "vae", objective, ChunksConfig(length=32, frame=False), place.text(), body,
+            steps=2 if name == "untrained" else 400, rows=64, seed=seed, optimizer=optimizer or OptimizerConfig(rest_rate=1e-2),
         )  # fmt: skip
         slug = "vae-" + name.replace(", ", "-").replace(" ", "_").replace("%", "")
         _, m = done(place, slug, seed, made)
@@ -216,8 +218,8 @@ def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    source = Text(corpus="shakespeare", store=str(place.results / "stores"))
-    body = encoder(4096, 128, 3, heads=2, context=256)
+    source = DataConfig(corpus="shakespeare", store=str(place.results / "stores"))
+    body = encoder_config(4096, 128, 3, heads=2, context=256)
     tokenizer = ""
     for name, shape, optimizer in (
         ("untrained", replace(body, linformer=64), STILL),
@@ -225,7 +227,7 @@ def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]
         ("full attention", body, None),
     ):
         made = recipe(
-            place, "linformer", MLM(rate=0.3), Pieces(length=256), source, shape, steps=2 if name == "untrained" else 400, rows=16,
+            place, "linformer", MLM(rate=0.3), ChunksConfig(length=256), source, shape, steps=2 if name == "untrained" else 400, rows=16,
             seed=seed, optimizer=optimizer, tokenizer=tokenizer,
         )  # fmt: skip
         directory, m = done(place, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, made)

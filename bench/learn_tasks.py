@@ -47,7 +47,7 @@ from firth.evaluate.evaluate import evaluate
 from firth.generate.embeddings import embed
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_tasks")
@@ -65,7 +65,7 @@ def own(_: Path, quick: bool) -> Path:
     return run(load("roberta", settings), RESULTS / "own", say).model
 
 
-def measured(directory: Path, test: Path, done: Finished) -> Row:
+def measured(directory: Path, test: Path, done: RunResult) -> Row:
     """What a run of ours scores."""
     found = evaluate(directory, [str(test)])
     return found | {"commonest": found.get("commonest_accuracy")}
@@ -90,7 +90,7 @@ class Job:
     apart: tuple[str, ...] = ()
     rates: Mapping[str, float] = field(default_factory=lambda: RATES)
     own: Callable[[Path, bool], Path] = own
-    measured: Callable[[Path, Path, Finished], Row] = measured
+    measured: Callable[[Path, Path, RunResult], Row] = measured
 
 
 JOBS = {

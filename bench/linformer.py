@@ -37,11 +37,11 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
 
     from firth import kernels
     from firth.model.attention import ATTENTION
-    from firth.model.config import encoder
+    from firth.model.config import encoder_config
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    shape = encoder(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
+    shape = encoder_config(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
     if contender == "linformer":
         shape = replace(shape, linformer=SLOTS)
     if contender == "written out":
@@ -74,11 +74,11 @@ def check() -> None:
     """With identity projections the Linformer is full attention."""
     import torch
 
-    from firth.model.config import encoder
+    from firth.model.config import encoder_config
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    shape = encoder(vocab=1000, width=64, depth=2, heads=2, context=64)
+    shape = encoder_config(vocab=1000, width=64, depth=2, heads=2, context=64)
     full, short = LM(shape, {}), LM(replace(shape, linformer=64), {})
     short.load_state_dict(full.state_dict() | {"trunk.linformer.weight": torch.eye(64)[None, None]})
     for module in (full, short):

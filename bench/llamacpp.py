@@ -29,17 +29,17 @@ import numpy as np
 import torch
 
 from firth.corpora import catalog, download
-from firth.generate.decoding import reading, rectangle
+from firth.generate.decoding import attention_pattern_of, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import bert, gpt2, llama
 from firth.pretrained import gguf
 from firth.pretrained.gguf_quantize import PACK
 from firth.pretrained.load_save import load_model
-from firth.runs.inference import opening
+from firth.runs.inference import encode_prompt
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -140,7 +140,7 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
         for prompt in prompts:
             asked = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "n_predict": new, "return_tokens": True}
             theirs = server.ask("/completion", asked)["tokens"]
-            shown = opening(tokenizer, prompt, model)
+            shown = encode_prompt(tokenizer, prompt, model)
             ours = [int(i) for i in engine.generate([shown], Sampling(temperature=0, max_new=new))[0].tokens]
             same = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
@@ -149,7 +149,7 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
             # Theirs ends with the token that ended it, ours may not hold it.
             right += same >= min(len(ours), len(theirs)) and abs(len(ours) - len(theirs)) <= 1
             told = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
-            with reading(model):
+            with attention_pattern_of(model):
                 hidden = model(rectangle([shown], torch.device("cpu")))
                 found = model.parts["lm"](hidden[:, -1]).log_softmax(-1)[0]
             said = told.get("completion_probabilities", [])  # none where the text ends at once
@@ -166,7 +166,7 @@ def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
     llama.cpp is asked for the COMMON likeliest tokens behind each prefix, and for all where the right one is not there.
     """
     model = load_model(file)
-    with reading(model):
+    with attention_pattern_of(model):
         hidden = model(rectangle([np.array(tokens)], torch.device("cpu")))
         found = model.parts["lm"](hidden[0, :-1]).log_softmax(-1)
     ours = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double().numpy()
@@ -220,10 +220,10 @@ def dialogue(name: str, file: Path, new: int) -> list[Row]:
     return [Row(f"{name}: template", alike, len(said)), Row(f"{name}: answers", answers, len(said), note)]
 
 
-def random(shape: Shape, seed: int = 0) -> LM:
+def random(shape: ModelConfig, seed: int = 0) -> LM:
     """A model with weights so large that greedy text is not one token for ever."""
     torch.manual_seed(seed)
-    model = LM(replace(shape, init=0.08, dropout=0.0), {"lm": Vocabulary(shape)}).eval()
+    model = LM(replace(shape, init=0.08, dropout=0.0), {"lm": LMHead(shape)}).eval()
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if weights.ndim == 1:
@@ -254,7 +254,7 @@ def vectors(file: Path, tokenizer: Tokenizer, model: LM) -> Row:
         for text in said:
             theirs = np.array(server.ask("/embedding", {"content": text})[0]["embedding"])  # type: ignore[index]
             framed = tokenizer.vocab.frame(tokenizer.encode(text)).astype(np.int64)
-            with reading(model):
+            with attention_pattern_of(model):
                 ours = model(rectangle([framed], torch.device("cpu"), causal=False))[0].numpy()
             worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
             right += ours.shape == theirs.shape and bool(np.allclose(ours, theirs, atol=2e-3))

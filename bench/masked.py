@@ -143,7 +143,7 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
     """(model, objective, batches): the default encoder, or the peer's own BERT, on these sentences in packed rows."""
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.model.config import Shape, encoder
+    from firth.model.config import ModelConfig, encoder_config
     from firth.model.model import LM
     from firth.objectives.masked_lm import MLM
     from firth.tokenizer.vocab import Vocab
@@ -160,9 +160,9 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(0)
     objective = MLM()
-    shape = encoder(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, hidden=8 * WIDTH // 3)
+    shape = encoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, hidden=8 * WIDTH // 3)
     if bert:
-        shape = Shape(
+        shape = ModelConfig(
             vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, norm_at="post", norm_eps=1e-12,
             embed_norm=True, segments=2, activation="gelu", head="transform", head_bias=True,
         )  # fmt: skip

@@ -35,8 +35,8 @@ from firth.data.collate import Batches, collate
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.runs import examples
-from firth.runs.init_head import begin
-from firth.runs.prepare import Material
+from firth.runs.init_head import init_head
+from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, load
 from firth.runs.tokenizer import tokenizer_of
 from firth.train.cpu_setup import keep_freed_memory
@@ -61,10 +61,10 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of(recipe, folder, lambda _: None)
     assert recipe.shape is not None
-    material = Material(
+    material = RunData(
         recipe.source, tokenizer, folder, rows=recipe.batch.rows, memory=recipe.shape.memory, echo=lambda _: None
     )
-    cut = examples.cut(recipe.segment, material, recipe.objective)
+    cut = examples.build_datasets(recipe.segment, material, recipe.objective)
     batches = Batches(
         cut.train, recipe.objective, tokenizer.vocab.starting(recipe.shape.decoder_start), rows=recipe.batch.rows, seed=0,
         pack=recipe.batch.pack,
@@ -97,7 +97,7 @@ def ours(name: str) -> Iterator[int]:
     assert recipe.shape is not None
     torch.manual_seed(0)
     model = LM(recipe.shape, objective.parts(recipe.shape))
-    begin(model, objective, batches)
+    init_head(model, objective, batches)
     mover = Mover(recipe.optimizer, model, sparse=True)
     precision = casts(choose(recipe.precision, CPU), CPU)
     pool = [(batches.batches(i), useful(padded(batches, i))) for i in range(POOL)]

@@ -48,8 +48,8 @@ def made(folder: Path) -> list[Path]:
     """Directories of random models, one of each architecture."""
     import torch
 
-    from firth.model.config import Shape, decoder, encoder, encoder_decoder
-    from firth.model.heads import Vocabulary
+    from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+    from firth.model.heads import LMHead
     from firth.model.model import LM
     from firth.pretrained.load_save import save_model
     from firth.tokenizer.train import train
@@ -57,17 +57,17 @@ def made(folder: Path) -> list[Path]:
     tokenizer = train(list(topics.values())[:60], "byte-bpe", size=1000, seed=0)
     size: dict[str, int] = {"vocab": tokenizer.vocab.size, "width": 64, "depth": 2, "heads": 4, "context": 128}
     shapes = {
-        "llama": Shape(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, kv_heads=2),  # type: ignore[arg-type]
-        "gpt2": Shape(**size),
-        "nanochat": decoder(**size),
-        "bert": Shape(**size, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu",
+        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, kv_heads=2),  # type: ignore[arg-type]
+        "gpt2": ModelConfig(**size),
+        "nanochat": decoder_config(**size),
+        "bert": ModelConfig(**size, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu",
                       head="transform", head_bias=True),
-        "modernbert": encoder(**size),
-        "t5": encoder_decoder(**size),
+        "modernbert": encoder_config(**size),
+        "t5": encoder_decoder_config(**size),
     }  # fmt: skip
     for name, shape in shapes.items():
         torch.manual_seed(0)
-        model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+        model = LM(shape, {"lm": LMHead(shape)}).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -79,13 +79,13 @@ def reference(directory: Path) -> dict[str, Any]:
     """What firth answers with a directory: ids and logits of each text, an encoder's vectors, log-likelihoods."""
     import torch
 
-    from firth.evaluate.task import open_subject
+    from firth.evaluate.task import load_evaluated_model
     from firth.evaluate.tasks.option_scoring import cut
     from firth.generate.engine import Engine
     from firth.model.latent import average
-    from firth.runs.inference import opening
+    from firth.runs.inference import encode_prompt
 
-    subject = open_subject(directory)
+    subject = load_evaluated_model(directory)
     model, tokenizer, shape = subject.model, subject.tokenizer, subject.model.shape
     kind = "source" if shape.encoder else "left" if shape.causal else "both"
     modules, config = directory / "modules.json", directory / "config.json"
@@ -100,7 +100,7 @@ def reference(directory: Path) -> dict[str, Any]:
     }
     told["family"] = json.loads(config.read_text())["model_type"]
     for text in TEXTS:
-        ids = tokenizer.vocab.frame(tokenizer.encode(text)) if kind == "both" else opening(tokenizer, text, model)
+        ids = tokenizer.vocab.frame(tokenizer.encode(text)) if kind == "both" else encode_prompt(tokenizer, text, model)
         row = torch.as_tensor(ids)[None].long()
         steps = torch.arange(len(ids))[None]
         batch = {"tokens": row} | ({} if kind == "both" else {"looks": steps, "appears": steps})

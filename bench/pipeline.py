@@ -23,7 +23,7 @@ from firth.corpora.readers import Document
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
-from firth.data.windows import Pairs, Pieces, Windows
+from firth.data.windows import DocumentChunks, SegmentPairs, Windows
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
@@ -78,12 +78,15 @@ def main() -> None:
     cases = {
         "causal, windows of 256, isolated": (5, over(Windows(store, 256), CausalLM(), 64)),
         "causal, windows of 256": (5, over(Windows(store, 256, isolate=False), CausalLM(), 64)),
-        "mlm, pieces of 128, padded": (1, over(Pieces(store, 128, vocab), MLM(), 64)),
-        "mlm, pieces of 256, padded": (1, over(Pieces(store, 256, vocab), MLM(), 64)),
-        "mlm, sentences packed into 128": (1.5, over(Pieces(short, 128, vocab), MLM(), 512, pack=128)),
-        "mlm by words, sentences packed": (0, over(Pieces(short, 128, vocab), MLM(noise="words"), 512, pack=128)),
-        "nsp + mlm, pairs of 128, padded": (0, over(Pairs(store, 128), NSP() + MLM(), 64)),
-        "span corruption, 256, packed": (0, over(Pieces(store, 256), SpanCorruption(), 64, pack=256)),
+        "mlm, pieces of 128, padded": (1, over(DocumentChunks(store, 128, vocab), MLM(), 64)),
+        "mlm, pieces of 256, padded": (1, over(DocumentChunks(store, 256, vocab), MLM(), 64)),
+        "mlm, sentences packed into 128": (1.5, over(DocumentChunks(short, 128, vocab), MLM(), 512, pack=128)),
+        "mlm by words, sentences packed": (
+            0,
+            over(DocumentChunks(short, 128, vocab), MLM(noise="words"), 512, pack=128),
+        ),
+        "nsp + mlm, pairs of 128, padded": (0, over(SegmentPairs(store, 128), NSP() + MLM(), 64)),
+        "span corruption, 256, packed": (0, over(DocumentChunks(store, 256), SpanCorruption(), 64, pack=256)),
     }
     missed = []
     for name, (bar, batches) in cases.items():

@@ -122,33 +122,33 @@ def theirs(turn: Turn, task: Task, **chosen: Any) -> None:
 
 def firth_parts(task: Task) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train reward` and `firth train dpo` build."""
-    from firth.align.precompute import annotate
-    from firth.align.rewards import Comparison, Comparisons, Sample
+    from firth.align.precompute import precompute
+    from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
     from firth.data.collate import Batches
     from firth.model.model import LM
-    from firth.objectives.dpo import DPO, comparison, reference
-    from firth.objectives.reward_model import Reward
-    from firth.pretrained.load_save import load_model, start_from
+    from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
+    from firth.objectives.reward_model import RewardModeling
+    from firth.pretrained.load_save import init_from, load_model
     from firth.tokenizer.vocab import Vocab
     from firth.train.precision import casts, choose
 
     cpu = torch.device("cpu")
-    source: Any = Comparisons(
+    source: Any = PreferencePairs(
         [
-            Comparison(Sample(prompt, one, "", True), Sample(prompt, other, "", True), 1.0)
+            PreferencePair(Rollout(prompt, one, "", True), Rollout(prompt, other, "", True), 1.0)
             for prompt, one, other in comparisons()
         ]
     )
-    objective: Any = DPO() if task == "dpo" else Reward()
+    objective: Any = DPO() if task == "dpo" else RewardModeling()
     with tempfile.TemporaryDirectory() as directory:
         llama("dpo").save_pretrained(directory)
         shape = load_model(Path(directory)).shape
         torch.manual_seed(0)
         model = LM(shape, objective.parts(shape))
-        start_from(model, Path(directory))
+        init_from(model, Path(directory))
     if task == "dpo":
         with casts(choose("auto", cpu), cpu)():
-            source = annotate(source, model, comparison, reference)
+            source = precompute(source, model, build_comparison, ref_logprobs)
     roles = {"pad": PAD, "unk": UNK, "eos": EOS}
     return (
         model,

@@ -29,8 +29,8 @@ from bench.harness import cpu_name
 from firth.corpora import catalog, readers
 from firth.corpora.readers import Document
 from firth.data.token_store import TokenStore
-from firth.runs.inputs import Inputs
-from firth.runs.prepare import Material
+from firth.runs.inputs import RunInputs
+from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.tokenizer import tokenizer_of
 from firth.tokenizer import train
@@ -84,9 +84,9 @@ def prepare(some: list[Document]) -> Callable[[], str]:
             directory = Path(folder.name) / "run"
             directory.mkdir()
             recipe = load("gpt", [f"source.path={texts}", f"tokenizer.size={SIZE}"])
-            inputs = Inputs.read(recipe, directory, _silent)
+            inputs = RunInputs.read(recipe, directory, _silent)
             tokenizer = tokenizer_of(recipe, directory, _silent, inputs)
-            stores = Material(recipe.source, tokenizer, directory, echo=_silent).stores()
+            stores = RunData(recipe.source, tokenizer, directory, echo=_silent).stores()
             times = dict(collections.Counter(opened.values()))
             return f"{[store and store.manifest['content'][:12] for store in stores]}; opened {times}"
 

@@ -23,8 +23,8 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
-from firth.data.labeled import Chosen, Labelled, Tagged
-from firth.data.question_answering import Questions
+from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, TaggedSentences
+from firth.data.question_answering import QuestionRecords
 from firth.data.source import Source
 from firth.evaluate import answer_spans
 from firth.evaluate.task import Answers, Task
@@ -151,7 +151,7 @@ def window(example: Example) -> Row:
     return ids(example) | {f"{end}_positions": max(0, example[end]) for end in ("start", "end")}
 
 
-def first_pieces(examples: Tagged, said: np.ndarray) -> Logits:
+def first_pieces(examples: TaggedSentences, said: np.ndarray) -> Logits:
     """Of the padded logits of sentences, (N, T, tags), those of each word's first piece."""
     found = []
     for i in range(len(examples)):
@@ -160,7 +160,7 @@ def first_pieces(examples: Tagged, said: np.ndarray) -> Logits:
     return found
 
 
-def both_ends(examples: Questions, said: Sequence[np.ndarray]) -> Logits:
+def both_ends(examples: QuestionRecords, said: Sequence[np.ndarray]) -> Logits:
     """Of the padded logits of first and of last tokens, each (N, T), those of each window's own tokens."""
     lengths = [len(examples[i]["tokens"]) for i in range(len(examples))]
     return [np.stack((start[:n], end[:n]), -1) for start, end, n in zip(*said, lengths, strict=True)]
@@ -177,26 +177,26 @@ def chosen(names: Callable[[Any], Sequence[str]]) -> Callable[[Any, Logits], Ans
     return answers
 
 
-def labelled(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Labelled:
+def labelled(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> LabeledTexts:
     how = lesson.segment
-    return Labelled([str(path)], tokenizer, how.length, how, classes=lesson.classes)
+    return LabeledTexts([str(path)], tokenizer, how.length, how, classes=lesson.classes)
 
 
-def tagged(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Tagged:
+def tagged(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> TaggedSentences:
     how = lesson.segment
-    return Tagged([str(path)], tokenizer, how.length, how, classes=lesson.classes, keep=asked)
+    return TaggedSentences([str(path)], tokenizer, how.length, how, classes=lesson.classes, keep=asked)
 
 
-def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Questions:
+def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> QuestionRecords:
     how = lesson.segment
-    return Questions(
+    return QuestionRecords(
         [str(path)], tokenizer, how.length, stride=how.stride, question=how.question, context=how.context, keep=asked
     )
 
 
-def offered(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Chosen:
+def offered(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> MultipleChoiceRecords:
     how = lesson.segment
-    return Chosen([str(path)], tokenizer, how.length, how)
+    return MultipleChoiceRecords([str(path)], tokenizer, how.length, how)
 
 
 PEERS: Mapping[str, Peer] = {

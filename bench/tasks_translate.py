@@ -21,16 +21,16 @@ import torch
 import transformers
 
 from bench.tasks_peers import Lesson, Row, Rows, trained
-from firth.data.records import Prompted
+from firth.data.records import Seq2SeqRecords
 from firth.evaluate import overlap_metrics
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.evaluate.tasks import generation
-from firth.model.config import Shape, encoder_decoder
+from firth.model.config import ModelConfig, encoder_decoder_config
 from firth.pretrained.families import t5
-from firth.runs.config_io import plain
+from firth.runs.config_io import to_dict
 from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
 
@@ -46,9 +46,9 @@ def short(row: Row) -> bool:
     return all(len(row[language]) <= LETTERS for language in LANGUAGES)
 
 
-def shape(vocab: int) -> Shape:
+def shape(vocab: int) -> ModelConfig:
     """Both sides' shape."""
-    return encoder_decoder(vocab, WIDTH, 2, context=2 * LENGTH)
+    return encoder_decoder_config(vocab, WIDTH, 2, context=2 * LENGTH)
 
 
 def pretrained(results: Path, train: Path, quick: bool) -> Path:
@@ -62,16 +62,16 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
         )
     steps = 4 if quick else 600
     settings = [
-        "source.corpus=brown", f"tokenizer.path={coder}", f"shape={json.dumps(plain(shape(VOCAB)))}",
+        "source.corpus=brown", f"tokenizer.path={coder}", f"shape={json.dumps(to_dict(shape(VOCAB)))}",
         f"segment.length={LENGTH}", "batch.rows=64", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}",
         "samples=[]",
     ]  # fmt: skip
     return run(load("t5", settings), results / "own-translate", lambda _: None).model
 
 
-def measured(directory: Path, test: Path, done: Finished) -> Row:
+def measured(directory: Path, test: Path, done: RunResult) -> Row:
     """What a run of ours scores."""
-    subject = open_subject(directory)
+    subject = load_evaluated_model(directory)
     items = generation.source(subject, [str(test)])
     right, said = generation.answer(subject, items, lambda _: None, LENGTH)
     return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
@@ -120,7 +120,7 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
 def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
     """The records as both sides read them."""
     how = lesson.segment
-    found = Prompted([str(path)], tokenizer, how.length, answer=how.answer, forms=(how.prompt, how.answer_is))
+    found = Seq2SeqRecords([str(path)], tokenizer, how.length, answer=how.answer, forms=(how.prompt, how.answer_is))
     return Rows(found, pair)
 
 

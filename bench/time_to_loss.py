@@ -100,8 +100,8 @@ def text(corpus: str, results: Path) -> Text:
     """The corpus cut into plays that are learnt from and plays held out; the tokenizer sees only the former."""
     from firth.corpora.catalog import fetch
     from firth.data.windows import Windows
-    from firth.runs.prepare import Material, documents_of
-    from firth.runs.prepare import Text as Where
+    from firth.runs.prepare import DataConfig as Where
+    from firth.runs.prepare import RunData, documents_of
     from firth.tokenizer.tokenizer import Tokenizer
     from firth.tokenizer.train import train
 
@@ -113,7 +113,7 @@ def text(corpus: str, results: Path) -> Text:
         train(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     assert tokenizer.vocab.size == VOCAB, tokenizer.vocab.size
-    learnt, held = Material(where, tokenizer, folder).stores()
+    learnt, held = RunData(where, tokenizer, folder).stores()
     assert held is not None
     rows, scored = (Windows(store, LENGTH, isolate=False) for store in (learnt, held))
     spread = np.linspace(0, len(scored) - 1, SCORED).round().astype(int)
@@ -242,21 +242,21 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
     """firth's loop on the recipe `gpt:small`; adamw: on the peers' GPT-2, with AdamW and a linear decay, in its place."""
     from firth.data.collate import Batches
     from firth.data.windows import Windows
-    from firth.model.config import Shape
+    from firth.model.config import ModelConfig
     from firth.model.model import LM
     from firth.recipes.gpt import gpt
-    from firth.runs.init_head import begin
-    from firth.train.logging import Silence
-    from firth.train.optimizer import Optimizer
-    from firth.train.schedule import Length, Schedule
-    from firth.train.trainer import Plan, train
+    from firth.runs.init_head import init_head
+    from firth.train.logging import NullReporter
+    from firth.train.optimizer import OptimizerConfig
+    from firth.train.schedule import Budget, Schedule
+    from firth.train.trainer import TrainerConfig, train
 
     recipe = gpt("small")
     optimizer, schedule, shape, rows = recipe.optimizer, recipe.schedule, recipe.shape, recipe.batch.rows
     if adamw:
         assert settings is not None
-        shape = Shape(vocab=VOCAB, width=384, depth=6, heads=6, context=LENGTH)
-        optimizer, schedule = Optimizer(name="adamw"), Schedule("linear")
+        shape = ModelConfig(vocab=VOCAB, width=384, depth=6, heads=6, context=LENGTH)
+        optimizer, schedule = OptimizerConfig(name="adamw"), Schedule("linear")
     if settings is not None:
         optimizer, rows = replace(optimizer, rate=settings.rate), settings.rows
         schedule = replace(schedule, warmup=settings.warmup)
@@ -282,10 +282,10 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
     with tempfile.TemporaryDirectory() as directory:
         clock.start()
         if not adamw:
-            begin(model, objective, batches)
+            init_head(model, objective, batches)
         train(
-            model, objective, batches, Path(directory), length=Length(seconds=clock.seconds), optimizer=optimizer,
-            schedule=schedule, plan=Plan(evaluate_every=1, save_every=0), evaluate=evaluate, told=Silence(),
+            model, objective, batches, Path(directory), length=Budget(seconds=clock.seconds), optimizer=optimizer,
+            schedule=schedule, plan=TrainerConfig(evaluate_every=1, save_every=0), evaluate=evaluate, told=NullReporter(),
         )  # fmt: skip
     if not clock.curve or clock.curve[-1][1] != clock.step:  # the loop's own clock does not count its log
         clock.step -= 1

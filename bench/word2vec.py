@@ -51,8 +51,8 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.data.word_windows import Words
-    from firth.model.config import vectors
+    from firth.data.word_windows import WordWindows
+    from firth.model.config import word_vector_config
     from firth.model.model import LM
     from firth.objectives.word2vec import Word2Vec
     from firth.tokenizer.vocab import Vocab
@@ -69,17 +69,17 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(0)
     vocab = Vocab(VOCAB, {}, np.zeros(VOCAB, bool))
-    objective, shape = Word2Vec(algorithm=algorithm), vectors(VOCAB, WIDTH)
-    source = Words(Drawn(), Words.count(Drawn.rows.ravel(), vocab), sample=1e-3, power=0.75)
+    objective, shape = Word2Vec(algorithm=algorithm), word_vector_config(VOCAB, WIDTH)
+    source = WordWindows(Drawn(), WordWindows.count(Drawn.rows.ravel(), vocab), sample=1e-3, power=0.75)
     return LM(shape, objective.parts(shape)), objective, Batches(source, objective, vocab, rows=ROWS, seed=0)
 
 
 def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
     """firth's own loop with its progress, log and counting."""
     from firth.recipes.recurrent import word2vec
-    from firth.train.logging import Silence
-    from firth.train.schedule import Length, Schedule
-    from firth.train.trainer import Plan, train
+    from firth.train.logging import NullReporter
+    from firth.train.schedule import Budget, Schedule
+    from firth.train.trainer import TrainerConfig, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         turn(TEXT)
@@ -88,9 +88,9 @@ def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
     model, objective, batches = made(algorithm)
     with tempfile.TemporaryDirectory() as directory:
         train(
-            model, objective, batches, Path(directory), length=Length(steps=1_000_000), told=Silence(),
+            model, objective, batches, Path(directory), length=Budget(steps=1_000_000), told=NullReporter(),
             optimizer=word2vec().optimizer, schedule=Schedule("constant", warmup=0), evaluate=evaluate,
-            plan=Plan(evaluate_every=SHARE, save_every=0, precision="fp32"),
+            plan=TrainerConfig(evaluate_every=SHARE, save_every=0, precision="fp32"),
         )  # fmt: skip
 
 

@@ -121,9 +121,9 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Run every stage once on real text: pretrain, finetune, align, evaluate, report (about 6 minutes)."""
-    from firth.demo.demo import walk
+    from firth.demo.demo import run_demo
 
-    walk(out, text=text or [], size=size, seed=seed)
+    run_demo(out, text=text or [], size=size, seed=seed)
 
 
 @app.command()
@@ -262,14 +262,14 @@ def compare(
 
     Pretraining shows in a probe of the same kind of text: give both of your own with source.path=FILES --probe FILE.jsonl.
     """
-    from firth.compare.compare import Terms, parse_shares
+    from firth.compare.compare import ComparisonConfig, parse_shares
     from firth.compare.compare import compare as contest
-    from firth.train.schedule import Length
+    from firth.train.schedule import Budget
 
     if bool(seconds) == bool(flops):
         raise UserError("say how much compute each run gets: --seconds N or --flops N, one of them")
     names, settings = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    terms = Terms(Length(seconds=seconds, flops=flops), parse_shares(shares), seeds, probe, labels)
+    terms = ComparisonConfig(Budget(seconds=seconds, flops=flops), parse_shares(shares), seeds, probe, labels)
     typer.echo(contest(names, settings, terms, out, echo=typer.echo))
 
 
@@ -429,11 +429,11 @@ def predict(
     One row for each record, in their order, with its number and its id.
     """
     from firth.corpora.read_stats import many
+    from firth.evaluate.predict import check_output_path, write
     from firth.evaluate.predict import predict as rows
-    from firth.evaluate.predict import refuse_out, write
 
     if out is not None:
-        refuse_out(out)
+        check_output_path(out)
     count = write(rows(run, file, sys.stdin.buffer, form=input, say=_aside), out, typer.echo)
     if out is not None:
         typer.echo(f"{out}: {many(count, 'row')}")

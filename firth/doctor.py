@@ -32,7 +32,7 @@ from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class Row:
+class DoctorRow:
     """A fact, and what follows from it; `well` is False where something should be done."""
 
     name: str
@@ -63,7 +63,7 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def doctor(directory: Path | None = None) -> list[Row]:
+def doctor(directory: Path | None = None) -> list[DoctorRow]:
     """All rows; disk space is that of `directory` (default: where we are). Takes about three tenths of a second."""
     return [
         _python(), _torch(), _cores(), _load(), _waiting(), *_precision(), *_kernels(), _memory(), _disk(directory or Path.cwd()),
@@ -71,23 +71,25 @@ def doctor(directory: Path | None = None) -> list[Row]:
     ]  # fmt: skip
 
 
-def _python() -> Row:
+def _python() -> DoctorRow:
     fine = sys.version_info >= (3, 11)
-    return Row("Python", platform.python_version(), "" if fine else "install Python 3.11 or later", fine)
+    return DoctorRow("Python", platform.python_version(), "" if fine else "install Python 3.11 or later", fine)
 
 
-def _torch() -> Row:
+def _torch() -> DoctorRow:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     fine = version >= (2, 10)
-    return Row("torch", torch.__version__, "" if fine else "install torch 2.10 or later", fine)
+    return DoctorRow("torch", torch.__version__, "" if fine else "install torch 2.10 or later", fine)
 
 
-def _cores() -> Row:
+def _cores() -> DoctorRow:
     usable, threads = usable_cores(), torch.get_num_threads()
     value = f"{usable} usable of {os.cpu_count()}, {threads} threads for torch"
     if threads > usable:
-        return Row("cores", value, f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other", False)
-    return Row("cores", value)
+        return DoctorRow(
+            "cores", value, f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other", False
+        )
+    return DoctorRow("cores", value)
 
 
 def usable_cores() -> int:
@@ -102,14 +104,14 @@ LOAD_SECONDS = 0.2
 """How long the load is watched."""
 
 
-def _load() -> Row:
+def _load() -> DoctorRow:
     usable, others, waited = usable_cores(), other_load(), cpu_pressure()
     value = f"{others:.1f} of {usable} cores are used by other processes"
     if waited is not None:
         value += f"; in the last 10 seconds tasks waited for a core {waited:.0f}% of the time"
     if others <= BUSY_SHARE * usable:
-        return Row("load", value)
-    return Row(
+        return DoctorRow("load", value)
+    return DoctorRow(
         "load",
         value,
         "the machine is busy, and training will be slower; if it stays so, set OMP_WAIT_POLICY=PASSIVE",
@@ -152,7 +154,7 @@ _PRESSURE = ("/sys/fs/cgroup/cpu.pressure", "/proc/pressure/cpu")
 """Pressure stall information: of the container's own control group where there is one, else of the machine."""
 
 
-def _waiting() -> Row:
+def _waiting() -> DoctorRow:
     library = openmp_library()
     names, chosen = openmp.GNU_VARIABLES, {"GOMP_SPINCOUNT": str(openmp.GOMP_SPINS)}
     if not library.startswith("libgomp"):
@@ -160,10 +162,10 @@ def _waiting() -> Row:
     given = {name: os.environ[name] for name in names if name in os.environ}
     value = f"{library}: " + (", ".join(f"{k}={v}" for k, v in given.items()) or "its default")
     if given == chosen and openmp.EFFECTIVE:
-        return Row("waiting", value, "firth's choice: a waiting thread spins briefly and then sleeps")
+        return DoctorRow("waiting", value, "firth's choice: a waiting thread spins briefly and then sleeps")
     if given:
-        return Row("waiting", value, "your environment decides how threads wait")
-    return Row(
+        return DoctorRow("waiting", value, "your environment decides how threads wait")
+    return DoctorRow(
         "waiting",
         value,
         "torch was imported before firth, so waiting threads spin, which is slow beside other work: import firth first",
@@ -184,7 +186,7 @@ def openmp_library() -> str:
     return min(names, key=lambda name: name.startswith("libgomp"), default="not found")
 
 
-def _precision() -> list[Row]:
+def _precision() -> list[DoctorRow]:
     speed = precision.measured_speed()
     chosen = precision.choose("auto", torch.device("cpu"))
     ratio = speed["bf16"] / speed["fp32"]
@@ -196,22 +198,26 @@ def _precision() -> list[Row]:
         advice = "not worth its rounding on this CPU: training on it will use fp32"
     kept = keep_freed_memory()
     return [
-        Row("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
-        Row("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
-        Row("malloc", "glibc keeps freed memory for the next step" if kept else "not glibc: freed memory is returned"),
-        Row(
+        DoctorRow("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
+        DoctorRow("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
+        DoctorRow(
+            "malloc", "glibc keeps freed memory for the next step" if kept else "not glibc: freed memory is returned"
+        ),
+        DoctorRow(
             "denormals",
             "are 0 in training" if flush_denormals() else "are computed with: this processor cannot skip them",
         ),
     ]
 
 
-def _kernels() -> list[Row]:
+def _kernels() -> list[DoctorRow]:
     """Which implementation of each kernel this machine runs, and how much quicker it is than the plain one."""
     kernels.check_forced()
     missing = native.why_not()
-    compiler = Row("compiler", "none of use", f"{missing}: training works without, and is slower") if missing else None
-    rows = [compiler or Row("compiler", "native kernels are compiled")]
+    compiler = (
+        DoctorRow("compiler", "none of use", f"{missing}: training works without, and is slower") if missing else None
+    )
+    rows = [compiler or DoctorRow("compiler", "native kernels are compiled")]
     tables = (
         attention.ATTENTION,
         cross_entropy.KERNEL,
@@ -236,19 +242,21 @@ def _kernels() -> list[Row]:
         plain = next(name for name in kernel.choices if name in took)
         quicker = choice != plain and choice in took
         rows.append(
-            Row(kernel.name, choice, f"{took[plain] / took[choice]:.1f} times as fast as {plain}" if quicker else "")
+            DoctorRow(
+                kernel.name, choice, f"{took[plain] / took[choice]:.1f} times as fast as {plain}" if quicker else ""
+            )
         )
     return rows
 
 
-def _memory() -> Row:
+def _memory() -> DoctorRow:
     total, free = memory()
     value = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}"
     if free < 2e9:
-        return Row(
+        return DoctorRow(
             "memory", value, "a 14 M model at 16 x 256 tokens wants 2 GB: close something, or lower batch.rows", False
         )
-    return Row("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
+    return DoctorRow("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
 
 
 def memory() -> tuple[int, int]:
@@ -280,26 +288,28 @@ _CGROUPS = (
 """A container's limit on memory and what it has used, in the two versions of Linux control groups."""
 
 
-def _disk(directory: Path) -> Row:
+def _disk(directory: Path) -> DoctorRow:
     usage = shutil.disk_usage(directory)
     fine = usage.free > 5e9
     advice = "" if fine else "the corpora and a few checkpoints want 5 GB: free some"
-    return Row("disk", f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f}", advice, fine)
+    return DoctorRow("disk", f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f}", advice, fine)
 
 
-def _device() -> Row:
+def _device() -> DoctorRow:
     chosen = device()
     if chosen.type == "cuda":
         facts = torch.cuda.get_device_properties(chosen)
         use = precision.choose("auto", chosen)
-        return Row("device", f"cuda: {facts.name}, {facts.total_memory / 1e9:.0f} GB", f"training will use it in {use}")
+        return DoctorRow(
+            "device", f"cuda: {facts.name}, {facts.total_memory / 1e9:.0f} GB", f"training will use it in {use}"
+        )
     if chosen.type == "mps":
-        return Row("device", "mps", "training will use it in fp32")
+        return DoctorRow("device", "mps", "training will use it in fp32")
     if platform.system() == "Linux" and Path("/dev/nvidiactl").exists():
-        return Row(
+        return DoctorRow(
             "device",
             "cpu",
             "there is an NVIDIA device that this build of torch cannot use: install torch for CUDA",
             False,
         )
-    return Row("device", "cpu", "no accelerator: models up to about 30 M parameters train in minutes to hours")
+    return DoctorRow("device", "cpu", "no accelerator: models up to about 30 M parameters train in minutes to hours")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from firth.report.charts import Curve, Figure, Level
-from firth.report.page import Command, Number, Report, Sample, Section, Table
+from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
 
 HOSTILE = "</p><script>alert('x')</script><img src=https://example.com/a.png onerror=alert(1)>\" & 'quotes'"
 
@@ -75,10 +75,10 @@ def example() -> Report:
         text="In 5 minutes and 12 seconds on two cores, firth learnt subwords from 32 plays, pretrained three models, "
         "finetuned one and aligned another.\n\nSix plays were held out whole: every score below is on those.",
         numbers=(
-            Number("bits per byte", 2.314, "held-out plays; gzip reaches 2.98"),
-            Number("accuracy, pretrained", 0.752, "0.583 from random weights"),
-            Number("true reward, PPO", 1.82, "at 6.1 nats from the start"),
-            Number("true reward, DPO", 1.43, "at 3.9 nats from the start"),
+            StatCell("bits per byte", 2.314, "held-out plays; gzip reaches 2.98"),
+            StatCell("accuracy, pretrained", 0.752, "0.583 from random weights"),
+            StatCell("true reward, PPO", 1.82, "at 6.1 nats from the start"),
+            StatCell("true reward, DPO", 1.43, "at 3.9 nats from the start"),
         ),
         sections=(
             Section("Subwords", "The commonest pair is merged, again and again: `t h` first.", tables=(split,)),
@@ -88,8 +88,10 @@ def example() -> Report:
                 figures=losses,
                 tables=(reached,),
                 samples=(
-                    Sample("ROMEO:", {"before": "gl the,, ofQuin mere st", "after": verse}, "temperature 0.8, seed 0"),
-                    Sample(HOSTILE, {"before": HOSTILE, "after": "<b>not bold</b>"}, HOSTILE),
+                    TextSample(
+                        "ROMEO:", {"before": "gl the,, ofQuin mere st", "after": verse}, "temperature 0.8, seed 0"
+                    ),
+                    TextSample(HOSTILE, {"before": HOSTILE, "after": "<b>not bold</b>"}, HOSTILE),
                 ),
             ),
             Section("Finetuning", figures=(finetuned,)),

@@ -9,25 +9,25 @@ import torch
 from bytecoder import ByteCoder
 from torch import nn
 
-from firth.align.advantages import GAE, Baseline, whitened
+from firth.align.advantages import GAE, Baseline, whiten
 from firth.data.collate import collate, pack
-from firth.model.config import Shape, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN, PPO, kl
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward_model import Ranking, Reward
-from firth.objectives.sft import SFT, TextToText
+from firth.objectives.reward_model import Ranking, RewardModeling
+from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 
 V = ByteCoder.vocab.size
-SHAPE = Shape(vocab=V, width=32, depth=2, heads=2, context=64)
+SHAPE = ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64)
 VOCAB = ByteCoder.vocab
 
 
-def model_for(objective: Objective, shape: Shape = SHAPE, std: float = 0.3) -> LM:
+def model_for(objective: Objective, shape: ModelConfig = SHAPE, std: float = 0.3) -> LM:
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
     for parameter in model.parameters():
@@ -89,16 +89,16 @@ def causal(n: int) -> dict[str, torch.Tensor]:
 
 
 def test_text_to_text_learns_from_encoder_to_decoder() -> None:
-    shape = encoder_decoder(vocab=V, width=32, depth=1, heads=2, context=32)
+    shape = encoder_decoder_config(vocab=V, width=32, depth=1, heads=2, context=32)
     torch.manual_seed(0)
-    model = LM(shape, TextToText().parts(shape))
+    model = LM(shape, Seq2SeqSFT().parts(shape))
     rows = [{"source": np.array([50 + i, 51]), "target": np.array([70 + i, 3])} for i in range(4)]
-    batch = collate(shown(TextToText(), rows))
+    batch = collate(shown(Seq2SeqSFT(), rows))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        losses.append(float(step(model, TextToText(), [batch])["tokens"]))
+        losses.append(float(step(model, Seq2SeqSFT(), [batch])["tokens"]))
         optimizer.step()
     assert losses[-1] < 0.1 < 4 < losses[0], (
         "the target follows from the source alone, so the encoder must have been read"
@@ -141,8 +141,8 @@ def test_a_ranking_of_two_is_a_comparison() -> None:
     group = ranked([0, 1], 3)
     (a, b), (m, n) = group["answers"], group["masks"]
     pair = {"chosen_tokens": a, "chosen_mask": m, "rejected_tokens": b, "rejected_mask": n}
-    model = model_for(Reward())
-    whole = step(model, Reward(), [collate(shown(Reward(), [pair]), asked(Reward()))])
+    model = model_for(RewardModeling())
+    whole = step(model, RewardModeling(), [collate(shown(RewardModeling(), [pair]), asked(RewardModeling()))])
     for likelihood in ("pairs", "order"):
         objective = Ranking(answers=3, likelihood=likelihood)  # type: ignore[arg-type]
         terms = step(model, objective, [collate(shown(objective, [group]), asked(objective))])
@@ -180,7 +180,7 @@ def test_a_reward_is_read_at_the_last_answered_token_and_not_behind_it() -> None
     for side in ("chosen", "rejected"):
         behind[f"{side}_tokens"] = np.append(pair[f"{side}_tokens"], 17)
         behind[f"{side}_mask"] = np.append(pair[f"{side}_mask"], False)
-    one, two = shown(Reward(), [pair, behind])
+    one, two = shown(RewardModeling(), [pair, behind])
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
@@ -230,7 +230,7 @@ def test_a_baseline_is_the_mean_of_the_others() -> None:
 def test_whitened_is_standard() -> None:
     x = np.random.default_rng(0).normal(3, 7, (5, 9))
     real = np.arange(9) < np.array([3, 9, 1, 5, 4])[:, None]
-    white = whitened(x, real)
+    white = whiten(x, real)
     assert white[real].mean() == pytest.approx(0, abs=1e-9)
     assert white[real].std() == pytest.approx(1, abs=1e-6)
     assert not white[~real].any()
@@ -354,9 +354,9 @@ def test_reinforce_is_the_mean_over_answers_not_over_tokens() -> None:
 
 def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
     """All answers of two tokens out of five can be listed: the exact gradient of E[R] against REINFORCE's average."""
-    shape = Shape(vocab=5, width=8, depth=1, heads=1, context=4)
+    shape = ModelConfig(vocab=5, width=8, depth=1, heads=1, context=4)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     answers = torch.tensor(list(itertools.product(range(5), repeat=2)))

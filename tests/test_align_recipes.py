@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from firth import objectives
-from firth.align.rewards import Sample, Truth, prefer
-from firth.align.rollouts import Rollouts
+from firth.align.rewards import FunctionReward, Rollout, sample_preference
+from firth.align.rollouts import RolloutSource
 from firth.model import presets
-from firth.model.config import Shape, decoder
-from firth.model.fused import drops
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config
+from firth.model.fused import uses_dropout
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
 from firth.peft import lora
@@ -36,11 +36,11 @@ from firth.tokenizer.train import train as train_tokenizer
 from firth.types import UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
-SHAPES: dict[str, Callable[[int], Shape]] = {
+SHAPES: dict[str, Callable[[int], ModelConfig]] = {
     "gpt": lambda vocab: presets.gpt(vocab, 32, 2, 2, context=64),
     "gpt2": lambda vocab: presets.gpt2(vocab, 32, 2, 2, context=64),
     "bert": lambda vocab: presets.bert(vocab, 32, 2, 2, context=64),
-    "llama": lambda vocab: replace(decoder(vocab=vocab, width=32, depth=2, heads=2, context=64), dropout=0.1),
+    "llama": lambda vocab: replace(decoder_config(vocab=vocab, width=32, depth=2, heads=2, context=64), dropout=0.1),
 }
 ROLLOUTS = (
     "segment.answers=16", "segment.epochs=1", "batch.rows=16", "segment.max_new=6", "segment.scorer=builtins:len",
@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in SHAPES.items():
         torch.manual_seed(0)
         made = shape(tokenizer.vocab.size)
-        model = LM(made, {"lm": Vocabulary(made)})
+        model = LM(made, {"lm": LMHead(made)})
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.1)
         save_model(model, tokenizer, out / name)
@@ -90,13 +90,13 @@ def first_rows(place: Path, out: Path, name: str, *more: str, shape: str = "gpt2
 def old(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The mean log-probability of the sampled tokens under the policy that drew them, per phase."""
     means: list[float] = []
-    store = Rollouts._store
+    store = RolloutSource._store
 
-    def recorded(self: Rollouts, real: np.ndarray, numbers: dict[str, np.ndarray]) -> None:
+    def recorded(self: RolloutSource, real: np.ndarray, numbers: dict[str, np.ndarray]) -> None:
         means.append(float(numbers["old"][real].mean()))
         store(self, real, numbers)
 
-    monkeypatch.setattr(Rollouts, "_store", recorded)
+    monkeypatch.setattr(RolloutSource, "_store", recorded)
     return means
 
 
@@ -153,11 +153,11 @@ def test_dropout_on_is_reported(
 
 
 def test_a_model_without_dropout_has_nothing_to_report() -> None:
-    shape = decoder(vocab=20, width=32, depth=1, heads=2)
-    model = LM(shape, {"lm": Vocabulary(shape)})
-    assert not drops(model)
-    lora.add(model, ["attention.q"], lora.Rank(dropout=0.1))
-    assert drops(model)
+    shape = decoder_config(vocab=20, width=32, depth=1, heads=2)
+    model = LM(shape, {"lm": LMHead(shape)})
+    assert not uses_dropout(model)
+    lora.add(model, ["attention.q"], lora.LoraConfig(dropout=0.1))
+    assert uses_dropout(model)
 
 
 def test_every_objective_with_precomputed_fields_is_tested() -> None:
@@ -261,10 +261,12 @@ def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field:
 
 def test_a_judge_of_comparisons_that_fails_is_named(place: Path) -> None:
     tokenizer = Tokenizer.load(place / "gpt2")
-    sample = Sample(tokenizer.encode("the heron"), tokenizer.encode("counts"), "counts", True)
+    sample = Rollout(tokenizer.encode("the heron"), tokenizer.encode("counts"), "counts", True)
     for scorer, fault in ((lambda text: float("nan"), "returned nan"), (lambda text: {}[text], "raised KeyError")):
         with pytest.raises(UserError, match=f"{fault}.* for the prompt 'the heron' and the answer 'counts'"):
-            prefer([sample], [sample], Truth(scorer), tokenizer=tokenizer, rng=np.random.default_rng(0))
+            sample_preference(
+                [sample], [sample], FunctionReward(scorer), tokenizer=tokenizer, rng=np.random.default_rng(0)
+            )
 
 
 def test_scorers_are_found_in_the_working_directory(rewards: Path) -> None:

@@ -10,36 +10,36 @@ import torch
 from bytecoder import ByteCoder
 
 from firth.align.advantages import Baseline
-from firth.align.precompute import Annotated, annotate
+from firth.align.precompute import PrecomputedSource, precompute
 from firth.align.rewards import (
-    Comparison,
-    Comparisons,
+    FunctionReward,
+    PreferencePair,
+    PreferencePairs,
     RewardModel,
-    Sample,
-    Truth,
-    prefer,
-    read_comparisons,
-    write_comparisons,
+    Rollout,
+    read_preference_pairs,
+    sample_preference,
+    write_preference_pairs,
 )
-from firth.align.rollouts import Phase, Rollouts
+from firth.align.rollouts import RolloutConfig, RolloutSource
 from firth.data import conversations
 from firth.data.collate import Batches
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io.integrity import read_record
-from firth.model.config import decoder
+from firth.model.config import decoder_config
 from firth.model.model import LM
-from firth.objectives.dpo import DPO, comparison, reference
+from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
 from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN, PPO
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward_model import Reward
+from firth.objectives.reward_model import RewardModeling
 from firth.train.step import step
 from firth.types import UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = decoder(vocab=VOCAB.size, width=32, depth=1, heads=2, context=32)
-truth = Truth(lambda text: sum(c in "aeiou" for c in text) / 8)
+SHAPE = decoder_config(vocab=VOCAB.size, width=32, depth=1, heads=2, context=32)
+truth = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8)
 """The toy's true reward: how many of eight letters are vowels."""
 
 
@@ -72,12 +72,12 @@ def letters_only(model: LM) -> LM:
 PROMPTS = [ByteCoder().encode(text) for text in ("a", "bc", "def", "g", "hi", "jkl", "m", "no")]
 
 
-def rollouts(frozen: LM, **changes: object) -> Rollouts:
-    settings = {"phase": Phase(answers=32, steps=4, max_new=8, beta=0.02), "stops": [3], "seed": 5} | changes
-    return Rollouts(PROMPTS, ByteCoder(), truth, frozen, **settings)  # type: ignore[arg-type]
+def rollouts(frozen: LM, **changes: object) -> RolloutSource:
+    settings = {"phase": RolloutConfig(answers=32, steps=4, max_new=8, beta=0.02), "stops": [3], "seed": 5} | changes
+    return RolloutSource(PROMPTS, ByteCoder(), truth, frozen, **settings)  # type: ignore[arg-type]
 
 
-def run(model: LM, objective: Objective, source: Rollouts, steps: int, rate: float, start: int = 0, rows: int = 16,
+def run(model: LM, objective: Objective, source: RolloutSource, steps: int, rate: float, start: int = 0, rows: int = 16,
         optimizer: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:  # fmt: skip
     batches = Batches(source, objective, VOCAB, rows=rows, seed=0)
     optimizer = optimizer or torch.optim.Adam(model.parameters(), rate)
@@ -120,7 +120,7 @@ def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
     for beta in (0.0, 1.0):
         objective = PPO()
         model = letters_only(policy(objective))
-        phase = Phase(answers=32, steps=4, max_new=8, beta=beta)
+        phase = RolloutConfig(answers=32, steps=4, max_new=8, beta=beta)
         source = rollouts(copy.deepcopy(model), phase=phase)
         run(model, objective, source, steps=40, rate=3e-3)
         final[beta] = source.history[-1]["kl_per_answer"]
@@ -131,27 +131,27 @@ def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
 def test_reinforce_raises_the_true_reward(group: int) -> None:
     objective = Reinforce()
     model = letters_only(policy(objective))
-    phase = Phase(answers=32, group=group, steps=1, max_new=8, beta=0.0)
+    phase = RolloutConfig(answers=32, group=group, steps=1, max_new=8, beta=0.0)
     source = rollouts(copy.deepcopy(model), phase=phase, credit=Baseline())
     run(model, objective, source, steps=60, rate=3e-3, rows=32)
     reward = [row["reward"] for row in source.history]
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3
 
 
-def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[Comparison]:
+def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[PreferencePair]:
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     engine = Engine(model, ByteCoder(), stops=[3])
     one, two = (
-        [Sample.of(p, w) for p, w in zip(prompts, engine.generate(prompts, Sampling(max_new=8, seed=s)), strict=True)]
+        [Rollout.of(p, w) for p, w in zip(prompts, engine.generate(prompts, Sampling(max_new=8, seed=s)), strict=True)]
         for s in (0, 1000)
     )
-    return prefer(one, two, truth, tokenizer=ByteCoder(), noise=noise, rng=np.random.default_rng(0))
+    return sample_preference(one, two, truth, tokenizer=ByteCoder(), noise=noise, rng=np.random.default_rng(0))
 
 
 def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     model = letters_only(policy(DPO()))
     frozen = copy.deepcopy(model)
-    source = annotate(Comparisons(compared(model)), frozen, comparison, reference)
+    source = precompute(PreferencePairs(compared(model)), frozen, build_comparison, ref_logprobs)
     objective = DPO(beta=0.1)
     batches = Batches(source, objective, VOCAB, rows=16, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -174,7 +174,7 @@ def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     assert mean_truth(model) > mean_truth(frozen) + 0.15
 
 
-def agreement(judge: RewardModel, comparisons: list[Comparison]) -> float:
+def agreement(judge: RewardModel, comparisons: list[PreferencePair]) -> float:
     """The share of comparisons that a judge decides as they were."""
     chosen, rejected = (judge([getattr(c, side) for c in comparisons]) for side in ("chosen", "rejected"))
     return float((chosen > rejected).mean())
@@ -184,13 +184,13 @@ def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
     writer = letters_only(policy(PPO()))
     comparisons = compared(writer, 512)
     held, learnt = comparisons[:120], comparisons[120:]
-    model = policy(Reward() + PPO(), seed=1)
+    model = policy(RewardModeling() + PPO(), seed=1)
     before = agreement(RewardModel(model), held)
-    batches = Batches(Comparisons(learnt), Reward(), VOCAB, rows=32, seed=0)
+    batches = Batches(PreferencePairs(learnt), RewardModeling(), VOCAB, rows=32, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for k in range(100):
         optimizer.zero_grad()
-        step(model, Reward(), batches.batches(k))
+        step(model, RewardModeling(), batches.batches(k))
         optimizer.step()
     judge = RewardModel(model, rows=7)
     assert before < 0.7
@@ -223,7 +223,7 @@ def test_old_log_probabilities_are_those_of_training_so_the_first_ratio_is_one()
 def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None:
     objective = PPO()
     model, frozen = letters_only(policy(objective)), letters_only(policy(objective, seed=3))
-    phase = Phase(answers=16, steps=4, max_new=8, beta=0.3)
+    phase = RolloutConfig(answers=16, steps=4, max_new=8, beta=0.3)
     source = rollouts(frozen, phase=phase)
     source.prepare(model, 0)
     penalised = []
@@ -255,7 +255,7 @@ def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None
 def test_an_unfinished_answer_can_be_given_a_score_of_its_own() -> None:
     model = letters_only(policy(PPO()))
     ends = [7 + ord("e")]
-    phase = Phase(answers=32, steps=1, max_new=4, unfinished=-2.0, beta=0.0)
+    phase = RolloutConfig(answers=32, steps=1, max_new=4, unfinished=-2.0, beta=0.0)
     source = rollouts(copy.deepcopy(model), phase=phase, stops=ends)
     source.prepare(model, 0)
     scores = [truth.scorer(s.text) if s.finished else -2.0 for s in source.samples]
@@ -265,7 +265,7 @@ def test_an_unfinished_answer_can_be_given_a_score_of_its_own() -> None:
 
 def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
     model = letters_only(policy(PPO()))
-    source = rollouts(copy.deepcopy(model), phase=Phase(answers=4, group=2, steps=3, max_new=2))
+    source = rollouts(copy.deepcopy(model), phase=RolloutConfig(answers=4, group=2, steps=3, max_new=2))
     with pytest.raises(UserError, match="prepare"):
         source[0]
     seen = []
@@ -277,7 +277,7 @@ def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
     assert [row["phase"] for row in source.history] == [0, 1, 2, 3]
     assert len(set(seen)) == 8, "eight prompts, two a phase: all asked once in four phases"
     with pytest.raises(UserError, match="groups of 3"):
-        Phase(answers=4, group=3)
+        RolloutConfig(answers=4, group=3)
 
 
 @pytest.mark.parametrize("stop", [5, 6, 8])
@@ -310,8 +310,8 @@ def test_a_run_killed_within_a_phase_goes_on_bit_for_bit(stop: int) -> None:
 # ---- judges and comparisons
 
 
-def sample(text: str, prompt: str = "q") -> Sample:
-    return Sample(ByteCoder().encode(prompt), np.append(ByteCoder().encode(text), 3).astype(np.int32), text, True)
+def sample(text: str, prompt: str = "q") -> Rollout:
+    return Rollout(ByteCoder().encode(prompt), np.append(ByteCoder().encode(text), 3).astype(np.int32), text, True)
 
 
 def test_preference_without_noise_is_the_truth_and_ties_say_nothing() -> None:
@@ -319,16 +319,18 @@ def test_preference_without_noise_is_the_truth_and_ties_say_nothing() -> None:
         [sample("ab"), sample("xy"), sample("xx"), sample("ab")],
         [sample("ee"), sample("xa"), sample("zz"), sample("ab")],
     )
-    kept = prefer(first, second, truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
+    kept = sample_preference(first, second, truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
     assert [(c.chosen.text, c.rejected.text) for c in kept] == [("ee", "ab"), ("xa", "xy")]
     assert [c.margin for c in kept] == pytest.approx([1 / 8, 1 / 8])
     with pytest.raises(UserError, match="same prompt"):
-        prefer([sample("a", "p")], [sample("b", "q")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
+        sample_preference(
+            [sample("a", "p")], [sample("b", "q")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0)
+        )
 
 
 def test_noisy_preference_is_bradley_terry() -> None:
     first, second = [sample("aaaa")] * 4000, [sample("axyz")] * 4000
-    kept = prefer(first, second, truth, tokenizer=ByteCoder(), noise=0.5, rng=np.random.default_rng(0))
+    kept = sample_preference(first, second, truth, tokenizer=ByteCoder(), noise=0.5, rng=np.random.default_rng(0))
     share = np.mean([c.chosen.text == "aaaa" for c in kept])
     expected = 1 / (1 + np.exp(-(3 / 8) / 0.5))
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
@@ -336,10 +338,10 @@ def test_noisy_preference_is_bradley_terry() -> None:
 
 
 def test_comparisons_come_back_from_their_file(tmp_path: Path) -> None:
-    kept = prefer([sample("é€")], [sample("aa")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
-    write_comparisons(kept, tmp_path / "c.jsonl", ByteCoder().decode)
-    [back] = read_comparisons(tmp_path / "c.jsonl")
-    a, b = Comparisons(kept)[0], Comparisons([back])[0]
+    kept = sample_preference([sample("é€")], [sample("aa")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
+    write_preference_pairs(kept, tmp_path / "c.jsonl", ByteCoder().decode)
+    [back] = read_preference_pairs(tmp_path / "c.jsonl")
+    a, b = PreferencePairs(kept)[0], PreferencePairs([back])[0]
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert (back.chosen.text, back.rejected.text, back.margin) == ("aa", "é€", kept[0].margin)
     # The texts are those of every other preference.
@@ -349,24 +351,26 @@ def test_comparisons_come_back_from_their_file(tmp_path: Path) -> None:
     assert [chosen[0]["content"], rejected[0]["content"]] == ["aa", "é€"]
     (tmp_path / "c.jsonl").write_text('{"prompt": [1]}\n')
     with pytest.raises(UserError, match=r"c\.jsonl:1: not a comparison"):
-        read_comparisons(tmp_path / "c.jsonl")
+        read_preference_pairs(tmp_path / "c.jsonl")
 
 
 # ---- annotation
 
 
-def annotated(model: LM, count: int, **where: object) -> tuple[Annotated, Comparisons]:
-    source = Comparisons([Comparison(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(count)])
-    return annotate(source, model, comparison, reference, rows=2, **where), source  # type: ignore[arg-type]
+def annotated(model: LM, count: int, **where: object) -> tuple[PrecomputedSource, PreferencePairs]:
+    source = PreferencePairs(
+        [PreferencePair(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(count)]
+    )
+    return precompute(source, model, build_comparison, ref_logprobs, rows=2, **where), source  # type: ignore[arg-type]
 
 
 def test_annotation_is_what_the_model_says_of_each_example() -> None:
     model = letters_only(policy(DPO()))
     found, source = annotated(model, 50)
     for i in (0, 13, 31, 32, 49):
-        rows = comparison(source[i])
+        rows = build_comparison(source[i])
         with torch.no_grad():
-            expected = reference(model, {name: torch.as_tensor(x)[None] for name, x in rows.items()})["reference"][0]
+            expected = ref_logprobs(model, {name: torch.as_tensor(x)[None] for name, x in rows.items()})["reference"][0]
         assert np.allclose(found[i]["reference"], expected.numpy(), atol=1e-4)
         assert found[i].keys() == source[i].keys() | {"reference"}
 
@@ -395,10 +399,10 @@ def test_annotation_goes_on_where_it_was_and_knows_its_model(tmp_path: Path) -> 
 def test_annotation_knows_every_example(tmp_path: Path) -> None:
     """Half-way, one record is changed: nothing that was said of the old one is taken for it."""
     model = letters_only(policy(DPO()))
-    pairs = [Comparison(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(500)]
-    source = Comparisons(pairs)
-    before = annotate(source, model, comparison, reference, directory=tmp_path)
+    pairs = [PreferencePair(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(500)]
+    source = PreferencePairs(pairs)
+    before = precompute(source, model, build_comparison, ref_logprobs, directory=tmp_path)
     for changed in (3, 250, 498):
-        pairs[changed] = Comparison(sample("abcab"), sample("xy"), 0.0)
-        after = annotate(Comparisons(pairs), model, comparison, reference, directory=tmp_path)
+        pairs[changed] = PreferencePair(sample("abcab"), sample("xy"), 0.0)
+        after = precompute(PreferencePairs(pairs), model, build_comparison, ref_logprobs, directory=tmp_path)
         assert not np.allclose(before[changed]["reference"], after[changed]["reference"])

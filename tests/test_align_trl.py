@@ -9,12 +9,12 @@ import torch
 from bytecoder import SPECIAL, ByteCoder
 
 from firth import kernels
-from firth.align.precompute import annotate
-from firth.align.rewards import Comparison, Comparisons, Sample
+from firth.align.precompute import precompute
+from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
 from firth.data.collate import Batches
 from firth.model.model import LM
-from firth.objectives.dpo import DPO, comparison, reference
-from firth.objectives.reward_model import Reward
+from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
+from firth.objectives.reward_model import RewardModeling
 from firth.pretrained.load_save import load_model
 from firth.train.step import step
 
@@ -56,11 +56,11 @@ def pairs() -> list[dict[str, list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def source(pairs: list[dict[str, list[int]]]) -> Comparisons:
-    def sample(p: dict[str, list[int]], side: str) -> Sample:
-        return Sample(np.array(p["prompt_ids"]), np.array(p[f"{side}_ids"]), "", True)
+def source(pairs: list[dict[str, list[int]]]) -> PreferencePairs:
+    def sample(p: dict[str, list[int]], side: str) -> Rollout:
+        return Rollout(np.array(p["prompt_ids"]), np.array(p[f"{side}_ids"]), "", True)
 
-    return Comparisons([Comparison(sample(p, "chosen"), sample(p, "rejected"), 1.0) for p in pairs])
+    return PreferencePairs([PreferencePair(sample(p, "chosen"), sample(p, "rejected"), 1.0) for p in pairs])
 
 
 def trainer(
@@ -91,7 +91,9 @@ def one_kernel() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_dpo_is_that_of_trl(beta: float, pairs: list, source: Comparisons, tokenizer: object, tmp_path: Path) -> None:
+def test_dpo_is_that_of_trl(
+    beta: float, pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path
+) -> None:
     policy, frozen = (llama(seed, transformers.LlamaForCausalLM) for seed in (0, 1))
     ours, ours_frozen = imported(policy, tmp_path / "a"), imported(frozen, tmp_path / "b")
     theirs = trainer("DPO", policy, tokenizer, tmp_path / "t", {"beta": beta}, ref_model=frozen)
@@ -99,7 +101,7 @@ def test_dpo_is_that_of_trl(beta: float, pairs: list, source: Comparisons, token
     loss = theirs.compute_loss(policy, theirs.data_collator(pairs))
     loss.backward()
 
-    annotated = annotate(source, ours_frozen, comparison, reference, rows=4)
+    annotated = precompute(source, ours_frozen, build_comparison, ref_logprobs, rows=4)
     objective = DPO(beta=beta)
     # Two micro-batches of unequal content, which must not matter.
     batches = Batches(annotated, objective, ByteCoder.vocab, rows=PAIRS, seed=0, accumulate=2).batches(0)
@@ -113,7 +115,9 @@ def test_dpo_is_that_of_trl(beta: float, pairs: list, source: Comparisons, token
     assert torch.allclose(ours.tokens.weight.grad, policy.model.embed_tokens.weight.grad, atol=1e-5)
 
 
-def test_the_reward_loss_is_that_of_trl(pairs: list, source: Comparisons, tokenizer: object, tmp_path: Path) -> None:
+def test_the_reward_loss_is_that_of_trl(
+    pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path
+) -> None:
     scorer = llama(2, transformers.LlamaForSequenceClassification)
     trunk = llama(3, transformers.LlamaForCausalLM)
     trunk.model.load_state_dict(scorer.model.state_dict())
@@ -127,8 +131,8 @@ def test_the_reward_loss_is_that_of_trl(pairs: list, source: Comparisons, tokeni
     loss = theirs.compute_loss(scorer, theirs.data_collator(whole))
     loss.backward()
 
-    batches = Batches(source, Reward(), ByteCoder.vocab, rows=PAIRS, seed=0).batches(0)
-    terms = step(ours, Reward(), batches)
+    batches = Batches(source, RewardModeling(), ByteCoder.vocab, rows=PAIRS, seed=0).batches(0)
+    terms = step(ours, RewardModeling(), batches)
     assert abs(float(terms["reward"]) - float(loss)) < 1e-5
     logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
     assert float(terms["accuracy"]) == pytest.approx(logged["accuracy"])

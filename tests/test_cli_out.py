@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.io.atomic import refusal
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
@@ -37,8 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "the otter paints a red boat\n" * 200
     (folder / "text.txt").write_text(text)
     tokenizer = train([text], "byte-bpe", 300)
-    shape = Shape(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
-    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, folder / "model")
+    shape = ModelConfig(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
+    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer, folder / "model")
     return folder
 
 

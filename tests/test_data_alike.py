@@ -11,11 +11,11 @@ import torch
 from data_room import Counting, tokenizer
 
 from firth.data.collate import Batches
-from firth.data.labeled import Labelled
-from firth.data.records import Prompted
-from firth.data.shuffle import deal
-from firth.data.source import Mixture, Source, Subset
-from firth.model.config import encoder
+from firth.data.labeled import LabeledTexts
+from firth.data.records import Seq2SeqRecords
+from firth.data.shuffle import length_grouped_batches
+from firth.data.source import MixtureSource, Source, SubsetSource
+from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.types import Example, UserError
@@ -83,7 +83,7 @@ def test_lengths_are_alike_and_their_order_is_drawn() -> None:
 
 def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
     sizes = np.random.default_rng(0).integers(1, 9, 60)
-    dealt = [deal(sizes, 10, 0, number) for number in range(3)]
+    dealt = [length_grouped_batches(sizes, 10, 0, number) for number in range(3)]
     for one in dealt:
         assert np.array_equal(np.sort(one.ravel()), np.arange(60))
         steps = sorted(sizes[one].tolist(), key=sum)
@@ -92,7 +92,7 @@ def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
 
 
 def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
-    shape = encoder(vocab=tokenizer().vocab.size, width=32, depth=1, heads=2, context=32)
+    shape = encoder_config(vocab=tokenizer().vocab.size, width=32, depth=1, heads=2, context=32)
     torch.manual_seed(0)
     model = LM(shape, OBJECTIVE.parts(shape)).eval()
     torch.nn.init.normal_(model.parts["classes"].weight, std=1.0)
@@ -113,17 +113,17 @@ def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
 def test_sizes_follow_the_examples(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"{'word ' * (i % 7 + 1)},{i % 2}\n" for i in range(30)))
-    source = Labelled([str(path)], tokenizer(), 64)
+    source = LabeledTexts([str(path)], tokenizer(), 64)
     tokens = np.array([len(source[i]["tokens"]) for i in range(len(source))])
     assert np.array_equal(np.argsort(source.sizes, kind="stable"), np.argsort(tokens, kind="stable"))
     some = np.array([4, 2, 9])
-    part = Subset(source, some)
+    part = SubsetSource(source, some)
     assert np.array_equal(part.sizes, source.sizes[some])  # type: ignore[arg-type]
-    mixed = Mixture([source, part], [2, 1])
+    mixed = MixtureSource([source, part], [2, 1])
     assert np.array_equal(mixed.sizes, np.concatenate((source.sizes, source.sizes[some])))  # type: ignore[arg-type]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join('{"prompt": "%s", "completion": "yes"}\n' % ("why " * (9 - i)) for i in range(8)))
-    assert np.all(np.diff(Prompted([str(lines)], tokenizer(), 64).sizes) < 0)
+    assert np.all(np.diff(Seq2SeqRecords([str(lines)], tokenizer(), 64).sizes) < 0)
 
 
 def test_lengths_that_are_not_known_are_refused() -> None:
@@ -134,6 +134,6 @@ def test_lengths_that_are_not_known_are_refused() -> None:
         def __getitem__(self, index: int) -> Example:
             return {"tokens": np.array([index])}
 
-    assert Mixture([Unknown(), Sized(3)], [1, 1]).sizes is None
+    assert MixtureSource([Unknown(), Sized(3)], [1, 1]).sizes is None
     with pytest.raises(UserError, match=r"set batch\.sort=0"):
         Batches(Unknown(), OBJECTIVE, tokenizer().vocab, rows=2, seed=0, sort=3)

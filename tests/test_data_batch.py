@@ -15,16 +15,16 @@ from data_room import Counting, store, tokenizer
 from firth.data import layout
 from firth.data.collate import Batches, collate, pack
 from firth.data.packing import first_fit
-from firth.data.shuffle import Draws
-from firth.data.windows import Pieces
-from firth.model.attention import Visibility
-from firth.model.config import Shape
+from firth.data.shuffle import ExampleRNG
+from firth.data.windows import DocumentChunks
+from firth.model.attention import AttentionMask
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.dpo import DPO
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.reward_model import Reward
+from firth.objectives.reward_model import RewardModeling
 from firth.objectives.sft import SFT
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
@@ -45,7 +45,7 @@ class Stranger:
         return example | {"wonder": np.arange(n), "astonishment": rng.random(n), "draw": rng.random(n)}
 
     def view_many(
-        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
         return [self.view(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
@@ -247,7 +247,7 @@ def test_first_fit_is_first_fit_decreasing() -> None:
 @pytest.mark.parametrize("encoder", [0, 1])
 def test_padding_and_packing_change_no_answer(encoder: int) -> None:
     torch.manual_seed(0)
-    model = LM(Shape(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64, encoder=encoder), {}).double()
+    model = LM(ModelConfig(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64, encoder=encoder), {}).double()
     rng = np.random.default_rng(1)
     examples = []
     for _ in range(12):
@@ -281,16 +281,16 @@ def preference(rng: np.random.Generator) -> Example:
     return example
 
 
-@pytest.mark.parametrize("objective", [CausalLM(), SFT(), DPO(), Reward()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("objective", [CausalLM(), SFT(), DPO(), RewardModeling()], ids=lambda o: type(o).__name__)
 def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And learn what each row alone would teach: the same losses and the same gradients."""
-    lowered: list[Visibility] = []
-    lower = Visibility.lower
-    monkeypatch.setattr(Visibility, "lower", lambda *given: lowered.append(lower(*given)) or lowered[-1])
+    lowered: list[AttentionMask] = []
+    lower = AttentionMask.lower
+    monkeypatch.setattr(AttentionMask, "lower", lambda *given: lowered.append(lower(*given)) or lowered[-1])
     torch.manual_seed(0)
-    shape = Shape(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64)
+    shape = ModelConfig(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64)
     model = LM(shape, objective.parts(shape))
     rng = np.random.default_rng(1)
     shown = [objective.view({"tokens": rng.integers(1, 50, n), "mask": np.arange(n) >= 3} | preference(rng), VOCAB, rng)
@@ -306,7 +306,9 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
     batch = collate(shown)
     assert (batch["appears"] == NEVER).any(), "nothing is padded here"
     together, gradients = learn([batch])
-    last = [False] if isinstance(objective, Reward) else []  # of which the last block is run for one token of a row
+    last = (
+        [False] if isinstance(objective, RewardModeling) else []
+    )  # of which the last block is run for one token of a row
     assert [sees.causal for sees in lowered] == [True, *last]
     assert lowered[0].mask is None
     alone, wanted = learn([collate([one]) for one in shown])
@@ -332,11 +334,11 @@ def test_batches_refuse_what_cannot_be_shared_or_is_empty() -> None:
 def test_many_masked_examples_are_those_of_each(tmp_path: Path, rate: float, framed: bool) -> None:
     """At a rate of 0.9 more tokens are hidden than there are draws for at once."""
     made, vocab = store(tmp_path), tokenizer().vocab
-    pieces = Pieces(made, 24, vocab if framed else None)
+    pieces = DocumentChunks(made, 24, vocab if framed else None)
     indices = np.array([3, 0, len(pieces) - 1, 7, 7])
     streams = [(epoch, int(i)) for epoch, i in enumerate(indices)]
     examples = pieces.many(indices.tolist())
-    draws, objective = Draws(5, "view"), MLM(rate=rate)
+    draws, objective = ExampleRNG(5, "view"), MLM(rate=rate)
     for i, example, found, stream in zip(
         indices, examples, objective.view_many(examples, vocab, draws, streams), streams, strict=True
     ):

@@ -14,12 +14,12 @@ import pytest
 from data_room import tokenizer
 
 from firth.corpora.readers import records
-from firth.data.annotations import Votes
+from firth.data.annotations import AnnotatedTexts
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.labeled import Chosen, Labelled, Scored, Tagged, TextFields
-from firth.data.question_answering import Questions
+from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, ScoredTexts, TaggedSentences, TextFields
+from firth.data.question_answering import QuestionRecords
 from firth.data.rankings import ranking
-from firth.data.records import Dialogues, Preferences, Prompted
+from firth.data.records import DialogueRecords, PreferenceRecords, Seq2SeqRecords
 from firth.tokenizer.chat import Message
 from firth.types import UserError
 
@@ -43,8 +43,8 @@ def written(messages: list[Message], as_role: str = "") -> list[str]:
 
 
 READERS = {
-    "classify": Labelled, "regress": Scored, "choose": Chosen, "tag": Tagged, "answer": partial(Questions, question=16),
-    "weak": partial(Votes, fields=TextFields(label="labels")),
+    "classify": LabeledTexts, "regress": ScoredTexts, "choose": MultipleChoiceRecords, "tag": TaggedSentences, "answer": partial(QuestionRecords, question=16),
+    "weak": partial(AnnotatedTexts, fields=TextFields(label="labels")),
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_a_record_of_no_shape_is_rejected(record: dict[str, Any], wrong: str) ->
 def test_system_and_history_are_in_the_tokens(tmp_path: Path) -> None:
     """Every row with a system turn or a history reaches the model with it, in dialogues and in preferences."""
     path, met = tmp_path / "rows.jsonl", 0
-    for title, source in (("Dialogues", Dialogues), ("Preferences", Preferences)):
+    for title, source in (("Dialogues", DialogueRecords), ("Preferences", PreferenceRecords)):
         for row in rows_of(title):
             if "Be brief" not in row[1]:
                 continue
@@ -134,7 +134,7 @@ def test_a_repeated_prompt_is_in_the_tokens_once(tmp_path: Path) -> None:
             side: [turn, {"role": "assistant", "content": text}] for side, text in (("chosen", "I"), ("rejected", "No"))
         }
         path.write_text(json.dumps({"prompt": prompt, **pair}) + "\n")
-        example = Preferences([str(path)], tokenizer(), 128)[0]
+        example = PreferenceRecords([str(path)], tokenizer(), 128)[0]
         assert tokenizer().decode(example["chosen_tokens"]).count("Who paints") == 1
         assert tokenizer().decode(example["rejected_tokens"][example["rejected_mask"]]) == "No"
 
@@ -185,6 +185,6 @@ def test_damaged_records_are_read_or_rejected_in_a_sentence(tmp_path: Path) -> N
     assert not [message for message in messages if "\n" in message]
     for record in made[:150]:
         path.write_text(json.dumps(record) + "\n")
-        for source in (Dialogues, Prompted, Preferences):
+        for source in (DialogueRecords, Seq2SeqRecords, PreferenceRecords):
             with contextlib.suppress(UserError):
                 source([str(path)], tokenizer(), 64)

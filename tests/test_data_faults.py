@@ -10,10 +10,10 @@ import pytest
 from data_room import tokenizer
 
 from firth.corpora import readers
-from firth.corpora.read_stats import Counts
-from firth.data.class_names import Classes
-from firth.data.labeled import Chosen, Labelled, TagFields, Tagged, TextFields
-from firth.data.question_answering import Questions
+from firth.corpora.read_stats import ReadStats
+from firth.data.class_names import ClassNumbering
+from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, TagFields, TaggedSentences, TextFields
+from firth.data.question_answering import QuestionRecords
 from firth.types import UserError
 
 
@@ -30,25 +30,25 @@ def lines(*records: object) -> str:
 def test_a_whole_number_is_no_place_where_classes_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": 1}, {"text": "y", "label": 0}))
     with pytest.raises(UserError, match=r"a\.jsonl:2: the label 0 is none of the classes \(1, 2, 3\)"):
-        Labelled([path], tokenizer(), 32, classes=("1", "2", "3"))
-    named = Labelled([path], tokenizer(), 32, classes=("bad", "good"))
+        LabeledTexts([path], tokenizer(), 32, classes=("1", "2", "3"))
+    named = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"))
     assert [int(named[i]["label"]) for i in range(2)] == [1, 0]
-    assert Classes(("-1", "a")).number(0) is None
+    assert ClassNumbering(("-1", "a")).number(0) is None
 
 
 def test_labels_without_their_white_space(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text, label\nx,bad\ny,bad \nz, good\n")
-    source = Labelled([path], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("bad", "good")
     assert source.remarks == [f"2 labels had white space around them, which was dropped; the first is {path}:3"]
     with pytest.raises(UserError, match=r"b\.csv:2: there is no field 'label' for the label; did you mean 'labels'"):
-        Labelled([file(tmp_path, "b.csv", "text,labels\nx,a\n")], tokenizer(), 32)
+        LabeledTexts([file(tmp_path, "b.csv", "text,labels\nx,a\n")], tokenizer(), 32)
 
 
 def test_empty_texts_are_counted(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,bad\n,good\n  ,good\n")
     for asked in (True, False):
-        source = Labelled([path], tokenizer(), 32, asked=asked)
+        source = LabeledTexts([path], tokenizer(), 32, asked=asked)
         assert len(source) == 3 and source.counts["blank"] == 2
         assert f"2 texts were empty and were read as they are; the first is {path}:3" in source.remarks
 
@@ -61,43 +61,43 @@ def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> Non
         "d.json": '[{"text": "x", "label": "a"},\n\n{"text": "' + text + '", "label": "b"}]',
     }.items():  # fmt: skip
         path = file(tmp_path, name, content.encode("latin-1"))
-        source = Labelled([path], tokenizer(), 32)
+        source = LabeledTexts([path], tokenizer(), 32)
         assert source.counts["bad_utf8"] == 1
         assert source.remarks == [
             f"1 line was not UTF-8 and has U+FFFD in place of what could not be read; the first is {path}:3"
         ]
     path = file(tmp_path, "e.csv", "text,label\nx,a\ny\0\0,b\n")
-    assert Labelled([path], tokenizer(), 32).remarks == [f"2 NUL characters were removed; the first is {path}:3"]
+    assert LabeledTexts([path], tokenizer(), 32).remarks == [f"2 NUL characters were removed; the first is {path}:3"]
 
 
 def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "LONGEST", 100)
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}, {"text": "x" * 200, "label": "b"}))
-    source = Labelled([path], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32)
     assert source.remarks == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
 
 
 def test_a_label_that_says_that_there_is_none(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "text\tlabel\nx\tneutral\ny\t-\nz\tentailment\n")
-    source = Labelled([path], tokenizer(), 32, TextFields(absent=("-",)))
+    source = LabeledTexts([path], tokenizer(), 32, TextFields(absent=("-",)))
     assert source.classes == ("entailment", "neutral") and source.counts["unlabelled"] == 1
     assert source.remarks == [f"1 record has no label and was left out; the first is {path}:3"]
-    assert len(Labelled([path], tokenizer(), 32, TextFields(absent=("-",)), asked=False)) == 3
+    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(absent=("-",)), asked=False)) == 3
     with pytest.raises(UserError, match=r"a\.tsv:3: the label - is none of the classes"):
-        Labelled([path], tokenizer(), 32, classes=("neutral", "entailment"))
+        LabeledTexts([path], tokenizer(), 32, classes=("neutral", "entailment"))
 
 
 def test_tags_that_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"tokens": ["EU", "rejects"], "ner_tags": [1, 0]}))
     fields = TagFields(tags="ner_tags")
     with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, and names of tags are wanted"):
-        Tagged([path], tokenizer(), 32, fields)
-    source = Tagged([path], tokenizer(), 32, fields, classes=("O", "B-ORG"))
+        TaggedSentences([path], tokenizer(), 32, fields)
+    source = TaggedSentences([path], tokenizer(), 32, fields, classes=("O", "B-ORG"))
     assert source.per_class(np.arange(1)) == {"O": 1, "B-ORG": 1}
     with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is none of the 1 tags"):
-        Tagged([path], tokenizer(), 32, fields, classes=("O",))
+        TaggedSentences([path], tokenizer(), 32, fields, classes=("O",))
     with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are no text"):
-        Tagged([file(tmp_path, "b.jsonl", lines({"tokens": [3], "tags": ["O"]}))], tokenizer(), 32)
+        TaggedSentences([file(tmp_path, "b.jsonl", lines({"tokens": [3], "tags": ["O"]}))], tokenizer(), 32)
 
 
 def test_unknown_tags_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
@@ -105,19 +105,19 @@ def test_unknown_tags_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a\.conll:4: the tag B-PER is none of the classes \(B-ORG, O\), nor is that of 1 more tag;"
     ):
-        Tagged([path], tokenizer(), 32, classes=("B-ORG", "O"))
-    source = Tagged([path], tokenizer(), 32, classes=("B-ORG", "B-PER", "B-TIME", "I-TIME", "O"))
+        TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "O"))
+    source = TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "B-PER", "B-TIME", "I-TIME", "O"))
     assert source.remarks == [f"no record of {path} has the tags 'B-TIME', 'I-TIME'"]
 
 
 def test_a_word_that_is_missing_is_named_and_blanks_that_do_not_break_are_none(tmp_path: Path) -> None:
     good = "EU\tB-ORG\n\n" * 150
     path = file(tmp_path, "a.conll", good + "a\tO\n\tO\nb\tO\n\n" + good)
-    source = Tagged([path], tokenizer(), 32)
+    source = TaggedSentences([path], tokenizer(), 32)
     assert source.counts["mismatched"] == 1
     assert any(f"the first is {path}:302 (no word before its columns)" in remark for remark in source.remarks)
     with pytest.raises(UserError, match=r"b\.conll:2 \(no word before its columns\): so in 1 of 1 sentences"):
-        Tagged([file(tmp_path, "b.conll", "a\tO\n\tO\nb\tO\n")], tokenizer(), 32)
+        TaggedSentences([file(tmp_path, "b.conll", "a\tO\n\tO\nb\tO\n")], tokenizer(), 32)
     [(_, sentence)] = readers.records([file(tmp_path, "c.conll", "10\u00a0000 NUM\nmen  NOUN\n")])
     assert sentence == {"tokens": ["10\u00a0000", "men"], "tags": ["NUM", "NOUN"]}
 
@@ -126,7 +126,7 @@ def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path:
     file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}))
     file(tmp_path, "b.csv", "text,label\ny,b\n")
     assert [record["text"] for _, record in readers.records([str(tmp_path)])] == ["x", "y"]
-    counts = Counts()
+    counts = ReadStats()
     assert [d.text for d in readers.documents([str(tmp_path)], counts=counts)] == ["x"]
     assert (counts.passed_over, counts.at["passed_over"]) == (1, str(tmp_path / "b.csv"))
     (tmp_path / "a.jsonl").unlink()
@@ -161,7 +161,7 @@ def test_lost_answers_and_long_questions(tmp_path: Path) -> None:
         {"id": "3", "question": "?", "answers": [], "is_impossible": True},
     ]
     path = file(tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": qas}]}]}))
-    source = Questions([path], tokenizer(), 64, question=16)
+    source = QuestionRecords([path], tokenizer(), 64, question=16)
     assert (len(source), source.unanswerable) == (2, 1)
     assert source.remarks == [
         f"1 question was longer than 16 tokens and lost its end; the first is {path}: question 1",
@@ -183,14 +183,16 @@ def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
     columns = ("source", "label", "mark", "sentence")
     train = file(tmp_path, "train.tsv", "gj04\t1\t\tSo it is.\ngj04\t0\t*\tIs so it.\n")
     test = file(tmp_path, "test.tsv", "index\tsentence\n0\tSo it is.\n1\tIs so it.\n")
-    assert len(Labelled([train], tokenizer(), 32, TextFields("sentence", columns=columns))) == 2
-    asked = Labelled([test], tokenizer(), 32, TextFields("sentence", columns=columns), classes=("0", "1"), asked=False)
+    assert len(LabeledTexts([train], tokenizer(), 32, TextFields("sentence", columns=columns))) == 2
+    asked = LabeledTexts(
+        [test], tokenizer(), 32, TextFields("sentence", columns=columns), classes=("0", "1"), asked=False
+    )
     assert len(asked) == 2 and asked.counts == {"examples": 2, "records": 2, "files": 1}
 
 
 def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "a A\nb B\n\nc A\n\nd A\ne B\nf B\n")
-    source = Tagged([path], tokenizer(), 32)
+    source = TaggedSentences([path], tokenizer(), 32)
     assert source.per_class(np.array([2, 0])) == {"A": 2, "B": 3}
     assert source.per_class(np.array([1])) == {"A": 1, "B": 0}
     assert source.per_class(np.zeros(0, np.int64)) == {"A": 0, "B": 0}
@@ -203,7 +205,7 @@ def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) ->
     empty = {"Unnamed: 2": "", "Unnamed: 3": "", "Unnamed: 4": ""}
     assert rows[:2] == [{"kind": "good", "message": "a film", **empty}, {"kind": "bad", "message": "a play", **empty}]
     assert rows[2]["Unnamed: 3"] == "see"
-    source = Labelled([path], tokenizer(), 32, TextFields("message", "kind"))
+    source = LabeledTexts([path], tokenizer(), 32, TextFields("message", "kind"))
     assert source.per_class(np.arange(3)) == {"bad": 2, "good": 1}
     remark = f"3 columns have no name and are called 'Unnamed: ' and their place from 0; the first is {path}:1"
     assert source.remarks == [remark]
@@ -213,7 +215,7 @@ def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) ->
 
 def test_labels_spelled_null_and_na_are_classes(tmp_path: Path) -> None:
     rows = "".join(f"text {i},{('NA', 'null')[i % 2]}\n" for i in range(12))
-    source = Labelled([file(tmp_path, "a.csv", "text,label\n" + rows)], tokenizer(), 32)
+    source = LabeledTexts([file(tmp_path, "a.csv", "text,label\n" + rows)], tokenizer(), 32)
     assert source.per_class(np.arange(12)) == {"NA": 6, "null": 6}
 
 
@@ -222,7 +224,7 @@ def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
     head = "sentence\tlabel\n"
     nine = "".join(f"film {i}\t1\n" for i in range(9))
     path = file(tmp_path, "dev.tsv", head + nine + "a play\n")
-    source = Labelled([path], tokenizer(), 32, TextFields("sentence"))
+    source = LabeledTexts([path], tokenizer(), 32, TextFields("sentence"))
     assert source.counts == {"examples": 9, "records": 9, "files": 1, "mismatched": 1}
     assert source.remarks == [
         f"1 row had another number of cells than its head and was left out; the first is {path}:11 "
@@ -230,25 +232,25 @@ def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
     ]
     path = file(tmp_path, "test.tsv", head + nine + "a play\n" * 2)
     with pytest.raises(UserError, match=r"2 of 11 rows: give each row as many cells.*a TSV holds no tab") as raised:
-        Labelled([path], tokenizer(), 32, TextFields("sentence"))
+        LabeledTexts([path], tokenizer(), 32, TextFields("sentence"))
     assert "quot" not in str(raised.value)
 
 
 def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
     """pandas writes whole numbers as 1.0 where a column has a gap; any other number is for a regression."""
     path = file(tmp_path, "a.jsonl", lines(*({"text": f"x {label!r}", "label": label} for label in (1.0, 0.0, 1))))
-    source = Labelled([path], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("0", "1")
     assert [int(source[i]["label"]) for i in range(3)] == [1, 0, 1]
     assert source.remarks == [
         f"2 labels were written as a decimal number (1.0) and were read as a whole one; the first is {path}:1"
     ]
-    chosen = Chosen(
+    chosen = MultipleChoiceRecords(
         [file(tmp_path, "o.jsonl", lines({"text": "x", "options": ["a", "b"], "label": 1.0}))], tokenizer(), 32
     )
     assert chosen[0]["label"] == chosen.counts["decimal"] == 1
     path = file(tmp_path, "b.jsonl", lines({"text": "x", "label": 1.5}))
     with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* train `regress` on numbers"):
-        Labelled([path], tokenizer(), 32)
+        LabeledTexts([path], tokenizer(), 32)
     with pytest.raises(UserError, match=r"c\.csv:2: the label is empty.* remove the record"):
-        Labelled([file(tmp_path, "c.csv", "text,label\nx,\n")], tokenizer(), 32)
+        LabeledTexts([file(tmp_path, "c.csv", "text,label\nx,\n")], tokenizer(), 32)

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from firth.corpora import readers
-from firth.data.annotations import Votes
+from firth.data.annotations import AnnotatedTexts
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.labeled import Chosen, Labelled, Scored, Tagged
-from firth.data.question_answering import Questions
-from firth.data.records import Dialogues, Preferences, Prompted
+from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, ScoredTexts, TaggedSentences
+from firth.data.question_answering import QuestionRecords
+from firth.data.records import DialogueRecords, PreferenceRecords, Seq2SeqRecords
 from firth.data.source import Source
 from firth.io.yaml_files import parse_yaml
 from firth.runs import config_io
@@ -55,24 +55,24 @@ SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "there"}]
 
 
 def asked(paths: Sequence[str], coder: Tokenizer, length: int) -> Source:
-    return Questions(paths, coder, 2 * length, question=16)
+    return QuestionRecords(paths, coder, 2 * length, question=16)
 
 
 GOOD: dict[str, tuple[Callable[..., Source], dict[str, Any]]] = {
-    "messages": (Dialogues, {"messages": TURNS}),
-    "conversations": (Dialogues, {"system": "be short", "conversations": SHARED}),
-    "Alpaca": (Dialogues, {"instruction": "say", "input": "x", "output": "y", "history": [["a", "b"]]}),
-    "parts": (Dialogues, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]}),
-    "prompt": (Dialogues, {"prompt": "hi", "completion": "there"}),
-    "prompted": (Prompted, {"prompt": TURNS[:1], "completion": TURNS[1:]}),
-    "preference": (Preferences, {"prompt": "hi", "chosen": "there", "rejected": "no"}),
-    "UltraFeedback": (Preferences, {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], TURNS[0] | {"role": "assistant"}]}),
-    "HH-RLHF": (Preferences, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
-    "label": (Labelled, {"text": "x", "label": "good"}),
-    "score": (Scored, {"text": "x", "label": 0.5}),
-    "options": (Chosen, {"text": "x", "options": ["a", "b"], "label": 1}),
-    "tags": (Tagged, {"tokens": ["EU", "x"], "tags": ["B-ORG", "O"]}),
-    "votes": (Votes, {"text": "x", "label": ["good", "bad"]}),
+    "messages": (DialogueRecords, {"messages": TURNS}),
+    "conversations": (DialogueRecords, {"system": "be short", "conversations": SHARED}),
+    "Alpaca": (DialogueRecords, {"instruction": "say", "input": "x", "output": "y", "history": [["a", "b"]]}),
+    "parts": (DialogueRecords, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]}),
+    "prompt": (DialogueRecords, {"prompt": "hi", "completion": "there"}),
+    "prompted": (Seq2SeqRecords, {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+    "preference": (PreferenceRecords, {"prompt": "hi", "chosen": "there", "rejected": "no"}),
+    "UltraFeedback": (PreferenceRecords, {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], TURNS[0] | {"role": "assistant"}]}),
+    "HH-RLHF": (PreferenceRecords, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
+    "label": (LabeledTexts, {"text": "x", "label": "good"}),
+    "score": (ScoredTexts, {"text": "x", "label": 0.5}),
+    "options": (MultipleChoiceRecords, {"text": "x", "options": ["a", "b"], "label": 1}),
+    "tags": (TaggedSentences, {"tokens": ["EU", "x"], "tags": ["B-ORG", "O"]}),
+    "votes": (AnnotatedTexts, {"text": "x", "label": ["good", "bad"]}),
     "answers": (asked, {"context": "a b", "question": "?", "answers": [{"text": "b", "start": 2}], "id": "1"}),
 }  # fmt: skip
 """Shape -> the source that reads it, and a record."""
@@ -149,8 +149,8 @@ def test_files_of_records_with_flipped_bytes(tmp_path: Path, data: st.DataObject
 @examples(40)
 @given(st.data())
 def test_recipes_with_changed_values(data: st.DataObject) -> None:
-    plain = config_io.plain(published(data.draw(st.sampled_from(["gpt", "bert", "t5", "dpo"]))))
-    served_or_refused(lambda: config_io.build(Recipe, data.draw(changed(plain))))
+    plain = config_io.to_dict(published(data.draw(st.sampled_from(["gpt", "bert", "t5", "dpo"]))))
+    served_or_refused(lambda: config_io.from_dict(Recipe, data.draw(changed(plain))))
 
 
 YAML = [

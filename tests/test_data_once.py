@@ -18,8 +18,8 @@ import zstandard
 from firth.corpora import readers
 from firth.data import text_cache
 from firth.data.text_cache import ReadOnce, read_once
-from firth.runs.inputs import Inputs
-from firth.runs.prepare import Material
+from firth.runs.inputs import RunInputs
+from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.tokenizer import tokenizer_of
 
@@ -67,9 +67,9 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
     if not OPENED:
         sys.addaudithook(_note)  # which stays: it costs a list entry for each file
     OPENED.clear()
-    inputs = Inputs.read(recipe, directory, lambda _: None)
+    inputs = RunInputs.read(recipe, directory, lambda _: None)
     tokenizer = tokenizer_of(recipe, directory, lambda _: None, inputs)
-    train, valid = Material(recipe.source, tokenizer, directory).stores()
+    train, valid = RunData(recipe.source, tokenizer, directory).stores()
     assert opened(folder) == {1 + given: 33}
     assert valid is not None and len(train) + len(valid) == 40
     for path in folder.iterdir():
@@ -82,9 +82,9 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
 
 def test_another_rank_hashes_the_text_and_does_not_read_it(folder: Path, tmp_path: Path) -> None:
     recipe = load("gpt", [f"source.path={folder}", "tokenizer.size=400"])
-    alone = Inputs.read(recipe, tmp_path, lambda _: None, first=False)
+    alone = RunInputs.read(recipe, tmp_path, lambda _: None, first=False)
     assert not text_cache._kept
-    assert alone == Inputs.read(recipe, tmp_path, lambda _: None)
+    assert alone == RunInputs.read(recipe, tmp_path, lambda _: None)
     assert len(text_cache._kept) == 1
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from data_room import Counting
 
-from firth.data.shuffle import Draws, order
-from firth.data.source import Mixture
+from firth.data.shuffle import ExampleRNG, epoch_permutation
+from firth.data.source import MixtureSource
 from firth.types import UserError
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 255, 256, 257, 1000, 65537])
 def test_every_epoch_is_a_permutation(n: int) -> None:
-    epoch, index = order(n, 3, np.arange(3 * n))
+    epoch, index = epoch_permutation(n, 3, np.arange(3 * n))
     for e in range(3):
         assert (epoch[e * n : (e + 1) * n] == e).all()
         assert np.array_equal(np.sort(index[e * n : (e + 1) * n]), np.arange(n))
@@ -21,7 +21,7 @@ def test_every_epoch_is_a_permutation(n: int) -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     n = 1000
-    drawn = [order(n, seed, np.arange(n) + e * n)[1] for seed in (0, 1) for e in (0, 1)]
+    drawn = [epoch_permutation(n, seed, np.arange(n) + e * n)[1] for seed in (0, 1) for e in (0, 1)]
     for i in range(4):
         for j in range(i):
             # Two random permutations agree in one place on average.
@@ -29,9 +29,9 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_any_part_of_the_order_is_that_part() -> None:
-    whole = order(97, 5, np.arange(400))
+    whole = epoch_permutation(97, 5, np.arange(400))
     for start in (0, 1, 96, 97, 300):
-        part = order(97, 5, np.arange(start, start + 50))
+        part = epoch_permutation(97, 5, np.arange(start, start + 50))
         assert np.array_equal(part[0], whole[0][start : start + 50])
         assert np.array_equal(part[1], whole[1][start : start + 50])
 
@@ -39,7 +39,7 @@ def test_any_part_of_the_order_is_that_part() -> None:
 def test_permutations_are_even() -> None:
     """All 24 permutations of four examples come equally often (chi-square, 23 degrees of freedom, p = 1e-4 at 55)."""
     epochs = 24_000
-    drawn = order(4, 0, np.arange(4 * epochs))[1].reshape(epochs, 4)
+    drawn = epoch_permutation(4, 0, np.arange(4 * epochs))[1].reshape(epochs, 4)
     count = np.unique(drawn @ np.array([64, 16, 4, 1]), return_counts=True)[1]
     assert len(count) == 24
     assert ((count - 1000) ** 2 / 1000).sum() < 55
@@ -48,7 +48,7 @@ def test_permutations_are_even() -> None:
 def test_places_and_neighbours_are_even() -> None:
     """Over many epochs an example is anywhere equally often, and followed by any other equally often."""
     n, epochs = 20, 8000
-    drawn = order(n, 1, np.arange(n * epochs))[1].reshape(epochs, n)
+    drawn = epoch_permutation(n, 1, np.arange(n * epochs))[1].reshape(epochs, n)
     place = np.stack([np.bincount(drawn[:, k], minlength=n) for k in range(n)])
     assert ((place - epochs / n) ** 2 / (epochs / n)).sum() < 480  # 361 degrees of freedom, p = 2e-5
     pairs = np.bincount((drawn[:, :-1] * n + drawn[:, 1:]).ravel(), minlength=n * n).reshape(n, n)
@@ -58,17 +58,17 @@ def test_places_and_neighbours_are_even() -> None:
 
 
 def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
-    draws, again = Draws(7, "view"), Draws(7, "view")
+    draws, again = ExampleRNG(7, "view"), ExampleRNG(7, "view")
     first = draws.at(2, 9).random(5)
     draws.at(0, 1).integers(10, size=3)  # leaves half a word in the generator's buffer
     assert np.array_equal(first, draws.at(2, 9).random(5))
     assert np.array_equal(first, again.at(2, 9).random(5))
-    seen = {Draws(s, "view").at(e, i).random() for s in range(5) for e in range(5) for i in range(5)}
+    seen = {ExampleRNG(s, "view").at(e, i).random() for s in range(5) for e in range(5) for i in range(5)}
     assert len(seen) == 125
 
 
 def test_draws_are_uniform_across_examples() -> None:
-    draws = Draws(0, "view")
+    draws = ExampleRNG(0, "view")
     first = np.array([draws.at(e, i).random() for e in range(10) for i in range(1000)])
     assert abs(first.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 100
     assert np.abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.04
@@ -77,7 +77,7 @@ def test_draws_are_uniform_across_examples() -> None:
 @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.2, 0.1), (5, 3, 1, 1, 1, 1), (0.123456789, 3.3, 1e-4), (1, 1, 1)])
 def test_a_mixture_is_always_in_its_shares(weights: tuple[float, ...]) -> None:
     sources = [Counting(n) for n in (5, 50, 500, 11, 3, 2)[: len(weights)]]
-    mixture = Mixture(sources, weights)
+    mixture = MixtureSource(sources, weights)
     _, index = mixture.order(0, np.arange(70_000))
     which = np.searchsorted(mixture._starts, index, side="right") - 1
     share = np.array(mixture.quotas) / sum(mixture.quotas)
@@ -88,7 +88,7 @@ def test_a_mixture_is_always_in_its_shares(weights: tuple[float, ...]) -> None:
 
 
 def test_each_source_of_a_mixture_goes_through_its_own_epochs() -> None:
-    mixture = Mixture([Counting(5), Counting(40)], [0.5, 0.5])
+    mixture = MixtureSource([Counting(5), Counting(40)], [0.5, 0.5])
     epoch, index = mixture.order(3, np.arange(80))
     small, large = index < 5, index >= 5
     assert np.bincount(index[small]).tolist() == [8] * 5
@@ -99,8 +99,8 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs() -> None:
 
 
 def test_a_mixture_is_a_function_of_the_position_and_nests() -> None:
-    inner = Mixture([Counting(3), Counting(7)], [1, 2])
-    outer = Mixture([inner, Counting(4)], [3, 1])
+    inner = MixtureSource([Counting(3), Counting(7)], [1, 2])
+    outer = MixtureSource([inner, Counting(4)], [3, 1])
     epoch, index = outer.order(0, np.arange(100))
     later = outer.order(0, np.arange(60, 100))
     assert np.array_equal(later[0], epoch[60:])
@@ -111,13 +111,13 @@ def test_a_mixture_is_a_function_of_the_position_and_nests() -> None:
 
 def test_a_mixture_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(UserError, match="one weight per source"):
-        Mixture([Counting(3)], [1, 2])
+        MixtureSource([Counting(3)], [1, 2])
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="positive"):
-            Mixture([Counting(3), Counting(3)], [1, bad])
+            MixtureSource([Counting(3), Counting(3)], [1, bad])
 
 
 def test_two_uses_of_one_seed_share_no_stream() -> None:
-    views, pairs = Draws(0, "view"), Draws(0, "pairs")
+    views, pairs = ExampleRNG(0, "view"), ExampleRNG(0, "pairs")
     drawn = np.array([(views.at(0, i).random(), pairs.at(0, i).random()) for i in range(4000)])
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.08

@@ -10,7 +10,7 @@ import pytest
 
 from firth.corpora.readers import Document
 from firth.data.token_store import TokenStore
-from firth.data.windows import Pairs
+from firth.data.windows import SegmentPairs
 from firth.runs.recipe import load
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -41,7 +41,7 @@ def stored(coder: Tokenizer, folder: Path, count: int, sentences: int) -> TokenS
 @pytest.mark.parametrize("sentences", [40, 5])
 def test_all_three_are_whole_sentences(coder: Tokenizer, tmp_path: Path, sentences: int) -> None:
     store = stored(coder, tmp_path, 60, sentences)
-    pairs = Pairs(store, 96, coder.vocab)
+    pairs = SegmentPairs(store, 96, coder.vocab)
     bodies = [
         coder.decode(store.tokens[a : b - 1].astype(np.int32)).strip() for a, b in pairwise(store.offsets.tolist())
     ]
@@ -67,7 +67,7 @@ def test_without_sentences_nothing_changes_and_a_text_of_one_sentence_is_cut_any
     coder: Tokenizer, tmp_path: Path
 ) -> None:
     store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], coder, tmp_path / "store")
-    plain, whole = Pairs(store, 48), Pairs(store, 48, coder.vocab)
+    plain, whole = SegmentPairs(store, 48), SegmentPairs(store, 48, coder.vocab)
     for i in range(len(plain)):
         assert all(np.array_equal(plain[i][name], whole[i][name]) for name in plain[i])
         assert len(whole[i]["first"]) >= 1 and len(whole[i]["second"]) >= 1

@@ -15,12 +15,12 @@ import pytest
 from data_room import tokenizer
 
 from firth.data.collate import Batches
-from firth.data.labeled import Labelled, TextFields
-from firth.data.records import Dialogues, Preferences, Prompted, Records, comparison, prompts
+from firth.data.labeled import LabeledTexts, TextFields
+from firth.data.records import DialogueRecords, PreferenceRecords, Records, Seq2SeqRecords, comparison, prompts
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
-from firth.objectives.reward_model import Reward
-from firth.objectives.sft import SFT, TextToText
+from firth.objectives.reward_model import RewardModeling
+from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.tokenizer import chat
 from firth.types import IGNORE, UserError
 
@@ -45,7 +45,7 @@ def text(ids: np.ndarray) -> str:
 
 def test_labelled_texts(write: Write) -> None:
     path = write(*({"text": f"text {i}", "label": ("good", "bad", "odd")[i % 3]} for i in range(9)))
-    source = Labelled([path], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("bad", "good", "odd")
     vocab = tokenizer().vocab
     for i in range(9):
@@ -54,17 +54,19 @@ def test_labelled_texts(write: Write) -> None:
         assert (example["tokens"][0], example["tokens"][-1]) == (vocab.cls, vocab.sep)
         assert text(example["tokens"]) == f"text {i}"
         assert source.classes[example["label"]] == ("good", "bad", "odd")[i % 3]
-    held = Labelled([write({"text": "x", "label": "odd"}, name="held.jsonl")], tokenizer(), 32, classes=source.classes)
+    held = LabeledTexts(
+        [write({"text": "x", "label": "odd"}, name="held.jsonl")], tokenizer(), 32, classes=source.classes
+    )
     assert held[0]["label"] == 2
     assert source.counts == {"examples": 9, "records": 9, "files": 1}
 
 
 def test_labels_may_be_numbers(write: Write) -> None:
     path = write(*({"text": "x", "label": n} for n in (10, 2, 2, 0)))
-    source = Labelled([path], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("0", "2", "10")
     assert [int(source[i]["label"]) for i in range(4)] == [2, 1, 1, 0]
-    named = Labelled(
+    named = LabeledTexts(
         [write({"text": "x", "label": 1}, {"text": "x", "label": "no"})], tokenizer(), 32, classes=("no", "yes")
     )
     assert [int(named[i]["label"]) for i in range(2)] == [1, 0]
@@ -75,7 +77,7 @@ def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: i
     words = [tokenizer().token(i) for i in range(300)]
     assert words
     path = write({"a": "x " * first, "b": "y " * second, "label": "same"})
-    source = Labelled([path], tokenizer(), 20, TextFields("a", pair="b"))
+    source = LabeledTexts([path], tokenizer(), 20, TextFields("a", pair="b"))
     example = source[0]
     lengths = [len(tokenizer().encode(s)) for s in ("x " * first, "y " * second)]
     kept = int((example["segments"] == 0).sum()) - 2, int((example["segments"] == 1).sum()) - 1
@@ -102,7 +104,7 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def test_dialogues_of_every_shape_are_one(write: Write) -> None:
-    source = Dialogues([write(*SHAPES)], tokenizer(), 64)
+    source = DialogueRecords([write(*SHAPES)], tokenizer(), 64)
     expected, mask = chat.encode(tokenizer(), SHAPES[0]["messages"])
     for i in range(len(SHAPES)):
         assert np.array_equal(source[i]["tokens"], expected)
@@ -116,16 +118,18 @@ def test_what_is_too_long_is_cut_and_what_is_unanswered_left_out(write: Write) -
     long = {"prompt": "why " * 200, "completion": "because"}
     half = {"prompt": "why", "completion": "because " * 200}
     unanswered = {"messages": [{"role": "user", "content": "hello?"}]}
-    source = Dialogues([write(long, half, unanswered, SHAPES[0])], tokenizer(), 64)
+    source = DialogueRecords([write(long, half, unanswered, SHAPES[0])], tokenizer(), 64)
     assert source.counts == {"examples": 2, "records": 4, "cut": 2, "unanswered": 2, "files": 1}
     assert len(source[0]["tokens"]) == 64
     assert source[0]["mask"][-1]  # the answer was cut: no stop token is asked
     with pytest.raises(UserError, match=r"no record that could be used \(.*2 unanswered\)"):
-        Dialogues([write(long, unanswered)], tokenizer(), 64)
+        DialogueRecords([write(long, unanswered)], tokenizer(), 64)
 
 
 def test_text_to_text(write: Write) -> None:
-    source = Prompted([write(*SHAPES, {"prompt": "a " * 90, "completion": "b " * 90})], tokenizer(), 32, answer=16)
+    source = Seq2SeqRecords(
+        [write(*SHAPES, {"prompt": "a " * 90, "completion": "b " * 90})], tokenizer(), 32, answer=16
+    )
     eos = tokenizer().vocab.eos
     for i in range(len(SHAPES)):
         assert text(source[i]["source"]) == "hi there"
@@ -134,10 +138,10 @@ def test_text_to_text(write: Write) -> None:
     assert (len(source[5]["source"]), len(source[5]["target"])) == (32, 16)
     assert source[5]["target"][-1] != eos
     assert (source.counts["cut"], source.counts["long_answers"]) == (1, 1)
-    batch = Batches(source, TextToText(), tokenizer().vocab, rows=6, seed=0, pack=48).batches(0)[0]
+    batch = Batches(source, Seq2SeqSFT(), tokenizer().vocab, rows=6, seed=0, pack=48).batches(0)[0]
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
     with pytest.raises(UserError, match=r"rows.jsonl:1: text to text needs a prompt"):
-        Prompted([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
+        Seq2SeqRecords([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
 
 
 def test_preferences(write: Write) -> None:
@@ -152,18 +156,18 @@ def test_preferences(write: Write) -> None:
         {"chosen": [*turns, good], "rejected": [*turns, bad]},
         {"prompt": turns, "chosen": "four", "rejected": "fish"},
     ]
-    source = Preferences([write(*rows, {"prompt": "x", "chosen": "same", "rejected": "same"})], tokenizer(), 64)
+    source = PreferenceRecords([write(*rows, {"prompt": "x", "chosen": "same", "rejected": "same"})], tokenizer(), 64)
     assert source.counts["unanswered"] == 1
     for i in range(3):
         example = source[i]
         assert text(example["chosen_tokens"][example["chosen_mask"]]) == "four"
         assert text(example["rejected_tokens"][example["rejected_mask"]]) == "fish"
         assert np.array_equal(example["chosen_tokens"], source[0]["chosen_tokens"])
-    batch = Batches(source, Reward(), tokenizer().vocab, rows=3, seed=0).batches(0)[0]
+    batch = Batches(source, RewardModeling(), tokenizer().vocab, rows=3, seed=0).batches(0)[0]
     assert batch["tokens"].shape[:2] == (3, 2)
     assert DPO().targets
     with pytest.raises(UserError, match=r"rows.jsonl:1: a preference needs `chosen` and `rejected`"):
-        Preferences([write({"prompt": "x", "chosen": "y"})], tokenizer(), 64)
+        PreferenceRecords([write({"prompt": "x", "chosen": "y"})], tokenizer(), 64)
     with pytest.raises(UserError, match="needs a `prompt`"):
         comparison({"chosen": "a", "rejected": "b"})
 
@@ -181,13 +185,13 @@ def test_prompts_end_with_the_answer_begun(write: Write) -> None:
 def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None:
     rows = [{"text": f"text number {i}", "label": i % 2} for i in range(3000)]
     path = write(*rows)
-    plain = Labelled([path], tokenizer(), 32)
+    plain = LabeledTexts([path], tokenizer(), 32)
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(Path(path).read_bytes()))
     table = tmp_path / "table.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=100)
     for other in (packed, table):
-        source = Labelled([str(other)], tokenizer(), 32)
+        source = LabeledTexts([str(other)], tokenizer(), 32)
         assert len(source) == 3000
         for i in (0, 1, 1023, 1024, 2999):
             assert np.array_equal(source[i]["tokens"], plain[i]["tokens"])
@@ -197,16 +201,16 @@ def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("source", "line", "told"),
     [
-        (Labelled, '{"text": "x", "label": "a"', "rows.jsonl:2: this line is not JSON"),
-        (Labelled, '["x"]', "rows.jsonl:2: a record is a JSON object"),
-        (Labelled, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
-        (Labelled, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
-        (Labelled, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\], and a name"),
-        (Labelled, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
-        (Dialogues, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
-        (Dialogues, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
-        (Prompted, '{"prompt": 3, "completion": "x"}', "rows.jsonl:2: text was expected"),
-        (Preferences, '{"prompt": "x", "chosen": ["y"], "rejected": "z"}', "rows.jsonl:2: a turn of a dialogue"),
+        (LabeledTexts, '{"text": "x", "label": "a"', "rows.jsonl:2: this line is not JSON"),
+        (LabeledTexts, '["x"]', "rows.jsonl:2: a record is a JSON object"),
+        (LabeledTexts, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
+        (LabeledTexts, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
+        (LabeledTexts, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\], and a name"),
+        (LabeledTexts, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
+        (DialogueRecords, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
+        (DialogueRecords, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
+        (Seq2SeqRecords, '{"prompt": 3, "completion": "x"}', "rows.jsonl:2: text was expected"),
+        (PreferenceRecords, '{"prompt": "x", "chosen": ["y"], "rejected": "z"}', "rows.jsonl:2: a turn of a dialogue"),
     ],
 )
 def test_mistakes_name_file_and_line(write: Write, source: type[Records], line: str, told: str) -> None:
@@ -219,18 +223,18 @@ def test_mistakes_name_file_and_line(write: Write, source: type[Records], line: 
 
 def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl:2: the label maybe is none of the classes \(no, yes\)"):
-        Labelled(
+        LabeledTexts(
             [write({"text": "x", "label": "yes"}, {"text": "x", "label": "maybe"})],
             tokenizer(),
             32,
             classes=("no", "yes"),
         )
     with pytest.raises(UserError, match=r"no record that could be used \(1 empty\)"):
-        Labelled([write()], tokenizer(), 32)
+        LabeledTexts([write()], tokenizer(), 32)
 
 
 def test_lone_surrogates_and_nul_are_only_text(write: Write) -> None:
-    source = Labelled([write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer(), 32)
+    source = LabeledTexts([write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer(), 32)
     assert "a" in text(source[0]["tokens"])
     objective = Classification(classes=source.classes)
     batch = Batches(source, objective, tokenizer().vocab, rows=1, seed=0).batches(0)[0]
@@ -239,7 +243,7 @@ def test_lone_surrogates_and_nul_are_only_text(write: Write) -> None:
 
 def test_a_source_of_records_keeps_no_text_in_memory(write: Write) -> None:
     """What stays is the map of the file and 8 bytes a record and column."""
-    source = Dialogues([write(*SHAPES)], tokenizer(), 64)
+    source = DialogueRecords([write(*SHAPES)], tokenizer(), 64)
     tokens = source[0]["tokens"]
     assert tokens.base is not None
     assert not tokens.flags.writeable

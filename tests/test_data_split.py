@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from firth.align.rewards import Comparison, Sample, write_comparisons
+from firth.align.rewards import PreferencePair, Rollout, write_preference_pairs
 from firth.corpora.readers import Document
 from firth.data.source import Source
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys, hold_out
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
-from firth.objectives.token_classification import Tagging
-from firth.runs.alignment_examples import Sampled
-from firth.runs.examples import Dialogues, Preferences, Prompted, Segment
-from firth.runs.labeled_examples import Chosen, Labelled, Questions, Scored, Tagged
-from firth.runs.noisy_label_examples import Votes
-from firth.runs.prepare import Material, Text
+from firth.objectives.token_classification import TokenClassification
+from firth.runs.alignment_examples import SampledPreferencesConfig
+from firth.runs.examples import DialoguesConfig, ExamplesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.runs.labeled_examples import LabeledConfig, MultipleChoiceConfig, QuestionsConfig, ScoredConfig, TaggedConfig
+from firth.runs.noisy_label_examples import MultiAnnotatorConfig
+from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import load
 from firth.runs.tokenizer import tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
@@ -44,39 +44,39 @@ def says(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-SHAPES: dict[str, tuple[Segment, Row]] = {
-    "messages": (Dialogues(), lambda i, k: {"messages": [user(i), says(f"answer {k}")]}),
+SHAPES: dict[str, tuple[ExamplesConfig, Row]] = {
+    "messages": (DialoguesConfig(), lambda i, k: {"messages": [user(i), says(f"answer {k}")]}),
     "a dialogue that goes on": (
-        Dialogues(),
+        DialoguesConfig(),
         lambda i, k: {"messages": [user(i), says(f"answer {k}"), *([user(i + 999), says("so")] * k)]},
     ),
-    "prompt and completion": (Dialogues(), lambda i, k: {"prompt": f"what is p{i}q ?", "completion": f"answer {k}"}),
-    "text to text": (Prompted(), lambda i, k: {"prompt": f"what is p{i}q ?", "completion": f"answer {k}"}),
+    "prompt and completion": (DialoguesConfig(), lambda i, k: {"prompt": f"what is p{i}q ?", "completion": f"answer {k}"}),
+    "text to text": (Seq2SeqConfig(), lambda i, k: {"prompt": f"what is p{i}q ?", "completion": f"answer {k}"}),
     "a form of fields": (
-        Prompted(prompt="in French: {en}", answer_is="{fr}"),
+        Seq2SeqConfig(prompt="in French: {en}", answer_is="{fr}"),
         lambda i, k: {"en": f"the word p{i}q", "fr": f"mot {k}"},
     ),
     "preferences": (
-        Preferences(),
+        PreferencesConfig(),
         lambda i, k: {"prompt": f"what is p{i}q ?", "chosen": f"good {k}", "rejected": f"bad {k}"},
     ),
     "whole dialogues": (
-        Preferences(),
+        PreferencesConfig(),
         lambda i, k: {"chosen": [user(i), says(f"good {k}")], "rejected": [user(i), says(f"bad {k}")]},
     ),
-    "labeled rows": (Labelled(), lambda i, k: {"text": f"a film p{i}q", "label": "ab"[k % 2]}),
+    "labeled rows": (LabeledConfig(), lambda i, k: {"text": f"a film p{i}q", "label": "ab"[k % 2]}),
     "pairs": (
-        Labelled(pair="other"),
+        LabeledConfig(pair="other"),
         lambda i, k: {"text": f"a film p{i}q", "other": f"hypothesis {k}", "label": "ab"[k % 2]},
     ),
-    "scores": (Scored(pair="other"), lambda i, k: {"text": f"a film p{i}q", "other": f"a book {k}", "label": k + 0.5}),
-    "options": (Chosen(), lambda i, k: {"text": f"she opens p{i}q", "options": [f"the door {k}", "a sea"], "label": 0}),
-    "tags": (Tagged(), lambda i, k: {"tokens": ["the", f"p{i}q"], "tags": ["O", f"B-{'XY'[k % 2]}"]}),
+    "scores": (ScoredConfig(pair="other"), lambda i, k: {"text": f"a film p{i}q", "other": f"a book {k}", "label": k + 0.5}),
+    "options": (MultipleChoiceConfig(), lambda i, k: {"text": f"she opens p{i}q", "options": [f"the door {k}", "a sea"], "label": 0}),
+    "tags": (TaggedConfig(), lambda i, k: {"tokens": ["the", f"p{i}q"], "tags": ["O", f"B-{'XY'[k % 2]}"]}),
     "questions": (
-        Questions(length=64, question=16),
+        QuestionsConfig(length=64, question=16),
         lambda i, k: {"context": f"it is p{i}q .", "question": f"what is {k} ?", "answers": [{"text": "it", "start": 0}]},
     ),
-    "votes": (Votes(), lambda i, k: {"text": f"a film p{i}q", "labels": ["a", "ab"[k % 2]]}),
+    "votes": (MultiAnnotatorConfig(), lambda i, k: {"text": f"a film p{i}q", "labels": ["a", "ab"[k % 2]]}),
 }  # fmt: skip
 
 
@@ -85,9 +85,9 @@ def tokenizer() -> Tokenizer:
     return train(["what is the answer of a film ? good bad " * 9], "byte-bpe", size=400)
 
 
-def material(tokenizer: Tokenizer, folder: Path, path: str, **source: Any) -> tuple[Material, list[str]]:
+def material(tokenizer: Tokenizer, folder: Path, path: str, **source: Any) -> tuple[RunData, list[str]]:
     said: list[str] = []
-    return Material(Text(path=(path,), **source), tokenizer, folder / "run", echo=said.append), said
+    return RunData(DataConfig(path=(path,), **source), tokenizer, folder / "run", echo=said.append), said
 
 
 def prompts(source: Source, tokenizer: Tokenizer) -> set[str]:
@@ -107,7 +107,9 @@ def test_a_prompt_is_on_one_side(shape: str, tokenizer: Tokenizer, tmp_path: Pat
     segment, row = SHAPES[shape]
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(row(i, k)) + "\n" for k in range(EACH) for i in range(PROMPTS)))
-    objective: Objective = Tagging() if shape == "tags" else Classification() if shape == "labeled rows" else CausalLM()
+    objective: Objective = (
+        TokenClassification() if shape == "tags" else Classification() if shape == "labeled rows" else CausalLM()
+    )
     made, _ = material(tokenizer, tmp_path, str(file), held_out=0.2)
     cut = segment.cut(made, segment.settle(objective, made))
     assert cut.valid is not None
@@ -133,13 +135,13 @@ def test_sampled_comparisons_of_a_prompt_are_on_one_side(tokenizer: Tokenizer, t
     for k in range(EACH):
         for i in range(PROMPTS):
             good, bad = (
-                Sample(tokenizer.encode(f"p{i}q ?"), tokenizer.encode(f"{word} {k}"), f"{word} {k}", True)
+                Rollout(tokenizer.encode(f"p{i}q ?"), tokenizer.encode(f"{word} {k}"), f"{word} {k}", True)
                 for word in ("yes", "no")
             )
-            rows.append(Comparison(good, bad, 1.0))
-    write_comparisons(rows, tmp_path / "pairs.jsonl", tokenizer.decode)
+            rows.append(PreferencePair(good, bad, 1.0))
+    write_preference_pairs(rows, tmp_path / "pairs.jsonl", tokenizer.decode)
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "pairs.jsonl"), held_out=0.2)
-    cut = Sampled().cut(made, CausalLM())
+    cut = SampledPreferencesConfig().cut(made, CausalLM())
     assert cut.valid is not None and prompts(cut.valid, tokenizer)
     assert prompts(cut.train, tokenizer).isdisjoint(prompts(cut.valid, tokenizer))
 
@@ -149,7 +151,7 @@ def test_duplicates_are_counted_and_the_first_is_named(tokenizer: Tokenizer, tmp
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made, _ = material(tokenizer, tmp_path, str(file))
-    cut = Labelled().cut(made, Labelled().settle(Classification(), made))
+    cut = LabeledConfig().cut(made, LabeledConfig().settle(Classification(), made))
     assert cut.counts["duplicates"] == 20
     assert f"20 records have the same content as an earlier one; the first is {file}:41" in cut.remarks
 
@@ -158,7 +160,7 @@ def test_one_prompt_for_all_records_holds_nothing_out(tokenizer: Tokenizer, tmp_
     rows = [{"prompt": "write a poem", "completion": f"rose {i}"} for i in range(30)]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"))
-    cut = Dialogues().cut(made, CausalLM())
+    cut = DialoguesConfig().cut(made, CausalLM())
     assert cut.valid is None and "they have 1 different prompts or texts" in cut.unheld
 
 
@@ -192,8 +194,8 @@ def test_a_mixture_does_not_train_on_what_another_path_holds_out(tokenizer: Toke
     """The same texts in another order have other names, so each path would hold out others."""
     texts = [f"the film {i} is good" for i in range(30)]
     paths = [texts_of(tmp_path / "first", texts), texts_of(tmp_path / "second", texts[::-1])]
-    source = Text(path=tuple(paths), weights=(1, 1), held_out=0.2)
-    parts = Material(source, tokenizer, tmp_path / "run", echo=lambda _: None).parts()
+    source = DataConfig(path=tuple(paths), weights=(1, 1), held_out=0.2)
+    parts = RunData(source, tokenizer, tmp_path / "run", echo=lambda _: None).parts()
     stores = [part.stores() for part in parts]
     learnt = set().union(*(documents(train_store, tokenizer) for train_store, _ in stores))
     held = set().union(*(documents(valid_store, tokenizer) for _, valid_store in stores))

@@ -16,14 +16,14 @@ import torch
 from data_room import TEXTS, Counting, documents, store, tokenizer
 
 from firth.corpora import readers
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.collate import Batches
-from firth.data.source import Mixture, Source
+from firth.data.source import MixtureSource, Source
 from firth.data.split import enough, place, split
 from firth.data.token_store import TokenStore
-from firth.data.windows import Pairs, Pieces, Windows
+from firth.data.windows import DocumentChunks, SegmentPairs, Windows
 from firth.objectives.causal_lm import CausalLM
 from firth.tokenizer.train import train
 from firth.types import IGNORE, Example, UserError
@@ -308,7 +308,7 @@ def test_batches_read_moved_windows(tmp_path: Path) -> None:
     assert not {tuple(row) for row in run[-1].tolist()} & known
     measured = torch.cat([batch["tokens"] for batch in batches(windows).once()])
     assert {tuple(row) for row in measured.tolist()} == known
-    twins = Mixture([Counting(7), windows], [1, 2])
+    twins = MixtureSource([Counting(7), windows], [1, 2])
     epochs, indices = twins.order(5, np.arange(300))
     own = windows.in_epochs(6, epochs[indices >= 7], indices[indices >= 7] - 7)
     mixed = [x for x, i in zip(twins.in_epochs(5, epochs, indices), indices, strict=True) if i >= 7]
@@ -318,7 +318,7 @@ def test_batches_read_moved_windows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("framed", [False, True])
 def test_pieces_are_all_of_every_document(tmp_path: Path, framed: bool) -> None:
     made, vocab = store(tmp_path), tokenizer().vocab
-    pieces = Pieces(made, 50, vocab if framed else None)
+    pieces = DocumentChunks(made, 50, vocab if framed else None)
     at = 0
     for i in range(len(made)):
         whole, got = body(made, i), []
@@ -339,7 +339,7 @@ def test_pieces_are_all_of_every_document(tmp_path: Path, framed: bool) -> None:
 
 def test_pairs_are_neighbours_and_a_stranger_of_the_same_length(tmp_path: Path) -> None:
     made = store(tmp_path)
-    pairs = Pairs(made, 64)
+    pairs = SegmentPairs(made, 64)
     bodies = [body(made, i).tolist() for i in range(len(made))]
     joined = [" ".join(map(str, b)) for b in bodies]
 
@@ -361,7 +361,7 @@ def test_pairs_are_neighbours_and_a_stranger_of_the_same_length(tmp_path: Path) 
         cuts.append(len(first))
     assert len(set(cuts)) > 40
     with pytest.raises(UserError, match="two documents"):
-        Pairs(TokenStore.build(documents()[5:6], tokenizer(), tmp_path / "one"), 64)
+        SegmentPairs(TokenStore.build(documents()[5:6], tokenizer(), tmp_path / "one"), 64)
 
 
 def test_a_wordpiece_like_store_without_bos(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_wordpiece_like_store_without_bos(tmp_path: Path) -> None:
     t.__dict__["vocab"] = type(vocab)(vocab.size, roles, vocab.special, vocab.sentinels, vocab.spelling)
     made = TokenStore.build(documents(), t, tmp_path / "store")
     assert not made.opened
-    assert t.decode(Pieces(made, 10_000)[3]["tokens"]) == [d.text for d in documents() if d.text][3]
+    assert t.decode(DocumentChunks(made, 10_000)[3]["tokens"]) == [d.text for d in documents() if d.text][3]
 
 
 def test_held_out_documents_are_a_function_of_their_names() -> None:
@@ -439,14 +439,14 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfgood \xff\xfe day\x00 all")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
-    counts = Counts()
+    counts = ReadStats()
     some = list(readers.documents([str(tmp_path)], counts=counts))
     made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows)
     assert len(made) == 2
     assert made.manifest["counts"]["nul"] == 1
     assert made.manifest["counts"]["empty"] == 2
     assert "good" in tokenizer().decode(body(made, 0))
-    batch = Batches(Pieces(made, 16), CausalLM(), tokenizer().vocab, rows=2, seed=0).batches(0)[0]
+    batch = Batches(DocumentChunks(made, 16), CausalLM(), tokenizer().vocab, rows=2, seed=0).batches(0)[0]
     assert batch["tokens"].shape[0] == 2
 
 

@@ -14,9 +14,17 @@ from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import Entities
 
 from firth.corpora import readers
-from firth.data.labeled import Chosen, Labelled, OptionFields, Scored, TagFields, Tagged, TextFields
-from firth.data.question_answering import Questions
-from firth.data.tags import begun, marked, names
+from firth.data.labeled import (
+    LabeledTexts,
+    MultipleChoiceRecords,
+    OptionFields,
+    ScoredTexts,
+    TagFields,
+    TaggedSentences,
+    TextFields,
+)
+from firth.data.question_answering import QuestionRecords
+from firth.data.tags import has_spans, names, to_bio2
 from firth.evaluate.answer_spans import by_question
 from firth.evaluate.tasks import token_classification
 from firth.tokenizer.train import train
@@ -50,7 +58,7 @@ def test_csv_has_quotes_and_lines_within_cells(tmp_path: Path) -> None:
 def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> None:
     good = "".join(f"text {i}\ta\n" for i in range(150))
     path = file(tmp_path, "a.tsv", "text\tlabel\n" + good + "too\tmany\tcells\n" + good)
-    source = Labelled([path], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32)
     assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1, "duplicates": 150}
     assert any(f"the first is {path}:152 (3 cells under 2 columns)" in remark for remark in source.remarks)
     with pytest.raises(UserError, match=r"b\.csv:3 \(1 cells under 2 columns\): so in 2 of 3 rows"):
@@ -76,39 +84,39 @@ def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"a\.csv:3: the label odd is none of the classes \(bad, good\), nor is that of 1 more record"
     ):
-        Labelled([path], tokenizer(), 32, classes=("bad", "good"))
+        LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"))
     with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
-        Labelled([file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer(), 32)
-    source = Labelled([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
+        LabeledTexts([file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer(), 32)
+    source = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
     assert list(source.per_class(np.arange(4)).values()) == [1, 1, 2, 0]
     assert source.remarks == [f"no record of {path} has the class 'never'"]
-    unasked = Labelled([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
+    unasked = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
     assert len(unasked) == 4
 
 
 def test_a_text_longer_than_the_row_is_named(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\n" + "long " * 50 + ",bad\n" + "long " * 60 + ",bad\n")
-    source = Labelled([path], tokenizer(), 16)
+    source = LabeledTexts([path], tokenizer(), 16)
     assert source.counts["cut"] == 2
     assert source.remarks == [f"2 texts were longer than 16 tokens and lost their end; the first is {path}:3"]
 
 
 def test_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "index\tsentence1\tsentence2\tscore\n0\ta man\ta boy\t2.5\n1\ta\tb\t5\n")
-    source = Scored([path], tokenizer(), 32, TextFields("sentence1", "score", "sentence2"))
+    source = ScoredTexts([path], tokenizer(), 32, TextFields("sentence1", "score", "sentence2"))
     assert source.scores.tolist() == [2.5, 5.0]
     assert source[0]["score"] == 2.5
     assert sorted(source[0]) == ["score", "segments", "tokens"]
     for bad in ("high", "nan", ""):
         with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' holds '{bad}', and a number is wanted"):
-            Scored([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
+            ScoredTexts([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
 
 
 def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
     one = {"text": "She opens", "options": ["the door", "the sea", "it"], "label": 1}
     two = {"text": "He", "options": ["runs", "walks"], "label": "walks"}
     path = file(tmp_path, "a.jsonl", json.dumps(one) + "\n" + json.dumps(two) + "\n")
-    source = Chosen([path], tokenizer(), 32)
+    source = MultipleChoiceRecords([path], tokenizer(), 32)
     assert (source.most, source[0]["label"], source[1]["label"]) == (3, 1, 1)
     told = [tokenizer().decode(row["tokens"]) for row in source[0]["options"]]
     assert told == ["She opensthe door", "She opensthe sea", "She opensit"]
@@ -116,7 +124,7 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
         len(tokenizer().encode(text)) + 1 for text in ("runs", "walks")
     ]
     swag = "sent1,sent2,ending0,ending1,label\nShe sits.,She,eats.,flies.,0\n"
-    from_columns = Chosen(
+    from_columns = MultipleChoiceRecords(
         [file(tmp_path, "b.csv", swag)],
         tokenizer(),
         32,
@@ -128,7 +136,7 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
         ({"options": ["one"]}, "no list of two texts or more"),
     ):
         with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{said}"):
-            Chosen([file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")], tokenizer(), 32)
+            MultipleChoiceRecords([file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")], tokenizer(), 32)
 
 
 CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman JJ I-NP I-MISC\n\nPeter NNP I-NP I-PER\n"
@@ -137,25 +145,25 @@ CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman J
 @pytest.mark.parametrize("name", ["a.conll", "a.txt"])
 def test_conll_s_columns(tmp_path: Path, name: str) -> None:
     path = file(tmp_path, name, CONLL)
-    source = Tagged([path], tokenizer(), 32)
+    source = TaggedSentences([path], tokenizer(), 32)
     assert source.classes == ("B-MISC", "B-ORG", "B-PER", "O")
     assert source.counts["begun"] == 2
     assert "IOB1" in source.remarks[0]
     asked = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
     assert asked == [[1, 3, 0], [0, 1, 2]]
-    speech = Tagged([path], tokenizer(), 32, TagFields(tags="pos", columns=("tokens", "pos", "chunk", "ner")))
+    speech = TaggedSentences([path], tokenizer(), 32, TagFields(tags="pos", columns=("tokens", "pos", "chunk", "ner")))
     assert speech.classes == ("JJ", "NNP", "VBZ")
     with pytest.raises(UserError, match=r"b\.conll:2 \(1 columns of 2\): so in 1 of 1 sentences"):
-        Tagged([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)
+        TaggedSentences([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)
 
 
 def test_only_the_first_subword_of_a_word_is_asked(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "unquestionably A\nx B\n")
-    source = Tagged([path], tokenizer(), 32)
+    source = TaggedSentences([path], tokenizer(), 32)
     pieces, behind = (len(tokenizer().encode(text)) for text in ("unquestionably", " x"))
     assert pieces > 1
     assert source[0]["tags"].tolist()[1:-1] == [0, *[IGNORE] * (pieces - 1), 1, *[IGNORE] * (behind - 1)]
-    short = Tagged([path], tokenizer(), pieces + 1)
+    short = TaggedSentences([path], tokenizer(), pieces + 1)
     assert short.words(0).tolist() == [0]
     assert short.counts["cut"] == 1
 
@@ -170,7 +178,7 @@ SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The play was writte
 
 def test_squad_s_json(tmp_path: Path) -> None:
     path = file(tmp_path, "a.json", json.dumps(SQUAD))
-    source = Questions([path], tokenizer(), 96, question=16)
+    source = QuestionRecords([path], tokenizer(), 96, question=16)
     assert source.counts == {
         "examples": 3, "records": 4, "misplaced": 1, "unanswered": 1, "unanswerable": 1, "files": 1,
     }  # fmt: skip
@@ -184,7 +192,7 @@ def test_squad_s_json(tmp_path: Path) -> None:
     assert "The play was written by Anne Lee in 1901."[answer[0] : answer[1]].strip() == "Anne Lee"
     assert (source[1]["start"], source[1]["end"]) == (-1, -1)
     assert example["segments"][example["start"]] == 1
-    kept = Questions([path], tokenizer(), 96, question=16, keep=True)
+    kept = QuestionRecords([path], tokenizer(), 96, question=16, keep=True)
     assert [kept.asked_of(number).right for number in range(kept.questions)] == [
         ("Anne Lee",),
         (),
@@ -199,7 +207,7 @@ def test_long_passages_are_read_in_windows_that_overlap(tmp_path: Path) -> None:
     at = context.index("word40")
     record = {"context": context, "question": "Which?", "answers": [{"text": "word40 word41", "start": at}], "id": "x"}
     path = file(tmp_path, "a.jsonl", json.dumps(record) + "\n")
-    source = Questions([path], tokenizer(), 64, stride=20, question=16)
+    source = QuestionRecords([path], tokenizer(), 64, stride=20, question=16)
     whole = len(tokenizer().encode(context))
     seen: set[int] = set()
     found = 0
@@ -220,14 +228,17 @@ def test_long_passages_are_read_in_windows_that_overlap(tmp_path: Path) -> None:
 
 def test_answers_of_other_shapes(tmp_path: Path) -> None:
     hub = {"context": "a b", "question": "?", "answers": {"text": ["b"], "answer_start": [2]}}
-    assert Questions([file(tmp_path, "a.jsonl", json.dumps(hub) + "\n")], tokenizer(), 40, question=16)[0]["start"] > 0
+    assert (
+        QuestionRecords([file(tmp_path, "a.jsonl", json.dumps(hub) + "\n")], tokenizer(), 40, question=16)[0]["start"]
+        > 0
+    )
     bad = {"context": "a b", "question": "?", "answers": [{"text": "b"}]}
     with pytest.raises(UserError, match=r"b\.jsonl:1: an answer needs a 'text' and the character"):
-        Questions([file(tmp_path, "b.jsonl", json.dumps(bad) + "\n")], tokenizer(), 40, question=16)
+        QuestionRecords([file(tmp_path, "b.jsonl", json.dumps(bad) + "\n")], tokenizer(), 40, question=16)
     with pytest.raises(UserError, match="neither SQuAD's JSON nor a list"):
-        Questions([file(tmp_path, "c.json", '{"data": 3}')], tokenizer(), 40, question=16)
+        QuestionRecords([file(tmp_path, "c.json", '{"data": 3}')], tokenizer(), 40, question=16)
     with pytest.raises(UserError, match="this is not JSON"):
-        Questions([file(tmp_path, "d.json", '{"data"')], tokenizer(), 40, question=16)
+        QuestionRecords([file(tmp_path, "d.json", '{"data"')], tokenizer(), 40, question=16)
 
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram"])
@@ -240,7 +251,7 @@ def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
         {"context": context, "question": "who?", "answers": [{"text": text, "start": start}]} for text, start in answers
     ]
     path = file(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    items = Questions([path], coder, 128, question=16)
+    items = QuestionRecords([path], coder, 128, question=16)
     assert len(items) == 3
     scores = []
     for i in range(3):
@@ -286,8 +297,8 @@ def test_names_are_those_of_seqeval_in_every_scheme(scheme: str) -> None:
         elif oracle is not None:
             [entities] = Entities([tags], oracle).entities
             assert wanted == [(one.tag, one.start, one.end) for one in entities]
-        assert marked(tags) and names(tags) == wanted
-        assert names(begun(tags)) == wanted
+        assert has_spans(tags) and names(tags) == wanted
+        assert names(to_bio2(tags)) == wanted
 
 
 @pytest.mark.parametrize("scheme", ["IO", "IOBES", "BILOU"])
@@ -295,8 +306,8 @@ def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str
     layout = [("PER", 2), ("", 1), ("ORG", 1), ("", 2), ("PER", 3)]
     tags = in_scheme(scheme, layout)
     record = {"tokens": [f"word{i}" for i in range(len(tags))], "tags": tags}
-    items = Tagged([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
-    right = begun(tags)
+    items = TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
+    right = to_bio2(tags)
     columns = token_classification.counted(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
     found = {name: metric(*columns) for name, metric in token_classification.more(items).items()}
     assert found == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
@@ -313,4 +324,4 @@ def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str
 def test_marks_of_another_form_are_rejected(tmp_path: Path, tags: list[str], wrong: str) -> None:
     record = {"tokens": ["a", "b", "c"], "tags": tags}
     with pytest.raises(UserError, match=wrong):
-        Tagged([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64)
+        TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from firth.align.rewards import Comparisons, read_comparisons
-from firth.data.records import Preferences
+from firth.align.rewards import PreferencePairs, read_preference_pairs
+from firth.data.records import PreferenceRecords
 from firth.demo import folder, plays, scorers
-from firth.demo.data import Material, balanced, read_rows
+from firth.demo.data import DemoText, balanced, read_rows
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> 
     rows = read_rows(file)
     assert all(isinstance(row[name], str) for row in rows for name in ("prompt", "chosen", "rejected"))
     tokenizer = Tokenizer.load(start)
-    texts, sampled = Preferences([str(file)], tokenizer, 256), Comparisons(read_comparisons(file))
+    texts, sampled = PreferenceRecords([str(file)], tokenizer, 256), PreferencePairs(read_preference_pairs(file))
     requests = {row["prompt"] for row in read_rows(whole / "material" / "dialogues-train.jsonl")}
     assert {row["prompt"] for row in rows} <= requests
     for i, owner in enumerate(texts.owners.tolist()):
@@ -144,7 +144,7 @@ def test_one_large_file_is_enough(tmp_path: Path) -> None:
     assert len(set(labelled)) > 100
     held = {row["text"] for row in read_rows(tmp_path / "out" / "valid.jsonl")}
     assert held and not held & {row["text"] for row in read_rows(tmp_path / "out" / "train.jsonl")}
-    assert Material.load(tmp_path / "out") == material
+    assert DemoText.load(tmp_path / "out") == material
 
 
 def test_questions_statements_and_balance() -> None:

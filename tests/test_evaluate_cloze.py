@@ -9,12 +9,12 @@ import torch
 from firth.corpora.readers import Document
 from firth.data.collate import collate
 from firth.data.token_store import TokenStore
-from firth.evaluate.cloze import Item, commonest, items, score
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.evaluate.cloze import ClozeItem, items, most_frequent_baseline, score
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.denoise import Denoise
+from firth.objectives.denoise import Denoising
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
@@ -28,16 +28,16 @@ from firth.types import IGNORE
 ROLES = {"pad": 0, "eos": 1, "mask": 2, "cls": 3, "sep": 4, "bos": 5}
 VOCAB = Vocab(size=60, roles=ROLES, special=np.arange(60) < 12, sentinels=np.arange(6, 12))
 SIZES = {"vocab": 60, "width": 64, "depth": 1}
-ASKED: dict[str, tuple[Objective, Shape]] = {
-    "causal": (CausalLM(), decoder(**SIZES)),
-    "mlm": (MLM(), encoder(**SIZES)),
-    "nsp + mlm": (NSP() + MLM(), encoder(**SIZES)),
-    "span corruption": (SpanCorruption(), encoder_decoder(**SIZES)),
-    "span corruption in one row": (SpanCorruption(layout="prefix"), encoder(**SIZES)),
-    "prefix lm": (PrefixLM(), encoder(**SIZES)),
-    "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), encoder_decoder(**SIZES)),
-    "denoise": (Denoise(), encoder_decoder(**SIZES)),
-    "denoise by deletion, in one row": (Denoise(noises=("deletion",), layout="prefix"), encoder(**SIZES)),
+ASKED: dict[str, tuple[Objective, ModelConfig]] = {
+    "causal": (CausalLM(), decoder_config(**SIZES)),
+    "mlm": (MLM(), encoder_config(**SIZES)),
+    "nsp + mlm": (NSP() + MLM(), encoder_config(**SIZES)),
+    "span corruption": (SpanCorruption(), encoder_decoder_config(**SIZES)),
+    "span corruption in one row": (SpanCorruption(layout="prefix"), encoder_config(**SIZES)),
+    "prefix lm": (PrefixLM(), encoder_config(**SIZES)),
+    "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), encoder_decoder_config(**SIZES)),
+    "denoise": (Denoising(), encoder_decoder_config(**SIZES)),
+    "denoise by deletion, in one row": (Denoising(noises=("deletion",), layout="prefix"), encoder_config(**SIZES)),
 }
 TOKENS = np.arange(20, 32)
 
@@ -78,7 +78,7 @@ def test_the_score_is_that_of_one_item_at_a_time(name: str) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(1)
     model = LM(shape, objective.parts(shape))
-    asked_of = [Item(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
+    asked_of = [ClozeItem(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
     right, bits = [], []
     for item in asked_of:
         shown = objective.cloze(item.tokens, item.at, VOCAB)
@@ -95,8 +95,8 @@ def test_the_score_is_that_of_one_item_at_a_time(name: str) -> None:
 
 def test_an_objective_that_asks_for_no_token_has_no_score() -> None:
     objective = Classification(classes=("a", "b"))
-    shape = encoder(**SIZES)
-    assert score(LM(shape, objective.parts(shape)), objective, [Item(TOKENS, 3)], VOCAB) == {}
+    shape = encoder_config(**SIZES)
+    assert score(LM(shape, objective.parts(shape)), objective, [ClozeItem(TOKENS, 3)], VOCAB) == {}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_items_are_fixed_and_spread_over_the_store(tmp_path: Path, tokenizer: To
     assert [(i.tokens.tolist(), i.at) for i in found] == [(i.tokens.tolist(), i.at) for i in again]
     assert 20 <= len(found) <= 25
     always = np.bincount(store.tokens).argmax()
-    assert commonest(store, found) == np.mean([i.tokens[i.at] == always for i in found]) > 0
+    assert most_frequent_baseline(store, found) == np.mean([i.tokens[i.at] == always for i in found]) > 0
     for item in found:
         assert 8 <= len(item.tokens) <= 32
         assert len(item.tokens) // 4 <= item.at < 3 * len(item.tokens) // 4

@@ -19,19 +19,19 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from firth.cli import app
-from firth.data.question_answering import Questions
-from firth.data.source import Subset
+from firth.data.question_answering import QuestionRecords
+from firth.data.source import SubsetSource
 from firth.evaluate.answer_spans import best, chosen
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
-from firth.model.config import encoder, encoder_decoder
+from firth.model.config import encoder_config, encoder_decoder_config
 from firth.model.model import LM
-from firth.objectives.classification import answers
-from firth.objectives.sft import TextToText
+from firth.objectives.classification import classification_head
+from firth.objectives.sft import Seq2SeqSFT
 from firth.pretrained.load_save import save_model
 from firth.runs.recipe import EvalConfig, load
 from firth.runs.run import run
-from firth.runs.validation import Held
+from firth.runs.validation import Validator
 from firth.train.distributed import Ranks
 from firth.types import UserError
 
@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Saved:
     def make(parts: dict[str, nn.Module], recipe: dict[str, Any], classes: tuple[str, ...] = ()) -> Path:
         coder = tokenizer()
         torch.manual_seed(0)
-        model = LM(encoder(coder.vocab.size, 64, 1, heads=2, context=64), parts)
+        model = LM(encoder_config(coder.vocab.size, 64, 1, heads=2, context=64), parts)
         place = tmp_path / f"run-{recipe['segment']['kind']}"
         save_model(model, coder, place / "model", {"recipe": "0", "classes": classes})
         (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -57,12 +57,14 @@ def saved(tmp_path: Path) -> Saved:
 @pytest.fixture
 def classifier(saved: Saved) -> Path:
     recipe = {"objective": {"kind": "classification", "at": "first"}, "segment": {"kind": "labelled", "length": 32}}
-    return saved({"classes": answers(64, 2)}, recipe, ("bad", "good"))
+    return saved({"classes": classification_head(64, 2)}, recipe, ("bad", "good"))
 
 
 @pytest.fixture
 def tagger(saved: Saved) -> Path:
-    return saved({"tags": answers(64, 3)}, {"segment": {"kind": "tagged", "length": 32}}, ("B-LOC", "I-LOC", "O"))
+    return saved(
+        {"tags": classification_head(64, 3)}, {"segment": {"kind": "tagged", "length": 32}}, ("B-LOC", "I-LOC", "O")
+    )
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def reader(saved: Saved) -> Path:
         "objective": {"kind": "spans", "at": "first", "unanswerable": True},
         "segment": {"kind": "questions", "length": 48, "question": 8, "stride": 16},
     }
-    return saved({"span": answers(64, 2)}, recipe)
+    return saved({"span": classification_head(64, 2)}, recipe)
 
 
 def told(directory: Path, text: str | bytes, **how: Any) -> tuple[list[dict[str, Any]], list[str]]:
@@ -233,9 +235,9 @@ def test_squad_on_standard_input_and_an_answer_that_is_not_there(reader: Path, t
 def test_the_probability_of_no_answer_is_its_own(reader: Path, tmp_path: Path) -> None:
     """A head that says nowhere everywhere."""
     coder = tokenizer()
-    head = answers(64, 2)
+    head = classification_head(64, 2)
     nn.init.zeros_(head.weight)
-    model = LM(encoder(coder.vocab.size, 64, 1, heads=2, context=64), {"span": head})
+    model = LM(encoder_config(coder.vocab.size, 64, 1, heads=2, context=64), {"span": head})
     save_model(model, coder, reader / "model", {"recipe": "0"})
     file = squad(tmp_path / "a.json", {"id": "q1", "question": "Who?", "answers": []})
     [row] = predict(reader, str(file), io.BytesIO())
@@ -252,8 +254,8 @@ def writer(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     def make(segment: dict[str, Any]) -> Path:
         coder = tokenizer()
         torch.manual_seed(0)
-        shape = encoder_decoder(coder.vocab.size, 64, 1, heads=2, context=48)
-        model = LM(shape, TextToText().parts(shape))
+        shape = encoder_decoder_config(coder.vocab.size, 64, 1, heads=2, context=48)
+        model = LM(shape, Seq2SeqSFT().parts(shape))
         save_model(model, coder, tmp_path / "run" / "model", {"recipe": "0"})
         told = {
             "objective": {"kind": "text_to_text"},
@@ -299,7 +301,7 @@ def test_text_to_text_of_prompts_and_dialogues(writer: Callable[..., Path]) -> N
 
 def test_votes_are_measured_by_their_majority(saved: Saved, tmp_path: Path) -> None:
     recipe = {"objective": {"kind": "weak", "at": "first"}, "segment": {"kind": "votes", "length": 32, "votes": "said"}}
-    place = saved({"classes": answers(64, 2)}, recipe, ("bad", "good"))
+    place = saved({"classes": classification_head(64, 2)}, recipe, ("bad", "good"))
     (tmp_path / "v.jsonl").write_text(
         '{"text": "a film", "said": ["good", "bad", "good"]}\n{"text": "a film", "said": ["bad"]}\n{"text": "a film", "label": "bad"}\n'
     )
@@ -351,12 +353,12 @@ def test_checks_of_answers_are_squad_s_by_question(tmp_path: Path) -> None:
 
 
 def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -> None:
-    whole = Questions([str(windows(tmp_path / "a.json", 6))], tokenizer(), 32, question=8, stride=8)
-    half = Subset(whole, np.flatnonzero(whole.owners >= 6))  # four of six passages, of three questions each
+    whole = QuestionRecords([str(windows(tmp_path / "a.json", 6))], tokenizer(), 32, question=8, stride=8)
+    half = SubsetSource(whole, np.flatnonzero(whole.owners >= 6))  # four of six passages, of three questions each
     assert len(whole) > 40 and len(np.unique(half.owners)) == 12
-    shape = encoder(600, 32, 1, heads=2, context=64)
+    shape = encoder_config(600, 32, 1, heads=2, context=64)
     recipe = replace(load("answer", []), shape=shape, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
-    shown = Held(recipe, half, 0.0, tokenizer(), Ranks()).shown
+    shown = Validator(recipe, half, 0.0, tokenizer(), Ranks()).shown
     some = np.unique(shown.owners)
     assert 4 <= len(some) <= 8
     for owner in some:
@@ -370,7 +372,7 @@ def test_a_question_without_an_answer_is_told_when_it_is_learnt_from(tmp_path: P
         {"id": "q1", "question": "Who?", "answers": [{"text": "Anne", "answer_start": 24}]},
         {"id": "q2", "question": "Why?", "answers": []},
     )
-    source = Questions([str(file)], tokenizer(), 96, question=16)
+    source = QuestionRecords([str(file)], tokenizer(), 96, question=16)
     assert any("1 question has no answer" in r and "q2" in r for r in source.remarks)
 
 

@@ -11,13 +11,13 @@ from data_room import tokenizer
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from firth.data.tags import begun, names
+from firth.data.tags import names, to_bio2
 from firth.evaluate import entity_metrics, glue, metrics, overlap_metrics
 from firth.evaluate.answer_spans import LONGEST, best
 from firth.evaluate.predict import predict
-from firth.model.config import encoder_decoder
+from firth.model.config import encoder_decoder_config
 from firth.model.model import LM
-from firth.objectives.classification import answers
+from firth.objectives.classification import classification_head
 from firth.pretrained.load_save import save_model
 from firth.types import UserError
 
@@ -70,7 +70,7 @@ def test_names_are_conlleval_s() -> None:
     for tags in [*HARD, *([kinds[i] for i in rng.integers(0, 8, 12)] for _ in range(300))]:
         assert names(tags) == conlleval(tags), tags
         plain = [tag for tag in tags if tag[0] in "OBI"]
-        assert names(begun(plain)) == names(plain)
+        assert names(to_bio2(plain)) == names(plain)
 
 
 def test_names_are_seqeval_s() -> None:
@@ -170,8 +170,8 @@ def test_the_glue_score() -> None:
 def test_a_stranger_s_classifier_that_reads_elsewhere_is_refused(tmp_path: Path) -> None:
     """XLNet's, T5's and BART's classes read their answer where none of ours does; firth's own of that shape answer."""
     coder = tokenizer()
-    shape = encoder_decoder(coder.vocab.size, 32, 1, heads=2, context=32)
-    model = LM(shape, {"classes": answers(32, 2)})
+    shape = encoder_decoder_config(coder.vocab.size, 32, 1, heads=2, context=32)
+    model = LM(shape, {"classes": classification_head(32, 2)})
     for name, facts in (("theirs", {}), ("ours", {"recipe": "0"})):
         save_model(model, coder, tmp_path / name, {"classes": ["bad", "good"], **facts})
     given = io.BytesIO(b"a fine text\n")

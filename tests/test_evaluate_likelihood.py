@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_model_families import AUTO, SHAPES, built
 
-from firth.evaluate.perplexity import Document, Likelihood, halves, one_at_a_time, read, score, strided
-from firth.model.config import decoder
-from firth.model.heads import Vocabulary
+from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, read, score, strided
+from firth.model.config import decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.normalize import whole
@@ -24,7 +24,7 @@ VOCAB = Vocab(size=61, roles={"pad": 0, "bos": 1, "eos": 2, "cls": 1, "sep": 2, 
 
 def document(n, seed=0):
     rng = np.random.default_rng(seed)
-    return Document(rng.integers(4, 61, n), rng.integers(0, 5, n))
+    return TokenizedDocument(rng.integers(4, 61, n), rng.integers(0, 5, n))
 
 
 def exported(name, tmp_path):
@@ -87,7 +87,7 @@ def test_causal_with_bos_asks_the_first_token_too(tmp_path):
 @pytest.mark.parametrize("context", [2, 3, 8, 9, 64])
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 30, 65])
 def test_every_token_is_asked_once_with_half_a_context_before_it(n, context, bos, every):
-    text = Document(np.arange(100, 100 + n), np.ones(n, np.int64))
+    text = TokenizedDocument(np.arange(100, 100 + n), np.ones(n, np.int64))
     asked = []
     for x in strided(text, context, bos, every):
         assert len(x["tokens"]) <= context
@@ -197,8 +197,8 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     text = "the quick brown fox jumps over the lazy dog " * 10
     for size in (300, 340):
         tokenizer = train([text], "byte-bpe", size, sentinels=0)
-        shape = decoder(tokenizer.vocab.size, 64, 1, context=32)
-        model = LM(shape, {"lm": Vocabulary(shape)})
+        shape = decoder_config(tokenizer.vocab.size, 64, 1, context=32)
+        model = LM(shape, {"lm": LMHead(shape)})
         torch.nn.init.zeros_(model.parts["lm"].weight)
         found = read(tokenizer, text)
         result = score(model, strided(found, 32))

@@ -11,10 +11,10 @@ from test_model_families import built
 
 from firth.data.collate import collate
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.task import likeliest, open_subject
+from firth.evaluate.task import load_evaluated_model, most_likely
 from firth.evaluate.tasks.option_scoring import cut
 from firth.evaluate.text_perplexity import MASKED_LIMIT, leading
-from firth.model.config import decoder, encoder, encoder_decoder
+from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.reward_model import reward_head
@@ -56,7 +56,7 @@ def written(path, rows):
 
 def test_causal_perplexity_is_theirs(tmp_path, tokenizer):
     """A run of ours: [bos] stands where a document begins, so its first token is asked too."""
-    saved(tmp_path, tokenizer, decoder)
+    saved(tmp_path, tokenizer, decoder_config)
     text = "the fool speaks and the queen listens"
     (tmp_path / "a.txt").write_text(text)
     found = evaluate(tmp_path, [str(tmp_path / "a.txt")])
@@ -73,7 +73,7 @@ def test_causal_perplexity_is_theirs(tmp_path, tokenizer):
 
 
 def test_a_foreign_model_without_bos_is_not_asked_the_first_token(tmp_path, tokenizer):
-    saved(tmp_path, tokenizer, decoder)
+    saved(tmp_path, tokenizer, decoder_config)
     (tmp_path / "model" / "firth.json").unlink()
     tokenizer.save(tmp_path / "model")  # one that frames nothing
     (tmp_path / "a.txt").write_text("the fool speaks")
@@ -109,7 +109,7 @@ def test_who_reads_bos_and_where(tmp_path, tokenizer):
 
 def test_rows_are_as_long_as_training_read_them(tmp_path, tokenizer):
     """A shape may be meant for 32 where training read 8: beyond that a model has never been."""
-    saved(tmp_path, tokenizer, decoder)
+    saved(tmp_path, tokenizer, decoder_config)
     (tmp_path / "a.txt").write_text(TEXT)
     whole = evaluate(tmp_path, [str(tmp_path / "a.txt")])
     (tmp_path / "recipe.yaml").write_text("objective: causal\nsegment: {kind: windows, length: 8}\n")
@@ -122,10 +122,10 @@ def test_rows_are_as_long_as_training_read_them(tmp_path, tokenizer):
 def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(TEXT)
     tokens = len(tokenizer.encode(TEXT))
-    saved(tmp_path / "e", tokenizer, encoder)
+    saved(tmp_path / "e", tokenizer, encoder_config)
     masked = evaluate(tmp_path / "e", [str(tmp_path / "a.txt")])
     assert (masked["reads"], masked["tokens"], masked["bytes"]) == ("masked", tokens, len(TEXT))
-    saved(tmp_path / "t", tokenizer, encoder_decoder)
+    saved(tmp_path / "t", tokenizer, encoder_decoder_config)
     second = evaluate(tmp_path / "t", [str(tmp_path / "a.txt")])
     assert second["reads"] == "halves"
     assert tokens / 2 <= second["tokens"] <= tokens / 2 + 5
@@ -135,7 +135,7 @@ def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
     assert tokens < MASKED_LIMIT
 
 
-@pytest.mark.parametrize("shape", [decoder, encoder, encoder_decoder])
+@pytest.mark.parametrize("shape", [decoder_config, encoder_config, encoder_decoder_config])
 def test_a_limit_bounds_the_tokens_scored(shape, tmp_path, tokenizer):
     """Also where all of the text is one document."""
     (tmp_path / "a.txt").write_text(TEXT * 4)
@@ -147,7 +147,7 @@ def test_a_limit_bounds_the_tokens_scored(shape, tmp_path, tokenizer):
 
 
 def test_enough_text_has_an_interval_around_its_score(tmp_path, tokenizer):
-    saved(tmp_path, tokenizer, decoder)
+    saved(tmp_path, tokenizer, decoder_config)
     rows = [{"text": f"{TEXT} {i} {TEXT[i:]}"} for i in range(200)]
     told = []
     found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows), progress=told.append)
@@ -160,7 +160,7 @@ def test_enough_text_has_an_interval_around_its_score(tmp_path, tokenizer):
 
 def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, tokenizer):
     names = ("verse", "prose", "song")
-    model = saved(tmp_path, tokenizer, encoder, {"classes": names}, parts=("classes",))
+    model = saved(tmp_path, tokenizer, encoder_config, {"classes": names}, parts=("classes",))
     rng = np.random.default_rng(0)
     words = TEXT.split()
     texts = [" ".join(rng.choice(words, rng.integers(1, 60))) for _ in range(40)]
@@ -188,7 +188,7 @@ def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, toke
 def test_classification_is_what_training_measures(tmp_path, tokenizer):
     """A head trained by the one step until it knows the difference; its logged accuracy is the evaluated one."""
     objective = Classification(classes=("fool", "queen"))
-    shape = encoder(tokenizer.vocab.size, 64, 1, context=32)
+    shape = encoder_config(tokenizer.vocab.size, 64, 1, context=32)
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
     rng = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def test_classification_is_what_training_measures(tmp_path, tokenizer):
 
 
 def test_comparisons_prefer_the_higher_reward(tmp_path, tokenizer):
-    model = saved(tmp_path, tokenizer, decoder, parts=("reward",))
+    model = saved(tmp_path, tokenizer, decoder_config, parts=("reward",))
     rows = [
         {"prompt": "the king", "chosen": f"is dead {i}", "rejected": f"long live the queen {i}"} for i in range(12)
     ] + [{"prompt": [{"role": "user", "content": "hail"}], "chosen": "the fool", "rejected": "speaks"}]
@@ -225,7 +225,7 @@ def test_comparisons_prefer_the_higher_reward(tmp_path, tokenizer):
 
 
 def test_choices_are_by_their_log_likelihood(tmp_path, tokenizer):
-    saved(tmp_path, tokenizer, decoder)
+    saved(tmp_path, tokenizer, decoder_config)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     options = ["queen", "fool speaks", "dead", "king, long live the king"]
     rows = [
@@ -251,8 +251,8 @@ def test_choices_are_by_their_log_likelihood(tmp_path, tokenizer):
 
 
 def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
-    saved(tmp_path, tokenizer, decoder)
-    subject = open_subject(tmp_path)
+    saved(tmp_path, tokenizer, decoder_config)
+    subject = load_evaluated_model(tmp_path)
     for prompt, option in (("the king", "is"), ("the king ", "is"), ("the king", " is"), ("the king  ", "is")):
         before, after = cut(subject, prompt, option)
         assert tokenizer.decode(before) == "the king"
@@ -279,13 +279,13 @@ def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
     ([{"words": "a", "label": "verse"}], r"a\.jsonl:1: .*no field 'text'"),
 ])  # fmt: skip
 def test_a_record_that_does_not_fit_is_named(tmp_path, tokenizer, rows, said):
-    saved(tmp_path, tokenizer, encoder, {"classes": ["verse", "prose", "song"]}, parts=("classes",))
+    saved(tmp_path, tokenizer, encoder_config, {"classes": ["verse", "prose", "song"]}, parts=("classes",))
     with pytest.raises(UserError, match=said):
         evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
 
 
 def test_what_a_model_cannot_do_is_said_in_words(tmp_path, tokenizer):
-    saved(tmp_path, tokenizer, encoder)
+    saved(tmp_path, tokenizer, encoder_config)
     file = written(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
     refused = {
         "classification": "no head for classes",
@@ -305,14 +305,14 @@ def test_what_a_model_cannot_do_is_said_in_words(tmp_path, tokenizer):
     ({"options": ["b", "c"], "answer": 0}, "no field 'prompt'"),
 ])  # fmt: skip
 def test_a_question_that_is_none_is_named(tmp_path, tokenizer, row, said):
-    saved(tmp_path, tokenizer, decoder)
+    saved(tmp_path, tokenizer, decoder_config)
     with pytest.raises(UserError, match=rf"d\.jsonl:1: .*{said}"):
         evaluate(tmp_path, written(tmp_path / "d.jsonl", [row]), task="choices")
 
 
 def test_a_tie_is_no_answer():
-    assert likeliest(["a", "b", "c"], [1.0, 2.0, 2.0]) == ""
-    assert likeliest(["a", "b", "c"], [1.0, 2.0, 1.0]) == "b"
+    assert most_likely(["a", "b", "c"], [1.0, 2.0, 2.0]) == ""
+    assert most_likely(["a", "b", "c"], [1.0, 2.0, 1.0]) == "b"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_tie_is_no_answer():
 )
 def test_a_limit_bounds_the_records_of_a_task(part, row, tmp_path, tokenizer):
     facts = {"classes": ["a", "b", "c"]} if part == "classes" else None
-    saved(tmp_path / "run", tokenizer, encoder if part == "classes" else decoder, facts, parts=(part,))
+    saved(tmp_path / "run", tokenizer, encoder_config if part == "classes" else decoder_config, facts, parts=(part,))
     files = written(tmp_path / "a.jsonl", [row] * 40)
     assert evaluate(tmp_path / "run", files)["items"] == 40
     found = evaluate(tmp_path / "run", files, limit=5)

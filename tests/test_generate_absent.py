@@ -15,16 +15,16 @@ import torch
 from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, pre_tokenizers
 
-from firth.align.rewards import Truth
-from firth.align.rollouts import Phase, Rollouts
+from firth.align.rewards import FunctionReward
+from firth.align.rollouts import RolloutConfig, RolloutSource
 from firth.data.collate import collate
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.evaluate.text_perplexity import likelihood
 from firth.generate import word_vectors
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama
 from firth.objectives.objective import token_loss
@@ -40,10 +40,10 @@ TEXT = "the king is dead, long live the queen; the fool speaks and nobody listen
 MORE = 46
 """Rows of the table that no token has."""
 
-SHAPES: dict[str, Callable[[int], Shape]] = {
-    "softcap": lambda vocab: decoder(vocab, 32, 1, 2, context=64),
-    "tied": lambda vocab: Shape(vocab, 32, 1, 2, context=64),
-    "t5": lambda vocab: encoder_decoder(vocab, 32, 1, 2, context=64),
+SHAPES: dict[str, Callable[[int], ModelConfig]] = {
+    "softcap": lambda vocab: decoder_config(vocab, 32, 1, 2, context=64),
+    "tied": lambda vocab: ModelConfig(vocab, 32, 1, 2, context=64),
+    "t5": lambda vocab: encoder_decoder_config(vocab, 32, 1, 2, context=64),
 }
 
 
@@ -52,13 +52,13 @@ def tokenizer() -> Tokenizer:
     return train([TEXT], "byte-bpe", 330, sentinels=4)
 
 
-def twins(make: Callable[[int], Shape], size: int) -> tuple[LM, LM]:
+def twins(make: Callable[[int], ModelConfig], size: int) -> tuple[LM, LM]:
     """A model of `size` ids, and the same one with MORE rows that it likes best of all."""
     torch.manual_seed(0)
-    exact = LM(make(size), {"lm": Vocabulary(make(size))})
+    exact = LM(make(size), {"lm": LMHead(make(size))})
     for parameter in exact.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    wide = LM(make(size + MORE), {"lm": Vocabulary(make(size + MORE))})
+    wide = LM(make(size + MORE), {"lm": LMHead(make(size + MORE))})
     state = exact.state_dict()
     for name, tensor in wide.state_dict().items():
         if tensor.shape == state[name].shape:
@@ -92,7 +92,7 @@ def test_wide_tables_write_and_score_as_exact_ones(tokenizer: Tokenizer, name: s
 
 
 def test_masks_are_filled_with_tokens_alone(tokenizer: Tokenizer) -> None:
-    one, other = twins(lambda vocab: encoder(vocab, 32, 1, 2, context=64), tokenizer.vocab.size)
+    one, other = twins(lambda vocab: encoder_config(vocab, 32, 1, 2, context=64), tokenizer.vocab.size)
     text = f"the {tokenizer.token(tokenizer.vocab.mask)} is dead"
     [found], [expected] = (Engine(m, tokenizer).fill(text, 400) for m in (other, one))
     assert [c.token for c in found] == [c.token for c in expected]
@@ -108,7 +108,7 @@ def test_likelihood_adds_up_over_tokens_alone(tokenizer: Tokenizer, tmp_path: Pa
     found = []
     for name, model in zip(("exact", "wide"), twins(SHAPES["softcap"], tokenizer.vocab.size), strict=True):
         save_model(model, tokenizer, tmp_path / name)
-        subject = open_subject(tmp_path / name)
+        subject = load_evaluated_model(tmp_path / name)
         found.append(likelihood(subject, [str(tmp_path / "a.txt")], None, lambda _: None)["nll"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -143,9 +143,9 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
     ):
         with torch.no_grad():  # a policy that has moved
             model.places.weight.mul_(1.1)
-        source = Rollouts(
-            prompts(tokenizer), tokenizer, Truth(lambda text: float(len(text))), reference,
-            phase=Phase(answers=6, steps=1, max_new=8),
+        source = RolloutSource(
+            prompts(tokenizer), tokenizer, FunctionReward(lambda text: float(len(text))), reference,
+            phase=RolloutConfig(answers=6, steps=1, max_new=8),
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size
@@ -156,7 +156,7 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
 
 def test_replaced_tokens_are_drawn_from_tokens_alone(tokenizer: Tokenizer) -> None:
     """ELECTRA's generator, whose head is a part of another model."""
-    shape = replace(encoder(tokenizer.vocab.size + MORE, 32, 1, 2, context=64), embed=32)
+    shape = replace(encoder_config(tokenizer.vocab.size + MORE, 32, 1, 2, context=64), embed=32)
     objective = RTD(rate=0.5, size=1.0)
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape)).eval()
@@ -178,9 +178,9 @@ def test_holes_in_the_numbering_are_never_written() -> None:
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
     coder = Tokenizer(engine)
     assert coder.vocab.absent(8).tolist() == [3, 4, 7]
-    shape = Shape(8, 16, 1, 2, context=32, tied=False, head_bias=True)
+    shape = ModelConfig(8, 16, 1, 2, context=32, tied=False, head_bias=True)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     with torch.no_grad():
         model.parts["lm"].bias[[3, 4, 7]] = 50.0
     engine_ = Engine(model, coder, stops=())
@@ -197,7 +197,7 @@ def test_unused_pieces_of_gguf_files_are_no_tokens(tokenizer: Tokenizer, tmp_pat
     gguf.write(wide, tokenizer, file, "F32")
     names = metadata(tokenizer, wide.shape.vocab, False)["tokenizer.ggml.tokens"]
     assert names[-1] == f"[PAD{wide.shape.vocab - 1}]"
-    subject = open_subject(file)
+    subject = load_evaluated_model(file)
     assert subject.model.shape.vocab == tokenizer.vocab.size + MORE and subject.vocab.size == tokenizer.vocab.size
     answers = Engine(subject.model, subject.tokenizer, stops=()).generate(
         [subject.tokenizer.encode("the king")], Sampling(max_new=30, temperature=0)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.generate.embeddings import embed
-from firth.model.config import decoder, encoder_decoder
+from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.pretrained.load_save import load_model, save_model
@@ -71,7 +71,7 @@ def test_minilm_s_vectors_are_sentence_transformers_own() -> None:
     assert cut == [4]
 
 
-@pytest.mark.parametrize("make", [decoder, encoder_decoder])
+@pytest.mark.parametrize("make", [decoder_config, encoder_decoder_config])
 def test_every_kind_of_model_embeds_alike_in_any_batch(make: Any, tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     model = LM(make(vocab=tokenizer.vocab.size, width=64, depth=1, context=64), {}).eval()

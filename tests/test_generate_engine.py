@@ -9,29 +9,29 @@ from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import masked
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import Answer
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.generate.streaming import StreamingOutput
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.train import train
 from firth.types import UserError
 
 V = ByteCoder.vocab.size
 SHAPES = {
-    "nanochat": decoder(vocab=V, width=32, depth=2, heads=2, context=64),
-    "gpt2": Shape(vocab=V, width=32, depth=2, heads=2, context=64),
-    "sinusoidal, post-norm, grouped": Shape(
+    "nanochat": decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
+    "gpt2": ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64),
+    "sinusoidal, post-norm, grouped": ModelConfig(
         vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, position="sinusoidal", norm_at="post"
     ),
-    "t5": encoder_decoder(vocab=V, width=32, depth=2, heads=2, context=64),
+    "t5": encoder_decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
 }
 DECODERS = [name for name in SHAPES if name != "t5"]
 
 
-def random_model(shape: Shape, seed: int = 0) -> LM:
+def random_model(shape: ModelConfig, seed: int = 0) -> LM:
     """A model with something to say: every weight drawn, none left at its (often zero) start."""
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -160,9 +160,9 @@ def test_generating_leaves_a_model_in_training_and_trainable() -> None:
 # ---- text
 
 
-def answer_of(pieces: list[bytes], **sampling: object) -> tuple[Answer, list[str]]:
+def answer_of(pieces: list[bytes], **sampling: object) -> tuple[StreamingOutput, list[str]]:
     """Feed bytes one by one; return the answer and what was settled after each."""
-    growing = Answer(ByteCoder(), ByteCoder().encode("Q: "), Sampling(**sampling), frozenset({3}), room=1000)  # type: ignore[arg-type]
+    growing = StreamingOutput(ByteCoder(), ByteCoder().encode("Q: "), Sampling(**sampling), frozenset({3}), room=1000)  # type: ignore[arg-type]
     settled = []
     for byte in b"".join(pieces):
         if growing.finish is None:
@@ -186,7 +186,7 @@ def test_a_stop_string_across_tokens_ends_the_answer_and_is_not_part_of_it() -> 
 
 
 def test_the_first_character_may_have_begun_in_the_prompt() -> None:
-    growing = Answer(ByteCoder(), ByteCoder().encode("€")[:2], Sampling(), frozenset(), room=10)
+    growing = StreamingOutput(ByteCoder(), ByteCoder().encode("€")[:2], Sampling(), frozenset(), room=10)
     growing.take(int(ByteCoder().encode("€")[2]), 0.0)
     assert growing.text == "€"
 
@@ -211,7 +211,7 @@ def test_default_stops_are_end_of_text_and_end_of_turn() -> None:
 
 
 def test_fill_offers_what_the_model_says_at_each_mask() -> None:
-    shape = encoder(vocab=V, width=32, depth=2, heads=2, context=64)
+    shape = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
     model = random_model(shape)
     text = "the <mask> sat<mask>"
     tokens = masked(ByteCoder(), text)
@@ -238,7 +238,7 @@ def test_a_continuation_joins_its_prompt_whatever_the_tokenizer(algorithm: str) 
     whole = tokenizer.decode(tokens)
     assert len(tokens) > 15
     for cut in range(1, len(tokens)):
-        growing = Answer(tokenizer, tokens[:cut], Sampling(), frozenset(), room=1000)
+        growing = StreamingOutput(tokenizer, tokens[:cut], Sampling(), frozenset(), room=1000)
         for token in tokens[cut:].tolist():
             growing.take(token, 0.0)
         assert whole.endswith(growing.text)

@@ -15,10 +15,10 @@ from firth.cli import app
 from firth.evaluate.perplexity import score
 from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
-from firth.generate.quantized import DIGITS, Lowered, LoweredVocabulary, lowered, quantised
+from firth.generate.quantized import DIGITS, Int8Linear, Int8LMHead, quantize, quantize_rows
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape, decoder, encoder, encoder_decoder, recurrent
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.runs.inference import open_engine
@@ -28,25 +28,25 @@ from firth.types import UserError
 
 V = ByteCoder.vocab.size
 SHAPES = {
-    "nanochat": decoder(vocab=V, width=32, depth=2, heads=2, context=64),
-    "gpt2, biases, tied": Shape(vocab=V, width=32, depth=2, heads=2, context=64),
-    "llama, gated, grouped": Shape(
+    "nanochat": decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
+    "gpt2, biases, tied": ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64),
+    "llama, gated, grouped": ModelConfig(
         vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, norm="rms", norm_bias=False, position="rotary",
         activation="swiglu", bias=False,
     ),
-    "qwen2, qwen3": Shape(
+    "qwen2, qwen3": ModelConfig(
         vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, norm="rms", norm_bias=False, position="rotary",
         activation="swiglu", bias_at="qkv", qk_norm=True, qk_weight=True,
     ),
-    "albert's sharing": Shape(vocab=V, width=32, depth=3, heads=2, groups=1, embed=16, context=64, tied=False),
-    "t5": encoder_decoder(vocab=V, width=32, depth=2, heads=2, context=64),
+    "albert's sharing": ModelConfig(vocab=V, width=32, depth=3, heads=2, groups=1, embed=16, context=64, tied=False),
+    "t5": encoder_decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
 }  # fmt: skip
 INT8 = list(DIGITS)
 
 
-def random_model(shape: Shape, seed: int = 0) -> LM:
+def random_model(shape: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -80,7 +80,7 @@ def test_a_map_is_the_product_of_what_was_rounded(weights: str, inputs: int, out
     weight[0] = 0
     x = torch.randn(2, rows, inputs) * torch.rand(2, rows, 1) * 30
     x[0, 0] = 0
-    got = Lowered.of(*quantised(weight), bias, DIGITS[weights])
+    got = Int8Linear.of(*quantize_rows(weight), bias, DIGITS[weights])
     assert got.base == {"int8": 128, "int8-dynamic": 1}[weights]
     whole, by_row = rounded(weight, 127)
     middle = (x.amax(-1, keepdim=True) + x.amin(-1, keepdim=True)).double() / 2 * (weights == "int8-dynamic")
@@ -99,12 +99,12 @@ def test_a_map_is_the_product_of_what_was_rounded(weights: str, inputs: int, out
 def test_the_first_digit_leaves_room_for_every_sum() -> None:
     """All weights and inputs at their largest: 2^31 is not reached, and 15 bits become fewer."""
     whole, steps = torch.full((2, 4096), 127, dtype=torch.int8), torch.ones(2)
-    got = Lowered.of(whole, steps, None, 2)
+    got = Int8Linear.of(whole, steps, None, 2)
     assert got.base == 32
     x = torch.full((3, 4096), 5.0)
     assert torch.allclose(got(x), torch.full((3, 2), 5.0 * 127 * 4096))
     with pytest.raises(UserError, match="cannot be summed in 32 bits"):
-        Lowered.of(whole.new_full((1, 140_000), 127), steps[:1], None, 1)
+        Int8Linear.of(whole.new_full((1, 140_000), 127), steps[:1], None, 1)
 
 
 def dequantised(model: LM) -> LM:
@@ -136,11 +136,11 @@ def test_logits_are_those_of_the_rounded_weights(model: LM) -> None:
     """int8 keeps 15 bits of what the weights are multiplied with: an error of 2^-15 of the largest a map, no more."""
     batch = batch_of(model)
     there = batch["looks"] >= 0
-    got, want = (logits(m, batch)[there] for m in (lowered(model, "int8"), dequantised(model)))
+    got, want = (logits(m, batch)[there] for m in (quantize(model, "int8"), dequantised(model)))
     plain = logits(model, batch)[there]
     assert (got - want).norm() <= 3e-4 * want.norm()
     assert (got - want).norm() < 0.02 * (plain - want).norm(), "the weights' rounding is nearly all of the difference"
-    one = logits(lowered(model, "int8-dynamic"), batch)[there]
+    one = logits(quantize(model, "int8-dynamic"), batch)[there]
     assert (one - want).norm() > 10 * (got - want).norm(), "a second digit is worth something"
 
 
@@ -169,7 +169,7 @@ def test_a_row_does_not_feel_its_neighbours(model: LM, weights: str) -> None:
     two tokens were as good as equally likely. The bounds are 4 to 10 times what relative noise of 2e-7 on the output of
     attention changed at most, over 24 models: 5e-4 and 0.024.
     """
-    twin = lowered(model, weights)
+    twin = quantize(model, weights)
     [layer] = [m for n, m in twin.named_modules() if n == "trunk.blocks.0.mlp.down"]
     x = torch.randn(4, layer.weight.shape[1])
     x[2] *= 1000
@@ -196,7 +196,7 @@ def test_products_are_exact_on_every_cpu(weights: str, inputs: int, outputs: int
     torch.manual_seed(inputs)
     whole = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
     whole[0] = 127
-    layer = Lowered.of(whole, torch.ones(outputs), None, DIGITS[weights])
+    layer = Int8Linear.of(whole, torch.ones(outputs), None, DIGITS[weights])
     most = 127 * layer.base
     x = torch.randint(-most, most + 1, (rows, inputs)).float()
     x[0] = most
@@ -232,7 +232,7 @@ def test_all_verbs_and_an_untouched_model(model: LM, weights: str) -> None:
 
 
 def test_scoring_a_text_agrees_with_the_logits() -> None:
-    model = lowered(random_model(SHAPES["nanochat"]), "int8")
+    model = quantize(random_model(SHAPES["nanochat"]), "int8")
     row = np.random.default_rng(0).integers(7, V, 40)
     when = np.arange(39)
     example = {"tokens": row[:-1], "labels": row[1:], "looks": when, "appears": when, "sizes": np.ones(39, np.int64)}
@@ -242,7 +242,7 @@ def test_scoring_a_text_agrees_with_the_logits() -> None:
 
 
 def test_a_masked_model_fills_with_int8() -> None:
-    shape = encoder(vocab=V, width=32, depth=2, heads=2, context=64)
+    shape = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
     model = random_model(shape)
     text = f"ab{ByteCoder().token(ByteCoder.vocab.mask)}cd"
     [plain], [int8] = (engine(model, w).fill(text, 5) for w in ("fp32", "int8"))
@@ -260,20 +260,20 @@ def bytes_of(model: LM) -> int:
 
 def test_memory_is_a_quarter() -> None:
     for tied in (True, False):
-        shape = Shape(vocab=V, width=128, depth=2, heads=2, context=64, position="rotary", tied=tied)
+        shape = ModelConfig(vocab=V, width=128, depth=2, heads=2, context=64, position="rotary", tied=tied)
         model = random_model(shape)
         whole = bytes_of(model)
         assert whole == 4 * shape.parameters()
-        assert bytes_of(lowered(model, "fp32")) == whole
-        assert bytes_of(lowered(model, "bf16")) == whole // 2
-        assert bytes_of(lowered(model, "int8")) < 0.28 * whole
-        assert bytes_of(lowered(model, "int8-dynamic")) < 0.28 * whole
+        assert bytes_of(quantize(model, "fp32")) == whole
+        assert bytes_of(quantize(model, "bf16")) == whole // 2
+        assert bytes_of(quantize(model, "int8")) < 0.28 * whole
+        assert bytes_of(quantize(model, "int8-dynamic")) < 0.28 * whole
 
 
 def test_a_model_stored_in_bf16_is_lowered_from_what_it_stores() -> None:
     model = random_model(SHAPES["nanochat"]).to(torch.bfloat16)
-    got = logits(lowered(model, "int8"), batch_of(model))
-    want = logits(lowered(lowered(model, "fp32"), "int8"), batch_of(model))
+    got = logits(quantize(model, "int8"), batch_of(model))
+    want = logits(quantize(quantize(model, "fp32"), "int8"), batch_of(model))
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
     assert model.tokens.weight.dtype == torch.bfloat16
@@ -282,18 +282,18 @@ def test_a_model_stored_in_bf16_is_lowered_from_what_it_stores() -> None:
 def test_refusals() -> None:
     model = random_model(SHAPES["nanochat"])
     with pytest.raises(UserError, match=r"weights='int4' is not one of fp32, bf16, int8, int8-dynamic$"):
-        lowered(model, "int4")
+        quantize(model, "int4")
     with pytest.raises(UserError, match="is for attention, and this model is a left-to-right LSTM: take bf16"):
-        lowered(LM(recurrent(V, 32, 1), {}), "int8")
+        quantize(LM(recurrent_config(V, 32, 1), {}), "int8")
     with pytest.raises(UserError, match="needs a CPU"):
-        lowered(LM(SHAPES["nanochat"], {}).to("meta"), "int8")
+        quantize(LM(SHAPES["nanochat"], {}).to("meta"), "int8")
     with pytest.raises(UserError, match="int8 already"):
-        lowered(lowered(model, "int8"), "bf16")
+        quantize(quantize(model, "int8"), "bf16")
 
 
 def test_a_head_has_no_matrix_of_its_own_left() -> None:
-    head = lowered(random_model(SHAPES["gpt2, biases, tied"]), "int8").parts["lm"]
-    assert type(head) is LoweredVocabulary
+    head = quantize(random_model(SHAPES["gpt2, biases, tied"]), "int8").parts["lm"]
+    assert type(head) is Int8LMHead
     assert not list(head.head.parameters())
 
 
@@ -302,7 +302,7 @@ def test_the_command_line_lowers_and_refuses(quick: str, tmp_path: Path, monkeyp
     """By default in what this machine is quickest at, which is printed where it is not what is stored."""
     monkeypatch.setattr(precision, "choose", lambda wanted, device: quick)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
-    shape = decoder(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
+    shape = decoder_config(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
     save_model(random_model(shape), tokenizer, tmp_path)
     words = ["to be", "--temperature", "0", "-n", "8"]
     usual, same, int8, refused = (

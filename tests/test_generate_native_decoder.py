@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from firth import kernels
-from firth.generate.decoding import Rows, reading
+from firth.generate.decoding import DecodingBatch, attention_pattern_of
 from firth.generate.native_decoder import NativeDecoder, few_rows
-from firth.generate.quantized import lowered
+from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model import native
-from firth.model.config import Shape, decoder, encoder_decoder, recurrent
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_decoder_config, recurrent_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import lora
 
@@ -25,36 +25,36 @@ pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is
 V = 61
 BASE = {"vocab": V, "width": 48, "depth": 3, "heads": 4, "context": 64}
 SHAPES = {
-    "gpt2": Shape(**BASE),
-    "bias in attention": Shape(**BASE, bias_at="attention"),
-    "nanochat": Shape(
+    "gpt2": ModelConfig(**BASE),
+    "bias in attention": ModelConfig(**BASE, bias_at="attention"),
+    "nanochat": ModelConfig(
         **BASE, norm="rms", norm_weight=False, norm_bias=False, embed_norm=True, qk_norm=True, activation="relu2",
         position="rotary", rotary_sign=-1, softcap=15, tied=False, bias=False,
     ),
-    "llama": Shape(**BASE, kv_heads=2, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, hidden=100),
-    "qwen3": Shape(
+    "llama": ModelConfig(**BASE, kv_heads=2, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, hidden=100),
+    "qwen3": ModelConfig(
         **BASE, kv_heads=1, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, qk_norm=True,
         qk_weight=True, head_width=20,
     ),
-    "gelu, head bias": Shape(**BASE, activation="gelu", head_bias=True),
-    "silu, no norm weights": Shape(**BASE, activation="silu", norm_weight=False, norm_bias=False),
-    "post-norm, sinusoidal, grouped": Shape(**BASE, kv_heads=2, position="sinusoidal", norm_at="post"),
-    "shared blocks, narrow table": Shape(**BASE, groups=1, embed=16, head="transform"),
-    "no position, first norm left out": Shape(**BASE, position="none", first_norm=False, activation="relu"),
-    "wide heads": Shape(**(BASE | {"width": 256, "heads": 2}), position="rotary"),
-    "heads of 32": Shape(**(BASE | {"width": 64, "heads": 2}), position="rotary"),
-    "heads of 64": decoder(vocab=V, width=128, depth=2, heads=2, context=64),
-    "t5": encoder_decoder(vocab=V, width=48, depth=2, heads=4, context=64),
-    "t5, scaled head": replace(encoder_decoder(vocab=V, width=48, depth=2, heads=4, context=64), head_scale=0.125),
-    "bart": Shape(**BASE, encoder=2, norm_at="post", embed_norm=True, activation="gelu", head_bias=True, decoder_start="eos"),
-    "marian": Shape(**BASE, encoder=2, norm_at="post", position="marian", activation="relu", embed_scale=48**0.5),
+    "gelu, head bias": ModelConfig(**BASE, activation="gelu", head_bias=True),
+    "silu, no norm weights": ModelConfig(**BASE, activation="silu", norm_weight=False, norm_bias=False),
+    "post-norm, sinusoidal, grouped": ModelConfig(**BASE, kv_heads=2, position="sinusoidal", norm_at="post"),
+    "shared blocks, narrow table": ModelConfig(**BASE, groups=1, embed=16, head="transform"),
+    "no position, first norm left out": ModelConfig(**BASE, position="none", first_norm=False, activation="relu"),
+    "wide heads": ModelConfig(**(BASE | {"width": 256, "heads": 2}), position="rotary"),
+    "heads of 32": ModelConfig(**(BASE | {"width": 64, "heads": 2}), position="rotary"),
+    "heads of 64": decoder_config(vocab=V, width=128, depth=2, heads=2, context=64),
+    "t5": encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64),
+    "t5, scaled head": replace(encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64), head_scale=0.125),
+    "bart": ModelConfig(**BASE, encoder=2, norm_at="post", embed_norm=True, activation="gelu", head_bias=True, decoder_start="eos"),
+    "marian": ModelConfig(**BASE, encoder=2, norm_at="post", position="marian", activation="relu", embed_scale=48**0.5),
 }  # fmt: skip
 
 
-def random_model(shape: Shape) -> LM:
+def random_model(shape: ModelConfig) -> LM:
     """A model with every weight drawn, none left at its (often zero) start."""
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
@@ -70,8 +70,10 @@ def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[i
     rng = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, V, (count, steps), generator=rng)
     out = []
-    with kernels.forced({"decode": way}), reading(model):
-        rows = Rows(model, prompts(count), 0 if model.shape.encoder else None, Sampling(max_new=steps), range(count))
+    with kernels.forced({"decode": way}), attention_pattern_of(model):
+        rows = DecodingBatch(
+            model, prompts(count), 0 if model.shape.encoder else None, Sampling(max_new=steps), range(count)
+        )
         assert (rows.decoder is not None) == (way == "native")
         for i in range(steps):
             out.append(rows._logits().float().clone())
@@ -106,8 +108,8 @@ def test_rows_may_be_dropped(name: str) -> None:
 @pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5", "heads of 64"])
 def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
     """Compared with float32 weights of the same values; only keys and values are rounded, and what torch did to the prompt."""
-    half = lowered(random_model(SHAPES[name]), "bf16")
-    same = lowered(half, "fp32")
+    half = quantize(random_model(SHAPES[name]), "bf16")
+    same = quantize(half, "fp32")
     with kernels.forced({"few-rows": tiles}):
         got = logits_of(half, "native", 6)
     agree(got[1:], logits_of(same, "torch", 6)[1:], 2e-2)
@@ -124,7 +126,7 @@ def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
     ["nanochat", "llama", "gpt2", "heads of 64", "t5", "t5, scaled head", "bart", "shared blocks, narrow table"],
 )
 def test_int8_weights_are_those_of_torch(name: str, tiles: str) -> None:
-    model = lowered(random_model(SHAPES[name]), "int8")
+    model = quantize(random_model(SHAPES[name]), "int8")
     with kernels.forced({"few-rows": tiles}):
         agree(logits_of(model, "native", 6), logits_of(model, "torch", 6), 1e-3)
 
@@ -164,8 +166,8 @@ def test_threads_change_no_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            with reading(model), kernels.forced({"decode": "native"}):
-                rows = Rows(model, prompts(3), None, Sampling(max_new=4), range(3))
+            with attention_pattern_of(model), kernels.forced({"decode": "native"}):
+                rows = DecodingBatch(model, prompts(3), None, Sampling(max_new=4), range(3))
                 # The prompt is torch's, whose sums may depend on its threads.
                 for cached in (*rows.cache.keys, *rows.cache.values):
                     cached.copy_(torch.linspace(-1, 1, cached.numel()).view(cached.shape))
@@ -196,22 +198,24 @@ def test_what_is_not_a_number_stays_visible() -> None:
 
 def test_an_adapter_that_is_not_folded_is_left_to_torch() -> None:
     model = random_model(SHAPES["llama"])
-    lora.add(model, ["attention.q"], lora.Rank(rank=2))
-    with reading(model), kernels.forced({"decode": "native"}):
-        assert Rows(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
+    lora.add(model, ["attention.q"], lora.LoraConfig(rank=2))
+    with attention_pattern_of(model), kernels.forced({"decode": "native"}):
+        assert DecodingBatch(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
 
 
-@pytest.mark.parametrize("shape", [Shape(**BASE, position="xlnet", query=True), recurrent(vocab=V, width=48, depth=2)])
-def test_other_architectures_are_left_to_torch(shape: Shape) -> None:
+@pytest.mark.parametrize(
+    "shape", [ModelConfig(**BASE, position="xlnet", query=True), recurrent_config(vocab=V, width=48, depth=2)]
+)
+def test_other_architectures_are_left_to_torch(shape: ModelConfig) -> None:
     model = random_model(shape)
-    with reading(model), kernels.forced({"decode": "native"}):
-        assert Rows(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
+    with attention_pattern_of(model), kernels.forced({"decode": "native"}):
+        assert DecodingBatch(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
 
 
 def test_many_rows_of_a_large_model_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(SHAPES["llama"])
     monkeypatch.setattr("firth.generate.native_decoder.MAX_PRODUCT", 1000)
-    with reading(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
-        rows = Rows(model, prompts(2), None, Sampling(max_new=2), [0, 1])
+    with attention_pattern_of(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
+        rows = DecodingBatch(model, prompts(2), None, Sampling(max_new=2), [0, 1])
         assert rows.decoder is None
         assert NativeDecoder.of(model, rows.cache) is None

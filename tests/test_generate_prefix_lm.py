@@ -13,26 +13,26 @@ from bytecoder import ByteCoder
 from data_room import TEXTS
 
 from firth.data.collate import collate
-from firth.evaluate.perplexity import Document, score, strided
+from firth.evaluate.perplexity import TokenizedDocument, score, strided
 from firth.evaluate.text_perplexity import reads_of
-from firth.generate.decoding import Rows, reading, rectangle
+from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape, decoder, encoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.pretrained.load_save import load_model, save_model
-from firth.runs.inference import evaluate_run, open_engine, opening
+from firth.runs.inference import encode_prompt, evaluate_run, open_engine
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.types import IGNORE, UserError
 
 V = ByteCoder.vocab.size
 SHAPES = {
-    "rotary": replace(decoder(vocab=V, width=32, depth=2, heads=2, context=64), causal=False, prefix_lm=True),
-    "t5": Shape(vocab=V, width=32, depth=2, heads=2, context=64, position="t5", causal=False, prefix_lm=True),
-    "an encoder's body": replace(encoder(vocab=V, width=32, depth=2, heads=2, context=64), prefix_lm=True),
+    "rotary": replace(decoder_config(vocab=V, width=32, depth=2, heads=2, context=64), causal=False, prefix_lm=True),
+    "t5": ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64, position="t5", causal=False, prefix_lm=True),
+    "an encoder's body": replace(encoder_config(vocab=V, width=32, depth=2, heads=2, context=64), prefix_lm=True),
 }
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=SHAPES)
 def model(request: pytest.FixtureRequest) -> LM:
     torch.manual_seed(0)
-    model = LM(SHAPES[request.param], {"lm": Vocabulary(SHAPES[request.param])})
+    model = LM(SHAPES[request.param], {"lm": LMHead(SHAPES[request.param])})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -63,8 +63,8 @@ def trained_reading(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch
 @torch.no_grad()
 def test_the_prompt_is_read_as_in_training_and_not_from_left_to_right(model: LM) -> None:
     [prompt] = prompts(1)
-    with reading(model):
-        state = Rows(model, [prompt], None, Sampling(max_new=2, temperature=0), [0]).state
+    with attention_pattern_of(model):
+        state = DecodingBatch(model, [prompt], None, Sampling(max_new=2, temperature=0), [0]).state
     trained = model.parts["lm"](state).log_softmax(-1)
     assert torch.allclose(trained, trained_reading(model, prompt, np.array([9])), atol=1e-5)
     left = model.parts["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
@@ -94,7 +94,7 @@ def test_scores_and_options_are_the_trained_reading_too(model: LM) -> None:
 
 
 def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) -> None:
-    document = Document(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
+    document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
     assert reads_of(model.shape) == "causal"
     nll = 0.0
     for shown in strided(document, context=16):
@@ -116,7 +116,7 @@ def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> No
 def test_a_shape_that_cannot_do_it_is_refused() -> None:
     for wrong in ({"causal": True}, {"encoder": 1}, {"linformer": 8, "position": "none"}):
         with pytest.raises(UserError, match=r"shape\.prefix_lm reads a text both ways"):
-            Shape(**{"vocab": 9, "width": 8, "depth": 1, "heads": 1, "causal": False, "prefix_lm": True} | wrong)
+            ModelConfig(**{"vocab": 9, "width": 8, "depth": 1, "heads": 1, "causal": False, "prefix_lm": True} | wrong)
 
 
 SMALL = [
@@ -133,11 +133,11 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
     run(load("prefix_lm", given), tmp_path / "run", echo=lambda _: None)
     opened = open_engine(tmp_path / "run")
     assert opened.model.shape.prefix_lm
-    prompt = opening(opened.tokenizer, "Thank you for", opened.model)
+    prompt = encode_prompt(opened.tokenizer, "Thank you for", opened.model)
     assert prompt[0] != opened.tokenizer.vocab.roles["bos"]
     shown = PrefixLM()._show(np.append(prompt, 9), len(prompt), opened.tokenizer.vocab)
-    with reading(opened.model):
-        state = Rows(opened.model, [prompt], None, Sampling(max_new=1), [0]).state
+    with attention_pattern_of(opened.model):
+        state = DecodingBatch(opened.model, [prompt], None, Sampling(max_new=1), [0]).state
         assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["reads"] == "causal" and not found["bos"]

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from firth.generate.sampling import Sampling, draw, filtered, min_p, repeated, top_k, top_p, uniforms
+from firth.generate.sampling import Sampling, draw, filtered, min_p, repetition_penalty, top_k, top_p, uniforms
 from firth.types import UserError
 
 
@@ -37,7 +37,7 @@ def test_min_p_is_that_of_transformers(logits: torch.Tensor, p: float) -> None:
 
 def test_repetition_is_that_of_transformers(logits: torch.Tensor) -> None:
     seen = torch.randint(501, (64, 30), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(repeated(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(seen, logits))
+    assert torch.equal(repetition_penalty(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(seen, logits))
 
 
 def test_all_filters_together_are_those_of_transformers(logits: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from firth.io import gguf
-from firth.io.gguf import KINDS, Writing, find, read, write
+from firth.io.gguf import KINDS, GGUFTensorSpec, find, read, write
 from firth.pretrained.gguf_quantize import PACK, pack, unpack
 from firth.types import UserError
 
@@ -27,8 +27,8 @@ def small(tmp_path):
     file = tmp_path / "small.gguf"
     numbers = np.arange(64, dtype=np.float32).reshape(2, 32)
     tensors = [
-        Writing("a.weight", "F32", (2, 32), lambda: numbers), Writing("b.bias", "F32", (3,), lambda: numbers[0, :3]),
-        Writing("c.weight", "Q8_0", (2, 32), lambda: pack("Q8_0", numbers)),
+        GGUFTensorSpec("a.weight", "F32", (2, 32), lambda: numbers), GGUFTensorSpec("b.bias", "F32", (3,), lambda: numbers[0, :3]),
+        GGUFTensorSpec("c.weight", "Q8_0", (2, 32), lambda: pack("Q8_0", numbers)),
     ]  # fmt: skip
     write(file, METADATA, tensors)
     return file, file.read_bytes()

@@ -12,10 +12,10 @@ import pytest
 from data_room import tokenizer
 
 from firth.corpora import readers
-from firth.data.templates import fill
+from firth.data.templates import fill_template
 from firth.io.yaml_files import read_yaml
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs import recipe
@@ -27,8 +27,8 @@ from firth.types import UserError
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
     """A model directory."""
-    shape = Shape(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
-    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer(), tmp_path / "given")
+    shape = ModelConfig(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
+    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer(), tmp_path / "given")
     return tmp_path / "given"
 
 
@@ -89,8 +89,8 @@ def test_an_anchor_of_a_few_values_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["{x:>999999999}", "{x.__class__}", "{x[0]}", "{x!r}", "{}", "{0}", "{y}", "{x", "x}"])
 def test_a_form_holds_names_of_fields_alone(form: str) -> None:
-    refused(lambda: fill(form, {"x": "word"}), "is not the name of a field, which is x|without its other")
-    assert fill("{x}: {{x}}", {"x": "word"}) == "word: {x}"
+    refused(lambda: fill_template(form, {"x": "word"}), "is not the name of a field, which is x|without its other")
+    assert fill_template("{x}: {{x}}", {"x": "word"}) == "word: {x}"
 
 
 PUBLISHED = {

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from firth import kernels
 from firth.kernels import Kernel
 from firth.model import attention, cross_entropy, fused, native, native_ops, relative_distance
-from firth.model.attention import Visibility
+from firth.model.attention import AttentionMask
 from firth.model.block import MLP
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.objectives import word2vec
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.train import muon
-from firth.train.muon import BAND, orthogonalise
+from firth.train.muon import BAND, orthogonalize
 from firth.types import UserError
 
 
@@ -117,7 +117,7 @@ def read(way: str, dtype: torch.dtype, causal: bool, bias: bool) -> list[torch.T
     leaves = [torch.randn(3, 2, 70, 16).to(dtype).requires_grad_() for _ in range(3)]
     added = torch.randn(1, 2, 70, 70).to(dtype).requires_grad_() if bias else None
     mask = None if causal else (torch.arange(70) < torch.tensor([[70], [40], [9]]))[:, None, None]
-    sees = Visibility(causal=causal, mask=mask)
+    sees = AttentionMask(causal=causal, mask=mask)
     names = [kernel.name for kernel in attention.ATTENTION.values()]
     with kernels.forced(dict.fromkeys(names, way)):
         out = attention.attend(*leaves, sees, 0.25, added)
@@ -133,7 +133,7 @@ def running(dtype: torch.dtype) -> frozenset[str]:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("way", attention.WAYS)
+@pytest.mark.parametrize("way", attention.KERNELS)
 def test_attention_is_its_formula_in_every_choice(way: str, causal: bool, bias: bool) -> None:
     exact = read("sdpa", torch.float64, causal, bias)
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.04)):
@@ -265,7 +265,7 @@ def test_neighbors_are_averaged_alike_in_every_choice() -> None:
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])
 def test_an_mlp_is_its_formula_in_every_choice(name: str) -> None:
     torch.manual_seed(0)
-    shape = Shape(vocab=9, width=32, depth=1, heads=2, hidden=600, activation=name)  # type: ignore[arg-type]
+    shape = ModelConfig(vocab=9, width=32, depth=1, heads=2, hidden=600, activation=name)  # type: ignore[arg-type]
     mlp = MLP(shape)
     x = torch.randn(70, 600 * (2 if shape.gated else 1), dtype=torch.float64) * 4
     act = {"relu": F.relu, "relu2": lambda x: F.relu(x) ** 2, "gelu": F.gelu, "silu": F.silu}.get(
@@ -351,7 +351,7 @@ def test_muon_moves_alike_in_every_choice() -> None:
         for way in muon.MOMENTUM.measure():
             momentum, moved, direction = start.clone(), weight.clone(), torch.empty(50, 77, dtype=dtype)
             with kernels.forced({"momentum": way}):
-                muon.look_ahead(grad, momentum, direction, 0.9)
+                muon.nesterov(grad, momentum, direction, 0.9)
                 muon.apply(moved, direction, 0.99, 0.1)
             torch.testing.assert_close(momentum.double(), right, rtol=1e-6, atol=1e-6)
             ahead = (0.9 * right + 0.1 * grad).to(dtype)
@@ -397,7 +397,7 @@ def test_muon_is_near_the_polar_factor_in_every_choice(rows: int, columns: int) 
     stack = torch.randn(3, rows, columns)
     u, _, v = torch.linalg.svd(stack.double(), full_matrices=False)
     for dtype in (torch.float32, torch.bfloat16):
-        found = orthogonalise(stack.to(dtype)).double()
+        found = orthogonalize(stack.to(dtype)).double()
         cosine = (found * (u @ v)).sum((-2, -1)) / (found.norm(dim=(-2, -1)) * (u @ v).norm(dim=(-2, -1)))
         assert cosine.min() > 0.96
         assert torch.linalg.svdvals(found).max() < BAND[1] + 0.05

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
 from firth.peft.init import prefix_of
-from firth.peft.lora import Rank
+from firth.peft.lora import LoraConfig
 from firth.pretrained.load_save import load_model, save_model
 from firth.types import UserError
 
@@ -26,18 +26,18 @@ transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
-BERT = Shape(
+BERT = ModelConfig(
     **SIZES, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu", head="transform",
     head_bias=True,
 )  # fmt: skip
-LLAMA = Shape(
+LLAMA = ModelConfig(
     **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
 )  # fmt: skip
-T5 = Shape(
+T5 = ModelConfig(
     **SIZES | {"context": 512}, encoder=2, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
 )  # fmt: skip
-SHAPES = {"bert": BERT, "gpt2": Shape(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, depth=3)}
+SHAPES = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, depth=3)}
 AUTO = {"bert": "AutoModel", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}
 TASK = {"bert": "FEATURE_EXTRACTION", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 THEIRS = {
@@ -55,7 +55,7 @@ def base(name: str, folder: Path) -> LM:
     """A model of random weights in a directory, as both libraries load it."""
     torch.manual_seed(0)
     shape = SHAPES[name]
-    model = LM(shape, {} if name == "bert" else {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {} if name == "bert" else {"lm": LMHead(shape)}).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     save_model(model, None, folder / "base")
@@ -124,8 +124,8 @@ def test_their_files_give_their_outputs_and_ours_again(name: str, kind: str, tmp
 def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
     """Made here, on whatever can be named: the file, and the model it was merged into, say the same there."""
     model = base(name, tmp_path)
-    lora.add(model, OURS[name], Rank(rank=3, alpha=5.0))
-    for low in lora.lows(model).values():
+    lora.add(model, OURS[name], LoraConfig(rank=3, alpha=5.0))
+    for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
@@ -134,7 +134,7 @@ def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
     lora.freeze(model)
     assert count == lora.trained(model)
     wanted = ours(model)
-    save_model(lora.fold(model), None, tmp_path / "base")
+    save_model(lora.merge_and_unload(model), None, tmp_path / "base")
     torch.testing.assert_close(theirs(theirs_of(name, tmp_path)), wanted, atol=1e-5, rtol=0)
 
 
@@ -169,8 +169,8 @@ def test_separate_adapters_lie_side_by_side_in_one_matrix_of_theirs(targets: lis
     """GPT-2's queries, keys and values are one matrix there, and have a rank and a scale each here."""
     model = base("gpt2", tmp_path)
     for i, target in enumerate(targets):
-        lora.add(model, [target], Rank(rank=2 + i, alpha=3.0 + i))
-    for low in lora.lows(model).values():
+        lora.add(model, [target], LoraConfig(rank=2 + i, alpha=3.0 + i))
+    for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of("gpt2", tmp_path), tmp_path / "ours").eval()
@@ -180,8 +180,8 @@ def test_separate_adapters_lie_side_by_side_in_one_matrix_of_theirs(targets: lis
 
 def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> None:
     model = base("gpt2", tmp_path)  # whose head is its table
-    lora.add(model, ["parts.lm", "q"], Rank(rank=2))
-    for low in lora.lows(model).values():
+    lora.add(model, ["parts.lm", "q"], LoraConfig(rank=2))
+    for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     assert "only firth" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     again = load_model(tmp_path / "base")
@@ -191,10 +191,10 @@ def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> N
 
 def test_a_base_of_no_family_is_written_for_firth(tmp_path: Path) -> None:
     shape = replace(LLAMA, position="sinusoidal")
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     save_model(model, None, tmp_path / "base")
-    lora.add(model, ["blocks.*"], Rank(rank=2))
-    for low in lora.lows(model).values():
+    lora.add(model, ["blocks.*"], LoraConfig(rank=2))
+    for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     assert "only firth" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     torch.testing.assert_close(ours(adapter_files.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
@@ -202,7 +202,7 @@ def test_a_base_of_no_family_is_written_for_firth(tmp_path: Path) -> None:
 
 def written(tmp_path: Path, **changes: Any) -> Path:
     model = base("llama", tmp_path)
-    lora.add(model, ["q"], Rank(rank=2))
+    lora.add(model, ["q"], LoraConfig(rank=2))
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     file = tmp_path / "ours" / adapter_files.FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -234,7 +234,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], sa
 def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> None:
     model = base("bert", tmp_path)
     model.parts["classes"] = torch.nn.Linear(32, 3)
-    lora.add(model, ["q"], Rank(rank=2))
+    lora.add(model, ["q"], LoraConfig(rank=2))
     said = adapter_files.write(
         model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]}
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
 from firth.peft.init import prefix_of, prompt_of
-from firth.peft.lora import Rank
+from firth.peft.lora import LoraConfig
 from firth.pretrained.load_save import load_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
@@ -117,8 +117,8 @@ def adapted(base: Path, kind: str) -> LM:
     model = load_model(base)
     torch.manual_seed(1)
     if kind == "lora":
-        lora.add(model, ["attention.q", "attention.v", "mlp.*"], Rank(rank=2))
-        for low in lora.lows(model).values():
+        lora.add(model, ["attention.q", "attention.v", "mlp.*"], LoraConfig(rank=2))
+        for low in lora.lora_layers(model).values():
             low.B.data.normal_(std=0.2)
     else:
         part = (prefix_of if kind == "prefix" else prompt_of)(model, [5, 6, 7])

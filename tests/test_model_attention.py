@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from firth.model import blocked_attention
-from firth.model.attention import Visibility, attend
-from firth.model.block import Attention, initialise
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.attention import AttentionMask, attend
+from firth.model.block import Attention, initialize
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import NEVER, Batch
 
@@ -83,7 +83,7 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
     if way == "flex":
         q, k, v = (x.detach().float() for x in (q, k, v))
     with torch.set_grad_enabled(way not in ("read", "flex")):
-        sees = Visibility.lower(fields["looks"], fields["appears"], document, document, flex=way == "flex")
+        sees = AttentionMask.lower(fields["looks"], fields["appears"], document, document, flex=way == "flex")
         found = attend(q, k, v, sees, 0.3, bias)
     lowered = "causal" if sees.causal else "none" if sees.mask is None else "below" if sees.below else "mask"
     lowered = "keys" if sees.mask is not None and sees.mask.shape[-2] == 1 else lowered
@@ -111,7 +111,7 @@ def test_keys_that_nobody_sees_are_left_out(dtype: torch.dtype) -> None:
     appears = torch.cat((order, torch.full((B, 40), NEVER)), 1)
     q, k, v = (torch.randn(B, H, 60, D, dtype=dtype, requires_grad=True) for _ in range(3))
     bias = torch.randn(B, H, 60, 60, dtype=dtype, requires_grad=True)
-    sees = Visibility.lower(looks, appears)
+    sees = AttentionMask.lower(looks, appears)
     assert sees.keys == 32 and sees.mask is not None and sees.mask.shape[-1] == 32
     nothing = torch.zeros(B, 60)
     fields = {"looks": looks, "appears": appears, "document": nothing, "key_document": nothing}
@@ -129,19 +129,19 @@ def test_across_the_rule_is_the_same() -> None:
     appears = torch.where(torch.arange(7) < torch.tensor([7, 4, 6])[:, None], 0, NEVER)
     looks = torch.full((B, T), NEVER - 1)
     q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True) for n in (T, 7, 7))
-    sees = Visibility.lower(looks, appears, PACKED, source)
+    sees = AttentionMask.lower(looks, appears, PACKED, source)
     fields = {"looks": looks, "appears": appears, "document": PACKED, "key_document": source}
     assert torch.allclose(attend(q, k, v, sees, 0.3), written_out(q, k, v, fields, 0.3, None), atol=1e-12)
-    keys = Visibility.lower(looks, appears)
+    keys = AttentionMask.lower(looks, appears)
     assert keys.mask is not None and keys.mask.shape == (B, 1, 1, 7)
 
 
 POSITIONS = ["learned", "sinusoidal", "rotary", "t5", "none"]
 
 
-def made(shape: Shape) -> LM:
+def made(shape: ModelConfig) -> LM:
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -153,7 +153,7 @@ def made(shape: Shape) -> LM:
 @torch.inference_mode()
 def test_cached_equals_uncached(position: str, source: bool) -> None:
     """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
-    make = encoder_decoder if source else decoder
+    make = encoder_decoder_config if source else decoder_config
     model = made(replace(make(50, 32, 2, heads=4, context=64), position=position, kv_heads=2, zero_init=False))
     lengths, more = [6, 3, 1], 4
     tokens = torch.randint(50, (3, 10))
@@ -184,7 +184,7 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 
 @torch.inference_mode()
 def test_cache_keeps_chosen_rows() -> None:
-    model = made(replace(encoder_decoder(50, 32, 2, heads=4), zero_init=False))
+    model = made(replace(encoder_decoder_config(50, 32, 2, heads=4), zero_init=False))
     when = torch.arange(5).expand(3, 5)
     batch = {
         "tokens": torch.randint(50, (3, 5)),
@@ -202,13 +202,13 @@ def test_cache_keeps_chosen_rows() -> None:
     assert torch.allclose(got, model(last, whole)[keep], atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [decoder, encoder, encoder_decoder])
+@pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     """Two texts alone, padded side by side, packed into one row, and as a group (1, 2, T): the same states."""
     shape = replace(make(50, 32, 2, heads=4), zero_init=False)  # type: ignore[operator]
     model = made(shape).train()
     a, b, s, t = (torch.randint(50, (n,)) for n in (5, 3, 4, 6))
-    causal = make is not encoder
+    causal = make is not encoder_config
 
     def alone(tokens: Tensor, source: Tensor) -> Tensor:
         when = torch.arange(len(tokens))[None] * causal
@@ -237,9 +237,9 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
 def test_an_untrained_attention_looks_around_evenly(score_scale: bool) -> None:
     """Scores of unit variance at first: T5 has no 1 / sqrt(d) in the product, so it is in the first queries."""
     torch.manual_seed(0)
-    shape = Shape(vocab=50, width=256, depth=1, heads=4, score_scale=score_scale, init=0.0)
+    shape = ModelConfig(vocab=50, width=256, depth=1, heads=4, score_scale=score_scale, init=0.0)
     attention = Attention(shape)
-    initialise(attention, shape)
+    initialize(attention, shape)
     x = torch.randn(1, 200, 256)
     q, k = (f(x).unflatten(-1, (4, 64)).transpose(1, 2) for f in (attention.q, attention.k))
     assert 0.8 < float((attention.scale * q @ k.transpose(-1, -2)).detach().std()) < 1.25

@@ -18,7 +18,7 @@ from torch import Tensor
 from firth import kernels
 from firth.data.collate import collate
 from firth.model import compilation
-from firth.model.config import Shape, decoder, encoder, encoder_decoder, vectors
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, word_vector_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
@@ -36,14 +36,14 @@ VOCAB = Vocab(
     size=60, roles={"pad": 0, "bos": 1, "eos": 2, "mask": 3}, special=np.arange(60) < 14, sentinels=np.arange(4, 14)
 )
 SIZE: Any = {"vocab": 60, "width": 32, "depth": 3, "heads": 2, "context": 64}
-BERT = Shape(**SIZE, norm_at="post", embed_norm=True, segments=2, activation="gelu", causal=False)
-CASES: dict[str, tuple[Shape, Objective]] = {
-    "decoder": (decoder(**SIZE), CausalLM()),
-    "grouped, gated": (replace(decoder(**SIZE), kv_heads=1, activation="swiglu"), CausalLM()),
-    "encoder": (encoder(**SIZE), MLM()),
+BERT = ModelConfig(**SIZE, norm_at="post", embed_norm=True, segments=2, activation="gelu", causal=False)
+CASES: dict[str, tuple[ModelConfig, Objective]] = {
+    "decoder": (decoder_config(**SIZE), CausalLM()),
+    "grouped, gated": (replace(decoder_config(**SIZE), kv_heads=1, activation="swiglu"), CausalLM()),
+    "encoder": (encoder_config(**SIZE), MLM()),
     "post-norm": (BERT, MLM(rate=0.5)),
-    "encoder-decoder": (encoder_decoder(**SIZE), SpanCorruption()),
-    "electra": (encoder(**SIZE), RTD()),
+    "encoder-decoder": (encoder_decoder_config(**SIZE), SpanCorruption()),
+    "electra": (encoder_config(**SIZE), RTD()),
 }
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU takes a compiler of C++")
 
@@ -132,7 +132,7 @@ def test_blocks_that_are_run_again_on_the_way_back(graphs: list[torch.fx.GraphMo
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="this model has none: set compile=false"):
-        compilation.compile_blocks(LM(vectors(60, 16), {}))
+        compilation.compile_blocks(LM(word_vector_config(60, 16), {}))
 
 
 def test_a_machine_that_cannot_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,18 +12,18 @@ from data_room import tokenizer
 
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, family_of
-from firth.pretrained.load_save import load_model, save_model, start_from
+from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.types import NEVER, UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
 
 SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
-BERT = Shape(
+BERT = ModelConfig(
     **SIZES,
     causal=False,
     norm_at="post",
@@ -34,18 +34,18 @@ BERT = Shape(
     head="transform",
     head_bias=True,
 )
-LLAMA = Shape(
+LLAMA = ModelConfig(
     **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
 )  # fmt: skip
-T5 = Shape(
+T5 = ModelConfig(
     **SIZES | {"context": 512}, encoder=3, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
 )  # fmt: skip
-BART = Shape(
+BART = ModelConfig(
     **SIZES, encoder=3, decoder_start="eos", norm_at="post", embed_norm=True, activation="gelu", head_bias=True
 )  # fmt: skip
 MARIAN = replace(BART, position="marian", embed_norm=False, embed_scale=32**0.5, decoder_start="pad")
-XLNET = Shape(
+XLNET = ModelConfig(
     **SIZES, causal=False, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu",
     head_bias=True,
 )  # fmt: skip
@@ -63,15 +63,15 @@ SHAPES = {
     "bart": BART,
     "marian": MARIAN,
     "marian-swish": replace(MARIAN, embed_scale=1.0, activation="silu"),
-    "gpt2": Shape(**SIZES),
+    "gpt2": ModelConfig(**SIZES),
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
     "t5-v1.0": T5,
     "t5-v1.1": replace(T5, activation="geglu_tanh", head_scale=1.0, tied=False),
     "t5-v1.1-tied": replace(T5, activation="geglu_tanh", head_scale=1.0),
-    "nanochat": replace(decoder(61, 32, 2, heads=4, context=40), kv_heads=2, zero_init=False),
-    "modernbert": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False),
-    "modernbert-silu": replace(encoder(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
+    "nanochat": replace(decoder_config(61, 32, 2, heads=4, context=40), kv_heads=2, zero_init=False),
+    "modernbert": replace(encoder_config(61, 32, 2, heads=4, context=40), zero_init=False),
+    "modernbert-silu": replace(encoder_config(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
 MARIAN_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
 AUTO = {
@@ -83,10 +83,10 @@ AUTO = {
 }  # fmt: skip
 
 
-def built(shape: Shape, seed: int = 0) -> LM:
+def built(shape: ModelConfig, seed: int = 0) -> LM:
     """A model whose every parameter is random, norms and offsets too, so that a swapped tensor shows."""
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -281,10 +281,10 @@ def test_parts_survive(tmp_path: Path) -> None:
     inner = replace(shape, depth=1)
     torch.manual_seed(0)
     parts = {
-        "lm": Vocabulary(shape),
+        "lm": LMHead(shape),
         "classes": torch.nn.Linear(32, 3),
         "pair": torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)),
-        "generator": LM(inner, {"lm": Vocabulary(inner)}),
+        "generator": LM(inner, {"lm": LMHead(inner)}),
     }
     model = LM(shape, parts).eval()
     save_model(model, None, tmp_path, {"steps": 7})
@@ -303,14 +303,14 @@ def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
     save_model(old, None, tmp_path)
     torch.manual_seed(9)
     new = LM(shape, {"classes": torch.nn.Linear(32, 3)})
-    assert start_from(new, tmp_path) == (["lm"], ["classes"])
+    assert init_from(new, tmp_path) == (["lm"], ["classes"])
     assert torch.equal(new.trunk.blocks[1].mlp.up.weight, old.trunk.blocks[1].mlp.up.weight)
     with pytest.raises(UserError, match=r"shape\.hidden is 48 there and 64 here"):
-        start_from(LM(replace(shape, hidden=64), {}), tmp_path)
+        init_from(LM(replace(shape, hidden=64), {}), tmp_path)
 
 
 def test_a_shape_of_no_family_is_saved_all_the_same(tmp_path: Path) -> None:
-    shape = Shape(**SIZES, position="sinusoidal", activation="relu2")
+    shape = ModelConfig(**SIZES, position="sinusoidal", activation="relu2")
     assert family_of(shape) is None
     model = built(shape)
     assert "only firth" in save_model(model, None, tmp_path)
@@ -345,7 +345,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
 def test_every_family_has_its_place() -> None:
     assert {n.split("-")[0] for n in SHAPES} <= set(FAMILIES)  # the others: test_model_family_heads
-    for shape in (decoder(61, 64, 2), encoder(61, 64, 2), encoder_decoder(61, 64, 2)):
+    for shape in (decoder_config(61, 64, 2), encoder_config(61, 64, 2), encoder_decoder_config(61, 64, 2)):
         assert family_of(shape) is not None
 
 
@@ -353,7 +353,7 @@ def test_every_family_has_its_place() -> None:
 def test_transformers_ends_an_answer_where_we_do(end: str, tmp_path: Path) -> None:
     """At the end of a text and at the end of a turn: the model is made to say it, and says it first on its n-th word."""
     coder = tokenizer()
-    model = built(replace(decoder(coder.vocab.size, 32, 2, heads=4, context=64), zero_init=False))
+    model = built(replace(decoder_config(coder.vocab.size, 32, 2, heads=4, context=64), zero_init=False))
     prompt, greedy = coder.encode("What is a module?"), Sampling(max_new=12, temperature=0)
     [unending] = Engine(model, coder, stops=()).generate([prompt], greedy)
     words = unending.tokens.tolist()

@@ -15,10 +15,10 @@ from firth.data.collate import collate
 from firth.data.layout import seq2seq
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.positions import sinusoidal
-from firth.objectives.sft import TextToText
+from firth.objectives.sft import Seq2SeqSFT
 from firth.pretrained.load_save import load_model, save_model
 from firth.train.step import step
 from firth.types import UserError
@@ -32,7 +32,7 @@ def test_their_loss_of_a_translation_is_ours(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     model, rng = load_model(tmp_path), np.random.default_rng(0)
     pairs = [(rng.integers(3, 61, n), np.append(rng.integers(3, 61, m), 2)) for n, m in ((9, 12), (15, 4), (3, 8))]
-    objective = TextToText()
+    objective = Seq2SeqSFT()
     shown = [seq2seq(source, target, start=0) for source, target in pairs]
     ours = float(step(model, objective, [collate(shown)])["tokens"])
     width = [max(map(len, side)) for side in zip(*pairs, strict=True)]
@@ -75,7 +75,7 @@ def test_a_bare_model_of_theirs_is_read(tmp_path: Path) -> None:
 
 
 def test_a_count_of_its_parameters_is_exact() -> None:
-    model = LM(MARIAN, {"lm": Vocabulary(MARIAN)})
+    model = LM(MARIAN, {"lm": LMHead(MARIAN)})
     assert sum(p.numel() for p in model.parameters()) == MARIAN.parameters()
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from firth.model import blocked_attention, cross_entropy, fused
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.model.positions import rotation, turns
+from firth.model.positions import rope_angles, rotation
 
 
 def numbers(*size: int) -> Tensor:
@@ -28,8 +28,8 @@ def test_unit() -> None:
     assert gradcheck(lambda x: fused._Unit.apply(x, 1e-3, x.dtype), x)
     large = torch.randn(64, 512)
     with torch.no_grad():
-        assert torch.allclose(fused.unit(large, 1e-6), F.rms_norm(large, (512,), eps=1e-6), atol=1e-6)
-    assert torch.equal(fused.unit(large.bfloat16(), 1e-6), F.rms_norm(large.bfloat16(), (512,), eps=1e-6))
+        assert torch.allclose(fused.unit_rms(large, 1e-6), F.rms_norm(large, (512,), eps=1e-6), atol=1e-6)
+    assert torch.equal(fused.unit_rms(large.bfloat16(), 1e-6), F.rms_norm(large.bfloat16(), (512,), eps=1e-6))
 
 
 def test_relu2() -> None:
@@ -43,8 +43,8 @@ def test_relu2() -> None:
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 def test_turn(eps: float) -> None:
     x = numbers(2, 3, 4, 6)
-    shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
-    cos, sin = (angle.double() for angle in turns(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape))
+    shape = ModelConfig(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
+    cos, sin = (angle.double() for angle in rope_angles(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape))
     a, b = x.chunk(2, -1)
     turned = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
     plain = torch.cat((turned.real, turned.imag), -1)
@@ -61,8 +61,8 @@ def test_turn(eps: float) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 @torch.no_grad()
 def test_a_turn_is_a_product(eps: float, sign: int, rows: int) -> None:
-    shape = Shape(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=sign)
-    angles = turns(torch.tensor([[3], [0], [9], [1], [200]])[:rows], shape)
+    shape = ModelConfig(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=sign)
+    angles = rope_angles(torch.tensor([[3], [0], [9], [1], [200]])[:rows], shape)
     for dtype, near in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         x = torch.randn(5, 1, 4, 6).to(dtype)
         found = fused.rotated(x, rotation(*angles), eps)
@@ -138,11 +138,11 @@ def test_confident_and_hopeless_labels_stay_finite() -> None:
     assert torch.autograd.grad(loss, states)[0].tolist() == [[0.0], [-2.0]]
 
 
-@pytest.mark.parametrize("make", [decoder, encoder])
+@pytest.mark.parametrize("make", [decoder_config, encoder_config])
 def test_head_under_autocast_and_without_gradients(make: object) -> None:
     shape = make(vocab=60, width=32, depth=1, heads=2)  # type: ignore[operator]
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     head = model.parts["lm"]
     torch.nn.init.normal_(head.weight, std=0.3)
     states, labels = torch.randn(50, 32, requires_grad=True), torch.randint(60, (50,))
@@ -170,9 +170,9 @@ def test_head_under_autocast_and_without_gradients(make: object) -> None:
 
 def test_a_tied_matrix_gets_both_gradients() -> None:
     """The finite difference of the loss along a random direction of the tied matrix."""
-    shape = replace(decoder(vocab=20, width=16, depth=1, heads=2), tied=True, zero_init=False, init=0.3)
+    shape = replace(decoder_config(vocab=20, width=16, depth=1, heads=2), tied=True, zero_init=False, init=0.3)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)}).double()
+    model = LM(shape, {"lm": LMHead(shape)}).double()
     assert sum(p.numel() for p in model.parameters()) == shape.parameters()
     when = torch.arange(6)[None]
     batch = {"tokens": torch.randint(20, (1, 6)), "looks": when, "appears": when}
@@ -193,26 +193,26 @@ def test_a_tied_matrix_gets_both_gradients() -> None:
 
 def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
     for shape in (
-        decoder(50, 32, 2, heads=2), encoder(50, 32, 2, heads=2), Shape(50, 32, 2, 4),
-        Shape(50, 32, 2, 4, kv_heads=2, encoder=3, position="t5", activation="swiglu", tied=False, head_bias=True),
-        Shape(50, 32, 2, 4, norm_at="post", embed_norm=True, segments=2, head="transform", head_bias=True, first_norm=False),
+        decoder_config(50, 32, 2, heads=2), encoder_config(50, 32, 2, heads=2), ModelConfig(50, 32, 2, 4),
+        ModelConfig(50, 32, 2, 4, kv_heads=2, encoder=3, position="t5", activation="swiglu", tied=False, head_bias=True),
+        ModelConfig(50, 32, 2, 4, norm_at="post", embed_norm=True, segments=2, head="transform", head_bias=True, first_norm=False),
     ):  # fmt: skip
         torch.manual_seed(5)
-        model = LM(shape, {"lm": Vocabulary(shape)})
+        model = LM(shape, {"lm": LMHead(shape)})
         assert sum(p.numel() for p in model.parameters()) == shape.parameters(), shape
         torch.manual_seed(5)
-        again = LM(shape, {"lm": Vocabulary(shape)})
+        again = LM(shape, {"lm": LMHead(shape)})
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("make", [decoder, encoder, encoder_decoder])
+@pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_a_whole_model_trains_under_autocast_and_in_half(make: object) -> None:
     """bf16 loss and gradient near those of fp32; the weights in bf16 read the same too."""
     shape = replace(make(vocab=50, width=32, depth=2, heads=2), zero_init=False)  # type: ignore[operator]
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     torch.nn.init.normal_(model.parts["lm"].weight, std=0.2)
-    when = torch.arange(10).expand(4, 10) * (make is not encoder)
+    when = torch.arange(10).expand(4, 10) * (make is not encoder_config)
     tokens = torch.randint(50, (4, 10))
     batch = {"tokens": tokens, "source_tokens": tokens.flip(1), "looks": when, "appears": when}
 

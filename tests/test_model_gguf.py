@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from firth.generate.decoding import reading, rectangle
+from firth.generate.decoding import attention_pattern_of, rectangle
 from firth.io import gguf as container
-from firth.io.gguf import Writing
-from firth.model.config import decoder
-from firth.model.heads import Vocabulary
+from firth.io.gguf import GGUFTensorSpec
+from firth.model.config import decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import bert, gpt2, llama
 from firth.pretrained import gguf
 from firth.pretrained.gguf_quantize import unpack
-from firth.pretrained.load_save import load_model, save_model, start_from
+from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.runs.inference import open_run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -38,7 +38,7 @@ SHAPES = {
 
 def model_of(shape):
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -72,7 +72,7 @@ def test_an_encoder_goes_without_its_head(tmp_path):
     model, file = written(tmp_path, bert(tokenizer.vocab.size, 64, 2, 4, context=32), tokenizer=tokenizer)
     back = load_model(file)
     assert not back.parts
-    with reading(model), reading(back):
+    with attention_pattern_of(model), attention_pattern_of(back):
         rows = rectangle([np.array([2, 5, 6, 3])], torch.device("cpu"), causal=False)
         assert torch.equal(model(rows), back(rows))
 
@@ -153,7 +153,7 @@ def test_a_file_is_what_transformers_takes_it_for(tmp_path):
     model, file = written(tmp_path, SHAPES["llama, grouped and tied"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
     ids = torch.randint(0, SIZE, (2, 20))
-    with reading(model):
+    with attention_pattern_of(model):
         mine = model.parts["lm"](model(rectangle(list(ids.numpy()), torch.device("cpu"))))
         assert (theirs(ids).logits - mine).abs().max() < 1e-4 * mine.abs().max()
 
@@ -162,8 +162,8 @@ def test_a_file_serves_wherever_a_directory_does(tmp_path):
     model, file = written(tmp_path)
     opened = open_run(file)
     assert opened.tokenizer.encode("to be").tolist() == TOKENIZER.encode("to be").tolist()
-    fresh = LM(model.shape, {"lm": Vocabulary(model.shape)})
-    assert start_from(fresh, tmp_path) == ([], [])
+    fresh = LM(model.shape, {"lm": LMHead(model.shape)})
+    assert init_from(fresh, tmp_path) == ([], [])
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
     save_model(opened.model, opened.tokenizer, tmp_path / "directory")
     again = load_model(tmp_path / "directory").state_dict()
@@ -183,7 +183,7 @@ def test_blocks_of_few_bits_are_read(tmp_path):
         made = rng.integers(0, 30, (rows, stored.shape[-1] // per.block * per.size), dtype=np.uint8)
         made = np.array(stored.data) if kind == "F32" else made
         want[name] = unpack(kind, made)
-        tensors.append(Writing(name, kind, stored.shape, lambda made=made: made))
+        tensors.append(GGUFTensorSpec(name, kind, stored.shape, lambda made=made: made))
     container.write(file, found.metadata, tensors)
     back = load_model(file)
     assert torch.equal(back.tokens.weight, torch.from_numpy(want["token_embd.weight"]))
@@ -193,7 +193,7 @@ def test_blocks_of_few_bits_are_read(tmp_path):
 
 def test_shapes_that_llama_cpp_does_not_have_are_refused(tmp_path):
     for shape, why in (
-        (decoder(SIZE, 64, 2), "norm_weight|embed_norm|activation"),
+        (decoder_config(SIZE, 64, 2), "norm_weight|embed_norm|activation"),
         (replace(SHAPES["llama"], activation="geglu"), "activation is 'geglu' where a llama has 'swiglu'"),
         (replace(SHAPES["llama"], softcap=15.0), r"softcap is 15\.0 where a llama has 0\.0"),
     ):
@@ -234,7 +234,7 @@ def test_metadata_that_cannot_be_are_refused(key, tmp_path):
     _, file = written(tmp_path)
     value, why = HOSTILE[key]
     found = container.read(file)
-    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    tensors = [GGUFTensorSpec(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
     other = tmp_path / "other.gguf"
     container.write(other, {**found.metadata, key: value}, tensors)
     with pytest.raises(UserError, match=why) as told:
@@ -257,7 +257,9 @@ def test_tensors_that_do_not_fit_are_named(name, new, why, tmp_path):
     found = container.read(file)
     names = {n: new if n == name else n for n in found.tensors}
     tensors = [
-        Writing(names[n], t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items() if names[n]
+        GGUFTensorSpec(names[n], t.kind, t.shape, lambda t=t: np.array(t.data))
+        for n, t in found.tensors.items()
+        if names[n]
     ]
     other = tmp_path / "other.gguf"
     container.write(other, found.metadata, tensors)
@@ -269,7 +271,7 @@ def test_tensors_that_do_not_fit_are_named(name, new, why, tmp_path):
 def test_stretched_wavelengths_are_read(tmp_path):
     _, file = written(tmp_path)
     found = container.read(file)
-    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    tensors = [GGUFTensorSpec(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
     more = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     container.write(tmp_path / "other.gguf", {**found.metadata, **more}, tensors)
     shape = load_model(tmp_path / "other.gguf").shape
@@ -281,7 +283,7 @@ def test_stretched_wavelengths_are_read(tmp_path):
 def test_a_missing_key_is_named(tmp_path):
     _, file = written(tmp_path)
     found = container.read(file)
-    tensors = [Writing(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
+    tensors = [GGUFTensorSpec(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
     container.write(tmp_path / "other.gguf", {k: v for k, v in found.metadata.items() if "feed" not in k}, tensors)
     with pytest.raises(UserError, match=r"lacks 'llama\.feed_forward_length'"):
         load_model(tmp_path / "other.gguf")

@@ -19,11 +19,11 @@ from data_room import tokenizer
 from safetensors.torch import load_file, save_file
 
 from firth.io.safetensors import Storage, header, read_tensors
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
-from firth.pretrained.load_save import load_model, save_model, start_from
+from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -32,8 +32,8 @@ MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 
 
 
 def gpt2() -> LM:
-    shape = Shape(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
-    return LM(shape, {"lm": Vocabulary(shape)}).eval()
+    shape = ModelConfig(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
+    return LM(shape, {"lm": LMHead(shape)}).eval()
 
 
 @pytest.fixture
@@ -322,8 +322,8 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 def test_reading_costs_a_models_memory_once(tmp_path: Path) -> None:
     """Weights are mapped and copied one by one: the process never holds them twice. GPT-2's are turned around on the way."""
-    shape = Shape(vocab=64, width=1024, depth=4, heads=8, context=16)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    shape = ModelConfig(vocab=64, width=1024, depth=4, heads=8, context=16)
+    model = LM(shape, {"lm": LMHead(shape)})
     size = sum(p.numel() for p in model.parameters()) * 4
     save_model(model, None, tmp_path)
     code = (
@@ -515,7 +515,7 @@ def test_every_flipped_bit_of_a_model_is_found(tmp_path: Path) -> None:
 def test_every_flipped_bit_of_an_adapter_is_found(tmp_path: Path) -> None:
     model = gpt2()
     save_model(model, tokenizer(), tmp_path / "base")
-    lora.add(model, ["q"], lora.Rank(rank=2))
+    lora.add(model, ["q"], lora.LoraConfig(rank=2))
     adapter_files.write(model, tmp_path / "adapter", tmp_path / "base")
     names = ["adapter_model.safetensors", "adapter_config.json", "firth.json"]
     refuses_every_flip(tmp_path / "adapter", names, adapter_files.load, 60)
@@ -531,7 +531,7 @@ def test_weights_that_are_not_finite(number: float, given: Path, tmp_path: Path)
     state["transformer.h.0.attn.c_attn.weight"][3, 5] = number
     save_file(state, given / "model.safetensors")
     refused(lambda: load_model(given), r"'.*' holds a number that is not finite")
-    refused(lambda: start_from(gpt2(), given), "is not finite")
+    refused(lambda: init_from(gpt2(), given), "is not finite")
     model = gpt2()
     with torch.no_grad():
         model.tokens.weight[7, 7] = number

@@ -9,17 +9,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.model.attention import Visibility
-from firth.model.config import Shape, encoder
-from firth.model.flops import trunk, work
-from firth.model.head_descriptions import described, rebuilt
+from firth.model.attention import AttentionMask
+from firth.model.config import ModelConfig, encoder_config
+from firth.model.flops import stack_flops, work
+from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.runs.recipe import load
 from firth.types import NEVER, UserError
 
-FULL = Shape(vocab=60, width=32, depth=2, heads=2, context=12, causal=False, zero_init=False, init=0.3)
+FULL = ModelConfig(vocab=60, width=32, depth=2, heads=2, context=12, causal=False, zero_init=False, init=0.3)
 SHARINGS = ["headwise", "key-value", "layerwise"]
 
 
@@ -29,7 +29,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("body", [FULL, replace(FULL, position="rotary", kv_heads=1, norm_at="post")])
-def test_identity_projections_are_full_attention(sharing: str, body: Shape) -> None:
+def test_identity_projections_are_full_attention(sharing: str, body: ModelConfig) -> None:
     torch.manual_seed(0)
     full = LM(body, {})
     short = LM(replace(body, linformer=12, linformer_sharing=sharing), {})
@@ -47,7 +47,7 @@ def test_identity_projections_are_full_attention(sharing: str, body: Shape) -> N
 def test_as_many_slots_as_tokens_begin_as_full_attention_and_fewer_as_means_of_neighbours(sharing: str) -> None:
     short = replace(FULL, linformer=12, linformer_sharing=sharing)
     assert torch.equal(LM(short, {}).trunk.linformer.weight, torch.eye(12).expand(*short.projections, 12, 12))
-    slots = LM(replace(short, linformer=4), {}).trunk.linformer.at(12, Visibility()).of(1)
+    slots = LM(replace(short, linformer=4), {}).trunk.linformer.at(12, AttentionMask()).of(1)
     x = torch.randn(2, 2, 12, 5)
     torch.testing.assert_close(slots.mix(x, 1), x.unflatten(2, (4, 3)).mean(3) * 3**0.5)
 
@@ -56,21 +56,21 @@ def test_the_slots_of_a_short_row_vary_as_those_of_a_long_one() -> None:
     """Over all slots, the empty ones too: as much in all as a full row has."""
     trunk = LM(replace(FULL, context=4096, linformer=512), {}).trunk
     x = torch.randn(1, 2, 4096, 8, generator=torch.Generator().manual_seed(0))
-    whole, part = (trunk.linformer.at(n, Visibility()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
+    whole, part = (trunk.linformer.at(n, AttentionMask()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
     assert whole.square().mean().item() == pytest.approx(1, abs=0.1)
     assert part.square().mean().item() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
-    shape = replace(encoder(60, 32, 3, heads=2, context=12), linformer=4, linformer_sharing=sharing)
+    shape = replace(encoder_config(60, 32, 3, heads=2, context=12), linformer=4, linformer_sharing=sharing)
     model = LM(shape, MLM().parts(shape))
     assert sum(p.numel() for p in model.parameters()) == shape.parameters()
     assert (
         model.trunk.linformer.weight.shape[:2]
         == {"headwise": (3, 2), "key-value": (3, 1), "layerwise": (1, 1)}[sharing]
     )
-    assert described(model) == described(rebuilt(described(model), "model"))
+    assert describe_head(model) == describe_head(rebuild_head(describe_head(model), "model"))
 
 
 def test_headwise_tells_keys_from_values_and_layers_apart() -> None:
@@ -127,5 +127,5 @@ def test_it_costs_what_torch_counts() -> None:
     batch = {"tokens": tokens(3, 10)}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
-    assert counter.get_total_flops() == trunk(shape, work(batch))
+    assert counter.get_total_flops() == stack_flops(shape, work(batch))
     assert CausalLM().reads() not in shape.honours

@@ -9,33 +9,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import Rows, reading
-from firth.generate.quantized import lowered
+from firth.generate.decoding import DecodingBatch, attention_pattern_of
+from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.fused import FEW
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.causal_lm import CausalLM
 from firth.peft import lora
-from firth.peft.lora import Rank
+from firth.peft.lora import LoraConfig
 from firth.types import UserError
 
-DECODER = replace(decoder(50, 64, 2, heads=2, context=40), tied=True)
-SHAPES: dict[str, Shape] = {
+DECODER = replace(decoder_config(50, 64, 2, heads=2, context=40), tied=True)
+SHAPES: dict[str, ModelConfig] = {
     "decoder": DECODER,
     "untied": replace(DECODER, tied=False),
-    "encoder": encoder(50, 64, 2, heads=2, context=40),
-    "encoder-decoder": encoder_decoder(50, 64, 2, heads=2, context=40),
+    "encoder": encoder_config(50, 64, 2, heads=2, context=40),
+    "encoder-decoder": encoder_decoder_config(50, 64, 2, heads=2, context=40),
     "shared": replace(bert(50, 64, 3, 2, context=40), groups=1, embed=16),
 }
 EVERYWHERE = ("blocks.*", "parts.lm")
 
 
-def made(shape: Shape, seed: int = 0) -> LM:
+def made(shape: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return model
@@ -44,12 +44,12 @@ def made(shape: Shape, seed: int = 0) -> LM:
 def stirred(model: LM, name: str = "default", seed: int = 1) -> LM:
     """What B is after some training, for want of it."""
     torch.manual_seed(seed)
-    for low in lora.lows(model, name).values():
+    for low in lora.lora_layers(model, name).values():
         low.B.data.normal_(std=0.1)
     return model
 
 
-def batch(shape: Shape, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
+def batch(shape: ModelConfig, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
     tokens = torch.randint(0, shape.vocab, (rows, length), generator=torch.Generator().manual_seed(3))
     when = torch.arange(length).expand(rows, -1) * shape.causal
     return {"tokens": tokens, "looks": when, "appears": when} | ({"source_tokens": tokens} if shape.encoder else {})
@@ -66,7 +66,7 @@ def test_an_adapter_begins_as_nothing_and_merged_equals_unmerged(name: str) -> N
     model = made(SHAPES[name])
     plain, weights = logits(model), {n: p.clone() for n, p in model.state_dict().items()}
     targets = EVERYWHERE if not SHAPES[name].tied else ("blocks.*",)
-    lora.add(model, targets, Rank(rank=4, alpha=6.0))
+    lora.add(model, targets, LoraConfig(rank=4, alpha=6.0))
     assert torch.equal(logits(model), plain)
     stirred(model)
     moved = logits(model)
@@ -76,7 +76,7 @@ def test_an_adapter_begins_as_nothing_and_merged_equals_unmerged(name: str) -> N
     lora.unmerge(model)
     assert torch.equal(logits(model), moved)
     assert all(torch.equal(model.state_dict()[n], x) for n, x in weights.items())
-    folded = lora.fold(model)
+    folded = lora.merge_and_unload(model)
     assert folded.state_dict().keys() == weights.keys() and not lora.adapted(folded)
     torch.testing.assert_close(logits(folded), moved, atol=1e-5, rtol=0)
 
@@ -85,11 +85,11 @@ def test_an_adapter_begins_as_nothing_and_merged_equals_unmerged(name: str) -> N
 def test_the_product_is_what_the_paper_says(target: str) -> None:
     """h = W x + scale B A x, written out on the weights of a plain model; on tables and heads too."""
     model, plain = made(SHAPES["untied"]), made(SHAPES["untied"])
-    places = lora.add(model, [target], Rank(rank=3, alpha=5.0, stabilised=True))
+    places = lora.add(model, [target], LoraConfig(rank=3, alpha=5.0, stabilised=True))
     stirred(model)
     with torch.no_grad():
         for place in places:
-            low = lora.lows(model)[place]
+            low = lora.lora_layers(model)[place]
             plain.get_submodule(place).weight += 5.0 / math.sqrt(3) * low.B @ low.A
     torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=0)
 
@@ -99,14 +99,14 @@ def test_the_published_number_of_parameters() -> None:
     shape = bert(50265, 768, 12, 12, segments=1)
     with torch.device("meta"):
         model = LM(shape, {})
-        lora.add(model, ["attention.q", "attention.v"], Rank(rank=8))
+        lora.add(model, ["attention.q", "attention.v"], LoraConfig(rank=8))
     lora.freeze(model)
     assert lora.trained(model) == 294_912
 
 
 def test_only_the_adapter_gets_a_gradient_and_the_head_gives_a_whole_one() -> None:
     model = made(SHAPES["untied"]).train()
-    lora.add(model, EVERYWHERE, Rank(rank=4))
+    lora.add(model, EVERYWHERE, LoraConfig(rank=4))
     lora.freeze(stirred(model))
     rows = batch(model.shape) | {"labels": torch.randint(0, 50, (3, 9))}
     CausalLM().loss(model, CausalLM().run(model, rows), rows)["tokens"].backward()
@@ -125,9 +125,9 @@ def test_several_adapters_are_switched_and_added() -> None:
     model, one, two = (made(DECODER) for _ in range(3))
     for name, seed, own in (("a", 1, one), ("b", 2, two)):
         torch.manual_seed(seed)
-        lora.add(model, ["q", "mlp.*"], Rank(rank=4), name)
+        lora.add(model, ["q", "mlp.*"], LoraConfig(rank=4), name)
         torch.manual_seed(seed)
-        lora.add(own, ["q", "mlp.*"], Rank(rank=4), name)
+        lora.add(own, ["q", "mlp.*"], LoraConfig(rank=4), name)
         stirred(model, name, seed)
         stirred(own, name, seed)
     for name, own in (("a", one), ("b", two)):
@@ -137,8 +137,8 @@ def test_several_adapters_are_switched_and_added() -> None:
     assert torch.equal(logits(model), logits(made(DECODER)))
     lora.use(model, {"a": 0.5, "b": 2.0})
     both = logits(model)
-    for place, low in lora.lows(one, "a").items():
-        other = lora.lows(two, "b")[place]
+    for place, low in lora.lora_layers(one, "a").items():
+        other = lora.lora_layers(two, "b")[place]
         with torch.no_grad():
             low.A.data, low.B.data = torch.cat((low.A, other.A)), torch.cat((0.5 * low.B, 2 * other.B), 1)
     torch.testing.assert_close(both, logits(one), atol=1e-5, rtol=0)
@@ -148,7 +148,7 @@ def test_several_adapters_are_switched_and_added() -> None:
 
 def test_dropout_falls_on_the_adapter_alone() -> None:
     model = made(DECODER)
-    lora.add(model, ["q"], Rank(rank=4, dropout=0.5))
+    lora.add(model, ["q"], LoraConfig(rank=4, dropout=0.5))
     model.train()
     assert torch.equal(logits(model), logits(made(DECODER).train()))
     stirred(model)
@@ -163,39 +163,39 @@ def test_cached_writing_feels_it(rows: int) -> None:
     prompts = [torch.randint(0, 50, (5,), generator=torch.Generator().manual_seed(i)).numpy() for i in range(rows)]
 
     def written(of: LM) -> list[list[int]]:
-        with reading(of):
-            writing = Rows(of, prompts, None, Sampling(temperature=0, max_new=6), [0] * rows)
+        with attention_pattern_of(of):
+            writing = DecodingBatch(of, prompts, None, Sampling(temperature=0, max_new=6), [0] * rows)
             return [writing.step()[0] for _ in range(6)]
 
     adapted = written(model)
-    assert adapted == written(lora.fold(model)) != written(made(SHAPES["untied"]))
+    assert adapted == written(lora.merge_and_unload(model)) != written(made(SHAPES["untied"]))
 
 
 def test_small_weights_are_made_of_folded_ones() -> None:
     model = stirred(_adapted(made(SHAPES["untied"])))
     with pytest.raises(UserError, match="fold its adapters into them first"):
-        lowered(model, "int8")
+        quantize(model, "int8")
     wanted = logits(model)
-    found = logits(lowered(lora.fold(model), "int8"))
+    found = logits(quantize(lora.merge_and_unload(model), "int8"))
     assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
 def _adapted(model: LM) -> LM:
-    lora.add(model, ["blocks.*"], Rank(rank=4, alpha=32.0))
+    lora.add(model, ["blocks.*"], LoraConfig(rank=4, alpha=32.0))
     return model
 
 
 def test_what_is_refused() -> None:
     model = made(DECODER)
     with pytest.raises(UserError, match=r"is called 'query'; there is tokens, attention.q, attention.k, .*, parts.lm$"):
-        lora.add(model, ["query"], Rank())
+        lora.add(model, ["query"], LoraConfig())
     with pytest.raises(
         UserError, match=r"rank 65 is larger than the matrix trunk.blocks.0.attention.q, which is 64 x 64"
     ):
-        lora.add(model, ["q"], Rank(rank=65))
-    lora.add(model, ["tokens"], Rank())
+        lora.add(model, ["q"], LoraConfig(rank=65))
+    lora.add(model, ["tokens"], LoraConfig())
     with pytest.raises(UserError, match="an adapter 'default' on tokens"):
-        lora.add(model, ["tokens"], Rank())
+        lora.add(model, ["tokens"], LoraConfig())
     with pytest.raises(
         UserError, match=r"tokens shares its matrix with parts.lm, .* there is attention.q, attention.k, "
     ):

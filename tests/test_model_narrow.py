@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
 from firth.model import blocked_attention, flops, transformer
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.fused import Dropout, survivors
 from firth.model.model import LM
 from firth.objectives.classification import Classification
@@ -26,7 +26,7 @@ from firth.objectives.permuted_lm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.regression import Regression
 from firth.objectives.replaced_tokens import RTD
-from firth.objectives.reward_model import Reward
+from firth.objectives.reward_model import RewardModeling
 from firth.objectives.semi_supervised import PseudoLabels
 from firth.objectives.sft import SFT
 from firth.objectives.span_boundary import SBO
@@ -35,15 +35,15 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example
 
 VOCAB = Vocab(size=40, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(40) < 4)
-BERT = Shape(
+BERT = ModelConfig(
     vocab=40, width=32, depth=2, heads=2, context=32, norm_at="post", embed_norm=True, segments=2, activation="gelu",
     causal=False,
 )  # fmt: skip
 SHAPES = {
     "bert": BERT,
-    "encoder": encoder(vocab=40, width=64, depth=2, heads=2, context=32),
-    "decoder": decoder(vocab=40, width=64, depth=2, heads=2, context=32),
-    "t5": encoder_decoder(vocab=40, width=64, depth=1, heads=2, context=32),
+    "encoder": encoder_config(vocab=40, width=64, depth=2, heads=2, context=32),
+    "decoder": decoder_config(vocab=40, width=64, depth=2, heads=2, context=32),
+    "t5": encoder_decoder_config(vocab=40, width=64, depth=1, heads=2, context=32),
     "mpnet": replace(BERT, position="mpnet"),
     "xlnet": replace(BERT, position="xlnet", query=True, memory=8),
 }
@@ -68,7 +68,7 @@ def learnt(model: LM, objective: Objective, batch: Batch, wanted: torch.Tensor |
     return terms | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def made(shape: Shape, objective: Objective) -> LM:
+def made(shape: ModelConfig, objective: Objective) -> LM:
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
     for p in model.parameters():  # zero_init would hide what a block does
@@ -163,7 +163,7 @@ ASKING: dict[str, tuple[Objective, str, list[Example], set[str]]] = {
     "prefix_lm": (PrefixLM(least=0.5, most=0.5), "decoder", texts(), {"labels"}),
     "sft": (SFT(), "decoder", ANSWERED, {"labels"}),
     "dpo": (DPO(), "decoder", COMPARED, {"labels"}),
-    "reward": (Reward(), "decoder", COMPARED, set()),
+    "reward": (RewardModeling(), "decoder", COMPARED, set()),
 }
 
 
@@ -175,7 +175,7 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
     batch = collate([objective.view(e, VOCAB, np.random.default_rng(i)) for i, e in enumerate(examples)], labels)
     found: dict[float, dict[str, torch.Tensor]] = {}
     ran: dict[float, float] = {}
-    for worth in (0.0, transformer.WORTH):
+    for worth in (0.0, transformer.MAX_SUBSET_SHARE):
         monkeypatch.setattr(transformer, "WORTH", worth)
         model.zero_grad()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -189,7 +189,7 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
     assert whole.keys() == narrow.keys()
     for term in whole:
         torch.testing.assert_close(narrow[term], whole[term], rtol=1e-4, atol=1e-5, msg=term)
-    assert ran[transformer.WORTH] < ran[0.0]
+    assert ran[transformer.MAX_SUBSET_SHARE] < ran[0.0]
 
 
 @pytest.mark.parametrize("how", ["padded", "packed"])
@@ -211,7 +211,7 @@ def test_flops_are_counted_as_they_are_done(how: str) -> None:
     assert objective.run_flops(made(BERT, objective), batch) == 6 * (first + last)
     model = made(SHAPES["t5"], Classification(classes=("a", "b", "c")).fitted(SHAPES["t5"]))
     seen = laid(Classification(classes=("a", "b", "c"), at="answer"), how)
-    assert Classification(at="answer").run_flops(model, seen) == flops.trunk(model.shape, flops.work(seen))
+    assert Classification(at="answer").run_flops(model, seen) == flops.stack_flops(model.shape, flops.work(seen))
 
 
 def test_dropout_keeps_the_mean_and_the_share() -> None:

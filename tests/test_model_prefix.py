@@ -12,31 +12,31 @@ from torch import Tensor
 from firth.data.collate import collate, pack
 from firth.data.layout import causal
 from firth.generate.engine import Engine
-from firth.generate.quantized import lowered
+from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
-from firth.model.attention import EVERY, Visibility, attend
-from firth.model.config import Shape, decoder, encoder, encoder_decoder, recurrent
-from firth.model.heads import Vocabulary
+from firth.model.attention import EVERY, AttentionMask, attend
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft.init import prefix_of, prompt_of
 from firth.types import ALWAYS, NEVER, Example, UserError
 
-LEARNED = Shape(vocab=50, width=32, depth=2, heads=4, context=40, tied=False)
-SHAPES: dict[str, Shape] = {
-    "rotary": decoder(50, 64, 2, heads=2, context=40),
+LEARNED = ModelConfig(vocab=50, width=32, depth=2, heads=4, context=40, tied=False)
+SHAPES: dict[str, ModelConfig] = {
+    "rotary": decoder_config(50, 64, 2, heads=2, context=40),
     "learned": LEARNED,
     "relative": replace(LEARNED, position="t5", buckets=8, distance=16),
-    "encoder": encoder(50, 64, 2, heads=2, context=40),
+    "encoder": encoder_config(50, 64, 2, heads=2, context=40),
     "bert": replace(LEARNED, causal=False, norm_at="post", segments=2),
-    "encoder-decoder": encoder_decoder(50, 64, 2, heads=2, context=40),
+    "encoder-decoder": encoder_decoder_config(50, 64, 2, heads=2, context=40),
 }
 KINDS = {"prefix": prefix_of, "prompt": prompt_of}
 IDS = [7, 3, 9]
 
 
-def made(shape: Shape, kind: str = "prefix", seed: int = 0) -> LM:
+def made(shape: ModelConfig, kind: str = "prefix", seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     model.parts[kind] = KINDS[kind](model, IDS)
@@ -44,7 +44,7 @@ def made(shape: Shape, kind: str = "prefix", seed: int = 0) -> LM:
     return model
 
 
-def examples(shape: Shape, n: int = 5) -> list[Example]:
+def examples(shape: ModelConfig, n: int = 5) -> list[Example]:
     rng = np.random.default_rng(0)
     out = []
     for _ in range(n):
@@ -106,7 +106,7 @@ def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
     appears = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
     keys = torch.cat((torch.full((1, 2), EVERY), document), 1)
     q, k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
-    sees = Visibility.lower(when, appears, document, keys, flex=lowering == "block")
+    sees = AttentionMask.lower(when, appears, document, keys, flex=lowering == "block")
     wanted = torch.zeros(6, 8, dtype=torch.bool)
     for i in range(6):
         for j in range(8):
@@ -147,7 +147,7 @@ def test_small_weights_read_behind_them(kind: str) -> None:
     rows = collate(examples(SHAPES["rotary"]), set())
     real = (rows["appears"] < NEVER)[..., None]
     with torch.no_grad():
-        wanted, found = model(rows) * real, lowered(model, "int8")(rows) * real
+        wanted, found = model(rows) * real, quantize(model, "int8")(rows) * real
     assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
@@ -253,8 +253,12 @@ def test_no_prompt_tells_what_comes_later(name: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    small = Shape(vocab=50, width=32, depth=1, heads=4, causal=False)
-    for shape in (recurrent(50, 32, 1), replace(small, position="xlnet"), replace(small, context=16, linformer=4)):
+    small = ModelConfig(vocab=50, width=32, depth=1, heads=4, causal=False)
+    for shape in (
+        recurrent_config(50, 32, 1),
+        replace(small, position="xlnet"),
+        replace(small, context=16, linformer=4),
+    ):
         model = LM(shape, {})
         for kind, make in KINDS.items():
             with pytest.raises(

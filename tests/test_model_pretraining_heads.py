@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from firth.data.collate import collate
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
@@ -29,7 +29,7 @@ transformers = pytest.importorskip("transformers", reason="the oracle; installed
 transformers.logging.set_verbosity_error()
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
-BERT = Shape(
+BERT = ModelConfig(
     vocab=60, width=32, depth=3, heads=4, context=64, hidden=48, causal=False, norm_at="post", norm_eps=1e-12, segments=2,
     embed_norm=True, activation="gelu", head="transform", head_bias=True,
 )  # fmt: skip
@@ -37,7 +37,7 @@ ALBERT = replace(BERT, embed=12, groups=1, activation="gelu_tanh")
 ELECTRA = replace(BERT, embed=12)
 
 
-def built(objective: Objective, shape: Shape) -> LM:
+def built(objective: Objective, shape: ModelConfig) -> LM:
     """Every parameter random, so that a swapped tensor shows."""
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
@@ -120,7 +120,7 @@ def pooler(body: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("shape", [ELECTRA, BERT], ids=["narrow tables", "wide tables"])
 @torch.no_grad()
-def test_electra_s_two_models_are_theirs(shape: Shape, tmp_path: Path) -> None:
+def test_electra_s_two_models_are_theirs(shape: ModelConfig, tmp_path: Path) -> None:
     objective = SOP() + RTD(rate=0.3, size=0.5)
     model, batch = built(objective, shape), batch_of(objective)
     outputs = objective.run(model, batch)
@@ -208,6 +208,6 @@ def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Pa
 
 
 def test_a_head_of_another_form_is_ours_alone(tmp_path: Path) -> None:
-    model = LM(BERT, {"lm": Vocabulary(BERT), "next": torch.nn.Linear(32, 2)})
+    model = LM(BERT, {"lm": LMHead(BERT), "next": torch.nn.Linear(32, 2)})
     assert save_model(model, None, tmp_path).endswith("BertForMaskedLM")
     assert set(load_model(tmp_path).parts) == {"lm", "next"}

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data.collate import collate, pack
 from firth.generate.decoding import rectangle
 from firth.model import flops
-from firth.model.config import Shape, decoder, recurrent
-from firth.model.head_descriptions import described, rebuilt
+from firth.model.config import ModelConfig, decoder_config, recurrent_config
+from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
-from firth.model.recurrent import Recurrent
+from firth.model.recurrent import RecurrentStack
 from firth.objectives.causal_lm import CausalLM
 from firth.pretrained.load_save import load_model, save_model
 from firth.recipes.recurrent import bilm
@@ -28,11 +28,11 @@ KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 1)
 
 
-def shape_of(kind: str, **changes: Any) -> Shape:
-    return dataclasses.replace(recurrent(40, 16, 2, kind), **{"hidden": 0} | changes)  # type: ignore[arg-type]
+def shape_of(kind: str, **changes: Any) -> ModelConfig:
+    return dataclasses.replace(recurrent_config(40, 16, 2, kind), **{"hidden": 0} | changes)  # type: ignore[arg-type]
 
 
-def with_our_weights(theirs: nn.RNNBase, ours: Recurrent) -> nn.RNNBase:
+def with_our_weights(theirs: nn.RNNBase, ours: RecurrentStack) -> nn.RNNBase:
     """A module of torch.nn whose weights are those of our trunk."""
     with torch.no_grad():
         for i, layer in enumerate(ours.stack()):
@@ -173,18 +173,18 @@ COUNTED = {
     "rnn": shape_of("rnn"),
     "projected": shape_of("lstm", hidden=24),
     "places, segments, untied": shape_of("gru", position="learned", context=9, segments=2, tied=False),
-    "spelled attention": dataclasses.replace(decoder(40, 64, 1), characters=8, filters=64),
-    "vectors": Shape(vocab=40, width=8, depth=0, heads=1, norm_at="post", position="none"),
+    "spelled attention": dataclasses.replace(decoder_config(40, 64, 1), characters=8, filters=64),
+    "vectors": ModelConfig(vocab=40, width=8, depth=0, heads=1, norm_at="post", position="none"),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_parameters_are_counted_exactly(name: str) -> None:
-    from firth.model.heads import Vocabulary
+    from firth.model.heads import LMHead
     from firth.objectives.bilm import BiLM
 
     shape = COUNTED[name]
-    model = LM(shape, BiLM().parts(shape) if shape.apart else {"lm": Vocabulary(shape)})
+    model = LM(shape, BiLM().parts(shape) if shape.apart else {"lm": LMHead(shape)})
     assert shape.parameters() == sum(p.numel() for p in model.parameters())
 
 
@@ -208,7 +208,7 @@ def test_a_step_costs_what_is_counted(name: str) -> None:
                 with FlopCounterMode(display=False) as counter:
                     (torch.ones(24, w.shape[1], requires_grad=True) @ w.t()).sum().backward()
                 counted += counter.get_total_flops()
-    assert flops.trunk(shape, flops.work(batch)) == counted
+    assert flops.stack_flops(shape, flops.work(batch)) == counted
 
 
 @pytest.mark.parametrize("name", ["one direction", "two directions", "spelled"])
@@ -220,7 +220,7 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
     again = load_model(tmp_path)
     tokens = {"tokens": torch.randint(40, (2, 6))}
     assert torch.equal(model.eval()(tokens), again(tokens))
-    kept = rebuilt(described(model), "model")
+    kept = rebuild_head(describe_head(model), "model")
     assert kept.shape == model.shape
 
 
@@ -243,7 +243,7 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
 )
 def test_what_recurrent_layers_cannot_do_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        dataclasses.replace(recurrent(40, 16, 2), **changes)
+        dataclasses.replace(recurrent_config(40, 16, 2), **changes)
 
 
 def test_depth_zero_is_the_embeddings() -> None:
@@ -255,8 +255,8 @@ def test_depth_zero_is_the_embeddings() -> None:
         dataclasses.replace(COUNTED["vectors"], encoder=2)
 
 
-@pytest.mark.parametrize("shape", [ALL["two directions apart"], ALL["one direction"], Shape(40, 16, 2, 2)])
-def test_the_layers_of_a_model_are_shown(shape: Shape) -> None:
+@pytest.mark.parametrize("shape", [ALL["two directions apart"], ALL["one direction"], ModelConfig(40, 16, 2, 2)])
+def test_the_layers_of_a_model_are_shown(shape: ModelConfig) -> None:
     torch.manual_seed(0)
     model = LM(shape, {}).eval()
     batch = CausalLM().view({"tokens": np.arange(1, 9)}, VOCAB, np.random.default_rng(0))

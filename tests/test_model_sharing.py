@@ -10,33 +10,33 @@ import torch
 from safetensors.torch import load_file
 
 from firth.model.block import Block
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
-from firth.model.model import LM, Guest
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
+from firth.model.model import LM, TiedSubmodel
 from firth.objectives.replaced_tokens import RTD, thinner
-from firth.pretrained.load_save import load_model, save_model, start_from
-from firth.train.optimizer import Mover, Optimizer, place
+from firth.pretrained.load_save import init_from, load_model, save_model
+from firth.train.optimizer import Mover, OptimizerConfig, param_groups
 from firth.types import UserError
 
-ALBERT = Shape(
+ALBERT = ModelConfig(
     vocab=61, width=32, depth=6, heads=4, context=40, embed=12, groups=1, causal=False, norm_at="post", segments=2,
     embed_norm=True, head="transform", head_bias=True,
 )  # fmt: skip
-ENCODER = replace(encoder(61, 64, 3, context=40), zero_init=False)
+ENCODER = replace(encoder_config(61, 64, 3, context=40), zero_init=False)
 SHAPES = {
     "albert": ALBERT,
     "two groups": replace(ALBERT, groups=2, norm_at="pre", norm="rms", bias=False),
     "untied": replace(ALBERT, tied=False, head="linear"),
     "untied, transformed": replace(ALBERT, tied=False),
     "default encoder, shared and narrow": replace(ENCODER, groups=1, embed=20, first_norm=True),
-    "shared decoder": replace(decoder(61, 64, 4), groups=2, embed=16),
-    "encoder-decoder": replace(encoder_decoder(61, 64, 4), groups=2, embed=16),
+    "shared decoder": replace(decoder_config(61, 64, 4), groups=2, embed=16),
+    "encoder-decoder": replace(encoder_decoder_config(61, 64, 4), groups=2, embed=16),
 }
 
 
-def built(shape: Shape) -> LM:
+def built(shape: ModelConfig) -> LM:
     torch.manual_seed(0)
-    return LM(shape, {"lm": Vocabulary(shape)})
+    return LM(shape, {"lm": LMHead(shape)})
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, object], said: str) -> 
         replace(ALBERT, **changes)
 
 
-def electra(shape: Shape = ENCODER) -> LM:
+def electra(shape: ModelConfig = ENCODER) -> LM:
     torch.manual_seed(0)
     return LM(shape, RTD().parts(shape))
 
@@ -107,7 +107,7 @@ def electra(shape: Shape = ENCODER) -> LM:
 def test_every_parameter_has_one_place() -> None:
     shape = replace(ENCODER, embed=24, groups=1, first_norm=True)
     model = electra(shape)
-    placed = place(Optimizer(), model)
+    placed = param_groups(OptimizerConfig(), model)
     assert len({id(p.parameter) for p in placed}) == len(placed) == len(list(model.parameters()))
     kinds = {p.name: (p.muon, p.decay > 0) for p in placed}
     assert kinds["trunk.project.weight"] == kinds["parts.generator.trunk.project.weight"] == (True, True)
@@ -129,7 +129,7 @@ def test_a_guest_reads_with_its_hosts_tables() -> None:
             assert (own is None) == (table is None)
             assert table is None or own.weight is table.weight
         assert guest.parts["lm"].weight is model.tokens.weight
-        apart = LM(guest.shape, {"lm": Vocabulary(guest.shape)})
+        apart = LM(guest.shape, {"lm": LMHead(guest.shape)})
         host = LM(shape, {"replaced": torch.nn.Identity()})
         head = sum(p.numel() for p in model.parts["replaced"].parameters())
         tables = sum(t.weight.numel() for t in host.tables().values() if t is not None)
@@ -141,11 +141,11 @@ def test_a_guest_of_other_tables_is_refused() -> None:
     small = thinner(ENCODER, 0.25)
     for other, said in ((replace(small, vocab=60), "tokens"), (replace(small, segments=2), "segments")):
         with pytest.raises(UserError, match=said):
-            LM(ENCODER, {"generator": Guest(other, {"lm": Vocabulary(other)})})
+            LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})
 
 
 @pytest.mark.parametrize("shape", [ENCODER, replace(ALBERT, groups=0, activation="gelu")], ids=["modern", "electra"])
-def test_what_is_shared_is_saved_once_and_comes_back_shared(shape: Shape, tmp_path: Path) -> None:
+def test_what_is_shared_is_saved_once_and_comes_back_shared(shape: ModelConfig, tmp_path: Path) -> None:
     model = electra(shape)
     said = save_model(model, None, tmp_path)
     assert ("ElectraForPreTraining" in said) == (shape is not ENCODER)
@@ -159,7 +159,7 @@ def test_what_is_shared_is_saved_once_and_comes_back_shared(shape: Shape, tmp_pa
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.zero_()
-    assert start_from(new, tmp_path) == ([], [])
+    assert init_from(new, tmp_path) == ([], [])
     assert all(torch.equal(a, b) for a, b in zip(new.parameters(), model.parameters(), strict=True))
     guest = tmp_path / "generator"
     save_model(model.parts["generator"], None, guest)
@@ -176,12 +176,12 @@ def test_what_the_mover_remembers_of_shared_weights_comes_back() -> None:
         mover.move(1.0)
 
     whole, part = electra(shape), electra(shape)
-    movers = [Mover(Optimizer(), m) for m in (whole, part)]
+    movers = [Mover(OptimizerConfig(), m) for m in (whole, part)]
     stepped(whole, movers[0])
     stepped(part, movers[1])
     resumed = electra(shape)
     resumed.load_state_dict(part.state_dict())
-    mover = Mover(Optimizer(), resumed)
+    mover = Mover(OptimizerConfig(), resumed)
     mover.restore(movers[1].state())
     stepped(whole, movers[0])
     stepped(resumed, mover)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model import presets
-from firth.model.config import Shape, encoder
-from firth.model.heads import Vocabulary, linear, pooled
+from firth.model.config import ModelConfig, encoder_config
+from firth.model.heads import LMHead, linear, pooled
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, families_of, family_of
-from firth.pretrained.load_save import left_out, load_model, save_model, start_from
+from firth.pretrained.load_save import init_from, left_out, load_model, save_model
 from firth.types import UserError
 
 BERT = presets.bert(61, 32, 1, 4, context=40)
@@ -36,14 +36,14 @@ SHAPES = {
     "openai-gpt": presets.gpt(61, 32, 1, 4, context=40), "bart": presets.bart(61, 32, 1, 4, context=40),
     "xlnet": presets.xlnet(61, 32, 1, 4), "mpnet": presets.mpnet(61, 32, 1, 4, context=40),
     "albert": replace(BERT, embed=12, groups=1), "electra": replace(BERT, embed=12),
-    "modernbert": replace(encoder(61, 32, 2, heads=4, context=40)),
+    "modernbert": replace(encoder_config(61, 32, 2, heads=4, context=40)),
 }  # fmt: skip
 
 
-def foreign(shape: Shape, directory: Path, parts: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
+def foreign(shape: ModelConfig, directory: Path, parts: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
     """A directory as transformers would have written it; returns its tensors."""
     torch.manual_seed(0)
-    save_model(LM(shape, {"lm": Vocabulary(shape)} if parts is None else parts), None, directory)
+    save_model(LM(shape, {"lm": LMHead(shape)} if parts is None else parts), None, directory)
     (directory / "firth.json").unlink()
     return load_file(directory / "model.safetensors")
 
@@ -97,7 +97,7 @@ def test_a_trunk_saved_alone_may_name_its_ancestor_s_class(name: str, tmp_path: 
 
 
 def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
-    state = foreign(BERT, tmp_path, {"lm": Vocabulary(BERT), "next": pooled(32, 2)})
+    state = foreign(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
     assert left_out(tmp_path) == []
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
@@ -114,7 +114,7 @@ def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
 
 
 def test_a_released_bert_that_names_one_head_keeps_both(tmp_path: Path) -> None:
-    foreign(BERT, tmp_path, {"lm": Vocabulary(BERT), "next": pooled(32, 2)})
+    foreign(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
     assert set(load_model(tmp_path).parts) == {"lm", "next"} and left_out(tmp_path) == []
@@ -179,8 +179,8 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
     shape = presets.transformer_xl(width, depth, heads, head_width)
     assert abs(shape.parameters() - millions * 1e6) < 0.7e6
     tiny = presets.transformer_xl(32, 2, 4, 10, vocab=61)
-    assert sum(p.numel() for p in LM(tiny, {"lm": Vocabulary(tiny)}).parameters()) == tiny.parameters()
-    assert 69.5e9 < presets.SHAPES["chinchilla"].parameters() < 70.5e9
+    assert sum(p.numel() for p in LM(tiny, {"lm": LMHead(tiny)}).parameters()) == tiny.parameters()
+    assert 69.5e9 < presets.PRESETS["chinchilla"].parameters() < 70.5e9
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
 )
 def test_released_encoders_are_counted(name: str, count: int) -> None:
     """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
-    assert presets.SHAPES[name].parameters() == count
-    assert family_of(presets.SHAPES[name]) is FAMILIES[name.partition("-")[0]]
+    assert presets.PRESETS[name].parameters() == count
+    assert family_of(presets.PRESETS[name]) is FAMILIES[name.partition("-")[0]]
 
 
 def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Path) -> None:
@@ -214,10 +214,8 @@ def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_spanbert_is_a_bert(tmp_path: Path) -> None:
-    assert family_of(presets.SHAPES["spanbert"]) is FAMILIES["bert"]
-    model = LM(
-        BERT, {"lm": Vocabulary(BERT), "boundary": nn.Sequential(nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 32))}
-    )
+    assert family_of(presets.PRESETS["spanbert"]) is FAMILIES["bert"]
+    model = LM(BERT, {"lm": LMHead(BERT), "boundary": nn.Sequential(nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 32))})
     assert save_model(model, None, tmp_path).endswith("BertForMaskedLM")
     again = load_model(tmp_path)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -231,7 +229,7 @@ def test_a_pad_that_roberta_cannot_count_by_makes_a_bert(tmp_path: Path) -> None
     assert save_model(LM(shape, {}), None, tmp_path).endswith("RobertaModel")
 
 
-HEADS: dict[str, tuple[Shape, str, Callable[[], nn.Module], str]] = {
+HEADS: dict[str, tuple[ModelConfig, str, Callable[[], nn.Module], str]] = {
     "plain classes on BERT": (BERT, "classes", lambda: linear(32, 3), "BertModel"),
     "BERT's own": (BERT, "classes", lambda: pooled(32, 3), "BertForSequenceClassification"),
     "ELECTRA's on BERT": (BERT, "classes", lambda: pooled(32, 3, nn.GELU), "ElectraForSequenceClassification"),
@@ -259,7 +257,7 @@ def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path)
         if "For" not in name:
             break
         (tmp_path / "firth.json").unlink(missing_ok=True)  # and as a file of theirs
-    assert start_from(LM(shape, {"other": nn.Linear(2, 2)}), tmp_path) == ([part], ["other"])
+    assert init_from(LM(shape, {"other": nn.Linear(2, 2)}), tmp_path) == ([part], ["other"])
 
 
 @pytest.mark.parametrize(
@@ -267,11 +265,11 @@ def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path)
     [QWEN3, QWEN2, replace(LLAMA, rotary_scaling="llama3", rotary_factor=4.0, rotary_original=8),
      replace(LLAMA, bias=True, bias_at="attention", rotary_scaling="linear", rotary_factor=2.0)],
 )  # fmt: skip
-def test_a_cache_changes_nothing_and_parameters_are_counted(shape: Shape) -> None:
+def test_a_cache_changes_nothing_and_parameters_are_counted(shape: ModelConfig) -> None:
     tokenizer = coder()
     torch.manual_seed(0)
     shape = replace(shape, vocab=tokenizer.vocab.size)
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from firth.data.collate import collate, pack
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.objective import Objective
-from firth.runs.compatibility import refuse_cut
+from firth.runs.compatibility import check_batching
 from firth.runs.recipe import load
 from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
-SHAPE = Shape(vocab=60, width=32, depth=1, heads=2, context=32, causal=False, dropout=0.1, init=0.3)
+SHAPE = ModelConfig(vocab=60, width=32, depth=1, heads=2, context=32, causal=False, dropout=0.1, init=0.3)
 
 
 def text(rng: np.random.Generator) -> np.ndarray:
@@ -136,10 +136,10 @@ def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infon
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"2 micro-batches would compare only their own: set batch.accumulate=1"):
-        refuse_cut(InfoNCE(), SHAPE, pack=0, accumulate=2)
+        check_batching(InfoNCE(), SHAPE, pack=0, accumulate=2)
     with pytest.raises(UserError, match="train on one rank"):
-        refuse_cut(InfoNCE(), SHAPE, pack=0, accumulate=1, ranks=2)
-    refuse_cut(Contrastive(), SHAPE, pack=0, accumulate=2)
+        check_batching(InfoNCE(), SHAPE, pack=0, accumulate=1, ranks=2)
+    check_batching(Contrastive(), SHAPE, pack=0, accumulate=2)
     with pytest.raises(UserError, match=r"infonce cannot be trained with this shape: .* set shape.dropout=0.1"):
         load("contrastive", ["objective=infonce"])
     with pytest.raises(UserError, match=r"batch\.accumulate=1"):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate
 from firth.data.noise import NOISES
 from firth.data.source import Source
-from firth.model.config import Shape, encoder
+from firth.model.config import ModelConfig, encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
@@ -23,14 +23,14 @@ from firth.objectives.replaced_tokens import RTD, AdversarialRTD, draw
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_boundary import SBO
 from firth.pretrained.load_save import load_model, save_model
-from firth.runs.compatibility import refuse_misfit
-from firth.runs.init_head import begin
+from firth.runs.compatibility import check_pattern
+from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import Silence
-from firth.train.optimizer import Mover, Optimizer
-from firth.train.schedule import Length
+from firth.train.logging import NullReporter
+from firth.train.optimizer import Mover, OptimizerConfig
+from firth.train.schedule import Budget
 from firth.train.step import step
-from firth.train.trainer import Plan, train
+from firth.train.trainer import TrainerConfig, train
 from firth.train.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
 
@@ -40,7 +40,7 @@ VOCAB = Vocab(
     special=np.arange(60) < 5,
     spelling=tuple(b"\n" if i < 5 else b"a" if i % 3 else b" a" for i in range(60)),
 )
-SHAPE = Shape(
+SHAPE = ModelConfig(
     vocab=60, width=32, depth=2, heads=4, hidden=48, context=64, causal=False, norm_at="post", segments=2,
     embed_norm=True, embed=20, activation="gelu", head="transform", head_bias=True,
 )  # fmt: skip
@@ -85,7 +85,7 @@ def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:
     return collate(shown(objective, count, seed), asked_fields(objective))
 
 
-def model_of(objective: Objective, shape: Shape = SHAPE, spread: float = 0.1) -> LM:
+def model_of(objective: Objective, shape: ModelConfig = SHAPE, spread: float = 0.1) -> LM:
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape))
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_the_baseline_learns_what_to_expect() -> None:
     with torch.no_grad():
         model.parts["baseline"].bias.fill_(3.0)
         outputs = objective.run(model, batch)
-    mover = Mover(Optimizer(name="adamw", rate=0.03, weight_decay=0.0), model.parts["baseline"])
+    mover = Mover(OptimizerConfig(name="adamw", rate=0.03, weight_decay=0.0), model.parts["baseline"])
     errors = []
     for _ in range(300):
         terms = objective.loss(model, outputs, batch)
@@ -335,8 +335,8 @@ def run(directory: Path, steps: int) -> LM:
     batches = Batches(Chains(), objective, VOCAB, rows=6, seed=3, accumulate=2)
     held = Batches(Chains(), objective, VOCAB, rows=9, seed=4)
     told = train(
-        model, objective, batches, directory, length=Length(steps=steps), optimizer=Optimizer(rate=0.01), recipe="r",
-        plan=Plan(save_every=2, evaluate_every=3, precision="fp32"), told=Silence(),
+        model, objective, batches, directory, length=Budget(steps=steps), optimizer=OptimizerConfig(rate=0.01), recipe="r",
+        plan=TrainerConfig(save_every=2, evaluate_every=3, precision="fp32"), told=NullReporter(),
         evaluate=lambda m, _: validate(m, objective, held.once()),
     )  # fmt: skip
     assert {"valid/replaced_accuracy", "original_accuracy", "guessed"} <= told.metrics.keys()
@@ -357,9 +357,9 @@ def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
     objective = RTD(rate=0.5)
-    model = LM(shape := encoder(60, 64, 2, context=64), objective.parts(shape))
+    model = LM(shape := encoder_config(60, 64, 2, context=64), objective.parts(shape))
     batches = Batches(Chains(), objective, VOCAB, rows=20, seed=3)
-    assert begin(model, objective, batches) > 10_000
+    assert init_head(model, objective, batches) > 10_000
     labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])
     found = torch.bincount(labels[labels != IGNORE], minlength=60).double()
     said = model.parts["generator"].parts["lm"].bias.softmax(-1)
@@ -394,7 +394,7 @@ def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
     """But for the generator that is paid for what it draws, which has a reward and no loss, and for what it expects."""
     objective = ALL[name]
     model, batch = model_of(objective, spread=0.0), batch_of(objective)
-    mover = Mover(Optimizer(name="adamw", rate=3e-3), model)
+    mover = Mover(OptimizerConfig(name="adamw", rate=3e-3), model)
     first = step(model, objective, [batch])
     for _ in range(10):
         mover.move(1.0)
@@ -451,12 +451,12 @@ def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
 
 
 def test_a_decoder_is_refused() -> None:
-    from firth.model.config import decoder
+    from firth.model.config import decoder_config
 
     for objective in ALL.values():
         with pytest.raises(UserError, match="reads a text from both sides"):
-            refuse_misfit(objective, decoder(60, 64, 2))
-        refuse_misfit(objective, encoder(60, 64, 2))
+            check_pattern(objective, decoder_config(60, 64, 2))
+        check_pattern(objective, encoder_config(60, 64, 2))
 
 
 def test_settings_of_rtd_that_mean_nothing_are_refused() -> None:

@@ -13,29 +13,29 @@ import torch
 import torch.nn.functional as F
 from data_room import tokenizer
 
-from firth.align.precompute import annotate
-from firth.data.annotations import Annotators, Votes, majority
+from firth.align.precompute import precompute
+from firth.data.annotations import AnnotatedTexts, SimulatedAnnotators, majority
 from firth.data.collate import collate, pack
-from firth.data.labeled import Labelled, TextFields, Untold
-from firth.data.source import Mixture, Source, Subset
-from firth.data.unlabeled import Unlabelled, few_of
-from firth.model.config import Shape
+from firth.data.labeled import LabeledTexts, TextFields, UnlabeledTexts
+from firth.data.source import MixtureSource, Source, SubsetSource
+from firth.data.unlabeled import UnlabeledSource, choose_labeled
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
-from firth.objectives.multi_annotator import Weak
+from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.objective import Objective
-from firth.objectives.semi_supervised import Consistency, PseudoLabels, question, taught
-from firth.objectives.weight_penalty import Penalty
+from firth.objectives.semi_supervised import Consistency, PseudoLabels, teacher_probabilities, unlabeled_example
+from firth.objectives.weight_penalty import WeightPenalty
 from firth.runs import labeled_examples as segments
-from firth.runs.noisy_label_examples import Partly
-from firth.runs.prepare import Material, Text
+from firth.runs.noisy_label_examples import PartiallyLabeledConfig
+from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
-SHAPE = Shape(vocab=60, width=32, depth=1, heads=2, context=64, causal=False, init=0.3)
+SHAPE = ModelConfig(vocab=60, width=32, depth=1, heads=2, context=64, causal=False, init=0.3)
 CLASSES = ("a", "b", "c")
 
 
@@ -62,7 +62,7 @@ def asked(objective: Objective) -> set[str]:
     return {*objective.targets.values(), *objective.measures.values()}
 
 
-def built(objective: Objective, shape: Shape = SHAPE) -> LM:
+def built(objective: Objective, shape: ModelConfig = SHAPE) -> LM:
     torch.manual_seed(0)
     return LM(shape, objective.parts(shape))
 
@@ -78,7 +78,7 @@ def scores(model: LM, tokens: np.ndarray) -> torch.Tensor:
 
 
 def test_pseudo_labels_are_the_formula_of_p15() -> None:
-    objective = PseudoLabels(classes=CLASSES, confidence=0.7, weight=0.5) + Penalty(weight=1e-3)
+    objective = PseudoLabels(classes=CLASSES, confidence=0.7, weight=0.5) + WeightPenalty(weight=1e-3)
     model = built(objective)
     terms = step(model, objective, [collate(shown(objective, example, 20), asked(objective))])
     known, others = [], []
@@ -127,7 +127,7 @@ def test_consistency_counts_both_passes() -> None:
 
 
 def test_the_weight_ramps_up_as_a_function_of_the_step() -> None:
-    objective = Consistency(classes=CLASSES, weight=2.0, ramp=10) + Penalty()
+    objective = Consistency(classes=CLASSES, weight=2.0, ramp=10) + WeightPenalty()
     ramped = [objective.scheduled(step).first.weight for step in (0, 5, 10, 99)]
     assert ramped == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
     assert objective.scheduled(5).second == objective.second
@@ -136,7 +136,7 @@ def test_the_weight_ramps_up_as_a_function_of_the_step() -> None:
 
 
 def test_weak_supervision_is_the_formula_of_p16() -> None:
-    objective = Weak(classes=CLASSES)
+    objective = MultiAnnotator(classes=CLASSES)
     model = built(objective)
     rows = [voted(seed) for seed in range(10)]
     terms = step(model, objective, [collate(shown(objective, voted, 10), asked(objective))])
@@ -153,8 +153,8 @@ def test_weak_supervision_is_the_formula_of_p16() -> None:
 CASES = {
     "pseudo labels": (PseudoLabels(classes=CLASSES, confidence=0.5), example),
     "consistency": (Consistency(classes=CLASSES), example),
-    "consistency + penalty": (Consistency(classes=CLASSES) + Penalty(weight=1e-3), example),
-    "weak": (Weak(classes=CLASSES), voted),
+    "consistency + penalty": (Consistency(classes=CLASSES) + WeightPenalty(weight=1e-3), example),
+    "weak": (MultiAnnotator(classes=CLASSES), voted),
 }
 
 
@@ -194,7 +194,7 @@ def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
 
 
 def test_a_penalty_alone_shrinks_the_weights_by_its_gradient() -> None:
-    objective = Penalty(weight=0.5)
+    objective = WeightPenalty(weight=0.5)
     model = LM(SHAPE, {})
     step(model, objective, [collate(shown(objective, example, 3), {"penalty"})])
     torch.testing.assert_close(model.tokens.weight.grad, model.tokens.weight.detach())
@@ -202,7 +202,7 @@ def test_a_penalty_alone_shrinks_the_weights_by_its_gradient() -> None:
 
 def test_held_out_records_need_neither_a_teacher_nor_votes() -> None:
     held = {"tokens": VOCAB.frame(np.array([9, 10])), "label": 2}
-    for objective in (PseudoLabels(classes=CLASSES), Consistency(classes=CLASSES), Weak(classes=CLASSES)):
+    for objective in (PseudoLabels(classes=CLASSES), Consistency(classes=CLASSES), MultiAnnotator(classes=CLASSES)):
         batch = collate([objective.view(held, VOCAB, np.random.default_rng(0))], asked(objective))
         terms = objective.loss(built(objective), objective.run(built(objective), batch), batch)
         assert all(bool(torch.isfinite(value)) for value in terms.values())
@@ -217,47 +217,52 @@ def records(tmp_path: Path, rows: list[dict]) -> list[str]:
 
 def test_few_labels_are_balanced_and_the_rest_are_hidden(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": "abc"[i % 7 % 3]} for i in range(70)]
-    source = Labelled(records(tmp_path, rows), tokenizer(), 32)
-    known, others = few_of(source, 10, seed=1)
+    source = LabeledTexts(records(tmp_path, rows), tokenizer(), 32)
+    known, others = choose_labeled(source, 10, seed=1)
     assert np.array_equal(np.sort(np.concatenate((known, others))), np.arange(70))
     counts = np.bincount([source[int(i)]["label"] for i in known])
     assert sorted(counts.tolist()) == [3, 3, 4]
-    assert not np.array_equal(known, few_of(source, 10, seed=2)[0])
-    both = Mixture([Subset(source, known), Unlabelled(Subset(source, others))], [1, 3])
+    assert not np.array_equal(known, choose_labeled(source, 10, seed=2)[0])
+    both = MixtureSource([SubsetSource(source, known), UnlabeledSource(SubsetSource(source, others))], [1, 3])
     _, index = both.order(0, np.arange(400))
     hidden = sum(int(both[int(i)]["label"]) == IGNORE for i in index)
     assert abs(hidden - 300) <= 1
     with pytest.raises(UserError, match="class 1 has 20 of its 23"):
-        few_of(source, 69, seed=0)
+        choose_labeled(source, 69, seed=0)
 
 
 def test_annotators_are_as_accurate_as_stated_and_purely_drawn(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": "abc"[i % 3]} for i in range(1200)]
-    source = Labelled(records(tmp_path, rows), tokenizer(), 32)
-    drawn = Annotators(source, classes=3, count=5, accuracy=0.6, seed=4)
+    source = LabeledTexts(records(tmp_path, rows), tokenizer(), 32)
+    drawn = SimulatedAnnotators(source, classes=3, count=5, accuracy=0.6, seed=4)
     votes = np.stack([drawn[i]["votes"] for i in range(1200)])
     truth = np.array([source[i]["label"] for i in range(1200)])[:, None]
     assert abs((votes == truth).mean() - 0.6) < 4.5 * (0.24 / 6000) ** 0.5
     others = np.bincount((votes - truth)[votes != truth] % 3, minlength=3)
     assert others[0] == 0 and abs(others[1] - others[2]) < 4.5 * (others.sum()) ** 0.5
-    assert np.array_equal(drawn[7]["votes"], Annotators(source, classes=3, count=5, accuracy=0.6, seed=4)[7]["votes"])
+    assert np.array_equal(
+        drawn[7]["votes"], SimulatedAnnotators(source, classes=3, count=5, accuracy=0.6, seed=4)[7]["votes"]
+    )
     assert (
-        votes != np.stack([Annotators(source, classes=3, count=5, accuracy=0.6)[i]["votes"] for i in range(1200)])
+        votes
+        != np.stack([SimulatedAnnotators(source, classes=3, count=5, accuracy=0.6)[i]["votes"] for i in range(1200)])
     ).any()
     right = np.mean([majority(v) == t for v, t in zip(votes, truth[:, 0], strict=True)])
     assert right > 0.65
     with pytest.raises(UserError, match=r"annotators of accuracy 1\.2"):
-        Annotators(source, classes=3, count=5, accuracy=1.2)
+        SimulatedAnnotators(source, classes=3, count=5, accuracy=1.2)
 
 
 def test_records_with_a_list_of_labels(tmp_path: Path) -> None:
     rows = [{"text": "one", "labels": ["good", "bad", "good"]}, {"text": "two", "labels": ["bad"]}]
-    source = Votes(records(tmp_path, rows), tokenizer(), 32, TextFields(label="labels"))
+    source = AnnotatedTexts(records(tmp_path, rows), tokenizer(), 32, TextFields(label="labels"))
     assert source.classes == ("bad", "good")
     assert [source[i]["votes"].tolist() for i in range(2)] == [[1, 0, 1], [0, IGNORE, IGNORE]]
     assert [source[i]["label"] for i in range(2)] == [1, 0]
     with pytest.raises(UserError, match=r"records.jsonl.*'labels' must be a list"):
-        Votes(records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, TextFields(label="labels"))
+        AnnotatedTexts(
+            records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, TextFields(label="labels")
+        )
 
 
 def test_a_teacher_says_probabilities_of_texts_of_any_length() -> None:
@@ -268,9 +273,9 @@ def test_a_teacher_says_probabilities_of_texts_of_any_length() -> None:
         def __getitem__(self, index: int) -> Example:
             return {"tokens": example(index)["tokens"], "label": IGNORE}
 
-    objective = PseudoLabels(classes=CLASSES) + Penalty()
+    objective = PseudoLabels(classes=CLASSES) + WeightPenalty()
     model = built(objective).eval()
-    known = annotate(Texts(), model, lambda e: question(objective, e, VOCAB), taught)
+    known = precompute(Texts(), model, lambda e: unlabeled_example(objective, e, VOCAB), teacher_probabilities)
     for i in (0, 7, 19):
         expected = scores(model, known[i]["tokens"]).softmax(-1).numpy()
         np.testing.assert_allclose(known[i]["taught"], expected, atol=1e-5)
@@ -280,10 +285,16 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
     labelled = records(tmp_path, [{"review": f"text {i}", "label": "ab"[i % 2]} for i in range(60)])
     more = tmp_path / "more.csv"
     more.write_text("id,review\n" + "".join(f"{i},another {i}\n" for i in range(30)))
-    material = Material(
-        source=Text(path=tuple(labelled), held_out=0.2), tokenizer=tokenizer(), directory=tmp_path, seed=0, echo=print
+    material = RunData(
+        source=DataConfig(path=tuple(labelled), held_out=0.2),
+        tokenizer=tokenizer(),
+        directory=tmp_path,
+        seed=0,
+        echo=print,
     )
-    segment = Partly(of=segments.Labelled(text="review", length=32), others=(str(more),), unlabelled=2.0)
+    segment = PartiallyLabeledConfig(
+        of=segments.LabeledConfig(text="review", length=32), others=(str(more),), unlabelled=2.0
+    )
     objective = segment.settle(Consistency(), material)
     assert objective.classes == ("a", "b")
     cut = segment.cut(material, objective)
@@ -295,7 +306,7 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
 
     lines = tmp_path / "more.txt"
     lines.write_text("one\n\n  two \n")
-    plain = Untold([str(lines)], tokenizer(), 32, asked=False)
+    plain = UnlabeledTexts([str(lines)], tokenizer(), 32, asked=False)
     assert [tokenizer().decode(plain[i]["tokens"]).strip() for i in range(len(plain))] == ["one", "two"]
     with pytest.raises(UserError, match="no field 'review'"):
-        Partly(of=segments.Labelled(text="review"), others=(str(lines),)).cut(material, objective)
+        PartiallyLabeledConfig(of=segments.LabeledConfig(text="review"), others=(str(lines),)).cut(material, objective)

@@ -28,20 +28,20 @@ from firth.objectives.bilm import BiLM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.contrastive import Contrastive
 from firth.objectives.dpo import DPO
-from firth.objectives.layer_mixture import Mixed
+from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
-from firth.objectives.multi_annotator import Weak
+from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.multiple_choice import MultipleChoice
 from firth.objectives.next_sentence import NSP
-from firth.objectives.objective import Objective, Sum, Tokens
+from firth.objectives.objective import Objective, Sum, TokenObjective
 from firth.objectives.ppo import PER_TOKEN, PPO
 from firth.objectives.reinforce import Reinforce
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.reward_model import Ranking
 from firth.objectives.semi_supervised import Consistency, PseudoLabels
-from firth.objectives.sft import SFT, TextToText
-from firth.objectives.token_classification import Tagging
+from firth.objectives.sft import SFT, Seq2SeqSFT
+from firth.objectives.token_classification import TokenClassification
 from firth.objectives.vae import VAE
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
@@ -91,14 +91,14 @@ EVERY: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = C
     "bilm": (BiLM(), bare),
     "vae": (VAE(units=3, drop=0.3), bare),
     "sft": (SFT(), dialogue),
-    "text to text": (TextToText(), paired),
+    "text to text": (Seq2SeqSFT(), paired),
     "reinforce": (Reinforce(), dialogue),
     "ppo": (PPO(), dialogue),
     "dpo": (DPO(), compared),
     "ranking": (Ranking(answers=4), ranked),
-    "weak": (Weak(classes=("a", "b", "c")), voted),
+    "weak": (MultiAnnotator(classes=("a", "b", "c")), voted),
     "multiple choice": (MultipleChoice(), question),
-    "mixed + tagging": (Mixed() + Tagging(classes=("a", "b", "c")), tagged),
+    "mixed + tagging": (LayerMixture() + TokenClassification(classes=("a", "b", "c")), tagged),
     "contrastive, labelled": (Contrastive(), related),
     "rtd in spans": (RTD(noise="geometric"), framed),
     "mpnet by words": (MPNet(noise="words"), framed),
@@ -352,7 +352,7 @@ class Ahead(CausalLM):
         return seen | {"looks": seen["looks"] + (np.arange(len(seen["looks"])) == 2)}
 
 
-class Told(Tokens):
+class Told(TokenObjective):
     """A source that is as long as the answer's greatest token says."""
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:

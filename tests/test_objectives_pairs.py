@@ -17,17 +17,17 @@ import torch
 from firth.corpora.readers import Document
 from firth.data.collate import Batches
 from firth.data.token_store import TokenStore
-from firth.data.windows import Pairs
-from firth.model.config import encoder
+from firth.data.windows import SegmentPairs
+from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.sentence_order import SOP
-from firth.objectives.sentence_pairs import Pair
+from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.tokenizer.train import train as train_tokenizer
-from firth.train.logging import Silence
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
-from firth.train.trainer import Plan, train
+from firth.train.logging import NullReporter
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
+from firth.train.trainer import TrainerConfig, train
 from firth.train.validate import validate
 
 WORDS, LONG = 160, 100
@@ -51,15 +51,19 @@ def topical(rng: np.random.Generator) -> np.ndarray:
     [(SOP(), drifting, "order_accuracy", 1.0), (NSP(), topical, "next_accuracy", 0.875)],
 )
 def test_what_shows_is_learnt_and_holds_in_other_documents(
-    objective: Pair, text: Callable[[np.random.Generator], np.ndarray], measure: str, most: float, tmp_path: Path
+    objective: SentencePairObjective,
+    text: Callable[[np.random.Generator], np.ndarray],
+    measure: str,
+    most: float,
+    tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(0)
     made = [Document(str(i), " ".join(f"w{w:03d}" for w in text(rng))) for i in range(300)]
     coder = train_tokenizer([d.text for d in made[:60]], "word", WORDS - 40)
     stores = [TokenStore.build(part, coder, tmp_path / n) for n, part in (("learn", made[:240]), ("held", made[240:]))]
-    sources = [Pairs(each, 48) for each in stores]
+    sources = [SegmentPairs(each, 48) for each in stores]
     torch.manual_seed(0)
-    shape = replace(encoder(coder.vocab.size, 64, 2, context=48), segments=2)
+    shape = replace(encoder_config(coder.vocab.size, 64, 2, context=48), segments=2)
     model = LM(shape, objective.parts(shape))
 
     def held_out() -> float:
@@ -68,7 +72,7 @@ def test_what_shows_is_learnt_and_holds_in_other_documents(
     assert held_out() < 0.65
     batches = Batches(sources[0], objective, coder.vocab, rows=32, seed=0, pack=48)
     train(
-        model, objective, batches, tmp_path / "run", length=Length(steps=STEPS[type(objective)]), optimizer=Optimizer("adamw", rate=1e-3),
-        schedule=Schedule("linear", warmup=0.1), plan=Plan(save_every=0), told=Silence(),
+        model, objective, batches, tmp_path / "run", length=Budget(steps=STEPS[type(objective)]), optimizer=OptimizerConfig("adamw", rate=1e-3),
+        schedule=Schedule("linear", warmup=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
     )  # fmt: skip
     assert held_out() > most - 0.08

@@ -18,19 +18,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data import layout
 from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Windows
-from firth.evaluate.perplexity import Document, one_at_a_time
+from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time
 from firth.evaluate.text_perplexity import reads_of
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import fill
 from firth.generate.sampling import Sampling
-from firth.model.attention import rule
+from firth.model.attention import mask_from_times
 from firth.model.block import Linear
-from firth.model.config import Shape
-from firth.model.flops import Memory, real_tokens, trunk, work
+from firth.model.config import ModelConfig
+from firth.model.flops import MemoryWork, real_tokens, stack_flops, work
 from firth.model.model import LM
-from firth.model.positions import waves
-from firth.model.presets import SHAPES
-from firth.model.relative_distance import Apart, Distance, between
+from firth.model.positions import sinusoid_frequencies
+from firth.model.presets import PRESETS
+from firth.model.relative_distance import DistanceIndex, RelativeDistance, distance_index
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
@@ -48,17 +48,17 @@ VOCAB = Vocab(
     spelling=tuple(b"\n" if i < 5 else b" a" if i % 2 else b"a" for i in range(61)),
 )  # fmt: skip
 BODY = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48, "causal": False}
-XLNET = Shape(
+XLNET = ModelConfig(
     **BODY, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu", head_bias=True,
 )  # fmt: skip
-MPNET = Shape(
+MPNET = ModelConfig(
     **BODY, norm_at="post", norm_eps=1e-12, position="mpnet", embed_norm=True, activation="gelu", head="transform",
     head_bias=True,
 )  # fmt: skip
 OPEN = {"masked": 1.0, "random": 0.0}
 
 
-def built(shape: Shape, objective: Objective | None = None, seed: int = 0) -> LM:
+def built(shape: ModelConfig, objective: Objective | None = None, seed: int = 0) -> LM:
     """A model whose every parameter is random."""
     torch.manual_seed(seed)
     model = LM(shape, (objective or PLM()).parts(shape))
@@ -100,7 +100,7 @@ def two_streams(model: LM, tokens: np.ndarray, order: np.ndarray) -> torch.Tenso
         def attend(x, i, seen, a=a, d=d, keys=keys, values=values, block=block):
             q, scores = split(a.q.weight @ x), []
             for j in seen:
-                angles = waves(torch.tensor(i - j), shape.width)
+                angles = sinusoid_frequencies(torch.tensor(i - j), shape.width)
                 far = split(d.r.weight @ torch.cat((angles.sin(), angles.cos())))
                 scores.append(
                     (((q + split(d.content)) * keys[j]).sum(-1) + ((q + split(d.place)) * far).sum(-1)) / math.sqrt(8)
@@ -222,7 +222,7 @@ def test_the_order_of_the_text_is_causal_language_modelling(position: str) -> No
 
 @pytest.mark.parametrize("shape", [XLNET, replace(XLNET, position="rotary", query=False, segments=0)])
 @torch.no_grad()
-def test_the_loss_is_the_chain_rule(shape: Shape) -> None:
+def test_the_loss_is_the_chain_rule(shape: ModelConfig) -> None:
     """log p of an order is the sum of one prediction after the other, each read in a row of its own."""
     model, tokens = built(shape), text(9)
     seen = PLM(k=2).view({"tokens": tokens}, VOCAB, np.random.default_rng(4))
@@ -243,7 +243,7 @@ def test_the_loss_is_the_chain_rule(shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [MPNET, replace(XLNET, query=False)])
 @torch.no_grad()
-def test_mpnet_is_mlm_where_nothing_is_revealed(shape: Shape) -> None:
+def test_mpnet_is_mlm_where_nothing_is_revealed(shape: ModelConfig) -> None:
     model, tokens = built(shape), text(20)
     seen = MPNet(rate=0.4, **OPEN).view({"tokens": tokens}, VOCAB, np.random.default_rng(2))
     order = seen["positions"][-8:]
@@ -260,7 +260,7 @@ def test_mpnet_is_mlm_where_nothing_is_revealed(shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [MPNET, XLNET])
 @torch.no_grad()
-def test_mpnet_is_plm_without_its_stand_ins(shape: Shape) -> None:
+def test_mpnet_is_plm_without_its_stand_ins(shape: ModelConfig) -> None:
     model, tokens = built(shape), text(20)
     seen = MPNet(rate=0.3, **OPEN).view({"tokens": tokens}, VOCAB, np.random.default_rng(2))
     order = seen["positions"][-6:].astype(int)
@@ -274,7 +274,7 @@ def test_mpnet_is_plm_without_its_stand_ins(shape: Shape) -> None:
 def test_mpnet_sees_every_place_once() -> None:
     seen = MPNet(rate=0.3).view({"tokens": text(20)}, VOCAB, np.random.default_rng(5))
     fields = {name: torch.as_tensor(seen[name])[None] for name in ("looks", "appears", "leaves", "positions")}
-    visible = rule(fields["looks"], fields["appears"], None, None, fields["leaves"])[0]
+    visible = mask_from_times(fields["looks"], fields["appears"], None, None, fields["leaves"])[0]
     for row in visible:
         assert sorted(seen["positions"][row.numpy()].tolist()) == list(range(20))
 
@@ -295,7 +295,7 @@ def test_a_third_of_a_text_is_asked_of_k_3_and_control_tokens_never() -> None:
 # ------------------------------------------------------------------------------------- what an objective owes
 
 
-CASES: dict[str, tuple[Objective, Shape]] = {
+CASES: dict[str, tuple[Objective, ModelConfig]] = {
     "plm": (PLM(k=3), XLNET),
     "plm, rotary": (PLM(k=3, noise="contexts"), replace(XLNET, position="rotary", query=False, segments=0)),
     "mpnet": (MPNet(rate=0.3, **OPEN), MPNET),
@@ -376,16 +376,16 @@ def test_the_bias_is_gathered_by_distance() -> None:
     """Against scores with a vector for each pair, values and gradients, with queries out of order and positions anew."""
     torch.manual_seed(0)
     shape = replace(XLNET, width=16, heads=2, kv_heads=2)
-    one = Distance(shape, Linear).double()
+    one = RelativeDistance(shape, Linear).double()
     with torch.no_grad():
         for p in one.parameters():
             p.copy_(torch.randn_like(p))
     queries, keys = torch.tensor([[0, 1, 2, 1], [4, 0, 1, 1]]), torch.tensor([[-2, -1, 0, 1, 2], [0, 0, 1, 2, 3]])
     other = torch.rand(2, 4, 5) < 0.5
     q = torch.randn(2, 2, 4, 8, dtype=torch.float64, requires_grad=True)
-    index, table = between(queries, keys, 16)
-    _, bias = one(q, Apart(index, table.double(), other), 0.3)
-    angles = waves(queries[:, :, None] - keys[:, None], 16).double()
+    index, table = distance_index(queries, keys, 16)
+    _, bias = one(q, DistanceIndex(index, table.double(), other), 0.3)
+    angles = sinusoid_frequencies(queries[:, :, None] - keys[:, None], 16).double()
     far = one.r(torch.cat((angles.sin(), angles.cos()), -1)).unflatten(-1, (2, 8))  # (B, T, S, H, D)
     plain = torch.einsum("bhtd,btshd->bhts", q + one.place.view(2, 1, 8), far)
     kinds = one.kinds[other.long()]  # (B, T, S, H, D)
@@ -504,7 +504,7 @@ def test_a_step_with_memory_is_a_pure_function_of_its_number(tmp_path: Path) -> 
     ways[0].batches(0)
     late = [way.batches(5) for way in ways]
     assert all(torch.equal(a, b) for a, b in zip(late[0][0].values(), late[1][0].values(), strict=True))
-    model = built(Shape(**BODY | {"vocab": tokenizer().vocab.size}, position="xlnet", memory=16))
+    model = built(ModelConfig(**BODY | {"vocab": tokenizer().vocab.size}, position="xlnet", memory=16))
     found = []
     for batches in (late[0], late[2]):
         model.zero_grad()
@@ -548,13 +548,13 @@ def test_flops_count_queries_stand_ins_and_memory(objective: Objective) -> None:
     counted = work(batch)
     assert counted.positions == sum(len(s["tokens"]) for s in shown)
     real = batch["looks"] > -NEVER
-    seen = rule(batch["looks"], batch["appears"], None, None, batch.get("leaves")) & real[..., None]
+    seen = mask_from_times(batch["looks"], batch["appears"], None, None, batch.get("leaves")) & real[..., None]
     assert counted.pairs == int(seen.sum())
     lengths = [(5, len(shown[0]["tokens"])), (0, 0), (3, len(shown[2]["tokens"]))]
-    assert counted.memory == Memory(8, 25 + 9, sum(m * n for m, n in lengths))
+    assert counted.memory == MemoryWork(8, 25 + 9, sum(m * n for m, n in lengths))
     assert real_tokens(batch) == 12 + 9 + 7
     bare = work({name: field for name, field in batch.items() if not name.startswith("memory_")})
-    assert trunk(XLNET, counted) > trunk(XLNET, bare)
+    assert stack_flops(XLNET, counted) > stack_flops(XLNET, bare)
 
 
 def test_flops_of_memory_are_those_that_torch_counts() -> None:
@@ -571,7 +571,7 @@ def test_flops_of_memory_are_those_that_torch_counts() -> None:
     per_token, keys = 4 * width * inner + 2 * width * hidden, 2 * width * inner
     # Distances: 16 + 10 - 1 = 25 here, 11 within the memory, 19 without one; scores of them and their map.
     far = 2 * inner * (width * (2 * (25 - 19)) + 10 * 3 * (25 - 19)) * 2 + 2 * inner * 11 * (width + 6)
-    plain = Memory(6, 36, 60).cost(2, per_token, keys, 2 * inner) * 6
+    plain = MemoryWork(6, 36, 60).cost(2, per_token, keys, 2 * inner) * 6
     assert total[0] - total[1] == plain + far
 
 
@@ -589,8 +589,8 @@ def test_published_sizes_are_those_of_transformers(name: str, kind: str, setting
     cls = getattr(transformers, kind)
     with torch.device("meta"):
         theirs = sum(p.numel() for p in cls(cls.config_class(**settings)).parameters())
-        ours = sum(p.numel() for p in LM(SHAPES[name], PLM().parts(SHAPES[name])).parameters())
-    assert ours == SHAPES[name].parameters() == theirs - 2 * 768 * (name == "mpnet-base")
+        ours = sum(p.numel() for p in LM(PRESETS[name], PLM().parts(PRESETS[name])).parameters())
+    assert ours == PRESETS[name].parameters() == theirs - 2 * 768 * (name == "mpnet-base")
 
 
 # ------------------------------------------------------------------------------------- asking a trained one
@@ -600,7 +600,7 @@ def test_published_sizes_are_those_of_transformers(name: str, kind: str, setting
 def test_a_gap_is_a_query_that_nobody_sees() -> None:
     """`fill` and a pseudo-likelihood ask an XLNet as PLM does: a query at the gap, and no [MASK] that others see."""
     coder = tokenizer()
-    model = built(Shape(**BODY | {"vocab": coder.vocab.size}, position="xlnet", query=True))
+    model = built(ModelConfig(**BODY | {"vocab": coder.vocab.size}, position="xlnet", query=True))
     mask = coder.token(coder.vocab.mask)
     [found] = fill(model, coder, f"What is a {mask} in Python?", k=3)
     words = coder.vocab.frame(
@@ -612,7 +612,7 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
     share = model.parts["lm"](model(seen)[0, -1]).softmax(-1)
     assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
     assert reads_of(model.shape) == "masked" and reads_of(replace(model.shape, causal=True)) == "causal"
-    document = Document(words[1:-1], np.ones(len(words) - 2, int))
+    document = TokenizedDocument(words[1:-1], np.ones(len(words) - 2, int))
     asked = list(one_at_a_time(document, 40, coder.vocab, query=True))[at - 1]
     assert loss(model, PLM(), collate([asked])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)
 
@@ -621,7 +621,7 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
 def test_a_decoder_with_relative_positions_writes_what_it_would_read() -> None:
     """The engine's cache serves position="xlnet" as any other: rows of other lengths beside it, and options of one prompt."""
     coder = tokenizer()
-    shape = Shape(**BODY | {"vocab": coder.vocab.size, "causal": True}, position="xlnet", query=True, memory=8)
+    shape = ModelConfig(**BODY | {"vocab": coder.vocab.size, "causal": True}, position="xlnet", query=True, memory=8)
     model = built(shape)
     prompts = [coder.encode("What is a module?"), coder.encode("In Python")]
     written = Engine(model, coder, stops=()).generate(prompts, Sampling(max_new=6, temperature=0))

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
-from firth.data.word_windows import Words, kept, noise
-from firth.model.config import Shape, recurrent, vectors
+from firth.data.word_windows import WordWindows, keep_probabilities, noise_distribution
+from firth.model.config import ModelConfig, recurrent_config, word_vector_config
 from firth.model.model import LM
 from firth.objectives.bilm import BiLM
-from firth.objectives.layer_mixture import Mixed
+from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
-from firth.objectives.token_classification import Tagging
+from firth.objectives.token_classification import TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import bilm
 from firth.tokenizer.vocab import Vocab
-from firth.train.optimizer import Mover, Optimizer
+from firth.train.optimizer import Mover, OptimizerConfig
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
@@ -38,7 +38,10 @@ def running(rng: np.random.Generator, n: int = 0, documents: int = 1) -> Example
 
 
 def words(rng: np.random.Generator) -> Example:
-    return running(rng, documents=3) | {"kept": kept(COUNTS, 0.05), "noise": noise(COUNTS, 0.75)}
+    return running(rng, documents=3) | {
+        "kept": keep_probabilities(COUNTS, 0.05),
+        "noise": noise_distribution(COUNTS, 0.75),
+    }
 
 
 def tagged(rng: np.random.Generator) -> Example:
@@ -53,20 +56,20 @@ def sentence(rng: np.random.Generator) -> Example:
 
 ELMO = bilm(60, 24, 2, characters=8, filters=64)
 CASES = {
-    "skip-gram": (Word2Vec(noise=7), words, vectors(60, 16)),
-    "cbow": (Word2Vec(algorithm="cbow", noise=7), words, vectors(60, 16)),
+    "skip-gram": (Word2Vec(noise=7), words, word_vector_config(60, 16)),
+    "cbow": (Word2Vec(algorithm="cbow", noise=7), words, word_vector_config(60, 16)),
     "bilm": (BiLM(), sentence, ELMO),
     "bilm, tied": (
         BiLM(),
         sentence,
-        Shape(60, 24, 1, 1, causal=False, norm_at="post", position="none", recurrent="gru", apart=True),
+        ModelConfig(60, 24, 1, 1, causal=False, norm_at="post", position="none", recurrent="gru", apart=True),
     ),
-    "tagging": (Tagging(classes=("a", "b", "c", "d")), tagged, recurrent(60, 16, 2, "gru")),
-    "mixed + tagging": (Mixed() + Tagging(classes=("a", "b", "c", "d")), tagged, ELMO),
+    "tagging": (TokenClassification(classes=("a", "b", "c", "d")), tagged, recurrent_config(60, 16, 2, "gru")),
+    "mixed + tagging": (LayerMixture() + TokenClassification(classes=("a", "b", "c", "d")), tagged, ELMO),
     "mixed, learning": (
-        Mixed(frozen=False) + Tagging(classes=("a", "b", "c", "d")),
+        LayerMixture(frozen=False) + TokenClassification(classes=("a", "b", "c", "d")),
         tagged,
-        Shape(60, 16, 2, 2, causal=False, context=64),
+        ModelConfig(60, 16, 2, 2, causal=False, context=64),
     ),
 }
 
@@ -127,7 +130,7 @@ def test_split_padded_and_packed_batches_have_one_loss_and_gradient(name: str) -
 def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
     objective, model, shown = made(name)
     batch = collate(shown, asked(objective))
-    mover = Mover(Optimizer(name="adamw", rate=1e-2, weight_decay=0.0), model)
+    mover = Mover(OptimizerConfig(name="adamw", rate=1e-2, weight_decay=0.0), model)
     first = step(model, objective, [batch])
     for _ in range(10):
         mover.move(1.0)
@@ -184,7 +187,7 @@ def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
         def __getitem__(self, index: int) -> Example:
             return {"tokens": np.repeat(np.arange(60), COUNTS)}
 
-    source = Words(Text(), COUNTS, sample=0.01, power=0.75)
+    source = WordWindows(Text(), COUNTS, sample=0.01, power=0.75)
     rng = np.random.default_rng(0)
     seen, drawn = np.zeros(60), np.zeros(60)
     for _ in range(50):
@@ -197,7 +200,7 @@ def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
     assert seen[:2].sum() == drawn[:2].sum() == 0
     assert drawn / drawn.sum() == pytest.approx(COUNTS**0.75 / (COUNTS**0.75).sum(), abs=0.006)
     with pytest.raises(UserError, match="no word that the tokenizer knows"):
-        Words(Text(), np.zeros(60), 0.01, 0.75)
+        WordWindows(Text(), np.zeros(60), 0.01, 0.75)
 
 
 def test_related_words_come_nearer_than_others() -> None:
@@ -210,13 +213,13 @@ def test_related_words_come_nearer_than_others() -> None:
         def __getitem__(self, index: int) -> Example:
             rng = np.random.default_rng(index)
             tokens = rng.integers(2, 31, 64) + 29 * (index % 2)
-            return {"tokens": tokens, "kept": np.ones(60), "noise": noise(np.arange(60) > 1, 0.75)}
+            return {"tokens": tokens, "kept": np.ones(60), "noise": noise_distribution(np.arange(60) > 1, 0.75)}
 
     for algorithm in ("skipgram", "cbow"):
         objective = Word2Vec(algorithm=algorithm)
         torch.manual_seed(0)
-        model = LM(vectors(60, 16), objective.parts(vectors(60, 16)))
-        mover = Mover(Optimizer(name="adamw", rate=5e-2, weight_decay=0.0), model)
+        model = LM(word_vector_config(60, 16), objective.parts(word_vector_config(60, 16)))
+        mover = Mover(OptimizerConfig(name="adamw", rate=5e-2, weight_decay=0.0), model)
         batches = Batches(Halves(), objective, VOCAB, rows=16, seed=0)
         for i in range(100):
             step(model, objective, batches.batches(i))
@@ -250,7 +253,7 @@ def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
 
 def test_frozen_features_stay_and_do_not_drop() -> None:
     shape = dataclasses.replace(ELMO, dropout=0.5)
-    objective = Mixed() + Tagging(classes=("a", "b", "c", "d"))
+    objective = LayerMixture() + TokenClassification(classes=("a", "b", "c", "d"))
     torch.manual_seed(0)
     model = LM(shape, objective.parts(shape)).train()
     rng = np.random.default_rng(0)
@@ -259,13 +262,13 @@ def test_frozen_features_stay_and_do_not_drop() -> None:
     assert torch.equal(objective.run(model, batch)["hidden"], objective.run(model, batch)["hidden"])
     assert model.training
     for name in ("adamw", "muon"):
-        mover = Mover(Optimizer(name=name, rate=1e-2), model)
+        mover = Mover(OptimizerConfig(name=name, rate=1e-2), model)
         for _ in range(2):
             step(model, objective, [batch])
             mover.move(1.0)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if not n.startswith("parts.")}
-    assert objective.run_flops(model, batch) * 3 == pytest.approx(Tagging().run_flops(model, batch))
+    assert objective.run_flops(model, batch) * 3 == pytest.approx(TokenClassification().run_flops(model, batch))
 
 
 def test_the_mixture_is_that_of_the_paper() -> None:

@@ -17,15 +17,15 @@ from firth.data.corruptions import CORRUPTIONS, Damage, infilling, permutation
 from firth.data.noise import Kind, facts, salient
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.model.presets import SHAPES, bart
+from firth.model.presets import PRESETS, bart
 from firth.objectives.causal_lm import CausalLM
-from firth.objectives.denoise import Denoise
+from firth.objectives.denoise import Denoising
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.prefix_lm import PrefixLM
-from firth.objectives.sft import TextToText
+from firth.objectives.sft import Seq2SeqSFT
 from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
@@ -33,11 +33,11 @@ from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
-ROW = Shape(vocab=100, width=32, depth=2, heads=2, hidden=48, context=128, causal=False)
+ROW = ModelConfig(vocab=100, width=32, depth=2, heads=2, hidden=48, context=128, causal=False)
 SIDES = replace(ROW, causal=True, encoder=2)
 
 
-def built(objective: Objective, shape: Shape, seed: int = 0) -> LM:
+def built(objective: Objective, shape: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
     return LM(shape, objective.parts(shape))
 
@@ -79,7 +79,7 @@ def hidden_states(model: LM, seen: Example) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["prefix", "seq2seq"])
-@pytest.mark.parametrize("make", [PrefixLM, Denoise])
+@pytest.mark.parametrize("make", [PrefixLM, Denoising])
 def test_no_answer_is_seen_before_it_is_given(make: type, layout: str) -> None:
     """Change one token of the answer: nothing moves up to the position where it is asked; after it, all may."""
     objective = make(layout=layout)
@@ -101,7 +101,7 @@ def test_what_was_damaged_is_not_shown(name: Damage) -> None:
     """Another token where one was hidden: the source is the same, the answer is not."""
     for seed in range(20):
         tokens = np.random.default_rng(seed).permutation(np.arange(25, 100))[:40].astype(np.int32)
-        objective = Denoise(noises=(name,))
+        objective = Denoising(noises=(name,))
         seen = objective.view({"tokens": tokens}, VOCAB, np.random.default_rng(seed))
         gone = np.flatnonzero(~np.isin(tokens, seen["source_tokens"]))
         assert len(gone)
@@ -196,8 +196,8 @@ def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [PrefixLM(), PrefixLM(layout="seq2seq"), Denoise(), Denoise(layout="prefix"), SpanCorruption(noise="salient")]
-    + [Denoise(noises=(name,)) for name in get_args(Damage)],
+    [PrefixLM(), PrefixLM(layout="seq2seq"), Denoising(), Denoising(layout="prefix"), SpanCorruption(noise="salient")]
+    + [Denoising(noises=(name,)) for name in get_args(Damage)],
 )  # fmt: skip
 def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
     rng = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def same_loss_as(theirs_class: str, objective: Objective, model: LM, vocab: Voca
 
 @pytest.mark.parametrize("noise", ["spans", "salient"])
 def test_t5_has_our_loss_on_the_same_corrupted_text(noise: Kind, tmp_path: Path) -> None:
-    shape = Shape(
+    shape = ModelConfig(
         vocab=100, width=32, depth=2, encoder=2, heads=4, head_width=8, hidden=48, context=512, norm="rms", norm_bias=False,
         norm_eps=1e-6, position="t5", activation="relu", bias=False, score_scale=False, head_scale=32**-0.5,
     )  # fmt: skip
@@ -239,7 +239,7 @@ def test_t5_has_our_loss_on_the_same_corrupted_text(noise: Kind, tmp_path: Path)
 
 def a_bart() -> LM:
     """Every parameter random, so that an exchanged table shows."""
-    model = built(Denoise(), bart(100, 32, 2, 4, context=64))
+    model = built(Denoising(), bart(100, 32, 2, 4, context=64))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -249,7 +249,7 @@ def a_bart() -> LM:
 def test_bart_has_our_loss_on_the_same_damaged_text(tmp_path: Path) -> None:
     vocab = VOCAB.starting("eos")
     assert vocab.start == VOCAB.eos
-    same_loss_as("BartForConditionalGeneration", Denoise(), a_bart(), vocab, tmp_path)
+    same_loss_as("BartForConditionalGeneration", Denoising(), a_bart(), vocab, tmp_path)
 
 
 class Ids:
@@ -288,15 +288,15 @@ def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_p
 def test_an_answer_begins_where_the_shape_says() -> None:
     pair = {"source": np.array([30, 31]), "target": np.array([40, VOCAB.eos])}
     rng = np.random.default_rng(0)
-    assert TextToText().view(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
-    assert TextToText().view(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
+    assert Seq2SeqSFT().view(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
+    assert Seq2SeqSFT().view(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
 
 
 @pytest.mark.parametrize("name", ["bart-base", "bart-large"])
 def test_bart_has_the_parameters_of_the_released_checkpoint(name: str) -> None:
     """Those of transformers, less two unread rows in each position table, and the offset of the logits, a constant there."""
-    shape = SHAPES[name]
+    shape = PRESETS[name]
     released = {"bart-base": 139_420_416, "bart-large": 406_291_456}[name]
     with torch.device("meta"):
-        counted = sum(p.numel() for p in LM(shape, Denoise().parts(shape)).parameters())
+        counted = sum(p.numel() for p in LM(shape, Denoising().parts(shape)).parameters())
     assert counted == shape.parameters() == released - 4 * shape.width + shape.vocab

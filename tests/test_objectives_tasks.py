@@ -11,15 +11,15 @@ from test_objectives_views import VOCAB, labelled, scored, spanned, tagged
 
 from firth.data import layout
 from firth.data.collate import collate, pack
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.classification import Classification
-from firth.objectives.extractive_qa import Spans
+from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.multiple_choice import MultipleChoice
-from firth.objectives.objective import Known, Objective, choice_loss
+from firth.objectives.objective import DataStats, Objective, choice_loss
 from firth.objectives.regression import Regression
-from firth.objectives.token_classification import Tagging
+from firth.objectives.token_classification import TokenClassification
 from firth.pretrained.load_save import save_model
 from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
@@ -41,15 +41,15 @@ CASES: dict[str, tuple[Objective, Any]] = {
     "choice by a decoder": (MultipleChoice(options=4, at="last"), question),
     "classification": (Classification(classes=("a", "b", "c"), smoothing=0.1, weights=(1.0, 3.0, 0.5)), labelled),
     "regression": (Regression(mean=2.0, spread=3.0), scored),
-    "tagging": (Tagging(classes=("a", "b", "c")), tagged),
-    "spans": (Spans(), spanned),
-    "spans by a decoder": (Spans(at="last"), spanned),
+    "tagging": (TokenClassification(classes=("a", "b", "c")), tagged),
+    "spans": (QuestionAnswering(), spanned),
+    "spans by a decoder": (QuestionAnswering(at="last"), spanned),
 }
 
 
 def model_of(objective: Objective) -> LM:
     torch.manual_seed(0)
-    shape = Shape(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128, segments=2)
+    shape = ModelConfig(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128, segments=2)
     return LM(shape, objective.parts(shape))
 
 
@@ -122,7 +122,10 @@ def test_groups_are_not_packed(name: str) -> None:
 def test_a_decoder_s_answer_is_read_where_all_has_been_seen() -> None:
     """What stands at the last token sees every other, and no other token sees what comes behind it."""
     rng = np.random.default_rng(0)
-    for objective in (Classification(classes=("a", "b"), at="last"), Tagging(classes=("a", "b"), left=True)):
+    for objective in (
+        Classification(classes=("a", "b"), at="last"),
+        TokenClassification(classes=("a", "b"), left=True),
+    ):
         model = model_of(objective).eval()
         tokens = VOCAB.frame(rng.integers(25, 100, 8))
         example = {"tokens": tokens, "label": 0, "tags": np.zeros(10, np.int64)}
@@ -152,7 +155,7 @@ def theirs(parts: dict[str, torch.nn.Module], cls: str, head: dict[str, str], tm
 
 
 def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> None:
-    objective, rng = Spans(), np.random.default_rng(0)
+    objective, rng = QuestionAnswering(), np.random.default_rng(0)
     model, other = theirs(objective.parts(TINY), "BertForQuestionAnswering", {"qa_outputs": "span"}, tmp_path)
     examples = []
     for start, end in ((3, 5), (-1, -1), (7, 7)):
@@ -169,7 +172,7 @@ def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> No
 
 
 def test_tagging_has_the_loss_of_bert_for_token_classification(tmp_path: Any) -> None:
-    objective, rng = Tagging(classes=("a", "b", "c")), np.random.default_rng(0)
+    objective, rng = TokenClassification(classes=("a", "b", "c")), np.random.default_rng(0)
     model, other = theirs(
         objective.parts(TINY), "BertForTokenClassification", {"classifier": "tags"}, tmp_path, num_labels=3
     )
@@ -191,7 +194,7 @@ def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> 
         -1
     ).sum()
     torch.testing.assert_close(choice_loss(scores, right, 0.2), smoothed)
-    told = Classification(weights="balanced").told(lambda: Known(("a", "b", "c"), (60, 30, 0)))
+    told = Classification(weights="balanced").told(lambda: DataStats(("a", "b", "c"), (60, 30, 0)))
     assert isinstance(told, Classification)
     assert told.weights == (0.5, 1.0, 0.0)
     assert sum(n * w for n, w in zip((60, 30, 0), told.weights, strict=True)) / 90 == pytest.approx(2 / 3)
@@ -202,12 +205,12 @@ def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> 
 
 
 def test_an_answer_is_read_where_the_shape_can() -> None:
-    made = [make(vocab=9, width=64, depth=1) for make in (encoder, decoder, encoder_decoder)]
+    made = [make(vocab=9, width=64, depth=1) for make in (encoder_config, decoder_config, encoder_decoder_config)]
     assert [Classification().fitted(shape).reads() for shape in made] == ["both", "left", "source"]
-    assert [Spans().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
-    assert [Tagging().fitted(shape).reads() for shape in made[:2]] == ["any", "left"]
+    assert [QuestionAnswering().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
+    assert [TokenClassification().fitted(shape).reads() for shape in made[:2]] == ["any", "left"]
     assert [MultipleChoice().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
-    for objective in (Spans(), Tagging(), MultipleChoice()):
+    for objective in (QuestionAnswering(), TokenClassification(), MultipleChoice()):
         assert objective.fitted(made[2]).reads() not in made[2].honours
     assert Classification(at="last").fitted(made[0]) == Classification(at="last")
 

@@ -19,20 +19,20 @@ from firth.data.collate import collate, pack
 from firth.evaluate.text_perplexity import reads_of
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import encoder_decoder
-from firth.model.flops import trunk, work
+from firth.model.config import encoder_decoder_config
+from firth.model.flops import stack_flops, work
 from firth.model.model import LM
 from firth.objectives.span_corruption import SpanCorruption
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
-from firth.runs.compatibility import refuse_cut, refuse_misfit
+from firth.runs.compatibility import check_batching, check_pattern
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = replace(encoder_decoder(VOCAB.size, 32, 1, heads=2, context=32), latent=4, zero_init=False)
+SHAPE = replace(encoder_decoder_config(VOCAB.size, 32, 1, heads=2, context=32), latent=4, zero_init=False)
 ASKED = {"labels", "text"}
 
 
@@ -60,9 +60,9 @@ def test_parameters_are_exact_and_flops_those_of_torch() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         objective.run(model, batch)["hidden"].sum().backward()
     done = work(batch)
-    assert objective.run_flops(model, batch) == trunk(SHAPE, done)
+    assert objective.run_flops(model, batch) == stack_flops(SHAPE, done)
     # Torch's plain kernel computes what a causal row hides, too.
-    assert counter.get_total_flops() == trunk(SHAPE, replace(done, pairs=done.source_pairs))
+    assert counter.get_total_flops() == stack_flops(SHAPE, replace(done, pairs=done.source_pairs))
 
 
 def test_the_elbo_is_the_formula() -> None:
@@ -139,7 +139,7 @@ def test_a_split_batch_has_the_gradient_of_the_whole_and_packing_is_refused() ->
     with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
         pack(rows, 64, ASKED)
     with pytest.raises(UserError, match="a variational autoencoder reads one document a row"):
-        refuse_cut(objective, SHAPE, pack=64, accumulate=1)
+        check_batching(objective, SHAPE, pack=64, accumulate=1)
 
 
 def test_ten_steps_on_one_batch_lower_both_terms() -> None:
@@ -203,11 +203,11 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
 
 def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="squeezes a text through a latent, which an encoder-decoder cannot"):
-        refuse_misfit(VAE(units=4), replace(SHAPE, latent=0))
+        check_pattern(VAE(units=4), replace(SHAPE, latent=0))
     with pytest.raises(UserError, match="which a variational autoencoder cannot"):
-        refuse_misfit(SpanCorruption(), SHAPE)
+        check_pattern(SpanCorruption(), SHAPE)
     with pytest.raises(UserError, match=r"objective.units=7 numbers and the shape's shape.latent=4"):
-        refuse_misfit(VAE(units=7), SHAPE)
+        check_pattern(VAE(units=7), SHAPE)
     with pytest.raises(UserError, match="stands between an encoder and a decoder"):
         replace(SHAPE, encoder=0)
     with pytest.raises(UserError, match=r"objective.drop=1.5 must be"):

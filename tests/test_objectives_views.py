@@ -13,13 +13,13 @@ import torch
 from firth.data.collate import Batches, collate, pack
 from firth.data.corruptions import Damage
 from firth.data.source import Source
-from firth.data.windows import Pairs
-from firth.model.config import Shape
+from firth.data.windows import SegmentPairs
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.denoise import Denoise
-from firth.objectives.extractive_qa import Spans
+from firth.objectives.denoise import Denoising
+from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.next_sentence import NSP
@@ -32,8 +32,8 @@ from firth.objectives.semi_supervised import Consistency, PseudoLabels
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_boundary import SBO
 from firth.objectives.span_corruption import SpanCorruption, corrupt
-from firth.objectives.token_classification import Tagging
-from firth.objectives.weight_penalty import Penalty
+from firth.objectives.token_classification import TokenClassification
+from firth.objectives.weight_penalty import WeightPenalty
 from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
@@ -122,14 +122,14 @@ CASES = {
     "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
-    "mlm + penalty": (MLM() + Penalty(), framed),
+    "mlm + penalty": (MLM() + WeightPenalty(), framed),
     "pseudo labels": (PseudoLabels(classes=("a", "b", "c")), partly),
     "consistency": (Consistency(classes=("a", "b", "c")), partly),
     "prefix lm": (PrefixLM(), bare),
     "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), bare),
-    "denoise": (Denoise(), bare),
-    "denoise in one row": (Denoise(layout="prefix"), bare),
-    **{f"denoise by {name}": (Denoise(noises=(name,)), bare) for name in get_args(Damage)},
+    "denoise": (Denoising(), bare),
+    "denoise in one row": (Denoising(layout="prefix"), bare),
+    **{f"denoise by {name}": (Denoising(noises=(name,)), bare) for name in get_args(Damage)},
     "mlm, salient": (MLM(noise="salient"), framed),
     "span corruption, salient": (SpanCorruption(noise="salient"), bare),
     "classification": (Classification(classes=("a", "b", "c")), labelled),
@@ -139,13 +139,13 @@ CASES = {
         Classification(classes=("a", "b", "c"), smoothing=0.1, weights=(1.0, 2.0, 0.5)),
         labelled,
     ),
-    "tagging": (Tagging(classes=("a", "b", "c")), tagged),
-    "tagging by a decoder": (Tagging(classes=("a", "b", "c"), left=True), tagged),
+    "tagging": (TokenClassification(classes=("a", "b", "c")), tagged),
+    "tagging by a decoder": (TokenClassification(classes=("a", "b", "c"), left=True), tagged),
     "regression": (Regression(mean=1.0, spread=2.0), scored),
     "regression by a decoder": (Regression(at="last"), scored),
     "regression by an encoder-decoder": (Regression(at="answer"), scored),
-    "spans": (Spans(), spanned),
-    "spans by a decoder": (Spans(at="last"), spanned),
+    "spans": (QuestionAnswering(), spanned),
+    "spans by a decoder": (QuestionAnswering(at="last"), spanned),
 }
 
 
@@ -173,7 +173,7 @@ def test_packed_and_padded_batches_have_one_loss(name: str) -> None:
     shown = [objective.view(source(rng), VOCAB, rng) for _ in range(8)]
     asked = {*objective.targets.values(), *objective.measures.values()}
     torch.manual_seed(0)
-    shape = Shape(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128,
+    shape = ModelConfig(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128,
                   encoder=int("source_tokens" in shown[0]), segments=2)  # fmt: skip
     model = LM(shape, objective.parts(shape))
     found, gradient = [], []
@@ -342,7 +342,7 @@ def test_a_class_is_asked_once_per_text() -> None:
 
 def test_accuracy_counts_right_answers() -> None:
     objective = Classification(classes=("a", "b"))
-    shape = Shape(vocab=100, width=8, depth=1, heads=1, hidden=8, context=16)
+    shape = ModelConfig(vocab=100, width=8, depth=1, heads=1, hidden=8, context=16)
     model = LM(shape, objective.parts(shape))
     with torch.no_grad():
         model.parts["classes"].weight.zero_()
@@ -372,7 +372,7 @@ def test_padding_is_never_seen() -> None:
 @pytest.mark.parametrize("objective", [NSP(), SOP()], ids=["nsp", "sop"])
 def test_how_a_pair_was_cut_does_not_tell_the_answer(objective: Objective, tmp_path: Path) -> None:
     """The source cuts and the objective swaps: were both drawn from one stream, the lengths would tell (they once did)."""
-    source, vocab = Pairs(data_room.store(tmp_path), 40), data_room.tokenizer().vocab
+    source, vocab = SegmentPairs(data_room.store(tmp_path), 40), data_room.tokenizer().vocab
     assert len(source) > 300
     [batch] = Batches(source, objective, vocab, rows=len(source), seed=0).batches(0)
     ends = (batch["tokens"] == vocab.sep).int().argmax(-1)

@@ -15,16 +15,16 @@ import torch
 
 from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.data.word_windows import Words
+from firth.data.word_windows import WordWindows
 from firth.generate import word_vectors
-from firth.model.config import vectors as table_of
+from firth.model.config import word_vector_config as table_of
 from firth.model.model import LM
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import word2vec
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import Silence
-from firth.train.schedule import Length
-from firth.train.trainer import Plan, train
+from firth.train.logging import NullReporter
+from firth.train.schedule import Budget
+from firth.train.trainer import TrainerConfig, train
 from firth.types import Example
 
 VOCAB, TOPICS, LENGTH, WIDTH = 600, 20, 16, 48
@@ -73,11 +73,11 @@ def ours(text: np.ndarray, seed: int, place: Path) -> np.ndarray:
     objective, shape = Word2Vec(noise=128), table_of(VOCAB, WIDTH)
     torch.manual_seed(seed)
     model = LM(shape, objective.parts(shape))
-    source = Words(Sentences(text), Words.count(text.ravel(), vocab), sample=SAMPLE, power=0.75)
+    source = WordWindows(Sentences(text), WordWindows.count(text.ravel(), vocab), sample=SAMPLE, power=0.75)
     train(
-        model, objective, Batches(source, objective, vocab, rows=2, seed=seed), place, told=Silence(),
-        length=Length(steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
-        plan=Plan(save_every=0, precision="fp32"),
+        model, objective, Batches(source, objective, vocab, rows=2, seed=seed), place, told=NullReporter(),
+        length=Budget(steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
+        plan=TrainerConfig(save_every=0, precision="fp32"),
     )  # fmt: skip
     return word_vectors.table(model).numpy()
 

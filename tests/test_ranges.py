@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from firth import objectives
-from firth.compare.compare import Terms
+from firth.compare.compare import ComparisonConfig
 from firth.generate.sampling import Sampling
 from firth.runs import config_io
-from firth.runs.compatibility import SEGMENTS
-from firth.runs.recipe import ADAPTS, Batch, Recipe, load
+from firth.runs.compatibility import EXAMPLES
+from firth.runs.peft_options import PEFT_METHODS
+from firth.runs.recipe import BatchConfig, Recipe, load
 from firth.types import UserError
 from firth.validated import MAX_INT, PositiveInt, Range, Ranged, is_numeric, range_of, ranges
 
@@ -32,8 +33,8 @@ def recipe_classes() -> list[type]:
                 if dataclasses.is_dataclass(inner) and isinstance(inner, type):
                     walk(inner)
 
-    chosen = [*SEGMENTS.values(), *map(objectives.find, objectives.OBJECTIVES), *ADAPTS.values()]
-    for kind in (Recipe, Sampling, Terms, *chosen):
+    chosen = [*EXAMPLES.values(), *map(objectives.find, objectives.OBJECTIVES), *PEFT_METHODS.values()]
+    for kind in (Recipe, Sampling, ComparisonConfig, *chosen):
         walk(kind)
     return list(found)
 
@@ -48,7 +49,18 @@ NUMBERS = [(kind, name) for kind in recipe_classes() for name in numeric_fields(
 
 def test_the_walk_finds_every_class_and_number() -> None:
     names = {kind.__name__ for kind in recipe_classes()}
-    assert {"Recipe", "Batch", "EvalConfig", "CheckpointConfig", "Length", "Schedule", "Optimizer", "Text", "TokenizerPlan", "Shape"} <= names
+    assert {
+        "Recipe",
+        "Batch",
+        "EvalConfig",
+        "CheckpointConfig",
+        "Length",
+        "Schedule",
+        "Optimizer",
+        "Text",
+        "TokenizerPlan",
+        "Shape",
+    } <= names
     assert {"Windows", "Rollouts", "MLM", "PPO", "LoRA", "Prefix", "Sampling", "Terms"} <= names
     assert len(NUMBERS) >= 130
 
@@ -126,13 +138,13 @@ def test_a_file_out_of_range_names_its_line(tmp_path: Path) -> None:
 
 def test_a_number_out_of_range_is_refused_in_python() -> None:
     with pytest.raises(UserError, match=r"^batch.rows=0 must be at least 1$"):
-        Batch(rows=0)
+        BatchConfig(rows=0)
     with pytest.raises(UserError, match=r"^batch.sort=-1 must be at least 0$"):
-        dataclasses.replace(Batch(), sort=-1)
+        dataclasses.replace(BatchConfig(), sort=-1)
     with pytest.raises(UserError, match=r"^sampling.top_p=0 must be above 0 and at most 1$"):
         Sampling(top_p=0)
     assert range_of(PositiveInt | None) == Range(ge=1)
-    assert config_io.build(tuple[PositiveInt, ...], "3") == (3,)
+    assert config_io.from_dict(tuple[PositiveInt, ...], "3") == (3,)
 
 
 def test_a_part_of_a_shape_names_the_cure() -> None:

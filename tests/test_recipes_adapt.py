@@ -16,25 +16,25 @@ import yaml
 
 from firth.data.collate import collate, pack
 from firth.data.layout import causal
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.model import flops
-from firth.model.config import decoder, encoder
-from firth.model.heads import Vocabulary
+from firth.model.config import decoder_config, encoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
 from firth.peft import lora
 from firth.peft.init import prefix_of, prompt_of
-from firth.pretrained.load_save import load_model, start_from
+from firth.pretrained.load_save import init_from, load_model
 from firth.runs import config_io
 from firth.runs.inference import evaluate_run
-from firth.runs.peft_options import ADAPTS, Full, LoRA
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, LoRA
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import checkpoint
-from firth.train.optimizer import Mover, Optimizer
+from firth.train.optimizer import Mover, OptimizerConfig
 from firth.train.step import step
 from firth.types import UserError
 
@@ -129,7 +129,7 @@ def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: s
     same = [torch.equal(x, base[n]) for n, x in whole.state_dict().items() if n.startswith("trunk.")]
     assert all(same) == (kind != "lora")
     again = load(str(directory))
-    assert type(again.adapt) is ADAPTS[kind] and again == load(str(tmp_path))
+    assert type(again.adapt) is PEFT_METHODS[kind] and again == load(str(tmp_path))
 
 
 @pytest.mark.parametrize(("start", "kind"), CASES)
@@ -144,7 +144,7 @@ def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Mad
     name = "accuracy" if start == "encoder" else "bits_per_byte"
     for score in scores:
         assert score[name] == pytest.approx(scores[0][name], abs=1e-6)
-    models = [open_subject(one).model for one in places]
+    models = [load_evaluated_model(one).model for one in places]
     for model in models:
         torch.testing.assert_close(states(model), states(models[0]), atol=1e-5, rtol=0)
 
@@ -153,10 +153,10 @@ def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Mad
 def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: Path, start: str, kind: str) -> None:
     trunk = load_model(place / start / "model")
     objective: Objective = CausalLM() if start == "decoder" else Classification(classes=("a", "b"))
-    adapt = ADAPTS[kind]()
+    adapt = PEFT_METHODS[kind]()
     objective = adapt.settle(objective)
     model = LM(trunk.shape, objective.parts(trunk.shape))
-    _, added = start_from(model, place / start / "model")
+    _, added = init_from(model, place / start / "model")
     tokenizer = Tokenizer.load(place / start / "tokenizer")
     adapt.apply(model, added, tokenizer, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -164,7 +164,7 @@ def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: P
     shown = [objective.view({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
              for i in range(6)]  # fmt: skip
     batch = collate(shown, set(objective.targets.values()))
-    mover = Mover(Optimizer(name="adamw", rate=0.02, weight_decay=0.0), model)
+    mover = Mover(OptimizerConfig(name="adamw", rate=0.02, weight_decay=0.0), model)
     term = next(iter(objective.targets))
     losses = []
     for _ in range(11):
@@ -257,11 +257,11 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
 
 def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
     plain = load("gpt")
-    assert plain.adapt == Full()
+    assert plain.adapt == FullFinetuning()
     assert load("classify", ["start=x", "adapt=lora"]).adapt == LoRA()
     full = load("classify", ["start=x", "adapt.kind=lora", "adapt.rank=4", "adapt.targets=[blocks.*]"])
     assert full.adapt == LoRA(rank=4, targets=("blocks.*",))
-    assert config_io.build(type(full), yaml.safe_load(config_io.write_yaml(full))) == full
+    assert config_io.from_dict(type(full), yaml.safe_load(config_io.write_yaml(full))) == full
 
 
 @pytest.mark.parametrize(
@@ -302,21 +302,21 @@ def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Pat
 
 def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
     model = load_model(place / "decoder" / "model")
-    assert flops.learning(model) == 1
+    assert flops.trained_share(model) == 1
     maps = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("trunk."))
-    lora.add(model, ["q"], lora.Rank(rank=2))
+    lora.add(model, ["q"], lora.LoraConfig(rank=2))
     low = 2 * 2 * (32 + 32)
     lora.freeze(model)
-    assert flops.learning(model) == pytest.approx((4 * maps + 6 * low) / (6 * maps))
-    lora.freeze(lora.fold(model), ["lm"])
-    assert flops.learning(model) == pytest.approx(1 / 3)
+    assert flops.trained_share(model) == pytest.approx((4 * maps + 6 * low) / (6 * maps))
+    lora.freeze(lora.merge_and_unload(model), ["lm"])
+    assert flops.trained_share(model) == pytest.approx(1 / 3)
 
 
 def test_trained_positions_are_counted() -> None:
     """A prompt costs what as many more tokens in front cost; a prefix only the looking at it."""
-    for make in (decoder, encoder):
+    for make in (decoder_config, encoder_config):
         shape = make(50, 64, 2, heads=2)
-        model, objective = LM(shape, {"lm": Vocabulary(shape)}), CausalLM()
+        model, objective = LM(shape, {"lm": LMHead(shape)}), CausalLM()
         texts, longer = (
             [{"tokens": np.arange(n), "labels": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3)
         )
@@ -326,7 +326,7 @@ def test_trained_positions_are_counted() -> None:
         plain = objective.run_flops(model, batch)
         model.parts["prompt"] = prompt_of(model, [1, 2, 3])
         assert objective.run_flops(model, batch) == objective.run_flops(LM(shape, {}), collate(longer, {"labels"}))
-        packed = flops.fronted(flops.work(pack(texts, 16, {"labels"})), pack(texts, 16, {"labels"}), shape, 0, 3)
+        packed = flops.with_prefix(flops.work(pack(texts, 16, {"labels"})), pack(texts, 16, {"labels"}), shape, 0, 3)
         assert (packed.positions, packed.pairs) == (
             flops.work(collate(longer, {"labels"})).positions, flops.work(collate(longer, {"labels"})).pairs
         )  # fmt: skip

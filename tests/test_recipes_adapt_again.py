@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.runs.inference import evaluate_run, fill_text, open_model, writes
+from firth.runs.inference import evaluate_run, fill_text, generates_left_to_right, open_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.types import UserError
@@ -100,7 +100,7 @@ def answer(directory: Path, task: str, place: Path) -> object:
     opened = open_model(directory)
     return (
         opened.sample("the king", Sampling(max_new=5, temperature=0.0))
-        if writes(opened.model.shape)
+        if generates_left_to_right(opened.model.shape)
         else fill_text(directory, "a <mask>", 2)
     )
 
@@ -112,11 +112,11 @@ def test_a_run_opens_again_and_starts_the_next(
     adapt = [f"adapt.kind={kind}", *[f"adapt.targets={targets}"] * bool(targets)]
     adapt += ["adapt.tokens=3"] * (kind in ("prefix", "prompt"))
     one = run(recipe(place, task, base(name), *adapt), tmp_path / "one", quiet)
-    whole = open_subject(one.directory).model
+    whole = load_evaluated_model(one.directory).model
     answer(one.directory, task, place)
     onward = [recipe(place, task, one.directory, *STILL)]
     if kind != "frozen":
-        part = open_subject(one.directory / "adapter").model
+        part = load_evaluated_model(one.directory / "adapter").model
         assert part.state_dict().keys() == whole.state_dict().keys()
         torch.testing.assert_close(states(part), states(whole), atol=1e-5, rtol=0)
         assert answer(one.directory / "adapter", task, place) == answer(one.model, task, place)
@@ -150,7 +150,7 @@ def test_an_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], 
     prefix = ["adapt.kind=prefix", "adapt.tokens=3"]
     one = run(recipe(place, "gpt2", base("gpt2"), *prefix), tmp_path / "one", quiet).directory
     two = run(recipe(place, "gpt2", one, "adapt=lora"), tmp_path / "two", quiet).directory
-    before, after, part = (open_subject(place).model for place in (one, two, two / "adapter"))
+    before, after, part = (load_evaluated_model(place).model for place in (one, two, two / "adapter"))
     assert torch.equal(before.prefix.whole(), after.prefix.whole())  # type: ignore[union-attr]
     torch.testing.assert_close(states(part), states(after), atol=1e-5, rtol=0)
     assert (states(before) - states(after)).abs().max() > 1e-3

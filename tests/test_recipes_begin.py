@@ -10,14 +10,14 @@ import torch
 
 from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
-from firth.runs.init_head import begin
+from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
 from firth.train.validate import validate
 from firth.types import Example
@@ -44,10 +44,10 @@ class Zipf(Source):
 P = 1 / np.arange(1, SIZE - 24)
 ENTROPY = float(-(P / P.sum() * np.log(P / P.sum())).sum())
 
-CASES: dict[str, tuple[Objective, Shape]] = {
-    "decoder": (CausalLM(), decoder(SIZE, 64, 2)),
-    "encoder": (MLM(), encoder(SIZE, 64, 2)),
-    "encoder, no cap": (CausalLM(), replace(decoder(SIZE, 64, 2), softcap=0.0)),
+CASES: dict[str, tuple[Objective, ModelConfig]] = {
+    "decoder": (CausalLM(), decoder_config(SIZE, 64, 2)),
+    "encoder": (MLM(), encoder_config(SIZE, 64, 2)),
+    "encoder, no cap": (CausalLM(), replace(decoder_config(SIZE, 64, 2), softcap=0.0)),
 }
 
 
@@ -59,35 +59,35 @@ def test_the_untrained_loss_is_the_entropy_of_single_tokens(name: str) -> None:
     batches = Batches(Zipf(), objective, VOCAB, rows=16, seed=0)
     before = validate(model, objective, batches.once())["loss"]
     assert before > 5
-    assert begin(model, objective, batches) > 10_000
+    assert init_head(model, objective, batches) > 10_000
     after = validate(model, objective, batches.once())["loss"]
     assert ENTROPY - 0.05 < after < ENTROPY + 0.1
 
 
 def test_what_an_encoder_decoder_is_asked_is_counted_with_its_sentinels() -> None:
-    objective, shape = SpanCorruption(), encoder_decoder(SIZE, 64, 2)
+    objective, shape = SpanCorruption(), encoder_decoder_config(SIZE, 64, 2)
     model = LM(shape, objective.parts(shape)).eval()
     batches = Batches(Zipf(), objective, VOCAB, rows=16, seed=0)
-    assert begin(model, objective, batches)
+    assert init_head(model, objective, batches)
     logits = model.parts["lm"](objective.run(model, batches.batches(0)[0])["hidden"])
     assert int(logits.mean((0, 1)).argmax()) in (25, 1, *range(5, 10))  # the commonest word, the end, a first sentinel
     assert validate(model, objective, batches.once())["loss"] < 4.5
 
 
 def test_nothing_is_done_where_there_is_no_place_for_it() -> None:
-    shape = Shape(vocab=SIZE, width=64, depth=2, heads=2)
+    shape = ModelConfig(vocab=SIZE, width=64, depth=2, heads=2)
     model = LM(shape, CausalLM().parts(shape))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert begin(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, rows=16, seed=0)) == 0
+    assert init_head(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, rows=16, seed=0)) == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_trunk_that_does_not_carry_the_constant_is_left_as_it_was() -> None:
-    shape = replace(decoder(SIZE, 64, 4), zero_init=False, init=0.5)
+    shape = replace(decoder_config(SIZE, 64, 4), zero_init=False, init=0.5)
     torch.manual_seed(0)
     model = LM(shape, CausalLM().parts(shape))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert begin(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, rows=16, seed=0)) == 0
+    assert init_head(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, rows=16, seed=0)) == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -96,6 +96,6 @@ def test_an_objective_without_token_answers_is_left_alone() -> None:
         def __getitem__(self, index: int) -> Example:
             return super().__getitem__(index) | {"label": index % 2}
 
-    objective, shape = Classification(classes=("a", "b")), encoder(SIZE, 64, 1)
+    objective, shape = Classification(classes=("a", "b")), encoder_config(SIZE, 64, 1)
     model = LM(shape, objective.parts(shape))
-    assert begin(model, objective, Batches(Labelled(), objective, VOCAB, rows=16, seed=0)) == 0
+    assert init_head(model, objective, Batches(Labelled(), objective, VOCAB, rows=16, seed=0)) == 0

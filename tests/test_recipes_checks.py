@@ -15,9 +15,9 @@ from firth.evaluate.answer_spans import by_question
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
 from firth.runs.inference import evaluate_run, held_out_measures
-from firth.runs.prepare import Material, train_tokenizer
+from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.recipe import Recipe, load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -43,7 +43,7 @@ def reviews(path: Path, labels: list[str]) -> Path:
     return path
 
 
-def trained(name: str, out: Path, tokens: Path, *settings: str) -> tuple[Finished, list[str]]:
+def trained(name: str, out: Path, tokens: Path, *settings: str) -> tuple[RunResult, list[str]]:
     said: list[str] = []
     recipe = load(name, [*SHAPE, f"tokenizer.path={tokens}", *settings])
     return run(recipe, out, said.append), said
@@ -222,11 +222,11 @@ def test_checks_of_questions_are_squad_s_own(tmp_path: Path, tokens: Path) -> No
 
 
 def test_whole_questions_are_measured(tmp_path: Path, tokens: Path) -> None:
-    from firth.data.question_answering import Questions
+    from firth.data.question_answering import QuestionRecords
     from firth.runs.examples import spread
 
     (tmp_path / "a.json").write_text(squad(20))
-    source = Questions([str(tmp_path / "a.json")], Tokenizer.load(tokens), 18, question=8, stride=4)
+    source = QuestionRecords([str(tmp_path / "a.json")], Tokenizer.load(tokens), 18, question=8, stride=4)
     some = spread(source, len(source) // 3)
     assert len(some) < len(source) // 2
     for owner in np.unique(some.owners):
@@ -234,10 +234,10 @@ def test_whole_questions_are_measured(tmp_path: Path, tokens: Path) -> None:
 
 
 def test_no_answer_is_as_probable_as_nowhere(tmp_path: Path, tokens: Path) -> None:
-    from firth.data.question_answering import Questions
+    from firth.data.question_answering import QuestionRecords
 
     (tmp_path / "a.json").write_text(squad(1))
-    source = Questions([str(tmp_path / "a.json")], Tokenizer.load(tokens), 96, question=8)
+    source = QuestionRecords([str(tmp_path / "a.json")], Tokenizer.load(tokens), 96, question=8)
     n = len(source[0]["tokens"])
     scores = np.zeros((n, 2))
     scores[0] = 3.0
@@ -299,7 +299,7 @@ def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, t
     reviews(folder / "b.csv", ["good", "bad"])
     said: list[str] = []
     recipe = load("gpt", [f"source={folder}"])
-    Material(recipe.source, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
+    RunData(recipe.source, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
     assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
     [line] = [line for line in said if "passed over" in line]
     assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.classification import Classification
@@ -28,13 +28,13 @@ TEXTS = [f"the {word} fox number {i}" for i in range(20) for word in ("good", "b
     ("make", "name"),
     [
         (lambda v: bert(width=32, depth=1, heads=2, vocab=v, context=32), "BertForSequenceClassification"),
-        (lambda v: encoder(v, 32, 1, heads=2, context=32), "ModernBertForSequenceClassification"),
+        (lambda v: encoder_config(v, 32, 1, heads=2, context=32), "ModernBertForSequenceClassification"),
     ],
 )
 def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_path: Path) -> None:
     coder = train(TEXTS, "wordpiece", 220)
     torch.manual_seed(0)
-    shape: Shape = make(coder.vocab.size)
+    shape: ModelConfig = make(coder.vocab.size)
     save_model(LM(shape, {}), coder, tmp_path / "start")
     (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps({"text": t, "label": t.split()[1]}) + "\n" for t in TEXTS), "utf-8"
@@ -58,8 +58,10 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
 def test_a_family_that_reads_elsewhere_is_refused() -> None:
     """And a shape of no family, whose linear head stays."""
     family = Classification(classes=("a", "b"), head="family")
-    assert "set objective.head=linear" in family.lacks(encoder_decoder(64, 32, 1, heads=2))
-    assert "set objective.head=linear" in family.lacks(decoder(64, 32, 1, heads=2))  # NanoChat has no class of texts
-    assert not Classification(classes=("a", "b")).lacks(decoder(64, 32, 1, heads=2))
+    assert "set objective.head=linear" in family.lacks(encoder_decoder_config(64, 32, 1, heads=2))
+    assert "set objective.head=linear" in family.lacks(
+        decoder_config(64, 32, 1, heads=2)
+    )  # NanoChat has no class of texts
+    assert not Classification(classes=("a", "b")).lacks(decoder_config(64, 32, 1, heads=2))
     with pytest.raises(UserError, match="head"):
         load("classify", ["objective.head=pooled"])

@@ -13,19 +13,19 @@ import torch
 
 from firth import cli
 from firth.compare import compare as arena
-from firth.compare.compare import Terms, compare
-from firth.compare.probe_dataset import draw, questions
-from firth.compare.statistics import MEASURES, Interval, Score, differences, gains, line, markdown, paired
+from firth.compare.compare import ComparisonConfig, compare
+from firth.compare.probe_dataset import draw_probe, questions
+from firth.compare.statistics import MEASURES, Interval, Score, differences, gains, markdown, paired, result_row
 from firth.data.split import content_key
 from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate
 from firth.io.integrity import read_record
-from firth.runs.labeled_examples import Labelled
-from firth.runs.prepare import Echo, Text, documents_of
+from firth.runs.labeled_examples import LabeledConfig
+from firth.runs.prepare import DataConfig, Echo, documents_of
 from firth.runs.recipe import Recipe, load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.schedule import Length
+from firth.train.schedule import Budget
 from firth.types import UserError
 
 FLOPS = 5e7
@@ -55,9 +55,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def terms(records: Path | str, **changes: object) -> Terms:
-    fields = {"compute": Length(flops=FLOPS), "shares": (0.5, 1.0), "seeds": 2, "probe": str(records), "labels": 20}
-    return Terms(**(fields | changes))
+def terms(records: Path | str, **changes: object) -> ComparisonConfig:
+    fields = {"compute": Budget(flops=FLOPS), "shares": (0.5, 1.0), "seeds": 2, "probe": str(records), "labels": 20}
+    return ComparisonConfig(**(fields | changes))
 
 
 def contest(out: Path, records: Path, names: tuple[str, ...] = ("roberta", "t5"), **changes: object) -> str:
@@ -125,7 +125,7 @@ def test_the_table_says_what_the_results_say(held: tuple[Path, str]) -> None:
         assert row["gain"].startswith(f"{np.mean([s.accuracy - scratch[s.seed] for s in own]):.3f} (")
         assert row["hidden tokens"].startswith(f"{np.mean([s.hidden for s in own]):.3f} (")
         assert row["parameters"] == f"{own[0].parameters:,}" and own[0].parameters > 1000
-    assert said.startswith(markdown([line(scores, cells[0], 1.0) for cells in body]))
+    assert said.startswith(markdown([result_row(scores, cells[0], 1.0) for cells in body]))
     page = (out / "report.html").read_text()
     assert page.count('<svg class="plot wide"') == 2  # the probe and the hidden tokens; none of bits per byte
     assert page.count("whisker") > 8
@@ -138,7 +138,7 @@ def test_a_finished_comparison_is_not_done_again_and_may_grow(
     out, said = held
     called: list[str] = []
 
-    def stop(recipe: Recipe, directory: Path, echo: Echo) -> Finished:
+    def stop(recipe: Recipe, directory: Path, echo: Echo) -> RunResult:
         called.append(recipe.name)
         raise KeyboardInterrupt
 
@@ -159,7 +159,7 @@ def test_killed_anywhere_and_run_again_it_comes_to_the_same(
 
         def mortal(
             recipe: Recipe, directory: Path, echo: Echo, calls: Iterator[int] = calls, killed_at: int = killed_at
-        ) -> Finished:
+        ) -> RunResult:
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
             return run(recipe, directory, echo=echo)
@@ -234,7 +234,7 @@ def test_other_terms_in_the_same_place_are_refused(held: tuple[Path, str], recor
     with pytest.raises(UserError, match=r"holds a comparison on other terms \(another number of labels\)"):
         contest(held[0], records, labels=21)
     with pytest.raises(UserError, match=r"another compute"):
-        contest(held[0], records, compute=Length(seconds=1))
+        contest(held[0], records, compute=Budget(seconds=1))
 
 
 def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory_is_taken(
@@ -263,7 +263,7 @@ def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"compute": Length(steps=3)}, "not equally dear"),
+    ({"compute": Budget(steps=3)}, "not equally dear"),
     ({"shares": (0.0, 1.0)}, "above 0 and at most 1"),
     ({"shares": ()}, "shares is empty"),
     ({"seeds": 0}, "at least 1"),
@@ -293,7 +293,7 @@ def test_intervals_are_students_and_paired() -> None:
 
 
 def test_intervals_end_where_a_score_cannot_go() -> None:
-    row = line(invented("a", [0.67, 1.0]) + invented("a", [0.5, 0.9], 0.0), "a", 1.0)
+    row = result_row(invented("a", [0.67, 1.0]) + invented("a", [0.5, 0.9], 0.0), "a", 1.0)
     assert str(row.accuracy) == "0.835 (0.000 to 1.000)"
     assert row.gain is not None and (row.gain.low, row.gain.high) == (
         pytest.approx(-0.3097, abs=1e-3),
@@ -314,7 +314,8 @@ def test_best_is_written_only_where_the_interval_excludes_zero() -> None:
     [single] = differences(invented("a", [0.8]) + invented("b", [0.7]), MEASURES[0])
     assert single == "Accuracy of the probe: a has the highest mean. One seed does not distinguish it from b by 0.100."
     rows = [
-        line(scores + invented("a", [0.5, 0.51, 0.52], 0.0) + invented("c", [0.5, 0.9, 0.7], 0.0), n, 1.0) for n in "ac"
+        result_row(scores + invented("a", [0.5, 0.51, 0.52], 0.0) + invented("c", [0.5, 0.9, 0.7], 0.0), n, 1.0)
+        for n in "ac"
     ]
     helps, unsure = gains(rows)
     assert helps.startswith("Pretraining helps a: +0.310 (")
@@ -330,10 +331,10 @@ def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_p
         play.write_text(f"Who goes there? It is the king of {play.stem}. " * 5)
     rows = [{"text": f"{play.name} {i}", "label": "ab"[i % 2], "name": play.name} for play in plays for i in range(6)]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = Text(path=(str(plays[0].parent),), held_out=0.3)
-    drawn = draw(
+    source = DataConfig(path=(str(plays[0].parent),), held_out=0.3)
+    drawn = draw_probe(
         str(tmp_path / "probe.jsonl"),
-        Labelled(),
+        LabeledConfig(),
         source,
         source.path,
         labels=12,
@@ -374,7 +375,7 @@ def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
 
 
 def test_seconds_are_shared_out_too(records: Path, tmp_path: Path) -> None:
-    said = contest(tmp_path, records, ("gpt",), compute=Length(seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none")
+    said = contest(tmp_path, records, ("gpt",), compute=Budget(seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none")
     half, whole = (json.loads((tmp_path / f"runs/gpt/share-{s}/seed-0/done.json").read_text()) for s in ("0.5", "1"))
     assert 0.2 <= half["seconds"] < 0.4 <= whole["seconds"]
     assert "gpt" in said and "FLOPs" in said

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from firth.io.json_files import read_object
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.report.run_report import run_report
 from firth.runs.import_export import export_model, import_model
 from firth.runs.inference import evaluate_run, nearest_words
-from firth.runs.peft_options import Prefix, Prompt
+from firth.runs.peft_options import PrefixTuning, PromptTuning
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
@@ -187,9 +187,9 @@ def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) 
     data = [f"source.path={tmp_path / 'a.jsonl'}", f"start={whole}", "length.steps=1"]
     ends_in_a_sentence(lambda: run(load("instruct", data), tmp_path / "run", quiet), r"a\.jsonl")
     words = train(["low lower lowest " * 20], "wordpiece", size=300, seed=0)
-    shape = Shape(vocab=words.vocab.size, width=16, depth=1, heads=2, context=16, causal=True)
-    for kind in (Prompt, Prefix):
-        model = LM(shape, {"lm": Vocabulary(shape)})
+    shape = ModelConfig(vocab=words.vocab.size, width=16, depth=1, heads=2, context=16, causal=True)
+    for kind in (PromptTuning, PrefixTuning):
+        model = LM(shape, {"lm": LMHead(shape)})
         ends_in_a_sentence(
             lambda kind=kind, model=model: kind(tokens=2, text=" \n ").apply(model, [], words, 0),
             "has no tokens to begin with",

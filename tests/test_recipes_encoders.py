@@ -9,17 +9,17 @@ import pytest
 import torch
 from data_room import TEXTS
 
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.model.presets import SHAPES
+from firth.model.presets import PRESETS
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import load, published
 from firth.runs.run import run
 from firth.types import UserError
 
 
-def count(shape: Shape, parts: dict[str, torch.nn.Module] | None = None) -> int:
+def count(shape: ModelConfig, parts: dict[str, torch.nn.Module] | None = None) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in LM(shape, {} if parts is None else parts).parameters())
 
@@ -38,11 +38,11 @@ MILLIONS = {
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_sizes(name: str) -> None:
     """The papers round, and count BERT's pooler (and BERT-large, whose 335 M they call 340 M, with 30,522 tokens)."""
-    shape, millions = SHAPES[name], MILLIONS[name]
+    shape, millions = PRESETS[name], MILLIONS[name]
     body = count(shape) + (shape.width + 1) * shape.width
     assert abs(body / (millions * 1e6) - 1) < 0.04
     with torch.device("meta"):
-        assert count(shape, {"lm": Vocabulary(shape)}) == shape.parameters()
+        assert count(shape, {"lm": LMHead(shape)}) == shape.parameters()
 
 
 def test_bodies_have_as_many_parameters_as_theirs() -> None:

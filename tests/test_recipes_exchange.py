@@ -17,13 +17,13 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from firth.io.safetensors import DTYPES, Storage, read_tensors
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.import_export import export_model, import_model
-from firth.runs.inference import fill_text, opening
+from firth.runs.inference import encode_prompt, fill_text
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer import chat
@@ -41,10 +41,10 @@ AUTO = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "b
 def built(kind: str) -> tuple[LM, Tokenizer]:
     """A model of random weights with firth's own defaults, and a tokenizer for it."""
     coder = tokenizer()
-    make = {"decoder": decoder, "encoder": encoder, "both": encoder_decoder}[kind]
+    make = {"decoder": decoder_config, "encoder": encoder_config, "both": encoder_decoder_config}[kind]
     torch.manual_seed(0)
     shape = make(coder.vocab.size, 32, 2, heads=4, context=64)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -117,7 +117,7 @@ def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, t
     save_model(model, coder, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "What is a module?"
-    framed = coder.vocab.frame(coder.encode(text)) if kind == "encoder" else opening(coder, text, model)
+    framed = coder.vocab.frame(coder.encode(text)) if kind == "encoder" else encode_prompt(coder, text, model)
     assert theirs(text)["input_ids"] == framed.tolist()
     assert set(theirs(text)) == {"input_ids", "attention_mask"}
     if kind == "encoder":
@@ -297,9 +297,9 @@ def test_who_puts_bos_before_a_text(said: bool | None, framing: bool, begins: bo
         json.dumps(config | ({} if said is None else {"add_bos_token": said}))
     )
     loaded = Tokenizer.load(tmp_path)
-    assert (opening(loaded, "hello", model)[0] == coder.vocab.bos) == begins
+    assert (encode_prompt(loaded, "hello", model)[0] == coder.vocab.bos) == begins
     save_model(model, loaded, tmp_path / "again")
-    assert (opening(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == coder.vocab.bos) == begins
+    assert (encode_prompt(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == coder.vocab.bos) == begins
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     if said is None:
         assert (theirs("hello")["input_ids"][0] == coder.vocab.bos) == begins
@@ -442,10 +442,10 @@ def test_albert_and_xlnet_mend_a_text_as_theirs_do(kind: str, more: dict[str, bo
 
 def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     coder = tokenizer()
-    shape = Shape(
+    shape = ModelConfig(
         vocab=coder.vocab.size, width=16, depth=1, heads=2, context=32, position="sinusoidal", activation="relu2"
     )
-    model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+    model = LM(shape, {"lm": LMHead(shape)}).eval()
     save_model(model, coder, tmp_path / "run")
     said: list[str] = []
     export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=said.append)
@@ -475,7 +475,7 @@ def test_four_bits_go_out_and_come_back(tmp_path: Path) -> None:
     coder = tokenizer()
     torch.manual_seed(0)
     shape = llama(coder.vocab.size, 32, 1, 2, 64, context=32)
-    save_model(LM(shape, {"lm": Vocabulary(shape)}).eval(), coder, tmp_path / "run")
+    save_model(LM(shape, {"lm": LMHead(shape)}).eval(), coder, tmp_path / "run")
     said: list[str] = []
     export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=said.append)
     assert said[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")

@@ -10,15 +10,15 @@ import pytest
 from firth.corpora.readers import Document
 from firth.data import windows
 from firth.data.token_store import TokenStore
-from firth.objectives.denoise import Denoise
+from firth.objectives.denoise import Denoising
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_corruption import SpanCorruption
-from firth.runs.examples import Pairs, Pieces
+from firth.runs.examples import ChunksConfig, SegmentPairsConfig
 from firth.runs.fallbacks import fallbacks, resolve_segmentation
-from firth.runs.prepare import Material, Text
+from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer import segmentation
@@ -61,9 +61,9 @@ def stores(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> di
         (RTD(noise="ngrams"), "Chinese", WORDS),
         (SpanCorruption(noise="salient"), "Chinese", NAMES),
         (SpanCorruption(noise="salient"), "English", ""),
-        (Denoise(), "Hindi without stops", SENTENCES),
-        (Denoise(), "Chinese", ""),
-        (Denoise(noises=("infilling",)), "Hindi without stops", ""),
+        (Denoising(), "Hindi without stops", SENTENCES),
+        (Denoising(), "Chinese", ""),
+        (Denoising(noises=("infilling",)), "Hindi without stops", ""),
     ],
 )
 def test_what_is_not_found_is_reported(
@@ -71,24 +71,24 @@ def test_what_is_not_found_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
-    source = windows.Pieces(stores[language], 64, None)
-    found = fallbacks(objective, Pieces(64), source, tokenizer.vocab)
+    source = windows.DocumentChunks(stores[language], 64, None)
+    found = fallbacks(objective, ChunksConfig(64), source, tokenizer.vocab)
     assert [expected in line for line in found] == [True] * bool(expected), found
 
 
 def test_a_dictionary_has_words_to_hide(stores: dict[str, TokenStore], tokenizer: Tokenizer) -> None:
     pytest.importorskip("icu4py")
-    source = windows.Pieces(stores["Chinese"], 64, None)
-    assert fallbacks(MLM(noise="words"), Pieces(64), source, tokenizer.vocab) == []
+    source = windows.DocumentChunks(stores["Chinese"], 64, None)
+    assert fallbacks(MLM(noise="words"), ChunksConfig(64), source, tokenizer.vocab) == []
 
 
 @pytest.mark.parametrize(("language", "expected"), [("Hindi without stops", [PAIRS]), ("Chinese", [])])
 def test_pairs_without_sentences_are_reported(
     language: str, expected: list[str], stores: dict[str, TokenStore], tokenizer: Tokenizer
 ) -> None:
-    source = windows.Pairs(stores[language], 64, tokenizer.vocab)
-    assert fallbacks(SOP() + MLM(), Pairs(64), source, tokenizer.vocab) == expected
-    assert fallbacks(SOP() + MLM(), Pairs(64, sentences=False), source, tokenizer.vocab) == []
+    source = windows.SegmentPairs(stores[language], 64, tokenizer.vocab)
+    assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64), source, tokenizer.vocab) == expected
+    assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64, sentences=False), source, tokenizer.vocab) == []
 
 
 def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
     english = train([TEXTS["English"] * 9], "wordpiece", 200)
     (tmp_path / "a.txt").write_text("\n\n".join([TEXTS["Chinese"]] * 40), "utf-8")
     lines: list[str] = []
-    Material(Text(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", echo=lines.append).stores()
+    RunData(DataConfig(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", echo=lines.append).stores()
     shares = [
         line.split("%")[0] for line in lines if "% of these tokens are unknown to the tokenizer: train one" in line
     ]

@@ -11,16 +11,16 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.data.layout import Gapped
+from firth.data.layout import InfillPrompt
 from firth.generate.decoding import rectangle
 from firth.generate.fill_mask import fill
 from firth.generate.infill import fill_spans, fill_two_way, split_gaps
 from firth.generate.sampling import Sampling
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import bart as bart_shape
 from firth.pretrained.load_save import save_model
-from firth.runs.inference import fill_text, open_engine, open_model, open_run, opening
+from firth.runs.inference import encode_prompt, fill_text, open_engine, open_model, open_run
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
@@ -89,7 +89,7 @@ def test_a_span_has_the_probability_of_its_tokens(runs: Path) -> None:
     with torch.no_grad():  # a model that writes its marks
         opened.model.parts["lm"].weight[marks] *= 30
     source = np.concatenate((opened.tokenizer.encode("The"), marks[:1], [vocab.eos]))
-    [candidates] = fill_spans(opened.engine, Gapped(source, marks), k=4)
+    [candidates] = fill_spans(opened.engine, InfillPrompt(source, marks), k=4)
     assert candidates and [c.probability for c in candidates] == sorted(
         (c.probability for c in candidates), reverse=True
     )
@@ -123,7 +123,7 @@ def test_a_foreign_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path)
     """What nobody says is read from the shape: BART's answers begin behind eos."""
     tokenizer = open_run(runs / "bart").tokenizer
     shape = bart_shape(tokenizer.vocab.size, 32, 1, 2, context=64)
-    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, tmp_path)
+    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
     text = "The <mask> sells the boat."
     pieces = split_gaps(tokenizer, text, "<mask>")
@@ -186,7 +186,7 @@ def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
     sampling = Sampling(temperature=0, max_new=8)
     first, second = "The otter paints the boat.", "The clerk sells the boat."
     lines = opened.between(first, second, 5, sampling)
-    ends = opened.engine.posterior([opening(opened.tokenizer, text, opened.model) for text in (first, second)])
+    ends = opened.engine.posterior([encode_prompt(opened.tokenizer, text, opened.model) for text in (first, second)])
     middle = opened.engine.decode(ends.mean(0, keepdim=True), sampling)[0].text
     assert [lines[0], lines[4]] == [one.text for one in opened.engine.decode(ends, sampling)] and lines[2] == middle
     more = ["--temperature", "0", "-n", "8", "--count", "3", "--seed", "4", "--weights", "fp32"]

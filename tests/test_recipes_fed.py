@@ -15,18 +15,26 @@ import torch
 
 from firth import objectives
 from firth.data.collate import Batches
-from firth.model.config import Reads, Shape, decoder, encoder, encoder_decoder, recurrent, vectors
+from firth.model.config import (
+    AttentionPattern,
+    ModelConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+    recurrent_config,
+    word_vector_config,
+)
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.reinforce import Reinforce
 from firth.pretrained.load_save import save_model
-from firth.runs.alignment_examples import Rollouts
-from firth.runs.compatibility import SEGMENTS, refuse_unfed
-from firth.runs.examples import Cut, Pairs, Pieces, Segment, Windows
-from firth.runs.noisy_label_examples import Partly, Taught
-from firth.runs.prepare import Material, Text, train_tokenizer
+from firth.runs.alignment_examples import RolloutsConfig
+from firth.runs.compatibility import EXAMPLES, check_fields
+from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
+from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
+from firth.runs.prepare import DataConfig, RunData, train_tokenizer
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.precision import casts
 from firth.train.step import step
@@ -34,11 +42,11 @@ from firth.types import UserError
 
 WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
 SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
-SHAPES: dict[Reads, Shape] = {
-    "any": encoder(**SIZES), "both": replace(encoder(**SIZES), dropout=0.1), "left": decoder(**SIZES),
-    "free": encoder(**SIZES), "prefix": encoder(**SIZES), "source": encoder_decoder(**SIZES),
-    "latent": replace(encoder_decoder(**SIZES), latent=32),
-    "apart": replace(recurrent(400, 32, 1), causal=False, apart=True, tied=False, hidden=0), "alone": vectors(400, 16),
+SHAPES: dict[AttentionPattern, ModelConfig] = {
+    "any": encoder_config(**SIZES), "both": replace(encoder_config(**SIZES), dropout=0.1), "left": decoder_config(**SIZES),
+    "free": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "source": encoder_decoder_config(**SIZES),
+    "latent": replace(encoder_decoder_config(**SIZES), latent=32),
+    "apart": replace(recurrent_config(400, 32, 1), causal=False, apart=True, tied=False, hidden=0), "alone": word_vector_config(400, 16),
 }  # fmt: skip
 
 
@@ -49,24 +57,24 @@ class Place:
     folder: Path
     tokenizer: Tokenizer
 
-    def segment(self, name: str, objective: Objective | None = None) -> Segment:
+    def segment(self, name: str, objective: Objective | None = None) -> ExamplesConfig:
         """A segment of this name, as small as it comes, with the credit that the objective learns from."""
         grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.addends())
         credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
-            "windows": Windows(length=16), "pieces": Pieces(length=24), "pairs": Pairs(length=24),
-            "partly": Partly(few=4), "taught": Taught(few=4, teacher=str(self.folder / "classifier")),
-            "rollouts": Rollouts(answers=4, epochs=1, max_new=3, scorer="builtins:len", credit=credit),
+            "windows": WindowsConfig(length=16), "pieces": ChunksConfig(length=24), "pairs": SegmentPairsConfig(length=24),
+            "partly": PartiallyLabeledConfig(few=4), "taught": PseudoLabeledConfig(few=4, teacher=str(self.folder / "classifier")),
+            "rollouts": RolloutsConfig(answers=4, epochs=1, max_new=3, scorer="builtins:len", credit=credit),
         }  # fmt: skip
-        return changed.get(name) or SEGMENTS[name]()
+        return changed.get(name) or EXAMPLES[name]()
 
-    def cut(self, name: str, objective: Objective, shape: Shape) -> tuple[Cut, Objective]:
+    def cut(self, name: str, objective: Objective, shape: ModelConfig) -> tuple[DatasetSplits, Objective]:
         """Its examples, as a run cuts them, and the objective that knows them."""
         file = next(path for path in sorted(self.folder.glob("*.*")) if name in path.stem.split("-"))
         start = str(self.folder / ("left" if shape.causal else "classifier"))
-        source = Text(path=(str(file),), split="line")
+        source = DataConfig(path=(str(file),), split="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "taught" else "")
-        material = Material(source, self.tokenizer, place, start, rows=2, echo=lambda _: None)
+        material = RunData(source, self.tokenizer, place, start, rows=2, echo=lambda _: None)
         segment = self.segment(name, objective)
         told = segment.settle(objective, material).fitted(shape)
         return segment.cut(material, told), told
@@ -123,7 +131,7 @@ def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Te
     return step(model, told, batches, precision=casts("bf16", torch.device("cpu")))
 
 
-@pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
     cut, _ = place.cut(name, Classification(classes=("a", "b")), SHAPES["left"])
     cut.train.prepare(LM(SHAPES["left"], objectives.find("ppo")().parts(SHAPES["left"])), 0)
@@ -146,19 +154,19 @@ def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objectiv
     return [(objective, name) for name in segments or [segment] * bool(found)]
 
 
-@pytest.mark.parametrize("segment", SEGMENTS)
+@pytest.mark.parametrize("segment", EXAMPLES)
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> None:
     objective = objectives.find(name)()
     try:
-        refuse_unfed(objective, place.segment(segment, objective))
+        check_fields(objective, place.segment(segment, objective))
     except UserError as refusal:
         said = str(refusal)
         assert f"objective {name} " in said and "\n" not in said
         remedies = mended(objective, segment, said)
         assert remedies
         for one, other in remedies:
-            refuse_unfed(one, place.segment(other, one))
+            check_fields(one, place.segment(other, one))
         return
     terms = trained(place, segment, objective)
     assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.targets.keys()
@@ -173,9 +181,9 @@ def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
             both = objectives.find(name)() + objectives.find(other)()
         except UserError:
             continue
-        for segment in SEGMENTS:
+        for segment in EXAMPLES:
             try:
-                refuse_unfed(both, place.segment(segment, both), SHAPES[both.reads()])
+                check_fields(both, place.segment(segment, both), SHAPES[both.reads()])
             except UserError:
                 continue
             try:

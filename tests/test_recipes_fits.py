@@ -8,29 +8,31 @@ from dataclasses import replace
 import pytest
 
 from firth import objectives
-from firth.model.config import decoder, encoder, encoder_decoder
-from firth.model.empty_weights import hollow
+from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
+from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.layer_mixture import Mixed
+from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.span_corruption import SpanCorruption
-from firth.runs.compatibility import refuse_misfit
+from firth.runs.compatibility import check_pattern
 from firth.runs.recipe import load
 from firth.types import UserError
 
 SHAPES = {
-    "a causal decoder": decoder(vocab=10, width=64, depth=1),
-    "an encoder": replace(encoder(vocab=10, width=64, depth=1), dropout=0.1),  # two views differ by it
-    "an encoder-decoder": encoder_decoder(vocab=10, width=64, depth=1),
-    "a Linformer": replace(encoder(vocab=10, width=64, depth=1), dropout=0.1, linformer=8),
-    "a variational autoencoder": replace(encoder_decoder(vocab=10, width=64, depth=1), latent=32),
+    "a causal decoder": decoder_config(vocab=10, width=64, depth=1),
+    "an encoder": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1),  # two views differ by it
+    "an encoder-decoder": encoder_decoder_config(vocab=10, width=64, depth=1),
+    "a Linformer": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1, linformer=8),
+    "a variational autoencoder": replace(encoder_decoder_config(vocab=10, width=64, depth=1), latent=32),
     "a left-to-right LSTM": load("lstm").shape,
     "an LSTM in two directions": replace(load("lstm").shape, causal=False, dropout=0.1),
-    "a decoder that may read both ways": replace(decoder(vocab=10, width=64, depth=1), causal=False, dropout=0.1),
+    "a decoder that may read both ways": replace(
+        decoder_config(vocab=10, width=64, depth=1), causal=False, dropout=0.1
+    ),
     "an LSTM in two directions apart": replace(load("elmo").shape, dropout=0.1),
     "a table of word vectors": load("word2vec").shape,
 }
@@ -45,10 +47,10 @@ def test_the_shapes_are_called_what_they_are() -> None:
 def test_a_misfit_is_refused_and_nothing_else(name: str, noun: str) -> None:
     objective, shape = objectives.find(name)(), SHAPES[noun]
     if objective.reads() in shape.honours and not objective.lacks(shape):
-        refuse_misfit(objective, shape)
+        check_pattern(objective, shape)
         return
     with pytest.raises(UserError) as refusal:
-        refuse_misfit(objective, shape)
+        check_pattern(objective, shape)
     said = str(refusal.value)
     assert f"objective {name} " in said
     if objective.reads() in shape.honours:
@@ -58,7 +60,7 @@ def test_a_misfit_is_refused_and_nothing_else(name: str, noun: str) -> None:
     offered = said.rpartition("serves: ")[2].split(", ")
     assert offered and name not in offered
     for other in offered:
-        refuse_misfit(objectives.find(other)(), shape)
+        check_pattern(objectives.find(other)(), shape)
 
 
 def test_every_objective_has_a_shape_that_serves_it() -> None:
@@ -68,7 +70,7 @@ def test_every_objective_has_a_shape_that_serves_it() -> None:
 
 def test_a_sum_is_refused_for_its_demanding_addend() -> None:
     with pytest.raises(UserError, match="objective nsp reads a text from both sides"):
-        refuse_misfit(NSP() + MLM(), SHAPES["a causal decoder"])
+        check_pattern(NSP() + MLM(), SHAPES["a causal decoder"])
     with pytest.raises(UserError, match=r"cannot add causal\+nsp"):
         CausalLM() + NSP()
 
@@ -79,19 +81,19 @@ def test_a_sum_needs_what_its_first_view_reads_and_its_second_is_not_given() -> 
 
 
 def test_settings_decide_what_an_objective_needs() -> None:
-    refuse_misfit(SpanCorruption(layout="prefix"), SHAPES["an encoder"])
+    check_pattern(SpanCorruption(layout="prefix"), SHAPES["an encoder"])
     with pytest.raises(UserError, match="source"):
-        refuse_misfit(SpanCorruption(), SHAPES["an encoder"])
-    refuse_misfit(Classification(at="last"), SHAPES["a causal decoder"])
+        check_pattern(SpanCorruption(), SHAPES["an encoder"])
+    check_pattern(Classification(at="last"), SHAPES["a causal decoder"])
     with pytest.raises(UserError, match="both sides"):
-        refuse_misfit(Classification(at="first"), SHAPES["a causal decoder"])
+        check_pattern(Classification(at="first"), SHAPES["a causal decoder"])
 
 
 def refused(name: str, settings: list[str]) -> str:
     """What the refusal of a recipe says; empty where it is taken and the model can be built."""
     try:
         recipe = load(name, settings)
-        with hollow():
+        with init_empty_weights():
             assert recipe.shape is not None
             LM(recipe.shape, recipe.objective.parts(recipe.shape))
     except UserError as refusal:
@@ -169,7 +171,7 @@ def test_a_refusal_of_what_a_run_starts_from_offers_another_start() -> None:
     with pytest.raises(
         UserError, match=r"a causal decoder cannot: start from the recipe roberta \(an encoder\), or take"
     ):
-        refuse_misfit(MLM(), SHAPES["a causal decoder"], fixed=True)
+        check_pattern(MLM(), SHAPES["a causal decoder"], fixed=True)
 
 
 def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
@@ -180,7 +182,7 @@ def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
     with pytest.raises(UserError, match=r"cannot add causal\+mlm: two of them have the loss term 'tokens'"):
         CausalLM() + MLM()
     with pytest.raises(UserError, match=r"cannot add mixed\+consistency: each runs the model in a way of its own"):
-        Mixed() + Consistency()
+        LayerMixture() + Consistency()
 
 
 def test_it_happens_when_the_recipe_is_read() -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.io.integrity import write_record
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.report.run_report import run_report
@@ -43,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of DPO that trains an adapter, and so keeps files of every kind."""
     place = tmp_path_factory.mktemp("flipped")
     tokenizer = train(["the otter paints a red boat " * 9], "byte-bpe", 300)
-    shape = Shape(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
-    save_model(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, place / "base")
+    shape = ModelConfig(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
+    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer, place / "base")
     pairs = [{"prompt": f"the {i}", "chosen": "otter", "rejected": f"boat {i}"} for i in range(24)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     settings = [f"start={place / 'base'}", f"source.path={place / 'pairs.jsonl'}", "length.steps=2", "batch.rows=8",
@@ -83,17 +83,17 @@ FILES: dict[str, Actions] = {
     "samples.jsonl": ((run_report, resume), 6),
     "held_out_texts.jsonl": ((run_report, resume), 8),
     "held_out.json": ((run_report,), 30),
-    "recipe.yaml": ((go_on, run_report, evaluate, export, open_subject), 10),
+    "recipe.yaml": ((go_on, run_report, evaluate, export, load_evaluated_model), 10),
     "inputs.json": ((go_on,), 12),
     "tokenizer/tokenizer.json": ((go_on,), 10),
     "tokenizer/tokenizer_config.json": ((go_on,), 10),
     "tokenizer/made_from.json": ((go_on,), 20),
-    "model/firth.json": ((open_subject, go_on, run_report, export), 20),
-    "model/config.json": ((open_subject, run_report, export), 20),
-    "model/tokenizer.json": ((open_subject, export), 20),
-    "model/tokenizer_config.json": ((open_subject, export), 20),
-    "adapter/adapter_config.json": ((lambda there: open_subject(there / "adapter"),), 20),
-    "adapter/firth.json": ((lambda there: open_subject(there / "adapter"),), 20),
+    "model/firth.json": ((load_evaluated_model, go_on, run_report, export), 20),
+    "model/config.json": ((load_evaluated_model, run_report, export), 20),
+    "model/tokenizer.json": ((load_evaluated_model, export), 20),
+    "model/tokenizer_config.json": ((load_evaluated_model, export), 20),
+    "adapter/adapter_config.json": ((lambda there: load_evaluated_model(there / "adapter"),), 20),
+    "adapter/firth.json": ((lambda there: load_evaluated_model(there / "adapter"),), 20),
     "checkpoints/step-000002/manifest.json": ((resume,), 3),
     "checkpoints/step-000002/state.json": ((resume,), 2),
     "reference/*/*/done.json": ((resume,), 5),
@@ -101,8 +101,8 @@ FILES: dict[str, Actions] = {
 
 
 FORGIVING: dict[str, tuple[Any, ...]] = {
-    "recipe.yaml": (evaluate, open_subject),
-    "model/tokenizer_config.json": (open_subject, export),
+    "recipe.yaml": (evaluate, load_evaluated_model),
+    "model/tokenizer_config.json": (load_evaluated_model, export),
     "checkpoints/step-000002/manifest.json": (resume,),
     "checkpoints/step-000002/state.json": (resume,),
 }

@@ -11,7 +11,7 @@ import pytest
 from firth.objectives.dpo import DPO
 from firth.report.run_report import run_report
 from firth.runs.recipe import load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 
 SMALL = ["batch.rows=4", "length.steps=2", "checks.every=0", "checks.save=0"]
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[Finished, list[dict[str, Any]]]:
+def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[RunResult, list[dict[str, Any]]]:
     """Train a recipe from the decoder; return the run and its rows of held-out texts."""
     recipe = load(
         name,

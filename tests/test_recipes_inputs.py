@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.io.safetensors import read_tensors
-from firth.model.config import decoder, encoder
+from firth.model.config import decoder_config, encoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.reward_model import Reward
+from firth.objectives.reward_model import RewardModeling
 from firth.pretrained.load_save import save_model
-from firth.runs.inputs import Inputs
+from firth.runs.inputs import RunInputs
 from firth.runs.recipe import load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.runs.tokenizer import resolved_size, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -74,7 +74,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def again(folder: Path, *settings: str, said: list[str] | None = None) -> Finished:
+def again(folder: Path, *settings: str, said: list[str] | None = None) -> RunResult:
     recipe = load("gpt", [*SMALL, f"source.path={folder / 'texts'}", "source.held_out=0.2", *settings])
     return run(recipe, folder / "run", quiet if said is None else said.append)
 
@@ -130,10 +130,10 @@ def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, fol
 def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again(folder, f"source.path={folder / 'texts'}")
     recipe = load(str(folder / "run"))
-    first = Inputs.read(recipe, folder / "run", quiet)
+    first = RunInputs.read(recipe, folder / "run", quiet)
     first.write(folder / "run", "hash")
     monkeypatch.setattr("firth.runs.inputs.hashlib.file_digest", None)
-    assert Inputs.read(recipe, folder / "run", quiet).digests == first.digests
+    assert RunInputs.read(recipe, folder / "run", quiet).digests == first.digests
 
 
 def test_a_run_without_a_record_of_its_inputs_is_refused(folder: Path) -> None:
@@ -168,9 +168,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of one tokenizer and shape, two of each kind, and records."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = train([words(i) for i in range(1, 9)], "byte-bpe", size=400)
-    left, both = decoder(tokenizer.vocab.size, 32, 1, context=64), encoder(tokenizer.vocab.size, 32, 1, context=64)
+    left, both = (
+        decoder_config(tokenizer.vocab.size, 32, 1, context=64),
+        encoder_config(tokenizer.vocab.size, 32, 1, context=64),
+    )
     kinds: dict[str, tuple[Objective, bool]] = {
-        "policy": (CausalLM(), True), "reward": (CausalLM() + Reward(), True), "encoder": (MLM(), False),
+        "policy": (CausalLM(), True), "reward": (CausalLM() + RewardModeling(), True), "encoder": (MLM(), False),
         "teacher": (Classification(classes=("bad", "good")), False),
     }  # fmt: skip
     for kind, (objective, causal) in kinds.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firth.runs.config_io import read_yaml
-from firth.runs.recipe import ALIKE, Batch, load
+from firth.runs.recipe import GROUPED_STEPS, BatchConfig, load
 from firth.runs.run import run
 from firth.types import UserError
 
@@ -48,8 +48,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("classify", [ENCODER], 24, 0),
         ("classify", [ENCODER, "batch.pack=0"], 0, 0),
         ("classify", [ENCODER, "batch.sort=7"], 0, 7),
-        ("classify", ["shape={width: 32, depth: 1, heads: 2, causal: false, context: 64, linformer: 8}"], 0, ALIKE),
-        ("choose", [ENCODER], 0, ALIKE),
+        ("classify", ["shape={width: 32, depth: 1, heads: 2, causal: false, context: 64, linformer: 8}"], 0, GROUPED_STEPS),
+        ("choose", [ENCODER], 0, GROUPED_STEPS),
     ],
 )  # fmt: skip
 def test_what_is_left_open_is_settled(
@@ -64,7 +64,7 @@ def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(cla
     settled(tmp_path / "base", "classify", f"source={classes}", ENCODER)
     start = f"start={tmp_path / 'base' / 'model'}"
     batch = settled(tmp_path / "prompt", "classify", f"source={classes}", start, "adapt=prompt", "adapt.tokens=2")
-    assert (batch["pack"], batch["sort"]) == (0, ALIKE)
+    assert (batch["pack"], batch["sort"]) == (0, GROUPED_STEPS)
     again = run(load(str(tmp_path / "prompt")), tmp_path / "prompt", lambda _: None)
     assert again.steps == 3
 
@@ -72,8 +72,8 @@ def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(cla
 def test_two_ways_at_once_are_refused() -> None:
     with pytest.raises(UserError, match="both spare padding"):
         load("classify", ["batch.pack=64", "batch.sort=5"])
-    assert Batch(pack="auto").laid(0, packs=True) == Batch(pack=0, sort=0)
-    assert Batch(pack="auto").room == 0
+    assert BatchConfig(pack="auto").laid(0, packs=True) == BatchConfig(pack=0, sort=0)
+    assert BatchConfig(pack="auto").room == 0
 
 
 @pytest.mark.parametrize("recipe", ["semi_supervised", "weak"])

@@ -15,9 +15,9 @@ from firth.runs.import_export import export_model
 from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe, load, published
 from firth.runs.recipe_names import RECIPES
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.train import trainer
-from firth.train.run_lock import Stopped
+from firth.train.run_lock import Interrupted
 
 TEXT = "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord!"
 WORDS = TEXT.split()
@@ -51,7 +51,7 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Recipe -> the recipe of the run that it starts from, its records, and its settings."""
 
-Make = Callable[[str, str], Finished]
+Make = Callable[[str, str], RunResult]
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +92,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make(folder: Path) -> Make:
     """A recipe's name and a precision -> its run, stopped after the first step and resumed."""
-    made: dict[tuple[str, str], Finished] = {}
+    made: dict[tuple[str, str], RunResult] = {}
 
-    def one(name: str, precision: str) -> Finished:
+    def one(name: str, precision: str) -> RunResult:
         if (name, precision) not in made:
             plan, directory = small(name, precision, folder, one), folder / f"{name}-{precision}"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(trainer, "ctrl_c", lambda _: Once())
-                with pytest.raises(Stopped):
+                with pytest.raises(Interrupted):
                     run(plan, directory, echo=lambda _: None)
             made[name, precision] = run(plan, directory, echo=lambda _: None)
         return made[name, precision]

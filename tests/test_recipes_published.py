@@ -8,11 +8,11 @@ import inspect
 import pytest
 import torch
 
-from firth.model.heads import Vocabulary, pooled
+from firth.model.heads import LMHead, pooled
 from firth.model.model import LM
-from firth.model.presets import SHAPES
+from firth.model.presets import PRESETS
 from firth.runs import config_io
-from firth.runs.compatibility import refuse_misfit
+from firth.runs.compatibility import check_pattern
 from firth.runs.recipe import Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
@@ -35,15 +35,15 @@ ABOUT = {"gpt3": 175e9, "bert-base": 110e6, "bert-large": 340e6}  # as the paper
 
 def on_meta(name: str, pooler: bool = False) -> int:
     """Parameters of a published shape with its head, built where nothing is stored."""
-    shape = SHAPES[name]
+    shape = PRESETS[name]
     with torch.device("meta"):
-        parts = {"lm": Vocabulary(shape)} | ({"next": pooled(shape.width, 2)} if pooler else {})
+        parts = {"lm": LMHead(shape)} | ({"next": pooled(shape.width, 2)} if pooler else {})
         return sum(p.numel() for p in LM(shape, parts).parameters())
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_are_those_of_the_released_checkpoint(name: str) -> None:
-    assert on_meta(name) == SHAPES[name].parameters() == COUNTS[name]
+    assert on_meta(name) == PRESETS[name].parameters() == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", ABOUT)
@@ -82,8 +82,8 @@ def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
     for size in sizes:
         recipe = load(f"{name}:{size}")
         assert recipe.name.startswith(name) and recipe.shape is not None
-        refuse_misfit(recipe.objective, recipe.shape)
-        again = config_io.build(Recipe, config_io.plain(recipe))
+        check_pattern(recipe.objective, recipe.shape)
+        again = config_io.from_dict(Recipe, config_io.to_dict(recipe))
         assert again == recipe
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.evaluate.text_perplexity import reads_of
 from firth.runs.inference import fill_text, open_run
 from firth.runs.recipe import load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.types import UserError
 
 SMALL = (
@@ -25,7 +25,7 @@ SMALL = (
     "batch.pack=0",
     "checks.save=0",
 )
-Make = Callable[..., Finished]
+Make = Callable[..., RunResult]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    made: dict[tuple[str, ...], Finished] = {}
+    made: dict[tuple[str, ...], RunResult] = {}
 
-    def one(*settings: str) -> Finished:
+    def one(*settings: str) -> RunResult:
         if settings not in made:
             name, *rest = settings
             recipe = load(name, [*SMALL, f"source.path={folder}", *rest])
@@ -95,7 +95,7 @@ def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways
 
 def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> None:
     made = make("lstm", "objective=mlm", "shape.causal=false", "shape.heads=1", "segment=pieces")
-    assert reads_of(open_subject(made.directory).model.shape) == "masked"
+    assert reads_of(load_evaluated_model(made.directory).model.shape) == "masked"
 
 
 def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
     left, both = make("roberta", "objective=causal"), make("roberta")
     on = make("roberta", "objective=causal", "shape=null", f"start={both.directory}")
     assert (
-        open_subject(on.directory).model.shape.causal
+        load_evaluated_model(on.directory).model.shape.causal
         and json.loads((on.model / "firth.json").read_text())["family"] is None
     )
     with pytest.raises(UserError, match=r"a causal decoder cannot: start from the recipe roberta \(an encoder\)"):

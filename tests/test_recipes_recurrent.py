@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.labeled import Tagged
+from firth.data.labeled import TaggedSentences
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.pretrained.load_save import load_model
@@ -145,7 +145,7 @@ def test_elmo_spells_with_its_tokenizer(runs: Path) -> None:
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram", "word"])
 def test_a_word_s_tag_stands_at_its_first_token(algorithm: str, files: Path) -> None:
     tokenizer = train([TEXT * 5], algorithm, 400 if algorithm != "word" else 140, sentinels=3)
-    source = Tagged([f"{files}/tagged.jsonl"], tokenizer, 200)
+    source = TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 200)
     example = source[0]
     at = np.flatnonzero(example["tags"] != IGNORE)
     words = TEXT.split()
@@ -163,9 +163,9 @@ def test_records_that_are_not_tagged_sentences_are_refused(tmp_path: Path, files
     for row, said in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"bad.jsonl.*{said}"):
-            Tagged([str(tmp_path / "bad.jsonl")], tokenizer, 20)
+            TaggedSentences([str(tmp_path / "bad.jsonl")], tokenizer, 20)
     with pytest.raises(UserError, match=r"the tag short is none of the classes \(long\)"):
-        Tagged([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
+        TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
 
 
 def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives import find as objective
 from firth.pretrained.load_save import save_model
-from firth.runs.alignment_examples import Rollouts
-from firth.runs.compatibility import fit_rows
-from firth.runs.peft_options import Full, Prefix
+from firth.runs.alignment_examples import RolloutsConfig
+from firth.runs.compatibility import limit_lengths
+from firth.runs.peft_options import FullFinetuning, PrefixTuning
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
@@ -25,10 +25,10 @@ from firth.types import UserError
 TEXT = ("the otter paints a red boat near the old stone bridge and sings all day long " * 30 + "\n\n") * 6
 BODY = {"vocab": 300, "width": 32, "depth": 1, "heads": 2, "context": 64}
 SHAPES = {
-    "gpt2": Shape(**BODY),
-    "rotary": Shape(**BODY, position="rotary"),
-    "roberta": Shape(**BODY, causal=False, segments=2),
-    "bart": Shape(**BODY, encoder=1, decoder_start="eos"),
+    "gpt2": ModelConfig(**BODY),
+    "rotary": ModelConfig(**BODY, position="rotary"),
+    "roberta": ModelConfig(**BODY, causal=False, segments=2),
+    "bart": ModelConfig(**BODY, encoder=1, decoder_start="eos"),
 }
 PARTS = {"gpt2": "causal", "rotary": "causal", "roberta": "mlm", "bart": "denoise"}
 """Shape -> the objective of its heads."""
@@ -100,11 +100,16 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
 
 def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
     model, lines = LM(SHAPES["gpt2"], {}), list[str]()
-    found = fit_rows(Rollouts(max_new=20), Rollouts(), Prefix(), model, model.shape, 0, lines.append)
-    assert found == Rollouts(max_new=20, longest=28) and len(lines) == 1
-    assert fit_rows(Rollouts(), Rollouts(), Full(), model, model.shape, 0, lines.append) == Rollouts()
+    found = limit_lengths(
+        RolloutsConfig(max_new=20), RolloutsConfig(), PrefixTuning(), model, model.shape, 0, lines.append
+    )
+    assert found == RolloutsConfig(max_new=20, longest=28) and len(lines) == 1
+    assert (
+        limit_lengths(RolloutsConfig(), RolloutsConfig(), FullFinetuning(), model, model.shape, 0, lines.append)
+        == RolloutsConfig()
+    )
     with pytest.raises(UserError, match=r"lower adapt\.tokens$"):
-        fit_rows(Rollouts(), Rollouts(), Prefix(), model, model.shape, 0, quiet)
+        limit_lengths(RolloutsConfig(), RolloutsConfig(), PrefixTuning(), model, model.shape, 0, quiet)
 
 
 @pytest.mark.parametrize("adapt", ["adapt=prefix", "adapt=prompt"])

@@ -17,7 +17,7 @@ from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import Recipe, load
-from firth.runs.run import Finished, run
+from firth.runs.run import RunResult, run
 from firth.types import UserError
 
 SHAPE = (
@@ -25,7 +25,7 @@ SHAPE = (
     "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "shape.segments=2",
 )  # fmt: skip
 GOOD, BAD = ("fine", "lovely", "warm"), ("dull", "cold", "grim")
-Make = Callable[..., tuple[Finished, Path]]
+Make = Callable[..., tuple[RunResult, Path]]
 
 
 def reviews(n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -52,9 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make(folder: Path) -> Make:
     """A recipe with settings -> the run, made from nothing with a tokenizer of the folder's text."""
-    made: dict[str, tuple[Finished, Path]] = {}
+    made: dict[str, tuple[RunResult, Path]] = {}
 
-    def one(name: str, *settings: str, steps: int = 40, key: str = "") -> tuple[Finished, Path]:
+    def one(name: str, *settings: str, steps: int = 40, key: str = "") -> tuple[RunResult, Path]:
         key = key or name
         if key not in made:
             recipe: Recipe = load(
@@ -77,7 +77,7 @@ def tokens(folder: Path) -> Path:
     return folder / "tok"
 
 
-def classified(make: Make, folder: Path) -> tuple[Finished, Path]:
+def classified(make: Make, folder: Path) -> tuple[RunResult, Path]:
     return make(
         "classify", f"source={folder}/reviews.csv", "segment.text=review", "segment.label=stars", "source.held_out=0.2"
     )
@@ -330,7 +330,7 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
     cells = {
         "label": "1", "Quality": "0", "is_duplicate": "1", "gold_label": "neutral", "score": "3.8", "sentence": 'a "film',
     }  # fmt: skip
-    from firth.runs.prepare import Material
+    from firth.runs.prepare import RunData
     from firth.tokenizer.tokenizer import Tokenizer
 
     for task, head in heads.items():
@@ -338,7 +338,7 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
         row = "\t".join(cells.get(name, "a film") for name in head.split("\t")) if head else 'gj04\t1\t\ta "film'
         path.write_text((head + "\n" if head else "") + (row + "\n") * 3)
         recipe = load(f"glue:{task}", [f"source={path}"])
-        material = Material(recipe.source, Tokenizer.load(tokens(folder)), tmp_path)
+        material = RunData(recipe.source, Tokenizer.load(tokens(folder)), tmp_path)
         settled = recipe.segment.settle(recipe.objective, material)
         cut = recipe.segment.cut(material, settled)
         assert len(cut.train) == 3, task

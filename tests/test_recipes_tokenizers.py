@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.evaluate.task import open_subject
-from firth.model.config import Shape, decoder, encoder
+from firth.evaluate.task import load_evaluated_model
+from firth.model.config import ModelConfig, decoder_config, encoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.reward_model import Reward
+from firth.objectives.reward_model import RewardModeling
 from firth.peft import adapter_files, lora
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.import_export import export_model
@@ -33,7 +33,7 @@ def quiet(_: str) -> None:
     """Progress that no test reads."""
 
 
-def save(directory: Path, tokenizer: Tokenizer, shape: Shape, objective: Objective, name: str = "") -> Path:
+def save(directory: Path, tokenizer: Tokenizer, shape: ModelConfig, objective: Objective, name: str = "") -> Path:
     torch.manual_seed(0)
     facts = {"classes": ["bad", "good"]} if isinstance(objective, Classification) else {}
     save_model(LM(shape, objective.parts(shape)), tokenizer, directory, facts)
@@ -52,9 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = train([f"{text} {text[i:]}" for i in range(30)], "byte-bpe", size=SIZE)
         tokenizer.save(folder / name / "tokenizer")
         size = tokenizer.vocab.size
-        left, both = decoder(size, 32, 1, context=64), encoder(size, 32, 1, context=64)
+        left, both = decoder_config(size, 32, 1, context=64), encoder_config(size, 32, 1, context=64)
         save(folder / name / "policy", tokenizer, left, CausalLM())
-        save(folder / name / "reward", tokenizer, left, CausalLM() + Reward())
+        save(folder / name / "reward", tokenizer, left, CausalLM() + RewardModeling())
         save(folder / name / "encoder", tokenizer, both, MLM())
         save(folder / name / "teacher", tokenizer, both, Classification(classes=("bad", "good")))
     prompts = [{"prompt": f"Who paints {i}?", "completion": "The otter."} for i in range(24)]
@@ -110,7 +110,7 @@ def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, fiel
 def adapted(place: Path) -> Path:
     """A LoRA on our policy, with its tokenizer's digest."""
     model = load_model(place / "ours" / "policy")
-    lora.add(model, ("attention.q",), lora.Rank(2, 4.0))
+    lora.add(model, ("attention.q",), lora.LoraConfig(2, 4.0))
     digest = Tokenizer.load(place / "ours" / "policy").digest
     adapter_files.write(model, place / "adapter", place / "ours" / "policy", tokenizer=digest)
     return place / "adapter"
@@ -118,7 +118,7 @@ def adapted(place: Path) -> Path:
 
 def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: Path, tmp_path: Path) -> None:
     """The base has the same shape, so every matrix fits."""
-    assert open_subject(adapted).model.shape.vocab
+    assert load_evaluated_model(adapted).model.shape.vocab
     data = [f"source.path={place / 'prompts.jsonl'}", f"adapt.start={adapted}", "adapt.kind=lora"]
     said = refused("instruct", [*data, f"start={place / 'theirs' / 'policy'}"], tmp_path / "run")
     assert said.startswith(f"the adapter {adapted}")
@@ -130,7 +130,7 @@ def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: P
     record = {k: v for k, v in json.loads((moved / "firth.json").read_text()).items() if k not in ("files", "digest")}
     (moved / "firth.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="another tokenizer than its base"):
-        open_subject(moved)
+        load_evaluated_model(moved)
 
 
 def test_adapter_of_peft_is_compared_by_its_tokens(place: Path, adapted: Path, tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_adapter_of_peft_is_compared_by_its_tokens(place: Path, adapted: Path, t
     (theirs / "parts.safetensors").unlink(missing_ok=True)
     tokenizer = Tokenizer.load(place / "ours" / "policy")
     tokenizer.save(theirs)
-    assert open_subject(theirs).tokenizer.digest == tokenizer.digest
+    assert load_evaluated_model(theirs).tokenizer.digest == tokenizer.digest
     Tokenizer.load(place / "theirs" / "policy").save(theirs)
     with pytest.raises(UserError, match="another tokenizer than its base"):
-        open_subject(theirs)
+        load_evaluated_model(theirs)
 
 
 def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_pat
     Tokenizer.load(place / "theirs" / "policy").save(mixed)
     assert Tokenizer.load(mixed).vocab.size == Tokenizer.load(place / "ours" / "policy").vocab.size
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
-        open_subject(mixed)
+        load_evaluated_model(mixed)
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", echo=quiet)
     data = [f"source.path={place / 'prompts.jsonl'}", f"start={mixed}", "length.steps=2"]

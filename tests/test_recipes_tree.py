@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from firth.model.config import decoder
+from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io, model_card
-from firth.runs.inputs import Inputs, content_hash, recorded_hash
+from firth.runs.inputs import RunInputs, content_hash, recorded_hash
 from firth.runs.recipe import Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
@@ -33,11 +33,11 @@ def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None
 
 def test_a_sum_of_objectives_is_a_list() -> None:
     both = NSP() + MLM(rate=0.2)
-    told = config_io.plain(both)
+    told = config_io.to_dict(both)
     assert [one["kind"] for one in told] == ["nsp", "mlm"]
-    built = config_io.build(Objective, told)
+    built = config_io.from_dict(Objective, told)
     assert isinstance(built, Sum) and built == both
-    assert config_io.build(Objective, ["nsp", {"kind": "mlm", "rate": 0.2}]) == both
+    assert config_io.from_dict(Objective, ["nsp", {"kind": "mlm", "rate": 0.2}]) == both
 
 
 def test_derived_numbers_follow_an_override() -> None:
@@ -86,7 +86,7 @@ def test_not_yaml_and_not_there(tmp_path: Path) -> None:
 
 def test_a_missing_field_and_a_bad_setting() -> None:
     with pytest.raises(UserError, match="needs the field 'objective'"):
-        config_io.build(Recipe, {"name": "x"})
+        config_io.from_dict(Recipe, {"name": "x"})
     with pytest.raises(UserError, match="field=value"):
         load("gpt", ["batch.rows"])
     with pytest.raises(UserError, match=r"batch\.rwos|no field 'rwos'"):
@@ -120,7 +120,7 @@ def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> 
     older = yaml.safe_load(config_io.write_yaml(recipe))
     del older["batch"]["sort"], older["recompute"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
-    Inputs().write(tmp_path, "the hash it had")
+    RunInputs().write(tmp_path, "the hash it had")
     assert recorded_hash(tmp_path, recipe) == "the hash it had"
     for changed in ("batch.sort=8", "recompute=true", "batch.rows=5"):
         with pytest.raises(UserError, match=changed.partition("=")[0]):
@@ -180,7 +180,7 @@ def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize("written", ["source: {path: [mine.txt], corpus: shakespeare}", "source: {path: [mine.txt]}"])
 def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal\nsegment: windows\n{written}\n")
-    shape = decoder(50, 32, 1)
+    shape = decoder_config(50, 32, 1)
     model = LM(shape, CausalLM().parts(shape))
     text = model_card.text(model_card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
     front = yaml.safe_load(text.split("---")[1])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from firth.objectives.semi_supervised import Consistency
-from firth.runs.examples import Cut
-from firth.runs.noisy_label_examples import Partly
-from firth.runs.prepare import Material, Text
+from firth.runs.examples import DatasetSplits
+from firth.runs.noisy_label_examples import PartiallyLabeledConfig
+from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
@@ -28,10 +28,10 @@ def write(file: Path, texts: list[str]) -> str:
     return str(file)
 
 
-def cut(folder: Path, tokenizer: Tokenizer, others: str, lines: list[str], **source: object) -> Cut:
-    text = Text(path=(write(folder / "labeled.jsonl", TEXTS),), **source)  # type: ignore[arg-type]
-    return Partly(others=(others,)).cut(
-        Material(text, tokenizer, folder, echo=lines.append), Consistency(classes=("a", "b"))
+def cut(folder: Path, tokenizer: Tokenizer, others: str, lines: list[str], **source: object) -> DatasetSplits:
+    text = DataConfig(path=(write(folder / "labeled.jsonl", TEXTS),), **source)  # type: ignore[arg-type]
+    return PartiallyLabeledConfig(others=(others,)).cut(
+        RunData(text, tokenizer, folder, echo=lines.append), Consistency(classes=("a", "b"))
     )
 
 

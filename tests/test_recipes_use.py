@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.evaluate.task import open_subject
+from firth.evaluate.task import load_evaluated_model
 from firth.generate.sampling import Sampling
-from firth.model.config import Shape, decoder, encoder
-from firth.model.heads import Vocabulary
+from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
-from firth.runs.inference import Conversation, PromptTooLongError, open_engine, opening
+from firth.runs.inference import Conversation, PromptTooLongError, encode_prompt, open_engine
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer import chat
@@ -35,10 +35,10 @@ STRICT = (
 """A template that refuses a dialogue without whole exchanges, as Mistral's does."""
 
 
-def random_model(shape: Shape, **parts: torch.nn.Module) -> LM:
+def random_model(shape: ModelConfig, **parts: torch.nn.Module) -> LM:
     """A model with drawn weights."""
     torch.manual_seed(0)
-    model = LM(shape, parts or {"lm": Vocabulary(shape)})
+    model = LM(shape, parts or {"lm": LMHead(shape)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -53,13 +53,13 @@ def tokenizer() -> Tokenizer:
 def talker(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A decoder with a context of 128."""
     place = tmp_path_factory.mktemp("talker")
-    save_model(random_model(decoder(tokenizer.vocab.size, 32, 1, 2, context=128)), tokenizer, place)
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=128)), tokenizer, place)
     return place
 
 
 def test_chat_outgrows_context_in_whole_exchanges(talker: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Six turns in 128 tokens behind a template that wants user and assistant in turn (case 25)."""
-    save_model(random_model(decoder(tokenizer.vocab.size, 32, 1, 2, context=128)), tokenizer, tmp_path)
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=128)), tokenizer, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(STRICT)
     lines = "".join(f"Who paints the boat at dawn number {i}, and who holds the map?\n" for i in range(6))
     done = CliRunner().invoke(app, ["chat", str(tmp_path), "-n", "12", "--temperature", "0"], input=lines)
@@ -124,7 +124,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     """A run of `instruct` on ROWS, from a model of others whose pad is its eos, with a chat template of its own."""
     place = tmp_path_factory.mktemp("tuned")
     base = place / "base"
-    save_model(random_model(decoder(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, base)
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, base)
     (base / "firth.json").rename(base / "kept.json")
     (base / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\n' }}"
@@ -230,7 +230,8 @@ def test_a_plain_decoder_reads_running_text_and_answers_a_line(talker: Path, tok
     [row] = [json.loads(line) for line in firth("predict", str(talker), str(prompts)).splitlines()]
     opened = open_engine(talker)
     [answer] = opened.engine.generate(
-        [opening(tokenizer, "Who paints the boat?", opened.model)], Sampling(temperature=0, max_new=256, stop=("\n",))
+        [encode_prompt(tokenizer, "Who paints the boat?", opened.model)],
+        Sampling(temperature=0, max_new=256, stop=("\n",)),
     )
     assert row == {"row": 1, "answer": answer.text.strip(), "probability": row["probability"], "finish": answer.finish}
 
@@ -252,12 +253,12 @@ def test_whether_a_model_was_trained_on_dialogues(
 ) -> None:
     """As firth.json says, which may say anything."""
     facts = {} if objective is None else {"objective": objective}
-    save_model(random_model(decoder(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path, facts)
-    assert open_subject(tmp_path).talks is talks
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path, facts)
+    assert load_evaluated_model(tmp_path).talks is talks
 
 
 def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_model(random_model(encoder(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path)
+    save_model(random_model(encoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     for command, instead in (
         (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train instruct"),

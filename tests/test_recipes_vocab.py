@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from firth.compare.compare import Terms, compare
+from firth.compare.compare import ComparisonConfig, compare
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
-from firth.train.schedule import Length
+from firth.train.schedule import Budget
 from firth.types import UserError
 
 TEXT = "\n".join(
@@ -54,7 +54,13 @@ def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^gpt: shape.vocab=10 is not the number of ids of the tokenizer, which is 300"
     ):
-        compare(["gpt"], settings, Terms(Length(flops=1e9), (1.0,), 1, "none"), tmp_path / "e", echo=lambda _: None)
+        compare(
+            ["gpt"],
+            settings,
+            ComparisonConfig(Budget(flops=1e9), (1.0,), 1, "none"),
+            tmp_path / "e",
+            echo=lambda _: None,
+        )
 
 
 def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:

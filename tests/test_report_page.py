@@ -11,7 +11,7 @@ import pytest
 from report_example import HOSTILE, example
 
 from firth.report import charts
-from firth.report.page import Number, Report, Sample, Section, Table, cells, prose, render, write
+from firth.report.page import Report, Section, StatCell, Table, TextSample, cells, prose, render, write
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 STRUCTURE = "html head meta title style body div header main section nav h1 h2 p dl dt dd ol li a figure figcaption b"
@@ -81,7 +81,7 @@ def test_hostile_text_is_shown_as_it_is():
         HOSTILE,
         (Section(HOSTILE, HOSTILE, tables=(Table(HOSTILE, [HOSTILE], [[HOSTILE]], HOSTILE),), listing=HOSTILE),),
         text="`" + HOSTILE.replace("`", "") + "`",
-        numbers=(Number(HOSTILE, HOSTILE, HOSTILE),),
+        numbers=(StatCell(HOSTILE, HOSTILE, HOSTILE),),
         facts={HOSTILE: HOSTILE},
     )
     assert set(Reader(render(everywhere)).tags) <= ALLOWED
@@ -105,7 +105,7 @@ def test_small_and_written_whole(tmp_path):
 
 def test_an_empty_report_is_a_page():
     Reader(render(Report("Nothing yet")))
-    Reader(render(Report("One", (Section("Part", samples=(Sample("p", {}),), tables=(Table("t", ["a"], []),)),))))
+    Reader(render(Report("One", (Section("Part", samples=(TextSample("p", {}),), tables=(Table("t", ["a"], []),)),))))
 
 
 def test_cells_line_up():

@@ -5,11 +5,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.model.config import Shape, decoder, encoder, encoder_decoder
-from firth.model.flops import asked_positions, real_tokens, work
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.flops import real_tokens, supervised_positions, work
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.objectives.objective import asked
+from firth.objectives.objective import supervised
 from firth.types import IGNORE, NEVER, Batch
 
 
@@ -50,13 +50,15 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        decoder(vocab=70, width=32, depth=2, heads=2),
-        encoder(vocab=70, width=32, depth=2, heads=2),
-        encoder_decoder(vocab=70, width=32, depth=2, heads=2),
-        Shape(vocab=70, width=32, depth=1, heads=4, kv_heads=2, hidden=40, position="rotary", activation="swiglu"),
+        decoder_config(vocab=70, width=32, depth=2, heads=2),
+        encoder_config(vocab=70, width=32, depth=2, heads=2),
+        encoder_decoder_config(vocab=70, width=32, depth=2, heads=2),
+        ModelConfig(
+            vocab=70, width=32, depth=1, heads=4, kv_heads=2, hidden=40, position="rotary", activation="swiglu"
+        ),
     ],
 )
-def test_a_step_costs_what_torch_counts(shape: Shape) -> None:
+def test_a_step_costs_what_torch_counts(shape: ModelConfig) -> None:
     torch.manual_seed(0)
     objective = CausalLM()
     model = LM(shape, objective.parts(shape))
@@ -66,8 +68,8 @@ def test_a_step_costs_what_torch_counts(shape: Shape) -> None:
         batch["source_tokens"] = torch.randint(1, 70, (2, 9))
     counted = work(batch)
     assert (counted.positions, counted.pairs) == (24, 2 * 12 * 12)  # no fields: all see all
-    assert asked_positions(batch["labels"]) == 14
+    assert supervised_positions(batch["labels"]) == 14
     # The counter knows plain products only: no fused attention kernel on the CPU, no head that works in chunks.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.parts["lm"](asked(objective.run(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
+        model.parts["lm"](supervised(objective.run(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
     assert counter.get_total_flops() == objective.run_flops(model, batch) + objective.loss_flops(model, batch)

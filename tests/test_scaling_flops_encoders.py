@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import Objective, asked
+from firth.objectives.objective import Objective, supervised
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.span_boundary import SBO
 from firth.tokenizer.vocab import Vocab
@@ -25,7 +25,7 @@ VOCAB = Vocab(size=70, roles={"cls": 2, "sep": 3, "mask": 4}, special=np.arange(
 PLAIN = replace(bert(70, 32, 3, 4, context=40), hidden=48)
 
 
-def case(objective: Objective, shape: Shape) -> tuple[LM, Batch]:
+def case(objective: Objective, shape: ModelConfig) -> tuple[LM, Batch]:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     shown = [objective.view({"tokens": VOCAB.frame(rng.integers(5, 70, 20))}, VOCAB, rng) for _ in range(4)]
@@ -41,16 +41,16 @@ def counter() -> FlopCounterMode:
 @pytest.mark.parametrize(
     "shape", [replace(PLAIN, embed=12), replace(PLAIN, embed=12, groups=1)], ids=["narrow", "shared"]
 )
-def test_narrow_tables_and_shared_blocks(shape: Shape) -> None:
+def test_narrow_tables_and_shared_blocks(shape: ModelConfig) -> None:
     objective = MLM()
     model, batch = case(objective, shape)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
-        model.parts["lm"](asked(objective.run(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
+        model.parts["lm"](supervised(objective.run(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
     assert count.get_total_flops() == objective.run_flops(model, batch) + objective.loss_flops(model, batch)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, replace(PLAIN, embed=12)], ids=["wide", "narrow"])
-def test_both_models_of_electra(shape: Shape) -> None:
+def test_both_models_of_electra(shape: ModelConfig) -> None:
     objective = RTD(size=0.5)
     model, batch = case(objective, shape)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):

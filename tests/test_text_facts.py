@@ -12,8 +12,8 @@ import torch
 from firth.corpora import catalog
 from firth.corpora.closed_book import Fact, book, facts, held_out
 from firth.evaluate.evaluate import evaluate
-from firth.model.config import decoder, encoder_decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import decoder_config, encoder_decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
@@ -82,9 +82,9 @@ def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
     questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     coder = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=330, sentinels=4)
-    shape = encoder_decoder(coder.vocab.size, 32, 1, heads=2, context=64)
+    shape = encoder_decoder_config(coder.vocab.size, 32, 1, heads=2, context=64)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": Vocabulary(shape)})
+    model = LM(shape, {"lm": LMHead(shape)})
     save_model(model, coder, tmp_path / "model")
     found = evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")
     assert (found["items"], found["exact_match"], found["commonest"], found["commonest_accuracy"]) == (
@@ -107,7 +107,7 @@ def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
         adam.step()
     save_model(model, coder, tmp_path / "model")
     assert evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")["exact_match"] == 1.0
-    causal = LM(decoder(coder.vocab.size, 32, 1), {"lm": Vocabulary(decoder(coder.vocab.size, 32, 1))})
+    causal = LM(decoder_config(coder.vocab.size, 32, 1), {"lm": LMHead(decoder_config(coder.vocab.size, 32, 1))})
     save_model(causal, coder, tmp_path / "causal")
     found = evaluate(tmp_path / "causal", [str(tmp_path / "test.jsonl")], task="answers")
     assert (found["items"], found["exact_match"]) == (4, 0.0)

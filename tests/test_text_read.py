@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firth.corpora import compression, readers
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.corpora.readers import Document, documents, files, records
 from firth.evaluate import prediction_inputs as inputs
 from firth.types import UserError
@@ -33,7 +33,7 @@ def write(path: Path, data: bytes | str) -> str:
 
 
 def texts(path: str | Path, **options: str) -> tuple[list[str], dict[str, int]]:
-    counts = Counts()
+    counts = ReadStats()
     found = [d.text for d in documents([str(path)], counts=counts, **options)]
     rows = counts.rows()
     assert rows.get("documents", 0) == len(found)
@@ -54,7 +54,7 @@ PARTS = st.sampled_from([g.encode() for g in GOOD] + BAD)
 def test_block_borders_change_nothing(tmp_path_factory, data, block, split):
     """Read in blocks of 1 to 8 bytes, a file says what Python's whole-file decoder says, and as much is counted."""
     path = write(tmp_path_factory.mktemp("x") / "a.txt", data)
-    counts = Counts()
+    counts = ReadStats()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "LONGEST", block)
         pieces = list(readers._chunks(Path(path), split, counts))
@@ -71,7 +71,7 @@ def test_byte_order_mark_and_windows_line_breaks_across_borders(tmp_path, monkey
     wanted = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     for block in (1, 2, 3, 4, 7, 1000):
         monkeypatch.setattr(readers, "LONGEST", block)
-        assert "".join(readers._chunks(Path(path), "file", Counts())) == wanted
+        assert "".join(readers._chunks(Path(path), "file", ReadStats())) == wanted
 
 
 def test_what_is_mended_is_counted(tmp_path):
@@ -236,12 +236,12 @@ def test_packed_bytes_under_another_name_are_refused(tmp_path, what, end):
         list(documents([str(path)]) if end == ".txt" else records([str(path)]))
     assert str(caught.value) == f"{path}: this file holds {what.format(end)}"
     with pytest.raises(UserError) as caught:  # as `predict` reads them, which guesses what standard input holds
-        inputs.given("-" if end == ".txt" else str(path), path.open("rb"), "auto", LINES_OR_RECORDS, tmp_path)
+        inputs.read_inputs("-" if end == ".txt" else str(path), path.open("rb"), "auto", LINES_OR_RECORDS, tmp_path)
     suffix, name = ("", "standard input") if end == ".txt" else (end, str(path))
     assert str(caught.value) == f"{name}: this file holds {what.format(suffix)}"
 
 
-LINES_OR_RECORDS = inputs.Wanted("text", lambda line: {"text": line}, lambda record: [record.get("text")])
+LINES_OR_RECORDS = inputs.InputSchema("text", lambda line: {"text": line}, lambda record: [record.get("text")])
 
 
 def test_bytes_packed_twice_are_refused(tmp_path):

@@ -17,8 +17,8 @@ from firth.data.noise import NOISES
 from firth.data.token_store import TokenStore
 from firth.data.windows import Windows
 from firth.generate import word_vectors
-from firth.model.config import decoder
-from firth.model.heads import Vocabulary
+from firth.model.config import decoder_config
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.span_corruption import SpanCorruption
 from firth.tokenizer.tokenizer import Tokenizer
@@ -125,8 +125,8 @@ def test_a_vectors_file_has_one_field_for_a_word(algorithm: str, tmp_path: Path)
     words = ["otter", "baker", "pilot\u00a0boat", "tailor\u2009coat", "river", "drum\u3000map", "caf\u00e9"]
     rng = random.Random(0)
     tokenizer = train([" ".join(rng.choice(words) for _ in range(900))], algorithm, 420)
-    shape = decoder(tokenizer.vocab.size, 64, 1)
-    word_vectors.write(LM(shape, {"lm": Vocabulary(shape)}), tokenizer, tmp_path / "a.vec")
+    shape = decoder_config(tokenizer.vocab.size, 64, 1)
+    word_vectors.write(LM(shape, {"lm": LMHead(shape)}), tokenizer, tmp_path / "a.vec")
     head, *rows, last = (tmp_path / "a.vec").read_text("utf-8").split("\n")
     count, width = map(int, head.split())
     assert last == "" and len(rows) == count == len(tokenizer.vocab.ordinary)

@@ -299,7 +299,7 @@ def test_no_torch():
 def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     for algorithm in ("bpe", "byte-bpe", "wordpiece"):
         trained[algorithm].save(tmp_path / algorithm)
-        seen = inspection.look(trained[algorithm], ["laern"], first=5)
+        seen = inspection.inspect_tokenizer(trained[algorithm], ["laern"], first=5)
         assert seen.merges == trained[algorithm].learnt[:5]
         counts = [m.count for m in seen.merges]
         assert counts == sorted(counts, reverse=True)
@@ -308,13 +308,13 @@ def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
         rows = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
         assert [int(row[1].replace(",", "")) for row in rows] == counts
         assert "taaaaasty" in text
-    assert inspection.render(inspection.Look("BPE", 9, 3, (Merge("##a", "##b", 7),), (), (), ())).split()[-6:-1] == [
+    assert inspection.render(inspection.TokenizerView("BPE", 9, 3, (Merge("##a", "##b", 7),), (), (), ())).split()[-6:-1] == [
         "##a", "+", "##b", "->", "##ab",
     ]  # fmt: skip
 
 
 def test_show_of_unigram_prints_the_likeliest_pieces(trained):
-    seen = inspection.look(trained["unigram"], [], first=8)
+    seen = inspection.inspect_tokenizer(trained["unigram"], [], first=8)
     scores = [score for _, score in seen.scores]
     assert scores == sorted(scores, reverse=True)
     assert all(score < 0 for score in scores)
@@ -325,12 +325,12 @@ def test_show_of_unigram_prints_the_likeliest_pieces(trained):
 def test_show_of_a_stranger_says_what_it_knows(tmp_path, trained):
     trained["byte-bpe"].save(tmp_path)
     (tmp_path / "merges.json").unlink()
-    seen = inspection.look(Tokenizer.load(tmp_path), [], first=3)
+    seen = inspection.inspect_tokenizer(Tokenizer.load(tmp_path), [], first=3)
     assert [(m.left, m.right) for m in seen.merges] == [(m.left, m.right) for m in trained["byte-bpe"].learnt[:3]]
     assert [m.count for m in seen.merges] == [None] * 3
     trained["wordpiece"].save(tmp_path)
     (tmp_path / "merges.json").unlink()
-    seen = inspection.look(Tokenizer.load(tmp_path), [], first=3)
+    seen = inspection.inspect_tokenizer(Tokenizer.load(tmp_path), [], first=3)
     assert seen.merges == ()
     assert len(seen.pieces) == 3
     assert json.dumps(seen.pieces)

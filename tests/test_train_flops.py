@@ -11,10 +11,10 @@ from train_room import Chains, Scored, small_batches, small_model
 from firth.model import flops
 from firth.model.model import LM
 from firth.train.checkpoint import load, newest
-from firth.train.logging import Silence
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
-from firth.train.trainer import Plan, Trained, train
+from firth.train.logging import NullReporter
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
+from firth.train.trainer import TrainerConfig, TrainingResult, train
 from firth.types import IGNORE
 
 ENOUGH = 3e8
@@ -29,12 +29,12 @@ class Dies(Chains):
         return {}
 
 
-def run(directory: Path, source: Chains) -> Trained:
+def run(directory: Path, source: Chains) -> TrainingResult:
     torch.set_num_threads(1)
     return train(
-        small_model(), Scored(), small_batches(source), directory, length=Length(flops=ENOUGH),
-        optimizer=Optimizer(rate=0.01), schedule=Schedule("linear", warmup=0.1), told=Silence(),
-        plan=Plan(save_every=2, precision="fp32"),
+        small_model(), Scored(), small_batches(source), directory, length=Budget(flops=ENOUGH),
+        optimizer=OptimizerConfig(rate=0.01), schedule=Schedule("linear", warmup=0.1), told=NullReporter(),
+        plan=TrainerConfig(save_every=2, precision="fp32"),
     )  # fmt: skip
 
 
@@ -69,4 +69,4 @@ def test_what_loss_costs_is_counted_once_for_each_head_that_runs() -> None:
     model = small_model()
     [batch] = small_batches(Chains(), accumulate=1).batches(0)
     asked = int((batch["labels"] != IGNORE).sum())
-    assert Scored().loss_flops(model, batch) == flops.head(model.shape, asked) == 6 * asked * 32 * 40
+    assert Scored().loss_flops(model, batch) == flops.head_flops(model.shape, asked) == 6 * asked * 32 * 40

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from firth import kernels
-from firth.model.config import decoder, encoder_decoder
+from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.train.muon import BAND, REACH, orthogonalise
-from firth.train.optimizer import Mover, Optimizer, place
+from firth.train.muon import BAND, REACH, orthogonalize
+from firth.train.optimizer import Mover, OptimizerConfig, param_groups
 from firth.types import UserError
 
 
 def tiny() -> LM:
     torch.manual_seed(0)
-    shape = decoder(vocab=40, width=32, depth=2)
+    shape = decoder_config(vocab=40, width=32, depth=2)
     return LM(shape, CausalLM().parts(shape))
 
 
@@ -36,7 +36,7 @@ def test_singular_values_end_in_the_band(rows: int, columns: int) -> None:
     # From the smallest share of the Schatten-4 norm that is promised up to the largest; three matrices at three scales.
     values = torch.logspace(math.log10(2 * REACH), 0, s)
     exact = torch.stack([with_spectrum(rows, columns, values * scale) for scale in (1e-6, 1.0, 1e4)])
-    found = orthogonalise(exact.float())
+    found = orthogonalize(exact.float())
     got = torch.linalg.svdvals(found.double())
     assert got.min() > BAND[0] - 1e-3, got.min()
     assert got.max() < BAND[1] + 1e-3, got.max()
@@ -51,10 +51,10 @@ def test_singular_values_end_in_the_band(rows: int, columns: int) -> None:
 def test_both_forms_agree_and_bf16_stays_near_the_band() -> None:
     torch.manual_seed(2)
     wide = torch.randn(3, 32, 128)
-    exact = orthogonalise(wide.double())  # the plain form
-    assert (orthogonalise(wide).double() - exact).abs().max() < 1e-4  # the Gram form
-    assert (orthogonalise(wide.mT.contiguous()).mT.double() - exact).abs().max() < 1e-4
-    rough = torch.linalg.svdvals(orthogonalise(wide.bfloat16()).float())
+    exact = orthogonalize(wide.double())  # the plain form
+    assert (orthogonalize(wide).double() - exact).abs().max() < 1e-4  # the Gram form
+    assert (orthogonalize(wide.mT.contiguous()).mT.double() - exact).abs().max() < 1e-4
+    rough = torch.linalg.svdvals(orthogonalize(wide.bfloat16()).float())
     assert rough.min() > BAND[0] - 0.05
     assert rough.max() < BAND[1] + 0.05
 
@@ -62,10 +62,10 @@ def test_both_forms_agree_and_bf16_stays_near_the_band() -> None:
 def test_small_singular_values_grow_and_zeros_stay() -> None:
     torch.manual_seed(3)
     values = torch.cat([torch.ones(8), torch.full((24,), 1e-4)])
-    got = torch.linalg.svdvals(orthogonalise(with_spectrum(32, 128, values).float()[None])[0])
+    got = torch.linalg.svdvals(orthogonalize(with_spectrum(32, 128, values).float()[None])[0])
     assert got[8:].min() > 1e-4 * 100  # multiplied by hundreds, still short of the band
-    assert torch.equal(orthogonalise(torch.zeros(2, 8, 8)), torch.zeros(2, 8, 8))
-    assert torch.equal(orthogonalise(torch.zeros(2, 8, 32)), torch.zeros(2, 8, 32))
+    assert torch.equal(orthogonalize(torch.zeros(2, 8, 8)), torch.zeros(2, 8, 8))
+    assert torch.equal(orthogonalize(torch.zeros(2, 8, 32)), torch.zeros(2, 8, 32))
 
 
 @pytest.mark.parametrize("size", [1e-33, 1e-20, 1e-14, 1e-12, 1e15, 1e30])
@@ -73,14 +73,14 @@ def test_small_singular_values_grow_and_zeros_stay() -> None:
 def test_the_size_of_a_gradient_does_not_matter(size: float, columns: int) -> None:
     """Keys whose queries have not moved yet have gradients of 1e-14: their fourth powers are nothing, and they are."""
     stack = torch.randn(2, 24, columns, generator=torch.Generator().manual_seed(3))
-    assert torch.allclose(orthogonalise(size * stack), orthogonalise(stack), atol=2e-5)
+    assert torch.allclose(orthogonalize(size * stack), orthogonalize(stack), atol=2e-5)
 
 
 def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
     torch.manual_seed(4)
     layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])
     before = [m.weight.detach().clone() for m in layers]
-    mover = Mover(Optimizer(rate=0.01, weight_decay=0.5, momentum=0.9), layers)
+    mover = Mover(OptimizerConfig(rate=0.01, weight_decay=0.5, momentum=0.9), layers)
     grads = [torch.randn(64, 64) for _ in layers]
     for m, g in zip(layers, grads, strict=True):
         m.weight.grad = g.clone()
@@ -98,20 +98,20 @@ def test_momentum_is_nesterov() -> None:
     layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
     first, second = torch.randn(8, 8), torch.randn(8, 8)
     with kernels.forced({"muon": "fp32"}):
-        mover = Mover(Optimizer(rate=0.1, weight_decay=0.0, momentum=0.9), layer)
+        mover = Mover(OptimizerConfig(rate=0.1, weight_decay=0.0, momentum=0.9), layer)
     for g in (first, second):
         before = layer[0].weight.detach().clone()
         layer[0].weight.grad = g.clone()
         mover.move(1.0)
     kept = 0.9 * (0.1 * first) + 0.1 * second
-    expected = orthogonalise((0.1 * second + 0.9 * kept)[None])[0] * 0.1 * 0.2 * math.sqrt(8)
+    expected = orthogonalize((0.1 * second + 0.9 * kept)[None])[0] * 0.1 * 0.2 * math.sqrt(8)
     assert torch.allclose(before - layer[0].weight.detach(), expected, atol=1e-6)
 
 
 def test_adamw_is_its_formula() -> None:
     torch.manual_seed(5)
     model = tiny()
-    mover = Mover(Optimizer("adamw", rate=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
+    mover = Mover(OptimizerConfig("adamw", rate=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
     mean = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
     square = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
     for t in (1, 2, 3):
@@ -130,33 +130,33 @@ def test_adamw_is_its_formula() -> None:
 
 
 def test_who_gets_what() -> None:
-    spec = Optimizer(rate=0.02, embedding_rate=0.3, rest_rate=0.004, weight_decay=0.1)
-    by_name = {p.name: p for p in place(spec, tiny())}
+    spec = OptimizerConfig(rate=0.02, embedding_rate=0.3, rest_rate=0.004, weight_decay=0.1)
+    by_name = {p.name: p for p in param_groups(spec, tiny())}
     q, table, head = (by_name[n] for n in ("trunk.blocks.0.attention.q.weight", "tokens.weight", "parts.lm.weight"))
     assert (q.muon, q.rate, q.decay) == (True, 0.02, 0.1)
     assert (table.muon, table.rate, table.decay) == (False, 0.3, 0.0)
     assert (head.muon, head.rate, head.decay) == (False, 0.004, 0.1)
-    shape = encoder_decoder(vocab=40, width=32, depth=1)
-    for p in place(spec, LM(shape, CausalLM().parts(shape))):
+    shape = encoder_decoder_config(vocab=40, width=32, depth=1)
+    for p in param_groups(spec, LM(shape, CausalLM().parts(shape))):
         if p.parameter.ndim < 2 or "relative" in p.name:
             assert (p.muon, p.rate, p.decay) == (False, 0.004, 0.0), p.name
         elif "blocks" in p.name:
             assert p.muon, p.name
-    assert not any(p.muon for p in place(Optimizer("adamw"), tiny()))
+    assert not any(p.muon for p in param_groups(OptimizerConfig("adamw"), tiny()))
 
 
 def test_a_tied_head_is_a_table() -> None:
     torch.manual_seed(0)
-    shape = replace(decoder(vocab=40, width=32, depth=1), tied=True)
+    shape = replace(decoder_config(vocab=40, width=32, depth=1), tied=True)
     tied = LM(shape, CausalLM().parts(shape))
-    placed = place(Optimizer(embedding_rate=0.5), tied)
+    placed = param_groups(OptimizerConfig(embedding_rate=0.5), tied)
     assert [p.name for p in placed if p.parameter.shape == (40, 32)] == ["tokens.weight"]
     assert next(p for p in placed if p.name == "tokens.weight").decay == 0
 
 
 def test_clipping_scales_all_gradients_together() -> None:
     model = tiny()
-    mover = Mover(Optimizer(clip=1.0), model)
+    mover = Mover(OptimizerConfig(clip=1.0), model)
     for p in mover.parameters:
         p.grad = torch.randn_like(p)
     whole = torch.cat([p.grad.flatten() for p in mover.parameters])
@@ -170,7 +170,7 @@ def test_clipping_scales_all_gradients_together() -> None:
 
 def test_state_and_restore_are_inverse() -> None:
     one, other = tiny(), tiny()
-    movers = [Mover(Optimizer(), m) for m in (one, other)]
+    movers = [Mover(OptimizerConfig(), m) for m in (one, other)]
 
     def both(mover: Mover, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -189,8 +189,8 @@ def test_state_and_restore_are_inverse() -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"optimizer.beta2=1.0 must be at least 0 and below 1"):
-        Optimizer(beta2=1.0)
+        OptimizerConfig(beta2=1.0)
     with pytest.raises(UserError, match=r"optimizer\.rate=nan must be finite, above 0"):
-        Optimizer(rate=float("nan"))
+        OptimizerConfig(rate=float("nan"))
     with pytest.raises(UserError, match="nothing to train"):
-        Mover(Optimizer(), tiny().requires_grad_(False))
+        Mover(OptimizerConfig(), tiny().requires_grad_(False))

@@ -16,17 +16,17 @@ import torch
 from data_room import TEXTS
 from train_room import Chains, OnPolicy, small_batches, small_model
 
-from firth.align.rollouts import Rollouts
-from firth.data.shuffle import Draws
-from firth.data.source import Mixture, Source, Wrapped
+from firth.align.rollouts import RolloutSource
+from firth.data.shuffle import ExampleRNG
+from firth.data.source import MixtureSource, Source, WrappedSource
 from firth.model.model import LM
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.train.checkpoint import load as load_checkpoint
-from firth.train.logging import Silence
+from firth.train.logging import NullReporter
 from firth.train.prefetch import Prefetcher
-from firth.train.schedule import Length
-from firth.train.trainer import Plan, Trained, train
+from firth.train.schedule import Budget
+from firth.train.trainer import TrainerConfig, TrainingResult, train
 from firth.types import Batch, Example, UserError
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
@@ -58,11 +58,11 @@ class Recorded(Chains):
 
 def small_run(
     directory: Path, source: Source, evaluate: Callable[[LM, int], dict[str, float]] | None = None
-) -> Trained:
+) -> TrainingResult:
     """Six steps of seven examples, each with a checkpoint."""
-    plan = Plan(save_every=1, evaluate_every=1 if evaluate else 0, precision="fp32")
-    return train(small_model(), small_batches().objective, small_batches(source), directory, length=Length(steps=6),
-                 plan=plan, told=Silence(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
+    plan = TrainerConfig(save_every=1, evaluate_every=1 if evaluate else 0, precision="fp32")
+    return train(small_model(), small_batches().objective, small_batches(source), directory, length=Budget(steps=6),
+                 plan=plan, told=NullReporter(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,12 @@ def test_on_policy_sources_are_read_by_the_main_thread(tmp_path: Path) -> None:
 def test_sources_know_whether_they_are_on_policy() -> None:
     assert not Chains().on_policy
     assert OnPolicy().on_policy
-    assert Wrapped(OnPolicy()).on_policy and not Wrapped(Chains()).on_policy
-    assert Mixture([Chains(), OnPolicy()], [1, 1]).on_policy and not Mixture([Chains(), Chains()], [1, 1]).on_policy
-    assert Rollouts.on_policy.fget(object.__new__(Rollouts))  # type: ignore[attr-defined]
+    assert WrappedSource(OnPolicy()).on_policy and not WrappedSource(Chains()).on_policy
+    assert (
+        MixtureSource([Chains(), OnPolicy()], [1, 1]).on_policy
+        and not MixtureSource([Chains(), Chains()], [1, 1]).on_policy
+    )
+    assert RolloutSource.on_policy.fget(object.__new__(RolloutSource))  # type: ignore[attr-defined]
 
 
 def test_a_batch_made_and_not_trained_on_is_made_again(tmp_path: Path) -> None:
@@ -177,9 +180,9 @@ def test_a_second_ctrl_c_ends_the_wait_for_a_batch(tmp_path: Path) -> None:
 
 def test_each_thread_has_its_own_draws() -> None:
     """What one thread draws does not move the stream of another."""
-    draws = Draws(0, "view")
+    draws = ExampleRNG(0, "view")
     first = draws.at(0, 7)
-    wanted = Draws(0, "view").at(0, 7).random(4)
+    wanted = ExampleRNG(0, "view").at(0, 7).random(4)
     other: list[np.ndarray] = []
     thread = threading.Thread(target=lambda: other.append(draws.at(0, 7).random(4)))
     first.random(2)

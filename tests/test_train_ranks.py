@@ -133,7 +133,7 @@ def test_a_rank_killed_in_a_save_leaves_whole_checkpoints(outcomes: tuple[Path, 
 def test_a_failed_collective_names_the_rank_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_watch, "GRACE_SECONDS", 0.1)
     store = TCPStore("127.0.0.1", 0, 1, True)
-    here = peer_watch.Peers(store, 0, 2, silence=1)
+    here = peer_watch.PeerWatch(store, 0, 2, silence=1)
     assert "rank 1 has ended without an error of its own (killed?)" in str(here.explain(RuntimeError("closed")))
     store.set("firth/failed", "1 rank 1 failed: the file ends early")
     assert str(here.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"

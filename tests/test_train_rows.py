@@ -11,14 +11,14 @@ from torch import nn
 
 from firth import kernels
 from firth.data.collate import collate
-from firth.model.config import encoder, vectors
+from firth.model.config import encoder_config, word_vector_config
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.word2vec import Word2Vec
 from firth.tokenizer.vocab import Vocab
-from firth.train.optimizer import Mover, Optimizer, lone_tables
-from firth.train.sparse_adam import KERNEL, Rows, coalesced
+from firth.train.optimizer import Mover, OptimizerConfig, untied_embeddings
+from firth.train.sparse_adam import KERNEL, SparseAdam, coalesced
 from firth.train.step import step
 from firth.types import Batch
 
@@ -42,7 +42,7 @@ def test_many_steps_are_those_of_adamw_on_the_whole_table(way: str) -> None:
         nn.Embedding(50, 32, _weight=start.clone()),
     )
     adam = torch.optim.AdamW(dense.parameters(), lr=1.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
-    rows = Rows(sparse.weight, BETAS, EPS)
+    rows = SparseAdam(sparse.weight, BETAS, EPS)
     rng = np.random.default_rng(0)
     for number in range(40):
         read = torch.from_numpy(rng.integers(0, min(45, 4 + number), 6))
@@ -86,13 +86,13 @@ def batches() -> Iterator[Batch]:
 
 def model() -> LM:
     torch.manual_seed(0)
-    shape = encoder(vocab=60, width=32, depth=1, heads=2, context=16)
+    shape = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
     return LM(shape, OBJECTIVE.parts(shape))
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_a_mover_moves_and_clips_alike(clip: float, way: str) -> None:
-    plan = Optimizer(name="adamw", rate=1e-2, clip=clip)
+    plan = OptimizerConfig(name="adamw", rate=1e-2, clip=clip)
     one, other = model(), model()
     movers = [Mover(plan, one, sparse=True), Mover(plan, other)]
     assert list(movers[0].rows) == ["tokens.weight"]
@@ -112,7 +112,7 @@ def test_a_mover_moves_and_clips_alike(clip: float, way: str) -> None:
 
 def test_a_resumed_mover_goes_on_bit_for_bit(way: str) -> None:
     """Whichever of the two wrote the state."""
-    plan = Optimizer(name="adamw", rate=1e-2)
+    plan = OptimizerConfig(name="adamw", rate=1e-2)
     going = model()
     mover, stream = Mover(plan, going, sparse=True), batches()
 
@@ -139,10 +139,10 @@ def test_a_resumed_mover_goes_on_bit_for_bit(way: str) -> None:
 
 
 def test_a_table_that_a_head_shares_is_left_as_it_is() -> None:
-    shape = encoder(vocab=60, width=32, depth=1, heads=2, context=16)
+    shape = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
     assert shape.tied
-    assert not lone_tables(LM(shape, MLM().parts(shape)))
-    assert not lone_tables(nn.Linear(2, 2))
-    assert len(lone_tables(model())) == 1
-    words = vectors(60, 8)
-    assert len(lone_tables(LM(words, Word2Vec().parts(words)))) == 2
+    assert not untied_embeddings(LM(shape, MLM().parts(shape)))
+    assert not untied_embeddings(nn.Linear(2, 2))
+    assert len(untied_embeddings(model())) == 1
+    words = word_vector_config(60, 8)
+    assert len(untied_embeddings(LM(words, Word2Vec().parts(words)))) == 2

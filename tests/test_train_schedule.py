@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from firth.train.schedule import Length, Schedule
+from firth.train.schedule import Budget, Schedule
 from firth.types import UserError
 
 
@@ -28,13 +28,13 @@ def test_the_middle_of_each_fall() -> None:
 
 
 def test_a_length_is_steps_seconds_or_flops() -> None:
-    assert Length(steps=200).passed(50, 1e9) == 0.25
-    assert Length(seconds=60).passed(10**9, 15) == 0.25
-    assert Length(seconds=60).passed(0, 61) == 1
-    assert Length(flops=1e12).passed(10**9, 1e9, 2.5e11) == 0.25
+    assert Budget(steps=200).passed(50, 1e9) == 0.25
+    assert Budget(seconds=60).passed(10**9, 15) == 0.25
+    assert Budget(seconds=60).passed(0, 61) == 1
+    assert Budget(flops=1e12).passed(10**9, 1e9, 2.5e11) == 0.25
     for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "flops": 1e9}):
         with pytest.raises(UserError, match="exactly one"):
-            Length(**wrong)
+            Budget(**wrong)
 
 
 def test_mistakes_are_named() -> None:

@@ -16,11 +16,11 @@ from train_room import Chains, Scored, small_batches, small_model
 
 from firth.model.model import LM
 from firth.train.distributed import Ranks, join
-from firth.train.logging import Silence
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.train.logging import NullReporter
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 from firth.train.step import step
-from firth.train.trainer import Plan, Trained, train
+from firth.train.trainer import TrainerConfig, TrainingResult, train
 from firth.train.validate import validate
 from firth.types import Batch, Outputs
 
@@ -39,15 +39,17 @@ class Broken(Scored):
         return terms
 
 
-def short_run(directory: Path, ranks: Ranks, model: LM, steps: int, objective: Scored, accumulate: int) -> Trained:
+def short_run(
+    directory: Path, ranks: Ranks, model: LM, steps: int, objective: Scored, accumulate: int
+) -> TrainingResult:
     def held_out(model: LM, _: int) -> dict[str, float]:
         batches = small_batches(Chains(), rank=ranks.rank, world=ranks.world).once()
         return validate(model, objective, batches, reduce=ranks.sum)
 
     return train(
         model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world), directory,
-        length=Length(steps=steps), optimizer=Optimizer("adamw", rate=1e-3), schedule=Schedule("constant", warmup=0.0),
-        plan=Plan(save_every=0, precision="fp32"), evaluate=held_out, ranks=ranks, told=Silence(),
+        length=Budget(steps=steps), optimizer=OptimizerConfig("adamw", rate=1e-3), schedule=Schedule("constant", warmup=0.0),
+        plan=TrainerConfig(save_every=0, precision="fp32"), evaluate=held_out, ranks=ranks, told=NullReporter(),
     )  # fmt: skip
 
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.model.config import decoder
+from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.objectives.objective import asked, correct
+from firth.objectives.objective import num_correct, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import Silence
-from firth.train.optimizer import Optimizer
-from firth.train.run_lock import Stopped
-from firth.train.schedule import Length, Schedule
-from firth.train.trainer import Plan, Trained, train
+from firth.train.logging import NullReporter
+from firth.train.optimizer import OptimizerConfig
+from firth.train.run_lock import Interrupted
+from firth.train.schedule import Budget, Schedule
+from firth.train.trainer import TrainerConfig, TrainingResult, train
 from firth.train.validate import validate
 from firth.types import Batch, Example, Outputs
 
@@ -72,15 +72,15 @@ class Scored(CausalLM):
     measures = {"accuracy": "labels"}  # noqa: RUF012
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, labels = asked(outputs["hidden"], batch["labels"])
+        states, labels = supervised(outputs["hidden"], batch["labels"])
         with torch.no_grad():
-            right = correct(model.parts["lm"](states), labels)
+            right = num_correct(model.parts["lm"](states), labels)
         return super().loss(model, outputs, batch) | {"accuracy": right}
 
 
 def small_model(dropout: float = 0.1, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    shape = replace(decoder(vocab=40, width=32, depth=2, heads=2), dropout=dropout)
+    shape = replace(decoder_config(vocab=40, width=32, depth=2, heads=2), dropout=dropout)
     return LM(shape, Scored().parts(shape))
 
 
@@ -90,15 +90,15 @@ def small_batches(source: Source | None = None, accumulate: int = 2, rank: int =
 
 
 def small_run(
-    directory: Path, steps: int, plan: Plan | None = None, recipe: str = "r", model: LM | None = None
-) -> Trained:
+    directory: Path, steps: int, plan: TrainerConfig | None = None, recipe: str = "r", model: LM | None = None
+) -> TrainingResult:
     """A whole run: dropout, an on-policy source, uneven micro-batches, Muon and AdamW, held-out measurements."""
     torch.set_num_threads(1)
     held_out = Batches(Chains(), Scored(), VOCAB, rows=9, seed=4)
     return train(
         small_model() if model is None else model, Scored(), small_batches(), directory,
-        length=Length(steps=steps), optimizer=Optimizer(rate=0.01), schedule=Schedule(warmup=0.1),
-        plan=plan or Plan(save_every=3, evaluate_every=10, keep=2, precision="fp32"), recipe=recipe, told=Silence(),
+        length=Budget(steps=steps), optimizer=OptimizerConfig(rate=0.01), schedule=Schedule(warmup=0.1),
+        plan=plan or TrainerConfig(save_every=3, evaluate_every=10, keep=2, precision="fp32"), recipe=recipe, told=NullReporter(),
         evaluate=lambda model, _: validate(model, Scored(), held_out.once(), bytes_per_target=2.0),
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def run_in_process(directory: str, steps: int) -> None:
         try:
             small_run(Path(directory), steps)
             ended = "finished"
-        except Stopped as stopped:
+        except Interrupted as stopped:
             ended = str(stopped)
         Path(directory, "ended").write_text(ended)
 
@@ -132,5 +132,5 @@ def stuck_in_process(directory: str) -> None:
     torch.set_num_threads(1)
     train(
         small_model(), Scored(), small_batches(Stuck(Path(directory))), Path(directory),
-        length=Length(steps=9), plan=Plan(save_every=1, keep=5, precision="fp32"), told=Silence(),
+        length=Budget(steps=9), plan=TrainerConfig(save_every=1, keep=5, precision="fp32"), told=NullReporter(),
     )  # fmt: skip

@@ -19,7 +19,7 @@ import numpy as np
 from firth.types import UserError
 
 
-class Credit(Protocol):
+class AdvantageEstimator(Protocol):
     """Assigns credit."""
 
     def __call__(
@@ -28,7 +28,7 @@ class Credit(Protocol):
         """rewards, values, real (N, T), answers to one prompt in runs of `group` rows -> advantages, returns (N, T)."""
 
 
-def whitened(x: np.ndarray, real: np.ndarray) -> np.ndarray:
+def whiten(x: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean 0 and standard deviation 1 over the real entries, 0 elsewhere."""
     there = x[real]
     return np.where(real, (x - there.mean()) / (there.std() + 1e-8), 0.0)
@@ -56,15 +56,15 @@ class GAE:
         values = np.where(real, values, 0.0)
         after = np.concatenate((values[:, 1:], np.zeros_like(values[:, :1])), 1)
         surprise = np.where(real, rewards + self.gamma * after - values, 0.0)
-        advantage = to_go(surprise, self.gamma * self.lam)
-        far = advantage if self.value_lam is None else to_go(surprise, self.gamma * self.value_lam)
-        return (whitened(advantage, real) if self.whiten else advantage), far + values
+        advantage = discounted_returns(surprise, self.gamma * self.lam)
+        far = advantage if self.value_lam is None else discounted_returns(surprise, self.gamma * self.value_lam)
+        return (whiten(advantage, real) if self.whiten else advantage), far + values
 
 
-def to_go(x: np.ndarray, discount: float = 1.0) -> np.ndarray:
+def discounted_returns(x: np.ndarray, discount: float = 1.0) -> np.ndarray:
     """The discounted sum of each entry and those behind it in its row: (N, T).
 
-    >>> to_go(np.array([[1.0, 2.0, 4.0]]), 0.5).tolist()
+    >>> discounted_returns(np.array([[1.0, 2.0, 4.0]]), 0.5).tolist()
     [[3.0, 4.0, 4.0]]
     """
     sums = np.array(x, np.float64)

@@ -23,19 +23,19 @@ import torch
 from torch import Tensor
 
 from firth.data.collate import collate
-from firth.data.source import Source, Wrapped
-from firth.generate.decoding import reading
+from firth.data.source import Source, WrappedSource
+from firth.generate.decoding import attention_pattern_of
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
 from firth.types import Batch, Example, UserError
 
-Show = Callable[[Example], Example]
+BuildComparison = Callable[[Example], Example]
 Fields = Callable[[LM, Batch], Mapping[str, Tensor]]
 CHUNK = 16
 """Batches between two saves; within a chunk, rows of like length are read together."""
 
 
-class Annotated(Wrapped):
+class PrecomputedSource(WrappedSource):
     """A source with further fields: name -> array whose first axis is the example."""
 
     def __init__(self, source: Source, fields: Mapping[str, np.ndarray]) -> None:
@@ -46,16 +46,16 @@ class Annotated(Wrapped):
         return self.source[index] | {name: np.asarray(values[index]) for name, values in self.fields.items()}
 
 
-def annotate(
+def precompute(
     source: Source,
     model: LM,
-    show: Show,
+    show: BuildComparison,
     fields: Fields,
     *,
     rows: int = 16,
     directory: Path | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Annotated:
+) -> PrecomputedSource:
     """Read every example once, in batches of `rows`; memory holds a few batches and the numbers themselves.
 
     The passes run in the precision of the caller's autocast context: enter that of the training which compares its own
@@ -75,15 +75,15 @@ def annotate(
             at = order[first : first + rows]
             device = model.tokens.weight.device
             batch = {name: field.to(device) for name, field in collate([shown[i] for i in at]).items()}
-            with reading(model):
+            with attention_pattern_of(model):
                 store.write(index[at], {name: x.cpu().numpy() for name, x in fields(model, batch).items()})
         store.reach(stop)
         if progress is not None:
             progress(stop)
-    return Annotated(source, store.arrays)
+    return PrecomputedSource(source, store.arrays)
 
 
-def fingerprint(source: Source, model: LM, show: Show) -> str:
+def fingerprint(source: Source, model: LM, show: BuildComparison) -> str:
     """A hash of every weight of the model, of the precision that it runs in here and of all that it is shown."""
     device = model.tokens.weight.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

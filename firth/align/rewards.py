@@ -24,7 +24,7 @@ import numpy as np
 
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.generate.decoding import reading, rectangle
+from firth.generate.decoding import attention_pattern_of, rectangle
 from firth.generate.streaming import Completion
 from firth.model.model import LM
 from firth.objectives.reward_model import rewards
@@ -36,7 +36,7 @@ Scorer = Callable[[str], float]
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Rollout:
     """An answer as a judge sees it: prompt (m,) and answer (n,) token ids, the stop token included where `finished`."""
 
     prompt: np.ndarray
@@ -45,9 +45,9 @@ class Sample:
     finished: bool
 
     @staticmethod
-    def of(prompt: np.ndarray, written: Completion) -> Sample:
+    def of(prompt: np.ndarray, written: Completion) -> Rollout:
         """A prompt and what the engine wrote after it."""
-        return Sample(np.asarray(prompt, np.int32), written.tokens, written.text, written.finish == "stop")
+        return Rollout(np.asarray(prompt, np.int32), written.tokens, written.text, written.finish == "stop")
 
     @property
     def tokens(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Sample:
 class RewardError(UserError):
     """A judge that raised, or that returned no finite number, for one sample."""
 
-    def __init__(self, sample: Sample, fault: str) -> None:
+    def __init__(self, sample: Rollout, fault: str) -> None:
         super().__init__(f"the reward {fault} for the answer {_quoted(sample.text)}; correct the reward")
         self.sample, self.fault = sample, fault
 
@@ -76,14 +76,14 @@ def _quoted(text: str) -> str:
     return repr(text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS] + "...")
 
 
-class Judge(Protocol):
+class RewardFunction(Protocol):
     """Scores answers."""
 
-    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+    def __call__(self, samples: Sequence[Rollout]) -> np.ndarray:
         """One number per sample: (N,) float32. Raises RewardError for a sample that it cannot score."""
 
 
-def scored(judge: Judge, samples: Sequence[Sample], tokenizer: Tokenizer) -> np.ndarray:
+def score_rollouts(judge: RewardFunction, samples: Sequence[Rollout], tokenizer: Tokenizer) -> np.ndarray:
     """The judge's scores: (N,) float64.
 
     Raises:
@@ -104,15 +104,15 @@ def scored(judge: Judge, samples: Sequence[Sample], tokenizer: Tokenizer) -> np.
 
 
 @dataclass(frozen=True)
-class Truth:
+class FunctionReward:
     """A judge that reads the score off the text."""
 
     scorer: Scorer
 
-    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+    def __call__(self, samples: Sequence[Rollout]) -> np.ndarray:
         return np.array([self._score(sample) for sample in samples], np.float32)
 
-    def _score(self, sample: Sample) -> float:
+    def _score(self, sample: Rollout) -> float:
         try:
             return float(self.scorer(sample.text))
         except Exception as error:
@@ -134,42 +134,42 @@ class RewardModel:
     mean: float = 0.0
     scale: float = 1.0
 
-    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+    def __call__(self, samples: Sequence[Rollout]) -> np.ndarray:
         scores = np.zeros(len(samples), np.float32)
         order = sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens))
         device = self.model.tokens.weight.device
-        with reading(self.model):
+        with attention_pattern_of(self.model):
             for first in range(0, len(order), self.rows):
                 index = order[first : first + self.rows]
                 batch = rectangle([samples[i].tokens for i in index], device)
                 scores[index] = rewards(self.model, self.model(batch), batch).cpu().numpy()
         return (scores - np.float32(self.mean)) / np.float32(self.scale)
 
-    def normalised(self, samples: Sequence[Sample]) -> RewardModel:
+    def normalised(self, samples: Sequence[Rollout]) -> RewardModel:
         """The same judge with mean 0 and standard deviation 1 on these samples."""
         scores = self(samples) * self.scale + self.mean
         return replace(self, mean=float(scores.mean()), scale=float(scores.std()) or 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class PreferencePair:
     """Two answers to one prompt, one of them preferred. margin: the judge's score of the chosen less the rejected's;
     below zero where noise has turned the preference round."""
 
-    chosen: Sample
-    rejected: Sample
+    chosen: Rollout
+    rejected: Rollout
     margin: float
 
 
-def prefer(
-    first: Sequence[Sample],
-    second: Sequence[Sample],
-    judge: Judge,
+def sample_preference(
+    first: Sequence[Rollout],
+    second: Sequence[Rollout],
+    judge: RewardFunction,
     *,
     tokenizer: Tokenizer,
     noise: float = 0.0,
     rng: np.random.Generator,
-) -> list[Comparison]:
+) -> list[PreferencePair]:
     """Compare answers pairwise. noise 0 prefers the higher score, and leaves ties out; above it, the first is preferred
     with probability sigma((score_1 - score_2) / noise) (Bradley & Terry 1952). Equal answers are left out.
 
@@ -178,7 +178,7 @@ def prefer(
     """
     drawn = rng.random(len(first))
     kept = []
-    scores = zip(*(scored(judge, side, tokenizer) for side in (first, second)), strict=True)
+    scores = zip(*(score_rollouts(judge, side, tokenizer) for side in (first, second)), strict=True)
     for a, b, (x, y), u in zip(first, second, scores, drawn, strict=True):
         if not np.array_equal(a.prompt, b.prompt):
             raise UserError("only answers to the same prompt can be compared")
@@ -186,14 +186,14 @@ def prefer(
         if np.array_equal(a.answer, b.answer) or (noise == 0 and apart == 0):
             continue
         wins = apart > 0 if noise == 0 else bool(u < 1 / (1 + np.exp(-apart / noise)))
-        kept.append(Comparison(a, b, apart) if wins else Comparison(b, a, -apart))
+        kept.append(PreferencePair(a, b, apart) if wins else PreferencePair(b, a, -apart))
     return kept
 
 
-class Comparisons(Source):
+class PreferencePairs(Source):
     """Comparisons as examples of reward models and DPO: chosen and rejected rows of tokens with their masks."""
 
-    def __init__(self, comparisons: Sequence[Comparison]) -> None:
+    def __init__(self, comparisons: Sequence[PreferencePair]) -> None:
         self.comparisons = list(comparisons)
 
     @property
@@ -210,7 +210,9 @@ class Comparisons(Source):
         return tokens | {f"{side}_mask": sample.mask for side, sample in sides.items()}
 
 
-def write_comparisons(comparisons: Iterable[Comparison], path: Path, request: Callable[[np.ndarray], str]) -> None:
+def write_preference_pairs(
+    comparisons: Iterable[PreferencePair], path: Path, request: Callable[[np.ndarray], str]
+) -> None:
     """Write preferences as every reader of preferences has them, one JSON record a line.
 
     {"prompt": "Who paints?", "chosen": "The otter.", "rejected": "Who?", "margin": 0.7, "tokens": {"prompt": [...], "chosen":
@@ -239,7 +241,7 @@ def write_comparisons(comparisons: Iterable[Comparison], path: Path, request: Ca
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_comparisons(path: Path) -> list[Comparison]:
+def read_preference_pairs(path: Path) -> list[PreferencePair]:
     """The comparisons that `write_comparisons` wrote, by their tokens; UserError with file and line for another record."""
     found = []
     for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -249,10 +251,10 @@ def read_comparisons(path: Path) -> list[Comparison]:
             record = json.loads(line)
             ids = {name: np.array(record["tokens"][name], np.int32) for name in ("prompt", "chosen", "rejected")}
             chosen, rejected = (
-                Sample(ids["prompt"], ids[side], record[side], record["finished"][side])
+                Rollout(ids["prompt"], ids[side], record[side], record["finished"][side])
                 for side in ("chosen", "rejected")
             )
-            found.append(Comparison(chosen, rejected, record["margin"]))
+            found.append(PreferencePair(chosen, rejected, record["margin"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{n}: not a comparison of answers that firth sampled, with their tokens ({error}): delete the file to "

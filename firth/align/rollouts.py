@@ -28,15 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.align.advantages import GAE, Credit, to_go
-from firth.align.rewards import Judge, RewardModel, Sample, scored
-from firth.data.shuffle import order
+from firth.align.advantages import GAE, AdvantageEstimator, discounted_returns
+from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
+from firth.data.shuffle import epoch_permutation
 from firth.data.source import Source
-from firth.generate.decoding import reading, rectangle
+from firth.generate.decoding import attention_pattern_of, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import Behind
-from firth.model.heads import Vocabulary
+from firth.generate.streaming import IncrementalDecoder
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.ppo import PER_TOKEN, critic_states, has_critic, kl, start_critic, values
 from firth.tokenizer.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Phase:
+class RolloutConfig:
     """How much is drawn, and how often.
 
     answers: sampled per phase. group: answers per prompt. steps: training steps on each phase; with `rows` examples a
@@ -83,7 +83,7 @@ def explained_variance(followed: np.ndarray, values: np.ndarray) -> float:
     return 1 - float((followed - values).var()) / spread if spread else 0.0
 
 
-class Rollouts(Source):
+class RolloutSource(Source):
     """The newest phase of answers. len() = phase.answers.
 
     prompts: token ids (n,) each, taken in a permuted order that goes on from phase to phase. judge: scores answers.
@@ -99,12 +99,12 @@ class Rollouts(Source):
         self,
         prompts: Sequence[np.ndarray],
         tokenizer: Tokenizer,
-        judge: Judge,
+        judge: RewardFunction,
         reference: LM,
         *,
-        phase: Phase | None = None,
-        credit: Credit | None = None,
-        truth: Judge | None = None,
+        phase: RolloutConfig | None = None,
+        credit: AdvantageEstimator | None = None,
+        truth: RewardFunction | None = None,
         stops: Sequence[int] | None = None,
         seed: int = 0,
         rows: int = 32,
@@ -112,7 +112,7 @@ class Rollouts(Source):
     ) -> None:
         if not prompts:
             raise UserError("there are no prompts to answer")
-        phase = phase or Phase()
+        phase = phase or RolloutConfig()
         longest, room = max(map(len, prompts)), reference.context - phase.max_new
         if longest > room:
             raise UserError(
@@ -125,7 +125,7 @@ class Rollouts(Source):
         self.stops, self.seed, self.rows, self.critic = stops, seed, rows, critic
         self.number = -1
         self.history: list[dict[str, float]] = []
-        self.samples: list[Sample] = []
+        self.samples: list[Rollout] = []
         self._lengths = np.zeros((0, 2), np.int64)
         self._tokens = np.zeros(0, np.int32)
         self._told = np.zeros((len(PER_TOKEN), 0), np.float32)
@@ -164,9 +164,9 @@ class Rollouts(Source):
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         engine = Engine(model, self.coder, self.stops, rows=self.rows)
         written = engine.generate(prompts, Sampling(max_new=self.phase.max_new, seed=seed))
-        samples = [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
-        score = scored(self.judge, samples, self.coder)
-        truth = scored(self.truth, samples, self.coder).mean() if self.truth else nan
+        samples = [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
+        score = score_rollouts(self.judge, samples, self.coder)
+        truth = score_rollouts(self.truth, samples, self.coder).mean() if self.truth else nan
         self.number, self.samples = number, samples
         finished = np.array([s.finished for s in self.samples])
         if self.phase.unfinished is not None:
@@ -177,7 +177,7 @@ class Rollouts(Source):
         rewards[np.arange(len(real)), real.sum(1) - 1] += score
         advantage, returns = self.credit(rewards, now["values"], real, self.phase.group)
         self._store(real, now | {"advantage": advantage, "returns": returns})
-        followed = to_go(rewards)[real]
+        followed = discounted_returns(rewards)[real]
         found = {
             "reward": float(score.mean()),
             "truth": float(truth),
@@ -196,7 +196,7 @@ class Rollouts(Source):
     def _asked(self, number: int) -> list[np.ndarray]:
         """The prompts of a phase, each `group` times."""
         count = self.phase.answers // self.phase.group
-        _, index = order(len(self.prompts), self.seed, np.arange(count) + count * number)
+        _, index = epoch_permutation(len(self.prompts), self.seed, np.arange(count) + count * number)
         return [self.prompts[i] for i in index.tolist() for _ in range(self.phase.group)]
 
     def _read(self, model: LM) -> dict[str, np.ndarray]:
@@ -211,17 +211,17 @@ class Rollouts(Source):
                 out[name][first : first + self.rows][there] = told.double().cpu().numpy()
         return out | {"real": real}
 
-    def _told_by(self, model: LM, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def _told_by(self, model: LM, samples: Sequence[Rollout]) -> dict[str, Tensor]:
         """One number per sampled token of these answers, in row order: (tokens,) each."""
         device = model.tokens.weight.device
         batch = rectangle([s.tokens[:-1] for s in samples], device)
         asked = rectangle([s.mask[1:] for s in samples], device)["tokens"].bool()
         labels = torch.from_numpy(np.concatenate([s.answer for s in samples]).astype(np.int64)).to(device)
-        with reading(model), reading(self.reference):
+        with attention_pattern_of(model), attention_pattern_of(self.reference):
             hidden, frozen = model(batch), self.reference(batch)[asked]
             states = hidden[asked]
-            ours: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
-            theirs: Vocabulary = self.reference.parts["lm"]  # type: ignore[assignment]
+            ours: LMHead = model.parts["lm"]  # type: ignore[assignment]
+            theirs: LMHead = self.reference.parts["lm"]  # type: ignore[assignment]
             told: dict[str, list[Tensor]] = {"old": [], "reference": [], "kl": [], "entropy": []}
             for at in range(0, len(labels), CHUNK):
                 here = slice(at, at + CHUNK)
@@ -269,5 +269,5 @@ class Rollouts(Source):
         for (asked, answered), end, finished in zip(self._lengths, ends, state["finished"], strict=True):
             prompt, answer = np.split(self._tokens[end - asked - answered : end], [asked])
             self.samples.append(
-                Sample(prompt, answer, Behind(self.coder, prompt).text(answer.tolist()), bool(finished))
+                Rollout(prompt, answer, IncrementalDecoder(self.coder, prompt).text(answer.tolist()), bool(finished))
             )

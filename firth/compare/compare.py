@@ -30,27 +30,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.compare.probe_dataset import MOST, Drawn, draw
-from firth.compare.report import conclude
+from firth.compare.probe_dataset import MOST, ProbeDataset, draw_probe
+from firth.compare.report import write_comparison
 from firth.compare.statistics import Score
 from firth.evaluate import cloze
-from firth.evaluate.cloze import Item
+from firth.evaluate.cloze import ClozeItem
 from firth.io.atomic import make_directory
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
-from firth.objectives.classification import Classification, place
+from firth.objectives.classification import Classification, readout_of
 from firth.pretrained.load_save import load_model
 from firth.report.charts import number
 from firth.runs import config_io, examples
 from firth.runs import recipe as recipes
-from firth.runs.compatibility import refuse_misfit
-from firth.runs.labeled_examples import Labelled
-from firth.runs.prepare import Echo, Material, Text
-from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
+from firth.runs.compatibility import check_pattern
+from firth.runs.labeled_examples import LabeledConfig
+from firth.runs.prepare import DataConfig, Echo, RunData
+from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.schedule import Length
+from firth.train.schedule import Budget
 from firth.types import UserError
 from firth.validated import PositiveInt, Ranged, ShareAboveZero
 
@@ -65,14 +65,14 @@ HIDDEN, LONGEST = 512, 64
 
 
 @dataclass(frozen=True)
-class Terms(Ranged):
+class ComparisonConfig(Ranged):
     """On what terms the recipes meet.
 
     compute: what each run gets, seconds or FLOPs. shares: of it, each a run of its own. seeds: how many.
     probe: records with a class, by file or name (`firth.compare.probe_dataset`); "none" for no finetuning. labels: to learn from.
     """
 
-    compute: Length
+    compute: Budget
     shares: tuple[ShareAboveZero, ...] = (0.25, 0.5, 1.0)
     seeds: PositiveInt = 3
     probe: str = ""
@@ -85,9 +85,9 @@ class Terms(Ranged):
         if not self.shares:
             raise UserError("--shares is empty: give at least one share of the compute, as in 0.25,0.5,1")
 
-    def length(self, share: float) -> Length:
+    def length(self, share: float) -> Budget:
         """A share of the compute."""
-        return Length(seconds=self.compute.seconds * share, flops=self.compute.flops * share)
+        return Budget(seconds=self.compute.seconds * share, flops=self.compute.flops * share)
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
@@ -104,18 +104,18 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Arena:
+class ComparisonRun:
     """Everything settled: what each contender runs, the hidden tokens that they are asked (`floor`: what the commonest token
     gets), and by what they are finetuned (`drawn` None: by nothing)."""
 
-    terms: Terms
+    terms: ComparisonConfig
     out: Path
     tokenizer: Tokenizer
     contenders: Mapping[str, Recipe]
-    hidden: Sequence[Item]
+    hidden: Sequence[ClozeItem]
     floor: float
     probe: Recipe
-    drawn: Drawn | None
+    drawn: ProbeDataset | None
 
     def pretraining(self, name: str, share: float, seed: int) -> Recipe:
         """A contender's run."""
@@ -125,7 +125,7 @@ class Arena:
         """Its finetuning from a run, or from random weights; the answer is read where its objective has it read."""
         contender = self.contenders[name]
         assert contender.shape is not None and self.drawn is not None
-        at = place(contender.shape, contender.objective.reads())
+        at = readout_of(contender.shape, contender.objective.reads())
         return dataclasses.replace(
             self.probe, objective=Classification(classes=self.drawn.classes, at=at), source=self.drawn.source(seed), start=start,
             segment=dataclasses.replace(self.drawn.cut, length=min(self.drawn.cut.length, contender.shape.context)),
@@ -134,7 +134,9 @@ class Arena:
         )  # fmt: skip
 
 
-def compare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Path, echo: Echo = print) -> str:
+def compare(
+    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: Echo = print
+) -> str:
     """Do all that is left to do in `out`, write what came of it there, and return it for reading.
 
     settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
@@ -154,11 +156,11 @@ def compare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     for i, (name, share, seed) in enumerate(plan):
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
         echo(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
-        done.append(settle(arena, name, share, seed, done))
-    return conclude(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.seconds > 0)
+        done.append(train_once(arena, name, share, seed, done))
+    return write_comparison(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.seconds > 0)
 
 
-def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
+def train_once(arena: ComparisonRun, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
     """The score of one contender at one share of the compute with one seed; what lies on disk is not done again.
 
     Two contenders of one shape are the same from scratch: what `done` holds of the one serves the other.
@@ -188,7 +190,7 @@ def settle(arena: Arena, name: str, share: float, seed: int, done: Sequence[Scor
     return score
 
 
-def _pretrained(arena: Arena, recipe: Recipe, blank: Score) -> Score:
+def _pretrained(arena: ComparisonRun, recipe: Recipe, blank: Score) -> Score:
     """Train, ask, finetune."""
     directory = arena.out / "runs" / blank.recipe / f"share-{blank.share:g}" / f"seed-{blank.seed}"
     ended = run(recipe, directory, echo=_silent)
@@ -204,7 +206,7 @@ def _pretrained(arena: Arena, recipe: Recipe, blank: Score) -> Score:
     )  # fmt: skip
 
 
-def _finetuned(arena: Arena, name: str, seed: int, start: str) -> float:
+def _finetuned(arena: ComparisonRun, name: str, seed: int, start: str) -> float:
     """Accuracy on the records that are tested on; the run itself is not kept."""
     recipe = arena.finetuning(name, seed, start)
     directory = arena.out / "probes" / recipe.hash()
@@ -229,13 +231,13 @@ def _silent(_: str) -> None:
     """What a run says beside its progress."""
 
 
-def units(arena: Arena) -> Iterator[tuple[str, float, int]]:
+def units(arena: ComparisonRun) -> Iterator[tuple[str, float, int]]:
     """(contender, share, seed) in the order they are done; share 0 is the probe from random weights."""
     shares = ([0.0] if arena.drawn else []) + sorted(arena.terms.shares)
     return ((name, share, seed) for seed in range(arena.terms.seeds) for share in shares for name in arena.contenders)
 
 
-def facts(arena: Arena) -> dict[str, str]:
+def facts(arena: ComparisonRun) -> dict[str, str]:
     """What they had in common, for the report."""
     source, compute = next(iter(arena.contenders.values())).source, arena.terms.compute
     told = {
@@ -254,15 +256,22 @@ def facts(arena: Arena) -> dict[str, str]:
     return told
 
 
-def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Path, echo: Echo) -> Arena:
+def prepare(
+    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: Echo
+) -> ComparisonRun:
     """Read the recipes, refuse what does not fit, make the tokenizer, the token stores and the probe's files."""
     loaded = _loaded(names, [s for s in settings if not s.startswith(PROBE)])
     probe = recipes.load("classify", [s.removeprefix(PROBE) for s in settings if s.startswith(PROBE)])
-    probe = dataclasses.replace(probe, name="probe", evaluation=EvalConfig(every=0, max_examples=MOST), checkpoint=CheckpointConfig(every=0, keep=1))
+    probe = dataclasses.replace(
+        probe,
+        name="probe",
+        evaluation=EvalConfig(every=0, max_examples=MOST),
+        checkpoint=CheckpointConfig(every=0, keep=1),
+    )
     first, *others = loaded
     plan, source = loaded[first].tokenizer, loaded[first].source
     shared = {
-        "text": config_io.plain(source), "tokenizer": config_io.plain(plan), "finetuning": config_io.plain(probe),
+        "text": config_io.to_dict(source), "tokenizer": config_io.to_dict(plan), "finetuning": config_io.to_dict(probe),
         "probe": terms.probe, "number of labels": terms.labels, "compute": asdict(terms.compute),
     }  # fmt: skip
     _same_terms(out, shared)
@@ -272,9 +281,9 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     paths = source.paths(echo)
     drawn = None
     if terms.probe != NONE:
-        if not isinstance(probe.segment, Labelled):
+        if not isinstance(probe.segment, LabeledConfig):
             raise UserError("the probe reads records with a class: probe.segment must be labelled")
-        drawn = draw(
+        drawn = draw_probe(
             terms.probe, probe.segment, source, paths, labels=terms.labels, seeds=terms.seeds, folder=out / "probe",
             echo=echo,
         )  # fmt: skip
@@ -283,10 +292,12 @@ def prepare(names: Sequence[str], settings: Sequence[str], terms: Terms, out: Pa
     contenders = {
         name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
     }
-    learnt, held = Material(source, tokenizer, out, echo=echo).stores()
+    learnt, held = RunData(source, tokenizer, out, echo=echo).stores()
     longest = min(LONGEST, *(c.shape.context - 2 for c in contenders.values() if c.shape is not None))
     hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
-    return Arena(terms, out, tokenizer, contenders, hidden, cloze.commonest(learnt, hidden), probe, drawn)
+    return ComparisonRun(
+        terms, out, tokenizer, contenders, hidden, cloze.most_frequent_baseline(learnt, hidden), probe, drawn
+    )
 
 
 GOES_ON = "goes on from another run, and what is compared begins from nothing: take recipes that pretrain"
@@ -341,7 +352,7 @@ def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
 
 
 def _fitted(
-    name: str, recipe: Recipe, source: Text, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
+    name: str, recipe: Recipe, source: DataConfig, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
 ) -> Recipe:
     """The recipe on the common text with the common tokenizer. What would fail later fails here, under its name: the text
     is cut, one example is shown, and the model is built without memory."""
@@ -349,11 +360,11 @@ def _fitted(
     shape = dataclasses.replace(recipe.shape, vocab=tokenizer.vocab.size)
     try:
         check_vocab(recipe, tokenizer)
-        refuse_misfit(recipe.objective, shape)
+        check_pattern(recipe.objective, shape)
         if probed:
-            refuse_misfit(Classification(classes=("a", "b"), at=place(shape, recipe.objective.reads())), shape)
-        material = Material(source, tokenizer, out, rows=recipe.batch.rows, echo=echo)
-        shown = examples.cut(recipe.segment, material, recipe.objective).train[0]
+            check_pattern(Classification(classes=("a", "b"), at=readout_of(shape, recipe.objective.reads())), shape)
+        material = RunData(source, tokenizer, out, rows=recipe.batch.rows, echo=echo)
+        shown = examples.build_datasets(recipe.segment, material, recipe.objective).train[0]
         recipe.objective.view(shown, tokenizer.vocab, np.random.default_rng(0))
         with torch.device("meta"):
             model = LM(shape, recipe.objective.parts(shape))
@@ -361,7 +372,7 @@ def _fitted(
         raise UserError(f"{name}: {error}") from None
     echo(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     return dataclasses.replace(
-        recipe, shape=shape, source=source, tokenizer=TokenizerPlan(path=str(out / "tokenizer")), samples=(),
+        recipe, shape=shape, source=source, tokenizer=TokenizerConfig(path=str(out / "tokenizer")), samples=(),
         evaluation=dataclasses.replace(recipe.evaluation, every=0),
         checkpoint=dataclasses.replace(recipe.checkpoint, keep=1),
     )  # fmt: skip

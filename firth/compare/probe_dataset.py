@@ -27,8 +27,8 @@ import numpy as np
 
 from firth.corpora import catalog, readers
 from firth.data.split import place
-from firth.runs.labeled_examples import Labelled
-from firth.runs.prepare import Echo, Text, held_out_of
+from firth.runs.labeled_examples import LabeledConfig
+from firth.runs.prepare import DataConfig, Echo, held_out_of
 from firth.types import UserError
 
 QUESTIONS, ELSEWHERE = "questions", "sarcasm"
@@ -48,25 +48,33 @@ DRAW = 0x70726F6265
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ProbeDataset:
     """name: of the probe. cut: how its records are read. classes: their names. tested: how many records are tested on, of
     which the commonest class has the share `commonest`. folder: where test.jsonl and train-SEED.jsonl lie."""
 
     name: str
-    cut: Labelled
+    cut: LabeledConfig
     classes: tuple[str, ...]
     tested: int
     commonest: float
     folder: Path
 
-    def source(self, seed: int) -> Text:
+    def source(self, seed: int) -> DataConfig:
         """What a seed learns from and is tested on."""
-        return Text(path=(str(self.folder / f"train-{seed}.jsonl"),), valid=(str(self.folder / "test.jsonl"),))
+        return DataConfig(path=(str(self.folder / f"train-{seed}.jsonl"),), valid=(str(self.folder / "test.jsonl"),))
 
 
-def draw(
-    probe: str, cut: Labelled, source: Text, paths: Sequence[str], *, labels: int, seeds: int, folder: Path, echo: Echo
-) -> Drawn:
+def draw_probe(
+    probe: str,
+    cut: LabeledConfig,
+    source: DataConfig,
+    paths: Sequence[str],
+    *,
+    labels: int,
+    seeds: int,
+    folder: Path,
+    echo: Echo,
+) -> ProbeDataset:
     """Write the files. probe: files, the name of a corpus, "questions", or "" to choose by the text.
     paths: the files of the text that is learnt from.
 
@@ -98,7 +106,7 @@ def draw(
         some = np.random.default_rng((seed, DRAW)).permutation(len(known))[:labels]
         _write(folder / f"train-{seed}.jsonl", [known[i] for i in some])
     commonest = Counter(_class(row[cut.label]) for row in apart).most_common(1)[0][1] / len(apart)
-    return Drawn(probe, cut, classes, len(apart), commonest, folder)
+    return ProbeDataset(probe, cut, classes, len(apart), commonest, folder)
 
 
 def sentences(text: str) -> list[dict[str, str]]:
@@ -131,7 +139,7 @@ def questions(speeches: Path, file: Path) -> Path:
     return file
 
 
-def _records(paths: Sequence[str], cut: Labelled) -> list[tuple[str, dict[str, Any]]]:
+def _records(paths: Sequence[str], cut: LabeledConfig) -> list[tuple[str, dict[str, Any]]]:
     """Every record, with the name that it has as a document (`firth.corpora.readers`)."""
     found = []
     for file, name in readers.files(paths).items():

@@ -15,14 +15,14 @@ from firth.compare.statistics import (
     COLUMNS,
     MEASURES,
     Interval,
-    Line,
     Measure,
+    ResultRow,
     Score,
     differences,
     gains,
-    line,
     markdown,
     ranked,
+    result_row,
 )
 from firth.io.atomic import write_text
 from firth.report.charts import DISTINCT, Curve, Figure, number
@@ -34,12 +34,12 @@ same text with one tokenizer. The probe finetunes the whole model on few labels,
 from random numbers. Hidden tokens are asked of each model in its objective's own way, with what that lets it see."""
 
 
-def conclude(
+def write_comparison(
     scores: Sequence[Score], order: Sequence[str], facts: Mapping[str, str], out: Path, *, seconds: bool
 ) -> str:
     """Write the three files; return the table and the words for reading. seconds: whether the compute was a time."""
     shares = sorted({s.share for s in scores} - {0.0})
-    lines = [line(scores, name, share) for share in shares for name in order]
+    lines = [result_row(scores, name, share) for share in shares for name in order]
     whole = ranked([row for row in lines if row.share == shares[-1]])
     words = [said for measure in MEASURES for said in differences(scores, measure)] + gains(whole)
     results = {
@@ -67,7 +67,7 @@ def conclude(
     return "\n".join([table, "", *words, "", f"report: {out / 'report.html'}   every figure: {out / 'results.json'}"])
 
 
-def figure(lines: Sequence[Line], measure: Measure, seconds: bool) -> Figure | None:
+def figure(lines: Sequence[ResultRow], measure: Measure, seconds: bool) -> Figure | None:
     """Score against compute, with intervals, a recipe in one colour throughout; the probe's curves begin where nothing was
     learnt. None where there is nothing to compare."""
     curves = []
@@ -91,7 +91,7 @@ def figure(lines: Sequence[Line], measure: Measure, seconds: bool) -> Figure | N
     return Figure(f"{measure.name} against compute", axis, measure.axis, tuple(curves), note=note)
 
 
-def listed(title: str, lines: Sequence[Line]) -> Table:
+def listed(title: str, lines: Sequence[ResultRow]) -> Table:
     """Lines as a table of the page."""
     shown = [field for field in COLUMNS if any(getattr(row, field) is not None for row in lines)]
     head = ["recipe", "share", "parameters", "FLOPs", "seconds", *(COLUMNS[field] for field in shown)]

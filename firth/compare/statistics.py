@@ -109,7 +109,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Line:
+class ResultRow:
     """A recipe at one share of the compute. gain: accuracy above the same shape from scratch, seed by seed."""
 
     recipe: str
@@ -133,7 +133,7 @@ class Line:
         return found
 
 
-def line(scores: Sequence[Score], recipe: str, share: float) -> Line:
+def result_row(scores: Sequence[Score], recipe: str, share: float) -> ResultRow:
     """The means of a recipe at a share."""
     own = [s for s in scores if (s.recipe, s.share) == (recipe, share)]
     scratch = [s for s in scores if (s.recipe, s.share) == (recipe, 0.0)]
@@ -141,7 +141,7 @@ def line(scores: Sequence[Score], recipe: str, share: float) -> Line:
     def over(field: str, some: Sequence[Score], most: float = math.inf) -> Interval | None:
         return Interval.of([value for s in some if (value := getattr(s, field)) is not None], 0.0, most)
 
-    return Line(
+    return ResultRow(
         recipe, share, len(own), own[0].parameters, fmean(s.flops for s in own), fmean(s.seconds for s in own),
         fmean(s.steps for s in own), fmean(s.tokens for s in own), over("accuracy", own, 1.0), over("accuracy", scratch, 1.0),
         paired(own, scratch, MEASURES[0]), over("hidden", own, 1.0), over("hidden_bits", own), over("bits_per_byte", own),
@@ -191,7 +191,7 @@ def differences(scores: Sequence[Score], measure: Measure) -> list[str]:
     return [" ".join(sentences)]
 
 
-def gains(lines: Sequence[Line]) -> list[str]:
+def gains(lines: Sequence[ResultRow]) -> list[str]:
     """What pretraining was worth to each, beside the same shape from scratch."""
     said = []
     for row in lines:
@@ -212,7 +212,7 @@ COLUMNS: dict[str, str] = {
 """Fields of a line that are intervals -> what the table calls them."""
 
 
-def markdown(lines: Sequence[Line]) -> str:
+def markdown(lines: Sequence[ResultRow]) -> str:
     """A table that reads as text, too; columns that no recipe has are left out."""
     shown = [field for field in COLUMNS if any(getattr(row, field) is not None for row in lines)]
     head = ["recipe", "parameters", "FLOPs", "seconds", "steps", "tokens", *(COLUMNS[field] for field in shown)]
@@ -228,7 +228,7 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [padded[0], rule, *padded[1:]])
 
 
-def ranked(lines: Sequence[Line]) -> list[Line]:
+def ranked(lines: Sequence[ResultRow]) -> list[ResultRow]:
     """Best first, by the first measure that all of them have; in their order if there is none."""
     for measure in MEASURES:
         found = [interval for row in lines if (interval := row.measured(measure)) is not None]

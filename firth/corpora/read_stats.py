@@ -1,6 +1,6 @@
 """What a reader read, mended and left out, with the place of the first of each.
 
->>> counts = Counts()
+>>> counts = ReadStats()
 >>> counts.note("bad_utf8", "a.csv:3"), counts.note("bad_utf8", "a.csv:9"), counts.note("nul", "a.csv:4", 0)
 (None, None, None)
 >>> counts.rows(), counts.at
@@ -22,7 +22,7 @@ def many(n: int, what: str) -> str:
 
 
 @dataclass
-class Counts:
+class ReadStats:
     """What was read and what was mended or left out, for the report. at: of each kind that was noted, where the first is."""
 
     files: int = 0

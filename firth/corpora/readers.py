@@ -20,7 +20,7 @@ text, an archive is damaged or cut off, a file cannot be read, or is UTF-16.
 >>> import tempfile, pathlib
 >>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> _ = (folder / "a.txt").write_bytes(b"\\xef\\xbb\\xbfgood\\x00 day")
->>> counts = Counts()
+>>> counts = ReadStats()
 >>> [d.text for d in documents([str(folder)], counts=counts)], counts.nul
 (['good day'], 1)
 """
@@ -43,7 +43,7 @@ from typing import Any, NamedTuple, cast
 
 from firth.corpora import tables
 from firth.corpora.compression import PACKED, guarded
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.tokenizer.normalize import whole
 from firth.types import UserError
 
@@ -73,7 +73,7 @@ class Document(NamedTuple):
     text: str
 
 
-def files(paths: Sequence[str], *, tabled: bool = False, counts: Counts | None = None) -> dict[Path, str]:
+def files(paths: Sequence[str], *, tabled: bool = False, counts: ReadStats | None = None) -> dict[Path, str]:
     """The readable files under files, directories and globs, each once, sorted within each path that was given.
 
     tabled: whether tables (`firth.corpora.tables`) are read where they are found in a directory, as records; else only where
@@ -89,7 +89,7 @@ def files(paths: Sequence[str], *, tabled: bool = False, counts: Counts | None =
     directories: dict[Path, str] = {}
     names: set[str] = set()
     for given in paths:
-        for path, root in _under(given, tabled, counts if counts is not None else Counts()):
+        for path, root in _under(given, tabled, counts if counts is not None else ReadStats()):
             real = _real(path, directories)
             if real in met:
                 continue
@@ -114,7 +114,7 @@ def _real(path: Path, directories: dict[Path, str]) -> str:
     return os.path.join(directories[parent], path.name)
 
 
-def _under(given: str, tabled: bool, counts: Counts) -> list[tuple[Path, Path]]:
+def _under(given: str, tabled: bool, counts: ReadStats) -> list[tuple[Path, Path]]:
     """The readable files that one given path means, each with the directory that its name starts from."""
     path = Path(given).expanduser()
     if path.is_dir():
@@ -141,7 +141,7 @@ def _under(given: str, tabled: bool, counts: Counts) -> list[tuple[Path, Path]]:
     return [(p, Path(*fixed)) for p in some]
 
 
-def _inside(root: Path, tabled: bool, counts: Counts) -> list[Path]:
+def _inside(root: Path, tabled: bool, counts: ReadStats) -> list[Path]:
     def denied(error: OSError) -> None:
         raise UserError(f"{error.filename}: this directory cannot be read: {error.strerror}") from None
 
@@ -158,7 +158,7 @@ def _inside(root: Path, tabled: bool, counts: Counts) -> list[Path]:
 
 
 def documents(
-    paths: Sequence[str], *, field: str = "text", split: str = "file", counts: Counts | None = None
+    paths: Sequence[str], *, field: str = "text", split: str = "file", counts: ReadStats | None = None
 ) -> Iterator[Document]:
     """The documents under `paths`. split: a text file is one document ("file"), or one per paragraph or line.
 
@@ -166,7 +166,7 @@ def documents(
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
-    counts = counts if counts is not None else Counts()
+    counts = counts if counts is not None else ReadStats()
     for path, name in files(paths, counts=counts).items():
         if _kind(path) == "text":
             counts.files += 1
@@ -190,7 +190,7 @@ def documents(
 def records(
     paths: Sequence[str],
     *,
-    counts: Counts | None = None,
+    counts: ReadStats | None = None,
     columns: Sequence[str] = (),
     text: tables.Reader | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -198,14 +198,14 @@ def records(
 
     columns: the names of the columns, of tables without a head. Within `first_records`, only the first ones are given.
     """
-    found = _all_records(paths, counts if counts is not None else Counts(), columns, text)
+    found = _all_records(paths, counts if counts is not None else ReadStats(), columns, text)
     return itertools.islice(found, _MAX_RECORDS.get())
 
 
 def first_record(paths: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
     """Return (file:line, record) of the first record of the first file; None where that file is text or has no record."""
     path = next(iter(files(paths)), None)
-    return None if path is None or _kind(path) == "text" else next(_records(path, Counts(), (), ()), None)
+    return None if path is None or _kind(path) == "text" else next(_records(path, ReadStats(), (), ()), None)
 
 
 _MAX_RECORDS: ContextVar[int | None] = ContextVar("max_records", default=None)
@@ -222,7 +222,7 @@ def first_records(count: int | None) -> Iterator[None]:
 
 
 def _all_records(
-    paths: Sequence[str], counts: Counts, columns: Sequence[str], text: tables.Reader | None
+    paths: Sequence[str], counts: ReadStats, columns: Sequence[str], text: tables.Reader | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in files(paths, tabled=True):
         if _kind(path) == "text" and text is None:
@@ -250,7 +250,7 @@ def nearest(field: str, record: Mapping[str, Any]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(record) or 'none'}"
 
 
-def clean(text: str, counts: Counts, place: str) -> str:
+def clean(text: str, counts: ReadStats, place: str) -> str:
     """Without NUL characters and lone surrogates, both counted."""
     if "\0" in text:
         counts.note("nul", place, text.count("\0"))
@@ -267,7 +267,7 @@ def _kind(path: Path) -> str | None:
     return KINDS.get(suffix.lower())
 
 
-def _chunks(path: Path, split: str, counts: Counts) -> Iterator[str]:
+def _chunks(path: Path, split: str, counts: ReadStats) -> Iterator[str]:
     """A text file in pieces of about LONGEST, decoded and cleaned, cut where `split` cuts it, else at white space."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held, first = "", True
@@ -307,7 +307,7 @@ def _cut(text: str, split: str) -> tuple[int, bool]:
     return LONGEST - (LONGEST > 1 and text[LONGEST - 1] == "\r"), False
 
 
-def _split(chunks: Iterator[str], split: str, counts: Counts) -> Iterator[str]:
+def _split(chunks: Iterator[str], split: str, counts: ReadStats) -> Iterator[str]:
     pattern = SPLITS[split]
     empty = True
     for chunk in chunks:
@@ -321,7 +321,7 @@ def _split(chunks: Iterator[str], split: str, counts: Counts) -> Iterator[str]:
 
 
 def _records(
-    path: Path, counts: Counts, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
+    path: Path, counts: ReadStats, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """wanted: the columns of a Parquet table, all where none is named. columns, text: as of `records`."""
     counts.files += 1
@@ -347,7 +347,7 @@ def _has_lines(path: Path) -> bool:
     return isinstance(first, dict) and "data" not in first  # SQuAD's JSON may be one line
 
 
-def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
@@ -369,7 +369,7 @@ def _lines(path: Path, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
         counts.empty += 1
 
 
-def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
+def parse(line: bytes, place: str, counts: ReadStats) -> dict[str, Any]:
     """One JSON line as a record."""
     try:
         text = line.decode("utf-8")
@@ -387,7 +387,7 @@ def parse(line: bytes, place: str, counts: Counts) -> dict[str, Any]:
     return record
 
 
-def _table(path: Path, counts: Counts, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table(path: Path, counts: ReadStats, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 

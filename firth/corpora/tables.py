@@ -10,7 +10,7 @@ them (`Unnamed: 2`), and counted; a row may lack their cells. A row with more or
 and named; more than one such row, and more than one in a hundred, is an error, for then the quoting is wrong.
 
 >>> import io
->>> rows = delimited(io.BytesIO(b'text,label\\n"good, really",yes\\nbad\\n' + b"a,b\\n" * 200), Path("a.csv"), Counts(), ())
+>>> rows = delimited(io.BytesIO(b'text,label\\n"good, really",yes\\nbad\\n' + b"a,b\\n" * 200), Path("a.csv"), ReadStats(), ())
 >>> next(rows)
 ('a.csv:2', {'text': 'good, really', 'label': 'yes'})
 """
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.tokenizer.normalize import whole
 from firth.types import UserError
 
@@ -40,7 +40,7 @@ NAMELESS = "Unnamed: "
 """How a column without a name is called, before its place from 0."""
 
 
-def delimited(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str], tabs: bool = False) -> Rows:
+def delimited(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str], tabs: bool = False) -> Rows:
     """The rows of a table as records of text. columns: their names, of a table without a head. tabs: a TSV."""
     csv.field_size_limit(LONGEST_CELL)
     lines = _decoded(file, path, counts)
@@ -101,7 +101,7 @@ def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _decoded(file: BinaryIO, path: Path, counts: Counts) -> Iterator[str]:
+def _decoded(file: BinaryIO, path: Path, counts: ReadStats) -> Iterator[str]:
     """The lines as text, with their ends; what is not UTF-8 is read as U+FFFD and counted, NUL is removed."""
     for number, raw in enumerate(file):
         if not number:
@@ -117,17 +117,17 @@ def _decoded(file: BinaryIO, path: Path, counts: Counts) -> Iterator[str]:
         yield line.replace("\0", "")
 
 
-def tabbed(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+def tabbed(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
     """The rows of a TSV."""
     return delimited(file, path, counts, columns, tabs=True)
 
 
-def sentences(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+def sentences(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
     """CoNLL's columns: a record is a sentence, {"tokens": its first column, "tags": its last}, or all by their names.
 
     >>> import io
     >>> text = b"-DOCSTART- -X- O\\n\\nEU NNP B-ORG\\nrejects VBZ O\\n"
-    >>> next(sentences(io.BytesIO(text), Path("a.conll"), Counts(), ()))
+    >>> next(sentences(io.BytesIO(text), Path("a.conll"), ReadStats(), ()))
     ('a.conll:3', {'tokens': ['EU', 'rejects'], 'tags': ['B-ORG', 'O']})
     """
     first, rows, width, total, lost = 1, list[list[str]](), len(columns), 0, 0
@@ -163,14 +163,14 @@ def _again_blank(lines: Iterator[str]) -> Iterator[str]:
     yield ""
 
 
-def lines(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+def lines(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
     """Plain text with a record a line, {"text": the line}; blank lines are passed over."""
     for number, line in enumerate(_decoded(file, path, counts), 1):
         if text := line.strip():
             yield f"{path}:{number}", {"text": text}
 
 
-def document(file: BinaryIO, path: Path, counts: Counts, columns: Sequence[str]) -> Rows:
+def document(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
     """A JSON file: SQuAD's articles as {"context", "question", "answers": [{"text", "start"}], "id"}, or a list of records.
 
     A question of SQuAD 2.0 that has no answer has no `answers`; of SQuAD 1.1, which has no such questions, they are None.
@@ -232,7 +232,7 @@ def _listed(holder: Any, name: str, where: str) -> list[Any]:
     return found
 
 
-Reader = Callable[[BinaryIO, Path, Counts, Sequence[str]], Rows]
+Reader = Callable[[BinaryIO, Path, ReadStats, Sequence[str]], Rows]
 
 READERS: dict[str, Reader] = {
     ".csv": delimited, ".tsv": tabbed, ".conll": sentences, ".bio": sentences, ".iob": sentences, ".json": document,

@@ -12,10 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from firth.data.labeled import Labelled
+from firth.data.labeled import LabeledTexts
 from firth.data.records import Record
-from firth.data.shuffle import Draws
-from firth.data.source import Source, Wrapped
+from firth.data.shuffle import ExampleRNG
+from firth.data.source import Source, WrappedSource
 from firth.types import IGNORE, Example, UserError
 
 
@@ -30,7 +30,7 @@ def majority(votes: np.ndarray) -> int:
     return int(given[counts[given].argmax()])
 
 
-class Votes(Labelled):
+class AnnotatedTexts(LabeledTexts):
     """Texts with a list of labels each; lists of fewer than the longest are filled with IGNORE."""
 
     @cached_property
@@ -53,7 +53,7 @@ class Votes(Labelled):
         return [self.number(value) for value in given]
 
 
-class Judged(Votes):
+class ClassifiedAnnotations(AnnotatedTexts):
     """Votes to be measured by: the label of a record without any is its `label`, which counts as one."""
 
     def labels(self, record: Record) -> Sequence[int]:
@@ -61,7 +61,7 @@ class Judged(Votes):
         return super().labels(record) if votes else [self.number(record["label"])]
 
 
-class Annotators(Wrapped):
+class SimulatedAnnotators(WrappedSource):
     """A source with `count` simulated annotators: each is right with probability `accuracy`, and else says any other class.
 
     What annotator k says of example i is fixed by (seed, i) alone, so it is the same in every epoch.
@@ -69,7 +69,7 @@ class Annotators(Wrapped):
     >>> class One(Source):
     ...     def __len__(self): return 9
     ...     def __getitem__(self, i): return {"tokens": np.array([5]), "label": 1}
-    >>> Annotators(One(), classes=2, count=5, accuracy=0.6)[0]
+    >>> SimulatedAnnotators(One(), classes=2, count=5, accuracy=0.6)[0]
     {'tokens': array([5]), 'label': 1, 'votes': array([1, 0, 0, 1, 1])}
     """
 
@@ -81,7 +81,7 @@ class Annotators(Wrapped):
             )
         super().__init__(source)
         self.classes, self.count, self.accuracy = classes, count, accuracy
-        self._draws = Draws(seed, "votes")
+        self._draws = ExampleRNG(seed, "votes")
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]

@@ -1,6 +1,6 @@
 """The classes that labels name: those that are told, or those that are found on the way.
 
->>> found, told = Classes(()), Classes(("bad", "good"))
+>>> found, told = ClassNumbering(()), ClassNumbering(("bad", "good"))
 >>> [found.number(label) for label in ("good", "bad", "good")], found.names
 ([0, 1, 0], ('bad', 'good'))
 >>> [told.number(label) for label in ("good", 0, "odd", 2)]
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class Classes:
+class ClassNumbering:
     """told: the names, in the order that labels count; empty: all that come are taken in."""
 
     def __init__(self, told: Sequence[str]) -> None:

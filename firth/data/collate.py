@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from firth.data.layout import PADDING
-from firth.data.packing import Places, first_fit
-from firth.data.shuffle import Draws, deal
+from firth.data.packing import PackedLayout, first_fit
+from firth.data.shuffle import ExampleRNG, length_grouped_batches
 from firth.data.source import Source
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
-LABELS = frozenset({"labels"})
+LABEL_FIELDS = frozenset({"labels"})
 SOURCE, MEMORY = "source_", "memory_"
 
 
-class Shows(Protocol):
+class BuildsExamples(Protocol):
     """What a batch needs of an objective: its view, the names of the fields that hold answers, and how many views of an
     example epochs take turns with (0: each has its own)."""
 
@@ -46,7 +46,7 @@ class Shows(Protocol):
     def copies(self) -> int: ...
 
     def view_many(
-        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]: ...
 
 
@@ -56,7 +56,7 @@ class Batches:
     Example k of step s is number s * rows + k of the run; ranks, and the `accumulate` micro-batches within them, take
     contiguous shares of the `rows`. So the same run on two ranks, or cut into other micro-batches, reads the same
     examples with the same random draws. pack: 0 pads each micro-batch; n packs it into rows of at most n tokens.
-    sort: the examples of so many steps are sorted by length and dealt to these steps (`firth.data.shuffle.deal`), so that
+    sort: the examples of so many steps are sorted by length and dealt to these steps (`firth.data.shuffle.length_grouped_batches`), so that
     the rows of a step are about as long and little of them is padding; 0 leaves them as they are drawn. An example is met
     at most so many steps sooner or later than it would have been, once in every epoch all the same.
     """
@@ -64,7 +64,7 @@ class Batches:
     def __init__(
         self,
         source: Source,
-        objective: Shows,
+        objective: BuildsExamples,
         vocab: Vocab,
         *,
         rows: int,
@@ -87,8 +87,8 @@ class Batches:
         self.source, self.objective, self.vocab = source, objective, vocab
         self.rows, self.seed, self.accumulate, self.pack = rows, seed, accumulate, pack
         self.rank, self.world = rank, world
-        self._draws = Draws(seed, "view")
-        self._asked = frozenset({*objective.targets.values(), *objective.measures.values()}) | LABELS
+        self._draws = ExampleRNG(seed, "view")
+        self._asked = frozenset({*objective.targets.values(), *objective.measures.values()}) | LABEL_FIELDS
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, `accumulate` of them."""
@@ -109,7 +109,7 @@ class Batches:
         if number != self._dealt[0]:
             span = np.arange(self.sort * self.rows) + number * self.sort * self.rows
             sizes = self.sizes[self.source.order(self.seed, span)[1]]
-            self._dealt = number, span[deal(sizes, self.sort, self.seed, number)]
+            self._dealt = number, span[length_grouped_batches(sizes, self.sort, self.seed, number)]
         return self._dealt[1][within]
 
     def once(self) -> Iterator[Batch]:
@@ -134,7 +134,7 @@ class Batches:
         return pack(shown, self.pack, self._asked) if self.pack else collate(shown, self._asked)
 
 
-def collate(examples: Sequence[Example], asked: Collection[str] = LABELS) -> Batch:
+def collate(examples: Sequence[Example], asked: Collection[str] = LABEL_FIELDS) -> Batch:
     """One row per example, padded at the end of the token axis: (B, ..., T).
 
     asked: the fields that hold answers, padded with IGNORE. Examples may differ in which of looks, appears, leaves,
@@ -143,9 +143,9 @@ def collate(examples: Sequence[Example], asked: Collection[str] = LABELS) -> Bat
     rows, starts = np.arange(len(examples)), np.zeros(len(examples), np.int64)
     laid: dict[str, np.ndarray] = {}
     for side in _sides(examples):
-        laid |= _lay(examples, side, Places(rows, starts, _lengths(examples, side)), asked)
+        laid |= _lay(examples, side, PackedLayout(rows, starts, _lengths(examples, side)), asked)
     if MEMORY + "tokens" in examples[0]:
-        laid |= _lay(examples, MEMORY, Places(rows, starts, _lengths(examples, MEMORY)), asked)
+        laid |= _lay(examples, MEMORY, PackedLayout(rows, starts, _lengths(examples, MEMORY)), asked)
     for name in examples[0].keys() - laid.keys():
         values = [np.asarray(e[name]) for e in examples]
         if any(v.shape != values[0].shape for v in values):
@@ -154,7 +154,7 @@ def collate(examples: Sequence[Example], asked: Collection[str] = LABELS) -> Bat
     return {name: torch.from_numpy(field) for name, field in laid.items()}
 
 
-def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABELS) -> Batch:
+def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABEL_FIELDS) -> Batch:
     """Several examples in a row of at most `length` tokens, kept apart by `document` (1, 2, ...; 0 is padding).
 
     First-fit decreasing: the longest examples first, each into the first row with room. `positions` count from 0 in
@@ -167,7 +167,7 @@ def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABE
     first = _first_documents(examples, sides, rows, starts[0])
     laid: dict[str, np.ndarray] = {}
     for side, start, n in zip(sides, starts, lengths, strict=True):
-        places = Places(rows, start, n)
+        places = PackedLayout(rows, start, n)
         lead = examples[0][side + "tokens"].shape[:-1]
         laid |= _lay(examples, side, places, asked)
         own = laid.get(side + "document")
@@ -202,7 +202,7 @@ def _first_documents(
     return first
 
 
-def _lay(examples: Sequence[Example], side: str, places: Places, asked: Collection[str]) -> dict[str, np.ndarray]:
+def _lay(examples: Sequence[Example], side: str, places: PackedLayout, asked: Collection[str]) -> dict[str, np.ndarray]:
     """All token fields of one side ("" or "source_"): those whose last axis is as long as the side's tokens."""
     lead = examples[0][side + "tokens"].shape[:-1]
     laid: dict[str, np.ndarray] = {}

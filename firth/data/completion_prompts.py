@@ -12,12 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from firth.data.conversations import prompt_of
-from firth.data.records import Prompted, Record, first_prompt, formed
+from firth.data.records import Record, Seq2SeqRecords, fill_templates, first_prompt
 from firth.tokenizer.chat import Message
 from firth.types import Example, UserError
 
 
-class Unanswered(Prompted):
+class CompletionPrompts(Seq2SeqRecords):
     """Text to text of which only the source is read; an example for every record."""
 
     def group(self, record: Record) -> str:
@@ -29,7 +29,7 @@ class Unanswered(Prompted):
     def _before(self, record: Record) -> list[Message]:
         """The messages before the last answer."""
         prompt, _ = self.forms
-        before = prompt_of({"prompt": formed(record, (prompt, prompt))["prompt"]} if prompt else record)
+        before = prompt_of({"prompt": fill_templates(record, (prompt, prompt))["prompt"]} if prompt else record)
         if not before:
             raise UserError("text to text needs a prompt, and there is none")
         return before

@@ -30,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from firth.data.noise import iid, rounded
+from firth.data.noise import iid, stochastic_round
 from firth.tokenizer.vocab import Vocab
 
 Corruption = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
@@ -67,7 +67,7 @@ def infilling(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gene
     >>> infilling(np.arange(2, 9), vocab, 0.5, np.random.default_rng(2)).tolist()
     [2, 3, 1, 6, 1, 8]
     """
-    hidden = min(rounded(len(tokens) * rate, rng), len(tokens))
+    hidden = min(stochastic_round(len(tokens) * rate, rng), len(tokens))
     if not hidden:
         return tokens
     # Lengths until they hide enough. 4 * hidden / 3 of mean 3 are too few about never, and then less is hidden.
@@ -111,13 +111,13 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
-def damage(
+def corrupt(
     names: Sequence[Damage], tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Several corruptions, one after the other in the order that they are named in.
 
     >>> vocab = Vocab(9, {"mask": 1}, np.arange(9) < 2)
-    >>> damage(("rotation", "deletion"), np.arange(2, 9), vocab, 0.3, np.random.default_rng(0)).tolist()
+    >>> corrupt(("rotation", "deletion"), np.arange(2, 9), vocab, 0.3, np.random.default_rng(0)).tolist()
     [2, 3, 4, 5]
     """
     for name in names:

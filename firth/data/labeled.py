@@ -23,15 +23,15 @@ import numpy as np
 
 from firth.corpora import readers, tables
 from firth.data import layout
-from firth.data.class_names import Classes
+from firth.data.class_names import ClassNumbering
 from firth.data.records import LEFT_OUT, Record, Records
-from firth.data.tags import begun, check_scheme, marked
+from firth.data.tags import check_scheme, has_spans, to_bio2
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example, UserError
 
 
 @dataclass(frozen=True)
-class Fields:
+class RecordFields:
     """What the fields of the records are called. columns: names of all of them, for a table without a head."""
 
     @classmethod
@@ -41,7 +41,7 @@ class Fields:
 
 
 @dataclass(frozen=True)
-class TextFields(Fields):
+class TextFields(RecordFields):
     """text: of the text; label: of what is told of it; pair: of a second text, if there is one. absent: labels which say
     that there is none ("-" where the annotators of SNLI and MNLI do not agree): such records are left out, and counted."""
 
@@ -53,7 +53,7 @@ class TextFields(Fields):
 
 
 @dataclass(frozen=True)
-class OptionFields(Fields):
+class OptionFields(RecordFields):
     """options: of their list, or a field for each. begin: of a text that every option begins with (SWAG's sent2). label: of
     the right option's place, or of the option itself."""
 
@@ -65,7 +65,7 @@ class OptionFields(Fields):
 
 
 @dataclass(frozen=True)
-class TagFields(Fields):
+class TagFields(RecordFields):
     """words, tags: of their lists, or two of CoNLL's `columns`."""
 
     words: str = "tokens"
@@ -73,7 +73,7 @@ class TagFields(Fields):
     columns: tuple[str, ...] = ()
 
 
-class Texts(Records):
+class TextRecords(Records):
     """Texts, or pairs of them, with something to be told of each. Of two texts that are too long together, the longer one
     is cut."""
 
@@ -143,7 +143,7 @@ class Texts(Records):
         raise NotImplementedError(type(self).__name__)
 
 
-class Labelled(Texts):
+class LabeledTexts(TextRecords):
     """Texts with a class: {"tokens", "label"}, and "segments" of a pair.
 
     classes: their names, in the order that the labels count; those found in the records if empty. A record's label is a
@@ -154,10 +154,10 @@ class Labelled(Texts):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
         classes: Sequence[str] = (), asked: bool = True,
     ) -> None:  # fmt: skip
-        self._known = Classes(classes)
+        self._known = ClassNumbering(classes)
         self._unknown = ""
         super().__init__(paths, tokenizer, length, fields, asked=asked)
-        refuse_unknown("label", "record", self._unknown, self._tally["unknown"], self._first, classes)
+        check_known_classes("label", "record", self._unknown, self._tally["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
 
     def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
@@ -194,7 +194,7 @@ class Labelled(Texts):
         return found or 0
 
 
-class Untold(Labelled):
+class UnlabeledTexts(LabeledTexts):
     """Texts whose class nobody told: {"tokens", "label": IGNORE}. Plain text has one a line."""
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.lines)
@@ -210,7 +210,7 @@ class Untold(Labelled):
         return super().__getitem__(index) | {"label": np.int64(IGNORE)}
 
 
-class Scored(Texts):
+class ScoredTexts(TextRecords):
     """Texts with a number: {"tokens", "score"}, and "segments" of a pair."""
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "segments": np.uint8, "label": np.float64}
@@ -234,7 +234,7 @@ class Scored(Texts):
         return found
 
 
-class Chosen(Texts):
+class MultipleChoiceRecords(TextRecords):
     """Questions with options, one of them right: {"options": rows of {"tokens", "segments"}, "label": its place}.
 
     A record's label is an option's place from 0, or the option itself.
@@ -296,7 +296,7 @@ class Chosen(Texts):
         return place
 
 
-class Tagged(Records):
+class TaggedSentences(Records):
     """Sentences with a tag for each word: {"tokens", "tags"}, a tag's number at the first token of its word, IGNORE elsewhere.
 
     classes: the names of the tags, as of `Labelled`. The words are joined by blanks and framed by [CLS] and [SEP] where the
@@ -313,10 +313,10 @@ class Tagged(Records):
         classes: Sequence[str] = (), asked: bool = True, keep: bool = False,
     ) -> None:  # fmt: skip
         self._words, self._tags = fields.words, fields.tags
-        self._known, self._unknown, self.asked = Classes(classes), "", asked
+        self._known, self._unknown, self.asked = ClassNumbering(classes), "", asked
         self.written: list[tuple[list[str], list[str]]] | None = [] if keep else None
         super().__init__(paths, tokenizer, length, names=fields.columns)
-        refuse_unknown("tag", "tag", self._unknown, self._tally["unknown"], self._first, classes)
+        check_known_classes("tag", "tag", self._unknown, self._tally["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
         if asked and not classes:
             check_scheme(self.classes)
@@ -387,7 +387,7 @@ class Tagged(Records):
 
     def _numbers(self, names: list[str]) -> np.ndarray:
         """The numbers of a sentence's tags; those that are unknown are noted."""
-        told = begun(names) if marked(names) else names
+        told = to_bio2(names) if has_spans(names) else names
         if told != names:
             self.note("begun")
         numbers = [self._known.number(name) for name in told]
@@ -397,7 +397,9 @@ class Tagged(Records):
         return np.array([number or 0 for number in numbers], np.int64)
 
 
-def refuse_unknown(what: str, of: str, name: str, count: int, first: Mapping[str, str], classes: Sequence[str]) -> None:
+def check_known_classes(
+    what: str, of: str, name: str, count: int, first: Mapping[str, str], classes: Sequence[str]
+) -> None:
     """Raise a UserError if a name is none of the classes: it names the first, and says how many more there are."""
     if count:
         more = f", nor {'is that' if count == 2 else 'are those'} of {count - 1:,} more {of}{'s' if count > 2 else ''}"

@@ -29,10 +29,10 @@ def causal(n: int) -> Example:
     return {"looks": when, "appears": when}
 
 
-def written_on(n: int, prompt: int) -> Example:
+def causal_after_prompt(n: int, prompt: int) -> Example:
     """The first `prompt` positions of n see each other, and each one behind them what came before it.
 
-    >>> {k: v.tolist() for k, v in written_on(5, prompt=3).items()}
+    >>> {k: v.tolist() for k, v in causal_after_prompt(5, prompt=3).items()}
     {'looks': [0, 0, 0, 1, 2], 'appears': [0, 0, 0, 1, 2]}
     """
     when = np.maximum(np.arange(1 - prompt, n + 1 - prompt, dtype=np.int32), 0)
@@ -76,10 +76,10 @@ def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensate
     for name in ("document", "segments"):
         if name in example:
             shown[name] = np.concatenate((example[name], example[name][extra]))
-    return shown | earlier(example)
+    return shown | memory_fields(example)
 
 
-def earlier(example: Example) -> Example:
+def memory_fields(example: Example) -> Example:
     """What the example says of the tokens that stand before it (`firth.data.windows.Windows`)."""
     return {name: field for name, field in example.items() if name.startswith("memory_")}
 
@@ -104,20 +104,20 @@ def prefix(source: np.ndarray, target: np.ndarray) -> Example:
     """
     both = np.concatenate((source, target))
     labels = np.concatenate((np.full(len(source), IGNORE), target))[1:]
-    return {"tokens": both[:-1], "labels": labels} | written_on(len(labels), len(source))
+    return {"tokens": both[:-1], "labels": labels} | causal_after_prompt(len(labels), len(source))
 
 
-Answering = Literal["seq2seq", "prefix"]
+Seq2SeqLayout = Literal["seq2seq", "prefix"]
 """How a source and an answer to it are laid out: for an encoder and a decoder, or in one row."""
 
 
-def answering(kind: Answering, source: np.ndarray, target: np.ndarray, vocab: Vocab) -> Example:
+def layout_of(kind: Seq2SeqLayout, source: np.ndarray, target: np.ndarray, vocab: Vocab) -> Example:
     """A source and an answer to it, laid out in either way."""
     return prefix(source, target) if kind == "prefix" else seq2seq(source, target, vocab.start)
 
 
 @dataclass(frozen=True, eq=False)
-class Gapped:
+class InfillPrompt:
     """A text with gaps, as a model that writes is shown it.
 
     Attributes:

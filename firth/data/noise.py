@@ -62,7 +62,7 @@ def count(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generato
     """rate * n tokens, rounded up or down so that the mean is exact: the last of them in an order drawn at random."""
     allowed = np.flatnonzero(~vocab.special[tokens])
     hidden = np.zeros(len(tokens), bool)
-    hidden[rng.permutation(allowed)[: rounded(len(allowed) * rate, rng)]] = True
+    hidden[rng.permutation(allowed)[: stochastic_round(len(allowed) * rate, rng)]] = True
     return hidden
 
 
@@ -91,7 +91,7 @@ def contexts(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gener
 def _stretch(rate: float, rng: np.random.Generator) -> tuple[int, int]:
     """Words hidden, and words in the stretch that they are hidden in."""
     length = 1 + int(rng.random() * FEW)
-    return length, rounded(length / rate, rng)
+    return length, stochastic_round(length / rate, rng)
 
 
 def words(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -141,7 +141,7 @@ def _whole_words(
     allowed = ~vocab.special[tokens]
     n = int(allowed.sum())
     hidden = np.zeros(len(tokens), bool)
-    left = rounded(n * rate, rng)
+    left = stochastic_round(n * rate, rng)
     begins = np.append(np.flatnonzero(_begins(tokens, allowed, vocab) | ~allowed), len(tokens))
     while left:
         at = int(rng.random() * len(tokens))
@@ -195,7 +195,7 @@ def facts(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
     return runs
 
 
-def rounded(x: float, rng: np.random.Generator) -> int:
+def stochastic_round(x: float, rng: np.random.Generator) -> int:
     """Up or down at random, so that the mean is exact."""
     return int(x + rng.random())
 
@@ -212,7 +212,7 @@ def text_units(kind: Kind) -> frozenset[str]:
     return frozenset({"words"} if whole else {"names"} if kind == "salient" else ())
 
 
-def disguised(
+def apply_mask_tokens(
     tokens: np.ndarray, vocab: Vocab, masked: float, random: float, kind: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """What is shown for hidden tokens (k,): [MASK] where kind (k,), drawn from [0, 1), is below `masked`, a token drawn
@@ -220,7 +220,7 @@ def disguised(
 
     >>> vocab = Vocab(size=9, roles={"mask": 0}, special=np.arange(9) < 1)
     >>> kind = np.array([0.1, 0.85, 0.95])
-    >>> disguised(np.array([5, 6, 7]), vocab, 0.8, 0.1, kind, np.random.default_rng(2)).tolist()
+    >>> apply_mask_tokens(np.array([5, 6, 7]), vocab, 0.8, 0.1, kind, np.random.default_rng(2)).tolist()
     [0, 3, 7]
     """
     hidden = kind < masked

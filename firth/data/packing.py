@@ -1,6 +1,6 @@
 """Where tokens go: rows and columns for many examples at once, and the arrays filled accordingly (NumPy only).
 
->>> places = Places(rows=np.array([0, 1]), starts=np.array([0, 0]), lengths=np.array([3, 1]))
+>>> places = PackedLayout(rows=np.array([0, 1]), starts=np.array([0, 0]), lengths=np.array([3, 1]))
 >>> places.lay([np.array([5, 6, 7]), np.array([9])], fill=0, dtype=np.int64).tolist()
 [[5, 6, 7], [9, 0, 0]]
 """
@@ -54,7 +54,7 @@ def first_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Places:
+class PackedLayout:
     """The places of N examples: their rows, first columns and lengths, each (N,)."""
 
     rows: np.ndarray

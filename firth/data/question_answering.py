@@ -30,14 +30,14 @@ from firth.types import Example, UserError
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionWindow:
     """A question as it was written: what an answer is cut from, and the texts that are right (none: it has no answer)."""
 
     context: str
     right: tuple[str, ...]
 
 
-class Questions(Records):
+class QuestionRecords(Records):
     """Windows: {"tokens", "segments", "start", "end"}; `owners` says which question each is of.
 
     question: its most tokens; a longer one is cut. keep: read questions whose answers are not where they are said to be, too:
@@ -84,10 +84,10 @@ class Questions(Records):
         )
         return {**super().said, "misplaced": kept}
 
-    def asked_of(self, number: int) -> Asked:
+    def asked_of(self, number: int) -> QuestionWindow:
         """The question of a record, from 0, as it was written."""
         context, right = self._contexts[self._contexts_of[number]], self._rights[number]
-        return Asked(context.tobytes().decode(), tuple(json.loads(right.tobytes())))
+        return QuestionWindow(context.tobytes().decode(), tuple(json.loads(right.tobytes())))
 
     def beside(self, index: int) -> Mapping[str, Any]:
         """The question of a window, and where its tokens stand in the passage."""

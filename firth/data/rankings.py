@@ -82,7 +82,7 @@ def _finite(number: Any) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
 
 
-class Rankings(Records):
+class RankingRecords(Records):
     """Answers to one prompt with their ranks: {"answers": K rows of tokens, "masks": K, "rank": (K,)}.
 
     The masks are True on the answers and their stop tokens alone. A ranking of which an answer has no place within

@@ -33,11 +33,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora import readers, tables
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.data.templates import fill
+from firth.data.templates import fill_template
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -75,10 +75,10 @@ ONE = {"s": "", "were": "was", "do": "does", "their": "its", "they": "it", "them
 MANY = {"s": "s"} | {word: word for word in ONE if word != "s"}
 
 
-def remark(kind: str, count: int, place: str, limit: int = 0, remarks: Mapping[str, str] = REMARKS) -> str:
+def notes_of(kind: str, count: int, place: str, limit: int = 0, remarks: Mapping[str, str] = REMARKS) -> str:
     """A whole sentence.
 
-    >>> remark("mismatched", 1, "a.csv:3"), remark("cut", 2, "a.csv:7", 128)
+    >>> notes_of("mismatched", 1, "a.csv:3"), notes_of("cut", 2, "a.csv:7", 128)
     ... # doctest: +NORMALIZE_WHITESPACE
     ('1 row had another number of cells than its head and was left out; the first is a.csv:3',
      '2 texts were longer than 128 tokens and lost their end; the first is a.csv:7')
@@ -147,7 +147,7 @@ class Records(Source):
         self._owners = array("q")
         self._groups = array("Q")
         self._contents: set[int] = set()
-        reading = Counts()
+        reading = ReadStats()
         records = readers.records(paths, counts=reading, columns=names, text=type(self).reader)
         while some := list(islice(records, AT_ONCE)):
             self._add(some)
@@ -167,7 +167,7 @@ class Records(Source):
     @property
     def remarks(self) -> Sequence[str]:
         return [
-            remark(kind, self._tally[kind], place, self.limits.get(kind, self.length), self.said)
+            notes_of(kind, self._tally[kind], place, self.limits.get(kind, self.length), self.said)
             for kind, place in self._first.items()
         ]
 
@@ -264,7 +264,7 @@ class Records(Source):
         return tokens[:room]
 
 
-class Dialogues(Records):
+class DialogueRecords(Records):
     """Dialogues to be learnt from: {"tokens", "mask"}, the mask True on what the assistant says and its stop tokens."""
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "mask": np.bool_}
@@ -276,16 +276,16 @@ class Dialogues(Records):
         super().__init__(paths, tokenizer, length)
 
     def group(self, record: Record) -> str:
-        return first_prompt(messages_of(formed(record, self.forms)))
+        return first_prompt(messages_of(fill_templates(record, self.forms)))
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        tokens, mask = chat.encode(self.tokenizer, messages_of(formed(record, self.forms)))
+        tokens, mask = chat.encode(self.tokenizer, messages_of(fill_templates(record, self.forms)))
         tokens, mask = self.fit(tokens, self.length), mask[: self.length]
         # The first token cannot be asked: nothing stands before it.
         return {"tokens": tokens, "mask": mask} if mask[1:].any() else None
 
 
-class Prompted(Records):
+class Seq2SeqRecords(Records):
     """Text to text: {"source", "target"}, both ended by eos; the target is the last answer, the source all before it.
 
     `length` bounds the source, `answer` the target (as `length`, if 0). A target that is cut has no eos. forms: of `formed`.
@@ -306,10 +306,10 @@ class Prompted(Records):
         super().__init__(paths, tokenizer, length)
 
     def group(self, record: Record) -> str:
-        return first_prompt(messages_of(formed(record, self.forms)))
+        return first_prompt(messages_of(fill_templates(record, self.forms)))
 
     def texts(self, record: Record, place: str) -> list[str]:
-        *before, last = messages_of(formed(record, self.forms))
+        *before, last = messages_of(fill_templates(record, self.forms))
         if last["role"] != "assistant" or not before:
             raise UserError("text to text needs a prompt and an answer behind it")
         return ["\n\n".join(message["content"] for message in before), last["content"]]
@@ -329,11 +329,11 @@ class Prompted(Records):
         return {"long_answers": self.answer}
 
 
-def spoken(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[tuple[str, list[str]]]:
+def dialogue_texts(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[tuple[str, list[str]]]:
     """Yield the group of each dialogue (`Records.group`) and its messages: what a tokenizer is trained on."""
     for place, record in readers.records(paths):
         with _told(place):
-            messages = messages_of(formed(record, forms))
+            messages = messages_of(fill_templates(record, forms))
         yield first_prompt(messages), [message["content"] for message in messages]
 
 
@@ -352,10 +352,10 @@ def first_prompt(messages: Sequence[chat.Message]) -> str:
     return json.dumps([[message["role"], message["content"]] for message in messages[:end]])
 
 
-def formed(record: Record, forms: tuple[str, str]) -> Record:
+def fill_templates(record: Record, forms: tuple[str, str]) -> Record:
     """A record as a prompt and an answer, made of its fields; as it is where no form is given.
 
-    >>> formed({"en": "otter", "fr": "loutre"}, ("in French: {en}", "{fr}"))
+    >>> fill_templates({"en": "otter", "fr": "loutre"}, ("in French: {en}", "{fr}"))
     {'prompt': 'in French: otter', 'completion': 'loutre'}
     """
     if not any(forms):
@@ -363,10 +363,10 @@ def formed(record: Record, forms: tuple[str, str]) -> Record:
     prompt, answer = forms
     if not prompt or not answer:
         raise UserError("segment.prompt and segment.answer_is go together: say how both are made of a record's fields")
-    return {"prompt": fill(prompt, record), "completion": fill(answer, record)}
+    return {"prompt": fill_template(prompt, record), "completion": fill_template(answer, record)}
 
 
-class Preferences(Records):
+class PreferenceRecords(Records):
     """Two answers to one prompt, one of them preferred: {"chosen_tokens", "chosen_mask", "rejected_tokens", ...}.
 
     The masks are True on the answers and their stop tokens alone, not on what an assistant said in the prompt. A pair

@@ -4,7 +4,7 @@ Every epoch is a permutation of all indices, drawn by a small cipher: a Feistel 
 the indices, applied again to the few results that fall outside ("cycle walking"; Black and Rogaway 2002). A
 permutation of a billion examples costs no memory, and looking up one position costs the same as any other.
 
->>> epoch, index = order(5, seed=0, positions=np.arange(10))
+>>> epoch, index = epoch_permutation(5, seed=0, positions=np.arange(10))
 >>> epoch.tolist(), sorted(index[:5].tolist()), sorted(index[5:].tolist())
 ([0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
 
@@ -23,10 +23,10 @@ FEWEST_BITS = 8
 """Below this many bits the network's rounds have too few outcomes to reach every permutation evenly."""
 
 
-def order(n: int, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def epoch_permutation(n: int, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The (epoch, index) of each position of the endless run over n examples; all int64, of positions' shape."""
     epoch, at = np.divmod(np.asarray(positions, np.int64), n)
-    key = mix(mix(np.array([(seed + _STEP) & _WORD], np.uint64)) ^ epoch.astype(np.uint64))
+    key = mix_bits(mix_bits(np.array([(seed + _STEP) & _WORD], np.uint64)) ^ epoch.astype(np.uint64))
     index = at.astype(np.uint64)
     bits = max((n - 1).bit_length(), FEWEST_BITS)
     index = _encrypt(index, key, bits)
@@ -35,17 +35,17 @@ def order(n: int, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndar
     return epoch, index.astype(np.int64)
 
 
-def deal(sizes: np.ndarray, steps: int, seed: int, number: int) -> np.ndarray:
+def length_grouped_batches(sizes: np.ndarray, steps: int, seed: int, number: int) -> np.ndarray:
     """Examples of like size to each of `steps` steps: places of `sizes` (steps * rows,), as (steps, rows).
 
     They are sorted by size and cut into steps, and the steps come in a drawn order: short ones are not learnt before long
     ones. number: how many such windows of steps the run has dealt before.
 
-    >>> deal(np.array([9, 2, 8, 3]), steps=2, seed=0, number=0).tolist()
+    >>> length_grouped_batches(np.array([9, 2, 8, 3]), steps=2, seed=0, number=0).tolist()
     [[2, 0], [1, 3]]
     """
     sorted_ = np.argsort(sizes, kind="stable").reshape(steps, -1)
-    return sorted_[order(steps, seed, number * steps + np.arange(steps))[1]]
+    return sorted_[epoch_permutation(steps, seed, number * steps + np.arange(steps))[1]]
 
 
 def _encrypt(x: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def _encrypt(x: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
     high: np.ndarray = x >> widths[0]
     for turn in range(ROUNDS):
         # The half that was `high` (of width widths[1] on even turns) scrambles the other; then they change places.
-        low, high = high, low ^ (mix(high + key + np.uint64(turn * _STEP & _WORD)) & _ones(widths[turn % 2]))
+        low, high = high, low ^ (mix_bits(high + key + np.uint64(turn * _STEP & _WORD)) & _ones(widths[turn % 2]))
     whole: np.ndarray = (high << widths[0]) | low
     return whole
 
@@ -69,7 +69,7 @@ _WORD = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix_bits(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): every input bit moves every output bit. x: array of uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -77,7 +77,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     return mixed
 
 
-class Draws(threading.local):
+class ExampleRNG(threading.local):
     """One random stream per (epoch, index) under a seed, from the counter-based Philox (Salmon et al. 2011).
 
     `at` points one generator at the beginning of a stream and lends it out: it is good until the next call in the same thread.
@@ -87,7 +87,7 @@ class Draws(threading.local):
     use: what the draws are for. Two who draw for one example under one seed must not share a stream: where a source cut its
     pairs with the same numbers by which the objective then swapped them, the place of the cut gave the answer away.
 
-    >>> draws, others = Draws(0, "view"), Draws(0, "pairs")
+    >>> draws, others = ExampleRNG(0, "view"), ExampleRNG(0, "pairs")
     >>> a, b, c = draws.at(0, 7).random(), draws.at(1, 7).random(), others.at(0, 7).random()
     >>> a == draws.at(0, 7).random(), a == b, a == c
     (True, False, False)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from firth.data.shuffle import order
+from firth.data.shuffle import epoch_permutation
 from firth.data.split import content_key
 from firth.types import Example, UserError
 
@@ -84,7 +84,7 @@ class Source:
 
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The (epoch, index) of each position of an endless run: every epoch is a permutation."""
-        return order(len(self), seed, positions)
+        return epoch_permutation(len(self), seed, positions)
 
     @property
     def on_policy(self) -> bool:
@@ -110,7 +110,7 @@ class Source:
         """The inverse of `state`."""
 
 
-class Mixture(Source):
+class MixtureSource(Source):
     """Several sources in fixed shares: after any m examples each has had its share of m to within one example.
 
     Position k of the run is a draw from one source, by a schedule that is a pure function of k; the draws from a
@@ -223,7 +223,7 @@ class Mixture(Source):
             source.restore({k[len(mine) :]: v for k, v in state.items() if k.startswith(mine)})
 
 
-class Wrapped(Source):
+class WrappedSource(Source):
     """The examples of another source, seen otherwise: whatever is not the example itself is that source's."""
 
     def __init__(self, source: Source) -> None:
@@ -321,7 +321,7 @@ def _schedule(quotas: Sequence[int]) -> np.ndarray:
     return which
 
 
-class Subset(Source):
+class SubsetSource(Source):
     """Some examples of a source that only reads, in the order of `indices`."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:

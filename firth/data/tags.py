@@ -20,10 +20,10 @@ ALIKE = {"L": "E", "U": "S", "W": "S", "M": "I"}
 """Marks of BILOU, BMES and BMEWO -> those of BIOES: the last, the only, and a middle word of a name."""
 
 
-def marked(tags: Sequence[str]) -> bool:
+def has_spans(tags: Sequence[str]) -> bool:
     """Whether these are marks of names at all, and not parts of speech.
 
-    >>> marked(["O", "B-PER"]), marked(["U-PER", "O"]), marked(["NN", "IN"]), marked(["S", "M", "L"])
+    >>> has_spans(["O", "B-PER"]), has_spans(["U-PER", "O"]), has_spans(["NN", "IN"]), has_spans(["S", "M", "L"])
     (True, True, False, False)
     """
     letters = {tag for tag in tags if tag in ALIKE}
@@ -37,7 +37,7 @@ def check_scheme(classes: Sequence[str]) -> None:
     Traceback (most recent call last):
     firth.types.UserError: the tags O, PER-B, PER-I mark names in a form that is not read: write them as B-PER, I-PER
     """
-    if marked(classes) or "O" not in classes:
+    if has_spans(classes) or "O" not in classes:
         return
     if len(classes) > 1 and all(OTHER_FORM.fullmatch(tag) for tag in classes):
         listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
@@ -68,10 +68,10 @@ def names(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def begun(tags: Sequence[str]) -> list[str]:
+def to_bio2(tags: Sequence[str]) -> list[str]:
     """Tags in which no name begins with I (IOB1 has B only where two names of one kind touch, IO and IOE never).
 
-    >>> begun(["I-PER", "I-PER", "B-PER", "O", "I-ORG"])
+    >>> to_bio2(["I-PER", "I-PER", "B-PER", "O", "I-ORG"])
     ['B-PER', 'I-PER', 'B-PER', 'O', 'B-ORG']
     """
     starts = {start: kind for kind, start, _ in names(tags)}

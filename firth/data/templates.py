@@ -24,13 +24,13 @@ def field_names(form: str) -> list[str]:
     return sorted({found[1] for found in PIECE.finditer(form) if found[1]})
 
 
-def fill(form: str, record: Mapping[str, Any]) -> str:
+def fill_template(form: str, record: Mapping[str, Any]) -> str:
     """Return the form with a record's values in the places of their names.
 
     Raises:
         UserError: A brace without its other, or a name that is no field of the record.
 
-    >>> fill("in French: {en} {{x}}", {"en": "otter"})
+    >>> fill_template("in French: {en} {{x}}", {"en": "otter"})
     'in French: otter {x}'
     """
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from firth.corpora import readers
 from firth.corpora.compression import hashing
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.corpora.readers import Document
 from firth.data.split import HeldOut, hold_out
 from firth.io.atomic import FULL
@@ -52,7 +52,7 @@ class ReadOnce:
         self, paths: Sequence[str], field: str, split: str, share: float | None, directory: Path | None
     ) -> None:
         self._paths, self._field, self._split = tuple(paths), field, split
-        self.counts = Counts()
+        self.counts = ReadStats()
         self.hashes: dict[str, list[Any]] = {}
         self._names, self._texts = array("q"), array("q")
         place = None if directory is None else str(directory)

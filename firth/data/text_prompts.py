@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from firth.data.completion_prompts import Unanswered
+from firth.data.completion_prompts import CompletionPrompts
 from firth.data.conversations import messages_of
-from firth.data.records import REMARKS, Record, formed
+from firth.data.records import REMARKS, Record, fill_templates
 from firth.tokenizer import chat
 from firth.tokenizer.chat import Message
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
 
-class Continued(Unanswered):
+class TextPrompts(CompletionPrompts):
     """An example for every record, its source as a decoder reads it and its target the tokens of the right answer.
 
     Args:
         length: The context of the model. Longer prompts are noted, since they leave no room for an answer.
-        forms: How prompt and answer are made of a record's fields (`firth.data.records.formed`).
+        forms: How prompt and answer are made of a record's fields (`firth.data.records.fill_templates`).
         dialogue: Whether the prompt is written by the chat template.
         begin: Tokens before a prompt that is running text.
         answered: Whether the records have answers; else the target is empty.
@@ -71,7 +71,7 @@ class Continued(Unanswered):
         """The messages before the last answer, and that answer."""
         if not self.answered:
             return self._before(record), ""
-        *before, last = messages_of(formed(record, self.forms))
+        *before, last = messages_of(fill_templates(record, self.forms))
         if last["role"] != "assistant" or not before:
             raise UserError("a prompt and an answer behind it are needed, and this record has only one of them")
         return before, last["content"]

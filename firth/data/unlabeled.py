@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from firth.data.shuffle import order
-from firth.data.source import Source, Wrapped
+from firth.data.shuffle import epoch_permutation
+from firth.data.source import Source, WrappedSource
 from firth.types import IGNORE, Example, UserError
 
 
-class Unlabelled(Wrapped):
+class UnlabeledSource(WrappedSource):
     """The examples of a source as if nobody knew their class: label IGNORE."""
 
     @property
@@ -25,13 +25,13 @@ class Unlabelled(Wrapped):
         return self.source[index] | {"label": np.int64(IGNORE)}
 
 
-def few_of(source: Source, few: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def choose_labeled(source: Source, few: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices of `few` labelled examples, as many of each class as can be, and of all the others; both ascending.
 
     Which they are is drawn by the seed. UserError if a class has fewer than its share.
     """
     labels = np.array([int(source[i]["label"]) for i in range(len(source))])
-    _, drawn = order(len(source), seed, np.arange(len(source)))
+    _, drawn = epoch_permutation(len(source), seed, np.arange(len(source)))
     classes = np.unique(labels)
     chosen = np.zeros(len(source), bool)
     for place, label in enumerate(classes):

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from firth.data.shuffle import Draws
+from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
 from firth.tokenizer.vocab import Vocab
@@ -64,7 +64,7 @@ class Windows(Source):
         """
         if self.tail:
             return self.many(indices.tolist())
-        draws = Draws(seed, "windows")
+        draws = ExampleRNG(seed, "windows")
         offsets = {e: int(draws.at(e, 0).random() * self.length) if e else 0 for e in set(epochs.tolist())}
         last = len(self.store.tokens) - self.ahead - self.length
         places = zip(epochs.tolist(), indices.tolist(), strict=True)
@@ -93,7 +93,7 @@ class Windows(Source):
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces(Source):
+class DocumentChunks(Source):
     """Parts of single documents, at most `length` tokens long: {"tokens"}.
 
     A document that is too long is cut into as few parts as it takes, of nearly equal length. frame: the vocabulary
@@ -142,7 +142,7 @@ class Pieces(Source):
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs(Source):
+class SegmentPairs(Source):
     """Two neighbouring segments and one from another document: {"first", "second", "other"}, which fit into `length`
     as [CLS] first [SEP] second [SEP].
 
@@ -171,8 +171,8 @@ class Pairs(Source):
         return _Parts(self.store, self.length - 3, shortest=2)
 
     @cached_property
-    def _draws(self) -> Draws:
-        return Draws(0, "pairs")
+    def _draws(self) -> ExampleRNG:
+        return ExampleRNG(0, "pairs")
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -18,10 +18,10 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 
 
-def kept(counts: np.ndarray, sample: float) -> np.ndarray:
+def keep_probabilities(counts: np.ndarray, sample: float) -> np.ndarray:
     """The probability of each id to stay: counts (V,) -> (V,). sample: t above; 0 keeps everything.
 
-    >>> kept(np.array([0, 1, 100]), sample=0.01).round(2).tolist()
+    >>> keep_probabilities(np.array([0, 1, 100]), sample=0.01).round(2).tolist()
     [0.0, 1.0, 0.11]
     """
     if not sample:
@@ -31,10 +31,10 @@ def kept(counts: np.ndarray, sample: float) -> np.ndarray:
     return chance
 
 
-def noise(counts: np.ndarray, power: float) -> np.ndarray:
+def noise_distribution(counts: np.ndarray, power: float) -> np.ndarray:
     """Cumulative probabilities of the ids as noise: counts (V,) -> (V,).
 
-    >>> noise(np.array([0, 1, 16]), power=0.75).round(2).tolist()
+    >>> noise_distribution(np.array([0, 1, 16]), power=0.75).round(2).tolist()
     [0.0, 0.11, 1.0]
     """
     mass = np.where(counts > 0, counts.astype(float) ** power, 0.0).cumsum()
@@ -47,7 +47,7 @@ MIN_KEPT_WORDS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Words(Source):
+class WordWindows(Source):
     """The examples of `text`, each with {"kept" (V,), "noise" (V,)}. counts_of: how often each id occurs; control tokens
     and the unknown word do not count, and so are neither kept nor drawn."""
 
@@ -59,7 +59,7 @@ class Words(Source):
     def __post_init__(self) -> None:
         if not self.counts_of.any():
             raise UserError("the text holds no word that the tokenizer knows: train the tokenizer on it")
-        chances = kept(self.counts_of, self.sample)
+        chances = keep_probabilities(self.counts_of, self.sample)
         if (expected := float(chances @ self.counts_of)) < MIN_KEPT_WORDS:
             known = int(self.counts_of.sum())
             rare = known < MIN_KEPT_WORDS
@@ -69,7 +69,7 @@ class Words(Source):
                 f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "
                 f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{cure}"
             )
-        object.__setattr__(self, "_facts", {"kept": chances, "noise": noise(self.counts_of, self.power)})
+        object.__setattr__(self, "_facts", {"kept": chances, "noise": noise_distribution(self.counts_of, self.power)})
 
     @staticmethod
     def count(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:

@@ -25,7 +25,7 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Material:
+class DemoText:
     """The stated questions of one demo. The files lie in `directory`.
 
     held_out: names of the held-out documents, for the report. question: what the label asks. labels: its answers.
@@ -45,15 +45,15 @@ class Material:
         (directory / "material.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
 
     @staticmethod
-    def load(directory: Path) -> Material:
+    def load(directory: Path) -> DemoText:
         fields: dict[str, Any] = json.loads((directory / "material.json").read_text("utf-8"))
         lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
         whole: Any = fields | lists
-        return Material(**whole)
+        return DemoText(**whole)
 
 
 @dataclass(frozen=True)
-class Files:
+class DemoFiles:
     """The rows that a maker of material hands over, before they are written."""
 
     train: Sequence[Row]
@@ -64,7 +64,7 @@ class Files:
     dialogues_valid: Sequence[Row]
 
 
-def write(directory: Path, files: Files, material: Material) -> Material:
+def write(directory: Path, files: DemoFiles, material: DemoText) -> DemoText:
     """All of it or nothing: the folder appears under its name only when it is whole."""
     for name, rows in asdict(files).items():
         if not rows:

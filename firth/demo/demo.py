@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.align.rewards import RewardModel, Sample, Truth, prefer, write_comparisons
-from firth.align.rollouts import Phase, Rollouts
+from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_preference, write_preference_pairs
+from firth.align.rollouts import RolloutConfig, RolloutSource
 from firth.corpora import catalog
 from firth.demo import folder, plays
-from firth.demo.data import Material, read_rows
+from firth.demo.data import DemoText, read_rows
 from firth.demo.report import WORDS, commands, demo_report
 from firth.demo.scorers import SCORERS
-from firth.demo.sizes import SIZES, Size
+from firth.demo.sizes import SIZES, DemoSize
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io.atomic import make_directory, write_text
@@ -40,10 +40,10 @@ from firth.model.model import LM
 from firth.pretrained.load_save import load_model
 from firth.recipes import finetuning, post_training
 from firth.report.page import write
-from firth.runs.inference import Opened, open_run, opening
-from firth.runs.prepare import Echo, Text, train_tokenizer
-from firth.runs.recipe import Recipe, TokenizerPlan
-from firth.runs.run import Finished, run
+from firth.runs.inference import LoadedModel, encode_prompt, open_run
+from firth.runs.prepare import DataConfig, Echo, train_tokenizer
+from firth.runs.recipe import Recipe, TokenizerConfig
+from firth.runs.run import RunResult, run
 from firth.runs.tokenizer import sentinels_of
 from firth.tokenizer import chat, inspection
 from firth.tokenizer.inspection import readable
@@ -53,7 +53,7 @@ from firth.types import UserError
 Facts = dict[str, Any]
 
 
-def walk(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
+def run_demo(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
     """Do every stage that is not done yet in `out`; return the report.
 
     text: a user's own files or folders in place of the plays. Raises UserError for an unknown size, text that is too
@@ -104,7 +104,7 @@ class _Walk:
 
     out: Path
     text: list[str]
-    size: Size
+    size: DemoSize
     seed: int
     echo: Echo
 
@@ -148,11 +148,11 @@ class _Walk:
 
     # 1
 
-    def material_made(self) -> Material:
+    def material_made(self) -> DemoText:
         place = self.out / "material"
         plan = {"labels": self.size.labels, "held_labels": self.size.held_labels, "seed": self.seed}
         if (place / "material.json").exists():
-            return Material.load(place)
+            return DemoText.load(place)
         if self.text:
             return folder.make(self.text, place, **plan)
         return plays.make(catalog.fetch("shakespeare", echo=self.echo), place, **plan)
@@ -176,9 +176,9 @@ class _Walk:
 
     # 2
 
-    def pretrained(self) -> dict[str, Finished]:
-        source = Text(path=(self.file("train"),), valid=(self.file("valid"),), store=str(self.out / "stores"))
-        plan = TokenizerPlan(path=str(self.out / "tokenizer"))
+    def pretrained(self) -> dict[str, RunResult]:
+        source = DataConfig(path=(self.file("train"),), valid=(self.file("valid"),), store=str(self.out / "stores"))
+        plan = TokenizerConfig(path=str(self.out / "tokenizer"))
         done = {}
         for name, recipe in self.size.pretraining(self.tokenizer.vocab.size).items():
             here = dataclasses.replace(recipe, name=name, source=source, tokenizer=plan, seed=self.seed)
@@ -193,7 +193,7 @@ class _Walk:
         after = open_run(self.out / name)
         torch.manual_seed(self.seed)
         untrained = LM(after.model.shape, recipe.objective.parts(after.model.shape))
-        before = Opened(untrained, self.tokenizer, Engine(untrained, self.tokenizer))
+        before = LoadedModel(untrained, self.tokenizer, Engine(untrained, self.tokenizer))
         prompts = self.prompts(name)
         answers = [self.answers(name, opened, prompts) for opened in (before, after)]
         samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]
@@ -208,7 +208,7 @@ class _Walk:
             return gapped(said, self.tokenizer.token(self.tokenizer.vocab.mask), 1, random.Random(self.seed))
         return gapped(said, "<extra_id_0>", 2, random.Random(self.seed))
 
-    def answers(self, name: str, opened: Opened, prompts: Sequence[str]) -> list[str]:
+    def answers(self, name: str, opened: LoadedModel, prompts: Sequence[str]) -> list[str]:
         if name == "encoder":
             found = []
             for prompt in prompts:
@@ -239,10 +239,10 @@ class _Walk:
     # 3
 
     def classified(self) -> None:
-        source = Text(path=(self.file("labelled-train"),), valid=(self.file("labelled-valid"),))
-        base = self.size.classify(finetuning.classify())
+        source = DataConfig(path=(self.file("labelled-train"),), valid=(self.file("labelled-valid"),))
+        base = self.size.classify(finetuning.classification())
         shape = load_model(self.families["encoder"].model).shape
-        plan = TokenizerPlan(path=str(self.out / "tokenizer"))
+        plan = TokenizerConfig(path=str(self.out / "tokenizer"))
         for name, begins in (
             ("classify-pretrained", {"start": str(self.out / "encoder")}),
             ("classify-scratch", {"shape": shape}),
@@ -254,9 +254,9 @@ class _Walk:
     # 4
 
     def tuned(self) -> Path:
-        source = Text(path=(self.file("dialogues-train"),), valid=(self.file("dialogues-valid"),))
+        source = DataConfig(path=(self.file("dialogues-train"),), valid=(self.file("dialogues-valid"),))
         recipe = dataclasses.replace(
-            self.size.instruct(post_training.instruct()),
+            self.size.instruct(post_training.sft()),
             name="instruct",
             source=source,
             start=str(self.out / "decoder"),
@@ -282,26 +282,29 @@ class _Walk:
         answers = []
         for name in ("decoder", "instruct"):
             opened = open_run(self.out / name)
-            read = [self.prompt(p) if name == "instruct" else opening(self.tokenizer, p, opened.model) for p in prompts]
+            read = [
+                self.prompt(p) if name == "instruct" else encode_prompt(self.tokenizer, p, opened.model)
+                for p in prompts
+            ]
             sampling = self.legible(self.size.answer)
             answers.append([c.text for c in opened.engine.generate(read, sampling)])
         return {"samples": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *answers, strict=True)]}
 
     # 5
 
-    def truth(self) -> Truth:
-        return Truth(SCORERS[self.material.scorer])
+    def truth(self) -> FunctionReward:
+        return FunctionReward(SCORERS[self.material.scorer])
 
-    def drawn(self, model: LM, prompts: Sequence[np.ndarray], seed: int) -> list[Sample]:
+    def drawn(self, model: LM, prompts: Sequence[np.ndarray], seed: int) -> list[Rollout]:
         sampling = Sampling(max_new=self.size.answer, seed=seed)
         written = Engine(model, self.tokenizer).generate(prompts, sampling)
-        return [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+        return [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
 
     def rewarded(self) -> Path:
         self.once("preferences", self.preferences)
-        source = Text(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        source = DataConfig(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
         recipe = dataclasses.replace(
-            self.size.reward(post_training.reward()),
+            self.size.reward(post_training.reward_model()),
             name="reward",
             source=source,
             start=str(self.instructed),
@@ -321,8 +324,10 @@ class _Walk:
             texts = {prompt.tobytes(): text for prompt, text in zip(prompts, requests, strict=True)}
             first, second = (self.drawn(model, prompts, self.seed + s) for s in (1, 100_001))
             rng = np.random.default_rng((self.seed, len(part)))
-            found = prefer(first, second, self.truth(), tokenizer=self.tokenizer, noise=self.size.noise, rng=rng)
-            write_comparisons(found, Path(self.file(f"preferences-{part}")), functools.partial(text_of, texts))
+            found = sample_preference(
+                first, second, self.truth(), tokenizer=self.tokenizer, noise=self.size.noise, rng=rng
+            )
+            write_preference_pairs(found, Path(self.file(f"preferences-{part}")), functools.partial(text_of, texts))
             counts[part] = len(found)
             counts[f"{part}-agree"] = float(np.mean([c.margin > 0 for c in found]))
         self.echo(
@@ -335,12 +340,12 @@ class _Walk:
 
     def aligned(self) -> None:
         start = str(self.instructed)
-        prompts = Text(path=(self.file("dialogues-train"),))
+        prompts = DataConfig(path=(self.file("dialogues-train"),))
         ppo = dataclasses.replace(
             self.size.ppo(post_training.ppo(), reward=str(self.reward), scorer=f"firth.demo.scorers:{self.material.scorer}"),
             name="ppo", source=prompts, start=start, seed=self.seed,
         )  # fmt: skip
-        pairs = Text(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        pairs = DataConfig(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
         dpo = dataclasses.replace(
             self.size.dpo(post_training.dpo()), name="dpo", source=pairs, start=start, seed=self.seed
         )
@@ -360,12 +365,12 @@ class _Walk:
         prompts = [self.prompt(row["prompt"]) for row in held]
         judge = RewardModel(load_model(self.reward / "model"))
         judge = judge.normalised(self.drawn(reference, prompts, self.seed + 9))
-        phase = Phase(answers=len(prompts), max_new=self.size.answer, steps=1)
+        phase = RolloutConfig(answers=len(prompts), max_new=self.size.answer, steps=1)
         models: Facts = {}
         texts: dict[str, list[str]] = {}
         for name in ("instruct", "ppo", "dpo"):
             policy = load_model(self.out / name / "model")
-            source = Rollouts(
+            source = RolloutSource(
                 prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7
             )
             models[name] = dict(source.prepare(policy, 0))

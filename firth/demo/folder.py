@@ -12,13 +12,13 @@ import re
 from pathlib import Path
 
 from firth.corpora.readers import documents
-from firth.demo.data import Files, Material, Row, balanced, write
+from firth.demo.data import DemoFiles, DemoText, Row, balanced, write
 from firth.types import UserError
 
 SMALLEST = 50_000  # bytes: below this there is nothing to learn in minutes, and no held-out text to measure it on
 
 
-def make(paths: list[str], directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> Material:
+def make(paths: list[str], directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> DemoText:
     """Write the demo's files from the documents under `paths` into `directory`.
 
     Raises UserError where the text is smaller than SMALLEST bytes.
@@ -39,14 +39,14 @@ def make(paths: list[str], directory: Path, *, labels: int = 300, held_labels: i
     for rows in dialogues:
         rng.shuffle(rows)
     beginnings = [" ".join(p.split()[:4]) + " " for row in valid for p in _paragraphs(row["text"])][:3]
-    files = Files(
+    files = DemoFiles(
         train, valid, balanced(labelled["train"], labels, rng), balanced(labelled["valid"], held_labels, rng),
         dialogues[0], dialogues[1][:400],
     )  # fmt: skip
     return write(
         directory,
         files,
-        Material(
+        DemoText(
             title=", ".join(Path(p).name for p in paths),
             held_out=tuple(row["name"] for row in valid)[:12],
             question=question,

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from firth.compare.probe_dataset import sentences
-from firth.demo.data import Files, Material, Row, balanced, write
+from firth.demo.data import DemoFiles, DemoText, Row, balanced, write
 
 # One play of each kind; nothing of them is seen in any training stage.
 HELD_OUT = ("the-tempest", "much-ado-about-nothing", "henry-iv-part-1", "julius-caesar")
 
 
-def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> Material:
+def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> DemoText:
     """Write the demo's files from the fetched plays (one .txt each, and speeches.jsonl) into `directory`."""
     rng = random.Random(seed)
     train: list[Row] = []
@@ -35,14 +35,14 @@ def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 
         before = speech
     rng.shuffle(dialogues[False])
     rng.shuffle(dialogues[True])
-    files = Files(
+    files = DemoFiles(
         train, valid, balanced(labelled[False], labels, rng), balanced(labelled[True], held_labels, rng),
         dialogues[False], dialogues[True][:400],
     )  # fmt: skip
     return write(
         directory,
         files,
-        Material(
+        DemoText(
             title="Shakespeare's plays",
             held_out=HELD_OUT,
             question="Is this sentence a question or a statement? (the mark at its end is taken away)",

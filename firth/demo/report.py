@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from firth.demo.data import Material, read_rows
-from firth.demo.sizes import Size
+from firth.demo.data import DemoText, read_rows
+from firth.demo.sizes import DemoSize
 from firth.report.charts import Curve, Figure, Level
-from firth.report.page import Cell, Command, Number, Report, Sample, Section, Table
+from firth.report.page import Cell, Command, Report, Section, StatCell, Table, TextSample
 from firth.report.run_report import read_rows as metric_rows
 from firth.report.run_report import series
 from firth.tokenizer.inspection import readable
@@ -27,7 +27,7 @@ FAMILIES = {
 }
 
 
-def demo_report(out: Path, material: Material, size: Size) -> Report:
+def demo_report(out: Path, material: DemoText, size: DemoSize) -> Report:
     """Everything the walk left in `out`, as one page."""
     held = {
         name: last(out, name) for name in (*FAMILIES, "classify-pretrained", "classify-scratch", "instruct", "reward")
@@ -36,10 +36,10 @@ def demo_report(out: Path, material: Material, size: Size) -> Report:
     pretrained, scratch = held["classify-pretrained"]["accuracy"], held["classify-scratch"]["accuracy"]
     seconds = sum(json.loads((out / name / "done.json").read_text("utf-8"))["seconds"] for name in runs(out))
     numbers = [
-        Number("held-out bits per byte, decoder", held["decoder"]["bits_per_byte"], "8 = no model at all"),
-        Number("classifier, pretrained", f"{pretrained:.1%}", f"the same model from random weights: {scratch:.1%}"),
-        Number("reward model", f"{held['reward']['accuracy']:.1%}", "of the held-out comparisons"),
-        Number(
+        StatCell("held-out bits per byte, decoder", held["decoder"]["bits_per_byte"], "8 = no model at all"),
+        StatCell("classifier, pretrained", f"{pretrained:.1%}", f"the same model from random weights: {scratch:.1%}"),
+        StatCell("reward model", f"{held['reward']['accuracy']:.1%}", "of the held-out comparisons"),
+        StatCell(
             "true reward, PPO",
             models["ppo"]["truth"],
             f"before {models['instruct']['truth']:.2f}, DPO {models['dpo']['truth']:.2f}",
@@ -124,7 +124,7 @@ def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
         facts = json.loads((out / name / "done.json").read_text("utf-8"))
         rows.append([name, facts["steps"], facts["tokens"], facts["seconds"], held[name]["loss"]])
     samples = [
-        Sample(s["prompt"], {"before": s["before"], "after": s["after"]}, name)
+        TextSample(s["prompt"], {"before": s["before"], "after": s["after"]}, name)
         for name in FAMILIES
         for s in finding(out, f"samples-{name}")["samples"][:3]
     ]
@@ -142,7 +142,7 @@ def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
     )  # fmt: skip
 
 
-def finetuning(out: Path, material: Material, held: Mapping[str, Mapping[str, float]]) -> Section:
+def finetuning(out: Path, material: DemoText, held: Mapping[str, Mapping[str, float]]) -> Section:
     labelled = len(read_rows(out / "material" / "labelled-train.jsonl"))
     tested = len(read_rows(out / "material" / "labelled-valid.jsonl"))
     names = [("classify-pretrained", "from the pretrained encoder"), ("classify-scratch", "from random weights")]
@@ -163,9 +163,9 @@ def finetuning(out: Path, material: Material, held: Mapping[str, Mapping[str, fl
     )  # fmt: skip
 
 
-def instruction(out: Path, material: Material) -> Section:
+def instruction(out: Path, material: DemoText) -> Section:
     samples = [
-        Sample(s["prompt"], {"before": s["before"], "after": s["after"]})
+        TextSample(s["prompt"], {"before": s["before"], "after": s["after"]})
         for s in finding(out, "samples-instruct")["samples"]
     ]
     return Section(
@@ -176,7 +176,7 @@ def instruction(out: Path, material: Material) -> Section:
     )
 
 
-def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: Size) -> Section:
+def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: DemoSize) -> Section:
     counts = finding(out, "preferences")
     return Section(
         "Preferences and a reward model",
@@ -192,14 +192,15 @@ def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: Size) 
     )  # fmt: skip
 
 
-def alignment(out: Path, models: Facts, material: Material) -> Section:
+def alignment(out: Path, models: Facts, material: DemoText) -> Section:
     names = {"instruct": "before", "dpo": "DPO", "ppo": "PPO"}
     rows = [
         [names[n], m["truth"], m["reward"], m["kl_per_answer"], m["length"], m["finished"]] for n, m in models.items()
     ]
     found = finding(out, "alignment")
     samples = [
-        Sample(s["prompt"], {"before": s["instruct"], "DPO": s["dpo"], "PPO": s["ppo"]}) for s in found["samples"][:4]
+        TextSample(s["prompt"], {"before": s["instruct"], "DPO": s["dpo"], "PPO": s["ppo"]})
+        for s in found["samples"][:4]
     ]
     phases = metric_rows(out / "ppo" / "metrics.jsonl")
     figures = []
@@ -238,7 +239,7 @@ def directories(out: Path) -> Section:
     )
 
 
-def commands(out: Path, material: Material) -> list[Command]:
+def commands(out: Path, material: DemoText) -> list[Command]:
     """What to type next, exactly; the decoder goes on with a beginning of its own text."""
     return [
         Command("Talk with the aligned decoder", f"firth chat {out}/ppo"),

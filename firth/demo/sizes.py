@@ -8,21 +8,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from firth.model.config import decoder, encoder, encoder_decoder
+from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.objectives.masked_lm import MLM
 from firth.recipes.bert import roberta
 from firth.recipes.gpt import gpt
 from firth.recipes.t5 import t5
-from firth.runs.alignment_examples import Referenced, Rollouts, Sampled
-from firth.runs.examples import Dialogues, Pieces, Windows
-from firth.runs.labeled_examples import Labelled
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length
+from firth.runs.alignment_examples import RefLogprobsConfig, RolloutsConfig, SampledPreferencesConfig
+from firth.runs.examples import ChunksConfig, DialoguesConfig, WindowsConfig
+from firth.runs.labeled_examples import LabeledConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget
 
 
 @dataclass(frozen=True)
-class Size:
+class DemoSize:
     """vocab, width, depth, context of the models. Steps of each stage. labels, held_labels: labelled passages to learn
     from and to be tested on, at most.
 
@@ -57,58 +57,58 @@ class Size:
         checkpoint = CheckpointConfig(every=100, keep=1)
         return {
             "encoder": dataclasses.replace(
-                roberta("small"), objective=MLM(rate=0.3), shape=encoder(**of), segment=Pieces(length=96),
-                batch=Batch(rows=24, pack=96), optimizer=Optimizer(embedding_rate=4e-3, rest_rate=2e-3),
-                length=Length(steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
+                roberta("small"), objective=MLM(rate=0.3), shape=encoder_config(**of), segment=ChunksConfig(length=96),
+                batch=BatchConfig(rows=24, pack=96), optimizer=OptimizerConfig(embedding_rate=4e-3, rest_rate=2e-3),
+                length=Budget(steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "encoder-decoder": dataclasses.replace(
-                t5("small"), shape=encoder_decoder(**(of | {"depth": max(1, self.depth - 1)})),
-                segment=Pieces(length=96, frame=False), batch=Batch(rows=24),
-                length=Length(steps=spans), evaluation=evaluation, checkpoint=checkpoint,
+                t5("small"), shape=encoder_decoder_config(**(of | {"depth": max(1, self.depth - 1)})),
+                segment=ChunksConfig(length=96, frame=False), batch=BatchConfig(rows=24),
+                length=Budget(steps=spans), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "decoder": dataclasses.replace(
-                gpt("small"), shape=decoder(**of), segment=Windows(length=128), batch=Batch(rows=24),
-                length=Length(steps=causal), evaluation=evaluation, checkpoint=checkpoint,
+                gpt("small"), shape=decoder_config(**of), segment=WindowsConfig(length=128), batch=BatchConfig(rows=24),
+                length=Budget(steps=causal), evaluation=evaluation, checkpoint=checkpoint,
             ),
         }  # fmt: skip
 
     def classify(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=Labelled(length=48), batch=Batch(rows=32), length=Length(steps=self.classify_steps),
+            recipe, segment=LabeledConfig(length=48), batch=BatchConfig(rows=32), length=Budget(steps=self.classify_steps),
             optimizer=dataclasses.replace(recipe.optimizer, rate=5e-4),
             evaluation=EvalConfig(every=max(1, self.classify_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def instruct(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=Dialogues(length=self.context // 2), length=Length(steps=self.instruct_steps),
+            recipe, segment=DialoguesConfig(length=self.context // 2), length=Budget(steps=self.instruct_steps),
             evaluation=EvalConfig(every=max(1, self.instruct_steps // 4), max_examples=200), checkpoint=CheckpointConfig(every=100, keep=1),
         )  # fmt: skip
 
     def reward(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=Sampled(), length=Length(steps=self.reward_steps),
+            recipe, segment=SampledPreferencesConfig(), length=Budget(steps=self.reward_steps),
             evaluation=EvalConfig(every=max(1, self.reward_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def dpo(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=Referenced(pairs=Sampled()), length=Length(steps=self.dpo_steps),
+            recipe, segment=RefLogprobsConfig(pairs=SampledPreferencesConfig()), length=Budget(steps=self.dpo_steps),
             optimizer=dataclasses.replace(recipe.optimizer, rate=1e-4),
             evaluation=EvalConfig(every=max(1, self.dpo_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
-        segment = Rollouts(answers=64, epochs=2, max_new=self.answer, reward=reward, truth=scorer, beta=0.05,
+        segment = RolloutsConfig(answers=64, epochs=2, max_new=self.answer, reward=reward, truth=scorer, beta=0.05,
                            longest=self.context - self.answer)  # fmt: skip
         return dataclasses.replace(
-            recipe, segment=segment, length=Length(steps=self.ppo_steps), checkpoint=CheckpointConfig(every=16, keep=1)
+            recipe, segment=segment, length=Budget(steps=self.ppo_steps), checkpoint=CheckpointConfig(every=16, keep=1)
         )
 
 
 SIZES = {
-    "small": Size(),
-    "tiny": Size(
+    "small": DemoSize(),
+    "tiny": DemoSize(
         vocab=600, width=32, depth=1, context=128, steps=(4, 4, 4), labels=40, held_labels=60, classify_steps=4, instruct_steps=4,
         reward_steps=3, dpo_steps=3, ppo_steps=4, comparisons=24, held_comparisons=12, answer=8, sample=8, judged=8,
     ),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from firth.data.question_answering import Questions
+from firth.data.question_answering import QuestionRecords
 from firth.data.source import Source
 from firth.evaluate import metrics
 
@@ -26,7 +26,7 @@ LONGEST = 30
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSpan:
     """The best span of a window: its score, its characters in the passage, its probability; the score of nowhere, and its
     probability."""
 
@@ -38,7 +38,7 @@ class Found:
     lacking: float = 0.0
 
 
-def best(scores: np.ndarray, offsets: np.ndarray, nowhere: int) -> Found:
+def best(scores: np.ndarray, offsets: np.ndarray, nowhere: int) -> FoundSpan:
     """The best span of a window: scores (T, 2), offsets (T, 2) with -1 outside of the passage. It neither begins nor ends at
     a token of white space alone, of which the offsets are alike.
 
@@ -51,17 +51,17 @@ def best(scores: np.ndarray, offsets: np.ndarray, nowhere: int) -> Found:
     lacking = float(np.exp(none - total))
     inside = offsets[:, 1] > offsets[:, 0]
     if not inside.any():
-        return Found(-np.inf, 0, 0, 0.0, none, lacking)
+        return FoundSpan(-np.inf, 0, 0, 0.0, none, lacking)
     starts, ends = (np.where(inside, scores[:, side], -np.inf) for side in (0, 1))
     behind = np.concatenate((ends, np.full(LONGEST - 1, -np.inf)))
     both = starts[:, None] + np.lib.stride_tricks.sliding_window_view(behind, LONGEST)  # (T, LONGEST)
     first, more = divmod(int(both.argmax()), LONGEST)
     score = float(both[first, more])
     chance = float(np.exp(score - total))
-    return Found(score, int(offsets[first, 0]), int(offsets[first + more, 1]), chance, none, lacking)
+    return FoundSpan(score, int(offsets[first, 0]), int(offsets[first + more, 1]), chance, none, lacking)
 
 
-def chosen(windows: Sequence[Found], context: str, may_lack: bool) -> dict[str, Any]:
+def chosen(windows: Sequence[FoundSpan], context: str, may_lack: bool) -> dict[str, Any]:
     """{"answer": its text, empty where there is none, "start": its character or -1, "probability": of what is told, in the
     window that tells it}."""
     top, least = max(windows, key=lambda one: one.score), min(windows, key=lambda one: one.nowhere)
@@ -71,7 +71,7 @@ def chosen(windows: Sequence[Found], context: str, may_lack: bool) -> dict[str, 
 
 
 def by_question(
-    items: Questions, found: Iterator[np.ndarray], may_lack: bool, at: Literal["first", "last"] = "first"
+    items: QuestionRecords, found: Iterator[np.ndarray], may_lack: bool, at: Literal["first", "last"] = "first"
 ) -> Iterator[dict[str, Any]]:
     """`chosen` for each question in turn, of the scores of each window (T, 2)."""
     spans = (best(scores, items.offsets(i), nowhere(scores, at)) for i, scores in enumerate(found))
@@ -86,7 +86,7 @@ def nowhere(scores: np.ndarray, at: str) -> int:
 
 def measured(source: Source, found: Sequence[np.ndarray], may_lack: bool, at: str) -> dict[str, float]:
     """SQuAD's two measures over the questions of any source of windows, of the scores of each."""
-    windows: dict[int, list[Found]] = {}
+    windows: dict[int, list[FoundSpan]] = {}
     asked = {}
     for i, (owner, scores) in enumerate(zip(source.owners.tolist(), found, strict=True)):
         beside = source.beside(i)

@@ -19,45 +19,45 @@ import torch.nn.functional as F
 
 from firth.data.collate import collate
 from firth.data.token_store import TokenStore
-from firth.data.windows import Pieces
+from firth.data.windows import DocumentChunks
 from firth.evaluate.perplexity import groups
-from firth.generate.decoding import reading
+from firth.generate.decoding import attention_pattern_of
 from firth.model.model import LM
-from firth.objectives.objective import Objective, asked, correct
+from firth.objectives.objective import Objective, num_correct, supervised
 from firth.tokenizer.vocab import Vocab
 
 
 @dataclass(frozen=True, eq=False)
-class Item:
+class ClozeItem:
     """A bare text (n,), and the place of the token that is hidden."""
 
     tokens: np.ndarray
     at: int
 
 
-def items(store: TokenStore, vocab: Vocab, count: int, length: int = 64, seed: int = 0) -> list[Item]:
+def items(store: TokenStore, vocab: Vocab, count: int, length: int = 64, seed: int = 0) -> list[ClozeItem]:
     """At most `count` texts of at most `length` tokens, spread over the store, a token of their middle half hidden.
 
     Texts of fewer than eight tokens, and places where a special token stands, are left out.
     """
-    pieces = Pieces(store, length)
+    pieces = DocumentChunks(store, length)
     rng = np.random.default_rng(seed)
     found = []
     for i in np.unique(np.linspace(0, len(pieces) - 1, count).round().astype(int)) if len(pieces) else ():
         tokens = np.array(pieces[int(i)]["tokens"])
         at = int(rng.integers(len(tokens) // 4, max(1, 3 * len(tokens) // 4)))
         if len(tokens) >= 8 and not vocab.special[tokens[at]]:
-            found.append(Item(tokens, at))
+            found.append(ClozeItem(tokens, at))
     return found
 
 
-def commonest(store: TokenStore, asked_of: Sequence[Item]) -> float:
+def most_frequent_baseline(store: TokenStore, asked_of: Sequence[ClozeItem]) -> float:
     """What the token that is commonest in a store would get, said every time."""
     always = int(np.bincount(store.tokens).argmax())
     return float(np.mean([item.tokens[item.at] == always for item in asked_of])) if asked_of else 0.0
 
 
-def score(model: LM, objective: Objective, asked_of: Sequence[Item], vocab: Vocab) -> dict[str, float]:
+def score(model: LM, objective: Objective, asked_of: Sequence[ClozeItem], vocab: Vocab) -> dict[str, float]:
     """accuracy: share of items whose token is the likeliest. bits: mean -log2 of its probability.
 
     Empty where the objective asks for no token, or there is no item.
@@ -69,11 +69,11 @@ def score(model: LM, objective: Objective, asked_of: Sequence[Item], vocab: Voca
         return {}
     device = model.tokens.weight.device
     right = nats = 0.0
-    with reading(model):
+    with attention_pattern_of(model):
         for group in groups(examples, room=8192):
             batch = {name: field.to(device) for name, field in collate(group).items()}
-            states, labels = asked(objective.run(model, batch)["hidden"], batch["labels"])
+            states, labels = supervised(objective.run(model, batch)["hidden"], batch["labels"])
             logits = model.parts["lm"](states).float()  # (N, V)
-            right += float(correct(logits, labels))
+            right += float(num_correct(logits, labels))
             nats += float(F.cross_entropy(logits, labels, reduction="sum"))
     return {"accuracy": right / len(examples), "bits": nats / len(examples) / math.log(2)}

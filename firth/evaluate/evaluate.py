@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from firth.evaluate import glue
-from firth.evaluate.task import Progress, Say, Subject, open_subject
+from firth.evaluate.task import EvaluatedModel, Progress, Say, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.evaluate.text_perplexity import likelihood
 from firth.types import UserError
@@ -43,11 +43,11 @@ def evaluate(
     if task == "glue":  # the other paths are runs too
         limited = functools.partial(evaluate, limit=limit)
         return {"task": task} | _noted(limit) | glue.board([directory, *map(Path, paths)], limited)
-    return measured(open_subject(directory), paths, task=task, limit=limit, progress=progress, say=say)
+    return measured(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, say=say)
 
 
 def measured(
-    subject: Subject,
+    subject: EvaluatedModel,
     paths: Sequence[str],
     *,
     task: str | None = None,

@@ -139,7 +139,7 @@ def exact_match(gold: Sequence[str], answered: Sequence[str]) -> float:
     >>> exact_match(["The Globe Theatre"], ["globe theatre."])
     1.0
     """
-    return accuracy([normalise(text) for text in gold], [normalise(text) for text in answered])
+    return accuracy([normalize(text) for text in gold], [normalize(text) for text in answered])
 
 
 def squad(golds: Sequence[str], said: str) -> tuple[float, float]:
@@ -150,8 +150,8 @@ def squad(golds: Sequence[str], said: str) -> tuple[float, float]:
     >>> squad(["in the Globe Theatre"], "Globe")
     (0.0, 0.5)
     """
-    told = [normalise(gold) for gold in golds] or [""]
-    found = normalise(said)
+    told = [normalize(gold) for gold in golds] or [""]
+    found = normalize(said)
     return float(found in told), max(_token_f1(gold.split(), found.split()) for gold in told)
 
 
@@ -162,7 +162,7 @@ def _token_f1(gold: Sequence[str], said: Sequence[str]) -> float:
     return 2 * shared / (len(gold) + len(said))
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case without punctuation, English articles and runs of space (SQuAD's official evaluation script)."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())

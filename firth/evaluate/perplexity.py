@@ -26,7 +26,7 @@ import numpy as np
 from firth.data import layout
 from firth.data.collate import collate
 from firth.evaluate import metrics
-from firth.generate.decoding import reading
+from firth.generate.decoding import attention_pattern_of
 from firth.model.model import LM
 from firth.objectives.objective import token_loss
 from firth.tokenizer.normalize import whole
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Document:
+class TokenizedDocument:
     """tokens: (n,) ids without any special token. sizes: (n,) the UTF-8 bytes of the text that each stands for."""
 
     tokens: np.ndarray
     sizes: np.ndarray
 
 
-def read(tokenizer: Tokenizer, text: str) -> Document:
+def read(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
     """The document of a text. Its sizes add up to the text's bytes, whatever the tokenizer folds, drops or splits.
 
     A byte belongs to the first token that reaches it: a blank that the tokenizer drops to the next token, the bytes
@@ -55,13 +55,13 @@ def read(tokenizer: Tokenizer, text: str) -> Document:
     ids, spans = tokenizer.spans(text)
     tokens = ids.astype(np.int64)
     if not len(tokens):
-        return Document(tokens, np.zeros(0, np.int64))
+        return TokenizedDocument(tokens, np.zeros(0, np.int64))
     letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     lengths = 1 + (letters >= 0x80).astype(np.int64) + (letters >= 0x800) + (letters >= 0x10000)
     before = np.concatenate(([0], np.cumsum(lengths)))
     ends = np.maximum.accumulate(before[spans[:, 1]])
     ends[-1] = before[-1]
-    return Document(tokens, np.diff(ends, prepend=0))
+    return TokenizedDocument(tokens, np.diff(ends, prepend=0))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Likelihood:
 
 
 def strided(
-    document: Document, context: int, bos: int | None = None, every: bool = True, prefix_lm: bool = False
+    document: TokenizedDocument, context: int, bos: int | None = None, every: bool = True, prefix_lm: bool = False
 ) -> Iterator[Example]:
     """For causal models: windows of `context` inputs that overlap by half, each token asked once.
 
@@ -96,7 +96,7 @@ def strided(
     token is not asked, since nothing precedes it (and its bytes are not counted). prefix_lm: what stands in a window
     before the first token that is asked is read both ways, as a prefix language model's prompt is.
 
-    >>> five = Document(np.array([5, 6, 7, 8, 9]), np.array([1, 1, 1, 1, 1]))
+    >>> five = TokenizedDocument(np.array([5, 6, 7, 8, 9]), np.array([1, 1, 1, 1, 1]))
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in strided(five, context=2)]
     [([5, 6], [6, 7]), ([6, 7], [-100, 8]), ([7, 8], [-100, 9])]
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in strided(five, context=4, bos=1)]
@@ -115,19 +115,19 @@ def strided(
         labels[: asked - start] = IGNORE
         if bos is not None and every:
             shown[0] = bos
-        order = layout.written_on(len(shown), asked - start + 1 if prefix_lm else 1)
+        order = layout.causal_after_prompt(len(shown), asked - start + 1 if prefix_lm else 1)
         yield {"tokens": shown, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | order
         asked = stop
 
 
-def one_at_a_time(document: Document, context: int, vocab: Vocab, query: bool = False) -> Iterator[Example]:
+def one_at_a_time(document: TokenizedDocument, context: int, vocab: Vocab, query: bool = False) -> Iterator[Example]:
     """For masked models: each token masked alone and asked, given all the others (Salazar 2020, section 2).
 
     query: the mask asks and is seen by nobody, which is what a model was trained on that has a vector for it (XLNet).
     A document longer than the context is cut into even pieces. n tokens cost n rows of their piece's length.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2, "mask": 3}, special=np.arange(9) < 4)
-    >>> two = Document(np.array([5, 6]), np.array([1, 1]))
+    >>> two = TokenizedDocument(np.array([5, 6]), np.array([1, 1]))
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in one_at_a_time(two, 8, vocab)]
     [([1, 3, 6, 2], [-100, 5, -100, -100]), ([1, 5, 3, 2], [-100, -100, 6, -100])]
     """
@@ -142,11 +142,11 @@ def one_at_a_time(document: Document, context: int, vocab: Vocab, query: bool = 
             yield {"tokens": shown, "labels": labels, "sizes": sizes, "looks": zeros, "appears": appears}
 
 
-def halves(document: Document, context: int, vocab: Vocab) -> Iterator[Example]:
+def halves(document: TokenizedDocument, context: int, vocab: Vocab) -> Iterator[Example]:
     """For encoder-decoders: the second half of each piece given the first, which ends with eos as in training.
 
     >>> vocab = Vocab(size=9, roles={"pad": 0, "eos": 2}, special=np.arange(9) < 4)
-    >>> four = Document(np.array([5, 6, 7, 8]), np.array([1, 1, 1, 1]))
+    >>> four = TokenizedDocument(np.array([5, 6, 7, 8]), np.array([1, 1, 1, 1]))
     >>> [x] = halves(four, 8, vocab)
     >>> x["source_tokens"].tolist(), x["tokens"].tolist(), x["labels"].tolist()
     ([5, 6, 2], [0, 7], [7, 8])
@@ -158,21 +158,21 @@ def halves(document: Document, context: int, vocab: Vocab) -> Iterator[Example]:
         yield shown | {"sizes": piece.sizes[cut:]}
 
 
-def pieces(document: Document, most: int) -> Iterator[Document]:
+def pieces(document: TokenizedDocument, most: int) -> Iterator[TokenizedDocument]:
     """The document in as few pieces of at most `most` tokens as will do, of equal length to within one."""
     if most < 1:
         raise UserError("the context is too short to hold a token between its frame: use at least 4")
     count = -(-len(document.tokens) // most)
     cuts = [len(document.tokens) * i // max(1, count) for i in range(count + 1)]
     for start, stop in pairwise(cuts):
-        yield Document(document.tokens[start:stop], document.sizes[start:stop])
+        yield TokenizedDocument(document.tokens[start:stop], document.sizes[start:stop])
 
 
 def score(model: LM, examples: Iterable[Example], room: int = 8192) -> Likelihood:
     """Sum of -log p over what the examples ask, in batches of at most `room` padded tokens. Dropout is off."""
     device = model.tokens.weight.device
     total = Likelihood()
-    with reading(model):
+    with attention_pattern_of(model):
         for group in groups(examples, room):
             batch: Batch = {name: field.to(device) for name, field in collate(group).items()}
             asked = batch["labels"] != IGNORE

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from firth.evaluate.prediction_inputs import given
-from firth.evaluate.task import Progress, Say, Subject, Task, open_subject
+from firth.evaluate.prediction_inputs import read_inputs
+from firth.evaluate.task import EvaluatedModel, Progress, Say, Task, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default
-from firth.evaluate.tasks.generation import ANSWERS
+from firth.evaluate.tasks.generation import GENERATION
 from firth.evaluate.text_perplexity import reads_of
 from firth.io.atomic import new_file
 from firth.types import UserError
@@ -44,11 +44,11 @@ def predict(
     say: told what was cut, mended or doubtful. Raises UserError where the model has no head of a task, and for records that do
     not fit it.
     """
-    subject = open_subject(directory)
+    subject = load_evaluated_model(directory)
     task = served(subject)
     assert task.tell is not None and task.wanted is not None
     with tempfile.TemporaryDirectory() as folder:
-        found = given(file, stdin, form, task.wanted(subject), Path(folder))
+        found = read_inputs(file, stdin, form, task.wanted(subject), Path(folder))
         for remark in found.remarks:
             say(remark)
         with found.named():
@@ -63,13 +63,13 @@ def predict(
             next(told, None)  # the model is left in the mode it was in
 
 
-def served(subject: Subject) -> Task:
+def served(subject: EvaluatedModel) -> Task:
     """The task that a model is asked; UserError where it is none that gives a row for each record."""
     name, shape = default(subject), subject.model.shape
     written = name == "likelihood" and subject.model.speaks and not shape.latent
     # A decoder goes on from whatever stands before; of encoder-decoders those of others, and not what a run has pretrained.
     if written and (not subject.recipe if shape.encoder else reads_of(shape) == "causal"):
-        name = ANSWERS.name
+        name = GENERATION.name
     if name not in TASKS or TASKS[name].tell is None:
         there = ", ".join(subject.model.parts) or "no part"
         other = "generate" if shape.latent else "fill" if "lm" in subject.model.parts else "embed"
@@ -80,7 +80,7 @@ def served(subject: Subject) -> Task:
     return TASKS[name]
 
 
-def refuse_out(out: Path) -> None:
+def check_output_path(out: Path) -> None:
     """UserError, before anything is computed, for a file that cannot be written; its directory is made."""
     if out.is_dir():
         raise UserError(f"{out}: this is a directory: name a file in it")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from firth.corpora import compression, readers, tables
-from firth.corpora.read_stats import Counts, many
+from firth.corpora.read_stats import ReadStats, many
 from firth.types import UserError
 
 Form = Literal["auto", "lines", "csv", "tsv", "jsonl", "conll", "squad"]
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class InputSchema:
     """What a task reads. field: of its text, by which a table is known. line: a line of text as a record. columns: of a table
     without a head. tags: those by which columns of words are known from lines. passages: whether it reads SQuAD's JSON.
     says: the texts of a record, of which one at least must not be blank."""
@@ -53,7 +53,7 @@ class Wanted:
 
 
 @dataclass
-class Given:
+class InputRecords:
     """What was handed over. name: as the user calls it; path: of the records that say something, as JSON lines; places: of
     these. rows: of every record its number and its `id`, if it has one; told: which of them say something."""
 
@@ -81,7 +81,7 @@ class Given:
             raise UserError(self.shown(str(error))) from None
 
 
-def given(file: str, stdin: BinaryIO, form: str, wanted: Wanted, folder: Path) -> Given:
+def read_inputs(file: str, stdin: BinaryIO, form: str, wanted: InputSchema, folder: Path) -> InputRecords:
     """The records of a file, or of what comes in where it is -; form: one of `FORMS`, or "auto" for what it looks like.
 
     Raises UserError for a file that is not there or holds nothing, and for a record that cannot be read, with its place.
@@ -89,12 +89,12 @@ def given(file: str, stdin: BinaryIO, form: str, wanted: Wanted, folder: Path) -
     if form != "auto" and form not in FORMS:
         raise UserError(f"--input {form}: there is auto, {', '.join(FORMS)}")
     name = INPUT if file == "-" else file
-    found = Given(name, folder / "records.jsonl")
+    found = InputRecords(name, folder / "records.jsonl")
     source = _source(file, stdin, folder)
     if form == "auto":
         form, remark = _form(file, source, wanted)
         found.remarks += [f"{name}: {remark}"] if remark else []
-    counts = Counts()
+    counts = ReadStats()
     with found.path.open("wb") as out:
         for place, record in _records(source, form, wanted, counts, folder, name):
             _add(found, place, record, wanted, out)
@@ -133,7 +133,7 @@ def _source(file: str, stdin: BinaryIO, folder: Path) -> Path:
     return path
 
 
-def _add(found: Given, place: str, record: Record, wanted: Wanted, out: BinaryIO) -> None:
+def _add(found: InputRecords, place: str, record: Record, wanted: InputSchema, out: BinaryIO) -> None:
     own = {"id": record["id"]} if isinstance(record.get("id"), (str, int)) else {}
     found.rows.append({"row": len(found.rows) + 1} | own)
     says = wanted.says(record)
@@ -154,7 +154,7 @@ def _add(found: Given, place: str, record: Record, wanted: Wanted, out: BinaryIO
 
 
 def _records(
-    source: Path, form: str, wanted: Wanted, counts: Counts, folder: Path, name: str
+    source: Path, form: str, wanted: InputSchema, counts: ReadStats, folder: Path, name: str
 ) -> Iterator[tuple[str, Record]]:
     """(place, record) of every record, blank lines of a text among them."""
     if form == "lines":
@@ -174,7 +174,7 @@ def _records(
         counts.at |= {kind: place.replace(str(path), name) for kind, place in counts.at.items()}
 
 
-def _lines(path: Path, counts: Counts, name: str) -> Iterator[str]:
+def _lines(path: Path, counts: ReadStats, name: str) -> Iterator[str]:
     """The lines of a text, parted by line feeds alone, without their ends."""
     try:
         with compression.guarded(path) as file:
@@ -193,22 +193,22 @@ def _lines(path: Path, counts: Counts, name: str) -> Iterator[str]:
         raise UserError(str(error).replace(str(path), name)) from None
 
 
-def _form(file: str, source: Path, wanted: Wanted) -> tuple[str, str]:
+def _form(file: str, source: Path, wanted: InputSchema) -> tuple[str, str]:
     """What a file is by its name, or by its first lines; and a remark where that can be doubted."""
     packed = Path(file).suffix.lower() in compression.PACKED
     end = (Path(file).with_suffix("") if packed else Path(file)).suffix.lower()
     if file != "-" and end not in (".txt", ".text", ""):
         known = (*readers.LINES, *readers.TABLES, *tables.READERS)
         return ("conll" if wanted.tags and end not in known else "", "")  # CoNLL-2003's own are eng.train, eng.testa
-    head = list(islice(_lines(source, Counts(), INPUT if file == "-" else file), HEAD))
-    return guessed(head, wanted)
+    head = list(islice(_lines(source, ReadStats(), INPUT if file == "-" else file), HEAD))
+    return guess_form(head, wanted)
 
 
-def guessed(head: Sequence[str], wanted: Wanted) -> tuple[str, str]:
+def guess_form(head: Sequence[str], wanted: InputSchema) -> tuple[str, str]:
     """The form that the first lines of a text have, and a remark where that can be doubted.
 
-    >>> wanted = Wanted("review", lambda line: {"review": line}, lambda record: [record["review"]])
-    >>> [guessed(lines, wanted)[0] for lines in (["id,review"], ["a fine review, and long"], ['{"review": "a"}'], ["{a} film"])]
+    >>> wanted = InputSchema("review", lambda line: {"review": line}, lambda record: [record["review"]])
+    >>> [guess_form(lines, wanted)[0] for lines in (["id,review"], ["a fine review, and long"], ['{"review": "a"}'], ["{a} film"])]
     ['csv', 'lines', 'jsonl', 'lines']
     """
     some = [line for line in head if line.strip()]

@@ -16,13 +16,13 @@ import torch
 
 from firth.corpora.readers import first_records
 from firth.evaluate import metrics
-from firth.evaluate.prediction_inputs import Wanted
+from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.io.yaml_files import read_yaml
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
 from firth.peft import adapter_files
-from firth.pretrained.load_save import facts_of, load_model, refuse_larger
+from firth.pretrained.load_save import check_vocab_fits, load_model, metadata_of
 from firth.tokenizer.chat_template import TEMPLATE
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
@@ -36,7 +36,7 @@ Answers = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class EvaluatedModel:
     """What is measured: a model and its tokenizer. directory: what the user named; place: where the model is."""
 
     model: LM
@@ -77,7 +77,7 @@ class Subject:
     def talks(self) -> bool:
         """Whether prompts are written to it by the chat template: its run was trained on the answers in dialogues. A model of
         others, whose run is not known, brings a template of its own."""
-        found = self.recipe.get("objective", facts_of(self.place).get("objective"))
+        found = self.recipe.get("objective", metadata_of(self.place).get("objective"))
         names = [
             str(one.get("kind") if isinstance(one, dict) else one)
             for one in (found if isinstance(found, list) else [found])
@@ -99,7 +99,7 @@ class Subject:
         return self.model.tokens.weight.device
 
 
-def open_subject(directory: Path) -> Subject:
+def load_evaluated_model(directory: Path) -> EvaluatedModel:
     """The model and tokenizer of a run directory (its `model/`), of a model directory, or of an adapter's and its base's."""
     place = directory / "model" if (directory / "model").is_dir() else directory
     if adapter_files.present(place):
@@ -109,15 +109,15 @@ def open_subject(directory: Path) -> Subject:
     else:
         model = load_model(place)
     tokenizer = load_tokenizer(place)
-    refuse_larger(tokenizer, model.shape, f"{place}")
+    check_vocab_fits(tokenizer, model.shape, f"{place}")
     model.restrict(tokenizer.vocab)
-    return Subject(model, tokenizer, directory, place)
+    return EvaluatedModel(model, tokenizer, directory, place)
 
 
-def likeliest(options: Sequence[str], scores: Sequence[float]) -> str:
+def most_likely(options: Sequence[str], scores: Sequence[float]) -> str:
     """The option with the highest score; "" where two share it, since whoever cannot tell them apart does not know.
 
-    >>> likeliest(["a", "b"], [0.1, 0.3]), likeliest(["a", "b"], [0.3, 0.3])
+    >>> most_likely(["a", "b"], [0.1, 0.3]), most_likely(["a", "b"], [0.3, 0.3])
     ('b', '')
     """
     best = max(scores)
@@ -138,16 +138,16 @@ class Task:
 
     name: str
     source: Callable[..., Any]
-    answer: Callable[[Subject, Any, Progress], Answers]
+    answer: Callable[[EvaluatedModel, Any, Progress], Answers]
     metrics: Mapping[str, Metric]
     commonest: bool = False
-    tell: Callable[[Subject, Any, Progress], Iterator[dict[str, Any]]] | None = None
-    wanted: Callable[[Subject], Wanted] | None = None
+    tell: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
+    wanted: Callable[[EvaluatedModel], InputSchema] | None = None
     remarks: Callable[[Any], Sequence[str]] = lambda items: items.remarks
     more: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
     def run(
-        self, subject: Subject, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
+        self, subject: EvaluatedModel, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
     ) -> dict[str, Any]:
         """The number of items, all metrics, and the interval of each as `NAME_interval`. say: is told the remarks. limit: only
         the first so many records of the files are read."""

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.corpora.readers import documents
 from firth.evaluate import metrics
-from firth.evaluate.perplexity import Document, Likelihood, halves, one_at_a_time, pieces, read, score, strided
-from firth.model.config import Shape
-from firth.pretrained.load_save import facts_of
+from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, pieces, read, score, strided
+from firth.model.config import ModelConfig
+from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example, UserError
 
 if TYPE_CHECKING:
-    from firth.evaluate.task import Progress, Say, Subject
+    from firth.evaluate.task import EvaluatedModel, Progress, Say
 
-Reads = Literal["causal", "masked", "halves"]
+ScoringMode = Literal["causal", "masked", "halves"]
 
 BLOCK = 2048
 """Asked tokens scored together; the interval is over blocks of whole pieces."""
@@ -30,7 +30,7 @@ MASKED_LIMIT = 16384
 """Tokens that a masked model is asked unless told otherwise: each costs a row of its own."""
 
 
-def reads_of(shape: Shape) -> Reads:
+def reads_of(shape: ModelConfig) -> ScoringMode:
     """As its objective had it read, which a run writes into its shape: an encoder-decoder reads halves, what is causal reads
     so; of the others those read masked whose head transforms first, as BERT's line does, which have a vector of their own
     for what they are asked, as XLNet, or which read from both ends. UserError for a model that gives a text no likelihood."""
@@ -56,7 +56,7 @@ def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else tokenizer.bos
     if bos is None or said is False:
         return None, False
-    if not said and ours.exists() and "recipe" in facts_of(directory):
+    if not said and ours.exists() and "recipe" in metadata_of(directory):
         return bos, False
     if said or tokenizer.engine.encode("a", add_special_tokens=True).ids[:1] == [bos]:
         return bos, True
@@ -71,7 +71,7 @@ MENDED = {
 
 
 def likelihood(
-    subject: Subject, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
+    subject: EvaluatedModel, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the files' documents, with an interval where there are enough blocks.
 
@@ -87,7 +87,7 @@ def likelihood(
     opens = reads == "causal" and not model.shape.prefix_lm  # whose texts are bare
     bos, every = leading(subject.place, tokenizer) if opens else (None, False)
     context = subject.context
-    counts = Counts()
+    counts = ReadStats()
     whole = [read(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
         if name in MENDED:
@@ -100,7 +100,7 @@ def likelihood(
     if not total:
         raise UserError(f"{', '.join(paths)}: there is no text to score")
 
-    def show(document: Document) -> Iterator[Example]:
+    def show(document: TokenizedDocument) -> Iterator[Example]:
         if reads == "causal":
             return strided(document, context, bos, every, model.shape.prefix_lm)
         if reads == "masked":
@@ -143,9 +143,9 @@ def at_most(examples: Iterable[Example], count: int) -> Iterator[Example]:
         count -= len(asked)
 
 
-def blocks(documents: Sequence[Document]) -> Iterator[list[Document]]:
+def blocks(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
     """Consecutive documents, as many as hold BLOCK tokens."""
-    block: list[Document] = []
+    block: list[TokenizedDocument] = []
     for document in documents:
         block.append(document)
         if sum(len(d.tokens) for d in block) >= BLOCK:
@@ -155,10 +155,10 @@ def blocks(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield block
 
 
-def spread(documents: Sequence[Document], limit: int) -> list[Document]:
+def spread(documents: Sequence[TokenizedDocument], limit: int) -> list[TokenizedDocument]:
     """Documents evenly spaced over all of them that hold about `limit` tokens, at least one.
 
-    >>> ten = [Document(np.array([i, i]), np.array([1, 1])) for i in range(10)]
+    >>> ten = [TokenizedDocument(np.array([i, i]), np.array([1, 1])) for i in range(10)]
     >>> [int(d.tokens[0]) for d in spread(ten, limit=8)]
     [1, 3, 6, 8]
     """

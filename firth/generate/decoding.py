@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.data.layout import written_on
+from firth.data.layout import causal_after_prompt
 from firth.generate.native_decoder import NativeDecoder
-from firth.generate.sampling import Sampling, draw, filtered, repeated, uniforms
-from firth.model.heads import Vocabulary
+from firth.generate.sampling import Sampling, draw, filtered, repetition_penalty, uniforms
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import NEVER, Batch
 
 
 @contextmanager
-def reading(model: LM) -> Iterator[None]:
+def attention_pattern_of(model: LM) -> Iterator[None]:
     """Without gradients and without dropout; the model is left in the mode it was in."""
     training = model.training
     model.eval()
@@ -45,12 +45,12 @@ def rectangle(
     """
     when = [np.arange(len(r)) * causal for r in rows]
     if prompts is not None:
-        when = [written_on(len(r), n)["looks"] for r, n in zip(rows, prompts, strict=True)]
+        when = [causal_after_prompt(len(r), n)["looks"] for r, n in zip(rows, prompts, strict=True)]
     looks, appears = stacked(when, -NEVER, device), stacked(when, NEVER, device)
     return {"tokens": stacked(rows, 0, device), "looks": looks, "appears": appears}
 
 
-class Rows:
+class DecodingBatch:
     """A batch of rows being written: the cache, and the newest token of each row.
 
     Prompts are padded on the left, so that all rows write into the same slot; padding appears NEVER. Positions are
@@ -64,7 +64,7 @@ class Rows:
         latents: Tensor | None = None,
     ):  # fmt: skip
         self.model, self.sampling = model, sampling
-        self.head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+        self.head: LMHead = model.parts["lm"]  # type: ignore[assignment]
         self.device = model.tokens.weight.device
         batch: Batch = {}
         if start is not None:
@@ -102,7 +102,7 @@ class Rows:
         logits = self._logits().float()
         options = logits
         if self.sampling.repetition != 1:
-            options = repeated(options, self.seen, self.sampling.repetition)
+            options = repetition_penalty(options, self.seen, self.sampling.repetition)
         if self.sampling.greedy:
             token = options.max(-1, keepdim=True).indices  # argmax takes half as long again
         else:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from firth.generate.decoding import reading, rectangle
+from firth.generate.decoding import attention_pattern_of, rectangle
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def embed(
     cut = [i for i, (a, b) in enumerate(zip(kept, found, strict=True)) if len(a) < len(b)]
     out = np.zeros((len(rows), model.shape.width), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    with reading(model):
+    with attention_pattern_of(model):
         while order:
             some = order[: max(1, AT_ONCE // len(rows[order[0]]))]
             out[some] = _means(model, [rows[i] for i in some], unit)

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import Rows, reading, rectangle, stacked
+from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle, stacked
 from firth.generate.fill_mask import Candidate, fill
-from firth.generate.quantized import lowered
+from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import Answer, Completion
-from firth.model.heads import Vocabulary
+from firth.generate.streaming import Completion, StreamingOutput
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class Engine:
         self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, rows: int = 64,
         weights: str | None = None,
     ):  # fmt: skip
-        self.model, self.coder, self.rows = model if weights is None else lowered(model, weights), tokenizer, rows
+        self.model, self.coder, self.rows = model if weights is None else quantize(model, weights), tokenizer, rows
         vocab = tokenizer.vocab
         self.model.restrict(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
@@ -78,7 +78,7 @@ class Engine:
     def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
         """Where a variational autoencoder puts texts: (texts, units), the means. Each text ends with its stop token."""
         source = rectangle(texts, self.device, causal=False)
-        with reading(self.model):
+        with attention_pattern_of(self.model):
             return self.model.posterior({f"source_{name}": field for name, field in source.items()})[0]
 
     def decode(self, latents: Tensor, sampling: Sampling) -> list[Completion]:
@@ -90,11 +90,11 @@ class Engine:
     def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
         """Continue one prompt, a piece of text at a time; joined, the pieces are the text of `generate`."""
         [answer] = self._answers([prompt], sampling)
-        with reading(self.model):
-            rows = Rows(self.model, [prompt], self.start, sampling, [sampling.seed])
+        with attention_pattern_of(self.model):
+            rows = DecodingBatch(self.model, [prompt], self.start, sampling, [sampling.seed])
         shown = 0
         while answer.finish is None:
-            with reading(self.model):
+            with attention_pattern_of(self.model):
                 [token], [logprob] = rows.step()
             answer.take(token, logprob)
             settled = answer.settled
@@ -113,20 +113,20 @@ class Engine:
         # The last token written is never read, so there is room for one more than the context leaves.
         return context - (len(prompt) if self.start is None else 1) + 1
 
-    def _answers(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[Answer]:
+    def _answers(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[StreamingOutput]:
         answers = []
         for i, prompt in enumerate(prompts):
             self._fits(f"prompt {i}", len(prompt), len(prompt))
             shown = prompt if self.start is None else prompt[:0]
-            answers.append(Answer(self.coder, shown, sampling, self.stops, self.room(prompt)))
+            answers.append(StreamingOutput(self.coder, shown, sampling, self.stops, self.room(prompt)))
         return answers
 
     def _write(
         self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None
-    ) -> list[Answer]:
+    ) -> list[StreamingOutput]:
         answers = self._answers(prompts, sampling)
-        with reading(self.model):
-            rows = Rows(self.model, prompts, self.start, sampling, seeds, latents)
+        with attention_pattern_of(self.model):
+            rows = DecodingBatch(self.model, prompts, self.start, sampling, seeds, latents)
             there = answers  # the answer of each row of the batch, finished or not
             while True:
                 for answer, token, logprob in zip(there, *rows.step(), strict=True):
@@ -146,7 +146,7 @@ class Engine:
             self._fits(f"pair {i}", len(p), max(len(p), len(c)) if self.start is not None else len(p) + len(c) - 1)
         scores = np.zeros(len(pairs))
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        with reading(self.model):
+        with attention_pattern_of(self.model):
             for first in range(0, len(order), self.rows):
                 index = order[first : first + self.rows]
                 scores[index] = self._log_probs([pairs[i] for i in index])
@@ -158,7 +158,7 @@ class Engine:
             return self.score([prompt] * len(options), options)
         read = len(prompt) + max(map(len, options)) - 1
         self._fits("the prompt with its longest option", len(prompt), read)
-        with reading(self.model):
+        with attention_pattern_of(self.model):
             cache = self.model.cache(1, read)
             whole = rectangle([prompt], self.device, prompts=self._both([prompt]))
             hidden = self.model(whole, cache)[:, -1:].expand(len(options), -1, -1)
@@ -211,7 +211,7 @@ class Engine:
 
     def _read(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
         """Summed log p(labels) per row of hidden (rows, T, width): (rows,), IGNORE adding nothing."""
-        head: Vocabulary = self.model.parts["lm"]  # type: ignore[assignment]
+        head: LMHead = self.model.parts["lm"]  # type: ignore[assignment]
         at = labels != IGNORE
         out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         out[at] = head.log_probs(hidden[at], labels[at])

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from firth.generate.decoding import reading, rectangle
-from firth.model.heads import Vocabulary
+from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import NEVER, UserError
@@ -60,9 +60,9 @@ def fill(model: LM, coder: Tokenizer, text: str, k: int = 5) -> list[list[Candid
         raise UserError(
             "this model reads from left to right, so it fills no gaps: have it go on from a text (generate)"
         )
-    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
-    with reading(model):
+    with attention_pattern_of(model):
         batch = rectangle([tokens], device, causal=False)
         if model.shape.query:  # what is asked is seen by nobody, as in training
             batch["appears"] = batch["appears"].masked_fill(batch["tokens"] == coder.vocab.mask, NEVER)

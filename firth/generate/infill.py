@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from firth.data.layout import Gapped
-from firth.generate.decoding import reading, rectangle
+from firth.data.layout import InfillPrompt
+from firth.generate.decoding import attention_pattern_of, rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import Candidate
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import Completion
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -45,7 +45,7 @@ def split_gaps(tokenizer: Tokenizer, text: str, mark: str) -> list[np.ndarray]:
     return [tokenizer.encode(part.removesuffix(" ")) for part in parts[:-1]] + [tokenizer.encode(parts[-1])]
 
 
-def fill_spans(engine: Engine, shown: Gapped, k: int = 5, seed: int = 0) -> list[list[Candidate]]:
+def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -> list[list[Candidate]]:
     """Return the k likeliest spans for each gap, among those that the model writes; the likeliest first.
 
     The probability of a span is that of its tokens and of the mark behind it, given what the same answer has in the gaps
@@ -99,7 +99,7 @@ def _spans(tokens: np.ndarray, marks: np.ndarray, ended: bool) -> list[tuple[int
     return found
 
 
-def rewrite(engine: Engine, shown: Gapped) -> Completion:
+def rewrite(engine: Engine, shown: InfillPrompt) -> Completion:
     """Return the whole text as a denoising model writes it, greedily."""
     longest = 2 * len(shown.prompt) + MAX_SPAN_TOKENS
     return engine.generate([shown.prompt], Sampling(temperature=0, max_new=longest))[0]
@@ -117,12 +117,12 @@ def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> li
         k: How many candidates to return for each gap.
     """
     model, coder = engine.model, engine.coder
-    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
     begin = np.array([coder.vocab.bos] if "bos" in coder.vocab.roles else [], np.int32)
     allowed = torch.zeros(model.shape.vocab, dtype=torch.bool)
     allowed[coder.vocab.ordinary] = True
     found = []
-    with reading(model):
+    with attention_pattern_of(model):
         for gap in range(1, len(pieces)):
             left, right = np.concatenate((begin, *pieces[:gap])), np.concatenate(pieces[gap:])
             logits = torch.zeros(model.shape.vocab)

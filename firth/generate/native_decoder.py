@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from firth import kernels
-from firth.generate.quantized import Lowered, LoweredVocabulary
+from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
-from firth.model.attention import Cache
+from firth.model.attention import KVCache
 from firth.model.block import Attention, Block, Linear
-from firth.model.config import decoder as decoder_shape
-from firth.model.heads import Vocabulary
+from firth.model.config import decoder_config as decoder_shape
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.native_ops import ACTIVATIONS
 from firth.model.norm import LayerNorm, RMSNorm
-from firth.model.positions import turns
-from firth.model.row_fields import rows as fields_of
-from firth.model.transformer import Trunk
+from firth.model.positions import rope_angles
+from firth.model.row_fields import prefixed_fields as fields_of
+from firth.model.transformer import TransformerStack
 from firth.types import NEVER
 
 POSITIONS = ("learned", "sinusoidal", "marian", "rotary", "t5", "none")
@@ -113,17 +113,17 @@ class NativeDecoder:
         NoCompilerError: There are no compiled kernels on this machine.
     """
 
-    def __init__(self, model: LM, cache: Cache):
+    def __init__(self, model: LM, cache: KVCache):
         self.library = native.library()
         shape = model.shape
         head: Any = model.parts["lm"] if "lm" in model.parts else None  # noqa: SIM401
-        _need(type(model.trunk) is Trunk and not shape.linformer, "its blocks are not attention")
+        _need(type(model.trunk) is TransformerStack and not shape.linformer, "its blocks are not attention")
         _need(shape.position in POSITIONS, f"position {shape.position}")
-        _need(type(head) in (Vocabulary, LoweredVocabulary), "its head is another")
+        _need(type(head) in (LMHead, Int8LMHead), "its head is another")
         _need(cache.shown is not None and bool(cache.keys), "nothing has been read yet")
         _need("document" not in cache.source, "the source has several documents")
         self.model, self.cache, self.head = model, cache, head
-        self.trunk: Trunk = model.trunk  # type: ignore[assignment]
+        self.trunk: TransformerStack = model.trunk  # type: ignore[assignment]
         self.held: list[Any] = []
         """What the structures point to."""
         dtypes = {x.dtype for pair in (cache.keys, cache.values) for x in pair}
@@ -152,7 +152,7 @@ class NativeDecoder:
     @staticmethod
     def of(model: LM, cache: Any) -> NativeDecoder | None:
         """Return the compiled step, or None where this model or this machine is better served by torch's operators."""
-        if model.tokens.weight.device.type != "cpu" or type(cache) is not Cache or DECODE.choice() != "native":
+        if model.tokens.weight.device.type != "cpu" or type(cache) is not KVCache or DECODE.choice() != "native":
             return None
         try:
             return NativeDecoder(model, cache)
@@ -194,7 +194,7 @@ class NativeDecoder:
         """A linear map: a module, or the matrix of a vocabulary head (whose bias is the head's)."""
         weight: Any
         steps, bias = None, None
-        if type(module) is Lowered:
+        if type(module) is Int8Linear:
             weight, steps, bias, kind = module.weight, module.steps, module.bias, INT8
         elif type(module) is Linear or isinstance(module, Tensor):
             weight = module.weight if type(module) is Linear else module
@@ -244,11 +244,11 @@ class NativeDecoder:
         if self.model.shape.position != "rotary":
             return None, None
         reach = torch.arange(self.cache.capacity + self.model.ahead() + 1)[None]
-        cos, sin = turns(reach, self.model.shape)
+        cos, sin = rope_angles(reach, self.model.shape)
         return self._pointer(cos[0, :, 0]), self._pointer(sin[0, :, 0])
 
     def _head_is_a_map(self, head: Any) -> bool:
-        inner = head.head if type(head) is LoweredVocabulary else head
+        inner = head.head if type(head) is Int8LMHead else head
         return inner.dense is None and inner.scale == 1
 
 
@@ -297,7 +297,7 @@ def _workload(way: str) -> kernels.Workload:
     """A token of 4 rows by a decoder of 4 layers, 256 wide."""
     shape = decoder_shape(vocab=1024, width=256, depth=4, heads=4)
     with torch.random.fork_rng(devices=[]):
-        model = LM(shape, {"lm": Vocabulary(shape)}).eval()
+        model = LM(shape, {"lm": LMHead(shape)}).eval()
     tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)
     with torch.no_grad():
         cache = model.cache(4, 32)

@@ -24,7 +24,7 @@ bit of such a sum can move a number over the middle between two steps, which cha
 the rounding itself does: 2^-15 of the largest number of a row for int8, 2^-8 for int8-dynamic.
 
 >>> import torch
->>> whole, steps = quantised(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
+>>> whole, steps = quantize_rows(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
 >>> whole.tolist(), [round(x, 4) for x in steps.tolist()]
 ([[127, -50], [0, 0]], [0.01, 0.0])
 """
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from firth import kernels
 from firth.model.block import MLP, Attention, Linear
 from firth.model.cross_entropy import ABSENT
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft.lora import adapted
 from firth.types import UserError
@@ -82,7 +82,7 @@ EXACT = 1 << 24
 
 def _workload(way: str) -> kernels.Workload:
     """Sixteen rows through a map of 1024 x 1024."""
-    layer = Lowered.of(
+    layer = Int8Linear.of(
         torch.arange(1 << 20).remainder(15).sub(7).to(torch.int8).view(1024, 1024), torch.ones(1024), None, 1
     )
     rows = torch.ones(16, 1024, dtype=torch.int8)
@@ -96,7 +96,7 @@ KERNEL = kernels.Kernel("int8", {way: partial(_workload, way) for way in WAYS})
 weights in an order of its own and so holds them twice."""
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (out, in) as whole numbers (out, in) int8 and the step of each row (out,) float32."""
     weight = weight.detach().float()
     steps = weight.abs().amax(-1).div_(MOST).clamp_(min=SMALLEST)
@@ -109,7 +109,7 @@ def _unscaled(outputs: int) -> tuple[Tensor, Tensor]:
     return torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
 
 
-class Lowered(nn.Module):
+class Int8Linear(nn.Module):
     """A linear map of int8 weights: (..., in) float -> (..., out) float32.
 
     weight (out, in) int8; steps (out,); base: what the first digit of the input counts for, 1 where it is the only one.
@@ -132,7 +132,7 @@ class Lowered(nn.Module):
         self.fits_fp32: bool | None = None
 
     @staticmethod
-    def of(weight: Tensor, steps: Tensor, bias: Tensor | None, digits: int) -> Lowered:
+    def of(weight: Tensor, steps: Tensor, bias: Tensor | None, digits: int) -> Int8Linear:
         """No sum can overflow: the first digit counts for as much as the rows of this very matrix allow.
 
         Raises UserError where even one digit could, which takes more than 131,072 inputs.
@@ -141,12 +141,12 @@ class Lowered(nn.Module):
         room = (2**31 - 1) / ((MOST + 1) * sums)
         if room < 1:
             raise UserError(f"a map of {weight.shape[1]:,} inputs cannot be summed in 32 bits: take weights bf16")
-        return Lowered(weight, steps, bias, min(WIDEST, 2 ** int(math.log2(room))) if digits == 2 else 1)
+        return Int8Linear(weight, steps, bias, min(WIDEST, 2 ** int(math.log2(room))) if digits == 2 else 1)
 
-    def part(self, start: int, stop: int) -> Lowered:
+    def part(self, start: int, stop: int) -> Int8Linear:
         """Some of its outputs as a map of their own, over the same memory."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return Lowered(self.weight[start:stop], self.steps[start:stop], bias, self.base)
+        return Int8Linear(self.weight[start:stop], self.steps[start:stop], bias, self.base)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -211,7 +211,7 @@ class Lowered(nn.Module):
         return total.t().contiguous()
 
 
-class Table(nn.Module):
+class Int8Embedding(nn.Module):
     """An embedding of int8 rows: ids (...) -> (..., width) float32."""
 
     def __init__(self, weight: Tensor, steps: Tensor):
@@ -225,10 +225,10 @@ class Table(nn.Module):
         return self.weight[ids].float().mul_(self.steps[ids][..., None])
 
 
-class LoweredVocabulary(nn.Module):
+class Int8LMHead(nn.Module):
     """The vocabulary head over an int8 matrix: what `Vocabulary` is to those who read, without gradients."""
 
-    def __init__(self, head: Vocabulary, matrix: Lowered):
+    def __init__(self, head: LMHead, matrix: Int8Linear):
         super().__init__()
         self.shape, self.softcap, self.head, self.matrix = head.shape, head.softcap, head, matrix
         head.weight, head.bias = None, None  # type: ignore[assignment]
@@ -270,12 +270,12 @@ class LoweredVocabulary(nn.Module):
         return out
 
 
-def lowered(model: LM, weights: str) -> LM:
+def quantize(model: LM, weights: str) -> LM:
     """The model with such weights, for reading only; it shares with the given one whatever is not lowered.
 
     Raises UserError for weights that are not known, and for int8 where there are no products for it.
     """
-    if any(type(module) is Lowered for module in model.modules()):
+    if any(type(module) is Int8Linear for module in model.modules()):
         raise UserError("the weights of this model are int8 already: lower the model that it was made from")
     if weights in FLOATS:
         return _twin(model, FLOATS[weights])
@@ -294,13 +294,13 @@ def lowered(model: LM, weights: str) -> LM:
         )
     twin, digits = _twin(model, torch.float32), DIGITS[weights]
     tokens: Any = twin.tokens
-    table = None if model.shape.characters else quantised(tokens.weight)
+    table = None if model.shape.characters else quantize_rows(tokens.weight)
     if "lm" in twin.parts:
         head: Any = twin.parts["lm"]
-        whole = table if table is not None and model.shape.tied else quantised(head.weight)
-        twin.parts["lm"] = LoweredVocabulary(head, Lowered.of(*whole, head.bias, digits))
+        whole = table if table is not None and model.shape.tied else quantize_rows(head.weight)
+        twin.parts["lm"] = Int8LMHead(head, Int8Linear.of(*whole, head.bias, digits))
     if table is not None:
-        twin.tokens = Table(*table)  # type: ignore[assignment]
+        twin.tokens = Int8Embedding(*table)  # type: ignore[assignment]
     _lower(twin, digits)
     return twin
 
@@ -317,21 +317,21 @@ def _twin(model: LM, dtype: torch.dtype) -> LM:
 
 def _lower(module: nn.Module, digits: int) -> None:
     """Put int8 maps in the place of those in floating point, here and in all that is within."""
-    LOWER.get(type(module), _children)(module, digits)
+    QUANTIZERS.get(type(module), _children)(module, digits)
 
 
 def _children(module: nn.Module, digits: int) -> None:
     for name, child in list(module.named_children()):
         if type(child) is Linear:
-            setattr(module, name, Lowered.of(*quantised(child.weight), child.bias, digits))
+            setattr(module, name, Int8Linear.of(*quantize_rows(child.weight), child.bias, digits))
         else:
             _lower(child, digits)
 
 
-def _joined(maps: list[nn.Linear], digits: int) -> tuple[Lowered, list[Lowered]]:
+def _joined(maps: list[nn.Linear], digits: int) -> tuple[Int8Linear, list[Int8Linear]]:
     """Several maps of one input as one, and each of them over its share of the memory."""
     bias = None if maps[0].bias is None else torch.cat([m.bias.detach() for m in maps])
-    whole = Lowered.of(*quantised(torch.cat([m.weight.detach() for m in maps])), bias, digits)
+    whole = Int8Linear.of(*quantize_rows(torch.cat([m.weight.detach() for m in maps])), bias, digits)
     ends = torch.tensor([m.out_features for m in maps]).cumsum(0).tolist()
     return whole, [whole.part(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
@@ -347,4 +347,4 @@ def _mlp(module: Any, digits: int) -> None:
     _children(module, digits)
 
 
-LOWER: dict[type[nn.Module], Callable[[Any, int], None]] = {Attention: _attention, MLP: _mlp}
+QUANTIZERS: dict[type[nn.Module], Callable[[Any, int], None]] = {Attention: _attention, MLP: _mlp}

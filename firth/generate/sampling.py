@@ -83,7 +83,7 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill((logits - most).exp() < p, MINUS)
 
 
-def repeated(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens already seen less likely: positive logits are divided by the penalty, negative ones multiplied.
 
     logits (B, V); seen (B, T) token ids, repeats allowed.

@@ -36,7 +36,7 @@ class Completion:
     finish: Finish
 
 
-class Behind:
+class IncrementalDecoder:
     """The end of a prompt, behind which a continuation is decoded: decoders trim the first space of a text.
 
     A character left unfinished at that end is completed by, and so belongs to, the continuation.
@@ -52,7 +52,7 @@ class Behind:
         return self.coder.decode([*self.tokens, *tokens])[self.skip :]
 
 
-class Answer:
+class StreamingOutput:
     """The answer of one row as it grows: its tokens, its text and whether it has ended."""
 
     def __init__(self, coder: Tokenizer, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
@@ -61,7 +61,7 @@ class Answer:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Finish | None = None
-        self.before = Behind(coder, before)
+        self.before = IncrementalDecoder(coder, before)
         self.cut: int | None = None
 
     def take(self, token: int, logprob: float) -> None:

@@ -27,7 +27,7 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
 
-class Words(Protocol):
+class WordTokenizer(Protocol):
     """What is needed of a tokenizer."""
 
     @property
@@ -46,13 +46,13 @@ def table(model: LM) -> Tensor:
     return found
 
 
-def ids_of(words: Words, word: str) -> list[int]:
+def ids_of(words: WordTokenizer, word: str) -> list[int]:
     """The tokens that are the whole of a word, alone and behind a blank (a byte-level piece holds it); none if unknown."""
     ids = [words.encode(text) for text in (word, f" {word}")]
     return [int(i[0]) for i in ids if len(i) == 1 and i[0] != words.vocab.roles.get("unk")]
 
 
-def nearest(model: LM, words: Words, word: str, top: int) -> list[tuple[str, float]]:
+def nearest(model: LM, words: WordTokenizer, word: str, top: int) -> list[tuple[str, float]]:
     """The tokens whose vectors have the greatest cosine with a word's, as the vocabulary writes them; UserError where
     the word is unknown or of several pieces."""
     known = ids_of(words, word)
@@ -68,7 +68,7 @@ def nearest(model: LM, words: Words, word: str, top: int) -> list[tuple[str, flo
     return [(words.token(i), x) for i, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def write(model: LM, words: Words, path: Path) -> tuple[int, int]:
+def write(model: LM, words: WordTokenizer, path: Path) -> tuple[int, int]:
     """All ordinary tokens in word2vec's text format; returns how many, and their width. Blanks in a token become _."""
     vectors, ids = table(model).cpu().numpy(), words.vocab.ordinary
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -80,7 +80,7 @@ def write(model: LM, words: Words, path: Path) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def take(model: LM, directory: Path) -> str:
+def load_embeddings(model: LM, directory: Path) -> str:
     """Copy the token vectors of another model into this one, scaled (see above); returns what was taken, in words.
 
     Raises UserError where widths or vocabularies differ, or either model spells its tokens.

@@ -165,7 +165,7 @@ def _remove_abandoned(path: Path) -> None:
             os.close(lock)
 
 
-def refuse_irregular(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Raise a UserError for a named pipe, a socket or a device: reading one can wait forever.
 
     A path that does not exist is left to whoever opens it, and so is a directory.

@@ -11,7 +11,7 @@ machines. Unlike llama.cpp, arrays in arrays are refused (nobody writes them), a
 >>> from pathlib import Path; from tempfile import TemporaryDirectory
 >>> with TemporaryDirectory() as folder:
 ...     file = Path(folder) / "small.gguf"
-...     write(file, {"general.architecture": "llama"}, [Writing("a", "F32", (2, 3), lambda: np.zeros((2, 3), np.float32))])
+...     write(file, {"general.architecture": "llama"}, [GGUFTensorSpec("a", "F32", (2, 3), lambda: np.zeros((2, 3), np.float32))])
 ...     found = read(file)
 >>> found.metadata, found.tensors["a"].shape
 ({'general.architecture': 'llama'}, (2, 3))
@@ -46,7 +46,7 @@ DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
-class Kind:
+class GGUFType:
     """How a tensor's numbers are stored: `block` of them in `size` bytes."""
 
     number: int
@@ -55,17 +55,17 @@ class Kind:
 
 
 KINDS = {
-    "F32": Kind(0, 1, 4), "F16": Kind(1, 1, 2), "BF16": Kind(30, 1, 2),
-    "Q4_0": Kind(2, 32, 18), "Q4_1": Kind(3, 32, 20), "Q5_0": Kind(6, 32, 22), "Q5_1": Kind(7, 32, 24),
-    "Q8_0": Kind(8, 32, 34), "Q2_K": Kind(10, 256, 84), "Q3_K": Kind(11, 256, 110), "Q4_K": Kind(12, 256, 144),
-    "Q5_K": Kind(13, 256, 176), "Q6_K": Kind(14, 256, 210),
+    "F32": GGUFType(0, 1, 4), "F16": GGUFType(1, 1, 2), "BF16": GGUFType(30, 1, 2),
+    "Q4_0": GGUFType(2, 32, 18), "Q4_1": GGUFType(3, 32, 20), "Q5_0": GGUFType(6, 32, 22), "Q5_1": GGUFType(7, 32, 24),
+    "Q8_0": GGUFType(8, 32, 34), "Q2_K": GGUFType(10, 256, 84), "Q3_K": GGUFType(11, 256, 110), "Q4_K": GGUFType(12, 256, 144),
+    "Q5_K": GGUFType(13, 256, 176), "Q6_K": GGUFType(14, 256, 210),
 }  # fmt: skip
 """What is read, by ggml's names. The others (IQ..., TQ..., MXFP4) are refused by their number."""
 BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class GGUFTensor:
     """A tensor in a file. shape: as NumPy counts, the rows first. data: (rows, bytes of a row) uint8, memory-mapped."""
 
     kind: str
@@ -74,12 +74,12 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class File:
+class GGUFFile:
     """What a file holds. metadata: key -> bool, int, float, str, list of str, or a NumPy array of numbers."""
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, GGUFTensor]
 
     def text(self, key: str, default: str | None = None) -> str:
         """A value that must be text; UserError where it is something else, or missing without a default."""
@@ -185,7 +185,7 @@ class _Reader:
         return self.vector(kind, count, key)
 
 
-def read(path: Path) -> File:
+def read(path: Path) -> GGUFFile:
     """What a GGUF file holds; its tensors are mapped, not read. UserError where it is broken or of a kind not known."""
     if not path.is_file() or path.stat().st_size < 24:
         raise UserError(f"{path}: this is not a GGUF file: it is too short, or not there")
@@ -208,7 +208,7 @@ def read(path: Path) -> File:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
         raise reader.refused(f"its alignment is {alignment!r}")
-    return File(path, metadata, _placed(reader, data, infos, alignment))
+    return GGUFFile(path, metadata, _placed(reader, data, infos, alignment))
 
 
 def _info(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
@@ -229,10 +229,10 @@ def _info(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
 
 def _placed(
     reader: _Reader, data: np.ndarray, infos: Sequence[tuple[str, str, tuple[int, ...], int]], alignment: int
-) -> dict[str, Stored]:
+) -> dict[str, GGUFTensor]:
     """The tensors' bytes: inside the file, at multiples of the alignment, none over another."""
     start = _padded(reader.at, alignment)
-    found: dict[str, Stored] = {}
+    found: dict[str, GGUFTensor] = {}
     ends = 0
     for name, kind, shape, offset in sorted(infos, key=lambda info: info[3]):
         block, size = KINDS[kind].block, KINDS[kind].size
@@ -244,7 +244,7 @@ def _placed(
         if offset % alignment or offset < ends or start + offset + row * bytes > len(data):
             raise reader.refused(f"the tensor {name!r} lies outside of the file, over another one or out of line")
         ends = offset + row * bytes
-        found[name] = Stored(kind, shape, data[start + offset : start + ends].reshape(row, bytes))
+        found[name] = GGUFTensor(kind, shape, data[start + offset : start + ends].reshape(row, bytes))
     return {name: found[name] for name, *_ in infos}
 
 
@@ -254,7 +254,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Writing:
+class GGUFTensorSpec:
     """A tensor to be written. make: called once, when its turn comes; its numbers stored as `kind` says, any shape."""
 
     name: str
@@ -263,7 +263,7 @@ class Writing:
     make: Callable[[], np.ndarray]
 
 
-def write(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Writing], alignment: int = 32) -> None:
+def write(path: Path, metadata: Mapping[str, Any], tensors: Sequence[GGUFTensorSpec], alignment: int = 32) -> None:
     """Write a file; one tensor at a time is in memory. Values are as in `File`: an int becomes a uint32, a float a float32.
 
     The file appears under its name when it is whole.

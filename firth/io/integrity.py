@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from firth.io.atomic import refuse_irregular, write_text
+from firth.io.atomic import check_regular_file, write_text
 from firth.io.json_files import Fields, read_object
 from firth.types import UserError
 
@@ -120,7 +120,7 @@ def verify_files(files: Mapping[str, Any], directory: Path, cure: str) -> None:
     """
     for name, facts in files.items():
         path = directory / name
-        refuse_irregular(path)
+        check_regular_file(path)
         if not path.is_file():
             raise UserError(f"{path} is missing: {cure}")
         if path.stat().st_size != facts["bytes"] or file_facts(path) != facts:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from firth.io.atomic import refuse_irregular
+from firth.io.atomic import check_regular_file
 from firth.types import UserError
 
 MAX_BYTES = 32 << 20
@@ -53,7 +53,7 @@ def read_rows(file: Path, needs: Fields, cure: str, *, cut: bool = False) -> lis
 
     cut: whether a last line without its end is left out, as a kill leaves it in a file that is appended to.
     """
-    refuse_irregular(file)
+    check_regular_file(file)
     if not file.exists():
         return []
     try:
@@ -104,7 +104,7 @@ def check_all(rows: Iterable[Any], needs: Fields, place: str, cure: str) -> None
 
 def parsed(file: Path, cure: str = "copy it again") -> Any:
     """Return what a JSON file holds."""
-    refuse_irregular(file)
+    check_regular_file(file)
     if file.stat().st_size > MAX_BYTES:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file needs: it is not read")
     try:

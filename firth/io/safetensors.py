@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from firth.io.atomic import new_file, refuse_irregular, write_text
+from firth.io.atomic import check_regular_file, new_file, write_text
 from firth.io.json_files import no_number, parsed
 from firth.io.json_files import read_json as read_json
 from firth.io.safetensors_blocks import safetensors_blocks
@@ -91,20 +91,20 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
+class TensorInfo:
     """What a header says of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
-def header(file: Path) -> dict[str, Kept]:
+def header(file: Path) -> dict[str, TensorInfo]:
     """The tensors that a safetensors file claims to hold; UserError where its bytes cannot be those.
 
     Raised for a file that is cut off, a header longer than the file, text that is not JSON, names twice, unknown dtypes,
     sizes that are none, bytes that do not fit a shape, overlap, leave a gap or lie past the end.
     """
-    refuse_irregular(file)
+    check_regular_file(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         long = int.from_bytes(opened.read(8), "little")
@@ -115,7 +115,7 @@ def header(file: Path) -> dict[str, Kept]:
         told = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
     except (ValueError, RecursionError) as fault:
         raise _broken(file, f"its header is not JSON that can be read: {str(fault)[:80]}") from None
-    found: dict[str, Kept] = {}
+    found: dict[str, TensorInfo] = {}
     places: list[tuple[int, int]] = []
     for name, said in told.items() if type(told) is dict else [("its header", told)]:
         if name == "__metadata__":
@@ -140,7 +140,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _kept(file: Path, name: str, said: Any) -> tuple[Kept, tuple[int, int]]:
+def _kept(file: Path, name: str, said: Any) -> tuple[TensorInfo, tuple[int, int]]:
     """One line of a header: what it says, and its first and last byte."""
     said = said if type(said) is dict else {}
     dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
@@ -157,7 +157,7 @@ def _kept(file: Path, name: str, said: Any) -> tuple[Kept, tuple[int, int]]:
         raise _broken(
             file, f"{name!r:.80} has the shape {tuple(shape)} and {place[1] - place[0]:,} bytes, not {wanted:,}"
         )
-    return Kept(dtype, tuple(shape)), (place[0], place[1])
+    return TensorInfo(dtype, tuple(shape)), (place[0], place[1])
 
 
 def _counts(value: Any) -> bool:
@@ -236,7 +236,7 @@ def _opened(file: Path, there: Iterable[str]) -> dict[str, Tensor]:
         raise _broken(file, str(fault)[:120]) from None
 
 
-def refuse_foreign(config: Mapping[str, Any], file: Path) -> None:
+def check_no_foreign_code(config: Mapping[str, Any], file: Path) -> None:
     """UserError for a config.json whose model is made by code beside it, or whose weights are quantised."""
     if config.get("auto_map"):
         raise UserError(
@@ -252,7 +252,7 @@ def refuse_foreign(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def refuse_numbers(state: Mapping[str, Tensor], where: Path) -> None:
+def check_numbers(state: Mapping[str, Tensor], where: Path) -> None:
     """UserError if a tensor that is a weight is no floating-point number of a usual kind."""
     for name, tensor in state.items():
         if tensor.dtype not in WEIGHTS:
@@ -262,7 +262,7 @@ def refuse_numbers(state: Mapping[str, Tensor], where: Path) -> None:
             )
 
 
-def refuse_not_finite(state: Mapping[str, Tensor], where: Path) -> None:
+def check_finite(state: Mapping[str, Tensor], where: Path) -> None:
     """Raise a UserError if a tensor holds a NaN or an infinity. `aminmax` passes a NaN on, and reads 16 GB/s."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
@@ -280,7 +280,7 @@ def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage
     Raises:
         UserError: A number is not finite, or too large for the type.
     """
-    refuse_not_finite(state, directory)
+    check_finite(state, directory)
     width = {
         name: (tensor.dtype if storage.dtype is None else storage.dtype).itemsize for name, tensor in state.items()
     }

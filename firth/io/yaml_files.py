@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from firth.io.atomic import refuse_irregular
+from firth.io.atomic import check_regular_file
 from firth.types import UserError
 
 MAX_BYTES = 1 << 20
@@ -24,7 +24,7 @@ def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
     Raises:
         UserError: There is no such file, it is not YAML, or it is larger than the bounds.
     """
-    refuse_irregular(path)
+    check_regular_file(path)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any such file needs: it is not read")

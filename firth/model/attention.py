@@ -18,7 +18,7 @@ it reads is finite and meant for nobody, so a right-padded causal batch is still
 
 >>> import torch
 >>> when = torch.arange(3)[None]
->>> Visibility.lower(when, when).causal
+>>> AttentionMask.lower(when, when).causal
 True
 """
 
@@ -44,7 +44,7 @@ FLEX = 256
 
 
 @dataclass(frozen=True)
-class Visibility:
+class AttentionMask:
     """Who sees whom, lowered (see above). `blind` (B, 1, T or 1, 1): positions that see nothing; in `mask` they see all.
 
     keys: how many keys stay when those at the end of the rows that nobody sees (queries of a permuted order) are left out, as
@@ -66,7 +66,7 @@ class Visibility:
         key_document: Tensor | None = None,
         flex: bool | None = None,
         leaves: Tensor | None = None,
-    ) -> Visibility:
+    ) -> AttentionMask:
         """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each;
         leaves (B, S) of the keys, None where none does.
 
@@ -91,14 +91,14 @@ class Visibility:
         # All questions in one go: each answer read alone would make an accelerator wait.
         everything, same, causal = torch.stack((alike & ever.all(), alike, stairs)).tolist()
         if everything:
-            return Visibility()
+            return AttentionMask()
         if causal:
-            return Visibility(causal=True)
+            return AttentionMask(causal=True)
         if same:
             return _masked(ever[:, None, None, :])
         if flex is None:
             flex = looks.device.type == "cuda" and queries >= FLEX
-        seen = rule(looks, appears, document, key_document, leaves)[:, None]
+        seen = mask_from_times(looks, appears, document, key_document, leaves)[:, None]
         if not flex:
             on_cpu = looks.device.type == "cpu"
             below = on_cpu and queries == keys and not bool(seen.triu(1).any())
@@ -108,7 +108,7 @@ class Visibility:
             return seen[batch, 0, query, key]
 
         block = create_block_mask(visible, len(looks), None, queries, keys, device=looks.device)
-        return Visibility(block=block, blind=~seen.any(-1, keepdim=True))
+        return AttentionMask(block=block, blind=~seen.any(-1, keepdim=True))
 
 
 EVEN_KEYS = 16
@@ -123,16 +123,16 @@ def _reach(ever: Tensor) -> int:
     return 0 if last >= ever.shape[-1] else last
 
 
-def _masked(seen: Tensor, below: bool = False, keys: int = 0) -> Visibility:
+def _masked(seen: Tensor, below: bool = False, keys: int = 0) -> AttentionMask:
     """A mask in which no row is empty, since kernels disagree on those, and which rows those were."""
     blind = ~seen.any(-1, keepdim=True)
     seen = seen[..., :keys].contiguous() if keys else seen
     if blind.device.type == "cpu" and not bool(blind.any()):
-        return Visibility(mask=seen, below=below, keys=keys)
-    return Visibility(mask=seen | blind, blind=blind, keys=keys)
+        return AttentionMask(mask=seen, below=below, keys=keys)
+    return AttentionMask(mask=seen | blind, blind=blind, keys=keys)
 
 
-def rule(
+def mask_from_times(
     looks: Tensor,
     appears: Tensor,
     document: Tensor | None,
@@ -158,7 +158,7 @@ def _compiled_flex() -> object:
 
 
 @dataclass(frozen=True)
-class Way:
+class AttentionKernel:
     """How attention is trained on a CPU: query rows of a block of `firth.model.blocked_attention` (0: torch's flash kernel), and whether
     what is between its products is compiled (`firth.model.native`)."""
 
@@ -166,18 +166,18 @@ class Way:
     compiled: bool = False
 
 
-WAYS = {
-    "sdpa": Way(),
-    "blocks-64": Way(64),
-    "blocks-256": Way(256),
-    "native-64": Way(64, compiled=True),
-    "native-128": Way(128, compiled=True),
-    "native-256": Way(256, compiled=True),
+KERNELS = {
+    "sdpa": AttentionKernel(),
+    "blocks-64": AttentionKernel(64),
+    "blocks-256": AttentionKernel(256),
+    "native-64": AttentionKernel(64, compiled=True),
+    "native-128": AttentionKernel(128, compiled=True),
+    "native-256": AttentionKernel(256, compiled=True),
 }
 """Name of an implementation -> what it is."""
 
 
-def _workload(length: int, dtype: torch.dtype, way: Way) -> kernels.Workload:
+def _workload(length: int, dtype: torch.dtype, way: AttentionKernel) -> kernels.Workload:
     """Causal attention of 1024 tokens, 4 heads of 64, forward and backward."""
     q, k, v = (torch.linspace(-1, 1, 1024 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
     if way.compiled:
@@ -201,7 +201,7 @@ LONG_ROW = 512
 ATTENTION = {
     (dtype, long): kernels.Kernel(
         f"attention{'-long' if long else ''}-{name}",
-        {label: partial(_workload, 1024 if long else 256, dtype, way) for label, way in WAYS.items()},
+        {label: partial(_workload, 1024 if long else 256, dtype, way) for label, way in KERNELS.items()},
     )
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
     for long in (False, True)
@@ -220,20 +220,22 @@ def _flash_runs(dtype: torch.dtype) -> bool:
     return True
 
 
-def _way(q: Tensor, k: Tensor) -> Way:
+def _way(q: Tensor, k: Tensor) -> AttentionKernel:
     """Return how this attention is computed: in blocks in training on a CPU that is quicker at it, else by torch's kernel."""
     if q.device.type != "cpu":
-        return WAYS["sdpa"]
+        return KERNELS["sdpa"]
     kernel = ATTENTION.get((q.dtype, k.shape[2] > LONG_ROW))
-    chosen = WAYS["blocks-64"] if kernel is None else WAYS[kernel.choice()]
+    chosen = KERNELS["blocks-64"] if kernel is None else KERNELS[kernel.choice()]
     if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
-        return chosen if chosen.rows else WAYS["blocks-64"]
+        return chosen if chosen.rows else KERNELS["blocks-64"]
     learns = torch.is_grad_enabled() and q.requires_grad
-    return chosen if learns and blocked_attention.kept_bytes(q, k) <= blocked_attention.MAX_KEPT_BYTES else WAYS["sdpa"]
+    return (
+        chosen if learns and blocked_attention.kept_bytes(q, k) <= blocked_attention.MAX_KEPT_BYTES else KERNELS["sdpa"]
+    )
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sees: Visibility, scale: float, bias: Tensor | None = None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, sees: AttentionMask, scale: float, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """softmax(scale q k' + bias) v over what is seen: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
 
@@ -244,7 +246,7 @@ def attend(
         bias = None if bias is None else bias[..., : sees.keys]
     if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets leave fp32 here and there
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    way = _way(q, k) if sees.block is None else WAYS["sdpa"]
+    way = _way(q, k) if sees.block is None else KERNELS["sdpa"]
     if way.rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -268,7 +270,7 @@ def attend(
     return out if sees.blind is None else out.masked_fill(sees.blind, 0)
 
 
-class Cache:
+class KVCache:
     """Keys and values of the tokens read so far, in preallocated slots, and what is needed to see them.
 
     rows: batch size. capacity: most slots a row may fill; one that has been filled keeps its place, padding too, which
@@ -282,7 +284,7 @@ class Cache:
         self.fields: dict[str, Tensor] = {}
         self.cross: list[tuple[Tensor, Tensor]] = []
         self.source: dict[str, Tensor] = {}
-        self.across: Visibility | None = None
+        self.across: AttentionMask | None = None
         self.shown: Tensor | None = None
         self.gaps = False
 
@@ -295,10 +297,10 @@ class Cache:
         self.shown[:, 0, 0, : self.length] = self.fields["appears"][:, : self.length] < NEVER
         self.gaps = not bool(self.shown.all())
 
-    def latest(self) -> Visibility:
+    def latest(self) -> AttentionMask:
         """What the next token of each row sees, after `write_on`: all slots, itself too, but those of padding."""
         assert self.shown is not None
-        return Visibility(mask=self.shown[..., : self.length + 1] if self.gaps else None)
+        return AttentionMask(mask=self.shown[..., : self.length + 1] if self.gaps else None)
 
     def note(self, name: str, value: Tensor) -> Tensor:
         """Store a field (B or 1, T) of the new tokens; return that field of all tokens: (B, length + T)."""

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model import native_ops
-from firth.model.attention import Cache, Visibility, attend
-from firth.model.config import Shape
-from firth.model.fused import ACTIVATION, Dropout, heads, project, relu2, rotated, runs_native, turn, unit
-from firth.model.linformer import Slots
+from firth.model.attention import AttentionMask, KVCache, attend
+from firth.model.config import ModelConfig
+from firth.model.fused import ACTIVATION, Dropout, heads, project, relu2, rotated, runs_native, turn, unit_rms
+from firth.model.linformer import LinformerSlots
 from firth.model.norm import make_norm
 from firth.model.parameter_count import GATED
-from firth.model.relative_distance import Apart, Distance
+from firth.model.relative_distance import DistanceIndex, RelativeDistance
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias)
 
 
-def together(x: Tensor, maps: Sequence[nn.Module]) -> Tensor:
+def joint_projection(x: Tensor, maps: Sequence[nn.Module]) -> Tensor:
     """Return what maps of one input put out, side by side: (..., in) -> (..., sum of out).
 
     In training one product does it. The backward pass then reads x once, and has no three gradients of x to add up. A decoder
@@ -56,14 +56,14 @@ def together(x: Tensor, maps: Sequence[nn.Module]) -> Tensor:
     return F.linear(x, torch.cat([m.weight for m in plain]), bias)
 
 
-def joins(x: Tensor, maps: Sequence[nn.Module]) -> bool:
+def can_join(x: Tensor, maps: Sequence[nn.Module]) -> bool:
     """Whether maps of one input are quicker as one: they are plain, and x has more numbers than their weights."""
     plain = [m for m in maps if type(m) is Linear]
     return len(plain) == len(maps) and x.numel() >= sum(m.weight.numel() for m in plain)
 
 
 @dataclass(frozen=True)
-class Narrow:
+class PositionSubset:
     """The tokens of each row that ask, where the others are only read: index (B, W), each once; their rotary turns."""
 
     index: Tensor
@@ -80,21 +80,21 @@ class Narrow:
 
 
 @dataclass(frozen=True)
-class Reading:
+class AttentionContext:
     """What all blocks of a trunk share in one pass: who sees whom, the rotary turns (as matrices where a row grows by
     a token), T5's bias, how far apart XLNet's tokens stand, the slots that a Linformer mixes keys and values into;
     and what each has of its own: the keys and values (KV, V, D) of a trained prefix that stand before those of the row.
     narrow: who asks, where not all do; `sees` is of these then."""
 
-    sees: Visibility
+    sees: AttentionMask
     turns: tuple[Tensor, Tensor] | None = None
     rotation: Tensor | None = None
     bias: Tensor | None = None
-    cache: Cache | None = None
-    apart: Apart | None = None
-    slots: Slots | None = None
+    cache: KVCache | None = None
+    apart: DistanceIndex | None = None
+    slots: LinformerSlots | None = None
     front: tuple[Tensor, Tensor] | None = None
-    narrow: Narrow | None = None
+    narrow: PositionSubset | None = None
 
     def asking(self, x: Tensor) -> Tensor:
         """What of x (B, T, width) asks."""
@@ -104,13 +104,13 @@ class Reading:
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values. x (B, T, width), memory (B, S, width) -> (B, T, width)."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.head_width, self.qk_norm, self.eps = shape.head_width, shape.qk_norm, shape.norm_eps
         self.scale = shape.head_width**-0.5 if shape.score_scale else 1.0
         self.dropout = shape.dropout
         self.heads, self.kv_heads = shape.heads, shape.kv_heads
-        self.distance = Distance(shape, Linear) if shape.position == "xlnet" else None
+        self.distance = RelativeDistance(shape, Linear) if shape.position == "xlnet" else None
         bias = shape.bias and self.distance is None  # XLNet's offsets stand in their place
         self.q_gain = nn.Parameter(torch.ones(shape.head_width)) if shape.qk_weight else None
         self.k_gain = nn.Parameter(torch.ones(shape.head_width)) if shape.qk_weight else None
@@ -124,32 +124,32 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_width)  # unflatten says the same and takes three times as long
 
-    def memorize(self, memory: Tensor, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
+    def memorize(self, memory: Tensor, reading: AttentionContext | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: two of (B, KV, S, D)."""
         turned = None if reading is None else reading.turns
-        if self.k_gain is None and (reading is None or reading.rotation is None) and joins(memory, (self.k, self.v)):
-            joined, eps = together(memory, (self.k, self.v)), self.eps if self.qk_norm else -1.0
+        if self.k_gain is None and (reading is None or reading.rotation is None) and can_join(memory, (self.k, self.v)):
+            joined, eps = joint_projection(memory, (self.k, self.v)), self.eps if self.qk_norm else -1.0
             return heads(joined, turned, eps, 0, self.kv_heads, self.head_width)[1:]
         k = self._place(self.k(memory), reading, self.k_gain)
         return k.transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
 
-    def _place(self, x: Tensor, reading: Reading | None, gain: Tensor | None) -> Tensor:
+    def _place(self, x: Tensor, reading: AttentionContext | None, gain: Tensor | None) -> Tensor:
         """Queries or keys, split into heads, turned to their positions and made unit RMS, as the shape says.
 
         Without a gain (head_width,) the norm commutes with turning, and is done with it; with one it comes before.
         """
         x, eps = self._heads(x), self.eps if self.qk_norm else -1.0
         if gain is not None:
-            x, eps = unit(x, eps) * gain, -1.0
+            x, eps = unit_rms(x, eps) * gain, -1.0
         if reading is not None and reading.rotation is not None:
             return rotated(x, reading.rotation, eps)
         if reading is not None and reading.turns is not None:
             return turn(x, *reading.turns, eps)
-        return unit(x, eps) if eps >= 0 else x
+        return unit_rms(x, eps) if eps >= 0 else x
 
-    def _read(self, x: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, x: Tensor, reading: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of x, placed: (B, heads, T, D), and two of (B, KV, T, D)."""
-        joined = together(x, (self.q, self.k, self.v)) if self.joined is None else self.joined(x)
+        joined = joint_projection(x, (self.q, self.k, self.v)) if self.joined is None else self.joined(x)
         if self.q_gain is None and reading.rotation is None:
             eps = self.eps if self.qk_norm else -1.0
             return heads(joined, reading.turns, eps, self.heads, self.kv_heads, self.head_width)
@@ -166,7 +166,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        reading: Reading,
+        reading: AttentionContext,
         memory: tuple[Tensor, Tensor] | None = None,
         before: Tensor | None = None,
     ) -> Tensor:
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         if memory is None and reading.cache is not None and reading.narrow is None:
             q, k, v = self._read(x, reading)
             k, v = reading.cache.extend(*_behind(reading.front, k, v))
-        elif memory is None and before is None and reading.narrow is None and joins(x, (self.q, self.k, self.v)):
+        elif memory is None and before is None and reading.narrow is None and can_join(x, (self.q, self.k, self.v)):
             q, k, v = self._read(x, reading)
             k, v = _behind(reading.front, k, v)
         else:
@@ -207,7 +207,7 @@ def _behind(front: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) for a gated activation."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.activation = GATED.get(shape.activation, shape.activation)
         bias = shape.bias and shape.bias_at == "all"
@@ -222,8 +222,8 @@ class MLP(nn.Module):
             return self.down(self.inner(self.up(x)))
         if self.joined is not None:
             return self.down(self.inner(self.joined(x)))
-        if joins(x, (self.gate, self.up)):
-            return self.down(self.inner(together(x, (self.gate, self.up))))
+        if can_join(x, (self.gate, self.up)):
+            return self.down(self.inner(joint_projection(x, (self.gate, self.up))))
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
     def inner(self, x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of a trunk, or several that share its weights; `cross` adds attention to an encoder's memory."""
 
-    def __init__(self, shape: Shape, layer: int, cross: bool):
+    def __init__(self, shape: ModelConfig, layer: int, cross: bool):
         super().__init__()
         self.post = shape.norm_at == "post"
         self.attention_norm = (
@@ -260,8 +260,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        reading: Reading,
-        across: Reading | None = None,
+        reading: AttentionContext,
+        across: AttentionContext | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
         before: Tensor | None = None,
     ) -> Tensor:
@@ -281,7 +281,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
-def initialise(module: nn.Module, shape: Shape) -> None:
+def initialize(module: nn.Module, shape: ModelConfig) -> None:
     """Fill a module's matrices as the shape says; offsets and the projections of zero_init with zeros."""
     for name, child in module.named_modules():
         if type(child) is Linear:

@@ -4,9 +4,9 @@ Kim 2016 (arXiv:1508.06615), as ELMo has it (Peters 2018, section 3.4): each byt
 filters of 1 to 7 bytes are laid over them and the greatest answer of each is taken; two highway layers (Srivastava
 2015) and a linear map follow. Words that end alike so begin alike, before anything is learnt of either.
 
->>> from firth.model.config import Shape
->>> shape = Shape(vocab=2, width=8, depth=1, heads=1, characters=7, filters=64, tied=False)
->>> embedding = Characters(shape)
+>>> from firth.model.config import ModelConfig
+>>> shape = ModelConfig(vocab=2, width=8, depth=1, heads=1, characters=7, filters=64, tied=False)
+>>> embedding = CharacterCNN(shape)
 >>> embedding.spell(["un", "fair"])
 >>> embedding.spelling[0].tolist()
 [257, 118, 111, 258, 0, 0, 0]
@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.parameter_count import LETTER, LETTERS, WINDOWS
 
 FIRST, LAST = 257, 258
 """The letters before and behind a token; 0 is none, a byte b is b + 1."""
 
 
-class Characters(nn.Module):
+class CharacterCNN(nn.Module):
     """Token ids (..., T) -> vectors (..., T, table width). spelling (vocab, characters): the letters of each id, in the file too.
 
     weight: the vectors of the letters.
@@ -40,7 +40,7 @@ class Characters(nn.Module):
 
     spelling: Tensor
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.longest = shape.characters
         self.register_buffer("spelling", torch.zeros(shape.vocab, shape.characters, dtype=torch.int16))

@@ -14,7 +14,7 @@ import torch
 import torch.compiler.config
 from torch import Tensor
 
-from firth.model.transformer import Trunk
+from firth.model.transformer import TransformerStack
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def compile_blocks(model: LM) -> None:
 
     Raises UserError where there is nothing to compile, or torch cannot (no compiler, no headers of Python).
     """
-    trunks = [module for module in model.modules() if isinstance(module, Trunk) and module.blocks]
+    trunks = [module for module in model.modules() if isinstance(module, TransformerStack) and module.blocks]
     if not trunks:
         raise UserError("compile=true compiles blocks of attention, and this model has none: set compile=false")
     _try(next(model.parameters()).device)

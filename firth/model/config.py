@@ -19,9 +19,9 @@ The published families are points in this space, not classes:
     ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
     word2vec    depth=0
 
->>> decoder(vocab=8192, width=384, depth=6).parameters()
+>>> decoder_config(vocab=8192, width=384, depth=6).parameters()
 16908288
->>> Shape(vocab=100, width=30, depth=1, heads=4)
+>>> ModelConfig(vocab=100, width=30, depth=1, heads=4)
 Traceback (most recent call last):
     ...
 firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change one of them, or state shape.head_width
@@ -32,8 +32,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from firth.model.config_checks import refuse_numbers, refuse_together
-from firth.model.parameter_count import GATED, parameters
+from firth.model.config_checks import check_combinations, check_fields
+from firth.model.parameter_count import GATED, num_parameters
 from firth.validated import (
     NonNegativeFloat,
     OptionalTokenCount,
@@ -45,7 +45,7 @@ from firth.validated import (
     TokenCount,
 )
 
-Reads = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
+AttentionPattern = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
 """How an objective has a text read:
 
     any      however the trunk does
@@ -71,7 +71,7 @@ TokenIds = Annotated[int, Range(ge=1, lt=1 << 31)]
 
 
 @dataclass(frozen=True)
-class Shape(Ranged, section="shape"):
+class ModelConfig(Ranged, section="shape"):
     """Everything about an architecture; the defaults are GPT-2's. Raises UserError when the numbers do not fit.
 
     vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
@@ -187,11 +187,11 @@ class Shape(Ranged, section="shape"):
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
 
-        refuse_numbers(self)
+        check_fields(self)
         fill("kv_heads", self.heads)
         fill("head_width", self.width // self.heads)
         fill("hidden", self.stream if self.recurrent else 4 * self.width)
-        refuse_together(self)
+        check_combinations(self)
 
     @property
     def stream(self) -> int:
@@ -229,7 +229,7 @@ class Shape(Ranged, section="shape"):
         return "an encoder" if self.head == "transform" or self.query else "a decoder that may read both ways"
 
     @property
-    def honours(self) -> frozenset[Reads]:
+    def honours(self) -> frozenset[AttentionPattern]:
         """The ways of reading that the trunk can do."""
         if not self.depth:
             return frozenset({"any", "alone"})
@@ -260,47 +260,55 @@ class Shape(Ranged, section="shape"):
 
     def parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-        return parameters(self)
+        return num_parameters(self)
 
 
-def decoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:
+def decoder_config(
+    vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0
+) -> ModelConfig:
     """The default decoder, a NanoChat: what learns fastest here per second (docs/results.md). heads 0: width / 64."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context, hidden=hidden,
         norm="rms", norm_weight=False, norm_bias=False, norm_eps=1e-6, embed_norm=True, position="rotary",
         rotary_sign=-1, activation="relu2", bias=False, qk_norm=True, tied=False, softcap=15.0, init=0.0, zero_init=True,
     )  # fmt: skip
 
 
-def encoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:
+def encoder_config(
+    vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0
+) -> ModelConfig:
     """The default encoder, a ModernBERT with full attention in every layer."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context,
         hidden=hidden or 2 * width, causal=False, norm_bias=False, embed_norm=True, first_norm=False, position="rotary",
         activation="geglu", bias=False, head="transform", head_bias=True, init=0.0, zero_init=True,
     )  # fmt: skip
 
 
-def encoder_decoder(vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0) -> Shape:
+def encoder_decoder_config(
+    vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0
+) -> ModelConfig:
     """The default encoder-decoder, a T5 v1.1 with `depth` blocks on each side."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads or max(1, width // 64), context=context,
         hidden=hidden or 2 * width, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
         activation="geglu_tanh", bias=False, score_scale=False, tied=False, init=0.0, zero_init=True,
     )  # fmt: skip
 
 
-def recurrent(
+def recurrent_config(
     vocab: int, width: int, depth: int, kind: Literal["rnn", "gru", "lstm"] = "lstm", context: int = 1024
-) -> Shape:
+) -> ModelConfig:
     """The default recurrent language model: embeddings, layers from left to right, and a head tied to the embeddings."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=1, context=context, norm_at="post", position="none",
         recurrent=kind, head_bias=True,
     )  # fmt: skip
 
 
-def vectors(vocab: int, width: int) -> Shape:
+def word_vector_config(vocab: int, width: int) -> ModelConfig:
     """A vector for each word and nothing else: what word2vec learns."""
     # From 0.3 rare words keep much of what they began as; from 0.003 all vectors point one way for long.
-    return Shape(vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.1)
+    return ModelConfig(
+        vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.1
+    )

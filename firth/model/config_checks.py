@@ -1,7 +1,7 @@
 """Which numbers and choices make no architecture: every refusal of a `Shape`, in one sentence each.
 
->>> from firth.model.config import Shape
->>> Shape(vocab=100, width=32, depth=1, heads=4, rotary_sign=0)
+>>> from firth.model.config import ModelConfig
+>>> ModelConfig(vocab=100, width=32, depth=1, heads=4, rotary_sign=0)
 Traceback (most recent call last):
     ...
 firth.types.UserError: shape.rotary_sign=0 must be 1 or -1
@@ -15,7 +15,7 @@ from firth.model.parameter_count import GATED, GATES, SINUSOIDAL
 from firth.types import UserError
 
 if TYPE_CHECKING:
-    from firth.model.config import Shape
+    from firth.model.config import ModelConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_start": ("pad", "eos"),
@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def refuse_numbers(shape: Shape) -> None:
+def check_fields(shape: ModelConfig) -> None:
     """Raise a UserError for a field that is wrong whatever the others say."""
     for name, choices in CHOICES.items():
         if getattr(shape, name) not in choices:
@@ -43,7 +43,7 @@ def refuse_numbers(shape: Shape) -> None:
         )
 
 
-def refuse_together(shape: Shape) -> None:
+def check_combinations(shape: ModelConfig) -> None:
     """Raise a UserError for fields that do not fit each other."""
     if shape.heads % shape.kv_heads:
         raise UserError(f"shape.heads={shape.heads} is not a multiple of shape.kv_heads={shape.kv_heads}")
@@ -113,7 +113,7 @@ def refuse_together(shape: Shape) -> None:
         )
 
 
-def _refuse_blocks(shape: Shape) -> None:
+def _refuse_blocks(shape: ModelConfig) -> None:
     """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
     still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
              "qk_norm": False, "qk_weight": False, "zero_init": False, "bias": True, "bias_at": "all", "kv_heads": shape.heads,

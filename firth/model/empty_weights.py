@@ -1,7 +1,7 @@
 """Modules that hold nothing, to know their tensors' names and sizes, or to be filled from a file.
 
 >>> from torch import nn
->>> with hollow():
+>>> with init_empty_weights():
 ...     matrix = nn.Linear(1_000_000, 1_000_000).weight
 >>> matrix.device.type, tuple(matrix.shape)
 ('meta', (1000000, 1000000))
@@ -31,7 +31,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 @contextmanager
-def hollow() -> Iterator[None]:
+def init_empty_weights() -> Iterator[None]:
     """Make modules on the meta device, unfilled."""
     with torch.device("meta"), _Unfilled():
         yield

@@ -10,9 +10,9 @@ What a batch costs is asked of the objective (`Objective.run_flops`, `loss_flops
 and on what; it adds up what stands here: `trunk` for a forward and backward pass of a model of a shape, `head` for its
 vocabulary head, `linear` for a map of its own.
 
->>> from firth.model.config import decoder
->>> shape = decoder(vocab=8192, width=384, depth=6)
->>> f"{trunk(shape, Work(positions=4096, pairs=4096 * 128)) + head(shape, 4096):.3g}"
+>>> from firth.model.config import decoder_config
+>>> shape = decoder_config(vocab=8192, width=384, depth=6)
+>>> f"{stack_flops(shape, Work(positions=4096, pairs=4096 * 128)) + head_flops(shape, 4096):.3g}"
 '3.53e+11'
 """
 
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.parameter_count import VECTORS, recurrent_products
 from firth.types import IGNORE, NEVER, Batch
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryWork:
     """What there is to read before the rows: tokens, pairs of them, and how often a token of a row sees one."""
 
     positions: int = 0
@@ -58,7 +58,7 @@ class Work:
     rows: int = 0
     spared: int = 0
     spared_pairs: int = 0
-    memory: Memory = dataclasses.field(default_factory=lambda: Memory())
+    memory: MemoryWork = dataclasses.field(default_factory=lambda: MemoryWork())
 
 
 BOTH = 3.0 * 2.0
@@ -70,7 +70,7 @@ def linear(rows: int, inputs: int, outputs: int) -> float:
     return BOTH * rows * inputs * outputs
 
 
-def trunk(shape: Shape, work: Work) -> float:
+def stack_flops(shape: ModelConfig, work: Work) -> float:
     """FLOPs of the model without its head, forward and backward: the one place that knows what an architecture costs."""
     if shape.recurrent:
         return BOTH * work.positions * recurrent_products(shape)
@@ -94,7 +94,7 @@ def trunk(shape: Shape, work: Work) -> float:
     return BOTH * total
 
 
-def fronted(work: Work, batch: Batch, shape: Shape, prefix: int, prompt: int) -> Work:
+def with_prefix(work: Work, batch: Batch, shape: ModelConfig, prefix: int, prompt: int) -> Work:
     """The work with trained positions before every text (`firth.model.prefix`): so many keys that every token sees, and so
     many tokens more, which see one another and, in an encoder, their text."""
     side = "source_" if shape.encoder else ""
@@ -112,7 +112,7 @@ def fronted(work: Work, batch: Batch, shape: Shape, prefix: int, prompt: int) ->
     return dataclasses.replace(work, pairs=seen + more, positions=read + texts * prompt)
 
 
-def learning(model: nn.Module) -> float:
+def trained_share(model: nn.Module) -> float:
     """What of `trunk`'s work is done where weights are frozen: 1 where all are trained.
 
     A matrix costs a product forward, one back to what came before it, and one for its own gradient, which a frozen one is
@@ -136,7 +136,7 @@ def learning(model: nn.Module) -> float:
     return (3 * (own + low) + (1 + back) * frozen) / (3 * whole) if whole else 1.0
 
 
-def head(shape: Shape, asked: int) -> float:
+def head_flops(shape: ModelConfig, asked: int) -> float:
     """FLOPs of the vocabulary head, forward and backward, where it runs at so many positions."""
     if shape.head == "transform":
         return linear(asked, shape.table_width, shape.vocab + shape.width)
@@ -169,12 +169,12 @@ def work(batch: Batch, wanted: Tensor | None = None) -> Work:
     return Work(own, pairs, int(there.sum()), within, across, len(looks))
 
 
-def _memory(batch: Batch, looks: Tensor, document: Tensor, real: Tensor) -> Memory:
+def _memory(batch: Batch, looks: Tensor, document: Tensor, real: Tensor) -> MemoryWork:
     """What stands before the rows, which all of its own document see."""
     _, appears, key_document = _rows(batch, "memory_")
     there = appears != NEVER
     within = _pairs(torch.zeros_like(appears), appears, key_document, there, key_document)
-    return Memory(int(there.sum()), within, _pairs(torch.zeros_like(looks), appears, key_document, real, document))
+    return MemoryWork(int(there.sum()), within, _pairs(torch.zeros_like(looks), appears, key_document, real, document))
 
 
 def real_tokens(batch: Batch) -> int:
@@ -186,7 +186,7 @@ def real_tokens(batch: Batch) -> int:
     return int(own.sum()) + source
 
 
-def asked_positions(labels: Tensor) -> int:
+def supervised_positions(labels: Tensor) -> int:
     """How many positions hold a label."""
     return int((labels != IGNORE).sum())
 

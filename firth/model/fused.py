@@ -113,7 +113,7 @@ class _Unit(torch.autograd.Function):
         return _through_unit(_wide(grad), _wide(y), inverse).to(ctx.dtype), None, None
 
 
-def unit(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+def unit_rms(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / rms(x) over the last axis: (..., width) -> (..., width), in the dtype given or that of x."""
     dtype = dtype or x.dtype
     if x.device.type == "cpu" and not torch.is_grad_enabled() and dtype == x.dtype == _wide(x[:0]).dtype:
@@ -139,7 +139,7 @@ def normalized(
     if center:
         y = F.layer_norm(x, x.shape[-1:], gain, offset, eps)
         return y if dtype is None else y.to(dtype)
-    y = unit(x, eps, x.dtype if learned else dtype)
+    y = unit_rms(x, eps, x.dtype if learned else dtype)
     y = y if gain is None else y * gain
     y = y if offset is None else y + offset
     return y.to(dtype or x.dtype)
@@ -232,7 +232,7 @@ class Dropout(nn.Module):
         return x * survivors(x, self.chance) if x.device.type == "cpu" else F.dropout(x, self.chance)
 
 
-def drops(model: nn.Module) -> bool:
+def uses_dropout(model: nn.Module) -> bool:
     """Whether any module of the model applies dropout in training."""
     chances = (
         m.chance if isinstance(m, Dropout) else m.p for m in model.modules() if isinstance(m, Dropout | nn.Dropout)
@@ -297,7 +297,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, eps: float = -1.0) -> Tensor:
     if torch.is_grad_enabled():
         return _Turn.apply(x, cos, sin, eps)
     wide = _wide(x)
-    return _turned(unit(wide, eps) if eps >= 0 else wide, cos, sin).to(x.dtype)
+    return _turned(unit_rms(wide, eps) if eps >= 0 else wide, cos, sin).to(x.dtype)
 
 
 def _split(
@@ -309,7 +309,7 @@ def _split(
     if turns is not None:
         placed = turn(placed, *turns, eps)
     elif eps >= 0:
-        placed = unit(placed, eps)
+        placed = unit_rms(placed, eps)
     q, k = placed.transpose(1, 2).split((queries, keys), 1)
     return q, k, v.transpose(1, 2)
 
@@ -349,5 +349,5 @@ def rotated(x: Tensor, rotation: Tensor, eps: float = -1.0) -> Tensor:
     One product in place of seven calls: 3 us and not 15 for a single token.
     """
     wide = _wide(x)
-    y = (unit(wide, eps) if eps >= 0 else wide) @ rotation.to(wide.dtype)
+    y = (unit_rms(wide, eps) if eps >= 0 else wide) @ rotation.to(wide.dtype)
     return y.to(x.dtype)

@@ -2,9 +2,9 @@
 
 A description names the kind and its sizes; no code is ever read from a file.
 
->>> described(nn.Linear(8, 2))
+>>> describe_head(nn.Linear(8, 2))
 {'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}
->>> rebuilt({'kind': 'chain', 'of': [{'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}, {'kind': 'tanh'}]}, "nsp")
+>>> rebuild_head({'kind': 'chain', 'of': [{'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}, {'kind': 'tanh'}]}, "nsp")
 Sequential(
   (0): Linear(in_features=8, out_features=2, bias=True)
   (1): Tanh()
@@ -19,24 +19,24 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
-from firth.model.heads import Vocabulary
-from firth.model.layer_mixture import Mixture
-from firth.model.model import LM, Guest
+from firth.model.config import ModelConfig
+from firth.model.heads import LMHead
+from firth.model.layer_mixture import ScalarMix
+from firth.model.model import LM, TiedSubmodel
 from firth.model.norm import LayerNorm, RMSNorm
-from firth.model.prefix import Prefix, Prompt
+from firth.model.prefix import PrefixEncoder, PromptEmbedding
 from firth.types import UserError
 
 Description = dict[str, Any]
 
 
-def described(part: nn.Module) -> Description:
+def describe_head(part: nn.Module) -> Description:
     """A part in plain numbers; kind "other" if firth cannot rebuild it by itself."""
     describe = DESCRIBE.get(type(part))
     return {"kind": "other"} if describe is None else describe(part)
 
 
-def rebuilt(description: Description, name: str) -> nn.Module:
+def rebuild_head(description: Description, name: str) -> nn.Module:
     """The module a description speaks of. UserError if it is of no known kind."""
     kind = description.get("kind", "other")
     if kind not in REBUILD:
@@ -46,21 +46,21 @@ def rebuilt(description: Description, name: str) -> nn.Module:
     return REBUILD[kind](description)
 
 
-def answered(description: Description) -> int:
+def num_outputs(description: Description) -> int:
     """How many numbers a described part gives for a state: the rows of its last linear map; 0 where there is none.
 
-    >>> answered({'kind': 'chain', 'of': [{'kind': 'tanh'}, {'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}]})
+    >>> num_outputs({'kind': 'chain', 'of': [{'kind': 'tanh'}, {'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}]})
     2
     """
     if description.get("kind") == "chain" and description["of"]:
-        return answered(description["of"][-1])
+        return num_outputs(description["of"][-1])
     return int(description["out"]) if description.get("kind") == "linear" else 0
 
 
 DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     nn.Linear: lambda m: {"kind": "linear", "in": m.in_features, "out": m.out_features, "bias": m.bias is not None},
     nn.Embedding: lambda m: {"kind": "embedding", "in": m.num_embeddings, "out": m.embedding_dim},
-    nn.Sequential: lambda m: {"kind": "chain", "of": [described(child) for child in m]},
+    nn.Sequential: lambda m: {"kind": "chain", "of": [describe_head(child) for child in m]},
     nn.Tanh: lambda m: {"kind": "tanh"},
     nn.GELU: lambda m: {"kind": "gelu"} | ({} if m.approximate == "none" else {"approximate": m.approximate}),
     nn.SiLU: lambda m: {"kind": "silu"},
@@ -71,23 +71,23 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
         "kind": "layer_norm", "width": m.width, "weight": m.weight is not None, "bias": m.bias is not None, "eps": m.eps
     },
     RMSNorm: lambda m: {"kind": "rms_norm", "width": m.width, "weight": m.weight is not None, "eps": m.eps},
-    Mixture: lambda m: {"kind": "mixture", "layers": m.layers},
-    Prefix: lambda m: {
+    ScalarMix: lambda m: {"kind": "mixture", "layers": m.layers},
+    PrefixEncoder: lambda m: {
         "kind": "prefix", "tokens": m.tokens, "layers": m.layers, "kv_heads": m.kv_heads, "head_width": m.head_width,
         "hidden": m.hidden,
     },
-    Prompt: lambda m: {"kind": "prompt", "tokens": m.tokens, "width": m.width},
-    Vocabulary: lambda m: {"kind": "vocabulary", "shape": asdict(m.shape)},
-    Guest: lambda m: {
-        "kind": "guest", "shape": asdict(m.shape), "parts": {n: described(p) for n, p in m.parts.items()}
+    PromptEmbedding: lambda m: {"kind": "prompt", "tokens": m.tokens, "width": m.width},
+    LMHead: lambda m: {"kind": "vocabulary", "shape": asdict(m.shape)},
+    TiedSubmodel: lambda m: {
+        "kind": "guest", "shape": asdict(m.shape), "parts": {n: describe_head(p) for n, p in m.parts.items()}
     },
-    LM: lambda m: {"kind": "model", "shape": asdict(m.shape), "parts": {n: described(p) for n, p in m.parts.items()}},
+    LM: lambda m: {"kind": "model", "shape": asdict(m.shape), "parts": {n: describe_head(p) for n, p in m.parts.items()}},
 }  # fmt: skip
 
 REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "linear": lambda d: nn.Linear(d["in"], d["out"], bias=d["bias"]),
     "embedding": lambda d: nn.Embedding(d["in"], d["out"]),
-    "chain": lambda d: nn.Sequential(*(rebuilt(child, "chain") for child in d["of"])),
+    "chain": lambda d: nn.Sequential(*(rebuild_head(child, "chain") for child in d["of"])),
     "tanh": lambda d: nn.Tanh(),
     "gelu": lambda d: nn.GELU(d.get("approximate", "none")),
     "silu": lambda d: nn.SiLU(),
@@ -96,10 +96,10 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "torch_layer_norm": lambda d: nn.LayerNorm(d["width"], eps=d["eps"]),
     "layer_norm": lambda d: LayerNorm(d["width"], d["weight"], d["bias"], d["eps"]),
     "rms_norm": lambda d: RMSNorm(d["width"], d["weight"], False, d["eps"]),
-    "mixture": lambda d: Mixture(d["layers"]),
-    "prefix": lambda d: Prefix(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
-    "prompt": lambda d: Prompt(d["tokens"], d["width"]),
-    "vocabulary": lambda d: Vocabulary(Shape(**d["shape"])),
-    "guest": lambda d: Guest(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),
-    "model": lambda d: LM(Shape(**d["shape"]), {n: rebuilt(p, n) for n, p in d["parts"].items()}),
+    "mixture": lambda d: ScalarMix(d["layers"]),
+    "prefix": lambda d: PrefixEncoder(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
+    "prompt": lambda d: PromptEmbedding(d["tokens"], d["width"]),
+    "vocabulary": lambda d: LMHead(ModelConfig(**d["shape"])),
+    "guest": lambda d: TiedSubmodel(ModelConfig(**d["shape"]), {n: rebuild_head(p, n) for n, p in d["parts"].items()}),
+    "model": lambda d: LM(ModelConfig(**d["shape"]), {n: rebuild_head(p, n) for n, p in d["parts"].items()}),
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.cross_entropy import ABSENT, LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.norm import make_norm
@@ -14,10 +14,10 @@ from firth.model.parameter_count import GATED
 from firth.types import UserError
 
 
-class Vocabulary(nn.Module):
+class LMHead(nn.Module):
     """Hidden states (..., width) -> logits (..., vocab). `LM` replaces `weight` by the token embedding if tied."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         if shape.tied and shape.apart:
             raise UserError(
@@ -46,7 +46,7 @@ class Vocabulary(nn.Module):
         self.absent = absent
 
     @staticmethod
-    def reads(shape: Shape) -> int:
+    def reads(shape: ModelConfig) -> int:
         """Width of what the matrix is multiplied with."""
         return shape.table_width if shape.head == "transform" else shape.width
 
@@ -104,6 +104,6 @@ def pooled(width: int, answers: int, act: type[nn.Module] = nn.Tanh) -> nn.Seque
     return nn.Sequential(linear(width, width), act(), linear(width, answers))
 
 
-def detector(width: int) -> nn.Sequential:
+def replaced_token_head(width: int) -> nn.Sequential:
     """ELECTRA's discriminator head: (..., width) -> width -> GELU -> (..., 1), initialised as there."""
     return pooled(width, 1, nn.GELU)

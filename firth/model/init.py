@@ -9,13 +9,13 @@ down to the entropy of single tokens, 6.4. Counting the answers says as much bef
                                                holds the log frequencies: an offset made of what the shape has
     anything else (GPT-2's tied head)          nothing is done: there is no place for an offset
 
->>> from firth.model.heads import Vocabulary
->>> from firth.model.config import decoder
->>> shape = decoder(vocab=50, width=384, depth=1)
+>>> from firth.model.heads import LMHead
+>>> from firth.model.config import decoder_config
+>>> shape = decoder_config(vocab=50, width=384, depth=1)
 >>> _ = torch.manual_seed(0)
->>> model = LM(shape, {"lm": Vocabulary(shape)})
+>>> model = LM(shape, {"lm": LMHead(shape)})
 >>> counts = torch.arange(50.0)
->>> begin(model, counts, lambda: model({"tokens": torch.arange(50)[None]})[0])
+>>> init_head_from_frequencies(model, counts, lambda: model({"tokens": torch.arange(50)[None]})[0])
 True
 >>> p = model.parts["lm"](model({"tokens": torch.tensor([[3]])})).softmax(-1)[0, 0]
 >>> bool((p - (counts + 1) / (counts + 1).sum()).abs().max() < 2e-3)
@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.model.model import LM
 
 CONSTANT = 0.5
@@ -40,12 +40,12 @@ STEADY = 4.0
 
 
 @torch.no_grad()
-def begin(model: LM, counts: Tensor, read: Callable[[], Tensor]) -> bool:
+def init_head_from_frequencies(model: LM, counts: Tensor, read: Callable[[], Tensor]) -> bool:
     """Make an untrained model predict the frequencies of `counts` (vocab,), each one more; whether it could.
 
     read: runs the model on some examples and returns hidden states at asked positions, (N, width).
     """
-    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
     counts = counts.to(head.weight) + 1
     offsets = (counts / counts.sum()).log()
     offsets -= (offsets.max() + offsets.min()) / 2  # as small as they can be: a softmax does not mind, a soft cap does

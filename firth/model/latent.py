@@ -6,7 +6,7 @@ The decoder sees nothing else of the source, so z is all it knows. Bowman's z is
 Transformer has none, and cross-attends to the latent's vectors instead (as OPTIMUS' "memory" does, Li 2020).
 
 >>> import torch
->>> latent = Latent(Shape(vocab=9, width=8, depth=1, heads=2, encoder=1, latent=3))
+>>> latent = Latent(ModelConfig(vocab=9, width=8, depth=1, heads=2, encoder=1, latent=3))
 >>> mean, log_variance = latent.read(torch.ones(2, 5, 8), torch.zeros(2, 5))
 >>> mean.shape, latent.write(mean).shape
 (torch.Size([2, 3]), torch.Size([2, 4, 8]))
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.parameter_count import VECTORS
 from firth.types import NEVER
 
@@ -24,7 +24,7 @@ from firth.types import NEVER
 class Latent(nn.Module):
     """The two maps: states -> posterior, z -> memory."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.posterior = nn.Linear(shape.width, 2 * shape.latent)
         self.memory = nn.Linear(shape.latent, VECTORS * shape.width)

@@ -2,7 +2,7 @@
 
     scale * sum over layers of softmax(weights)[layer] * states[layer]
 
->>> mixture = Mixture(layers=2)
+>>> mixture = ScalarMix(layers=2)
 >>> mixture(torch.tensor([[[1.0, 3.0]], [[3.0, 5.0]]])).tolist()
 [[2.0, 4.0]]
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Mixture(nn.Module):
+class ScalarMix(nn.Module):
     """States of all layers (layers, ..., width) -> (..., width): their mean at first, one weight for each layer later."""
 
     def __init__(self, layers: int):

@@ -10,8 +10,8 @@ Two things the paper leaves open. Slots begin as windows of neighbouring tokens:
 where random mixtures cancel each other. A row of n tokens uses the first n rows of E, and its slots are multiplied by
 sqrt(context / n), or the empty ones would drown them. Together: 61% -> 70% of held-out questions told, from 300 sentences.
 
->>> shape = Shape(vocab=9, width=8, depth=1, heads=2, causal=False, context=16, linformer=4)
->>> slots = Linformer(shape).at(6, Visibility())
+>>> shape = ModelConfig(vocab=9, width=8, depth=1, heads=2, causal=False, context=16, linformer=4)
+>>> slots = Linformer(shape).at(6, AttentionMask())
 >>> slots.of(layer=0).mix(torch.ones(3, 2, 6, 4), side=0).shape
 torch.Size([3, 2, 4, 4])
 """
@@ -23,15 +23,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from firth.model.attention import Visibility
-from firth.model.config import Shape
+from firth.model.attention import AttentionMask
+from firth.model.config import ModelConfig
 from firth.types import UserError
 
 
 class Linformer(nn.Module):
     """The projections of a trunk: weight (layers or 1, 2 or 1, context, k). All heads share them (section 4)."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape.projections, shape.context, shape.linformer))
         tokens = torch.arange(shape.context)
@@ -41,7 +41,7 @@ class Linformer(nn.Module):
                 shape.linformer / shape.context
             ) ** 0.5
 
-    def at(self, length: int, sees: Visibility) -> Slots:
+    def at(self, length: int, sees: AttentionMask) -> LinformerSlots:
         """The projections of rows of `length` tokens. UserError for what a Linformer cannot read."""
         if sees.causal or sees.block is not None or (sees.mask is not None and sees.mask.shape[2] > 1):
             raise UserError(
@@ -56,20 +56,22 @@ class Linformer(nn.Module):
             )
         real = None if sees.mask is None else sees.mask.mT
         count = self.weight.new_tensor(length) if real is None else real.sum(2, keepdim=True).clamp(min=1)
-        return Slots(self.weight[:, :, :length], real, (context / count).sqrt(), Visibility(blind=sees.blind))
+        return LinformerSlots(
+            self.weight[:, :, :length], real, (context / count).sqrt(), AttentionMask(blind=sees.blind)
+        )
 
 
 @dataclass(frozen=True)
-class Slots:
+class LinformerSlots:
     """What blocks share in a pass: weight (layers or 1, 2 or 1, T, k), which tokens are real (B, 1, T, 1), what the slots
     of each row are multiplied by (B, 1, 1, 1) or (), who sees slots."""
 
     weight: Tensor
     real: Tensor | None
     scale: Tensor
-    sees: Visibility
+    sees: AttentionMask
 
-    def of(self, layer: int) -> Slots:
+    def of(self, layer: int) -> LinformerSlots:
         """Those of one layer."""
         return replace(self, weight=self.weight[layer % len(self.weight)][None])
 

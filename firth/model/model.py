@@ -5,8 +5,8 @@ the same with `source_` before them, and for one with memory with `memory_`; it 
 tokens, the others are free.
 
 >>> import torch
->>> from firth.model.config import decoder
->>> model = LM(decoder(vocab=50, width=64, depth=1), {})
+>>> from firth.model.config import decoder_config
+>>> model = LM(decoder_config(vocab=50, width=64, depth=1), {})
 >>> model({"tokens": torch.tensor([[3, 4, 5], [6, 7, 8]])}).shape
 torch.Size([2, 3, 64])
 """
@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.model.attention import Cache
-from firth.model.block import initialise
-from firth.model.characters import Characters
-from firth.model.config import Shape
+from firth.model.attention import KVCache
+from firth.model.block import initialize
+from firth.model.characters import CharacterCNN
+from firth.model.config import ModelConfig
 from firth.model.latent import Latent
 from firth.model.parameter_count import LEARNED, SINUSOIDAL
 from firth.model.positions import sinusoidal
-from firth.model.prefix import Prefix, Prompt
-from firth.model.recurrent import Recurrent, States
-from firth.model.row_fields import Past, rows
-from firth.model.transformer import Trunk
+from firth.model.prefix import PrefixEncoder, PromptEmbedding
+from firth.model.recurrent import RecurrentCache, RecurrentStack
+from firth.model.row_fields import RowMemory, prefixed_fields
+from firth.model.transformer import TransformerStack
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
 if TYPE_CHECKING:
@@ -40,26 +40,26 @@ if TYPE_CHECKING:
 class LM(nn.Module):
     """A language model without its head. parts: name -> module; parts["lm"] is tied to the embedding if the shape says so."""
 
-    def __init__(self, shape: Shape, parts: Mapping[str, nn.Module]):
+    def __init__(self, shape: ModelConfig, parts: Mapping[str, nn.Module]):
         super().__init__()
         self.shape = shape
         learned = shape.position in LEARNED
-        self.tokens: nn.Embedding | Characters
-        self.tokens = Characters(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
+        self.tokens: nn.Embedding | CharacterCNN
+        self.tokens = CharacterCNN(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
         self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
         self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
         added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
         self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
         self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
-        self.encoder = Trunk(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
-        self.trunk: Trunk | Recurrent
+        self.encoder = TransformerStack(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
+        self.trunk: TransformerStack | RecurrentStack
         if shape.recurrent:
-            self.trunk = Recurrent(shape)
+            self.trunk = RecurrentStack(shape)
         else:
-            self.trunk = Trunk(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
+            self.trunk = TransformerStack(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
         self.latent = Latent(shape) if shape.latent else None
         for child in self.children():
-            initialise(child, shape)
+            initialize(child, shape)
         for table in (*self.tables().values(), self.source_places):
             if table is not None:
                 nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
@@ -84,9 +84,9 @@ class LM(nn.Module):
         every = self.named_parameters(remove_duplicate=False)
         return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
-    def trunks(self) -> list[Trunk]:
+    def trunks(self) -> list[TransformerStack]:
         """The stacks of blocks that it has: an encoder's, its own."""
-        return [trunk for trunk in (self.encoder, self.trunk) if isinstance(trunk, Trunk)]
+        return [trunk for trunk in (self.encoder, self.trunk) if isinstance(trunk, TransformerStack)]
 
     def tables(self) -> dict[str, nn.Embedding | None]:
         """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
@@ -119,12 +119,12 @@ class LM(nn.Module):
         return "lm" in self.parts and bool(self.parts["lm"].shape.width == self.shape.width)  # type: ignore[union-attr]
 
     @property
-    def prefix(self) -> Prefix | None:
+    def prefix(self) -> PrefixEncoder | None:
         """The trained keys and values that stand before every text, if there are any."""
         return self.parts["prefix"] if "prefix" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401
 
     @property
-    def prompt(self) -> Prompt | None:
+    def prompt(self) -> PromptEmbedding | None:
         """The trained vectors that stand before every text, if there are any."""
         return self.parts["prompt"] if "prompt" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401
 
@@ -182,7 +182,7 @@ class LM(nn.Module):
     def _remembered(self, batch: Batch) -> tuple[Tensor, Batch]:
         """The encoder's memory (B, N + S, width) of the source behind its prompt, and what is known of its tokens."""
         assert self.encoder is not None
-        fields = rows(batch, "source_", ahead=self.ahead(source=True))
+        fields = prefixed_fields(batch, "source_", ahead=self.ahead(source=True))
         front = None
         if self.prompt is not None:
             front, fields = self.prompt.before(fields, causal=False)
@@ -192,7 +192,7 @@ class LM(nn.Module):
         """Mean and log variance of the latent of each source: two of (..., latent)."""
         if self.latent is None:
             raise UserError("this model has no latent: shape.latent is 0")
-        fields = rows(batch, "source_")
+        fields = prefixed_fields(batch, "source_")
         mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("appears"))
         lead = batch["source_tokens"].shape[:-1]
         return mean.unflatten(0, lead), log_variance.unflatten(0, lead)
@@ -200,7 +200,7 @@ class LM(nn.Module):
     def forward(
         self,
         batch: Batch,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         kept: list[Tensor] | None = None,
         latent: Tensor | None = None,
         wanted: Tensor | None = None,
@@ -212,7 +212,7 @@ class LM(nn.Module):
         will be read; what no one wants need not be made, and may be zeros.
         """
         begins = cache is None or not cache.length
-        fields = rows(batch, "", 0 if cache is None else cache.length, self.ahead())
+        fields = prefixed_fields(batch, "", 0 if cache is None else cache.length, self.ahead())
         length, front = fields["tokens"].shape[-1], None
         if self.prompt is not None and self.encoder is None and begins:
             front, fields = self.prompt.before(fields, self.shape.causal)
@@ -249,7 +249,7 @@ class LM(nn.Module):
         return torch.stack(kept).unflatten(1, batch["tokens"].shape[:-1])
 
     @torch.no_grad()
-    def before(self, batch: Batch) -> Past | None:
+    def before(self, batch: Batch) -> RowMemory | None:
         """Read the tokens that stand before the rows, without gradient (Dai 2019, section 3.2); None where there are none.
 
         `memory_tokens` (..., M) end where their row begins: positions -M to -1, padding aside. Every token of the row
@@ -264,7 +264,7 @@ class LM(nn.Module):
             raise UserError(
                 f"the batch has tokens before its rows, and position {self.shape.position!r} has no place for them"
             )
-        fields = rows(batch, "memory_")
+        fields = prefixed_fields(batch, "memory_")
         tokens = fields["tokens"]
         there = fields.get("appears", torch.zeros_like(tokens)) != NEVER
         slots = torch.arange(tokens.shape[-1], device=tokens.device)
@@ -273,16 +273,16 @@ class LM(nn.Module):
         looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
         read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
         states: list[Tensor] = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
-        return Past(fields | {"appears": torch.where(there, ALWAYS, NEVER).int()}, states)
+        return RowMemory(fields | {"appears": torch.where(there, ALWAYS, NEVER).int()}, states)
 
-    def cache(self, rows: int, capacity: int) -> Cache:
+    def cache(self, rows: int, capacity: int) -> KVCache:
         """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
         if self.shape.linformer:
             raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
-        return States(rows, capacity) if self.shape.recurrent else Cache(rows, capacity + self.ahead())
+        return RecurrentCache(rows, capacity) if self.shape.recurrent else KVCache(rows, capacity + self.ahead())
 
 
-class Guest(LM):
+class TiedSubmodel(LM):
     """A model among the parts of another that reads with its host's tables: ELECTRA's generator (Clark 2020, section 3.2).
 
     Alone it is a whole model, which can be saved and run. Its tables are as wide as its host's.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.fused import normalized
 
 
@@ -46,7 +46,7 @@ class RMSNorm(_Norm):
     center = False
 
 
-def make_norm(shape: Shape, width: int = 0, to_maps: bool = False) -> nn.Module:
+def make_norm(shape: ModelConfig, width: int = 0, to_maps: bool = False) -> nn.Module:
     """The norm that a shape asks for, over `width` numbers (0: its own width). to_maps: as in `RMSNorm`."""
     width = width or shape.width
     if shape.norm == "layer":

@@ -1,7 +1,7 @@
 """How many parameters a shape has, exactly, and the numbers and names that this rests on.
 
->>> from firth.model.config import decoder
->>> parameters(decoder(vocab=8192, width=384, depth=6))
+>>> from firth.model.config import decoder_config
+>>> num_parameters(decoder_config(vocab=8192, width=384, depth=6))
 16908288
 """
 
@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from firth.model.config import Shape
+    from firth.model.config import ModelConfig
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
@@ -31,7 +31,7 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 """Recurrent cells -> the linear maps in one."""
 
 
-def parameters(shape: Shape) -> int:
+def num_parameters(shape: ModelConfig) -> int:
     """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
     table, each = shape.table_width, shape.norm_weight + (shape.norm_bias and shape.norm == "layer")
     norm = each * shape.width
@@ -65,12 +65,12 @@ def parameters(shape: Shape) -> int:
     return total + (read + shape.bias + each) * table * transform
 
 
-def cells(shape: Shape) -> int:
+def cells(shape: ModelConfig) -> int:
     """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
     return GATES[shape.recurrent] * shape.hidden
 
 
-def recurrent_products(shape: Shape) -> int:
+def recurrent_products(shape: ModelConfig) -> int:
     """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
     one = cells(shape) * (shape.table_width + shape.stream) + shape.stream * shape.hidden * (
         shape.hidden > shape.stream
@@ -78,7 +78,7 @@ def recurrent_products(shape: Shape) -> int:
     return shape.depth * (2 - shape.causal) * one
 
 
-def spelling_parameters(shape: Shape) -> int:
+def spelling_parameters(shape: ModelConfig) -> int:
     """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
     convolved = sum((size * LETTER + 1) * shape.filters * share // 64 for size, share in WINDOWS)
     highways = 2 * 2 * (shape.filters + 1) * shape.filters

@@ -5,7 +5,7 @@ All of them read explicit integer positions, never the slot in the row, so that 
 row, a permuted order and a cache with gaps change nothing.
 
 >>> import torch
->>> bucket(torch.tensor([0, 1, 7, 8, 200, -1, -200]), buckets=32, distance=128, both_ways=True).tolist()
+>>> relative_bucket(torch.tensor([0, 1, 7, 8, 200, -1, -200]), buckets=32, distance=128, both_ways=True).tolist()
 [0, 17, 23, 24, 31, 1, 15]
 """
 
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 
 
 def sinusoidal(positions: Tensor, width: int, interleaved: bool = True) -> Tensor:
@@ -25,25 +25,25 @@ def sinusoidal(positions: Tensor, width: int, interleaved: bool = True) -> Tenso
 
     Else all sines before all cosines, as tensor2tensor, fairseq and Marian have it.
     """
-    angles = waves(positions, width)
+    angles = sinusoid_frequencies(positions, width)
     return torch.stack((angles.sin(), angles.cos()), -1 if interleaved else -2).flatten(-2)
 
 
-def waves(positions: Tensor, width: int) -> Tensor:
+def sinusoid_frequencies(positions: Tensor, width: int) -> Tensor:
     """The angles of `sinusoidal`: positions (..., T) -> (..., T, width / 2) float32."""
     rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width))
     return positions[..., None].float() * rates
 
 
-def turns(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def rope_angles(positions: Tensor, shape: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos (B, T, 1, head_width), both halves alike, and sin (B, T, 1, head_width / 2) of the rotary angles (Su 2021)."""
     pairs = torch.arange(0, shape.head_width, 2, device=positions.device, dtype=torch.float32) / shape.head_width
-    angles = positions[:, :, None, None].float() * stretched(shape.rotary_theta**-pairs, shape)
+    angles = positions[:, :, None, None].float() * scaled_frequencies(shape.rotary_theta**-pairs, shape)
     cos = angles.cos()
     return torch.cat((cos, cos), -1), angles.sin() * shape.rotary_sign
 
 
-def stretched(rates: Tensor, shape: Shape) -> Tensor:
+def scaled_frequencies(rates: Tensor, shape: ModelConfig) -> Tensor:
     """The rates of turning of a model that is read beyond the rows it was trained on (`Shape.rotary_scaling`).
 
     All `rotary_factor` times as slow (Chen 2023, position interpolation), or only the slow ones (Llama 3.1): by how often
@@ -73,7 +73,7 @@ def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return itself, itself.roll(width // 2, 1)
 
 
-def bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
+def relative_bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
     """T5's bucket of a relative position (Raffel 2019, section 2.1): exact when near, logarithmic when far.
 
     distance_to: key position minus query position, any integer tensor. Both ways: half of the buckets for keys after.
@@ -91,10 +91,10 @@ def bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) ->
     return base + torch.where(near < exact, near, far.clamp(max=buckets - 1))
 
 
-class Relative(nn.Module):
+class RelativeBias(nn.Module):
     """T5's bias on the scores: one learned number per (bucket, head), shared by all blocks of a trunk."""
 
-    def __init__(self, shape: Shape, both_ways: bool):
+    def __init__(self, shape: ModelConfig, both_ways: bool):
         super().__init__()
         self.distance, self.both_ways = shape.distance, both_ways
         self.weight = nn.Parameter(torch.zeros(shape.buckets, shape.heads))
@@ -102,5 +102,5 @@ class Relative(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions of the queries (B, T) and of the keys (B, S) -> bias (B, heads, T, S)."""
         between = keys[:, None, :] - queries[:, :, None]
-        index = bucket(between, len(self.weight), self.distance, self.both_ways)
+        index = relative_bucket(between, len(self.weight), self.distance, self.both_ways)
         return self.weight[index].permute(0, 3, 1, 2)

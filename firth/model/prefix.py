@@ -12,7 +12,7 @@ Numbers and files are peft's: of an encoder-decoder, its decoder reads the prefi
 train a prefix through an MLP (section 4.3), which `Prefix.settle` works out and leaves off; with `hidden` 0 there is none.
 What both begin as is in `firth.peft.init`.
 
->>> prefix = Prefix(tokens=3, layers=2, kv_heads=2, head_width=4)
+>>> prefix = PrefixEncoder(tokens=3, layers=2, kv_heads=2, head_width=4)
 >>> [tuple(x.shape) for x in prefix.past().pairs[0]]
 [(2, 3, 4), (2, 3, 4)]
 """
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.attention import EVERY
-from firth.model.config import Shape
-from firth.model.row_fields import Past
+from firth.model.config import ModelConfig
+from firth.model.row_fields import RowMemory
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
-AHEAD = frozenset({"prefix", "prompt"})
+PREFIX_HEADS = frozenset({"prefix", "prompt"})
 """Names of the parts that stand before every text."""
 
 
-class Prefix(nn.Module):
+class PrefixEncoder(nn.Module):
     """Keys and values before every text. hidden: of the MLP that they are trained through; 0 where they are trained
     themselves. A part of a model by the name `prefix`."""
 
@@ -52,22 +52,22 @@ class Prefix(nn.Module):
         """(V, layers * 2 * kv_heads * head_width), as peft's files have it."""
         return self.table.weight if self.through is None else self.through(self.table.weight)
 
-    def past(self) -> Past:
+    def past(self) -> RowMemory:
         """What stands before every row."""
         x = self.whole().view(self.tokens, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
         at = torch.arange(self.tokens, device=x.device)[None]
         fields = {"appears": torch.full_like(at, ALWAYS), "document": torch.full_like(at, EVERY), "positions": at}
-        return Past(fields, pairs=[(pair[0], pair[1]) for pair in x])
+        return RowMemory(fields, pairs=[(pair[0], pair[1]) for pair in x])
 
     @torch.no_grad()
-    def settle(self) -> Prefix:
+    def settle(self) -> PrefixEncoder:
         """The same prefix without the MLP."""
-        plain = Prefix(self.tokens, self.layers, self.kv_heads, self.head_width)
+        plain = PrefixEncoder(self.tokens, self.layers, self.kv_heads, self.head_width)
         plain.table.weight.copy_(self.whole())
         return plain
 
 
-class Prompt(nn.Module):
+class PromptEmbedding(nn.Module):
     """Vectors before every text that the model reads: of an encoder-decoder, before the source. A part of a model by the
     name `prompt`."""
 
@@ -99,7 +99,7 @@ class Prompt(nn.Module):
         return vectors, {name: torch.cat((said[name].to(x.dtype), x), -1) for name, x in fields.items()}
 
 
-def refuse(shape: Shape, what: str) -> None:
+def refuse(shape: ModelConfig, what: str) -> None:
     """Raise a UserError if nothing can stand before the texts of a shape."""
     lacking = ""
     if shape.recurrent or not shape.depth:

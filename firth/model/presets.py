@@ -17,7 +17,7 @@
     bart-base, bart-large   139 M, 406 M      Lewis 2019, section 2.1 (base) and 5 (large)
     llama-7b                6.7 B             Touvron 2023, table 2
 
->>> f"{SHAPES['gpt2-xl'].parameters():,}"
+>>> f"{PRESETS['gpt2-xl'].parameters():,}"
 '1,557,611,200'
 """
 
@@ -25,22 +25,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 
 
-def gpt(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+def gpt(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> ModelConfig:
     """GPT: a decoder with the norm after each branch, learned positions, a tied head (Radford 2018)."""
-    return Shape(vocab=vocab, width=width, depth=depth, heads=heads, context=context, norm_at="post", dropout=0.1)
+    return ModelConfig(vocab=vocab, width=width, depth=depth, heads=heads, context=context, norm_at="post", dropout=0.1)
 
 
-def gpt2(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
+def gpt2(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> ModelConfig:
     """GPT-2: the norm before each branch and one more at the end (Radford 2019, section 2.3)."""
-    return Shape(vocab=vocab, width=width, depth=depth, heads=heads, context=context, dropout=0.1)
+    return ModelConfig(vocab=vocab, width=width, depth=depth, heads=heads, context=context, dropout=0.1)
 
 
 def transformer_xl(
     width: int, depth: int, heads: int, head_width: int, vocab: int = 32000, context: int = 2048
-) -> Shape:
+) -> ModelConfig:
     """Gopher's form: RMSNorm before each branch, relative positions as in Transformer-XL, a tied table of 32,000
     (Rae 2021, section 2.1; Hoffmann 2022, section 4.1).
 
@@ -49,70 +49,72 @@ def transformer_xl(
     million, and the others to 0.7 million (16,183 M for 47 layers of 5,120; without those matrices 14,951 M). The activation
     is not told.
     """
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=heads, head_width=head_width, context=context, norm="rms",
         norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
     )  # fmt: skip
 
 
-def llama(vocab: int, width: int, depth: int, heads: int, hidden: int, context: int = 2048, kv_heads: int = 0) -> Shape:
+def llama(
+    vocab: int, width: int, depth: int, heads: int, hidden: int, context: int = 2048, kv_heads: int = 0
+) -> ModelConfig:
     """Llama: RMSNorm, SwiGLU, rotary positions, no biases, a head of its own (Touvron 2023, section 2.2)."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden, context=context, norm="rms",
         norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False,
     )  # fmt: skip
 
 
-def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, segments: int = 2) -> Shape:
+def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, segments: int = 2) -> ModelConfig:
     """BERT: an encoder with the norm after each branch, learned positions and segments (Devlin 2019, section 3)."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, segments=segments,
         norm_at="post", norm_eps=1e-12, embed_norm=True, activation="gelu", dropout=0.1, head="transform", head_bias=True,
     )  # fmt: skip
 
 
-def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> Shape:
+def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> ModelConfig:
     """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, norm_at="post", norm_eps=1e-12,
         position="xlnet", query=True, segments=2, memory=memory, activation="gelu", dropout=0.1, head_bias=True,
     )  # fmt: skip
 
 
-def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> Shape:
+def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> ModelConfig:
     """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
     return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
 
 
-def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> Shape:
+def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> ModelConfig:
     """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
     like = bert(vocab, width, depth, heads)
     return replace(like, embed=128, groups=1, activation="gelu_tanh")
 
 
-def electra(width: int, heads: int, embed: int = 0) -> Shape:
+def electra(width: int, heads: int, embed: int = 0) -> ModelConfig:
     """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
     return replace(bert(30522, width, 12, heads), embed=embed)
 
 
-def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> Shape:
+def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> ModelConfig:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, head_width=head_width, hidden=hidden,
         context=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
         score_scale=False, head_scale=width**-0.5, dropout=0.1, init=0.0,
     )  # fmt: skip
 
 
-def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> Shape:
+def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> ModelConfig:
     """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, context=context, decoder_start="eos",
         norm_at="post", embed_norm=True, activation="gelu", dropout=0.1, head_bias=True,
     )  # fmt: skip
 
 
-SHAPES: dict[str, Shape] = {
+PRESETS: dict[str, ModelConfig] = {
     "gpt": gpt(40478, 768, 12, 12),
     "gpt2": gpt2(50257, 768, 12, 12),
     "gpt2-medium": gpt2(50257, 1024, 24, 16),

@@ -10,8 +10,8 @@ a batch of whole rows is read as it lies. So packed and padded batches give the 
 read plain rectangles.
 
 >>> import torch
->>> from firth.model.config import recurrent
->>> trunk = Recurrent(recurrent(vocab=9, width=8, depth=2))
+>>> from firth.model.config import recurrent_config
+>>> trunk = RecurrentStack(recurrent_config(vocab=9, width=8, depth=2))
 >>> x, fields = torch.randn(1, 5, 8), {"document": torch.tensor([[1, 1, 2, 2, 2]])}
 >>> alone = trunk(x[:, 2:], {"document": torch.ones(1, 3)})
 >>> torch.allclose(trunk(x, fields)[:, 2:], alone, atol=1e-6)
@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from firth.model.attention import Cache
-from firth.model.config import Shape
+from firth.model.attention import KVCache
+from firth.model.config import ModelConfig
 from firth.types import NEVER, Batch, UserError
 
 
@@ -60,7 +60,7 @@ def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def cells(shape: Shape) -> nn.RNNBase:
+def cells(shape: ModelConfig) -> nn.RNNBase:
     """One layer in one direction: (B, T, table width) -> (B, T, stream)."""
     projected = {"proj_size": shape.stream} if shape.hidden > shape.stream else {}
     layer = CELLS[shape.recurrent](shape.table_width, shape.hidden, batch_first=True, **projected)
@@ -73,7 +73,7 @@ def cells(shape: Shape) -> nn.RNNBase:
 
 
 @dataclass(frozen=True)
-class Runs:
+class RowRuns:
     """Where the texts of a batch lie. at (S, L): the slot of each token among B * T, one text to a row, filled up at its
     end; None where every row is one text already. home (B, T): the way back. turn (S, L): each text from its end."""
 
@@ -83,7 +83,7 @@ class Runs:
     lengths: Tensor
 
     @staticmethod
-    def of(fields: Batch, like: Tensor, exact: bool) -> Runs:
+    def of(fields: Batch, like: Tensor, exact: bool) -> RowRuns:
         """fields: `document` and `appears` (B, T) where the batch has them; like (B, T, ...). exact: padding at the end
         of a row matters too, because the row is read from there, or because its last state is kept."""
         rows, length = like.shape[:2]
@@ -98,7 +98,7 @@ class Runs:
             begins[:, 1:] |= (document[:, 1:] != document[:, :-1]) & real[:, 1:]
         if bool(begins[:, 0].all()) and int(begins.sum()) == rows and (not exact or bool(real.all())):
             turn = torch.arange(length - 1, -1, -1, device=like.device).expand(rows, length)
-            return Runs(None, place, turn, torch.full((rows,), length))
+            return RowRuns(None, place, turn, torch.full((rows,), length))
         run = begins.flatten().cumsum(0)[real.flatten()] - 1  # of each real token
         slot = place[real]
         lengths = run.bincount()
@@ -110,7 +110,7 @@ class Runs:
         home[real] = run * longest + within
         back = lengths[:, None] - 1 - torch.arange(longest, device=like.device)
         turn = torch.where(back < 0, torch.arange(longest, device=like.device), back)
-        return Runs(at, home, turn, lengths)
+        return RowRuns(at, home, turn, lengths)
 
     def enter(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (S, L, width)."""
@@ -127,7 +127,7 @@ class Runs:
         return x.gather(1, self.turn[..., None].expand_as(x))
 
 
-class States(Cache):
+class RecurrentCache(KVCache):
     """What a left-to-right recurrent model remembers of each row: the states of its layers, however long the row is."""
 
     def __init__(self, rows: int, capacity: int):
@@ -142,34 +142,34 @@ class States(Cache):
         self.layers = {i: tuple(s.index_select(1, rows) for s in held) for i, held in self.layers.items()}
 
 
-class Layer(nn.Module):
+class RecurrentLayer(nn.Module):
     """One recurrent layer, in one direction or two."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.ahead: nn.RNNBase = cells(shape)
         self.back: nn.RNNBase | None = None if shape.causal else cells(shape)
 
 
-class Recurrent(nn.Module):
+class RecurrentStack(nn.Module):
     """`depth` recurrent layers: the trunk of a Shape with `recurrent`. Dropout as in Zaremba 2014: on what goes into the
     first layer and on what comes out of each."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.shape = shape
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.depth))
+        self.layers = nn.ModuleList(RecurrentLayer(shape) for _ in range(shape.depth))
         self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
-    def stack(self) -> list[Layer]:
+    def stack(self) -> list[RecurrentLayer]:
         """The layers, typed."""
         return list(self.layers)  # type: ignore[arg-type]
 
     def forward(
-        self, x: Tensor, fields: Batch, cache: States | None = None, kept: list[Tensor] | None = None
+        self, x: Tensor, fields: Batch, cache: RecurrentCache | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         """x: embeddings (B, T, table width) -> (B, T, width). kept: takes what went in and what each layer handed on."""
-        runs = Runs.of(fields, x, exact=cache is not None or not self.shape.causal)
+        runs = RowRuns.of(fields, x, exact=cache is not None or not self.shape.causal)
         if cache is not None and len(runs.lengths) != len(x):
             raise UserError("rows that a recurrent model goes on with hold one document each: leave out `document`")
         x = runs.enter(self.drop(x))
@@ -200,7 +200,7 @@ class Recurrent(nn.Module):
         out = self.drop(out)
         return out + into if self.shape.skip and i else out
 
-    def _read(self, layer: nn.RNNBase, x: Tensor, i: int, runs: Runs, cache: States | None) -> Tensor:
+    def _read(self, layer: nn.RNNBase, x: Tensor, i: int, runs: RowRuns, cache: RecurrentCache | None) -> Tensor:
         """One direction of a layer; with a cache, from the states it left behind and to those it leaves."""
         out: Tensor
         if cache is None:

@@ -12,7 +12,7 @@ nothing of size T x S x head_width is made. Transformer-XL finds that column by 
 count positions. Ours reads `positions`: queries of a permuted order stand at the end of the row, and packed documents
 count anew. Costs about one more product than the scores, and the gathering, which moves T x S numbers a head twice.
 
->>> index, table = between(torch.tensor([[0, 1, 1]]), torch.tensor([[-1, 0, 1]]), width=4)
+>>> index, table = distance_index(torch.tensor([[0, 1, 1]]), torch.tensor([[-1, 0, 1]]), width=4)
 >>> index.tolist(), table.shape       # distances 2 .. -1 stand in columns 3 .. 0
 ([[[2, 1, 0], [3, 2, 1], [3, 2, 1]]], torch.Size([4, 4]))
 """
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from firth.model import native_ops
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.fused import per_dtype, runs_native
-from firth.model.positions import waves
+from firth.model.positions import sinusoid_frequencies
 
 
 @dataclass(frozen=True)
-class Apart:
+class DistanceIndex:
     """How far apart the queries and keys of a batch stand, which all blocks share.
 
     index (B or 1, T, S): the row of `table` that holds their distance. table (distances, width). other (B, T, S) bool:
@@ -44,10 +44,10 @@ class Apart:
     other: Tensor | None = None
 
 
-def between(queries: Tensor, keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def distance_index(queries: Tensor, keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Positions (B or 1, T) and (B or 1, S) -> `Apart`'s index and table. Reads two numbers back from the device."""
     least, most = torch.stack((queries.amin() - keys.amax(), queries.amax() - keys.amin())).tolist()
-    angles = waves(torch.arange(least, most + 1, device=queries.device), width)
+    angles = sinusoid_frequencies(torch.arange(least, most + 1, device=queries.device), width)
     index = queries[:, :, None].long() - keys[:, None, :].long() - least
     return index, torch.cat((angles.sin(), angles.cos()), -1)
 
@@ -60,7 +60,7 @@ def gathered(met: Tensor, index: Tensor) -> Tensor:
 
 
 def _ways() -> dict[str, Callable[[Tensor], Tensor]]:
-    index = between(torch.arange(128)[None], torch.arange(128)[None], 2)[0]
+    index = distance_index(torch.arange(128)[None], torch.arange(128)[None], 2)[0]
     return {
         "torch": lambda met: met.gather(-1, index[:, None].expand(*met.shape[:2], -1, -1)),
         "native": lambda met: native_ops.columns(met, index),
@@ -71,10 +71,10 @@ COLUMNS = per_dtype("distance", _ways(), 8, 3, 128, 255)
 """dtype -> how keys are given the column of their distance on a CPU."""
 
 
-class Distance(nn.Module):
+class RelativeDistance(nn.Module):
     """What one block knows of distances and segments. The offsets are (heads * head_width,) as biases are."""
 
-    def __init__(self, shape: Shape, linear: type[nn.Linear]):
+    def __init__(self, shape: ModelConfig, linear: type[nn.Linear]):
         super().__init__()
         inner = shape.heads * shape.head_width
         self.head_width = shape.head_width
@@ -90,7 +90,7 @@ class Distance(nn.Module):
         """An offset for each head, in the dtype of the queries, as a linear map adds its bias."""
         return offset.view(-1, 1, self.head_width).to(q.dtype)
 
-    def forward(self, q: Tensor, apart: Apart, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, apart: DistanceIndex, scale: float) -> tuple[Tensor, Tensor]:
         """Queries (B, heads, T, head_width) -> those that meet the keys, and the bias (B, heads, T, S)."""
         heads = q.shape[1]
         far = self.r(apart.table.to(q.dtype)).unflatten(-1, (heads, -1)).permute(1, 2, 0) * scale

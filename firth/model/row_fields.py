@@ -1,6 +1,6 @@
 """What a model knows of its tokens besides what they are, by name; the fields of a batch, as rows.
 
->>> rows({"tokens": torch.tensor([[[3, 4, 5], [6, 7, 8]]])}, "")["positions"].tolist()
+>>> prefixed_fields({"tokens": torch.tensor([[[3, 4, 5], [6, 7, 8]]])}, "")["positions"].tolist()
 [[0, 1, 2]]
 """
 
@@ -17,7 +17,7 @@ from firth.types import NEVER, Batch
 FIELDS = ("tokens", "positions", "segments", "looks", "appears", "leaves", "document")
 
 
-def rows(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -> Batch:
+def prefixed_fields(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -> Batch:
     """The model's own fields, their free axes flattened to rows: (..., T) -> (B, T); positions filled in, from `start` on
     or, behind trained positions, from those on."""
     tokens = batch[prefix + "tokens"]
@@ -33,7 +33,7 @@ def rows(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -> Batch:
 
 
 @dataclass(frozen=True)
-class Past:
+class RowMemory:
     """What stands before a row: the fields of its tokens, (B or 1, M), and the states (B, M, width) that entered each
     block, or for each block the keys and values (KV, M, D) that nothing enters for."""
 
@@ -42,7 +42,7 @@ class Past:
     pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
 
-def behind(past: Batch, name: str, own: Tensor) -> Tensor:
+def with_memory(past: Batch, name: str, own: Tensor) -> Tensor:
     """A field of the tokens before a row and of its own: (B, M + T). Whatever the past does not tell is 0; it never leaves."""
     told = past.get(name)
     if told is None:

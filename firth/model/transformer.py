@@ -4,8 +4,8 @@ Only some states may be wanted (a class is read off one token of a text, masked 
 block makes keys and values of all tokens, and everything else at those that are wanted: an exact saving of nearly a block.
 
 >>> import torch
->>> from firth.model.config import encoder
->>> trunk, tokens = Trunk(encoder(vocab=9, width=64, depth=1), 1, cross=False, both_ways=True), torch.tensor([[3, 4, 5]])
+>>> from firth.model.config import encoder_config
+>>> trunk, tokens = TransformerStack(encoder_config(vocab=9, width=64, depth=1), 1, cross=False, both_ways=True), torch.tensor([[3, 4, 5]])
 >>> x, fields = torch.randn(1, 3, 64), {"tokens": tokens, "positions": torch.arange(3)[None]}
 >>> trunk(x, fields, wanted=torch.tensor([[True, False, False]])).abs().sum(-1).gt(0).tolist()
 [[True, False, False]]
@@ -21,37 +21,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from firth.model.attention import Cache, Visibility
-from firth.model.block import Block, Linear, Narrow, Reading
-from firth.model.config import Shape
+from firth.model.attention import AttentionMask, KVCache
+from firth.model.block import AttentionContext, Block, Linear, PositionSubset
+from firth.model.config import ModelConfig
 from firth.model.fused import Dropout
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.parameter_count import BIASED
-from firth.model.positions import Relative, rotation, turns
-from firth.model.relative_distance import Apart, between
-from firth.model.row_fields import Past, behind
+from firth.model.positions import RelativeBias, rope_angles, rotation
+from firth.model.relative_distance import DistanceIndex, distance_index
+from firth.model.row_fields import RowMemory, with_memory
 from firth.types import NEVER, Batch
 
 FEW = 8
 """Up to so many rows that grow by a token, queries and keys are quicker turned by a matrix each."""
-WORTH = 0.75
+MAX_SUBSET_SHARE = 0.75
 """Up to this share of a row it pays to run the last block for the wanted tokens alone."""
 
 
-def askers(wanted: Tensor) -> Tensor | None:
+def subset_positions(wanted: Tensor) -> Tensor | None:
     """At which tokens (B, W) of each row the last block is run, given the wanted (B, T) bool; None: at all of them, for
     some row wants most of its own.
 
     As many of each row as the one that wants the most: behind its own wanted ones come others, each once, which do no harm.
     """
     most = max(1, int(wanted.sum(-1).amax()))
-    if most > WORTH * wanted.shape[-1]:
+    if most > MAX_SUBSET_SHARE * wanted.shape[-1]:
         return None
     return wanted.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
 
 
-class Trunk(nn.Module):
+class TransformerStack(nn.Module):
     """A stack of blocks, what it does to the embeddings before them and the norm after them.
 
     `blocks` are those that have weights of their own; `layers` says in which order they are passed. recompute: keep of a
@@ -62,7 +62,7 @@ class Trunk(nn.Module):
     recompute = False
     through: Callable[..., Tensor] | None = None
 
-    def __init__(self, shape: Shape, depth: int, cross: bool, both_ways: bool):
+    def __init__(self, shape: ModelConfig, depth: int, cross: bool, both_ways: bool):
         super().__init__()
         self.shape = shape
         self.embed_norm = make_norm(shape, shape.table_width) if shape.embed_norm else nn.Identity()
@@ -70,7 +70,7 @@ class Trunk(nn.Module):
         self.depth = depth
         self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
         self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
-        self.relative = Relative(shape, both_ways) if shape.position in BIASED else None
+        self.relative = RelativeBias(shape, both_ways) if shape.position in BIASED else None
         self.linformer = Linformer(shape) if shape.linformer else None
         self.drop = Dropout(shape.dropout) if shape.dropout else nn.Identity()
 
@@ -83,10 +83,10 @@ class Trunk(nn.Module):
         self,
         x: Tensor,
         fields: Batch,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         memory: Tensor | None = None,
         source: Batch | None = None,
-        past: Past | None = None,
+        past: RowMemory | None = None,
         kept: list[Tensor] | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
@@ -101,11 +101,11 @@ class Trunk(nn.Module):
             kept.append(x)
             return self.norm(x)
         reading = self.reading(fields, cache, past)
-        across: Reading | None = None
+        across: AttentionContext | None = None
         layers = self.layers()
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         if source is not None:
-            across = Reading(self.crossing(fields, source, cache))
+            across = AttentionContext(self.crossing(fields, source, cache))
             if memory is not None:
                 made = [block.crossing(memory) for block in layers]
                 if cache is not None:
@@ -115,7 +115,7 @@ class Trunk(nn.Module):
             crossed = made
         last = None
         if wanted is not None and self.shape.narrows and (cache is None or not cache.length) and kept is None:
-            index = askers(wanted)
+            index = subset_positions(wanted)
             last = None if index is None else replace(self.reading(fields, None, past, index), cache=cache)
         learning = cache is None and torch.is_grad_enabled()
         again = self.recompute and learning
@@ -152,14 +152,14 @@ class Trunk(nn.Module):
         return out
 
     def reading(
-        self, fields: Batch, cache: Cache | None, past: Past | None = None, index: Tensor | None = None
-    ) -> Reading:
+        self, fields: Batch, cache: KVCache | None, past: RowMemory | None = None, index: Tensor | None = None
+    ) -> AttentionContext:
         """What the blocks share: who sees whom among these tokens and those before them, and where each stands.
 
         index (B, W): the tokens that ask, where not all do.
         """
         positions = fields["positions"]
-        angles = turns(positions, self.shape) if self.shape.position == "rotary" else None
+        angles = rope_angles(positions, self.shape) if self.shape.position == "rotary" else None
         if cache is not None and cache.shown is not None:
             # Noting takes time, of which a token has little: only for those who ask where the earlier ones stand.
             asked = self.relative is not None or self.shape.position == "xlnet"
@@ -168,14 +168,14 @@ class Trunk(nn.Module):
             # One product a layer in place of seven calls, as long as the calls are what costs.
             turned = None if angles is None or cache.rows > FEW else rotation(*angles)
             angles = angles if turned is None else None
-            return Reading(cache.latest(), angles, turned, bias, cache, self.apart(fields, known))
+            return AttentionContext(cache.latest(), angles, turned, bias, cache, self.apart(fields, known))
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
         looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
         document = fields.get("document")
         keys = {"appears": appears, "positions": positions}
         keys |= {name: fields[name] for name in ("document", "segments", "leaves") if name in fields}
         if past is not None:
-            keys = {name: behind(past.fields, name, value) for name, value in keys.items()}
+            keys = {name: with_memory(past.fields, name, value) for name, value in keys.items()}
         if cache is not None:
             keys = {name: cache.note(name, value) for name, value in keys.items()}
         narrow, flex, asking = None, self.flex, fields
@@ -185,32 +185,39 @@ class Trunk(nn.Module):
                 for n, v in fields.items()
                 if n in ("positions", "segments")
             }
-            narrow, flex = Narrow(index, None if angles is None else turns(asking["positions"], self.shape)), False
+            narrow, flex = (
+                PositionSubset(index, None if angles is None else rope_angles(asking["positions"], self.shape)),
+                False,
+            )
             looks, document = looks.gather(1, index), None if document is None else document.gather(1, index)
-        sees = Visibility.lower(looks, keys["appears"], document, keys.get("document"), flex, keys.get("leaves"))
+        sees = AttentionMask.lower(looks, keys["appears"], document, keys.get("document"), flex, keys.get("leaves"))
         if self.linformer is not None:
             slots = self.linformer.at(positions.shape[-1], sees)
-            return Reading(slots.sees, angles, slots=slots)
+            return AttentionContext(slots.sees, angles, slots=slots)
         if sees.keys:
             keys = {name: value[..., : sees.keys] for name, value in keys.items()}
         bias = None if self.relative is None else self.relative(asking["positions"], keys["positions"])
-        return Reading(sees, angles, None, bias, cache, self.apart(asking, keys), narrow=narrow)
+        return AttentionContext(sees, angles, None, bias, cache, self.apart(asking, keys), narrow=narrow)
 
-    def apart(self, fields: Batch, keys: Batch) -> Apart | None:
+    def apart(self, fields: Batch, keys: Batch) -> DistanceIndex | None:
         """How far apart queries and keys stand, for blocks that ask (XLNet's)."""
         if self.shape.position != "xlnet":
             return None
-        index, table = between(fields["positions"], keys["positions"], self.shape.width)
+        index, table = distance_index(fields["positions"], keys["positions"], self.shape.width)
         told = "segments" in fields and self.shape.segments
-        return Apart(index, table, fields["segments"][:, :, None] != keys["segments"][:, None, :] if told else None)
+        return DistanceIndex(
+            index, table, fields["segments"][:, :, None] != keys["segments"][:, None, :] if told else None
+        )
 
-    def crossing(self, fields: Batch, source: Batch, cache: Cache | None) -> Visibility:
+    def crossing(self, fields: Batch, source: Batch, cache: KVCache | None) -> AttentionMask:
         """Which tokens of the source these tokens see: all of their document's. Lowered once where a row is written."""
         writing = cache is not None and cache.shown is not None
         if cache is not None and writing and cache.across is not None:
             return cache.across
         whenever = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
-        sees = Visibility.lower(whenever, source["appears"], fields.get("document"), source.get("document"), self.flex)
+        sees = AttentionMask.lower(
+            whenever, source["appears"], fields.get("document"), source.get("document"), self.flex
+        )
         if cache is not None and writing:
             cache.across = sees
         return sees

@@ -18,8 +18,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from firth.model import flops
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, token_loss
 from firth.tokenizer.vocab import Vocab
@@ -39,11 +39,11 @@ class BiLM(Objective):
     targets: ClassVar[dict[str, str]] = {"forward": "next", "backward": "previous"}
     keeps: ClassVar[bool] = True
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "apart"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"lm": Vocabulary(one_reader(shape))}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(one_reader(shape))}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -62,10 +62,10 @@ class BiLM(Objective):
         }
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        asked = flops.asked_positions(batch["next"]) + flops.asked_positions(batch["previous"])
-        return flops.head(one_reader(model.shape), asked)
+        asked = flops.supervised_positions(batch["next"]) + flops.supervised_positions(batch["previous"])
+        return flops.head_flops(one_reader(model.shape), asked)
 
 
-def one_reader(shape: Shape) -> Shape:
+def one_reader(shape: ModelConfig) -> ModelConfig:
     """The shape of one of the two language models, whose head this is."""
     return replace(shape, width=shape.table_width, head_width=0, apart=False, causal=True)

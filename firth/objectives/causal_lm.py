@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
 
 
 @dataclass(frozen=True)
-class CausalLM(Tokens):
+class CausalLM(TokenObjective):
     """Read left to right, predict the next token everywhere.
 
     >>> from firth.tokenizer.vocab import Vocab
@@ -24,12 +24,16 @@ class CausalLM(Tokens):
     ([5, 6, 7], [6, 7, 8], [0, 1, 2])
     """
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "left"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        shown = {"tokens": tokens[:-1], "labels": tokens[1:]} | layout.causal(len(tokens) - 1) | layout.earlier(example)
+        shown = (
+            {"tokens": tokens[:-1], "labels": tokens[1:]}
+            | layout.causal(len(tokens) - 1)
+            | layout.memory_fields(example)
+        )
         if "document" in example:
             document = example["document"]
             # The last token of a document is not asked to predict the first of the next one.

@@ -21,25 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import Known, Objective, asked, choice_loss, correct
+from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
 from firth.pretrained.families import families_of
 from firth.pretrained.families.heads import head_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 from firth.validated import NonNegativeFloat, ShareBelowOne
 
-Place = Literal["first", "last", "answer"]
-READS: dict[str, Reads] = {"auto": "any", "first": "both", "last": "left", "answer": "source"}
+Readout = Literal["first", "last", "answer"]
+READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "both", "last": "left", "answer": "source"}
 """Where an answer is read -> how the text has to be read for it; "auto" is settled by the shape."""
 
 
-def place(shape: Shape, reads: Reads = "any") -> Place:
+def readout_of(shape: ModelConfig, reads: AttentionPattern = "any") -> Readout:
     """Where a class is read off a model of this shape that has learnt to read a text so.
 
-    >>> from firth.model.config import decoder, encoder, encoder_decoder
-    >>> [place(make(vocab=9, width=64, depth=1)) for make in (encoder, decoder, encoder_decoder)]
+    >>> from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
+    >>> [readout_of(make(vocab=9, width=64, depth=1)) for make in (encoder_config, decoder_config, encoder_decoder_config)]
     ['first', 'last', 'answer']
     """
     if "source" in shape.honours:
@@ -47,7 +47,7 @@ def place(shape: Shape, reads: Reads = "any") -> Place:
     return "first" if "both" in shape.honours and reads != "left" else "last"
 
 
-def answers(width: int, count: int) -> nn.Linear:
+def classification_head(width: int, count: int) -> nn.Linear:
     """A linear reading of a state, one number for each answer, that begins near zero."""
     head = nn.Linear(width, count)
     nn.init.normal_(head.weight, std=0.02)
@@ -55,11 +55,11 @@ def answers(width: int, count: int) -> nn.Linear:
     return head
 
 
-def ask(name: str, answer: float, example: Example, at: Place, vocab: Vocab) -> Example:
+def ask_at_position(name: str, answer: float, example: Example, at: Readout, vocab: Vocab) -> Example:
     """A text with one question about it: the answer stands in the field `name` where it is to be read, IGNORE elsewhere.
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
-    >>> {k: v.tolist() for k, v in ask("class", 2, {"tokens": np.array([5, 6])}, "answer", vocab).items()}
+    >>> {k: v.tolist() for k, v in ask_at_position("class", 2, {"tokens": np.array([5, 6])}, "answer", vocab).items()}
     {'source_tokens': [5, 6], 'tokens': [0], 'looks': [0], 'appears': [0], 'class': [2]}
     """
     if at == "answer":
@@ -74,31 +74,31 @@ def ask(name: str, answer: float, example: Example, at: Place, vocab: Vocab) -> 
 
 
 @dataclass(frozen=True)
-class Read(Objective):
+class ReadoutObjective(Objective):
     """What is read off one state of a text. at: "first" for an encoder, "last" for a decoder, "answer" for an
     encoder-decoder; "auto" is whichever suits the shape (`place`). asks: the fields that hold what is asked there."""
 
     asks: ClassVar[tuple[str, ...]] = ("class",)
 
-    at: Place | Literal["auto"] = "auto"
+    at: Readout | Literal["auto"] = "auto"
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Readout:
         """Where the answer is read; at the first token while no shape is known."""
         return "first" if self.at == "auto" else self.at
 
-    def reads(self) -> Reads:
-        return READS[self.at]
+    def reads(self) -> AttentionPattern:
+        return READOUTS[self.at]
 
-    def fitted(self, shape: Shape) -> Objective:
-        return dataclasses.replace(self, at=place(shape)) if self.at == "auto" else self
+    def fitted(self, shape: ModelConfig) -> Objective:
+        return dataclasses.replace(self, at=readout_of(shape)) if self.at == "auto" else self
 
     def wanted(self, batch: Batch) -> Tensor | None:
         return functools.reduce(torch.logical_or, (batch[name] != IGNORE for name in self.asks))
 
 
 @dataclass(frozen=True)
-class Classification(Read):
+class Classification(ReadoutObjective):
     """Which of the classes a text has: {"tokens", "label"} (and "segments", of a pair).
 
     classes: their names; a label is a number into them. smoothing: the share of a label that is spread over all classes.
@@ -111,7 +111,7 @@ class Classification(Read):
     >>> seen = Classification(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["class"].tolist()
     ([1, 5, 6, 2], [1, -100, -100, -100])
-    >>> Classification(weights="balanced").told(lambda: Known(("ham", "spam"), (90, 10))).weights
+    >>> Classification(weights="balanced").told(lambda: DataStats(("ham", "spam"), (90, 10))).weights
     (0.5555555555555556, 5.0)
     """
 
@@ -128,7 +128,7 @@ class Classification(Read):
         if self.weights and self.weights != "balanced" and self.classes and len(self.weights) != len(self.classes):
             raise UserError(f"there are {len(self.weights)} weights for {len(self.classes)} classes: give one for each")
 
-    def told(self, known: Callable[[], Known]) -> Objective:
+    def told(self, known: Callable[[], DataStats]) -> Objective:
         named = self if self.classes else dataclasses.replace(self, classes=known().classes)
         if self.weights != "balanced":
             return named
@@ -139,7 +139,7 @@ class Classification(Read):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "label"})
 
-    def lacks(self, shape: Shape) -> str:
+    def lacks(self, shape: ModelConfig) -> str:
         # XLNet's, T5's and BART's classes read their answer where none of our places is.
         elsewhere = shape.encoder or shape.position == "xlnet"
         named = any(headed.part == "classes" for family in families_of(shape) for headed in family.headed)
@@ -147,20 +147,20 @@ class Classification(Read):
             return ""
         return "no class of transformers reads a text with it as firth does, so set objective.head=linear"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         count = len(self.classes)
         theirs = head_of(families_of(shape), "classes", shape, count) if self.head == "family" else None
-        return {"classes": theirs or answers(shape.width, count)}
+        return {"classes": theirs or classification_head(shape.width, count)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return ask("class", example["label"], example, self.place, vocab)
+        return ask_at_position("class", example["label"], example, self.place, vocab)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, wanted = asked(outputs["hidden"], batch["class"])
+        states, wanted = supervised(outputs["hidden"], batch["class"])
         scores = model.parts["classes"](states)  # (N, classes)
         return {
             "class": choice_loss(scores, wanted, self.smoothing, self.weighing(scores.device)),
-            "accuracy": correct(scores, wanted),
+            "accuracy": num_correct(scores, wanted),
         }
 
     def weighing(self, device: torch.device) -> Tensor | None:

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.latent import average
 from firth.model.model import LM
-from firth.objectives.objective import Objective, choice_loss, correct
+from firth.objectives.objective import Objective, choice_loss, num_correct
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 from firth.validated import PositiveFloat, Range
@@ -45,14 +45,14 @@ def texts(rows: list[np.ndarray], vocab: Vocab) -> Example:
 
 
 @dataclass(frozen=True)
-class Represented(Objective):
+class PooledObjective(Objective):
     """What both share. at: a text's representation is the "mean" of its states or the "first" of them, at [CLS]."""
 
     lays: ClassVar[frozenset[str]] = frozenset()
 
     at: Literal["mean", "first"] = "mean"
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "both"
 
     def represent(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -62,7 +62,7 @@ class Represented(Objective):
 
 
 @dataclass(frozen=True)
-class Contrastive(Represented):
+class Contrastive(PooledObjective):
     """Pairs. From {"first", "second", "other"}: first with second is similar, first with other is not, both in one group
     (3, T). From a labelled pair {"tokens", "segments", "label"} (class 1 of two: similar): a group (2, T).
 
@@ -110,7 +110,7 @@ class Contrastive(Represented):
 
 
 @dataclass(frozen=True)
-class InfoNCE(Represented):
+class InfoNCE(PooledObjective):
     """Each text against all others of the step.
 
     views: "dropout" reads {"tokens"} twice (unsupervised SimCSE), "neighbours" takes {"first", "second"}. temperature: t.
@@ -131,7 +131,7 @@ class InfoNCE(Represented):
     views: Literal["dropout", "neighbours"] = "dropout"
     temperature: PositiveFloat = 0.05
 
-    def lacks(self, shape: Shape) -> str:
+    def lacks(self, shape: ModelConfig) -> str:
         same = self.views == "dropout" and not shape.dropout
         return (
             "two views of a text differ by dropout alone, and shape.dropout is 0: set shape.dropout=0.1" if same else ""
@@ -152,6 +152,6 @@ class InfoNCE(Represented):
         scores, own = one @ other.mT / self.temperature, torch.arange(len(one), device=one.device)
         return {
             "infonce": choice_loss(scores, own),
-            "accuracy": correct(scores, own),
+            "accuracy": num_correct(scores, own),
             "alignment": (one - other).detach().square().sum(),
         }

@@ -18,17 +18,17 @@ from typing import ClassVar
 import numpy as np
 
 from firth.data import layout
-from firth.data.corruptions import Damage, damage
-from firth.data.layout import Answering, Gapped
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.data.corruptions import Damage, corrupt
+from firth.data.layout import InfillPrompt, Seq2SeqLayout
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 from firth.validated import OpenShare
 
 
 @dataclass(frozen=True)
-class Denoise(Tokens):
+class Denoising(TokenObjective):
     """Write {"tokens"}, a bare text, as it was.
 
     noises: how it is damaged (`firth.data.corruptions`), in the order in which that is done. rate: share of the tokens that
@@ -37,7 +37,7 @@ class Denoise(Tokens):
 
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(10) < 3,
     ...               spelling=tuple(b" a" if i != 5 else b"!" for i in range(10)))
-    >>> seen = Denoise().view({"tokens": np.array([3, 4, 5, 6, 7, 8])}, vocab, np.random.default_rng(4))
+    >>> seen = Denoising().view({"tokens": np.array([3, 4, 5, 6, 7, 8])}, vocab, np.random.default_rng(4))
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
     source_tokens [6, 7, 8, 3, 2, 1]
     tokens [0, 3, 4, 5, 6, 7, 8]
@@ -48,7 +48,7 @@ class Denoise(Tokens):
 
     noises: tuple[Damage, ...] = ("permutation", "infilling")
     rate: OpenShare = 0.3
-    layout: Answering = "seq2seq"
+    layout: Seq2SeqLayout = "seq2seq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,27 +59,27 @@ class Denoise(Tokens):
     def text_units(self) -> frozenset[str]:
         return frozenset({"sentences"} if "permutation" in self.noises else ())
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "source" if self.layout == "seq2seq" else "prefix"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        damaged = damage(self.noises, tokens, vocab, self.rate, rng)
-        return layout.answering(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
+        damaged = corrupt(self.noises, tokens, vocab, self.rate, rng)
+        return layout.layout_of(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped:
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
         """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The answer
         is the whole text."""
         behind = pieces[1:]
         if self.noises != ("deletion",):
             behind = [np.insert(piece, 0, vocab.mask) for piece in behind]
-        return Gapped(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
+        return InfillPrompt(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
 
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         """The token is masked, or gone where that is the damage; asked when the answer has come to its place."""
         gone = np.arange(len(tokens)) == at
         shown = tokens[~gone] if self.noises == ("deletion",) else np.where(gone, vocab.mask, tokens)
-        seen = layout.answering(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
+        seen = layout.layout_of(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
         labels = np.full(len(seen["labels"]), IGNORE)
         labels[-1] = tokens[at]
         return seen | {"labels": labels}

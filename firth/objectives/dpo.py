@@ -21,30 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, choice_loss, correct, log_probs, vocabulary_flops
+from firth.objectives.objective import Objective, choice_loss, log_probs, num_correct, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 from firth.validated import PositiveFloat, Range
 
 
-def comparison(example: Example) -> Example:
+def build_comparison(example: Example) -> Example:
     """Chosen and rejected as two causal rows, asked is every answered token. Fields (2, T).
 
     >>> on = np.array([False, True, True])
     >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
     ...         "rejected_tokens": np.array([5, 8]), "rejected_mask": on[:2]}
-    >>> comparison(pair)["labels"].tolist()
+    >>> build_comparison(pair)["labels"].tolist()
     [[6, 7], [8, -100]]
     """
     return layout.group([answer(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")])
 
 
 @torch.no_grad()
-def reference(model: LM, batch: Batch) -> dict[str, Tensor]:
+def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What DPO needs of its frozen reference: the summed log-probability of each answer, {"reference": (B, 2)}."""
     hidden = model(batch, wanted=batch["labels"] != IGNORE)
     return {"reference": log_probs(model, hidden, batch["labels"]).sum(-1)}
@@ -75,11 +75,11 @@ class DPO(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"lm": Vocabulary(shape)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(shape)}
 
     def remarks(self, metrics: Mapping[str, float]) -> list[str]:
         """Say it where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
@@ -96,7 +96,7 @@ class DPO(Objective):
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         frozen = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
-        return comparison(example) | frozen
+        return build_comparison(example) | frozen
 
     def wanted(self, batch: Batch) -> Tensor | None:
         return batch["labels"] != IGNORE
@@ -110,7 +110,7 @@ class DPO(Objective):
         chosen, rejected = gain.detach().sum(0)
         return {
             "dpo": (1 - self.smoothing) * right + self.smoothing * wrong,
-            "accuracy": correct(gain.detach(), preferred),
+            "accuracy": num_correct(gain.detach(), preferred),
             "margin": self.beta * (chosen - rejected),
             "chosen": chosen,
             "rejected": rejected,

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
-from firth.objectives.classification import READS, answers, place
-from firth.objectives.objective import Known, Objective
+from firth.objectives.classification import READOUTS, classification_head, readout_of
+from firth.objectives.objective import DataStats, Objective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
@@ -32,7 +32,7 @@ UNSEEN = -1e30
 
 
 @dataclass(frozen=True)
-class Spans(Objective):
+class QuestionAnswering(Objective):
     """Where the answer begins and ends: {"tokens", "segments", "start", "end"}, places of tokens; -1 where it is not.
 
     at: which token says that the answer is not there: the "first" of an encoder, the "last" of a decoder. unanswerable:
@@ -40,7 +40,7 @@ class Spans(Objective):
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
     >>> example = {"tokens": np.array([1, 5, 2, 6, 7, 2]), "start": 3, "end": 4}
-    >>> seen = Spans().view(example, vocab, np.random.default_rng(0))
+    >>> seen = QuestionAnswering().view(example, vocab, np.random.default_rng(0))
     >>> seen["starts"].tolist(), seen["ends"].tolist()
     ([-100, -100, -100, 1, -100, -100], [-100, -100, -100, -100, 1, -100])
     """
@@ -51,7 +51,7 @@ class Spans(Objective):
     at: Literal["auto", "first", "last"] = "auto"
     unanswerable: bool | None = None
 
-    def told(self, known: Callable[[], Known]) -> Objective:
+    def told(self, known: Callable[[], DataStats]) -> Objective:
         if self.unanswerable is not None:
             return self
         return dataclasses.replace(self, unanswerable=known().unanswerable)
@@ -59,21 +59,21 @@ class Spans(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "start", "end"})
 
-    def reads(self) -> Reads:
-        return READS[self.at]
+    def reads(self) -> AttentionPattern:
+        return READOUTS[self.at]
 
     @property
     def place(self) -> Literal["first", "last"]:
         """Which token says so; the first while no shape is known."""
         return "last" if self.at == "last" else "first"
 
-    def fitted(self, shape: Shape) -> Objective:
+    def fitted(self, shape: ModelConfig) -> Objective:
         if self.at != "auto":
             return self
-        return dataclasses.replace(self, at="last" if place(shape) == "last" else "first")
+        return dataclasses.replace(self, at="last" if readout_of(shape) == "last" else "first")
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"span": answers(shape.width, 2)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"span": classification_head(shape.width, 2)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shown = {name: example[name] for name in ("tokens", "segments") if name in example}

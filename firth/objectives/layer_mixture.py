@@ -4,8 +4,8 @@
 layer and a scale, and the model learns nothing. Lower layers know more of grammar and upper ones more of meaning; the
 task finds what it needs.
 
->>> from firth.objectives.token_classification import Tagging
->>> (Mixed() + Tagging()).targets
+>>> from firth.objectives.token_classification import TokenClassification
+>>> (LayerMixture() + TokenClassification()).targets
 {'tags': 'tags'}
 """
 
@@ -18,15 +18,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import Shape
-from firth.model.layer_mixture import Mixture
+from firth.model.config import ModelConfig
+from firth.model.layer_mixture import ScalarMix
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.types import Batch, Outputs
 
 
 @dataclass(frozen=True)
-class Mixed(Objective):
+class LayerMixture(Objective):
     """Gives the objective that it is added to a learnt mixture of all layers for its hidden states; asks nothing itself.
 
     frozen: the model is read without gradient and without dropout, so that it stays what it was.
@@ -40,8 +40,8 @@ class Mixed(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset()
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"mixture": Mixture(shape.depth + 1)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"mixture": ScalarMix(shape.depth + 1)}
 
     def run(self, model: LM, batch: Batch) -> Outputs:
         learning = model.training
@@ -56,6 +56,6 @@ class Mixed(Objective):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         whole = super().run_flops(model, batch)
-        # A model whose weights are frozen themselves is counted so by the loop (`firth.model.flops.learning`).
+        # A model whose weights are frozen themselves is counted so by the loop (`firth.model.flops.trained_share`).
         learns = any(p.requires_grad for p in model.trunk.parameters())
         return whole / 3 if self.frozen and learns else whole

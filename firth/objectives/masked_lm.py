@@ -17,17 +17,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.data.noise import NOISES, Kind, disguised, text_units
-from firth.data.shuffle import Draws
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
+from firth.data.shuffle import ExampleRNG
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 from firth.validated import NonNegativeInt, OpenShare, Share
 
 
 @dataclass(frozen=True)
-class MLM(Tokens):
+class MLM(TokenObjective):
     """Guess the hidden tokens. Control tokens are never hidden; other fields of the example (segments) pass through.
 
     rate: share of the tokens that is asked. noise: which (`firth.data.noise`). masked, random: shares of the asked
@@ -66,7 +66,7 @@ class MLM(Tokens):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "both"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -78,11 +78,11 @@ class MLM(Tokens):
         labels, shown = np.empty_like(tokens), tokens.copy()
         labels.fill(IGNORE)
         labels[at] = tokens[at]
-        shown[at] = disguised(tokens[at], vocab, self.masked, self.random, kind, rng)
+        shown[at] = apply_mask_tokens(tokens[at], vocab, self.masked, self.random, kind, rng)
         return example | {"tokens": shown, "labels": labels}
 
     def view_many(
-        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
         """Return `view` of many examples: the same numbers are drawn for each, and all else is done to all of them at once."""
         if self.noise != "iid" or self.alike or type(self).view is not MLM.view:

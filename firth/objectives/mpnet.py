@@ -22,16 +22,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
-from firth.data.noise import NOISES, Kind, disguised, text_units
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 from firth.validated import OpenShare, Share
 
 
 @dataclass(frozen=True)
-class MPNet(Tokens):
+class MPNet(TokenObjective):
     """Predict `rate` of the tokens, which `noise` chooses, in a random order. Control tokens are context.
 
     masked, random: shares of the stand-ins that are [MASK] and some other token; the rest is the token itself.
@@ -61,13 +61,13 @@ class MPNet(Tokens):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "free"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.rate, rng)))
-        stands = disguised(tokens[order], vocab, self.masked, self.random, rng.random(len(order)), rng)
+        stands = apply_mask_tokens(tokens[order], vocab, self.masked, self.random, rng.random(len(order)), rng)
         return layout.permuted(example, order, stands, compensated=True)
 
     def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:

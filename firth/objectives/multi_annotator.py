@@ -19,13 +19,13 @@ from torch import Tensor
 
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.objective import asked, correct
+from firth.objectives.objective import num_correct, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
 
 @dataclass(frozen=True)
-class Weak(Classification):
+class MultiAnnotator(Classification):
     """Which class a text has, of {"tokens", "votes" (K,), "label"}; a vote that was not given is IGNORE.
 
     `label` is what accuracy is counted against (the majority, in training; the truth, on held-out text, where the one
@@ -33,7 +33,7 @@ class Weak(Classification):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "votes": np.array([1, 0, 1]), "label": 1}
-    >>> Weak(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))["votes"].tolist()
+    >>> MultiAnnotator(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))["votes"].tolist()
     [1, 0, 1]
     """
 
@@ -53,11 +53,11 @@ class Weak(Classification):
         return seen | {"votes": np.asarray(example.get("votes", [example["label"]]), np.int64)}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, answers = asked(outputs["hidden"], batch["class"])
+        states, answers = supervised(outputs["hidden"], batch["class"])
         scores = model.parts["classes"](states).float()  # (B, C)
         votes = batch["votes"]  # (B, K)
         # The loss is linear in the labels: what counts is how many say c, and how many say something else.
         given = (votes != IGNORE).sum(-1, keepdim=True)
         for_it = F.one_hot(votes.clamp(min=0), scores.shape[-1]).mul((votes != IGNORE)[..., None]).sum(-2)  # (B, C)
         loss = -(for_it * F.logsigmoid(scores) + (given - for_it) * F.logsigmoid(-scores)).sum()
-        return {"votes": loss, "accuracy": correct(scores, answers)}
+        return {"votes": loss, "accuracy": num_correct(scores, answers)}

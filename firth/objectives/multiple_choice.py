@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
-from firth.objectives.classification import READS, answers, place
-from firth.objectives.objective import Known, Objective, choice_loss, correct
+from firth.objectives.classification import READOUTS, classification_head, readout_of
+from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
 from firth.objectives.reward_model import last, last_state
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs, UserError
@@ -54,19 +54,19 @@ class MultipleChoice(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"options", "label"})
 
-    def reads(self) -> Reads:
-        return READS[self.at]
+    def reads(self) -> AttentionPattern:
+        return READOUTS[self.at]
 
-    def fitted(self, shape: Shape) -> Objective:
+    def fitted(self, shape: ModelConfig) -> Objective:
         if self.at != "auto":
             return self
-        return dataclasses.replace(self, at="last" if place(shape) == "last" else "first")
+        return dataclasses.replace(self, at="last" if readout_of(shape) == "last" else "first")
 
-    def told(self, known: Callable[[], Known]) -> Objective:
+    def told(self, known: Callable[[], DataStats]) -> Objective:
         return self if self.options else dataclasses.replace(self, options=known().options)
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"choice": answers(shape.width, 1)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"choice": classification_head(shape.width, 1)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rows = [row | (layout.causal(len(row["tokens"])) if self.at == "last" else {}) for row in example["options"]]
@@ -93,4 +93,4 @@ class MultipleChoice(Objective):
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = self.scores(model, outputs, batch)
-        return {"choice": choice_loss(scores, batch["choice"]), "accuracy": correct(scores, batch["choice"])}
+        return {"choice": choice_loss(scores, batch["choice"]), "accuracy": num_correct(scores, batch["choice"])}

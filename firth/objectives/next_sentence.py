@@ -13,14 +13,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.objectives.sentence_pairs import Pair
+from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
 from firth.validated import Share
 
 
 @dataclass(frozen=True)
-class NSP(Pair):
+class NSP(SentencePairObjective):
     """From {"first", "second", "other"}: half the time second follows first, half the time other stands there.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)

@@ -24,19 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.data.layout import Gapped
-from firth.data.shuffle import Draws
+from firth.data.layout import InfillPrompt
+from firth.data.shuffle import ExampleRNG
 from firth.model import flops
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.model.transformer import askers
+from firth.model.transformer import subset_positions
 from firth.objectives import name_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 from firth.validated import Ranged
 
-WAYS: dict[Reads, str] = {
+PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "left": "reads a text from left to right",
     "both": "reads a text from both sides",
     "free": "reads a text in an order of its own",
@@ -50,7 +50,7 @@ WAYS: dict[Reads, str] = {
 
 
 @dataclass(frozen=True)
-class Known:
+class DataStats:
     """What only the data knows. classes: the names of the answers; counts: how many examples each has. mean, spread: mean
     and standard deviation of the numbers to be told. options: the most that a question has. unanswerable: whether some
     question has no answer."""
@@ -100,11 +100,11 @@ class Objective(Ranged, section="objective"):
     ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     classes: tuple[str, ...] = ()
 
-    def told(self, known: Callable[[], Known]) -> Objective:
+    def told(self, known: Callable[[], DataStats]) -> Objective:
         """The objective with what its data knows, which is read only if it is asked for; most ask nothing."""
         return self
 
-    def fitted(self, shape: Shape) -> Objective:
+    def fitted(self, shape: ModelConfig) -> Objective:
         """The objective as it suits a shape, where it leaves that open (where an answer is read)."""
         return self
 
@@ -131,11 +131,11 @@ class Objective(Ranged, section="objective"):
         own = self.lays.union(self.targets.values(), self.measures.values())
         return own | given if self.keeps else own
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
         return "any"
 
-    def lacks(self, shape: Shape) -> str:
+    def lacks(self, shape: ModelConfig) -> str:
         """What else a shape lacks to be trained so, and the setting that mends it; empty where nothing."""
         return ""
 
@@ -154,7 +154,7 @@ class Objective(Ranged, section="objective"):
         """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
         return []
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         """What it adds to the model: a head, a generator, a value head."""
         return {}
 
@@ -163,7 +163,7 @@ class Objective(Ranged, section="objective"):
         return example
 
     def view_many(
-        self, examples: Sequence[Example], vocab: Vocab, draws: Draws, streams: Sequence[tuple[int, int]]
+        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
         """Return `view` of many examples, all at once where that is faster.
 
@@ -196,7 +196,7 @@ class Objective(Ranged, section="objective"):
         the objective lets a model see of the rest. None for an objective that asks for no token."""
         return None
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped | None:
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
         """Return how a text with gaps is shown to a model that writes what is missing; None: it does not learn to.
 
         Args:
@@ -210,11 +210,11 @@ class Objective(Ranged, section="objective"):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.model.flops`). To be said anew where it is not one pass."""
-        work, prefix, prompt = worked(model, batch, self.wanted(batch)), model.prefix, model.prompt
+        work, prefix, prompt = forward_work(model, batch, self.wanted(batch)), model.prefix, model.prompt
         if prefix is not None or prompt is not None:
             counts = (0 if part is None else part.tokens for part in (prefix, prompt))
-            work = flops.fronted(work, batch, model.shape, *counts)
-        return flops.trunk(model.shape, work)
+            work = flops.with_prefix(work, batch, model.shape, *counts)
+        return flops.stack_flops(model.shape, work)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         """What `loss` costs beside that: the heads it runs. Those of a few rows are nothing; a vocabulary's counts."""
@@ -242,7 +242,7 @@ class Sum(Objective):
         if len(readers) == 2 and not any(isinstance(o, Sum) for o in readers):
             raise UserError(f"cannot add {names}: each runs the model in a way of its own; {apart}")
         if len({self.first.reads(), self.second.reads()} - {"any"}) == 2:
-            ways = f"{WAYS[self.first.reads()]}, the other {WAYS[self.second.reads()]}"
+            ways = f"{PATTERN_DESCRIPTIONS[self.first.reads()]}, the other {PATTERN_DESCRIPTIONS[self.second.reads()]}"
             raise UserError(f"cannot add {names}: one {ways}; {apart}")
         object.__setattr__(self, "targets", self.first.targets | self.second.targets)
         object.__setattr__(self, "measures", self.first.measures | self.second.measures)
@@ -258,10 +258,10 @@ class Sum(Objective):
     def addends(self) -> tuple[Objective, ...]:
         return self.first.addends() + self.second.addends()
 
-    def told(self, known: Callable[[], Known]) -> Objective:
+    def told(self, known: Callable[[], DataStats]) -> Objective:
         return Sum(self.first.told(known), self.second.told(known))
 
-    def fitted(self, shape: Shape) -> Objective:
+    def fitted(self, shape: ModelConfig) -> Objective:
         return Sum(self.first.fitted(shape), self.second.fitted(shape))
 
     @property
@@ -275,11 +275,11 @@ class Sum(Objective):
     def hands_on(self, given: frozenset[str]) -> frozenset[str]:
         return self.second.hands_on(self.first.hands_on(given))
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         first = self.first.reads()
         return self.second.reads() if first == "any" else first
 
-    def lacks(self, shape: Shape) -> str:
+    def lacks(self, shape: ModelConfig) -> str:
         return self.first.lacks(shape) or self.second.lacks(shape)
 
     def scheduled(self, step: int) -> Objective:
@@ -292,7 +292,7 @@ class Sum(Objective):
     def remarks(self, metrics: Mapping[str, float]) -> list[str]:
         return self.first.remarks(metrics) + self.second.remarks(metrics)
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         return self.first.parts(shape) | self.second.parts(shape)
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -321,7 +321,7 @@ class Sum(Objective):
         asked_ = self.second.cloze(tokens, at, vocab)
         return self.first.cloze(tokens, at, vocab) if asked_ is None else asked_
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped | None:
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
         shown = self.second.show_gaps(pieces, vocab)
         return self.first.show_gaps(pieces, vocab) if shown is None else shown
 
@@ -334,13 +334,13 @@ class Sum(Objective):
         return self.first.loss_flops(model, batch) + self.second.loss_flops(model, batch)
 
 
-class Tokens(Objective):
+class TokenObjective(Objective):
     """Cross-entropy on `labels`: the loss of MLM, causal and prefix LM, span corruption, denoising and SFT alike."""
 
     targets: ClassVar[dict[str, str]] = {"tokens": "labels"}
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"lm": Vocabulary(shape)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(shape)}
 
     def wanted(self, batch: Batch) -> Tensor | None:
         return batch["labels"] != IGNORE
@@ -352,9 +352,9 @@ class Tokens(Objective):
         return vocabulary_flops(model, batch["labels"])
 
 
-def worked(model: LM, batch: Batch, wanted: Tensor | None) -> flops.Work:
+def forward_work(model: LM, batch: Batch, wanted: Tensor | None) -> flops.Work:
     """What one pass over a batch is to the model, whose last block is run for the wanted (..., T) alone where that pays."""
-    index = None if wanted is None or not model.shape.narrows else askers(wanted.flatten(0, -2))
+    index = None if wanted is None or not model.shape.narrows else subset_positions(wanted.flatten(0, -2))
     if wanted is None or index is None:
         return flops.work(batch)
     run = torch.zeros_like(wanted.flatten(0, -2)).scatter(-1, index, True)
@@ -366,17 +366,17 @@ def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
 
     hidden (..., T, width), labels (..., T) with IGNORE where nothing is asked. Returns a scalar.
     """
-    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
-    return head.nll(*asked(hidden, labels))
+    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+    return head.nll(*supervised(hidden, labels))
 
 
 def vocabulary_flops(model: LM, labels: Tensor) -> float:
     """What the vocabulary head costs at the positions that are asked, in `token_loss` or `log_probs`."""
-    whole = flops.head(model.shape, flops.asked_positions(labels))
+    whole = flops.head_flops(model.shape, flops.supervised_positions(labels))
     return whole if model.parts["lm"].weight.requires_grad else whole * 2 / 3
 
 
-def asked(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The states and labels of the asked positions alone: (N, width), (N,), in row order."""
     at = (labels.flatten() != IGNORE).nonzero()[:, 0]
     flat = hidden.flatten(0, -2)
@@ -387,8 +387,8 @@ def asked(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_probs(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
     """log p(label) at every asked position, 0 elsewhere: (..., T) float32. Keeps the graph."""
-    head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
-    states, wanted = asked(hidden, labels)
+    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+    states, wanted = supervised(hidden, labels)
     out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     return out.masked_scatter(labels != IGNORE, head.log_probs(states, wanted))
 
@@ -405,7 +405,7 @@ def choice_loss(scores: Tensor, choice: Tensor, smoothing: float = 0.0, weights:
     )  # fmt: skip
 
 
-def correct(scores: Tensor, choice: Tensor) -> Tensor:
+def num_correct(scores: Tensor, choice: Tensor) -> Tensor:
     """How many choices the scores get right; a tie for the best is wrong (what a constant scorer would get for free)."""
     best = scores.max(-1, keepdim=True).values
     unique = (scores == best).sum(-1) == 1

@@ -25,15 +25,15 @@ import numpy as np
 
 from firth.data import layout
 from firth.data.noise import NOISES, Kind, text_units
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
 from firth.validated import PositiveInt
 
 
 @dataclass(frozen=True)
-class PLM(Tokens):
+class PLM(TokenObjective):
     """Predict one of `k` tokens, each given the context and those predicted before it. Control tokens are context.
 
     k: the paper's K. noise: which are asked (`firth.data.noise`): "count" is the last 1 / K of a random order, "contexts"
@@ -55,7 +55,7 @@ class PLM(Tokens):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "free"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from firth.model import flops
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, asked, vocabulary_flops
+from firth.objectives.objective import Objective, supervised, vocabulary_flops
 from firth.objectives.sft import answer
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
@@ -134,12 +134,12 @@ class PPO(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "mask", *PER_TOKEN})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         value: dict[str, nn.Module] = {"value": value_head(shape.width)}
-        parts: dict[str, nn.Module] = {"lm": Vocabulary(shape)}
+        parts: dict[str, nn.Module] = {"lm": LMHead(shape)}
         if self.critic == "shared":
             return parts | value
         with torch.random.fork_rng(devices=[]):  # its weights will be copied: the policy's draws do not depend on it
@@ -155,7 +155,7 @@ class PPO(Objective):
         return outputs | {"critic": critic_states(model, outputs["hidden"], batch)}
 
     def run_flops(self, model: LM, batch: Batch) -> float:
-        own = flops.trunk(model.shape, flops.work(batch)) if "critic" in model.parts else 0.0
+        own = flops.stack_flops(model.shape, flops.work(batch)) if "critic" in model.parts else 0.0
         return super().run_flops(model, batch) + own
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -166,8 +166,8 @@ class PPO(Objective):
         """Sums over the sampled tokens. Measured: `kl_per_token` to the reference and `entropy`, both reweighted to the policy as it is
         now; `moved`, its KL from the policy that drew the samples (k3); `clipped`, the tokens whose gradient the clip has
         stopped; `value_error`, the squared distance to the return."""
-        head: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
-        states, labels = asked(outputs["hidden"], batch["labels"])  # (N, width), (N,)
+        head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+        states, labels = supervised(outputs["hidden"], batch["labels"])  # (N, width), (N,)
         at = batch["labels"] != IGNORE
         old, reference, before, advantage, returns = (batch[name][at] for name in PER_TOKEN)
         now = head.log_probs(states, labels)

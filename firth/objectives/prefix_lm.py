@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
-from firth.data.layout import Answering
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.data.layout import Seq2SeqLayout
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 from firth.validated import Share
 
 
 @dataclass(frozen=True)
-class PrefixLM(Tokens):
+class PrefixLM(TokenObjective):
     """Write the rest of {"tokens"}, a bare text of two tokens or more.
 
     least, most: the prefix is a share of the text drawn uniformly between these, one token at least and all but one at
@@ -47,14 +47,14 @@ class PrefixLM(Tokens):
 
     least: Share = 0.0
     most: Share = 1.0
-    layout: Answering = "prefix"
+    layout: Seq2SeqLayout = "prefix"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.least > self.most:
             raise UserError(f"prefix_lm: least={self.least} is more than most={self.most}: make it at most that")
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "source" if self.layout == "seq2seq" else "prefix"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -70,4 +70,4 @@ class PrefixLM(Tokens):
 
     def _show(self, tokens: np.ndarray, cut: int, vocab: Vocab) -> Example:
         source = tokens[:cut] if self.layout == "prefix" else np.append(tokens[:cut], vocab.eos)
-        return layout.answering(self.layout, source, tokens[cut:], vocab)
+        return layout.layout_of(self.layout, source, tokens[cut:], vocab)

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.classification import Read, answers, ask
-from firth.objectives.objective import Known, Objective, asked
+from firth.objectives.classification import ReadoutObjective, ask_at_position, classification_head
+from firth.objectives.objective import DataStats, Objective, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 from firth.validated import FiniteFloat, PositiveFloat
 
 
 @dataclass(frozen=True)
-class Regression(Read):
+class Regression(ReadoutObjective):
     """The number that a text has: {"tokens", "score"} (and "segments", of a pair).
 
     mean, spread: what is subtracted from the numbers and what they are divided by; None takes those of the data (0 and 1,
@@ -49,16 +49,16 @@ class Regression(Read):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "score"})
 
-    def told(self, known: Callable[[], Known]) -> Objective:
+    def told(self, known: Callable[[], DataStats]) -> Objective:
         mean = known().mean if self.mean is None else self.mean
         return dataclasses.replace(self, mean=mean, spread=self.spread or known().spread)
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"score": answers(shape.width, 1)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"score": classification_head(shape.width, 1)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         score = (float(example["score"]) - (self.mean or 0.0)) / (self.spread or 1.0)
-        return ask("score", score, example, self.place, vocab)
+        return ask_at_position("score", score, example, self.place, vocab)
 
     @torch.no_grad()
     def finish(self, model: LM) -> None:
@@ -67,6 +67,6 @@ class Regression(Read):
         head.bias.mul_(self.spread or 1.0).add_(self.mean or 0.0)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, wanted = asked(outputs["hidden"], batch["score"])
+        states, wanted = supervised(outputs["hidden"], batch["score"])
         error = (model.parts["score"](states)[:, 0].float() - wanted).square().sum()
         return {"score": error, "squared_error": error.detach() * (self.spread or 1.0) ** 2}

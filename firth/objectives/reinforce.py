@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, log_probs, vocabulary_flops
 from firth.objectives.sft import answer
@@ -48,11 +48,11 @@ class Reinforce(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "mask", "advantage"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
-        return {"lm": Vocabulary(shape)}
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(shape)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = answer(example["tokens"], example["mask"])

@@ -7,7 +7,7 @@
 
 The generator learns by maximum likelihood, the discriminator by binary cross-entropy with weight 50; drawing a token has no
 gradient, so none flows from one to the other. The generator is thinner, not shallower, and reads with the discriminator's
-tables (`firth.model.model.Guest`; its norm and projection are its own). After training the discriminator is what one keeps.
+tables (`firth.model.model.TiedSubmodel`; its norm and projection are its own). After training the discriminator is what one keeps.
 
 A difference in kind: the number that decides each draw is a field of the example, so that what happens is a function of
 weights and batch alone: the same resumed, packed or in other micro-batches, and the same whenever held-out text is scored.
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from firth.data.noise import Kind, text_units
 from firth.model import flops
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary, detector
-from firth.model.model import LM, Guest
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead, replaced_token_head
+from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import Objective, asked, worked
+from firth.objectives.objective import Objective, forward_work, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 from firth.validated import NonNegativeFloat, OpenShare, ShareAboveZero
@@ -77,18 +77,18 @@ class RTD(Objective):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "both"
 
-    def lacks(self, shape: Shape) -> str:
+    def lacks(self, shape: ModelConfig) -> str:
         if not shape.recurrent or (self.size == 1 and not shape.apart):
             return ""
         apart = "shape.apart=false and " if shape.apart else ""
         return f"recurrent layers are as wide as their tables, which its generator shares: set {apart}objective.size=1"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         small = thinner(shape, self.size)
-        return {"generator": Guest(small, {"lm": Vocabulary(small)}), "replaced": detector(shape.width)}
+        return {"generator": TiedSubmodel(small, {"lm": LMHead(small)}), "replaced": replaced_token_head(shape.width)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shown = MLM(rate=self.rate, noise=self.noise, masked=1.0, random=0.0).view(example, vocab, rng)
@@ -103,7 +103,7 @@ class RTD(Objective):
         """draft: the generator's states where it is asked (N, its width); guesses: its logits there (N, vocab), and what it
         drew (N,); shown, hidden: what the discriminator is shown (..., T), and its states (..., T, width)."""
         generator, at = self.writer(model), batch["labels"] != IGNORE
-        draft, _ = asked(generator(batch, wanted=at), batch["labels"])
+        draft, _ = supervised(generator(batch, wanted=at), batch["labels"])
         guesses = generator.parts["lm"](draft).float()
         drew = draw(guesses.detach(), batch["chance"][at])
         shown = batch["tokens"].masked_scatter(at, drew)
@@ -118,7 +118,7 @@ class RTD(Objective):
     def _judged(self, model: LM, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's cross-entropy at every asked token of the generator's (N,), and its terms."""
         here, at = batch["real"] != IGNORE, batch["labels"] != IGNORE
-        states, real = asked(outputs["hidden"], batch["real"])
+        states, real = supervised(outputs["hidden"], batch["real"])
         scores = model.parts["replaced"](states)[:, 0].float()
         replaced = outputs["shown"][here] != real
         errors = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="none")
@@ -134,12 +134,12 @@ class RTD(Objective):
 
     def run_flops(self, model: LM, batch: Batch) -> float:
         generator = self.writer(model)
-        drafting = flops.trunk(generator.shape, worked(generator, batch, batch["labels"] != IGNORE))
-        whole = flops.trunk(model.shape, flops.work(batch)) + drafting
-        return whole + flops.head(generator.shape, flops.asked_positions(batch["labels"]))
+        drafting = flops.stack_flops(generator.shape, forward_work(generator, batch, batch["labels"] != IGNORE))
+        whole = flops.stack_flops(model.shape, flops.work(batch)) + drafting
+        return whole + flops.head_flops(generator.shape, flops.supervised_positions(batch["labels"]))
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        return flops.linear(flops.asked_positions(batch["real"]), model.shape.width, model.shape.width + 1)
+        return flops.linear(flops.supervised_positions(batch["real"]), model.shape.width, model.shape.width + 1)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class AdversarialRTD(RTD):
     targets: ClassVar[dict[str, str]] = RTD.targets | {"baseline": "labels"}
     measures: ClassVar[dict[str, str]] = RTD.measures | {"reward": "labels", "surprise": "labels"}
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         baseline = nn.Linear(thinner(shape, self.size).width, 1)
         nn.init.zeros_(baseline.weight)
         nn.init.zeros_(baseline.bias)
@@ -175,10 +175,10 @@ class AdversarialRTD(RTD):
         }
 
 
-def thinner(shape: Shape, size: float) -> Shape:
+def thinner(shape: ModelConfig, size: float) -> ModelConfig:
     """The same architecture with a share of the width, the MLP and the heads, on tables of the same width.
 
-    >>> small = thinner(Shape(vocab=30522, width=256, depth=12, heads=4, embed=128, head="transform"), 0.25)
+    >>> small = thinner(ModelConfig(vocab=30522, width=256, depth=12, heads=4, embed=128, head="transform"), 0.25)
     >>> small.width, small.heads, small.hidden, small.embed
     (64, 1, 256, 128)
     """

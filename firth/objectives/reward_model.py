@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import Known, Objective, choice_loss, correct
+from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
 from firth.validated import NonNegativeInt
@@ -64,14 +64,14 @@ def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reward(Objective):
+class RewardModeling(Objective):
     """Score both answers of a comparison; the preferred one shall have more.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> on = np.ones(3, bool)
     >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
     ...         "rejected_tokens": np.array([5, 8]), "rejected_mask": on[:2]}
-    >>> seen = Reward().view(pair, vocab, np.random.default_rng(0))
+    >>> seen = RewardModeling().view(pair, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["appears"].tolist(), int(seen["preferred"])
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]], 0)
     """
@@ -83,10 +83,10 @@ class Reward(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         return {"reward": reward_head(shape.width)}
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -100,13 +100,13 @@ class Reward(Objective):
         scores = rewards(model, outputs["hidden"], batch)  # (B, 2)
         return {
             "reward": choice_loss(scores, batch["preferred"]),
-            "accuracy": correct(scores, batch["preferred"]),
+            "accuracy": num_correct(scores, batch["preferred"]),
             "margin": (scores[:, 0] - scores[:, 1]).detach().sum(),
         }
 
 
 @dataclass(frozen=True)
-class Ranking(Reward):
+class Ranking(RewardModeling):
     """Score K answers to one prompt: {"answers": K rows of tokens, "masks", "rank" (K,)}, rank 0 the best.
 
     Equal ranks are ties, and ask nothing of each other. answers: rows of a group, in a recipe at least as many as the longest
@@ -119,7 +119,7 @@ class Ranking(Reward):
     answers: NonNegativeInt = 0
     likelihood: Literal["pairs", "order"] = "pairs"
 
-    def told(self, known: Callable[[], Known]) -> Ranking:
+    def told(self, known: Callable[[], DataStats]) -> Ranking:
         return self if self.answers else replace(self, answers=known().options)
 
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:

@@ -27,14 +27,14 @@ from firth.data.noise import NOISES, Kind, text_units
 from firth.model import flops
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.objective import Objective, asked, choice_loss, worked
+from firth.objectives.objective import Objective, choice_loss, forward_work, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 from firth.validated import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)
-class Related(Classification):
+class SemiSupervised(Classification):
     """What both relations share. weight: w at its full size. ramp: steps until it is (0: at once)."""
 
     targets: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
@@ -57,7 +57,7 @@ class Related(Classification):
 
 
 @dataclass(frozen=True)
-class PseudoLabels(Related):
+class PseudoLabels(SemiSupervised):
     """The targets are a teacher's classes, {"taught": its probabilities}; one of which it is less than `confidence` sure
     costs nothing, and counts among the m (FixMatch, Sohn 2020, equation 4).
 
@@ -80,17 +80,17 @@ class PseudoLabels(Related):
         return seen | {"relation": self.question(example, seen, int(said.argmax())), "sure": sure}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, targets = asked(outputs["hidden"], batch["relation"].masked_fill(~batch["sure"], IGNORE))
+        states, targets = supervised(outputs["hidden"], batch["relation"].masked_fill(~batch["sure"], IGNORE))
         relation = choice_loss(model.parts["classes"](states), targets)
         return super().loss(model, outputs, batch) | {"relation": self.weight * relation}
 
 
-def question(objective: Objective, example: Example, vocab: Vocab) -> Example:
+def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> Example:
     """A text as a teacher is asked about it, whether it has a label or not: `labels` is 0 where a class is asked.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE}
-    >>> question(PseudoLabels(classes=("bad", "good")), example, vocab)["labels"].tolist()
+    >>> unlabeled_example(PseudoLabels(classes=("bad", "good")), example, vocab)["labels"].tolist()
     [0, -100, -100]
     """
     seen = objective.view(example | {"label": 0}, vocab, np.random.default_rng(0))
@@ -99,14 +99,14 @@ def question(objective: Objective, example: Example, vocab: Vocab) -> Example:
 
 
 @torch.no_grad()
-def taught(model: LM, batch: Batch) -> dict[str, Tensor]:
+def teacher_probabilities(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What `PseudoLabels` needs of its teacher, a classifier: its probabilities, {"taught": (B, classes)}."""
-    states, _ = asked(model(batch, wanted=batch["labels"] != IGNORE), batch["labels"])
+    states, _ = supervised(model(batch, wanted=batch["labels"] != IGNORE), batch["labels"])
     return {"taught": model.parts["classes"](states).float().softmax(-1)}
 
 
 @dataclass(frozen=True)
-class Consistency(Related):
+class Consistency(SemiSupervised):
     """The target is the model's own answer to the untouched text, sharpened by `temperature` (1: as it is), where it is
     `confidence` sure or more (0: everywhere). An unlabelled text is read twice: untouched, without gradient and without
     dropout; and as it is learnt from, with `rate` of its tokens masked (and with dropout, where the shape has any).
@@ -147,13 +147,13 @@ class Consistency(Related):
         model.eval()
         with torch.no_grad():
             clean = model(batch | {"tokens": batch["clean"]}, wanted=batch["relation"] != IGNORE)
-            states, _ = asked(clean, batch["relation"])
+            states, _ = supervised(clean, batch["relation"])
             own = (model.parts["classes"](states).float() / self.temperature).softmax(-1)
         model.train(learning)
         return {"hidden": model(batch, wanted=self.wanted(batch)), "own": own}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, _ = asked(outputs["hidden"], batch["relation"])
+        states, _ = supervised(outputs["hidden"], batch["relation"])
         each = F.cross_entropy(model.parts["classes"](states).float(), outputs["own"], reduction="none")
         sure = outputs["own"].amax(-1) >= self.confidence
         return super().loss(model, outputs, batch) | {"relation": self.weight * (each * sure).sum()}
@@ -161,5 +161,5 @@ class Consistency(Related):
     def run_flops(self, model: LM, batch: Batch) -> float:
         # The pass without gradient is a third of one with.
         read = (self.wanted(batch), batch["relation"] != IGNORE)
-        learning, looking = (flops.trunk(model.shape, worked(model, batch, wanted)) for wanted in read)
+        learning, looking = (flops.stack_flops(model.shape, forward_work(model, batch, wanted)) for wanted in read)
         return learning + looking / 3

@@ -14,14 +14,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.objectives.sentence_pairs import Pair
+from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
 from firth.validated import Share
 
 
 @dataclass(frozen=True)
-class SOP(Pair):
+class SOP(SentencePairObjective):
     """From {"first", "second"}: half the time they change places.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)

@@ -13,23 +13,23 @@ import numpy as np
 from torch import Tensor, nn
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import pooled
 from firth.model.model import LM
-from firth.objectives.objective import Objective, asked, choice_loss, correct
+from firth.objectives.objective import Objective, choice_loss, num_correct, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
 
-class Pair(Objective):
+class SentencePairObjective(Objective):
     """A subclass names its term (`asks`: of the loss, the field, the part) and says what stands there in `view`."""
 
     asks: ClassVar[str]
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "both"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         return {self.asks: pooled(shape.width, 2)}
 
     def laid(self, first: np.ndarray, second: np.ndarray, answer: bool, vocab: Vocab) -> Example:
@@ -44,6 +44,6 @@ class Pair(Objective):
         return None if answers is None else answers != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, answers = asked(outputs["hidden"], batch[self.asks])
+        states, answers = supervised(outputs["hidden"], batch[self.asks])
         scores = model.parts[self.asks](states)  # (N, 2)
-        return {self.asks: choice_loss(scores, answers), f"{self.asks}_accuracy": correct(scores, answers)}
+        return {self.asks: choice_loss(scores, answers), f"{self.asks}_accuracy": num_correct(scores, answers)}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import layout
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
 
@@ -30,7 +30,7 @@ def answer(tokens: np.ndarray, mask: np.ndarray) -> Example:
 
 
 @dataclass(frozen=True)
-class SFT(Tokens):
+class SFT(TokenObjective):
     """Read the whole dialogue left to right, predict the assistant's tokens: {"tokens", "mask"} of a dialogue.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
@@ -42,7 +42,7 @@ class SFT(Tokens):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "mask"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "left"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -50,12 +50,12 @@ class SFT(Tokens):
 
 
 @dataclass(frozen=True)
-class TextToText(Tokens):
+class Seq2SeqSFT(TokenObjective):
     """The source to the encoder, the target from the decoder: {"source", "target"}, the target with its stop token.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> pair = {"source": np.array([7, 8]), "target": np.array([5, 2])}
-    >>> seen = TextToText().view(pair, vocab, np.random.default_rng(0))
+    >>> seen = Seq2SeqSFT().view(pair, vocab, np.random.default_rng(0))
     >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
     ([7, 8], [0, 5], [5, 2])
     """
@@ -63,7 +63,7 @@ class TextToText(Tokens):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"source", "target"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "source"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from firth.model import flops
-from firth.model.config import Reads, Shape
-from firth.model.heads import Vocabulary
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.tokenizer.vocab import Vocab
@@ -55,12 +55,12 @@ class SBO(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "labels"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "both"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         """Two layers with GELU and a norm (the paper's equations 3 and 4), and a vector for each place in a span."""
-        width, read = shape.width, Vocabulary.reads(shape)
+        width, read = shape.width, LMHead.reads(shape)
         place = nn.Embedding(self.longest, width)
         first, second = nn.Linear(3 * width, width), nn.Linear(width, read)
         nn.init.normal_(place.weight, std=shape.init or 0.02)
@@ -85,7 +85,7 @@ class SBO(Objective):
         }
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        lm: Vocabulary = model.parts["lm"]  # type: ignore[assignment]
+        lm: LMHead = model.parts["lm"]  # type: ignore[assignment]
         states, labels = outputs["hidden"].flatten(0, -2), batch["boundary"].flatten()
         at = (labels != IGNORE).nonzero()[:, 0]
         before, after = batch["before"].flatten()[at], batch["after"].flatten()[at]
@@ -94,6 +94,6 @@ class SBO(Objective):
         return {"boundary": lm.matched(read, labels[at])}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        count, width = flops.asked_positions(batch["boundary"]), model.shape.width
-        read = Vocabulary.reads(model.shape)
+        count, width = flops.supervised_positions(batch["boundary"]), model.shape.width
+        read = LMHead.reads(model.shape)
         return flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.shape.vocab)

@@ -19,10 +19,10 @@ from typing import ClassVar
 import numpy as np
 
 from firth.data import layout
-from firth.data.layout import Answering, Gapped
+from firth.data.layout import InfillPrompt, Seq2SeqLayout
 from firth.data.noise import NOISES, Kind, text_units
-from firth.model.config import Reads
-from firth.objectives.objective import Tokens
+from firth.model.config import AttentionPattern
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 from firth.validated import OpenShare
@@ -61,7 +61,7 @@ def _refuse_many(runs: int, sentinels: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class SpanCorruption(Tokens):
+class SpanCorruption(TokenObjective):
     """Write what was dropped from {"tokens"}, a bare text.
 
     rate: share of the tokens that is dropped. noise: which (`firth.data.noise`). layout: "seq2seq" shows the text to an
@@ -79,13 +79,13 @@ class SpanCorruption(Tokens):
 
     rate: OpenShare = 0.15
     noise: Kind = "spans"
-    layout: Answering = "seq2seq"
+    layout: Seq2SeqLayout = "seq2seq"
 
     @property
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "source" if self.layout == "seq2seq" else "prefix"
 
     def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -100,7 +100,7 @@ class SpanCorruption(Tokens):
         labels[asked] = tokens[at]
         return shown | {"labels": labels}
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> Gapped:
+    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
         """Each gap is a sentinel, as a dropped span is.
 
         >>> vocab = Vocab(size=20, roles={"eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
@@ -111,8 +111,10 @@ class SpanCorruption(Tokens):
         gaps = len(pieces) - 1
         _refuse_many(gaps, vocab.sentinels)
         behind = [np.insert(piece, 0, mark) for mark, piece in zip(vocab.sentinels[:gaps], pieces[1:], strict=True)]
-        return Gapped(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), vocab.sentinels[: gaps + 1])
+        return InfillPrompt(
+            np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), vocab.sentinels[: gaps + 1]
+        )
 
     def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:
         source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
-        return layout.answering(self.layout, source, target, vocab)
+        return layout.layout_of(self.layout, source, target, vocab)

@@ -23,9 +23,9 @@ import numpy as np
 from torch import Tensor
 
 from firth.data import layout
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import Tokens
+from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 from firth.validated import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
@@ -37,7 +37,7 @@ DEAD = 0.1
 
 
 @dataclass(frozen=True)
-class VAE(Tokens):
+class VAE(TokenObjective):
     """From {"tokens"}, a bare text: it goes to the encoder, and comes from the decoder with its stop token.
 
     units: numbers in the latent; the shape's `latent`. anneal: steps until w is 1 (0: from the first). free: nats
@@ -63,10 +63,10 @@ class VAE(Tokens):
     drop: Share = 0.0
     weight: NonNegativeFloat = 1.0
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "latent"
 
-    def lacks(self, shape: Shape) -> str:
+    def lacks(self, shape: ModelConfig) -> str:
         if shape.latent == self.units:
             return ""
         return f"its latent has objective.units={self.units} numbers and the shape's shape.latent={shape.latent}: make them equal"

@@ -24,11 +24,11 @@ from firth.validated import PositiveFloat
 
 
 @dataclass(frozen=True)
-class Penalty(Objective):
+class WeightPenalty(Objective):
     """weight: lambda. Biases and the gains of norms are not charged.
 
     >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 3)
-    >>> Penalty().view({"tokens": np.array([5, 6])}, vocab, np.random.default_rng(0))["penalty"].tolist()
+    >>> WeightPenalty().view({"tokens": np.array([5, 6])}, vocab, np.random.default_rng(0))["penalty"].tolist()
     [0, 0]
     """
 

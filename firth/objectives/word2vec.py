@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from firth import kernels
 from firth.model import flops, native, native_ops
-from firth.model.config import Reads, Shape
+from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.tokenizer.vocab import Vocab
@@ -65,10 +65,10 @@ class Word2Vec(Objective):
     def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "kept", "noise"})
 
-    def reads(self) -> Reads:
+    def reads(self) -> AttentionPattern:
         return "alone"
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         context = nn.Embedding(shape.vocab, shape.width)
         nn.init.zeros_(context.weight)
         return {"context": context}

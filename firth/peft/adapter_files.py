@@ -34,14 +34,14 @@ from torch import Tensor
 
 from firth.io.atomic import make_directory
 from firth.io.integrity import COPY_AGAIN, sealed, verify
-from firth.io.safetensors import read_file, read_json, refuse_not_finite, write_file, write_json
-from firth.model.head_descriptions import described, rebuilt
+from firth.io.safetensors import check_finite, read_file, read_json, write_file, write_json
+from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
-from firth.model.prefix import AHEAD, Prefix, Prompt, refuse
+from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, refuse
 from firth.peft import lora
 from firth.peft.adapter_heads import TASKS, bring
-from firth.peft.adapter_names import Names, modules
-from firth.peft.lora import Low, Rank
+from firth.peft.adapter_names import AdapterNames, modules
+from firth.peft.lora import LoraConfig, LoraLayer
 from firth.pretrained.load_save import load_model
 from firth.types import UserError
 
@@ -102,7 +102,7 @@ def load(directory: Path) -> LM:
         del model.parts[part]
     bring(model, _config(directory), _whole(state), base, directory / TENSORS)
     read(model, directory)
-    return lora.fold(model).eval()
+    return lora.merge_and_unload(model).eval()
 
 
 def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def read(model: LM, directory: Path, name: str = "default") -> str:
     config = _config(directory)
     kind = str(config.get("peft_type")).removeprefix(OWN_TYPE)
     state = read_file(directory / TENSORS)
-    refuse_not_finite(state, directory)
+    check_finite(state, directory)
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
     if kind not in readers:
         raise UserError(f"{directory / FILE} is of peft's type {kind!r}; firth reads {', '.join(readers)}")
@@ -147,8 +147,8 @@ def write(
     worth keeping beside it, as JSON. tokenizer: the digest of the base's tokenizer.
     """
     make_directory(directory)
-    low = lora.lows(model, name)
-    names = Names.of(model, base, low)
+    low = lora.lora_layers(model, name)
+    names = AdapterNames.of(model, base, low)
     heads = tuple(f"parts.{part}." for part in parts)
     state = {n: t for n, t in model.state_dict().items() if n.startswith(heads)} if heads else {}
     theirs = {n: names.tensors[n] for n in state if n in names.tensors}
@@ -177,7 +177,10 @@ def write(
     (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
         _save(rest, directory / OWN_TENSORS)
-    record: dict[str, Any] = {"parts": {part: described(model.parts[part]) for part in own}, "facts": dict(facts or {})}
+    record: dict[str, Any] = {
+        "parts": {part: describe_head(model.parts[part]) for part in own},
+        "facts": dict(facts or {}),
+    }
     record |= {PARTS: sorted(model.parts)} | ({"tokenizer": tokenizer} if tokenizer else {})
     write_json(directory / OWN, sealed(record, directory, [FILE, TENSORS, *[OWN_TENSORS] * bool(rest)]))
     if names.form is None:
@@ -187,7 +190,7 @@ def write(
     return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
 
 
-def _unserved(model: LM, names: Names, task: str | None, head: Iterable[str], low: bool) -> str:
+def _unserved(model: LM, names: AdapterNames, task: str | None, head: Iterable[str], low: bool) -> str:
     """Return why peft cannot serve an adapter on a model, checked with peft 0.21; empty where it can.
 
     Args:
@@ -200,7 +203,7 @@ def _unserved(model: LM, names: Names, task: str | None, head: Iterable[str], lo
     if names.form is None:
         return ""
     if low:
-        ahead = " and a ".join(sorted(AHEAD & {*model.parts}))
+        ahead = " and a ".join(sorted(PREFIX_HEADS & {*model.parts}))
         return f"its base has a {ahead}, which transformers does not read" if ahead else ""
     family = names.form.family.name
     if model.prefix is not None and family in WITHOUT_PREFIX:
@@ -217,7 +220,7 @@ def _saved(tensor: str) -> str:
     return first if first in ("classifier", "score") else tensor.rpartition(".")[0]
 
 
-def _lora(names: Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _lora(names: AdapterNames, low: Mapping[str, LoraLayer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A config and tensors of LoRA's."""
     tensors: dict[str, Tensor] = {}
     at: dict[str, tuple[int, float]] = {}  # their module -> rank and alpha
@@ -249,7 +252,7 @@ def _lora(names: Names, low: Mapping[str, Low]) -> tuple[dict[str, Any], dict[st
     }, tensors  # fmt: skip
 
 
-def _together(pieces: Sequence[Low | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _together(pieces: Sequence[LoraLayer | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A and B of a matrix whose rows are those of several, of which some have no adapter. One scale serves them: that of the
     first, the others' B makes up for theirs."""
     there = [one for one in pieces if one is not None]
@@ -271,9 +274,9 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
             raise UserError(f"{where / FILE} asks for {what} ({setting}), which firth has not")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where / FILE} trained biases too (bias={config['bias']!r}), which firth does not read")
-    names, own_names = Names.of(model), Names.own(model)
+    names, own_names = AdapterNames.of(model), AdapterNames.own(model)
     rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
-    plan = Rank(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
+    plan = LoraConfig(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         module, found, which = key.removeprefix(FRONT).rpartition(".lora_")
@@ -318,7 +321,7 @@ def _vectors(state: Mapping[str, Tensor], where: Path) -> Tensor:
 @torch.no_grad()
 def _put_whole(model: LM, whole: Mapping[str, Tensor], where: Path) -> None:
     """Put the tensors that were trained whole in the place of the model's."""
-    names = Names.of(model)
+    names = AdapterNames.of(model)
     ours, state, spelling = (
         {theirs: mine for mine, theirs in names.tensors.items()},
         model.state_dict(),
@@ -333,7 +336,7 @@ def _put_whole(model: LM, whole: Mapping[str, Tensor], where: Path) -> None:
         state[ours[name]].copy_(tensor)
 
 
-def _prefix(model: LM, prefix: Prefix) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensor, layers, modules = prefix.whole(), prefix.layers, 1
     if model.shape.encoder:
         # peft lays its layers out twice, four to a layer, and reads the first two: a tensor of twice the layers, every
@@ -361,12 +364,12 @@ def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
         raise UserError(
             f"{where / TENSORS}: a prefix of {tensor.shape[1]} numbers, and this model needs {shape.depth * each}"
         )
-    prefix = Prefix(len(tensor), shape.depth, shape.kv_heads, shape.head_width)
+    prefix = PrefixEncoder(len(tensor), shape.depth, shape.kv_heads, shape.head_width)
     prefix.table.weight.data.copy_(tensor)
     model.parts["prefix"] = prefix
 
 
-def _prompt(model: LM, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _prompt(model: LM, prompt: PromptEmbedding) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {
         "peft_type": "PROMPT_TUNING", "num_virtual_tokens": prompt.tokens, "token_dim": prompt.width,
         "num_layers": model.shape.depth, "num_attention_heads": model.shape.heads, "num_transformer_submodules": 1,
@@ -389,7 +392,7 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
         raise UserError(
             f"{where / TENSORS}: vectors of {vectors.shape[1]} numbers, and this model reads {model.shape.table_width}"
         )
-    prompt = Prompt(*vectors.shape)
+    prompt = PromptEmbedding(*vectors.shape)
     prompt.table.weight.data.copy_(vectors)
     model.parts["prompt"] = prompt
 
@@ -398,10 +401,10 @@ def _read_parts(model: LM, directory: Path) -> None:
     """The heads that an adapter of firth's was trained with."""
     told = read_json(directory / OWN).get("parts", {})
     state = read_file(directory / OWN_TENSORS) if told else {}
-    refuse_not_finite(state, directory)
+    check_finite(state, directory)
     for part, description in told.items():
         front = f"parts.{part}."
-        module = rebuilt(description, part)
+        module = rebuild_head(description, part)
         try:
             module.load_state_dict({n.removeprefix(front): t for n, t in state.items() if n.startswith(front)})
         except RuntimeError as fault:  # torch names every tensor that does not fit
@@ -411,7 +414,7 @@ def _read_parts(model: LM, directory: Path) -> None:
         model.parts[part] = module
 
 
-def _task(model: LM, names: Names) -> str | None:
+def _task(model: LM, names: AdapterNames) -> str | None:
     """peft's word for what the base is, which is the class that it wraps it in."""
     form = names.form
     bare = form is not None and bool(form.family.prefix) and not names.front
@@ -433,5 +436,5 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _save(state: Mapping[str, Tensor], file: Path) -> None:
-    refuse_not_finite(state, file.parent)
+    check_finite(state, file.parent)
     write_file(state, file)

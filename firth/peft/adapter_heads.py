@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from firth.io.safetensors import read_json, read_tensors
-from firth.model.empty_weights import hollow
+from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
-from firth.model.prefix import AHEAD
+from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained.families import FAMILIES
-from firth.pretrained.families.family import Entry, Family, Headed, spelled, to_ours
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, from_hf, resolve_names
 from firth.pretrained.families.heads import known
 from firth.types import UserError
 
@@ -38,7 +38,7 @@ def bring(model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor], bas
     family = FAMILIES.get(str(said.get("model_type")))
     if family is None or not whole:
         return
-    names = spelled(family, whole, known(family, model.shape))
+    names = resolve_names(family, whole, known(family, model.shape))
     theirs = {name: whole[stored] for name, stored in names.items()}
     found = _class(family, model, config, theirs)
     if found is None or _there(model, found[0], found[1]):
@@ -48,7 +48,10 @@ def bring(model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor], bas
         if said.get(setting, value) != value:
             raise UserError(f"{base}/config.json asks for {setting}={said[setting]!r}; firth has {value!r} only")
     stored = read_tensors(base)
-    own = {name: stored[name_there] for name, name_there in spelled(family, stored, known(family, model.shape)).items()}
+    own = {
+        name: stored[name_there]
+        for name, name_there in resolve_names(family, stored, known(family, model.shape)).items()
+    }
     entries = headed.entries(model.shape, answers)
     there = own | theirs
     for entry in entries:
@@ -57,14 +60,14 @@ def bring(model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor], bas
                 f"{where}: its head is that of a {headed.name}, of which neither it nor its base {base} has "
                 f"{entry.theirs!r}: that began at random and is lost; name it in peft's modules_to_save and train again"
             )
-    for name in [name for name in model.parts if name not in AHEAD]:
+    for name in [name for name in model.parts if name not in PREFIX_HEADS]:
         del model.parts[name]  # that class has its own head and no other
     model.parts[headed.part] = _filled(headed.make(model.shape, answers), headed, entries, there, where)
 
 
 def _class(
     family: Family, model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor]
-) -> tuple[Headed, int] | None:
+) -> tuple[HeadSpec, int] | None:
     """The class that the adapter was trained in, and how many numbers its head gives; None where it names none of ours."""
     named = (config.get("auto_mapping") or {}).get("base_model_class")
     ends = [end for end, task in TASKS.items() if task == config.get("task_type")]
@@ -77,21 +80,21 @@ def _class(
     return None
 
 
-def _there(model: LM, headed: Headed, answers: int) -> bool:
+def _there(model: LM, headed: HeadSpec, answers: int) -> bool:
     """Whether the model has that head, of those sizes."""
     if headed.part not in model.parts:
         return False
-    with hollow():
+    with init_empty_weights():
         wanted = headed.make(model.shape, answers).state_dict()
     mine = model.parts[headed.part].state_dict()
     return {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in wanted.items()}
 
 
 def _filled(
-    module: nn.Module, headed: Headed, entries: list[Entry], there: Mapping[str, Tensor], where: Path
+    module: nn.Module, headed: HeadSpec, entries: list[WeightMapping], there: Mapping[str, Tensor], where: Path
 ) -> nn.Module:
     front = f"parts.{headed.part}."
-    state = {name.removeprefix(front): tensor for name, tensor in to_ours(there, entries).items()}
+    state = {name.removeprefix(front): tensor for name, tensor in from_hf(there, entries).items()}
     try:
         module.load_state_dict(state)
     except RuntimeError as fault:  # torch names every tensor that does not fit

@@ -1,7 +1,7 @@
 """What the modules of a model are called in its family's own class, where peft's files look for them.
 
 >>> from firth.model.presets import llama
->>> names = Names.of(LM(llama(vocab=9, width=8, depth=1, heads=2, hidden=8), {}))
+>>> names = AdapterNames.of(LM(llama(vocab=9, width=8, depth=1, heads=2, hidden=8), {}))
 >>> names.inside(["layers.0.self_attn.q_proj"])
 {'layers.0.self_attn.q_proj': 'model.layers.0.self_attn.q_proj'}
 >>> names.entries["model.layers.0.self_attn.q_proj"].ours
@@ -15,17 +15,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from firth.model.head_descriptions import described
+from firth.model.head_descriptions import describe_head
 from firth.model.model import LM
-from firth.model.prefix import AHEAD
+from firth.model.prefix import PREFIX_HEADS
 from firth.peft import lora
 from firth.pretrained.families import families_of
-from firth.pretrained.families.family import Entry, spelled
-from firth.pretrained.families.heads import Form, of_model
+from firth.pretrained.families.family import WeightMapping, resolve_names
+from firth.pretrained.families.heads import ExportForm, of_model
 
 
 @dataclass(frozen=True)
-class Names:
+class AdapterNames:
     """What the modules and tensors of a base are called outside. entries: by their module. tensors: ours -> theirs, those
     that are one to one.
 
@@ -33,32 +33,34 @@ class Names:
     class puts in front of the trunk's names, where others put the family's prefix: a bare model's nothing.
     """
 
-    form: Form | None
-    entries: Mapping[str, Entry]
+    form: ExportForm | None
+    entries: Mapping[str, WeightMapping]
     tensors: Mapping[str, str]
     front: str = ""
 
     @staticmethod
-    def of(model: LM, base: Path | None = None, needed: Collection[str] = ()) -> Names:
+    def of(model: LM, base: Path | None = None, needed: Collection[str] = ()) -> AdapterNames:
         """needed: modules of ours that must have a name; where one has none, all go by our own."""
-        told = {n: described(p) for n, p in model.parts.items() if n not in AHEAD}
+        told = {n: describe_head(p) for n, p in model.parts.items() if n not in PREFIX_HEADS}
         form = of_model(families_of(model.shape), model.shape, told)
         entries = [] if form is None else form.entries(model.shape)
         by_module = {_module(e.theirs): e for e in entries if e.theirs.endswith(".weight") and not e.folded[0]}
         if form is None or not set(needed) <= {ours for e in by_module.values() for ours in modules(e)}:
-            return Names.own(model)
+            return AdapterNames.own(model)
         single = (e for e in entries if len(e.ours) == 1 and not (e.transposed or e.unread or e.folded[0]))
         config = base / "config.json" if base else Path()
         kinds = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else []
         bare = bool({family.classes[1] for family in families_of(model.shape)} & {*(kinds or [])})
-        return Names(form, by_module, {e.ours[0]: e.theirs for e in single}, "" if bare else form.family.prefix)
+        return AdapterNames(form, by_module, {e.ours[0]: e.theirs for e in single}, "" if bare else form.family.prefix)
 
     @staticmethod
-    def own(model: LM) -> Names:
+    def own(model: LM) -> AdapterNames:
         """Ours."""
-        return Names(None, {name: Entry(f"{name}.weight", (f"{name}.weight",)) for name in lora.adaptable(model)}, {})
+        return AdapterNames(
+            None, {name: WeightMapping(f"{name}.weight", (f"{name}.weight",)) for name in lora.adaptable(model)}, {}
+        )
 
-    def headed(self) -> Names:
+    def headed(self) -> AdapterNames:
         """As the class with the model's heads calls them, whatever the base's."""
         if self.form is None:
             return self
@@ -75,10 +77,10 @@ class Names:
         if self.form is None:
             return {name: name for name in names}
         family, known = self.form.family, {*self.entries, *self.tensors.values()}
-        return {theirs: ours for ours, theirs in spelled(family, names, known).items()}
+        return {theirs: ours for ours, theirs in resolve_names(family, names, known).items()}
 
 
-def modules(entry: Entry) -> list[str]:
+def modules(entry: WeightMapping) -> list[str]:
     """Our modules that one of theirs is, in the order of its rows."""
     return [_module(ours) for ours in entry.ours]
 

@@ -1,7 +1,7 @@
 """What trained positions begin as: the states of given tokens in the model (Li & Liang 2021, section 7.4; Lester 2021, 3.2).
 
->>> from firth.model.config import decoder
->>> model = LM(decoder(vocab=9, width=64, depth=1), {})
+>>> from firth.model.config import decoder_config
+>>> model = LM(decoder_config(vocab=9, width=64, depth=1), {})
 >>> torch.equal(prompt_of(model, [3, 4]).table.weight, model.tokens.weight[3:5])
 True
 """
@@ -13,17 +13,17 @@ from collections.abc import Sequence
 import torch
 
 from firth.model.model import LM
-from firth.model.prefix import Prefix, Prompt, refuse
+from firth.model.prefix import PrefixEncoder, PromptEmbedding, refuse
 
 
-def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> Prefix:
+def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
     """A prefix for a model that begins as what these tokens leave in its cache: as if they had been read before the text.
 
     hidden: of an MLP; a prefix that is trained through one begins at random.
     """
     shape = model.shape
     refuse(shape, "prefix")
-    prefix = Prefix(len(ids), shape.depth, shape.kv_heads, shape.head_width, hidden)
+    prefix = PrefixEncoder(len(ids), shape.depth, shape.kv_heads, shape.head_width, hidden)
     if not hidden:
         with torch.no_grad():
             cache, training = model.cache(1, len(ids)), model.training
@@ -37,10 +37,10 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> Prefix:
     return prefix
 
 
-def prompt_of(model: LM, ids: Sequence[int]) -> Prompt:
+def prompt_of(model: LM, ids: Sequence[int]) -> PromptEmbedding:
     """A prompt for a model that begins as the vectors of these tokens (Lester 2021, section 3.2)."""
     refuse(model.shape, "prompt")
-    prompt = Prompt(len(ids), model.shape.table_width)
+    prompt = PromptEmbedding(len(ids), model.shape.table_width)
     with torch.no_grad():
         prompt.table.weight.copy_(model.tokens(torch.tensor(list(ids), device=model.tokens.weight.device)))
     return prompt

@@ -7,9 +7,9 @@ scale is alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023), with which a 
 may lie on one model, each with a share (`use`); `merge` adds them to the weights, and `unmerge` puts back the very bits
 that were there, from a copy that it kept; `fold` merges for good and leaves a plain model.
 
->>> from firth.model.config import decoder
->>> model = LM(decoder(vocab=50, width=64, depth=2), {})
->>> add(model, ["attention.q", "v"], Rank(rank=4))
+>>> from firth.model.config import decoder_config
+>>> model = LM(decoder_config(vocab=50, width=64, depth=2), {})
+>>> add(model, ["attention.q", "v"], LoraConfig(rank=4))
 ['trunk.blocks.0.attention.q', 'trunk.blocks.0.attention.v', 'trunk.blocks.1.attention.q', 'trunk.blocks.1.attention.v']
 >>> freeze(model), trained(model)
 (None, 2048)
@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.block import Linear
-from firth.model.heads import Vocabulary
+from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class Rank:
+class LoraConfig:
     """How an adapter is made. dropout: on what goes into A, of linear maps alone (as in peft)."""
 
     rank: int = 8
@@ -54,10 +54,10 @@ class Rank:
         return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
 
-class Low(nn.Module):
+class LoraLayer(nn.Module):
     """B A of one matrix (rows, columns). share: how much of it is added; 0 switches it off."""
 
-    def __init__(self, like: Tensor, plan: Rank):
+    def __init__(self, like: Tensor, plan: LoraConfig):
         super().__init__()
         self.plan, self.share = plan, 1.0
         self.A = nn.Parameter(like.new_empty(plan.rank, like.shape[1]))
@@ -74,7 +74,7 @@ class Low(nn.Module):
         return (self.B @ self.A) * self.scale
 
 
-class Adapted(nn.Module):
+class AdaptedModule(nn.Module):
     """A module with a matrix `weight` (rows, columns) and adapters on it, in the place of the plain one.
 
     kept: what the weight was, while the adapters are merged into it. origin: what the plain module is.
@@ -92,7 +92,7 @@ class Adapted(nn.Module):
         self.low, self.kept, self.origin = nn.ModuleDict(), None, type(plain)
         self.train(plain.training)
 
-    def adding(self) -> list[Low]:
+    def adding(self) -> list[LoraLayer]:
         """The adapters that count now: none while they are merged."""
         if self.kept is not None:
             return []
@@ -106,7 +106,7 @@ class Adapted(nn.Module):
         return total
 
 
-class AdaptedLinear(Adapted, Linear):
+class AdaptedLinear(AdaptedModule, Linear):
     """A linear map with adapters: nn.Linear's or a block's."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class AdaptedLinear(Adapted, Linear):
         return out
 
 
-class AdaptedTable(Adapted, nn.Embedding):
+class AdaptedEmbedding(AdaptedModule, nn.Embedding):
     """A table of embeddings with adapters."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class AdaptedTable(Adapted, nn.Embedding):
         return out
 
 
-class AdaptedHead(Adapted, Vocabulary):
+class AdaptedLMHead(AdaptedModule, LMHead):
     """The vocabulary head with adapters: its losses read the whole matrix, so that is what is put together for them."""
 
     @property
@@ -134,17 +134,17 @@ class AdaptedHead(Adapted, Vocabulary):
         return self.weight + self.summed() if self.adding() else self.weight
 
 
-def _linear(plain: Any) -> Adapted:
+def _linear(plain: Any) -> AdaptedModule:
     return AdaptedLinear(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
 
 
-def _table(plain: Any) -> Adapted:
-    return AdaptedTable(plain.num_embeddings, plain.embedding_dim, device="meta")
+def _table(plain: Any) -> AdaptedModule:
+    return AdaptedEmbedding(plain.num_embeddings, plain.embedding_dim, device="meta")
 
 
-def _head(plain: Any) -> Adapted:
+def _head(plain: Any) -> AdaptedModule:
     with torch.device("meta"):
-        return AdaptedHead(plain.shape)
+        return AdaptedLMHead(plain.shape)
 
 
 def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:
@@ -153,21 +153,21 @@ def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:
 
 def _plain_head(found: Any) -> nn.Module:
     with torch.device("meta"):
-        return Vocabulary(found.shape)
+        return LMHead(found.shape)
 
 
-ADAPTED: dict[type[nn.Module], Callable[[Any], Adapted]] = {
+ADAPTED: dict[type[nn.Module], Callable[[Any], AdaptedModule]] = {
     Linear: _linear,
     nn.Linear: _linear,
     nn.Embedding: _table,
-    Vocabulary: _head,
+    LMHead: _head,
 }
 """What can be adapted -> what stands in its place."""
 PLAIN: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Linear: lambda m: _plain(m, Linear),
     nn.Linear: lambda m: _plain(m, nn.Linear),
     nn.Embedding: lambda m: nn.Embedding(m.num_embeddings, m.embedding_dim, device="meta"),
-    Vocabulary: _plain_head,
+    LMHead: _plain_head,
 }
 """The way back."""
 
@@ -181,7 +181,7 @@ def adaptable(model: LM, but: Collection[str] = ()) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (type(module) in ADAPTED or isinstance(module, Adapted))
+        if (type(module) in ADAPTED or isinstance(module, AdaptedModule))
         and not any(name == f"parts.{part}" or name.startswith(f"parts.{part}.") for part in but)
     ]
 
@@ -205,7 +205,7 @@ def chosen(model: LM, targets: Sequence[str], but: Collection[str] = (), merges:
         found += here
     ordered = [name for name in there if name in found]
     if merges:
-        refuse_shared(model, ordered)
+        check_not_shared(model, ordered)
     return ordered
 
 
@@ -221,7 +221,7 @@ def _listed(names: Iterable[str]) -> str:
     return f"there is {', '.join(ends)}" if ends else "there is none"
 
 
-def refuse_shared(model: LM, places: Iterable[str]) -> None:
+def check_not_shared(model: LM, places: Iterable[str]) -> None:
     """Raise a UserError for a module whose matrix another module has too: merging would change both."""
     shared = model.shared()
     other = {first: name for name, first in shared.items()} | shared
@@ -234,7 +234,9 @@ def refuse_shared(model: LM, places: Iterable[str]) -> None:
             )
 
 
-def add(model: LM, targets: Sequence[str], plan: Rank, name: str = "default", but: Collection[str] = ()) -> list[str]:
+def add(
+    model: LM, targets: Sequence[str], plan: LoraConfig, name: str = "default", but: Collection[str] = ()
+) -> list[str]:
     """Put an adapter on every matrix that is named; returns their names. UserError where it does not fit."""
     found = chosen(model, targets, but)
     for place in found:
@@ -242,7 +244,7 @@ def add(model: LM, targets: Sequence[str], plan: Rank, name: str = "default", bu
     return found
 
 
-def refuse_rank(model: LM, place: str, plan: Rank) -> None:
+def check_rank(model: LM, place: str, plan: LoraConfig) -> None:
     """Raise a UserError for a rank that is larger than a matrix."""
     module: Any = model.get_submodule(place)
     rows, columns = module.weight.shape
@@ -252,10 +254,10 @@ def refuse_rank(model: LM, place: str, plan: Rank) -> None:
         )
 
 
-def put(model: LM, place: str, plan: Rank, name: str = "default") -> Low:
+def put(model: LM, place: str, plan: LoraConfig, name: str = "default") -> LoraLayer:
     """Put an adapter on one matrix."""
     module: Any = model.get_submodule(place)
-    refuse_rank(model, place, plan)
+    check_rank(model, place, plan)
     if type(module) in ADAPTED:
         adapted = ADAPTED[type(module)](module)
         adapted.take(module)
@@ -263,7 +265,7 @@ def put(model: LM, place: str, plan: Rank, name: str = "default") -> Low:
         module = adapted
     if name in module.low:
         raise UserError(f"there already is an adapter {name!r} on {place}: give this one another name")
-    low = Low(module.weight, plan)
+    low = LoraLayer(module.weight, plan)
     module.low[name] = low
     low.train(module.training)
     return low
@@ -274,12 +276,12 @@ def _replace(model: LM, place: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def adapted(model: LM) -> dict[str, Adapted]:
+def adapted(model: LM) -> dict[str, AdaptedModule]:
     """The modules with adapters, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedModule)}
 
 
-def lows(model: LM, name: str = "default") -> dict[str, Low]:
+def lora_layers(model: LM, name: str = "default") -> dict[str, LoraLayer]:
     """One adapter, by the names of the modules it lies on."""
     return {place: m.low[name] for place, m in adapted(model).items() if name in m.low}  # type: ignore[misc]
 
@@ -302,7 +304,7 @@ def use(model: LM, shares: Mapping[str, float]) -> None:
 @torch.no_grad()
 def merge(model: LM) -> None:
     """Add what the adapters say to the weights, and keep a copy of what these were."""
-    refuse_shared(model, [place for place, module in adapted(model).items() if module.adding()])
+    check_not_shared(model, [place for place, module in adapted(model).items() if module.adding()])
     for module in adapted(model).values():
         if module.kept is None and module.adding():
             weight: Tensor = module.weight  # type: ignore[assignment]
@@ -319,7 +321,7 @@ def unmerge(model: LM) -> None:
             module.kept = None
 
 
-def fold(model: LM) -> LM:
+def merge_and_unload(model: LM) -> LM:
     """Merge for good: the model is again made of plain modules, and the adapters are gone."""
     merge(model)
     for place, module in adapted(model).items():
@@ -337,7 +339,7 @@ def freeze(model: LM, but: Iterable[str] = ()) -> None:
     """Leave everything as it is but the adapters, and the parts that are named."""
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, Low):
+        if isinstance(module, LoraLayer):
             module.requires_grad_(True)
     for part in but:
         model.parts[part].requires_grad_(True)

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from firth.io import gguf
-from firth.io.gguf import KINDS, File, Writing
-from firth.model.config import Shape
+from firth.io.gguf import KINDS, GGUFFile, GGUFTensorSpec
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES
-from firth.pretrained.families.family import Family, to_theirs
+from firth.pretrained.families.family import Family, to_hf
 from firth.pretrained.gguf_quantize import PACK, pack, unpack
 from firth.tokenizer import gguf_write
 from firth.types import UserError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GGUFArchitecture:
     """One of llama.cpp's architectures, as another spelling of a family.
 
     family: of `firth.pretrained.families`. fields: config.json's field -> the key behind `NAME.`; optional: those of them
@@ -95,7 +95,7 @@ BLOCK = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-LLAMA = Architecture(
+LLAMA = GGUFArchitecture(
     "llama", "llama", ROTARY,
     {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}, "model.layers.", BLOCK,
     {"hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}, {"vocab_size": "token_embd.weight"},
@@ -103,7 +103,7 @@ LLAMA = Architecture(
     still={"expert_count": 0, "expert_used_count": 0},
     turned=frozenset({"self_attn.q_proj", "self_attn.k_proj"}),
 )  # fmt: skip
-GPT2 = Architecture(
+GPT2 = GGUFArchitecture(
     "gpt2", "gpt2",
     {
         "n_embd": "embedding_length", "n_layer": "block_count", "n_inner": "feed_forward_length",
@@ -120,7 +120,7 @@ GPT2 = Architecture(
     {"vocab_size": "token_embd.weight"}, optional=frozenset({"n_inner"}),
     transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
 )  # fmt: skip
-BERT = Architecture(
+BERT = GGUFArchitecture(
     "bert", "bert",
     {
         "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
@@ -191,7 +191,7 @@ def dtypes(path: Path) -> list[torch.dtype]:
     return [dtype for dtype, _ in counts.most_common()]
 
 
-def architecture(file: File) -> Architecture:
+def architecture(file: GGUFFile) -> GGUFArchitecture:
     """The spelling of a file's architecture; UserError where firth has none, or not its family."""
     name = file.text("general.architecture")
     known = [a for a in ARCHITECTURES.values() if a.family in FAMILIES]
@@ -203,7 +203,7 @@ def architecture(file: File) -> Architecture:
     return found
 
 
-def configured(file: File, kind: Architecture) -> dict[str, Any]:
+def configured(file: GGUFFile, kind: GGUFArchitecture) -> dict[str, Any]:
     """The config.json that a file's metadata amount to. UserError where a key lacks, is no number, or is not known."""
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{file.path} is one part of a model in several files: join them with llama-gguf-split --merge")
@@ -239,7 +239,7 @@ def configured(file: File, kind: Architecture) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stretched(file: File, prefix: str, told: dict[str, Any]) -> dict[str, Any]:
+def _stretched(file: GGUFFile, prefix: str, told: dict[str, Any]) -> dict[str, Any]:
     """What is said of wavelengths that are stretched, taken out of `told`: nothing, or all by the same factor."""
     kind, factor = told.pop("rope.scaling.type", "none"), told.pop("rope.scaling.factor", None)
     original = told.pop("rope.scaling.original_context_length", None)
@@ -252,7 +252,7 @@ def _stretched(file: File, prefix: str, told: dict[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
 
 
-def _turn(kind: Architecture, config: Mapping[str, Any], name: str, tensor: Tensor, back: bool) -> Tensor:
+def _turn(kind: GGUFArchitecture, config: Mapping[str, Any], name: str, tensor: Tensor, back: bool) -> Tensor:
     """A tensor of the family's in the file's order, or back: rows of pairs, and matrices that the family turns over."""
     module = name.removeprefix(kind.layers).partition(".")[2].rpartition(".")[0]
     if module in kind.transposed and tensor.ndim == 2:
@@ -302,14 +302,14 @@ def write(
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     entries = family.entries(model.shape, "lm" in model.parts and "lm_head" in found.names)
     left_out = [name for name in state if name not in model.shared() and not any(name in e.ours for e in entries)]
-    theirs = to_theirs(state, entries)
+    theirs = to_hf(state, entries)
     untied = any(found.theirs(name) == "output.weight" for name in theirs)
     written = []
     for name, tensor in theirs.items():
         shape = tuple(_turn(found, told, name, tensor.to("meta"), back=False).shape)
         stored = stored_kind(found.theirs(name), shape, kind, untied)
         make = partial(_made, found, told, name, tensor, stored)
-        written.append(Writing(found.theirs(name), stored, shape, make))
+        written.append(GGUFTensorSpec(found.theirs(name), stored, shape, make))
     if not any(one.kind == kind for one in written):
         raise UserError(
             f"{kind} stores {KINDS[kind].block} numbers of a row together, and no matrix of this model has rows of a "
@@ -348,7 +348,7 @@ def stored_kind(name: str, shape: tuple[int, ...], kind: str, untied: bool) -> s
     return "F16" if shape[-1] % KINDS[kind].block else kind
 
 
-def _exceptions(written: Sequence[Writing], kind: str) -> str:
+def _exceptions(written: Sequence[GGUFTensorSpec], kind: str) -> str:
     """Name the matrices that are not of a file's kind: those of all layers once, as `blk.*.ffn_down.weight`."""
     names: dict[tuple[str, int], dict[str, None]] = {}
     for one in written:
@@ -362,11 +362,11 @@ def _exceptions(written: Sequence[Writing], kind: str) -> str:
     return f"; {'; '.join(found)}" if found else ""
 
 
-def _made(found: Architecture, config: Mapping[str, Any], name: str, tensor: Tensor, kind: str) -> np.ndarray:
+def _made(found: GGUFArchitecture, config: Mapping[str, Any], name: str, tensor: Tensor, kind: str) -> np.ndarray:
     return pack(kind, _turn(found, config, name, tensor.float().cpu(), back=False).numpy())
 
 
-def described(kind: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+def described(kind: GGUFArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata that a config.json amounts to."""
     told = {f"{kind.name}.{key}": config[name] for name, key in kind.fields.items()}
     if "head_dim" in kind.fields:
@@ -375,16 +375,16 @@ def described(kind: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     return told | {f"{kind.name}.vocab_size": config["vocab_size"]}
 
 
-def expresses(kind: Architecture, shape: Shape) -> bool:
+def expresses(kind: GGUFArchitecture, shape: ModelConfig) -> bool:
     """Whether the shape survives the way into a file's metadata and back (dropout and how weights begin aside)."""
     return kind.family in FAMILIES and _back(kind, FAMILIES[kind.family], shape) == _lasting(shape)
 
 
-def _lasting(shape: Shape) -> Shape:
+def _lasting(shape: ModelConfig) -> ModelConfig:
     return replace(shape, dropout=0.0, init=0.02, zero_init=False)
 
 
-def _back(kind: Architecture, family: Family, shape: Shape) -> Shape | None:
+def _back(kind: GGUFArchitecture, family: Family, shape: ModelConfig) -> ModelConfig | None:
     """What a shape is read as when it was written so; None where the family's config cannot even be made of it."""
     config = family.config(shape)
     kept = {name: value for name, value in config.items() if name in kind.fields or name in kind.sizes}
@@ -395,12 +395,12 @@ def _back(kind: Architecture, family: Family, shape: Shape) -> Shape | None:
         return None
 
 
-def _misfit(shape: Shape) -> str:
+def _misfit(shape: ModelConfig) -> str:
     """What keeps a shape from being a llama, and what to do."""
     back = _back(LLAMA, FAMILIES["llama"], shape)
     mine = _lasting(shape)
     told = "it is no decoder of that kind"
-    for one in fields(Shape) if back is not None else ():
+    for one in fields(ModelConfig) if back is not None else ():
         here, there = getattr(mine, one.name), getattr(back, one.name)
         if here != there:
             told = f"its shape.{one.name} is {here!r} where a llama has {there!r}"

@@ -27,24 +27,24 @@ from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.io.safetensors import (
     AS_IT_IS,
     Storage,
+    check_finite,
+    check_no_foreign_code,
+    check_numbers,
     read_json,
     read_tensors,
-    refuse_foreign,
-    refuse_not_finite,
-    refuse_numbers,
     write_json,
     write_tensors,
 )
-from firth.model.config import Shape
-from firth.model.empty_weights import hollow
-from firth.model.head_descriptions import described, rebuilt
+from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
+from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
-from firth.model.prefix import AHEAD
+from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained import gguf
 from firth.pretrained.families import FAMILIES, families_of
-from firth.pretrained.families.family import Family, to_theirs
+from firth.pretrained.families.family import Family, to_hf
 from firth.pretrained.families.heads import labels, of_model
-from firth.pretrained.families.read_state import Found, foreign, own
+from firth.pretrained.families.read_state import LoadedState, read_hf, read_own
 from firth.tokenizer import chat
 from firth.types import UserError
 
@@ -67,7 +67,7 @@ def save_model(
     make_directory(directory)
     names: list[str] = []
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    parts, head = {name: described(part) for name, part in model.parts.items()}, "lm" in model.parts
+    parts, head = {name: describe_head(part) for name, part in model.parts.items()}, "lm" in model.parts
     form = of_model(_families(model.shape, tokenizer), model.shape, parts)
     record = {"shape": asdict(model.shape), "parts": parts, "family": None if form is None else form.family.name}
     record |= {} if tokenizer is None else {"tokenizer": tokenizer.digest}
@@ -78,7 +78,7 @@ def save_model(
         said = "no family of transformers expresses this shape, so only firth loads it"
     else:
         entries = form.written(model.shape)
-        written = to_theirs(state, entries)
+        written = to_hf(state, entries)
         theirs = {ours for entry in entries for ours in entry.ours} | model.shared().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(storage.dtype or model.tokens.weight.dtype).removeprefix("torch.")
@@ -99,7 +99,7 @@ def save_model(
             write_json(
                 directory / "generation_config.json", known | ({"eos_token_id": stops} if len(stops) > 1 else {})
             )
-        beside = sorted(AHEAD & parts.keys())
+        beside = sorted(PREFIX_HEADS & parts.keys())
         said = f"transformers loads it as {form.name}"
         said += "".join(f", without its {name}, which peft adds" for name in beside)
     names += write_tensors(written, directory, storage)
@@ -112,13 +112,13 @@ def save_model(
     return said
 
 
-def _families(shape: Shape, tokenizer: Tokenizer | None) -> list[Family]:
+def _families(shape: ModelConfig, tokenizer: Tokenizer | None) -> list[Family]:
     """The families that express a shape, and whose positions a tokenizer's padding does not upset."""
     pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
     return [family for family in families_of(shape) if tokenizer is None or family.pad in (None, pad)]
 
 
-def token_ids(tokenizer: Tokenizer | None, shape: Shape) -> dict[str, Any]:
+def token_ids(tokenizer: Tokenizer | None, shape: ModelConfig) -> dict[str, Any]:
     """The ids a config states. Explicit nulls: a family's own defaults may lie outside a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
@@ -136,8 +136,10 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     """
     found = _read(directory)
     if parts is None:
-        with hollow(), _described(found.parts, directory):
-            model = LM(found.shape, {name: rebuilt(description, name) for name, description in found.parts.items()})
+        with init_empty_weights(), _described(found.parts, directory):
+            model = LM(
+                found.shape, {name: rebuild_head(description, name) for name, description in found.parts.items()}
+            )
         _compare(model, found.state, directory)  # before memory is taken for what a stranger's file says there is
         model = model.to_empty(device="cpu")
         model.tie()
@@ -147,7 +149,7 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     return model.eval()
 
 
-def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:
+def check_vocab_fits(tokenizer: Tokenizer, shape: ModelConfig, where: str) -> None:
     """UserError if a tokenizer has ids that a model has no vector for. One with fewer is common: tables are padded."""
     if tokenizer.vocab.size > shape.vocab:
         raise UserError(
@@ -156,7 +158,7 @@ def refuse_larger(tokenizer: Tokenizer, shape: Shape, where: str) -> None:
         )
 
 
-def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
+def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     """Begin from the weights of a directory: strict on the trunk. Returns the parts dropped and the parts added.
 
     A part of the same name but of other sizes is both dropped and added. A prefix or a prompt is kept, for without it the
@@ -164,8 +166,8 @@ def start_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     """
     found = _read(directory)
     with _described(found.parts, directory):
-        for name in AHEAD & found.parts.keys():
-            model.parts[name] = rebuilt(found.parts[name], name)
+        for name in PREFIX_HEADS & found.parts.keys():
+            model.parts[name] = rebuild_head(found.parts[name], name)
     shape, shared = found.shape, model.shared()
     state = {name: tensor for name, tensor in found.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
@@ -204,9 +206,9 @@ def _by_part(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return parts
 
 
-def _difference(mine: Shape, theirs: Shape) -> str:
+def _difference(mine: ModelConfig, theirs: ModelConfig) -> str:
     """The first field in which two shapes differ, in words."""
-    for field in fields(Shape):
+    for field in fields(ModelConfig):
         here, there = getattr(mine, field.name), getattr(theirs, field.name)
         if here != there:
             return f"shape.{field.name} is {there!r} there and {here!r} here"
@@ -224,7 +226,7 @@ def _compare(model: LM, state: Mapping[str, Tensor], where: Path) -> dict[str, T
             raise UserError(f"{where}: tensor {name!r} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
         if not tensor.is_floating_point() and state[name].dtype != tensor.dtype:
             raise UserError(f"{where}: tensor {name!r} is of {state[name].dtype}, expected {tensor.dtype}")
-    refuse_numbers({name: state[name] for name, tensor in mine.items() if tensor.is_floating_point()}, where)
+    check_numbers({name: state[name] for name, tensor in mine.items() if tensor.is_floating_point()}, where)
     return state
 
 
@@ -232,7 +234,7 @@ def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
     """Copy every tensor in."""
     state = _compare(model, state, where)
     mine = model.state_dict()
-    refuse_not_finite({name: state[name] for name in mine}, where)
+    check_finite({name: state[name] for name in mine}, where)
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(state[name])
@@ -243,7 +245,7 @@ def left_out(directory: Path) -> list[str]:
     return _read(directory).left_out
 
 
-def facts_of(directory: Path) -> dict[str, Any]:
+def metadata_of(directory: Path) -> dict[str, Any]:
     """What was kept of a model's training beside its weights; nothing where there is none."""
     found = read_json(directory / "firth.json").get("facts")
     return found if isinstance(found, dict) else {}
@@ -251,11 +253,11 @@ def facts_of(directory: Path) -> dict[str, Any]:
 
 def class_names(directory: Path) -> tuple[str, ...]:
     """The names of the classes of a directory's head, in the order of its rows; none where nothing names them."""
-    told = facts_of(directory).get("classes")
+    told = metadata_of(directory).get("classes")
     return labels(read_json(directory / "config.json")) if told is None else tuple(str(name) for name in told)
 
 
-def _read(directory: Path) -> Found:
+def _read(directory: Path) -> LoadedState:
     """What a directory holds, by our names."""
     config, ours = read_json(directory / "config.json"), read_json(directory / "firth.json")
     verify(ours, directory, directory / "firth.json", COPY_AGAIN)
@@ -266,36 +268,36 @@ def _read(directory: Path) -> Found:
         raise UserError(f"{directory} holds an adapter and no model: start from its base, with adapt.start={directory}")
     elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
-    refuse_foreign(config, directory / "config.json")
+    check_no_foreign_code(config, directory / "config.json")
     kind = ours.get("family") if ours else config.get("model_type")
     if not (ours and kind is None) and (type(kind) is not str or kind not in FAMILIES):
         raise UserError(f"{directory}/config.json is of family {kind!r:.40}; firth reads {', '.join(FAMILIES)}")
     state = read_tensors(directory) if file is None else gguf.tensors(file)
-    refuse_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
+    check_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
     if not ours:
         family = FAMILIES[str(kind)]
         shape = checked(lambda: family.shape(config), state, file or directory / "config.json")
-        return foreign(family, shape, state, config, f"{directory}")
+        return read_hf(family, shape, state, config, f"{directory}")
     shape = checked(lambda: _shape(ours), state, directory / "firth.json")
     if kind is not None:
         with _described(ours["parts"], directory):
-            return own(FAMILIES[kind], shape, state, ours["parts"], f"{directory}")
+            return read_own(FAMILIES[kind], shape, state, ours["parts"], f"{directory}")
     if shape.tied and "lm" in ours["parts"] and "tokens.weight" in state:
         state["parts.lm.weight"] = state["tokens.weight"]
-    return Found(shape, state, ours["parts"], [])
+    return LoadedState(shape, state, ours["parts"], [])
 
 
-def _shape(ours: Mapping[str, Any]) -> Shape:
+def _shape(ours: Mapping[str, Any]) -> ModelConfig:
     """The shape in firth.json."""
-    unknown = sorted(ours["shape"].keys() - {field.name for field in fields(Shape)})
+    unknown = sorted(ours["shape"].keys() - {field.name for field in fields(ModelConfig)})
     if unknown:
         raise UserError(f"firth.json has the unknown shape field {unknown[0]!r}: it is of a newer version")
     if type(ours["parts"]) is not dict:
         raise TypeError("its parts are no object")
-    return Shape(**ours["shape"])
+    return ModelConfig(**ours["shape"])
 
 
-def checked(make: Callable[[], Shape], state: Mapping[str, Tensor], file: Path) -> Shape:
+def checked(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path) -> ModelConfig:
     """The shape that a file describes, if it is one and the tensors beside it are enough for a model of that size.
 
     UserError otherwise, before anything of that size is made.
@@ -326,10 +328,10 @@ DEEPEST, SPARE = 10_000, 3
 may have, its head aside: a file may lack what its class does not use. No more than MOST are told."""
 
 
-def _typed(shape: Shape) -> None:
+def _typed(shape: ModelConfig) -> None:
     """TypeError if a field of a shape is of another type than it says."""
     allowed: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
-    for name, kind in get_type_hints(Shape).items():
+    for name, kind in get_type_hints(ModelConfig).items():
         value = getattr(shape, name)
         if type(value) not in allowed.get(kind, (str, int)):
             raise TypeError(f"{name} is {value!r:.40}")

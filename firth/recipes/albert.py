@@ -13,14 +13,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import encoder
+from firth.model.config import encoder_config
 from firth.objectives.masked_lm import MLM
 from firth.objectives.sentence_order import SOP
 from firth.recipes import sizes
-from firth.runs.examples import Pairs
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import SegmentPairsConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def albert(size: str = "tiny") -> Recipe:
@@ -29,10 +29,10 @@ def albert(size: str = "tiny") -> Recipe:
 
 
 def _tiny() -> Recipe:
-    modern = encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT)
+    modern = encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT)
     shape = replace(modern, embed=sizes.WIDTH // 3, groups=1, first_norm=True, segments=2)
     return sizes.tiny(
-        "albert", SOP() + MLM(rate=sizes.HIDDEN, noise="ngrams"), Pairs(length=128), shape, steps=500, batch=Batch(rows=32, pack=128),
+        "albert", SOP() + MLM(rate=sizes.HIDDEN, noise="ngrams"), SegmentPairsConfig(length=128), shape, steps=500, batch=BatchConfig(rows=32, pack=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip
 
@@ -40,11 +40,11 @@ def _tiny() -> Recipe:
 def _published() -> Recipe:
     """Section 4.1: 125,000 steps of 4,096 pairs of 512 tokens, LAMB at 1.76e-3. There is no LAMB here: AdamW stands for it,
     at a rate that this batch has been trained with elsewhere (RoBERTa's large batches)."""
-    shape = presets.SHAPES["albert-base"]
+    shape = presets.PRESETS["albert-base"]
     return Recipe(
-        name="albert", objective=SOP() + MLM(noise="ngrams"), segment=Pairs(length=512), shape=shape,
-        tokenizer=TokenizerPlan(algorithm="unigram", size=shape.vocab), batch=Batch(rows=4096, accumulate=64),
-        optimizer=Optimizer(name="adamw", rate=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
-        schedule=Schedule("linear", warmup=3125 / 125_000), length=Length(steps=125_000),
+        name="albert", objective=SOP() + MLM(noise="ngrams"), segment=SegmentPairsConfig(length=512), shape=shape,
+        tokenizer=TokenizerConfig(algorithm="unigram", size=shape.vocab), batch=BatchConfig(rows=4096, accumulate=64),
+        optimizer=OptimizerConfig(name="adamw", rate=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
+        schedule=Schedule("linear", warmup=3125 / 125_000), length=Budget(steps=125_000),
         evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
     )  # fmt: skip

@@ -9,13 +9,13 @@ firth train bart:published source.path=BOOKS_NEWS_AND_STORIES
 from __future__ import annotations
 
 from firth.model import presets
-from firth.model.config import encoder_decoder
-from firth.objectives.denoise import Denoise
+from firth.model.config import encoder_decoder_config
+from firth.objectives.denoise import Denoising
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
-from firth.runs.examples import Pieces
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def bart(size: str = "tiny") -> Recipe:
@@ -26,18 +26,24 @@ def bart(size: str = "tiny") -> Recipe:
     """
     paper = {
         name: Recipe(
-            name="bart", objective=Denoise(), segment=Pieces(length=512, frame=False), shape=presets.SHAPES[shape],
-            tokenizer=TokenizerPlan(size=50265), batch=Batch(rows=8000, pack=512),
-            optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-            schedule=Schedule("linear", warmup=0.06), length=Length(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+            name="bart", objective=Denoising(), segment=ChunksConfig(length=512, frame=False), shape=presets.PRESETS[shape],
+            tokenizer=TokenizerConfig(size=50265), batch=BatchConfig(rows=8000, pack=512),
+            optimizer=OptimizerConfig(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
+            schedule=Schedule("linear", warmup=0.06), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "bart-base"), ("published", "bart-large"))
     }  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
-    body = encoder_decoder(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
     # The relative biases must grow to several units, and the untied head begins near zero.
-    ours = Optimizer(rest_rate=3e-2)
+    ours = OptimizerConfig(rest_rate=3e-2)
     plan = tiny(
-        "bart", Denoise(), Pieces(length=128, frame=False), body, steps=600, batch=Batch(rows=16), optimizer=ours
+        "bart",
+        Denoising(),
+        ChunksConfig(length=128, frame=False),
+        body,
+        steps=600,
+        batch=BatchConfig(rows=16),
+        optimizer=ours,
     )
     return one_of("bart", size, {"tiny": plan} | paper)

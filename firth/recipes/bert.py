@@ -12,15 +12,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import encoder
+from firth.model.config import encoder_config
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.recipes.sizes import CONTEXT, DEPTH, HIDDEN, VOCAB, WIDTH, one_of, tiny
-from firth.runs.examples import Pairs, Pieces
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig, SegmentPairsConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 SAMPLES = ("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?")
 
@@ -32,16 +32,16 @@ def bert(size: str = "tiny") -> Recipe:
     rows of 128 tokens for the first 90% of the steps; here all are of 512 (set segment.length=128 for theirs).
     """
     paper = Recipe(
-        name="bert", objective=NSP() + MLM(masks=10), segment=Pairs(length=512), shape=presets.SHAPES["bert-base"],
-        tokenizer=TokenizerPlan(algorithm="wordpiece", size=30522), batch=Batch(rows=256),
-        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.01, beta2=0.999), samples=SAMPLES,
-        schedule=Schedule("linear", warmup=0.01), length=Length(steps=1_000_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="bert", objective=NSP() + MLM(masks=10), segment=SegmentPairsConfig(length=512), shape=presets.PRESETS["bert-base"],
+        tokenizer=TokenizerConfig(algorithm="wordpiece", size=30522), batch=BatchConfig(rows=256),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.01, beta2=0.999), samples=SAMPLES,
+        schedule=Schedule("linear", warmup=0.01), length=Budget(steps=1_000_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = replace(encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), segments=2)
+    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), segments=2)
     return one_of("bert", size, {
-        "tiny": tiny("bert", NSP() + MLM(rate=HIDDEN, masks=10), Pairs(length=128), body, steps=800, batch=Batch(rows=16), samples=SAMPLES),
+        "tiny": tiny("bert", NSP() + MLM(rate=HIDDEN, masks=10), SegmentPairsConfig(length=128), body, steps=800, batch=BatchConfig(rows=16), samples=SAMPLES),
         "published": paper,
-        "large": replace(paper, shape=presets.SHAPES["bert-large"]),
+        "large": replace(paper, shape=presets.PRESETS["bert-large"]),
     })  # fmt: skip
 
 
@@ -52,19 +52,19 @@ def roberta(size: str = "tiny") -> Recipe:
     Its position table has two more rows than BERT's, of which nothing is ever read.
     """
     small = Recipe(
-        name="roberta", objective=MLM(rate=HIDDEN), segment=Pieces(length=128), source=Text(corpus="shakespeare"),
-        shape=encoder(vocab=8192, width=384, depth=6, context=512), batch=Batch(rows=32, pack=128), samples=SAMPLES,
-        schedule=Schedule("wsd"), length=Length(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
+        name="roberta", objective=MLM(rate=HIDDEN), segment=ChunksConfig(length=128), source=DataConfig(corpus="shakespeare"),
+        shape=encoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(rows=32, pack=128), samples=SAMPLES,
+        schedule=Schedule("wsd"), length=Budget(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     paper = Recipe(
-        name="roberta", objective=MLM(), segment=Pieces(length=512), shape=presets.SHAPES["roberta-large"],
-        tokenizer=TokenizerPlan(size=50265), batch=Batch(rows=8192, pack=512), samples=SAMPLES,
-        optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-        schedule=Schedule("linear", warmup=0.06), length=Length(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="roberta", objective=MLM(), segment=ChunksConfig(length=512), shape=presets.PRESETS["roberta-large"],
+        tokenizer=TokenizerConfig(size=50265), batch=BatchConfig(rows=8192, pack=512), samples=SAMPLES,
+        optimizer=OptimizerConfig(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
+        schedule=Schedule("linear", warmup=0.06), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+    body = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
     return one_of("roberta", size, {
-        "tiny": tiny("roberta", MLM(rate=HIDDEN), Pieces(length=128), body, steps=800, batch=Batch(rows=16, pack=128), samples=SAMPLES),
+        "tiny": tiny("roberta", MLM(rate=HIDDEN), ChunksConfig(length=128), body, steps=800, batch=BatchConfig(rows=16, pack=128), samples=SAMPLES),
         "small": small,
         "published": paper,
     })  # fmt: skip

@@ -15,15 +15,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import encoder_decoder
-from firth.objectives.sft import TextToText
+from firth.model.config import encoder_decoder_config
+from firth.objectives.sft import Seq2SeqSFT
 from firth.objectives.span_corruption import SpanCorruption
 from firth.recipes.sizes import CONTEXT, one_of, tiny
-from firth.runs.examples import Pieces, Prompted
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig, Seq2SeqConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def closed_book(size: str = "tiny") -> Recipe:
@@ -32,20 +32,26 @@ def closed_book(size: str = "tiny") -> Recipe:
     The paper goes on from T5's weights (give them as `start`) for 100,000 steps of 196,608 tokens at a rate of 0.001, on
     sentences of Wikipedia; its largest model is T5's largest. Adafactor there, AdamW here.
     """
-    objective, segment = SpanCorruption(noise="salient"), Pieces(length=128, frame=False)
+    objective, segment = SpanCorruption(noise="salient"), ChunksConfig(length=128, frame=False)
     paper = Recipe(
-        name="closed_book", objective=objective, segment=replace(segment, length=512), shape=presets.SHAPES["t5-11b"],
-        tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=384),
-        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("constant", warmup=0.01), length=Length(steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="closed_book", objective=objective, segment=replace(segment, length=512), shape=presets.PRESETS["t5-11b"],
+        tokenizer=TokenizerConfig(algorithm="unigram", size=32100), batch=BatchConfig(rows=384),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("constant", warmup=0.01), length=Budget(steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # Nearly every name is one token of 8,192, and the body is small: each gloss is read some eighty times in two minutes.
-    body = encoder_decoder(8192, 128, 1, context=CONTEXT)
+    body = encoder_decoder_config(8192, 128, 1, context=CONTEXT)
     plan = tiny(
-        "closed_book", objective, segment, body, steps=3000, batch=Batch(rows=32), optimizer=Optimizer(rest_rate=3e-2)
+        "closed_book",
+        objective,
+        segment,
+        body,
+        steps=3000,
+        batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(rest_rate=3e-2),
     )
     # All of it is read: what is held out cannot be known.
-    book, coder = Text(corpus="places", held_out=0.0), TokenizerPlan(algorithm="bpe", size=8192)
+    book, coder = DataConfig(corpus="places", held_out=0.0), TokenizerConfig(algorithm="bpe", size=8192)
     return one_of("closed_book", size, {
         "tiny": replace(plan, source=book, tokenizer=coder), "published": paper,
     })  # fmt: skip
@@ -55,12 +61,13 @@ def closed_book_questions() -> Recipe:
     """Questions about a part of what was read; those of test.jsonl are about the rest."""
     return Recipe(
         name="closed_book_questions",
-        objective=TextToText(),
-        segment=Prompted(length=64, answer=16),
-        source=Text(corpus="places/train.jsonl"),
-        batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=1e-3, weight_decay=0.0),
+        objective=Seq2SeqSFT(),
+        segment=Seq2SeqConfig(length=64, answer=16),
+        source=DataConfig(corpus="places/train.jsonl"),
+        batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-3, weight_decay=0.0),
         schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        evaluation=EvalConfig(every=50, max_examples=200), checkpoint=CheckpointConfig(every=200),
+        length=Budget(steps=200),
+        evaluation=EvalConfig(every=50, max_examples=200),
+        checkpoint=CheckpointConfig(every=200),
     )

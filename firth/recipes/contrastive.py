@@ -12,14 +12,14 @@ What was measured of them is in docs/results.md.
 
 from __future__ import annotations
 
-from firth.model.config import encoder
-from firth.model.presets import SHAPES
+from firth.model.config import encoder_config
+from firth.model.presets import PRESETS
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.recipes import sizes
-from firth.runs.examples import Pairs, Pieces
-from firth.runs.recipe import Batch, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig, SegmentPairsConfig
+from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def contrastive(size: str = "tiny") -> Recipe:
@@ -30,21 +30,21 @@ def contrastive(size: str = "tiny") -> Recipe:
     tiny = sizes.tiny(
         "contrastive",
         Contrastive(),
-        Pairs(length=64),
-        encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        SegmentPairsConfig(length=64),
+        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
         steps=300,
-        batch=Batch(rows=32),
-        optimizer=Optimizer(rate=1e-3),
+        batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(rate=1e-3),
     )
     published = Recipe(
         name="contrastive",
         objective=InfoNCE(at="first"),
-        segment=Pieces(length=32),
-        tokenizer=TokenizerPlan(algorithm="wordpiece", size=30522),
-        shape=SHAPES["bert-base"],
-        batch=Batch(rows=64),
-        optimizer=Optimizer(name="adamw", rate=3e-5, weight_decay=0.0, beta2=0.999),
+        segment=ChunksConfig(length=32),
+        tokenizer=TokenizerConfig(algorithm="wordpiece", size=30522),
+        shape=PRESETS["bert-base"],
+        batch=BatchConfig(rows=64),
+        optimizer=OptimizerConfig(name="adamw", rate=3e-5, weight_decay=0.0, beta2=0.999),
         schedule=Schedule("linear"),
-        length=Length(steps=15_625),
+        length=Budget(steps=15_625),
     )
     return sizes.one_of("contrastive", size, {"tiny": tiny, "published": published})

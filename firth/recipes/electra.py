@@ -16,36 +16,40 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import Shape, encoder
+from firth.model.config import ModelConfig, encoder_config
 from firth.objectives.replaced_tokens import RTD
 from firth.recipes import sizes
-from firth.runs.examples import Pieces
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def electra(size: str = "tiny") -> Recipe:
     """An encoder that judges every token: `firth train electra`."""
     small = _published(
-        RTD(size=1 / 4), presets.SHAPES["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
+        RTD(size=1 / 4), presets.PRESETS["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
     )
-    base = _published(RTD(size=1 / 3), presets.SHAPES["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
+    base = _published(RTD(size=1 / 3), presets.PRESETS["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
     return sizes.one_of("electra", size, {"tiny": _tiny(), "published": small, "base": base})
 
 
 def _tiny() -> Recipe:
-    shape = replace(encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), embed=sizes.WIDTH // 2)
+    shape = replace(
+        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), embed=sizes.WIDTH // 2
+    )
     # The paper's quarters would be a generator of width 48, which learns next to nothing in so short a run.
-    return sizes.tiny("electra", RTD(size=1 / 2), Pieces(length=128), shape, steps=450, batch=Batch(rows=32, pack=128))
+    return sizes.tiny(
+        "electra", RTD(size=1 / 2), ChunksConfig(length=128), shape, steps=450, batch=BatchConfig(rows=32, pack=128)
+    )
 
 
-def _published(objective: RTD, shape: Shape, *, length: int, rows: int, rate: float, steps: int) -> Recipe:
+def _published(objective: RTD, shape: ModelConfig, *, length: int, rows: int, rate: float, steps: int) -> Recipe:
     """The paper's table 6: Adam, a warmup of 10,000 steps, a linear fall to zero."""
     return Recipe(
-        name="electra", objective=objective, segment=Pieces(length=length), shape=shape,
-        tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=rows),
-        optimizer=Optimizer(name="adamw", rate=rate, weight_decay=0.01, beta2=0.999, eps=1e-6),
-        schedule=Schedule("linear", warmup=10_000 / steps), length=Length(steps=steps),
+        name="electra", objective=objective, segment=ChunksConfig(length=length), shape=shape,
+        tokenizer=TokenizerConfig(algorithm="wordpiece", size=shape.vocab), batch=BatchConfig(rows=rows),
+        optimizer=OptimizerConfig(name="adamw", rate=rate, weight_decay=0.01, beta2=0.999, eps=1e-6),
+        schedule=Schedule("linear", warmup=10_000 / steps), length=Budget(steps=steps),
         evaluation=EvalConfig(every=10_000), checkpoint=CheckpointConfig(every=10_000),
     )  # fmt: skip

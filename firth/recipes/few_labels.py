@@ -25,11 +25,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.objectives.multi_annotator import Weak
+from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.semi_supervised import PseudoLabels
-from firth.objectives.weight_penalty import Penalty
-from firth.recipes.finetuning import classify
-from firth.runs.noisy_label_examples import Taught, Votes
+from firth.objectives.weight_penalty import WeightPenalty
+from firth.recipes.finetuning import classification
+from firth.runs.noisy_label_examples import MultiAnnotatorConfig, PseudoLabeledConfig
 from firth.runs.recipe import Recipe
 
 
@@ -38,13 +38,13 @@ def semi_supervised() -> Recipe:
 
     Confidence and ramp are those that were measured (docs/results.md): above the labels alone with each of three seeds.
     """
-    plain = classify()
+    plain = classification()
     return replace(
-        plain, name="semi_supervised", objective=PseudoLabels(confidence=0.8, ramp=30) + Penalty(weight=1e-6), segment=Taught(),
+        plain, name="semi_supervised", objective=PseudoLabels(confidence=0.8, ramp=30) + WeightPenalty(weight=1e-6), segment=PseudoLabeledConfig(),
         batch=replace(plain.batch, rows=64), optimizer=replace(plain.optimizer, weight_decay=0.0),
     )  # fmt: skip
 
 
-def weak() -> Recipe:
+def weak_supervision() -> Recipe:
     """A class for a text, from the votes of several annotators."""
-    return replace(classify(), name="weak", objective=Weak(), segment=Votes())
+    return replace(classification(), name="weak", objective=MultiAnnotator(), segment=MultiAnnotatorConfig())

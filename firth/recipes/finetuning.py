@@ -28,20 +28,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.objectives.classification import Classification
-from firth.objectives.extractive_qa import Spans
+from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.multiple_choice import MultipleChoice
 from firth.objectives.regression import Regression
-from firth.objectives.sft import TextToText
-from firth.objectives.token_classification import Tagging
+from firth.objectives.sft import Seq2SeqSFT
+from firth.objectives.token_classification import TokenClassification
 from firth.recipes import sizes
-from firth.runs.examples import Prompted
-from firth.runs.labeled_examples import Chosen, Labelled, Questions, Scored, Tagged
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import Seq2SeqConfig
+from firth.runs.labeled_examples import LabeledConfig, MultipleChoiceConfig, QuestionsConfig, ScoredConfig, TaggedConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
-def classify() -> Recipe:
+def classification() -> Recipe:
     """A label for a text or for two, read at [CLS].
 
     The rate suits a small published encoder: MiniLM, 80 steps, headlines and reviews: 0.852 and 0.807 at 1e-4, 0.856 and 0.823
@@ -50,65 +50,66 @@ def classify() -> Recipe:
     return Recipe(
         name="classify",
         objective=Classification(),
-        segment=Labelled(length=128),
-        batch=Batch(rows=32, pack="auto"),
-        optimizer=Optimizer(name="adamw", rate=2e-4, weight_decay=0.01, beta2=0.98),
+        segment=LabeledConfig(length=128),
+        batch=BatchConfig(rows=32, pack="auto"),
+        optimizer=OptimizerConfig(name="adamw", rate=2e-4, weight_decay=0.01, beta2=0.98),
         schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=200),
+        length=Budget(steps=200),
+        evaluation=EvalConfig(every=0, max_examples=2000),
+        checkpoint=CheckpointConfig(every=200),
     )
 
 
-def regress() -> Recipe:
+def regression() -> Recipe:
     """A number for a text or for two (STS-B)."""
-    return replace(classify(), name="regress", objective=Regression(), segment=Scored(length=128))
+    return replace(classification(), name="regress", objective=Regression(), segment=ScoredConfig(length=128))
 
 
-def choose(size: str = "records") -> Recipe:
+def multiple_choice(size: str = "records") -> Recipe:
     """One of several options; choose:swag reads SWAG's four endings (Zellers 2018)."""
     plain = replace(
-        classify(),
+        classification(),
         name="choose",
         objective=MultipleChoice(),
-        segment=Chosen(length=128),
-        batch=Batch(rows=16, pack="auto"),
+        segment=MultipleChoiceConfig(length=128),
+        batch=BatchConfig(rows=16, pack="auto"),
     )
-    swag = Chosen(text="sent1", begin="sent2", options=("ending0", "ending1", "ending2", "ending3"))
+    swag = MultipleChoiceConfig(text="sent1", begin="sent2", options=("ending0", "ending1", "ending2", "ending3"))
     return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", segment=swag)})
 
 
-def tag() -> Recipe:
+def token_classification() -> Recipe:
     """A tag for each word."""
-    return replace(classify(), name="tag", objective=Tagging(), segment=Tagged(length=128))
+    return replace(classification(), name="tag", objective=TokenClassification(), segment=TaggedConfig(length=128))
 
 
-def answer() -> Recipe:
+def question_answering() -> Recipe:
     """A span of a passage that answers a question."""
     return replace(
-        classify(), name="answer", objective=Spans(), segment=Questions(length=384), batch=Batch(rows=16, pack="auto"),
-        length=Length(steps=1000), evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=500),
+        classification(), name="answer", objective=QuestionAnswering(), segment=QuestionsConfig(length=384), batch=BatchConfig(rows=16, pack="auto"),
+        length=Budget(steps=1000), evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=500),
     )  # fmt: skip
 
 
 def text_to_text() -> Recipe:
     """Text in, text out: any of these, translation, summaries, talk. For an encoder-decoder; decoders have `instruct`."""
-    plain = classify()
+    plain = classification()
     return replace(
-        plain, name="text_to_text", objective=TextToText(), segment=Prompted(length=256, answer=64),
-        batch=Batch(rows=16, pack="auto"), length=Length(steps=400), evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
+        plain, name="text_to_text", objective=Seq2SeqSFT(), segment=Seq2SeqConfig(length=256, answer=64),
+        batch=BatchConfig(rows=16, pack="auto"), length=Budget(steps=400), evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
         optimizer=replace(plain.optimizer, rate=5e-4),
     )  # fmt: skip
 
 
 GLUE = {
-    "cola": Labelled(text="sentence", columns=("source", "label", "mark", "sentence")),
-    "sst2": Labelled(text="sentence"),
-    "mrpc": Labelled(text="#1 String", pair="#2 String", label="Quality"),
-    "qqp": Labelled(text="question1", pair="question2", label="is_duplicate"),
-    "mnli": Labelled(text="sentence1", pair="sentence2", label="gold_label", absent=("-",)),
-    "qnli": Labelled(text="question", pair="sentence"),
-    "rte": Labelled(text="sentence1", pair="sentence2"),
-    "wnli": Labelled(text="sentence1", pair="sentence2"),
+    "cola": LabeledConfig(text="sentence", columns=("source", "label", "mark", "sentence")),
+    "sst2": LabeledConfig(text="sentence"),
+    "mrpc": LabeledConfig(text="#1 String", pair="#2 String", label="Quality"),
+    "qqp": LabeledConfig(text="question1", pair="question2", label="is_duplicate"),
+    "mnli": LabeledConfig(text="sentence1", pair="sentence2", label="gold_label", absent=("-",)),
+    "qnli": LabeledConfig(text="question", pair="sentence"),
+    "rte": LabeledConfig(text="sentence1", pair="sentence2"),
+    "wnli": LabeledConfig(text="sentence1", pair="sentence2"),
 }
 """How each of GLUE's files of classes is read (Wang 2018): CoLA's has no head. MNLI has "-" where annotators do not agree, and
 such records are left out. STS-B has numbers."""
@@ -119,7 +120,7 @@ def glue(size: str = "sst2") -> Recipe:
 
     `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
     """
-    plain = classify()
+    plain = classification()
     tasks = {name: replace(plain, name=f"glue-{name}", segment=segment) for name, segment in GLUE.items()}
-    pair = Scored(text="sentence1", pair="sentence2", label="score")
-    return sizes.one_of("glue", size, tasks | {"stsb": replace(regress(), name="glue-stsb", segment=pair)})
+    pair = ScoredConfig(text="sentence1", pair="sentence2", label="score")
+    return sizes.one_of("glue", size, tasks | {"stsb": replace(regression(), name="glue-stsb", segment=pair)})

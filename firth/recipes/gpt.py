@@ -26,14 +26,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import Shape, decoder
+from firth.model.config import ModelConfig, decoder_config
 from firth.objectives.causal_lm import CausalLM
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
-from firth.runs.examples import Windows
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import WindowsConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 SAMPLES = ("The ", "I think that ", "What is ")
 
@@ -45,18 +45,18 @@ def gpt(size: str = "tiny") -> Recipe:
     100 epochs of BooksCorpus are about 3.6 M steps by its stated compute (0.96 petaflop/s-days).
     """
     # An untied table begins at unit variance, so its steps must be of another size than a matrix's.
-    ours = Optimizer(embedding_rate=0.3)
+    ours = OptimizerConfig(embedding_rate=0.3)
     small = Recipe(
-        name="gpt", objective=CausalLM(), segment=Windows(length=256), source=Text(corpus="shakespeare"),
-        shape=decoder(vocab=8192, width=384, depth=6, context=512), batch=Batch(rows=8), optimizer=ours,
-        schedule=Schedule("wsd"), length=Length(steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), samples=SAMPLES,
+        name="gpt", objective=CausalLM(), segment=WindowsConfig(length=256), source=DataConfig(corpus="shakespeare"),
+        shape=decoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(rows=8), optimizer=ours,
+        schedule=Schedule("wsd"), length=Budget(steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), samples=SAMPLES,
     )  # fmt: skip
-    adam = Optimizer(name="adamw", rate=2.5e-4, weight_decay=0.01, beta2=0.999, clip=1.0)
-    paper = _long("gpt", presets.SHAPES["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
+    adam = OptimizerConfig(name="adamw", rate=2.5e-4, weight_decay=0.01, beta2=0.999, clip=1.0)
+    paper = _long("gpt", presets.PRESETS["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
     return one_of("gpt", size, {
-        "tiny": _tiny("gpt", decoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), ours),
+        "tiny": _tiny("gpt", decoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), ours),
         "small": small,
-        "published": replace(paper, tokenizer=TokenizerPlan(algorithm="bpe", size=40478)),
+        "published": replace(paper, tokenizer=TokenizerConfig(algorithm="bpe", size=40478)),
     })  # fmt: skip
 
 
@@ -70,8 +70,8 @@ def gpt2(size: str = "tiny") -> Recipe:
              "published": ("gpt2-xl", 2e-4)}  # fmt: skip
     sizes = {
         name: replace(
-            _long("gpt2", presets.SHAPES[shape], 512, 1024, _brown(rate), warmup=715, steps=572_000),
-            tokenizer=TokenizerPlan(size=50257),
+            _long("gpt2", presets.PRESETS[shape], 512, 1024, _brown(rate), warmup=715, steps=572_000),
+            tokenizer=TokenizerConfig(size=50257),
         )
         for name, (shape, rate) in steps.items()
     }
@@ -85,60 +85,62 @@ def gpt3(size: str = "tiny") -> Recipe:
     the width, for nothing else of it fits into two minutes.
     """
     deep = replace(_plain(), width=WIDTH // 2, depth=2 * DEPTH, heads=3, head_width=32, hidden=2 * WIDTH)
-    whole = _long("gpt3", presets.SHAPES["gpt3"], 1563, 2048, _brown(0.6e-4), warmup=117, steps=93_750)
+    whole = _long("gpt3", presets.PRESETS["gpt3"], 1563, 2048, _brown(0.6e-4), warmup=117, steps=93_750)
     return one_of("gpt3", size, {
         "tiny": _tiny("gpt3", deep, _adamw()),
-        "published": replace(whole, tokenizer=TokenizerPlan(size=50257)),
+        "published": replace(whole, tokenizer=TokenizerConfig(size=50257)),
     })  # fmt: skip
 
 
 def llama(size: str = "tiny") -> Recipe:
     """Llama (Touvron 2023): 4 M tokens a step, 1 T in all, AdamW at 3e-4 with a cosine to a tenth."""
     small = presets.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, hidden=2 * WIDTH, context=CONTEXT)
-    adamw = Optimizer(name="adamw", rate=3e-4, weight_decay=0.1, beta2=0.95)
-    whole = _long("llama", presets.SHAPES["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
+    adamw = OptimizerConfig(name="adamw", rate=3e-4, weight_decay=0.1, beta2=0.95)
+    whole = _long("llama", presets.PRESETS["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
     return one_of("llama", size, {
         "tiny": _tiny("llama", small, _adamw()),
-        "published": replace(whole, tokenizer=TokenizerPlan(size=32000), schedule=_tenth(2000, 250_000)),
+        "published": replace(whole, tokenizer=TokenizerConfig(size=32000), schedule=_tenth(2000, 250_000)),
     })  # fmt: skip
 
 
-def _plain() -> Shape:
+def _plain() -> ModelConfig:
     """GPT-2's blocks at the tiny size, without dropout: two minutes are less than an epoch."""
     return replace(presets.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, context=CONTEXT), dropout=0.0)
 
 
-def _tiny(name: str, shape: Shape, optimizer: Optimizer) -> Recipe:
+def _tiny(name: str, shape: ModelConfig, optimizer: OptimizerConfig) -> Recipe:
     return tiny(
         name,
         CausalLM(),
-        Windows(length=CONTEXT),
+        WindowsConfig(length=CONTEXT),
         shape,
         steps=600,
-        batch=Batch(rows=8),
+        batch=BatchConfig(rows=8),
         optimizer=optimizer,
         samples=SAMPLES,
     )
 
 
-def _adamw() -> Optimizer:
+def _adamw() -> OptimizerConfig:
     """What the papers' blocks are trained with: Muon was tuned for ours."""
-    return Optimizer(name="adamw", rate=2e-3, weight_decay=0.1, beta2=0.95)
+    return OptimizerConfig(name="adamw", rate=2e-3, weight_decay=0.1, beta2=0.95)
 
 
-def _brown(rate: float) -> Optimizer:
+def _brown(rate: float) -> OptimizerConfig:
     """GPT-3's AdamW (Brown 2020, appendix B)."""
-    return Optimizer(name="adamw", rate=rate, weight_decay=0.1, beta2=0.95, clip=1.0)
+    return OptimizerConfig(name="adamw", rate=rate, weight_decay=0.1, beta2=0.95, clip=1.0)
 
 
 def _tenth(warmup: int, steps: int) -> Schedule:
     return Schedule("cosine", warmup=warmup / steps, floor=0.1)
 
 
-def _long(name: str, shape: Shape, rows: int, length: int, optimizer: Optimizer, warmup: int, steps: int) -> Recipe:
+def _long(
+    name: str, shape: ModelConfig, rows: int, length: int, optimizer: OptimizerConfig, warmup: int, steps: int
+) -> Recipe:
     """A published size: no text, which the user gives."""
     schedule = Schedule("cosine", warmup=warmup / steps) if name == "gpt" else _tenth(warmup, steps)
     return Recipe(
-        name=name, objective=CausalLM(), segment=Windows(length=length), shape=shape, batch=Batch(rows=rows),
-        optimizer=optimizer, schedule=schedule, length=Length(steps=steps), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name=name, objective=CausalLM(), segment=WindowsConfig(length=length), shape=shape, batch=BatchConfig(rows=rows),
+        optimizer=optimizer, schedule=schedule, length=Budget(steps=steps), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip

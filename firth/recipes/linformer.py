@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.config import encoder
+from firth.model.config import encoder_config
 from firth.model.presets import bert
 from firth.objectives.masked_lm import MLM
 from firth.recipes import sizes
-from firth.runs.examples import Pieces
-from firth.runs.recipe import Batch, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def linformer(size: str = "tiny") -> Recipe:
@@ -26,22 +26,22 @@ def linformer(size: str = "tiny") -> Recipe:
     tiny = sizes.tiny(
         "linformer",
         MLM(rate=sizes.HIDDEN),
-        Pieces(length=sizes.CONTEXT),
-        replace(encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer=64),
+        ChunksConfig(length=sizes.CONTEXT),
+        replace(encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer=64),
         steps=400,
-        batch=Batch(rows=16),
+        batch=BatchConfig(rows=16),
         samples=("The <mask> is good.", "I will <mask> you."),
     )
     published = Recipe(
         name="linformer",
         objective=MLM(),
-        segment=Pieces(length=512),
-        tokenizer=TokenizerPlan(size=50265),
+        segment=ChunksConfig(length=512),
+        tokenizer=TokenizerConfig(size=50265),
         shape=replace(bert(50265, 768, 12, 12, segments=0), linformer=256),
-        batch=Batch(rows=256),
+        batch=BatchConfig(rows=256),
         # The paper's 250,000 updates on BookCorpus and Wikipedia; rates and the rest are RoBERTa's.
-        optimizer=Optimizer(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
+        optimizer=OptimizerConfig(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
         schedule=Schedule("linear", warmup=0.05),
-        length=Length(steps=250_000),
+        length=Budget(steps=250_000),
     )  # fmt: skip
     return sizes.one_of("linformer", size, {"tiny": tiny, "published": published})

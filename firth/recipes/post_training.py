@@ -17,46 +17,54 @@ from dataclasses import replace
 from firth.objectives.dpo import DPO
 from firth.objectives.ppo import PPO
 from firth.objectives.reinforce import Reinforce
-from firth.objectives.reward_model import Ranking, Reward
+from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT
-from firth.runs.alignment_examples import Rankings, Referenced, Rollouts
-from firth.runs.examples import Dialogues, Preferences
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.alignment_examples import RankingsConfig, RefLogprobsConfig, RolloutsConfig
+from firth.runs.examples import DialoguesConfig, PreferencesConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
-def instruct() -> Recipe:
+def sft() -> Recipe:
     """Answers to instructions, the stop token inside the mask."""
     return Recipe(
         name="instruct",
         objective=SFT(),
-        segment=Dialogues(length=256),
-        batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=5e-4, weight_decay=0.0),
+        segment=DialoguesConfig(length=256),
+        batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(name="adamw", rate=5e-4, weight_decay=0.0),
         schedule=Schedule("linear", warmup=0.05),
-        length=Length(steps=400),
-        evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
+        length=Budget(steps=400),
+        evaluation=EvalConfig(every=200, max_examples=400),
+        checkpoint=CheckpointConfig(every=200),
     )
 
 
-def reward() -> Recipe:
+def reward_model() -> Recipe:
     """A scalar for an answer, learnt from comparisons."""
     return Recipe(
         name="reward",
-        objective=Reward(),
-        segment=Preferences(length=256),
-        batch=Batch(rows=16),
-        optimizer=Optimizer(name="adamw", rate=2e-4, weight_decay=0.0),
+        objective=RewardModeling(),
+        segment=PreferencesConfig(length=256),
+        batch=BatchConfig(rows=16),
+        optimizer=OptimizerConfig(name="adamw", rate=2e-4, weight_decay=0.0),
         schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        evaluation=EvalConfig(every=50, max_examples=1000), checkpoint=CheckpointConfig(every=200),
+        length=Budget(steps=200),
+        evaluation=EvalConfig(every=50, max_examples=1000),
+        checkpoint=CheckpointConfig(every=200),
     )
 
 
 def ranking() -> Recipe:
     """A scalar for an answer, learned from rankings of several answers to a prompt."""
-    return replace(reward(), name="ranking", objective=Ranking(), segment=Rankings(length=256), batch=Batch(rows=8))
+    return replace(
+        reward_model(),
+        name="ranking",
+        objective=Ranking(),
+        segment=RankingsConfig(length=256),
+        batch=BatchConfig(rows=8),
+    )
 
 
 def dpo() -> Recipe:
@@ -64,12 +72,13 @@ def dpo() -> Recipe:
     return Recipe(
         name="dpo",
         objective=DPO(beta=0.1),
-        segment=Referenced(pairs=Preferences(length=256)),
-        batch=Batch(rows=16),
-        optimizer=Optimizer(name="adamw", rate=5e-5, weight_decay=0.0),
+        segment=RefLogprobsConfig(pairs=PreferencesConfig(length=256)),
+        batch=BatchConfig(rows=16),
+        optimizer=OptimizerConfig(name="adamw", rate=5e-5, weight_decay=0.0),
         schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=200),
-        evaluation=EvalConfig(every=50, max_examples=1000), checkpoint=CheckpointConfig(every=200),
+        length=Budget(steps=200),
+        evaluation=EvalConfig(every=50, max_examples=1000),
+        checkpoint=CheckpointConfig(every=200),
     )
 
 
@@ -78,11 +87,11 @@ def reinforce() -> Recipe:
     return Recipe(
         name="reinforce",
         objective=Reinforce(),
-        segment=Rollouts(answers=64, group=4, epochs=1, credit="group"),
-        batch=Batch(rows=64),
-        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0),
+        segment=RolloutsConfig(answers=64, group=4, epochs=1, credit="group"),
+        batch=BatchConfig(rows=64),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0),
         schedule=Schedule("constant", warmup=0.05),
-        length=Length(steps=100),
+        length=Budget(steps=100),
         checkpoint=CheckpointConfig(every=25),
     )
 
@@ -92,10 +101,10 @@ def ppo() -> Recipe:
     return Recipe(
         name="ppo",
         objective=PPO(clip_value=0.0),
-        segment=Rollouts(answers=64, epochs=2),
-        batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=1e-4, critic_rate=1e-3, weight_decay=0.0, beta2=0.95),
+        segment=RolloutsConfig(answers=64, epochs=2),
+        batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-4, critic_rate=1e-3, weight_decay=0.0, beta2=0.95),
         schedule=Schedule("constant", warmup=0.05),
-        length=Length(steps=160),
+        length=Budget(steps=160),
         checkpoint=CheckpointConfig(every=40),
     )

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import decoder, encoder_decoder
+from firth.model.config import decoder_config, encoder_decoder_config
 from firth.objectives.prefix_lm import PrefixLM
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
-from firth.runs.examples import Pieces
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def prefix_lm(size: str = "tiny") -> Recipe:
@@ -25,25 +25,25 @@ def prefix_lm(size: str = "tiny") -> Recipe:
 
     The paper: 128 rows of 512 tokens, 2**19 steps with Adafactor, for which AdamW stands here (see `t5`).
     """
-    segment = Pieces(length=128, frame=False, shortest=2)
+    segment = ChunksConfig(length=128, frame=False, shortest=2)
     paper = Recipe(
         name="prefix_lm", objective=PrefixLM(), segment=replace(segment, length=512),
-        shape=replace(presets.SHAPES["t5-base"], encoder=0, causal=False),
-        tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=128),
-        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        shape=replace(presets.PRESETS["t5-base"], encoder=0, causal=False),
+        tokenizer=TokenizerConfig(algorithm="unigram", size=32100), batch=BatchConfig(rows=128),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Budget(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # What reads both ways is no causal decoder to others: only firth loads it.
-    body = replace(decoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), causal=False)
-    sides = encoder_decoder(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    body = replace(decoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), causal=False)
+    sides = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
     halves = PrefixLM(least=0.5, most=0.5, layout="seq2seq")
     return one_of("prefix_lm", size, {
         "tiny": tiny(
-            "prefix_lm", PrefixLM(), segment, body, steps=800, batch=Batch(rows=16),
-            optimizer=Optimizer(embedding_rate=0.3),
+            "prefix_lm", PrefixLM(), segment, body, steps=800, batch=BatchConfig(rows=16),
+            optimizer=OptimizerConfig(embedding_rate=0.3),
         ),
         "halves": tiny(
-            "prefix_lm", halves, segment, sides, steps=800, batch=Batch(rows=16), optimizer=Optimizer(rest_rate=3e-2)
+            "prefix_lm", halves, segment, sides, steps=800, batch=BatchConfig(rows=16), optimizer=OptimizerConfig(rest_rate=3e-2)
         ),
         "published": paper,
     })  # fmt: skip

@@ -21,21 +21,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.config import Shape, recurrent, vectors
+from firth.model.config import ModelConfig, recurrent_config, word_vector_config
 from firth.objectives.bilm import BiLM
 from firth.objectives.causal_lm import CausalLM
-from firth.objectives.layer_mixture import Mixed
-from firth.objectives.token_classification import Tagging
+from firth.objectives.layer_mixture import LayerMixture
+from firth.objectives.token_classification import TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes import sizes
-from firth.runs.examples import Windows, Words
-from firth.runs.labeled_examples import Tagged
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import WindowsConfig, WordWindowsConfig
+from firth.runs.labeled_examples import TaggedConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
-WORDS = TokenizerPlan(algorithm="word", size=20_000)
+WORDS = TokenizerConfig(algorithm="word", size=20_000)
 
 
 def word2vec(size: str = "tiny") -> Recipe:
@@ -44,16 +44,16 @@ def word2vec(size: str = "tiny") -> Recipe:
     published: 1.6 billion words, windows of 5, 300 numbers for each of 692,000 words (Mikolov 2013b, section 3).
     """
     tiny = Recipe(
-        name="word2vec", objective=Word2Vec(), segment=Words(), source=sizes.TEXT, tokenizer=WORDS,
-        shape=vectors(WORDS.size, 128), batch=Batch(rows=16),
-        optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.99, clip=0.0),
-        schedule=Schedule("linear", warmup=0.02), length=Length(steps=1500),
+        name="word2vec", objective=Word2Vec(), segment=WordWindowsConfig(), source=sizes.TEXT, tokenizer=WORDS,
+        shape=word_vector_config(WORDS.size, 128), batch=BatchConfig(rows=16),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.99, clip=0.0),
+        schedule=Schedule("linear", warmup=0.02), length=Budget(steps=1500),
         evaluation=EvalConfig(every=500, max_examples=256), checkpoint=CheckpointConfig(every=500), samples=("king", "good", "went", "blood"),
         precision="fp32",
     )  # fmt: skip
     published = replace(
-        tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=692_000), shape=vectors(692_000, 300),
-        segment=Words(sample=1e-5), batch=Batch(rows=256), length=Length(steps=12_000),
+        tiny, source=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", size=692_000), shape=word_vector_config(692_000, 300),
+        segment=WordWindowsConfig(sample=1e-5), batch=BatchConfig(rows=256), length=Budget(steps=12_000),
         evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("word2vec", size, {"tiny": tiny, "published": published})
@@ -65,13 +65,13 @@ def lstm(size: str = "tiny") -> Recipe:
     published: one layer of 1,024 cells over embeddings of 512 (Dai and Le 2015, section 4). Here its width is 1,024 both.
     """
     tiny = sizes.tiny(
-        "lstm", CausalLM(), Windows(length=128), recurrent(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
-        steps=600, batch=Batch(rows=16), optimizer=Optimizer(rate=6e-3), samples=("The ", "I think that ", "What is "),
+        "lstm", CausalLM(), WindowsConfig(length=128), recurrent_config(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
+        steps=600, batch=BatchConfig(rows=16), optimizer=OptimizerConfig(rate=6e-3), samples=("The ", "I think that ", "What is "),
     )  # fmt: skip
     published = replace(
-        tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=30_000), samples=(),
-        shape=replace(recurrent(30_000, 1024, 1, context=400), dropout=0.25), segment=Windows(length=400),
-        batch=Batch(rows=128), length=Length(steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
+        tiny, source=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", size=30_000), samples=(),
+        shape=replace(recurrent_config(30_000, 1024, 1, context=400), dropout=0.25), segment=WindowsConfig(length=400),
+        batch=BatchConfig(rows=128), length=Budget(steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("lstm", size, {"tiny": tiny, "published": published})
 
@@ -83,31 +83,31 @@ def elmo(size: str = "tiny") -> Recipe:
     epochs (Peters 2018, section 3.4); the softmax is over whole words, as there.
     """
     tiny = sizes.tiny(
-        "elmo", BiLM(), Windows(length=64), bilm(sizes.VOCAB, 2 * sizes.WIDTH, 2, characters=16, filters=256),
-        steps=500, batch=Batch(rows=32), optimizer=Optimizer(rest_rate=1e-3),
+        "elmo", BiLM(), WindowsConfig(length=64), bilm(sizes.VOCAB, 2 * sizes.WIDTH, 2, characters=16, filters=256),
+        steps=500, batch=BatchConfig(rows=32), optimizer=OptimizerConfig(rest_rate=1e-3),
     )  # fmt: skip
     published = replace(
-        tiny, source=Text(), tokenizer=TokenizerPlan(algorithm="word", size=100_000), segment=Windows(length=20),
+        tiny, source=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", size=100_000), segment=WindowsConfig(length=20),
         shape=replace(bilm(100_000, 1024, 2, characters=50, filters=2048, hidden=4096), dropout=0.1, context=400),
-        optimizer=Optimizer(name="adamw", rate=1e-3, weight_decay=0.0), batch=Batch(rows=384),
-        length=Length(steps=1_000_000), evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-3, weight_decay=0.0), batch=BatchConfig(rows=384),
+        length=Budget(steps=1_000_000), evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
     )  # fmt: skip
     return sizes.one_of("elmo", size, {"tiny": tiny, "published": published})
 
 
-def bilm(vocab: int, width: int, depth: int, characters: int, filters: int, hidden: int = 0) -> Shape:
+def bilm(vocab: int, width: int, depth: int, characters: int, filters: int, hidden: int = 0) -> ModelConfig:
     """ELMo's shape: two stacks apart, over spelled words."""
-    return Shape(
+    return ModelConfig(
         vocab=vocab, width=width, depth=depth, heads=1, hidden=hidden, context=sizes.CONTEXT, causal=False,
         norm_at="post", position="none", tied=False, head_bias=True, recurrent="lstm", apart=True, skip=True,
         characters=characters, filters=filters,
     )  # fmt: skip
 
 
-def tag_features() -> Recipe:
+def token_features() -> Recipe:
     """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train tag_features`."""
     return Recipe(
-        name="tag_features", objective=Mixed() + Tagging(), segment=Tagged(length=128), batch=Batch(rows=32),
-        optimizer=Optimizer(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup=0.1),
-        length=Length(steps=300), evaluation=EvalConfig(max_examples=2000), checkpoint=CheckpointConfig(every=300),
+        name="tag_features", objective=LayerMixture() + TokenClassification(), segment=TaggedConfig(length=128), batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup=0.1),
+        length=Budget(steps=300), evaluation=EvalConfig(max_examples=2000), checkpoint=CheckpointConfig(every=300),
     )  # fmt: skip

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective
-from firth.runs.examples import Segment
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ExamplesConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 from firth.types import UserError
 
 VOCAB, WIDTH, DEPTH, CONTEXT = 4096, 192, 4, 256
@@ -29,7 +29,7 @@ HIDDEN = 0.3
 with BERT's 15% (`roberta`, 800 steps: held-out loss 4.42 against 4.85, though fewer hidden are easier to guess; on Brown after
 600 steps 15% was worth less than nothing: docs/results.md). Large models want more than 15% too (Wettig 2023)."""
 
-TEXT = Text(corpus="shakespeare")
+TEXT = DataConfig(corpus="shakespeare")
 
 
 def one_of(recipe: str, size: str, sizes: Mapping[str, Recipe]) -> Recipe:
@@ -42,17 +42,17 @@ def one_of(recipe: str, size: str, sizes: Mapping[str, Recipe]) -> Recipe:
 def tiny(
     name: str,
     objective: Objective,
-    segment: Segment,
-    shape: Shape,
+    segment: ExamplesConfig,
+    shape: ModelConfig,
     *,
     steps: int,
-    batch: Batch,
-    optimizer: Optimizer | None = None,
+    batch: BatchConfig,
+    optimizer: OptimizerConfig | None = None,
     samples: tuple[str, ...] = (),
 ) -> Recipe:
     """A recipe of the tiny size: Shakespeare's plays, 4,096 subwords, a warm start and a linear fall at the end."""
     return Recipe(
-        name=name, objective=objective, segment=segment, source=TEXT, tokenizer=TokenizerPlan(size=VOCAB), shape=shape,
-        batch=batch, optimizer=optimizer or Optimizer(), schedule=Schedule("wsd"), length=Length(steps=steps),
+        name=name, objective=objective, segment=segment, source=TEXT, tokenizer=TokenizerConfig(size=VOCAB), shape=shape,
+        batch=batch, optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), length=Budget(steps=steps),
         evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), samples=samples,
     )  # fmt: skip

@@ -10,15 +10,15 @@ What was measured of it is in docs/results.md. Single segments and no NSP, as in
 from __future__ import annotations
 
 from firth.model import presets
-from firth.model.config import encoder
+from firth.model.config import encoder_config
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.span_boundary import SBO
 from firth.recipes import sizes
-from firth.runs.examples import Pieces
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def spanbert(size: str = "tiny") -> Recipe:
@@ -32,19 +32,19 @@ def _objective(rate: float) -> Objective:
 
 def _tiny() -> Recipe:
     return sizes.tiny(
-        "spanbert", _objective(sizes.HIDDEN), Pieces(length=128), encoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
-        steps=500, batch=Batch(rows=32, pack=128),
+        "spanbert", _objective(sizes.HIDDEN), ChunksConfig(length=128), encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        steps=500, batch=BatchConfig(rows=32, pack=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip
 
 
 def _published() -> Recipe:
     """Section 4.2: 2.4 M steps of 256 rows of at most 512 tokens, Adam at 1e-4 with 10,000 steps of warmup."""
-    shape = presets.SHAPES["spanbert"]
+    shape = presets.PRESETS["spanbert"]
     return Recipe(
-        name="spanbert", objective=_objective(0.15), segment=Pieces(length=512), shape=shape,
-        tokenizer=TokenizerPlan(algorithm="wordpiece", size=shape.vocab), batch=Batch(rows=256),
-        optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
-        schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Length(steps=2_400_000),
+        name="spanbert", objective=_objective(0.15), segment=ChunksConfig(length=512), shape=shape,
+        tokenizer=TokenizerConfig(algorithm="wordpiece", size=shape.vocab), batch=BatchConfig(rows=256),
+        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
+        schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Budget(steps=2_400_000),
         evaluation=EvalConfig(every=10_000), checkpoint=CheckpointConfig(every=10_000),
     )  # fmt: skip

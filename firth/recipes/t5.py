@@ -9,14 +9,14 @@ firth train t5:published source.path=C4
 from __future__ import annotations
 
 from firth.model import presets
-from firth.model.config import encoder_decoder
+from firth.model.config import encoder_decoder_config
 from firth.objectives.span_corruption import SpanCorruption
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
-from firth.runs.examples import Pieces
-from firth.runs.prepare import Text
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def t5(size: str = "tiny") -> Recipe:
@@ -26,24 +26,30 @@ def t5(size: str = "tiny") -> Recipe:
     takes AdamW at 1e-4 with a cosine in its place, as its successors did, so that recipe is the paper's in all but this.
     """
     # The relative biases must grow to several units, and the untied head begins near zero.
-    ours = Optimizer(rest_rate=3e-2)
+    ours = OptimizerConfig(rest_rate=3e-2)
     small = Recipe(
-        name="t5", objective=SpanCorruption(), segment=Pieces(length=256, frame=False), source=Text(corpus="shakespeare"),
-        shape=encoder_decoder(vocab=8192, width=384, depth=4, context=512), batch=Batch(rows=16), optimizer=ours,
-        schedule=Schedule("wsd"), length=Length(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
+        name="t5", objective=SpanCorruption(), segment=ChunksConfig(length=256, frame=False), source=DataConfig(corpus="shakespeare"),
+        shape=encoder_decoder_config(vocab=8192, width=384, depth=4, context=512), batch=BatchConfig(rows=16), optimizer=ours,
+        schedule=Schedule("wsd"), length=Budget(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
-    body = encoder_decoder(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
     sizes = {
         name: Recipe(
-            name="t5", objective=SpanCorruption(), segment=Pieces(length=512, frame=False), shape=presets.SHAPES[shape],
-            tokenizer=TokenizerPlan(algorithm="unigram", size=32100), batch=Batch(rows=128),
-            optimizer=Optimizer(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-            schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Length(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+            name="t5", objective=SpanCorruption(), segment=ChunksConfig(length=512, frame=False), shape=presets.PRESETS[shape],
+            tokenizer=TokenizerConfig(algorithm="unigram", size=32100), batch=BatchConfig(rows=128),
+            optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
+            schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Budget(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "t5-base"), ("large", "t5-large"), ("3b", "t5-3b"), ("published", "t5-11b"))
     }  # fmt: skip
     plan = tiny(
-        "t5", SpanCorruption(), Pieces(length=128, frame=False), body, steps=800, batch=Batch(rows=16), optimizer=ours
+        "t5",
+        SpanCorruption(),
+        ChunksConfig(length=128, frame=False),
+        body,
+        steps=800,
+        batch=BatchConfig(rows=16),
+        optimizer=ours,
     )
     return one_of("t5", size, {"tiny": plan, "small": small} | sizes)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.model.config import encoder_decoder
+from firth.model.config import encoder_decoder_config
 from firth.objectives.vae import VAE
 from firth.recipes import sizes
-from firth.runs.examples import Pieces
-from firth.runs.recipe import Batch, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig
+from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def vae(size: str = "tiny") -> Recipe:
@@ -27,27 +27,27 @@ def vae(size: str = "tiny") -> Recipe:
     words kept, 20,000 words); his trunks are LSTMs of one layer.
     """
     samples = ("<prior>", "I will go with you. <to> What is the matter?")
-    body = encoder_decoder(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH // 2, context=sizes.CONTEXT)
+    body = encoder_decoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH // 2, context=sizes.CONTEXT)
     tiny = sizes.tiny(
         "vae",
         VAE(units=32, anneal=300, drop=0.4),
-        Pieces(length=32, frame=False),
+        ChunksConfig(length=32, frame=False),
         replace(body, latent=32),
         steps=600,
-        batch=Batch(rows=64),
-        optimizer=Optimizer(rest_rate=1e-2),
+        batch=BatchConfig(rows=64),
+        optimizer=OptimizerConfig(rest_rate=1e-2),
         samples=samples,
     )
     published = Recipe(
         name="vae",
         objective=VAE(units=13, anneal=10_000, drop=0.375),
-        segment=Pieces(length=64, frame=False),
-        tokenizer=TokenizerPlan(size=20_000),
-        shape=replace(encoder_decoder(20_000, 512, 2, context=64), latent=13),
-        batch=Batch(rows=32),
-        optimizer=Optimizer(),
+        segment=ChunksConfig(length=64, frame=False),
+        tokenizer=TokenizerConfig(size=20_000),
+        shape=replace(encoder_decoder_config(20_000, 512, 2, context=64), latent=13),
+        batch=BatchConfig(rows=32),
+        optimizer=OptimizerConfig(),
         schedule=Schedule("wsd"),
-        length=Length(steps=100_000),
+        length=Budget(steps=100_000),
         samples=samples,
     )
     return sizes.one_of("vae", size, {"tiny": tiny, "published": published})

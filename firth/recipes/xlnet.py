@@ -13,15 +13,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model import presets
-from firth.model.config import encoder
+from firth.model.config import encoder_config
 from firth.objectives.mpnet import MPNet
 from firth.objectives.permuted_lm import PLM
 from firth.recipes.bert import SAMPLES
 from firth.recipes.sizes import CONTEXT, DEPTH, VOCAB, WIDTH, one_of, tiny
-from firth.runs.examples import Pieces, Windows
-from firth.runs.recipe import Batch, CheckpointConfig, EvalConfig, Recipe, TokenizerPlan
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.runs.examples import ChunksConfig, WindowsConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 
 
 def xlnet(size: str = "tiny") -> Recipe:
@@ -33,15 +33,15 @@ def xlnet(size: str = "tiny") -> Recipe:
     The tiny size asks a third of the tokens, one by one: a short run learns from as much as it is asked.
     """
     paper = Recipe(
-        name="xlnet", objective=PLM(noise="contexts"), segment=Windows(length=512), shape=presets.SHAPES["xlnet-large"],
-        tokenizer=TokenizerPlan(algorithm="unigram", size=32000), batch=Batch(rows=8192), samples=SAMPLES,
-        optimizer=Optimizer(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.999, eps=1e-6),
-        schedule=Schedule("linear", warmup=0.08), length=Length(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="xlnet", objective=PLM(noise="contexts"), segment=WindowsConfig(length=512), shape=presets.PRESETS["xlnet-large"],
+        tokenizer=TokenizerConfig(algorithm="unigram", size=32000), batch=BatchConfig(rows=8192), samples=SAMPLES,
+        optimizer=OptimizerConfig(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.999, eps=1e-6),
+        schedule=Schedule("linear", warmup=0.08), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = replace(encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT), position="xlnet", query=True, memory=128)
+    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), position="xlnet", query=True, memory=128)
     return one_of("xlnet", size, {
-        "tiny": tiny("xlnet", PLM(k=3), Windows(length=128), body, steps=500, batch=Batch(rows=16), samples=SAMPLES),
-        "base": replace(paper, shape=presets.SHAPES["xlnet-base"]),
+        "tiny": tiny("xlnet", PLM(k=3), WindowsConfig(length=128), body, steps=500, batch=BatchConfig(rows=16), samples=SAMPLES),
+        "base": replace(paper, shape=presets.PRESETS["xlnet-base"]),
         "published": paper,
     })  # fmt: skip
 
@@ -55,13 +55,13 @@ def mpnet(size: str = "tiny") -> Recipe:
     """
     objective = MPNet(noise="words")
     paper = Recipe(
-        name="mpnet", objective=objective, segment=Pieces(length=512), shape=presets.SHAPES["mpnet-base"],
-        tokenizer=TokenizerPlan(algorithm="wordpiece", size=30527), batch=Batch(rows=8192), samples=SAMPLES,
-        optimizer=Optimizer(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-        schedule=Schedule("linear", warmup=0.048), length=Length(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="mpnet", objective=objective, segment=ChunksConfig(length=512), shape=presets.PRESETS["mpnet-base"],
+        tokenizer=TokenizerConfig(algorithm="wordpiece", size=30527), batch=BatchConfig(rows=8192), samples=SAMPLES,
+        optimizer=OptimizerConfig(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
+        schedule=Schedule("linear", warmup=0.048), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = encoder(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+    body = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
     return one_of("mpnet", size, {
-        "tiny": tiny("mpnet", replace(objective, rate=0.3), Pieces(length=128), body, steps=600, batch=Batch(rows=16), samples=SAMPLES),
+        "tiny": tiny("mpnet", replace(objective, rate=0.3), ChunksConfig(length=128), body, steps=600, batch=BatchConfig(rows=16), samples=SAMPLES),
         "published": paper,
     })  # fmt: skip

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from markupsafe import Markup, escape
 
-COLOURS = 6
+COLORS = 6
 """How many colours the style sheet names; a figure with more curves repeats them."""
 
 DISTINCT = 4
@@ -369,7 +369,7 @@ def _open(figure: Figure, style: str, width: float, height: float) -> str:
 
 
 def _style(i: int, curve: Curve) -> str:
-    return f"c{(i if curve.colour < 0 else curve.colour) % COLOURS}"
+    return f"c{(i if curve.colour < 0 else curve.colour) % COLORS}"
 
 
 def _smooth(line: np.ndarray, curve: Curve) -> np.ndarray:

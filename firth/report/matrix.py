@@ -1,7 +1,7 @@
 """A table of confusions as inline SVG: what was right by row, what was said by column, a cell darker the larger its share of
 its row. Coloured by the page's style sheet, like the curves.
 
->>> picture = drawn(Matrix("Said for right", ("ham", "spam"), ((90, 10), (5, 45))))
+>>> picture = svg_matrix(Matrix("Said for right", ("ham", "spam"), ((90, 10), (5, 45))))
 >>> picture.count("<rect"), "<title>ham, said to be spam: 10 of 100</title>" in picture
 (4, True)
 """
@@ -30,7 +30,7 @@ class Matrix:
             raise ValueError(f"matrix {self.title!r}: {len(self.classes)} classes need as many rows and columns")
 
 
-def drawn(matrix: Matrix) -> Markup:
+def svg_matrix(matrix: Matrix) -> Markup:
     """The picture, as wide as its classes need."""
     names = [name if len(name) <= 14 else name[:13] + "…" for name in matrix.classes]
     left = max(len(name) for name in names) * LETTER + GAP

@@ -4,8 +4,8 @@ A report is plain data: a title, the numbers that matter, sections of prose, fig
 commands to type next. `render` turns it into one page that loads nothing: no script, no font, no picture from
 elsewhere (its own content policy forbids all of them, so text from a corpus cannot smuggle one in).
 
->>> report = Report("A run", numbers=(Number("bits per byte", 2.31, "held-out plays"),),
-...                 sections=(Section("Samples", samples=(Sample("ROMEO:", {"after": "<b>Good morrow.</b>"}),)),))
+>>> report = Report("A run", numbers=(StatCell("bits per byte", 2.31, "held-out plays"),),
+...                 sections=(Section("Samples", samples=(TextSample("ROMEO:", {"after": "<b>Good morrow.</b>"}),)),))
 >>> "&lt;b&gt;Good morrow.&lt;/b&gt;" in render(report)
 True
 """
@@ -22,14 +22,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from firth.io.atomic import write_text
-from firth.report.charts import COLOURS, Figure, number, svg
-from firth.report.matrix import Matrix, drawn
+from firth.report.charts import COLORS, Figure, number, svg
+from firth.report.matrix import Matrix, svg_matrix
 
 Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
-class Number:
+class StatCell:
     """A number that matters, for the head of the page. note: on what, against what."""
 
     label: str
@@ -60,7 +60,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Sample:
+class TextSample:
     """A prompt and what one or more models made of it: {"before training": ..., "after": ...}, in that order."""
 
     prompt: str
@@ -85,7 +85,7 @@ class Section:
     figures: Sequence[Figure] = ()
     matrices: Sequence[Matrix] = ()
     tables: Sequence[Table] = ()
-    samples: Sequence[Sample] = ()
+    samples: Sequence[TextSample] = ()
     listing: str = ""
 
 
@@ -96,7 +96,7 @@ class Report:
     title: str
     sections: Sequence[Section] = ()
     text: str = ""
-    numbers: Sequence[Number] = ()
+    numbers: Sequence[StatCell] = ()
     commands: Sequence[Command] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,7 +104,7 @@ class Report:
 def render(report: Report) -> str:
     """The page as HTML. Every word of the report is escaped; only the figures' own SVG is not."""
     template = _ENVIRONMENT.get_template("template.html.j2")
-    return template.render(report=report, anchors=_anchors(report.sections), colours=COLOURS)
+    return template.render(report=report, anchors=_anchors(report.sections), colours=COLORS)
 
 
 def write(report: Report, path: Path) -> Path:
@@ -132,7 +132,7 @@ def figure_value(value: Cell) -> str:
 
 
 @dataclass(frozen=True)
-class Set:
+class Column:
     """A cell ready to print."""
 
     text: str
@@ -140,7 +140,7 @@ class Set:
     best: bool
 
 
-def cells(table: Table) -> list[list[Set]]:
+def cells(table: Table) -> list[list[Column]]:
     """The rows of a table, formatted column by column: equal decimals, minus signs, thousands, the best marked.
 
     >>> [[c.text for c in row] for row in cells(Table("t", ["model", "loss"], [["a", 12.5], ["b", 3.14159]]))]
@@ -150,12 +150,12 @@ def cells(table: Table) -> list[list[Set]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _column(values: Sequence[Cell], best: str | None) -> list[Set]:
+def _column(values: Sequence[Cell], best: str | None) -> list[Column]:
     known = [v for v in values if isinstance(v, int | float)]
     if len(known) + sum(v is None for v in values) < len(values):
-        return [Set(figure_value(v), False, False) for v in values]
+        return [Column(figure_value(v), False, False) for v in values]
     top = (max if best == "max" else min)(known) if best and known else None
-    return [Set(_aligned(v, known), True, v is not None and v == top) for v in values]
+    return [Column(_aligned(v, known), True, v is not None and v == top) for v in values]
 
 
 def _aligned(value: Cell, column: Sequence[float]) -> str:
@@ -190,4 +190,4 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"prose": prose, "value": figure_value, "svg": svg, "matrix": drawn, "cells": cells}
+_ENVIRONMENT.filters |= {"prose": prose, "value": figure_value, "svg": svg, "matrix": svg_matrix, "cells": cells}

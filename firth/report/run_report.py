@@ -37,14 +37,14 @@ from firth.io.json_files import read_rows as rows_of
 from firth.io.yaml_files import parse_yaml
 from firth.report.charts import Curve, Figure, Level, number
 from firth.report.matrix import Matrix
-from firth.report.page import Command, Number, Report, Sample, Section, Table
+from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
 from firth.types import UserError
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Term:
+class MetricStyle:
     """How a measured thing is called and drawn. unit: the label of its axis; noisy: a long curve is smoothed."""
 
     title: str
@@ -55,28 +55,28 @@ class Term:
 
 
 TERMS = {
-    "loss": Term("Loss", "nats"),
-    "bits_per_byte": Term("Bits per byte", "bits per byte of text"),
-    "accuracy": Term("Accuracy", "share right"),
-    "exact_match": Term("Exact match", "share of questions"),
-    "kl": Term("Latent from its prior", "KL, nats a text"),
-    "kl_per_token": Term("Distance from the reference", "KL, nats a token"),
-    "f1": Term("F1", "F1"),
-    "macro_f1": Term("F1, mean over classes", "F1"),
-    "matthews": Term("Matthews' correlation", "correlation"),
-    "rate": Term("Learning rate", "learning rate", noisy=False),
-    "norm": Term("Gradient before clipping", "norm", log=True),
-    "tokens_per_second": Term("Speed", "tokens per second", zero=True),
+    "loss": MetricStyle("Loss", "nats"),
+    "bits_per_byte": MetricStyle("Bits per byte", "bits per byte of text"),
+    "accuracy": MetricStyle("Accuracy", "share right"),
+    "exact_match": MetricStyle("Exact match", "share of questions"),
+    "kl": MetricStyle("Latent from its prior", "KL, nats a text"),
+    "kl_per_token": MetricStyle("Distance from the reference", "KL, nats a token"),
+    "f1": MetricStyle("F1", "F1"),
+    "macro_f1": MetricStyle("F1, mean over classes", "F1"),
+    "matthews": MetricStyle("Matthews' correlation", "correlation"),
+    "rate": MetricStyle("Learning rate", "learning rate", noisy=False),
+    "norm": MetricStyle("Gradient before clipping", "norm", log=True),
+    "tokens_per_second": MetricStyle("Speed", "tokens per second", zero=True),
 }
 
 DRAWN = {
-    "reward": Term("Judge's score", "score"),
-    "truth": Term("True score, not learnt from", "score"),
-    "kl_per_answer": Term("Distance from the start", "KL, nats an answer"),
-    "explained_variance": Term("What the critic foresees", "explained variance"),
-    "entropy": Term("Entropy", "nats a token"),
-    "length": Term("Length", "tokens an answer"),
-    "finished": Term("Answers that end by themselves", "share"),
+    "reward": MetricStyle("Judge's score", "score"),
+    "truth": MetricStyle("True score, not learnt from", "score"),
+    "kl_per_answer": MetricStyle("Distance from the start", "KL, nats an answer"),
+    "explained_variance": MetricStyle("What the critic foresees", "explained variance"),
+    "entropy": MetricStyle("Entropy", "nats a token"),
+    "length": MetricStyle("Length", "tokens an answer"),
+    "finished": MetricStyle("Answers that end by themselves", "share"),
 }
 """Measures of the phases of answers, and how they are drawn."""
 
@@ -208,7 +208,7 @@ def held_out_texts(path: Path) -> Section | None:
                 scores = [number(a["score"], 3) for _, a in found if a["score"] is not None]
                 label = f"{name} ({scores[0]} before, {scores[-1]} after)" if scores else name
                 texts[label] = found[-1][1]["text"]
-        samples.append(Sample(prompt, texts))
+        samples.append(TextSample(prompt, texts))
     some = next(iter(by_prompt.values()))[-1]
     which = "The model was not trained on these prompts." if some["held_out"] else "These prompts are training data."
     scored = any(a["score"] is not None for rows in by_prompt.values() for row in rows for a in row["answers"])
@@ -267,7 +267,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[TextSample]:
     """The first and the last text of each prompt."""
     if not path.exists():
         return []
@@ -275,7 +275,7 @@ def read_samples(path: Path) -> list[Sample]:
     for row in rows_of(path, {"step": int, "prompt": str, "text": str}, "delete the file"):
         by_prompt.setdefault(row["prompt"], []).append(row)
     return [
-        Sample(prompt, {f"step {row['step']:,}": row["text"] for row in (said[0], said[-1])})
+        TextSample(prompt, {f"step {row['step']:,}": row["text"] for row in (said[0], said[-1])})
         for prompt, said in by_prompt.items()
     ]
 
@@ -335,9 +335,9 @@ def _once(rows: Sequence[Row]) -> dict[str, float]:
     return {name: value for name, value in lone if counts[name] == 1 and value is not None}
 
 
-def _term(name: str) -> Term:
+def _term(name: str) -> MetricStyle:
     plain = name.replace("_", " ")
-    return TERMS.get(name, Term(plain[:1].upper() + plain[1:], plain))
+    return TERMS.get(name, MetricStyle(plain[:1].upper() + plain[1:], plain))
 
 
 def _figure(rows: Sequence[Row], name: str, x: str, unit: str) -> Figure:
@@ -365,7 +365,7 @@ def _curve(
     return Curve(label, xs, ys, smooth=smooth, colour=colour, dashed=dashed, points=split == "valid" and len(xs) < 40)
 
 
-def numbers(rows: Sequence[Row], exported: int | None = None) -> list[Number]:
+def numbers(rows: Sequence[Row], exported: int | None = None) -> list[StatCell]:
     """The few figures that matter: what the exported model (of a step; the last if not told) gets on held-out text, what the
     run read, how fast."""
     out = []
@@ -375,7 +375,7 @@ def numbers(rows: Sequence[Row], exported: int | None = None) -> list[Number]:
         ends = _ends(phases, name)
         if ends is not None:
             note = "" if len(phases) == 1 else f", {number(ends[0], 3)} in the first phases"
-            out.append(Number(label, float(f"{ends[1]:.3g}"), f"last phases{note}"))
+            out.append(StatCell(label, float(f"{ends[1]:.3g}"), f"last phases{note}"))
     if phases:
         return out + _speed(rows)
     for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"), ("loss", "loss")):
@@ -386,21 +386,21 @@ def numbers(rows: Sequence[Row], exported: int | None = None) -> list[Number]:
             if exported not in (None, last) and exported in steps:
                 value, of = known[steps.index(exported)], f"held-out text, exported step {exported:,}"
                 first = f", {number(known[-1], 3)} at the last check"
-            out.append(Number(label, float(f"{value:.4g}"), f"{of}{first}"))
+            out.append(StatCell(label, float(f"{value:.4g}"), f"{of}{first}"))
     steps, known = _known(rows, "train", "loss")
     if known:
         first = f", {number(known[0], 3)} at step {steps[0]:,.0f}" if len(known) > 1 else ""
-        out.append(Number("training loss", float(f"{known[-1]:.4g}"), f"last logged step{first}"))
+        out.append(StatCell("training loss", float(f"{known[-1]:.4g}"), f"last logged step{first}"))
     return out + _speed(rows)
 
 
-def _speed(rows: Sequence[Row]) -> list[Number]:
+def _speed(rows: Sequence[Row]) -> list[StatCell]:
     """Return the median speed of training, where it was logged."""
     _, speed = _known(rows, "train", "tokens_per_second")
     if speed:
         _, work = _known(rows, "train", "flops_per_second")
         rate = f", {number(median(work), 3)}FLOP/s" if work else ""
-        return [Number("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{rate}")]
+        return [StatCell("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{rate}")]
     return []
 
 

@@ -16,10 +16,17 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from firth.align.advantages import GAE, Baseline
-from firth.align.precompute import annotate
-from firth.align.rewards import Comparisons, Judge, RewardModel, Sample, Truth, read_comparisons
-from firth.align.rollouts import Phase
-from firth.align.rollouts import Rollouts as OnPolicy
+from firth.align.precompute import precompute
+from firth.align.rewards import (
+    FunctionReward,
+    PreferencePairs,
+    RewardFunction,
+    RewardModel,
+    Rollout,
+    read_preference_pairs,
+)
+from firth.align.rollouts import RolloutConfig
+from firth.align.rollouts import RolloutSource as OnPolicy
 from firth.data import rankings, records
 from firth.data.source import Source
 from firth.data.split import held_out_keys
@@ -27,50 +34,60 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.objectives.dpo import comparison, reference
-from firth.objectives.objective import Known, Objective
+from firth.objectives.dpo import build_comparison, ref_logprobs
+from firth.objectives.objective import DataStats, Objective
 from firth.objectives.ppo import PER_TOKEN
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
-from firth.runs.examples import COMPARED, Cut, Preferences, Segment, model_directory, needed, recorded
+from firth.runs.examples import (
+    COMPARED,
+    DatasetSplits,
+    ExamplesConfig,
+    PreferencesConfig,
+    model_directory,
+    required_model,
+    split_records,
+)
 from firth.runs.held_out_texts import HeldOutTexts
-from firth.runs.prepare import Material
+from firth.runs.prepare import RunData
 from firth.types import UserError
 from firth.validated import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 
 
 @dataclass(frozen=True)
-class Sampled(Segment):
+class SampledPreferencesConfig(ExamplesConfig):
     """Comparisons of answers that a model of ours has sampled, with the very tokens it wrote (`firth.align.rewards`)."""
 
     gives: ClassVar[frozenset[str]] = COMPARED
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
         def read(paths: Sequence[str]) -> Source:
-            return Comparisons([c for path in paths for c in read_comparisons(Path(path))])
+            return PreferencePairs([c for path in paths for c in read_preference_pairs(Path(path))])
 
-        return recorded(material, read)
+        return split_records(material, read)
 
 
 @dataclass(frozen=True)
-class Referenced(Segment):
+class RefLogprobsConfig(ExamplesConfig):
     """Comparisons with the log-probabilities that the model they start from gives to both answers: what DPO reads."""
 
-    pairs: Segment = Preferences()
+    pairs: ExamplesConfig = PreferencesConfig()
 
-    def within(self, context: int) -> Segment:
+    def within(self, context: int) -> ExamplesConfig:
         return dataclasses.replace(self, pairs=self.pairs.within(context))
 
     @property
     def given(self) -> frozenset[str]:
         return self.pairs.given | {"reference"}
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        model = material.frozen(needed(material.start, "start", "the model that DPO starts from and is held to"))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        model = material.frozen(
+            required_model(material.start, "start", "the model that DPO starts from and is held to")
+        )
         plain = self.pairs.cut(material, objective)
         with material.casts():
             known = [
-                annotate(source, model, comparison, reference, directory=material.directory / "reference" / part)
+                precompute(source, model, build_comparison, ref_logprobs, directory=material.directory / "reference" / part)
                 if source is not None else None
                 for part, source in (("train", plain.train), ("valid", plain.valid))
             ]  # fmt: skip
@@ -79,29 +96,29 @@ class Referenced(Segment):
 
 
 @dataclass(frozen=True)
-class Rankings(Segment):
+class RankingsConfig(ExamplesConfig):
     """Records with a prompt and several answers in the order of preference (`firth.data.rankings`)."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
 
     length: TokenCount = 256
 
-    def within(self, context: int) -> Segment:
+    def within(self, context: int) -> ExamplesConfig:
         return dataclasses.replace(self, length=min(self.length, context))
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        def known() -> Known:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
+        def known() -> DataStats:
             paths = [*material.source.paths(material.echo), *material.source.valid]
-            return Known(options=rankings.Rankings(paths, material.tokenizer, self.length).most)
+            return DataStats(options=rankings.RankingRecords(paths, material.tokenizer, self.length).most)
 
         return objective.told(known)
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: rankings.Rankings(paths, material.tokenizer, self.length))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: rankings.RankingRecords(paths, material.tokenizer, self.length))
 
 
 @dataclass(frozen=True)
-class Rollouts(Segment):
+class RolloutsConfig(ExamplesConfig):
     """Answers that the model itself writes to the prompts of the records, judged, and learnt from for `epochs`.
 
     answers: drawn per phase, `group` to each prompt.
@@ -149,9 +166,9 @@ class Rollouts(Segment):
     def row_limits(self, text: int, source: int) -> dict[str, int]:
         return {"longest": text - self.max_new}
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
         start = material.frozen(
-            needed(material.start, "start", "the model that writes the first answers and is held to")
+            required_model(material.start, "start", "the model that writes the first answers and is held to")
         )
         found, keys = self._prompts(material, start, material.source.paths(material.echo))
         aside = held_out_keys(keys, 0.0 if material.source.valid else material.source.held_out, len(found))
@@ -161,7 +178,7 @@ class Rollouts(Segment):
         if bool(self.reward) == bool(self.scorer):
             raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
         learned = self._reward_model(material, prompts, start) if self.reward else None
-        judge: Judge = learned or Truth(function(self.scorer))
+        judge: RewardFunction = learned or FunctionReward(function(self.scorer))
         steps, over = divmod(self.answers * self.epochs, material.rows)
         if over or not steps:
             raise UserError(
@@ -169,17 +186,17 @@ class Rollouts(Segment):
             )
         source = OnPolicy(
             prompts, material.tokenizer, judge, start, seed=material.seed,
-            phase=Phase(
+            phase=RolloutConfig(
                 answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta,
                 unfinished=self.unfinished,
             ),
             credit=Baseline() if self.credit == "group" else GAE(value_lam=1.0),
-            truth=Truth(function(self.truth)) if self.truth else None, critic=learned,
+            truth=FunctionReward(function(self.truth)) if self.truth else None, critic=learned,
         )  # fmt: skip
         shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
-        return Cut(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new))
+        return DatasetSplits(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new))
 
-    def _prompts(self, material: Material, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+    def _prompts(self, material: RunData, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
         """The prompts that fit, with an answer of max_new tokens, into the context, and their keys; how many do not is
         reported."""
         room = start.context - self.max_new
@@ -201,7 +218,7 @@ class Rollouts(Segment):
             )
         return prompts, keys
 
-    def _reward_model(self, material: Material, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
+    def _reward_model(self, material: RunData, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
         run = model_directory(self.reward)
         cure = "train the reward model from the same start as the policy"
@@ -211,7 +228,7 @@ class Rollouts(Segment):
         with material.casts():
             sampling = Sampling(max_new=self.max_new, seed=material.seed)
             written = Engine(start, material.tokenizer).generate(some, sampling)
-            return judge.normalised([Sample.of(p, w) for p, w in zip(some, written, strict=True)])
+            return judge.normalised([Rollout.of(p, w) for p, w in zip(some, written, strict=True)])
 
 
 def function(name: str) -> Callable[[str], float]:
@@ -257,10 +274,10 @@ def _search_working_directory() -> str:
     return here
 
 
-SEGMENTS: dict[str, type[Segment]] = {
-    "sampled": Sampled,
-    "referenced": Referenced,
-    "rankings": Rankings,
-    "rollouts": Rollouts,
+EXAMPLES: dict[str, type[ExamplesConfig]] = {
+    "sampled": SampledPreferencesConfig,
+    "referenced": RefLogprobsConfig,
+    "rankings": RankingsConfig,
+    "rollouts": RolloutsConfig,
 }
 """Name in a recipe -> class, beside those of `firth.runs.examples`."""

@@ -21,7 +21,7 @@ def all_of(source: Source) -> Mapping[str, int]:
     return source.per_class(np.arange(len(source)))
 
 
-def told(train: Source, valid: Source | None) -> str:
+def class_summary(train: Source, valid: Source | None) -> str:
     """A line on the classes; empty where there are none."""
     found = all_of(train)
     held = all_of(valid) if valid is not None else {}
@@ -34,7 +34,7 @@ def told(train: Source, valid: Source | None) -> str:
     return f"classes: {', '.join(each)}" if each else ""
 
 
-def unlearnt(train: Source, valid: Source | None) -> list[str]:
+def missing_classes(train: Source, valid: Source | None) -> list[str]:
     """A sentence for each class of which there is nothing to learn from, though some is held out."""
     held = all_of(valid) if valid is not None else {}
     return [
@@ -44,7 +44,7 @@ def unlearnt(train: Source, valid: Source | None) -> list[str]:
     ]
 
 
-def refuse_one(train: Source) -> None:
+def check_several_classes(train: Source) -> None:
     """Raise a UserError if everything that is learnt is of one class."""
     found = all_of(train)
     some = [name for name, n in found.items() if n]

@@ -1,15 +1,15 @@
 """What cannot be trained is refused when the recipe is read: an objective that its architecture cannot serve, or that its
 segment does not feed.
 
->>> from firth.model.config import decoder
+>>> from firth.model.config import decoder_config
 >>> from firth.objectives.masked_lm import MLM
 >>> from firth.objectives.next_sentence import NSP
->>> from firth.runs.examples import Pieces
->>> refuse_misfit(MLM(), decoder(vocab=10, width=64, depth=1))  # doctest: +ELLIPSIS
+>>> from firth.runs.examples import ChunksConfig
+>>> check_pattern(MLM(), decoder_config(vocab=10, width=64, depth=1))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ...
 firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false, ...
->>> refuse_unfed(NSP() + MLM(), Pieces())
+>>> check_fields(NSP() + MLM(), ChunksConfig())
 Traceback (most recent call last):
 ...
 firth.types.UserError: objective nsp needs first, other and second in an example, and segment pieces gives tokens: take segment=pairs
@@ -25,21 +25,21 @@ import torch
 
 from firth import objectives
 from firth.doctor import memory
-from firth.model.config import Reads, Shape
-from firth.model.empty_weights import hollow
+from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED
-from firth.objectives.objective import WAYS, Objective
+from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
-from firth.runs.examples import Segment
-from firth.runs.peft_options import Adapt, Full
+from firth.runs.examples import ExamplesConfig
+from firth.runs.peft_options import FullFinetuning, PeftConfig
 from firth.runs.prepare import Echo
 from firth.types import UserError
 
-SEGMENTS = examples.SEGMENTS | labeled_examples.SEGMENTS | noisy_label_examples.SEGMENTS | alignment_examples.SEGMENTS
+EXAMPLES = examples.EXAMPLES | labeled_examples.EXAMPLES | noisy_label_examples.EXAMPLES | alignment_examples.EXAMPLES
 """Name in a recipe -> class."""
 
-RECIPE: dict[Reads, str] = {
+RECIPE: dict[AttentionPattern, str] = {
     "left": "gpt (a decoder)", "both": "roberta (an encoder)", "free": "xlnet (an encoder)",
     "prefix": "prefix_lm (attention both ways)", "source": "t5 (an encoder-decoder)",
     "apart": "elmo (two LSTMs)", "alone": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
@@ -47,7 +47,9 @@ RECIPE: dict[Reads, str] = {
 """A way of reading -> a recipe whose shape serves it."""
 
 
-def refuse_misfit(objective: Objective, shape: Shape, segment: Segment | None = None, fixed: bool = False) -> None:
+def check_pattern(
+    objective: Objective, shape: ModelConfig, segment: ExamplesConfig | None = None, fixed: bool = False
+) -> None:
     """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks.
 
     segment: what else would fit has to be fed by it. fixed: whether the shape is that of the weights to begin from.
@@ -63,12 +65,12 @@ def refuse_misfit(objective: Objective, shape: Shape, segment: Segment | None = 
     served = [one for one in others if segment is None or _fed(one, segment)] or others
     offered = ", ".join(sorted(_name(one) for one in served))
     raise UserError(
-        f"objective {name} {WAYS[reads]}, which {shape.noun} cannot: {remedy}"
+        f"objective {name} {PATTERN_DESCRIPTIONS[reads]}, which {shape.noun} cannot: {remedy}"
         + (f", or take an objective that it serves: {offered}" if offered else "")
     )
 
 
-def _served(shape: Shape) -> Iterator[Objective]:
+def _served(shape: ModelConfig) -> Iterator[Objective]:
     """The objectives with a way of reading of their own that a shape serves."""
     for name in objectives.OBJECTIVES:
         one: Objective = objectives.find(name)()
@@ -76,9 +78,9 @@ def _served(shape: Shape) -> Iterator[Objective]:
             yield one
 
 
-def _settings(objective: Objective, shape: Shape) -> str:
+def _settings(objective: Objective, shape: ModelConfig) -> str:
     """The fewest settings by which a shape comes to serve an objective; empty where it takes another architecture."""
-    wanted: dict[Reads, dict[str, bool | int]] = {
+    wanted: dict[AttentionPattern, dict[str, bool | int]] = {
         "left": {"causal": True, "encoder": 0, "latent": 0, "linformer": 0, "apart": False},
         "both": {"causal": False, "encoder": 0, "latent": 0},
         "free": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
@@ -86,10 +88,10 @@ def _settings(objective: Objective, shape: Shape) -> str:
         "source": {"causal": True, "encoder": shape.encoder or shape.depth, "latent": 0, "linformer": 0},
         "apart": {"causal": False, "apart": True},
     }
-    told = config_io.plain(shape)
+    told = config_io.to_dict(shape)
     changes = {name: value for name, value in wanted.get(objective.reads(), {}).items() if told.get(name) != value}
     try:
-        changed: Shape = config_io.build(Shape, told | changes)
+        changed: ModelConfig = config_io.from_dict(ModelConfig, told | changes)
     except UserError:
         return ""
     if objective.reads() not in changed.honours or objective.lacks(changed):
@@ -97,12 +99,12 @@ def _settings(objective: Objective, shape: Shape) -> str:
     return _listed(f"shape.{name}={str(value).lower()}" for name, value in changes.items())
 
 
-def refuse_unfed(objective: Objective, segment: Segment, shape: Shape | None = None) -> None:
+def check_fields(objective: Objective, segment: ExamplesConfig, shape: ModelConfig | None = None) -> None:
     """Raise a UserError if the examples lack what the objective needs, or if it asks nothing of them, or if an addend of it
     loses what another asks. What would fit has to suit the shape, if there is one."""
     fault = _fault(objective, segment)
     if not fault and shape is not None and objective.borrows:
-        with hollow():
+        with init_empty_weights():
             lent = objective.parts(shape)
         if lacking := objective.borrows - lent.keys():
             names = ", ".join(objectives.name_of(type(one)) for one in objective.addends())
@@ -114,7 +116,7 @@ def refuse_unfed(objective: Objective, segment: Segment, shape: Shape | None = N
     segment.refuse(objective)
 
 
-def _fault(objective: Objective, segment: Segment) -> str:
+def _fault(objective: Objective, segment: ExamplesConfig) -> str:
     """What is wrong with an objective's food, if anything."""
     given, asked = segment.given, frozenset[str]()
     read = frozenset[str]().union(*(one.needs(given) for one in objective.addends()))
@@ -136,11 +138,11 @@ def _fault(objective: Objective, segment: Segment) -> str:
     return "" if objective.alone else f"objective {_name(objective)} asks nothing of a text by itself"
 
 
-def _fed(objective: Objective, segment: Segment) -> bool:
+def _fed(objective: Objective, segment: ExamplesConfig) -> bool:
     return not _fault(objective, segment)
 
 
-def _feeding(objective: Objective, segment: Segment, shape: Shape | None) -> str:
+def _feeding(objective: Objective, segment: ExamplesConfig, shape: ModelConfig | None) -> str:
     """What mends it: another segment, or an objective to add it to."""
     if fitting := _segments(objective):
         return f"take {fitting}"
@@ -164,11 +166,11 @@ def _feeding(objective: Objective, segment: Segment, shape: Shape | None) -> str
 
 def _segments(objective: Objective) -> str:
     """The segments that feed an objective and give the least besides, as one writes them."""
-    fitting = {name: len(kind().given) for name, kind in SEGMENTS.items() if _fed(objective, kind())}
+    fitting = {name: len(kind().given) for name, kind in EXAMPLES.items() if _fed(objective, kind())}
     return " or ".join(f"segment={name}" for name, n in fitting.items() if n == min(fitting.values()))
 
 
-def refuse_cut(objective: Objective, shape: Shape, *, pack: int, accumulate: int, ranks: int = 1) -> None:
+def check_batching(objective: Objective, shape: ModelConfig, *, pack: int, accumulate: int, ranks: int = 1) -> None:
     """Raise a UserError if a step is packed or cut up in a way that the shape or the objective cannot bear."""
     if pack and not shape.packs:
         raise UserError(
@@ -181,7 +183,7 @@ def refuse_cut(objective: Objective, shape: Shape, *, pack: int, accumulate: int
         )
 
 
-def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
+def check_memory(shape: ModelConfig, segment: ExamplesConfig, pack: int) -> None:
     """Raise a UserError if the shape's memory is asked of rows that have no text before them.
 
     (That positions must reach back before a row, `Shape` says itself.)
@@ -192,16 +194,22 @@ def refuse_memory(shape: Shape, segment: Segment, pack: int) -> None:
             "set batch.pack=0, or shape.memory=0"
         )
     if shape.memory and not segment.remembers:
-        told = ", ".join(name for name, kind in SEGMENTS.items() if kind.remembers)
+        told = ", ".join(name for name, kind in EXAMPLES.items() if kind.remembers)
         raise UserError(
             f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {_name_of(segment)} does "
             f"not give: set shape.memory=0, or take segment={told}"
         )
 
 
-def fit_rows(
-    segment: Segment, usual: Segment, adapt: Adapt, base: LM | None, shape: Shape, added: int, echo: Echo
-) -> Segment:
+def limit_lengths(
+    segment: ExamplesConfig,
+    usual: ExamplesConfig,
+    adapt: PeftConfig,
+    base: LM | None,
+    shape: ModelConfig,
+    added: int,
+    echo: Echo,
+) -> ExamplesConfig:
     """Bound the rows of a segment by the positions that a model has learned, less the trained ones before every text.
 
     Args:
@@ -217,7 +225,7 @@ def fit_rows(
         UserError: The user's own limit is too high; the error names the one that fits.
     """
     ahead = adapt.ahead(base)
-    own = ahead != Full().ahead(base)
+    own = ahead != FullFinetuning().ahead(base)
     if shape.position not in LEARNED or (segment.leaves_out and not own):
         return segment
     if not own:  # records are cut at the context in any case, and counted
@@ -225,11 +233,13 @@ def fit_rows(
     return _fit_rows(segment, usual, shape.context - added, ahead, echo, "segment")
 
 
-def _fit_rows(segment: Segment, usual: Segment, room: int, ahead: tuple[int, int], echo: Echo, section: str) -> Segment:
+def _fit_rows(
+    segment: ExamplesConfig, usual: ExamplesConfig, room: int, ahead: tuple[int, int], echo: Echo, section: str
+) -> ExamplesConfig:
     usual = usual if type(usual) is type(segment) else type(segment)()
     changed: dict[str, Any] = {}
     for name, inner in vars(segment).items():
-        if isinstance(inner, Segment):
+        if isinstance(inner, ExamplesConfig):
             changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, echo, f"{section}.{name}")
     for name, limit in segment.row_limits(room - ahead[0], room - ahead[1]).items():
         value = getattr(segment, name)
@@ -252,8 +262,8 @@ def _name(objective: Objective) -> str:
     return objectives.name_of(type(demanding))
 
 
-def _name_of(segment: Segment) -> str:
-    return next((name for name, kind in SEGMENTS.items() if kind is type(segment)), type(segment).__name__)
+def _name_of(segment: ExamplesConfig) -> str:
+    return next((name for name, kind in EXAMPLES.items() if kind is type(segment)), type(segment).__name__)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -261,7 +271,7 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def check_room(shape: Shape, optimizer: str, full: bool, device: torch.device) -> None:
+def check_available_memory(shape: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
     """Refuse a model that cannot be trained in the memory that is free, before any of it is taken.
 
     Counted are the weights, their gradients and the optimizer's state in fp32 (4 bytes each; AdamW keeps two numbers a

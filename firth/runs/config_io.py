@@ -8,9 +8,9 @@ field that does not exist, is a UserError with the field, the file and line, and
 >>> @dataclass(frozen=True)
 ... class Batch:
 ...     rows: int = 16
->>> build(Batch, {"rows": "64"})
+>>> from_dict(Batch, {"rows": "64"})
 Batch(rows=64)
->>> build(Batch, {"row": 3})
+>>> from_dict(Batch, {"row": 3})
 Traceback (most recent call last):
 ...
 firth.types.UserError: recipe: there is no field 'row' in Batch; did you mean 'rows'?
@@ -35,7 +35,7 @@ from firth.validated import check_range, range_of
 
 
 @dataclass(frozen=True)
-class Kinds:
+class Registry:
     """The classes that may stand in one place, by name; `join` makes one value of a list (objectives: a sum), `part`
     is its inverse."""
 
@@ -46,10 +46,10 @@ class Kinds:
     part: Callable[[Any], Sequence[Any]] | None = None
 
 
-KINDS: dict[type, Kinds] = {}
+REGISTRIES: dict[type, Registry] = {}
 """Base class -> the kinds that may stand for it; filled by `firth.runs.recipe`."""
 
-SHORT: dict[type, str] = {}
+SHORT_FORMS: dict[type, str] = {}
 """Class -> the field that a word in its place means: `source: mine.csv`."""
 
 
@@ -121,7 +121,7 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Where:
+class SourceLocation:
     """A place in a recipe: the dotted field, and the line it came from if it came from a file. said: of fields that were set on
     the command line, the text itself. A number in the path is the place of one of several kinds in a list."""
 
@@ -129,8 +129,8 @@ class Where:
     lines: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
     said: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
-    def __truediv__(self, name: str) -> Where:
-        return Where((*self.path, name), self.lines, self.said)
+    def __truediv__(self, name: str) -> SourceLocation:
+        return SourceLocation((*self.path, name), self.lines, self.said)
 
     def line(self) -> str:
         """Return `file:line` of the field or of the nearest one around it; empty where the command line sets the field."""
@@ -145,18 +145,18 @@ class Where:
         return ": ".join(part for part in (self.line(), ".".join(self.path)) if part) or "recipe"
 
 
-def build(kind: type, value: Any, where: Where | None = None) -> Any:
+def from_dict(kind: type, value: Any, where: SourceLocation | None = None) -> Any:
     """A `kind` from plain data (what YAML gives): a dataclass, one of KINDS, or a leaf that pydantic can coerce."""
-    where = where or Where()
-    if kind in KINDS:
-        return _choose(KINDS[kind], value, where)
+    where = where or SourceLocation()
+    if kind in REGISTRIES:
+        return _choose(REGISTRIES[kind], value, where)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)
     options = typing.get_args(kind)
-    if any(dataclasses.is_dataclass(o) or o in KINDS for o in options) and type(None) in options:
+    if any(dataclasses.is_dataclass(o) or o in REGISTRIES for o in options) and type(None) in options:
         if value is None:
             return None
-        return build(next(o for o in options if o is not type(None)), value, where)
+        return from_dict(next(o for o in options if o is not type(None)), value, where)
     if kind is str:
         value = _text(value, where.said.get(where.path))
     allowed = range_of(kind)
@@ -188,15 +188,15 @@ def _tuple(kind: Any, value: Any) -> Any:
     return [value] if typing.get_origin(kind) is tuple and not isinstance(value, (list, tuple)) else value
 
 
-def _dataclass(kind: type, value: Any, where: Where) -> Any:
+def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
     if isinstance(value, kind):
         return value
     if value is None:
         value = {}
-    if kind in SHORT and not isinstance(value, Mapping):
-        value = {SHORT[kind]: value}
-    elif kind in SHORT and "kind" in value:  # a word to which `override` has added fields
-        value = {SHORT[kind] if name == "kind" else name: one for name, one in value.items()}
+    if kind in SHORT_FORMS and not isinstance(value, Mapping):
+        value = {SHORT_FORMS[kind]: value}
+    elif kind in SHORT_FORMS and "kind" in value:  # a word to which `override` has added fields
+        value = {SHORT_FORMS[kind] if name == "kind" else name: one for name, one in value.items()}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -210,9 +210,9 @@ def _dataclass(kind: type, value: Any, where: Where) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     found = {}
     for name, one in value.items():
-        if hints[name] in KINDS and isinstance(one, Mapping) and "kind" not in one and name in defaults:
-            one = {**plain(defaults[name]), **one}  # fields of what is there unless another kind is named
-        found[name] = build(hints[name], one, where / name)
+        if hints[name] in REGISTRIES and isinstance(one, Mapping) and "kind" not in one and name in defaults:
+            one = {**to_dict(defaults[name]), **one}  # fields of what is there unless another kind is named
+        found[name] = from_dict(hints[name], one, where / name)
     try:
         return kind(**found)
     except UserError as error:  # fields that do not fit each other
@@ -224,7 +224,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.init and field.default is missing and field.default_factory is missing
 
 
-def _choose(kinds: Kinds, value: Any, where: Where) -> Any:
+def _choose(kinds: Registry, value: Any, where: SourceLocation) -> Any:
     if isinstance(value, str):
         value = {"kind": value}
     if isinstance(value, list) and kinds.join and value:
@@ -251,17 +251,17 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}"
 
 
-def plain(value: Any) -> Any:
+def to_dict(value: Any) -> Any:
     """The inverse of `build`: dicts, lists and scalars that YAML and JSON hold. Fields at their default are kept."""
-    for base, kinds in KINDS.items():
+    for base, kinds in REGISTRIES.items():
         if isinstance(value, base):
             return _plain_kind(kinds, value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not _derived(value, f)}
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if not _derived(value, f)}
     if isinstance(value, (tuple, list)):
-        return [plain(v) for v in value]
+        return [to_dict(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: to_dict(v) for k, v in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -278,14 +278,14 @@ def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
         return False
 
 
-def _plain_kind(kinds: Kinds, value: Any) -> Any:
+def _plain_kind(kinds: Registry, value: Any) -> Any:
     for name in kinds.names():
         cls = kinds.find(name)
         if cls is type(value):
             fields = dataclasses.fields(cls)
-            return {"kind": name} | {f.name: plain(getattr(value, f.name)) for f in fields if not _derived(value, f)}
+            return {"kind": name} | {f.name: to_dict(getattr(value, f.name)) for f in fields if not _derived(value, f)}
     # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
-    addends = [plain(addend) for addend in (kinds.part(value) if kinds.part else ())]
+    addends = [to_dict(addend) for addend in (kinds.part(value) if kinds.part else ())]
     return [one for a in addends for one in (a if isinstance(a, list) else [a])]
 
 
@@ -313,7 +313,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
 
 def write_yaml(value: Any) -> str:
     """The tree as YAML that `read_yaml` and `build` turn into an equal one."""
-    text: str = yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    text: str = yaml.safe_dump(to_dict(value), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     return text
 
 
@@ -354,7 +354,7 @@ def _addend(addends: list[Any], field: str, name: str) -> Any:
 
     What is no list of kinds is no place for a setting, and `build` will say so: None.
     """
-    kinds = next((kinds for kinds in KINDS.values() if kinds.join), None)
+    kinds = next((kinds for kinds in REGISTRIES.values() if kinds.join), None)
     told = [{"kind": one} if isinstance(one, str) else one for one in addends]
     if kinds is None or not all(isinstance(one, dict) and one.get("kind") in kinds.names() for one in told):
         return None

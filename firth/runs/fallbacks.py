@@ -13,7 +13,7 @@ import numpy as np
 from firth.data.noise import facts
 from firth.data.source import Source
 from firth.objectives.objective import Objective
-from firth.runs.examples import Segment
+from firth.runs.examples import ExamplesConfig
 from firth.tokenizer import segmentation
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
@@ -36,7 +36,7 @@ REPORTS = {
 """Unit that is looked for -> what is reported where it is not found."""
 
 
-def fallbacks(objective: Objective, segment: Segment, source: Source, vocab: Vocab) -> list[str]:
+def fallbacks(objective: Objective, segment: ExamplesConfig, source: Source, vocab: Vocab) -> list[str]:
     """Return a sentence for each unit that an objective or a segment looks for and often does not find.
 
     Args:

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.align.rewards import Judge, RewardModel, Sample, scored
+from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
 from firth.data.collate import collate
 from firth.data.source import Source
-from firth.generate.decoding import reading
+from firth.generate.decoding import attention_pattern_of
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.objectives.dpo import comparison, reference
+from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example
 
@@ -53,7 +53,7 @@ class HeldOutTexts:
 
     examples: Sequence[Example]
     held_out: bool
-    judge: Judge | None = None
+    judge: RewardFunction | None = None
     max_new: int = MAX_NEW_TOKENS
 
     def rows(self, model: LM, tokenizer: Tokenizer, step: int, seed: int) -> Rows:
@@ -71,9 +71,11 @@ class HeldOutTexts:
             sampling = Sampling(max_new=self.max_new, temperature=0.8, seed=seed)
             prompts = [_prompt(example) for example in shown]
             written = Engine(model, tokenizer).generate(prompts, sampling) if prompts else []
-            samples = [Sample.of(p, w) for p, w in zip(prompts, written, strict=True)]
+            samples = [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
             scores = (
-                scored(self.judge, samples, tokenizer).tolist() if self.judge and samples else [None] * len(samples)
+                score_rollouts(self.judge, samples, tokenizer).tolist()
+                if self.judge and samples
+                else [None] * len(samples)
             )
             for own, sample, value in zip(answers, samples, scores, strict=True):
                 own.insert(0, {"name": "model", "text": sample.text, "score": value})
@@ -100,15 +102,15 @@ class HeldOutTexts:
         for side in sides:
             tokens, mask = example[f"{side}_tokens"], example[f"{side}_mask"]
             start, end = _first(mask), int(np.flatnonzero(mask)[-1]) + 1
-            samples.append(Sample(tokens[:start], tokens[start:end], tokenizer.decode(tokens[start:end]), True))
+            samples.append(Rollout(tokens[:start], tokens[start:end], tokenizer.decode(tokens[start:end]), True))
         scores: list[float | None] = [None, None]
         if "reward" in model.parts:
             scores = RewardModel(model)(samples).tolist()
         elif "reference" in example:
             device = model.tokens.weight.device
-            batch = {name: field.to(device) for name, field in collate([comparison(example)]).items()}
-            with reading(model):
-                now = reference(model, batch)["reference"][0].cpu()
+            batch = {name: field.to(device) for name, field in collate([build_comparison(example)]).items()}
+            with attention_pattern_of(model):
+                now = ref_logprobs(model, batch)["reference"][0].cpu()
             scores = (now - torch.from_numpy(np.array(example["reference"]))).tolist()
         names = ("preferred", "rejected")
         return [{"name": n, "text": s.text, "score": v} for n, s, v in zip(names, samples, scores, strict=True)]

@@ -27,7 +27,7 @@ from firth.io.safetensors import DTYPES, Storage, dtypes, parse_size, read_json,
 from firth.model.model import LM
 from firth.pretrained import gguf
 from firth.pretrained.families import family_of
-from firth.pretrained.load_save import facts_of, left_out, load_model, refuse_larger, save_model
+from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, metadata_of, save_model
 from firth.runs import model_card
 from firth.runs.examples import model_directory
 from firth.runs.inference import objective_of
@@ -41,7 +41,7 @@ MADE = "firth.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Parcel:
+class ModelPackage:
     """A model on its way out. facts: what firth.json keeps of its training. talks: whether it was trained on dialogues.
 
     given: the directory it comes from. name: what the user called it. dtype: as the user wrote it, "" for nothing.
@@ -66,13 +66,13 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     if not given.exists():
         raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), load_tokenizer(given)
-    refuse_larger(tokenizer, model.shape, f"{given}")
+    check_vocab_fits(tokenizer, model.shape, f"{given}")
     file = find(given)
     types = dtypes(given) if file is None else gguf.dtypes(file)
-    facts = facts_of(given)
+    facts = metadata_of(given)
     with _fresh(out, given) as place:
         said = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
-        carried = given.is_dir() and carry(given, place)
+        carried = given.is_dir() and copy_files(given, place)
         for line in described(given, model, tokenizer, types):
             echo(line)
         if carried:
@@ -99,11 +99,13 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
         raise UserError(f"an export is a directory that holds {FILE} and its card: name it {out.with_suffix('')}")
     size, given = parse_size(shard), model_directory(run)
     model, tokenizer = load_model(given), load_tokenizer(given)
-    refuse_larger(tokenizer, model.shape, f"{given}")
+    check_vocab_fits(tokenizer, model.shape, f"{given}")
     types = dtypes(given) if find(given) is None else [torch.float32]
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
-    facts = facts_of(given)
-    parcel = Parcel(model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given, run.resolve().name, dtype)
+    facts = metadata_of(given)
+    parcel = ModelPackage(
+        model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given, run.resolve().name, dtype
+    )
     with _fresh(out, given) as place:
         said = FORMS[form](parcel, place, storage)
         model_card.write(model_card.of_run(run, place, model, said, facts), place / "README.md")
@@ -122,18 +124,18 @@ TALKING = {"sft", "dpo", "reinforce", "ppo"}
 """Objectives of dialogues."""
 
 
-def _hf(parcel: Parcel, place: Path, storage: Storage) -> str:
+def _hf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
     """A directory for transformers, and for sentence-transformers where the model is an encoder."""
     said = save_model(parcel.model, parcel.tokenizer, place, parcel.facts, storage)
     shape = parcel.model.shape
     if not (place / "config.json").exists() or shape.causal or shape.encoder:
         return said
-    if not carry(parcel.given, place):
+    if not copy_files(parcel.given, place):
         sentences(parcel.model, place)
     return f"{said}, sentence-transformers as it is"
 
 
-def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
+def _gguf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
     """One file for llama.cpp, with the tokenizer inside."""
     if storage.shard:
         raise UserError("a GGUF file is one file here: leave out --shard-size")
@@ -145,7 +147,7 @@ def _gguf(parcel: Parcel, place: Path, storage: Storage) -> str:
 
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """--dtype -> how a GGUF file calls it."""
-FORMS: dict[str, Callable[[Parcel, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
+FORMS: dict[str, Callable[[ModelPackage, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
 """Name of a format -> what writes it into a directory and says what others load it as."""
 
 SENTENCE = "sentence_bert_config.json"
@@ -155,7 +157,7 @@ PLAIN = ("Transformer", "Pooling", "Normalize")
 """Modules of sentence-transformers that have no weights of their own besides the model's."""
 
 
-def carry(given: Path, place: Path) -> bool:
+def copy_files(given: Path, place: Path) -> bool:
     """Take over how a directory makes sentence vectors, if it says so and needs no further weights for it."""
     if not (given / "modules.json").is_file():
         return False

@@ -14,12 +14,12 @@ import torch
 
 from firth.corpora import readers
 from firth.corpora.read_stats import many
-from firth.data.layout import Gapped
+from firth.data.layout import InfillPrompt
 from firth.evaluate.heads import head_of
 from firth.evaluate.metrics import perplexity
-from firth.evaluate.predict import refuse_out
-from firth.evaluate.prediction_inputs import Wanted, given
-from firth.evaluate.task import Say, Subject, open_subject
+from firth.evaluate.predict import check_output_path
+from firth.evaluate.prediction_inputs import InputSchema, read_inputs
+from firth.evaluate.task import EvaluatedModel, Say, load_evaluated_model
 from firth.evaluate.text_perplexity import reads_of
 from firth.generate import infill, word_vectors
 from firth.generate.embeddings import embed
@@ -28,13 +28,13 @@ from firth.generate.sampling import Sampling
 from firth.io.atomic import new_file
 from firth.io.integrity import read_done
 from firth.io.json_files import read_json, read_rows
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find, name_of
-from firth.objectives.denoise import Denoise
+from firth.objectives.denoise import Denoising
 from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
-from firth.pretrained.load_save import facts_of
+from firth.pretrained.load_save import metadata_of
 from firth.runs.measure import measure
 from firth.runs.recipe import load
 from firth.tokenizer import chat
@@ -45,7 +45,7 @@ from firth.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class LoadedModel:
     """A model with its tokenizer, ready to write. objective: what it was trained with, None where that is not known."""
 
     model: LM
@@ -55,11 +55,11 @@ class Opened:
 
     def stream_text(self, text: str, sampling: Sampling) -> Iterator[str]:
         """The continuation of a text, a piece at a time. A decoder reads it behind the token that begins a document."""
-        return self.engine.stream(opening(self.tokenizer, text, self.model), sampling)
+        return self.engine.stream(encode_prompt(self.tokenizer, text, self.model), sampling)
 
     def continue_text(self, texts: Sequence[str], sampling: Sampling) -> list[str]:
         """The continuations of several texts."""
-        prompts = [opening(self.tokenizer, text, self.model) for text in texts]
+        prompts = [encode_prompt(self.tokenizer, text, self.model) for text in texts]
         return [c.text for c in self.engine.generate(prompts, sampling)]
 
     def suits(self, text: str) -> bool:
@@ -71,7 +71,9 @@ class Opened:
     @property
     def fills(self) -> bool:
         """Whether the model fills gaps: by a mask, by writing what is missing, or from both ends."""
-        return "lm" in self.model.parts and (not writes(self.model.shape) or self._show_gaps([NOTHING] * 2) is not None)
+        return "lm" in self.model.parts and (
+            not generates_left_to_right(self.model.shape) or self._show_gaps([NOTHING] * 2) is not None
+        )
 
     def sample(self, text: str, sampling: Sampling) -> str:
         """What the model makes of a text: it fills the gaps in it, continues it, or names the words that are near."""
@@ -106,7 +108,7 @@ class Opened:
             raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
         if not self.fills:
             raise UserError("this model fills no gaps")
-        if not writes(shape) and not shape.apart:
+        if not generates_left_to_right(shape) and not shape.apart:
             gaps = self.engine.fill(text.replace(MASK, own), top)
         elif shape.apart:
             gaps = infill.fill_two_way(self.engine, infill.split_gaps(self.tokenizer, text, MASK), top)
@@ -122,7 +124,7 @@ class Opened:
             for gap in gaps
         )
 
-    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> Gapped | None:
+    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> InfillPrompt | None:
         """How a model that writes is shown a text with gaps. One of others is taken for BART if it starts its answers as BART does
         and has a mask, else for what its tokenizer has: T5's sentinels, or BART's mask."""
         vocab = self.tokenizer.vocab
@@ -131,12 +133,12 @@ class Opened:
         if not self.model.shape.encoder or self.model.shape.latent:
             return None
         if "mask" in vocab.roles and (self.model.shape.decoder_start == "eos" or len(vocab.sentinels) < 2):
-            return Denoise().show_gaps(pieces, vocab)
+            return Denoising().show_gaps(pieces, vocab)
         return SpanCorruption().show_gaps(pieces, vocab) if len(vocab.sentinels) > 1 else None
 
     def between(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts on the straight line between the latents of two texts, their own two included."""
-        ends = [opening(self.tokenizer, end.strip(), self.model) for end in (first, second)]
+        ends = [encode_prompt(self.tokenizer, end.strip(), self.model) for end in (first, second)]
         start, stop = self.engine.posterior(ends)
         share = torch.linspace(0, 1, count, device=start.device)[:, None]
         return [written.text for written in self.engine.decode(start * (1 - share) + stop * share, sampling)]
@@ -155,7 +157,7 @@ TO, PRIOR = "<to>", "<prior>"
 """How a recipe's sample asks a variational autoencoder for the texts between two, or for texts from the prior."""
 
 
-def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
+def encode_prompt(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     """A text as the model met it in training: [bos] text for a decoder, text [eos] for an encoder-decoder's source, the bare
     text for a prefix language model (but [bos] where there is none, for something must be read).
 
@@ -169,12 +171,12 @@ def opening(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
 
 
-def writes(shape: Shape) -> bool:
+def generates_left_to_right(shape: ModelConfig) -> bool:
     """Whether a model of this shape writes from left to right, so that it can go on from a text."""
     return shape.latent > 0 or reads_of(shape) != "masked"
 
 
-def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> Opened:
+def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
     """Return `open_model` of a directory; UserError where its model cannot write."""
     opened = open_model(directory, weights, say)
     if not opened.model.speaks:
@@ -184,7 +186,7 @@ def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: N
     return opened
 
 
-def open_model(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> Opened:
+def open_model(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
     """Return the model of a run or model directory, whatever it serves, with the objective of its run.
 
     Args:
@@ -193,7 +195,7 @@ def open_model(directory: Path, weights: str | None = None, say: Say = lambda _:
             fp32 and this machine trains in bf16, for the same reason.
         say: Reports what "auto" chooses.
     """
-    subject = open_subject(directory)
+    subject = load_evaluated_model(directory)
     if weights == "auto":
         stored = subject.model.tokens.weight
         quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
@@ -201,10 +203,10 @@ def open_model(directory: Path, weights: str | None = None, say: Say = lambda _:
         if quick:
             say("weights are held in bf16, which is quicker here: --weights fp32 writes in full precision")
     engine = Engine(subject.model, subject.tokenizer, weights=weights)
-    return Opened(engine.model, subject.tokenizer, engine, objective_in(directory))
+    return LoadedModel(engine.model, subject.tokenizer, engine, objective_in(directory))
 
 
-def _instead(directory: Path, opened: Opened) -> str:
+def _instead(directory: Path, opened: LoadedModel) -> str:
     """Which command serves a model, for one that was asked for something else."""
     model = opened.model
     if head_of(dict(model.parts)):
@@ -218,7 +220,7 @@ def _instead(directory: Path, opened: Opened) -> str:
     return f"use `firth vectors {directory} WORD`" if not model.shape.depth else f"use `firth embed {directory} FILE`"
 
 
-def _drafter(opened: Opened) -> Opened:
+def _drafter(opened: LoadedModel) -> LoadedModel:
     """The model whose vocabulary head knows the tokens: of ELECTRA the generator, of others the model itself."""
     if opened.objective is None:
         return opened
@@ -228,8 +230,8 @@ def _drafter(opened: Opened) -> Opened:
 
 def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | None) -> list[str]:
     """The neighbours of each word, a line each; and all vectors into a file that gensim reads, if one is named."""
-    subject = open_subject(directory)
-    opened = Opened(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
+    subject = load_evaluated_model(directory)
+    opened = LoadedModel(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
     lines = [f"{word}: {opened.near(word, top)}" for word in words]
     if out is not None:
         count, width = word_vectors.write(subject.model, subject.tokenizer, out)
@@ -243,21 +245,21 @@ def embed_file(
 ) -> str:  # fmt: skip
     """Write a vector for each text of a file, of records or lines, or of standard input (-), in their order; tell what was
     written. A text that says nothing has the vector of an empty one. say: told what was cut, mended or doubtful."""
-    refuse_out(out)
+    check_output_path(out)
     if length < 0:
         raise UserError(
             f"--length {length}: give the most tokens of a text, or 0 for what the model was trained to read"
         )
     with tempfile.TemporaryDirectory() as folder:
-        wanted = Wanted(field, lambda line: {field: line}, lambda record: [record.get(field)])
-        got = given(file, stdin, form, wanted, Path(folder))
+        wanted = InputSchema(field, lambda line: {field: line}, lambda record: [record.get(field)])
+        got = read_inputs(file, stdin, form, wanted, Path(folder))
         for remark in got.remarks:
             say(remark)
         with got.named():
             there = readers.records([str(got.path)]) if any(got.told) else iter(())
             said = (readers.text_field(record, field, place) for place, record in there)
             texts = [next(said) if told else "" for told in got.told]
-    subject = open_subject(directory)
+    subject = load_evaluated_model(directory)
     found, cut = embed(subject.model, subject.tokenizer, texts, length=length or _longest(subject), unit=unit)
     if cut:
         say(f"{got.name}: {many(len(cut), 'text')} longer than is read, cut at the end; the first is row {cut[0] + 1}")
@@ -270,17 +272,17 @@ def embed_file(
     return f"{out}: {many(len(found), 'vector')} of {found.shape[1]} numbers"
 
 
-def _longest(subject: Subject) -> int:
+def _longest(subject: EvaluatedModel) -> int:
     """Tokens that a model was trained to read: what sentence-transformers' own file says, else the run, else the shape."""
     file = subject.place / "sentence_bert_config.json"
     told = read_json(file)
     return int(told.get("max_seq_length") or subject.context)
 
 
-def open_engine(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> Opened:
+def open_engine(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
     """A model that was trained to write from left to right; UserError with the command that serves another."""
     opened = open_run(directory, weights, say)
-    if not writes(opened.model.shape):
+    if not generates_left_to_right(opened.model.shape):
         raise UserError(
             f"{directory}: this model reads a text from both sides, so it does not go on from it; {_instead(directory, opened)}"
         )
@@ -295,7 +297,7 @@ def objective_in(directory: Path) -> Objective | None:
     path = directory / "recipe.yaml"
     if path.is_file():
         return load(str(path)).objective
-    names = facts_of(directory / "model" if (directory / "model").is_dir() else directory).get("objective")
+    names = metadata_of(directory / "model" if (directory / "model").is_dir() else directory).get("objective")
     if not isinstance(names, list) or not names or not all(name in OBJECTIVES for name in names):
         return None
     total: Objective = find(names[0])()

@@ -7,7 +7,7 @@ import torch
 from firth.data.collate import Batches
 from firth.model import init
 from firth.model.model import LM
-from firth.objectives.objective import Objective, asked
+from firth.objectives.objective import Objective, supervised
 from firth.train.validate import to
 from firth.types import IGNORE
 
@@ -21,7 +21,7 @@ LABELS = "labels"
 """The field of answers that are tokens."""
 
 
-def begin(model: LM, objective: Objective, batches: Batches) -> int:
+def init_head(model: LM, objective: Objective, batches: Batches) -> int:
     """Initialize the LM head so that an untrained model predicts the label frequencies of the first steps.
 
     Whole steps are counted, not the share of this rank or its first micro-batch, so the result is a function of the recipe
@@ -50,6 +50,6 @@ def begin(model: LM, objective: Objective, batches: Batches) -> int:
 
     def read() -> torch.Tensor:
         hidden = objective.run(model, example)["hidden"] if writer is model else writer(example)
-        return asked(hidden, example[LABELS])[0]
+        return supervised(hidden, example[LABELS])[0]
 
-    return int(counts.sum()) if init.begin(writer, counts, read) else 0
+    return int(counts.sum()) if init.init_head_from_frequencies(writer, counts, read) else 0

@@ -41,14 +41,14 @@ MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.js
 """Files of a model or adapter directory that are hashed with its tensors and its tokenizer."""
 
 
-def begun(directory: Path) -> bool:
+def has_begun(directory: Path) -> bool:
     """Whether a run directory holds a checkpoint or a finished run, which other inputs would make untrue."""
     saved = (path for path in (directory / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit())
     return (directory / "done.json").exists() or any(path.is_dir() for path in saved)
 
 
 @dataclass
-class Inputs:
+class RunInputs:
     """The inputs of a run.
 
     Attributes:
@@ -63,7 +63,7 @@ class Inputs:
     files: dict[str, list[Any]] = field(default_factory=dict)
 
     @staticmethod
-    def read(recipe: Recipe, directory: Path, echo: Echo, first: bool = True) -> Inputs:
+    def read(recipe: Recipe, directory: Path, echo: Echo, first: bool = True) -> RunInputs:
         """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json.
 
         Args:
@@ -72,10 +72,10 @@ class Inputs:
             echo: Progress.
             first: Whether this process makes the tokenizer and the token stores; the other ranks only hash the text.
         """
-        inputs = Inputs(files=dict(recorded(directory).get("files", {})))
+        inputs = RunInputs(files=dict(recorded(directory).get("files", {})))
         source = recipe.source
         given = recipe.tokenizer.path or recipe.start or recipe.embeddings
-        if first and not (given or source.store or begun(directory)):
+        if first and not (given or source.store or has_begun(directory)):
             inputs._read_once(recipe, directory, echo)
         if source.corpus:
             inputs.digests["source.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
@@ -190,7 +190,7 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 def content_hash(recipe: Recipe) -> str:
     """A hash of a recipe without the paths in it."""
-    return _hash(config_io.plain(config_io.without_paths(recipe)))[:16]
+    return _hash(config_io.to_dict(config_io.without_paths(recipe)))[:16]
 
 
 def recorded_hash(directory: Path, settled: Recipe) -> str:
@@ -202,7 +202,7 @@ def recorded_hash(directory: Path, settled: Recipe) -> str:
         UserError: the recipes differ; it names the first field that does. Or recipe.yaml was changed after the run began.
     """
     began, record = load(str(directory)), recorded(directory)
-    theirs, ours = (config_io.plain(config_io.without_paths(one)) for one in (began, settled))
+    theirs, ours = (config_io.to_dict(config_io.without_paths(one)) for one in (began, settled))
     if theirs != ours:
         raise UserError(
             f"{directory} holds a run of another recipe: {config_io.difference(theirs, ours)}; choose another directory with "

@@ -21,15 +21,15 @@ import numpy as np
 from firth.corpora import readers, tables
 from firth.data import labeled, question_answering
 from firth.data.source import Source
-from firth.objectives.objective import Known, Objective
+from firth.objectives.objective import DataStats, Objective
 from firth.runs import class_counts
-from firth.runs.examples import Cut, Segment, held_out, recorded
-from firth.runs.prepare import Material
+from firth.runs.examples import DatasetSplits, ExamplesConfig, held_out, split_records
+from firth.runs.prepare import RunData
 from firth.validated import TokenCount
 
 
 @dataclass(frozen=True)
-class Framed(Segment):
+class RecordsConfig(ExamplesConfig):
     """Records that are read in rows of at most `length` tokens, and of no more than the model can."""
 
     reader: ClassVar[tables.Reader | None] = None
@@ -63,12 +63,12 @@ class Framed(Segment):
         """The columns of a table without a head."""
         return ()
 
-    def within(self, context: int) -> Segment:
+    def within(self, context: int) -> ExamplesConfig:
         return dataclasses.replace(self, length=min(self.length, context))
 
 
 @dataclass(frozen=True)
-class Told(labeled.TextFields, Framed):
+class TextRecordsConfig(labeled.TextFields, RecordsConfig):
     """Records with something told of a text."""
 
     @property
@@ -85,62 +85,64 @@ class Told(labeled.TextFields, Framed):
 
 
 @dataclass(frozen=True)
-class Labelled(Told):
+class LabeledConfig(TextRecordsConfig):
     """Records with a class, in the field `label`."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
 
-    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labeled.Labelled:
-        return labeled.Labelled(paths, material.tokenizer, self.length, self, classes=classes)
+    def _read(self, paths: Sequence[str], material: RunData, classes: Sequence[str] = ()) -> labeled.LabeledTexts:
+        return labeled.LabeledTexts(paths, material.tokenizer, self.length, self, classes=classes)
 
-    def untold(self, paths: Sequence[str], material: Material) -> Source:
+    def untold(self, paths: Sequence[str], material: RunData) -> Source:
         """Texts of the same fields that nobody labelled; plain text has one a line."""
-        return labeled.Untold(paths, material.tokenizer, self.length, self, asked=False)
+        return labeled.UnlabeledTexts(paths, material.tokenizer, self.length, self, asked=False)
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
         """The classes are named by the records, unless the recipe names them, and those to learn from are counted."""
 
         @functools.cache
-        def known() -> Known:
+        def known() -> DataStats:
             found = self._read(material.source.paths(material.echo), material, objective.classes)
             if material.source.weights:  # what is held out is drawn path by path
-                parts = [recorded(m, partial(self._read, material=m, classes=found.classes)) for m in material.parts()]
+                parts = [
+                    split_records(m, partial(self._read, material=m, classes=found.classes)) for m in material.parts()
+                ]
                 counts = [list(class_counts.all_of(part.train).values()) for part in parts]
-                return Known(classes=found.classes, counts=tuple(np.sum(counts, 0).tolist()))
+                return DataStats(classes=found.classes, counts=tuple(np.sum(counts, 0).tolist()))
             learnt = found.per_class(np.flatnonzero(~held_out(found, material)))
-            return Known(classes=found.classes, counts=tuple(learnt.values()))
+            return DataStats(classes=found.classes, counts=tuple(learnt.values()))
 
         return objective.told(known)
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: self._read(paths, material, objective.classes))
 
 
 @dataclass(frozen=True)
-class Scored(Told):
+class ScoredConfig(TextRecordsConfig):
     """Records with a number, in the field `label`; the others as of `labelled`."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
 
-    def _read(self, paths: Sequence[str], material: Material) -> labeled.Scored:
-        return labeled.Scored(paths, material.tokenizer, self.length, self)
+    def _read(self, paths: Sequence[str], material: RunData) -> labeled.ScoredTexts:
+        return labeled.ScoredTexts(paths, material.tokenizer, self.length, self)
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
         """Numbers are learnt in units of their own spread, unless the recipe says which."""
 
         @functools.cache
-        def known() -> Known:
+        def known() -> DataStats:
             scores = self._read(material.source.paths(material.echo), material).scores
-            return Known(mean=float(scores.mean()), spread=float(scores.std()) or 1.0)
+            return DataStats(mean=float(scores.mean()), spread=float(scores.std()) or 1.0)
 
         return objective.told(known)
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: self._read(paths, material))
 
 
 @dataclass(frozen=True)
-class Chosen(labeled.OptionFields, Framed):
+class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
     """Records with options, one of them right."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"options", "label"})
@@ -153,20 +155,20 @@ class Chosen(labeled.OptionFields, Framed):
     def named(self) -> tuple[str, ...]:
         return self.columns
 
-    def _read(self, paths: Sequence[str], material: Material) -> labeled.Chosen:
-        return labeled.Chosen(paths, material.tokenizer, self.length, self)
+    def _read(self, paths: Sequence[str], material: RunData) -> labeled.MultipleChoiceRecords:
+        return labeled.MultipleChoiceRecords(paths, material.tokenizer, self.length, self)
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
         """A group has as many rows as the longest list of options."""
         paths = [*material.source.paths(material.echo), *material.source.valid]
-        return objective.told(lambda: Known(options=self._read(paths, material).most))
+        return objective.told(lambda: DataStats(options=self._read(paths, material).most))
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: self._read(paths, material))
 
 
 @dataclass(frozen=True)
-class Tagged(labeled.TagFields, Framed):
+class TaggedConfig(labeled.TagFields, RecordsConfig):
     """Records with a tag for each word."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "tags"})
@@ -181,19 +183,21 @@ class Tagged(labeled.TagFields, Framed):
     def named(self) -> tuple[str, ...]:
         return self.columns
 
-    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> labeled.Tagged:
-        return labeled.Tagged(paths, material.tokenizer, self.length, self, classes=classes)
+    def _read(self, paths: Sequence[str], material: RunData, classes: Sequence[str] = ()) -> labeled.TaggedSentences:
+        return labeled.TaggedSentences(paths, material.tokenizer, self.length, self, classes=classes)
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
         """The tags are named by the records to learn from, unless the recipe names them."""
-        return objective.told(lambda: Known(classes=self._read(material.source.paths(material.echo), material).classes))
+        return objective.told(
+            lambda: DataStats(classes=self._read(material.source.paths(material.echo), material).classes)
+        )
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: self._read(paths, material, objective.classes))
 
 
 @dataclass(frozen=True)
-class Questions(Framed):
+class QuestionsConfig(RecordsConfig):
     """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
     question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
 
@@ -208,21 +212,21 @@ class Questions(Framed):
     def read_fields(self) -> tuple[str, ...]:
         return (self.context, "question")
 
-    def _read(self, paths: Sequence[str], material: Material) -> question_answering.Questions:
-        return question_answering.Questions(
+    def _read(self, paths: Sequence[str], material: RunData) -> question_answering.QuestionRecords:
+        return question_answering.QuestionRecords(
             paths, material.tokenizer, self.length, stride=self.stride, question=self.question, context=self.context
         )
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
         """Whether a question may have no answer at all is what the questions to learn from say."""
         paths = material.source.paths(material.echo)
-        return objective.told(lambda: Known(unanswerable=self._read(paths, material).unanswerable > 0))
+        return objective.told(lambda: DataStats(unanswerable=self._read(paths, material).unanswerable > 0))
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: self._read(paths, material))
 
 
-SEGMENTS: dict[str, type[Segment]] = {
-    "labelled": Labelled, "scored": Scored, "chosen": Chosen, "tagged": Tagged, "questions": Questions,
+EXAMPLES: dict[str, type[ExamplesConfig]] = {
+    "labelled": LabeledConfig, "scored": ScoredConfig, "chosen": MultipleChoiceConfig, "tagged": TaggedConfig, "questions": QuestionsConfig,
 }  # fmt: skip
 """Name in a recipe -> class."""

@@ -19,12 +19,12 @@ from typing import Any
 
 from firth.evaluate import evaluate as tasks
 from firth.evaluate.heads import head_of
-from firth.evaluate.task import Say, Subject, open_subject
+from firth.evaluate.task import EvaluatedModel, Say, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.runs import examples
-from firth.runs.prepare import Material
+from firth.runs.prepare import RunData
 from firth.runs.recipe import load
-from firth.runs.validation import Held
+from firth.runs.validation import Validator
 from firth.train.distributed import Ranks
 from firth.types import UserError
 
@@ -54,7 +54,7 @@ def measure(
     """
     if task == "glue":
         return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
-    subject = open_subject(directory)
+    subject = load_evaluated_model(directory)
     task = default_for(subject, paths) if task is None else task
     if task == "likelihood" and (subject.model.shape.latent or not subject.model.speaks):
         task = ""  # a bound, or two models' halves: the objective says what they are worth
@@ -64,7 +64,7 @@ def measure(
     return tasks.measured(subject, paths, task=task, limit=limit, say=say)
 
 
-def by_objective(subject: Subject, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
+def by_objective(subject: EvaluatedModel, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
     """Return the terms and measures of a run's own objective on files.
 
     Raises:
@@ -82,11 +82,11 @@ def by_objective(subject: Subject, paths: Sequence[str], limit: int | None, say:
     assert recipe.shape is not None
     source = replace(recipe.source, path=tuple(paths), valid=tuple(paths), corpus="", weights=(), store="")
     with tempfile.TemporaryDirectory() as folder:
-        material = Material(
+        material = RunData(
             source, subject.tokenizer, Path(folder), recipe.start, recipe.batch.rows, recipe.seed, lambda _: None,
             recipe.shape.memory,
         )  # fmt: skip
-        cut = examples.cut(recipe.segment, material, recipe.objective)
+        cut = examples.build_datasets(recipe.segment, material, recipe.objective)
         if cut.valid is None or not len(cut.valid):
             raise UserError(f"{', '.join(paths)}: there is nothing to measure in it")
         for remark in cut.valid.remarks:
@@ -97,5 +97,5 @@ def by_objective(subject: Subject, paths: Sequence[str], limit: int | None, say:
             mean = sum(max(field.size for field in some[i].values()) for i in range(len(some))) / len(some)
             count = max(1, min(count, round(limit / mean)))
         shown = replace(recipe, evaluation=replace(recipe.evaluation, max_examples=count))
-        held = Held(shown, cut.valid, cut.bytes_per_target, subject.tokenizer, Ranks())
+        held = Validator(shown, cut.valid, cut.bytes_per_target, subject.tokenizer, Ranks())
         return {"examples": len(held.shown), "share": len(held.shown) / len(cut.valid)} | held.measure(subject.model, 0)

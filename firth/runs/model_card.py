@@ -38,7 +38,7 @@ HEAD = 4096
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a card says. place: the directory it lies in, as written so far. said: what others load the model as.
 
     facts: what was kept of its training (`firth.json`). recipe: the settled recipe in plain data, paths by their names;
@@ -61,33 +61,33 @@ class Card:
 
 def of_run(
     run: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any], done: Mapping[str, Any] | None = None
-) -> Card:
+) -> ModelCard:
     """The card of a run's model, or of a model directory that has no recipe. done: in place of the run's done.json."""
     file = run / "recipe.yaml"
     if not file.exists():
         return of_directory(run, place, model, said, facts)
     check_recipe(run)
-    given = config_io.plain(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
+    given = config_io.to_dict(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
     recipe, start = nameless(given), given.get("start") or ""
     rows = run / "samples.jsonl"
     samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")
     licence, language = _stated(Path(start)) if start else ("", "")
     source = _at(recipe, "source") or {}
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
-    return Card(
+    return ModelCard(
         place, model, said, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
         samples, PurePath(start).name, licence, language or ("en" if corpus in CATALOGUE else ""),
     )  # fmt: skip
 
 
-def of_directory(given: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any]) -> Card:
+def of_directory(given: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any]) -> ModelCard:
     """The card of a model that came from another directory, and has no recipe."""
     licence, language = _stated(given)
     name = given.resolve().name
-    return Card(place, model, said, facts, name, base=name, licence=licence, language=language)
+    return ModelCard(place, model, said, facts, name, base=name, licence=licence, language=language)
 
 
-def write(card: Card, file: Path) -> None:
+def write(card: ModelCard, file: Path) -> None:
     """Write it, whole or not at all."""
     write_text(file, text(card))
 
@@ -97,7 +97,7 @@ def pretty(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def text(card: Card) -> str:
+def text(card: ModelCard) -> str:
     """The card in Markdown, its front matter in YAML."""
     config, shape = read_json(card.place / "config.json"), card.model.shape
     task = KINDS[
@@ -125,7 +125,7 @@ def text(card: Card) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _what(card: Card, config: Mapping[str, Any]) -> str:
+def _what(card: ModelCard, config: Mapping[str, Any]) -> str:
     shape = card.model.shape
     rows = [
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
@@ -137,7 +137,7 @@ def _what(card: Card, config: Mapping[str, Any]) -> str:
     return f"{MARK}; {card.said}.{began}\n\n" + _table(("", ""), rows)
 
 
-def _training(card: Card) -> list[str]:
+def _training(card: ModelCard) -> list[str]:
     if not card.recipe:
         came = f"from `{card.base}`" if card.base else "from elsewhere"
         return [f"## Training\n\nThis model came {came}; what it was trained on is for its own card to say."]
@@ -162,7 +162,7 @@ def _training(card: Card) -> list[str]:
     return [f"## Training\n\n{_table(('', ''), rows)}\n\n{command}\n\n```yaml\n{listing}```"]
 
 
-def _scores(card: Card) -> list[str]:
+def _scores(card: ModelCard) -> list[str]:
     found = card.facts.get("metrics")
     found = found if isinstance(found, dict) else {}
     held = {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
@@ -172,7 +172,7 @@ def _scores(card: Card) -> list[str]:
     return [f"## Scores\n\nOn text that was held out from the same source.\n\n{_table(('measure', 'held out'), rows)}"]
 
 
-def _samples(card: Card) -> list[str]:
+def _samples(card: ModelCard) -> list[str]:
     last: dict[str, str] = {str(row["prompt"]): str(row["text"]) for row in card.samples}
     shown = [f"> **{_quoted(prompt)}** {_quoted(text[:400])}" for prompt, text in list(last.items())[:3]]
     return ["## Samples\n\nThe last ones of the run, not chosen.\n\n" + "\n\n".join(shown)] if shown else []
@@ -194,7 +194,7 @@ def _numbers(place: Path, config: Mapping[str, Any]) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _loading(card: Card, config: Mapping[str, Any], task: str) -> str:
+def _loading(card: ModelCard, config: Mapping[str, Any], task: str) -> str:
     verb = {"text-generation": 'generate DIR "..."', "fill-mask": 'fill DIR "a word is <mask> here"',
             "text2text-generation": 'generate DIR "..."'}.get(task, "evaluate DIR FILES")  # fmt: skip
     blocks = [f"```\nfirth {verb}\n```"]
@@ -213,7 +213,7 @@ def _loading(card: Card, config: Mapping[str, Any], task: str) -> str:
     return "## Use\n\nDIR is this directory.\n\n" + "\n\n".join(blocks)
 
 
-def _limits(card: Card) -> str:
+def _limits(card: ModelCard) -> str:
     read = card.done.get("tokens")
     how = f"{read:,} tokens" if read else "its training text"
     return (

@@ -8,30 +8,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from firth.align.precompute import annotate
-from firth.data.annotations import Annotators
-from firth.data.annotations import Votes as Voting
+from firth.align.precompute import precompute
+from firth.data.annotations import AnnotatedTexts as Voting
+from firth.data.annotations import SimulatedAnnotators
 from firth.data.labeled import TextFields
-from firth.data.source import Mixture, Source, Subset
-from firth.data.unlabeled import Unlabelled, few_of
+from firth.data.source import MixtureSource, Source, SubsetSource
+from firth.data.unlabeled import UnlabeledSource, choose_labeled
 from firth.evaluate.tokenizer_match import check_same_tokenizer
-from firth.objectives.objective import Known, Objective
-from firth.objectives.semi_supervised import question, taught
+from firth.objectives.objective import DataStats, Objective
+from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
 from firth.runs.config_io import path_field
-from firth.runs.examples import Cut, Segment, needed, recorded
-from firth.runs.labeled_examples import Framed, Labelled
-from firth.runs.prepare import Material
+from firth.runs.examples import DatasetSplits, ExamplesConfig, required_model, split_records
+from firth.runs.labeled_examples import LabeledConfig, RecordsConfig
+from firth.runs.prepare import RunData
 from firth.types import Example, UserError
 from firth.validated import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 
 @dataclass(frozen=True)
-class Around(Segment):
+class WrappingConfig(ExamplesConfig):
     """What another segment reads, seen otherwise, and what is said of it beside."""
 
     gives: ClassVar[frozenset[str]] = frozenset()
 
-    of: Segment = Labelled()
+    of: ExamplesConfig = LabeledConfig()
 
     @property
     def given(self) -> frozenset[str]:
@@ -48,15 +48,15 @@ class Around(Segment):
     def text_fields(self) -> tuple[Any, ...]:
         return self.of.text_fields
 
-    def within(self, context: int) -> Segment:
+    def within(self, context: int) -> ExamplesConfig:
         return replace(self, of=self.of.within(context))
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
+    def settle(self, objective: Objective, material: RunData) -> Objective:
         return self.of.settle(objective, material)
 
 
 @dataclass(frozen=True)
-class Partly(Around):
+class PartiallyLabeledConfig(WrappingConfig):
     """Records with a label, and texts without one. One of the two says which texts have none.
 
     Args:
@@ -69,7 +69,7 @@ class Partly(Around):
     unlabelled: PositiveFloat = 3.0
     others: tuple[str, ...] = path_field("files", ())
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
         if bool(self.few) == bool(self.others):
             raise UserError(
                 "set one of segment.others=[FILE], files of texts without a label, and segment.few=N, a trial in which N records "
@@ -78,17 +78,17 @@ class Partly(Around):
         whole = self.of.cut(material, objective)
         if self.others:
             parts: list[Source] = [whole.train, self._unlabelled(whole.valid, material)]
-            return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
-        known, others = few_of(whole.train, self.few, material.seed)
+            return replace(whole, train=MixtureSource(parts, [1.0, self.unlabelled]))
+        known, others = choose_labeled(whole.train, self.few, material.seed)
         if not len(others):
             raise UserError(f"all {self.few} records keep their label and none is left without: lower segment.few")
         material.echo(
             f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (segment.few={self.few})"
         )
-        parts = [Subset(whole.train, known), Unlabelled(Subset(whole.train, others))]
-        return replace(whole, train=Mixture(parts, [1.0, self.unlabelled]))
+        parts = [SubsetSource(whole.train, known), UnlabeledSource(SubsetSource(whole.train, others))]
+        return replace(whole, train=MixtureSource(parts, [1.0, self.unlabelled]))
 
-    def _unlabelled(self, valid: Source | None, material: Material) -> Source:
+    def _unlabelled(self, valid: Source | None, material: RunData) -> Source:
         """The texts of `others`, less those whose prompt or text is held out."""
         texts = self.of.untold(self.others, material)
         if valid is None:
@@ -103,11 +103,11 @@ class Partly(Around):
                 f"{held.sum():,} of {len(texts):,} texts in segment.others are left out: they are held out; the first is number "
                 f"{held.argmax() + 1:,}"
             )
-        return Unlabelled(Subset(texts, np.flatnonzero(~held))) if held.any() else texts
+        return UnlabeledSource(SubsetSource(texts, np.flatnonzero(~held))) if held.any() else texts
 
 
 @dataclass(frozen=True)
-class Taught(Partly):
+class PseudoLabeledConfig(PartiallyLabeledConfig):
     """Partly labelled records, with the classes that a teacher predicts for each text.
 
     Args:
@@ -119,9 +119,9 @@ class Taught(Partly):
 
     teacher: str = path_field("model", "")
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
         what = "the run of `firth train classify` on the labelled records, which gives the pseudo-labels"
-        place = needed(self.teacher, "segment.teacher", what)
+        place = required_model(self.teacher, "segment.teacher", what)
         cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
         check_same_tokenizer(material.tokenizer, place, "segment.teacher:", cure)
         model = material.frozen(place)
@@ -129,15 +129,15 @@ class Taught(Partly):
         vocab = material.tokenizer.vocab
 
         def show(example: Example) -> Example:
-            return question(objective, example, vocab)
+            return unlabeled_example(objective, example, vocab)
 
         with material.casts():
-            known = annotate(plain.train, model, show, taught, directory=material.directory / "taught")
+            known = precompute(plain.train, model, show, teacher_probabilities, directory=material.directory / "taught")
         return replace(plain, train=known)
 
 
 @dataclass(frozen=True)
-class Voted(Around):
+class SimulatedAnnotatorsConfig(WrappingConfig):
     """A simulation: records with one true label each, which `annotators` simulated ones replace by votes that are right with
     probability `accuracy`; held-out records keep the truth."""
 
@@ -147,13 +147,13 @@ class Voted(Around):
     annotators: PositiveInt = 5
     accuracy: Share = 0.7
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
         whole = self.of.cut(material, objective)
         material.echo(
             f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.annotators} annotators, "
             f"each right with probability {self.accuracy:g} (segment=voted)"
         )
-        train = Annotators(
+        train = SimulatedAnnotators(
             whole.train, classes=len(objective.classes), count=self.annotators, accuracy=self.accuracy,
             seed=material.seed,
         )  # fmt: skip
@@ -161,7 +161,7 @@ class Voted(Around):
 
 
 @dataclass(frozen=True)
-class Votes(Framed):
+class MultiAnnotatorConfig(RecordsConfig):
     """Records with a list of labels in the field `votes`, by as many annotators as there are."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"tokens", "label", "votes"})
@@ -173,15 +173,22 @@ class Votes(Framed):
     def read_fields(self) -> tuple[str, ...]:
         return (self.text,)
 
-    def _read(self, paths: Sequence[str], material: Material, classes: Sequence[str] = ()) -> Voting:
+    def _read(self, paths: Sequence[str], material: RunData, classes: Sequence[str] = ()) -> Voting:
         return Voting(paths, material.tokenizer, self.length, TextFields(self.text, self.votes), classes=classes)
 
-    def settle(self, objective: Objective, material: Material) -> Objective:
-        return objective.told(lambda: Known(classes=self._read(material.source.paths(material.echo), material).classes))
+    def settle(self, objective: Objective, material: RunData) -> Objective:
+        return objective.told(
+            lambda: DataStats(classes=self._read(material.source.paths(material.echo), material).classes)
+        )
 
-    def cut(self, material: Material, objective: Objective) -> Cut:
-        return recorded(material, lambda paths: self._read(paths, material, objective.classes))
+    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(material, lambda paths: self._read(paths, material, objective.classes))
 
 
-SEGMENTS: dict[str, type[Segment]] = {"partly": Partly, "taught": Taught, "voted": Voted, "votes": Votes}
+EXAMPLES: dict[str, type[ExamplesConfig]] = {
+    "partly": PartiallyLabeledConfig,
+    "taught": PseudoLabeledConfig,
+    "voted": SimulatedAnnotatorsConfig,
+    "votes": MultiAnnotatorConfig,
+}
 """Name in a recipe -> class."""

@@ -25,10 +25,10 @@ import numpy as np
 
 from firth.evaluate.tokenizer_match import check_adapter
 from firth.io.atomic import new_directory
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.model.prefix import AHEAD, refuse
-from firth.objectives.layer_mixture import Mixed
+from firth.model.prefix import PREFIX_HEADS, refuse
+from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
 from firth.peft.init import prefix_of, prompt_of
@@ -39,7 +39,7 @@ from firth.types import UserError
 from firth.validated import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
 
 
-class Adapt(Ranged, section="adapt"):
+class PeftConfig(Ranged, section="adapt"):
     """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
 
     needs: ClassVar[bool] = True
@@ -78,14 +78,14 @@ class Adapt(Ranged, section="adapt"):
 
 
 @dataclass(frozen=True)
-class Full(Adapt):
+class FullFinetuning(PeftConfig):
     """Everything is trained."""
 
     needs: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
-class Head(Adapt):
+class HeadOnly(PeftConfig):
     """The parts of the objective alone are trained; the trunk is not run back through."""
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
@@ -100,15 +100,15 @@ class Head(Adapt):
 
 def _heads(model: LM) -> list[str]:
     """The parts that a head alone can be: neither one with the table of tokens nor before every text."""
-    return [name for name in model.parts if name not in AHEAD and (name != "lm" or not model.shape.tied)]
+    return [name for name in model.parts if name not in PREFIX_HEADS and (name != "lm" or not model.shape.tied)]
 
 
 @dataclass(frozen=True)
-class Frozen(Head):
+class FrozenFeatures(HeadOnly):
     """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
 
     def settle(self, objective: Objective) -> Objective:
-        return mix(objective)
+        return add_layer_mixture(objective)
 
     def fits(self, model: LM, base: LM | None) -> None:
         # Whoever writes or scores with a vocabulary head reads the last layer, not the mixture that it was trained on.
@@ -119,13 +119,13 @@ class Frozen(Head):
             )
 
 
-def mix(objective: Objective, frozen: bool = True) -> Objective:
+def add_layer_mixture(objective: Objective, frozen: bool = True) -> Objective:
     """Return the objective on a mixture of all layers. frozen: whether the layers stay as they are (`Mixed.frozen`)."""
-    mixed = any(isinstance(one, Mixed) for one in objective.addends())
-    return objective if mixed else Mixed(frozen=frozen) + objective
+    mixed = any(isinstance(one, LayerMixture) for one in objective.addends())
+    return objective if mixed else LayerMixture(frozen=frozen) + objective
 
 
-class Beside(Adapt):
+class AdapterConfig(PeftConfig):
     """What lies beside the weights and can be kept apart from them. part: the model's part that it is, if it is one. start: an
     adapter to go on from."""
 
@@ -134,7 +134,7 @@ class Beside(Adapt):
     start: str
 
     def fits(self, model: LM, base: LM | None) -> None:
-        there = sorted(AHEAD & {*base.parts}) if base is not None and self.part else []
+        there = sorted(PREFIX_HEADS & {*base.parts}) if base is not None and self.part else []
         if there and (there != [self.part] or not self.start):
             onward = "go on from it with adapt.start=RUN too, or " if there == [self.part] else ""
             raise UserError(
@@ -151,9 +151,9 @@ class Beside(Adapt):
             place = _adapter_of(self.start)
             check_adapter(tokenizer, place)
             kind = adapter_files.read(model, place)
-            if ADAPTS[kind] is not type(self):
+            if PEFT_METHODS[kind] is not type(self):
                 raise UserError(f"adapt.start={self.start} holds an adapter of kind {kind}: set adapt.kind={kind}")
-            lora.refuse_shared(model, lora.adapted(model))
+            lora.check_not_shared(model, lora.adapted(model))
         else:
             self.put(model, added, tokenizer, seed)
         lora.freeze(model, [*added, *[self.part] * bool(self.part)])
@@ -172,13 +172,13 @@ class Beside(Adapt):
         with new_directory(directory) as place:
             said = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
             tokenizer.save(place)
-        lora.fold(model)
+        lora.merge_and_unload(model)
         return said
 
 
 @dataclass(frozen=True)
-class LoRA(Beside):
-    """rank, alpha, stabilised, dropout: `firth.peft.lora.Rank`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
+class LoRA(AdapterConfig):
+    """rank, alpha, stabilised, dropout: `firth.peft.lora.LoraConfig`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
     (all maps of all blocks, also `all-linear`), `tokens`, `parts.lm`."""
 
     rank: Annotated[int, Range(ge=1, le=65536)] = 8
@@ -189,21 +189,21 @@ class LoRA(Beside):
     start: str = path_field("model", "")
 
     @property
-    def plan(self) -> lora.Rank:
+    def plan(self) -> lora.LoraConfig:
         """How each adapter is made."""
-        return lora.Rank(self.rank, self.alpha, self.stabilised, self.dropout)
+        return lora.LoraConfig(self.rank, self.alpha, self.stabilised, self.dropout)
 
     def fits(self, model: LM, base: LM | None) -> None:
         if base is not None and not self.start:
             for place in lora.chosen(model, self.targets, but=added_parts(model, base), merges=True):
-                lora.refuse_rank(model, place, self.plan)
+                lora.check_rank(model, place, self.plan)
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        lora.add(model, self.targets, self.plan, but=[*added, *AHEAD])
+        lora.add(model, self.targets, self.plan, but=[*added, *PREFIX_HEADS])
 
 
 @dataclass(frozen=True)
-class Prefix(Beside):
+class PrefixTuning(AdapterConfig):
     """tokens: how many stand before every text. hidden: units of the MLP that they are trained through (0: none). text:
     what they begin as; drawn tokens where it is empty."""
 
@@ -227,7 +227,7 @@ class Prefix(Beside):
 
 
 @dataclass(frozen=True)
-class Prompt(Beside):
+class PromptTuning(AdapterConfig):
     """tokens: how many stand before every text. begin: as the vectors of `text`, or of drawn tokens where it is empty; or
     at random. Each text of a packed row would need its own, and every row as many as the fullest: they are sorted instead."""
 
@@ -267,7 +267,7 @@ def _positions(start: str, tokens: int) -> int:
     return adapter_files.virtual_tokens(_adapter_of(start)) if start else tokens
 
 
-def _refuse_room(shape: Shape, tokens: int, what: str) -> None:
+def _refuse_room(shape: ModelConfig, tokens: int, what: str) -> None:
     if not 0 < tokens < shape.context:
         raise UserError(
             f"adapt.tokens={tokens}: a {what} takes at least 1 of the {shape.context} positions, and not all"
@@ -287,16 +287,16 @@ def _begin(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).choice(ordinary, count)]
 
 
-ADAPTS: dict[str, type[Adapt]] = {
-    "full": Full, "head": Head, "frozen": Frozen, "lora": LoRA, "prefix": Prefix, "prompt": Prompt,
+PEFT_METHODS: dict[str, type[PeftConfig]] = {
+    "full": FullFinetuning, "head": HeadOnly, "frozen": FrozenFeatures, "lora": LoRA, "prefix": PrefixTuning, "prompt": PromptTuning,
 }  # fmt: skip
 """Name in a recipe -> class."""
 
 
-def refuse_adapt(adapt: Adapt, start: str) -> None:
+def check_peft(adapt: PeftConfig, start: str) -> None:
     """Raise a UserError if there is nothing to adapt."""
     if adapt.needs and not start:
-        name = next(name for name, kind in ADAPTS.items() if kind is type(adapt))
+        name = next(name for name, kind in PEFT_METHODS.items() if kind is type(adapt))
         raise UserError(
             f"adapt={name} trains a little beside a model that is there: say which with start=RUN, or adapt=full"
         )

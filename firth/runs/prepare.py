@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from firth.corpora import catalog, readers
-from firth.corpora.read_stats import Counts, many
+from firth.corpora.read_stats import ReadStats, many
 from firth.corpora.readers import Document
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
@@ -47,7 +47,7 @@ MENDED = {
 
 
 @dataclass(frozen=True)
-class Text(Ranged, section="source"):
+class DataConfig(Ranged, section="source"):
     """Where a run's text or records are.
 
     path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place, or
@@ -87,7 +87,7 @@ class Text(Ranged, section="source"):
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class RunData:
     """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
 
     memory: how many tokens before each row the model reads (`Shape.memory`). siblings: all paths of a mixture, of which this is
@@ -95,7 +95,7 @@ class Material:
     computed once is computed too.
     """
 
-    source: Text
+    source: DataConfig
     tokenizer: Tokenizer
     directory: Path
     start: str = ""
@@ -114,7 +114,7 @@ class Material:
         """The context in which the run's forward passes run."""
         return precision.casts(self.precision, device())()
 
-    def parts(self) -> list[Material]:
+    def parts(self) -> list[RunData]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""
         source = self.source
         if len(source.weights) != len(source.path):
@@ -189,7 +189,7 @@ class Material:
         return lines
 
 
-def text_of(source: Text, paths: Sequence[str], apart: bool, directory: Path | None = None) -> ReadOnce:
+def text_of(source: DataConfig, paths: Sequence[str], apart: bool, directory: Path | None = None) -> ReadOnce:
     """Return the documents that a run trains on and holds some out of, or (apart) is measured on, if other files are named
     for that. directory: of the run, which the temporary copy goes to."""
     share = None if source.valid or not source.held_out else source.held_out
@@ -197,13 +197,13 @@ def text_of(source: Text, paths: Sequence[str], apart: bool, directory: Path | N
     return read_once(chosen, field=source.field, split=source.split, share=share, directory=directory)
 
 
-def held_out_of(source: Text, paths: Sequence[str], directory: Path | None = None) -> HeldOut:
+def held_out_of(source: DataConfig, paths: Sequence[str], directory: Path | None = None) -> HeldOut:
     """Choose the documents that a run holds out of these files; nothing where files for it are named, or no share is."""
     return HeldOut() if source.valid or not source.held_out else text_of(source, paths, False, directory).held
 
 
 def documents_of(
-    source: Text,
+    source: DataConfig,
     paths: Sequence[str],
     apart: bool,
     elsewhere: frozenset[int] = frozenset(),
@@ -233,7 +233,7 @@ def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
         yield Document(document.name, text)
 
 
-def fingerprint(source: Text, paths: Sequence[str], tokenizer: Tokenizer) -> str:
+def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) -> str:
     """A short name for these files (paths, sizes, times of change), read in this way, by this tokenizer."""
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in readers.files([*paths, *source.valid])]
     how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store", "weights")}
@@ -261,11 +261,11 @@ def train_tokenizer(
     sentinels: int = 0,
     byte_fallback: bool = True,
     echo: Echo = print,
-    texts: Callable[[Counts], Iterator[str]] | None = None,
+    texts: Callable[[ReadStats], Iterator[str]] | None = None,
 ) -> Tokenizer:
     """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`). texts: what to train
     on in place of the files' documents; it counts them."""
-    counts = Counts()
+    counts = ReadStats()
     plain = (d.text for d in readers.documents(paths, field=field, split=split, counts=counts))
     tokenizer = train(
         _nonempty(plain if texts is None else texts(counts), paths), algorithm, size, seed=seed, sample=sample, sentinels=sentinels,

@@ -21,23 +21,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from firth import objectives
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective
 from firth.runs import config_io
-from firth.runs.compatibility import SEGMENTS, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
-from firth.runs.examples import Segment, model_directory
-from firth.runs.peft_options import ADAPTS, Adapt, Full, refuse_adapt
-from firth.runs.prepare import Text
+from firth.runs.compatibility import EXAMPLES, check_batching, check_fields, check_memory, check_pattern
+from firth.runs.examples import ExamplesConfig, model_directory
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, check_peft
+from firth.runs.prepare import DataConfig
 from firth.runs.recipe_names import RECIPES
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.optimizer import Optimizer
-from firth.train.schedule import Length, Schedule
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
 from firth.types import UserError
 from firth.validated import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 
 
 @dataclass(frozen=True)
-class TokenizerPlan(Ranged, section="tokenizer"):
+class TokenizerConfig(Ranged, section="tokenizer"):
     """Where the tokenizer comes from: `path` (a tokenizer.json, a model or a run), else trained on the source's text.
 
     algorithm: see `firth.tokenizer.train`. size: number of ids. byte_fallback: whether bpe and unigram write rare characters as
@@ -51,19 +51,19 @@ class TokenizerPlan(Ranged, section="tokenizer"):
     sample: PositiveInt = 200_000_000
 
 
-DEFAULT_SIZE = TokenizerPlan().size
+DEFAULT_SIZE = TokenizerConfig().size
 
-ALIKE = 50
+GROUPED_STEPS = 50
 """Steps that share their examples out by length, where a recipe leaves it open."""
 
 
 @dataclass(frozen=True)
-class Batch(Ranged, section="batch"):
+class BatchConfig(Ranged, section="batch"):
     """How many examples a step holds over all ranks and micro-batches, and how they are laid into rows.
 
     pack: several to a row of this many tokens, kept apart; 0: one to a row, padded to the longest of its step. "auto": rows as
     long as the segment's longest example, or like lengths (`sort`) where no row can hold two. sort: the examples of so many
-    steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.shuffle.deal`).
+    steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.shuffle.length_grouped_batches`).
     """
 
     rows: PositiveInt = 16
@@ -81,13 +81,13 @@ class Batch(Ranged, section="batch"):
         """Tokens of a packed row; 0 where rows are not packed, or where that is still open."""
         return 0 if self.pack == "auto" else self.pack
 
-    def laid(self, longest: int, packs: bool) -> Batch:
+    def laid(self, longest: int, packs: bool) -> BatchConfig:
         """With nothing left open. longest: tokens of an example at most, 0 if that is unknown; packs: whether rows can hold
         several."""
         if self.pack != "auto":
             return self
         pack = longest if packs and not self.sort else 0
-        return replace(self, pack=pack, sort=self.sort or (0 if pack or not longest else ALIKE))
+        return replace(self, pack=pack, sort=self.sort or (0 if pack or not longest else GROUPED_STEPS))
 
 
 @dataclass(frozen=True)
@@ -147,18 +147,18 @@ class Recipe(Ranged):
 
     name: str
     objective: Objective
-    segment: Segment
-    source: Text = Text()
-    tokenizer: TokenizerPlan = TokenizerPlan()
-    shape: Shape | None = None
+    segment: ExamplesConfig
+    source: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    shape: ModelConfig | None = None
     start: str = config_io.path_field("model", "")
-    adapt: Adapt = Full()
+    adapt: PeftConfig = FullFinetuning()
     embeddings: str = config_io.path_field("model", "")
     unigram: bool = True
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = Schedule()
-    length: Length = field(default_factory=lambda: Length(steps=1000))
+    length: Budget = field(default_factory=lambda: Budget(steps=1000))
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: tuple[str, ...] = ()
@@ -170,23 +170,25 @@ class Recipe(Ranged):
 
     def hash(self) -> str:
         """A short name of the recipe's content, paths included."""
-        return _hash(config_io.plain(self))
+        return _hash(config_io.to_dict(self))
 
 
 def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-config_io.KINDS[Objective] = config_io.Kinds(
+config_io.REGISTRIES[Objective] = config_io.Registry(
     "objective",
     lambda: list(objectives.OBJECTIVES),
     objectives.find,
     join=lambda first, second: first + second,
     part=lambda total: (total.first, total.second),
 )
-config_io.KINDS[Adapt] = config_io.Kinds("way to adapt", lambda: list(ADAPTS), ADAPTS.__getitem__)
-config_io.SHORT[Text] = "path"
-config_io.KINDS[Segment] = config_io.Kinds("segment", lambda: list(SEGMENTS), SEGMENTS.__getitem__)
+config_io.REGISTRIES[PeftConfig] = config_io.Registry(
+    "way to adapt", lambda: list(PEFT_METHODS), PEFT_METHODS.__getitem__
+)
+config_io.SHORT_FORMS[DataConfig] = "path"
+config_io.REGISTRIES[ExamplesConfig] = config_io.Registry("segment", lambda: list(EXAMPLES), EXAMPLES.__getitem__)
 
 
 def published(name: str) -> Recipe:
@@ -285,7 +287,7 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         data, lines = config_io.read_yaml(path)
         file = True
     else:
-        data, file = config_io.plain(published(name)), False
+        data, file = config_io.to_dict(published(name)), False
     changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
     if "start" in names and changed.get("start") and not file and not any(n.split(".")[0] == "shape" for n in names):
@@ -303,13 +305,13 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
             )
     _fill_vocab(changed, data, names)
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
-    recipe: Recipe = config_io.build(Recipe, changed, config_io.Where((), lines, said))
+    recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, said))
     if not recipe.source.path and {("source",), ("source", "path")} & said.keys():
         raise UserError("source.path=[] names no file: name files or directories, or set source.corpus=NAME")
-    refuse_adapt(recipe.adapt, recipe.start)
+    check_peft(recipe.adapt, recipe.start)
     if recipe.shape is not None:
-        refuse_misfit(recipe.objective, recipe.shape, recipe.segment)
-        refuse_cut(recipe.objective, recipe.shape, pack=recipe.batch.room, accumulate=recipe.batch.accumulate)
-        refuse_memory(recipe.shape, recipe.segment, recipe.batch.room)
-    refuse_unfed(recipe.objective, recipe.segment, recipe.shape)
+        check_pattern(recipe.objective, recipe.shape, recipe.segment)
+        check_batching(recipe.objective, recipe.shape, pack=recipe.batch.room, accumulate=recipe.batch.accumulate)
+        check_memory(recipe.shape, recipe.segment, recipe.batch.room)
+    check_fields(recipe.objective, recipe.segment, recipe.shape)
     return recipe

@@ -28,31 +28,38 @@ from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
 from firth.io.json_files import read_rows, row_line
 from firth.model.compilation import compile_blocks
-from firth.model.empty_weights import hollow
+from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
-from firth.model.prefix import AHEAD
+from firth.model.prefix import PREFIX_HEADS
 from firth.objectives import name_of
 from firth.peft.lora import trained
-from firth.pretrained.load_save import load_model, refuse_larger, save_model, start_from
+from firth.pretrained.load_save import check_vocab_fits, init_from, load_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import class_counts, config_io, examples, held_out_texts, model_card
-from firth.runs.compatibility import check_room, fit_rows, refuse_cut, refuse_memory, refuse_misfit, refuse_unfed
-from firth.runs.examples import Cut, Segment, model_directory
+from firth.runs.compatibility import (
+    check_available_memory,
+    check_batching,
+    check_fields,
+    check_memory,
+    check_pattern,
+    limit_lengths,
+)
+from firth.runs.examples import DatasetSplits, ExamplesConfig, model_directory
 from firth.runs.fallbacks import Segmentation, fallbacks, resolve_segmentation
-from firth.runs.inference import Opened
-from firth.runs.init_head import begin
-from firth.runs.inputs import Inputs, begun, content_hash, recorded_hash
-from firth.runs.peft_options import Full, mix, refuse_adapt
-from firth.runs.prepare import Echo, Material
+from firth.runs.inference import LoadedModel
+from firth.runs.init_head import init_head
+from firth.runs.inputs import RunInputs, content_hash, has_begun, recorded_hash
+from firth.runs.peft_options import FullFinetuning, add_layer_mixture, check_peft
+from firth.runs.prepare import Echo, RunData
 from firth.runs.recipe import WHOLE, Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
-from firth.runs.validation import Held, vocab
+from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import checkpoint, precision
 from firth.train.distributed import Ranks, join
-from firth.train.trainer import Plan, train
+from firth.train.trainer import TrainerConfig, train
 from firth.types import UserError
 
 T = TypeVar("T")
@@ -67,7 +74,7 @@ DONE = "done.json"
 
 
 @dataclass(frozen=True)
-class Finished:
+class RunResult:
     """A finished run. flops: counted. exported: the step whose model it is, the last one or the best. metrics: of that step,
     held-out ones as `valid/NAME`."""
 
@@ -85,7 +92,7 @@ class Finished:
         return self.directory / "model"
 
 
-def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
+def run(recipe: Recipe, directory: Path, echo: Echo = print) -> RunResult:
     """Do what the recipe says in `directory`, or what is left of it.
 
     Raises UserError where the directory holds a run of another recipe, and for everything a recipe can get wrong.
@@ -96,15 +103,15 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> Finished:
         return _run(recipe, directory, echo, ranks)
 
 
-def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
+def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult:
     """`run` on one rank."""
     tell = echo if ranks.first else _silent
     if recipe.shape is None and not recipe.start:
         raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {WHOLE}")
     _check_models(recipe)
     make_directory(directory)
-    inputs = _first_alone(ranks, lambda: Inputs.read(recipe, directory, tell, ranks.first))
-    continued = begun(directory)
+    inputs = _first_alone(ranks, lambda: RunInputs.read(recipe, directory, tell, ranks.first))
+    continued = has_begun(directory)
     if continued:
         inputs.check(directory)
     tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell, inputs))
@@ -113,7 +120,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         inputs.check(directory)
     _refuse_strangers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    material = Material(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
+    material = RunData(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
     settled = _first_alone(
         ranks, lambda: _settled(recipe, material)
     )  # classes are read from a corpus that may not be here yet
@@ -123,14 +130,16 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         segmentation=_segmentation(settled, directory, continued),
     )
     assert settled.shape is not None
-    refuse_cut(
+    check_batching(
         settled.objective,
         settled.shape,
         pack=settled.batch.room,
         accumulate=settled.batch.accumulate,
         ranks=ranks.world,
     )
-    check_room(settled.shape, settled.optimizer.name, isinstance(settled.adapt, Full), best_device())
+    check_available_memory(
+        settled.shape, settled.optimizer.name, isinstance(settled.adapt, FullFinetuning), best_device()
+    )
     recipe_hash = recorded_hash(directory, settled) if continued else content_hash(settled)
     known = inputs.identity(recipe_hash)
     if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
@@ -143,9 +152,11 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         return finished
     chosen = checkpoint.precision(directory) or precision.choose(settled.precision, best_device())
     material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
-    cut = _first_alone(ranks, lambda: examples.cut(settled.segment, material, settled.objective))
+    cut = _first_alone(ranks, lambda: examples.build_datasets(settled.segment, material, settled.objective))
     text_cache.forget()
-    shown = Held(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
+    shown = (
+        Validator(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
+    )
     fallen_back = fallbacks(settled.objective, settled.segment, cut.train, tokenizer.vocab)
     for line in (*_begins(settled, cut, shown), *fallen_back):
         tell(f"{settled.name}: {line}")
@@ -153,13 +164,13 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     model = LM(settled.shape, settled.objective.parts(settled.shape))
     added: list[str] = []
     if settled.start:
-        dropped, added = start_from(model, model_directory(settled.start))
+        dropped, added = init_from(model, model_directory(settled.start))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         tell(f"{settled.name} starts from {settled.start}" + (f": {'; '.join(changed)}" if changed else ""))
     else:
         model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if settled.embeddings:
-        said = word_vectors.take(model, model_directory(settled.embeddings))
+        said = word_vectors.load_embeddings(model, model_directory(settled.embeddings))
         tell(f"{settled.name} takes {said}; everything else begins at random")
     model.restrict(tokenizer.vocab)
     settled.adapt.apply(model, added, tokenizer, settled.seed)
@@ -172,7 +183,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     tell(f"{settled.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
     batches = _batches(settled, cut, tokenizer, ranks)
     if settled.unigram and not settled.start:
-        counted = begin(model, settled.objective, batches)
+        counted = init_head(model, settled.objective, batches)
         if counted:
             tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
@@ -191,7 +202,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         ended = train(
             model, settled.objective, batches, directory,
             length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
-            plan=Plan(evaluate_every=evaluation.every, save_every=settled.checkpoint.every, keep=settled.checkpoint.keep,
+            plan=TrainerConfig(evaluate_every=evaluation.every, save_every=settled.checkpoint.every, keep=settled.checkpoint.keep,
                       best=evaluation.best_metric or "loss",
                       best_last=bool(evaluation.best_metric or evaluation.patience),
                       patience=evaluation.patience, precision=chosen),
@@ -201,7 +212,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
         if ranks.first and isinstance(error.__cause__, RewardError):  # it may be corrected, and the run goes on
             dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)
         raise
-    finished = Finished(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
+    finished = RunResult(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
     if ranks.first:
         _samples(settled, model, tokenizer, directory, ended.step)
         _held_out_texts(settled, cut, model, material, ended.step)
@@ -238,7 +249,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> Finished:
     return finished
 
 
-def _begins(recipe: Recipe, cut: Cut, shown: Held | None) -> list[str]:
+def _begins(recipe: Recipe, cut: DatasetSplits, shown: Validator | None) -> list[str]:
     """What is said of the data before a run: its classes, and that nothing is held out. UserError if the best check was asked
     for and there is none."""
     evaluation = recipe.evaluation
@@ -250,7 +261,7 @@ def _begins(recipe: Recipe, cut: Cut, shown: Held | None) -> list[str]:
             f"{asked} goes by held-out measurements, and nothing is held out{why}: name source.valid=FILES, or raise "
             "source.held_out"
         )
-    line = class_counts.told(cut.train, cut.valid)
+    line = class_counts.class_summary(cut.train, cut.valid)
     return [line] * bool(line) + [cut.unheld] * bool(cut.unheld)
 
 
@@ -286,10 +297,10 @@ def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
             check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
 
 
-def _settled(recipe: Recipe, material: Material) -> Recipe:
+def _settled(recipe: Recipe, material: RunData) -> Recipe:
     """The recipe with nothing left open: the shape with its vocabulary and how prompts are read, the classes with their
     names."""
-    refuse_adapt(recipe.adapt, recipe.start)
+    check_peft(recipe.adapt, recipe.start)
     shape, base = recipe.shape, None
     if recipe.start:
         base = load_model(model_directory(recipe.start))
@@ -301,27 +312,27 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
         shape = theirs if shape is None else shape
     assert shape is not None
     if recipe.start:
-        refuse_larger(material.tokenizer, shape, recipe.start)
+        check_vocab_fits(material.tokenizer, shape, recipe.start)
     else:
         shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
     added = max(one.added_tokens for one in recipe.objective.addends())
-    segment = fit_rows(recipe.segment, _usual(recipe), recipe.adapt, base, shape, added, material.echo)
+    segment = limit_lengths(recipe.segment, _usual(recipe), recipe.adapt, base, shape, added, material.echo)
     segment = segment.within(shape.context)
     objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
-    with hollow():
-        kept = objective.parts(shape).keys() & (base.parts.keys() - AHEAD if base is not None else ())
+    with init_empty_weights():
+        kept = objective.parts(shape).keys() & (base.parts.keys() - PREFIX_HEADS if base is not None else ())
     if kept and base is not None and "mixture" in base.parts:
-        objective = mix(objective, frozen=False)  # the start's head reads it
-    refuse_misfit(objective, shape, segment, fixed=bool(recipe.start))
-    refuse_unfed(objective, segment, shape)
+        objective = add_layer_mixture(objective, frozen=False)  # the start's head reads it
+    check_pattern(objective, shape, segment, fixed=bool(recipe.start))
+    check_fields(objective, segment, shape)
     if (reads := objective.reads()) != "any":
         # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
         shape = dataclasses.replace(shape, causal=shape.causal or reads == "left", prefix_lm=reads == "prefix")
     packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.laid(segment.longest, packs)
-    refuse_memory(shape, segment, batch.room)
-    with hollow():
+    check_memory(shape, segment, batch.room)
+    with init_empty_weights():
         model = LM(shape, objective.parts(shape))
     recipe.adapt.fits(model, base)
     plan = dataclasses.replace(recipe.tokenizer, size=resolved_size(material.directory))
@@ -332,7 +343,7 @@ def _settled(recipe: Recipe, material: Material) -> Recipe:
     return whole
 
 
-def _usual(recipe: Recipe) -> Segment:
+def _usual(recipe: Recipe) -> ExamplesConfig:
     """The segment of the published recipe of this name; the defaults of its kind where there is none."""
     return published(recipe.name).segment if recipe.name in RECIPES else type(recipe.segment)()
 
@@ -352,7 +363,7 @@ def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentat
     return before if before == "auto" else resolve_segmentation(recipe.objective, before)
 
 
-def _finished(directory: Path, known: str) -> Finished:
+def _finished(directory: Path, known: str) -> RunResult:
     """What done.json says, if it is of the recipe with this hash."""
     cure = f"delete {directory / DONE}, and the same command exports the model again"
     facts = read_record(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
@@ -365,10 +376,12 @@ def _finished(directory: Path, known: str) -> Finished:
     needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
     told = read_record(directory / DONE, needs, cure)
     exported = told.get("exported", told["steps"])  # older runs do not say
-    return Finished(directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"])
+    return RunResult(
+        directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"]
+    )
 
 
-def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
+def _batches(recipe: Recipe, cut: DatasetSplits, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
         cut.train, recipe.objective, vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
         accumulate=recipe.batch.accumulate, pack=recipe.batch.room, sort=recipe.batch.sort, rank=ranks.rank,
@@ -378,7 +391,7 @@ def _batches(recipe: Recipe, cut: Cut, tokenizer: Tokenizer, ranks: Ranks) -> Ba
 
 def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
     """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
-    opened = Opened(model, tokenizer, Engine(model, tokenizer), recipe.objective)
+    opened = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
     sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -395,7 +408,7 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
         _add_rows(directory / "samples.jsonl", step, rows)
 
 
-def _held_out_texts(recipe: Recipe, cut: Cut, model: LM, material: Material, step: int) -> None:
+def _held_out_texts(recipe: Recipe, cut: DatasetSplits, model: LM, material: RunData, step: int) -> None:
     """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
     texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.segment.given)
     if texts is not None:

@@ -12,13 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from firth.corpora.read_stats import Counts
+from firth.corpora.read_stats import ReadStats
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import write_text
 from firth.io.integrity import file_facts, verify_files
 from firth.io.json_files import check_all, read_object
 from firth.runs.examples import model_directory, training_texts
-from firth.runs.inputs import Inputs, begun
+from firth.runs.inputs import RunInputs, has_begun
 from firth.runs.prepare import Echo, train_tokenizer
 from firth.runs.recipe import Recipe
 from firth.tokenizer.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def tokenizer_of(
-    recipe: Recipe, directory: Path, echo: Echo, inputs: Inputs | None = None, sentinels: int | None = None
+    recipe: Recipe, directory: Path, echo: Echo, inputs: RunInputs | None = None, sentinels: int | None = None
 ) -> Tokenizer:
     """Return the run's own tokenizer: a copy from a path or from the model it starts from, or trained on its text.
 
@@ -46,7 +46,7 @@ def tokenizer_of(
         UserError: the directory holds checkpoints of a run with another tokenizer.
     """
     sentinels = sentinels_of(recipe) if sentinels is None else sentinels
-    inputs = inputs or Inputs.read(recipe, directory, echo)
+    inputs = inputs or RunInputs.read(recipe, directory, echo)
     own, plan, source = directory / "tokenizer", recipe.tokenizer, recipe.source
     begins = recipe.start or recipe.embeddings
     path = plan.path or (str(model_directory(begins)) if begins else "")
@@ -60,7 +60,7 @@ def tokenizer_of(
     if kept is not None:
         return kept
     exists = (own / "tokenizer.json").exists()
-    if exists and begun(directory):
+    if exists and has_begun(directory):
         raise UserError(
             f"{directory} holds a run of another recipe: its tokenizer was made of another text or with other settings; "
             "choose another directory with --out, or delete that one"
@@ -135,7 +135,7 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
     plan, source, size = recipe.tokenizer, recipe.source, made.vocab.size
     if size == plan.size:
         return True
-    texts = training_texts(recipe.segment, source, source.paths(echo), Counts())
+    texts = training_texts(recipe.segment, source, source.paths(echo), ReadStats())
     try:
         again = train(
             texts, plan.algorithm, size, seed=recipe.seed, sample=plan.sample, sentinels=sentinels,
@@ -164,7 +164,7 @@ def sentinels_of(recipe: Recipe) -> int:
     return max(one.sentinels for one in recipe.objective.addends())
 
 
-def _text_hash(recipe: Recipe, inputs: Inputs, sentinels: int) -> str:
+def _text_hash(recipe: Recipe, inputs: RunInputs, sentinels: int) -> str:
     """A hash of the training text of a tokenizer, and of the settings by which it is read, but for the number of ids."""
     source, plan = recipe.source, recipe.tokenizer
     told = [

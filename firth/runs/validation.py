@@ -17,16 +17,16 @@ import torch
 
 from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.data.tags import marked
+from firth.data.tags import has_spans
 from firth.evaluate import entity_metrics, metrics
-from firth.evaluate.heads import HEADS, Reading, head_of
+from firth.evaluate.heads import HEADS, HeadOutput, head_of
 from firth.model.model import LM
 from firth.runs.examples import spread
 from firth.runs.recipe import Recipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.train.distributed import Ranks
-from firth.train.step import alone
+from firth.train.step import no_reduce
 from firth.train.validate import validate
 from firth.types import Batch, Outputs, UserError
 
@@ -38,7 +38,7 @@ MOST = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Validator:
     """`checks.examples` held-out examples, spread over all; the same each time, and always shown alike."""
 
     recipe: Recipe
@@ -94,7 +94,7 @@ class Held:
         if self.part not in ("classes", "tags") or len(classes) < 2:
             return {}
         _, readings = self._read(model)
-        if self.part == "tags" and marked(classes):
+        if self.part == "tags" and has_spans(classes):
             sentences = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in readings]
             return {"per_class": entity_metrics.by_kind(sentences)}
         right = np.concatenate([np.atleast_1d(r) for r, _ in readings])
@@ -106,16 +106,16 @@ class Held:
         table = np.bincount(right * len(classes) + said, minlength=len(classes) ** 2)
         return {"classes": classes, "confusion": table.reshape(len(classes), -1).tolist(), "per_class": per_class}
 
-    def _read(self, model: LM) -> tuple[dict[str, float], Sequence[Reading]]:
+    def _read(self, model: LM) -> tuple[dict[str, float], Sequence[HeadOutput]]:
         """The means over all, and the head's answers one by one."""
-        readings: list[Reading] = []
+        readings: list[HeadOutput] = []
 
         def watch(outputs: Outputs, batch: Batch) -> None:
             readings.extend(HEADS[self.part].read(model, self.recipe.objective, outputs, batch))
 
         found = validate(
             model, self.recipe.objective, self.batches.once(), bytes_per_target=self.bytes_per_target,
-            reduce=alone if self.part else self.ranks.sum, watch=watch if self.part else None,
+            reduce=no_reduce if self.part else self.ranks.sum, watch=watch if self.part else None,
         )  # fmt: skip
         return found, readings
 

@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.io import gguf
-from firth.io.gguf import File
+from firth.io.gguf import GGUFFile
 from firth.tokenizer import formats
 from firth.tokenizer.formats import CONTROL, NORMAL, UNKNOWN, UNUSED, USER, Piece
 from firth.types import UserError
@@ -49,7 +49,7 @@ def lines(digits: str, letters: str = r"\p{L}", others: str = r"[^\s\p{L}\p{N}]"
 
 
 @dataclass(frozen=True)
-class Cut:
+class PreTokenizer:
     """patterns: each cuts the pieces that those before it left. whole: a piece that is a token is not merged anew.
     begins: whether bos is put before a text where the file does not say.
     """
@@ -59,22 +59,22 @@ class Cut:
     begins: bool = False
 
 
-WORDS = Cut((GPT2,))
-DIGITS = Cut((r"\p{N}", GPT2))
-LLAMA3 = Cut((lines(r"\p{N}{1,3}"),), whole=True, begins=True)
-QWEN2 = Cut((lines(r"\p{N}"),))
-PRE: dict[str, Cut] = {
+WORDS = PreTokenizer((GPT2,))
+DIGITS = PreTokenizer((r"\p{N}", GPT2))
+LLAMA3 = PreTokenizer((lines(r"\p{N}{1,3}"),), whole=True, begins=True)
+QWEN2 = PreTokenizer((lines(r"\p{N}"),))
+PRE: dict[str, PreTokenizer] = {
     "gpt-2": WORDS, "mpt": WORDS, "phi-2": WORDS, "olmo": WORDS, "jais": WORDS, "trillion": WORDS, "roberta-bpe": WORDS,
     "modern-bert": WORDS, "exaone4": WORDS, "jina-v2-code": WORDS,
     "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS, "command-r": DIGITS, "codeshell": DIGITS, "exaone": DIGITS,
     "minerva-7b": DIGITS,
     "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "falcon3": LLAMA3, "lfm2": LLAMA3, "pixtral": LLAMA3,
-    "dbrx": Cut(LLAMA3.patterns), "smaug-bpe": Cut(LLAMA3.patterns), "chatglm-bpe": Cut(LLAMA3.patterns),
-    "glm4": Cut(LLAMA3.patterns, whole=True),
+    "dbrx": PreTokenizer(LLAMA3.patterns), "smaug-bpe": PreTokenizer(LLAMA3.patterns), "chatglm-bpe": PreTokenizer(LLAMA3.patterns),
+    "glm4": PreTokenizer(LLAMA3.patterns, whole=True),
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "stablelm2": QWEN2, "hunyuan": QWEN2, "megrez": QWEN2,
-    "qwen35": Cut((lines(r"\p{N}", r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]"),)),
-    "falcon": Cut((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
-    "deepseek-coder": Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+    "qwen35": PreTokenizer((lines(r"\p{N}", r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]"),)),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
 }  # fmt: skip
 """`tokenizer.ggml.pre` -> how text is cut; the first name of a kind is the one that is written."""
 
@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[Engine, dict[str, str], str | None, bool, list[str
     return engine, named, template, bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)), ends
 
 
-def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+def gpt2(file: GGUFFile, pieces: list[Piece]) -> tuple[Engine, bool]:
     """Byte-level BPE."""
     if "tokenizer.ggml.pre" not in file.metadata:
         raise UserError(f"{file.path} does not say how text is cut into words (tokenizer.ggml.pre): convert it again")
@@ -143,13 +143,13 @@ def gpt2(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
     return engine, cut.begins
 
 
-def llama(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+def llama(file: GGUFFile, pieces: list[Piece]) -> tuple[Engine, bool]:
     """SentencePiece's BPE, which llama.cpp has without normalisation."""
     dummy = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     return formats.pieced(pieces, False, b"", dummy, squeeze=False), True
 
 
-def t5(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+def t5(file: GGUFFile, pieces: list[Piece]) -> tuple[Engine, bool]:
     """SentencePiece's Unigram, with its normalisation."""
     charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
     if any(type == UNUSED for _, _, type in pieces):
@@ -162,7 +162,7 @@ def t5(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
     return formats.pieced(pieces, True, compiled, dummy, squeeze), False
 
 
-def bert(file: File, pieces: list[Piece]) -> tuple[Engine, bool]:
+def bert(file: GGUFFile, pieces: list[Piece]) -> tuple[Engine, bool]:
     """WordPiece: a word's first piece has a blank's sign before it there, what goes on has nothing."""
 
     def spelled(token: str, type: int) -> str:

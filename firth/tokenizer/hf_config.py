@@ -18,7 +18,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.tokenizer import formats
-from firth.tokenizer.post_processor import around
+from firth.tokenizer.post_processor import special_tokens_around
 from firth.types import UserError
 
 Frame = tuple[tuple[str, ...], tuple[str, ...]]
@@ -39,7 +39,7 @@ SHIFTED = ("XLMRoberta", "Camembert", "MBart", "Barthez", "Pegasus", "BigBird", 
 """Classes that number their pieces otherwise than the file does: their tokenizer.json says how, the file alone does not."""
 
 
-def dressed(engine: Engine, file: Path, config: Mapping[str, Any]) -> None:
+def with_hf_config(engine: Engine, file: Path, config: Mapping[str, Any]) -> None:
     """Add to an engine, read from an older file, what the configuration beside it says.
 
     UserError for a class whose ids are not those of the file, and for an added token that would get another id.
@@ -76,7 +76,7 @@ def dressed(engine: Engine, file: Path, config: Mapping[str, Any]) -> None:
             return
         tokens = [part.split(":")[0] for part in pair if not part.startswith("$")]
         if all(engine.token_to_id(token) is not None for token in tokens):
-            around(engine, list(single), list(pair))
+            special_tokens_around(engine, list(single), list(pair))
 
 
 PLAINER = {"Albert": True, "XLNet": False}

@@ -26,7 +26,7 @@ SIGNS = {"Ġ": "␣", "▁": "␣", " ": "␣", "Ċ": "⏎", "\n": "⏎", "ĉ": 
 
 
 @dataclass(frozen=True)
-class Look:
+class TokenizerView:
     """What there is to see of a tokenizer.
 
     kind: the model's name. merges: in the order learnt (BPE, and WordPiece trained by firth). scores: the likeliest
@@ -43,7 +43,7 @@ class Look:
     splits: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def look(tokenizer: Tokenizer, words: Sequence[str], first: int = 20) -> Look:
+def inspect_tokenizer(tokenizer: Tokenizer, words: Sequence[str], first: int = 20) -> TokenizerView:
     """The first merges or pieces of a tokenizer, and how it splits some words."""
     model = json.loads(tokenizer.definition)["model"]
     vocab = tokenizer.vocab
@@ -60,7 +60,7 @@ def look(tokenizer: Tokenizer, words: Sequence[str], first: int = 20) -> Look:
         on = model.get("continuing_subword_prefix") or ""
         ordered = sorted(model["vocab"].items(), key=lambda row: row[1])
         pieces = tuple(t for t, i in ordered if len(t.removeprefix(on)) > 1 and not vocab.special[i])[:first]
-    return Look(
+    return TokenizerView(
         kind=model["type"],
         size=vocab.size,
         control=int(vocab.special.sum()),
@@ -80,7 +80,7 @@ def readable(piece: str) -> str:
     return "".join(SIGNS.get(character, character) for character in piece)
 
 
-def render(seen: Look) -> str:
+def render(seen: TokenizerView) -> str:
     """A look as plain text."""
     lines = [f"{seen.kind} tokenizer: {seen.size} ids, {seen.control} of them control tokens", ""]
     if seen.merges:
@@ -104,7 +104,7 @@ def render(seen: Look) -> str:
 
 def report(directory: Path | str, words: Sequence[str], first: int = 20) -> str:
     """The page that `firth tokenizer show` prints. Raises UserError where there is no tokenizer."""
-    return render(look(Tokenizer.load(directory), words, first))
+    return render(inspect_tokenizer(Tokenizer.load(directory), words, first))
 
 
 def _joined(left: str, right: str) -> str:

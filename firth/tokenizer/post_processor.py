@@ -22,7 +22,7 @@ from firth.types import UserError
 Reads = Literal["both", "left", "source"]
 
 
-def bare(definition: str) -> str:
+def has_no_template(definition: str) -> str:
     """A tokenizer.json that frames nothing, written as the library writes it; one that frames nothing is as it was."""
     if json.loads(definition).get("post_processor") is None:
         return definition
@@ -59,11 +59,11 @@ def framed(definition: str, roles: Mapping[str, str], reads: Reads, bos: bool | 
         return definition
     before, after = roles.get(first, ""), roles.get(last, "")
     pair = [before, "$A", after, "$B:1", after and f"{after}:1"]
-    around(engine, [before, "$A", after], [part for part in pair if part])
+    special_tokens_around(engine, [before, "$A", after], [part for part in pair if part])
     return str(engine.to_str(pretty=True))
 
 
-def around(engine: Engine, single: list[str], pair: list[str]) -> None:
+def special_tokens_around(engine: Engine, single: list[str], pair: list[str]) -> None:
     """Let an engine put tokens around its texts. single, pair: the parts, such as ["[CLS]", "$A", "[SEP]"]."""
     names = {part.split(":")[0] for part in [*single, *pair] if part and not part.startswith("$")}
     there: list[Any] = [] if engine.post_processor is None else [engine.post_processor]

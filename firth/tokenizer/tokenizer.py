@@ -29,7 +29,7 @@ from firth.io.atomic import make_directory, write_text
 from firth.io.gguf import find
 from firth.tokenizer import formats, gguf_read, post_processor
 from firth.tokenizer.chat_template import END, START, TEMPLATE
-from firth.tokenizer.hf_config import dressed, ending, loaded, said, spelling, template_of
+from firth.tokenizer.hf_config import ending, loaded, said, spelling, template_of, with_hf_config
 from firth.tokenizer.merges import Merge
 from firth.tokenizer.normalize import whole
 from firth.tokenizer.vocab import Vocab
@@ -170,7 +170,7 @@ class Tokenizer:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides which ids a text gets: what frames it for others is not part of that."""
-        return hashlib.sha256(post_processor.bare(self.definition).encode()).hexdigest()
+        return hashlib.sha256(post_processor.has_no_template(self.definition).encode()).hexdigest()
 
     def framed(self, reads: post_processor.Reads) -> Tokenizer:
         """The same one, which tells others too what its model reads around a text: see `firth.tokenizer.post_processor`."""
@@ -242,7 +242,7 @@ def _configured(engine: Engine, file: Path, config: dict[str, Any]) -> Tokenizer
     """A tokenizer with what the files beside it say: roles, chat template, merges, what begins a text and what ends one."""
     place = file.parent
     if file.name != "tokenizer.json":
-        dressed(engine, file, config)
+        with_hf_config(engine, file, config)
     named = {role: spelling(config[key]) for role, key in ROLE_KEYS.items() if config.get(key)}
     template = place / "chat_template.jinja"
     text = formats.text_of(template) if template.exists() else template_of(config.get("chat_template"))

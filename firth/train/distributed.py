@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from firth.train.peer_watch import Peers, silence_seconds
+from firth.train.peer_watch import PeerWatch, silence_seconds
 
 BUCKET = 32 << 20
 """Bytes of gradients that are summed in one call: large enough to fill a link, small beside the model."""
@@ -34,7 +34,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    peers: Peers | None = field(default=None, compare=False, repr=False)
+    peers: PeerWatch | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -110,10 +110,10 @@ def join(device: torch.device | None = None) -> Ranks:
 
 
 @cache
-def _peers() -> Peers:
+def _peers() -> PeerWatch:
     """This process's contact with the other ranks, over the store of the process group."""
     store = dist.distributed_c10d._get_default_store()
-    return Peers(store, dist.get_rank(), dist.get_world_size(), silence_seconds())
+    return PeerWatch(store, dist.get_rank(), dist.get_world_size(), silence_seconds())
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -28,17 +28,17 @@ from typing import Any, Protocol
 
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
-from firth.train.tensorboard import Events
+from firth.train.tensorboard import TensorBoardWriter
 
 
-class Log:
+class MetricsLog:
     """metrics.jsonl and an event file in a run directory, from the step after `step` on."""
 
     def __init__(self, directory: Path, step: int):
         path = directory / "metrics.jsonl"
         keep_until(path, step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = Events(directory, step + 1)
+        self._events = TensorBoardWriter(directory, step + 1)
 
     def row(self, split: str, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
         """One line, in the hands of the kernel when this returns."""
@@ -63,7 +63,7 @@ def keep_until(path: Path, step: int) -> None:
     write_text(path, "".join(row_line(row) for row in rows if row["step"] <= step))
 
 
-class Voice(Protocol):
+class ProgressReporter(Protocol):
     """Where progress is told."""
 
     def progress(self, passed: float, text: str) -> None:
@@ -75,7 +75,7 @@ class Voice(Protocol):
     def close(self) -> None: ...
 
 
-class Silence:
+class NullReporter:
     """For ranks above 0, and for callers with a display of their own."""
 
     def progress(self, passed: float, text: str) -> None: ...
@@ -85,7 +85,7 @@ class Silence:
     def close(self) -> None: ...
 
 
-class Lines:
+class LineReporter:
     """Plain lines for a file or a pipe: the first progress, the last, and one every `every` seconds."""
 
     def __init__(self, name: str, every: float = 10.0):
@@ -103,7 +103,7 @@ class Lines:
     def close(self) -> None: ...
 
 
-class Bar:
+class BarReporter:
     """One moving line on a terminal, drawn by rich (imported here: its import takes a twentieth of a second)."""
 
     def __init__(self, name: str):
@@ -125,9 +125,9 @@ class Bar:
         self._bar.stop()
 
 
-def voice(name: str) -> Voice:
+def make_reporter(name: str) -> ProgressReporter:
     """A bar on a terminal, lines elsewhere."""
-    return Bar(name) if sys.stdout.isatty() else Lines(name)
+    return BarReporter(name) if sys.stdout.isatty() else LineReporter(name)
 
 
 def short(n: float) -> str:

@@ -6,7 +6,7 @@ every singular value at once, and a few of them, each the best for the interval 
 
 >>> torch.manual_seed(0) is not None
 True
->>> torch.linalg.svdvals(orthogonalise(torch.randn(1, 32, 96))[0]).sub(1).abs().max().item() < 0.23
+>>> torch.linalg.svdvals(orthogonalize(torch.randn(1, 32, 96))[0]).sub(1).abs().max().item() < 0.23
 True
 
 Where we differ from the original, and what each is worth for the 36 matrices of 6 layers of width 384 (101 GFLOP
@@ -50,7 +50,7 @@ BAND = (0.778, 1.222)
 """Where orthogonalise puts singular values."""
 
 
-def orthogonalise(stack: Tensor) -> Tensor:
+def orthogonalize(stack: Tensor) -> Tensor:
     """Return the polar factor of each matrix: (K, rows, columns) -> the same. Zeros stay zeros.
 
     Singular values end within BAND. Computes in the dtype that it is given.
@@ -106,7 +106,7 @@ def _product_of_rounds(gram: Tensor, rounds: Sequence[tuple[float, float, float]
     return product
 
 
-def look_ahead(grad: Tensor, momentum: Tensor, direction: Tensor, share: float) -> None:
+def nesterov(grad: Tensor, momentum: Tensor, direction: Tensor, share: float) -> None:
     """Move the momentum of a matrix on, and write where it looks: share * momentum + (1 - share) * grad.
 
     Args:
@@ -151,7 +151,7 @@ def _momentum_workload(way: str) -> kernels.Workload:
     @torch.no_grad()
     def work() -> None:
         with kernels.forced({MOMENTUM.name: way}):
-            look_ahead(grad, momentum, direction, 0.95)
+            nesterov(grad, momentum, direction, 0.95)
             apply(weight, direction, 0.999, 1e-6)
 
     return work
@@ -168,7 +168,7 @@ def _workload(dtype: torch.dtype) -> kernels.Workload:
     @torch.no_grad()
     def work() -> None:
         for stack in stacks:
-            orthogonalise(stack.to(dtype)).float()
+            orthogonalize(stack.to(dtype)).float()
 
     return work
 

@@ -29,16 +29,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from firth.model.transformer import Trunk
-from firth.peft.lora import Low
+from firth.model.transformer import TransformerStack
+from firth.peft.lora import LoraLayer
 from firth.train import muon
-from firth.train.sparse_adam import Rows, sums
+from firth.train.sparse_adam import SparseAdam, sums
 from firth.types import UserError
 from firth.validated import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 
 
 @dataclass(frozen=True)
-class Optimizer(Ranged, section="optimizer"):
+class OptimizerConfig(Ranged, section="optimizer"):
     """How weights move.
 
     rate: of hidden matrices under "muon", of everything under "adamw", where the schedule's factor is 1.
@@ -72,7 +72,7 @@ CRITIC = "parts.critic."
 
 
 @dataclass(frozen=True)
-class Place:
+class ParamGroup:
     """Which optimizer moves a parameter, at which rate, and how much it decays."""
 
     name: str
@@ -82,7 +82,7 @@ class Place:
     decay: float
 
 
-def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
+def param_groups(optimizer: OptimizerConfig, model: nn.Module) -> list[ParamGroup]:
     """Sort the trainable parameters, in the model's own order.
 
     Hidden matrix: the 2-D weight of a module inside a stack of layers (an `nn.ModuleList`), and of the projection that
@@ -92,10 +92,12 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = {id(p) for m in model.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
-    layers |= {id(m.project.weight) for m in model.modules() if isinstance(m, Trunk) and m.project is not None}
+    layers |= {
+        id(m.project.weight) for m in model.modules() if isinstance(m, TransformerStack) and m.project is not None
+    }
     embedding_rate = optimizer.rate if optimizer.embedding_rate is None else optimizer.embedding_rate
     rest_rate = optimizer.rate if optimizer.rest_rate is None else optimizer.rest_rate
-    low = {id(p) for m in model.modules() if isinstance(m, Low) for p in m.parameters()}
+    low = {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in m.parameters()}
     placed = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -108,7 +110,7 @@ def place(optimizer: Optimizer, model: nn.Module) -> list[Place]:
         if optimizer.critic_rate is not None and name.startswith(CRITIC):
             rate = optimizer.critic_rate
         decay = optimizer.weight_decay if decays else 0.0
-        placed.append(Place(name, p, hidden and optimizer.name == "muon" and id(p) not in low, rate, decay))
+        placed.append(ParamGroup(name, p, hidden and optimizer.name == "muon" and id(p) not in low, rate, decay))
     return placed
 
 
@@ -120,20 +122,20 @@ class Mover:
     Raises UserError when nothing in the model is trainable.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, sparse: bool = False) -> None:
+    def __init__(self, optimizer: OptimizerConfig, model: nn.Module, sparse: bool = False) -> None:
         self.optimizer = optimizer
-        self.placed = place(optimizer, model)
+        self.placed = param_groups(optimizer, model)
         self.parameters = [p.parameter for p in self.placed]
         if not self.placed:
             raise UserError("there is nothing to train: every weight of the model is frozen")
-        alike: dict[tuple[float, float], list[Place]] = {}
-        shapes: dict[tuple[float, tuple[int, ...]], list[Place]] = {}
-        tables = {id(table.weight): table for table in lone_tables(model)} if sparse else {}
-        self.rows: dict[str, tuple[Rows, float]] = {}
+        alike: dict[tuple[float, float], list[ParamGroup]] = {}
+        shapes: dict[tuple[float, tuple[int, ...]], list[ParamGroup]] = {}
+        tables = {id(table.weight): table for table in untied_embeddings(model)} if sparse else {}
+        self.rows: dict[str, tuple[SparseAdam, float]] = {}
         for p in self.placed:
             if id(p.parameter) in tables:
                 tables[id(p.parameter)].sparse = True
-                self.rows[p.name] = Rows(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps), p.rate
+                self.rows[p.name] = SparseAdam(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps), p.rate
             elif p.muon:
                 shapes.setdefault((p.rate, tuple(p.parameter.shape)), []).append(p)
             else:
@@ -201,7 +203,7 @@ class Mover:
                 m.copy_(state[f"momentum/{p.name}"])
 
 
-def lone_tables(model: nn.Module) -> list[nn.Embedding]:
+def untied_embeddings(model: nn.Module) -> list[nn.Embedding]:
     """The tables on a CPU whose rows are looked up and whose weight nothing else has: of tokens, and parts that are a table."""
     parts = getattr(model, "parts", nn.ModuleDict())
     tables = [child for name, child in model.named_children() if name == "tokens"] + list(parts.children())
@@ -216,7 +218,7 @@ _ADAM = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}
 class _Stack:
     """Muon on all hidden matrices of one shape and rate at once: (K, rows, columns)."""
 
-    def __init__(self, placed: list[Place], momentum: float) -> None:
+    def __init__(self, placed: list[ParamGroup], momentum: float) -> None:
         self.placed, self.looked_through = placed, momentum
         self.weights: list[Tensor] = [p.parameter for p in placed]
         shape, device = self.weights[0].shape, self.weights[0].device
@@ -232,8 +234,8 @@ class _Stack:
         directions = self.momentum.new_empty(self.momentum.shape, dtype=self.products)
         for w, momentum, direction in zip(self.weights, self.momentum, directions, strict=True):
             grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
-            muon.look_ahead(grad, momentum, direction, self.looked_through)
-        updates = muon.orthogonalise(directions)
+            muon.nesterov(grad, momentum, direction, self.looked_through)
+        updates = muon.orthogonalize(directions)
         rate, decay = self.placed[0].rate * factor, self.placed[0].decay
         for w, update in zip(self.weights, updates, strict=True):
             muon.apply(w, update, 1 - rate * decay, rate * self.scale)

@@ -61,7 +61,7 @@ def silence_seconds() -> float:
     return seconds
 
 
-class Peers:
+class PeerWatch:
     """This rank's contact with the others.
 
     Args:

@@ -14,12 +14,12 @@ from types import FrameType
 from firth.types import UserError
 
 
-class Stopped(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and has saved; its text says how to go on. Unwinds like the Ctrl-C that it answers."""
 
 
 @contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
+def run_lock(directory: Path) -> Iterator[None]:
     """Hold a directory against other processes; the kernel lets go of it however this one ends.
 
     Raises UserError with the holder's process id when another run has it.
@@ -40,19 +40,19 @@ def alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
-class Stop:
+class StopRequest:
     """Whether someone has asked the run to stop."""
 
     asked = False
 
 
 @contextmanager
-def ctrl_c(say: Callable[[str], None]) -> Iterator[Stop]:
+def interrupt_handler(say: Callable[[str], None]) -> Iterator[StopRequest]:
     """The first SIGINT or SIGTERM asks for a stop after this step, the second ends the process at once.
 
     Ending at once harms no checkpoint: one that is being written is not yet named as one.
     """
-    stop = Stop()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop
         return

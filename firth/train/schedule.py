@@ -24,7 +24,7 @@ from firth.validated import NonNegativeFloat, NonNegativeInt, Ranged, Share
 
 
 @dataclass(frozen=True)
-class Length(Ranged, section="length"):
+class Budget(Ranged, section="length"):
     """How long to train: `steps` optimizer steps, `seconds` of wall time, or `flops` of counted work; exactly one is set.
 
     A run measured in seconds depends on the speed of its machine, so it cannot be repeated bit for bit. One measured in

@@ -9,7 +9,7 @@ and is another method.)
 
 >>> table = nn.Embedding(5, 2, sparse=True, _weight=torch.zeros(5, 2))
 >>> table(torch.tensor([3, 3])).sum().backward()
->>> rows = Rows(table.weight, (0.9, 0.999), 1e-8)
+>>> rows = SparseAdam(table.weight, (0.9, 0.999), 1e-8)
 >>> rows.move(0.5)
 >>> [round(x, 4) for x in table.weight[:, 0].tolist()], rows.seen.tolist()
 ([0.0, 0.0, 0.0, -0.5, 0.0], [3])
@@ -57,7 +57,7 @@ def _one_pass(*tensors: Tensor) -> bool:
     return native.reads(*tensors) and all(x.dtype == torch.float32 for x in tensors) and KERNEL.choice() == "native"
 
 
-class Rows:
+class SparseAdam:
     """The moments of a table (V, width), in the order in which its rows were first read: `seen` (n,).
 
     Its gradient may be sparse, or a whole one, after which all rows count as read.
@@ -144,7 +144,7 @@ class Rows:
 def _workload(way: str) -> kernels.Workload:
     """A step on 2,000 rows, each read twice, of 8,000 that were read before; width 128."""
     table = nn.Parameter(torch.ones(8000, 128))
-    rows = Rows(table, (0.9, 0.99), 1e-8)
+    rows = SparseAdam(table, (0.9, 0.99), 1e-8)
     rows._meet(torch.arange(8000))
     read = torch.arange(4000)[None] % 2000
     grad = torch.sparse_coo_tensor(read, torch.ones(4000, 128), (8000, 128), check_invariants=False)

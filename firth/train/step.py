@@ -25,12 +25,12 @@ Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks."""
 
 
-def alone(x: Tensor) -> Tensor:
+def no_reduce(x: Tensor) -> Tensor:
     """The sum over one rank."""
     return x
 
 
-def count_targets(objective: Objective, batches: Sequence[Batch], reduce: Reduce = alone) -> dict[str, Tensor]:
+def count_targets(objective: Objective, batches: Sequence[Batch], reduce: Reduce = no_reduce) -> dict[str, Tensor]:
     """Supervised targets per term over all micro-batches and ranks: scalars, float32."""
     terms = objective.targets | objective.measures
     fields = sorted(set(terms.values()))
@@ -43,7 +43,7 @@ def step(
     model: LM,
     objective: Objective,
     batches: Sequence[Batch],
-    reduce: Reduce = alone,
+    reduce: Reduce = no_reduce,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:
     """Leave the step's gradient in the parameters; return each term's mean over the whole step.

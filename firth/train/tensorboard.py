@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-class Events:
+class TensorBoardWriter:
     """An event file in a directory: `Events(directory, first=1).scalars(1, {"loss": 2.5})`."""
 
     def __init__(self, directory: Path, first: int):

@@ -29,18 +29,18 @@ import torch
 
 from firth import kernels
 from firth.model import flops
-from firth.model.fused import drops
+from firth.model.fused import uses_dropout
 from firth.train import checkpoint, precision, training_state
 from firth.train.cpu_setup import flush_denormals, keep_freed_memory
 from firth.train.distributed import Ranks
-from firth.train.logging import Log, Silence, Voice, clock, short, voice
-from firth.train.optimizer import Mover, Optimizer
+from firth.train.logging import MetricsLog, NullReporter, ProgressReporter, clock, make_reporter, short
+from firth.train.optimizer import Mover, OptimizerConfig
 from firth.train.prefetch import Prefetcher
-from firth.train.run_lock import Stopped, alone_in, ctrl_c
-from firth.train.schedule import Length, Schedule
+from firth.train.run_lock import Interrupted, interrupt_handler, run_lock
+from firth.train.schedule import Budget, Schedule
 from firth.train.step import count_targets
 from firth.train.step import step as gradients
-from firth.train.training_state import Progress
+from firth.train.training_state import TrainingState
 from firth.train.validate import named, to
 from firth.types import Batch, UserError
 
@@ -57,7 +57,7 @@ Evaluate = Callable[["LM", int], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainerConfig:
     """When to look, when to save, what to run in.
 
     log_every, evaluate_every, save_every: in steps; 0 means only at the end. keep: checkpoints kept besides the best.
@@ -86,7 +86,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What a run came to. metrics: the last row of each split, held-out ones as `valid/NAME`; of the step whose weights it
     ends with (`taken`), which may be the best one and not the last."""
 
@@ -105,16 +105,16 @@ def train(
     batches: Batches,
     directory: Path,
     *,
-    length: Length,
-    optimizer: Optimizer | None = None,
+    length: Budget,
+    optimizer: OptimizerConfig | None = None,
     schedule: Schedule | None = None,
-    plan: Plan | None = None,
+    plan: TrainerConfig | None = None,
     evaluate: Evaluate | None = None,
     ranks: Ranks | None = None,
     recipe: str = "",
     name: str = "",
-    told: Voice | None = None,
-) -> Trained:
+    told: ProgressReporter | None = None,
+) -> TrainingResult:
     """Train `model` in place, or go on where the directory's last checkpoint is. Leaves the model in eval mode.
 
     recipe: a hash of everything the run depends on; a directory with another's checkpoints is refused.
@@ -124,10 +124,10 @@ def train(
     ranks = ranks or Ranks()
     keep_freed_memory()
     flush_denormals()
-    with ranks.together(), alone_in(directory) if ranks.first else nullcontext():
-        told = (told or voice(name or directory.name)) if ranks.first else Silence()
-        run = _Run(model, objective, batches, directory, length, optimizer or Optimizer(), schedule or Schedule(),
-                   plan or Plan(), evaluate, ranks, recipe, told)  # fmt: skip
+    with ranks.together(), run_lock(directory) if ranks.first else nullcontext():
+        told = (told or make_reporter(name or directory.name)) if ranks.first else NullReporter()
+        run = _Run(model, objective, batches, directory, length, optimizer or OptimizerConfig(), schedule or Schedule(),
+                   plan or TrainerConfig(), evaluate, ranks, recipe, told)  # fmt: skip
         try:
             return run.whole()
         except OSError as error:
@@ -142,8 +142,8 @@ class _Run:
     """One call of `train`: what it was given, and how far it is."""
 
     def __init__(
-        self, model: LM, objective: Objective, batches: Batches, directory: Path, length: Length, optimizer: Optimizer,
-        schedule: Schedule, plan: Plan, evaluate: Evaluate | None, ranks: Ranks, recipe: str, told: Voice,
+        self, model: LM, objective: Objective, batches: Batches, directory: Path, length: Budget, optimizer: OptimizerConfig,
+        schedule: Schedule, plan: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, recipe: str, told: ProgressReporter,
     ):  # fmt: skip
         self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
         self.length, self.schedule, self.plan, self.evaluate = length, schedule, plan, evaluate
@@ -153,14 +153,14 @@ class _Run:
         if ranks.world > 1:  # replicas that took different kernels would drift
             kernels.use(json.loads(ranks.from_first(json.dumps(kernels.table() if ranks.first else {}))))
         self.mover = Mover(optimizer, model, sparse=ranks.world == 1)
-        self.learning = flops.learning(model)
+        self.learning = flops.trained_share(model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
         self.marked = (self.at.seconds, self.at.tokens, self.at.flops)  # at the last row
         self.took = 0.0
         self.score: float | None = None
 
-    def _begin(self) -> Progress:
+    def _begin(self) -> TrainingState:
         """Go on from the last whole checkpoint, or begin."""
         self.ranks.wait()  # rank 0 may have written samples before, which takes longer than a collective waits
         self.ranks.copy_from_first([p.data for p in self.model.parameters()])
@@ -172,7 +172,7 @@ class _Run:
             if self.ranks.rank:  # the same dropout on every rank would be a poorer estimate
                 torch.manual_seed(torch.initial_seed() + self.ranks.rank)
             chosen = precision.choose(self.plan.precision, self.device)
-            return Progress("bf16" if self.ranks.from_first(chosen) == "bf16" else "fp32")
+            return TrainingState("bf16" if self.ranks.from_first(chosen) == "bf16" else "fp32")
         if saved.recipe != self.recipe:
             raise UserError(
                 f"{self.directory} holds a run of another recipe ({saved.recipe or 'unnamed'}, this one is "
@@ -196,13 +196,13 @@ class _Run:
         """Whether the run is long enough, or has been no better for too long."""
         return self._passed >= 1 or 0 < self.plan.patience <= self.at.stale
 
-    def whole(self) -> Trained:
+    def whole(self) -> TrainingResult:
         """Every step that is left."""
         at = self.at
         if not self._over:
-            log = Log(self.directory, at.step) if self.ranks.first else None
+            log = MetricsLog(self.directory, at.step) if self.ranks.first else None
             self.model.train(self.objective.dropout)
-            if self.objective.precomputed and self.objective.dropout and drops(self.model):
+            if self.objective.precomputed and self.objective.dropout and uses_dropout(self.model):
                 fields = ", ".join(sorted(self.objective.precomputed))
                 self.told.say(
                     f"dropout is on here and off where {fields} were computed: the first ratios are not 1 "
@@ -215,7 +215,7 @@ class _Run:
                     log.close()
         self.model.eval()
         taken = self._take_best() if self.plan.best_last else at.step
-        return Trained(at.step, taken, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
+        return TrainingResult(at.step, taken, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
 
     def _take_best(self) -> int:
         """The weights of the best checkpoint, and what was measured of it; every rank reads them. Returns its step."""
@@ -229,10 +229,10 @@ class _Run:
         self.told.say(f"ends with the model of step {step}, the best by held-out {self.plan.best}")
         return step
 
-    def _go_on(self, log: Log | None) -> None:
+    def _go_on(self, log: MetricsLog | None) -> None:
         at, checked = self.at, False
         ahead = not self.batches.source.on_policy
-        with ctrl_c(self.told.say) as stop, Prefetcher(self.batches.batches, enabled=ahead) as prefetcher:
+        with interrupt_handler(self.told.say) as stop, Prefetcher(self.batches.batches, enabled=ahead) as prefetcher:
             while not self._over:
                 start = time.perf_counter()
                 drawn = self._prepared()
@@ -314,7 +314,7 @@ class _Run:
             )
         return asked
 
-    def _after(self, log: Log | None, stopping: bool) -> None:
+    def _after(self, log: MetricsLog | None, stopping: bool) -> None:
         """Rows, measurements, checkpoints."""
         at, plan = self.at, self.plan
         last = self._passed >= 1
@@ -335,7 +335,7 @@ class _Run:
         if last or stopping or _due(at.step, plan.save_every) or (better and plan.best_last):
             self._save()
         if stopping and not last:
-            raise Stopped(
+            raise Interrupted(
                 f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on"
             )
 
@@ -387,7 +387,7 @@ class _Run:
         self.at.stale = 0 if better else self.at.stale + 1
         return better
 
-    def _tell_drawn(self, log: Log | None, drawn: Mapping[str, float]) -> None:
+    def _tell_drawn(self, log: MetricsLog | None, drawn: Mapping[str, float]) -> None:
         """A row of what the model wrote, under the step that first learns from it: a resumed run writes it once.
 
         A source names first what matters most, and that much is said aloud.
@@ -398,7 +398,7 @@ class _Run:
         known = [f"{name} {value:.4g}" for name, value in drawn.items() if math.isfinite(value)]
         self.told.say(f"step {at.step}  drawn: " + "  ".join(known[:5]))
 
-    def _tell(self, log: Log | None, now: bool) -> None:
+    def _tell(self, log: MetricsLog | None, now: bool) -> None:
         at = self.at
         if not now and not _due(at.step, self.plan.log_every):
             return

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """How far a run is. flops: counted work behind. skipped: steps without a finite gradient, `in_a_row` just now. best: the
     best held-out score so far, less being better; stale: how many measurements ago it was."""
 
@@ -74,7 +74,7 @@ def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
 
 def save(
-    run: Path, progress: Progress, model: nn.Module, mover: Mover, source: Source, ranks: Ranks, *,
+    run: Path, progress: TrainingState, model: nn.Module, mover: Mover, source: Source, ranks: Ranks, *,
     recipe: str, keep: int, score: float | None,
 ) -> None:  # fmt: skip
     """Write a checkpoint on rank 0; every rank calls it, for the random states are each rank's own."""
@@ -92,7 +92,7 @@ def save(
     ranks.wait()
 
 
-def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, ranks: Ranks) -> Progress:
+def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, ranks: Ranks) -> TrainingState:
     """Put everything back where it was. Raises UserError when the checkpoint belongs to another model."""
     take(saved, model)
     mover.restore(saved.files.get("optimizer", {}))
@@ -103,7 +103,7 @@ def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, r
     if len(random["cpu"]) == ranks.world:
         mine = {name: list(base64.b64decode(rows[ranks.rank])) for name, rows in random.items()}
         _restore_random({name: torch.tensor(row, dtype=torch.uint8) for name, row in mine.items()}, device)
-    return Progress(**state)
+    return TrainingState(**state)
 
 
 def take(saved: Checkpoint, model: nn.Module) -> None:

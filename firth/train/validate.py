@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from firth.train.step import Reduce, alone, count_targets
+from firth.train.step import Reduce, count_targets, no_reduce
 from firth.types import Batch, Outputs
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def validate(
     batches: Iterable[Batch],
     *,
     bytes_per_target: float = 0.0,
-    reduce: Reduce = alone,
+    reduce: Reduce = no_reduce,
     watch: Callable[[Outputs, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Score `batches` without learning: `Batches.once()` for every held-out example, always seen in the same way.

@@ -7,16 +7,16 @@ from typing import Any
 
 from firth.corpora.readers import first_record
 from firth.data.conversations import comparison, messages_of
-from firth.evaluate.task import Subject, Task
+from firth.evaluate.task import EvaluatedModel, Task
 from firth.evaluate.tasks.classification import CLASSIFICATION
-from firth.evaluate.tasks.comparisons import COMPARISONS
-from firth.evaluate.tasks.generation import ANSWERS, writes_answers
+from firth.evaluate.tasks.comparisons import PREFERENCES
+from firth.evaluate.tasks.generation import GENERATION, writes_answers
 from firth.evaluate.tasks.multiple_choice import MULTIPLE_CHOICE
-from firth.evaluate.tasks.option_scoring import CHOICES
-from firth.evaluate.tasks.question_answering import SPANS
+from firth.evaluate.tasks.option_scoring import OPTION_SCORING
+from firth.evaluate.tasks.question_answering import QUESTION_ANSWERING
 from firth.evaluate.tasks.regression import REGRESSION
-from firth.evaluate.tasks.text_generation import SUMMARIES, TRANSLATION
-from firth.evaluate.tasks.token_classification import TAGGING
+from firth.evaluate.tasks.text_generation import SUMMARIZATION, TRANSLATION
+from firth.evaluate.tasks.token_classification import TOKEN_CLASSIFICATION
 from firth.types import UserError
 
 TASKS: dict[str, Task] = {
@@ -25,19 +25,19 @@ TASKS: dict[str, Task] = {
         CLASSIFICATION,
         REGRESSION,
         MULTIPLE_CHOICE,
-        TAGGING,
-        SPANS,
-        COMPARISONS,
-        CHOICES,
-        ANSWERS,
+        TOKEN_CLASSIFICATION,
+        QUESTION_ANSWERING,
+        PREFERENCES,
+        OPTION_SCORING,
+        GENERATION,
         TRANSLATION,
-        SUMMARIES,
+        SUMMARIZATION,
     )
 }
 
 DEFAULTS = {
-    "classes": CLASSIFICATION.name, "score": REGRESSION.name, "choice": MULTIPLE_CHOICE.name, "tags": TAGGING.name,
-    "span": SPANS.name, "reward": COMPARISONS.name, "lm": "likelihood",
+    "classes": CLASSIFICATION.name, "score": REGRESSION.name, "choice": MULTIPLE_CHOICE.name, "tags": TOKEN_CLASSIFICATION.name,
+    "span": QUESTION_ANSWERING.name, "reward": PREFERENCES.name, "lm": "likelihood",
 }  # fmt: skip
 """Part of a model -> the task that it is there for, in the order in which they are looked for."""
 
@@ -45,14 +45,14 @@ WRITTEN = "text_to_text"
 """The objective of a run that writes answers."""
 
 
-def default(subject: Subject) -> str:
+def default(subject: EvaluatedModel) -> str:
     """The task that a model was trained for, by its run's objective and by its parts; empty where there is none."""
     if "lm" in subject.model.parts and subject.objective.get("kind") == WRITTEN:
-        return ANSWERS.name
+        return GENERATION.name
     return next((name for part, name in DEFAULTS.items() if part in subject.model.parts), "")
 
 
-def default_for(subject: Subject, paths: Sequence[str]) -> str:
+def default_for(subject: EvaluatedModel, paths: Sequence[str]) -> str:
     """Return the default task of a model for files: "answers" in place of "likelihood" where they hold dialogues.
 
     Args:
@@ -74,7 +74,7 @@ def default_for(subject: Subject, paths: Sequence[str]) -> str:
         return name
     if not subject.talks:
         raise UserError(f"{fields}: choose --task answers to score what the model writes to each prompt")
-    return ANSWERS.name
+    return GENERATION.name
 
 
 def _is_shaped(reader: Callable[[Mapping[str, Any]], object], record: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Classification: labelled records through the head that a finetuned run has for its classes.
 
-Records are read and shown exactly as in training (`firth.data.labeled.Labelled`, the objective's own view), so this is
+Records are read and shown exactly as in training (`firth.data.labeled.LabeledTexts`, the objective's own view), so this is
 the accuracy that training logged, with what one number hides beside it: F1, Matthews' correlation, intervals.
 """
 
@@ -11,31 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.annotations import Judged
-from firth.data.labeled import Labelled, TextFields
+from firth.data.annotations import ClassifiedAnnotations
+from firth.data.labeled import LabeledTexts, TextFields
 from firth.data.source import Source
 from firth.evaluate import metrics
-from firth.evaluate.heads import Reading, readings, softmax
-from firth.evaluate.prediction_inputs import Wanted
-from firth.evaluate.task import Answers, Metric, Progress, Subject, Task, likeliest
-from firth.model.head_descriptions import answered, described
-from firth.objectives.classification import Classification, Place, place
+from firth.evaluate.heads import HeadOutput, readings, softmax
+from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.task import Answers, EvaluatedModel, Metric, Progress, Task, most_likely
+from firth.model.head_descriptions import describe_head, num_outputs
+from firth.objectives.classification import Classification, Readout, readout_of
 from firth.pretrained import load_save
 from firth.pretrained.families.heads import UNNAMED
 from firth.types import Example, UserError
 
 
-def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Labelled:
+def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> LabeledTexts:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "classes", "classes", "classify")
     told, classes = subject.segment, class_names(subject, "classes")
     if told.get("kind") == "votes":  # what most of them say is right
         fields = TextFields(told.get("text", "text"), told.get("votes", "labels"))
-        return Judged(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked)
-    return Labelled(paths, subject.tokenizer, subject.context, TextFields.of(told), classes=classes, asked=asked)
+        return ClassifiedAnnotations(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked)
+    return LabeledTexts(paths, subject.tokenizer, subject.context, TextFields.of(told), classes=classes, asked=asked)
 
 
-def needs(subject: Subject, part: str, what: str, recipe: str) -> None:
+def needs(subject: EvaluatedModel, part: str, what: str, recipe: str) -> None:
     """Raise a UserError if a model has no such head."""
     if part not in subject.model.parts:
         raise UserError(
@@ -43,14 +43,14 @@ def needs(subject: Subject, part: str, what: str, recipe: str) -> None:
         )
 
 
-def class_names(subject: Subject, part: str) -> tuple[str, ...]:
+def class_names(subject: EvaluatedModel, part: str) -> tuple[str, ...]:
     """The classes in the order of the head's rows: as the model's own files say, else the run's recipe; numbered as
     transformers does (LABEL_0) where a stranger's files name none.
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
     said = load_save.class_names(subject.place) or subject.objective.get("classes")
-    rows = answered(described(subject.model.parts[part]))
+    rows = num_outputs(describe_head(subject.model.parts[part]))
     strange = not subject.recipe and not (subject.place / "firth.json").is_file()
     if strange and (not said or len(said) != rows):
         return tuple(f"{UNNAMED}{i}" for i in range(rows))
@@ -62,7 +62,7 @@ def class_names(subject: Subject, part: str) -> tuple[str, ...]:
     return tuple(str(name) for name in said)
 
 
-def where(subject: Subject) -> Place:
+def where(subject: EvaluatedModel) -> Readout:
     """Where an answer is read: as the run's recipe says, else as suits the shape.
 
     Raises UserError for classifiers of others that read it where none of ours does: XLNet's behind a text that it reads both
@@ -70,13 +70,13 @@ def where(subject: Subject) -> Place:
     """
     said: Any = subject.objective.get("at", "auto")
     shape = subject.model.shape
-    ours = bool(subject.objective) or "recipe" in load_save.facts_of(subject.place)
+    ours = bool(subject.objective) or "recipe" in load_save.metadata_of(subject.place)
     if not ours and (shape.encoder or shape.position == "xlnet"):
         raise UserError(
             f"{subject.directory}: this classifier of others reads its answer behind the text, where firth reads none: "
             f"finetune it here (firth train classify start={subject.directory})"
         )
-    return place(shape) if said == "auto" else said
+    return readout_of(shape) if said == "auto" else said
 
 
 def examples(items: Source, progress: Progress) -> Iterator[Example]:
@@ -86,20 +86,20 @@ def examples(items: Source, progress: Progress) -> Iterator[Example]:
         progress((i + 1) / len(items))
 
 
-def read(subject: Subject, items: Labelled, progress: Progress) -> Iterator[Reading]:
+def read(subject: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[HeadOutput]:
     """What the head says of each text."""
     objective = Classification(classes=items.classes, at=where(subject))
     return readings(subject.model, objective, "classes", examples(items, progress), subject.vocab)
 
 
-def answer(subject: Subject, items: Labelled, progress: Progress) -> Answers:
+def answer(subject: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Answers:
     """The class that the head gives the highest score, "" for a tie."""
     found = list(read(subject, items, progress))
     names = items.classes
-    return [names[int(right)] for right, _ in found], [likeliest(names, scores.tolist()) for _, scores in found]
+    return [names[int(right)] for right, _ in found], [most_likely(names, scores.tolist()) for _, scores in found]
 
 
-def more(items: Labelled) -> Mapping[str, Metric]:
+def more(items: LabeledTexts) -> Mapping[str, Metric]:
     """F1 of the second of two classes, as GLUE has it."""
     if len(items.classes) != 2:
         return {}
@@ -107,7 +107,7 @@ def more(items: Labelled) -> Mapping[str, Metric]:
     return {"f1": lambda right, said: metrics.f1(np.asarray(right) == name, np.asarray(said) == name)}
 
 
-def texts(subject: Subject) -> Wanted:
+def texts(subject: EvaluatedModel) -> InputSchema:
     """One text of each record, which may be a line, or two."""
     told = TextFields.of(subject.segment)
 
@@ -119,10 +119,10 @@ def texts(subject: Subject) -> Wanted:
         return {told.text: text}
 
     fields = [told.text, told.pair] if told.pair else [told.text]
-    return Wanted(told.text, line, lambda record: [record.get(name) for name in fields], told.columns)
+    return InputSchema(told.text, line, lambda record: [record.get(name) for name in fields], told.columns)
 
 
-def tell(subject: Subject, items: Labelled, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"label", "probability", "probabilities": class -> share}."""
     for _, scores in read(subject, items, progress):
         shares = [round(float(share), 6) for share in softmax(scores)]

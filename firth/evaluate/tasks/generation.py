@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.completion_prompts import Unanswered
-from firth.data.records import Prompted
+from firth.data.completion_prompts import CompletionPrompts
+from firth.data.records import Seq2SeqRecords
 from firth.data.templates import field_names
-from firth.data.text_prompts import Continued
+from firth.data.text_prompts import TextPrompts
 from firth.evaluate import metrics
-from firth.evaluate.prediction_inputs import Wanted
-from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.text_perplexity import leading, reads_of
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
@@ -37,7 +37,7 @@ LONGEST_TURN = 256
 """Tokens: how long the answer of a decoder is waited for where no right answer is known."""
 
 
-def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Prompted:
+def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> Seq2SeqRecords:
     """The questions of the files, as the model reads them; UserError for a model that does not write."""
     shape = subject.model.shape
     if not writes_answers(subject):
@@ -46,27 +46,29 @@ def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Prompt
             "text_to_text)"
         )
     if shape.encoder:
-        kind = Prompted if asked else Unanswered
+        kind = Seq2SeqRecords if asked else CompletionPrompts
         return kind(paths, subject.tokenizer, subject.context, forms=forms(subject))
     bos, _ = (None, False) if shape.prefix_lm else leading(subject.place, subject.tokenizer)
-    return Continued(
+    return TextPrompts(
         paths, subject.tokenizer, subject.model.context, forms=forms(subject), dialogue=subject.talks,
         begin=() if bos is None else (bos,), answered=asked,
     )  # fmt: skip
 
 
-def writes_answers(subject: Subject) -> bool:
+def writes_answers(subject: EvaluatedModel) -> bool:
     """Whether a model writes from left to right, behind a prompt."""
     shape = subject.model.shape
     return subject.model.speaks and not shape.latent and reads_of(shape) != "masked"
 
 
-def forms(subject: Subject) -> tuple[str, str]:
+def forms(subject: EvaluatedModel) -> tuple[str, str]:
     """How a prompt and an answer are made of a record's fields, as the run's recipe says."""
     return subject.segment.get("prompt", ""), subject.segment.get("answer_is", "")
 
 
-def completions(subject: Subject, items: Prompted, longest: int, progress: Progress) -> Iterator[Completion]:
+def completions(
+    subject: EvaluatedModel, items: Seq2SeqRecords, longest: int, progress: Progress
+) -> Iterator[Completion]:
     """What the model writes to each prompt, greedily and of at most `longest` tokens; nothing where there is no room."""
     engine = Engine(subject.model, subject.tokenizer)
     running = not subject.model.shape.encoder and not subject.talks
@@ -82,7 +84,7 @@ NOTHING = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "contex
 """The answer to a prompt that leaves no room for one."""
 
 
-def answer(subject: Subject, items: Prompted, progress: Progress, longest: int = LONGEST) -> Answers:
+def answer(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress, longest: int = LONGEST) -> Answers:
     """What is right and what the model writes, as text."""
     targets = [items[i]["target"] for i in range(len(items))]
     longest = max(longest, *(len(target) + 1 for target in targets))
@@ -90,7 +92,7 @@ def answer(subject: Subject, items: Prompted, progress: Progress, longest: int =
     return right, [written.text.strip() for written in completions(subject, items, longest, progress)]
 
 
-def wanted(subject: Subject) -> Wanted:
+def wanted(subject: EvaluatedModel) -> InputSchema:
     """A prompt, or the fields of which the form of one is made."""
     form, _ = forms(subject)
     fields = field_names(form) if form else ["prompt"]
@@ -102,10 +104,12 @@ def wanted(subject: Subject) -> Wanted:
             )
         return {fields[0]: text}
 
-    return Wanted(fields[0] if fields else "", line, lambda record: [record.get(name) for name in fields] or [None])
+    return InputSchema(
+        fields[0] if fields else "", line, lambda record: [record.get(name) for name in fields] or [None]
+    )
 
 
-def tell(subject: Subject, items: Prompted, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"answer", "probability": of its tokens together, "finish": "stop", or "length" or "context" where it was not at its end}."""
     longest = LONGEST if subject.model.shape.encoder else LONGEST_TURN
     for found in completions(subject, items, int(subject.segment.get("answer", longest)), progress):
@@ -118,6 +122,6 @@ def f1(right: Sequence[str], written: Sequence[str]) -> float:
     return metrics.mean([metrics.squad([text], one)[1] for text, one in zip(right, written, strict=True)])
 
 
-ANSWERS = Task(
+GENERATION = Task(
     "answers", source, answer, {"exact_match": metrics.exact_match, "f1": f1}, commonest=True, tell=tell, wanted=wanted
 )

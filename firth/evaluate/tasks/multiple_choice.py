@@ -7,48 +7,50 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labeled import Chosen, OptionFields
+from firth.data.labeled import MultipleChoiceRecords, OptionFields
 from firth.evaluate import metrics
-from firth.evaluate.heads import Reading, readings, softmax
-from firth.evaluate.prediction_inputs import Wanted
-from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
+from firth.evaluate.heads import HeadOutput, readings, softmax
+from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
 from firth.evaluate.tasks.classification import examples, needs, where
 from firth.objectives.multiple_choice import MultipleChoice
 from firth.types import UserError
 
 
-def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Chosen:
+def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> MultipleChoiceRecords:
     """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "choice", "choices", "choose")
-    return Chosen(paths, subject.tokenizer, subject.context, OptionFields.of(subject.segment), asked=asked)
+    return MultipleChoiceRecords(
+        paths, subject.tokenizer, subject.context, OptionFields.of(subject.segment), asked=asked
+    )
 
 
-def read(subject: Subject, items: Chosen, progress: Progress) -> Iterator[Reading]:
+def read(subject: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[HeadOutput]:
     """What the head says of each question's options."""
     objective = MultipleChoice(options=items.most, at="last" if where(subject) == "last" else "first")
     return readings(subject.model, objective, "choice", examples(items, progress), subject.vocab)
 
 
-def answer(subject: Subject, items: Chosen, progress: Progress) -> Answers:
+def answer(subject: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Answers:
     """The place of the right option and of the one with the highest score, as text; "" for a tie."""
     places = [str(place) for place in range(items.most)]
     found = list(read(subject, items, progress))
-    return [str(int(right)) for right, _ in found], [likeliest(places, scores.tolist()) for _, scores in found]
+    return [str(int(right)) for right, _ in found], [most_likely(places, scores.tolist()) for _, scores in found]
 
 
-def wanted(subject: Subject) -> Wanted:
+def wanted(subject: EvaluatedModel) -> InputSchema:
     """A text and its options: more than a line holds."""
     told = OptionFields.of(subject.segment)
 
     def line(text: str) -> dict[str, Any]:
         raise UserError("this task reads a text and its options, so lines of text are not enough: give JSON lines")
 
-    return Wanted(
+    return InputSchema(
         told.text, line, lambda record: [record.get(name) for name in (told.text, *told.options)], told.columns
     )
 
 
-def tell(subject: Subject, items: Chosen, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"choice": the place from 0, "probability", "probabilities": one for each option}."""
     for i, (_, scores) in enumerate(read(subject, items, progress)):
         shares = [round(float(share), 6) for share in softmax(scores)][: len(items[i]["options"])]

@@ -15,7 +15,7 @@ import numpy as np
 
 from firth.corpora.readers import records, text_field
 from firth.evaluate import metrics
-from firth.evaluate.task import Answers, Progress, Subject, Task, likeliest
+from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
 from firth.evaluate.text_perplexity import leading, reads_of
 from firth.generate.engine import Engine
 from firth.types import UserError
@@ -30,7 +30,7 @@ class Question:
     right: str
 
 
-def source(subject: Subject, paths: Sequence[str]) -> list[Question]:
+def source(subject: EvaluatedModel, paths: Sequence[str]) -> list[Question]:
     """The questions of the files; UserError with the file and line of a record that is none."""
     if reads_of(subject.model.shape) == "masked" or not subject.model.speaks:
         raise UserError(f"{subject.directory}: this model writes no text, so no option follows a prompt: use a decoder")
@@ -50,7 +50,7 @@ def question(record: Mapping[str, Any], place: str) -> Question:
     return Question(text, tuple(told), told[at])
 
 
-def cut(subject: Subject, text: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+def cut(subject: EvaluatedModel, text: str, option: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of the prompt and of the option as it follows the prompt, with one blank between them."""
     text, blank = text.rstrip(), text[len(text.rstrip()) :]
     whole = subject.tokenizer.encode(text + (blank or " ") + option.lstrip())
@@ -58,7 +58,7 @@ def cut(subject: Subject, text: str, option: str) -> tuple[np.ndarray, np.ndarra
     return whole[:before], whole[before:]
 
 
-def answer(subject: Subject, items: Sequence[Question], progress: Progress) -> Answers:
+def answer(subject: EvaluatedModel, items: Sequence[Question], progress: Progress) -> Answers:
     """The likeliest option of each question, "" for a tie."""
     engine = Engine(subject.model, subject.tokenizer)
     encoder = subject.model.shape.encoder > 0
@@ -69,9 +69,9 @@ def answer(subject: Subject, items: Sequence[Question], progress: Progress) -> A
     for done, item in enumerate(items, 1):
         pairs = [cut(subject, item.prompt, option) for option in item.options]
         prompts = [np.concatenate((head, before, tail)).astype(np.int32) for before, _ in pairs]
-        said.append(likeliest(item.options, engine.score(prompts, [after for _, after in pairs])))
+        said.append(most_likely(item.options, engine.score(prompts, [after for _, after in pairs])))
         progress(done / len(items))
     return [item.right for item in items], said
 
 
-CHOICES = Task("choices", source, answer, {"accuracy": metrics.accuracy}, remarks=lambda items: ())
+OPTION_SCORING = Task("choices", source, answer, {"accuracy": metrics.accuracy}, remarks=lambda items: ())

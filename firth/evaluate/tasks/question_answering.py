@@ -5,49 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from firth.data.question_answering import Questions
+from firth.data.question_answering import QuestionRecords
 from firth.evaluate import metrics
 from firth.evaluate.answer_spans import by_question
 from firth.evaluate.heads import readings
-from firth.evaluate.prediction_inputs import Wanted
-from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.tasks.classification import examples, needs, where
-from firth.objectives.extractive_qa import Spans
+from firth.objectives.extractive_qa import QuestionAnswering
 from firth.types import UserError
 
 
-def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Questions:
+def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> QuestionRecords:
     """The questions of the files, read in the windows of the run's recipe if it has one."""
     needs(subject, "span", "spans", "answer")
     told = subject.segment
-    return Questions(
+    return QuestionRecords(
         paths, subject.tokenizer, subject.context, stride=told.get("stride", 128), question=told.get("question", 64),
         context=told.get("context", "context"), asked=asked, keep=True,
     )  # fmt: skip
 
 
-def read(subject: Subject, items: Questions, progress: Progress) -> Iterator[dict[str, Any]]:
+def read(subject: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """The answer to each question: its text (empty: there is none), its place and how probable it is."""
     at: Literal["first", "last"] = "last" if where(subject) == "last" else "first"
     may_lack = subject.objective.get("unanswerable")
     may_lack = items.unanswerable > 0 if may_lack is None else may_lack
-    found = readings(subject.model, Spans(at=at), "span", examples(items, progress), subject.vocab)
+    found = readings(subject.model, QuestionAnswering(at=at), "span", examples(items, progress), subject.vocab)
     return by_question(items, (scores for _, scores in found), may_lack, at)
 
 
-def answer(subject: Subject, items: Questions, progress: Progress) -> Answers:
+def answer(subject: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Answers:
     """Exact match and F1 of each question."""
     return compared(items, read(subject, items, progress))
 
 
-def compared(items: Questions, told: Iterator[dict[str, Any]]) -> Answers:
+def compared(items: QuestionRecords, told: Iterator[dict[str, Any]]) -> Answers:
     """`answer`, of what was told of each question."""
     right = (items.asked_of(number).right for number in range(items.questions))
     pairs = [metrics.squad(texts, one["answer"]) for texts, one in zip(right, told, strict=True)]
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 
 
-def wanted(subject: Subject) -> Wanted:
+def wanted(subject: EvaluatedModel) -> InputSchema:
     """A question and its passage: more than a line holds."""
     context = subject.segment.get("context", "context")
 
@@ -59,16 +59,16 @@ def wanted(subject: Subject) -> Wanted:
     def says(record: dict[str, Any]) -> Sequence[Any]:
         return [record.get(context), record.get("question")]
 
-    return Wanted("question", line, says, passages=True)
+    return InputSchema("question", line, says, passages=True)
 
 
-def tell(subject: Subject, items: Questions, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"answer": empty where there is none, "start": its character, "probability": of its two ends in their window}."""
     for told in read(subject, items, progress):
         yield told | {"probability": round(told["probability"], 6)}
 
 
-SPANS = Task(
+QUESTION_ANSWERING = Task(
     "spans", source, answer,
     {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, tell=tell,
     wanted=wanted,

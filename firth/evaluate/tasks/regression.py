@@ -8,33 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from firth.data.labeled import Scored, TextFields
+from firth.data.labeled import ScoredTexts, TextFields
 from firth.evaluate import metrics
-from firth.evaluate.heads import Reading, readings
-from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.heads import HeadOutput, readings
+from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.tasks.classification import examples, needs, texts, where
 from firth.objectives.regression import Regression
 
 
-def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Scored:
+def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> ScoredTexts:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "score", "numbers", "regress")
-    return Scored(paths, subject.tokenizer, subject.context, TextFields.of(subject.segment), asked=asked)
+    return ScoredTexts(paths, subject.tokenizer, subject.context, TextFields.of(subject.segment), asked=asked)
 
 
-def read(subject: Subject, items: Scored, progress: Progress) -> Iterator[Reading]:
+def read(subject: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[HeadOutput]:
     """What the head says of each text."""
     objective = Regression(at=where(subject), mean=0.0, spread=1.0)
     return readings(subject.model, objective, "score", examples(items, progress), subject.vocab)
 
 
-def answer(subject: Subject, items: Scored, progress: Progress) -> Answers:
+def answer(subject: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Answers:
     """The number that the records have and the one that the head tells."""
     found = list(read(subject, items, progress))
     return items.scores.tolist(), [float(scores[0]) for _, scores in found]
 
 
-def tell(subject: Subject, items: Scored, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"score"}."""
     for _, scores in read(subject, items, progress):
         yield {"score": round(float(scores[0]), 6)}

@@ -5,29 +5,29 @@ Records are read and asked as `answers` does, with the forms of the run's recipe
 
 from __future__ import annotations
 
-from firth.data.records import Prompted
+from firth.data.records import Seq2SeqRecords
 from firth.evaluate import metrics, overlap_metrics
-from firth.evaluate.task import Answers, Progress, Subject, Task
+from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.tasks.generation import answer, source, tell, wanted
 
 LONGEST = 200
 """Tokens: the longest text that is waited for."""
 
 
-def translated(subject: Subject, items: Prompted, progress: Progress) -> Answers:
+def translated(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
     """Counts of n-grams, text by text."""
     overlap_metrics.library("sacrebleu", "sacrebleu")  # before an hour of writing
     return tuple(overlap_metrics.bleu_counts(*answer(subject, items, progress, LONGEST)))
 
 
-def summarised(subject: Subject, items: Prompted, progress: Progress) -> Answers:
+def summarised(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
     """ROUGE, text by text."""
     overlap_metrics.library("rouge_score.rouge_scorer", "rouge-score")
     return tuple(overlap_metrics.rouge_scores(*answer(subject, items, progress, LONGEST)))
 
 
 TRANSLATION = Task("translation", source, translated, {"bleu": overlap_metrics.bleu}, tell=tell, wanted=wanted)
-SUMMARIES = Task(
+SUMMARIZATION = Task(
     "summaries", source, summarised,
     {name: lambda *columns, at=at: metrics.mean(columns[at]) for at, name in enumerate(overlap_metrics.ROUGE)},
     tell=tell, wanted=wanted,

@@ -10,36 +10,38 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labeled import TagFields, Tagged
-from firth.data.tags import begun, marked
+from firth.data.labeled import TagFields, TaggedSentences
+from firth.data.tags import has_spans, to_bio2
 from firth.evaluate import entity_metrics
 from firth.evaluate.heads import readings, softmax
-from firth.evaluate.prediction_inputs import Wanted
-from firth.evaluate.task import Answers, Metric, Progress, Subject, Task
+from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.task import Answers, EvaluatedModel, Metric, Progress, Task
 from firth.evaluate.tasks.classification import class_names, examples, needs
-from firth.objectives.token_classification import Tagging
+from firth.objectives.token_classification import TokenClassification
 
 NONE = "O"
 """What is said of a word that the model did not see."""
 
 
-def source(subject: Subject, paths: Sequence[str], asked: bool = True) -> Tagged:
+def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> TaggedSentences:
     """The sentences of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(subject, "tags", "tags", "tag")
     fields, classes = TagFields.of(subject.segment), class_names(subject, "tags")
-    return Tagged(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked, keep=True)
+    return TaggedSentences(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked, keep=True)
 
 
-def read(subject: Subject, items: Tagged, progress: Progress) -> Iterator[tuple[list[str], list[str], list[float]]]:
+def read(
+    subject: EvaluatedModel, items: TaggedSentences, progress: Progress
+) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """(right, said, how sure) of every sentence of the files, word by word."""
     shape = subject.model.shape
-    objective = Tagging(classes=items.classes, left="both" not in shape.honours)
+    objective = TokenClassification(classes=items.classes, left="both" not in shape.honours)
     found = readings(subject.model, objective, "tags", examples(items, progress), subject.vocab)
     yield from by_word(items, (scores for _, scores in found))
     next(found, None)  # the model is left in the mode it was in
 
 
-def by_word(items: Tagged, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
+def by_word(items: TaggedSentences, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """`read`, of anybody's scores: of each example one (words asked, tags)."""
     assert items.written is not None
     owners, at = items.owners.tolist(), 0
@@ -50,20 +52,20 @@ def by_word(items: Tagged, found: Iterator[np.ndarray]) -> Iterator[tuple[list[s
             for word, best, share in zip(items.words(at), shares.argmax(-1), shares.max(-1), strict=True):
                 said[word], sure[word] = items.classes[best], round(float(share), 6)
             at += 1
-        yield begun(tags) if marked(tags) else tags, said, sure
+        yield to_bio2(tags) if has_spans(tags) else tags, said, sure
 
 
-def answer(subject: Subject, items: Tagged, progress: Progress) -> Answers:
+def answer(subject: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Answers:
     """Of each sentence: words, words right, names there, names said, names right."""
     return counted(items, read(subject, items, progress))
 
 
-def counted(items: Tagged, told: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
+def counted(items: TaggedSentences, told: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
     """`answer`, of what was told of each sentence."""
     found = [(right, said) for right, said, _ in told]
     words = [len(right) for right, _ in found]
     well = [sum(a == b for a, b in zip(right, said, strict=True)) for right, said in found]
-    if not marked(items.classes):
+    if not has_spans(items.classes):
         return words, well
     return words, well, *np.array([entity_metrics.counts(right, said) for right, said in found]).T
 
@@ -72,16 +74,16 @@ def _share(words: Any, well: Any, *_: Any) -> float:
     return float(np.sum(well) / np.sum(words))
 
 
-def more(items: Tagged) -> Mapping[str, Metric]:
+def more(items: TaggedSentences) -> Mapping[str, Metric]:
     """Precision, recall and F1 of names, where the tags mark names."""
 
     def of(name: str) -> Metric:
         return lambda words, well, *counted: entity_metrics.scores(*(np.asarray(column) for column in counted))[name]
 
-    return {name: of(name) for name in ("precision", "recall", "f1")} if marked(items.classes) else {}
+    return {name: of(name) for name in ("precision", "recall", "f1")} if has_spans(items.classes) else {}
 
 
-def wanted(subject: Subject) -> Wanted:
+def wanted(subject: EvaluatedModel) -> InputSchema:
     """Words: of a list, of CoNLL's columns, or of a line, parted by blanks."""
     told = TagFields.of(subject.segment)
 
@@ -89,16 +91,16 @@ def wanted(subject: Subject) -> Wanted:
         words = record.get(told.words)
         return words if isinstance(words, list) else [None]
 
-    return Wanted(
+    return InputSchema(
         told.words, lambda text: {told.words: text.split()}, says, told.columns, tags=class_names(subject, "tags")
     )
 
 
-def tell(subject: Subject, items: Tagged, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(subject: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"tokens", "tags", "probabilities": of each tag}."""
     assert items.written is not None
     for (words, _), (_, said, sure) in zip(items.written, read(subject, items, progress), strict=True):
         yield {"tokens": words, "tags": said, "probabilities": sure}
 
 
-TAGGING = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, wanted=wanted, more=more)
+TOKEN_CLASSIFICATION = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, wanted=wanted, more=more)

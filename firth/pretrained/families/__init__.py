@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import (
     albert,
     bart,
@@ -35,11 +35,11 @@ FAMILIES: dict[str, Family] = {
 """`model_type` of a config.json -> the family."""
 
 
-def families_of(shape: Shape) -> list[Family]:
+def families_of(shape: ModelConfig) -> list[Family]:
     """The families that express a shape exactly: a body of BERT's is also one of ELECTRA's."""
     return [family for family in FAMILIES.values() if family.expresses(shape)]
 
 
-def family_of(shape: Shape) -> Family | None:
+def family_of(shape: ModelConfig) -> Family | None:
     """The first of them, or None."""
     return next(iter(families_of(shape)), None)

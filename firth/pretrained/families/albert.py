@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both
 from firth.types import UserError
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in bert.ACTIVATIONS.items()}
     return {
         "vocab_size": shape.vocab, "embedding_size": shape.embed, "hidden_size": shape.width,
@@ -26,12 +26,12 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     if config.get("inner_group_num", 1) != 1:
         raise UserError("config.json asks for inner_group_num above 1, which firth's models do not have")
     if not config["embedding_size"] or not config.get("num_hidden_groups", 1):
         raise UserError("an ALBERT has narrow tables and shared blocks")
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], embed=config["embedding_size"], width=config["hidden_size"],
         depth=config["num_hidden_layers"], groups=config.get("num_hidden_groups", 1),
         heads=config["num_attention_heads"], hidden=config["intermediate_size"], causal=False,
@@ -43,7 +43,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.tables("albert.")
     out += both({"trunk.project": "embedding_hidden_mapping_in"}, "", "albert.encoder.", bias=True)
     block = {
@@ -56,7 +56,7 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
         out += both(block, f"trunk.blocks.{i}.", theirs, bias=True)
     if head:
         out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "predictions.", bias=True)
-        out.append(Entry("predictions.bias", ("parts.lm.bias",)))
+        out.append(WeightMapping("predictions.bias", ("parts.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
         out += both({"": "decoder"}, "parts.lm", "predictions.", bias=True) * (not shape.tied)
     return out
@@ -70,7 +70,7 @@ FAMILY = Family(
     spare=r"position_ids$", tied=r"^predictions\.decoder\.",
     unused=r"^albert\.pooler\.|^predictions\.|^sop_classifier\.|^classifier\.|^qa_outputs\.",
     headed=(
-        Headed("AlbertForPreTraining", "order", bert.pooler, ORDER, answers=2, lm=True),
+        HeadSpec("AlbertForPreTraining", "order", bert.pooler, ORDER, answers=2, lm=True),
         *bert.tasks("Albert", POOLED, POOLED),
     ),
 )  # fmt: skip

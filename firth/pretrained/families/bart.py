@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both
 from firth.types import UserError
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
@@ -21,7 +21,7 @@ UNREAD = 2
 """Rows in front of a table of positions."""
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     sides = {"encoder": shape.encoder, "decoder": shape.depth}
     return {
@@ -36,14 +36,14 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     for name in ("attention_heads", "ffn_dim"):
         if config[f"encoder_{name}"] != config[f"decoder_{name}"]:
             raise UserError(f"config.json has another {name} in its decoder; firth's two sides have the same")
     if config.get("scale_embedding") or not config.get("tie_word_embeddings", True):
         raise UserError("config.json asks for scaled or untied embeddings, which firth's BART does not have")
     act = activation(config.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["d_model"], encoder=config["encoder_layers"],
         depth=config["decoder_layers"], heads=config["encoder_attention_heads"], hidden=config["encoder_ffn_dim"],
         context=config["max_position_embeddings"], norm_at="post", embed_norm=True, activation=act,  # type: ignore[arg-type]
@@ -51,13 +51,13 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "shared"}, "", "model.", bias=False)
     for ours, theirs, places, depth in (
         ("encoder.", "model.encoder.", "source_places", shape.encoder),
         ("trunk.", "model.decoder.", "places", shape.depth),
     ):
-        out.append(Entry(f"{theirs}embed_positions.weight", (f"{places}.weight",), unread=UNREAD))
+        out.append(WeightMapping(f"{theirs}embed_positions.weight", (f"{places}.weight",), unread=UNREAD))
         out += both({"embed_norm": "layernorm_embedding"}, ours, theirs, bias=True)
         block = {f"attention.{x}": f"self_attn.{y}" for x, y in MAPS.items()} | {
             "attention_norm": "self_attn_layer_norm", "mlp.up": "fc1", "mlp.down": "fc2", "mlp_norm": "final_layer_norm",
@@ -67,7 +67,9 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
             block["cross_norm"] = "encoder_attn_layer_norm"
         for i in range(depth):
             out += both(block, f"{ours}blocks.{i}.", f"{theirs}layers.{i}.", bias=True)
-    return out + [Entry("final_logits_bias", ("parts.lm.bias",), folded=((shape.vocab,), (1, shape.vocab)))] * head
+    return (
+        out + [WeightMapping("final_logits_bias", ("parts.lm.bias",), folded=((shape.vocab,), (1, shape.vocab)))] * head
+    )
 
 
 MAPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -77,8 +79,8 @@ FAMILY = Family(
     spare=r"embed_tokens\.weight$|\.version$", tied=r"^lm_head\.weight$",
     unused=r"^classification_head\.|^qa_outputs\.|^final_logits_bias$",
     headed=(
-        Headed("BartForSequenceClassification", "classes", bert.pooler,
+        HeadSpec("BartForSequenceClassification", "classes", bert.pooler,
                {"0": "classification_head.dense", "2": "classification_head.out_proj"}),
-        Headed("BartForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("BartForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
     ),
 )  # fmt: skip

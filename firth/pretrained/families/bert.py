@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.heads import linear, pooled
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both, refused
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, check_supported
 from firth.types import UserError
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
@@ -31,11 +31,11 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    refused(config, {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"})
+def shape(config: dict[str, Any]) -> ModelConfig:
+    check_supported(config, {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"})
     if not config["type_vocab_size"]:
         raise UserError("config.json has type_vocab_size=0, and the code of its family adds the vector of a segment")
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
         heads=config["num_attention_heads"], hidden=config["intermediate_size"],
         causal=False,
@@ -47,15 +47,15 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def tables(prefix: str, unread: int = 0) -> list[Entry]:
+def tables(prefix: str, unread: int = 0) -> list[WeightMapping]:
     """The three tables and the norm behind them, as BERT's descendants name them too. unread: rows before position 0."""
     embeddings = {"tokens": "word_embeddings", "segments": "token_type_embeddings"}
     out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
-    out.append(Entry(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), unread=unread))
+    out.append(WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), unread=unread))
     return out + both({"trunk.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
 
 
-def layers(shape: Shape, prefix: str) -> list[Entry]:
+def layers(shape: ModelConfig, prefix: str) -> list[WeightMapping]:
     """The blocks."""
     block = {
         "attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
@@ -66,37 +66,37 @@ def layers(shape: Shape, prefix: str) -> list[Entry]:
     return [e for i in range(shape.depth) for e in both(block, f"trunk.blocks.{i}.", f"{layer}{i}.", bias=True)]
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = tables("bert.") + layers(shape, "bert.")
     if head:
         transform = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
         out += both(transform, "parts.lm.", "cls.predictions.", bias=True)
-        out.append(Entry("cls.predictions.bias", ("parts.lm.bias",)))
+        out.append(WeightMapping("cls.predictions.bias", ("parts.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
         out += both({"": "decoder"}, "parts.lm", "cls.predictions.", bias=True) * (not shape.tied)
     return out
 
 
-def pooler(shape: Shape, answers: int) -> nn.Module:
+def pooler(shape: ModelConfig, answers: int) -> nn.Module:
     return pooled(shape.width, answers)
 
 
-def plain(shape: Shape, answers: int) -> nn.Module:
+def plain(shape: ModelConfig, answers: int) -> nn.Module:
     return linear(shape.width, answers)
 
 
 def tasks(
-    name: str, text: dict[str, str], option: dict[str, str], make: Callable[[Shape, int], nn.Module] = pooler
-) -> tuple[Headed, ...]:
+    name: str, text: dict[str, str], option: dict[str, str], make: Callable[[ModelConfig, int], nn.Module] = pooler
+) -> tuple[HeadSpec, ...]:
     """The classes for tasks that a family of encoders has. text, option: modules of the head that reads a text, or an option
     of several -> theirs. With a single label theirs is a regression."""
     reader = f"{name}ForSequenceClassification"
     return (
-        Headed(reader, "score", make, text, answers=1),
-        Headed(reader, "classes", make, text),
-        Headed(f"{name}ForMultipleChoice", "choice", make, option, answers=1),
-        Headed(f"{name}ForTokenClassification", "tags", plain, {"": "classifier"}),
-        Headed(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec(reader, "score", make, text, answers=1),
+        HeadSpec(reader, "classes", make, text),
+        HeadSpec(f"{name}ForMultipleChoice", "choice", make, option, answers=1),
+        HeadSpec(f"{name}ForTokenClassification", "tags", plain, {"": "classifier"}),
+        HeadSpec(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, answers=2),
     )
 
 
@@ -109,8 +109,8 @@ FAMILY = Family(
     unused=r"^bert\.pooler\.|^cls\.|^classifier\.|^qa_outputs\.",
     renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     headed=(
-        Headed("BertForPreTraining", "next", pooler, NEXT, answers=2, lm=True),
-        Headed("BertForNextSentencePrediction", "next", pooler, NEXT, answers=2),
+        HeadSpec("BertForPreTraining", "next", pooler, NEXT, answers=2, lm=True),
+        HeadSpec("BertForNextSentencePrediction", "next", pooler, NEXT, answers=2),
         *tasks("Bert", POOLED, POOLED),
     ),
 )  # fmt: skip

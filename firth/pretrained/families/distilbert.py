@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.heads import pooled
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, activation, both
+from firth.pretrained.families.family import Family, WeightMapping, activation, both
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": shape.vocab, "dim": shape.width, "n_layers": shape.depth, "n_heads": shape.heads,
         "hidden_dim": shape.hidden, "activation": shape.activation, "dropout": shape.dropout,
@@ -23,8 +23,8 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    return Shape(
+def shape(config: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["dim"], depth=config["n_layers"], heads=config["n_heads"],
         hidden=config["hidden_dim"], context=config.get("max_position_embeddings", 512), causal=False, norm_at="post",
         norm_eps=1e-12, embed_norm=True, head="transform", head_bias=True, dropout=config.get("dropout", 0.1),
@@ -33,7 +33,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     tables = {"tokens": "word_embeddings", "places": "position_embeddings"}
     out = both(tables, "", "distilbert.embeddings.", bias=False)
     out += both({"trunk.embed_norm": "LayerNorm"}, "", "distilbert.embeddings.", bias=True)
@@ -45,12 +45,12 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
         out += both(block, f"trunk.blocks.{i}.", f"distilbert.transformer.layer.{i}.", bias=True)
     if head:
         out += both({"dense": "vocab_transform", "norm": "vocab_layer_norm"}, "parts.lm.", "", bias=True)
-        out.append(Entry("vocab_projector.bias", ("parts.lm.bias",)))
-        out += [Entry("vocab_projector.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out.append(WeightMapping("vocab_projector.bias", ("parts.lm.bias",)))
+        out += [WeightMapping("vocab_projector.weight", ("parts.lm.weight",))] * (not shape.tied)
     return out
 
 
-def through_relu(shape: Shape, answers: int) -> nn.Module:
+def through_relu(shape: ModelConfig, answers: int) -> nn.Module:
     return pooled(shape.width, answers, nn.ReLU)
 
 

@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.heads import pooled
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both
 
 ACTIVATIONS = {"gelu": "gelu"}
 """transformers applies GELU in the generator's head whatever the config says, so no other is the same model."""
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     return {**bert.config(shape), "embedding_size": shape.table_width}
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act")
     narrow = config["embedding_size"]
     found = bert.shape({"type_vocab_size": 2, "max_position_embeddings": 512} | config)
@@ -33,18 +33,18 @@ def shape(config: dict[str, Any]) -> Shape:
     return replace(found, embed=narrow)
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.tables("electra.") + bert.layers(shape, "electra.")
     if shape.embed:
         out += both({"trunk.project": "embeddings_project"}, "", "electra.", bias=True)
     if head:
         out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "generator_predictions.", bias=True)
-        out.append(Entry("generator_lm_head.bias", ("parts.lm.bias",)))
-        out += [Entry("generator_lm_head.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out.append(WeightMapping("generator_lm_head.bias", ("parts.lm.bias",)))
+        out += [WeightMapping("generator_lm_head.weight", ("parts.lm.weight",))] * (not shape.tied)
     return out
 
 
-def through_gelu(shape: Shape, answers: int) -> nn.Module:
+def through_gelu(shape: ModelConfig, answers: int) -> nn.Module:
     return pooled(shape.width, answers, nn.GELU)
 
 
@@ -56,7 +56,7 @@ FAMILY = Family(
     spare=r"position_ids$", tied=r"^generator_lm_head\.weight$",
     unused=r"^generator_|^discriminator_|^sequence_summary\.|^classifier\.|^qa_outputs\.",
     headed=(
-        Headed("ElectraForPreTraining", "replaced", through_gelu, REPLACED, answers=1),
+        HeadSpec("ElectraForPreTraining", "replaced", through_gelu, REPLACED, answers=1),
         *bert.tasks("Electra", {"0": "classifier.dense", "2": "classifier.out_proj"}, SUMMARY, through_gelu),
     ),
 )  # fmt: skip

@@ -14,15 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import Shape
-from firth.model.empty_weights import hollow
+from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
 from firth.types import UserError
 
 Scaling = Literal["none", "linear", "llama3"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class WeightMapping:
     """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked.
 
     unread: rows in front of theirs that their model never reads (BART's and MPNet's positions): written as zeros, left out
@@ -38,7 +38,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Headed:
+class HeadSpec:
     """One of transformers' classes with a head besides, or in place of, the vocabulary's: BertForPreTraining.
 
     name: of the class. part: the name that our objectives give the head. make: (Shape, answers) -> the head.
@@ -49,21 +49,21 @@ class Headed:
 
     name: str
     part: str
-    make: Callable[[Shape, int], nn.Module]
+    make: Callable[[ModelConfig, int], nn.Module]
     maps: dict[str, str]
     answers: int = 0
     lm: bool = False
     prefix: str | None = None
     says: tuple[tuple[str, Any], ...] = ()
 
-    def entries(self, shape: Shape, answers: int) -> list[Entry]:
+    def entries(self, shape: ModelConfig, answers: int) -> list[WeightMapping]:
         """The head's tensors; the last has a row for each answer."""
-        with hollow():
+        with init_empty_weights():
             names = list(self.make(shape, answers).state_dict())
         out = []
         for name in names:
             module, _, kind = name.rpartition(".")
-            out.append(Entry(f"{self.maps[module]}.{kind}", (f"parts.{self.part}.{name}",)))
+            out.append(WeightMapping(f"{self.maps[module]}.{kind}", (f"parts.{self.part}.{name}",)))
         return out
 
 
@@ -82,18 +82,18 @@ class Family:
 
     name: str
     classes: tuple[str, str]
-    config: Callable[[Shape], dict[str, Any]]
-    shape: Callable[[dict[str, Any]], Shape]
-    entries: Callable[[Shape, bool], list[Entry]]
+    config: Callable[[ModelConfig], dict[str, Any]]
+    shape: Callable[[dict[str, Any]], ModelConfig]
+    entries: Callable[[ModelConfig, bool], list[WeightMapping]]
     prefix: str
     spare: str = r"$^"
     tied: str = r"$^"
     unused: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
-    headed: tuple[Headed, ...] = ()
+    headed: tuple[HeadSpec, ...] = ()
     pad: int | None = None
 
-    def expresses(self, shape: Shape) -> bool:
+    def expresses(self, shape: ModelConfig) -> bool:
         """Whether this family's config says all that the shape says (how weights are initialised aside)."""
         try:
             back = self.shape(self.config(shape))
@@ -102,7 +102,7 @@ class Family:
         return replace(back, init=shape.init, zero_init=shape.zero_init) == shape
 
 
-def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
+def to_hf(state: dict[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
     """Our tensors under the family's names."""
     out = {}
     for entry in entries:
@@ -115,13 +115,13 @@ def to_theirs(state: dict[str, Tensor], entries: Iterable[Entry]) -> dict[str, T
     return out
 
 
-def bare(family: Family, names: Iterable[str]) -> bool:
+def without_prefix(family: Family, names: Iterable[str]) -> bool:
     """Whether a file was saved from the trunk alone, without what its classes put in front of its names."""
     prefixes = (family.prefix, *(headed.prefix for headed in family.headed if headed.prefix is not None))
     return not any(name.startswith(prefixes) for name in names)
 
 
-def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict[str, str]:
+def resolve_names(family: Family, names: Iterable[str], known: Container[str]) -> dict[str, str]:
     """A file's names as the family's entries spell them -> as they stand in the file. known: all that entries speak of.
 
     Mends old spellings, puts the family's prefix where a class has another, and in front of all where a file has none:
@@ -129,7 +129,7 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
     """
     found = list(names)
     others = [headed.prefix for headed in family.headed if headed.prefix is not None]
-    alone = bare(family, found)
+    alone = without_prefix(family, found)
     out: dict[str, str] = {}
     for name in found:
         new = name
@@ -145,7 +145,7 @@ def spelled(family: Family, names: Iterable[str], known: Container[str]) -> dict
     return out
 
 
-def to_ours(state: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
+def from_hf(state: Mapping[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
     """Tensors by their names, as the entries spell them, under our names. Those that are not there are left out.
 
     They must be of the sizes that the entries expect, and are views of the file's own memory.
@@ -169,7 +169,7 @@ def activation(given: str, names: dict[str, str], where: str) -> str:
     return names[given]
 
 
-def refused(config: dict[str, Any], plain: dict[str, Any]) -> None:
+def check_supported(config: dict[str, Any], plain: dict[str, Any]) -> None:
     """Raise a UserError for a field of a config that asks for what ours does not compute; null says nothing."""
     for field, value in plain.items():
         if config.get(field, value) != value and config[field] is not None:
@@ -177,7 +177,7 @@ def refused(config: dict[str, Any], plain: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Rope:
+class RopeConfig:
     """The rotary fields of a `Shape`, as a config says them."""
 
     theta: float
@@ -188,19 +188,19 @@ class Rope:
     original: int = 8192
 
 
-def rope(config: dict[str, Any], default: float, layers: str = "") -> Rope:
+def rope(config: dict[str, Any], default: float, layers: str = "") -> RopeConfig:
     """The rotary fields, as version 5 writes them (`rope_parameters`, perhaps by kind of layer) or version 4 did."""
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     said = said.get(layers) or said
     kind = said.get("rope_type", said.get("type", "default"))
     theta = float(said.get("rope_theta", config.get("rope_theta", default)))
     if kind == "default":
-        return Rope(theta)
+        return RopeConfig(theta)
     if kind == "linear":
-        return Rope(theta, "linear", float(said["factor"]))
+        return RopeConfig(theta, "linear", float(said["factor"]))
     if kind == "llama3":
         low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
-        return Rope(theta, "llama3", float(said["factor"]), low, high, said["original_max_position_embeddings"])
+        return RopeConfig(theta, "llama3", float(said["factor"]), low, high, said["original_max_position_embeddings"])
     raise UserError(
         f"config.json asks for rotary positions of type {kind!r}; firth has the types default, linear and llama3"
     )
@@ -216,7 +216,7 @@ def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
     return found.theta
 
 
-def ropes(shape: Shape) -> dict[str, Any]:
+def ropes(shape: ModelConfig) -> dict[str, Any]:
     """The rotary fields for versions 5 and 4."""
     said: dict[str, Any] = {"rope_type": "default" if shape.rotary_scaling == "none" else shape.rotary_scaling}
     if shape.rotary_scaling != "none":
@@ -228,7 +228,7 @@ def ropes(shape: Shape) -> dict[str, Any]:
     return {"rope_parameters": said | {"rope_theta": shape.rotary_theta}, "rope_theta": shape.rotary_theta} | old
 
 
-def both(pairs: dict[str, str], ours: str, theirs: str, bias: bool, weight: bool = True) -> list[Entry]:
+def both(pairs: dict[str, str], ours: str, theirs: str, bias: bool, weight: bool = True) -> list[WeightMapping]:
     """Entries for modules that correspond one to one: their weight, and their bias where there is one."""
     kinds = ["weight"] * weight + ["bias"] * bias
-    return [Entry(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",)) for a, b in pairs.items() for kind in kinds]
+    return [WeightMapping(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",)) for a, b in pairs.items() for kind in kinds]

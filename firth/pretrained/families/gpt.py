@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import gpt2
-from firth.pretrained.families.family import Entry, Family, activation, both
+from firth.pretrained.families.family import Family, WeightMapping, activation, both
 
 ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 """What they call gelu is its tanh form."""
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     return {
         "vocab_size": shape.vocab, "n_embd": shape.width, "n_layer": shape.depth, "n_head": shape.heads,
@@ -22,8 +22,8 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    return Shape(
+def shape(config: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["n_embd"], depth=config["n_layer"], heads=config["n_head"],
         context=config["n_positions"], norm_at="post", norm_eps=config.get("layer_norm_epsilon", 1e-5),
         activation=activation(config.get("afn", "gelu"), ACTIVATIONS, "afn"),  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     tables = {"tokens": "tokens_embed", "places": "positions_embed"}
     return both(tables, "", "transformer.", bias=False) + gpt2.blocks(shape)
 

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.heads import linear
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both, refused
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, check_supported
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": shape.vocab, "n_embd": shape.width, "n_layer": shape.depth, "n_head": shape.heads,
@@ -25,11 +25,11 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     plain = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "scale_attn_weights": True}
-    refused(config, plain)
+    check_supported(config, plain)
     act = activation(config.get("activation_function", "gelu_new"), ACTIVATIONS, "activation_function")
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["n_embd"], depth=config["n_layer"], heads=config["n_head"],
         hidden=config.get("n_inner") or 0, context=config["n_positions"], activation=act,  # type: ignore[arg-type]
         norm_eps=config.get("layer_norm_epsilon", 1e-5), dropout=config.get("resid_pdrop", 0.1),
@@ -37,37 +37,37 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "wte", "places": "wpe"}, "", "transformer.", bias=False)
     out += both({"trunk.norm": "ln_f"}, "", "transformer.", bias=True)
-    return out + blocks(shape) + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
+    return out + blocks(shape) + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
 
 
-def blocks(shape: Shape) -> list[Entry]:
+def blocks(shape: ModelConfig) -> list[WeightMapping]:
     """The blocks, as GPT names them too."""
-    out: list[Entry] = []
+    out: list[WeightMapping] = []
     for i in range(shape.depth):
         ours, theirs = f"trunk.blocks.{i}.", f"transformer.h.{i}."
         out += both({"attention_norm": "ln_1", "mlp_norm": "ln_2"}, ours, theirs, bias=True)
         for kind in ("weight", "bias"):
             turned = kind == "weight"  # Conv1D stores (in, out)
             stacked = tuple(f"{ours}attention.{x}.{kind}" for x in "qkv")
-            out.append(Entry(f"{theirs}attn.c_attn.{kind}", stacked, (shape.width,) * 3, turned))
+            out.append(WeightMapping(f"{theirs}attn.c_attn.{kind}", stacked, (shape.width,) * 3, turned))
             for a, b in (("attention.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
-                out.append(Entry(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",), transposed=turned))
+                out.append(WeightMapping(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",), transposed=turned))
     return out
 
 
-def score(shape: Shape, answers: int) -> nn.Module:
+def score(shape: ModelConfig, answers: int) -> nn.Module:
     return linear(shape.width, answers, bias=False)
 
 
-def scored(name: str) -> tuple[Headed, ...]:
+def scored(name: str) -> tuple[HeadSpec, ...]:
     """The class of a decoder that judges a text at its last token: by one number a reward, by several the classes."""
     judge = f"{name}ForSequenceClassification"
     return (
-        Headed(judge, "reward", score, {"": "score"}, answers=1),
-        Headed(judge, "classes", score, {"": "score"}),
+        HeadSpec(judge, "reward", score, {"": "score"}, answers=1),
+        HeadSpec(judge, "classes", score, {"": "score"}),
     )
 
 
@@ -77,7 +77,7 @@ FAMILY = Family(
     unused=r"^lm_head\.|^score\.|^classifier\.|^qa_outputs\.|^multiple_choice_head\.",
     headed=(
         *scored("GPT2"),
-        Headed("GPT2ForTokenClassification", "tags", bert.plain, {"": "classifier"}),
-        Headed("GPT2ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("GPT2ForTokenClassification", "tags", bert.plain, {"": "classifier"}),
+        HeadSpec("GPT2ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
     ),
 )  # fmt: skip

@@ -10,9 +10,9 @@ is of the class that its config names, or of one with more parts whose tensors a
 themselves BertForMaskedLM and hold the other head too). A file that names no class is judged by its tensors.
 
 >>> from firth.pretrained.families.bert import FAMILY
->>> from firth.model.presets import SHAPES
+>>> from firth.model.presets import PRESETS
 >>> linear = {"kind": "linear", "in": 768, "out": 9, "bias": True}
->>> of_model([FAMILY], SHAPES["bert-base"], {"tags": linear}).name
+>>> of_model([FAMILY], PRESETS["bert-base"], {"tags": linear}).name
 'BertForTokenClassification'
 """
 
@@ -24,15 +24,15 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
-from firth.model.empty_weights import hollow
-from firth.model.head_descriptions import Description, answered, described
-from firth.model.heads import Vocabulary
-from firth.pretrained.families.family import Entry, Family, Headed
+from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
+from firth.model.head_descriptions import Description, describe_head, num_outputs
+from firth.model.heads import LMHead
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping
 from firth.types import UserError
 
 
-def head_of(families: Iterable[Family], part: str, shape: Shape, answers: int) -> nn.Module | None:
+def head_of(families: Iterable[Family], part: str, shape: ModelConfig, answers: int) -> nn.Module | None:
     """The head by which transformers' class for a task reads a trunk of this shape; None where no family has such a class."""
     found = (headed for family in families for headed in family.headed if headed.part == part)
     headed = next(found, None)
@@ -40,22 +40,22 @@ def head_of(families: Iterable[Family], part: str, shape: Shape, answers: int) -
 
 
 @dataclass(frozen=True)
-class Form:
+class ExportForm:
     """A class of a family: with the vocabulary head or without, with another head that gives so many answers or without."""
 
     family: Family
     lm: bool
-    headed: Headed | None = None
+    headed: HeadSpec | None = None
     answers: int = 0
 
     @property
     def name(self) -> str:
         return self.headed.name if self.headed else self.family.classes[0 if self.lm else 1]
 
-    def parts(self, shape: Shape) -> dict[str, nn.Module]:
+    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
         """Its heads by our names, as modules that hold nothing."""
-        with hollow():
-            parts: dict[str, nn.Module] = {"lm": Vocabulary(shape)} if self.lm else {}
+        with init_empty_weights():
+            parts: dict[str, nn.Module] = {"lm": LMHead(shape)} if self.lm else {}
             return parts | ({self.headed.part: self.headed.make(shape, self.answers)} if self.headed else {})
 
     @property
@@ -63,17 +63,17 @@ class Form:
         """Its heads, by our names."""
         return ({"lm"} if self.lm else set()) | ({self.headed.part} if self.headed else set())
 
-    def own(self, shape: Shape) -> list[Entry]:
+    def own(self, shape: ModelConfig) -> list[WeightMapping]:
         """The tensors of its heads; a tied matrix is none."""
         trunk = {entry.theirs for entry in self.family.entries(shape, False)}
         lm = [e for e in self.family.entries(shape, self.lm) if e.theirs not in trunk and not copied(e, shape)]
         return lm + (self.headed.entries(shape, self.answers) if self.headed else [])
 
-    def entries(self, shape: Shape) -> list[Entry]:
+    def entries(self, shape: ModelConfig) -> list[WeightMapping]:
         """All of its tensors, with the family's prefix."""
         return self.family.entries(shape, self.lm) + (self.headed.entries(shape, self.answers) if self.headed else [])
 
-    def written(self, shape: Shape) -> list[Entry]:
+    def written(self, shape: ModelConfig) -> list[WeightMapping]:
         """All of its tensors as this class spells them."""
         if self.headed is None or self.headed.prefix is None:
             return self.entries(shape)
@@ -107,34 +107,34 @@ def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     return () if all(name == f"{UNNAMED}{i}" for i, name in enumerate(names)) else names
 
 
-def of_model(families: Iterable[Family], shape: Shape, parts: Mapping[str, Description]) -> Form | None:
+def of_model(families: Iterable[Family], shape: ModelConfig, parts: Mapping[str, Description]) -> ExportForm | None:
     """The class that says the most of a model's parts; the first of those that say as much. None where no family is."""
-    best: Form | None = None
+    best: ExportForm | None = None
     lm = "lm" in parts
     for family in families:
-        for form in (Form(family, lm), *_headed(family, shape, parts)):
+        for form in (ExportForm(family, lm), *_headed(family, shape, parts)):
             if best is None or (form.headed is not None) > (best.headed is not None):
                 best = form
     return best
 
 
-def _headed(family: Family, shape: Shape, parts: Mapping[str, Description]) -> list[Form]:
+def _headed(family: Family, shape: ModelConfig, parts: Mapping[str, Description]) -> list[ExportForm]:
     out = []
     for headed in family.headed:
-        answers = answered(parts.get(headed.part, {}))
-        form = Form(family, headed.lm, headed, answers)
+        answers = num_outputs(parts.get(headed.part, {}))
+        form = ExportForm(family, headed.lm, headed, answers)
         fits = headed.lm == ("lm" in parts) and answers and headed.answers in (0, answers)
-        if fits and described(form.parts(shape)[headed.part]) == parts[headed.part]:
+        if fits and describe_head(form.parts(shape)[headed.part]) == parts[headed.part]:
             out.append(form)
     return out
 
 
-def copied(entry: Entry, shape: Shape) -> bool:
+def copied(entry: WeightMapping, shape: ModelConfig) -> bool:
     """Whether a tensor is the tied matrix by its second name, which a file may hold or not (T5 v1.1's head)."""
     return shape.tied and entry.ours == (HEAD,)
 
 
-def untied(family: Family, shape: Shape, names: Iterable[str]) -> str | None:
+def untied(family: Family, shape: ModelConfig, names: Iterable[str]) -> str | None:
     """The tensor by which a file says that its head is not tied after all: it differs from the table. None without one."""
     entries = family.entries(replace(shape, tied=False), True) if shape.tied else []
     return next((entry.theirs for entry in entries if entry.ours == (HEAD,) and entry.theirs in names), None)
@@ -143,26 +143,31 @@ def untied(family: Family, shape: Shape, names: Iterable[str]) -> str | None:
 HEAD = "parts.lm.weight"
 
 
-def known(family: Family, shape: Shape) -> set[str]:
+def known(family: Family, shape: ModelConfig) -> set[str]:
     """Every name that a class of this family has."""
-    forms = [Form(family, True), *(Form(family, h.lm, h, h.answers or 1) for h in family.headed)]
+    forms = [ExportForm(family, True), *(ExportForm(family, h.lm, h, h.answers or 1) for h in family.headed)]
     return {entry.theirs for form in forms for entry in form.entries(shape)}
 
 
 def of_file(
-    family: Family, shape: Shape, sizes: Mapping[str, Sequence[int]], config: Mapping[str, Any], alone: bool, where: str
-) -> Form:
+    family: Family,
+    shape: ModelConfig,
+    sizes: Mapping[str, Sequence[int]],
+    config: Mapping[str, Any],
+    alone: bool,
+    where: str,
+) -> ExportForm:
     """The class of a file. sizes: its tensors, by their names as the family spells them. alone: saved from the trunk alone,
     and then a head that the config names may be missing as a whole (encoders of sentences name their ancestor's class).
 
     Raises UserError where the config asks for a head that ours does not compute. That all of a class's tensors are there is
     not looked after here: a file that is not whole is of the class that it says, and lacks something.
     """
-    forms = [Form(family, True), Form(family, False)]
+    forms = [ExportForm(family, True), ExportForm(family, False)]
     for headed in family.headed:
         rows = next(iter(sizes.get(headed.entries(shape, 1)[-1].theirs, ())), headed.answers or 2)
         if headed.answers in (0, rows):
-            forms.append(Form(family, headed.lm, headed, rows))
+            forms.append(ExportForm(family, headed.lm, headed, rows))
     own = {form: {entry.theirs for entry in form.own(shape)} for form in forms}
     there = {form: len(own[form] & sizes.keys()) for form in forms}
     said = config.get("architectures")

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both, rope, ropes
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, rope, ropes
 from firth.pretrained.families.gpt2 import scored
 from firth.types import UserError
 
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     return {
         "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
@@ -29,12 +29,12 @@ def config(shape: Shape) -> dict[str, Any]:
     } | ropes(shape)  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     heads, bias = config["num_attention_heads"], config.get("attention_bias", False)
     if config.get("mlp_bias", False) and not bias:
         raise UserError("config.json asks for biases in the MLP alone; firth has them everywhere or in attention")
     rotary, everywhere = rope(config, 10000.0), config.get("mlp_bias", False) or not bias
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"], heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads, head_width=config.get("head_dim") or 0,
         hidden=config["intermediate_size"], context=config["max_position_embeddings"], norm="rms", norm_bias=False,
@@ -47,7 +47,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "embed_tokens", "trunk.norm": "norm"}, "", "model.", bias=False)
     maps = {
         "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
@@ -62,16 +62,16 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
             bias = shape.bias and ours.rpartition(".")[2] in biased
             out += both({ours: theirs}, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=bias)
         for ours, theirs in gains.items():
-            out.append(Entry(f"model.layers.{i}.self_attn.{theirs}.weight", (f"trunk.blocks.{i}.{ours}",)))
+            out.append(WeightMapping(f"model.layers.{i}.self_attn.{theirs}.weight", (f"trunk.blocks.{i}.{ours}",)))
         out += both(norms, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
-    return out + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
+    return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
 
 
 def kin(
     kind: str,
     name: str,
-    config: Callable[[Shape], dict[str, Any]],
-    shape: Callable[[dict[str, Any]], Shape],
+    config: Callable[[ModelConfig], dict[str, Any]],
+    shape: Callable[[dict[str, Any]], ModelConfig],
     within: str | None = "transformer.",
 ) -> Family:
     """A family of Llama's layout. within: what stands before the trunk's names in its class for questions."""
@@ -80,8 +80,8 @@ def kin(
         spare=r"rotary_emb\.inv_freq$", tied=r"^lm_head\.weight$", unused=r"^lm_head\.|^score\.|^qa_outputs\.",
         headed=(
             *scored(name),
-            Headed(f"{name}ForTokenClassification", "tags", bert.plain, {"": "score"}),
-            Headed(f"{name}ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2, prefix=within),
+            HeadSpec(f"{name}ForTokenClassification", "tags", bert.plain, {"": "score"}),
+            HeadSpec(f"{name}ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2, prefix=within),
         ),
     )  # fmt: skip
 

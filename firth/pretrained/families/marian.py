@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bart
-from firth.pretrained.families.family import Entry, Family, activation, refused
+from firth.pretrained.families.family import Family, WeightMapping, activation, check_supported
 from firth.types import UserError
 
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
@@ -24,13 +24,13 @@ PLAIN = {
 }  # fmt: skip
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     own = {"scale_embedding": shape.embed_scale != 1, "decoder_vocab_size": shape.vocab, "forced_eos_token_id": None}
     return bart.config(shape) | own | PLAIN
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    refused(config, PLAIN)
+def shape(config: dict[str, Any]) -> ModelConfig:
+    check_supported(config, PLAIN)
     vocab, width = config["vocab_size"], config["d_model"]
     if (config.get("decoder_vocab_size") or vocab) != vocab:
         raise UserError("config.json has another vocabulary in its decoder; firth's two sides have the same")
@@ -43,7 +43,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     return [entry for entry in bart.entries(shape, head) if not entry.theirs.endswith(ABSENT)]
 
 

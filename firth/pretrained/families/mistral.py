@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import llama
 
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     return {**llama.config(shape), "sliding_window": None}
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     said = DEFAULTS | config
     llama.whole(said, said["sliding_window"])
     return llama.shape(said | {"attention_bias": False, "mlp_bias": False})

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.model.heads import linear
 from firth.model.norm import make_norm
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both, refused, theta
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, check_supported, theta
 from firth.types import UserError
 
 ACTIVATIONS = {"gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh", "silu": "swiglu"}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     rope = {"rope_type": "default", "rope_theta": shape.rotary_theta}
     return {
@@ -35,7 +35,7 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     depth, every = config["num_hidden_layers"], config.get("global_attn_every_n_layers", 3)
     kinds = config.get("layer_types") or ["sliding" if i % every else "full_attention" for i in range(depth)]
     if set(kinds) != {"full_attention"}:
@@ -43,10 +43,10 @@ def shape(config: dict[str, Any]) -> Shape:
             "config.json asks for sliding-window layers; firth's ModernBERT has full attention in every layer"
         )
     given, bias = config.get("hidden_activation", "gelu"), config.get("attention_bias", False)
-    refused(config, {"classifier_activation": given, "mlp_bias": bias, "classifier_bias": bias})
+    check_supported(config, {"classifier_activation": given, "mlp_bias": bias, "classifier_bias": bias})
     old = {"rope_theta": config.get("global_rope_theta", 160000.0)}  # as version 4 says it
     act = activation(config.get("hidden_activation", "gelu"), ACTIVATIONS, "hidden_activation")
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=depth, heads=config["num_attention_heads"],
         hidden=config["intermediate_size"], context=config["max_position_embeddings"], causal=False,
         norm_bias=config.get("norm_bias", False), norm_eps=config.get("norm_eps", 1e-5), embed_norm=True,
@@ -57,7 +57,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "embeddings.tok_embeddings"}, "", "model.", bias=False)
     out += both({"trunk.embed_norm": "embeddings.norm", "trunk.norm": "final_norm"}, "", "model.", bias=shape.norm_bias)
     for i in range(shape.depth):
@@ -67,14 +67,14 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
         out += both({"attention.o": "attn.Wo", "mlp.down": "mlp.Wo"}, ours, theirs, bias=shape.bias)
         for kind in ["weight", "bias"][: 1 + shape.bias]:
             stacked = tuple(f"{ours}attention.{x}.{kind}" for x in "qkv")
-            out.append(Entry(f"{theirs}attn.Wqkv.{kind}", stacked, (shape.heads * shape.head_width,) * 3))
+            out.append(WeightMapping(f"{theirs}attn.Wqkv.{kind}", stacked, (shape.heads * shape.head_width,) * 3))
             gated = (f"{ours}mlp.gate.{kind}", f"{ours}mlp.up.{kind}")
-            out.append(Entry(f"{theirs}mlp.Wi.{kind}", gated, (shape.hidden,) * 2))
+            out.append(WeightMapping(f"{theirs}mlp.Wi.{kind}", gated, (shape.hidden,) * 2))
     if head:
         out += both({"dense": "dense"}, "parts.lm.", "head.", bias=shape.bias)
         out += both({"norm": "norm"}, "parts.lm.", "head.", bias=shape.norm_bias)
-        out += [Entry("decoder.bias", ("parts.lm.bias",))] * shape.head_bias
-        out += [Entry("decoder.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out += [WeightMapping("decoder.bias", ("parts.lm.bias",))] * shape.head_bias
+        out += [WeightMapping("decoder.weight", ("parts.lm.weight",))] * (not shape.tied)
     return out
 
 
@@ -83,7 +83,7 @@ FIRST = (("classifier_pooling", "cls"),)
 HEAD = {"0": "head.dense", "2": "head.norm", "3": "classifier"}
 
 
-def predicted(shape: Shape, answers: int) -> nn.Module:
+def predicted(shape: ModelConfig, answers: int) -> nn.Module:
     """The head of all its classes: a dense layer, the activation, a norm, and a linear map."""
     first = linear(shape.width, shape.width, shape.bias)
     return nn.Sequential(first, ACTS[shape.activation], make_norm(shape), linear(shape.width, answers))
@@ -93,10 +93,10 @@ FAMILY = Family(
     "modernbert", ("ModernBertForMaskedLM", "ModernBertModel"), config, shape, entries, "model.",
     spare=r"inv_freq$", tied=r"^decoder\.weight$", unused=r"^head\.|^decoder\.|^classifier\.",
     headed=(
-        Headed("ModernBertForSequenceClassification", "score", predicted, HEAD, answers=1, says=FIRST),
-        Headed("ModernBertForSequenceClassification", "classes", predicted, HEAD, says=FIRST),
-        Headed("ModernBertForMultipleChoice", "choice", predicted, HEAD, answers=1, says=FIRST),
-        Headed("ModernBertForTokenClassification", "tags", predicted, HEAD),
-        Headed("ModernBertForQuestionAnswering", "span", predicted, HEAD, answers=2),
+        HeadSpec("ModernBertForSequenceClassification", "score", predicted, HEAD, answers=1, says=FIRST),
+        HeadSpec("ModernBertForSequenceClassification", "classes", predicted, HEAD, says=FIRST),
+        HeadSpec("ModernBertForMultipleChoice", "choice", predicted, HEAD, answers=1, says=FIRST),
+        HeadSpec("ModernBertForTokenClassification", "tags", predicted, HEAD),
+        HeadSpec("ModernBertForQuestionAnswering", "span", predicted, HEAD, answers=2),
     ),
 )  # fmt: skip

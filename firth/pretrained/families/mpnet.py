@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, activation, both
+from firth.pretrained.families.family import Family, WeightMapping, activation, both
 from firth.types import UserError
 
 PADDED = 2
@@ -20,7 +20,7 @@ BUCKETS = 32
 """Theirs looks into 32 buckets whatever the config says."""
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
         "num_attention_heads": shape.heads, "intermediate_size": shape.hidden, "hidden_act": shape.activation,
@@ -30,11 +30,11 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     buckets = config.get("relative_attention_num_buckets", BUCKETS)
     if buckets != BUCKETS:
         raise UserError(f"config.json asks for relative_attention_num_buckets={buckets}; MPNet's code reads {BUCKETS}")
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
         heads=config["num_attention_heads"], hidden=config["intermediate_size"], causal=False,
         context=config["max_position_embeddings"] - PADDED, norm_at="post", norm_eps=config.get("layer_norm_eps", 1e-12),
@@ -44,11 +44,11 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "word_embeddings"}, "", "mpnet.embeddings.", bias=False)
-    out.append(Entry("mpnet.embeddings.position_embeddings.weight", ("places.weight",), unread=PADDED))
+    out.append(WeightMapping("mpnet.embeddings.position_embeddings.weight", ("places.weight",), unread=PADDED))
     out += both({"trunk.embed_norm": "LayerNorm"}, "", "mpnet.embeddings.", bias=True)
-    out.append(Entry("mpnet.encoder.relative_attention_bias.weight", ("trunk.relative.weight",)))
+    out.append(WeightMapping("mpnet.encoder.relative_attention_bias.weight", ("trunk.relative.weight",)))
     block = {f"attention.{x}": f"attention.attn.{x}" for x in "qkvo"} | {
         "attention_norm": "attention.LayerNorm", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
         "mlp_norm": "output.LayerNorm",
@@ -57,7 +57,7 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
         out += both(block, f"trunk.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
     if head:
         out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
-        out.append(Entry("lm_head.bias", ("parts.lm.bias",)))
+        out.append(WeightMapping("lm_head.bias", ("parts.lm.bias",)))
         if not shape.tied:  # then theirs takes its offset for another one too, and looks for it
             out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True)
     return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
-from firth.pretrained.families.family import Entry, Family, activation, both, ropes, theta
+from firth.model.config import ModelConfig
+from firth.pretrained.families.family import Family, WeightMapping, activation, both, ropes, theta
 
 ACTIVATIONS = {"relu2": "relu2", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
@@ -23,9 +23,9 @@ def config(shape: Shape) -> dict[str, Any]:
     } | ropes(shape)  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     heads = config["num_attention_heads"]
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"], heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads, hidden=config["intermediate_size"],
         context=config["max_position_embeddings"], norm="rms", norm_weight=False, norm_bias=False,
@@ -37,7 +37,7 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "embed_tokens"}, "", "model.", bias=False)
     maps = {
         "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
@@ -45,7 +45,7 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     }  # fmt: skip
     for i in range(shape.depth):
         out += both(maps, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
-    return out + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
+    return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (head and not shape.tied)
 
 
 FAMILY = Family(

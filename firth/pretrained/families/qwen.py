@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import llama
 
 DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096}
@@ -22,15 +22,15 @@ def windowless(config: dict[str, Any]) -> dict[str, Any]:
     return said | {"mlp_bias": False}
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     return {**llama.config(shape), "use_sliding_window": False, "layer_types": ["full_attention"] * shape.depth}
 
 
-def shape2(config: dict[str, Any]) -> Shape:
+def shape2(config: dict[str, Any]) -> ModelConfig:
     return replace(llama.shape(windowless(config) | {"attention_bias": True}), bias_at="qkv")
 
 
-def shape3(config: dict[str, Any]) -> Shape:
+def shape3(config: dict[str, Any]) -> ModelConfig:
     return replace(llama.shape({"head_dim": 128} | windowless(config)), qk_norm=True, qk_weight=True)
 
 

@@ -17,39 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firth.model.config import Shape
-from firth.model.empty_weights import hollow
-from firth.model.head_descriptions import Description, described
+from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
+from firth.model.head_descriptions import Description, describe_head
 from firth.model.model import LM
-from firth.pretrained.families.family import Family, bare, spelled, to_ours, to_theirs
-from firth.pretrained.families.heads import Form, copied, known, of_file, of_model, untied
+from firth.pretrained.families.family import Family, from_hf, resolve_names, to_hf, without_prefix
+from firth.pretrained.families.heads import ExportForm, copied, known, of_file, of_model, untied
 from firth.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class LoadedState:
     """A model in a file: its shape, its tensors by our names, its parts described, and the file's tensors left out."""
 
-    shape: Shape
+    shape: ModelConfig
     state: dict[str, Tensor]
     parts: dict[str, Description]
     left_out: list[str]
 
 
-def own(family: Family, shape: Shape, state: Mapping[str, Tensor], parts: dict[str, Description], where: str) -> Found:
+def read_own(
+    family: Family, shape: ModelConfig, state: Mapping[str, Tensor], parts: dict[str, Description], where: str
+) -> LoadedState:
     """What we wrote as a class of a family: what that has no name for stands under ours, `parts.*`."""
     ours = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
-    names = spelled(family, state.keys() - ours.keys(), known(family, shape))
+    names = resolve_names(family, state.keys() - ours.keys(), known(family, shape))
     form = of_model([family], shape, parts)
     if form is None:
         raise UserError(f"{where}/firth.json says {family.name}, which its shape is not: copy the directory again")
     found, left = _mapped(form, shape, {name: state[stored] for name, stored in names.items()}, names, ours, where)
-    return Found(shape, found | ours, parts, left)
+    return LoadedState(shape, found | ours, parts, left)
 
 
-def foreign(family: Family, shape: Shape, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> Found:
+def read_hf(
+    family: Family, shape: ModelConfig, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+) -> LoadedState:
     """What others wrote. Raises UserError for what is missing, unknown or of another size than its config says."""
-    names = spelled(family, state, known(family, shape))
+    names = resolve_names(family, state, known(family, shape))
     theirs = {name: state[stored] for name, stored in names.items()}
     table = next(entry.theirs for entry in family.entries(shape, False) if "tokens.weight" in entry.ours)
     head = untied(family, shape, theirs)
@@ -57,14 +61,14 @@ def foreign(family: Family, shape: Shape, state: Mapping[str, Tensor], config: M
         # Version 5 of transformers says of an untied T5 that it is tied, and goes by what the file holds.
         shape = replace(shape, tied=False)
     sizes = {name: tensor.shape for name, tensor in theirs.items()}
-    form = of_file(family, shape, sizes, config, bare(family, state), where)
+    form = of_file(family, shape, sizes, config, without_prefix(family, state), where)
     found, left = _mapped(form, shape, theirs, names, {}, where)
-    return Found(shape, found, {name: described(part) for name, part in form.parts(shape).items()}, left)
+    return LoadedState(shape, found, {name: describe_head(part) for name, part in form.parts(shape).items()}, left)
 
 
 def _mapped(
-    form: Form,
-    shape: Shape,
+    form: ExportForm,
+    shape: ModelConfig,
     theirs: Mapping[str, Tensor],
     names: Mapping[str, str],
     ours: Mapping[str, Tensor],
@@ -76,14 +80,14 @@ def _mapped(
     for name in sorted(unread):
         if not re.search(f"{family.spare}|{family.tied}|{family.unused}", name):
             raise UserError(f"{where} holds {names[name]!r}, which is no tensor of a {form.name} of this shape")
-    with hollow():
-        wanted = to_theirs(LM(shape, form.parts(shape)).state_dict(), entries)
+    with init_empty_weights():
+        wanted = to_hf(LM(shape, form.parts(shape)).state_dict(), entries)
     for entry in entries:
         have, want = theirs.get(entry.theirs), tuple(wanted[entry.theirs].shape)
         if have is not None and tuple(have.shape) != want:
             size, stored = tuple(have.shape), names[entry.theirs]
             raise UserError(f"{where}: tensor {stored!r} is {size}, and its config expects {want}")
-    found = to_ours(theirs, entries)
+    found = from_hf(theirs, entries)
     for entry in entries:
         # Old versions saved some parts under our names; a second name of what is there already may be left out.
         if not found.keys() | ours.keys() >= set(entry.ours) and not copied(entry, shape):

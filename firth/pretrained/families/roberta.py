@@ -11,20 +11,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, activation, both, refused
+from firth.pretrained.families.family import Family, WeightMapping, activation, both, check_supported
 from firth.types import UserError
 
 PAD = 1
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     return {**bert.config(shape), "max_position_embeddings": shape.context + PAD + 1, "pad_token_id": PAD}
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    refused(config, {"pad_token_id": PAD})
+def shape(config: dict[str, Any]) -> ModelConfig:
+    check_supported(config, {"pad_token_id": PAD})
     found = bert.shape(config)
     activation(config.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act")  # their head has GELU whatever it says
     if found.segments != 1:
@@ -32,11 +32,11 @@ def shape(config: dict[str, Any]) -> Shape:
     return replace(found, context=found.context - PAD - 1)
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.tables("roberta.", PAD + 1) + bert.layers(shape, "roberta.")
     if head:
         out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
-        out.append(Entry("lm_head.bias", ("parts.lm.bias",)))
+        out.append(WeightMapping("lm_head.bias", ("parts.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
         out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True) * (not shape.tied)
     return out

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 }
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": shape.vocab, "d_model": shape.width, "d_kv": shape.head_width, "d_ff": shape.hidden,
@@ -39,9 +39,9 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["d_model"], head_width=config["d_kv"], hidden=config["d_ff"],
         encoder=config["num_layers"], depth=config.get("num_decoder_layers") or config["num_layers"],
         heads=config["num_heads"], context=config.get("n_positions", 512), norm="rms", norm_bias=False,
@@ -54,14 +54,14 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "shared"}, "", "", bias=False)
     maps = {x: x for x in "qkvo"}
     up = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if shape.gated else {"up": "wi", "down": "wo"}
     for ours, theirs, depth in (("encoder.", "encoder.", shape.encoder), ("trunk.", "decoder.", shape.depth)):
         out += both({"norm": "final_layer_norm"}, ours, theirs, bias=False)
         relative = f"{theirs}block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        out.append(Entry(relative, (f"{ours}relative.weight",)))
+        out.append(WeightMapping(relative, (f"{ours}relative.weight",)))
         for i in range(depth):
             a, b = f"{ours}blocks.{i}.", f"{theirs}block.{i}.layer."
             last = 2 if ours == "trunk." else 1
@@ -71,7 +71,9 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
                 out += both({"cross_norm": "1.layer_norm"}, a, b, bias=False)
             out += both(up, f"{a}mlp.", f"{b}{last}.DenseReluDense.", bias=False)
             out += both({"attention_norm": "0.layer_norm", "mlp_norm": f"{last}.layer_norm"}, a, b, bias=False)
-    return out + [Entry("lm_head.weight", ("parts.lm.weight",))] * (head and (not shape.tied or shape.head_scale == 1))
+    return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (
+        head and (not shape.tied or shape.head_scale == 1)
+    )
 
 
 FAMILY = Family(
@@ -79,14 +81,14 @@ FAMILY = Family(
     spare=r"embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$", tied=r"^lm_head\.weight$",
     unused=r"^lm_head\.|^classification_head\.|^qa_outputs\.|^classifier\.",
     headed=(
-        Headed("T5ForSequenceClassification", "classes", bert.pooler,
+        HeadSpec("T5ForSequenceClassification", "classes", bert.pooler,
                {"0": "classification_head.dense", "2": "classification_head.out_proj"}, prefix="transformer."),
-        Headed("T5ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("T5ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
     ),
 )  # fmt: skip
 
 
-def never_scaled(config: dict[str, Any]) -> Shape:
+def never_scaled(config: dict[str, Any]) -> ModelConfig:
     return shape(config | {"scale_decoder_outputs": False})
 
 

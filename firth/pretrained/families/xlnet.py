@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import Shape
+from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.bert import ACTIVATIONS
-from firth.pretrained.families.family import Entry, Family, Headed, activation, both
+from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both
 from firth.types import UserError
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": shape.vocab, "d_model": shape.width, "n_layer": shape.depth, "n_head": shape.heads,
@@ -32,13 +32,13 @@ def config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> Shape:
+def shape(config: dict[str, Any]) -> ModelConfig:
     for field, plain in (("clamp_len", -1), ("same_length", False), ("bi_data", False)):
         if config.get(field, plain) != plain and config[field] is not None:
             raise UserError(
                 f"config.json asks for {field}={config[field]!r}; firth has XLNet with {field}={plain!r} only"
             )
-    return Shape(
+    return ModelConfig(
         vocab=config["vocab_size"], width=config["d_model"], depth=config["n_layer"], heads=config["n_head"],
         hidden=config["d_inner"], context=config.get("firth_context", 512), causal=config.get("attn_type", "bi") == "uni",
         norm_at="post", norm_eps=config.get("layer_norm_eps", 1e-12), position="xlnet", query=True, segments=2,
@@ -48,10 +48,10 @@ def shape(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def entries(shape: Shape, head: bool) -> list[Entry]:
+def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
     out = [
-        Entry("transformer.word_embedding.weight", ("tokens.weight",)),
-        Entry("transformer.mask_emb", ("query",), folded=((shape.width,), (1, 1, shape.width))),
+        WeightMapping("transformer.word_embedding.weight", ("tokens.weight",)),
+        WeightMapping("transformer.mask_emb", ("query",), folded=((shape.width,), (1, 1, shape.width))),
     ]
     heads, inner = (shape.heads, shape.head_width), shape.heads * shape.head_width
     apart = ((shape.width, inner), (shape.width, *heads))
@@ -63,18 +63,21 @@ def entries(shape: Shape, head: bool) -> list[Entry]:
     for i in range(shape.depth):
         a, b = f"trunk.blocks.{i}.", f"transformer.layer.{i}."
         for name in "qkv":
-            out.append(Entry(f"{b}rel_attn.{name}", (f"{a}attention.{name}.weight",), transposed=True, folded=apart))
-        out.append(Entry(f"{b}rel_attn.o", (f"{a}attention.o.weight",), folded=apart))
+            out.append(
+                WeightMapping(f"{b}rel_attn.{name}", (f"{a}attention.{name}.weight",), transposed=True, folded=apart)
+            )
+        out.append(WeightMapping(f"{b}rel_attn.o", (f"{a}attention.o.weight",), folded=apart))
         far = f"{a}attention.distance."
-        out.append(Entry(f"{b}rel_attn.r", (f"{far}r.weight",), transposed=True, folded=apart))
+        out.append(WeightMapping(f"{b}rel_attn.r", (f"{far}r.weight",), transposed=True, folded=apart))
         out += [
-            Entry(f"{b}rel_attn.{theirs}", (far + ours,), folded=((inner,), heads)) for ours, theirs in names.items()
+            WeightMapping(f"{b}rel_attn.{theirs}", (far + ours,), folded=((inner,), heads))
+            for ours, theirs in names.items()
         ]
-        out.append(Entry(f"{b}rel_attn.seg_embed", (f"{far}kinds",)))
+        out.append(WeightMapping(f"{b}rel_attn.seg_embed", (f"{far}kinds",)))
         out += both(rest, a, b, bias=True)
     if head:
-        out.append(Entry("lm_loss.bias", ("parts.lm.bias",)))
-        out += [Entry("lm_loss.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out.append(WeightMapping("lm_loss.bias", ("parts.lm.bias",)))
+        out += [WeightMapping("lm_loss.weight", ("parts.lm.weight",))] * (not shape.tied)
     return out
 
 
@@ -85,10 +88,10 @@ FAMILY = Family(
     "xlnet", ("XLNetLMHeadModel", "XLNetModel"), config, shape, entries, "transformer.", tied=r"^lm_loss\.weight$",
     unused=r"^lm_loss\.|^sequence_summary\.|^logits_proj\.|^classifier\.|^qa_outputs\.|_logits\.|^answer_class\.",
     headed=(
-        Headed("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, answers=1, says=LAST),
-        Headed("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, says=LAST),
-        Headed("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, answers=1, says=LAST),
-        Headed("XLNetForTokenClassification", "tags", bert.plain, {"": "classifier"}),
-        Headed("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, answers=1, says=LAST),
+        HeadSpec("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, says=LAST),
+        HeadSpec("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, answers=1, says=LAST),
+        HeadSpec("XLNetForTokenClassification", "tags", bert.plain, {"": "classifier"}),
+        HeadSpec("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, answers=2),
     ),
 )  # fmt: skip
