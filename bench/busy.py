@@ -49,8 +49,8 @@ def contender(turn: Turn, recipe: str) -> None:
     from firth.model.model import LM
 
     plan, objective, batches = prepared(recipe)
-    assert plan.shape is not None
-    firth_run(turn, "muon", lambda _: SHARE, (LM(plan.shape, objective.parts(plan.shape)), objective, batches), SHARE)
+    assert plan.model is not None
+    firth_run(turn, "muon", lambda _: SHARE, (LM(plan.model, objective.heads(plan.model)), objective, batches), SHARE)
 
 
 @contextmanager

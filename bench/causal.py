@@ -185,9 +185,13 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(seed)
     objective = CausalLM()
-    shape = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LENGTH)
+    config = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LENGTH)
     vocab = Vocab(size=VOCAB, roles={"pad": 0, "bos": 2, "eos": 3}, special=np.arange(VOCAB) < 107)
-    return LM(shape, objective.parts(shape)), objective, Batches(Drawn(), objective, vocab, rows=ROWS, seed=seed)
+    return (
+        LM(config, objective.heads(config)),
+        objective,
+        Batches(Drawn(), objective, vocab, batch_size=ROWS, seed=seed),
+    )
 
 
 def firth_run(
@@ -213,9 +217,9 @@ def firth_run(
     model, objective, batches = made
     with tempfile.TemporaryDirectory() as directory:
         train(
-            model, objective, batches, Path(directory), length=Budget(steps=1_000_000), told=NullReporter(),
-            optimizer=OptimizerConfig(name=optimizer), schedule=Schedule("constant", warmup=0), evaluate=evaluate,
-            plan=TrainerConfig(evaluate_every=share, save_every=0),
+            model, objective, batches, Path(directory), length=Budget(max_steps=1_000_000), told=NullReporter(),
+            optimizer=OptimizerConfig(name=optimizer), schedule=Schedule("constant", warmup_ratio=0), evaluate=evaluate,
+            plan=TrainerConfig(eval_every=share, save_every=0),
         )  # fmt: skip
 
 

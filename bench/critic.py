@@ -107,11 +107,11 @@ def base(results: Path) -> Path:
         train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", size=SIZE.vocab)
     tokenizer = Tokenizer.load(tokenizer_at)
     made = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
-    text = DataConfig(path=(file["train"],), valid=(file["valid"],), store=str(out / "stores"))
-    run(replace(made, name="decoder", source=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
-    talk = DataConfig(path=(file["dialogues-train"],), valid=(file["dialogues-valid"],))
+    text = DataConfig(path=(file["train"],), validation_path=(file["valid"],), cache_dir=str(out / "stores"))
+    run(replace(made, name="decoder", data=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
+    talk = DataConfig(path=(file["dialogues-train"],), validation_path=(file["dialogues-valid"],))
     run(
-        replace(SIZE.instruct(post_training.sft()), name="instruct", source=talk, start=str(out / "decoder")),
+        replace(SIZE.instruct(post_training.sft()), name="instruct", data=talk, init_from=str(out / "decoder")),
         out / "instruct",
     )
     if not Path(file["preferences-valid"]).exists():
@@ -124,9 +124,9 @@ def base(results: Path) -> Path:
                 first, second, FunctionReward(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng
             )
             write_preference_pairs(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
-    pairs = DataConfig(path=(file["preferences-train"],), valid=(file["preferences-valid"],))
+    pairs = DataConfig(path=(file["preferences-train"],), validation_path=(file["preferences-valid"],))
     run(
-        replace(SIZE.reward(post_training.reward_model()), name="reward", source=pairs, start=str(out / "instruct")),
+        replace(SIZE.reward(post_training.reward_model()), name="reward", data=pairs, init_from=str(out / "instruct")),
         out / "reward",
     )
     return out
@@ -142,7 +142,7 @@ def asked(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
 def drawn(
     model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.answer
 ) -> list[Rollout]:
-    written = Engine(model, tokenizer).generate(prompts, Sampling(max_new=answer, seed=seed))
+    written = Engine(model, tokenizer).generate(prompts, Sampling(max_new_tokens=answer, seed=seed))
     return [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
 
 
@@ -189,7 +189,9 @@ class Bases:
         return plain.normalised(drawn(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
 
     def source(self, arm: Arm, seed: int, directory: Path) -> RolloutSource:
-        phase = RolloutConfig(answers=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new=ANSWER, beta=0.05)
+        phase = RolloutConfig(
+            rollout_size=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new_tokens=ANSWER, kl_coef=0.05
+        )
         source = RolloutSource(
             self.prompts, self.tokenizer, self.judge, self.start, phase=phase, truth=FunctionReward(SCORERS["thou"]), seed=seed,
             critic=self.judge if arm.start == "reward" else None,
@@ -202,16 +204,16 @@ class Bases:
 def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
     """One run of PPO, or what is left of it; the model it ends with, critic included."""
     arm, directory = ARMS[name], out / f"{name}-{seed}"
-    objective = PPO(critic=arm.critic, clip_value=arm.clip_value)
+    objective = PPO(critic=arm.critic, value_clip_range=arm.clip_value)
     torch.manual_seed(seed)
-    model = LM(bases.start.shape, objective.parts(bases.start.shape))
+    model = LM(bases.start.config, objective.heads(bases.start.config))
     init_from(model, bases.directory / "instruct" / "model")
     source = bases.source(arm, seed, directory / "phases")
-    batches = Batches(source, objective, bases.tokenizer.vocab, rows=ROWS, seed=seed)
-    optimizer = replace(post_training.ppo().optimizer, critic_rate=arm.rate)
+    batches = Batches(source, objective, bases.tokenizer.vocab, batch_size=ROWS, seed=seed)
+    optimizer = replace(post_training.ppo().optimizer, critic_lr=arm.rate)
     train(
-        model, objective, batches, directory, length=Budget(steps=steps), optimizer=optimizer,
-        schedule=Schedule("constant", warmup=0.05), plan=TrainerConfig(save_every=20, keep=1), recipe=name,
+        model, objective, batches, directory, length=Budget(max_steps=steps), optimizer=optimizer,
+        schedule=Schedule("constant", warmup_ratio=0.05), plan=TrainerConfig(save_every=20, keep=1), recipe=name,
     )  # fmt: skip
     return model
 
@@ -256,7 +258,7 @@ def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[s
     model = learn(bases, name, seed, steps, out)
     answers = steps * ROWS // ARMS[name].epochs
     drawn_at = out / f"{name}-{seed}-{steps}-drawn"
-    phase = RolloutConfig(answers=DRAWN, steps=1, max_new=ANSWER, beta=0.05)
+    phase = RolloutConfig(rollout_size=DRAWN, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
     rows: list[Answered] = []
     source = RolloutSource(
         bases.prompts, bases.tokenizer, bases.judge, bases.start, phase=phase, seed=1000 + seed, rows=256, critic=bases.judge,
@@ -271,8 +273,8 @@ def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[s
         ):
             rows.append((sample.tokens, returns[real], values[real]))
     fresh, known = rows[:answers], rows[answers : 11 * answers]
-    critic = PPO().parts(bases.start.shape)["critic"]
-    host = LM(bases.start.shape, {"critic": critic})
+    critic = PPO().heads(bases.start.config)["critic"]
+    host = LM(bases.start.config, {"critic": critic})
     start_critic(host, bases.judge.model, bases.judge.mean, bases.judge.scale)
     told = np.concatenate([returns for _, returns, _ in fresh])
     by_place = np.concatenate([np.arange(len(returns)) for _, returns, _ in known])
@@ -300,7 +302,7 @@ def read_values(host: LM, rows: Sequence[Answered]) -> torch.Tensor:
 
 def fit(host: LM, rows: Sequence[Answered], epochs: int = 3, size: int = 64, rate: float = 5e-4) -> Iterator[int]:
     """Least squares on the returns, in a random order; yields after each epoch."""
-    optimizer = torch.optim.AdamW(host.parts["critic"].parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(host.heads["critic"].parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng, each = np.random.default_rng(0), len(rows) // size
     steps = epochs * each
     plan = [
@@ -315,7 +317,7 @@ def fit(host: LM, rows: Sequence[Answered], epochs: int = 3, size: int = 64, rat
             error = (read_values(host, some) - told).square().mean()
         optimizer.zero_grad()
         error.backward()
-        torch.nn.utils.clip_grad_norm_(host.parts["critic"].parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(host.heads["critic"].parameters(), 1.0)
         optimizer.step()
         if k % 50 == 0:
             print(f"offline critic: step {k} of {steps}, squared error {float(error.detach()):.3f}", flush=True)

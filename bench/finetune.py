@@ -88,8 +88,8 @@ def source(task: Task) -> Any:
     from firth.data.labeled import LabeledTexts, TextFields
     from firth.tokenizer.tokenizer import Tokenizer
 
-    coder = Tokenizer.load(fetched("minilm"))
-    return LabeledTexts([str(records(task))], coder, task.length, TextFields(task.text, pair=task.pair))
+    tokenizer = Tokenizer.load(fetched("minilm"))
+    return LabeledTexts([str(records(task))], tokenizer, task.length, TextFields(task.text, text_pair_field=task.pair))
 
 
 def lengths(examples: Any) -> np.ndarray:
@@ -152,13 +152,17 @@ def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
 
     task, start = TASKS[name], fetched("minilm")
     examples = source(task)
-    shape = load_model(start).shape
-    objective = Classification(classes=examples.classes).fitted(shape)
-    shape = shape if dropout else dataclasses.replace(shape, dropout=0.0)
+    config = load_model(start).config
+    objective = Classification(class_names=examples.classes).for_model(config)
+    config = config if dropout else dataclasses.replace(config, dropout=0.0)
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     init_from(model, start)
-    return model, objective, Batches(examples, objective, examples.tokenizer.vocab, rows=task.rows, seed=0, **batch)
+    return (
+        model,
+        objective,
+        Batches(examples, objective, examples.tokenizer.vocab, batch_size=task.rows, seed=0, **batch),
+    )
 
 
 def firth(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **batch: Any) -> None:

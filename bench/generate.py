@@ -129,8 +129,8 @@ def own_decoder() -> Any:
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    shape = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
+    config = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
+    model = LM(config, {"lm": LMHead(config)}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     return model
@@ -139,7 +139,7 @@ def own_decoder() -> Any:
 def firth_write(engine: Any, work: Work) -> list[list[int]]:
     from firth.generate.sampling import Sampling
 
-    done = engine.generate(list(work.prompts()), Sampling(temperature=0, max_new=work.new))
+    done = engine.generate(list(work.prompts()), Sampling(temperature=0, max_new_tokens=work.new))
     return [c.tokens.tolist() for c in done]
 
 

@@ -82,8 +82,8 @@ def prompt(peft: Any) -> Any:
 WAYS: dict[str, Way] = {
     "full": Way(FullFinetuning(), 1e-4),
     "lora": Way(LoRA(rank=8, alpha=16.0), 2e-3, lora),
-    "prefix": Way(PrefixTuning(tokens=16), 1e-2, prefix),
-    "prompt": Way(PromptTuning(tokens=16), 1e-2, prompt, pack=0),
+    "prefix": Way(PrefixTuning(num_virtual_tokens=16), 1e-2, prefix),
+    "prompt": Way(PromptTuning(num_virtual_tokens=16), 1e-2, prompt, pack=0),
     "head": Way(HeadOnly(), 1e-2),
     "frozen": Way(FrozenFeatures(), 1e-2),
 }
@@ -117,10 +117,10 @@ class Place:
 def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
     train, valid = (str(place.file(corpus, seed, part)) for part in ("train", "valid"))
     made = Recipe(
-        name=f"{corpus}-{way}", objective=Classification(), segment=LabeledConfig(length=LONGEST), start=str(base()),
-        source=DataConfig(path=(train,), valid=(valid,)), adapt=WAYS[way].adapt, seed=seed, batch=BatchConfig(rows=ROWS, pack=WAYS[way].pack),
-        optimizer=OptimizerConfig(name="adamw", rate=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("linear", warmup=0.1), length=Budget(steps=place.steps),
+        name=f"{corpus}-{way}", objective=Classification(), examples=LabeledConfig(max_length=LONGEST), init_from=str(base()),
+        data=DataConfig(path=(train,), validation_path=(valid,)), peft=WAYS[way].adapt, seed=seed, batch=BatchConfig(size=ROWS, pack_to_length=WAYS[way].pack),
+        optimizer=OptimizerConfig(name="adamw", lr=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("linear", warmup_ratio=0.1), budget=Budget(max_steps=place.steps),
         evaluation=EvalConfig(max_examples=HELD), checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
     said: list[str] = []
@@ -210,7 +210,7 @@ def theirs(place: Place, corpus: str, way: str, seed: int, precision: Precision)
     model = Peer(way, len(names)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=WAYS[way].rate, weight_decay=0.0, fused=True)
-    schedule, steps = Schedule("linear", warmup=0.1), place.steps
+    schedule, steps = Schedule("linear", warmup_ratio=0.1), place.steps
     order: list[Mapping[str, Any]] = []
     while len(order) < steps * ROWS:
         order += random.Random(f"{seed} {len(order)}").sample(rows["train"], len(rows["train"]))

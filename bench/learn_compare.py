@@ -68,7 +68,7 @@ def main() -> None:
         print(f"no such recipe yet, left out: {', '.join(missing)}")
     others = {*RECIPES} - {*known}
     settings = [s for s in contest.settings if s.split(".")[0] not in others]
-    compute = Budget(flops=contest.flops / (50 if given.quick else 1))
+    compute = Budget(max_flops=contest.flops / (50 if given.quick else 1))
     terms = ComparisonConfig(compute, contest.shares, 1 if given.quick else 3, contest.probe, labels=300)
     print(compare(known, settings, terms, out))
 

@@ -134,7 +134,7 @@ def pieces(store: TokenStore, vocab: Vocab) -> Source:
 
 def held_out(model: LM, objective: Objective, source: Source, vocab: Vocab) -> Scores:
     """The objective's own terms and measures on held-out examples."""
-    return validate(model, objective, Batches(source, objective, vocab, rows=ROWS, seed=99).once())
+    return validate(model, objective, Batches(source, objective, vocab, batch_size=ROWS, seed=99).all_batches())
 
 
 def pair_scores(model: LM, objective: Objective, given: Data) -> Scores:
@@ -148,16 +148,18 @@ def mask_scores(model: LM, objective: Objective, given: Data) -> Scores:
 
 def span_scores(model: LM, objective: Objective, given: Data) -> Scores:
     """Spans of held-out text, every token of them masked: filled in exactly, by length; and the objective's own terms."""
-    hide, rng = MLM(noise="geometric", masked=1.0, random=0.0), np.random.default_rng(7)
+    hide, rng = MLM(noise="geometric", mask_fraction=1.0, random_fraction=0.0), np.random.default_rng(7)
     source = some(pieces(given.held, given.vocab), 2 * HELD)
     right: dict[str, list[bool]] = {"span_exact": [], "spans_of_1": [], "spans_of_2_or_3": [], "token_exact": []}
     with attention_pattern_of(model):
         for start in range(0, len(source), ROWS):
-            shown = [hide.view(source[i], given.vocab, rng) for i in range(start, min(start + ROWS, len(source)))]
+            shown = [
+                hide.build_example(source[i], given.vocab, rng) for i in range(start, min(start + ROWS, len(source)))
+            ]
             batch = collate(shown)
             states, labels = supervised(model(batch), batch["labels"])
             hits = torch.zeros_like(batch["labels"], dtype=torch.bool)
-            hits[batch["labels"] != IGNORE] = model.parts["lm"](states).argmax(-1) == labels
+            hits[batch["labels"] != IGNORE] = model.heads["lm"](states).argmax(-1) == labels
             for row, hit in zip(batch["labels"].numpy(), hits.numpy(), strict=True):
                 edges = np.flatnonzero(np.diff((row != IGNORE).astype(int), prepend=0, append=0))
                 for first, last in zip(edges[::2], edges[1::2], strict=True):
@@ -172,7 +174,7 @@ def span_scores(model: LM, objective: Objective, given: Data) -> Scores:
 
 def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
     source = some(pieces(given.held, given.vocab))
-    batches = list(Batches(source, objective, given.vocab, rows=ROWS, seed=99).once())
+    batches = list(Batches(source, objective, given.vocab, batch_size=ROWS, seed=99).all_batches())
     rng = np.random.default_rng(8)
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     common: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -181,11 +183,11 @@ def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
             real, at = batch["real"], batch["labels"] != IGNORE
             drawn = torch.from_numpy(rng.choice(len(given.counts), int(at.sum()), p=given.counts))
             for shown, into in (
-                (objective.run(model, batch)["shown"], own),
+                (objective.forward(model, batch)["shown"], own),
                 (batch["tokens"].masked_scatter(at, drawn), common),
             ):
                 states, wanted = supervised(model(batch | {"tokens": shown}), real)
-                into.append((model.parts["replaced"](states)[:, 0].float(), shown[real != IGNORE] != wanted))
+                into.append((model.heads["replaced"](states)[:, 0].float(), shown[real != IGNORE] != wanted))
     measured = held_out(model, objective, source, given.vocab)
     nats = measured["surprise"] if "surprise" in measured else measured["loss/generator"]
     return measured | {"detects_own": curve(own), "detects_by_frequency": curve(common), "generator_nats": nats}
@@ -200,7 +202,7 @@ def curve(scored: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return float((ranks[replaced].sum() - above * (above + 1) / 2) / max(1, above * below))
 
 
-SPANS = MLM(noise="geometric", alike=True)
+SPANS = MLM(noise="geometric", whole_span_replacement=True)
 ARMS = {
     "nsp": Arm(NSP() + MLM(), pair_scores, 1500, pairs=True),
     "sop": Arm(SOP() + MLM(noise="ngrams"), pair_scores, 1500, pairs=True),
@@ -209,11 +211,11 @@ ARMS = {
     "iid": Arm(MLM(), span_scores, 600),
     "spans": Arm(SPANS, span_scores, 600),
     "sbo": Arm(SPANS + SBO(), span_scores, 600),
-    "rtd": Arm(RTD(size=0.5), detector_scores, 900),
-    "adversarial": Arm(AdversarialRTD(size=0.5), detector_scores, 900),
+    "rtd": Arm(RTD(generator_size=0.5), detector_scores, 900),
+    "adversarial": Arm(AdversarialRTD(generator_size=0.5), detector_scores, 900),
     "dynamic": Arm(MLM(), mask_scores, 500, small=True),
-    "ten": Arm(MLM(masks=10), mask_scores, 500, small=True),
-    "once": Arm(MLM(masks=1), mask_scores, 500, small=True),
+    "ten": Arm(MLM(num_maskings=10), mask_scores, 500, small=True),
+    "once": Arm(MLM(num_maskings=1), mask_scores, 500, small=True),
 }
 
 
@@ -227,13 +229,13 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     length, rows, depth = (PAIR, PAIRS, SHALLOW) if arm.pairs else (LENGTH, ROWS, DEPTH)
     if arm.small:
         source = some(source, SMALL)
-    shape = replace(encoder_config(VOCAB, WIDTH, depth, context=length), segments=2 * arm.pairs)
+    config = replace(encoder_config(VOCAB, WIDTH, depth, context=length), type_vocab_size=2 * arm.pairs)
     theirs = catalog.fetch("minilm", echo=print) if arm.rate else None
     torch.manual_seed(seed)
     if theirs is not None:
-        shape = load_model(theirs).shape
-    model = LM(shape, arm.objective.parts(shape))
-    batches = Batches(source, arm.objective, given.vocab, rows=rows, seed=seed, pack=length)
+        config = load_model(theirs).config
+    model = LM(config, arm.objective.heads(config))
+    batches = Batches(source, arm.objective, given.vocab, batch_size=rows, seed=seed, pack_to_length=length)
     if theirs is None:
         init_head(model, arm.objective, batches)
     else:
@@ -241,9 +243,9 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     before, started = arm.scores(model, arm.objective, given), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, arm.objective, batches, Path(folder), length=Budget(steps=max(2, round(arm.steps * scale))),
-            optimizer=OptimizerConfig("adamw", rate=arm.rate) if arm.rate else OptimizerConfig(),
-            schedule=Schedule("linear", warmup=0.1) if arm.rate else Schedule("wsd"), plan=TrainerConfig(save_every=0), told=NullReporter(),
+            model, arm.objective, batches, Path(folder), length=Budget(max_steps=max(2, round(arm.steps * scale))),
+            optimizer=OptimizerConfig("adamw", lr=arm.rate) if arm.rate else OptimizerConfig(),
+            schedule=Schedule("linear", warmup_ratio=0.1) if arm.rate else Schedule("wsd"), plan=TrainerConfig(save_every=0), told=NullReporter(),
         )  # fmt: skip
     return {
         "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,

@@ -154,21 +154,23 @@ def one(objective: SentencePairObjective, seed: int) -> dict[str, Any]:
     """SOP or NSP from MiniLM, once: its scores before and after."""
     tokenizer, learnt, held = material()
     home = catalog.fetch("minilm", echo=quiet)
-    shape = load_model(home).shape
+    config = load_model(home).config
     torch.manual_seed(seed)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     init_from(model, home)
 
     def scores() -> dict[str, float]:
-        return validate(model, objective, Batches(held, objective, tokenizer.vocab, rows=ROWS, seed=99).once())
+        return validate(
+            model, objective, Batches(held, objective, tokenizer.vocab, batch_size=ROWS, seed=99).all_batches()
+        )
 
-    batches = Batches(learnt, objective, tokenizer.vocab, rows=ROWS, seed=seed, pack=LENGTH)
+    batches = Batches(learnt, objective, tokenizer.vocab, batch_size=ROWS, seed=seed, pack_to_length=LENGTH)
     before, started = scores(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, objective, batches, Path(folder), length=Budget(steps=STEPS),
-            optimizer=OptimizerConfig("adamw", rate=RATE, weight_decay=0.01, beta2=0.98),
-            schedule=Schedule("linear", warmup=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
+            model, objective, batches, Path(folder), length=Budget(max_steps=STEPS),
+            optimizer=OptimizerConfig("adamw", lr=RATE, weight_decay=0.01, beta2=0.98),
+            schedule=Schedule("linear", warmup_ratio=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
     last = [row["loss"] for row in rows if row["split"] == "train"][-LAST:]
@@ -245,7 +247,7 @@ def table() -> str:
 
     for name, objective in OBJECTIVES.items():
         runs = [json.loads(f.read_text("utf-8")) for f in sorted(RESULTS.glob(f"{name}-seed*.json"))]
-        (measure,) = objective.measures
+        (measure,) = objective.metrics
         for when, said in (("before", "untrained"), ("after", f"{name}, {STEPS} steps")) if runs else ():
             lines.append(row(said, runs[0]["held"], [r[when][measure] for r in runs]))
     if (RESULTS / "oracles.json").exists():

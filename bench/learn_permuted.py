@@ -66,24 +66,24 @@ GAPS = 768
 """Held-out texts of which one token is hidden."""
 
 BODY = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
-FAR = replace(BODY, position="xlnet", query=True)
+FAR = replace(BODY, position="xlnet", mask_embedding=True)
 CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
-    "xlnet": (PLM(k=3), replace(FAR, memory=MEMORY), WindowsConfig(LENGTH)),
+    "xlnet": (PLM(k=3), replace(FAR, memory_length=MEMORY), WindowsConfig(LENGTH)),
     "xlnet, no memory": (PLM(k=3), FAR, WindowsConfig(LENGTH)),
-    "mpnet": (MPNet(rate=0.3), replace(BODY, position="mpnet"), ChunksConfig(LENGTH)),
-    "mpnet, rotary": (MPNet(rate=0.3), BODY, ChunksConfig(LENGTH)),
-    "mlm": (MLM(rate=0.3), BODY, ChunksConfig(LENGTH)),
+    "mpnet": (MPNet(mlm_probability=0.3), replace(BODY, position="mpnet"), ChunksConfig(LENGTH)),
+    "mpnet, rotary": (MPNet(mlm_probability=0.3), BODY, ChunksConfig(LENGTH)),
+    "mlm": (MLM(mlm_probability=0.3), BODY, ChunksConfig(LENGTH)),
     "causal": (CausalLM(), replace(BODY, causal=True), WindowsConfig(LENGTH)),
 }
 
 
 def recipe(name: str, seed: int, steps: int, results: Path) -> Recipe:
-    objective, shape, segment = CONTENDERS[name]
-    made = tiny(name, objective, segment, shape, steps=steps, batch=BatchConfig(rows=ROWS))
+    objective, config, examples = CONTENDERS[name]
+    made = tiny(name, objective, examples, config, steps=steps, batch=BatchConfig(size=ROWS))
     evaluation, checkpoint = replace(made.evaluation, every=0), replace(made.checkpoint, every=steps)
-    source = replace(TEXT, store=str(results / "stores"))
-    plan = TokenizerConfig(path=str(results / "tokenizer"), size=VOCAB)
-    return replace(made, seed=seed, source=source, tokenizer=plan, evaluation=evaluation, checkpoint=checkpoint)
+    source = replace(TEXT, cache_dir=str(results / "stores"))
+    plan = TokenizerConfig(path=str(results / "tokenizer"), vocab_size=VOCAB)
+    return replace(made, seed=seed, data=source, tokenizer=plan, evaluation=evaluation, checkpoint=checkpoint)
 
 
 def measured(model: LM, name: str, seed: int, held: Source, store: TokenStore, vocab: Vocab) -> dict[str, float]:
@@ -91,12 +91,12 @@ def measured(model: LM, name: str, seed: int, held: Source, store: TokenStore, v
     objective, _, _ = CONTENDERS[name]
 
     def own(source: Source) -> float:
-        return validate(model, objective, Batches(spread(source, HELD), objective, vocab, rows=64, seed=seed).once())[
-            "loss"
-        ]
+        return validate(
+            model, objective, Batches(spread(source, HELD), objective, vocab, batch_size=64, seed=seed).all_batches()
+        )["loss"]
 
     found = {"loss": own(held)} | cloze.score(model, objective, cloze.items(store, vocab, GAPS, LENGTH), vocab)
-    if model.shape.memory:
+    if model.config.memory_length:
         found["forgetful"] = own(cut.Windows(store, LENGTH, tail=True))
     return found
 
@@ -104,12 +104,12 @@ def measured(model: LM, name: str, seed: int, held: Source, store: TokenStore, v
 def contend(name: str, seed: int, steps: int, results: Path) -> dict[str, object]:
     made = recipe(name, seed, steps, results)
     tokenizer = Tokenizer.load(results / "tokenizer")
-    material = RunData(made.source, tokenizer, results, memory=made.shape.memory if made.shape else 0)
-    held, store = examples.build_datasets(made.segment, material, made.objective).valid, material.stores()[1]
-    assert held is not None and store is not None and made.shape is not None
-    shape = replace(made.shape, vocab=tokenizer.vocab.size)
+    data = RunData(made.data, tokenizer, results, memory_length=made.model.memory_length if made.model else 0)
+    held, store = examples.build_datasets(made.examples, data, made.objective).valid, data.stores()[1]
+    assert held is not None and store is not None and made.model is not None
+    config = replace(made.model, vocab_size=tokenizer.vocab.size)
     torch.manual_seed(seed)
-    before = measured(LM(shape, made.objective.parts(shape)).eval(), name, seed, held, store, tokenizer.vocab)
+    before = measured(LM(config, made.objective.heads(config)).eval(), name, seed, held, store, tokenizer.vocab)
     busy_before, cpu, clock = busy(), time.process_time(), time.perf_counter()
     finished = run(made, results / "runs" / f"{name}-{seed}-{steps}", echo=lambda _: None)
     took = time.perf_counter() - clock

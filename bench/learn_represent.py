@@ -56,9 +56,9 @@ HELD = 3000
 TESTED = 1000
 NOISE = (0.6, 0.8)
 FEW = (50,)
-TUNED = OptimizerConfig(name="adamw", rate=1e-4, rest_rate=5e-4, weight_decay=0.01, beta2=0.98)
+TUNED = OptimizerConfig(name="adamw", lr=1e-4, scalar_lr=5e-4, weight_decay=0.01, beta2=0.98)
 """A head begins from nearly nothing, so it and the norms move five times as fast as the rest."""
-STILL = OptimizerConfig(name="adamw", rate=1e-12)
+STILL = OptimizerConfig(name="adamw", lr=1e-12)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Place:
     scale: float
 
     def steps(self, full: int) -> Budget:
-        return Budget(steps=max(2, round(full * self.scale)))
+        return Budget(max_steps=max(2, round(full * self.scale)))
 
     @property
     def many(self) -> str:
@@ -90,19 +90,21 @@ class Place:
     def text(self, part: str = "") -> DataConfig:
         part = part or self.many
         return DataConfig(
-            path=(self.headlines(part),), valid=(self.headlines("valid"),), store=str(self.results / "stores")
+            path=(self.headlines(part),),
+            validation_path=(self.headlines("valid"),),
+            cache_dir=str(self.results / "stores"),
         )
 
 
 def recipe(
-    place: Place, name: str, objective: Objective, segment: ExamplesConfig, source: DataConfig, shape: ModelConfig | None, *, steps: int,
+    place: Place, name: str, objective: Objective, examples: ExamplesConfig, source: DataConfig, config: ModelConfig | None, *, steps: int,
     rows: int, seed: int, optimizer: OptimizerConfig | None = None, schedule: Schedule | None = None, start: str = "",
     pack: int = 0, vocab: int = 4096, tokenizer: str = "",
 ) -> Recipe:  # fmt: skip
     return Recipe(
-        name=name, objective=objective, segment=segment, source=source, shape=shape, start=start, seed=seed,
-        tokenizer=TokenizerConfig(size=vocab, path=tokenizer), batch=BatchConfig(rows=rows, pack=pack),
-        optimizer=optimizer or OptimizerConfig(), schedule=schedule or Schedule("wsd"), length=place.steps(steps),
+        name=name, objective=objective, examples=examples, data=source, config=config, init_from=start, seed=seed,
+        tokenizer=TokenizerConfig(vocab_size=vocab, path=tokenizer), batch=BatchConfig(size=rows, pack_to_length=pack),
+        optimizer=optimizer or OptimizerConfig(), schedule=schedule or Schedule("wsd"), budget=place.steps(steps),
         evaluation=EvalConfig(max_examples=max(64, round(HELD * place.scale))),
         checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
@@ -118,18 +120,18 @@ def done(place: Place, name: str, seed: int, made: Recipe) -> tuple[Path, dict[s
 
 
 def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    source = DataConfig(corpus="shakespeare", store=str(place.results / "stores"))
+    source = DataConfig(corpus="shakespeare", cache_dir=str(place.results / "stores"))
     body = encoder_config(4096, 128, 3, heads=2, context=128)
-    pairs, pieces = SegmentPairsConfig(length=64), ChunksConfig(length=34)
+    pairs, pieces = SegmentPairsConfig(max_length=64), ChunksConfig(max_length=34)
     tokenizer = ""
-    for name, objective, segment, shape, optimizer in (
+    for name, objective, examples, config, optimizer in (
         ("untrained", Contrastive(), pairs, body, STILL),
-        ("margin", Contrastive(), pairs, body, OptimizerConfig(rate=1e-3)),
-        ("infonce, neighbours", InfoNCE(views="neighbours"), pairs, body, OptimizerConfig(rate=1e-3)),
-        ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), OptimizerConfig(rate=1e-3)),
+        ("margin", Contrastive(), pairs, body, OptimizerConfig(lr=1e-3)),
+        ("infonce, neighbours", InfoNCE(num_views="neighbours"), pairs, body, OptimizerConfig(lr=1e-3)),
+        ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), OptimizerConfig(lr=1e-3)),
     ):
         made = recipe(
-            place, "contrastive", objective, segment, source, shape, steps=2 if name == "untrained" else 300, rows=48,
+            place, "contrastive", objective, examples, source, config, steps=2 if name == "untrained" else 300, rows=48,
             seed=seed, optimizer=optimizer, tokenizer=tokenizer,
         )  # fmt: skip
         directory, _ = done(place, f"contrastive-{name.replace(', ', '-')}", seed, made)
@@ -137,25 +139,25 @@ def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]
         yield name, nearer(directory, source, pairs)
 
 
-def nearer(directory: Path, source: DataConfig, segment: SegmentPairsConfig) -> dict[str, float]:
+def nearer(directory: Path, source: DataConfig, examples: SegmentPairsConfig) -> dict[str, float]:
     """Held-out pairs of a run's text, whatever it was trained on: shares and mean squared distance."""
     tokenizer = Tokenizer.load(str(directory / "tokenizer"))
-    held = segment.cut(RunData(source, tokenizer, directory), Contrastive()).valid
+    held = examples.build(RunData(source, tokenizer, directory), Contrastive()).valid
     assert held is not None
-    batches = Batches(spread(held, 2000), Contrastive(), tokenizer.vocab, rows=64, seed=0)
-    return validate(load_model(directory / "model"), Contrastive(), batches.once())
+    batches = Batches(spread(held, 2000), Contrastive(), tokenizer.vocab, batch_size=64, seed=0)
+    return validate(load_model(directory / "model"), Contrastive(), batches.all_batches())
 
 
 # ------------------------------------------------------------------------------- classifiers
 
 
 def classifier(
-    place: Place, name: str, objective: Objective, segment: ExamplesConfig, seed: int, *, rows: int, steps: int
+    place: Place, name: str, objective: Objective, examples: ExamplesConfig, seed: int, *, rows: int, steps: int
 ) -> tuple[Path, dict[str, float]]:
     """MiniLM with a head for the classes: its directory, and its accuracy on TESTED headlines held out."""
     made = recipe(
-        place, "classifier", objective, segment, place.text("some"), None, steps=steps, rows=rows, seed=seed,
-        optimizer=TUNED, schedule=Schedule("linear", warmup=0.1), start=str(catalog.fetch("minilm", print)),
+        place, "classifier", objective, examples, place.text("some"), None, steps=steps, rows=rows, seed=seed,
+        optimizer=TUNED, schedule=Schedule("linear", warmup_ratio=0.1), start=str(catalog.fetch("minilm", print)),
     )  # fmt: skip
     tested = replace(made.evaluation, max_examples=max(64, round(TESTED * place.scale)))
     directory, metrics = done(place, name, seed, replace(made, evaluation=tested))
@@ -164,53 +166,55 @@ def classifier(
 
 def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     for count in FEW:
-        partly = PartiallyLabeledConfig(of=LabeledConfig(length=48), few=count, unlabelled=3.0)
-        alone = replace(partly, unlabelled=0.001)  # next to nothing else is read, and nothing is asked of it
+        partly = PartiallyLabeledConfig(base=LabeledConfig(max_length=48), num_labeled=count, unlabeled_ratio=3.0)
+        alone = replace(partly, unlabeled_ratio=0.001)  # next to nothing else is read, and nothing is asked of it
         teacher, found = classifier(place, f"few-alone-{count}", Classification(), alone, seed, rows=16, steps=80)
         yield f"{count} labels, alone", found
         runs: list[tuple[str, Objective, ExamplesConfig]] = [
             (
                 "pseudo-labels",
-                PseudoLabels(confidence=0.8, ramp=30),
-                PseudoLabeledConfig(of=partly.of, few=count, teacher=str(teacher)),
+                PseudoLabels(confidence=0.8, ramp_steps=30),
+                PseudoLabeledConfig(base=partly.base, num_labeled=count, teacher=str(teacher)),
             ),
-            ("consistency", Consistency(ramp=30), partly),
+            ("consistency", Consistency(ramp_steps=30), partly),
         ]
-        for name, objective, segment in runs:  # sixteen of the 64 have a label, as many as those alone
-            _, found = classifier(place, f"few-{name}-{count}", objective, segment, seed, rows=64, steps=80)
+        for name, objective, examples in runs:  # sixteen of the 64 have a label, as many as those alone
+            _, found = classifier(place, f"few-{name}-{count}", objective, examples, seed, rows=64, steps=80)
             yield f"{count} labels, {name}", found
 
 
 def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    labelled = LabeledConfig(length=48)
+    labelled = LabeledConfig(max_length=48)
     runs: list[tuple[str, Objective, ExamplesConfig]] = [("true labels, softmax", Classification(), labelled)]
     for accuracy in NOISE:
-        five, one = (SimulatedAnnotatorsConfig(of=labelled, annotators=k, accuracy=accuracy) for k in (5, 1))
+        five, one = (
+            SimulatedAnnotatorsConfig(base=labelled, num_annotators=k, annotator_accuracy=accuracy) for k in (5, 1)
+        )
         runs += [
             (f"one annotator of {accuracy:g}, softmax", Classification(), one),
             (f"five of {accuracy:g}, the majority, softmax", Classification(), five),
             (f"five of {accuracy:g}, all votes, one against all", MultiAnnotator(), five),
         ]
-    for name, objective, segment in runs:
+    for name, objective, examples in runs:
         slug = "weak-" + name.replace(", ", "-").replace(" ", "_")
-        yield name, classifier(place, slug, objective, segment, seed, rows=32, steps=60)[1]
+        yield name, classifier(place, slug, objective, examples, seed, rows=32, steps=60)[1]
 
 
 # ------------------------------------------------------------------------------- the text VAE, the Linformer
 
 
 def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    body = replace(encoder_decoder_config(4096, 128, 2, heads=2, context=64), latent=32)
-    anneal = place.steps(250).steps or 0
+    body = replace(encoder_decoder_config(4096, 128, 2, heads=2, context=64), latent_size=32)
+    anneal = place.steps(250).max_steps or 0
     for name, objective, optimizer in (
         ("untrained", VAE(), STILL),
         ("full weight from the start", VAE(), None),
-        ("annealed", VAE(anneal=anneal), None),
-        ("annealed, 40% hidden, 4 nats free", VAE(anneal=anneal, drop=0.4, free=4.0), None),
+        ("annealed", VAE(kl_anneal_steps=anneal), None),
+        ("annealed, 40% hidden, 4 nats free", VAE(kl_anneal_steps=anneal, word_dropout=0.4, free_bits=4.0), None),
     ):
         made = recipe(
-            place, "vae", objective, ChunksConfig(length=32, frame=False), place.text(), body,
-            steps=2 if name == "untrained" else 400, rows=64, seed=seed, optimizer=optimizer or OptimizerConfig(rest_rate=1e-2),
+            place, "vae", objective, ChunksConfig(max_length=32, add_special_tokens=False), place.text(), body,
+            steps=2 if name == "untrained" else 400, rows=64, seed=seed, optimizer=optimizer or OptimizerConfig(scalar_lr=1e-2),
         )  # fmt: skip
         slug = "vae-" + name.replace(", ", "-").replace(" ", "_").replace("%", "")
         _, m = done(place, slug, seed, made)
@@ -218,16 +222,16 @@ def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    source = DataConfig(corpus="shakespeare", store=str(place.results / "stores"))
+    source = DataConfig(corpus="shakespeare", cache_dir=str(place.results / "stores"))
     body = encoder_config(4096, 128, 3, heads=2, context=256)
     tokenizer = ""
-    for name, shape, optimizer in (
-        ("untrained", replace(body, linformer=64), STILL),
-        ("linformer, 64 slots", replace(body, linformer=64), None),
+    for name, config, optimizer in (
+        ("untrained", replace(body, linformer_k=64), STILL),
+        ("linformer, 64 slots", replace(body, linformer_k=64), None),
         ("full attention", body, None),
     ):
         made = recipe(
-            place, "linformer", MLM(rate=0.3), ChunksConfig(length=256), source, shape, steps=2 if name == "untrained" else 400, rows=16,
+            place, "linformer", MLM(mlm_probability=0.3), ChunksConfig(max_length=256), source, config, steps=2 if name == "untrained" else 400, rows=16,
             seed=seed, optimizer=optimizer, tokenizer=tokenizer,
         )  # fmt: skip
         directory, m = done(place, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, made)

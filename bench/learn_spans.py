@@ -76,7 +76,7 @@ def read_on(arm: str, seed: int, scale: float) -> tuple[Path, dict[str, float]]:
     made = load("spanbert", settings)
     model = run(made, place, say).model
     tokenizer = Tokenizer.load(model)
-    learnt, held = RunData(made.source, tokenizer, place).stores()  # type: ignore[arg-type]  # of a Text recipe
+    learnt, held = RunData(made.data, tokenizer, place).stores()  # type: ignore[arg-type]  # of a Text recipe
     assert held is not None
     scores = span_scores(load_model(model), MLM(), Data(learnt, held, tokenizer.vocab, np.zeros(tokenizer.vocab.size)))
     return model, {"filled": scores["span_exact"], "tokens": scores["token_exact"], "masked loss": scores["loss"]}

@@ -223,7 +223,7 @@ def trainer(name: str, job: Job, seed: int, quick: bool) -> Row:
     """transformers' Trainer on the same records."""
     train, test = halves(name, job, quick)
     lesson = Lesson(
-        train, test, load(job.recipe, list(job.settings)).segment, classes(job, (train, test)),
+        train, test, load(job.recipe, list(job.settings)).examples, classes(job, (train, test)),
         steps=4 if quick else job.steps, rows=job.rows, rate=job.rates["trainer"], seed=seed, decay=DECAY, beta2=BETA2,
         warmup=WARMUP,
     )  # fmt: skip

@@ -41,13 +41,13 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    shape = encoder_config(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
+    config = encoder_config(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
     if contender == "linformer":
-        shape = replace(shape, linformer=SLOTS)
+        config = replace(config, linformer_k=SLOTS)
     if contender == "written out":
         kernels.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})
     backends = [SDPBackend.MATH] if contender == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    model = LM(shape, {})
+    model = LM(config, {})
     tokens = torch.randint(0, 1000, (1, length))
     held = resident_mb()
     before, began, own = busy(), time.perf_counter(), time.process_time()
@@ -78,8 +78,8 @@ def check() -> None:
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    shape = encoder_config(vocab=1000, width=64, depth=2, heads=2, context=64)
-    full, short = LM(shape, {}), LM(replace(shape, linformer=64), {})
+    config = encoder_config(vocab=1000, width=64, depth=2, heads=2, context=64)
+    full, short = LM(config, {}), LM(replace(config, linformer_k=64), {})
     short.load_state_dict(full.state_dict() | {"trunk.linformer.weight": torch.eye(64)[None, None]})
     for module in (full, short):
         for name, p in module.named_parameters():

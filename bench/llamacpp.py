@@ -141,7 +141,7 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
             asked = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "n_predict": new, "return_tokens": True}
             theirs = server.ask("/completion", asked)["tokens"]
             shown = encode_prompt(tokenizer, prompt, model)
-            ours = [int(i) for i in engine.generate([shown], Sampling(temperature=0, max_new=new))[0].tokens]
+            ours = [int(i) for i in engine.generate([shown], Sampling(temperature=0, max_new_tokens=new))[0].tokens]
             same = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
             )
@@ -151,7 +151,7 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
             told = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
             with attention_pattern_of(model):
                 hidden = model(rectangle([shown], torch.device("cpu")))
-                found = model.parts["lm"](hidden[:, -1]).log_softmax(-1)[0]
+                found = model.heads["lm"](hidden[:, -1]).log_softmax(-1)[0]
             said = told.get("completion_probabilities", [])  # none where the text ends at once
             for one in said[0]["top_logprobs"] if said else ():
                 worst = max(worst, abs(float(found[one["id"]]) - one["logprob"]))
@@ -168,7 +168,7 @@ def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
     model = load_model(file)
     with attention_pattern_of(model):
         hidden = model(rectangle([np.array(tokens)], torch.device("cpu")))
-        found = model.parts["lm"](hidden[0, :-1]).log_softmax(-1)
+        found = model.heads["lm"](hidden[0, :-1]).log_softmax(-1)
     ours = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double().numpy()
     theirs, alike = np.zeros_like(ours), 0
     with serving(file, context=len(tokens) + 8) as server:
@@ -212,7 +212,7 @@ def dialogue(name: str, file: Path, new: int) -> list[Row]:
             prompt, _ = chat.encode(tokenizer, messages, open=True)
             written = tokenizer.engine.decode(prompt.tolist(), skip_special_tokens=False)
             alike += written == server.ask("/apply-template", {"messages": messages})["prompt"]
-            answer = engine.generate([prompt], Sampling(temperature=0, max_new=new))[0].text
+            answer = engine.generate([prompt], Sampling(temperature=0, max_new_tokens=new))[0].text
             asked = {"messages": messages, "temperature": 0.0, "top_k": 1, "max_tokens": new}
             theirs = server.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
             answers += answer.strip() == theirs.strip()
@@ -220,10 +220,10 @@ def dialogue(name: str, file: Path, new: int) -> list[Row]:
     return [Row(f"{name}: template", alike, len(said)), Row(f"{name}: answers", answers, len(said), note)]
 
 
-def random(shape: ModelConfig, seed: int = 0) -> LM:
+def random(config: ModelConfig, seed: int = 0) -> LM:
     """A model with weights so large that greedy text is not one token for ever."""
     torch.manual_seed(seed)
-    model = LM(replace(shape, init=0.08, dropout=0.0), {"lm": LMHead(shape)}).eval()
+    model = LM(replace(config, init_std=0.08, dropout=0.0), {"lm": LMHead(config)}).eval()
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if weights.ndim == 1:
@@ -266,19 +266,19 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     tokenizer = small()
     size = tokenizer.vocab.size
     file = folder / "file.gguf"
-    shape = llama(size, 128, 3, 4, 256, context=512, kv_heads=2)
+    config = llama(size, 128, 3, 4, 256, context=512, kv_heads=2)
     for kind in PACK:
-        gguf.write(random(shape), tokenizer, file, kind)
+        gguf.write(random(config), tokenizer, file, kind)
         yield texts(f"llama, random, {kind}", file, arguments.new)
     yield ids("firth's byte-bpe", tokenizer, file)
-    biased = replace(shape, bias=True, tied=True, rotary_theta=50000.0, kv_heads=4)
+    biased = replace(config, bias=True, tie_embeddings=True, rope_theta=50000.0, num_kv_heads=4)
     gguf.write(random(biased), tokenizer, file, "F32")
     yield texts("llama, tied and biased, F32", file, arguments.new)
     for name, more in (("qwen2", {"bias": True, "bias_at": "qkv"}), ("qwen3", {"qk_norm": True, "qk_weight": True})):
         made: dict[str, Any] = more
-        gguf.write(random(replace(shape, **made)), tokenizer, file, "F32")
+        gguf.write(random(replace(config, **made)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)
-    gguf.write(random(replace(gpt2(size, 128, 3, 4), context=512)), tokenizer, file, "F32")
+    gguf.write(random(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)
     words = catalog.cache() / "minilm" / "vocab.txt"
     if words.is_file():

@@ -160,16 +160,16 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(0)
     objective = MLM()
-    shape = encoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, hidden=8 * WIDTH // 3)
+    config = encoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, hidden=8 * WIDTH // 3)
     if bert:
-        shape = ModelConfig(
-            vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, norm_at="post", norm_eps=1e-12,
-            embed_norm=True, segments=2, activation="gelu", head="transform", head_bias=True,
+        config = ModelConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=LONGEST, norm_placement="post", norm_eps=1e-12,
+            embedding_norm=True, type_vocab_size=2, activation="gelu", lm_head="transform", lm_head_bias=True,
         )  # fmt: skip
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
     vocab = Vocab(size=VOCAB, roles=roles, special=np.arange(VOCAB) < FIRST)
-    model = LM(shape, objective.parts(shape))
-    return model, objective, Batches(Framed(), objective, vocab, rows=ROWS, seed=0, pack=LONGEST)
+    model = LM(config, objective.heads(config))
+    return model, objective, Batches(Framed(), objective, vocab, batch_size=ROWS, seed=0, pack_to_length=LONGEST)
 
 
 def firth_masked(turn: Turn, bert: bool = False, optimizer: Literal["muon", "adamw"] = "muon") -> None:

@@ -60,22 +60,29 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
     folder = FOLDER / recipe.tokenizer.algorithm
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of(recipe, folder, lambda _: None)
-    assert recipe.shape is not None
-    material = RunData(
-        recipe.source, tokenizer, folder, rows=recipe.batch.rows, memory=recipe.shape.memory, echo=lambda _: None
+    assert recipe.model is not None
+    data = RunData(
+        recipe.data,
+        tokenizer,
+        folder,
+        batch_size=recipe.batch.size,
+        memory_length=recipe.model.memory_length,
+        echo=lambda _: None,
     )
-    cut = examples.build_datasets(recipe.segment, material, recipe.objective)
+    cut = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(
-        cut.train, recipe.objective, tokenizer.vocab.starting(recipe.shape.decoder_start), rows=recipe.batch.rows, seed=0,
-        pack=recipe.batch.pack,
+        cut.train, recipe.objective, tokenizer.vocab.starting(recipe.model.decoder_start_token), batch_size=recipe.batch.size, seed=0,
+        pack_to_length=recipe.batch.pack_to_length,
     )  # fmt: skip
     return recipe, recipe.objective, batches
 
 
 def padded(batches: Batches, number: int) -> Batch:
     """The examples of a step as the peer reads them: one to a row."""
-    epochs, indices = batches.source.order(batches.seed, torch.arange(batches.rows).numpy() + number * batches.rows)
-    asked = frozenset({*batches.objective.targets.values(), *batches.objective.measures.values()})
+    epochs, indices = batches.source.order(
+        batches.seed, torch.arange(batches.batch_size).numpy() + number * batches.batch_size
+    )
+    asked = frozenset({*batches.objective.labels.values(), *batches.objective.metrics.values()})
     return collate(batches.shown(epochs, indices), asked)
 
 
@@ -94,9 +101,9 @@ def ours(name: str) -> Iterator[int]:
     """Take firth's step on the recipe's own batches, for ever; yield the tokens of each."""
     keep_freed_memory()
     recipe, objective, batches = prepared(name)
-    assert recipe.shape is not None
+    assert recipe.model is not None
     torch.manual_seed(0)
-    model = LM(recipe.shape, objective.parts(recipe.shape))
+    model = LM(recipe.model, objective.heads(recipe.model))
     init_head(model, objective, batches)
     mover = Mover(recipe.optimizer, model, sparse=True)
     precision = casts(choose(recipe.precision, CPU), CPU)
@@ -153,12 +160,12 @@ def there(batch: Batch, side: str = "") -> Tensor:
 
 def sizes(recipe: Recipe) -> dict[str, Any]:
     """As BERT's descendants call them; a gated MLP's two halves are one."""
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
-    hidden = s.hidden * 2 if s.gated else s.hidden
+    hidden = s.intermediate_size * 2 if s.gated else s.intermediate_size
     return {
-        "vocab_size": s.vocab, "hidden_size": s.width, "num_hidden_layers": s.depth, "num_attention_heads": s.heads,
-        "intermediate_size": hidden, "max_position_embeddings": s.context + 2, "hidden_dropout_prob": 0.0,
+        "vocab_size": s.vocab_size, "hidden_size": s.hidden_size, "num_hidden_layers": s.num_layers, "num_attention_heads": s.num_heads,
+        "intermediate_size": hidden, "max_position_embeddings": s.max_positions + 2, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
 
@@ -166,18 +173,18 @@ def sizes(recipe: Recipe) -> dict[str, Any]:
 def causal(kind: str, recipe: Recipe) -> Peer:
     import transformers as t
 
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
     model: Any
     if kind == "llama":
         config = t.LlamaConfig(
-            vocab_size=s.vocab, hidden_size=s.width, num_hidden_layers=s.depth, num_attention_heads=s.heads,
-            intermediate_size=s.hidden, max_position_embeddings=s.context,
+            vocab_size=s.vocab_size, hidden_size=s.hidden_size, num_hidden_layers=s.num_layers, num_attention_heads=s.num_heads,
+            intermediate_size=s.intermediate_size, max_position_embeddings=s.max_positions,
         )  # fmt: skip
         model = t.LlamaForCausalLM(config)
     else:
         config = t.GPT2Config(
-            vocab_size=s.vocab, n_embd=s.width, n_layer=s.depth, n_head=s.heads, n_inner=s.hidden, n_positions=s.context,
+            vocab_size=s.vocab_size, n_embd=s.hidden_size, n_layer=s.num_layers, n_head=s.num_heads, n_inner=s.intermediate_size, n_positions=s.max_positions,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
         model = t.GPT2LMHeadModel(config)
@@ -188,7 +195,7 @@ def masked(kind: str, recipe: Recipe) -> Peer:
     """BERT's and MPNet's masks."""
     import transformers as t
 
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
     model: Any
     if kind == "mpnet":
@@ -214,12 +221,12 @@ def paired(kind: str, recipe: Recipe) -> Peer:
     """BERT's and ALBERT's two losses."""
     import transformers as t
 
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
     model: Any
     if kind == "albert":
         model = t.AlbertForPreTraining(
-            t.AlbertConfig(**sizes(recipe), embedding_size=s.embed, classifier_dropout_prob=0.0)
+            t.AlbertConfig(**sizes(recipe), embedding_size=s.embedding_size, classifier_dropout_prob=0.0)
         )
     else:
         model = t.BertForPreTraining(t.BertConfig(**sizes(recipe)))
@@ -237,14 +244,14 @@ def electra(recipe: Recipe) -> Peer:
     """Generator and discriminator, which share their table of tokens."""
     import transformers as t
 
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
     objective: Any = recipe.objective
-    large = sizes(recipe) | {"embedding_size": s.embed or s.width}
+    large = sizes(recipe) | {"embedding_size": s.embedding_size or s.hidden_size}
     small = large | {
-        "hidden_size": round(s.width * objective.size), "intermediate_size": round(large["intermediate_size"] * objective.size)
+        "hidden_size": round(s.hidden_size * objective.size), "intermediate_size": round(large["intermediate_size"] * objective.size)
     }  # fmt: skip
-    small["num_attention_heads"] = max(1, small["hidden_size"] // (s.width // s.heads))
+    small["num_attention_heads"] = max(1, small["hidden_size"] // (s.hidden_size // s.num_heads))
     while small["hidden_size"] % small["num_attention_heads"]:
         small["num_attention_heads"] -= 1
     model = nn.ModuleDict(
@@ -274,10 +281,15 @@ def xlnet(recipe: Recipe) -> Peer:
     """Both streams, by permutation masks and target maps; without memory, which the library keeps from step to step."""
     import transformers as t
 
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
     config = t.XLNetConfig(
-        vocab_size=s.vocab, d_model=s.width, n_layer=s.depth, n_head=s.heads, d_inner=2 * s.hidden, dropout=0.0
+        vocab_size=s.vocab_size,
+        d_model=s.hidden_size,
+        n_layer=s.num_layers,
+        n_head=s.num_heads,
+        d_inner=2 * s.intermediate_size,
+        dropout=0.0,
     )
     model = t.XLNetLMHeadModel(config)
 
@@ -298,20 +310,20 @@ def written(kind: str, recipe: Recipe) -> Peer:
     """Encoder-decoders."""
     import transformers as t
 
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
     model: Any
     if kind == "bart":
         config = t.BartConfig(
-            vocab_size=s.vocab, d_model=s.width, encoder_layers=s.encoder, decoder_layers=s.depth,
-            encoder_attention_heads=s.heads, decoder_attention_heads=s.heads, encoder_ffn_dim=2 * s.hidden,
-            decoder_ffn_dim=2 * s.hidden, max_position_embeddings=s.context, dropout=0.0,
+            vocab_size=s.vocab_size, d_model=s.hidden_size, encoder_layers=s.num_encoder_layers, decoder_layers=s.num_layers,
+            encoder_attention_heads=s.num_heads, decoder_attention_heads=s.num_heads, encoder_ffn_dim=2 * s.intermediate_size,
+            decoder_ffn_dim=2 * s.intermediate_size, max_position_embeddings=s.max_positions, dropout=0.0,
         )  # fmt: skip
         model = t.BartForConditionalGeneration(config)
     else:
         config = t.T5Config(
-            vocab_size=s.vocab, d_model=s.width, d_kv=s.head_width, d_ff=s.hidden, num_layers=s.encoder,
-            num_decoder_layers=s.depth, num_heads=s.heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+            vocab_size=s.vocab_size, d_model=s.hidden_size, d_kv=s.head_dim, d_ff=s.intermediate_size, num_layers=s.num_encoder_layers,
+            num_decoder_layers=s.num_layers, num_heads=s.num_heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
         )  # fmt: skip
         model = t.T5ForConditionalGeneration(config)
 
@@ -338,9 +350,9 @@ class Plain(nn.Module):
 
 
 def recurrent(recipe: Recipe) -> Peer:
-    s = recipe.shape
+    s = recipe.model
     assert s is not None
-    model = Plain(s.vocab, s.width, s.depth)
+    model = Plain(s.vocab_size, s.hidden_size, s.num_layers)
     return model, lambda b: mean(model(b["tokens"]), b["labels"])
 
 
@@ -372,12 +384,12 @@ def check() -> None:
         recipe, objective, batches = prepared(name)
         model, loss = peer(recipe)
         batch = padded(batches, 0)
-        asked = [int((b[objective.targets[t]] != IGNORE).sum()) for t in objective.targets for b in (batch,)]
-        own = sum(int((b[objective.targets[t]] != IGNORE).sum()) for t in objective.targets for b in batches.batches(0))
+        asked = [int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in (batch,)]
+        own = sum(int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in batches.batches(0))
         assert sum(asked) == own, (name, asked, own)
         first, numbers = loss(batch).item(), sum(p.numel() for p in model.parameters())
-        assert recipe.shape is not None
-        mine = sum(p.numel() for p in LM(recipe.shape, objective.parts(recipe.shape)).parameters())
+        assert recipe.model is not None
+        mine = sum(p.numel() for p in LM(recipe.model, objective.heads(recipe.model)).parameters())
         print(
             f"{name:10} tokens {useful(batch):6,}  their first loss {first:6.2f}  parameters {numbers:,}, ours {mine:,}"
         )

@@ -57,17 +57,17 @@ def made(folder: Path) -> list[Path]:
     tokenizer = train(list(topics.values())[:60], "byte-bpe", size=1000, seed=0)
     size: dict[str, int] = {"vocab": tokenizer.vocab.size, "width": 64, "depth": 2, "heads": 4, "context": 128}
     shapes = {
-        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, kv_heads=2),  # type: ignore[arg-type]
+        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),
         "nanochat": decoder_config(**size),
-        "bert": ModelConfig(**size, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu",
-                      head="transform", head_bias=True),
+        "bert": ModelConfig(**size, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu",
+                      lm_head="transform", lm_head_bias=True),
         "modernbert": encoder_config(**size),
         "t5": encoder_decoder_config(**size),
     }  # fmt: skip
-    for name, shape in shapes.items():
+    for name, config in shapes.items():
         torch.manual_seed(0)
-        model = LM(shape, {"lm": LMHead(shape)}).eval()
+        model = LM(config, {"lm": LMHead(config)}).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -85,9 +85,9 @@ def reference(directory: Path) -> dict[str, Any]:
     from firth.model.latent import average
     from firth.runs.inference import encode_prompt
 
-    subject = load_evaluated_model(directory)
-    model, tokenizer, shape = subject.model, subject.tokenizer, subject.model.shape
-    kind = "source" if shape.encoder else "left" if shape.causal else "both"
+    evaluated = load_evaluated_model(directory)
+    model, tokenizer, model_config = evaluated.model, evaluated.tokenizer, evaluated.model.config
+    kind = "source" if model_config.num_encoder_layers else "left" if model_config.causal else "both"
     modules, config = directory / "modules.json", directory / "config.json"
     unit = modules.exists() and "Normalize" in modules.read_text()
     told: dict[str, Any] = {
@@ -96,7 +96,7 @@ def reference(directory: Path) -> dict[str, Any]:
         "logits": [],
         "vectors": [],
         "scores": [],
-        "head": "lm" in model.parts,
+        "head": "lm" in model.heads,
     }
     told["family"] = json.loads(config.read_text())["model_type"]
     for text in TEXTS:
@@ -106,7 +106,7 @@ def reference(directory: Path) -> dict[str, Any]:
         batch = {"tokens": row} | ({} if kind == "both" else {"looks": steps, "appears": steps})
         with torch.no_grad():
             states = model(batch | ({"source_tokens": row} if kind == "source" else {}))
-            logits: torch.Tensor = model.parts["lm"](states) if "lm" in model.parts else states
+            logits: torch.Tensor = model.heads["lm"](states) if "lm" in model.heads else states
         told["ids"].append(ids.tolist())
         told["logits"].append(logits[0].tolist())
         vector = average(states, None)[0]
@@ -114,7 +114,7 @@ def reference(directory: Path) -> dict[str, Any]:
     if kind == "left":
         engine = Engine(model, tokenizer)
         for item in QUESTIONS:
-            pairs = [cut(subject, str(item["question"]), str(option)) for option in item["options"]]  # type: ignore[attr-defined]
+            pairs = [cut(evaluated, str(item["question"]), str(option)) for option in item["options"]]  # type: ignore[attr-defined]
             head = [tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles and tokenizer.bos is not False else []
             prompts = [np.concatenate((head, before)).astype(np.int32) for before, _ in pairs]
             told["scores"].append([float(s) for s in engine.score(prompts, [after for _, after in pairs])])

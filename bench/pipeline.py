@@ -73,7 +73,7 @@ def main() -> None:
           f"{len(short.tokens) / len(short) - 2:.1f} tokens")  # fmt: skip
 
     def over(source: Source, objective: Objective, rows: int, pack: int = 0) -> Batches:
-        return Batches(source, objective, vocab, rows=rows, seed=0, pack=pack)
+        return Batches(source, objective, vocab, batch_size=rows, seed=0, pack_to_length=pack)
 
     cases = {
         "causal, windows of 256, isolated": (5, over(Windows(store, 256), CausalLM(), 64)),

@@ -142,9 +142,9 @@ def firth_parts(task: Task) -> tuple[Any, Any, Any]:
     objective: Any = DPO() if task == "dpo" else RewardModeling()
     with tempfile.TemporaryDirectory() as directory:
         llama("dpo").save_pretrained(directory)
-        shape = load_model(Path(directory)).shape
+        config = load_model(Path(directory)).config
         torch.manual_seed(0)
-        model = LM(shape, objective.parts(shape))
+        model = LM(config, objective.parts(config))
         init_from(model, Path(directory))
     if task == "dpo":
         with casts(choose("auto", cpu), cpu)():
@@ -153,7 +153,7 @@ def firth_parts(task: Task) -> tuple[Any, Any, Any]:
     return (
         model,
         objective,
-        Batches(source, objective, Vocab(VOCAB, roles, np.arange(VOCAB) < FIRST), rows=ROWS, seed=0),
+        Batches(source, objective, Vocab(VOCAB, roles, np.arange(VOCAB) < FIRST), batch_size=ROWS, seed=0),
     )
 
 

@@ -102,7 +102,7 @@ def firth_generate(turn: Turn, weights: str) -> None:
     engine = ours(weights)
     prompt = engine.coder.encode(PROMPT)
     while True:
-        turn(len(engine.generate([prompt], Sampling(temperature=0, max_new=NEW))[0].tokens))
+        turn(len(engine.generate([prompt], Sampling(temperature=0, max_new_tokens=NEW))[0].tokens))
 
 
 def llama_generate(turn: Turn, kind: str, where: str) -> None:
@@ -161,7 +161,7 @@ def check(where: str) -> None:
             logits = model(asked).logits
         worst = max(worst, float((mine - logits).abs().max() / logits.abs().max()))
         out = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW, do_sample=False)
-        found = engine.generate([shown], Sampling(temperature=0, max_new=NEW))[0].tokens.tolist()
+        found = engine.generate([shown], Sampling(temperature=0, max_new_tokens=NEW))[0].tokens.tolist()
         same += found == out[0, asked.shape[1] :].tolist()
     n = len(PROMPTS)
     print(f"ids {ids} of {n} alike; logits within {worst:.1e}, relative; {NEW} greedy tokens: {same} of {n} alike")

@@ -125,7 +125,7 @@ def taught(recipe: str, lesson: Lesson, start: str, out: str) -> Row:
 def scored(peer: Peer, examples: Any, said: Any) -> dict[str, float]:
     """All numbers of the peer's task, of what `predict` says of the examples."""
     columns = peer.answers(examples, peer.logits(examples, said))
-    return {name: f(*columns) for name, f in {**peer.task.metrics, **peer.task.more(examples)}.items()}
+    return {name: f(*columns) for name, f in {**peer.task.metrics, **peer.task.extra_metrics(examples)}.items()}
 
 
 def tested(examples: Any) -> int:

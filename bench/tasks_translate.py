@@ -71,9 +71,9 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
 
 def measured(directory: Path, test: Path, done: RunResult) -> Row:
     """What a run of ours scores."""
-    subject = load_evaluated_model(directory)
-    items = generation.source(subject, [str(test)])
-    right, said = generation.answer(subject, items, lambda _: None, LENGTH)
+    evaluated = load_evaluated_model(directory)
+    items = generation.source(evaluated, [str(test)])
+    right, said = generation.answer(evaluated, items, lambda _: None, LENGTH)
     return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
 
 
@@ -96,7 +96,7 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config | special))
     # transformers 5 ties a T5 1.1 that it makes itself; this head is its own, and begins at zero, as ours does.
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    assert sum(p.numel() for p in model.parameters()) == shape(vocab.size).parameters()
+    assert sum(p.numel() for p in model.parameters()) == shape(vocab.size).num_parameters()
     padding = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.engine, pad_token=tokenizer.token(vocab.pad), eos_token=tokenizer.token(vocab.eos)
     )

@@ -252,28 +252,28 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
     from firth.train.trainer import TrainerConfig, train
 
     recipe = gpt("small")
-    optimizer, schedule, shape, rows = recipe.optimizer, recipe.schedule, recipe.shape, recipe.batch.rows
+    optimizer, schedule, config, rows = recipe.optimizer, recipe.schedule, recipe.model, recipe.batch.size
     if adamw:
         assert settings is not None
-        shape = ModelConfig(vocab=VOCAB, width=384, depth=6, heads=6, context=LENGTH)
+        config = ModelConfig(vocab_size=VOCAB, hidden_size=384, num_layers=6, num_heads=6, max_positions=LENGTH)
         optimizer, schedule = OptimizerConfig(name="adamw"), Schedule("linear")
     if settings is not None:
-        optimizer, rows = replace(optimizer, rate=settings.rate), settings.rows
-        schedule = replace(schedule, warmup=settings.warmup)
-    assert shape is not None
-    assert shape.vocab == VOCAB
+        optimizer, rows = replace(optimizer, lr=settings.rate), settings.rows
+        schedule = replace(schedule, warmup_ratio=settings.warmup)
+    assert config is not None
+    assert config.vocab_size == VOCAB
     torch.manual_seed(seed)
     objective = recipe.objective
-    model = LM(shape, objective.parts(shape))
-    segment: Any = recipe.segment
+    model = LM(config, objective.heads(config))
+    segment: Any = recipe.examples
     assert segment.length == LENGTH, "the recipe's windows are not of the peers' length"
-    batches = Batches(Windows(data.store, LENGTH), objective, data.tokenizer.vocab, rows=rows, seed=seed)
+    batches = Batches(Windows(data.store, LENGTH), objective, data.tokenizer.vocab, batch_size=rows, seed=seed)
     when = torch.arange(LENGTH, dtype=torch.int32)
 
     def score(tokens: Tensor, labels: Tensor) -> Tensor:
         moments = when.expand(tokens.shape)
         batch = {"tokens": tokens, "labels": labels, "looks": moments, "appears": moments}
-        return objective.loss(model, objective.run(model, batch), batch)["tokens"]
+        return objective.loss(model, objective.forward(model, batch), batch)["tokens"]
 
     def evaluate(_: LM, __: int) -> dict[str, float]:
         clock.tick(score)
@@ -284,8 +284,8 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
         if not adamw:
             init_head(model, objective, batches)
         train(
-            model, objective, batches, Path(directory), length=Budget(seconds=clock.seconds), optimizer=optimizer,
-            schedule=schedule, plan=TrainerConfig(evaluate_every=1, save_every=0), evaluate=evaluate, told=NullReporter(),
+            model, objective, batches, Path(directory), length=Budget(max_seconds=clock.seconds), optimizer=optimizer,
+            schedule=schedule, plan=TrainerConfig(eval_every=1, save_every=0), evaluate=evaluate, told=NullReporter(),
         )  # fmt: skip
     if not clock.curve or clock.curve[-1][1] != clock.step:  # the loop's own clock does not count its log
         clock.step -= 1

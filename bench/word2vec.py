@@ -69,9 +69,9 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(0)
     vocab = Vocab(VOCAB, {}, np.zeros(VOCAB, bool))
-    objective, shape = Word2Vec(algorithm=algorithm), word_vector_config(VOCAB, WIDTH)
+    objective, config = Word2Vec(algorithm=algorithm), word_vector_config(VOCAB, WIDTH)
     source = WordWindows(Drawn(), WordWindows.count(Drawn.rows.ravel(), vocab), sample=1e-3, power=0.75)
-    return LM(shape, objective.parts(shape)), objective, Batches(source, objective, vocab, rows=ROWS, seed=0)
+    return LM(config, objective.heads(config)), objective, Batches(source, objective, vocab, batch_size=ROWS, seed=0)
 
 
 def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
@@ -88,9 +88,9 @@ def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
     model, objective, batches = made(algorithm)
     with tempfile.TemporaryDirectory() as directory:
         train(
-            model, objective, batches, Path(directory), length=Budget(steps=1_000_000), told=NullReporter(),
-            optimizer=word2vec().optimizer, schedule=Schedule("constant", warmup=0), evaluate=evaluate,
-            plan=TrainerConfig(evaluate_every=SHARE, save_every=0, precision="fp32"),
+            model, objective, batches, Path(directory), length=Budget(max_steps=1_000_000), told=NullReporter(),
+            optimizer=word2vec().optimizer, schedule=Schedule("constant", warmup_ratio=0), evaluate=evaluate,
+            plan=TrainerConfig(eval_every=SHARE, save_every=0, precision="fp32"),
         )  # fmt: skip
 
 

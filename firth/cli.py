@@ -269,7 +269,7 @@ def compare(
     if bool(seconds) == bool(flops):
         raise UserError("say how much compute each run gets: --seconds N or --flops N, one of them")
     names, settings = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    terms = ComparisonConfig(Budget(seconds=seconds, flops=flops), parse_shares(shares), seeds, probe, labels)
+    terms = ComparisonConfig(Budget(max_seconds=seconds, max_flops=flops), parse_shares(shares), seeds, probe, labels)
     typer.echo(contest(names, settings, terms, out, echo=typer.echo))
 
 
@@ -303,8 +303,8 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        max_new=tokens,
-        stop=tuple(stop or ()),
+        max_new_tokens=tokens,
+        stop_strings=tuple(stop or ()),
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -364,7 +364,9 @@ def chat(
     from firth.runs.inference import Conversation, PromptTooLongError
 
     longest = 256 if tokens is None else tokens
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new=longest, seed=seed)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=longest, seed=seed
+    )
     talk = Conversation(run, sampling, weights, system, capped=tokens is None, say=_aside)
     while True:
         try:

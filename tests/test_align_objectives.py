@@ -23,13 +23,13 @@ from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 
 V = ByteCoder.vocab.size
-SHAPE = ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64)
+SHAPE = ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
 VOCAB = ByteCoder.vocab
 
 
-def model_for(objective: Objective, shape: ModelConfig = SHAPE, std: float = 0.3) -> LM:
+def model_for(objective: Objective, config: ModelConfig = SHAPE, std: float = 0.3) -> LM:
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)
     return model
@@ -49,11 +49,11 @@ def sampled(count: int, seed: int = 0) -> list[Example]:
 
 
 def shown(objective: Objective, examples: list[Example]) -> list[Example]:
-    return [objective.view(e, VOCAB, np.random.default_rng(0)) for e in examples]
+    return [objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in examples]
 
 
 def asked(objective: Objective) -> set[str]:
-    return {*objective.targets.values(), *objective.measures.values(), "labels"}
+    return {*objective.labels.values(), *objective.metrics.values(), "labels"}
 
 
 # ---- SFT
@@ -61,7 +61,7 @@ def asked(objective: Objective) -> set[str]:
 
 def test_sft_asks_for_the_answer_and_its_stop_token_alone() -> None:
     tokens, mask = np.array([2, 50, 51, 60, 61, 6, 17]), np.array([0, 0, 0, 1, 1, 1, 0], bool)
-    seen = SFT().view({"tokens": tokens, "mask": mask}, VOCAB, np.random.default_rng(0))
+    seen = SFT().build_example({"tokens": tokens, "mask": mask}, VOCAB, np.random.default_rng(0))
     assert seen["tokens"].tolist() == [2, 50, 51, 60, 61, 6]
     assert seen["labels"].tolist() == [IGNORE, IGNORE, 60, 61, 6, IGNORE]
 
@@ -74,7 +74,7 @@ def test_sft_is_the_mean_over_answered_tokens() -> None:
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
-            logits = model.parts["lm"](
+            logits = model.heads["lm"](
                 model({"tokens": torch.tensor(row["tokens"][None]), **causal(len(row["tokens"]))})
             )
         log_p = logits[0].log_softmax(-1)
@@ -89,9 +89,9 @@ def causal(n: int) -> dict[str, torch.Tensor]:
 
 
 def test_text_to_text_learns_from_encoder_to_decoder() -> None:
-    shape = encoder_decoder_config(vocab=V, width=32, depth=1, heads=2, context=32)
+    config = encoder_decoder_config(vocab=V, width=32, depth=1, heads=2, context=32)
     torch.manual_seed(0)
-    model = LM(shape, Seq2SeqSFT().parts(shape))
+    model = LM(config, Seq2SeqSFT().heads(config))
     rows = [{"source": np.array([50 + i, 51]), "target": np.array([70 + i, 3])} for i in range(4)]
     batch = collate(shown(Seq2SeqSFT(), rows))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -117,13 +117,13 @@ def ranked(ranks: list[int], seed: int = 0) -> Example:
 def scores_of(model: LM, example: Example) -> torch.Tensor:
     with torch.no_grad():
         return torch.stack([
-            model.parts["reward"](model({"tokens": torch.tensor(a[None]), **causal(len(a))})[0, -1])[0]
+            model.heads["reward"](model({"tokens": torch.tensor(a[None]), **causal(len(a))})[0, -1])[0]
             for a in example["answers"]
         ])  # fmt: skip
 
 
 def test_a_ranking_is_the_mean_over_its_pairs() -> None:
-    objective = Ranking(answers=4)
+    objective = Ranking(num_answers=4)
     model = model_for(objective)
     groups = [ranked([2, 0, 1, 3]), ranked([1, 0], 1), ranked([0, 0, 1], 2)]
     terms = step(model, objective, [collate(shown(objective, groups), asked(objective))])
@@ -144,14 +144,14 @@ def test_a_ranking_of_two_is_a_comparison() -> None:
     model = model_for(RewardModeling())
     whole = step(model, RewardModeling(), [collate(shown(RewardModeling(), [pair]), asked(RewardModeling()))])
     for likelihood in ("pairs", "order"):
-        objective = Ranking(answers=3, likelihood=likelihood)  # type: ignore[arg-type]
+        objective = Ranking(num_answers=3, likelihood=likelihood)  # type: ignore[arg-type]
         terms = step(model, objective, [collate(shown(objective, [group]), asked(objective))])
         assert float(terms["reward"]) == pytest.approx(float(whole["reward"]), abs=1e-5)
         assert float(terms["margin"]) == pytest.approx(float(whole["margin"]), abs=1e-5)
 
 
 def test_plackett_luce_is_a_probability_over_orders() -> None:
-    objective = Ranking(answers=3, likelihood="order")
+    objective = Ranking(num_answers=3, likelihood="order")
     model = model_for(objective)
     total = 0.0
     for order in itertools.permutations(range(3)):
@@ -162,14 +162,14 @@ def test_plackett_luce_is_a_probability_over_orders() -> None:
 
 
 def test_a_ranking_that_says_nothing_is_not_counted() -> None:
-    objective = Ranking(answers=3)
+    objective = Ranking(num_answers=3)
     model = model_for(objective)
     ties, real = ranked([1, 1, 1]), ranked([0, 1, 2], 1)
     both = step(model, objective, [collate(shown(objective, [ties, real]), asked(objective))])
     one = step(model, objective, [collate(shown(objective, [real]), asked(objective))])
     assert float(both["reward"]) == pytest.approx(float(one["reward"]), abs=1e-5)
     with pytest.raises(UserError, match="a ranking of 4 answers"):
-        objective.view(ranked([0, 1, 2, 3]), VOCAB, np.random.default_rng(0))
+        objective.build_example(ranked([0, 1, 2, 3]), VOCAB, np.random.default_rng(0))
 
 
 def test_a_reward_is_read_at_the_last_answered_token_and_not_behind_it() -> None:
@@ -240,7 +240,7 @@ def test_whitened_is_standard() -> None:
 
 
 def test_ppo_is_its_formulas() -> None:
-    objective = PPO(clip=0.2, clip_value=0.3, value=0.5)
+    objective = PPO(clip_range=0.2, value_clip_range=0.3, value_coef=0.5)
     model = model_for(objective, std=0.1)
     rows = sampled(6)
     terms = step(model, objective, [collate(shown(objective, rows), asked(objective))])
@@ -250,8 +250,8 @@ def test_ppo_is_its_formulas() -> None:
         n = len(row["tokens"])
         with torch.no_grad():
             hidden = model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0]
-            log_p = model.parts["lm"](hidden).log_softmax(-1)
-            critic = model.parts["critic"]
+            log_p = model.heads["lm"](hidden).log_softmax(-1)
+            critic = model.heads["critic"]
             values = critic.parts["value"](critic({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0])[:, 0]
         for t in np.flatnonzero(row["mask"]):
             now, value = float(log_p[t - 1, row["tokens"][t]]), float(values[t - 1])
@@ -283,7 +283,7 @@ def test_the_kl_of_ppo_is_that_of_the_policy_as_it_is_now() -> None:
 
 
 def test_a_token_beyond_the_clip_moves_nothing() -> None:
-    objective = PPO(value=0.0)
+    objective = PPO(value_coef=0.0)
     model = model_for(objective)
     [row] = sampled(1)
     row["old"] = np.full_like(row["old"], -30.0)  # the ratio is far above 1 + clip
@@ -345,7 +345,7 @@ def test_reinforce_is_the_mean_over_answers_not_over_tokens() -> None:
     for row in rows:
         n = len(row["tokens"])
         with torch.no_grad():
-            log_p = model.parts["lm"](model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)}))[0].log_softmax(
+            log_p = model.heads["lm"](model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)}))[0].log_softmax(
                 -1
             )
         total -= sum(float(log_p[t - 1, row["tokens"][t]] * row["advantage"][t]) for t in np.flatnonzero(row["mask"]))
@@ -354,9 +354,9 @@ def test_reinforce_is_the_mean_over_answers_not_over_tokens() -> None:
 
 def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
     """All answers of two tokens out of five can be listed: the exact gradient of E[R] against REINFORCE's average."""
-    shape = ModelConfig(vocab=5, width=8, depth=1, heads=1, context=4)
+    config = ModelConfig(vocab_size=5, hidden_size=8, num_layers=1, num_heads=1, max_positions=4)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     answers = torch.tensor(list(itertools.product(range(5), repeat=2)))
@@ -367,7 +367,7 @@ def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
         hidden = model(
             {"tokens": rows[:, :-1], "looks": torch.arange(2).expand(25, 2), "appears": torch.arange(2).expand(25, 2)}
         )
-        return model.parts["lm"](hidden).log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
+        return model.heads["lm"](hidden).log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
 
     def flat(value: torch.Tensor) -> torch.Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)])
@@ -398,7 +398,7 @@ def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
         drawn = [seen[i] for i in range(25) for _ in range(int(counts[i]))]
         for part in np.array_split(np.arange(n), 4):
             batch = collate([drawn[i] for i in part], asked(Reinforce()))
-            terms = Reinforce().loss(model, Reinforce().run(model, batch), batch)
+            terms = Reinforce().loss(model, Reinforce().forward(model, batch), batch)
             (terms["policy"] / n).backward()
         found = -torch.cat([q.grad.flatten() for q in model.parameters()])
         deviation = ((p[:, None] * (advantage[:, None] * scores) ** 2).sum(0) - exact**2).clamp(min=0).sqrt() / n**0.5

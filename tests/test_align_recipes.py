@@ -153,8 +153,8 @@ def test_dropout_on_is_reported(
 
 
 def test_a_model_without_dropout_has_nothing_to_report() -> None:
-    shape = decoder_config(vocab=20, width=32, depth=1, heads=2)
-    model = LM(shape, {"lm": LMHead(shape)})
+    config = decoder_config(vocab=20, width=32, depth=1, heads=2)
+    model = LM(config, {"lm": LMHead(config)})
     assert not uses_dropout(model)
     lora.add(model, ["attention.q"], lora.LoraConfig(dropout=0.1))
     assert uses_dropout(model)
@@ -326,8 +326,8 @@ def test_rankings_train_a_reward_model_in_one_command(place: Path, tmp_path: Pat
     plain = [f"start={place / 'gpt2'}", f"source.path={tmp_path / 'rankings.jsonl'}", "length.steps=3", "batch.rows=8"]
     out = tmp_path / "ranking"
     done = run(load("ranking", plain), out, lambda line: None)
-    assert load(str(out)).objective == Ranking(answers=4)
-    assert "reward" in load_model(out / "model").parts and np.isfinite(done.metrics["valid/accuracy"])
+    assert load(str(out)).objective == Ranking(num_answers=4)
+    assert "reward" in load_model(out / "model").heads and np.isfinite(done.metrics["valid/accuracy"])
     short = load("ranking", [*plain, "objective.answers=3"])
     with pytest.raises(UserError, match="a ranking of 4 answers does not fit a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)

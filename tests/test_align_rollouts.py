@@ -46,12 +46,12 @@ truth = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8)
 def policy(objective: Objective, seed: int = 0) -> LM:
     """A model that writes only a to p and the end of text, about evenly: enough to learn on, quickly."""
     torch.manual_seed(seed)
-    model = LM(SHAPE, objective.parts(SHAPE))
+    model = LM(SHAPE, objective.heads(SHAPE))
     with torch.no_grad():
-        for block in model.trunk.blocks:
+        for block in model.stack.blocks:
             for linear in (block.attention.o, block.mlp.down):
                 linear.weight.normal_(std=0.02)
-        model.parts["lm"].weight.normal_(std=0.02)
+        model.heads["lm"].weight.normal_(std=0.02)
     return model
 
 
@@ -64,7 +64,7 @@ def letters_only(model: LM) -> LM:
         when = torch.arange(9).expand(32, 9)
         optimizer.zero_grad()
         hidden = model({"tokens": rows[:, :-1], "looks": when, "appears": when})
-        model.parts["lm"].nll(hidden.flatten(0, 1), rows[:, 1:].flatten()).div(32 * 9).backward()
+        model.heads["lm"].nll(hidden.flatten(0, 1), rows[:, 1:].flatten()).div(32 * 9).backward()
         optimizer.step()
     return model
 
@@ -73,13 +73,17 @@ PROMPTS = [ByteCoder().encode(text) for text in ("a", "bc", "def", "g", "hi", "j
 
 
 def rollouts(frozen: LM, **changes: object) -> RolloutSource:
-    settings = {"phase": RolloutConfig(answers=32, steps=4, max_new=8, beta=0.02), "stops": [3], "seed": 5} | changes
+    settings = {
+        "phase": RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=0.02),
+        "stops": [3],
+        "seed": 5,
+    } | changes
     return RolloutSource(PROMPTS, ByteCoder(), truth, frozen, **settings)  # type: ignore[arg-type]
 
 
 def run(model: LM, objective: Objective, source: RolloutSource, steps: int, rate: float, start: int = 0, rows: int = 16,
         optimizer: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:  # fmt: skip
-    batches = Batches(source, objective, VOCAB, rows=rows, seed=0)
+    batches = Batches(source, objective, VOCAB, batch_size=rows, seed=0)
     optimizer = optimizer or torch.optim.Adam(model.parameters(), rate)
     for k in range(start, start + steps):
         source.prepare(model, k)
@@ -120,7 +124,7 @@ def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
     for beta in (0.0, 1.0):
         objective = PPO()
         model = letters_only(policy(objective))
-        phase = RolloutConfig(answers=32, steps=4, max_new=8, beta=beta)
+        phase = RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=beta)
         source = rollouts(copy.deepcopy(model), phase=phase)
         run(model, objective, source, steps=40, rate=3e-3)
         final[beta] = source.history[-1]["kl_per_answer"]
@@ -131,7 +135,7 @@ def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
 def test_reinforce_raises_the_true_reward(group: int) -> None:
     objective = Reinforce()
     model = letters_only(policy(objective))
-    phase = RolloutConfig(answers=32, group=group, steps=1, max_new=8, beta=0.0)
+    phase = RolloutConfig(rollout_size=32, num_generations=group, steps=1, max_new_tokens=8, kl_coef=0.0)
     source = rollouts(copy.deepcopy(model), phase=phase, credit=Baseline())
     run(model, objective, source, steps=60, rate=3e-3, rows=32)
     reward = [row["reward"] for row in source.history]
@@ -142,7 +146,10 @@ def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[PreferenceP
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     engine = Engine(model, ByteCoder(), stops=[3])
     one, two = (
-        [Rollout.of(p, w) for p, w in zip(prompts, engine.generate(prompts, Sampling(max_new=8, seed=s)), strict=True)]
+        [
+            Rollout.of(p, w)
+            for p, w in zip(prompts, engine.generate(prompts, Sampling(max_new_tokens=8, seed=s)), strict=True)
+        ]
         for s in (0, 1000)
     )
     return sample_preference(one, two, truth, tokenizer=ByteCoder(), noise=noise, rng=np.random.default_rng(0))
@@ -153,7 +160,7 @@ def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     frozen = copy.deepcopy(model)
     source = precompute(PreferencePairs(compared(model)), frozen, build_comparison, ref_logprobs)
     objective = DPO(beta=0.1)
-    batches = Batches(source, objective, VOCAB, rows=16, seed=0)
+    batches = Batches(source, objective, VOCAB, batch_size=16, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     log = []
     for k in range(100):
@@ -168,7 +175,7 @@ def test_dpo_raises_the_margin_and_the_true_reward() -> None:
         assert row["margin"] == pytest.approx(0.1 * (row["chosen"] - row["rejected"]), abs=1e-3)
 
     def mean_truth(m: LM) -> float:
-        answers = Engine(m, ByteCoder(), stops=[3]).generate(PROMPTS * 8, Sampling(max_new=8, seed=7))
+        answers = Engine(m, ByteCoder(), stops=[3]).generate(PROMPTS * 8, Sampling(max_new_tokens=8, seed=7))
         return float(np.mean([truth.scorer(a.text) for a in answers]))
 
     assert mean_truth(model) > mean_truth(frozen) + 0.15
@@ -186,7 +193,7 @@ def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
     held, learnt = comparisons[:120], comparisons[120:]
     model = policy(RewardModeling() + PPO(), seed=1)
     before = agreement(RewardModel(model), held)
-    batches = Batches(PreferencePairs(learnt), RewardModeling(), VOCAB, rows=32, seed=0)
+    batches = Batches(PreferencePairs(learnt), RewardModeling(), VOCAB, batch_size=32, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for k in range(100):
         optimizer.zero_grad()
@@ -213,7 +220,7 @@ def test_old_log_probabilities_are_those_of_training_so_the_first_ratio_is_one()
     model = letters_only(policy(objective))
     source = rollouts(copy.deepcopy(model))
     source.prepare(model, 0)
-    terms = step(model, objective, Batches(source, objective, VOCAB, rows=32, seed=0).batches(0))
+    terms = step(model, objective, Batches(source, objective, VOCAB, batch_size=32, seed=0).batches(0))
     assert float(terms["moved"]) == pytest.approx(0, abs=1e-6)
     assert float(terms["clipped"]) == 0
     assert float(terms["kl_per_token"]) == pytest.approx(0, abs=1e-6)
@@ -223,7 +230,7 @@ def test_old_log_probabilities_are_those_of_training_so_the_first_ratio_is_one()
 def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None:
     objective = PPO()
     model, frozen = letters_only(policy(objective)), letters_only(policy(objective, seed=3))
-    phase = RolloutConfig(answers=16, steps=4, max_new=8, beta=0.3)
+    phase = RolloutConfig(rollout_size=16, steps=4, max_new_tokens=8, kl_coef=0.3)
     source = rollouts(frozen, phase=phase)
     source.prepare(model, 0)
     penalised = []
@@ -239,7 +246,7 @@ def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None
                 hidden = who(
                     {"tokens": torch.tensor(tokens[None, :-1].astype(np.int64)), "looks": when, "appears": when}
                 )
-                log_p = who.parts["lm"](hidden)[0].log_softmax(-1)
+                log_p = who.heads["lm"](hidden)[0].log_softmax(-1)
             expected = log_p[torch.arange(n), torch.tensor(tokens[1:].astype(np.int64))].numpy()
             assert np.allclose(example[name][1:][mask[1:]], expected[mask[1:]], atol=1e-4)
         assert all(not example[name][~mask].any() for name in PER_TOKEN)
@@ -255,7 +262,7 @@ def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None
 def test_an_unfinished_answer_can_be_given_a_score_of_its_own() -> None:
     model = letters_only(policy(PPO()))
     ends = [7 + ord("e")]
-    phase = RolloutConfig(answers=32, steps=1, max_new=4, unfinished=-2.0, beta=0.0)
+    phase = RolloutConfig(rollout_size=32, steps=1, max_new_tokens=4, unfinished_score=-2.0, kl_coef=0.0)
     source = rollouts(copy.deepcopy(model), phase=phase, stops=ends)
     source.prepare(model, 0)
     scores = [truth.scorer(s.text) if s.finished else -2.0 for s in source.samples]
@@ -265,7 +272,9 @@ def test_an_unfinished_answer_can_be_given_a_score_of_its_own() -> None:
 
 def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
     model = letters_only(policy(PPO()))
-    source = rollouts(copy.deepcopy(model), phase=RolloutConfig(answers=4, group=2, steps=3, max_new=2))
+    source = rollouts(
+        copy.deepcopy(model), phase=RolloutConfig(rollout_size=4, num_generations=2, steps=3, max_new_tokens=2)
+    )
     with pytest.raises(UserError, match="prepare"):
         source[0]
     seen = []
@@ -277,7 +286,7 @@ def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
     assert [row["phase"] for row in source.history] == [0, 1, 2, 3]
     assert len(set(seen)) == 8, "eight prompts, two a phase: all asked once in four phases"
     with pytest.raises(UserError, match="groups of 3"):
-        RolloutConfig(answers=4, group=3)
+        RolloutConfig(rollout_size=4, num_generations=3)
 
 
 @pytest.mark.parametrize("stop", [5, 6, 8])

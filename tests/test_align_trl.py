@@ -104,7 +104,9 @@ def test_dpo_is_that_of_trl(
     annotated = precompute(source, ours_frozen, build_comparison, ref_logprobs, rows=4)
     objective = DPO(beta=beta)
     # Two micro-batches of unequal content, which must not matter.
-    batches = Batches(annotated, objective, ByteCoder.vocab, rows=PAIRS, seed=0, accumulate=2).batches(0)
+    batches = Batches(
+        annotated, objective, ByteCoder.vocab, batch_size=PAIRS, seed=0, gradient_accumulation_steps=2
+    ).batches(0)
     terms = step(ours, objective, batches)
     assert abs(float(terms["dpo"]) - float(loss)) < 1e-5
     logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
@@ -124,14 +126,14 @@ def test_the_reward_loss_is_that_of_trl(
     head = torch.nn.Linear(32, 1, bias=False)
     head.weight.data.copy_(scorer.score.weight)
     ours = imported(trunk, tmp_path / "a")
-    ours.parts["reward"] = head
+    ours.heads["reward"] = head
     theirs = trainer("Reward", scorer, tokenizer, tmp_path / "t", {})
     scorer.eval()
     whole = [{f"{side}_ids": p["prompt_ids"] + p[f"{side}_ids"] for side in ("chosen", "rejected")} for p in pairs]
     loss = theirs.compute_loss(scorer, theirs.data_collator(whole))
     loss.backward()
 
-    batches = Batches(source, RewardModeling(), ByteCoder.vocab, rows=PAIRS, seed=0).batches(0)
+    batches = Batches(source, RewardModeling(), ByteCoder.vocab, batch_size=PAIRS, seed=0).batches(0)
     terms = step(ours, RewardModeling(), batches)
     assert abs(float(terms["reward"]) - float(loss)) < 1e-5
     logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}

@@ -49,7 +49,9 @@ def lesson(recipe: str, directory: Path) -> Lesson:
     path = directory / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in RECORDS[recipe]))
     named = classes(Job("", recipe, (), 0, 0), (path, path))
-    return Lesson(path, path, load(recipe, SETTINGS.get(recipe, [])).segment, named, steps=2, rows=2, rate=1e-3, seed=0)
+    return Lesson(
+        path, path, load(recipe, SETTINGS.get(recipe, [])).examples, named, steps=2, rows=2, rate=1e-3, seed=0
+    )
 
 
 def knowing(recipe: str, shown: list[dict[str, Any]], kinds: int) -> Any:
@@ -71,9 +73,9 @@ def knowing(recipe: str, shown: list[dict[str, Any]], kinds: int) -> Any:
 
 
 @pytest.mark.parametrize("recipe", list(RECORDS))
-def test_who_knows_the_labels_has_every_score(recipe: str, coder: Tokenizer, tmp_path: Path) -> None:
+def test_who_knows_the_labels_has_every_score(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     peer, told = PEERS[recipe], lesson(recipe, tmp_path)
-    examples = peer.read(told.test, coder, told, True)
+    examples = peer.read(told.test, tokenizer, told, True)
     rows = Rows(examples, peer.shown)
     kinds = len(told.classes) or 2
     found = scored(peer, examples, knowing(recipe, [rows[i] for i in range(len(rows))], kinds))
@@ -89,9 +91,9 @@ def test_who_knows_the_labels_has_every_score(recipe: str, coder: Tokenizer, tmp
 
 
 @pytest.mark.parametrize("recipe", list(RECORDS))
-def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, coder: Tokenizer, tmp_path: Path) -> None:
+def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     peer, told = PEERS[recipe], lesson(recipe, tmp_path)
-    examples = peer.read(told.train, coder, told, False)
+    examples = peer.read(told.train, tokenizer, told, False)
     theirs = transformers.AutoTokenizer.from_pretrained(minilm())
     rows = [peer.shown(examples[i]) for i in range(len(examples))]
     objective = load(recipe, []).objective
@@ -122,7 +124,7 @@ def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, coder: Tokeniz
         assert rows[0]["input_ids"] == theirs("a fine film")["input_ids"]
     collator = getattr(transformers, peer.collator)(theirs)
     batch = collator(rows[:2])
-    [ours] = Batches(Firsts(examples), objective, coder.vocab, rows=2, seed=0).batches(0)
+    [ours] = Batches(Firsts(examples), objective, tokenizer.vocab, batch_size=2, seed=0).batches(0)
     assert int(batch["attention_mask"].sum()) == real_tokens(ours)
 
 

@@ -37,8 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "the otter paints a red boat\n" * 200
     (folder / "text.txt").write_text(text)
     tokenizer = train([text], "byte-bpe", 300)
-    shape = ModelConfig(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
-    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer, folder / "model")
+    config = ModelConfig(vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
+    save_model(LM(config, {"lm": LMHead(config)}), tokenizer, folder / "model")
     return folder
 
 

@@ -32,11 +32,11 @@ class Sized(Counting):
         return super().__getitem__(index) | {"label": index % 3}
 
 
-OBJECTIVE = Classification(classes=("a", "b", "c"))
+OBJECTIVE = Classification(class_names=("a", "b", "c"))
 
 
 def batches(n: int = 53, *, rows: int = 4, sort: int = 5, seed: int = 3, **more: int) -> Batches:
-    return Batches(Sized(n), OBJECTIVE, tokenizer().vocab, rows=rows, seed=seed, sort=sort, **more)
+    return Batches(Sized(n), OBJECTIVE, tokenizer().vocab, batch_size=rows, seed=seed, group_by_length=sort, **more)
 
 
 @pytest.mark.parametrize(("n", "rows", "sort"), [(53, 4, 5), (40, 4, 5), (7, 3, 50), (1, 1, 2)])
@@ -74,7 +74,7 @@ def test_ranks_and_micro_batches_share_a_step() -> None:
 def test_lengths_are_alike_and_their_order_is_drawn() -> None:
     plain, alike = (batches(400, rows=8, sort=sort) for sort in (0, 25))
     slots = [sum(m.batches(step)[0]["tokens"].numel() for step in range(50)) for m in (plain, alike)]
-    useful = sum(int(alike.source.sizes[i]) for i in alike.source.order(3, np.arange(400))[1])  # type: ignore[index]
+    useful = sum(int(alike.source.lengths[i]) for i in alike.source.order(3, np.arange(400))[1])  # type: ignore[index]
     assert slots[1] < 1.08 * useful < slots[0] / 1.3
     lengths = [alike.batches(step)[0]["tokens"].shape[1] for step in range(25)]
     assert lengths != sorted(lengths)
@@ -92,17 +92,17 @@ def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
 
 
 def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
-    shape = encoder_config(vocab=tokenizer().vocab.size, width=32, depth=1, heads=2, context=32)
+    config = encoder_config(vocab=tokenizer().vocab.size, width=32, depth=1, heads=2, context=32)
     torch.manual_seed(0)
-    model = LM(shape, OBJECTIVE.parts(shape)).eval()
-    torch.nn.init.normal_(model.parts["classes"].weight, std=1.0)
+    model = LM(config, OBJECTIVE.heads(config)).eval()
+    torch.nn.init.normal_(model.heads["classes"].weight, std=1.0)
 
     def total(made: Batches) -> torch.Tensor:
         model.zero_grad()
         each = []
         for step in range(10):
             [batch] = made.batches(step)
-            each.append(OBJECTIVE.loss(model, OBJECTIVE.run(model, batch), batch)["class"])
+            each.append(OBJECTIVE.loss(model, OBJECTIVE.forward(model, batch), batch)["class"])
         loss = torch.stack(each).sum()
         loss.backward()
         return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
@@ -115,15 +115,15 @@ def test_sizes_follow_the_examples(tmp_path: Path) -> None:
     path.write_text("text,label\n" + "".join(f"{'word ' * (i % 7 + 1)},{i % 2}\n" for i in range(30)))
     source = LabeledTexts([str(path)], tokenizer(), 64)
     tokens = np.array([len(source[i]["tokens"]) for i in range(len(source))])
-    assert np.array_equal(np.argsort(source.sizes, kind="stable"), np.argsort(tokens, kind="stable"))
+    assert np.array_equal(np.argsort(source.lengths, kind="stable"), np.argsort(tokens, kind="stable"))
     some = np.array([4, 2, 9])
     part = SubsetSource(source, some)
-    assert np.array_equal(part.sizes, source.sizes[some])  # type: ignore[arg-type]
+    assert np.array_equal(part.lengths, source.lengths[some])  # type: ignore[arg-type]
     mixed = MixtureSource([source, part], [2, 1])
-    assert np.array_equal(mixed.sizes, np.concatenate((source.sizes, source.sizes[some])))  # type: ignore[arg-type]
+    assert np.array_equal(mixed.lengths, np.concatenate((source.lengths, source.lengths[some])))  # type: ignore[arg-type]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join('{"prompt": "%s", "completion": "yes"}\n' % ("why " * (9 - i)) for i in range(8)))
-    assert np.all(np.diff(Seq2SeqRecords([str(lines)], tokenizer(), 64).sizes) < 0)
+    assert np.all(np.diff(Seq2SeqRecords([str(lines)], tokenizer(), 64).lengths) < 0)
 
 
 def test_lengths_that_are_not_known_are_refused() -> None:
@@ -134,6 +134,6 @@ def test_lengths_that_are_not_known_are_refused() -> None:
         def __getitem__(self, index: int) -> Example:
             return {"tokens": np.array([index])}
 
-    assert MixtureSource([Unknown(), Sized(3)], [1, 1]).sizes is None
+    assert MixtureSource([Unknown(), Sized(3)], [1, 1]).lengths is None
     with pytest.raises(UserError, match=r"set batch\.sort=0"):
-        Batches(Unknown(), OBJECTIVE, tokenizer().vocab, rows=2, seed=0, sort=3)
+        Batches(Unknown(), OBJECTIVE, tokenizer().vocab, batch_size=2, seed=0, group_by_length=3)

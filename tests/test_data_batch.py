@@ -62,7 +62,7 @@ def contents(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 def test_resume_is_a_number() -> None:
     def make() -> Batches:
-        return Batches(Counting(37), Stranger(), VOCAB, rows=8, seed=4, accumulate=2)
+        return Batches(Counting(37), Stranger(), VOCAB, batch_size=8, seed=4, gradient_accumulation_steps=2)
 
     going = [batch for step in range(12) for batch in make().batches(step)]
     resumed = [batch for step in range(7, 12) for batch in make().batches(step)]
@@ -77,8 +77,8 @@ def test_ranks_and_micro_batches_share_the_step_and_its_draws(rows: int, packed:
     def told(world: int, accumulate: int) -> dict[tuple[int, ...], float]:
         found: dict[tuple[int, ...], float] = {}
         for rank in range(world):
-            b = Batches(Counting(40), Stranger(), VOCAB, rows=rows, seed=1, accumulate=accumulate, rank=rank, world=world,
-                        pack=packed)  # fmt: skip
+            b = Batches(Counting(40), Stranger(), VOCAB, batch_size=rows, seed=1, gradient_accumulation_steps=accumulate, rank=rank, world=world,
+                        pack_to_length=packed)  # fmt: skip
             for batch in b.batches(3):
                 for tokens, draw in zip(
                     batch["tokens"].flatten().tolist(), batch["draw"].flatten().tolist(), strict=True
@@ -95,27 +95,31 @@ def test_ranks_and_micro_batches_share_the_step_and_its_draws(rows: int, packed:
 
 
 def test_every_epoch_shows_every_example_once() -> None:
-    b = Batches(Counting(30), Stranger(), VOCAB, rows=10, seed=0)
+    b = Batches(Counting(30), Stranger(), VOCAB, batch_size=10, seed=0)
     for epoch in range(2):
         seen = [row[0] for step in range(3) for row in contents(b.batches(3 * epoch + step))]
         assert sorted(seen) == list(range(1, 31))
 
 
 def test_once_is_the_whole_source_in_order_shared_by_ranks() -> None:
-    everything = [row[0] for row in contents(list(Batches(Counting(30), Stranger(), VOCAB, rows=8, seed=0).once()))]
+    everything = [
+        row[0] for row in contents(list(Batches(Counting(30), Stranger(), VOCAB, batch_size=8, seed=0).all_batches()))
+    ]
     assert everything == list(range(1, 31))
     shared = [
         row[0]
         for rank in range(3)
-        for row in contents(list(Batches(Counting(30), Stranger(), VOCAB, rows=4, seed=0, rank=rank, world=3).once()))
+        for row in contents(
+            list(Batches(Counting(30), Stranger(), VOCAB, batch_size=4, seed=0, rank=rank, world=3).all_batches())
+        )
     ]
     assert sorted(shared) == everything
 
 
 def test_padding_asks_nothing_even_in_a_stranger_s_fields() -> None:
-    b = Batches(Counting(40), Stranger(), VOCAB, rows=16, seed=0)
+    b = Batches(Counting(40), Stranger(), VOCAB, batch_size=16, seed=0)
     for packed in (0, 25):
-        b.pack = packed
+        b.pack_to_length = packed
         batch = b.batches(0)[0]
         padding = batch["appears"] == NEVER
         assert padding.any()
@@ -247,12 +251,23 @@ def test_first_fit_is_first_fit_decreasing() -> None:
 @pytest.mark.parametrize("encoder", [0, 1])
 def test_padding_and_packing_change_no_answer(encoder: int) -> None:
     torch.manual_seed(0)
-    model = LM(ModelConfig(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64, encoder=encoder), {}).double()
+    model = LM(
+        ModelConfig(
+            vocab_size=50,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            intermediate_size=64,
+            max_positions=64,
+            num_encoder_layers=encoder,
+        ),
+        {},
+    ).double()
     rng = np.random.default_rng(1)
     examples = []
     for _ in range(12):
         tokens = rng.integers(1, 50, rng.integers(3, 20))
-        shown = CausalLM().view({"tokens": tokens}, VOCAB, rng)
+        shown = CausalLM().build_example({"tokens": tokens}, VOCAB, rng)
         examples.append(shown | ({"source_tokens": rng.integers(1, 50, rng.integers(1, 15))} if encoder else {}))
     alone = [model(collate([e]))[0] for e in examples]
     padded = model(collate(examples))
@@ -287,19 +302,21 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
 ) -> None:
     """And learn what each row alone would teach: the same losses and the same gradients."""
     lowered: list[AttentionMask] = []
-    lower = AttentionMask.lower
-    monkeypatch.setattr(AttentionMask, "lower", lambda *given: lowered.append(lower(*given)) or lowered[-1])
+    lower = AttentionMask.from_times
+    monkeypatch.setattr(AttentionMask, "from_times", lambda *given: lowered.append(lower(*given)) or lowered[-1])
     torch.manual_seed(0)
-    shape = ModelConfig(vocab=50, width=32, depth=2, heads=2, hidden=64, context=64)
-    model = LM(shape, objective.parts(shape))
+    config = ModelConfig(
+        vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=64
+    )
+    model = LM(config, objective.heads(config))
     rng = np.random.default_rng(1)
-    shown = [objective.view({"tokens": rng.integers(1, 50, n), "mask": np.arange(n) >= 3} | preference(rng), VOCAB, rng)
+    shown = [objective.build_example({"tokens": rng.integers(1, 50, n), "mask": np.arange(n) >= 3} | preference(rng), VOCAB, rng)
              for n in (19, 4, 11, 7)]  # fmt: skip
 
     def learn(batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
         model.zero_grad()
-        terms = [objective.loss(model, objective.run(model, b), b) for b in batches]
-        loss = sum((t[name] for t in terms for name in objective.targets), start=torch.zeros(()))
+        terms = [objective.loss(model, objective.forward(model, b), b) for b in batches]
+        loss = sum((t[name] for t in terms for name in objective.labels), start=torch.zeros(()))
         loss.backward()
         return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -309,7 +326,7 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
     last = (
         [False] if isinstance(objective, RewardModeling) else []
     )  # of which the last block is run for one token of a row
-    assert [sees.causal for sees in lowered] == [True, *last]
+    assert [mask.is_causal for mask in lowered] == [True, *last]
     assert lowered[0].mask is None
     alone, wanted = learn([collate([one]) for one in shown])
     assert together == pytest.approx(alone, rel=1e-5)
@@ -318,15 +335,15 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
     # The same rows with padding that looks: another kernel, the same answers.
     looking, _ = learn([batch | {"looks": batch["looks"].clamp(min=0)}])
-    assert not lowered[-1 - len(last)].causal
+    assert not lowered[-1 - len(last)].is_causal
     assert looking == pytest.approx(together, rel=1e-5)
 
 
 def test_batches_refuse_what_cannot_be_shared_or_is_empty() -> None:
     with pytest.raises(UserError, match="cannot be shared"):
-        Batches(Counting(10), Stranger(), VOCAB, rows=3, seed=0, accumulate=2, world=2)
+        Batches(Counting(10), Stranger(), VOCAB, batch_size=3, seed=0, gradient_accumulation_steps=2, world=2)
     with pytest.raises(UserError, match="nothing to train on"):
-        Batches(Counting(0), Stranger(), VOCAB, rows=3, seed=0)
+        Batches(Counting(0), Stranger(), VOCAB, batch_size=3, seed=0)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.9])
@@ -338,12 +355,12 @@ def test_many_masked_examples_are_those_of_each(tmp_path: Path, rate: float, fra
     indices = np.array([3, 0, len(pieces) - 1, 7, 7])
     streams = [(epoch, int(i)) for epoch, i in enumerate(indices)]
     examples = pieces.many(indices.tolist())
-    draws, objective = ExampleRNG(5, "view"), MLM(rate=rate)
+    draws, objective = ExampleRNG(5, "view"), MLM(mlm_probability=rate)
     for i, example, found, stream in zip(
-        indices, examples, objective.view_many(examples, vocab, draws, streams), streams, strict=True
+        indices, examples, objective.build_examples(examples, vocab, draws, streams), streams, strict=True
     ):
         assert np.array_equal(example["tokens"], pieces[int(i)]["tokens"])
-        alone = objective.view(pieces[int(i)], vocab, draws.at(*stream))
+        alone = objective.build_example(pieces[int(i)], vocab, draws.at(*stream))
         assert alone.keys() == found.keys()
         for name in alone:
             assert np.array_equal(alone[name], found[name]) and alone[name].dtype == found[name].dtype

@@ -44,7 +44,7 @@ def written(messages: list[Message], as_role: str = "") -> list[str]:
 
 READERS = {
     "classify": LabeledTexts, "regress": ScoredTexts, "choose": MultipleChoiceRecords, "tag": TaggedSentences, "answer": partial(QuestionRecords, question=16),
-    "weak": partial(AnnotatedTexts, fields=TextFields(label="labels")),
+    "weak": partial(AnnotatedTexts, fields=TextFields(label_field="labels")),
 }  # fmt: skip
 
 

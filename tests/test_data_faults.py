@@ -40,7 +40,7 @@ def test_labels_without_their_white_space(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text, label\nx,bad\ny,bad \nz, good\n")
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("bad", "good")
-    assert source.remarks == [f"2 labels had white space around them, which was dropped; the first is {path}:3"]
+    assert source.notes == [f"2 labels had white space around them, which was dropped; the first is {path}:3"]
     with pytest.raises(UserError, match=r"b\.csv:2: there is no field 'label' for the label; did you mean 'labels'"):
         LabeledTexts([file(tmp_path, "b.csv", "text,labels\nx,a\n")], tokenizer(), 32)
 
@@ -50,7 +50,7 @@ def test_empty_texts_are_counted(tmp_path: Path) -> None:
     for asked in (True, False):
         source = LabeledTexts([path], tokenizer(), 32, asked=asked)
         assert len(source) == 3 and source.counts["blank"] == 2
-        assert f"2 texts were empty and were read as they are; the first is {path}:3" in source.remarks
+        assert f"2 texts were empty and were read as they are; the first is {path}:3" in source.notes
 
 
 def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> None:
@@ -63,37 +63,37 @@ def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> Non
         path = file(tmp_path, name, content.encode("latin-1"))
         source = LabeledTexts([path], tokenizer(), 32)
         assert source.counts["bad_utf8"] == 1
-        assert source.remarks == [
+        assert source.notes == [
             f"1 line was not UTF-8 and has U+FFFD in place of what could not be read; the first is {path}:3"
         ]
     path = file(tmp_path, "e.csv", "text,label\nx,a\ny\0\0,b\n")
-    assert LabeledTexts([path], tokenizer(), 32).remarks == [f"2 NUL characters were removed; the first is {path}:3"]
+    assert LabeledTexts([path], tokenizer(), 32).notes == [f"2 NUL characters were removed; the first is {path}:3"]
 
 
 def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "LONGEST", 100)
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}, {"text": "x" * 200, "label": "b"}))
     source = LabeledTexts([path], tokenizer(), 32)
-    assert source.remarks == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
+    assert source.notes == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
 
 
 def test_a_label_that_says_that_there_is_none(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "text\tlabel\nx\tneutral\ny\t-\nz\tentailment\n")
-    source = LabeledTexts([path], tokenizer(), 32, TextFields(absent=("-",)))
+    source = LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)))
     assert source.classes == ("entailment", "neutral") and source.counts["unlabelled"] == 1
-    assert source.remarks == [f"1 record has no label and was left out; the first is {path}:3"]
-    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(absent=("-",)), asked=False)) == 3
+    assert source.notes == [f"1 record has no label and was left out; the first is {path}:3"]
+    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)), asked=False)) == 3
     with pytest.raises(UserError, match=r"a\.tsv:3: the label - is none of the classes"):
         LabeledTexts([path], tokenizer(), 32, classes=("neutral", "entailment"))
 
 
 def test_tags_that_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"tokens": ["EU", "rejects"], "ner_tags": [1, 0]}))
-    fields = TagFields(tags="ner_tags")
+    fields = TagFields(tags_field="ner_tags")
     with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, and names of tags are wanted"):
         TaggedSentences([path], tokenizer(), 32, fields)
     source = TaggedSentences([path], tokenizer(), 32, fields, classes=("O", "B-ORG"))
-    assert source.per_class(np.arange(1)) == {"O": 1, "B-ORG": 1}
+    assert source.class_counts(np.arange(1)) == {"O": 1, "B-ORG": 1}
     with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is none of the 1 tags"):
         TaggedSentences([path], tokenizer(), 32, fields, classes=("O",))
     with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are no text"):
@@ -107,7 +107,7 @@ def test_unknown_tags_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     ):
         TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "O"))
     source = TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "B-PER", "B-TIME", "I-TIME", "O"))
-    assert source.remarks == [f"no record of {path} has the tags 'B-TIME', 'I-TIME'"]
+    assert source.notes == [f"no record of {path} has the tags 'B-TIME', 'I-TIME'"]
 
 
 def test_a_word_that_is_missing_is_named_and_blanks_that_do_not_break_are_none(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_word_that_is_missing_is_named_and_blanks_that_do_not_break_are_none(t
     path = file(tmp_path, "a.conll", good + "a\tO\n\tO\nb\tO\n\n" + good)
     source = TaggedSentences([path], tokenizer(), 32)
     assert source.counts["mismatched"] == 1
-    assert any(f"the first is {path}:302 (no word before its columns)" in remark for remark in source.remarks)
+    assert any(f"the first is {path}:302 (no word before its columns)" in remark for remark in source.notes)
     with pytest.raises(UserError, match=r"b\.conll:2 \(no word before its columns\): so in 1 of 1 sentences"):
         TaggedSentences([file(tmp_path, "b.conll", "a\tO\n\tO\nb\tO\n")], tokenizer(), 32)
     [(_, sentence)] = readers.records([file(tmp_path, "c.conll", "10\u00a0000 NUM\nmen  NOUN\n")])
@@ -163,13 +163,13 @@ def test_lost_answers_and_long_questions(tmp_path: Path) -> None:
     path = file(tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": qas}]}]}))
     source = QuestionRecords([path], tokenizer(), 64, question=16)
     assert (len(source), source.unanswerable) == (2, 1)
-    assert source.remarks == [
+    assert source.notes == [
         f"1 question was longer than 16 tokens and lost its end; the first is {path}: question 1",
         "1 question has no answer though every question of SQuAD 1.1 has one, and was left out; "
         f"the first is {path}: question 2",
         f"1 question has no answer, so the model may say that there is none; the first is {path}: question 3",
     ]
-    assert source.beside(1)["asked"].right == ()
+    assert source.metadata(1)["asked"].right == ()
 
 
 def test_line_ends_of_old_macs(tmp_path: Path) -> None:
@@ -183,9 +183,9 @@ def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
     columns = ("source", "label", "mark", "sentence")
     train = file(tmp_path, "train.tsv", "gj04\t1\t\tSo it is.\ngj04\t0\t*\tIs so it.\n")
     test = file(tmp_path, "test.tsv", "index\tsentence\n0\tSo it is.\n1\tIs so it.\n")
-    assert len(LabeledTexts([train], tokenizer(), 32, TextFields("sentence", columns=columns))) == 2
+    assert len(LabeledTexts([train], tokenizer(), 32, TextFields("sentence", column_names=columns))) == 2
     asked = LabeledTexts(
-        [test], tokenizer(), 32, TextFields("sentence", columns=columns), classes=("0", "1"), asked=False
+        [test], tokenizer(), 32, TextFields("sentence", column_names=columns), classes=("0", "1"), asked=False
     )
     assert len(asked) == 2 and asked.counts == {"examples": 2, "records": 2, "files": 1}
 
@@ -193,9 +193,9 @@ def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
 def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "a A\nb B\n\nc A\n\nd A\ne B\nf B\n")
     source = TaggedSentences([path], tokenizer(), 32)
-    assert source.per_class(np.array([2, 0])) == {"A": 2, "B": 3}
-    assert source.per_class(np.array([1])) == {"A": 1, "B": 0}
-    assert source.per_class(np.zeros(0, np.int64)) == {"A": 0, "B": 0}
+    assert source.class_counts(np.array([2, 0])) == {"A": 2, "B": 3}
+    assert source.class_counts(np.array([1])) == {"A": 1, "B": 0}
+    assert source.class_counts(np.zeros(0, np.int64)) == {"A": 0, "B": 0}
 
 
 def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) -> None:
@@ -206,9 +206,9 @@ def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) ->
     assert rows[:2] == [{"kind": "good", "message": "a film", **empty}, {"kind": "bad", "message": "a play", **empty}]
     assert rows[2]["Unnamed: 3"] == "see"
     source = LabeledTexts([path], tokenizer(), 32, TextFields("message", "kind"))
-    assert source.per_class(np.arange(3)) == {"bad": 2, "good": 1}
+    assert source.class_counts(np.arange(3)) == {"bad": 2, "good": 1}
     remark = f"3 columns have no name and are called 'Unnamed: ' and their place from 0; the first is {path}:1"
-    assert source.remarks == [remark]
+    assert source.notes == [remark]
     index = [record for _, record in readers.records([file(tmp_path, "b.csv", ",text,label\n0,x,good\n")])]
     assert index == [{"Unnamed: 0": "0", "text": "x", "label": "good"}]
 
@@ -216,7 +216,7 @@ def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) ->
 def test_labels_spelled_null_and_na_are_classes(tmp_path: Path) -> None:
     rows = "".join(f"text {i},{('NA', 'null')[i % 2]}\n" for i in range(12))
     source = LabeledTexts([file(tmp_path, "a.csv", "text,label\n" + rows)], tokenizer(), 32)
-    assert source.per_class(np.arange(12)) == {"NA": 6, "null": 6}
+    assert source.class_counts(np.arange(12)) == {"NA": 6, "null": 6}
 
 
 def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
     path = file(tmp_path, "dev.tsv", head + nine + "a play\n")
     source = LabeledTexts([path], tokenizer(), 32, TextFields("sentence"))
     assert source.counts == {"examples": 9, "records": 9, "files": 1, "mismatched": 1}
-    assert source.remarks == [
+    assert source.notes == [
         f"1 row had another number of cells than its head and was left out; the first is {path}:11 "
         "(1 cells under 2 columns)"
     ]
@@ -242,7 +242,7 @@ def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("0", "1")
     assert [int(source[i]["label"]) for i in range(3)] == [1, 0, 1]
-    assert source.remarks == [
+    assert source.notes == [
         f"2 labels were written as a decimal number (1.0) and were read as a whole one; the first is {path}:1"
     ]
     chosen = MultipleChoiceRecords(

@@ -54,8 +54,8 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "th
 SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "there"}]
 
 
-def asked(paths: Sequence[str], coder: Tokenizer, length: int) -> Source:
-    return QuestionRecords(paths, coder, 2 * length, question=16)
+def asked(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> Source:
+    return QuestionRecords(paths, tokenizer, 2 * length, question=16)
 
 
 GOOD: dict[str, tuple[Callable[..., Source], dict[str, Any]]] = {

@@ -69,7 +69,7 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
     OPENED.clear()
     inputs = RunInputs.read(recipe, directory, lambda _: None)
     tokenizer = tokenizer_of(recipe, directory, lambda _: None, inputs)
-    train, valid = RunData(recipe.source, tokenizer, directory).stores()
+    train, valid = RunData(recipe.data, tokenizer, directory).stores()
     assert opened(folder) == {1 + given: 33}
     assert valid is not None and len(train) + len(valid) == 40
     for path in folder.iterdir():

@@ -33,22 +33,22 @@ def coder(request: pytest.FixtureRequest) -> Tokenizer:
     return train(iter(texts(40, 30)), algorithm=request.param, size=400)
 
 
-def stored(coder: Tokenizer, folder: Path, count: int, sentences: int) -> TokenStore:
+def stored(tokenizer: Tokenizer, folder: Path, count: int, sentences: int) -> TokenStore:
     found = [Document(f"{i}.txt", text) for i, text in enumerate(texts(count, sentences))]
-    return TokenStore.build(found, coder, folder / "store")
+    return TokenStore.build(found, tokenizer, folder / "store")
 
 
 @pytest.mark.parametrize("sentences", [40, 5])
-def test_all_three_are_whole_sentences(coder: Tokenizer, tmp_path: Path, sentences: int) -> None:
-    store = stored(coder, tmp_path, 60, sentences)
-    pairs = SegmentPairs(store, 96, coder.vocab)
+def test_all_three_are_whole_sentences(tokenizer: Tokenizer, tmp_path: Path, sentences: int) -> None:
+    store = stored(tokenizer, tmp_path, 60, sentences)
+    pairs = SegmentPairs(store, 96, tokenizer.vocab)
     bodies = [
-        coder.decode(store.tokens[a : b - 1].astype(np.int32)).strip() for a, b in pairwise(store.offsets.tolist())
+        tokenizer.decode(store.tokens[a : b - 1].astype(np.int32)).strip() for a, b in pairwise(store.offsets.tolist())
     ]
     whole, lengths = 0, []
     for i in range(len(pairs)):
         example = pairs[i]
-        first, second, other = (coder.decode(example[name]).strip() for name in ("first", "second", "other"))
+        first, second, other = (tokenizer.decode(example[name]).strip() for name in ("first", "second", "other"))
         assert len(example["first"]) + max(len(example["second"]), len(example["other"])) + 3 <= 96
         assert any(f"{first} {second}" in body or f"{first}{second}" in body for body in bodies)
         assert not any(f"{first} {other}" in body for body in bodies)
@@ -64,15 +64,15 @@ def test_all_three_are_whole_sentences(coder: Tokenizer, tmp_path: Path, sentenc
 
 
 def test_without_sentences_nothing_changes_and_a_text_of_one_sentence_is_cut_anywhere(
-    coder: Tokenizer, tmp_path: Path
+    tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], coder, tmp_path / "store")
-    plain, whole = SegmentPairs(store, 48), SegmentPairs(store, 48, coder.vocab)
+    store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], tokenizer, tmp_path / "store")
+    plain, whole = SegmentPairs(store, 48), SegmentPairs(store, 48, tokenizer.vocab)
     for i in range(len(plain)):
         assert all(np.array_equal(plain[i][name], whole[i][name]) for name in plain[i])
         assert len(whole[i]["first"]) >= 1 and len(whole[i]["second"]) >= 1
 
 
 def test_recipes_take_whole_sentences() -> None:
-    assert load("bert").segment.sentences and load("albert").segment.sentences
-    assert not load("albert", ["segment.sentences=false"]).segment.sentences
+    assert load("bert").examples.sentences and load("albert").examples.sentences
+    assert not load("albert", ["segment.sentences=false"]).examples.sentences

@@ -77,7 +77,7 @@ def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: i
     words = [tokenizer().token(i) for i in range(300)]
     assert words
     path = write({"a": "x " * first, "b": "y " * second, "label": "same"})
-    source = LabeledTexts([path], tokenizer(), 20, TextFields("a", pair="b"))
+    source = LabeledTexts([path], tokenizer(), 20, TextFields("a", text_pair_field="b"))
     example = source[0]
     lengths = [len(tokenizer().encode(s)) for s in ("x " * first, "y " * second)]
     kept = int((example["segments"] == 0).sum()) - 2, int((example["segments"] == 1).sum()) - 1
@@ -110,7 +110,7 @@ def test_dialogues_of_every_shape_are_one(write: Write) -> None:
         assert np.array_equal(source[i]["tokens"], expected)
         assert np.array_equal(source[i]["mask"], mask)
     assert text(expected[mask]) == "hello you"
-    batch = Batches(source, SFT(), tokenizer().vocab, rows=4, seed=0, pack=64).batches(0)[0]
+    batch = Batches(source, SFT(), tokenizer().vocab, batch_size=4, seed=0, pack_to_length=64).batches(0)[0]
     assert int((batch["labels"] != IGNORE).sum()) == 4 * mask.sum()
 
 
@@ -138,7 +138,7 @@ def test_text_to_text(write: Write) -> None:
     assert (len(source[5]["source"]), len(source[5]["target"])) == (32, 16)
     assert source[5]["target"][-1] != eos
     assert (source.counts["cut"], source.counts["long_answers"]) == (1, 1)
-    batch = Batches(source, Seq2SeqSFT(), tokenizer().vocab, rows=6, seed=0, pack=48).batches(0)[0]
+    batch = Batches(source, Seq2SeqSFT(), tokenizer().vocab, batch_size=6, seed=0, pack_to_length=48).batches(0)[0]
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
     with pytest.raises(UserError, match=r"rows.jsonl:1: text to text needs a prompt"):
         Seq2SeqRecords([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
@@ -163,9 +163,9 @@ def test_preferences(write: Write) -> None:
         assert text(example["chosen_tokens"][example["chosen_mask"]]) == "four"
         assert text(example["rejected_tokens"][example["rejected_mask"]]) == "fish"
         assert np.array_equal(example["chosen_tokens"], source[0]["chosen_tokens"])
-    batch = Batches(source, RewardModeling(), tokenizer().vocab, rows=3, seed=0).batches(0)[0]
+    batch = Batches(source, RewardModeling(), tokenizer().vocab, batch_size=3, seed=0).batches(0)[0]
     assert batch["tokens"].shape[:2] == (3, 2)
-    assert DPO().targets
+    assert DPO().labels
     with pytest.raises(UserError, match=r"rows.jsonl:1: a preference needs `chosen` and `rejected`"):
         PreferenceRecords([write({"prompt": "x", "chosen": "y"})], tokenizer(), 64)
     with pytest.raises(UserError, match="needs a `prompt`"):
@@ -236,8 +236,8 @@ def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
 def test_lone_surrogates_and_nul_are_only_text(write: Write) -> None:
     source = LabeledTexts([write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer(), 32)
     assert "a" in text(source[0]["tokens"])
-    objective = Classification(classes=source.classes)
-    batch = Batches(source, objective, tokenizer().vocab, rows=1, seed=0).batches(0)[0]
+    objective = Classification(class_names=source.classes)
+    batch = Batches(source, objective, tokenizer().vocab, batch_size=1, seed=0).batches(0)[0]
     assert int((batch["class"] != IGNORE).sum()) == 1
 
 

@@ -53,7 +53,7 @@ SHAPES: dict[str, tuple[ExamplesConfig, Row]] = {
     "prompt and completion": (DialoguesConfig(), lambda i, k: {"prompt": f"what is p{i}q ?", "completion": f"answer {k}"}),
     "text to text": (Seq2SeqConfig(), lambda i, k: {"prompt": f"what is p{i}q ?", "completion": f"answer {k}"}),
     "a form of fields": (
-        Seq2SeqConfig(prompt="in French: {en}", answer_is="{fr}"),
+        Seq2SeqConfig(prompt_template="in French: {en}", completion_template="{fr}"),
         lambda i, k: {"en": f"the word p{i}q", "fr": f"mot {k}"},
     ),
     "preferences": (
@@ -66,14 +66,14 @@ SHAPES: dict[str, tuple[ExamplesConfig, Row]] = {
     ),
     "labeled rows": (LabeledConfig(), lambda i, k: {"text": f"a film p{i}q", "label": "ab"[k % 2]}),
     "pairs": (
-        LabeledConfig(pair="other"),
+        LabeledConfig(text_pair_field="other"),
         lambda i, k: {"text": f"a film p{i}q", "other": f"hypothesis {k}", "label": "ab"[k % 2]},
     ),
-    "scores": (ScoredConfig(pair="other"), lambda i, k: {"text": f"a film p{i}q", "other": f"a book {k}", "label": k + 0.5}),
+    "scores": (ScoredConfig(text_pair_field="other"), lambda i, k: {"text": f"a film p{i}q", "other": f"a book {k}", "label": k + 0.5}),
     "options": (MultipleChoiceConfig(), lambda i, k: {"text": f"she opens p{i}q", "options": [f"the door {k}", "a sea"], "label": 0}),
     "tags": (TaggedConfig(), lambda i, k: {"tokens": ["the", f"p{i}q"], "tags": ["O", f"B-{'XY'[k % 2]}"]}),
     "questions": (
-        QuestionsConfig(length=64, question=16),
+        QuestionsConfig(max_length=64, max_question_length=16),
         lambda i, k: {"context": f"it is p{i}q .", "question": f"what is {k} ?", "answers": [{"text": "it", "start": 0}]},
     ),
     "votes": (MultiAnnotatorConfig(), lambda i, k: {"text": f"a film p{i}q", "labels": ["a", "ab"[k % 2]]}),
@@ -104,14 +104,14 @@ def prompts(source: Source, tokenizer: Tokenizer) -> set[str]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_prompt_is_on_one_side(shape: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Six pairs of one prompt were split so that every held-out prompt was trained on."""
-    segment, row = SHAPES[shape]
+    examples, row = SHAPES[shape]
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(row(i, k)) + "\n" for k in range(EACH) for i in range(PROMPTS)))
     objective: Objective = (
         TokenClassification() if shape == "tags" else Classification() if shape == "labeled rows" else CausalLM()
     )
     made, _ = material(tokenizer, tmp_path, str(file), held_out=0.2)
-    cut = segment.cut(made, segment.settle(objective, made))
+    cut = examples.build(made, examples.configure_objective(objective, made))
     assert cut.valid is not None
     learnt, held = prompts(cut.train, tokenizer), prompts(cut.valid, tokenizer)
     assert len(held) > 3 and len(learnt | held) == PROMPTS
@@ -122,11 +122,11 @@ def test_the_side_of_a_prompt_is_the_same_in_every_stage(tokenizer: Tokenizer, t
     """Instruction tuning, a reward model and their order of records: what one holds out, the next does not train on."""
     held = []
     for shape in ("messages", "prompt and completion", "preferences", "whole dialogues"):
-        segment, row = SHAPES[shape]
+        examples, row = SHAPES[shape]
         rows = [json.dumps(row(i, 1)) for i in range(PROMPTS)]
         (tmp_path / "records.jsonl").write_text("\n".join(rows if len(held) % 2 else rows[::-1]))
         made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"), held_out=0.2)
-        held.append(prompts(segment.cut(made, CausalLM()).valid or made, tokenizer))  # type: ignore[arg-type]
+        held.append(prompts(examples.build(made, CausalLM()).valid or made, tokenizer))  # type: ignore[arg-type]
     assert held[0] and all(one == held[0] for one in held)
 
 
@@ -141,7 +141,7 @@ def test_sampled_comparisons_of_a_prompt_are_on_one_side(tokenizer: Tokenizer, t
             rows.append(PreferencePair(good, bad, 1.0))
     write_preference_pairs(rows, tmp_path / "pairs.jsonl", tokenizer.decode)
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "pairs.jsonl"), held_out=0.2)
-    cut = SampledPreferencesConfig().cut(made, CausalLM())
+    cut = SampledPreferencesConfig().build(made, CausalLM())
     assert cut.valid is not None and prompts(cut.valid, tokenizer)
     assert prompts(cut.train, tokenizer).isdisjoint(prompts(cut.valid, tokenizer))
 
@@ -151,17 +151,17 @@ def test_duplicates_are_counted_and_the_first_is_named(tokenizer: Tokenizer, tmp
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made, _ = material(tokenizer, tmp_path, str(file))
-    cut = LabeledConfig().cut(made, LabeledConfig().settle(Classification(), made))
+    cut = LabeledConfig().build(made, LabeledConfig().configure_objective(Classification(), made))
     assert cut.counts["duplicates"] == 20
-    assert f"20 records have the same content as an earlier one; the first is {file}:41" in cut.remarks
+    assert f"20 records have the same content as an earlier one; the first is {file}:41" in cut.notes
 
 
 def test_one_prompt_for_all_records_holds_nothing_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": "write a poem", "completion": f"rose {i}"} for i in range(30)]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"))
-    cut = DialoguesConfig().cut(made, CausalLM())
-    assert cut.valid is None and "they have 1 different prompts or texts" in cut.unheld
+    cut = DialoguesConfig().build(made, CausalLM())
+    assert cut.valid is None and "they have 1 different prompts or texts" in cut.no_validation_reason
 
 
 def texts_of(folder: Path, texts: list[str]) -> str:
@@ -194,7 +194,7 @@ def test_a_mixture_does_not_train_on_what_another_path_holds_out(tokenizer: Toke
     """The same texts in another order have other names, so each path would hold out others."""
     texts = [f"the film {i} is good" for i in range(30)]
     paths = [texts_of(tmp_path / "first", texts), texts_of(tmp_path / "second", texts[::-1])]
-    source = DataConfig(path=tuple(paths), weights=(1, 1), held_out=0.2)
+    source = DataConfig(path=tuple(paths), weights=(1, 1), validation_fraction=0.2)
     parts = RunData(source, tokenizer, tmp_path / "run", echo=lambda _: None).parts()
     stores = [part.stores() for part in parts]
     learnt = set().union(*(documents(train_store, tokenizer) for train_store, _ in stores))

@@ -217,7 +217,7 @@ def test_windows_ask_every_token_once(tmp_path: Path) -> None:
     for length in (7, 64, 10_000):
         windows = Windows(made, length, tail=True)
         rng = np.random.default_rng(0)
-        asked = [CausalLM().view(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))]
+        asked = [CausalLM().build_example(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))]
         labels = np.concatenate(asked)
         expected = np.concatenate(
             [made.tokens[a + 1 : b] for a, b in zip(made.offsets, made.offsets[1:], strict=False)]
@@ -296,7 +296,7 @@ def test_batches_read_moved_windows(tmp_path: Path) -> None:
     windows = Windows(made, 50)
 
     def batches(source: Source) -> Batches:
-        return Batches(source, CausalLM(), vocab, rows=4, seed=5)
+        return Batches(source, CausalLM(), vocab, batch_size=4, seed=5)
 
     steps = 3 * len(windows) // 4
     run = [batches(windows).batches(step)[0]["tokens"] for step in range(steps)]
@@ -306,7 +306,7 @@ def test_batches_read_moved_windows(tmp_path: Path) -> None:
     first = torch.cat(run[: len(windows) // 4])
     assert {tuple(row) for row in first.tolist()} <= known
     assert not {tuple(row) for row in run[-1].tolist()} & known
-    measured = torch.cat([batch["tokens"] for batch in batches(windows).once()])
+    measured = torch.cat([batch["tokens"] for batch in batches(windows).all_batches()])
     assert {tuple(row) for row in measured.tolist()} == known
     twins = MixtureSource([Counting(7), windows], [1, 2])
     epochs, indices = twins.order(5, np.arange(300))
@@ -446,7 +446,7 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     assert made.manifest["counts"]["nul"] == 1
     assert made.manifest["counts"]["empty"] == 2
     assert "good" in tokenizer().decode(body(made, 0))
-    batch = Batches(DocumentChunks(made, 16), CausalLM(), tokenizer().vocab, rows=2, seed=0).batches(0)[0]
+    batch = Batches(DocumentChunks(made, 16), CausalLM(), tokenizer().vocab, batch_size=2, seed=0).batches(0)[0]
     assert batch["tokens"].shape[0] == 2
 
 

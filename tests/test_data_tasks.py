@@ -60,7 +60,7 @@ def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> Non
     path = file(tmp_path, "a.tsv", "text\tlabel\n" + good + "too\tmany\tcells\n" + good)
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1, "duplicates": 150}
-    assert any(f"the first is {path}:152 (3 cells under 2 columns)" in remark for remark in source.remarks)
+    assert any(f"the first is {path}:152 (3 cells under 2 columns)" in remark for remark in source.notes)
     with pytest.raises(UserError, match=r"b\.csv:3 \(1 cells under 2 columns\): so in 2 of 3 rows"):
         rows(file(tmp_path, "b.csv", "text,label\na,b\nc\nd\n"))
     with pytest.raises(UserError, match="two columns are called 'a'"):
@@ -88,8 +88,8 @@ def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
         LabeledTexts([file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer(), 32)
     source = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
-    assert list(source.per_class(np.arange(4)).values()) == [1, 1, 2, 0]
-    assert source.remarks == [f"no record of {path} has the class 'never'"]
+    assert list(source.class_counts(np.arange(4)).values()) == [1, 1, 2, 0]
+    assert source.notes == [f"no record of {path} has the class 'never'"]
     unasked = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
     assert len(unasked) == 4
 
@@ -98,7 +98,7 @@ def test_a_text_longer_than_the_row_is_named(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\n" + "long " * 50 + ",bad\n" + "long " * 60 + ",bad\n")
     source = LabeledTexts([path], tokenizer(), 16)
     assert source.counts["cut"] == 2
-    assert source.remarks == [f"2 texts were longer than 16 tokens and lost their end; the first is {path}:3"]
+    assert source.notes == [f"2 texts were longer than 16 tokens and lost their end; the first is {path}:3"]
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
         [file(tmp_path, "b.csv", swag)],
         tokenizer(),
         32,
-        OptionFields("sent1", options=("ending0", "ending1"), begin="sent2"),
+        OptionFields("sent1", option_fields=("ending0", "ending1"), option_prefix_field="sent2"),
     )
     assert tokenizer().decode(from_columns[0]["options"][1]["tokens"]) == "She sits.She flies."
     for change, said in (
@@ -148,10 +148,12 @@ def test_conll_s_columns(tmp_path: Path, name: str) -> None:
     source = TaggedSentences([path], tokenizer(), 32)
     assert source.classes == ("B-MISC", "B-ORG", "B-PER", "O")
     assert source.counts["begun"] == 2
-    assert "IOB1" in source.remarks[0]
+    assert "IOB1" in source.notes[0]
     asked = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
     assert asked == [[1, 3, 0], [0, 1, 2]]
-    speech = TaggedSentences([path], tokenizer(), 32, TagFields(tags="pos", columns=("tokens", "pos", "chunk", "ner")))
+    speech = TaggedSentences(
+        [path], tokenizer(), 32, TagFields(tags_field="pos", column_names=("tokens", "pos", "chunk", "ner"))
+    )
     assert speech.classes == ("JJ", "NNP", "VBZ")
     with pytest.raises(UserError, match=r"b\.conll:2 \(1 columns of 2\): so in 1 of 1 sentences"):
         TaggedSentences([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)
@@ -184,9 +186,9 @@ def test_squad_s_json(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (
         f"1 answer does not stand in its passage where it is said to, and was left out; the first is {path}: question c"
-        in source.remarks
+        in source.notes
     )
-    assert (source.unanswerable, source.owners.tolist()) == (1, [0, 1, 3])
+    assert (source.unanswerable, source.record_ids.tolist()) == (1, [0, 1, 3])
     example, spans = source[0], source.offsets(0)
     answer = spans[example["start"]][0], spans[example["end"]][1]
     assert "The play was written by Anne Lee in 1901."[answer[0] : answer[1]].strip() == "Anne Lee"
@@ -223,7 +225,7 @@ def test_long_passages_are_read_in_windows_that_overlap(tmp_path: Path) -> None:
     assert found >= 2
     assert len(source) < found + len(source)
     assert len(seen) == whole
-    assert set(source.owners.tolist()) == {0}
+    assert set(source.record_ids.tolist()) == {0}
 
 
 def test_answers_of_other_shapes(tmp_path: Path) -> None:
@@ -245,13 +247,13 @@ def test_answers_of_other_shapes(tmp_path: Path) -> None:
 def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
     """The characters of these tokens begin at the blank before their word: "baker" is at 49, not " baker" at 48."""
     context = "In Leeds the otter paints the boat at dawn and a baker sells some bread.  "
-    coder = train([context], algorithm, size=400, sentinels=0)
+    tokenizer = train([context], algorithm, size=400, sentinels=0)
     answers = [("baker", 49), (" baker", 48), ("baker ", 49)]
     records = [
         {"context": context, "question": "who?", "answers": [{"text": text, "start": start}]} for text, start in answers
     ]
     path = file(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    items = QuestionRecords([path], coder, 128, question=16)
+    items = QuestionRecords([path], tokenizer, 128, question=16)
     assert len(items) == 3
     scores = []
     for i in range(3):

@@ -81,7 +81,7 @@ def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> 
     texts, sampled = PreferenceRecords([str(file)], tokenizer, 256), PreferencePairs(read_preference_pairs(file))
     requests = {row["prompt"] for row in read_rows(whole / "material" / "dialogues-train.jsonl")}
     assert {row["prompt"] for row in rows} <= requests
-    for i, owner in enumerate(texts.owners.tolist()):
+    for i, owner in enumerate(texts.record_ids.tolist()):
         for side in ("chosen", "rejected"):
             ids = tokenizer.encode(rows[owner][side])
             ours, theirs = sampled[owner][f"{side}_tokens"], texts[i][f"{side}_tokens"]

@@ -44,47 +44,47 @@ TOKENS = np.arange(20, 32)
 
 @pytest.mark.parametrize("name", ASKED)
 def test_one_token_is_asked_and_it_is_nowhere_to_be_seen(name: str) -> None:
-    objective, shape = ASKED[name]
+    objective, config = ASKED[name]
     for at in (1, 5, 11):
-        shown = objective.cloze(TOKENS, at, VOCAB)
+        shown = objective.hide(TOKENS, at, VOCAB)
         assert shown is not None
         assert shown["labels"][shown["labels"] != IGNORE].tolist() == [TOKENS[at]]
         other = TOKENS.copy()
         other[at] = 50
-        changed = objective.cloze(other, at, VOCAB)
+        changed = objective.hide(other, at, VOCAB)
         assert changed is not None
         torch.manual_seed(0)
-        model = LM(shape, objective.parts(shape)).eval()
+        model = LM(config, objective.heads(config)).eval()
         place = int(np.flatnonzero(shown["labels"] != IGNORE)[0])
         with torch.no_grad():
-            states = [objective.run(model, collate([some]))["hidden"][0, place] for some in (shown, changed)]
+            states = [objective.forward(model, collate([some]))["hidden"][0, place] for some in (shown, changed)]
         assert torch.equal(*states)
 
 
 def test_what_each_is_shown() -> None:
     short = np.array([20, 21, 22, 23])
-    assert MLM().cloze(short, 2, VOCAB)["tokens"].tolist() == [3, 20, 21, 2, 23, 4]
-    assert CausalLM().cloze(short, 2, VOCAB)["tokens"].tolist() == [5, 20, 21]
-    spans = SpanCorruption().cloze(short, 2, VOCAB)
+    assert MLM().hide(short, 2, VOCAB)["tokens"].tolist() == [3, 20, 21, 2, 23, 4]
+    assert CausalLM().hide(short, 2, VOCAB)["tokens"].tolist() == [5, 20, 21]
+    spans = SpanCorruption().hide(short, 2, VOCAB)
     assert spans["source_tokens"].tolist() == [20, 21, 6, 23, 1]
     assert spans["tokens"].tolist()[:2] == [0, 6]
     assert short.tolist() == [20, 21, 22, 23]
-    assert Classification(classes=("a", "b")).cloze(short, 2, VOCAB) is None
+    assert Classification(class_names=("a", "b")).hide(short, 2, VOCAB) is None
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_the_score_is_that_of_one_item_at_a_time(name: str) -> None:
-    objective, shape = ASKED[name]
+    objective, config = ASKED[name]
     rng = np.random.default_rng(0)
     torch.manual_seed(1)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     asked_of = [ClozeItem(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
     right, bits = [], []
     for item in asked_of:
-        shown = objective.cloze(item.tokens, item.at, VOCAB)
+        shown = objective.hide(item.tokens, item.at, VOCAB)
         place = int(np.flatnonzero(shown["labels"] != IGNORE)[0])
         with torch.no_grad():
-            chances = model.parts["lm"](objective.run(model, collate([shown]))["hidden"][0, place]).softmax(-1)
+            chances = model.heads["lm"](objective.forward(model, collate([shown]))["hidden"][0, place]).softmax(-1)
         right.append(int(chances.argmax()) == item.tokens[item.at])
         bits.append(-float(torch.log2(chances[item.tokens[item.at]])))
     found = score(model, objective, asked_of, VOCAB)
@@ -94,9 +94,9 @@ def test_the_score_is_that_of_one_item_at_a_time(name: str) -> None:
 
 
 def test_an_objective_that_asks_for_no_token_has_no_score() -> None:
-    objective = Classification(classes=("a", "b"))
-    shape = encoder_config(**SIZES)
-    assert score(LM(shape, objective.parts(shape)), objective, [ClozeItem(TOKENS, 3)], VOCAB) == {}
+    objective = Classification(class_names=("a", "b"))
+    config = encoder_config(**SIZES)
+    assert score(LM(config, objective.heads(config)), objective, [ClozeItem(TOKENS, 3)], VOCAB) == {}
 
 
 @pytest.fixture(scope="module")

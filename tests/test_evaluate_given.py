@@ -254,8 +254,8 @@ def writer(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     def make(segment: dict[str, Any]) -> Path:
         coder = tokenizer()
         torch.manual_seed(0)
-        shape = encoder_decoder_config(coder.vocab.size, 64, 1, heads=2, context=48)
-        model = LM(shape, Seq2SeqSFT().parts(shape))
+        config = encoder_decoder_config(coder.vocab.size, 64, 1, heads=2, context=48)
+        model = LM(config, Seq2SeqSFT().heads(config))
         save_model(model, coder, tmp_path / "run" / "model", {"recipe": "0"})
         told = {
             "objective": {"kind": "text_to_text"},
@@ -354,16 +354,16 @@ def test_checks_of_answers_are_squad_s_by_question(tmp_path: Path) -> None:
 
 def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -> None:
     whole = QuestionRecords([str(windows(tmp_path / "a.json", 6))], tokenizer(), 32, question=8, stride=8)
-    half = SubsetSource(whole, np.flatnonzero(whole.owners >= 6))  # four of six passages, of three questions each
-    assert len(whole) > 40 and len(np.unique(half.owners)) == 12
-    shape = encoder_config(600, 32, 1, heads=2, context=64)
-    recipe = replace(load("answer", []), shape=shape, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
+    half = SubsetSource(whole, np.flatnonzero(whole.record_ids >= 6))  # four of six passages, of three questions each
+    assert len(whole) > 40 and len(np.unique(half.record_ids)) == 12
+    config = encoder_config(600, 32, 1, heads=2, context=64)
+    recipe = replace(load("answer", []), model=config, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
     shown = Validator(recipe, half, 0.0, tokenizer(), Ranks()).shown
-    some = np.unique(shown.owners)
+    some = np.unique(shown.record_ids)
     assert 4 <= len(some) <= 8
     for owner in some:
-        assert (shown.owners == owner).sum() == (whole.owners == owner).sum()
-    assert shown.beside(0)["asked"] == whole.asked_of(int(shown.owners[0]))
+        assert (shown.record_ids == owner).sum() == (whole.record_ids == owner).sum()
+    assert shown.metadata(0)["asked"] == whole.asked_of(int(shown.record_ids[0]))
 
 
 def test_a_question_without_an_answer_is_told_when_it_is_learnt_from(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_question_without_an_answer_is_told_when_it_is_learnt_from(tmp_path: P
         {"id": "q2", "question": "Why?", "answers": []},
     )
     source = QuestionRecords([str(file)], tokenizer(), 96, question=16)
-    assert any("1 question has no answer" in r and "q2" in r for r in source.remarks)
+    assert any("1 question has no answer" in r and "q2" in r for r in source.notes)
 
 
 def test_the_likelihood_of_a_text_says_what_was_mended(writer: Callable[..., Path], tmp_path: Path) -> None:

@@ -197,9 +197,9 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     text = "the quick brown fox jumps over the lazy dog " * 10
     for size in (300, 340):
         tokenizer = train([text], "byte-bpe", size, sentinels=0)
-        shape = decoder_config(tokenizer.vocab.size, 64, 1, context=32)
-        model = LM(shape, {"lm": LMHead(shape)})
-        torch.nn.init.zeros_(model.parts["lm"].weight)
+        config = decoder_config(tokenizer.vocab.size, 64, 1, context=32)
+        model = LM(config, {"lm": LMHead(config)})
+        torch.nn.init.zeros_(model.heads["lm"].weight)
         found = read(tokenizer, text)
         result = score(model, strided(found, 32))
         assert result.tokens == len(found.tokens) - 1

@@ -187,15 +187,15 @@ def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, toke
 
 def test_classification_is_what_training_measures(tmp_path, tokenizer):
     """A head trained by the one step until it knows the difference; its logged accuracy is the evaluated one."""
-    objective = Classification(classes=("fool", "queen"))
-    shape = encoder_config(tokenizer.vocab.size, 64, 1, context=32)
+    objective = Classification(class_names=("fool", "queen"))
+    config = encoder_config(tokenizer.vocab.size, 64, 1, context=32)
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     rng = np.random.default_rng(0)
     words = ["the", "king", "is", "dead", "long", "live"]
     texts = [" ".join([*rng.choice(words, 6), ("the fool", "the queen")[i % 2]]) for i in range(32)]
     examples = [{"tokens": tokenizer.vocab.frame(tokenizer.encode(t)), "label": i % 2} for i, t in enumerate(texts)]
-    batch = collate([objective.view(e, tokenizer.vocab, rng) for e in examples], {"class"})
+    batch = collate([objective.build_example(e, tokenizer.vocab, rng) for e in examples], {"class"})
     moves = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(40):
         logged = step(model, objective, [batch])
@@ -203,7 +203,7 @@ def test_classification_is_what_training_measures(tmp_path, tokenizer):
         moves.zero_grad()
     save_model(model, tokenizer, tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text("objective:\n  kind: classification\n  classes: [fool, queen]\n")
-    rows = [{"text": t, "label": objective.classes[i % 2]} for i, t in enumerate(texts)]
+    rows = [{"text": t, "label": objective.class_names[i % 2]} for i, t in enumerate(texts)]
     found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
     assert found["accuracy"] == 1.0 == float(logged["accuracy"])
 
@@ -252,9 +252,9 @@ def test_choices_are_by_their_log_likelihood(tmp_path, tokenizer):
 
 def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
     saved(tmp_path, tokenizer, decoder_config)
-    subject = load_evaluated_model(tmp_path)
+    evaluated = load_evaluated_model(tmp_path)
     for prompt, option in (("the king", "is"), ("the king ", "is"), ("the king", " is"), ("the king  ", "is")):
-        before, after = cut(subject, prompt, option)
+        before, after = cut(evaluated, prompt, option)
         assert tokenizer.decode(before) == "the king"
         assert tokenizer.decode(after) in (" is", "  is")
     # Where prompt and option would merge, or the prompt is empty, the option still has tokens of its own, and a blank at
@@ -267,9 +267,9 @@ def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
         ("counts:", "C"),
         ("king", "."),
     ):
-        before, after = cut(subject, prompt, option)
+        before, after = cut(evaluated, prompt, option)
         assert len(after)
-        blank, again = cut(subject, prompt + " " * (prompt[-1:] not in ("", "\n")), option)
+        blank, again = cut(evaluated, prompt + " " * (prompt[-1:] not in ("", "\n")), option)
         assert (before.tolist(), after.tolist()) == (blank.tolist(), again.tolist())
 
 

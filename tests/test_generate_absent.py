@@ -42,7 +42,7 @@ MORE = 46
 
 SHAPES: dict[str, Callable[[int], ModelConfig]] = {
     "softcap": lambda vocab: decoder_config(vocab, 32, 1, 2, context=64),
-    "tied": lambda vocab: ModelConfig(vocab, 32, 1, 2, context=64),
+    "tied": lambda vocab: ModelConfig(vocab, 32, 1, 2, max_positions=64),
     "t5": lambda vocab: encoder_decoder_config(vocab, 32, 1, 2, context=64),
 }
 
@@ -79,8 +79,8 @@ def test_wide_tables_write_and_score_as_exact_ones(tokenizer: Tokenizer, name: s
     one, other = (Engine(m, tokenizer, weights=weights) for m in twins(SHAPES[name], tokenizer.vocab.size))
     asked = prompts(tokenizer)
     for sampling in (
-        Sampling(max_new=12, temperature=0), Sampling(max_new=12, seed=3), Sampling(max_new=12, temperature=5.0, top_p=0.99),
-        Sampling(max_new=12, temperature=0, repetition=3.0), Sampling(max_new=12, top_k=400, min_p=1e-9),
+        Sampling(max_new_tokens=12, temperature=0), Sampling(max_new_tokens=12, seed=3), Sampling(max_new_tokens=12, temperature=5.0, top_p=0.99),
+        Sampling(max_new_tokens=12, temperature=0, repetition_penalty=3.0), Sampling(max_new_tokens=12, top_k=400, min_p=1e-9),
     ):  # fmt: skip
         for a, b in zip(one.generate(asked, sampling), other.generate(asked, sampling), strict=True):
             assert a.tokens.tolist() == b.tokens.tolist() and a.text == b.text
@@ -108,8 +108,8 @@ def test_likelihood_adds_up_over_tokens_alone(tokenizer: Tokenizer, tmp_path: Pa
     found = []
     for name, model in zip(("exact", "wide"), twins(SHAPES["softcap"], tokenizer.vocab.size), strict=True):
         save_model(model, tokenizer, tmp_path / name)
-        subject = load_evaluated_model(tmp_path / name)
-        found.append(likelihood(subject, [str(tmp_path / "a.txt")], None, lambda _: None)["nll"])
+        evaluated = load_evaluated_model(tmp_path / name)
+        found.append(likelihood(evaluated, [str(tmp_path / "a.txt")], None, lambda _: None)["nll"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
@@ -120,13 +120,13 @@ def test_training_learns_over_tokens_alone(tokenizer: Tokenizer, name: str) -> N
     batch = torch.from_numpy(tokenizer.encode("the king is dead, long live the queen").astype(np.int64))[None]
     grads = []
     for model in twins(SHAPES[name], size):
-        model.restrict(tokenizer.vocab)
+        model.restrict_vocab(tokenizer.vocab)
         loss = token_loss(model, model({"tokens": batch[:, :-1]}), batch[:, 1:])
         loss.backward()
-        weight = model.parts["lm"].weight.grad
+        weight = model.heads["lm"].weight.grad
         assert weight is not None
         # By way of the logits it is the same.
-        logits = model.parts["lm"](model({"tokens": batch[:, :-1]}))
+        logits = model.heads["lm"](model({"tokens": batch[:, :-1]}))
         plain = torch.nn.functional.cross_entropy(logits[0], batch[0, 1:], reduction="sum")
         assert float(plain.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
         grads.append((float(loss.detach()), weight))
@@ -145,7 +145,7 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
             model.places.weight.mul_(1.1)
         source = RolloutSource(
             prompts(tokenizer), tokenizer, FunctionReward(lambda text: float(len(text))), reference,
-            phase=RolloutConfig(answers=6, steps=1, max_new=8),
+            phase=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size
@@ -156,18 +156,18 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
 
 def test_replaced_tokens_are_drawn_from_tokens_alone(tokenizer: Tokenizer) -> None:
     """ELECTRA's generator, whose head is a part of another model."""
-    shape = replace(encoder_config(tokenizer.vocab.size + MORE, 32, 1, 2, context=64), embed=32)
-    objective = RTD(rate=0.5, size=1.0)
+    config = replace(encoder_config(tokenizer.vocab.size + MORE, 32, 1, 2, context=64), embedding_size=32)
+    objective = RTD(mlm_probability=0.5, generator_size=1.0)
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape)).eval()
-    generator = objective.writer(model)
+    model = LM(config, objective.heads(config)).eval()
+    generator = objective.lm_model(model)
     with torch.no_grad():
-        generator.parts["lm"].bias[tokenizer.vocab.size :] = 100.0
-    model.restrict(tokenizer.vocab)
-    seen = objective.view({"tokens": tokenizer.encode(TEXT)[:60]}, tokenizer.vocab, np.random.default_rng(0))
+        generator.heads["lm"].bias[tokenizer.vocab.size :] = 100.0
+    model.restrict_vocab(tokenizer.vocab)
+    seen = objective.build_example({"tokens": tokenizer.encode(TEXT)[:60]}, tokenizer.vocab, np.random.default_rng(0))
     batch = collate([seen])
     batch["chance"][:] = 1 - 2**-24  # the largest number that can be drawn
-    drew = objective.run(model, batch)["drew"]
+    drew = objective.forward(model, batch)["drew"]
     assert len(drew) == int((batch["labels"] != IGNORE).sum()) and int(drew.max()) < tokenizer.vocab.size
 
 
@@ -176,17 +176,17 @@ def test_holes_in_the_numbering_are_never_written() -> None:
     ids = {piece: i + 2 * (i >= 3) for i, piece in enumerate(["<unk>", "a", "b", "c", "d"])}  # 0 1 2 5 6
     engine = Rust(models.WordLevel(ids, unk_token="<unk>"))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
-    coder = Tokenizer(engine)
-    assert coder.vocab.absent(8).tolist() == [3, 4, 7]
-    shape = ModelConfig(8, 16, 1, 2, context=32, tied=False, head_bias=True)
+    tokenizer = Tokenizer(engine)
+    assert tokenizer.vocab.absent(8).tolist() == [3, 4, 7]
+    config = ModelConfig(8, 16, 1, 2, max_positions=32, tie_embeddings=False, lm_head_bias=True)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
+    model = LM(config, {"lm": LMHead(config)}).eval()
     with torch.no_grad():
-        model.parts["lm"].bias[[3, 4, 7]] = 50.0
-    engine_ = Engine(model, coder, stops=())
-    written = engine_.generate([coder.encode("a b")] * 8, Sampling(max_new=20, seed=1))
+        model.heads["lm"].bias[[3, 4, 7]] = 50.0
+    engine_ = Engine(model, tokenizer, stops=())
+    written = engine_.generate([tokenizer.encode("a b")] * 8, Sampling(max_new_tokens=20, seed=1))
     assert {*np.concatenate([w.tokens for w in written]).tolist()} <= {0, 1, 2, 5, 6}
-    scores = [engine_.score([coder.encode("a b")], [np.array([i])])[0] for i in (0, 1, 2, 5, 6)]
+    scores = [engine_.score([tokenizer.encode("a b")], [np.array([i])])[0] for i in (0, 1, 2, 5, 6)]
     assert np.exp(scores).sum() == pytest.approx(1, abs=1e-5)
 
 
@@ -195,11 +195,14 @@ def test_unused_pieces_of_gguf_files_are_no_tokens(tokenizer: Tokenizer, tmp_pat
     file = tmp_path / "wide.gguf"
     _, wide = twins(lambda vocab: llama(vocab, 64, 1, 2, 96, context=64), tokenizer.vocab.size)
     gguf.write(wide, tokenizer, file, "F32")
-    names = metadata(tokenizer, wide.shape.vocab, False)["tokenizer.ggml.tokens"]
-    assert names[-1] == f"[PAD{wide.shape.vocab - 1}]"
-    subject = load_evaluated_model(file)
-    assert subject.model.shape.vocab == tokenizer.vocab.size + MORE and subject.vocab.size == tokenizer.vocab.size
-    answers = Engine(subject.model, subject.tokenizer, stops=()).generate(
-        [subject.tokenizer.encode("the king")], Sampling(max_new=30, temperature=0)
+    names = metadata(tokenizer, wide.config.vocab_size, False)["tokenizer.ggml.tokens"]
+    assert names[-1] == f"[PAD{wide.config.vocab_size - 1}]"
+    evaluated = load_evaluated_model(file)
+    assert (
+        evaluated.model.config.vocab_size == tokenizer.vocab.size + MORE
+        and evaluated.vocab.size == tokenizer.vocab.size
+    )
+    answers = Engine(evaluated.model, evaluated.tokenizer, stops=()).generate(
+        [evaluated.tokenizer.encode("the king")], Sampling(max_new_tokens=30, temperature=0)
     )
     assert int(answers[0].tokens.max()) < tokenizer.vocab.size

@@ -19,19 +19,26 @@ from firth.types import UserError
 V = ByteCoder.vocab.size
 SHAPES = {
     "nanochat": decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
-    "gpt2": ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64),
+    "gpt2": ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "sinusoidal, post-norm, grouped": ModelConfig(
-        vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, position="sinusoidal", norm_at="post"
+        vocab_size=V,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_positions=64,
+        position="sinusoidal",
+        norm_placement="post",
     ),
     "t5": encoder_decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
 }
 DECODERS = [name for name in SHAPES if name != "t5"]
 
 
-def random_model(shape: ModelConfig, seed: int = 0) -> LM:
+def random_model(config: ModelConfig, seed: int = 0) -> LM:
     """A model with something to say: every weight drawn, none left at its (often zero) start."""
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -54,13 +61,13 @@ def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
 @torch.no_grad()
 def logits_of(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch.Tensor:
     """Logits at every written position from one uncached pass over the unpadded row: (n, V)."""
-    if model.shape.encoder:
+    if model.config.num_encoder_layers:
         batch = {"source_tokens": torch.as_tensor(prompt)[None]}
         row, first = np.concatenate(([ByteCoder.vocab.pad], written)), 0
     else:
         batch, row, first = {}, np.concatenate((prompt, written)), len(prompt) - 1
     hidden = model(batch | rectangle([row[:-1]], torch.device("cpu")))
-    return model.parts["lm"](hidden[0, first:])
+    return model.heads["lm"](hidden[0, first:])
 
 
 ROWS = {
@@ -76,7 +83,9 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_cached_generation_is_uncached_generation(model: LM, name: str) -> None:
     rows = ROWS[name]
-    for prompt, answer in zip(rows, engine(model).generate(rows, Sampling(max_new=24, temperature=0)), strict=True):
+    for prompt, answer in zip(
+        rows, engine(model).generate(rows, Sampling(max_new_tokens=24, temperature=0)), strict=True
+    ):
         logits = logits_of(model, prompt, answer.tokens)
         assert np.array_equal(logits.argmax(-1).numpy(), answer.tokens)
         expected = logits.log_softmax(-1).gather(-1, torch.as_tensor(answer.tokens, dtype=torch.int64)[:, None])[:, 0]
@@ -86,25 +95,25 @@ def test_cached_generation_is_uncached_generation(model: LM, name: str) -> None:
 
 def test_a_row_does_not_feel_its_neighbours(model: LM) -> None:
     rows = prompts(6)
-    sampling = Sampling(max_new=16, temperature=0.9, top_p=0.95, seed=40)
+    sampling = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=40)
     together = engine(model).generate(rows, sampling)
     for i, row in enumerate(rows):
-        [alone] = engine(model).generate([row], Sampling(max_new=16, temperature=0.9, top_p=0.95, seed=40 + i))
+        [alone] = engine(model).generate([row], Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=40 + i))
         assert np.array_equal(alone.tokens, together[i].tokens)
     small = Engine(model, ByteCoder(), stops=(), rows=2).generate(rows, sampling)
     assert [a.tokens.tolist() for a in small] == [a.tokens.tolist() for a in together]
 
 
 def test_the_same_prompt_twice_is_answered_in_two_ways(model: LM) -> None:
-    one, two = engine(model).generate([prompts(1)[0]] * 2, Sampling(max_new=16))
+    one, two = engine(model).generate([prompts(1)[0]] * 2, Sampling(max_new_tokens=16))
     assert not np.array_equal(one.tokens, two.tokens)
 
 
 def test_rows_that_finish_early_leave_the_others_as_they_were(model: LM) -> None:
     rows = prompts(8)
-    whole = engine(model).generate(rows, Sampling(max_new=20, seed=3))
+    whole = engine(model).generate(rows, Sampling(max_new_tokens=20, seed=3))
     stops = (int(whole[0].tokens[2]), int(whole[1].tokens[5]), int(whole[2].tokens[5]), int(whole[3].tokens[9]))
-    cut = engine(model, stops).generate(rows, Sampling(max_new=20, seed=3))
+    cut = engine(model, stops).generate(rows, Sampling(max_new_tokens=20, seed=3))
     for a, b in zip(whole, cut, strict=True):
         hits = np.flatnonzero(np.isin(a.tokens, stops))
         n = hits[0] + 1 if len(hits) else len(a.tokens)
@@ -115,7 +124,7 @@ def test_rows_that_finish_early_leave_the_others_as_they_were(model: LM) -> None
 
 def test_score_is_the_sum_of_the_log_probabilities(model: LM) -> None:
     rows = prompts(5)
-    answers = engine(model).generate(rows, Sampling(max_new=12))
+    answers = engine(model).generate(rows, Sampling(max_new_tokens=12))
     scores = engine(model).score(rows, [a.tokens for a in answers])
     assert np.allclose(scores, [a.logprobs.sum() for a in answers], atol=1e-3)
 
@@ -132,7 +141,7 @@ def test_options_read_the_prompt_once_and_score_the_same(model: LM) -> None:
 def test_an_answer_ends_with_the_context(name: str) -> None:
     model = random_model(SHAPES[name])
     prompt = np.full(60, 50)
-    [answer] = engine(model).generate([prompt], Sampling(max_new=100, temperature=0))
+    [answer] = engine(model).generate([prompt], Sampling(max_new_tokens=100, temperature=0))
     assert answer.finish == "context"
     assert len(answer.tokens) == 64 - 60 + 1
     assert np.array_equal(logits_of(model, prompt, answer.tokens).argmax(-1).numpy(), answer.tokens)
@@ -151,7 +160,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(model: LM) -> None:
 
 def test_generating_leaves_a_model_in_training_and_trainable() -> None:
     model = random_model(SHAPES["nanochat"]).train()
-    engine(model).generate(prompts(2), Sampling(max_new=4))
+    engine(model).generate(prompts(2), Sampling(max_new_tokens=4))
     assert model.training
     model({"tokens": torch.tensor([[9, 10]])}).sum().backward()
     assert model.tokens.weight.grad is not None
@@ -194,7 +203,7 @@ def test_the_first_character_may_have_begun_in_the_prompt() -> None:
 def test_a_stream_is_the_text_of_generate(model: LM) -> None:
     prompt = ByteCoder().encode("hello")
     for seed in range(5):
-        sampling = Sampling(max_new=40, seed=seed, stop=("e", "\n"))
+        sampling = Sampling(max_new_tokens=40, seed=seed, stop_strings=("e", "\n"))
         pieces = list(engine(model, (3,)).stream(prompt, sampling))
         [answer] = engine(model, (3,)).generate([prompt], sampling)
         assert "".join(pieces) == answer.text
@@ -211,13 +220,13 @@ def test_default_stops_are_end_of_text_and_end_of_turn() -> None:
 
 
 def test_fill_offers_what_the_model_says_at_each_mask() -> None:
-    shape = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
-    model = random_model(shape)
+    config = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
+    model = random_model(config)
     text = "the <mask> sat<mask>"
     tokens = masked(ByteCoder(), text)
     assert tokens.tolist() == [2, *ByteCoder().encode("the"), 4, *ByteCoder().encode(" sat"), 4, 3]
     with torch.no_grad():
-        p = model.parts["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
+        p = model.heads["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
     answers = engine(model).fill(text, k=3)
     for at, candidates in zip(np.flatnonzero(tokens == 4), answers, strict=True):
         best = p[at, 7:].topk(3)

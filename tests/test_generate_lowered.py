@@ -29,24 +29,24 @@ from firth.types import UserError
 V = ByteCoder.vocab.size
 SHAPES = {
     "nanochat": decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
-    "gpt2, biases, tied": ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64),
+    "gpt2, biases, tied": ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "llama, gated, grouped": ModelConfig(
-        vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, norm="rms", norm_bias=False, position="rotary",
+        vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64, norm="rms", norm_bias=False, position="rotary",
         activation="swiglu", bias=False,
     ),
     "qwen2, qwen3": ModelConfig(
-        vocab=V, width=32, depth=2, heads=4, kv_heads=2, context=64, norm="rms", norm_bias=False, position="rotary",
-        activation="swiglu", bias_at="qkv", qk_norm=True, qk_weight=True,
+        vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64, norm="rms", norm_bias=False, position="rotary",
+        activation="swiglu", bias_location="qkv", qk_norm=True, qk_norm_weight=True,
     ),
-    "albert's sharing": ModelConfig(vocab=V, width=32, depth=3, heads=2, groups=1, embed=16, context=64, tied=False),
+    "albert's sharing": ModelConfig(vocab_size=V, hidden_size=32, num_layers=3, num_heads=2, num_layer_groups=1, embedding_size=16, max_positions=64, tie_embeddings=False),
     "t5": encoder_decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
 }  # fmt: skip
 INT8 = list(DIGITS)
 
 
-def random_model(shape: ModelConfig, seed: int = 0) -> LM:
+def random_model(config: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -122,12 +122,12 @@ def dequantised(model: LM) -> LM:
 
 def logits(model: LM, batch: dict[str, Tensor]) -> Tensor:
     with torch.inference_mode():
-        return model.parts["lm"](model(batch))
+        return model.heads["lm"](model(batch))
 
 
 def batch_of(model: LM) -> dict[str, Tensor]:
-    batch = rectangle(prompts(), torch.device("cpu"), causal=model.shape.causal)
-    if model.shape.encoder:
+    batch = rectangle(prompts(), torch.device("cpu"), causal=model.config.causal)
+    if model.config.num_encoder_layers:
         batch |= {f"source_{n}": f for n, f in rectangle(prompts(5, 1), torch.device("cpu"), causal=False).items()}
     return batch
 
@@ -153,7 +153,7 @@ def test_cached_is_uncached(model: LM, weights: str) -> None:
     using = engine(model, weights)
     rows = prompts()
     with kernels.forced({} if weights == "int8" else {"decode": "torch"}):
-        answers = using.generate(rows, Sampling(temperature=0, max_new=20))
+        answers = using.generate(rows, Sampling(temperature=0, max_new_tokens=20))
     scores = using.score(rows, [a.tokens for a in answers])
     # float32 sums differ in the order of additions; where that moves a number over the middle between two steps, a
     # whole step comes of it: 2^-15 of the largest number of its row, or 2^-8.
@@ -175,7 +175,7 @@ def test_a_row_does_not_feel_its_neighbours(model: LM, weights: str) -> None:
     x[2] *= 1000
     assert torch.equal(layer(x)[:2], layer(x[:2]))
     assert torch.equal(layer(x)[:1], layer(x[:1]))
-    rows, sampling = prompts(), Sampling(temperature=0, max_new=20)
+    rows, sampling = prompts(), Sampling(temperature=0, max_new_tokens=20)
     using = engine(model, weights)
     alone = [using.generate([row], sampling)[0] for row in rows]
     for one, many in zip(alone, using.generate(rows, sampling), strict=True):
@@ -215,12 +215,12 @@ def test_all_verbs_and_an_untouched_model(model: LM, weights: str) -> None:
     before = {n: p.clone() for n, p in model.state_dict().items()}
     using = engine(model, weights)
     rows = prompts()
-    drawn = using.generate(rows, Sampling(max_new=12, seed=3, top_p=0.9, repetition=1.1))
-    again = using.generate(rows, Sampling(max_new=12, seed=3, top_p=0.9, repetition=1.1))
+    drawn = using.generate(rows, Sampling(max_new_tokens=12, seed=3, top_p=0.9, repetition_penalty=1.1))
+    again = using.generate(rows, Sampling(max_new_tokens=12, seed=3, top_p=0.9, repetition_penalty=1.1))
     assert [a.tokens.tolist() for a in drawn] == [a.tokens.tolist() for a in again]
     assert (
-        "".join(using.stream(rows[0], Sampling(max_new=12, seed=3)))
-        == using.generate([rows[0]], Sampling(max_new=12, seed=3))[0].text
+        "".join(using.stream(rows[0], Sampling(max_new_tokens=12, seed=3)))
+        == using.generate([rows[0]], Sampling(max_new_tokens=12, seed=3))[0].text
     )
     options = [np.array([50, 60]), np.array([70]), np.array([90, 91, 92])]
     assert np.allclose(using.options(rows[1], options), using.score([rows[1]] * 3, options), rtol=5e-2)
@@ -242,8 +242,8 @@ def test_scoring_a_text_agrees_with_the_logits() -> None:
 
 
 def test_a_masked_model_fills_with_int8() -> None:
-    shape = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
-    model = random_model(shape)
+    config = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
+    model = random_model(config)
     text = f"ab{ByteCoder().token(ByteCoder.vocab.mask)}cd"
     [plain], [int8] = (engine(model, w).fill(text, 5) for w in ("fp32", "int8"))
     assert plain[0].token == int8[0].token
@@ -260,10 +260,18 @@ def bytes_of(model: LM) -> int:
 
 def test_memory_is_a_quarter() -> None:
     for tied in (True, False):
-        shape = ModelConfig(vocab=V, width=128, depth=2, heads=2, context=64, position="rotary", tied=tied)
-        model = random_model(shape)
+        config = ModelConfig(
+            vocab_size=V,
+            hidden_size=128,
+            num_layers=2,
+            num_heads=2,
+            max_positions=64,
+            position="rotary",
+            tie_embeddings=tied,
+        )
+        model = random_model(config)
         whole = bytes_of(model)
-        assert whole == 4 * shape.parameters()
+        assert whole == 4 * config.num_parameters()
         assert bytes_of(quantize(model, "fp32")) == whole
         assert bytes_of(quantize(model, "bf16")) == whole // 2
         assert bytes_of(quantize(model, "int8")) < 0.28 * whole
@@ -292,7 +300,7 @@ def test_refusals() -> None:
 
 
 def test_a_head_has_no_matrix_of_its_own_left() -> None:
-    head = quantize(random_model(SHAPES["gpt2, biases, tied"]), "int8").parts["lm"]
+    head = quantize(random_model(SHAPES["gpt2, biases, tied"]), "int8").heads["lm"]
     assert type(head) is Int8LMHead
     assert not list(head.head.parameters())
 
@@ -302,8 +310,8 @@ def test_the_command_line_lowers_and_refuses(quick: str, tmp_path: Path, monkeyp
     """By default in what this machine is quickest at, which is printed where it is not what is stored."""
     monkeypatch.setattr(precision, "choose", lambda wanted, device: quick)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
-    shape = decoder_config(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
-    save_model(random_model(shape), tokenizer, tmp_path)
+    config = decoder_config(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
+    save_model(random_model(config), tokenizer, tmp_path)
     words = ["to be", "--temperature", "0", "-n", "8"]
     usual, same, int8, refused = (
         CliRunner().invoke(app, ["generate", str(tmp_path), *words, *given])

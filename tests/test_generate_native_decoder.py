@@ -26,35 +26,35 @@ V = 61
 BASE = {"vocab": V, "width": 48, "depth": 3, "heads": 4, "context": 64}
 SHAPES = {
     "gpt2": ModelConfig(**BASE),
-    "bias in attention": ModelConfig(**BASE, bias_at="attention"),
+    "bias in attention": ModelConfig(**BASE, bias_location="attention"),
     "nanochat": ModelConfig(
-        **BASE, norm="rms", norm_weight=False, norm_bias=False, embed_norm=True, qk_norm=True, activation="relu2",
-        position="rotary", rotary_sign=-1, softcap=15, tied=False, bias=False,
+        **BASE, norm="rms", norm_weight=False, norm_bias=False, embedding_norm=True, qk_norm=True, activation="relu2",
+        position="rotary", rope_sign=-1, logit_softcap=15, tie_embeddings=False, bias=False,
     ),
-    "llama": ModelConfig(**BASE, kv_heads=2, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, hidden=100),
+    "llama": ModelConfig(**BASE, num_kv_heads=2, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, intermediate_size=100),
     "qwen3": ModelConfig(
-        **BASE, kv_heads=1, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, qk_norm=True,
-        qk_weight=True, head_width=20,
+        **BASE, num_kv_heads=1, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, qk_norm=True,
+        qk_norm_weight=True, head_dim=20,
     ),
-    "gelu, head bias": ModelConfig(**BASE, activation="gelu", head_bias=True),
+    "gelu, head bias": ModelConfig(**BASE, activation="gelu", lm_head_bias=True),
     "silu, no norm weights": ModelConfig(**BASE, activation="silu", norm_weight=False, norm_bias=False),
-    "post-norm, sinusoidal, grouped": ModelConfig(**BASE, kv_heads=2, position="sinusoidal", norm_at="post"),
-    "shared blocks, narrow table": ModelConfig(**BASE, groups=1, embed=16, head="transform"),
-    "no position, first norm left out": ModelConfig(**BASE, position="none", first_norm=False, activation="relu"),
+    "post-norm, sinusoidal, grouped": ModelConfig(**BASE, num_kv_heads=2, position="sinusoidal", norm_placement="post"),
+    "shared blocks, narrow table": ModelConfig(**BASE, num_layer_groups=1, embedding_size=16, lm_head="transform"),
+    "no position, first norm left out": ModelConfig(**BASE, position="none", first_attention_norm=False, activation="relu"),
     "wide heads": ModelConfig(**(BASE | {"width": 256, "heads": 2}), position="rotary"),
     "heads of 32": ModelConfig(**(BASE | {"width": 64, "heads": 2}), position="rotary"),
     "heads of 64": decoder_config(vocab=V, width=128, depth=2, heads=2, context=64),
     "t5": encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64),
-    "t5, scaled head": replace(encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64), head_scale=0.125),
-    "bart": ModelConfig(**BASE, encoder=2, norm_at="post", embed_norm=True, activation="gelu", head_bias=True, decoder_start="eos"),
-    "marian": ModelConfig(**BASE, encoder=2, norm_at="post", position="marian", activation="relu", embed_scale=48**0.5),
+    "t5, scaled head": replace(encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64), lm_head_scale=0.125),
+    "bart": ModelConfig(**BASE, num_encoder_layers=2, norm_placement="post", embedding_norm=True, activation="gelu", lm_head_bias=True, decoder_start_token="eos"),
+    "marian": ModelConfig(**BASE, num_encoder_layers=2, norm_placement="post", position="marian", activation="relu", embedding_scale=48**0.5),
 }  # fmt: skip
 
 
-def random_model(shape: ModelConfig) -> LM:
+def random_model(config: ModelConfig) -> LM:
     """A model with every weight drawn, none left at its (often zero) start."""
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
@@ -72,7 +72,11 @@ def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[i
     out = []
     with kernels.forced({"decode": way}), attention_pattern_of(model):
         rows = DecodingBatch(
-            model, prompts(count), 0 if model.shape.encoder else None, Sampling(max_new=steps), range(count)
+            model,
+            prompts(count),
+            0 if model.config.num_encoder_layers else None,
+            Sampling(max_new_tokens=steps),
+            range(count),
         )
         assert (rows.decoder is not None) == (way == "native")
         for i in range(steps):
@@ -167,7 +171,7 @@ def test_threads_change_no_bit() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with attention_pattern_of(model), kernels.forced({"decode": "native"}):
-                rows = DecodingBatch(model, prompts(3), None, Sampling(max_new=4), range(3))
+                rows = DecodingBatch(model, prompts(3), None, Sampling(max_new_tokens=4), range(3))
                 # The prompt is torch's, whose sums may depend on its threads.
                 for cached in (*rows.cache.keys, *rows.cache.values):
                     cached.copy_(torch.linspace(-1, 1, cached.numel()).view(cached.shape))
@@ -192,7 +196,7 @@ def test_weights_that_change_in_place_are_seen() -> None:
 def test_what_is_not_a_number_stays_visible() -> None:
     model = random_model(SHAPES["llama"])
     with torch.no_grad():
-        model.trunk.blocks[1].mlp.up.weight[3, 3] = float("nan")  # type: ignore[union-attr, index]
+        model.stack.blocks[1].mlp.up.weight[3, 3] = float("nan")  # type: ignore[union-attr, index]
     assert logits_of(model, "native")[-1].isnan().all()
 
 
@@ -200,22 +204,22 @@ def test_an_adapter_that_is_not_folded_is_left_to_torch() -> None:
     model = random_model(SHAPES["llama"])
     lora.add(model, ["attention.q"], lora.LoraConfig(rank=2))
     with attention_pattern_of(model), kernels.forced({"decode": "native"}):
-        assert DecodingBatch(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
+        assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
 
 
 @pytest.mark.parametrize(
-    "shape", [ModelConfig(**BASE, position="xlnet", query=True), recurrent_config(vocab=V, width=48, depth=2)]
+    "shape", [ModelConfig(**BASE, position="xlnet", mask_embedding=True), recurrent_config(vocab=V, width=48, depth=2)]
 )
-def test_other_architectures_are_left_to_torch(shape: ModelConfig) -> None:
-    model = random_model(shape)
+def test_other_architectures_are_left_to_torch(config: ModelConfig) -> None:
+    model = random_model(config)
     with attention_pattern_of(model), kernels.forced({"decode": "native"}):
-        assert DecodingBatch(model, prompts(2), None, Sampling(max_new=2), [0, 1]).decoder is None
+        assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
 
 
 def test_many_rows_of_a_large_model_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(SHAPES["llama"])
     monkeypatch.setattr("firth.generate.native_decoder.MAX_PRODUCT", 1000)
     with attention_pattern_of(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
-        rows = DecodingBatch(model, prompts(2), None, Sampling(max_new=2), [0, 1])
+        rows = DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1])
         assert rows.decoder is None
         assert NativeDecoder.of(model, rows.cache) is None

@@ -31,7 +31,16 @@ from firth.types import IGNORE, UserError
 V = ByteCoder.vocab.size
 SHAPES = {
     "rotary": replace(decoder_config(vocab=V, width=32, depth=2, heads=2, context=64), causal=False, prefix_lm=True),
-    "t5": ModelConfig(vocab=V, width=32, depth=2, heads=2, context=64, position="t5", causal=False, prefix_lm=True),
+    "t5": ModelConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        max_positions=64,
+        position="t5",
+        causal=False,
+        prefix_lm=True,
+    ),
     "an encoder's body": replace(encoder_config(vocab=V, width=32, depth=2, heads=2, context=64), prefix_lm=True),
 }
 CPU = torch.device("cpu")
@@ -57,31 +66,31 @@ def trained_reading(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch
     shown = PrefixLM()._show(np.concatenate((prompt, written)), len(prompt), ByteCoder.vocab)
     batch = collate([shown])
     assert (batch["labels"][0] != IGNORE).sum() == len(written)
-    return model.parts["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
+    return model.heads["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
 
 
 @torch.no_grad()
 def test_the_prompt_is_read_as_in_training_and_not_from_left_to_right(model: LM) -> None:
     [prompt] = prompts(1)
     with attention_pattern_of(model):
-        state = DecodingBatch(model, [prompt], None, Sampling(max_new=2, temperature=0), [0]).state
-    trained = model.parts["lm"](state).log_softmax(-1)
+        state = DecodingBatch(model, [prompt], None, Sampling(max_new_tokens=2, temperature=0), [0]).state
+    trained = model.heads["lm"](state).log_softmax(-1)
     assert torch.allclose(trained, trained_reading(model, prompt, np.array([9])), atol=1e-5)
-    left = model.parts["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
+    left = model.heads["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
     assert not torch.allclose(trained, left, atol=1e-2)
 
 
 def test_cached_is_uncached_and_batched_is_alone(model: LM) -> None:
     rows = prompts(6)
     engine = Engine(model, ByteCoder(), stops=())
-    for prompt, answer in zip(rows, engine.generate(rows, Sampling(max_new=20, temperature=0)), strict=True):
+    for prompt, answer in zip(rows, engine.generate(rows, Sampling(max_new_tokens=20, temperature=0)), strict=True):
         expected = trained_reading(model, prompt, answer.tokens)
         assert np.array_equal(expected.argmax(-1).numpy(), answer.tokens)
         at = torch.as_tensor(answer.tokens, dtype=torch.int64)[:, None]
         assert np.allclose(answer.logprobs, expected.gather(-1, at)[:, 0].numpy(), atol=1e-4)
-        [alone] = engine.generate([prompt], Sampling(max_new=20, temperature=0))
+        [alone] = engine.generate([prompt], Sampling(max_new_tokens=20, temperature=0))
         assert np.array_equal(alone.tokens, answer.tokens)
-        assert "".join(engine.stream(prompt, Sampling(max_new=20, temperature=0))) == alone.text
+        assert "".join(engine.stream(prompt, Sampling(max_new_tokens=20, temperature=0))) == alone.text
 
 
 def test_scores_and_options_are_the_trained_reading_too(model: LM) -> None:
@@ -95,7 +104,7 @@ def test_scores_and_options_are_the_trained_reading_too(model: LM) -> None:
 
 def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) -> None:
     document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
-    assert reads_of(model.shape) == "causal"
+    assert reads_of(model.config) == "causal"
     nll = 0.0
     for shown in strided(document, context=16):
         asked = shown["labels"] != IGNORE
@@ -110,7 +119,7 @@ def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) 
 def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> None:
     said = save_model(model, None, tmp_path)
     assert said == "no family of transformers expresses this shape, so only firth loads it"
-    assert load_model(tmp_path).shape == model.shape
+    assert load_model(tmp_path).config == model.config
 
 
 def test_a_shape_that_cannot_do_it_is_refused() -> None:
@@ -132,15 +141,15 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
     given = [f"source.path={text}", *SMALL]
     run(load("prefix_lm", given), tmp_path / "run", echo=lambda _: None)
     opened = open_engine(tmp_path / "run")
-    assert opened.model.shape.prefix_lm
+    assert opened.model.config.prefix_lm
     prompt = encode_prompt(opened.tokenizer, "Thank you for", opened.model)
     assert prompt[0] != opened.tokenizer.vocab.roles["bos"]
     shown = PrefixLM()._show(np.append(prompt, 9), len(prompt), opened.tokenizer.vocab)
     with attention_pattern_of(opened.model):
-        state = DecodingBatch(opened.model, [prompt], None, Sampling(max_new=1), [0]).state
+        state = DecodingBatch(opened.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
         assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["reads"] == "causal" and not found["bos"]
     again = load("prefix_lm", [*given, "objective=causal", f"start={tmp_path / 'run'}"])
     run(again, tmp_path / "left", echo=lambda _: None)
-    assert not open_engine(tmp_path / "left").model.shape.prefix_lm
+    assert not open_engine(tmp_path / "left").model.config.prefix_lm

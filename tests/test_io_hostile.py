@@ -27,8 +27,8 @@ from firth.types import UserError
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
     """A model directory."""
-    shape = ModelConfig(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
-    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer(), tmp_path / "given")
+    config = ModelConfig(vocab_size=tokenizer().vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=32)
+    save_model(LM(config, {"lm": LMHead(config)}), tokenizer(), tmp_path / "given")
     return tmp_path / "given"
 
 

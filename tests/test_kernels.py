@@ -117,10 +117,10 @@ def read(way: str, dtype: torch.dtype, causal: bool, bias: bool) -> list[torch.T
     leaves = [torch.randn(3, 2, 70, 16).to(dtype).requires_grad_() for _ in range(3)]
     added = torch.randn(1, 2, 70, 70).to(dtype).requires_grad_() if bias else None
     mask = None if causal else (torch.arange(70) < torch.tensor([[70], [40], [9]]))[:, None, None]
-    sees = AttentionMask(causal=causal, mask=mask)
+    attention_mask = AttentionMask(is_causal=causal, mask=mask)
     names = [kernel.name for kernel in attention.ATTENTION.values()]
     with kernels.forced(dict.fromkeys(names, way)):
-        out = attention.attend(*leaves, sees, 0.25, added)
+        out = attention.attend(*leaves, attention_mask, 0.25, added)
     out.backward(torch.randn(3, 2, 70, 16).to(dtype))
     return [out.detach(), *(x.grad for x in (*leaves, added) if x is not None)]  # type: ignore[misc]
 
@@ -265,15 +265,17 @@ def test_neighbors_are_averaged_alike_in_every_choice() -> None:
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])
 def test_an_mlp_is_its_formula_in_every_choice(name: str) -> None:
     torch.manual_seed(0)
-    shape = ModelConfig(vocab=9, width=32, depth=1, heads=2, hidden=600, activation=name)  # type: ignore[arg-type]
-    mlp = MLP(shape)
-    x = torch.randn(70, 600 * (2 if shape.gated else 1), dtype=torch.float64) * 4
+    config = ModelConfig(
+        vocab_size=9, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=600, activation=name
+    )  # type: ignore[arg-type]
+    mlp = MLP(config)
+    x = torch.randn(70, 600 * (2 if config.gated else 1), dtype=torch.float64) * 4
     act = {"relu": F.relu, "relu2": lambda x: F.relu(x) ** 2, "gelu": F.gelu, "silu": F.silu}.get(
         mlp.activation, lambda x: F.gelu(x, approximate="tanh")
     )
 
     def plain(x: torch.Tensor) -> torch.Tensor:
-        return act(x[:, :600]) * x[:, 600:] if shape.gated else act(x)
+        return act(x[:, :600]) * x[:, 600:] if config.gated else act(x)
 
     same(fused.ACTIVATION, mlp.inner, plain, x)
 

@@ -27,17 +27,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
 BERT = ModelConfig(
-    **SIZES, causal=False, norm_at="post", norm_eps=1e-12, segments=2, embed_norm=True, activation="gelu", head="transform",
-    head_bias=True,
+    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu", lm_head="transform",
+    lm_head_bias=True,
 )  # fmt: skip
 LLAMA = ModelConfig(
-    **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
+    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"context": 512}, encoder=2, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
-    activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
+    **SIZES | {"context": 512}, num_encoder_layers=2, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+    activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
 )  # fmt: skip
-SHAPES = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, depth=3)}
+SHAPES = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, num_layers=3)}
 AUTO = {"bert": "AutoModel", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}
 TASK = {"bert": "FEATURE_EXTRACTION", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 THEIRS = {
@@ -54,8 +54,8 @@ IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 def base(name: str, folder: Path) -> LM:
     """A model of random weights in a directory, as both libraries load it."""
     torch.manual_seed(0)
-    shape = SHAPES[name]
-    model = LM(shape, {} if name == "bert" else {"lm": LMHead(shape)}).eval()
+    config = SHAPES[name]
+    model = LM(config, {} if name == "bert" else {"lm": LMHead(config)}).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     save_model(model, None, folder / "base")
@@ -69,10 +69,10 @@ def theirs_of(name: str, folder: Path) -> Any:
 
 @torch.no_grad()
 def ours(model: LM) -> Tensor:
-    when = torch.arange(9)[None].expand(2, -1) * model.shape.causal
-    source = {"source_tokens": IDS.flip(1)} if model.shape.encoder else {}
+    when = torch.arange(9)[None].expand(2, -1) * model.config.causal
+    source = {"source_tokens": IDS.flip(1)} if model.config.num_encoder_layers else {}
     hidden = model({"tokens": IDS, "looks": when, "appears": when} | source)
-    return model.parts["lm"](hidden) if "lm" in model.parts else hidden
+    return model.heads["lm"](hidden) if "lm" in model.heads else hidden
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def plan_of(name: str, kind: str) -> Any:
         num_virtual_tokens=3, task_type=task, prefix_projection=kind == "mlp", encoder_hidden_size=10
     )
     if name.startswith("t5"):  # whose heads are narrower than their share of the width
-        plan.token_dim, plan.num_attention_heads, plan.num_layers = 24, 4, SHAPES[name].depth
+        plan.token_dim, plan.num_attention_heads, plan.num_layers = 24, 4, SHAPES[name].num_layers
     return plan
 
 
@@ -142,7 +142,7 @@ def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
 def test_our_prefix_is_theirs(name: str, tmp_path: Path) -> None:
     """With layers that all differ, which peft's own layout for T5 cannot say without a turn."""
     model = base(name, tmp_path)
-    model.parts["prefix"] = prefix_of(model, [5, 6, 7, 8])
+    model.heads["prefix"] = prefix_of(model, [5, 6, 7, 8])
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
@@ -150,14 +150,14 @@ def test_our_prefix_is_theirs(name: str, tmp_path: Path) -> None:
 
 def test_writing_with_a_prefix_is_their_generation(tmp_path: Path) -> None:
     model = base("llama", tmp_path)
-    model.parts["prefix"] = prefix_of(model, [5, 6, 7, 8])
+    model.heads["prefix"] = prefix_of(model, [5, 6, 7, 8])
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
     there = peft.PeftModel.from_pretrained(theirs_of("llama", tmp_path), tmp_path / "ours").eval()
     tokens = IDS[:1, :4]
     with torch.no_grad():
         for _ in range(5):
             when = torch.arange(tokens.shape[1])[None]
-            logits = model.parts["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
+            logits = model.heads["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
         shown = {"input_ids": IDS[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
         said = there.generate(**shown, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -190,8 +190,8 @@ def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> N
 
 
 def test_a_base_of_no_family_is_written_for_firth(tmp_path: Path) -> None:
-    shape = replace(LLAMA, position="sinusoidal")
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
+    config = replace(LLAMA, position="sinusoidal")
+    model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, None, tmp_path / "base")
     lora.add(model, ["blocks.*"], LoraConfig(rank=2))
     for low in lora.lora_layers(model).values():
@@ -233,13 +233,13 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], sa
 
 def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> None:
     model = base("bert", tmp_path)
-    model.parts["classes"] = torch.nn.Linear(32, 3)
+    model.heads["classes"] = torch.nn.Linear(32, 3)
     lora.add(model, ["q"], LoraConfig(rank=2))
     said = adapter_files.write(
         model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]}
     )
     again = adapter_files.load(tmp_path / "ours")
-    assert torch.equal(again.parts["classes"].weight, model.parts["classes"].weight) and "firth's own" in said
+    assert torch.equal(again.heads["classes"].weight, model.heads["classes"].weight) and "firth's own" in said
     there = peft.PeftModel.from_pretrained(theirs_of("bert", tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
     (tmp_path / "ours" / adapter_files.OWN).write_text(  # as an older version would have, without content hashes
@@ -256,12 +256,12 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:
     place = written(tmp_path)
-    for shape, said in (
+    for config, said in (
         (SHAPES["gpt2"], "which is no matrix of the base"),
-        (replace(LLAMA, width=64), "another matrix"),
+        (replace(LLAMA, hidden_size=64), "another matrix"),
     ):
         with pytest.raises(UserError, match=said):
-            adapter_files.read(LM(shape, {}), place)
+            adapter_files.read(LM(config, {}), place)
     (place / adapter_files.TENSORS).write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         adapter_files.load(place)

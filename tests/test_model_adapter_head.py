@@ -58,7 +58,7 @@ def test_a_classifier_on_a_bare_base(name: str, body: str, tmp_path: Path) -> No
     there.config.pad_token_id = None
     wanted = torch.cat([alone(there, i) for i in range(2)]) if causal else said(there)
     model = adapter_files.load(tmp_path / "theirs")
-    assert [*model.parts] == ["classes"]
+    assert [*model.heads] == ["classes"]
     torch.testing.assert_close(answers(model), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_other_heads(suffix: str, task: str | None, part: str, tmp_path: Path) -
     from test_model_adapter_tasks import IDS
 
     with torch.no_grad():
-        found, theirs = model.parts[part](hidden(model)), there(input_ids=IDS)
+        found, theirs = model.heads[part](hidden(model)), there(input_ids=IDS)
     wanted = theirs["logits"] if part == "tags" else torch.stack((theirs["start_logits"], theirs["end_logits"]), -1)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -120,7 +120,7 @@ def test_a_head_of_another_size_takes_the_place_of_the_base_s(tmp_path: Path) ->
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     torch.testing.assert_close(answers(adapter_files.load(tmp_path / "theirs")), said(there), atol=1e-5, rtol=1e-5)
-    assert load_model(tmp_path / "base").parts["classes"][2].out_features == 2
+    assert load_model(tmp_path / "base").heads["classes"][2].out_features == 2
 
 
 def test_predict_takes_such_an_adapter_of_minilm(tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_predict_takes_such_an_adapter_of_minilm(tmp_path: Path) -> None:
     there = trained(base, "SequenceClassification", tmp_path / "theirs", plan, num_labels=3)
     texts = ["a fine film, and warm", "dull"]
     rows = list(predict(tmp_path / "theirs", "-", io.BytesIO("\n".join(texts).encode())))
-    coder = Tokenizer.load(base)
+    tokenizer = Tokenizer.load(base)
     for text, row in zip(texts, rows, strict=True):
-        ids = torch.as_tensor(coder.vocab.frame(coder.encode(text)))[None].long()
+        ids = torch.as_tensor(tokenizer.vocab.frame(tokenizer.encode(text)))[None].long()
         with torch.no_grad():
             shares = there(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].softmax(-1).numpy()
         np.testing.assert_allclose([*row["probabilities"].values()], shares, atol=1e-5)

@@ -101,15 +101,15 @@ def theirs(model: Any) -> Tensor:
 
 @torch.no_grad()
 def ours(model: LM) -> Tensor:
-    when = torch.arange(9)[None].expand(2, -1) * model.shape.causal
-    source = {"source_tokens": IDS.flip(1)} if model.shape.encoder else {}
+    when = torch.arange(9)[None].expand(2, -1) * model.config.causal
+    source = {"source_tokens": IDS.flip(1)} if model.config.num_encoder_layers else {}
     hidden = model.eval()({"tokens": IDS, "looks": when, "appears": when} | source)
-    if "span" in model.parts:
-        return model.parts["span"](hidden)[..., 0]
-    if "classes" in model.parts:
-        return model.parts["classes"](hidden[:, -1 if model.shape.causal else 0])
-    part = next((part for part in ("tags", "lm") if part in model.parts), "")
-    return model.parts[part](hidden) if part else hidden
+    if "span" in model.heads:
+        return model.heads["span"](hidden)[..., 0]
+    if "classes" in model.heads:
+        return model.heads["classes"](hidden[:, -1 if model.config.causal else 0])
+    part = next((part for part in ("tags", "lm") if part in model.heads), "")
+    return model.heads[part](hidden) if part else hidden
 
 
 def adapted(base: Path, kind: str) -> LM:
@@ -123,15 +123,15 @@ def adapted(base: Path, kind: str) -> LM:
     else:
         part = (prefix_of if kind == "prefix" else prompt_of)(model, [5, 6, 7])
         part.table.weight.data.add_(0.3 * torch.randn_like(part.table.weight))
-        model.parts[kind] = part
+        model.heads[kind] = part
     for part in heads(model):
-        for p in model.parts[part].parameters():
+        for p in model.heads[part].parameters():
             p.data.add_(0.2 * torch.randn_like(p))
     return model
 
 
 def heads(model: LM) -> list[str]:
-    return [part for part in ("classes", "tags", "span") if part in model.parts]
+    return [part for part in ("classes", "tags", "span") if part in model.heads]
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])

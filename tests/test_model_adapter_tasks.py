@@ -52,7 +52,7 @@ def theirs_of(name: str, suffix: str, **more: Any) -> Any:
 
 @torch.no_grad()
 def hidden(model: LM) -> Tensor:
-    when = torch.arange(9)[None].expand(2, -1) * model.shape.causal
+    when = torch.arange(9)[None].expand(2, -1) * model.config.causal
     return model({"tokens": IDS, "looks": when, "appears": when})
 
 
@@ -94,7 +94,7 @@ def test_a_classifier_s_adapter_brings_its_head(name: str, tmp_path: Path) -> No
 def answers(model: LM) -> Tensor:
     states = hidden(model)
     with torch.no_grad():
-        out: Tensor = model.parts["classes"](states[:, -1 if model.shape.causal else 0])
+        out: Tensor = model.heads["classes"](states[:, -1 if model.config.causal else 0])
     return out
 
 

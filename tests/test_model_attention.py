@@ -83,11 +83,13 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
     if way == "flex":
         q, k, v = (x.detach().float() for x in (q, k, v))
     with torch.set_grad_enabled(way not in ("read", "flex")):
-        sees = AttentionMask.lower(fields["looks"], fields["appears"], document, document, flex=way == "flex")
-        found = attend(q, k, v, sees, 0.3, bias)
-    lowered = "causal" if sees.causal else "none" if sees.mask is None else "below" if sees.below else "mask"
-    lowered = "keys" if sees.mask is not None and sees.mask.shape[-2] == 1 else lowered
-    assert sees.block is not None if way == "flex" and kind in ("mask", "below") else lowered in (kind, "below")
+        mask = AttentionMask.from_times(fields["looks"], fields["appears"], document, document, flex=way == "flex")
+        found = attend(q, k, v, mask, 0.3, bias)
+    lowered = (
+        "causal" if mask.is_causal else "none" if mask.mask is None else "below" if mask.lower_triangular else "mask"
+    )
+    lowered = "keys" if mask.mask is not None and mask.mask.shape[-2] == 1 else lowered
+    assert mask.block_mask is not None if way == "flex" and kind in ("mask", "below") else lowered in (kind, "below")
     owned = ZERO if document is None else document
     want = written_out(q, k, v, fields | {"document": owned, "key_document": owned}, 0.3, bias)
     there = (fields["looks"] > -NEVER)[:, None, :, None]
@@ -111,12 +113,12 @@ def test_keys_that_nobody_sees_are_left_out(dtype: torch.dtype) -> None:
     appears = torch.cat((order, torch.full((B, 40), NEVER)), 1)
     q, k, v = (torch.randn(B, H, 60, D, dtype=dtype, requires_grad=True) for _ in range(3))
     bias = torch.randn(B, H, 60, 60, dtype=dtype, requires_grad=True)
-    sees = AttentionMask.lower(looks, appears)
-    assert sees.keys == 32 and sees.mask is not None and sees.mask.shape[-1] == 32
+    mask = AttentionMask.from_times(looks, appears)
+    assert mask.num_keys == 32 and mask.mask is not None and mask.mask.shape[-1] == 32
     nothing = torch.zeros(B, 60)
     fields = {"looks": looks, "appears": appears, "document": nothing, "key_document": nothing}
     slope, found = torch.randn(B, H, 60, D, dtype=dtype), []
-    for out in (attend(q, k, v, sees, 0.3, bias), written_out(q, k, v, fields, 0.3, bias)):
+    for out in (attend(q, k, v, mask, 0.3, bias), written_out(q, k, v, fields, 0.3, bias)):
         found.append([out, *torch.autograd.grad((out * slope).sum(), (q, k, v, bias))])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
@@ -129,19 +131,19 @@ def test_across_the_rule_is_the_same() -> None:
     appears = torch.where(torch.arange(7) < torch.tensor([7, 4, 6])[:, None], 0, NEVER)
     looks = torch.full((B, T), NEVER - 1)
     q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True) for n in (T, 7, 7))
-    sees = AttentionMask.lower(looks, appears, PACKED, source)
+    mask = AttentionMask.from_times(looks, appears, PACKED, source)
     fields = {"looks": looks, "appears": appears, "document": PACKED, "key_document": source}
-    assert torch.allclose(attend(q, k, v, sees, 0.3), written_out(q, k, v, fields, 0.3, None), atol=1e-12)
-    keys = AttentionMask.lower(looks, appears)
+    assert torch.allclose(attend(q, k, v, mask, 0.3), written_out(q, k, v, fields, 0.3, None), atol=1e-12)
+    keys = AttentionMask.from_times(looks, appears)
     assert keys.mask is not None and keys.mask.shape == (B, 1, 1, 7)
 
 
 POSITIONS = ["learned", "sinusoidal", "rotary", "t5", "none"]
 
 
-def made(shape: ModelConfig) -> LM:
+def made(config: ModelConfig) -> LM:
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -154,14 +156,14 @@ def made(shape: ModelConfig) -> LM:
 def test_cached_equals_uncached(position: str, source: bool) -> None:
     """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
     make = encoder_decoder_config if source else decoder_config
-    model = made(replace(make(50, 32, 2, heads=4, context=64), position=position, kv_heads=2, zero_init=False))
+    model = made(replace(make(50, 32, 2, heads=4, context=64), position=position, num_kv_heads=2, zero_init=False))
     lengths, more = [6, 3, 1], 4
     tokens = torch.randint(50, (3, 10))
     extra = {}
     if source:
         keep = torch.arange(8) < torch.tensor([8, 2, 5])[:, None]
         extra = {"source_tokens": torch.randint(50, (3, 8)), "source_appears": torch.where(keep, 0, NEVER)}
-    cache = model.cache(3, 6 + more)
+    cache = model.make_cache(3, 6 + more)
     when = torch.arange(6).expand(3, 6)
     prompt = {"tokens": tokens[:, :6]} | padded(lengths, when, when, 0) | extra
     first = model(prompt, cache)
@@ -193,7 +195,7 @@ def test_cache_keeps_chosen_rows() -> None:
         "source_tokens": torch.randint(50, (3, 7)),
     }
     last = {"tokens": torch.tensor([[7]] * 3), "looks": torch.full((3, 1), 5), "appears": torch.full((3, 1), 5)}
-    whole, some = model.cache(3, 6), model.cache(3, 6)
+    whole, some = model.make_cache(3, 6), model.make_cache(3, 6)
     model(batch, whole)
     model(batch, some)
     keep = torch.tensor([2, 0])
@@ -237,9 +239,11 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
 def test_an_untrained_attention_looks_around_evenly(score_scale: bool) -> None:
     """Scores of unit variance at first: T5 has no 1 / sqrt(d) in the product, so it is in the first queries."""
     torch.manual_seed(0)
-    shape = ModelConfig(vocab=50, width=256, depth=1, heads=4, score_scale=score_scale, init=0.0)
-    attention = Attention(shape)
-    initialize(attention, shape)
+    config = ModelConfig(
+        vocab_size=50, hidden_size=256, num_layers=1, num_heads=4, scale_attention=score_scale, init_std=0.0
+    )
+    attention = Attention(config)
+    initialize(attention, config)
     x = torch.randn(1, 200, 256)
     q, k = (f(x).unflatten(-1, (4, 64)).transpose(1, 2) for f in (attention.q, attention.k))
     assert 0.8 < float((attention.scale * q @ k.transpose(-1, -2)).detach().std()) < 1.25

@@ -36,12 +36,14 @@ VOCAB = Vocab(
     size=60, roles={"pad": 0, "bos": 1, "eos": 2, "mask": 3}, special=np.arange(60) < 14, sentinels=np.arange(4, 14)
 )
 SIZE: Any = {"vocab": 60, "width": 32, "depth": 3, "heads": 2, "context": 64}
-BERT = ModelConfig(**SIZE, norm_at="post", embed_norm=True, segments=2, activation="gelu", causal=False)
+BERT = ModelConfig(
+    **SIZE, norm_placement="post", embedding_norm=True, type_vocab_size=2, activation="gelu", causal=False
+)
 CASES: dict[str, tuple[ModelConfig, Objective]] = {
     "decoder": (decoder_config(**SIZE), CausalLM()),
-    "grouped, gated": (replace(decoder_config(**SIZE), kv_heads=1, activation="swiglu"), CausalLM()),
+    "grouped, gated": (replace(decoder_config(**SIZE), num_kv_heads=1, activation="swiglu"), CausalLM()),
     "encoder": (encoder_config(**SIZE), MLM()),
-    "post-norm": (BERT, MLM(rate=0.5)),
+    "post-norm": (BERT, MLM(mlm_probability=0.5)),
     "encoder-decoder": (encoder_decoder_config(**SIZE), SpanCorruption()),
     "electra": (encoder_config(**SIZE), RTD()),
 }
@@ -51,7 +53,7 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile
 def batches(objective: Objective) -> list[Batch]:
     """Two of unequal width and unequal rows."""
     rng = np.random.default_rng(0)
-    seen = [objective.view({"tokens": rng.integers(14, 60, n)}, VOCAB, rng) for n in (9, 17, 5, 23, 12)]
+    seen = [objective.build_example({"tokens": rng.integers(14, 60, n)}, VOCAB, rng) for n in (9, 17, 5, 23, 12)]
     return [collate(seen[:2], set()), collate(seen[2:], set())]
 
 
@@ -82,9 +84,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradients_are_those_of_plain_blocks(case: str, graphs: list[torch.fx.GraphModule]) -> None:
-    shape, objective = CASES[case]
+    config, objective = CASES[case]
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     for p in model.parameters():  # projections that begin at zero would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
@@ -109,8 +111,8 @@ def test_the_gradients_are_those_of_plain_blocks(case: str, graphs: list[torch.f
 def test_a_graph_serves_all_layers_of_its_kind(graphs: list[torch.fx.GraphModule]) -> None:
     made = []
     for depth in (2, 6):
-        shape, objective = replace(CASES["encoder"][0], depth=depth), CASES["encoder"][1]
-        model = LM(shape, objective.parts(shape))
+        config, objective = replace(CASES["encoder"][0], num_layers=depth), CASES["encoder"][1]
+        model = LM(config, objective.heads(config))
         compilation.compile_blocks(model)
         torch._dynamo.reset()
         graphs.clear()
@@ -121,10 +123,10 @@ def test_a_graph_serves_all_layers_of_its_kind(graphs: list[torch.fx.GraphModule
 
 
 def test_blocks_that_are_run_again_on_the_way_back(graphs: list[torch.fx.GraphModule]) -> None:
-    shape, objective = CASES["decoder"]
-    model, rows = LM(shape, objective.parts(shape)), batches(objective)
+    config, objective = CASES["decoder"]
+    model, rows = LM(config, objective.heads(config)), batches(objective)
     plain = learnt(model, objective, rows)
-    model.trunk.recompute = True
+    model.stack.gradient_checkpointing = True
     compilation.compile_blocks(model)
     found = learnt(model, objective, rows)
     assert graphs and all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)

@@ -26,50 +26,50 @@ SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidde
 BERT = ModelConfig(
     **SIZES,
     causal=False,
-    norm_at="post",
+    norm_placement="post",
     norm_eps=1e-12,
-    segments=2,
-    embed_norm=True,
+    type_vocab_size=2,
+    embedding_norm=True,
     activation="gelu",
-    head="transform",
-    head_bias=True,
+    lm_head="transform",
+    lm_head_bias=True,
 )
 LLAMA = ModelConfig(
-    **SIZES, kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False
+    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"context": 512}, encoder=3, head_width=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
-    activation="relu", bias=False, score_scale=False, head_scale=32**-0.5, distance=16, buckets=8,
+    **SIZES | {"context": 512}, num_encoder_layers=3, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+    activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
 )  # fmt: skip
 BART = ModelConfig(
-    **SIZES, encoder=3, decoder_start="eos", norm_at="post", embed_norm=True, activation="gelu", head_bias=True
+    **SIZES, num_encoder_layers=3, decoder_start_token="eos", norm_placement="post", embedding_norm=True, activation="gelu", lm_head_bias=True
 )  # fmt: skip
-MARIAN = replace(BART, position="marian", embed_norm=False, embed_scale=32**0.5, decoder_start="pad")
+MARIAN = replace(BART, position="marian", embedding_norm=False, embedding_scale=32**0.5, decoder_start_token="pad")
 XLNET = ModelConfig(
-    **SIZES, causal=False, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu",
-    head_bias=True,
+    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2, activation="gelu",
+    lm_head_bias=True,
 )  # fmt: skip
-MPNET = replace(BERT, segments=0, position="mpnet")
+MPNET = replace(BERT, type_vocab_size=0, position="mpnet")
 SHAPES = {
     "xlnet": XLNET,
-    "xlnet-untied": replace(XLNET, tied=False, memory=7, activation="relu"),
+    "xlnet-untied": replace(XLNET, tie_embeddings=False, memory_length=7, activation="relu"),
     "mpnet": MPNET,
-    "mpnet-untied": replace(MPNET, tied=False),
+    "mpnet-untied": replace(MPNET, tie_embeddings=False),
     "bert": BERT,
-    "bert-untied": replace(BERT, tied=False),
-    "albert": replace(BERT, embed=12, groups=1, depth=3),
-    "albert-two-groups": replace(BERT, embed=32, groups=2, depth=5, activation="gelu_tanh", tied=False),
-    "electra": replace(BERT, embed=12),
+    "bert-untied": replace(BERT, tie_embeddings=False),
+    "albert": replace(BERT, embedding_size=12, num_layer_groups=1, num_layers=3),
+    "albert-two-groups": replace(BERT, embedding_size=32, num_layer_groups=2, num_layers=5, activation="gelu_tanh", tie_embeddings=False),
+    "electra": replace(BERT, embedding_size=12),
     "bart": BART,
     "marian": MARIAN,
-    "marian-swish": replace(MARIAN, embed_scale=1.0, activation="silu"),
+    "marian-swish": replace(MARIAN, embedding_scale=1.0, activation="silu"),
     "gpt2": ModelConfig(**SIZES),
     "llama": LLAMA,
-    "llama-tied": replace(LLAMA, tied=True, bias=True, head_width=10, rotary_theta=5000.0),
+    "llama-tied": replace(LLAMA, tie_embeddings=True, bias=True, head_dim=10, rope_theta=5000.0),
     "t5-v1.0": T5,
-    "t5-v1.1": replace(T5, activation="geglu_tanh", head_scale=1.0, tied=False),
-    "t5-v1.1-tied": replace(T5, activation="geglu_tanh", head_scale=1.0),
-    "nanochat": replace(decoder_config(61, 32, 2, heads=4, context=40), kv_heads=2, zero_init=False),
+    "t5-v1.1": replace(T5, activation="geglu_tanh", lm_head_scale=1.0, tie_embeddings=False),
+    "t5-v1.1-tied": replace(T5, activation="geglu_tanh", lm_head_scale=1.0),
+    "nanochat": replace(decoder_config(61, 32, 2, heads=4, context=40), num_kv_heads=2, zero_init=False),
     "modernbert": replace(encoder_config(61, 32, 2, heads=4, context=40), zero_init=False),
     "modernbert-silu": replace(encoder_config(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
@@ -83,10 +83,10 @@ AUTO = {
 }  # fmt: skip
 
 
-def built(shape: ModelConfig, seed: int = 0) -> LM:
+def built(config: ModelConfig, seed: int = 0) -> LM:
     """A model whose every parameter is random, norms and offsets too, so that a swapped tensor shows."""
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -127,7 +127,7 @@ def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
     """
     ours_in, theirs_in, real = batches(family)
     hidden = model(ours_in)
-    head = model.parts["lm"]
+    head = model.heads["lm"]
     labels = ours_in["tokens"].roll(-1, 1)
     want = theirs(**theirs_in).logits
     difference = (head(hidden) - want)[real].abs().max().item()
@@ -140,9 +140,9 @@ def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
-    shape, family = SHAPES[name], name.split("-")[0]
-    model = built(shape)
-    found = family_of(shape)
+    config, family = SHAPES[name], name.split("-")[0]
+    model = built(config)
+    found = family_of(config)
     assert found is not None and found.name == family
     said = save_model(model, None, tmp_path)
     assert said.endswith(found.classes[0])
@@ -151,7 +151,7 @@ def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert agree(model, theirs.eval(), family) < 1e-4
     again = load_model(tmp_path)
-    assert again.shape == shape
+    assert again.config == config
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
 
@@ -234,7 +234,7 @@ def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path)
     theirs.save_pretrained(tmp_path, max_shard_size=shards)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "20KB")
     model = load_model(tmp_path)
-    assert "lm" in model.parts
+    assert "lm" in model.heads
     assert agree(model, theirs, name.split("-")[0]) < 1e-4
 
 
@@ -250,7 +250,7 @@ def test_a_gated_t5_is_exact_in_float64(tmp_path: Path, monkeypatch: pytest.Monk
     model = load_model(tmp_path).double()
     ours_in, theirs_in, real = batches("t5")
     with torch.no_grad():
-        found = model.parts["lm"](model(ours_in)) - theirs.double()(**theirs_in).logits
+        found = model.heads["lm"](model(ours_in)) - theirs.double()(**theirs_in).logits
     assert found[real].abs().max() < 1e-10
 
 
@@ -258,7 +258,7 @@ def test_a_bare_model_has_no_head(tmp_path: Path) -> None:
     theirs = random_theirs("bert")
     theirs.bert.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    assert not len(model.parts)
+    assert not len(model.heads)
     ours_in, theirs_in, real = batches("bert")
     with torch.no_grad():
         assert (model(ours_in) - theirs.bert(**theirs_in).last_hidden_state)[real].abs().max() < 1e-4
@@ -277,42 +277,42 @@ def test_config_is_read_by_both_versions(tmp_path: Path) -> None:
 
 
 def test_parts_survive(tmp_path: Path) -> None:
-    shape = SHAPES["bert"]
-    inner = replace(shape, depth=1)
+    config = SHAPES["bert"]
+    inner = replace(config, num_layers=1)
     torch.manual_seed(0)
     parts = {
-        "lm": LMHead(shape),
+        "lm": LMHead(config),
         "classes": torch.nn.Linear(32, 3),
         "pair": torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)),
         "generator": LM(inner, {"lm": LMHead(inner)}),
     }
-    model = LM(shape, parts).eval()
+    model = LM(config, parts).eval()
     save_model(model, None, tmp_path, {"steps": 7})
     again = load_model(tmp_path)
     assert again.state_dict().keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
-    assert again.parts["lm"].weight is again.tokens.weight
+    assert again.heads["lm"].weight is again.tokens.weight
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert agree(again, theirs.eval(), "bert") < 1e-4
 
 
 def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
-    shape = SHAPES["bert"]
-    old = built(shape)
+    config = SHAPES["bert"]
+    old = built(config)
     save_model(old, None, tmp_path)
     torch.manual_seed(9)
-    new = LM(shape, {"classes": torch.nn.Linear(32, 3)})
+    new = LM(config, {"classes": torch.nn.Linear(32, 3)})
     assert init_from(new, tmp_path) == (["lm"], ["classes"])
-    assert torch.equal(new.trunk.blocks[1].mlp.up.weight, old.trunk.blocks[1].mlp.up.weight)
+    assert torch.equal(new.stack.blocks[1].mlp.up.weight, old.stack.blocks[1].mlp.up.weight)
     with pytest.raises(UserError, match=r"shape\.hidden is 48 there and 64 here"):
-        init_from(LM(replace(shape, hidden=64), {}), tmp_path)
+        init_from(LM(replace(config, intermediate_size=64), {}), tmp_path)
 
 
 def test_a_shape_of_no_family_is_saved_all_the_same(tmp_path: Path) -> None:
-    shape = ModelConfig(**SIZES, position="sinusoidal", activation="relu2")
-    assert family_of(shape) is None
-    model = built(shape)
+    config = ModelConfig(**SIZES, position="sinusoidal", activation="relu2")
+    assert family_of(config) is None
+    model = built(config)
     assert "only firth" in save_model(model, None, tmp_path)
     again = load_model(tmp_path)
     assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
@@ -345,8 +345,8 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
 def test_every_family_has_its_place() -> None:
     assert {n.split("-")[0] for n in SHAPES} <= set(FAMILIES)  # the others: test_model_family_heads
-    for shape in (decoder_config(61, 64, 2), encoder_config(61, 64, 2), encoder_decoder_config(61, 64, 2)):
-        assert family_of(shape) is not None
+    for config in (decoder_config(61, 64, 2), encoder_config(61, 64, 2), encoder_decoder_config(61, 64, 2)):
+        assert family_of(config) is not None
 
 
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
@@ -354,12 +354,12 @@ def test_transformers_ends_an_answer_where_we_do(end: str, tmp_path: Path) -> No
     """At the end of a text and at the end of a turn: the model is made to say it, and says it first on its n-th word."""
     coder = tokenizer()
     model = built(replace(decoder_config(coder.vocab.size, 32, 2, heads=4, context=64), zero_init=False))
-    prompt, greedy = coder.encode("What is a module?"), Sampling(max_new=12, temperature=0)
+    prompt, greedy = coder.encode("What is a module?"), Sampling(max_new_tokens=12, temperature=0)
     [unending] = Engine(model, coder, stops=()).generate([prompt], greedy)
     words = unending.tokens.tolist()
     n = max(i for i in range(12) if words[i] not in words[:i])
     assert n > 1
-    head = model.parts["lm"].weight.data
+    head = model.heads["lm"].weight.data
     swap = [words[n], coder.id(end)]
     head[swap] = head[swap[::-1]].clone()
     save_model(model, coder, tmp_path)

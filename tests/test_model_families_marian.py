@@ -48,10 +48,10 @@ def test_an_offset_of_the_logits_and_a_scaled_table_are_read(tmp_path: Path) -> 
     theirs = random_theirs("marian")
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    assert model.shape.embed_scale == 32**0.5
-    assert model.shape.position == "marian" and model.places is None
-    assert model.parts["lm"].weight is model.tokens.weight
-    assert torch.equal(model.parts["lm"].bias, theirs.final_logits_bias[0])
+    assert model.config.embedding_scale == 32**0.5
+    assert model.config.position == "marian" and model.places is None
+    assert model.heads["lm"].weight is model.tokens.weight
+    assert torch.equal(model.heads["lm"].bias, theirs.final_logits_bias[0])
     places = theirs.model.encoder.embed_positions.weight
     torch.testing.assert_close(sinusoidal(torch.arange(40), 32, interleaved=False), places, rtol=1e-5, atol=1e-5)
 
@@ -64,14 +64,16 @@ def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
     out = theirs.generate(
         source, attention_mask=torch.ones_like(source), max_new_tokens=12, do_sample=False, num_beams=1
     )
-    [ours] = Engine(model, ByteCoder(), stops=()).generate([source[0].numpy()], Sampling(max_new=12, temperature=0))
+    [ours] = Engine(model, ByteCoder(), stops=()).generate(
+        [source[0].numpy()], Sampling(max_new_tokens=12, temperature=0)
+    )
     assert out[0, 1:].tolist() == ours.tokens.tolist()
 
 
 def test_a_bare_model_of_theirs_is_read(tmp_path: Path) -> None:
     theirs = random_theirs("marian")
     theirs.model.save_pretrained(tmp_path)
-    assert not len(load_model(tmp_path).parts)
+    assert not len(load_model(tmp_path).heads)
 
 
 def test_a_count_of_its_parameters_is_exact() -> None:

@@ -160,7 +160,7 @@ def test_a_class_of_theirs_comes_in_and_goes_out(case: str, kind: str, tmp_path:
     model, (suffix, part, _) = theirs(case, kind), CLASSES[kind]
     model.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
-    assert set(ours.parts) == {part} and left_out(tmp_path / "theirs") == []
+    assert set(ours.heads) == {part} and left_out(tmp_path / "theirs") == []
     assert far(ours, model, case, kind) < 1e-4
 
     family = WRITTEN.get(case.split("-window")[0], "")
@@ -198,7 +198,7 @@ def test_all_of_a_family_s_classes_are_tried() -> None:
     tried = {case: {FAMILIES[case][0] + CLASSES[kind][0] for kind in FAMILIES[case][3]} for case in FAMILIES}
     elsewhere = {"BertForPreTraining", "BertForNextSentencePrediction", "AlbertForPreTraining", "ElectraForPreTraining"}
     for name, family in OURS.items():
-        classes = {headed.name for headed in family.headed}
+        classes = {headed.name for headed in family.heads}
         if name != "xlm-roberta":  # which differs from RoBERTa by names alone
             assert classes - elsewhere <= tried.get(name, set()), name
 

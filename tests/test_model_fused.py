@@ -43,8 +43,8 @@ def test_relu2() -> None:
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 def test_turn(eps: float) -> None:
     x = numbers(2, 3, 4, 6)
-    shape = ModelConfig(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=-1)
-    cos, sin = (angle.double() for angle in rope_angles(torch.tensor([[0, 3, 9], [5, 1, 2]]), shape))
+    config = ModelConfig(vocab_size=2, hidden_size=24, num_layers=1, num_heads=4, position="rotary", rope_sign=-1)
+    cos, sin = (angle.double() for angle in rope_angles(torch.tensor([[0, 3, 9], [5, 1, 2]]), config))
     a, b = x.chunk(2, -1)
     turned = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
     plain = torch.cat((turned.real, turned.imag), -1)
@@ -61,8 +61,8 @@ def test_turn(eps: float) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 @torch.no_grad()
 def test_a_turn_is_a_product(eps: float, sign: int, rows: int) -> None:
-    shape = ModelConfig(vocab=2, width=24, depth=1, heads=4, position="rotary", rotary_sign=sign)
-    angles = rope_angles(torch.tensor([[3], [0], [9], [1], [200]])[:rows], shape)
+    config = ModelConfig(vocab_size=2, hidden_size=24, num_layers=1, num_heads=4, position="rotary", rope_sign=sign)
+    angles = rope_angles(torch.tensor([[3], [0], [9], [1], [200]])[:rows], config)
     for dtype, near in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         x = torch.randn(5, 1, 4, 6).to(dtype)
         found = fused.rotated(x, rotation(*angles), eps)
@@ -143,7 +143,7 @@ def test_head_under_autocast_and_without_gradients(make: object) -> None:
     shape = make(vocab=60, width=32, depth=1, heads=2)  # type: ignore[operator]
     torch.manual_seed(0)
     model = LM(shape, {"lm": LMHead(shape)})
-    head = model.parts["lm"]
+    head = model.heads["lm"]
     torch.nn.init.normal_(head.weight, std=0.3)
     states, labels = torch.randn(50, 32, requires_grad=True), torch.randint(60, (50,))
     exact = head.nll(states, labels)
@@ -170,16 +170,18 @@ def test_head_under_autocast_and_without_gradients(make: object) -> None:
 
 def test_a_tied_matrix_gets_both_gradients() -> None:
     """The finite difference of the loss along a random direction of the tied matrix."""
-    shape = replace(decoder_config(vocab=20, width=16, depth=1, heads=2), tied=True, zero_init=False, init=0.3)
+    config = replace(
+        decoder_config(vocab=20, width=16, depth=1, heads=2), tie_embeddings=True, zero_init=False, init_std=0.3
+    )
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)}).double()
-    assert sum(p.numel() for p in model.parameters()) == shape.parameters()
+    model = LM(config, {"lm": LMHead(config)}).double()
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
     when = torch.arange(6)[None]
     batch = {"tokens": torch.randint(20, (1, 6)), "looks": when, "appears": when}
     labels = torch.randint(20, (6,))
 
     def loss() -> Tensor:
-        return model.parts["lm"].nll(model(batch)[0], labels)
+        return model.heads["lm"].nll(model(batch)[0], labels)
 
     loss().backward()
     weight, towards = model.tokens.weight, torch.randn(20, 16, dtype=torch.float64)
@@ -192,16 +194,16 @@ def test_a_tied_matrix_gets_both_gradients() -> None:
 
 
 def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
-    for shape in (
+    for config in (
         decoder_config(50, 32, 2, heads=2), encoder_config(50, 32, 2, heads=2), ModelConfig(50, 32, 2, 4),
-        ModelConfig(50, 32, 2, 4, kv_heads=2, encoder=3, position="t5", activation="swiglu", tied=False, head_bias=True),
-        ModelConfig(50, 32, 2, 4, norm_at="post", embed_norm=True, segments=2, head="transform", head_bias=True, first_norm=False),
+        ModelConfig(50, 32, 2, 4, num_kv_heads=2, num_encoder_layers=3, position="t5", activation="swiglu", tie_embeddings=False, lm_head_bias=True),
+        ModelConfig(50, 32, 2, 4, norm_placement="post", embedding_norm=True, type_vocab_size=2, lm_head="transform", lm_head_bias=True, first_attention_norm=False),
     ):  # fmt: skip
         torch.manual_seed(5)
-        model = LM(shape, {"lm": LMHead(shape)})
-        assert sum(p.numel() for p in model.parameters()) == shape.parameters(), shape
+        model = LM(config, {"lm": LMHead(config)})
+        assert sum(p.numel() for p in model.parameters()) == config.num_parameters(), config
         torch.manual_seed(5)
-        again = LM(shape, {"lm": LMHead(shape)})
+        again = LM(config, {"lm": LMHead(config)})
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -211,13 +213,13 @@ def test_a_whole_model_trains_under_autocast_and_in_half(make: object) -> None:
     shape = replace(make(vocab=50, width=32, depth=2, heads=2), zero_init=False)  # type: ignore[operator]
     torch.manual_seed(0)
     model = LM(shape, {"lm": LMHead(shape)})
-    torch.nn.init.normal_(model.parts["lm"].weight, std=0.2)
+    torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)
     when = torch.arange(10).expand(4, 10) * (make is not encoder_config)
     tokens = torch.randint(50, (4, 10))
     batch = {"tokens": tokens, "source_tokens": tokens.flip(1), "looks": when, "appears": when}
 
     def loss() -> Tensor:
-        return model.parts["lm"].nll(model(batch).flatten(0, 1), tokens.flatten()) / tokens.numel()
+        return model.heads["lm"].nll(model(batch).flatten(0, 1), tokens.flatten()) / tokens.numel()
 
     exact = loss()
     exact.backward()

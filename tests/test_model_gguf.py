@@ -27,11 +27,17 @@ TOKENIZER = train(["to be, or not to be: that is the question " * 20], "byte-bpe
 SIZE = TOKENIZER.vocab.size
 SHAPES = {
     "llama": llama(SIZE, 64, 2, 4, 96, context=64),
-    "llama, grouped and tied": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), tied=True, rotary_theta=5e5),
-    "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, context=64), bias=True, head_width=16),
-    "llama, biased in attention alone": replace(llama(SIZE, 64, 2, 4, 96, context=64), bias=True, bias_at="attention"),
-    "qwen2": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), bias=True, bias_at="qkv"),
-    "qwen3": replace(llama(SIZE, 64, 2, 4, 96, context=64), qk_norm=True, qk_weight=True, head_width=32, tied=True),
+    "llama, grouped and tied": replace(
+        llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), tie_embeddings=True, rope_theta=5e5
+    ),
+    "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, context=64), bias=True, head_dim=16),
+    "llama, biased in attention alone": replace(
+        llama(SIZE, 64, 2, 4, 96, context=64), bias=True, bias_location="attention"
+    ),
+    "qwen2": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), bias=True, bias_location="qkv"),
+    "qwen3": replace(
+        llama(SIZE, 64, 2, 4, 96, context=64), qk_norm=True, qk_norm_weight=True, head_dim=32, tie_embeddings=True
+    ),
     "gpt2": gpt2(SIZE, 64, 2, 4, context=64),
 }
 
@@ -56,7 +62,7 @@ def written(tmp_path, shape=SHAPES["llama"], kind="F32", tokenizer=TOKENIZER):
 def test_what_is_written_is_read_bit_for_bit(name, tmp_path):
     model, file = written(tmp_path, SHAPES[name])
     back = load_model(file)
-    assert gguf._lasting(back.shape) == gguf._lasting(model.shape)
+    assert gguf._lasting(back.config) == gguf._lasting(model.shape)
     mine, theirs = model.state_dict(), back.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert container.read(file).metadata["general.architecture"] == name.partition(",")[0]
@@ -71,7 +77,7 @@ def test_an_encoder_goes_without_its_head(tmp_path):
     tokenizer = Tokenizer.load(words)
     model, file = written(tmp_path, bert(tokenizer.vocab.size, 64, 2, 4, context=32), tokenizer=tokenizer)
     back = load_model(file)
-    assert not back.parts
+    assert not back.heads
     with attention_pattern_of(model), attention_pattern_of(back):
         rows = rectangle([np.array([2, 5, 6, 3])], torch.device("cpu"), causal=False)
         assert torch.equal(model(rows), back(rows))
@@ -172,7 +178,9 @@ def test_a_file_serves_wherever_a_directory_does(tmp_path):
 
 def test_blocks_of_few_bits_are_read(tmp_path):
     """A file with Q4_1 and Q6_K in it, as others write them."""
-    _, file = written(tmp_path, replace(SHAPES["llama"], width=256, heads=4, head_width=0, hidden=256))
+    _, file = written(
+        tmp_path, replace(SHAPES["llama"], hidden_size=256, num_heads=4, head_dim=0, intermediate_size=256)
+    )
     found = container.read(file)
     rng = np.random.default_rng(0)
     tensors, want = [], {}
@@ -192,13 +200,13 @@ def test_blocks_of_few_bits_are_read(tmp_path):
 
 
 def test_shapes_that_llama_cpp_does_not_have_are_refused(tmp_path):
-    for shape, why in (
+    for config, why in (
         (decoder_config(SIZE, 64, 2), "norm_weight|embed_norm|activation"),
         (replace(SHAPES["llama"], activation="geglu"), "activation is 'geglu' where a llama has 'swiglu'"),
-        (replace(SHAPES["llama"], softcap=15.0), r"softcap is 15\.0 where a llama has 0\.0"),
+        (replace(SHAPES["llama"], logit_softcap=15.0), r"softcap is 15\.0 where a llama has 0\.0"),
     ):
         with pytest.raises(UserError, match=f"{why}.*firth train llama") as told:
-            gguf.write(model_of(shape), TOKENIZER, tmp_path / "a.gguf")
+            gguf.write(model_of(config), TOKENIZER, tmp_path / "a.gguf")
         assert "\n" not in str(told.value)
     narrow = llama(SIZE, 48, 1, 2, 80)
     for kind in ("Q8_0", "Q4_0"):
@@ -274,10 +282,10 @@ def test_stretched_wavelengths_are_read(tmp_path):
     tensors = [GGUFTensorSpec(n, t.kind, t.shape, lambda t=t: np.array(t.data)) for n, t in found.tensors.items()]
     more = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     container.write(tmp_path / "other.gguf", {**found.metadata, **more}, tensors)
-    shape = load_model(tmp_path / "other.gguf").shape
-    assert (shape.rotary_scaling, shape.rotary_factor) == ("linear", 4.0)
+    config = load_model(tmp_path / "other.gguf").config
+    assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
     with pytest.raises(UserError, match="rotary_scaling is 'linear' where a llama has 'none'"):
-        gguf.write(model_of(shape), TOKENIZER, tmp_path / "a.gguf")
+        gguf.write(model_of(config), TOKENIZER, tmp_path / "a.gguf")
 
 
 def test_a_missing_key_is_named(tmp_path):

@@ -32,8 +32,8 @@ MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 
 
 
 def gpt2() -> LM:
-    shape = ModelConfig(vocab=tokenizer().vocab.size, width=16, depth=1, heads=2, context=32)
-    return LM(shape, {"lm": LMHead(shape)}).eval()
+    config = ModelConfig(vocab_size=tokenizer().vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=32)
+    return LM(config, {"lm": LMHead(config)}).eval()
 
 
 @pytest.fixture
@@ -322,8 +322,8 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 def test_reading_costs_a_models_memory_once(tmp_path: Path) -> None:
     """Weights are mapped and copied one by one: the process never holds them twice. GPT-2's are turned around on the way."""
-    shape = ModelConfig(vocab=64, width=1024, depth=4, heads=8, context=16)
-    model = LM(shape, {"lm": LMHead(shape)})
+    config = ModelConfig(vocab_size=64, hidden_size=1024, num_layers=4, num_heads=8, max_positions=16)
+    model = LM(config, {"lm": LMHead(config)})
     size = sum(p.numel() for p in model.parameters()) * 4
     save_model(model, None, tmp_path)
     code = (
@@ -472,12 +472,12 @@ def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest
     source, says = TEMPLATES[name]
     tokenizer().save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source)
-    coder = Tokenizer.load(tmp_path)
-    refused(lambda: chat.encode(coder, MESSAGES), says)
-    assert chat.stops(coder) == [coder.vocab.eos]
+    tokenizer = Tokenizer.load(tmp_path)
+    refused(lambda: chat.encode(tokenizer, MESSAGES), says)
+    assert chat.stops(tokenizer) == [tokenizer.vocab.eos]
     assert not (tmp_path / "ran").exists()
     fine = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # and the next one is served
-    assert len(chat.encode(Tokenizer(coder.engine, template=fine), MESSAGES)[0])
+    assert len(chat.encode(Tokenizer(tokenizer.engine, template=fine), MESSAGES)[0])
 
 
 def flips(directory: Path, names: Sequence[str], count: int) -> list[tuple[Path, bytes]]:

@@ -19,7 +19,16 @@ from firth.objectives.masked_lm import MLM
 from firth.runs.recipe import load
 from firth.types import NEVER, UserError
 
-FULL = ModelConfig(vocab=60, width=32, depth=2, heads=2, context=12, causal=False, zero_init=False, init=0.3)
+FULL = ModelConfig(
+    vocab_size=60,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    max_positions=12,
+    causal=False,
+    zero_init=False,
+    init_std=0.3,
+)
 SHARINGS = ["headwise", "key-value", "layerwise"]
 
 
@@ -28,46 +37,46 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("body", [FULL, replace(FULL, position="rotary", kv_heads=1, norm_at="post")])
+@pytest.mark.parametrize("body", [FULL, replace(FULL, position="rotary", num_kv_heads=1, norm_placement="post")])
 def test_identity_projections_are_full_attention(sharing: str, body: ModelConfig) -> None:
     torch.manual_seed(0)
     full = LM(body, {})
-    short = LM(replace(body, linformer=12, linformer_sharing=sharing), {})
+    short = LM(replace(body, linformer_k=12, linformer_sharing=sharing), {})
     state = full.state_dict()
-    state["trunk.linformer.weight"] = torch.eye(12).expand_as(short.trunk.linformer.weight)
+    state["trunk.linformer.weight"] = torch.eye(12).expand_as(short.stack.linformer.weight)
     short.load_state_dict(state)
     batch = {"tokens": tokens(3, 12)}
     torch.testing.assert_close(short(batch), full(batch), rtol=0, atol=1e-4)
     with torch.no_grad():
-        short.trunk.linformer.weight.mul_(0.9)
+        short.stack.linformer.weight.mul_(0.9)
     assert (short(batch) - full(batch)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_as_many_slots_as_tokens_begin_as_full_attention_and_fewer_as_means_of_neighbours(sharing: str) -> None:
-    short = replace(FULL, linformer=12, linformer_sharing=sharing)
-    assert torch.equal(LM(short, {}).trunk.linformer.weight, torch.eye(12).expand(*short.projections, 12, 12))
-    slots = LM(replace(short, linformer=4), {}).trunk.linformer.at(12, AttentionMask()).of(1)
+    short = replace(FULL, linformer_k=12, linformer_sharing=sharing)
+    assert torch.equal(LM(short, {}).stack.linformer.weight, torch.eye(12).expand(*short.linformer_projections, 12, 12))
+    slots = LM(replace(short, linformer_k=4), {}).stack.linformer.at(12, AttentionMask()).of(1)
     x = torch.randn(2, 2, 12, 5)
     torch.testing.assert_close(slots.mix(x, 1), x.unflatten(2, (4, 3)).mean(3) * 3**0.5)
 
 
 def test_the_slots_of_a_short_row_vary_as_those_of_a_long_one() -> None:
     """Over all slots, the empty ones too: as much in all as a full row has."""
-    trunk = LM(replace(FULL, context=4096, linformer=512), {}).trunk
+    stack = LM(replace(FULL, max_positions=4096, linformer_k=512), {}).stack
     x = torch.randn(1, 2, 4096, 8, generator=torch.Generator().manual_seed(0))
-    whole, part = (trunk.linformer.at(n, AttentionMask()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
+    whole, part = (stack.linformer.at(n, AttentionMask()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
     assert whole.square().mean().item() == pytest.approx(1, abs=0.1)
     assert part.square().mean().item() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
-    shape = replace(encoder_config(60, 32, 3, heads=2, context=12), linformer=4, linformer_sharing=sharing)
-    model = LM(shape, MLM().parts(shape))
-    assert sum(p.numel() for p in model.parameters()) == shape.parameters()
+    config = replace(encoder_config(60, 32, 3, heads=2, context=12), linformer_k=4, linformer_sharing=sharing)
+    model = LM(config, MLM().heads(config))
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
     assert (
-        model.trunk.linformer.weight.shape[:2]
+        model.stack.linformer.weight.shape[:2]
         == {"headwise": (3, 2), "key-value": (3, 1), "layerwise": (1, 1)}[sharing]
     )
     assert describe_head(model) == describe_head(rebuild_head(describe_head(model), "model"))
@@ -75,22 +84,22 @@ def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
 
 def test_headwise_tells_keys_from_values_and_layers_apart() -> None:
     torch.manual_seed(0)
-    model = LM(replace(FULL, linformer=4, linformer_sharing="headwise"), {})
+    model = LM(replace(FULL, linformer_k=4, linformer_sharing="headwise"), {})
     batch = {"tokens": tokens(2, 9)}
     before = model(batch)
     for layer in range(2):
         for side in range(2):
-            kept = model.trunk.linformer.weight.detach().clone()
+            kept = model.stack.linformer.weight.detach().clone()
             with torch.no_grad():
-                model.trunk.linformer.weight[layer, side] *= 3
+                model.stack.linformer.weight[layer, side] *= 3
             assert (model(batch) - before).abs().max() > 1e-3, (layer, side)
             with torch.no_grad():
-                model.trunk.linformer.weight.copy_(kept)
+                model.stack.linformer.weight.copy_(kept)
 
 
 def test_padding_adds_nothing() -> None:
     torch.manual_seed(0)
-    model = LM(replace(FULL, linformer=4), {})
+    model = LM(replace(FULL, linformer_k=4), {})
     own = tokens(2, 7)
     alone = model({"tokens": own})
     padded = torch.cat((own, tokens(2, 4, seed=1)), 1)
@@ -100,15 +109,15 @@ def test_padding_adds_nothing() -> None:
 
 
 def test_what_it_cannot_read_is_refused() -> None:
-    model = LM(replace(FULL, linformer=4), {})
+    model = LM(replace(FULL, linformer_k=4), {})
     when = torch.arange(6)[None]
     for fields in ({"looks": when, "appears": when}, {"document": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
         with pytest.raises(UserError, match="every position must see the whole row"):
             model({"tokens": tokens(1, 6), **fields})
     with pytest.raises(UserError, match=r"13 tokens is longer than shape.context=12"):
-        LM(replace(FULL, linformer=4, position="rotary"), {})({"tokens": tokens(1, 13)})
+        LM(replace(FULL, linformer_k=4, position="rotary"), {})({"tokens": tokens(1, 13)})
     with pytest.raises(UserError, match="cannot write token by token"):
-        model.cache(1, 8)
+        model.make_cache(1, 8)
     for bad in ({"causal": True}, {"encoder": 1}, {"position": "t5"}, {"linformer": 13}):
         with pytest.raises(UserError, match=r"shape\.linformer=\d+ mixes a whole row"):
             replace(FULL, **{"linformer": 4} | bad)
@@ -122,10 +131,10 @@ def test_recipes_that_ask_for_it_are_refused_when_read() -> None:
 
 
 def test_it_costs_what_torch_counts() -> None:
-    shape = replace(FULL, linformer=4, linformer_sharing="headwise")
-    model = LM(shape, {})
+    config = replace(FULL, linformer_k=4, linformer_sharing="headwise")
+    model = LM(config, {})
     batch = {"tokens": tokens(3, 10)}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
-    assert counter.get_total_flops() == stack_flops(shape, work(batch))
-    assert CausalLM().reads() not in shape.honours
+    assert counter.get_total_flops() == stack_flops(config, work(batch))
+    assert CausalLM().attention_pattern() not in config.supported_patterns

@@ -22,20 +22,20 @@ from firth.peft import lora
 from firth.peft.lora import LoraConfig
 from firth.types import UserError
 
-DECODER = replace(decoder_config(50, 64, 2, heads=2, context=40), tied=True)
+DECODER = replace(decoder_config(50, 64, 2, heads=2, context=40), tie_embeddings=True)
 SHAPES: dict[str, ModelConfig] = {
     "decoder": DECODER,
-    "untied": replace(DECODER, tied=False),
+    "untied": replace(DECODER, tie_embeddings=False),
     "encoder": encoder_config(50, 64, 2, heads=2, context=40),
     "encoder-decoder": encoder_decoder_config(50, 64, 2, heads=2, context=40),
-    "shared": replace(bert(50, 64, 3, 2, context=40), groups=1, embed=16),
+    "shared": replace(bert(50, 64, 3, 2, context=40), num_layer_groups=1, embedding_size=16),
 }
 EVERYWHERE = ("blocks.*", "parts.lm")
 
 
-def made(shape: ModelConfig, seed: int = 0) -> LM:
+def made(config: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
+    model = LM(config, {"lm": LMHead(config)}).eval()
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return model
@@ -49,15 +49,17 @@ def stirred(model: LM, name: str = "default", seed: int = 1) -> LM:
     return model
 
 
-def batch(shape: ModelConfig, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
-    tokens = torch.randint(0, shape.vocab, (rows, length), generator=torch.Generator().manual_seed(3))
-    when = torch.arange(length).expand(rows, -1) * shape.causal
-    return {"tokens": tokens, "looks": when, "appears": when} | ({"source_tokens": tokens} if shape.encoder else {})
+def batch(config: ModelConfig, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
+    tokens = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
+    when = torch.arange(length).expand(rows, -1) * config.causal
+    return {"tokens": tokens, "looks": when, "appears": when} | (
+        {"source_tokens": tokens} if config.num_encoder_layers else {}
+    )
 
 
 @torch.no_grad()
 def logits(model: LM) -> Tensor:
-    out: Tensor = model.parts["lm"](model(batch(model.shape)))
+    out: Tensor = model.heads["lm"](model(batch(model.config)))
     return out
 
 
@@ -65,7 +67,7 @@ def logits(model: LM) -> Tensor:
 def test_an_adapter_begins_as_nothing_and_merged_equals_unmerged(name: str) -> None:
     model = made(SHAPES[name])
     plain, weights = logits(model), {n: p.clone() for n, p in model.state_dict().items()}
-    targets = EVERYWHERE if not SHAPES[name].tied else ("blocks.*",)
+    targets = EVERYWHERE if not SHAPES[name].tie_embeddings else ("blocks.*",)
     lora.add(model, targets, LoraConfig(rank=4, alpha=6.0))
     assert torch.equal(logits(model), plain)
     stirred(model)
@@ -85,7 +87,7 @@ def test_an_adapter_begins_as_nothing_and_merged_equals_unmerged(name: str) -> N
 def test_the_product_is_what_the_paper_says(target: str) -> None:
     """h = W x + scale B A x, written out on the weights of a plain model; on tables and heads too."""
     model, plain = made(SHAPES["untied"]), made(SHAPES["untied"])
-    places = lora.add(model, [target], LoraConfig(rank=3, alpha=5.0, stabilised=True))
+    places = lora.add(model, [target], LoraConfig(rank=3, alpha=5.0, use_rslora=True))
     stirred(model)
     with torch.no_grad():
         for place in places:
@@ -96,9 +98,9 @@ def test_the_product_is_what_the_paper_says(target: str) -> None:
 
 def test_the_published_number_of_parameters() -> None:
     """RoBERTa-base, q and v, r = 8: 0.3 M (Hu 2021, table 2), which is 294,912."""
-    shape = bert(50265, 768, 12, 12, segments=1)
+    config = bert(50265, 768, 12, 12, segments=1)
     with torch.device("meta"):
-        model = LM(shape, {})
+        model = LM(config, {})
         lora.add(model, ["attention.q", "attention.v"], LoraConfig(rank=8))
     lora.freeze(model)
     assert lora.trained(model) == 294_912
@@ -108,11 +110,11 @@ def test_only_the_adapter_gets_a_gradient_and_the_head_gives_a_whole_one() -> No
     model = made(SHAPES["untied"]).train()
     lora.add(model, EVERYWHERE, LoraConfig(rank=4))
     lora.freeze(stirred(model))
-    rows = batch(model.shape) | {"labels": torch.randint(0, 50, (3, 9))}
-    CausalLM().loss(model, CausalLM().run(model, rows), rows)["tokens"].backward()
+    rows = batch(model.config) | {"labels": torch.randint(0, 50, (3, 9))}
+    CausalLM().loss(model, CausalLM().forward(model, rows), rows)["tokens"].backward()
     found = {name for name, p in model.named_parameters() if p.grad is not None}
     assert found == {name for name, _ in model.named_parameters() if ".low." in name}
-    head = model.parts["lm"]
+    head = model.heads["lm"]
     states = model(rows).detach().flatten(0, 1)
     straight = torch.nn.functional.cross_entropy(
         head(states).float(), rows["labels"].flatten(), reduction="sum"
@@ -164,7 +166,7 @@ def test_cached_writing_feels_it(rows: int) -> None:
 
     def written(of: LM) -> list[list[int]]:
         with attention_pattern_of(of):
-            writing = DecodingBatch(of, prompts, None, Sampling(temperature=0, max_new=6), [0] * rows)
+            writing = DecodingBatch(of, prompts, None, Sampling(temperature=0, max_new_tokens=6), [0] * rows)
             return [writing.step()[0] for _ in range(6)]
 
     adapted = written(model)

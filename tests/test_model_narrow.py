@@ -36,7 +36,7 @@ from firth.types import IGNORE, Batch, Example
 
 VOCAB = Vocab(size=40, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(40) < 4)
 BERT = ModelConfig(
-    vocab=40, width=32, depth=2, heads=2, context=32, norm_at="post", embed_norm=True, segments=2, activation="gelu",
+    vocab_size=40, hidden_size=32, num_layers=2, num_heads=2, max_positions=32, norm_placement="post", embedding_norm=True, type_vocab_size=2, activation="gelu",
     causal=False,
 )  # fmt: skip
 SHAPES = {
@@ -45,7 +45,7 @@ SHAPES = {
     "decoder": decoder_config(vocab=40, width=64, depth=2, heads=2, context=32),
     "t5": encoder_decoder_config(vocab=40, width=64, depth=1, heads=2, context=32),
     "mpnet": replace(BERT, position="mpnet"),
-    "xlnet": replace(BERT, position="xlnet", query=True, memory=8),
+    "xlnet": replace(BERT, position="xlnet", mask_embedding=True, memory_length=8),
 }
 
 
@@ -55,7 +55,7 @@ def texts(n: int = 7) -> list[Example]:
 
 
 def laid(objective: Objective, how: str, n: int = 7) -> Batch:
-    seen = [objective.view(text, VOCAB, np.random.default_rng(0)) for text in texts(n)]
+    seen = [objective.build_example(text, VOCAB, np.random.default_rng(0)) for text in texts(n)]
     return (
         collate(seen, {"class", "score", "labels"}) if how == "padded" else pack(seen, 24, {"class", "score", "labels"})
     )
@@ -64,13 +64,13 @@ def laid(objective: Objective, how: str, n: int = 7) -> Batch:
 def learnt(model: LM, objective: Objective, batch: Batch, wanted: torch.Tensor | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
     terms = objective.loss(model, {"hidden": model(batch, wanted=wanted)}, batch)
-    sum(terms[t] for t in objective.targets).backward()  # type: ignore[union-attr]
+    sum(terms[t] for t in objective.labels).backward()  # type: ignore[union-attr]
     return terms | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def made(shape: ModelConfig, objective: Objective) -> LM:
+def made(config: ModelConfig, objective: Objective) -> LM:
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     for p in model.parameters():  # zero_init would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
@@ -83,14 +83,14 @@ def made(shape: ModelConfig, objective: Objective) -> LM:
     [(n, f) for n in SHAPES for f in ("", "prefix", "prompt") if n != "xlnet" or not f],  # it has no place for them
 )
 def test_loss_and_gradients_are_those_of_the_whole_block(name: str, how: str, front: str) -> None:
-    shape = SHAPES[name]
-    objective = Classification(classes=("a", "b", "c")).fitted(shape)
-    model = made(shape, objective)
+    config = SHAPES[name]
+    objective = Classification(class_names=("a", "b", "c")).for_model(config)
+    model = made(config, objective)
     if front:
         begin = np.array([5, 6])
-        model.parts[front] = prefix_of(model, begin, 0) if front == "prefix" else prompt_of(model, begin)
+        model.heads[front] = prefix_of(model, begin, 0) if front == "prefix" else prompt_of(model, begin)
     batch = laid(objective, how)
-    wanted = objective.wanted(batch)
+    wanted = objective.needed_positions(batch)
     assert wanted is not None
     assert wanted.sum() == 7
     plain, narrow = (learnt(model, objective, batch, w) for w in (None, wanted))
@@ -99,16 +99,16 @@ def test_loss_and_gradients_are_those_of_the_whole_block(name: str, how: str, fr
         torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5, msg=term)
     hidden = model(batch, wanted=wanted)
     torch.testing.assert_close(hidden[wanted], model(batch)[wanted], rtol=1e-5, atol=1e-5)
-    if shape.narrows and how == "padded":
+    if config.supports_subset and how == "padded":
         assert not hidden[~wanted].any(), "what no one wanted was made"
 
 
 def test_recomputed_blocks_too() -> None:
-    objective = Classification(classes=("a", "b", "c"))
+    objective = Classification(class_names=("a", "b", "c"))
     model, batch = made(BERT, objective), laid(objective, "packed")
-    wanted = objective.wanted(batch)
+    wanted = objective.needed_positions(batch)
     plain = learnt(model, objective, batch, wanted)
-    model.trunk.recompute = True  # type: ignore[assignment]
+    model.stack.gradient_checkpointing = True  # type: ignore[assignment]
     again = learnt(model, objective, batch, wanted)
     assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
 
@@ -120,24 +120,24 @@ def choice(n: int) -> list[Example]:
 
 
 def test_options_are_read_at_their_first_tokens() -> None:
-    objective = MultipleChoice(options=3, at="first")
+    objective = MultipleChoice(max_options=3, position="first")
     model = made(BERT, objective)
-    batch = collate([objective.view(e, VOCAB, np.random.default_rng(0)) for e in choice(4)], set())
-    plain, narrow = (learnt(model, objective, batch, w) for w in (None, objective.wanted(batch)))
+    batch = collate([objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in choice(4)], set())
+    plain, narrow = (learnt(model, objective, batch, w) for w in (None, objective.needed_positions(batch)))
     for term in plain:
         torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5)
 
 
 def test_a_sum_wants_what_either_does_and_all_where_one_may_read_anywhere() -> None:
-    one, other = Classification(classes=("a", "b")), Regression(mean=0.0, spread=1.0)
+    one, other = Classification(class_names=("a", "b")), Regression(mean=0.0, std=1.0)
     batch = {"tokens": torch.zeros(1, 3), "class": torch.tensor([[1, IGNORE, IGNORE]]),
              "score": torch.tensor([[IGNORE, IGNORE, 2.0]])}  # fmt: skip
-    wanted = (one + other).wanted(batch)
+    wanted = (one + other).needed_positions(batch)
     assert wanted is not None
     assert wanted.tolist() == [[True, False, True]]
-    assert (one + SBO()).wanted(batch) is None
+    assert (one + SBO()).needed_positions(batch) is None
     both = batch | {"relation": torch.tensor([[IGNORE, 0, IGNORE]])}
-    pseudo = PseudoLabels(classes=("a", "b")).wanted(both)
+    pseudo = PseudoLabels(class_names=("a", "b")).needed_positions(both)
     assert pseudo is not None
     assert pseudo.tolist() == [[True, True, False]]
 
@@ -150,17 +150,17 @@ COMPARED = [
     for a, b in zip(ANSWERED[:3], ANSWERED[3:6], strict=True)
 ]  # fmt: skip
 ASKING: dict[str, tuple[Objective, str, list[Example], set[str]]] = {
-    "mlm": (MLM(rate=0.3), "bert", texts(), {"labels"}),
+    "mlm": (MLM(mlm_probability=0.3), "bert", texts(), {"labels"}),
     "nsp and mlm": (NSP() + MLM(), "bert", PAIRS, {"labels", "next"}),
-    "rtd": (RTD(rate=0.3), "bert", texts(), {"labels", "real"}),
-    "mpnet": (MPNet(rate=0.3), "mpnet", texts(), {"labels"}),
+    "rtd": (RTD(mlm_probability=0.3), "bert", texts(), {"labels", "real"}),
+    "mpnet": (MPNet(mlm_probability=0.3), "mpnet", texts(), {"labels"}),
     "xlnet": (
         PLM(k=3),
         "xlnet",
         [t | {"memory_tokens": np.arange(4, 4 + i)} for i, t in enumerate(texts())],
         {"labels"},
     ),
-    "prefix_lm": (PrefixLM(least=0.5, most=0.5), "decoder", texts(), {"labels"}),
+    "prefix_lm": (PrefixLM(min_prefix=0.5, max_prefix=0.5), "decoder", texts(), {"labels"}),
     "sft": (SFT(), "decoder", ANSWERED, {"labels"}),
     "dpo": (DPO(), "decoder", COMPARED, {"labels"}),
     "reward": (RewardModeling(), "decoder", COMPARED, set()),
@@ -172,19 +172,21 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
     """The same loss and gradients, and in fewer FLOPs: torch's own count of what is run falls by what ours says."""
     objective, shape, examples, labels = ASKING[name]
     model = made(SHAPES[shape], objective)
-    batch = collate([objective.view(e, VOCAB, np.random.default_rng(i)) for i, e in enumerate(examples)], labels)
+    batch = collate(
+        [objective.build_example(e, VOCAB, np.random.default_rng(i)) for i, e in enumerate(examples)], labels
+    )
     found: dict[float, dict[str, torch.Tensor]] = {}
     ran: dict[float, float] = {}
     for worth in (0.0, transformer.MAX_SUBSET_SHARE):
         monkeypatch.setattr(transformer, "WORTH", worth)
         model.zero_grad()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            terms = objective.loss(model, objective.run(model, batch), batch)
-            sum(terms[t] for t in objective.targets).backward()  # type: ignore[union-attr]
+            terms = objective.loss(model, objective.forward(model, batch), batch)
+            sum(terms[t] for t in objective.labels).backward()  # type: ignore[union-attr]
         found[worth] = terms | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         ran[worth] = counter.get_total_flops()
         # Padding is run and not counted, nor are heads of a few rows; what is run is never less than what is counted.
-        assert 0 < objective.run_flops(model, batch) <= ran[worth]
+        assert 0 < objective.forward_flops(model, batch) <= ran[worth]
     whole, narrow = found.values()
     assert whole.keys() == narrow.keys()
     for term in whole:
@@ -196,9 +198,9 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
 def test_flops_are_counted_as_they_are_done(how: str) -> None:
     """By hand: of the last block, keys and values of every token, the rest where a class is read; a row with fewer texts
     than another has as many of its other tokens run."""
-    objective = Classification(classes=("a", "b", "c"))
+    objective = Classification(class_names=("a", "b", "c"))
     batch, n = laid(objective, how), [len(text["tokens"]) for text in texts()]
-    width, hidden = BERT.width, BERT.hidden
+    width, hidden = BERT.hidden_size, BERT.intermediate_size
     whole = 4 * width**2 + 2 * width * hidden
     run = list(n)  # of each token that the last block is run at: how many it sees
     if how == "packed":
@@ -208,10 +210,12 @@ def test_flops_are_counted_as_they_are_done(how: str) -> None:
         run += [row[0] for row in rows for _ in range(most - len(row))]  # the first text's second token, its third, ...
     last = sum(n) * 2 * width**2 + len(run) * (2 * width**2 + 2 * width * hidden) + sum(run) * 2 * width
     first = sum(n) * whole + sum(k * k for k in n) * 2 * width
-    assert objective.run_flops(made(BERT, objective), batch) == 6 * (first + last)
-    model = made(SHAPES["t5"], Classification(classes=("a", "b", "c")).fitted(SHAPES["t5"]))
-    seen = laid(Classification(classes=("a", "b", "c"), at="answer"), how)
-    assert Classification(at="answer").run_flops(model, seen) == flops.stack_flops(model.shape, flops.work(seen))
+    assert objective.forward_flops(made(BERT, objective), batch) == 6 * (first + last)
+    model = made(SHAPES["t5"], Classification(class_names=("a", "b", "c")).for_model(SHAPES["t5"]))
+    seen = laid(Classification(class_names=("a", "b", "c"), position="answer"), how)
+    assert Classification(position="answer").forward_flops(model, seen) == flops.stack_flops(
+        model.config, flops.work(seen)
+    )
 
 
 def test_dropout_keeps_the_mean_and_the_share() -> None:

@@ -21,47 +21,47 @@ from firth.model.model import LM
 from firth.peft.init import prefix_of, prompt_of
 from firth.types import ALWAYS, NEVER, Example, UserError
 
-LEARNED = ModelConfig(vocab=50, width=32, depth=2, heads=4, context=40, tied=False)
+LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_positions=40, tie_embeddings=False)
 SHAPES: dict[str, ModelConfig] = {
     "rotary": decoder_config(50, 64, 2, heads=2, context=40),
     "learned": LEARNED,
-    "relative": replace(LEARNED, position="t5", buckets=8, distance=16),
+    "relative": replace(LEARNED, position="t5", relative_buckets=8, relative_max_distance=16),
     "encoder": encoder_config(50, 64, 2, heads=2, context=40),
-    "bert": replace(LEARNED, causal=False, norm_at="post", segments=2),
+    "bert": replace(LEARNED, causal=False, norm_placement="post", type_vocab_size=2),
     "encoder-decoder": encoder_decoder_config(50, 64, 2, heads=2, context=40),
 }
 KINDS = {"prefix": prefix_of, "prompt": prompt_of}
 IDS = [7, 3, 9]
 
 
-def made(shape: ModelConfig, kind: str = "prefix", seed: int = 0) -> LM:
+def made(config: ModelConfig, kind: str = "prefix", seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
+    model = LM(config, {"lm": LMHead(config)}).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    model.parts[kind] = KINDS[kind](model, IDS)
-    model.parts[kind].table.weight.data += 0.3 * torch.randn_like(model.parts[kind].table.weight)
+    model.heads[kind] = KINDS[kind](model, IDS)
+    model.heads[kind].table.weight.data += 0.3 * torch.randn_like(model.heads[kind].table.weight)
     return model
 
 
-def examples(shape: ModelConfig, n: int = 5) -> list[Example]:
+def examples(config: ModelConfig, n: int = 5) -> list[Example]:
     rng = np.random.default_rng(0)
     out = []
     for _ in range(n):
         tokens = rng.integers(0, 50, rng.integers(3, 9)).astype(np.int32)
-        example: Example = {"tokens": tokens} | (causal(len(tokens)) if shape.causal else {})
-        out.append(example | ({"source_tokens": tokens[::-1].copy()} if shape.encoder else {}))
+        example: Example = {"tokens": tokens} | (causal(len(tokens)) if config.causal else {})
+        out.append(example | ({"source_tokens": tokens[::-1].copy()} if config.num_encoder_layers else {}))
     return out
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_padded_and_packed_rows_read_as_each_text_alone(name: str, kind: str) -> None:
-    shape = SHAPES[name]
-    model, texts = made(shape, kind).double(), examples(shape)
+    config = SHAPES[name]
+    model, texts = made(config, kind).double(), examples(config)
     with torch.no_grad():
         alone = [model(collate([text], set()))[0] for text in texts]
-        bare = LM(shape, {"lm": model.parts["lm"]}).eval().double()
+        bare = LM(config, {"lm": model.heads["lm"]}).eval().double()
         bare.load_state_dict({n: x for n, x in model.state_dict().items() if kind not in n})
         assert (bare(collate([texts[0]], set()))[0] - alone[0]).abs().max() > 0.01
         padded = model(collate(texts, set()))
@@ -85,8 +85,8 @@ def _texts(hidden: Tensor, document: Tensor, tokens: Tensor) -> dict[tuple[int, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
-    shape = SHAPES[name]
-    model, texts = made(shape, kind).train().double(), examples(shape)
+    config = SHAPES[name]
+    model, texts = made(config, kind).train().double(), examples(config)
     found = []
     for rows in (collate(texts, set()), pack(texts, 16, set())):
         real = rows["document"] > 0 if "document" in rows else rows["appears"] < NEVER
@@ -106,14 +106,14 @@ def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
     appears = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
     keys = torch.cat((torch.full((1, 2), EVERY), document), 1)
     q, k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
-    sees = AttentionMask.lower(when, appears, document, keys, flex=lowering == "block")
+    mask = AttentionMask.from_times(when, appears, document, keys, flex=lowering == "block")
     wanted = torch.zeros(6, 8, dtype=torch.bool)
     for i in range(6):
         for j in range(8):
             own = j >= 2 and document[0, i] == document[0, j - 2] and when[0, j - 2] <= when[0, i]
             wanted[i, j] = j < 2 or bool(own)
     scores = (q @ k.mT).masked_fill(~wanted, float("-inf"))
-    torch.testing.assert_close(attend(q, k, v, sees, 1.0), scores.softmax(-1) @ v, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend(q, k, v, mask, 1.0), scores.softmax(-1) @ v, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,19 +122,19 @@ def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
     model = made(SHAPES[name], kind)
     prompts = [np.array([4, 8, 15, 16]), np.array([23, 42])]
     engine = Engine(model, _Coder(), stops=[])
-    sampling = Sampling(temperature=0, max_new=7)
+    sampling = Sampling(temperature=0, max_new_tokens=7)
     together = [tuple(answer.tokens) for answer in engine.generate(prompts, sampling)]
     for prompt, said in zip(prompts, together, strict=True):
         tokens = list(prompt)
         for token in said:
             shown = {"tokens": torch.tensor([tokens])}
-            if SHAPES[name].encoder:
+            if SHAPES[name].num_encoder_layers:
                 written = [engine.start, *tokens[len(prompt) :]]
                 shown = {"source_tokens": torch.tensor([list(prompt)]), "tokens": torch.tensor([written])}
             when = torch.arange(shown["tokens"].shape[1])[None]
             with torch.no_grad():
                 hidden = model(shown | {"looks": when, "appears": when})
-                assert int(model.parts["lm"](hidden[0, -1]).argmax()) == token
+                assert int(model.heads["lm"](hidden[0, -1]).argmax()) == token
             tokens.append(token)
     options = [np.array([5, 6]), np.array([9])]
     scores = engine.options(prompts[0], options)
@@ -166,15 +166,15 @@ class _Coder:
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "mlp"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_recomputing_blocks_leaves_the_gradient_as_it_is(name: str, kind: str) -> None:
-    shape = SHAPES[name]
-    model = made(shape, "prompt" if kind == "prompt" else "prefix").train()
+    config = SHAPES[name]
+    model = made(config, "prompt" if kind == "prompt" else "prefix").train()
     if kind == "mlp":
-        model.parts["prefix"] = prefix_of(model, IDS, hidden=5)
-    rows = collate(examples(shape), set())
+        model.heads["prefix"] = prefix_of(model, IDS, hidden=5)
+    rows = collate(examples(config), set())
     found = []
     for again in (False, True):
-        for trunk in model.trunks():
-            trunk.recompute = again
+        for stack in model.stacks():
+            stack.gradient_checkpointing = again
         model.zero_grad()
         model(rows).square().sum().backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -186,12 +186,12 @@ def test_recomputing_blocks_leaves_the_gradient_as_it_is(name: str, kind: str) -
 
 
 def test_recomputing_keeps_less() -> None:
-    shape = replace(SHAPES["rotary"], depth=4)
-    model = LM(shape, {}).train()
-    rows = collate(examples(shape), set())
+    config = replace(SHAPES["rotary"], num_layers=4)
+    model = LM(config, {}).train()
+    rows = collate(examples(config), set())
     sizes = []
     for again in (False, True):
-        model.trunk.recompute = again
+        model.stack.gradient_checkpointing = again
         kept = 0
 
         def note(x: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def test_a_prefix_in_a_decoder_begins_as_the_text_that_it_is_made_of(name: str) 
     when = torch.arange(7)[None]
     with torch.no_grad():
         wanted = model({"tokens": both, "looks": when, "appears": when})[:, 3:]
-        model.parts["prefix"] = prefix_of(model, IDS)
+        model.heads["prefix"] = prefix_of(model, IDS)
         got = model({"tokens": own, "looks": when[:, :4], "appears": when[:, :4]})
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
@@ -224,19 +224,19 @@ def test_a_prompt_in_a_decoder_is_the_text_that_it_is_made_of() -> None:
     when = torch.arange(5)[None]
     with torch.no_grad():
         wanted = model({"tokens": both, "looks": when, "appears": when})[:, 3:]
-        model.parts["prompt"] = prompt_of(model, IDS)
+        model.heads["prompt"] = prompt_of(model, IDS)
         got = model({"tokens": own, "looks": when[:, :2], "appears": when[:, :2]})
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
-        assert model.layers({"tokens": own}).shape == (3, 1, 2, 32)
+        assert model.all_hidden_states({"tokens": own}).shape == (3, 1, 2, 32)
 
 
 def test_the_mlp_is_left_off_without_a_difference() -> None:
     model = LM(LEARNED, {}).eval()
-    model.parts["prefix"] = prefix_of(model, IDS, hidden=6)
+    model.heads["prefix"] = prefix_of(model, IDS, hidden=6)
     rows = collate(examples(LEARNED), set())
     with torch.no_grad():
         before = model(rows)
-        model.parts["prefix"] = model.prefix.settle()
+        model.heads["prefix"] = model.prefix.settle()
         assert torch.equal(model(rows), before) and model.prefix.hidden == 0
 
 
@@ -253,13 +253,13 @@ def test_no_prompt_tells_what_comes_later(name: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    small = ModelConfig(vocab=50, width=32, depth=1, heads=4, causal=False)
-    for shape in (
+    small = ModelConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=4, causal=False)
+    for config in (
         recurrent_config(50, 32, 1),
         replace(small, position="xlnet"),
-        replace(small, context=16, linformer=4),
+        replace(small, max_positions=16, linformer_k=4),
     ):
-        model = LM(shape, {})
+        model = LM(config, {})
         for kind, make in KINDS.items():
             with pytest.raises(
                 UserError, match=f"adapt={kind} puts trained positions before a text, which .* cannot read"

@@ -30,17 +30,17 @@ transformers.logging.set_verbosity_error()
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
 BERT = ModelConfig(
-    vocab=60, width=32, depth=3, heads=4, context=64, hidden=48, causal=False, norm_at="post", norm_eps=1e-12, segments=2,
-    embed_norm=True, activation="gelu", head="transform", head_bias=True,
+    vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, intermediate_size=48, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2,
+    embedding_norm=True, activation="gelu", lm_head="transform", lm_head_bias=True,
 )  # fmt: skip
-ALBERT = replace(BERT, embed=12, groups=1, activation="gelu_tanh")
-ELECTRA = replace(BERT, embed=12)
+ALBERT = replace(BERT, embedding_size=12, num_layer_groups=1, activation="gelu_tanh")
+ELECTRA = replace(BERT, embedding_size=12)
 
 
-def built(objective: Objective, shape: ModelConfig) -> LM:
+def built(objective: Objective, config: ModelConfig) -> LM:
     """Every parameter random, so that a swapped tensor shows."""
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -51,8 +51,8 @@ def batch_of(objective: Objective) -> Batch:
     rng, seen = np.random.default_rng(0), []
     for _ in range(6):
         first, second, other = (rng.integers(5, 60, rng.integers(5, 15)) for _ in range(3))
-        seen.append(objective.view({"first": first, "second": second, "other": other}, VOCAB, rng))
-    return collate(seen, {*objective.targets.values(), *objective.measures.values()})
+        seen.append(objective.build_example({"first": first, "second": second, "other": other}, VOCAB, rng))
+    return collate(seen, {*objective.labels.values(), *objective.metrics.values()})
 
 
 def inputs(batch: Batch) -> dict[str, torch.Tensor]:
@@ -79,14 +79,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_masked_tokens_and_a_pair_are_theirs(name: str, tmp_path: Path) -> None:
-    objective, shape, kind, term, (label, logits) = CASES[name]
-    model, batch = built(objective, shape), batch_of(objective)
+    objective, config, kind, term, (label, logits) = CASES[name]
+    model, batch = built(objective, config), batch_of(objective)
     theirs = loaded(model, tmp_path, kind)
     said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
     hidden, real = model(batch), batch["appears"] < NEVER
-    assert (model.parts["lm"](hidden) - said.prediction_logits)[real].abs().max() < 1e-4
-    assert (model.parts[term](hidden[:, 0]) - said[logits]).abs().max() < 1e-4
-    terms = objective.loss(model, objective.run(model, batch), batch)
+    assert (model.heads["lm"](hidden) - said.prediction_logits)[real].abs().max() < 1e-4
+    assert (model.heads[term](hidden[:, 0]) - said[logits]).abs().max() < 1e-4
+    terms = objective.loss(model, objective.forward(model, batch), batch)
     pairs, tokens = len(batch["tokens"]), int((batch["labels"] != IGNORE).sum())
     assert tokens > 10 and said.prediction_logits[real].std() > 0.05
     assert abs(terms["tokens"] / tokens + terms[term] / pairs - said.loss) < 1e-5
@@ -95,8 +95,8 @@ def test_masked_tokens_and_a_pair_are_theirs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_step_takes_their_loss(name: str, tmp_path: Path) -> None:
     """Through the one training step, gradients included."""
-    objective, shape, kind, term, (label, _) = CASES[name]
-    model, batch = built(objective, shape), batch_of(objective)
+    objective, config, kind, term, (label, _) = CASES[name]
+    model, batch = built(objective, config), batch_of(objective)
     theirs = loaded(model, tmp_path, kind)
     found = step(model, objective, [batch])
     said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
@@ -106,7 +106,7 @@ def test_the_step_takes_their_loss(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(
         model.tokens.weight.grad, body.embeddings.word_embeddings.weight.grad, rtol=1e-3, atol=1e-6
     )
-    torch.testing.assert_close(model.parts[term][0].weight.grad, pooler(body).weight.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(model.heads[term][0].weight.grad, pooler(body).weight.grad, rtol=1e-3, atol=1e-6)
 
 
 def pooler(body: torch.nn.Module) -> torch.nn.Module:
@@ -120,10 +120,10 @@ def pooler(body: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("shape", [ELECTRA, BERT], ids=["narrow tables", "wide tables"])
 @torch.no_grad()
-def test_electra_s_two_models_are_theirs(shape: ModelConfig, tmp_path: Path) -> None:
-    objective = SOP() + RTD(rate=0.3, size=0.5)
-    model, batch = built(objective, shape), batch_of(objective)
-    outputs = objective.run(model, batch)
+def test_electra_s_two_models_are_theirs(config: ModelConfig, tmp_path: Path) -> None:
+    objective = SOP() + RTD(mlm_probability=0.3, generator_size=0.5)
+    model, batch = built(objective, config), batch_of(objective)
+    outputs = objective.forward(model, batch)
     terms = objective.loss(model, outputs, batch)
     real, asked = batch["appears"] < NEVER, batch["labels"] != IGNORE
     replaced = outputs["shown"] != batch["real"]
@@ -131,15 +131,15 @@ def test_electra_s_two_models_are_theirs(shape: ModelConfig, tmp_path: Path) -> 
     discriminator = loaded(model, tmp_path / "discriminator", "ElectraForPreTraining")
     there = inputs(batch | {"tokens": outputs["shown"]})
     said = discriminator(**there, labels=(replaced & real).long())
-    assert (model.parts["replaced"](outputs["hidden"])[..., 0] - said.logits)[real].abs().max() < 1e-4
+    assert (model.heads["replaced"](outputs["hidden"])[..., 0] - said.logits)[real].abs().max() < 1e-4
     assert abs(terms["replaced"] / 50 / real.sum() - said.loss) < 1e-5
     assert 0.05 < float((replaced & real).sum() / real.sum()) < 0.4 and said.logits[real].std() > 0.05
 
-    generator = loaded(model.parts["generator"], tmp_path / "generator", "ElectraForMaskedLM")
+    generator = loaded(model.heads["generator"], tmp_path / "generator", "ElectraForMaskedLM")
     said = generator(**inputs(batch), labels=batch["labels"])
     assert (outputs["guesses"] - said.logits[asked]).abs().max() < 1e-4
     assert abs(terms["generator"] / asked.sum() - said.loss) < 1e-5
-    ours, theirs = (m.parts["generator"].tokens.weight for m in (model, load_model(tmp_path / "discriminator")))
+    ours, theirs = (m.heads["generator"].tokens.weight for m in (model, load_model(tmp_path / "discriminator")))
     assert torch.equal(ours, theirs)
 
 
@@ -178,7 +178,7 @@ def test_we_load_their_classes_with_their_heads(kind: str, parts: set[str], tmp_
     model = theirs(kind)
     model.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
-    assert set(ours.parts) == parts
+    assert set(ours.heads) == parts
     batch = batch_of(NSP() + MLM())
     said, hidden, real = model(**inputs(batch)), ours(batch), batch["appears"] < NEVER
     answers = {"lm": ("prediction_logits", "logits"), "next": ("seq_relationship_logits", "logits"),
@@ -186,9 +186,9 @@ def test_we_load_their_classes_with_their_heads(kind: str, parts: set[str], tmp_
     for part in parts:
         wanted = next(said[name] for name in answers[part] if name in said)
         if part in ("next", "order"):
-            assert (ours.parts[part](hidden[:, 0]) - wanted).abs().max() < 1e-4
+            assert (ours.heads[part](hidden[:, 0]) - wanted).abs().max() < 1e-4
         else:
-            assert (ours.parts[part](hidden).squeeze(-1) - wanted)[real].abs().max() < 1e-4
+            assert (ours.heads[part](hidden).squeeze(-1) - wanted)[real].abs().max() < 1e-4
 
 
 def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Path) -> None:
@@ -210,4 +210,4 @@ def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Pa
 def test_a_head_of_another_form_is_ours_alone(tmp_path: Path) -> None:
     model = LM(BERT, {"lm": LMHead(BERT), "next": torch.nn.Linear(32, 2)})
     assert save_model(model, None, tmp_path).endswith("BertForMaskedLM")
-    assert set(load_model(tmp_path).parts) == {"lm", "next"}
+    assert set(load_model(tmp_path).heads) == {"lm", "next"}

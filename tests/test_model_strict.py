@@ -27,23 +27,23 @@ from firth.types import UserError
 BERT = presets.bert(61, 32, 1, 4, context=40)
 GPT2 = presets.gpt2(61, 32, 1, 4, context=40)
 LLAMA = presets.llama(61, 32, 1, 4, 48, context=40, kv_heads=2)
-QWEN3 = replace(LLAMA, head_width=10, qk_norm=True, qk_weight=True)
-QWEN2 = replace(LLAMA, bias=True, bias_at="qkv")
+QWEN3 = replace(LLAMA, head_dim=10, qk_norm=True, qk_norm_weight=True)
+QWEN2 = replace(LLAMA, bias=True, bias_location="qkv")
 T5 = presets.t5(61, 32, 1, 4, 8, 48)
 SHAPES = {
     "bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "t5": T5,
-    "roberta": replace(BERT, segments=1), "distilbert": replace(BERT, segments=0),
+    "roberta": replace(BERT, type_vocab_size=1), "distilbert": replace(BERT, type_vocab_size=0),
     "openai-gpt": presets.gpt(61, 32, 1, 4, context=40), "bart": presets.bart(61, 32, 1, 4, context=40),
     "xlnet": presets.xlnet(61, 32, 1, 4), "mpnet": presets.mpnet(61, 32, 1, 4, context=40),
-    "albert": replace(BERT, embed=12, groups=1), "electra": replace(BERT, embed=12),
+    "albert": replace(BERT, embedding_size=12, num_layer_groups=1), "electra": replace(BERT, embedding_size=12),
     "modernbert": replace(encoder_config(61, 32, 2, heads=4, context=40)),
 }  # fmt: skip
 
 
-def foreign(shape: ModelConfig, directory: Path, parts: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
+def foreign(config: ModelConfig, directory: Path, parts: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
     """A directory as transformers would have written it; returns its tensors."""
     torch.manual_seed(0)
-    save_model(LM(shape, {"lm": LMHead(shape)} if parts is None else parts), None, directory)
+    save_model(LM(config, {"lm": LMHead(config)} if parts is None else parts), None, directory)
     (directory / "firth.json").unlink()
     return load_file(directory / "model.safetensors")
 
@@ -76,7 +76,7 @@ def test_a_head_that_is_not_whole_is_not_passed_over(tmp_path: Path) -> None:
     state = foreign(BERT, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
-    assert set(load_model(tmp_path).parts) == {"lm"}
+    assert set(load_model(tmp_path).heads) == {"lm"}
     del state["cls.predictions.transform.dense.bias"]
     with pytest.raises(
         UserError, match=r"lacks tensor 'cls\.predictions\.transform\.dense\.bias' of a BertForMaskedLM"
@@ -91,7 +91,7 @@ def test_a_trunk_saved_alone_may_name_its_ancestor_s_class(name: str, tmp_path: 
     prefix = FAMILIES[name].prefix
     trunk = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
     changed(tmp_path, {key.removeprefix(prefix): tensor for key, tensor in trunk.items()})
-    assert set(load_model(tmp_path).parts) == set() and left_out(tmp_path) == []
+    assert set(load_model(tmp_path).heads) == set() and left_out(tmp_path) == []
     with pytest.raises(UserError, match="lacks tensor 'lm_head"):
         load_model(changed(tmp_path, trunk))
 
@@ -103,21 +103,21 @@ def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
     pooler = {name: tensor for name, tensor in state.items() if "seq_relationship" not in name}
     assert left_out(changed(tmp_path, pooler)) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
-    assert set(load_model(tmp_path).parts) == {"lm"}
+    assert set(load_model(tmp_path).heads) == {"lm"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForRiddles"]}))
     choice = {name: tensor for name, tensor in pooler.items() if not name.startswith("cls")}
     choice |= {"classifier.weight": torch.zeros(1, 32), "classifier.bias": torch.zeros(1)}
     assert left_out(changed(tmp_path, choice)) == [
         "bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"
     ]  # fmt: skip
-    assert set(load_model(tmp_path).parts) == set()
+    assert set(load_model(tmp_path).heads) == set()
 
 
 def test_a_released_bert_that_names_one_head_keeps_both(tmp_path: Path) -> None:
     foreign(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
-    assert set(load_model(tmp_path).parts) == {"lm", "next"} and left_out(tmp_path) == []
+    assert set(load_model(tmp_path).heads) == {"lm", "next"} and left_out(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
@@ -126,9 +126,9 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_config_says(name: str, tmp_p
     state = foreign(SHAPES[name], tmp_path)
     key = {"bert": "cls.predictions.decoder.weight"}.get(name, "lm_head.weight")
     table = next(t for n, t in state.items() if n.endswith(("word_embeddings.weight", "wte.weight", "shared.weight")))
-    assert load_model(changed(tmp_path, state | {key: table})).shape.tied and left_out(tmp_path) == []
+    assert load_model(changed(tmp_path, state | {key: table})).config.tie_embeddings and left_out(tmp_path) == []
     model = load_model(changed(tmp_path, state | {key: table + 1}))
-    assert not model.shape.tied and torch.equal(model.parts["lm"].weight, table + 1)
+    assert not model.config.tie_embeddings and torch.equal(model.heads["lm"].weight, table + 1)
 
 
 REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
@@ -149,10 +149,10 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_a_config_asks_for_and_we_lack_is_said(why: str, tmp_path: Path) -> None:
     kind, fields, said = REFUSED[why]
-    shape = SHAPES.get(kind, LLAMA)
+    model_config = SHAPES.get(kind, LLAMA)
     family = FAMILIES[kind]
-    head = next((h for h in family.headed if h.says), None)
-    foreign(shape, tmp_path, {"classes": head.make(shape, 3)} if head else None)
+    head = next((h for h in family.heads if h.hf_labels), None)
+    foreign(model_config, tmp_path, {"classes": head.make(model_config, 3)} if head else None)
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": kind} | fields
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=re.escape(said)):
@@ -164,7 +164,7 @@ def test_a_window_as_long_as_a_row_changes_nothing(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_model(tmp_path).shape == LLAMA
+    assert load_model(tmp_path).config == LLAMA
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,11 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
     millions: int, width: int, depth: int, heads: int, head_width: int
 ) -> None:
     """Rows of Hoffmann 2022, table A9: the width of the MLP is four times the model's throughout."""
-    shape = presets.transformer_xl(width, depth, heads, head_width)
-    assert abs(shape.parameters() - millions * 1e6) < 0.7e6
+    config = presets.transformer_xl(width, depth, heads, head_width)
+    assert abs(config.num_parameters() - millions * 1e6) < 0.7e6
     tiny = presets.transformer_xl(32, 2, 4, 10, vocab=61)
-    assert sum(p.numel() for p in LM(tiny, {"lm": LMHead(tiny)}).parameters()) == tiny.parameters()
-    assert 69.5e9 < presets.PRESETS["chinchilla"].parameters() < 70.5e9
+    assert sum(p.numel() for p in LM(tiny, {"lm": LMHead(tiny)}).parameters()) == tiny.num_parameters()
+    assert 69.5e9 < presets.PRESETS["chinchilla"].num_parameters() < 70.5e9
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
 )
 def test_released_encoders_are_counted(name: str, count: int) -> None:
     """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
-    assert presets.PRESETS[name].parameters() == count
+    assert presets.PRESETS[name].num_parameters() == count
     assert family_of(presets.PRESETS[name]) is FAMILIES[name.partition("-")[0]]
 
 
@@ -203,7 +203,7 @@ def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Pa
     assert config["rope_parameters"]["full_attention"]["rope_theta"] == 10000.0
     del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"global_rope_theta": 777.0}))
-    assert load_model(tmp_path).shape.rotary_theta == 777.0
+    assert load_model(tmp_path).config.rope_theta == 777.0
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
@@ -223,10 +223,10 @@ def test_spanbert_is_a_bert(tmp_path: Path) -> None:
 
 def test_a_pad_that_roberta_cannot_count_by_makes_a_bert(tmp_path: Path) -> None:
     tokenizer = coder()
-    shape = replace(BERT, segments=1, vocab=tokenizer.vocab.size)
+    config = replace(BERT, type_vocab_size=1, vocab_size=tokenizer.vocab.size)
     assert tokenizer.vocab.roles["pad"] != 1
-    assert save_model(LM(shape, {}), tokenizer, tmp_path).endswith("BertModel")
-    assert save_model(LM(shape, {}), None, tmp_path).endswith("RobertaModel")
+    assert save_model(LM(config, {}), tokenizer, tmp_path).endswith("BertModel")
+    assert save_model(LM(config, {}), None, tmp_path).endswith("RobertaModel")
 
 
 HEADS: dict[str, tuple[ModelConfig, str, Callable[[], nn.Module], str]] = {
@@ -246,8 +246,8 @@ HEADS: dict[str, tuple[ModelConfig, str, Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("what", HEADS)
 def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path) -> None:
-    shape, part, make, name = HEADS[what]
-    model = LM(shape, {part: make()})
+    config, part, make, name = HEADS[what]
+    model = LM(config, {part: make()})
     assert save_model(model, None, tmp_path) == f"transformers loads it as {name}"
     stored = load_file(tmp_path / "model.safetensors")
     assert any(key.startswith(f"parts.{part}") for key in stored) == ("For" not in name)
@@ -257,26 +257,26 @@ def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path)
         if "For" not in name:
             break
         (tmp_path / "firth.json").unlink(missing_ok=True)  # and as a file of theirs
-    assert init_from(LM(shape, {"other": nn.Linear(2, 2)}), tmp_path) == ([part], ["other"])
+    assert init_from(LM(config, {"other": nn.Linear(2, 2)}), tmp_path) == ([part], ["other"])
 
 
 @pytest.mark.parametrize(
     "shape",
-    [QWEN3, QWEN2, replace(LLAMA, rotary_scaling="llama3", rotary_factor=4.0, rotary_original=8),
-     replace(LLAMA, bias=True, bias_at="attention", rotary_scaling="linear", rotary_factor=2.0)],
+    [QWEN3, QWEN2, replace(LLAMA, rope_scaling="llama3", rope_factor=4.0, rope_original_max_positions=8),
+     replace(LLAMA, bias=True, bias_location="attention", rope_scaling="linear", rope_factor=2.0)],
 )  # fmt: skip
-def test_a_cache_changes_nothing_and_parameters_are_counted(shape: ModelConfig) -> None:
+def test_a_cache_changes_nothing_and_parameters_are_counted(config: ModelConfig) -> None:
     tokenizer = coder()
     torch.manual_seed(0)
-    shape = replace(shape, vocab=tokenizer.vocab.size)
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
-    assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters()
+    config = replace(config, vocab_size=tokenizer.vocab.size)
+    model = LM(config, {"lm": LMHead(config)}).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
         start = [5, 9, 17, 30, 8]
-        [said] = Engine(model, tokenizer, stops=()).generate([start], Sampling(max_new=12, temperature=0))
+        [said] = Engine(model, tokenizer, stops=()).generate([start], Sampling(max_new_tokens=12, temperature=0))
         row = torch.tensor([start + said.tokens.tolist()])
         steps = torch.arange(row.shape[1])[None]
-        logits = model.parts["lm"](model({"tokens": row, "looks": steps, "appears": steps}))
+        logits = model.heads["lm"](model({"tokens": row, "looks": steps, "appears": steps}))
     assert logits[0, 4:-1].argmax(-1).tolist() == said.tokens.tolist()

@@ -21,7 +21,9 @@ from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
-SHAPE = ModelConfig(vocab=60, width=32, depth=1, heads=2, context=32, causal=False, dropout=0.1, init=0.3)
+SHAPE = ModelConfig(
+    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=32, causal=False, dropout=0.1, init_std=0.3
+)
 
 
 def text(rng: np.random.Generator) -> np.ndarray:
@@ -41,16 +43,16 @@ def labelled(rng: np.random.Generator) -> Example:
 
 def shown(objective: Objective, make, count: int) -> list[Example]:
     rng = np.random.default_rng(0)
-    return [objective.view(make(rng), VOCAB, rng) for _ in range(count)]
+    return [objective.build_example(make(rng), VOCAB, rng) for _ in range(count)]
 
 
 def asked(objective: Objective) -> set[str]:
-    return {*objective.targets.values(), *objective.measures.values()}
+    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def built(objective: Objective) -> LM:
     torch.manual_seed(0)
-    return LM(SHAPE, objective.parts(SHAPE)).eval()
+    return LM(SHAPE, objective.heads(SHAPE)).eval()
 
 
 def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
@@ -65,7 +67,7 @@ def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("at", ["mean", "first"])
 @pytest.mark.parametrize("make", [triple, labelled])
 def test_the_margin_loss_is_its_formula(at: str, make) -> None:
-    objective = Contrastive(at=at, margin=1.2)  # type: ignore[arg-type]
+    objective = Contrastive(position=at, margin=1.2)  # type: ignore[arg-type]
     model = built(objective)
     rows = shown(objective, make, 6)
     terms = step(model, objective, [collate(rows, asked(objective))])
@@ -84,7 +86,7 @@ def test_the_margin_loss_is_its_formula(at: str, make) -> None:
 
 
 def test_infonce_is_its_formula() -> None:
-    objective = InfoNCE(views="neighbours", temperature=0.1)
+    objective = InfoNCE(num_views="neighbours", temperature=0.1)
     model = built(objective)
     rows = shown(objective, triple, 5)
     terms = step(model, objective, [collate(rows, asked(objective))])
@@ -106,7 +108,7 @@ def test_two_dropout_views_differ_in_training_alone() -> None:
     assert (one - other).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(at="first"), InfoNCE(views="neighbours")])
+@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(position="first"), InfoNCE(num_views="neighbours")])
 def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
     model = built(objective).train()
     batch = collate(shown(objective, triple, 8), asked(objective))
@@ -116,7 +118,7 @@ def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
         found.append(step(model, objective, [batch]))
         optimizer.step()
         optimizer.zero_grad()
-    assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.targets)
+    assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.labels)
 
 
 def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
@@ -126,12 +128,12 @@ def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
 
 
 def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infonce() -> None:
-    for objective, same in ((Contrastive(), True), (InfoNCE(views="neighbours"), False)):
+    for objective, same in ((Contrastive(), True), (InfoNCE(num_views="neighbours"), False)):
         model, rows = built(objective), shown(objective, triple, 6)
         whole = gradient(model, objective, [collate(rows, asked(objective))])
         parts = gradient(model, objective, [collate(rows[:2], asked(objective)), collate(rows[2:], asked(objective))])
         assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6) == same
-        assert objective.whole != same
+        assert objective.needs_full_batch != same
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -155,6 +157,6 @@ def test_no_text_of_a_group_leaks_into_another() -> None:
     example = triple(np.random.default_rng(3))
     changed = example | {"other": 5 + (example["other"] - 5 + 3) % 55}
     model = built(objective)
-    rows = [objective.view(e, VOCAB, np.random.default_rng(0)) for e in (example, changed)]
+    rows = [objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in (example, changed)]
     one, two = (model(collate([row], asked(objective)))[0] for row in rows)
     assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2], two[2])

@@ -41,10 +41,10 @@ VOCAB = Vocab(
     spelling=tuple(b"\n" if i < 5 else b"a" if i % 3 else b" a" for i in range(60)),
 )
 SHAPE = ModelConfig(
-    vocab=60, width=32, depth=2, heads=4, hidden=48, context=64, causal=False, norm_at="post", segments=2,
-    embed_norm=True, embed=20, activation="gelu", head="transform", head_bias=True,
+    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=64, causal=False, norm_placement="post", type_vocab_size=2,
+    embedding_norm=True, embedding_size=20, activation="gelu", lm_head="transform", lm_head_bias=True,
 )  # fmt: skip
-SPANBERT = MLM(noise="geometric", alike=True) + SBO()
+SPANBERT = MLM(noise="geometric", whole_span_replacement=True) + SBO()
 
 
 class Chains(Source):
@@ -69,25 +69,25 @@ class Pairs(Chains):
 
 
 def source(objective: Objective) -> Source:
-    return Pairs() if {"next", "order"} & objective.targets.keys() else Chains()
+    return Pairs() if {"next", "order"} & objective.labels.keys() else Chains()
 
 
 def shown(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [objective.view(source(objective)[i], VOCAB, rng) for i in range(count)]
+    return [objective.build_example(source(objective)[i], VOCAB, rng) for i in range(count)]
 
 
 def asked_fields(objective: Objective) -> set[str]:
-    return {*objective.targets.values(), *objective.measures.values()}
+    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:
     return collate(shown(objective, count, seed), asked_fields(objective))
 
 
-def model_of(objective: Objective, shape: ModelConfig = SHAPE, spread: float = 0.1) -> LM:
+def model_of(objective: Objective, config: ModelConfig = SHAPE, spread: float = 0.1) -> LM:
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
@@ -101,7 +101,7 @@ def test_the_order_is_asked_at_cls_alone_and_fairly() -> None:
     rng, swaps = np.random.default_rng(0), 0
     for i in range(1600):
         example = Pairs()[i % 40]
-        seen = SOP().view(example, VOCAB, rng)
+        seen = SOP().build_example(example, VOCAB, rng)
         swapped = int(seen["order"][0])
         swaps += swapped
         a, b = example["first"].tolist(), example["second"].tolist()
@@ -138,7 +138,9 @@ def test_ngrams_have_albert_s_lengths() -> None:
 def test_boundaries_stand_outside_and_next_to_their_span(noise: str) -> None:
     rng, asked, deep = np.random.default_rng(0), 0, 0
     for i in range(400):
-        seen = (MLM(noise=noise, rate=0.4) + SBO(longest=6)).view(Chains()[i % 40], VOCAB, rng)
+        seen = (MLM(noise=noise, mlm_probability=0.4) + SBO(max_span_length=6)).build_example(
+            Chains()[i % 40], VOCAB, rng
+        )
         hidden = seen["labels"] != IGNORE
         for at in np.flatnonzero(seen["boundary"] != IGNORE):
             left, right = at - seen["before"][at], at + seen["after"][at]
@@ -155,9 +157,9 @@ def test_boundaries_stand_outside_and_next_to_their_span(noise: str) -> None:
 def test_sbo_is_its_formula() -> None:
     """Equations 3 and 4 written out, token by token; the vocabulary matrix is the model's own."""
     model, batch = model_of(SPANBERT), batch_of(SPANBERT)
-    outputs = SPANBERT.run(model, batch)
-    one, two, place = model.parts["boundary"][0], model.parts["boundary"][3], model.parts["place"].weight
-    norms = model.parts["boundary"][2], model.parts["boundary"][5]
+    outputs = SPANBERT.forward(model, batch)
+    one, two, place = model.heads["boundary"][0], model.heads["boundary"][3], model.heads["place"].weight
+    norms = model.heads["boundary"][2], model.heads["boundary"][5]
     total = torch.zeros(())
     for row in range(len(batch["tokens"])):
         hidden = batch["labels"][row] != IGNORE
@@ -170,7 +172,7 @@ def test_sbo_is_its_formula() -> None:
             h = torch.cat((outputs["hidden"][row, s - 1], outputs["hidden"][row, e + 1], place[at - s]))
             h = norms[0](F.gelu(one(h)))
             h = norms[1](F.gelu(two(h)))
-            logits = model.tokens.weight @ h + model.parts["lm"].bias
+            logits = model.tokens.weight @ h + model.heads["lm"].bias
             total = total - logits.log_softmax(-1)[batch["labels"][row, at]]
     found = SPANBERT.loss(model, outputs, batch)["boundary"]
     assert total > 10
@@ -180,13 +182,13 @@ def test_sbo_is_its_formula() -> None:
 def test_spanbert_comes_back_from_disk(tmp_path: Path) -> None:
     model, batch = model_of(SPANBERT).eval(), batch_of(SPANBERT)
     assert save_model(model, None, tmp_path).endswith("ElectraForMaskedLM")
-    found, again = (SPANBERT.loss(m, SPANBERT.run(m, batch), batch) for m in (model, load_model(tmp_path)))
+    found, again = (SPANBERT.loss(m, SPANBERT.forward(m, batch), batch) for m in (model, load_model(tmp_path)))
     assert found == again and set(found) == {"tokens", "boundary"}
 
 
 def test_sbo_alone_is_refused() -> None:
     with pytest.raises(UserError, match=r"MLM\(\) \+ SBO\(\)"):
-        SBO().view({"tokens": np.arange(5, 9)}, VOCAB, np.random.default_rng(0))
+        SBO().build_example({"tokens": np.arange(5, 9)}, VOCAB, np.random.default_rng(0))
 
 
 # RTD
@@ -207,7 +209,7 @@ def test_a_draw_has_the_distribution_it_is_drawn_from() -> None:
 
 def knows(model: LM, batch: Batch) -> None:
     """Make the generator say one token always: the one that the first masked place holds."""
-    generator = model.parts["generator"]
+    generator = model.heads["generator"]
     with torch.no_grad():
         generator.parts["lm"].bias[batch["labels"][batch["labels"] != IGNORE][0]] += 1000
 
@@ -218,13 +220,13 @@ def test_a_right_guess_counts_as_original(objective: RTD) -> None:
     knows(model, batch)
     asked = batch["labels"] != IGNORE
     token = int(batch["labels"][asked][0])
-    outputs = objective.run(model, batch)
+    outputs = objective.forward(model, batch)
     assert (outputs["drew"] == token).all()
     assert torch.equal(outputs["shown"], torch.where(asked, token, batch["tokens"]))
     real = batch["real"] != IGNORE
     assert torch.equal(real, batch["tokens"] != 0)  # every token is asked, [CLS] and [SEP] too, and no padding
     replaced = (asked & (batch["labels"] != token)).float()
-    scores = model.parts["replaced"](model(batch | {"tokens": outputs["shown"]}))[..., 0]
+    scores = model.heads["replaced"](model(batch | {"tokens": outputs["shown"]}))[..., 0]
     wanted = F.binary_cross_entropy_with_logits(scores[real], replaced[real], reduction="sum")
     terms = objective.loss(model, outputs, batch)
     torch.testing.assert_close(terms["replaced"], 50 * wanted, rtol=1e-5, atol=0)
@@ -251,24 +253,24 @@ def test_neither_model_has_a_gradient_from_the_other(objective: RTD) -> None:
     tables = {"tokens.weight", "places.weight", "segments.weight"}
 
     def moved(term: str) -> set[str]:
-        return set(gradients(model, objective.loss(model, objective.run(model, batch), batch)[term]))
+        return set(gradients(model, objective.loss(model, objective.forward(model, batch), batch)[term]))
 
     assert not any(name.startswith(("parts.generator", "parts.baseline")) for name in moved("replaced"))
     assert {"trunk.project.weight", "parts.replaced.2.weight"} <= moved("replaced")
     own = moved("generator")
     assert tables <= own
     assert all(name.startswith("parts.generator") for name in own - tables)
-    if "baseline" in objective.targets:
+    if "baseline" in objective.labels:
         assert moved("baseline") == {"parts.baseline.weight", "parts.baseline.bias"}
 
 
 def test_the_generator_is_a_masked_language_model() -> None:
     objective = RTD()
     model, batch = model_of(objective), batch_of(objective)
-    generator = model.parts["generator"]
+    generator = model.heads["generator"]
     plain = MLM()
-    wanted = plain.loss(generator, plain.run(generator, batch), batch)["tokens"]
-    found = objective.loss(model, objective.run(model, batch), batch)["generator"]
+    wanted = plain.loss(generator, plain.forward(generator, batch), batch)["tokens"]
+    found = objective.loss(model, objective.forward(model, batch), batch)["generator"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
     assert (batch["tokens"][batch["labels"] != IGNORE] == VOCAB.mask).all()
 
@@ -279,17 +281,17 @@ def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
     model = model_of(objective)
     example = {"tokens": VOCAB.frame(np.arange(20, 28))}
     rng = np.random.default_rng(0)
-    seen = objective.view(example, VOCAB, rng)
+    seen = objective.build_example(example, VOCAB, rng)
     while (seen["labels"] != IGNORE).sum() != 1:
-        seen = objective.view(example, VOCAB, rng)
+        seen = objective.build_example(example, VOCAB, rng)
     with torch.no_grad():
-        model.parts["baseline"].bias.fill_(0.3)
+        model.heads["baseline"].bias.fill_(0.3)
     count = 5000
     each = []
     for i in range(count):  # an even grid of chances: what is left is the error of the grid
         each.append(seen | {"chance": np.full(len(seen["tokens"]), (i + 0.5) / count, np.float32)})
     batch = collate(each, asked_fields(objective))
-    outputs = objective.run(model, batch)
+    outputs = objective.forward(model, batch)
     outputs["guesses"].retain_grad()
     terms = objective.loss(model, outputs, batch)
     terms["generator"].backward()
@@ -300,7 +302,7 @@ def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
         at = int((batch["labels"][0] != IGNORE).nonzero())
         tokens = batch["real"][0].repeat(60, 1)
         tokens[:, at] = torch.arange(60)
-        scores = model.parts["replaced"](model({"tokens": tokens}))[:, at, 0]
+        scores = model.heads["replaced"](model({"tokens": tokens}))[:, at, 0]
         replaced = (torch.arange(60) != batch["real"][0, at]).float()
         reward = F.binary_cross_entropy_with_logits(scores, replaced, reduction="none")
     (-(logits.softmax(-1) * reward).sum()).backward()
@@ -313,9 +315,9 @@ def test_the_baseline_learns_what_to_expect() -> None:
     objective = AdversarialRTD()
     model, batch = model_of(objective, spread=0.3), batch_of(objective)
     with torch.no_grad():
-        model.parts["baseline"].bias.fill_(3.0)
-        outputs = objective.run(model, batch)
-    mover = Mover(OptimizerConfig(name="adamw", rate=0.03, weight_decay=0.0), model.parts["baseline"])
+        model.heads["baseline"].bias.fill_(3.0)
+        outputs = objective.forward(model, batch)
+    mover = Mover(OptimizerConfig(name="adamw", lr=0.03, weight_decay=0.0), model.heads["baseline"])
     errors = []
     for _ in range(300):
         terms = objective.loss(model, outputs, batch)
@@ -325,19 +327,19 @@ def test_the_baseline_learns_what_to_expect() -> None:
     count = int((batch["labels"] != IGNORE).sum())
     reward = float(terms["reward"]) / count
     assert errors[-1] < 0.5 * errors[0] and 0.1 < reward < 10
-    expected = F.softplus(model.parts["baseline"](outputs["draft"]))
+    expected = F.softplus(model.heads["baseline"](outputs["draft"]))
     assert float(expected.detach().mean()) == pytest.approx(reward, rel=0.1)
 
 
 def run(directory: Path, steps: int) -> LM:
     objective = RTD()
     model = model_of(objective, replace(SHAPE, dropout=0.1), spread=0.0)
-    batches = Batches(Chains(), objective, VOCAB, rows=6, seed=3, accumulate=2)
-    held = Batches(Chains(), objective, VOCAB, rows=9, seed=4)
+    batches = Batches(Chains(), objective, VOCAB, batch_size=6, seed=3, gradient_accumulation_steps=2)
+    held = Batches(Chains(), objective, VOCAB, batch_size=9, seed=4)
     told = train(
-        model, objective, batches, directory, length=Budget(steps=steps), optimizer=OptimizerConfig(rate=0.01), recipe="r",
-        plan=TrainerConfig(save_every=2, evaluate_every=3, precision="fp32"), told=NullReporter(),
-        evaluate=lambda m, _: validate(m, objective, held.once()),
+        model, objective, batches, directory, length=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), recipe="r",
+        plan=TrainerConfig(save_every=2, eval_every=3, precision="fp32"), told=NullReporter(),
+        evaluate=lambda m, _: validate(m, objective, held.all_batches()),
     )  # fmt: skip
     assert {"valid/replaced_accuracy", "original_accuracy", "guessed"} <= told.metrics.keys()
     return model
@@ -352,17 +354,17 @@ def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert [path.name for path in saved.iterdir()] == ["step-000004"]
     resumed = run(tmp_path / "parts", 6)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert resumed.parts["generator"].tokens.weight is resumed.tokens.weight
+    assert resumed.heads["generator"].tokens.weight is resumed.tokens.weight
 
 
 def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
-    objective = RTD(rate=0.5)
-    model = LM(shape := encoder_config(60, 64, 2, context=64), objective.parts(shape))
-    batches = Batches(Chains(), objective, VOCAB, rows=20, seed=3)
+    objective = RTD(mlm_probability=0.5)
+    model = LM(config := encoder_config(60, 64, 2, context=64), objective.heads(config))
+    batches = Batches(Chains(), objective, VOCAB, batch_size=20, seed=3)
     assert init_head(model, objective, batches) > 10_000
     labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])
     found = torch.bincount(labels[labels != IGNORE], minlength=60).double()
-    said = model.parts["generator"].parts["lm"].bias.softmax(-1)
+    said = model.heads["generator"].parts["lm"].bias.softmax(-1)
     assert float((said - found / found.sum()).abs().max().detach()) < 2e-3
 
 
@@ -372,8 +374,8 @@ def test_held_out_text_is_scored_alike_whatever_the_random_state() -> None:
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        batches = Batches(Chains(), objective, VOCAB, rows=9, seed=4)
-        found.append(validate(model, objective, batches.once()))
+        batches = Batches(Chains(), objective, VOCAB, batch_size=9, seed=4)
+        found.append(validate(model, objective, batches.all_batches()))
     assert found[0] == found[1] and found[0]["replaced_share"] > 0.05
 
 
@@ -394,12 +396,12 @@ def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
     """But for the generator that is paid for what it draws, which has a reward and no loss, and for what it expects."""
     objective = ALL[name]
     model, batch = model_of(objective, spread=0.0), batch_of(objective)
-    mover = Mover(OptimizerConfig(name="adamw", rate=3e-3), model)
+    mover = Mover(OptimizerConfig(name="adamw", lr=3e-3), model)
     first = step(model, objective, [batch])
     for _ in range(10):
         mover.move(1.0)
         last = step(model, objective, [batch])
-    for term in objective.targets.keys() - ({"generator", "baseline"} if name == "adversarial rtd" else set()):
+    for term in objective.labels.keys() - ({"generator", "baseline"} if name == "adversarial rtd" else set()):
         assert last[term] < first[term], term
 
 
@@ -423,14 +425,17 @@ def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
     """Another token in a hidden place: all states are what they were, those of a discriminator too if the same is drawn."""
     changed, moved = 0, 0
     objective = ALL[name]
-    if "tokens" in objective.targets:
+    if "tokens" in objective.labels:
         objective = type(objective)(
-            *(replace(o, masked=1.0, random=0.0) if type(o) is MLM else o for o in (objective.first, objective.second))
+            *(
+                replace(o, mask_fraction=1.0, random_fraction=0.0) if type(o) is MLM else o
+                for o in (objective.first, objective.second)
+            )
         )
     model = model_of(objective).eval()
     for index in range(10):
         example = source(objective)[index]
-        seen = objective.view(example, VOCAB, np.random.default_rng(index))
+        seen = objective.build_example(example, VOCAB, np.random.default_rng(index))
         at = np.flatnonzero(seen["labels"] != IGNORE)
         if not len(at):
             continue
@@ -441,7 +446,7 @@ def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
             other["real"][at] = other["labels"][at]
         batches = [collate([s]) for s in (seen, other)]
         with torch.no_grad():
-            outputs = [objective.run(model, b) for b in batches]
+            outputs = [objective.forward(model, b) for b in batches]
         for field, value in outputs[0].items():
             assert torch.equal(value, outputs[1][field]), field
         changed += 1
@@ -462,6 +467,6 @@ def test_a_decoder_is_refused() -> None:
 def test_settings_of_rtd_that_mean_nothing_are_refused() -> None:
     for bad in (0.0, 1.5):
         with pytest.raises(UserError, match=r"objective.size=.* must be above 0 and at most 1"):
-            RTD(size=bad)
+            RTD(generator_size=bad)
     with pytest.raises(UserError, match=r"objective.longest=0 must be at least 1"):
-        SBO(longest=0)
+        SBO(max_span_length=0)

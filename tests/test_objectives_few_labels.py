@@ -35,7 +35,9 @@ from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
-SHAPE = ModelConfig(vocab=60, width=32, depth=1, heads=2, context=64, causal=False, init=0.3)
+SHAPE = ModelConfig(
+    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=64, causal=False, init_std=0.3
+)
 CLASSES = ("a", "b", "c")
 
 
@@ -59,26 +61,26 @@ def voted(seed: int) -> Example:
 
 
 def asked(objective: Objective) -> set[str]:
-    return {*objective.targets.values(), *objective.measures.values()}
+    return {*objective.labels.values(), *objective.metrics.values()}
 
 
-def built(objective: Objective, shape: ModelConfig = SHAPE) -> LM:
+def built(objective: Objective, config: ModelConfig = SHAPE) -> LM:
     torch.manual_seed(0)
-    return LM(shape, objective.parts(shape))
+    return LM(config, objective.heads(config))
 
 
 def shown(objective: Objective, make, count: int) -> list[Example]:
-    return [objective.view(make(seed), VOCAB, np.random.default_rng(seed)) for seed in range(count)]
+    return [objective.build_example(make(seed), VOCAB, np.random.default_rng(seed)) for seed in range(count)]
 
 
 def scores(model: LM, tokens: np.ndarray) -> torch.Tensor:
     """What the head says of one text at [CLS], read alone."""
     with torch.no_grad():
-        return model.parts["classes"](model({"tokens": torch.tensor(tokens)[None]})[0, 0])
+        return model.heads["classes"](model({"tokens": torch.tensor(tokens)[None]})[0, 0])
 
 
 def test_pseudo_labels_are_the_formula_of_p15() -> None:
-    objective = PseudoLabels(classes=CLASSES, confidence=0.7, weight=0.5) + WeightPenalty(weight=1e-3)
+    objective = PseudoLabels(class_names=CLASSES, confidence=0.7, unlabeled_weight=0.5) + WeightPenalty(weight=1e-3)
     model = built(objective)
     terms = step(model, objective, [collate(shown(objective, example, 20), asked(objective))])
     known, others = [], []
@@ -96,7 +98,7 @@ def test_pseudo_labels_are_the_formula_of_p15() -> None:
 
 
 def test_consistency_is_its_formula_and_its_target_gets_no_gradient() -> None:
-    objective = Consistency(classes=CLASSES, rate=0.4, temperature=0.5, weight=2.0)
+    objective = Consistency(class_names=CLASSES, mlm_probability=0.4, temperature=0.5, unlabeled_weight=2.0)
     model = built(objective, replace(SHAPE, dropout=0.0))
     rows = shown(objective, example, 12)
     terms = step(model, objective, [collate(rows, asked(objective))])
@@ -113,30 +115,30 @@ def test_consistency_is_its_formula_and_its_target_gets_no_gradient() -> None:
     assert float(terms["relation"]) == pytest.approx(2 * np.mean(expected), abs=1e-5)
     model.zero_grad()
     unlabelled = [row for row, e in zip(rows, map(example, range(12)), strict=True) if e["label"] == IGNORE]
-    outputs = objective.run(model, collate(unlabelled, asked(objective)))
+    outputs = objective.forward(model, collate(unlabelled, asked(objective)))
     assert not outputs["own"].requires_grad and model.training
 
 
 def test_consistency_counts_both_passes() -> None:
-    objective, plain = Consistency(classes=CLASSES), Classification(classes=CLASSES)
+    objective, plain = Consistency(class_names=CLASSES), Classification(class_names=CLASSES)
     model = built(objective)
     batch = collate(shown(objective, example, 6), asked(objective))
-    clean = plain.run_flops(model, batch | {"class": batch["relation"]})
+    clean = plain.forward_flops(model, batch | {"class": batch["relation"]})
     both = batch | {"class": torch.where(batch["class"] == IGNORE, batch["relation"], batch["class"])}
-    assert objective.run_flops(model, batch) == pytest.approx(plain.run_flops(model, both) + clean / 3)
+    assert objective.forward_flops(model, batch) == pytest.approx(plain.forward_flops(model, both) + clean / 3)
 
 
 def test_the_weight_ramps_up_as_a_function_of_the_step() -> None:
-    objective = Consistency(classes=CLASSES, weight=2.0, ramp=10) + WeightPenalty()
-    ramped = [objective.scheduled(step).first.weight for step in (0, 5, 10, 99)]
+    objective = Consistency(class_names=CLASSES, unlabeled_weight=2.0, ramp_steps=10) + WeightPenalty()
+    ramped = [objective.at_step(step).first.weight for step in (0, 5, 10, 99)]
     assert ramped == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
-    assert objective.scheduled(5).second == objective.second
-    assert objective.scheduled(5).targets == objective.targets
-    assert MLM().scheduled(3) == MLM()
+    assert objective.at_step(5).second == objective.second
+    assert objective.at_step(5).labels == objective.labels
+    assert MLM().at_step(3) == MLM()
 
 
 def test_weak_supervision_is_the_formula_of_p16() -> None:
-    objective = MultiAnnotator(classes=CLASSES)
+    objective = MultiAnnotator(class_names=CLASSES)
     model = built(objective)
     rows = [voted(seed) for seed in range(10)]
     terms = step(model, objective, [collate(shown(objective, voted, 10), asked(objective))])
@@ -151,10 +153,10 @@ def test_weak_supervision_is_the_formula_of_p16() -> None:
 
 
 CASES = {
-    "pseudo labels": (PseudoLabels(classes=CLASSES, confidence=0.5), example),
-    "consistency": (Consistency(classes=CLASSES), example),
-    "consistency + penalty": (Consistency(classes=CLASSES) + WeightPenalty(weight=1e-3), example),
-    "weak": (MultiAnnotator(classes=CLASSES), voted),
+    "pseudo labels": (PseudoLabels(class_names=CLASSES, confidence=0.5), example),
+    "consistency": (Consistency(class_names=CLASSES), example),
+    "consistency + penalty": (Consistency(class_names=CLASSES) + WeightPenalty(weight=1e-3), example),
+    "weak": (MultiAnnotator(class_names=CLASSES), voted),
 }
 
 
@@ -189,7 +191,7 @@ def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
         found.append(step(model, objective, [batch]))
         optimizer.step()
         optimizer.zero_grad()
-    for term in objective.targets.keys() - {"penalty"}:  # weights grow from nothing to learn: that is what it prices
+    for term in objective.labels.keys() - {"penalty"}:  # weights grow from nothing to learn: that is what it prices
         assert float(found[-1][term]) < float(found[0][term]), term
 
 
@@ -202,9 +204,13 @@ def test_a_penalty_alone_shrinks_the_weights_by_its_gradient() -> None:
 
 def test_held_out_records_need_neither_a_teacher_nor_votes() -> None:
     held = {"tokens": VOCAB.frame(np.array([9, 10])), "label": 2}
-    for objective in (PseudoLabels(classes=CLASSES), Consistency(classes=CLASSES), MultiAnnotator(classes=CLASSES)):
-        batch = collate([objective.view(held, VOCAB, np.random.default_rng(0))], asked(objective))
-        terms = objective.loss(built(objective), objective.run(built(objective), batch), batch)
+    for objective in (
+        PseudoLabels(class_names=CLASSES),
+        Consistency(class_names=CLASSES),
+        MultiAnnotator(class_names=CLASSES),
+    ):
+        batch = collate([objective.build_example(held, VOCAB, np.random.default_rng(0))], asked(objective))
+        terms = objective.loss(built(objective), objective.forward(built(objective), batch), batch)
         assert all(bool(torch.isfinite(value)) for value in terms.values())
         assert batch["class"][0, 0] == 2
 
@@ -255,13 +261,13 @@ def test_annotators_are_as_accurate_as_stated_and_purely_drawn(tmp_path: Path) -
 
 def test_records_with_a_list_of_labels(tmp_path: Path) -> None:
     rows = [{"text": "one", "labels": ["good", "bad", "good"]}, {"text": "two", "labels": ["bad"]}]
-    source = AnnotatedTexts(records(tmp_path, rows), tokenizer(), 32, TextFields(label="labels"))
+    source = AnnotatedTexts(records(tmp_path, rows), tokenizer(), 32, TextFields(label_field="labels"))
     assert source.classes == ("bad", "good")
     assert [source[i]["votes"].tolist() for i in range(2)] == [[1, 0, 1], [0, IGNORE, IGNORE]]
     assert [source[i]["label"] for i in range(2)] == [1, 0]
     with pytest.raises(UserError, match=r"records.jsonl.*'labels' must be a list"):
         AnnotatedTexts(
-            records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, TextFields(label="labels")
+            records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, TextFields(label_field="labels")
         )
 
 
@@ -273,7 +279,7 @@ def test_a_teacher_says_probabilities_of_texts_of_any_length() -> None:
         def __getitem__(self, index: int) -> Example:
             return {"tokens": example(index)["tokens"], "label": IGNORE}
 
-    objective = PseudoLabels(classes=CLASSES) + WeightPenalty()
+    objective = PseudoLabels(class_names=CLASSES) + WeightPenalty()
     model = built(objective).eval()
     known = precompute(Texts(), model, lambda e: unlabeled_example(objective, e, VOCAB), teacher_probabilities)
     for i in (0, 7, 19):
@@ -285,19 +291,21 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
     labelled = records(tmp_path, [{"review": f"text {i}", "label": "ab"[i % 2]} for i in range(60)])
     more = tmp_path / "more.csv"
     more.write_text("id,review\n" + "".join(f"{i},another {i}\n" for i in range(30)))
-    material = RunData(
-        source=DataConfig(path=tuple(labelled), held_out=0.2),
+    data = RunData(
+        config=DataConfig(path=tuple(labelled), validation_fraction=0.2),
         tokenizer=tokenizer(),
         directory=tmp_path,
         seed=0,
         echo=print,
     )
-    segment = PartiallyLabeledConfig(
-        of=segments.LabeledConfig(text="review", length=32), others=(str(more),), unlabelled=2.0
+    examples = PartiallyLabeledConfig(
+        base=segments.LabeledConfig(text_field="review", max_length=32),
+        unlabeled_path=(str(more),),
+        unlabeled_ratio=2.0,
     )
-    objective = segment.settle(Consistency(), material)
-    assert objective.classes == ("a", "b")
-    cut = segment.cut(material, objective)
+    objective = examples.configure_objective(Consistency(), data)
+    assert objective.class_names == ("a", "b")
+    cut = examples.build(data, objective)
     hidden = [int(cut.train[i]["label"]) == IGNORE for i in range(len(cut.train))]
     assert sum(hidden) == 30 and cut.train.counts["unlabelled"] == 30
     assert len(hidden) - 30 + len(cut.valid or ()) == 60
@@ -309,4 +317,6 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
     plain = UnlabeledTexts([str(lines)], tokenizer(), 32, asked=False)
     assert [tokenizer().decode(plain[i]["tokens"]).strip() for i in range(len(plain))] == ["one", "two"]
     with pytest.raises(UserError, match="no field 'review'"):
-        PartiallyLabeledConfig(of=segments.LabeledConfig(text="review"), others=(str(lines),)).cut(material, objective)
+        PartiallyLabeledConfig(base=segments.LabeledConfig(text_field="review"), unlabeled_path=(str(lines),)).build(
+            data, objective
+        )

@@ -89,20 +89,20 @@ EVERY: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = C
     "mlm in n-grams": (MLM(noise="ngrams"), framed),
     "mlm in spans": (MLM(noise="geometric"), framed),
     "bilm": (BiLM(), bare),
-    "vae": (VAE(units=3, drop=0.3), bare),
+    "vae": (VAE(latent_size=3, word_dropout=0.3), bare),
     "sft": (SFT(), dialogue),
     "text to text": (Seq2SeqSFT(), paired),
     "reinforce": (Reinforce(), dialogue),
     "ppo": (PPO(), dialogue),
     "dpo": (DPO(), compared),
-    "ranking": (Ranking(answers=4), ranked),
-    "weak": (MultiAnnotator(classes=("a", "b", "c")), voted),
+    "ranking": (Ranking(num_answers=4), ranked),
+    "weak": (MultiAnnotator(class_names=("a", "b", "c")), voted),
     "multiple choice": (MultipleChoice(), question),
-    "mixed + tagging": (LayerMixture() + TokenClassification(classes=("a", "b", "c")), tagged),
+    "mixed + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c")), tagged),
     "contrastive, labelled": (Contrastive(), related),
     "rtd in spans": (RTD(noise="geometric"), framed),
     "mpnet by words": (MPNet(noise="words"), framed),
-    "consistency in spans": (Consistency(classes=("a", "b", "c"), noise="spans"), partly),
+    "consistency in spans": (Consistency(class_names=("a", "b", "c"), noise="spans"), partly),
 }  # fmt: skip
 NOTHING_IS_HIDDEN = {
     "word2vec": "each word is read by itself, and its neighbours are the answer: no state sees another token",
@@ -137,7 +137,7 @@ class One(Source):
 
 def drawn(objective: Objective, example: Example, seed: int) -> Example:
     """The view as a run draws it."""
-    [shown] = Batches(One(example), objective, VOCAB, rows=1, seed=seed).shown(np.array([3]), np.array([0]))
+    [shown] = Batches(One(example), objective, VOCAB, batch_size=1, seed=seed).shown(np.array([3]), np.array([0]))
     return shown
 
 
@@ -200,7 +200,7 @@ class Count:
 def refuse_leaks(objective: Objective, example: Example, seed: int, count: Count, source_is_text: bool = False) -> None:
     """AssertionError if another hidden token would have been noticed. Adds to `count`."""
     shown = drawn(objective, example, seed)
-    answers = {*objective.targets.values(), *objective.measures.values(), *ANSWERS, *ASKED}
+    answers = {*objective.labels.values(), *objective.metrics.values(), *ANSWERS, *ASKED}
     source = {name for name in shown if name.startswith("source_")}
     row = sorted(n for n in shown.keys() - answers - source if np.shape(shown[n])[-1:] == shown["tokens"].shape[-1:])
     rest = shown.keys() - answers - source - set(row)
@@ -260,7 +260,7 @@ def share_shown(name: str, objective: Objective) -> float:
 
 TOKENS = [
     n for n, (o, source) in EVERY.items()
-    if {*ASKED} & o.view(source(np.random.default_rng(0)), VOCAB, np.random.default_rng(0)).keys()
+    if {*ASKED} & o.build_example(source(np.random.default_rng(0)), VOCAB, np.random.default_rng(0)).keys()
 ]  # fmt: skip
 """The cases that ask for tokens."""
 
@@ -291,7 +291,7 @@ WHOLE = [n for n, (_, source) in EVERY.items() if CHANGES.keys() & source(np.ran
 @pytest.mark.parametrize("name", WHOLE)
 def test_another_answer_moves_nothing_but_the_answer(name: str) -> None:
     objective, source = EVERY[name]
-    answers = {*objective.targets.values(), *objective.measures.values(), *ANSWERS}
+    answers = {*objective.labels.values(), *objective.metrics.values(), *ANSWERS}
     moved = 0
     for seed in range(30):
         example = source(np.random.default_rng(seed))
@@ -308,7 +308,7 @@ def test_another_answer_moves_nothing_but_the_answer(name: str) -> None:
 @pytest.mark.parametrize("noise", ["iid", "spans"])
 def test_a_text_that_is_to_be_read_alike_does_not_tell_what_was_masked(noise: Any) -> None:
     """Consistency: the learner's text, where the teacher's is whole."""
-    objective, hidden = Consistency(classes=("a", "b", "c"), noise=noise, rate=0.3), 0
+    objective, hidden = Consistency(class_names=("a", "b", "c"), noise=noise, mlm_probability=0.3), 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
         example = distinct(partly(rng), rng) | {"label": IGNORE}
@@ -340,22 +340,22 @@ def test_the_segment_that_is_not_shown_moves_nothing() -> None:
 class Telling(MLM):
     """The masks lie where all tokens say, the hidden ones too, as ours once did."""
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return super().view(example, vocab, np.random.default_rng(zlib.crc32(example["tokens"].tobytes())))
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        return super().build_example(example, vocab, np.random.default_rng(zlib.crc32(example["tokens"].tobytes())))
 
 
 class Ahead(CausalLM):
     """The moments of a text, of which one is off by one."""
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        seen = super().view(example, vocab, rng)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        seen = super().build_example(example, vocab, rng)
         return seen | {"looks": seen["looks"] + (np.arange(len(seen["looks"])) == 2)}
 
 
 class Told(TokenObjective):
     """A source that is as long as the answer's greatest token says."""
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         source = np.full(3 + int(example["tokens"][-1]) % 2, vocab.mask)
         return layout.seq2seq(source, example["tokens"], vocab.pad)
 

@@ -59,20 +59,24 @@ def test_what_shows_is_learnt_and_holds_in_other_documents(
 ) -> None:
     rng = np.random.default_rng(0)
     made = [Document(str(i), " ".join(f"w{w:03d}" for w in text(rng))) for i in range(300)]
-    coder = train_tokenizer([d.text for d in made[:60]], "word", WORDS - 40)
-    stores = [TokenStore.build(part, coder, tmp_path / n) for n, part in (("learn", made[:240]), ("held", made[240:]))]
+    tokenizer = train_tokenizer([d.text for d in made[:60]], "word", WORDS - 40)
+    stores = [
+        TokenStore.build(part, tokenizer, tmp_path / n) for n, part in (("learn", made[:240]), ("held", made[240:]))
+    ]
     sources = [SegmentPairs(each, 48) for each in stores]
     torch.manual_seed(0)
-    shape = replace(encoder_config(coder.vocab.size, 64, 2, context=48), segments=2)
-    model = LM(shape, objective.parts(shape))
+    config = replace(encoder_config(tokenizer.vocab.size, 64, 2, context=48), type_vocab_size=2)
+    model = LM(config, objective.heads(config))
 
     def held_out() -> float:
-        return validate(model, objective, Batches(sources[1], objective, coder.vocab, rows=32, seed=9).once())[measure]
+        return validate(
+            model, objective, Batches(sources[1], objective, tokenizer.vocab, batch_size=32, seed=9).all_batches()
+        )[measure]
 
     assert held_out() < 0.65
-    batches = Batches(sources[0], objective, coder.vocab, rows=32, seed=0, pack=48)
+    batches = Batches(sources[0], objective, tokenizer.vocab, batch_size=32, seed=0, pack_to_length=48)
     train(
-        model, objective, batches, tmp_path / "run", length=Budget(steps=STEPS[type(objective)]), optimizer=OptimizerConfig("adamw", rate=1e-3),
-        schedule=Schedule("linear", warmup=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
+        model, objective, batches, tmp_path / "run", length=Budget(max_steps=STEPS[type(objective)]), optimizer=OptimizerConfig("adamw", lr=1e-3),
+        schedule=Schedule("linear", warmup_ratio=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
     )  # fmt: skip
     assert held_out() > most - 0.08

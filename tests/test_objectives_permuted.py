@@ -49,19 +49,19 @@ VOCAB = Vocab(
 )  # fmt: skip
 BODY = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48, "causal": False}
 XLNET = ModelConfig(
-    **BODY, norm_at="post", norm_eps=1e-12, position="xlnet", query=True, segments=2, activation="gelu", head_bias=True,
+    **BODY, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2, activation="gelu", lm_head_bias=True,
 )  # fmt: skip
 MPNET = ModelConfig(
-    **BODY, norm_at="post", norm_eps=1e-12, position="mpnet", embed_norm=True, activation="gelu", head="transform",
-    head_bias=True,
+    **BODY, norm_placement="post", norm_eps=1e-12, position="mpnet", embedding_norm=True, activation="gelu", lm_head="transform",
+    lm_head_bias=True,
 )  # fmt: skip
 OPEN = {"masked": 1.0, "random": 0.0}
 
 
-def built(shape: ModelConfig, objective: Objective | None = None, seed: int = 0) -> LM:
+def built(config: ModelConfig, objective: Objective | None = None, seed: int = 0) -> LM:
     """A model whose every parameter is random."""
     torch.manual_seed(seed)
-    model = LM(shape, (objective or PLM()).parts(shape))
+    model = LM(config, (objective or PLM()).heads(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -74,7 +74,7 @@ def text(n: int, seed: int = 0) -> np.ndarray:
 
 def loss(model: LM, objective: Objective, batch: Batch) -> float:
     with torch.no_grad():
-        return float(objective.loss(model, objective.run(model, batch), batch)["tokens"])
+        return float(objective.loss(model, objective.forward(model, batch), batch)["tokens"])
 
 
 # ------------------------------------------------------------------------------------- two streams, written out
@@ -88,19 +88,19 @@ def two_streams(model: LM, tokens: np.ndarray, order: np.ndarray) -> torch.Tenso
     n, when = len(tokens), dict.fromkeys(range(len(tokens)), 0) | {int(p): i + 1 for i, p in enumerate(order)}
     h = [model.tokens.weight[t] for t in tokens]
     g = [model.query for _ in order]
-    shape, heads = model.shape, model.shape.heads
+    config, heads = model.config, model.config.num_heads
 
     def split(x: torch.Tensor) -> torch.Tensor:
         return x.view(heads, -1)
 
-    for block in model.trunk.layers():
+    for block in model.stack.layers():
         a, d = block.attention, block.attention.distance
         keys, values = [split(a.k.weight @ x) for x in h], [split(a.v.weight @ x) for x in h]
 
         def attend(x, i, seen, a=a, d=d, keys=keys, values=values, block=block):
             q, scores = split(a.q.weight @ x), []
             for j in seen:
-                angles = sinusoid_frequencies(torch.tensor(i - j), shape.width)
+                angles = sinusoid_frequencies(torch.tensor(i - j), config.hidden_size)
                 far = split(d.r.weight @ torch.cat((angles.sin(), angles.cos())))
                 scores.append(
                     (((q + split(d.content)) * keys[j]).sum(-1) + ((q + split(d.place)) * far).sum(-1)) / math.sqrt(8)
@@ -124,9 +124,9 @@ def two_streams(model: LM, tokens: np.ndarray, order: np.ndarray) -> torch.Tenso
 @pytest.mark.parametrize("noise", ["count", "contexts"])
 @pytest.mark.parametrize("k", [1, 3])
 def test_one_row_is_two_streams(noise: str, k: int) -> None:
-    model = built(replace(XLNET, segments=0))
+    model = built(replace(XLNET, type_vocab_size=0))
     tokens = text(11)
-    seen = PLM(k=k, noise=noise).view({"tokens": tokens}, VOCAB, np.random.default_rng(1))
+    seen = PLM(k=k, noise=noise).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(1))
     order = seen["positions"][11:]
     assert len(order) > 2
     hidden = model(collate([seen]))[0, 11:]
@@ -142,8 +142,8 @@ def test_one_row_is_two_streams(noise: str, k: int) -> None:
 def test_both_streams_and_memory_are_transformers(memory: int, kinds: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
     transformers.logging.set_verbosity_error()
-    shape = replace(XLNET, memory=memory)
-    model = built(shape)
+    config = replace(XLNET, memory_length=memory)
+    model = built(config)
     save_model(model, None, tmp_path)
     theirs = transformers.XLNetLMHeadModel.from_pretrained(tmp_path).eval()
     n, rng = 12, np.random.default_rng(3)
@@ -153,7 +153,7 @@ def test_both_streams_and_memory_are_transformers(memory: int, kinds: bool, tmp_
             example["segments"] = (np.arange(n) > 4 + number).astype(np.int64)
         if memory:
             example["memory_tokens"] = text(memory, 10 + number)
-    shown = [PLM(k=3).view(e, VOCAB, rng) for e in examples]
+    shown = [PLM(k=3).build_example(e, VOCAB, rng) for e in examples]
     k = len(shown[0]["positions"]) - n
     batch = collate(shown)
     when = torch.as_tensor(np.stack([s["looks"][:n] for s in shown]))
@@ -171,7 +171,7 @@ def test_both_streams_and_memory_are_transformers(memory: int, kinds: bool, tmp_
     if memory:
         given["mems"] = theirs(batch["memory_tokens"], use_mems=True).mems
     want = theirs(**given, output_hidden_states=True)
-    hidden, head = model(batch), model.parts["lm"]
+    hidden, head = model(batch), model.heads["lm"]
     assert want.logits.std() > 0.05 and k > 2
     torch.testing.assert_close(head(hidden[:, n:]), want.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(hidden[:, :n], want.hidden_states[-2], rtol=0, atol=1e-4)  # the content stream
@@ -188,10 +188,10 @@ def test_masked_lm_of_mpnet_is_transformers(tmp_path: Path) -> None:
     model = built(MPNET)
     save_model(model, None, tmp_path)
     theirs = transformers.MPNetForMaskedLM.from_pretrained(tmp_path).eval()
-    shown = MLM(rate=0.4).view({"tokens": text(30)}, VOCAB, np.random.default_rng(0))
+    shown = MLM(mlm_probability=0.4).build_example({"tokens": text(30)}, VOCAB, np.random.default_rng(0))
     batch = collate([shown])
     want = theirs(batch["tokens"], labels=batch["labels"])
-    torch.testing.assert_close(model.parts["lm"](model(batch)), want.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.heads["lm"](model(batch)), want.logits, rtol=0, atol=1e-4)
     ours = loss(model, MLM(), batch) / int((batch["labels"] != IGNORE).sum())
     assert ours == pytest.approx(float(want.loss), abs=1e-5)
 
@@ -204,10 +204,10 @@ def test_masked_lm_of_mpnet_is_transformers(tmp_path: Path) -> None:
 def test_the_order_of_the_text_is_causal_language_modelling(position: str) -> None:
     """With K = 1 and the text's own order, the streams are those of CausalLM, and so is the loss once a query is shown the
     token before it in the place of [MASK] and of its own position: P1 asks that token, and nothing else is different."""
-    model = built(replace(XLNET, position=position, segments=0, query=False))
+    model = built(replace(XLNET, position=position, type_vocab_size=0, mask_embedding=False))
     tokens = np.concatenate(([VOCAB.bos], text(12)))
-    causal = CausalLM().view({"tokens": tokens}, VOCAB, np.random.default_rng(0))
-    seen = PLM(k=1, order="identity").view({"tokens": tokens}, VOCAB, np.random.default_rng(0))
+    causal = CausalLM().build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
+    seen = PLM(k=1, order="identity").build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
     n = len(tokens)
     assert seen["labels"][n:].tolist() == causal["labels"].tolist()
     assert seen["looks"][:n].tolist() == list(range(n))
@@ -220,12 +220,12 @@ def test_the_order_of_the_text_is_causal_language_modelling(position: str) -> No
     assert abs(plain - loss(model, CausalLM(), one)) > 1e-2
 
 
-@pytest.mark.parametrize("shape", [XLNET, replace(XLNET, position="rotary", query=False, segments=0)])
+@pytest.mark.parametrize("shape", [XLNET, replace(XLNET, position="rotary", mask_embedding=False, type_vocab_size=0)])
 @torch.no_grad()
-def test_the_loss_is_the_chain_rule(shape: ModelConfig) -> None:
+def test_the_loss_is_the_chain_rule(config: ModelConfig) -> None:
     """log p of an order is the sum of one prediction after the other, each read in a row of its own."""
-    model, tokens = built(shape), text(9)
-    seen = PLM(k=2).view({"tokens": tokens}, VOCAB, np.random.default_rng(4))
+    model, tokens = built(config), text(9)
+    seen = PLM(k=2).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(4))
     order = seen["positions"][9:]
     total = 0.0
     for turn, place in enumerate(order):
@@ -241,11 +241,11 @@ def test_the_loss_is_the_chain_rule(shape: ModelConfig) -> None:
     assert loss(model, PLM(), collate([seen])) == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [MPNET, replace(XLNET, query=False)])
+@pytest.mark.parametrize("shape", [MPNET, replace(XLNET, mask_embedding=False)])
 @torch.no_grad()
-def test_mpnet_is_mlm_where_nothing_is_revealed(shape: ModelConfig) -> None:
-    model, tokens = built(shape), text(20)
-    seen = MPNet(rate=0.4, **OPEN).view({"tokens": tokens}, VOCAB, np.random.default_rng(2))
+def test_mpnet_is_mlm_where_nothing_is_revealed(config: ModelConfig) -> None:
+    model, tokens = built(config), text(20)
+    seen = MPNet(mlm_probability=0.4, **OPEN).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(2))
     order = seen["positions"][-8:]
     assert len(set(order)) == 8
     hidden = np.isin(np.arange(20), order)
@@ -260,9 +260,9 @@ def test_mpnet_is_mlm_where_nothing_is_revealed(shape: ModelConfig) -> None:
 
 @pytest.mark.parametrize("shape", [MPNET, XLNET])
 @torch.no_grad()
-def test_mpnet_is_plm_without_its_stand_ins(shape: ModelConfig) -> None:
-    model, tokens = built(shape), text(20)
-    seen = MPNet(rate=0.3, **OPEN).view({"tokens": tokens}, VOCAB, np.random.default_rng(2))
+def test_mpnet_is_plm_without_its_stand_ins(config: ModelConfig) -> None:
+    model, tokens = built(config), text(20)
+    seen = MPNet(mlm_probability=0.3, **OPEN).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(2))
     order = seen["positions"][-6:].astype(int)
     permuted = layout.permuted({"tokens": tokens}, order, np.full(6, VOCAB.mask))
     blind = collate([seen | {"appears": np.where(seen["leaves"] < NEVER, NEVER, seen["appears"])}])
@@ -272,7 +272,7 @@ def test_mpnet_is_plm_without_its_stand_ins(shape: ModelConfig) -> None:
 
 
 def test_mpnet_sees_every_place_once() -> None:
-    seen = MPNet(rate=0.3).view({"tokens": text(20)}, VOCAB, np.random.default_rng(5))
+    seen = MPNet(mlm_probability=0.3).build_example({"tokens": text(20)}, VOCAB, np.random.default_rng(5))
     fields = {name: torch.as_tensor(seen[name])[None] for name in ("looks", "appears", "leaves", "positions")}
     visible = mask_from_times(fields["looks"], fields["appears"], None, None, fields["leaves"])[0]
     for row in visible:
@@ -282,14 +282,16 @@ def test_mpnet_sees_every_place_once() -> None:
 def test_a_third_of_a_text_is_asked_of_k_3_and_control_tokens_never() -> None:
     tokens = VOCAB.frame(text(60))
     for noise in ("count", "contexts"):
-        asked = [PLM(k=3, noise=noise).view({"tokens": tokens}, VOCAB, np.random.default_rng(s)) for s in range(300)]
+        asked = [
+            PLM(k=3, noise=noise).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(s)) for s in range(300)
+        ]
         shares = [(s["labels"] != IGNORE).sum() / 60 for s in asked]
         assert np.mean(shares) == pytest.approx(1 / 3, abs=0.02)
         assert all(not np.isin(s["positions"][62:], (0, 61)).any() for s in asked)
     with pytest.raises(UserError, match="k=0"):
         PLM(k=0)
     with pytest.raises(UserError, match=r"rate=1\.5"):
-        MPNet(rate=1.5)
+        MPNet(mlm_probability=1.5)
 
 
 # ------------------------------------------------------------------------------------- what an objective owes
@@ -297,19 +299,22 @@ def test_a_third_of_a_text_is_asked_of_k_3_and_control_tokens_never() -> None:
 
 CASES: dict[str, tuple[Objective, ModelConfig]] = {
     "plm": (PLM(k=3), XLNET),
-    "plm, rotary": (PLM(k=3, noise="contexts"), replace(XLNET, position="rotary", query=False, segments=0)),
-    "mpnet": (MPNet(rate=0.3, **OPEN), MPNET),
-    "mpnet, xlnet": (MPNet(rate=0.3, **OPEN), XLNET),
+    "plm, rotary": (
+        PLM(k=3, noise="contexts"),
+        replace(XLNET, position="rotary", mask_embedding=False, type_vocab_size=0),
+    ),
+    "mpnet": (MPNet(mlm_probability=0.3, **OPEN), MPNET),
+    "mpnet, xlnet": (MPNet(mlm_probability=0.3, **OPEN), XLNET),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_no_token_reaches_its_own_query_or_an_earlier_one(name: str) -> None:
-    objective, shape = CASES[name]
-    model = built(shape)
+    objective, config = CASES[name]
+    model = built(config)
     tokens = text(20)
-    seen = objective.view({"tokens": tokens}, VOCAB, np.random.default_rng(0))
+    seen = objective.build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
     k = int((seen["labels"] != IGNORE).sum())
     assert k > 3
     order = seen["positions"][-k:].astype(int)
@@ -318,7 +323,7 @@ def test_no_token_reaches_its_own_query_or_an_earlier_one(name: str) -> None:
     for turn, place in enumerate(order):
         changed = tokens.copy()
         changed[place] = 5 + (changed[place] - 5 + 8) % 56  # a word begins where one began
-        other = objective.view({"tokens": changed}, VOCAB, np.random.default_rng(0))
+        other = objective.build_example({"tokens": changed}, VOCAB, np.random.default_rng(0))
         assert np.array_equal(other["positions"], seen["positions"])
         after = model(collate([other]))[0]
         queries = len(before) - k
@@ -332,7 +337,7 @@ def test_no_token_reaches_its_own_query_or_an_earlier_one(name: str) -> None:
 @pytest.mark.parametrize("objective", [PLM(), MPNet()])
 def test_a_cloze_hides_one_token_and_shows_the_rest(objective: Objective) -> None:
     tokens = text(9)
-    shown = objective.cloze(tokens, 4, VOCAB)
+    shown = objective.hide(tokens, 4, VOCAB)
     assert shown is not None
     assert shown["labels"][shown["labels"] != IGNORE].tolist() == [tokens[4]]
     visible = (shown["appears"] == 0) & (shown["tokens"] > 4)
@@ -341,10 +346,10 @@ def test_a_cloze_hides_one_token_and_shows_the_rest(objective: Objective) -> Non
 
 @pytest.mark.parametrize("name", CASES)
 def test_packed_padded_and_split_batches_have_one_gradient(name: str) -> None:
-    objective, shape = CASES[name]
+    objective, config = CASES[name]
     rng = np.random.default_rng(0)
-    shown = [objective.view({"tokens": text(int(rng.integers(8, 20)), s)}, VOCAB, rng) for s in range(6)]
-    model = built(shape)
+    shown = [objective.build_example({"tokens": text(int(rng.integers(8, 20)), s)}, VOCAB, rng) for s in range(6)]
+    model = built(config)
     found, gradient = [], []
     for batches in ([collate(shown)], [pack(shown, 64)], [collate(shown[:2]), pack(shown[2:], 90)]):
         model.zero_grad()
@@ -357,10 +362,12 @@ def test_packed_padded_and_split_batches_have_one_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ten_steps_lower_the_loss(name: str) -> None:
-    objective, shape = CASES[name]
+    objective, config = CASES[name]
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
-    batch = collate([objective.view({"tokens": text(20, s)}, VOCAB, np.random.default_rng(s)) for s in range(4)])
+    model = LM(config, objective.heads(config))
+    batch = collate(
+        [objective.build_example({"tokens": text(20, s)}, VOCAB, np.random.default_rng(s)) for s in range(4)]
+    )
     adam, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
     for _ in range(10):
         adam.zero_grad()
@@ -375,8 +382,8 @@ def test_ten_steps_lower_the_loss(name: str) -> None:
 def test_the_bias_is_gathered_by_distance() -> None:
     """Against scores with a vector for each pair, values and gradients, with queries out of order and positions anew."""
     torch.manual_seed(0)
-    shape = replace(XLNET, width=16, heads=2, kv_heads=2)
-    one = RelativeDistance(shape, Linear).double()
+    config = replace(XLNET, hidden_size=16, num_heads=2, num_kv_heads=2)
+    one = RelativeDistance(config, Linear).double()
     with torch.no_grad():
         for p in one.parameters():
             p.copy_(torch.randn_like(p))
@@ -405,27 +412,27 @@ def test_a_cached_text_is_read_as_a_whole_one() -> None:
     tokens = torch.as_tensor(text(9))[None]
     when = torch.arange(9)[None]
     whole = model({"tokens": tokens, "looks": when, "appears": when})
-    cache = model.cache(1, 9)
+    cache = model.make_cache(1, 9)
     parts = [model({"tokens": tokens[:, :5], "looks": when[:, :5], "appears": when[:, :5]}, cache)]
     parts.append(model({"tokens": tokens[:, 5:6], "looks": when[:, 5:6], "appears": when[:, 5:6]}, cache))
-    cache.write_on()
+    cache.start_decoding()
     parts += [model({"tokens": tokens[:, i : i + 1]}, cache) for i in range(6, 9)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 
 def test_shapes_that_mean_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"shape\.memory=4 needs positions that reach back"):
-        replace(XLNET, position="rotary", segments=0, memory=4)
+        replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
     with pytest.raises(UserError, match="position xlnet needs"):
-        replace(XLNET, encoder=2)
-    for shape in (
+        replace(XLNET, num_encoder_layers=2)
+    for config in (
         XLNET,
         MPNET,
-        replace(XLNET, segments=0, bias=False, tied=False),
-        replace(MPNET, encoder=0, query=True),
+        replace(XLNET, type_vocab_size=0, bias=False, tie_embeddings=False),
+        replace(MPNET, num_encoder_layers=0, mask_embedding=True),
     ):
-        model = LM(shape, PLM().parts(shape))
-        assert sum(p.numel() for p in model.parameters()) == shape.parameters()
+        model = LM(config, PLM().heads(config))
+        assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
 
 
 # ------------------------------------------------------------------------------------- memory
@@ -449,12 +456,12 @@ def test_windows_give_what_stands_before_them(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_memory_is_read_by_its_own_document_and_padding_changes_nothing() -> None:
-    model = built(replace(XLNET, memory=6))
+    model = built(replace(XLNET, memory_length=6))
     objective = PLM(k=2)
     first: Example = {"tokens": text(10), "memory_tokens": text(6, 7), "document": np.repeat([0, 1], [6, 4])}
     second: Example = {"tokens": text(8, 1), "memory_tokens": text(2, 8)}
     third: Example = {"tokens": text(10, 2), "memory_tokens": text(0, 8)}
-    shown = [objective.view(e, VOCAB, np.random.default_rng(0)) for e in (first, second, third)]
+    shown = [objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in (first, second, third)]
     batch = collate(shown)
     assert batch["memory_tokens"].shape == (3, 6)
     alone = [loss(model, objective, collate([s])) for s in shown]
@@ -471,18 +478,18 @@ def test_memory_is_read_by_its_own_document_and_padding_changes_nothing() -> Non
 
 
 def test_memory_gets_no_gradient_but_is_read_by_keys_that_do() -> None:
-    model = built(replace(XLNET, memory=6)).train()
+    model = built(replace(XLNET, memory_length=6)).train()
     example: Example = {"tokens": text(10), "memory_tokens": np.full(6, 60)}
     example["tokens"][example["tokens"] == 60] = 59
-    shown = PLM(k=2).view(example, VOCAB, np.random.default_rng(0))
+    shown = PLM(k=2).build_example(example, VOCAB, np.random.default_rng(0))
     batch = collate([shown])
     hidden = model(batch)
     [table] = torch.autograd.grad(hidden.square().sum(), [model.tokens.weight])
     assert table[60].abs().max() == 0 and table[59].abs().max() >= 0
-    [there] = torch.autograd.grad(model(batch).square().sum(), [model.trunk.layers()[0].attention.k.weight])
+    [there] = torch.autograd.grad(model(batch).square().sum(), [model.stack.layers()[0].attention.k.weight])
     [gone] = torch.autograd.grad(
         model({n: f for n, f in batch.items() if n != "memory_tokens"}).square().sum(),
-        [model.trunk.layers()[0].attention.k.weight],
+        [model.stack.layers()[0].attention.k.weight],
     )
     assert (there - gone).abs().max() > 1e-3
 
@@ -491,20 +498,23 @@ def test_memory_gets_no_gradient_but_is_read_by_keys_that_do() -> None:
 @pytest.mark.parametrize("at", ["pre", "post"])
 def test_a_causal_memory_is_the_text_before(at: str) -> None:
     """One block deep, what a memory gives is what the same tokens give in the row itself."""
-    model = built(replace(XLNET, causal=True, depth=1, norm_at=at))
+    model = built(replace(XLNET, causal=True, num_layers=1, norm_placement=at))
     tokens = text(16)
-    whole = CausalLM().view({"tokens": tokens}, VOCAB, np.random.default_rng(0))
-    cut = CausalLM().view({"tokens": tokens[6:], "memory_tokens": tokens[:6]}, VOCAB, np.random.default_rng(0))
+    whole = CausalLM().build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
+    cut = CausalLM().build_example({"tokens": tokens[6:], "memory_tokens": tokens[:6]}, VOCAB, np.random.default_rng(0))
     torch.testing.assert_close(model(collate([cut])), model(collate([whole]))[:, 6:], rtol=0, atol=1e-5)
 
 
 def test_a_step_with_memory_is_a_pure_function_of_its_number(tmp_path: Path) -> None:
     source = Windows(store(tmp_path), 24, memory=16)
-    ways = [Batches(source, PLM(), tokenizer().vocab, rows=4, seed=0, accumulate=n) for n in (1, 1, 2)]
+    ways = [
+        Batches(source, PLM(), tokenizer().vocab, batch_size=4, seed=0, gradient_accumulation_steps=n)
+        for n in (1, 1, 2)
+    ]
     ways[0].batches(0)
     late = [way.batches(5) for way in ways]
     assert all(torch.equal(a, b) for a, b in zip(late[0][0].values(), late[1][0].values(), strict=True))
-    model = built(ModelConfig(**BODY | {"vocab": tokenizer().vocab.size}, position="xlnet", memory=16))
+    model = built(ModelConfig(**BODY | {"vocab": tokenizer().vocab.size}, position="xlnet", memory_length=16))
     found = []
     for batches in (late[0], late[2]):
         model.zero_grad()
@@ -529,7 +539,7 @@ def test_a_memory_that_nobody_can_give_is_refused() -> None:
         UserError, match="objective plm reads a text in an order of its own, which a causal decoder cannot"
     ):
         load("xlnet", ["shape.causal=true"])
-    shown = PLM().view({"tokens": text(9), "memory_tokens": text(4)}, VOCAB, np.random.default_rng(0))
+    shown = PLM().build_example({"tokens": text(9), "memory_tokens": text(4)}, VOCAB, np.random.default_rng(0))
     with pytest.raises(UserError, match="cannot be packed"):
         pack([shown], 64)
     with pytest.raises(UserError, match="position 'mpnet' has no place for them"):
@@ -539,11 +549,11 @@ def test_a_memory_that_nobody_can_give_is_refused() -> None:
 # ------------------------------------------------------------------------------------- what it costs, what it counts
 
 
-@pytest.mark.parametrize("objective", [PLM(k=3), MPNet(rate=0.3)])
+@pytest.mark.parametrize("objective", [PLM(k=3), MPNet(mlm_probability=0.3)])
 def test_flops_count_queries_stand_ins_and_memory(objective: Objective) -> None:
     rng = np.random.default_rng(0)
     examples = [{"tokens": text(n, n), "memory_tokens": text(m, m)} for n, m in ((12, 5), (9, 0), (7, 3))]
-    shown = [objective.view(e, VOCAB, rng) for e in examples]
+    shown = [objective.build_example(e, VOCAB, rng) for e in examples]
     batch = collate(shown)
     counted = work(batch)
     assert counted.positions == sum(len(s["tokens"]) for s in shown)
@@ -559,8 +569,8 @@ def test_flops_count_queries_stand_ins_and_memory(objective: Objective) -> None:
 
 def test_flops_of_memory_are_those_that_torch_counts() -> None:
     """A memory's share, all being seen: the scores of distances are left aside, which torch counts for all distances."""
-    shape = replace(XLNET, memory=6)
-    model = built(shape)
+    config = replace(XLNET, memory_length=6)
+    model = built(config)
     example: Example = {"tokens": torch.as_tensor(text(10))[None], "memory_tokens": torch.as_tensor(text(6))[None]}
     total = []
     for fields in (example, {"tokens": example["tokens"]}):
@@ -589,8 +599,8 @@ def test_published_sizes_are_those_of_transformers(name: str, kind: str, setting
     cls = getattr(transformers, kind)
     with torch.device("meta"):
         theirs = sum(p.numel() for p in cls(cls.config_class(**settings)).parameters())
-        ours = sum(p.numel() for p in LM(PRESETS[name], PLM().parts(PRESETS[name])).parameters())
-    assert ours == PRESETS[name].parameters() == theirs - 2 * 768 * (name == "mpnet-base")
+        ours = sum(p.numel() for p in LM(PRESETS[name], PLM().heads(PRESETS[name])).parameters())
+    assert ours == PRESETS[name].num_parameters() == theirs - 2 * 768 * (name == "mpnet-base")
 
 
 # ------------------------------------------------------------------------------------- asking a trained one
@@ -600,7 +610,7 @@ def test_published_sizes_are_those_of_transformers(name: str, kind: str, setting
 def test_a_gap_is_a_query_that_nobody_sees() -> None:
     """`fill` and a pseudo-likelihood ask an XLNet as PLM does: a query at the gap, and no [MASK] that others see."""
     coder = tokenizer()
-    model = built(ModelConfig(**BODY | {"vocab": coder.vocab.size}, position="xlnet", query=True))
+    model = built(ModelConfig(**BODY | {"vocab": coder.vocab.size}, position="xlnet", mask_embedding=True))
     mask = coder.token(coder.vocab.mask)
     [found] = fill(model, coder, f"What is a {mask} in Python?", k=3)
     words = coder.vocab.frame(
@@ -609,9 +619,9 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
     at = int(np.flatnonzero(words == coder.vocab.mask)[0])
     words[at] = found[0].token
     seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([coder.vocab.mask]))])
-    share = model.parts["lm"](model(seen)[0, -1]).softmax(-1)
+    share = model.heads["lm"](model(seen)[0, -1]).softmax(-1)
     assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
-    assert reads_of(model.shape) == "masked" and reads_of(replace(model.shape, causal=True)) == "causal"
+    assert reads_of(model.config) == "masked" and reads_of(replace(model.config, causal=True)) == "causal"
     document = TokenizedDocument(words[1:-1], np.ones(len(words) - 2, int))
     asked = list(one_at_a_time(document, 40, coder.vocab, query=True))[at - 1]
     assert loss(model, PLM(), collate([asked])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)
@@ -621,24 +631,28 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
 def test_a_decoder_with_relative_positions_writes_what_it_would_read() -> None:
     """The engine's cache serves position="xlnet" as any other: rows of other lengths beside it, and options of one prompt."""
     coder = tokenizer()
-    shape = ModelConfig(**BODY | {"vocab": coder.vocab.size, "causal": True}, position="xlnet", query=True, memory=8)
-    model = built(shape)
+    config = ModelConfig(
+        **BODY | {"vocab": coder.vocab.size, "causal": True}, position="xlnet", mask_embedding=True, memory_length=8
+    )
+    model = built(config)
     prompts = [coder.encode("What is a module?"), coder.encode("In Python")]
-    written = Engine(model, coder, stops=()).generate(prompts, Sampling(max_new=6, temperature=0))
+    written = Engine(model, coder, stops=()).generate(prompts, Sampling(max_new_tokens=6, temperature=0))
     for prompt, answer in zip(prompts, written, strict=True):
         row = np.asarray(prompt)
         for token in answer.tokens:
             when = torch.arange(len(row))[None]
             hidden = model({"tokens": torch.as_tensor(row)[None].long(), "looks": when, "appears": when})
-            assert int(model.parts["lm"](hidden[0, -1]).argmax()) == token
+            assert int(model.heads["lm"](hidden[0, -1]).argmax()) == token
             row = np.append(row, token)
     engine, options = Engine(model, coder), [coder.encode(" of"), coder.encode(" that is")]
     assert engine.options(prompts[0], options) == pytest.approx(engine.score([prompts[0]] * 2, options), rel=1e-4)
 
 
 def test_half_precision_has_the_gradient_of_full() -> None:
-    model = built(replace(XLNET, memory=6)).train()
-    batch = collate([PLM(k=2).view({"tokens": text(20), "memory_tokens": text(6, 1)}, VOCAB, np.random.default_rng(0))])
+    model = built(replace(XLNET, memory_length=6)).train()
+    batch = collate(
+        [PLM(k=2).build_example({"tokens": text(20), "memory_tokens": text(6, 1)}, VOCAB, np.random.default_rng(0))]
+    )
     grads = []
     for enabled in (False, True):
         model.zero_grad()
@@ -663,7 +677,7 @@ def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     small = ["shape.width=32", "shape.heads=2", "shape.depth=2", "shape.head_width=0", "shape.hidden=48", "shape.kv_heads=0",
              "tokenizer.size=400", "length.steps=2", "batch.rows=4", "checks.every=0"]  # fmt: skip
     first = run(load("xlnet", [*small, f"source.path={plays}"]), tmp_path / "first", echo=lambda _: None)
-    assert load_model(first.model).shape.memory == 128
+    assert load_model(first.model).config.memory_length == 128
     told = [f"start={tmp_path / 'first'}", f"source.path={tmp_path / 'rows.jsonl'}", "length.steps=2", "batch.pack=64"]
     second = run(load("classify", told), tmp_path / "second", echo=lambda _: None)
-    assert load_model(second.model).shape.memory == 0
+    assert load_model(second.model).config.memory_length == 0

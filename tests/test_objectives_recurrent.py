@@ -56,38 +56,40 @@ def sentence(rng: np.random.Generator) -> Example:
 
 ELMO = bilm(60, 24, 2, characters=8, filters=64)
 CASES = {
-    "skip-gram": (Word2Vec(noise=7), words, word_vector_config(60, 16)),
-    "cbow": (Word2Vec(algorithm="cbow", noise=7), words, word_vector_config(60, 16)),
+    "skip-gram": (Word2Vec(noise_words=7), words, word_vector_config(60, 16)),
+    "cbow": (Word2Vec(algorithm="cbow", noise_words=7), words, word_vector_config(60, 16)),
     "bilm": (BiLM(), sentence, ELMO),
     "bilm, tied": (
         BiLM(),
         sentence,
-        ModelConfig(60, 24, 1, 1, causal=False, norm_at="post", position="none", recurrent="gru", apart=True),
+        ModelConfig(
+            60, 24, 1, 1, causal=False, norm_placement="post", position="none", rnn_type="gru", separate_directions=True
+        ),
     ),
-    "tagging": (TokenClassification(classes=("a", "b", "c", "d")), tagged, recurrent_config(60, 16, 2, "gru")),
-    "mixed + tagging": (LayerMixture() + TokenClassification(classes=("a", "b", "c", "d")), tagged, ELMO),
+    "tagging": (TokenClassification(class_names=("a", "b", "c", "d")), tagged, recurrent_config(60, 16, 2, "gru")),
+    "mixed + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c", "d")), tagged, ELMO),
     "mixed, learning": (
-        LayerMixture(frozen=False) + TokenClassification(classes=("a", "b", "c", "d")),
+        LayerMixture(frozen=False) + TokenClassification(class_names=("a", "b", "c", "d")),
         tagged,
-        ModelConfig(60, 16, 2, 2, causal=False, context=64),
+        ModelConfig(60, 16, 2, 2, causal=False, max_positions=64),
     ),
 }
 
 
 def made(name: str) -> tuple[Objective, LM, list[Example]]:
-    objective, source, shape = CASES[name]
+    objective, source, config = CASES[name]
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape))
-    model.spell([f"{i} piece" for i in range(60)])
-    if "context" in model.parts:  # zeros, at first, hide mistakes
-        torch.nn.init.normal_(model.parts["context"].weight, std=0.5)
+    model = LM(config, objective.heads(config))
+    model.set_token_characters([f"{i} piece" for i in range(60)])
+    if "context" in model.heads:  # zeros, at first, hide mistakes
+        torch.nn.init.normal_(model.heads["context"].weight, std=0.5)
         torch.nn.init.normal_(model.tokens.weight, std=0.5)
     rng = np.random.default_rng(0)
-    return objective, model, [objective.view(source(rng), VOCAB, rng) for _ in range(6)]
+    return objective, model, [objective.build_example(source(rng), VOCAB, rng) for _ in range(6)]
 
 
 def asked(objective: Objective) -> set[str]:
-    return {*objective.targets.values(), *objective.measures.values()}
+    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,7 +98,7 @@ def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
     for seed in range(30):
         example = source(np.random.default_rng(seed))
         before = {k: np.copy(v) for k, v in example.items()}
-        shown, again = (objective.view(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
+        shown, again = (objective.build_example(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
         assert shown.keys() == again.keys() >= asked(objective)
         assert all(np.array_equal(shown[k], again[k]) for k in shown)
         assert all(np.array_equal(example[k], before[k]) for k in before)
@@ -130,19 +132,19 @@ def test_split_padded_and_packed_batches_have_one_loss_and_gradient(name: str) -
 def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
     objective, model, shown = made(name)
     batch = collate(shown, asked(objective))
-    mover = Mover(OptimizerConfig(name="adamw", rate=1e-2, weight_decay=0.0), model)
+    mover = Mover(OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0), model)
     first = step(model, objective, [batch])
     for _ in range(10):
         mover.move(1.0)
         last = step(model, objective, [batch])
-    assert all(last[term] < first[term] for term in objective.targets)
+    assert all(last[term] < first[term] for term in objective.labels)
 
 
 @pytest.mark.parametrize("algorithm", ["skipgram", "cbow"])
 def test_word2vec_is_its_definition_written_out(algorithm: str) -> None:
     """Pair by pair, and for the noise: k times the mean over the row's noise words, for each pair."""
     objective, model, shown = made("skip-gram" if algorithm == "skipgram" else "cbow")
-    x, c = model.tokens.weight, model.parts["context"].weight
+    x, c = model.tokens.weight, model.heads["context"].weight
     wanted = torch.zeros(())
     for row in shown:
         n, tokens = len(row["tokens"]), row["tokens"]
@@ -155,7 +157,7 @@ def test_word2vec_is_its_definition_written_out(algorithm: str) -> None:
                 mean = torch.stack([F.logsigmoid(-(a @ c[w])) for w in row["noise"]]).mean()
                 wanted = wanted - F.logsigmoid(a @ b) - objective.negatives * mean
     batch = collate(shown, {"words"})
-    got = objective.loss(model, objective.run(model, batch), batch)["words"]
+    got = objective.loss(model, objective.forward(model, batch), batch)["words"]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
     both = [torch.autograd.grad(loss, (x, c)) for loss in (wanted, got)]
     for a, b in zip(*both, strict=True):
@@ -167,7 +169,7 @@ def test_windows_are_drawn_alike_and_stay_in_their_document() -> None:
     reach = np.zeros(6, int)
     for _ in range(200):
         example = words(rng) | {"kept": np.ones(60)}
-        shown = Word2Vec().view(example, VOCAB, rng)
+        shown = Word2Vec().build_example(example, VOCAB, rng)
         document = example["document"]
         for i, (left, right) in enumerate(zip(shown["left"], shown["right"], strict=True)):
             assert (document[i - left : i + right + 1] == document[i]).all()
@@ -191,7 +193,7 @@ def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
     rng = np.random.default_rng(0)
     seen, drawn = np.zeros(60), np.zeros(60)
     for _ in range(50):
-        shown = Word2Vec(noise=400).view(source[0], VOCAB, rng)
+        shown = Word2Vec(noise_words=400).build_example(source[0], VOCAB, rng)
         seen += np.bincount(shown["tokens"], minlength=60)
         drawn += np.bincount(shown["noise"], minlength=60)
     share = COUNTS / COUNTS.sum()
@@ -218,9 +220,9 @@ def test_related_words_come_nearer_than_others() -> None:
     for algorithm in ("skipgram", "cbow"):
         objective = Word2Vec(algorithm=algorithm)
         torch.manual_seed(0)
-        model = LM(word_vector_config(60, 16), objective.parts(word_vector_config(60, 16)))
-        mover = Mover(OptimizerConfig(name="adamw", rate=5e-2, weight_decay=0.0), model)
-        batches = Batches(Halves(), objective, VOCAB, rows=16, seed=0)
+        model = LM(word_vector_config(60, 16), objective.heads(word_vector_config(60, 16)))
+        mover = Mover(OptimizerConfig(name="adamw", lr=5e-2, weight_decay=0.0), model)
+        batches = Batches(Halves(), objective, VOCAB, batch_size=16, seed=0)
         for i in range(100):
             step(model, objective, batches.batches(i))
             mover.move(1.0)
@@ -235,13 +237,14 @@ def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
     rng = np.random.default_rng(3)
     tokens = rng.integers(2, 60, 12)
     example = {"tokens": tokens, "document": np.repeat([0, 1], (5, 7))}
-    shown = objective.view(example, VOCAB, rng)
+    shown = objective.build_example(example, VOCAB, rng)
     states = model(collate([shown], asked(objective)))[0]
     for i in range(12):
         other = tokens.copy()
         other[i] = 2 + (other[i] - 2 + 5) % 58
         moved = (
-            model(collate([objective.view(example | {"tokens": other}, VOCAB, rng)], asked(objective)))[0] - states
+            model(collate([objective.build_example(example | {"tokens": other}, VOCAB, rng)], asked(objective)))[0]
+            - states
         ) != 0
         ahead, back = (side.any(-1) for side in moved.chunk(2, -1))
         where, inside = np.arange(12), example["document"] == example["document"][i]
@@ -252,36 +255,36 @@ def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
 
 
 def test_frozen_features_stay_and_do_not_drop() -> None:
-    shape = dataclasses.replace(ELMO, dropout=0.5)
-    objective = LayerMixture() + TokenClassification(classes=("a", "b", "c", "d"))
+    config = dataclasses.replace(ELMO, dropout=0.5)
+    objective = LayerMixture() + TokenClassification(class_names=("a", "b", "c", "d"))
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape)).train()
+    model = LM(config, objective.heads(config)).train()
     rng = np.random.default_rng(0)
-    batch = collate([objective.view(tagged(rng), VOCAB, rng) for _ in range(4)], {"tags"})
+    batch = collate([objective.build_example(tagged(rng), VOCAB, rng) for _ in range(4)], {"tags"})
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    assert torch.equal(objective.run(model, batch)["hidden"], objective.run(model, batch)["hidden"])
+    assert torch.equal(objective.forward(model, batch)["hidden"], objective.forward(model, batch)["hidden"])
     assert model.training
     for name in ("adamw", "muon"):
-        mover = Mover(OptimizerConfig(name=name, rate=1e-2), model)
+        mover = Mover(OptimizerConfig(name=name, lr=1e-2), model)
         for _ in range(2):
             step(model, objective, [batch])
             mover.move(1.0)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if not n.startswith("parts.")}
-    assert objective.run_flops(model, batch) * 3 == pytest.approx(TokenClassification().run_flops(model, batch))
+    assert objective.forward_flops(model, batch) * 3 == pytest.approx(TokenClassification().forward_flops(model, batch))
 
 
 def test_the_mixture_is_that_of_the_paper() -> None:
     objective, model, shown = made("mixed + tagging")
     model.eval()
     with torch.no_grad():
-        model.parts["mixture"].weights.copy_(torch.tensor([0.5, -1.0, 2.0]))
-        model.parts["mixture"].scale.fill_(1.5)
+        model.heads["mixture"].weights.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        model.heads["mixture"].scale.fill_(1.5)
     batch = collate(shown, {"tags"})
-    layers = model.layers(batch)  # (3, B, T, width)
+    layers = model.all_hidden_states(batch)  # (3, B, T, width)
     s = torch.tensor([0.5, -1.0, 2.0]).softmax(0)
     wanted = 1.5 * (s[0] * layers[0] + s[1] * layers[1] + s[2] * layers[2])
-    torch.testing.assert_close(objective.run(model, batch)["hidden"], wanted)
+    torch.testing.assert_close(objective.forward(model, batch)["hidden"], wanted)
     e = model.tokens(batch["tokens"])
     real = batch["appears"] != NEVER
     torch.testing.assert_close(layers[0][real], torch.cat((e, e), -1)[real])
@@ -297,4 +300,4 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     from firth.objectives.masked_lm import MLM
 
     with pytest.raises(UserError, match=r"shape\.tied=false"):
-        LM(apart, MLM().parts(apart))
+        LM(apart, MLM().heads(apart))

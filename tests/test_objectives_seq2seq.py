@@ -33,43 +33,45 @@ from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
-ROW = ModelConfig(vocab=100, width=32, depth=2, heads=2, hidden=48, context=128, causal=False)
-SIDES = replace(ROW, causal=True, encoder=2)
+ROW = ModelConfig(
+    vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, max_positions=128, causal=False
+)
+SIDES = replace(ROW, causal=True, num_encoder_layers=2)
 
 
-def built(objective: Objective, shape: ModelConfig, seed: int = 0) -> LM:
+def built(objective: Objective, config: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    return LM(shape, objective.parts(shape))
+    return LM(config, objective.heads(config))
 
 
 def loss_of(objective: Objective, model: LM, examples: list[Example]) -> float:
     batch = collate(examples)
     with torch.no_grad():
-        total = objective.loss(model, objective.run(model, batch), batch)["tokens"]
+        total = objective.loss(model, objective.forward(model, batch), batch)["tokens"]
     return float(total) / int((batch["labels"] != IGNORE).sum())
 
 
 def test_prefix_one_is_causal_lm() -> None:
     rng = np.random.default_rng(0)
-    first, causal = PrefixLM(least=0, most=0), CausalLM()
+    first, causal = PrefixLM(min_prefix=0, max_prefix=0), CausalLM()
     model = built(first, ROW)
     texts = [bare(rng) for _ in range(6)]
-    ours, theirs = ([o.view(t, VOCAB, np.random.default_rng(1)) for t in texts] for o in (first, causal))
+    ours, theirs = ([o.build_example(t, VOCAB, np.random.default_rng(1)) for t in texts] for o in (first, causal))
     assert loss_of(first, model, ours) == pytest.approx(loss_of(causal, model, theirs), abs=1e-6)
 
 
 def test_every_cut_is_as_likely() -> None:
     rng = np.random.default_rng(0)
     text = {"tokens": some_text(rng, 11)}
-    asked = [int((PrefixLM().view(text, VOCAB, rng)["labels"] != IGNORE).sum()) for _ in range(4000)]
+    asked = [int((PrefixLM().build_example(text, VOCAB, rng)["labels"] != IGNORE).sum()) for _ in range(4000)]
     counts = np.bincount(asked, minlength=11)[1:]
     assert counts.sum() == 4000 and ((counts - 400) ** 2 / 400).sum() < 34  # 9 degrees of freedom, p = 1e-4
-    half = PrefixLM(least=0.5, most=0.5, layout="seq2seq")
+    half = PrefixLM(min_prefix=0.5, max_prefix=0.5, layout="seq2seq")
     for n in (2, 3, 10):
-        seen = half.view({"tokens": some_text(rng, n)}, VOCAB, rng)
+        seen = half.build_example({"tokens": some_text(rng, n)}, VOCAB, rng)
         assert len(seen["labels"]) == n // 2 and len(seen["source_tokens"]) == n - n // 2 + 1
     with pytest.raises(UserError, match="two tokens or more"):
-        half.view({"tokens": some_text(rng, 1)}, VOCAB, rng)
+        half.build_example({"tokens": some_text(rng, 1)}, VOCAB, rng)
 
 
 def hidden_states(model: LM, seen: Example) -> torch.Tensor:
@@ -102,12 +104,12 @@ def test_what_was_damaged_is_not_shown(name: Damage) -> None:
     for seed in range(20):
         tokens = np.random.default_rng(seed).permutation(np.arange(25, 100))[:40].astype(np.int32)
         objective = Denoising(noises=(name,))
-        seen = objective.view({"tokens": tokens}, VOCAB, np.random.default_rng(seed))
+        seen = objective.build_example({"tokens": tokens}, VOCAB, np.random.default_rng(seed))
         gone = np.flatnonzero(~np.isin(tokens, seen["source_tokens"]))
         assert len(gone)
         changed = tokens.copy()
         changed[gone] = 25 + (changed[gone] - 25 + 3) % 75
-        other = objective.view({"tokens": changed}, VOCAB, np.random.default_rng(seed))
+        other = objective.build_example({"tokens": changed}, VOCAB, np.random.default_rng(seed))
         assert np.array_equal(seen["source_tokens"], other["source_tokens"])
         assert not np.array_equal(seen["labels"], other["labels"])
 
@@ -166,16 +168,16 @@ CASED = (
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram", "wordpiece", "bpe"])
 def test_facts_are_names_and_dates(algorithm: str) -> None:
-    coder = train([CASED] * 30, algorithm, size=400, sentinels=0)
-    tokens = coder.encode(CASED)
-    runs = facts(tokens, coder.vocab)
-    found = [coder.decode(tokens[runs == i]).strip() for i in range(1, runs.max() + 1)]
+    tokenizer = train([CASED] * 30, algorithm, size=400, sentinels=0)
+    tokens = tokenizer.encode(CASED)
+    runs = facts(tokens, tokenizer.vocab)
+    found = [tokenizer.decode(tokens[runs == i]).strip() for i in range(1, runs.max() + 1)]
     assert found == ["Darwin", "Emma", "London", "12 February 1839", "London"]
 
 
 def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
-    coder = train([CASED] * 30, "unigram", size=400, sentinels=20)
-    vocab, tokens = coder.vocab, coder.encode(CASED)
+    tokenizer = train([CASED] * 30, "unigram", size=400, sentinels=20)
+    vocab, tokens = tokenizer.vocab, tokenizer.encode(CASED)
     runs = facts(tokens, vocab)
     rng = np.random.default_rng(0)
     for rate in (0.01, 0.3, 0.99):
@@ -184,11 +186,11 @@ def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
             whole = np.isin(runs, np.unique(runs[hidden]))
             assert hidden.any() and not (hidden & (runs == 0)).any() and np.array_equal(hidden, whole & (runs > 0))
     assert np.array_equal(hidden, runs > 0)
-    plain = coder.encode("they went home and then they met on")
+    plain = tokenizer.encode("they went home and then they met on")
     assert 0 < salient(plain, vocab, 0.3, rng).sum() < len(plain)
-    seen = SpanCorruption(noise="salient").view({"tokens": tokens}, vocab, rng)
+    seen = SpanCorruption(noise="salient").build_example({"tokens": tokens}, vocab, rng)
     assert set(seen["labels"]) - set(vocab.sentinels) - {vocab.eos} <= set(tokens[runs > 0])
-    framed = MLM(noise="salient").view({"tokens": vocab.frame(tokens)}, vocab, rng)
+    framed = MLM(noise="salient").build_example({"tokens": vocab.frame(tokens)}, vocab, rng)
     assert (framed["labels"] != IGNORE).any()
     with pytest.raises(UserError, match="capitals and digits"):
         salient(np.arange(3), Vocab(4, {}, np.zeros(4, bool)), 0.3, rng)
@@ -201,7 +203,7 @@ def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
 )  # fmt: skip
 def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
     rng = np.random.default_rng(0)
-    batch = collate([objective.view(bare(rng), VOCAB, rng) for _ in range(8)])
+    batch = collate([objective.build_example(bare(rng), VOCAB, rng) for _ in range(8)])
     model = built(objective, SIDES if "source_tokens" in batch else ROW)
     adam = torch.optim.Adam(model.parameters(), 1e-2)
     found = []
@@ -216,25 +218,27 @@ def same_loss_as(theirs_class: str, objective: Objective, model: LM, vocab: Voca
     """transformers, given the source and the labels alone, shifts them and sums up to what we have."""
     transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
     rng = np.random.default_rng(0)
-    batch = collate([objective.view({"tokens": some_text(rng, n)}, vocab, rng) for n in (40, 23, 55)])
+    batch = collate([objective.build_example({"tokens": some_text(rng, n)}, vocab, rng) for n in (40, 23, 55)])
     save_model(model, None, folder)
     ids = {"pad_token_id": vocab.pad, "decoder_start_token_id": vocab.start}
     theirs = getattr(transformers, theirs_class).from_pretrained(folder, **ids)
     seen = batch["source_appears"] != NEVER
     with torch.no_grad():
         loss = theirs(input_ids=batch["source_tokens"], attention_mask=seen.long(), labels=batch["labels"]).loss
-        ours = objective.loss(model, objective.run(model, batch), batch)["tokens"] / (batch["labels"] != IGNORE).sum()
+        ours = (
+            objective.loss(model, objective.forward(model, batch), batch)["tokens"] / (batch["labels"] != IGNORE).sum()
+        )
     assert abs(float(ours) - float(loss)) < 1e-5
 
 
 @pytest.mark.parametrize("noise", ["spans", "salient"])
 def test_t5_has_our_loss_on_the_same_corrupted_text(noise: Kind, tmp_path: Path) -> None:
-    shape = ModelConfig(
-        vocab=100, width=32, depth=2, encoder=2, heads=4, head_width=8, hidden=48, context=512, norm="rms", norm_bias=False,
-        norm_eps=1e-6, position="t5", activation="relu", bias=False, score_scale=False, head_scale=32**-0.5,
+    config = ModelConfig(
+        vocab_size=100, hidden_size=32, num_layers=2, num_encoder_layers=2, num_heads=4, head_dim=8, intermediate_size=48, max_positions=512, norm="rms", norm_bias=False,
+        norm_eps=1e-6, position="t5", activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5,
     )  # fmt: skip
     objective = SpanCorruption(noise=noise)
-    same_loss_as("T5ForConditionalGeneration", objective, built(objective, shape).eval(), VOCAB, tmp_path)
+    same_loss_as("T5ForConditionalGeneration", objective, built(objective, config).eval(), VOCAB, tmp_path)
 
 
 def a_bart() -> LM:
@@ -266,7 +270,7 @@ def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_p
     model = a_bart()
     rng = np.random.default_rng(1)
     prompts = [some_text(rng, n) for n in (9, 14, 5)]
-    cached = Engine(model, Ids(), stops=()).generate(prompts, Sampling(temperature=0, max_new=12))
+    cached = Engine(model, Ids(), stops=()).generate(prompts, Sampling(temperature=0, max_new_tokens=12))
     save_model(model, None, tmp_path)
     theirs = transformers.BartForConditionalGeneration.from_pretrained(tmp_path)
     for prompt, answer in zip(prompts, cached, strict=True):
@@ -276,7 +280,7 @@ def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_p
             causal = torch.arange(len(written))[None]
             batch = {"source_tokens": source, "tokens": tokens, "looks": causal, "appears": causal}
             with torch.no_grad():
-                written.append(int(model.parts["lm"](model(batch)[0, -1]).argmax()))
+                written.append(int(model.heads["lm"](model(batch)[0, -1]).argmax()))
         assert answer.tokens.tolist() == written[1:]
         out = theirs.generate(
             source, attention_mask=torch.ones_like(source), max_new_tokens=12, do_sample=False, num_beams=1,
@@ -288,15 +292,15 @@ def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_p
 def test_an_answer_begins_where_the_shape_says() -> None:
     pair = {"source": np.array([30, 31]), "target": np.array([40, VOCAB.eos])}
     rng = np.random.default_rng(0)
-    assert Seq2SeqSFT().view(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
-    assert Seq2SeqSFT().view(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
+    assert Seq2SeqSFT().build_example(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
+    assert Seq2SeqSFT().build_example(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
 
 
 @pytest.mark.parametrize("name", ["bart-base", "bart-large"])
 def test_bart_has_the_parameters_of_the_released_checkpoint(name: str) -> None:
     """Those of transformers, less two unread rows in each position table, and the offset of the logits, a constant there."""
-    shape = PRESETS[name]
+    config = PRESETS[name]
     released = {"bart-base": 139_420_416, "bart-large": 406_291_456}[name]
     with torch.device("meta"):
-        counted = sum(p.numel() for p in LM(shape, Denoising().parts(shape)).parameters())
-    assert counted == shape.parameters() == released - 4 * shape.width + shape.vocab
+        counted = sum(p.numel() for p in LM(config, Denoising().heads(config)).parameters())
+    assert counted == config.num_parameters() == released - 4 * config.hidden_size + config.vocab_size

@@ -37,37 +37,48 @@ def question(rng: np.random.Generator) -> Example:
 
 
 CASES: dict[str, tuple[Objective, Any]] = {
-    "choice": (MultipleChoice(options=4), question),
-    "choice by a decoder": (MultipleChoice(options=4, at="last"), question),
-    "classification": (Classification(classes=("a", "b", "c"), smoothing=0.1, weights=(1.0, 3.0, 0.5)), labelled),
-    "regression": (Regression(mean=2.0, spread=3.0), scored),
-    "tagging": (TokenClassification(classes=("a", "b", "c")), tagged),
+    "choice": (MultipleChoice(max_options=4), question),
+    "choice by a decoder": (MultipleChoice(max_options=4, position="last"), question),
+    "classification": (
+        Classification(class_names=("a", "b", "c"), label_smoothing=0.1, class_weights=(1.0, 3.0, 0.5)),
+        labelled,
+    ),
+    "regression": (Regression(mean=2.0, std=3.0), scored),
+    "tagging": (TokenClassification(class_names=("a", "b", "c")), tagged),
     "spans": (QuestionAnswering(), spanned),
-    "spans by a decoder": (QuestionAnswering(at="last"), spanned),
+    "spans by a decoder": (QuestionAnswering(position="last"), spanned),
 }
 
 
 def model_of(objective: Objective) -> LM:
     torch.manual_seed(0)
-    shape = ModelConfig(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128, segments=2)
-    return LM(shape, objective.parts(shape))
+    config = ModelConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        intermediate_size=64,
+        max_positions=128,
+        type_vocab_size=2,
+    )
+    return LM(config, objective.heads(config))
 
 
 def shown(objective: Objective, source: Any, n: int = 8) -> list[Example]:
     rng = np.random.default_rng(0)
-    return [objective.view(source(rng), VOCAB, rng) for _ in range(n)]
+    return [objective.build_example(source(rng), VOCAB, rng) for _ in range(n)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ten_steps_on_one_batch_lower_the_loss(name: str) -> None:
     objective, source = CASES[name]
     model = model_of(objective)
-    batch = collate(shown(objective, source), {*objective.targets.values(), *objective.measures.values()})
+    batch = collate(shown(objective, source), {*objective.labels.values(), *objective.metrics.values()})
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(11):
         optimizer.zero_grad()
-        losses.append(float(step(model, objective, [batch])[next(iter(objective.targets))]))
+        losses.append(float(step(model, objective, [batch])[next(iter(objective.labels))]))
         optimizer.step()
     assert losses[-1] < 0.9 * losses[0]
 
@@ -75,7 +86,7 @@ def test_ten_steps_on_one_batch_lower_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_split_batches_give_the_gradient_of_whole_ones(name: str) -> None:
     objective, source = CASES[name]
-    answers = {*objective.targets.values(), *objective.measures.values()}
+    answers = {*objective.labels.values(), *objective.metrics.values()}
     model, examples, found = model_of(objective), shown(objective, source), []
     for batches in ([examples], [examples[:3], examples[3:]]):
         model.zero_grad()
@@ -85,30 +96,31 @@ def test_split_batches_give_the_gradient_of_whole_ones(name: str) -> None:
 
 
 def test_a_question_of_fewer_options_is_as_if_alone() -> None:
-    objective, rng = MultipleChoice(options=4), np.random.default_rng(1)
+    objective, rng = MultipleChoice(max_options=4), np.random.default_rng(1)
     model = model_of(objective)
     example = question(rng)
     example = {"options": example["options"][:2], "label": 1}
     wide, narrow = (
-        step(model, o, [collate([o.view(example, VOCAB, rng)])]) for o in (objective, MultipleChoice(options=2))
+        step(model, o, [collate([o.build_example(example, VOCAB, rng)])])
+        for o in (objective, MultipleChoice(max_options=2))
     )
     assert float(wide["choice"]) == pytest.approx(float(narrow["choice"]), rel=1e-6)
     with pytest.raises(UserError, match="2 options does not fit a group of 2 to 1"):
-        MultipleChoice(options=1).view(example, VOCAB, rng)
+        MultipleChoice(max_options=1).build_example(example, VOCAB, rng)
 
 
 def test_the_choice_is_a_softmax_over_the_options() -> None:
-    objective, rng = MultipleChoice(options=3, at="last"), np.random.default_rng(2)
+    objective, rng = MultipleChoice(max_options=3, position="last"), np.random.default_rng(2)
     model = model_of(objective).eval()
     rows = [{"tokens": VOCAB.frame(rng.integers(25, 100, n))} for n in (3, 7, 5)]
-    batch = collate([objective.view({"options": rows, "label": 2}, VOCAB, rng)])
+    batch = collate([objective.build_example({"options": rows, "label": 2}, VOCAB, rng)])
     with torch.no_grad():
         alone = [
             model({k: torch.as_tensor(v)[None] for k, v in (row | layout.causal(len(row["tokens"]))).items()})[0, -1]
             for row in rows
         ]
-        scores = model.parts["choice"](torch.stack(alone))[:, 0]
-        found = objective.loss(model, objective.run(model, batch), batch)
+        scores = model.heads["choice"](torch.stack(alone))[:, 0]
+        found = objective.loss(model, objective.forward(model, batch), batch)
     assert float(found["choice"]) == pytest.approx(-float(scores.log_softmax(0)[2]), rel=1e-5)
 
 
@@ -123,8 +135,8 @@ def test_a_decoder_s_answer_is_read_where_all_has_been_seen() -> None:
     """What stands at the last token sees every other, and no other token sees what comes behind it."""
     rng = np.random.default_rng(0)
     for objective in (
-        Classification(classes=("a", "b"), at="last"),
-        TokenClassification(classes=("a", "b"), left=True),
+        Classification(class_names=("a", "b"), position="last"),
+        TokenClassification(class_names=("a", "b"), left=True),
     ):
         model = model_of(objective).eval()
         tokens = VOCAB.frame(rng.integers(25, 100, 8))
@@ -132,7 +144,8 @@ def test_a_decoder_s_answer_is_read_where_all_has_been_seen() -> None:
         changed = example | {"tokens": np.append(tokens[:-2], [30 + tokens[-2] % 7, tokens[-1]])}
         with torch.no_grad():
             a, b = (
-                objective.run(model, collate([objective.view(e, VOCAB, rng)]))["hidden"][0] for e in (example, changed)
+                objective.forward(model, collate([objective.build_example(e, VOCAB, rng)]))["hidden"][0]
+                for e in (example, changed)
             )
         torch.testing.assert_close(a[:8], b[:8])
         assert (a[9] - b[9]).abs().max() > 1e-3
@@ -150,20 +163,20 @@ def theirs(parts: dict[str, torch.nn.Module], cls: str, head: dict[str, str], tm
     save_model(bare, None, tmp_path)
     other = getattr(transformers, cls).from_pretrained(tmp_path, **config).eval()
     for name, ours in head.items():
-        getattr(other, name).load_state_dict(model.parts[ours].state_dict())
+        getattr(other, name).load_state_dict(model.heads[ours].state_dict())
     return model, other
 
 
 def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> None:
     objective, rng = QuestionAnswering(), np.random.default_rng(0)
-    model, other = theirs(objective.parts(TINY), "BertForQuestionAnswering", {"qa_outputs": "span"}, tmp_path)
+    model, other = theirs(objective.heads(TINY), "BertForQuestionAnswering", {"qa_outputs": "span"}, tmp_path)
     examples = []
     for start, end in ((3, 5), (-1, -1), (7, 7)):
         tokens = VOCAB.frame(rng.integers(25, 100, 10))
         examples.append({"tokens": tokens, "segments": (np.arange(12) > 4).astype(int), "start": start, "end": end})
-    batch = collate([objective.view(e, VOCAB, rng) for e in examples], {"starts", "ends"})
+    batch = collate([objective.build_example(e, VOCAB, rng) for e in examples], {"starts", "ends"})
     with torch.no_grad():
-        found = objective.loss(model, objective.run(model, batch), batch)
+        found = objective.loss(model, objective.forward(model, batch), batch)
         said = other(
             input_ids=batch["tokens"], token_type_ids=batch["segments"],
             start_positions=torch.tensor([3, 0, 7]), end_positions=torch.tensor([5, 0, 7]),
@@ -172,13 +185,13 @@ def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> No
 
 
 def test_tagging_has_the_loss_of_bert_for_token_classification(tmp_path: Any) -> None:
-    objective, rng = TokenClassification(classes=("a", "b", "c")), np.random.default_rng(0)
+    objective, rng = TokenClassification(class_names=("a", "b", "c")), np.random.default_rng(0)
     model, other = theirs(
-        objective.parts(TINY), "BertForTokenClassification", {"classifier": "tags"}, tmp_path, num_labels=3
+        objective.heads(TINY), "BertForTokenClassification", {"classifier": "tags"}, tmp_path, num_labels=3
     )
-    batch = collate([objective.view(tagged(rng), VOCAB, rng) for _ in range(4)], {"tags"})
+    batch = collate([objective.build_example(tagged(rng), VOCAB, rng) for _ in range(4)], {"tags"})
     with torch.no_grad():
-        found = objective.loss(model, objective.run(model, batch), batch)["tags"] / (batch["tags"] != IGNORE).sum()
+        found = objective.loss(model, objective.forward(model, batch), batch)["tags"] / (batch["tags"] != IGNORE).sum()
         said = other(
             input_ids=batch["tokens"], labels=batch["tags"], attention_mask=(batch["appears"] == 0).long()
         )  # fmt: skip
@@ -194,37 +207,39 @@ def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> 
         -1
     ).sum()
     torch.testing.assert_close(choice_loss(scores, right, 0.2), smoothed)
-    told = Classification(weights="balanced").told(lambda: DataStats(("a", "b", "c"), (60, 30, 0)))
+    told = Classification(class_weights="balanced").with_stats(lambda: DataStats(("a", "b", "c"), (60, 30, 0)))
     assert isinstance(told, Classification)
-    assert told.weights == (0.5, 1.0, 0.0)
-    assert sum(n * w for n, w in zip((60, 30, 0), told.weights, strict=True)) / 90 == pytest.approx(2 / 3)
+    assert told.class_weights == (0.5, 1.0, 0.0)
+    assert sum(n * w for n, w in zip((60, 30, 0), told.class_weights, strict=True)) / 90 == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="2 weights for 3 classes"):
-        Classification(classes=("a", "b", "c"), weights=(1.0, 2.0))
+        Classification(class_names=("a", "b", "c"), class_weights=(1.0, 2.0))
     with pytest.raises(UserError, match="smoothing=1"):
-        Classification(smoothing=1.0)
+        Classification(label_smoothing=1.0)
 
 
 def test_an_answer_is_read_where_the_shape_can() -> None:
     made = [make(vocab=9, width=64, depth=1) for make in (encoder_config, decoder_config, encoder_decoder_config)]
-    assert [Classification().fitted(shape).reads() for shape in made] == ["both", "left", "source"]
-    assert [QuestionAnswering().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
-    assert [TokenClassification().fitted(shape).reads() for shape in made[:2]] == ["any", "left"]
-    assert [MultipleChoice().fitted(shape).reads() for shape in made[:2]] == ["both", "left"]
+    assert [Classification().for_model(config).attention_pattern() for config in made] == ["both", "left", "source"]
+    assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == ["both", "left"]
+    assert [TokenClassification().for_model(config).attention_pattern() for config in made[:2]] == ["any", "left"]
+    assert [MultipleChoice().for_model(config).attention_pattern() for config in made[:2]] == ["both", "left"]
     for objective in (QuestionAnswering(), TokenClassification(), MultipleChoice()):
-        assert objective.fitted(made[2]).reads() not in made[2].honours
-    assert Classification(at="last").fitted(made[0]) == Classification(at="last")
+        assert objective.for_model(made[2]).attention_pattern() not in made[2].supported_patterns
+    assert Classification(position="last").for_model(made[0]) == Classification(position="last")
 
 
 def test_an_exported_head_tells_numbers_in_the_data_s_units() -> None:
-    objective = Regression(mean=10.0, spread=4.0)
+    objective = Regression(mean=10.0, std=4.0)
     model = model_of(objective).eval()
-    batch = collate([objective.view({"tokens": VOCAB.frame(np.arange(30, 36)), "score": 18.0}, VOCAB, None)], {"score"})
+    batch = collate(
+        [objective.build_example({"tokens": VOCAB.frame(np.arange(30, 36)), "score": 18.0}, VOCAB, None)], {"score"}
+    )
     with torch.no_grad():
-        before = objective.loss(model, objective.run(model, batch), batch)
-        state = objective.run(model, batch)["hidden"][0, 0]
-        learnt = float(model.parts["score"](state))
-        objective.finish(model)
-        told = float(model.parts["score"](state))
+        before = objective.loss(model, objective.forward(model, batch), batch)
+        state = objective.forward(model, batch)["hidden"][0, 0]
+        learnt = float(model.heads["score"](state))
+        objective.finalize(model)
+        told = float(model.heads["score"](state))
     assert told == pytest.approx(10 + 4 * learnt, rel=1e-5)
     assert float(before["score"]) == pytest.approx((learnt - 2) ** 2, rel=1e-5)
     assert float(before["squared_error"]) == pytest.approx((told - 18) ** 2, rel=1e-4)

@@ -32,7 +32,7 @@ from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = replace(encoder_decoder_config(VOCAB.size, 32, 1, heads=2, context=32), latent=4, zero_init=False)
+SHAPE = replace(encoder_decoder_config(VOCAB.size, 32, 1, heads=2, context=32), latent_size=4, zero_init=False)
 ASKED = {"labels", "text"}
 
 
@@ -40,33 +40,35 @@ def shown(objective: VAE, count: int = 8) -> list[Example]:
     out = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        out.append(objective.view({"tokens": rng.integers(10, VOCAB.size, int(rng.integers(2, 9)))}, VOCAB, rng))
+        out.append(
+            objective.build_example({"tokens": rng.integers(10, VOCAB.size, int(rng.integers(2, 9)))}, VOCAB, rng)
+        )
     return out
 
 
 def built(objective: VAE) -> LM:
     torch.manual_seed(0)
-    model = LM(SHAPE, objective.parts(SHAPE))
+    model = LM(SHAPE, objective.heads(SHAPE))
     torch.nn.init.normal_(model.latent.posterior.weight, std=0.2)
-    torch.nn.init.normal_(model.parts["lm"].weight, std=0.2)
+    torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)
     return model
 
 
 def test_parameters_are_exact_and_flops_those_of_torch() -> None:
-    objective = VAE(units=4)
+    objective = VAE(latent_size=4)
     model = built(objective)
-    assert sum(p.numel() for p in model.parameters()) == SHAPE.parameters()
+    assert sum(p.numel() for p in model.parameters()) == SHAPE.num_parameters()
     batch = collate([row for row in shown(objective, 40) if len(row["labels"]) == 6], ASKED)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        objective.run(model, batch)["hidden"].sum().backward()
+        objective.forward(model, batch)["hidden"].sum().backward()
     done = work(batch)
-    assert objective.run_flops(model, batch) == stack_flops(SHAPE, done)
+    assert objective.forward_flops(model, batch) == stack_flops(SHAPE, done)
     # Torch's plain kernel computes what a causal row hides, too.
     assert counter.get_total_flops() == stack_flops(SHAPE, replace(done, pairs=done.source_pairs))
 
 
 def test_the_elbo_is_the_formula() -> None:
-    objective = VAE(units=4, weight=0.3)
+    objective = VAE(latent_size=4, kl_weight=0.3)
     model = built(objective).eval()
     rows = shown(objective)
     terms = {name: float(value) for name, value in step(model, objective, [collate(rows, ASKED)]).items()}
@@ -79,19 +81,19 @@ def test_the_elbo_is_the_formula() -> None:
             kl += float(kl_divergence(q, Normal(0.0, 1.0)).sum())
             states = model(one, latent=mean + q.stddev * one["noise"])
             nll -= float(
-                model.parts["lm"](states)[0].log_softmax(-1)[torch.arange(len(row["labels"])), row["labels"]].sum()
+                model.heads["lm"](states)[0].log_softmax(-1)[torch.arange(len(row["labels"])), row["labels"]].sum()
             )
     tokens = sum(len(row["labels"]) for row in rows)
     assert terms["tokens"] == pytest.approx(nll / tokens, abs=1e-4)
     assert terms["divergence"] == pytest.approx(0.3 * kl / tokens, abs=1e-5)
     assert terms["kl"] == pytest.approx(kl / len(rows), abs=1e-4)
     assert terms["elbo"] == pytest.approx(-(nll + kl) / tokens, abs=1e-4)
-    free = step(model, VAE(units=4, free=99.0), [collate(rows, ASKED)])
+    free = step(model, VAE(latent_size=4, free_bits=99.0), [collate(rows, ASKED)])
     assert float(free["divergence"]) == pytest.approx(99.0 * len(rows) / tokens)
 
 
 def test_the_decoder_knows_the_source_through_z_alone() -> None:
-    objective = VAE(units=4)
+    objective = VAE(latent_size=4)
     model = built(objective).eval()
     one, two = (collate([row], ASKED) for row in shown(objective, 2))
     z = torch.randn(1, 4)
@@ -104,7 +106,7 @@ def test_the_decoder_knows_the_source_through_z_alone() -> None:
 
 
 def test_no_later_token_leaks_into_an_earlier_one() -> None:
-    objective = VAE(units=4)
+    objective = VAE(latent_size=4)
     model = built(objective).eval()
     batch = collate(shown(objective, 1), ASKED)
     changed = {name: field.clone() for name, field in batch.items()}
@@ -115,20 +117,20 @@ def test_no_later_token_leaks_into_an_earlier_one() -> None:
 
 
 def test_hidden_words_are_hidden_in_training_alone() -> None:
-    objective = VAE(units=4, drop=1.0)
+    objective = VAE(latent_size=4, word_dropout=1.0)
     rows = shown(objective)
     model = built(objective)
     batch = collate(rows, ASKED)
     assert all((row["gaps"][1:] == VOCAB.mask).all() and row["gaps"][0] == VOCAB.pad for row in rows)
     inside = batch["tokens"].clone()
     inside[:, 1:] = 11
-    trained = objective.run(model.train(), batch | {"tokens": inside})["hidden"]
-    assert torch.equal(trained, objective.run(model, batch)["hidden"])
-    assert not torch.equal(trained, objective.run(model.eval(), batch)["hidden"])
+    trained = objective.forward(model.train(), batch | {"tokens": inside})["hidden"]
+    assert torch.equal(trained, objective.forward(model, batch)["hidden"])
+    assert not torch.equal(trained, objective.forward(model.eval(), batch)["hidden"])
 
 
 def test_a_split_batch_has_the_gradient_of_the_whole_and_packing_is_refused() -> None:
-    objective = VAE(units=4, weight=0.5, drop=0.3, free=0.5)
+    objective = VAE(latent_size=4, kl_weight=0.5, word_dropout=0.3, free_bits=0.5)
     model, rows = built(objective), shown(objective)
     found = []
     for batches in ([rows], [rows[:3], rows[3:]]):
@@ -143,7 +145,7 @@ def test_a_split_batch_has_the_gradient_of_the_whole_and_packing_is_refused() ->
 
 
 def test_ten_steps_on_one_batch_lower_both_terms() -> None:
-    objective = VAE(units=4)
+    objective = VAE(latent_size=4)
     model, batch = built(objective), collate(shown(objective), ASKED)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     found = []
@@ -151,32 +153,32 @@ def test_ten_steps_on_one_batch_lower_both_terms() -> None:
         found.append(step(model, objective, [batch]))
         optimizer.step()
         optimizer.zero_grad()
-    assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.targets)
+    assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.labels)
 
 
 def test_a_view_is_pure_and_the_weight_is_a_function_of_the_step() -> None:
-    objective = VAE(units=4, drop=0.5, anneal=8)
-    rows = [objective.view({"tokens": np.arange(20, 30)}, VOCAB, np.random.default_rng(3)) for _ in range(2)]
+    objective = VAE(latent_size=4, word_dropout=0.5, kl_anneal_steps=8)
+    rows = [objective.build_example({"tokens": np.arange(20, 30)}, VOCAB, np.random.default_rng(3)) for _ in range(2)]
     assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])
-    assert [objective.scheduled(step).weight for step in (0, 2, 8, 100)] == [0.0, 0.25, 1.0, 1.0]
+    assert [objective.at_step(step).kl_weight for step in (0, 2, 8, 100)] == [0.0, 0.25, 1.0, 1.0]
 
 
 def test_a_collapse_is_told() -> None:
-    assert "has collapsed" in VAE().remarks({"valid/kl": 0.01, "valid/active": 3.0})[0]
-    assert "has collapsed" in VAE().remarks({"valid/kl": 3.0, "valid/active": 0.0})[0]
-    assert VAE().remarks({"valid/kl": 3.2, "valid/active": 5.0, "kl": 0.0}) == [
+    assert "has collapsed" in VAE().notes({"valid/kl": 0.01, "valid/active": 3.0})[0]
+    assert "has collapsed" in VAE().notes({"valid/kl": 3.0, "valid/active": 0.0})[0]
+    assert VAE().notes({"valid/kl": 3.2, "valid/active": 5.0, "kl": 0.0}) == [
         "The latent carries 3.2 nats of a text, in 5 of its 32 units."
     ]
 
 
 def test_texts_are_written_from_a_latent() -> None:
-    model = built(VAE(units=4)).eval()
+    model = built(VAE(latent_size=4)).eval()
     engine = Engine(model, ByteCoder(), stops=[VOCAB.eos])
     ends = [np.append(ByteCoder().encode(text), VOCAB.eos) for text in ("one text", "and two")]
     latents = engine.posterior(ends)
     alone = model.posterior({"source_tokens": torch.tensor(ends[1])[None]})[0][0]
     torch.testing.assert_close(latents[1], alone, rtol=0, atol=1e-5)
-    sampling = Sampling(temperature=0, max_new=6)
+    sampling = Sampling(temperature=0, max_new_tokens=6)
     told, read = engine.decode(latents, sampling), engine.generate(ends, sampling)
     assert [one.text for one in told] == [one.text for one in read]
 
@@ -195,22 +197,22 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
     [remark] = json.loads((done.directory / "done.json").read_text())["remarks"]
     assert "latent carries" in remark and remark in html.unescape((done.directory / "report.html").read_text())
     rows = [json.loads(line) for line in (done.directory / "samples.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows if row["step"] == 2] == list(recipe.samples)
+    assert [row["prompt"] for row in rows if row["step"] == 2] == list(recipe.sample_prompts)
     assert all(row["text"].count("\n") >= 4 for row in rows)
     with pytest.raises(UserError, match="only bounds the likelihood"):
-        reads_of(load_model(done.model).shape)
+        reads_of(load_model(done.model).config)
 
 
 def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="squeezes a text through a latent, which an encoder-decoder cannot"):
-        check_pattern(VAE(units=4), replace(SHAPE, latent=0))
+        check_pattern(VAE(latent_size=4), replace(SHAPE, latent_size=0))
     with pytest.raises(UserError, match="which a variational autoencoder cannot"):
         check_pattern(SpanCorruption(), SHAPE)
     with pytest.raises(UserError, match=r"objective.units=7 numbers and the shape's shape.latent=4"):
-        check_pattern(VAE(units=7), SHAPE)
+        check_pattern(VAE(latent_size=7), SHAPE)
     with pytest.raises(UserError, match="stands between an encoder and a decoder"):
-        replace(SHAPE, encoder=0)
+        replace(SHAPE, num_encoder_layers=0)
     with pytest.raises(UserError, match=r"objective.drop=1.5 must be"):
-        VAE(units=4, drop=1.5)
+        VAE(latent_size=4, word_dropout=1.5)
     with pytest.raises(UserError, match="make them equal"):
         load("vae", ["objective.units=8"])

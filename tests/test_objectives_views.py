@@ -108,23 +108,23 @@ CASES = {
     "causal": (CausalLM(), bare),
     "mlm": (MLM(), framed),
     "mlm by words": (MLM(noise="words"), framed),
-    "mlm in spans, alike": (MLM(noise="geometric", alike=True), framed),
-    "mlm, static": (MLM(masks=10), framed),
+    "mlm in spans, alike": (MLM(noise="geometric", whole_span_replacement=True), framed),
+    "mlm, static": (MLM(num_maskings=10), framed),
     "plm": (PLM(), framed),
     "plm in spans": (PLM(noise="contexts", k=3), framed),
     "mpnet": (MPNet(), framed),
     "nsp + mlm": (NSP() + MLM(), pairs),
     "sop + mlm": (SOP() + MLM(noise="ngrams"), pairs),
-    "mlm + sbo": (MLM(noise="geometric", alike=True) + SBO(), framed),
-    "mlm + sbo, bare": (MLM(noise="spans") + SBO(longest=2), bare),
+    "mlm + sbo": (MLM(noise="geometric", whole_span_replacement=True) + SBO(), framed),
+    "mlm + sbo, bare": (MLM(noise="spans") + SBO(max_span_length=2), bare),
     "rtd": (RTD(), framed),
-    "rtd of pairs": (SOP() + RTD(size=0.5), pairs),
+    "rtd of pairs": (SOP() + RTD(generator_size=0.5), pairs),
     "adversarial rtd": (AdversarialRTD(), framed),
     "span corruption": (SpanCorruption(), bare),
     "span corruption in one row": (SpanCorruption(layout="prefix"), bare),
     "mlm + penalty": (MLM() + WeightPenalty(), framed),
-    "pseudo labels": (PseudoLabels(classes=("a", "b", "c")), partly),
-    "consistency": (Consistency(classes=("a", "b", "c")), partly),
+    "pseudo labels": (PseudoLabels(class_names=("a", "b", "c")), partly),
+    "consistency": (Consistency(class_names=("a", "b", "c")), partly),
     "prefix lm": (PrefixLM(), bare),
     "prefix lm, encoder and decoder": (PrefixLM(layout="seq2seq"), bare),
     "denoise": (Denoising(), bare),
@@ -132,20 +132,20 @@ CASES = {
     **{f"denoise by {name}": (Denoising(noises=(name,)), bare) for name in get_args(Damage)},
     "mlm, salient": (MLM(noise="salient"), framed),
     "span corruption, salient": (SpanCorruption(noise="salient"), bare),
-    "classification": (Classification(classes=("a", "b", "c")), labelled),
-    "classification by a decoder": (Classification(classes=("a", "b", "c"), at="last"), labelled),
-    "classification by an encoder-decoder": (Classification(classes=("a", "b", "c"), at="answer"), labelled),
+    "classification": (Classification(class_names=("a", "b", "c")), labelled),
+    "classification by a decoder": (Classification(class_names=("a", "b", "c"), position="last"), labelled),
+    "classification by an encoder-decoder": (Classification(class_names=("a", "b", "c"), position="answer"), labelled),
     "classification, smoothed and weighed": (
-        Classification(classes=("a", "b", "c"), smoothing=0.1, weights=(1.0, 2.0, 0.5)),
+        Classification(class_names=("a", "b", "c"), label_smoothing=0.1, class_weights=(1.0, 2.0, 0.5)),
         labelled,
     ),
-    "tagging": (TokenClassification(classes=("a", "b", "c")), tagged),
-    "tagging by a decoder": (TokenClassification(classes=("a", "b", "c"), left=True), tagged),
-    "regression": (Regression(mean=1.0, spread=2.0), scored),
-    "regression by a decoder": (Regression(at="last"), scored),
-    "regression by an encoder-decoder": (Regression(at="answer"), scored),
+    "tagging": (TokenClassification(class_names=("a", "b", "c")), tagged),
+    "tagging by a decoder": (TokenClassification(class_names=("a", "b", "c"), left=True), tagged),
+    "regression": (Regression(mean=1.0, std=2.0), scored),
+    "regression by a decoder": (Regression(position="last"), scored),
+    "regression by an encoder-decoder": (Regression(position="answer"), scored),
     "spans": (QuestionAnswering(), spanned),
-    "spans by a decoder": (QuestionAnswering(at="last"), spanned),
+    "spans by a decoder": (QuestionAnswering(position="last"), spanned),
 }
 
 
@@ -155,12 +155,12 @@ def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
     for seed in range(50):
         example = source(np.random.default_rng(seed))
         kept = {k: np.copy(v) for k, v in example.items()}
-        shown, again = (objective.view(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
+        shown, again = (objective.build_example(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
         assert shown.keys() == again.keys()
         assert all(np.array_equal(shown[k], again[k]) for k in shown)
         assert all(np.array_equal(example[k], kept[k]) for k in kept)
         n = len(shown["tokens"])
-        asked = {*objective.targets.values(), *objective.measures.values()}
+        asked = {*objective.labels.values(), *objective.metrics.values()}
         assert asked <= shown.keys()
         for field in asked | {"looks", "appears"} & shown.keys():
             assert shown[field].shape == (n,)
@@ -170,12 +170,12 @@ def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
 def test_packed_and_padded_batches_have_one_loss(name: str) -> None:
     objective, source = CASES[name]
     rng = np.random.default_rng(0)
-    shown = [objective.view(source(rng), VOCAB, rng) for _ in range(8)]
-    asked = {*objective.targets.values(), *objective.measures.values()}
+    shown = [objective.build_example(source(rng), VOCAB, rng) for _ in range(8)]
+    asked = {*objective.labels.values(), *objective.metrics.values()}
     torch.manual_seed(0)
-    shape = ModelConfig(vocab=100, width=32, depth=1, heads=2, hidden=64, context=128,
-                  encoder=int("source_tokens" in shown[0]), segments=2)  # fmt: skip
-    model = LM(shape, objective.parts(shape))
+    config = ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=128,
+                  num_encoder_layers=int("source_tokens" in shown[0]), type_vocab_size=2)  # fmt: skip
+    model = LM(config, objective.heads(config))
     found, gradient = [], []
     for batches in (
         [collate(shown, asked)],
@@ -202,7 +202,7 @@ def test_the_three_shares_of_mlm(settings: dict[str, object]) -> None:
     drawn = np.zeros(100, np.int64)
     for _ in range(3000):
         tokens = VOCAB.frame(some_text(rng, 50))
-        seen = MLM(**settings).view({"tokens": tokens}, VOCAB, rng)
+        seen = MLM(**settings).build_example({"tokens": tokens}, VOCAB, rng)
         at = seen["labels"] != IGNORE
         assert np.array_equal(seen["labels"][at], tokens[at])
         assert np.array_equal(seen["tokens"][~at], tokens[~at])
@@ -236,35 +236,35 @@ def test_static_masks_are_few_and_dynamic_ones_are_not() -> None:
 
     def maskings(objective: Objective) -> list[int]:
         """How many views each text has in a hundred epochs, and how many there are of all texts."""
-        batches = Batches(Texts(), objective, VOCAB, rows=3, seed=0)
+        batches = Batches(Texts(), objective, VOCAB, batch_size=3, seed=0)
         seen: list[set[bytes]] = [set(), set(), set()]
         for epoch in range(100):
             for i, shown in enumerate(batches.shown(np.full(3, epoch), np.arange(3))):
                 seen[i].add(shown["tokens"].tobytes())
         return [*map(len, seen), len(set.union(*seen))]
 
-    assert maskings(MLM(masks=10)) == [10, 10, 10, 30], "texts that say the same are masked apart"
-    assert maskings(MLM(masks=1)) == [1, 1, 1, 3]
+    assert maskings(MLM(num_maskings=10)) == [10, 10, 10, 30], "texts that say the same are masked apart"
+    assert maskings(MLM(num_maskings=1)) == [1, 1, 1, 3]
     assert maskings(MLM()) == [100, 100, 100, 300]
-    assert maskings(MLM(masks=2) + SBO()) == [2, 2, 2, 6]
+    assert maskings(MLM(num_maskings=2) + SBO()) == [2, 2, 2, 6]
     with pytest.raises(UserError, match="masks=-1"):
-        MLM(masks=-1)
+        MLM(num_maskings=-1)
 
 
 def test_alike_spans_are_shown_in_one_way() -> None:
     rng = np.random.default_rng(0)
     mixed = 0
-    for objective in (MLM(noise="geometric", alike=True), MLM(noise="geometric")):
+    for objective in (MLM(noise="geometric", whole_span_replacement=True), MLM(noise="geometric")):
         mixed = 0
         for _ in range(200):
             tokens = some_text(rng, 80)
-            seen = objective.view({"tokens": tokens}, VOCAB, rng)
+            seen = objective.build_example({"tokens": tokens}, VOCAB, rng)
             asked = seen["labels"] != IGNORE
             edges = np.flatnonzero(np.diff(asked.astype(int), prepend=0, append=0))
             for a, b in zip(edges[::2], edges[1::2], strict=True):
                 masked = seen["tokens"][a:b] == VOCAB.mask
                 mixed += masked.any() and not masked.all()
-        assert (mixed == 0) == objective.alike
+        assert (mixed == 0) == objective.whole_span_replacement
     assert mixed
 
 
@@ -295,7 +295,7 @@ def test_what_was_dropped_can_be_put_back(mask: str) -> None:
 
 def test_span_corruption_has_t5_s_rows() -> None:
     rng = np.random.default_rng(0)
-    seen = SpanCorruption().view({"tokens": some_text(rng, 100)}, VOCAB, rng)
+    seen = SpanCorruption().build_example({"tokens": some_text(rng, 100)}, VOCAB, rng)
     # 15 tokens in 5 spans: 85 + 5 + stop; 15 + 5 + the last sentinel + stop.
     assert len(seen["source_tokens"]) == 91
     assert len(seen["labels"]) == 22
@@ -303,7 +303,7 @@ def test_span_corruption_has_t5_s_rows() -> None:
     assert seen["tokens"][0] == VOCAB.pad
     assert np.array_equal(seen["tokens"][1:], seen["labels"][:-1])
     with pytest.raises(UserError, match=r"take 55 sentinels .*, and the tokenizer has 20"):
-        SpanCorruption(noise="iid", rate=0.5).view({"tokens": some_text(rng, 200)}, VOCAB, rng)
+        SpanCorruption(noise="iid", noise_density=0.5).build_example({"tokens": some_text(rng, 200)}, VOCAB, rng)
 
 
 def test_next_sentence_is_asked_at_cls_alone_and_fairly() -> None:
@@ -311,7 +311,7 @@ def test_next_sentence_is_asked_at_cls_alone_and_fairly() -> None:
     strangers = 0
     for _ in range(2000):
         example = pairs(rng)
-        seen = NSP().view(example, VOCAB, rng)
+        seen = NSP().build_example(example, VOCAB, rng)
         stranger = int(seen["next"][0])
         strangers += stranger
         assert (seen["next"][1:] == IGNORE).all()
@@ -324,31 +324,36 @@ def test_next_sentence_is_asked_at_cls_alone_and_fairly() -> None:
 def test_bert_is_nsp_and_mlm() -> None:
     rng = np.random.default_rng(0)
     bert: Objective = NSP() + MLM()
-    seen = bert.view(pairs(rng), VOCAB, rng)
+    seen = bert.build_example(pairs(rng), VOCAB, rng)
     assert set(seen) == {"tokens", "segments", "next", "labels"}
-    assert bert.targets == {"next": "next", "tokens": "labels"}
+    assert bert.labels == {"next": "next", "tokens": "labels"}
     assert seen["tokens"][0] == VOCAB.cls
 
 
 def test_a_class_is_asked_once_per_text() -> None:
     example = {"tokens": VOCAB.frame(np.arange(30, 35)), "label": 2, "record": 5}
-    first = Classification(classes=("a", "b", "c")).view(example, VOCAB, np.random.default_rng(0))
+    first = Classification(class_names=("a", "b", "c")).build_example(example, VOCAB, np.random.default_rng(0))
     assert first["class"].tolist() == [2] + [IGNORE] * 6
     assert set(first) == {"tokens", "class"}
-    last = Classification(classes=("a", "b", "c"), at="last").view(example, VOCAB, np.random.default_rng(0))
+    last = Classification(class_names=("a", "b", "c"), position="last").build_example(
+        example, VOCAB, np.random.default_rng(0)
+    )
     assert last["class"].tolist() == [IGNORE] * 6 + [2]
     assert last["looks"].tolist() == list(range(7))
 
 
 def test_accuracy_counts_right_answers() -> None:
-    objective = Classification(classes=("a", "b"))
-    shape = ModelConfig(vocab=100, width=8, depth=1, heads=1, hidden=8, context=16)
-    model = LM(shape, objective.parts(shape))
+    objective = Classification(class_names=("a", "b"))
+    config = ModelConfig(
+        vocab_size=100, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8, max_positions=16
+    )
+    model = LM(config, objective.heads(config))
     with torch.no_grad():
-        model.parts["classes"].weight.zero_()
-        model.parts["classes"].bias.copy_(torch.tensor([1.0, 0.0]))
+        model.heads["classes"].weight.zero_()
+        model.heads["classes"].bias.copy_(torch.tensor([1.0, 0.0]))
     shown = [
-        objective.view({"tokens": np.arange(30, 34), "label": k}, VOCAB, np.random.default_rng(0)) for k in (0, 0, 1, 0)
+        objective.build_example({"tokens": np.arange(30, 34), "label": k}, VOCAB, np.random.default_rng(0))
+        for k in (0, 0, 1, 0)
     ]
     assert float(step(model, objective, [collate(shown, {"class"})])["accuracy"]) == pytest.approx(0.75)
 
@@ -361,7 +366,7 @@ def test_settings_of_mlm_that_mean_nothing_are_refused() -> None:
 
 def test_padding_is_never_seen() -> None:
     rng = np.random.default_rng(0)
-    shown = [MLM().view(framed(rng), VOCAB, rng) for _ in range(5)]
+    shown = [MLM().build_example(framed(rng), VOCAB, rng) for _ in range(5)]
     batch = collate(shown)
     lengths = [len(s["tokens"]) for s in shown]
     for row, n in zip(batch["appears"], lengths, strict=True):
@@ -374,8 +379,8 @@ def test_how_a_pair_was_cut_does_not_tell_the_answer(objective: Objective, tmp_p
     """The source cuts and the objective swaps: were both drawn from one stream, the lengths would tell (they once did)."""
     source, vocab = SegmentPairs(data_room.store(tmp_path), 40), data_room.tokenizer().vocab
     assert len(source) > 300
-    [batch] = Batches(source, objective, vocab, rows=len(source), seed=0).batches(0)
+    [batch] = Batches(source, objective, vocab, batch_size=len(source), seed=0).batches(0)
     ends = (batch["tokens"] == vocab.sep).int().argmax(-1)
-    answers = batch[next(iter(objective.targets.values()))][:, 0]
+    answers = batch[next(iter(objective.labels.values()))][:, 0]
     assert 0.4 < answers.float().mean() < 0.6
     assert abs(np.corrcoef(ends.numpy(), answers.numpy())[0, 1]) < 0.15

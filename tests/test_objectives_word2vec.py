@@ -70,13 +70,13 @@ class Sentences(Source):
 def ours(text: np.ndarray, seed: int, place: Path) -> np.ndarray:
     """The vectors of the recipe's objective, shape, optimiser and schedule, in steps that suit so small a text."""
     recipe, vocab = word2vec(), Vocab(VOCAB, {}, np.zeros(VOCAB, bool))
-    objective, shape = Word2Vec(noise=128), table_of(VOCAB, WIDTH)
+    objective, config = Word2Vec(noise_words=128), table_of(VOCAB, WIDTH)
     torch.manual_seed(seed)
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     source = WordWindows(Sentences(text), WordWindows.count(text.ravel(), vocab), sample=SAMPLE, power=0.75)
     train(
-        model, objective, Batches(source, objective, vocab, rows=2, seed=seed), place, told=NullReporter(),
-        length=Budget(steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
+        model, objective, Batches(source, objective, vocab, batch_size=2, seed=seed), place, told=NullReporter(),
+        length=Budget(max_steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
         plan=TrainerConfig(save_every=0, precision="fp32"),
     )  # fmt: skip
     return word_vectors.table(model).numpy()

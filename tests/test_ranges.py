@@ -138,9 +138,9 @@ def test_a_file_out_of_range_names_its_line(tmp_path: Path) -> None:
 
 def test_a_number_out_of_range_is_refused_in_python() -> None:
     with pytest.raises(UserError, match=r"^batch.rows=0 must be at least 1$"):
-        BatchConfig(rows=0)
+        BatchConfig(size=0)
     with pytest.raises(UserError, match=r"^batch.sort=-1 must be at least 0$"):
-        dataclasses.replace(BatchConfig(), sort=-1)
+        dataclasses.replace(BatchConfig(), group_by_length=-1)
     with pytest.raises(UserError, match=r"^sampling.top_p=0 must be above 0 and at most 1$"):
         Sampling(top_p=0)
     assert range_of(PositiveInt | None) == Range(ge=1)
@@ -154,4 +154,4 @@ def test_a_part_of_a_shape_names_the_cure() -> None:
     said = str(caught.value)
     assert said.startswith("shape lacks depth, heads, for the recipe 'classify' has no shape of its own")
     assert "start=RUN" in said and "causal: false" in said
-    assert load("classify", ["shape={vocab: 100, width: 32, depth: 1, heads: 2, causal: false}"]).shape is not None
+    assert load("classify", ["shape={vocab: 100, width: 32, depth: 1, heads: 2, causal: false}"]).model is not None

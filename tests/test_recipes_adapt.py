@@ -129,7 +129,7 @@ def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: s
     same = [torch.equal(x, base[n]) for n, x in whole.state_dict().items() if n.startswith("trunk.")]
     assert all(same) == (kind != "lora")
     again = load(str(directory))
-    assert type(again.adapt) is PEFT_METHODS[kind] and again == load(str(tmp_path))
+    assert type(again.peft) is PEFT_METHODS[kind] and again == load(str(tmp_path))
 
 
 @pytest.mark.parametrize(("start", "kind"), CASES)
@@ -152,20 +152,20 @@ def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Mad
 @pytest.mark.parametrize(("start", "kind"), CASES)
 def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: Path, start: str, kind: str) -> None:
     trunk = load_model(place / start / "model")
-    objective: Objective = CausalLM() if start == "decoder" else Classification(classes=("a", "b"))
+    objective: Objective = CausalLM() if start == "decoder" else Classification(class_names=("a", "b"))
     adapt = PEFT_METHODS[kind]()
-    objective = adapt.settle(objective)
-    model = LM(trunk.shape, objective.parts(trunk.shape))
+    objective = adapt.configure_objective(objective)
+    model = LM(trunk.config, objective.heads(trunk.config))
     _, added = init_from(model, place / start / "model")
     tokenizer = Tokenizer.load(place / start / "tokenizer")
     adapt.apply(model, added, tokenizer, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     rng = np.random.default_rng(0)
-    shown = [objective.view({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
+    shown = [objective.build_example({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
              for i in range(6)]  # fmt: skip
-    batch = collate(shown, set(objective.targets.values()))
-    mover = Mover(OptimizerConfig(name="adamw", rate=0.02, weight_decay=0.0), model)
-    term = next(iter(objective.targets))
+    batch = collate(shown, set(objective.labels.values()))
+    mover = Mover(OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.0), model)
+    term = next(iter(objective.labels))
     losses = []
     for _ in range(11):
         losses.append(float(step(model, objective, [batch])[term]))
@@ -178,7 +178,7 @@ def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: P
 
 def states(model: LM) -> torch.Tensor:
     tokens = torch.arange(2 * 7).view(2, 7) * 11 % 300
-    when = torch.arange(7)[None].expand(2, -1) * model.shape.causal
+    when = torch.arange(7)[None].expand(2, -1) * model.config.causal
     with torch.no_grad():
         return model({"tokens": tokens, "looks": when, "appears": when})
 
@@ -194,7 +194,7 @@ def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
         model = load_model(tmp_path / kind / "model")
         when = torch.arange(9)[None]
         with torch.no_grad():
-            ours = model.parts["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
+            ours = model.heads["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
             theirs = there(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, -9:]
             plain = base(input_ids=tokens).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -230,7 +230,7 @@ def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
 
 def test_recomputing_changes_no_bit(place: Path, made: Made, tmp_path: Path) -> None:
     """(It is what keeps a long row's memory small; that it does, test_model_prefix shows.)"""
-    run(dataclasses.replace(measured(place, "decoder", "prefix"), recompute=True), tmp_path, quiet)
+    run(dataclasses.replace(measured(place, "decoder", "prefix"), gradient_checkpointing=True), tmp_path, quiet)
     plain, again = (load_model(one / "model").state_dict() for one in (made("decoder", "prefix"), tmp_path))
     assert all(torch.equal(x, again[n]) for n, x in plain.items())
 
@@ -257,10 +257,10 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
 
 def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
     plain = load("gpt")
-    assert plain.adapt == FullFinetuning()
-    assert load("classify", ["start=x", "adapt=lora"]).adapt == LoRA()
+    assert plain.peft == FullFinetuning()
+    assert load("classify", ["start=x", "adapt=lora"]).peft == LoRA()
     full = load("classify", ["start=x", "adapt.kind=lora", "adapt.rank=4", "adapt.targets=[blocks.*]"])
-    assert full.adapt == LoRA(rank=4, targets=("blocks.*",))
+    assert full.peft == LoRA(rank=4, target_modules=("blocks.*",))
     assert config_io.from_dict(type(full), yaml.safe_load(config_io.write_yaml(full))) == full
 
 
@@ -315,21 +315,23 @@ def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
 def test_trained_positions_are_counted() -> None:
     """A prompt costs what as many more tokens in front cost; a prefix only the looking at it."""
     for make in (decoder_config, encoder_config):
-        shape = make(50, 64, 2, heads=2)
-        model, objective = LM(shape, {"lm": LMHead(shape)}), CausalLM()
+        config = make(50, 64, 2, heads=2)
+        model, objective = LM(config, {"lm": LMHead(config)}), CausalLM()
         texts, longer = (
             [{"tokens": np.arange(n), "labels": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3)
         )
-        if shape.causal:
+        if config.causal:
             texts, longer = ([one | causal(len(one["tokens"])) for one in those] for those in (texts, longer))
         batch = collate(texts, {"labels"})
-        plain = objective.run_flops(model, batch)
-        model.parts["prompt"] = prompt_of(model, [1, 2, 3])
-        assert objective.run_flops(model, batch) == objective.run_flops(LM(shape, {}), collate(longer, {"labels"}))
-        packed = flops.with_prefix(flops.work(pack(texts, 16, {"labels"})), pack(texts, 16, {"labels"}), shape, 0, 3)
+        plain = objective.forward_flops(model, batch)
+        model.heads["prompt"] = prompt_of(model, [1, 2, 3])
+        assert objective.forward_flops(model, batch) == objective.forward_flops(
+            LM(config, {}), collate(longer, {"labels"})
+        )
+        packed = flops.with_prefix(flops.work(pack(texts, 16, {"labels"})), pack(texts, 16, {"labels"}), config, 0, 3)
         assert (packed.positions, packed.pairs) == (
             flops.work(collate(longer, {"labels"})).positions, flops.work(collate(longer, {"labels"})).pairs
         )  # fmt: skip
-        del model.parts["prompt"]
-        model.parts["prefix"] = prefix_of(model, [1, 2, 3])
-        assert objective.run_flops(model, batch) == plain + 6 * shape.depth * 13 * 3 * 2 * 64
+        del model.heads["prompt"]
+        model.heads["prefix"] = prefix_of(model, [1, 2, 3])
+        assert objective.forward_flops(model, batch) == plain + 6 * config.num_layers * 13 * 3 * 2 * 64

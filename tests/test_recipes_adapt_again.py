@@ -86,8 +86,8 @@ def recipe(place: Path, task: str, start: Path, *more: str) -> Recipe:
 
 def states(model: LM) -> torch.Tensor:
     tokens = torch.arange(14).view(2, 7) * 11 % 200
-    when = torch.arange(7)[None].expand(2, -1) * model.shape.causal
-    source = {"source_tokens": tokens} if model.shape.encoder else {}
+    when = torch.arange(7)[None].expand(2, -1) * model.config.causal
+    source = {"source_tokens": tokens} if model.config.num_encoder_layers else {}
     with torch.no_grad():
         return model({"tokens": tokens, "looks": when, "appears": when, **source})
 
@@ -99,8 +99,8 @@ def answer(directory: Path, task: str, place: Path) -> object:
         return json.loads(evaluate_run(directory, valid, task=None, limit=20, as_json=True))["accuracy"]
     opened = open_model(directory)
     return (
-        opened.sample("the king", Sampling(max_new=5, temperature=0.0))
-        if generates_left_to_right(opened.model.shape)
+        opened.sample("the king", Sampling(max_new_tokens=5, temperature=0.0))
+        if generates_left_to_right(opened.model.config)
         else fill_text(directory, "a <mask>", 2)
     )
 

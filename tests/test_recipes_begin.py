@@ -47,47 +47,47 @@ ENTROPY = float(-(P / P.sum() * np.log(P / P.sum())).sum())
 CASES: dict[str, tuple[Objective, ModelConfig]] = {
     "decoder": (CausalLM(), decoder_config(SIZE, 64, 2)),
     "encoder": (MLM(), encoder_config(SIZE, 64, 2)),
-    "encoder, no cap": (CausalLM(), replace(decoder_config(SIZE, 64, 2), softcap=0.0)),
+    "encoder, no cap": (CausalLM(), replace(decoder_config(SIZE, 64, 2), logit_softcap=0.0)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_untrained_loss_is_the_entropy_of_single_tokens(name: str) -> None:
-    objective, shape = CASES[name]
+    objective, config = CASES[name]
     torch.manual_seed(0)
-    model = LM(shape, objective.parts(shape)).eval()
-    batches = Batches(Zipf(), objective, VOCAB, rows=16, seed=0)
-    before = validate(model, objective, batches.once())["loss"]
+    model = LM(config, objective.heads(config)).eval()
+    batches = Batches(Zipf(), objective, VOCAB, batch_size=16, seed=0)
+    before = validate(model, objective, batches.all_batches())["loss"]
     assert before > 5
     assert init_head(model, objective, batches) > 10_000
-    after = validate(model, objective, batches.once())["loss"]
+    after = validate(model, objective, batches.all_batches())["loss"]
     assert ENTROPY - 0.05 < after < ENTROPY + 0.1
 
 
 def test_what_an_encoder_decoder_is_asked_is_counted_with_its_sentinels() -> None:
-    objective, shape = SpanCorruption(), encoder_decoder_config(SIZE, 64, 2)
-    model = LM(shape, objective.parts(shape)).eval()
-    batches = Batches(Zipf(), objective, VOCAB, rows=16, seed=0)
+    objective, config = SpanCorruption(), encoder_decoder_config(SIZE, 64, 2)
+    model = LM(config, objective.heads(config)).eval()
+    batches = Batches(Zipf(), objective, VOCAB, batch_size=16, seed=0)
     assert init_head(model, objective, batches)
-    logits = model.parts["lm"](objective.run(model, batches.batches(0)[0])["hidden"])
+    logits = model.heads["lm"](objective.forward(model, batches.batches(0)[0])["hidden"])
     assert int(logits.mean((0, 1)).argmax()) in (25, 1, *range(5, 10))  # the commonest word, the end, a first sentinel
-    assert validate(model, objective, batches.once())["loss"] < 4.5
+    assert validate(model, objective, batches.all_batches())["loss"] < 4.5
 
 
 def test_nothing_is_done_where_there_is_no_place_for_it() -> None:
-    shape = ModelConfig(vocab=SIZE, width=64, depth=2, heads=2)
-    model = LM(shape, CausalLM().parts(shape))
+    config = ModelConfig(vocab_size=SIZE, hidden_size=64, num_layers=2, num_heads=2)
+    model = LM(config, CausalLM().heads(config))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert init_head(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, rows=16, seed=0)) == 0
+    assert init_head(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, batch_size=16, seed=0)) == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_trunk_that_does_not_carry_the_constant_is_left_as_it_was() -> None:
-    shape = replace(decoder_config(SIZE, 64, 4), zero_init=False, init=0.5)
+    config = replace(decoder_config(SIZE, 64, 4), zero_init=False, init_std=0.5)
     torch.manual_seed(0)
-    model = LM(shape, CausalLM().parts(shape))
+    model = LM(config, CausalLM().heads(config))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert init_head(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, rows=16, seed=0)) == 0
+    assert init_head(model, CausalLM(), Batches(Zipf(), CausalLM(), VOCAB, batch_size=16, seed=0)) == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -96,6 +96,6 @@ def test_an_objective_without_token_answers_is_left_alone() -> None:
         def __getitem__(self, index: int) -> Example:
             return super().__getitem__(index) | {"label": index % 2}
 
-    objective, shape = Classification(classes=("a", "b")), encoder_config(SIZE, 64, 1)
-    model = LM(shape, objective.parts(shape))
-    assert init_head(model, objective, Batches(Labelled(), objective, VOCAB, rows=16, seed=0)) == 0
+    objective, config = Classification(class_names=("a", "b")), encoder_config(SIZE, 64, 1)
+    model = LM(config, objective.heads(config))
+    assert init_head(model, objective, Batches(Labelled(), objective, VOCAB, batch_size=16, seed=0)) == 0

@@ -182,7 +182,7 @@ def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Pa
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = {row["step"]: row["loss"] for row in rows if row["split"] == "valid"}
     best = min(held, key=lambda step: held[step])
-    assert done.exported == best < done.steps
+    assert done.exported_step == best < done.steps
     found = held_out_measures(done.directory)
     assert (found["exported_step"], found["last_step"], found["loss"]) == (best, done.steps, held[best])
     assert f"exported_step            {best}" in evaluate_run(done.directory, [], task=None, limit=None, as_json=False)
@@ -191,7 +191,7 @@ def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Pa
     assert f"held-out text, exported step {best}" in page and "did not fall" not in page
     assert f"the model of step {best}, the best check" in (done.model / "README.md").read_text()
     again, _ = trained("classify", tmp_path / "last", tokens, f"source={file}", "source.held_out=0.3", "length.steps=2")
-    assert again.exported == again.steps == held_out_measures(again.directory)["step"]
+    assert again.exported_step == again.steps == held_out_measures(again.directory)["step"]
 
 
 def squad(n: int) -> str:
@@ -229,8 +229,8 @@ def test_whole_questions_are_measured(tmp_path: Path, tokens: Path) -> None:
     source = QuestionRecords([str(tmp_path / "a.json")], Tokenizer.load(tokens), 18, question=8, stride=4)
     some = spread(source, len(source) // 3)
     assert len(some) < len(source) // 2
-    for owner in np.unique(some.owners):
-        assert (some.owners == owner).sum() == (source.owners == owner).sum() > 1
+    for owner in np.unique(some.record_ids):
+        assert (some.record_ids == owner).sum() == (source.record_ids == owner).sum() > 1
 
 
 def test_no_answer_is_as_probable_as_nowhere(tmp_path: Path, tokens: Path) -> None:
@@ -299,7 +299,7 @@ def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, t
     reviews(folder / "b.csv", ["good", "bad"])
     said: list[str] = []
     recipe = load("gpt", [f"source={folder}"])
-    RunData(recipe.source, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
+    RunData(recipe.data, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
     assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
     [line] = [line for line in said if "passed over" in line]
     assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

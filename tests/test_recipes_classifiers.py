@@ -32,10 +32,10 @@ TEXTS = [f"the {word} fox number {i}" for i in range(20) for word in ("good", "b
     ],
 )
 def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_path: Path) -> None:
-    coder = train(TEXTS, "wordpiece", 220)
+    tokenizer = train(TEXTS, "wordpiece", 220)
     torch.manual_seed(0)
-    shape: ModelConfig = make(coder.vocab.size)
-    save_model(LM(shape, {}), coder, tmp_path / "start")
+    config: ModelConfig = make(tokenizer.vocab.size)
+    save_model(LM(config, {}), tokenizer, tmp_path / "start")
     (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps({"text": t, "label": t.split()[1]}) + "\n" for t in TEXTS), "utf-8"
     )
@@ -47,21 +47,21 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
     assert name in said[0]
     theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and theirs.config.id2label == {0: "bad", 1: "good"}
-    ids = torch.tensor([[coder.vocab.cls, *coder.encode("the good fox").tolist(), coder.vocab.sep]])
+    ids = torch.tensor([[tokenizer.vocab.cls, *tokenizer.encode("the good fox").tolist(), tokenizer.vocab.sep]])
     ours = load_model(done.model)
     with torch.no_grad():
         expected = theirs.eval()(input_ids=ids).logits
-        found = ours.parts["classes"](ours({"tokens": ids})[:, 0])
+        found = ours.heads["classes"](ours({"tokens": ids})[:, 0])
     assert (found - expected).abs().max() < 1e-5
 
 
 def test_a_family_that_reads_elsewhere_is_refused() -> None:
     """And a shape of no family, whose linear head stays."""
-    family = Classification(classes=("a", "b"), head="family")
-    assert "set objective.head=linear" in family.lacks(encoder_decoder_config(64, 32, 1, heads=2))
-    assert "set objective.head=linear" in family.lacks(
+    family = Classification(class_names=("a", "b"), head="family")
+    assert "set objective.head=linear" in family.missing_from(encoder_decoder_config(64, 32, 1, heads=2))
+    assert "set objective.head=linear" in family.missing_from(
         decoder_config(64, 32, 1, heads=2)
     )  # NanoChat has no class of texts
-    assert not Classification(classes=("a", "b")).lacks(decoder_config(64, 32, 1, heads=2))
+    assert not Classification(class_names=("a", "b")).missing_from(decoder_config(64, 32, 1, heads=2))
     with pytest.raises(UserError, match="head"):
         load("classify", ["objective.head=pooled"])

@@ -56,7 +56,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def terms(records: Path | str, **changes: object) -> ComparisonConfig:
-    fields = {"compute": Budget(flops=FLOPS), "shares": (0.5, 1.0), "seeds": 2, "probe": str(records), "labels": 20}
+    fields = {"compute": Budget(max_flops=FLOPS), "shares": (0.5, 1.0), "seeds": 2, "probe": str(records), "labels": 20}
     return ComparisonConfig(**(fields | changes))
 
 
@@ -198,8 +198,8 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     recipe = load("classify", [
         f"source.path={records}", "tokenizer.size=400", "objective.at=answer", "length.steps=4", "precision=fp32",
     ])  # fmt: skip
-    ended = run(replace(recipe, shape=t5.shape), tmp_path / "run", echo=lambda _: None)
-    share = recipe.source.held_out * 2**64
+    ended = run(replace(recipe, model=t5.model), tmp_path / "run", echo=lambda _: None)
+    share = recipe.data.validation_fraction * 2**64
     held_out = [r for r in records.read_text().splitlines() if content_key(json.loads(r)["text"]) < share]
     (tmp_path / "held.jsonl").write_text("\n".join(held_out) + "\n")
     found = evaluate(tmp_path / "run", [str(tmp_path / "held.jsonl")])
@@ -234,7 +234,7 @@ def test_other_terms_in_the_same_place_are_refused(held: tuple[Path, str], recor
     with pytest.raises(UserError, match=r"holds a comparison on other terms \(another number of labels\)"):
         contest(held[0], records, labels=21)
     with pytest.raises(UserError, match=r"another compute"):
-        contest(held[0], records, compute=Budget(seconds=1))
+        contest(held[0], records, compute=Budget(max_seconds=1))
 
 
 def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory_is_taken(
@@ -263,7 +263,7 @@ def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"compute": Budget(steps=3)}, "not equally dear"),
+    ({"compute": Budget(max_steps=3)}, "not equally dear"),
     ({"shares": (0.0, 1.0)}, "above 0 and at most 1"),
     ({"shares": ()}, "shares is empty"),
     ({"seeds": 0}, "at least 1"),
@@ -331,7 +331,7 @@ def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_p
         play.write_text(f"Who goes there? It is the king of {play.stem}. " * 5)
     rows = [{"text": f"{play.name} {i}", "label": "ab"[i % 2], "name": play.name} for play in plays for i in range(6)]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = DataConfig(path=(str(plays[0].parent),), held_out=0.3)
+    source = DataConfig(path=(str(plays[0].parent),), validation_fraction=0.3)
     drawn = draw_probe(
         str(tmp_path / "probe.jsonl"),
         LabeledConfig(),
@@ -366,16 +366,18 @@ def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Pa
 def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
     settings = [*SMALL, f"source.path={records}", "gpt.shape.hidden=48", "probe.optimizer.rate=1e-3"]
     ready = arena.prepare(("roberta", "gpt"), settings, terms(records), tmp_path, lambda _: None)
-    shapes = {name: recipe.shape for name, recipe in ready.contenders.items()}
-    assert (shapes["roberta"].hidden, shapes["gpt"].hidden) == (32, 48)
-    assert shapes["roberta"].vocab == shapes["gpt"].vocab == ready.tokenizer.vocab.size
-    assert ready.probe.optimizer.rate == 1e-3
+    shapes = {name: recipe.model for name, recipe in ready.contenders.items()}
+    assert (shapes["roberta"].intermediate_size, shapes["gpt"].intermediate_size) == (32, 48)
+    assert shapes["roberta"].vocab_size == shapes["gpt"].vocab_size == ready.tokenizer.vocab.size
+    assert ready.probe.optimizer.lr == 1e-3
     assert [ready.finetuning(name, 0).objective.at for name in ("roberta", "gpt")] == ["first", "last"]
     assert ready.finetuning("gpt", 0) == ready.finetuning("gpt", 0) != ready.finetuning("gpt", 1)
 
 
 def test_seconds_are_shared_out_too(records: Path, tmp_path: Path) -> None:
-    said = contest(tmp_path, records, ("gpt",), compute=Budget(seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none")
+    said = contest(
+        tmp_path, records, ("gpt",), compute=Budget(max_seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none"
+    )
     half, whole = (json.loads((tmp_path / f"runs/gpt/share-{s}/seed-0/done.json").read_text()) for s in ("0.5", "1"))
     assert 0.2 <= half["seconds"] < 0.4 <= whole["seconds"]
     assert "gpt" in said and "FLOPs" in said

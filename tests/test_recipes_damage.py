@@ -187,9 +187,11 @@ def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) 
     data = [f"source.path={tmp_path / 'a.jsonl'}", f"start={whole}", "length.steps=1"]
     ends_in_a_sentence(lambda: run(load("instruct", data), tmp_path / "run", quiet), r"a\.jsonl")
     words = train(["low lower lowest " * 20], "wordpiece", size=300, seed=0)
-    shape = ModelConfig(vocab=words.vocab.size, width=16, depth=1, heads=2, context=16, causal=True)
+    config = ModelConfig(
+        vocab_size=words.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=16, causal=True
+    )
     for kind in (PromptTuning, PrefixTuning):
-        model = LM(shape, {"lm": LMHead(shape)})
+        model = LM(config, {"lm": LMHead(config)})
         ends_in_a_sentence(
             lambda kind=kind, model=model: kind(tokens=2, text=" \n ").apply(model, [], words, 0),
             "has no tokens to begin with",

@@ -74,10 +74,10 @@ def test_the_settings_of_tasks_are_settings() -> None:
 
 def test_a_field_of_text_holds_what_was_typed() -> None:
     line = next(line for name, line in FOUND if "text_to_text" in line and name == "tasks.py")
-    segment = understood(line).segment  # type: ignore[union-attr]
-    assert (segment.prompt, segment.answer_is) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
+    examples = understood(line).examples  # type: ignore[union-attr]
+    assert (examples.prompt, examples.answer_is) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
     for said in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
-        told = load("text_to_text", [f"segment.prompt={said}", "segment.answer_is='x: y'"]).segment
+        told = load("text_to_text", [f"segment.prompt={said}", "segment.answer_is='x: y'"]).examples
         assert (told.prompt, told.answer_is) == (said, "x: y")  # type: ignore[attr-defined]
     assert not isinstance(understood("firth train lstm embeddings=runs/word2vec shape.width=128").objective, Sum)  # type: ignore[union-attr]
 

@@ -19,9 +19,9 @@ from firth.runs.run import run
 from firth.types import UserError
 
 
-def count(shape: ModelConfig, parts: dict[str, torch.nn.Module] | None = None) -> int:
+def count(config: ModelConfig, parts: dict[str, torch.nn.Module] | None = None) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in LM(shape, {} if parts is None else parts).parameters())
+        return sum(p.numel() for p in LM(config, {} if parts is None else parts).parameters())
 
 
 MILLIONS = {
@@ -38,11 +38,11 @@ MILLIONS = {
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_sizes(name: str) -> None:
     """The papers round, and count BERT's pooler (and BERT-large, whose 335 M they call 340 M, with 30,522 tokens)."""
-    shape, millions = PRESETS[name], MILLIONS[name]
-    body = count(shape) + (shape.width + 1) * shape.width
+    config, millions = PRESETS[name], MILLIONS[name]
+    body = count(config) + (config.hidden_size + 1) * config.hidden_size
     assert abs(body / (millions * 1e6) - 1) < 0.04
     with torch.device("meta"):
-        assert count(shape, {"lm": LMHead(shape)}) == shape.parameters()
+        assert count(config, {"lm": LMHead(config)}) == config.num_parameters()
 
 
 def test_bodies_have_as_many_parameters_as_theirs() -> None:
@@ -58,20 +58,21 @@ def test_bodies_have_as_many_parameters_as_theirs() -> None:
             ),
         }  # fmt: skip
     for name, model in theirs.items():
-        shape = published(f"{name}:published").shape
-        assert shape is not None
-        assert count(shape) == sum(p.numel() for p in model.parameters()), name
+        config = published(f"{name}:published").model
+        assert config is not None
+        assert count(config) == sum(p.numel() for p in model.parameters()), name
 
 
 def test_electra_s_generator_is_a_quarter_and_has_no_tables_of_its_own() -> None:
     recipe = published("electra:published")
-    assert recipe.shape is not None
+    assert recipe.model is not None
     with torch.device("meta"):
-        parts = recipe.objective.parts(recipe.shape)
+        parts = recipe.objective.heads(recipe.model)
     small = parts["generator"].shape
     assert (small.width, small.heads, small.hidden, small.depth, small.embed) == (64, 1, 256, 12, 128)
     model = LM(
-        replace(recipe.shape, vocab=100, depth=1), recipe.objective.parts(replace(recipe.shape, vocab=100, depth=1))
+        replace(recipe.model, vocab_size=100, num_layers=1),
+        recipe.objective.heads(replace(recipe.model, vocab_size=100, num_layers=1)),
     )
     assert sum(t.numel() for n, t in model.named_parameters() if t.shape[0] == 100 and t.ndim == 2) == 100 * 128
 
@@ -102,7 +103,7 @@ def test_a_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path:
     done = run(recipe, tmp_path / "run", echo=lambda _: None)
     assert done.steps == 3 and any(metric.startswith("valid/") for metric in done.metrics)
     model = load_model(done.model)
-    assert model.shape == replace(recipe.shape, vocab=model.shape.vocab)
+    assert model.config == replace(recipe.model, vocab_size=model.config.vocab_size)
     with torch.device("meta"):
-        assert set(model.parts) == set(recipe.objective.parts(recipe.shape))
+        assert set(model.heads) == set(recipe.objective.heads(recipe.model))
     assert run(recipe, tmp_path / "run", echo=lambda _: None).metrics == done.metrics

@@ -43,8 +43,8 @@ def built(kind: str) -> tuple[LM, Tokenizer]:
     coder = tokenizer()
     make = {"decoder": decoder_config, "encoder": encoder_config, "both": encoder_decoder_config}[kind]
     torch.manual_seed(0)
-    shape = make(coder.vocab.size, 32, 2, heads=4, context=64)
-    model = LM(shape, {"lm": LMHead(shape)})
+    config = make(coder.vocab.size, 32, 2, heads=4, context=64)
+    model = LM(config, {"lm": LMHead(config)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -77,16 +77,16 @@ def logits(kind: str, model: LM, theirs: torch.nn.Module) -> float:
     steps = torch.arange(20)[None]
     order = {} if kind == "encoder" else {"looks": steps, "appears": steps}
     if kind == "both":
-        ours = model.parts["lm"](model({"source_tokens": row, "tokens": row} | order))
+        ours = model.heads["lm"](model({"source_tokens": row, "tokens": row} | order))
         return (theirs(input_ids=row, decoder_input_ids=row).logits - ours).abs().max().item()
-    return (theirs(input_ids=row).logits - model.parts["lm"](model({"tokens": row} | order))).abs().max().item()
+    return (theirs(input_ids=row).logits - model.heads["lm"](model({"tokens": row} | order))).abs().max().item()
 
 
 @pytest.mark.parametrize("kind", AUTO)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_export_loads_in_every_type_and_in_shards(kind: str, dtype: str, tmp_path: Path) -> None:
-    model, coder = built(kind)
-    save_model(model, coder, tmp_path / "run")
+    model, tokenizer = built(kind)
+    save_model(model, tokenizer, tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype=dtype, shard="60KB", echo=lambda _: None)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
@@ -113,27 +113,33 @@ def test_an_export_loads_in_every_type_and_in_shards(kind: str, dtype: str, tmp_
 
 @pytest.mark.parametrize("kind", AUTO)
 def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, tmp_path: Path) -> None:
-    model, coder = built(kind)
-    save_model(model, coder, tmp_path)
+    model, tokenizer = built(kind)
+    save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "What is a module?"
-    framed = coder.vocab.frame(coder.encode(text)) if kind == "encoder" else encode_prompt(coder, text, model)
+    framed = (
+        tokenizer.vocab.frame(tokenizer.encode(text)) if kind == "encoder" else encode_prompt(tokenizer, text, model)
+    )
     assert theirs(text)["input_ids"] == framed.tolist()
     assert set(theirs(text)) == {"input_ids", "attention_mask"}
     if kind == "encoder":
-        cls, sep, pair = coder.vocab.cls, coder.vocab.sep, [coder.encode(x).tolist() for x in ("one", "two")]
+        cls, sep, pair = (
+            tokenizer.vocab.cls,
+            tokenizer.vocab.sep,
+            [tokenizer.encode(x).tolist() for x in ("one", "two")],
+        )
         assert theirs("one", "two")["input_ids"] == [cls, *pair[0], sep, *pair[1], sep]
     again = Tokenizer.load(tmp_path)
-    assert again.digest == coder.digest
-    assert again.encode(text).tolist() == coder.encode(text).tolist()
+    assert again.digest == tokenizer.digest
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert again.framed("both").definition == again.definition
 
 
 def test_numbers_too_large_for_fp16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    model, coder = built("decoder")
+    model, tokenizer = built("decoder")
     with torch.no_grad():
         model.tokens.weight[0, 0] = 1e5
-    save_model(model, coder, tmp_path / "run")
+    save_model(model, tokenizer, tmp_path / "run")
     with pytest.raises(UserError, match="too large for fp16"):
         export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="fp16", shard="")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -160,8 +166,8 @@ def test_minilm_comes_in_and_goes_out_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_bf16_directory_stays_bf16(tmp_path: Path) -> None:
-    model, coder = built("decoder")
-    save_model(model, coder, tmp_path / "given", storage=Storage(torch.bfloat16))
+    model, tokenizer = built("decoder")
+    save_model(model, tokenizer, tmp_path / "given", storage=Storage(torch.bfloat16))
     (tmp_path / "given" / "firth.json").unlink()
     said: list[str] = []
     import_model(tmp_path / "given", tmp_path / "in", echo=said.append)
@@ -182,8 +188,8 @@ def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -
     (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
     few = [f"start={tmp_path / 'bert'}", f"source.path={folder / 'labelled.jsonl'}", "length.steps=2", "batch.rows=4"]
     done = run(load("classify", few), tmp_path / "run", echo=lambda _: None)
-    shape = load_model(done.model).shape
-    assert (shape.vocab, shape.width, shape.segments) == (30522, 16, 2)
+    config = load_model(done.model).config
+    assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)
     assert Tokenizer.load(done.model).digest == Tokenizer.load(tmp_path / "bert").digest
     card = (done.model / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "bert"
@@ -220,8 +226,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused_and_a_smaller_one_is_told(
 
 
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
-    model, coder = built("decoder")
-    save_model(model, coder, tmp_path / "run")
+    model, tokenizer = built("decoder")
+    save_model(model, tokenizer, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     (tmp_path / "file").write_text("x")
@@ -272,10 +278,10 @@ def test_the_card_names_the_licence_of_a_corpus(tmp_path: Path) -> None:
 
 
 def test_stop_ids_of_generation_config_end_an_answer_here_and_after_an_export(tmp_path: Path) -> None:
-    model, coder = built("decoder")
-    save_model(model, coder, tmp_path / "given")
+    model, tokenizer = built("decoder")
+    save_model(model, tokenizer, tmp_path / "given")
     (tmp_path / "given" / "firth.json").unlink()
-    a, b = coder.id("</s>"), int(coder.encode("?")[0])
+    a, b = tokenizer.id("</s>"), int(tokenizer.encode("?")[0])
     (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"eos_token_id": [a, b]}))
     assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "given")))
     import_model(tmp_path / "given", tmp_path / "in", echo=lambda _: None)
@@ -288,21 +294,21 @@ def test_stop_ids_of_generation_config_end_an_answer_here_and_after_an_export(tm
 )
 def test_who_puts_bos_before_a_text(said: bool | None, framing: bool, begins: bool, tmp_path: Path) -> None:
     """A stranger's decoder reads bos where its tokenizer says so: in tokenizer_config.json, else in tokenizer.json."""
-    model, coder = built("decoder")
-    save_model(model, coder, tmp_path)
+    model, tokenizer = built("decoder")
+    save_model(model, tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
-    (coder.framed("left") if framing else coder).save(tmp_path)
+    (tokenizer.framed("left") if framing else tokenizer).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(config | ({} if said is None else {"add_bos_token": said}))
     )
     loaded = Tokenizer.load(tmp_path)
-    assert (encode_prompt(loaded, "hello", model)[0] == coder.vocab.bos) == begins
+    assert (encode_prompt(loaded, "hello", model)[0] == tokenizer.vocab.bos) == begins
     save_model(model, loaded, tmp_path / "again")
-    assert (encode_prompt(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == coder.vocab.bos) == begins
+    assert (encode_prompt(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == tokenizer.vocab.bos) == begins
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     if said is None:
-        assert (theirs("hello")["input_ids"][0] == coder.vocab.bos) == begins
+        assert (theirs("hello")["input_ids"][0] == tokenizer.vocab.bos) == begins
 
 
 def gpt2(folder: Path) -> Engine:
@@ -386,8 +392,8 @@ def test_the_commands(tmp_path: Path) -> None:
 
     from firth.cli import app
 
-    model, coder = built("encoder")
-    save_model(model, coder, tmp_path / "run")
+    model, tokenizer = built("encoder")
+    save_model(model, tokenizer, tmp_path / "run")
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), out, "--dtype", "bf16", "--shard-size", "50KB"])
     assert done.exit_code == 0 and "transformers loads it as ModernBertForMaskedLM" in done.output
@@ -442,15 +448,21 @@ def test_albert_and_xlnet_mend_a_text_as_theirs_do(kind: str, more: dict[str, bo
 
 def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     coder = tokenizer()
-    shape = ModelConfig(
-        vocab=coder.vocab.size, width=16, depth=1, heads=2, context=32, position="sinusoidal", activation="relu2"
+    config = ModelConfig(
+        vocab_size=coder.vocab.size,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        max_positions=32,
+        position="sinusoidal",
+        activation="relu2",
     )
-    model = LM(shape, {"lm": LMHead(shape)}).eval()
+    model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, coder, tmp_path / "run")
     said: list[str] = []
     export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=said.append)
     assert "only firth loads it" in said[0]
-    assert load_model(tmp_path / "out").shape == shape
+    assert load_model(tmp_path / "out").config == config
     for wrong, says in (
         ({"form": "onnx"}, "no format 'onnx'"),
         ({"dtype": "int8"}, "no dtype"),
@@ -474,8 +486,8 @@ def test_what_to_do_with_an_export_is_what_its_run_has_learnt(trained: Path, tmp
 def test_four_bits_go_out_and_come_back(tmp_path: Path) -> None:
     coder = tokenizer()
     torch.manual_seed(0)
-    shape = llama(coder.vocab.size, 32, 1, 2, 64, context=32)
-    save_model(LM(shape, {"lm": LMHead(shape)}).eval(), coder, tmp_path / "run")
+    config = llama(coder.vocab.size, 32, 1, 2, 64, context=32)
+    save_model(LM(config, {"lm": LMHead(config)}).eval(), coder, tmp_path / "run")
     said: list[str] = []
     export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=said.append)
     assert said[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")

@@ -88,7 +88,7 @@ def test_pairs_without_sentences_are_reported(
 ) -> None:
     source = windows.SegmentPairs(stores[language], 64, tokenizer.vocab)
     assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64), source, tokenizer.vocab) == expected
-    assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64, sentences=False), source, tokenizer.vocab) == []
+    assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64, whole_sentences=False), source, tokenizer.vocab) == []
 
 
 def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run(load("roberta", changes), tmp_path / "run", echo=lines.append)
     assert sum(WORDS in line for line in lines) == 1
     assert any(WORDS in line for line in json.loads((tmp_path / "run" / "done.json").read_text())["remarks"])
-    assert load(str(tmp_path / "run")).segmentation == "uax29"
+    assert load(str(tmp_path / "run")).word_segmentation == "uax29"
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: True)
     for recipe in (load("roberta", changes), load(str(tmp_path / "run"))):
         with pytest.raises(

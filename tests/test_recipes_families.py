@@ -74,7 +74,7 @@ def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
     opened = open_run(runs / "t5")
     pieces = split_gaps(opened.tokenizer, "The <mask> sells the boat <mask> the mill.", "<mask>")
     assert opened.objective is not None
-    shown = opened.objective.show_gaps(pieces, opened.tokenizer.vocab)
+    shown = opened.objective.build_infill(pieces, opened.tokenizer.vocab)
     assert shown is not None
     first, second = (opened.tokenizer.id(f"<extra_id_{i}>") for i in (0, 1))
     assert np.isin(shown.prompt, [first, second]).sum() == 2 and shown.prompt[-1] == opened.tokenizer.vocab.eos
@@ -87,7 +87,7 @@ def test_a_span_has_the_probability_of_its_tokens(runs: Path) -> None:
     vocab = opened.tokenizer.vocab
     marks = vocab.sentinels[:2]
     with torch.no_grad():  # a model that writes its marks
-        opened.model.parts["lm"].weight[marks] *= 30
+        opened.model.heads["lm"].weight[marks] *= 30
     source = np.concatenate((opened.tokenizer.encode("The"), marks[:1], [vocab.eos]))
     [candidates] = fill_spans(opened.engine, InfillPrompt(source, marks), k=4)
     assert candidates and [c.probability for c in candidates] == sorted(
@@ -108,7 +108,7 @@ def test_bart_writes_the_text_anew(runs: Path) -> None:
     text = "The <mask> sells the boat."
     pieces = split_gaps(opened.tokenizer, text, "<mask>")
     source = np.concatenate((pieces[0], [opened.tokenizer.vocab.mask], pieces[1], [opened.tokenizer.vocab.eos]))
-    [expected] = opened.engine.generate([source], Sampling(temperature=0, max_new=2 * len(source) + 12))
+    [expected] = opened.engine.generate([source], Sampling(temperature=0, max_new_tokens=2 * len(source) + 12))
     assert fill_text(runs / "bart", text, 5) == expected.text
 
 
@@ -122,13 +122,15 @@ def test_a_bare_model_directory_fills_as_its_run(runs: Path, name: str) -> None:
 def test_a_foreign_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path) -> None:
     """What nobody says is read from the shape: BART's answers begin behind eos."""
     tokenizer = open_run(runs / "bart").tokenizer
-    shape = bart_shape(tokenizer.vocab.size, 32, 1, 2, context=64)
-    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer, tmp_path)
+    config = bart_shape(tokenizer.vocab.size, 32, 1, 2, context=64)
+    save_model(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
     text = "The <mask> sells the boat."
     pieces = split_gaps(tokenizer, text, "<mask>")
     source = np.concatenate((pieces[0], [tokenizer.vocab.mask], pieces[1], [tokenizer.vocab.eos]))
-    [expected] = open_model(tmp_path).engine.generate([source], Sampling(temperature=0, max_new=2 * len(source) + 12))
+    [expected] = open_model(tmp_path).engine.generate(
+        [source], Sampling(temperature=0, max_new_tokens=2 * len(source) + 12)
+    )
     assert fill_text(tmp_path, text, 5) == expected.text
 
 
@@ -141,7 +143,7 @@ def test_elmo_fills_from_both_ends(runs: Path) -> None:
     at = 1 + len(pieces[0])
     with torch.no_grad():
         ahead, back = opened.model(rectangle([row], torch.device("cpu")))[0].chunk(2, -1)
-        head = opened.model.parts["lm"]
+        head = opened.model.heads["lm"]
         total = head(ahead[at - 1]).log_softmax(-1) + head(back[at + 1]).log_softmax(-1)
     ordinary = torch.as_tensor(opened.tokenizer.vocab.ordinary)
     share = total[ordinary].softmax(-1)
@@ -154,7 +156,7 @@ def test_elmo_fills_from_both_ends(runs: Path) -> None:
 def test_electra_fills_by_its_generator(runs: Path) -> None:
     opened = open_model(runs / "electra")
     own = opened.tokenizer.token(opened.tokenizer.vocab.mask)
-    [gap] = fill(opened.model.parts["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
+    [gap] = fill(opened.model.heads["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
     assert f"{gap[0].probability:.2f}" in fill_text(runs / "electra", "The otter <mask> the boat.", 1)
 
 
@@ -183,7 +185,7 @@ def test_a_command_that_does_not_serve_names_one_that_does(
 
 def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
     opened = open_engine(runs / "vae")
-    sampling = Sampling(temperature=0, max_new=8)
+    sampling = Sampling(temperature=0, max_new_tokens=8)
     first, second = "The otter paints the boat.", "The clerk sells the boat."
     lines = opened.between(first, second, 5, sampling)
     ends = opened.engine.posterior([encode_prompt(opened.tokenizer, text, opened.model) for text in (first, second)])
@@ -195,7 +197,7 @@ def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
     )
     drawn = firth("generate", str(runs / "vae"), *more)
     chance = np.random.default_rng(4).standard_normal((3, 4), np.float32)
-    prior = opened.engine.decode(torch.from_numpy(chance), Sampling(temperature=0, max_new=8, seed=4))
+    prior = opened.engine.decode(torch.from_numpy(chance), Sampling(temperature=0, max_new_tokens=8, seed=4))
     assert drawn == "\n".join(one.text for one in prior) + "\n"
 
 

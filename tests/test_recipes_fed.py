@@ -45,8 +45,8 @@ SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
 SHAPES: dict[AttentionPattern, ModelConfig] = {
     "any": encoder_config(**SIZES), "both": replace(encoder_config(**SIZES), dropout=0.1), "left": decoder_config(**SIZES),
     "free": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "source": encoder_decoder_config(**SIZES),
-    "latent": replace(encoder_decoder_config(**SIZES), latent=32),
-    "apart": replace(recurrent_config(400, 32, 1), causal=False, apart=True, tied=False, hidden=0), "alone": word_vector_config(400, 16),
+    "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
+    "apart": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "alone": word_vector_config(400, 16),
 }  # fmt: skip
 
 
@@ -59,25 +59,25 @@ class Place:
 
     def segment(self, name: str, objective: Objective | None = None) -> ExamplesConfig:
         """A segment of this name, as small as it comes, with the credit that the objective learns from."""
-        grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.addends())
+        grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.components())
         credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
-            "windows": WindowsConfig(length=16), "pieces": ChunksConfig(length=24), "pairs": SegmentPairsConfig(length=24),
-            "partly": PartiallyLabeledConfig(few=4), "taught": PseudoLabeledConfig(few=4, teacher=str(self.folder / "classifier")),
-            "rollouts": RolloutsConfig(answers=4, epochs=1, max_new=3, scorer="builtins:len", credit=credit),
+            "windows": WindowsConfig(max_length=16), "pieces": ChunksConfig(max_length=24), "pairs": SegmentPairsConfig(max_length=24),
+            "partly": PartiallyLabeledConfig(num_labeled=4), "taught": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
+            "rollouts": RolloutsConfig(rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit),
         }  # fmt: skip
         return changed.get(name) or EXAMPLES[name]()
 
-    def cut(self, name: str, objective: Objective, shape: ModelConfig) -> tuple[DatasetSplits, Objective]:
+    def cut(self, name: str, objective: Objective, config: ModelConfig) -> tuple[DatasetSplits, Objective]:
         """Its examples, as a run cuts them, and the objective that knows them."""
         file = next(path for path in sorted(self.folder.glob("*.*")) if name in path.stem.split("-"))
-        start = str(self.folder / ("left" if shape.causal else "classifier"))
-        source = DataConfig(path=(str(file),), split="line")
+        start = str(self.folder / ("left" if config.causal else "classifier"))
+        source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "taught" else "")
-        material = RunData(source, self.tokenizer, place, start, rows=2, echo=lambda _: None)
-        segment = self.segment(name, objective)
-        told = segment.settle(objective, material).fitted(shape)
-        return segment.cut(material, told), told
+        data = RunData(source, self.tokenizer, place, start, batch_size=2, echo=lambda _: None)
+        examples = self.segment(name, objective)
+        told = examples.configure_objective(objective, data).for_model(config)
+        return examples.build(data, told), told
 
 
 def sentence(rng: np.random.Generator, n: int = 9) -> str:
@@ -109,40 +109,40 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
     train_tokenizer([str(texts)], folder / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None)
     tokenizer = Tokenizer.load(folder / "tok")
-    for name, shape, objective in (
+    for name, config, objective in (
         ("left", SHAPES["left"], objectives.find("ppo")()),
-        ("classifier", SHAPES["any"], Classification(classes=("a", "b")) + MLM()),
+        ("classifier", SHAPES["any"], Classification(class_names=("a", "b")) + MLM()),
     ):
         torch.manual_seed(0)
-        save_model(LM(shape, objective.parts(shape)), tokenizer, folder / name)
+        save_model(LM(config, objective.heads(config)), tokenizer, folder / name)
     return Place(folder, tokenizer)
 
 
 def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Tensor]:
     """One step of training on what a segment gives, in fp32 and then in bf16; the terms of the latter."""
-    shape = SHAPES[objective.reads()]
-    cut, told = place.cut(name, objective, shape)
+    config = SHAPES[objective.attention_pattern()]
+    cut, told = place.cut(name, objective, config)
     torch.manual_seed(0)
-    model = LM(shape, told.parts(shape))
+    model = LM(config, told.heads(config))
     cut.train.prepare(model, 0)
-    vocab = place.tokenizer.vocab.starting(shape.decoder_start)
-    batches = Batches(cut.train, told, vocab, rows=2, seed=0).batches(0)
+    vocab = place.tokenizer.vocab.starting(config.decoder_start_token)
+    batches = Batches(cut.train, told, vocab, batch_size=2, seed=0).batches(0)
     step(model, told, batches)
     return step(model, told, batches, precision=casts("bf16", torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
-    cut, _ = place.cut(name, Classification(classes=("a", "b")), SHAPES["left"])
+    cut, _ = place.cut(name, Classification(class_names=("a", "b")), SHAPES["left"])
     cut.train.prepare(LM(SHAPES["left"], objectives.find("ppo")().parts(SHAPES["left"])), 0)
     for i in range(len(cut.train)):
-        missing = place.segment(name).given - cut.train[i].keys()
+        missing = place.segment(name).fields - cut.train[i].keys()
         assert missing <= {"taught"} and not missing, (name, i, missing)
 
 
 def test_comparisons_with_a_reference_say_that_nothing_is_held_out(place: Place) -> None:
     cut, _ = place.cut("referenced", objectives.find("dpo")(), SHAPES["left"])
-    assert cut.valid is None and "nothing is held out of 12" in cut.unheld
+    assert cut.valid is None and "nothing is held out of 12" in cut.no_validation_reason
 
 
 def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objective, str]]:

@@ -26,46 +26,46 @@ SHAPES = {
     "a causal decoder": decoder_config(vocab=10, width=64, depth=1),
     "an encoder": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1),  # two views differ by it
     "an encoder-decoder": encoder_decoder_config(vocab=10, width=64, depth=1),
-    "a Linformer": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1, linformer=8),
-    "a variational autoencoder": replace(encoder_decoder_config(vocab=10, width=64, depth=1), latent=32),
-    "a left-to-right LSTM": load("lstm").shape,
-    "an LSTM in two directions": replace(load("lstm").shape, causal=False, dropout=0.1),
+    "a Linformer": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1, linformer_k=8),
+    "a variational autoencoder": replace(encoder_decoder_config(vocab=10, width=64, depth=1), latent_size=32),
+    "a left-to-right LSTM": load("lstm").model,
+    "an LSTM in two directions": replace(load("lstm").model, causal=False, dropout=0.1),
     "a decoder that may read both ways": replace(
         decoder_config(vocab=10, width=64, depth=1), causal=False, dropout=0.1
     ),
-    "an LSTM in two directions apart": replace(load("elmo").shape, dropout=0.1),
-    "a table of word vectors": load("word2vec").shape,
+    "an LSTM in two directions apart": replace(load("elmo").model, dropout=0.1),
+    "a table of word vectors": load("word2vec").model,
 }
 
 
 def test_the_shapes_are_called_what_they_are() -> None:
-    assert {noun: shape.noun for noun, shape in SHAPES.items()} == {noun: noun for noun in SHAPES}
+    assert {noun: config.description for noun, config in SHAPES.items()} == {noun: noun for noun in SHAPES}
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 @pytest.mark.parametrize("noun", SHAPES)
 def test_a_misfit_is_refused_and_nothing_else(name: str, noun: str) -> None:
-    objective, shape = objectives.find(name)(), SHAPES[noun]
-    if objective.reads() in shape.honours and not objective.lacks(shape):
-        check_pattern(objective, shape)
+    objective, config = objectives.find(name)(), SHAPES[noun]
+    if objective.reads() in config.supported_patterns and not objective.lacks(config):
+        check_pattern(objective, config)
         return
     with pytest.raises(UserError) as refusal:
-        check_pattern(objective, shape)
+        check_pattern(objective, config)
     said = str(refusal.value)
     assert f"objective {name} " in said
-    if objective.reads() in shape.honours:
+    if objective.reads() in config.supported_patterns:
         assert "cannot be trained with this shape: " in said and "set " in said
         return
     assert noun in said
     offered = said.rpartition("serves: ")[2].split(", ")
     assert offered and name not in offered
     for other in offered:
-        check_pattern(objectives.find(other)(), shape)
+        check_pattern(objectives.find(other)(), config)
 
 
 def test_every_objective_has_a_shape_that_serves_it() -> None:
     for name in objectives.OBJECTIVES:
-        assert any(objectives.find(name)().reads() in shape.honours for shape in SHAPES.values()), name
+        assert any(objectives.find(name)().reads() in config.supported_patterns for config in SHAPES.values()), name
 
 
 def test_a_sum_is_refused_for_its_demanding_addend() -> None:
@@ -76,17 +76,17 @@ def test_a_sum_is_refused_for_its_demanding_addend() -> None:
 
 
 def test_a_sum_needs_what_its_first_view_reads_and_its_second_is_not_given() -> None:
-    assert (NSP() + MLM()).needs() == {"first", "second", "other"}
-    assert {"labels", "next"} <= (NSP() + MLM()).hands_on(frozenset({"first", "second", "other"}))
+    assert (NSP() + MLM()).inputs() == {"first", "second", "other"}
+    assert {"labels", "next"} <= (NSP() + MLM()).outputs(frozenset({"first", "second", "other"}))
 
 
 def test_settings_decide_what_an_objective_needs() -> None:
     check_pattern(SpanCorruption(layout="prefix"), SHAPES["an encoder"])
     with pytest.raises(UserError, match="source"):
         check_pattern(SpanCorruption(), SHAPES["an encoder"])
-    check_pattern(Classification(at="last"), SHAPES["a causal decoder"])
+    check_pattern(Classification(position="last"), SHAPES["a causal decoder"])
     with pytest.raises(UserError, match="both sides"):
-        check_pattern(Classification(at="first"), SHAPES["a causal decoder"])
+        check_pattern(Classification(position="first"), SHAPES["a causal decoder"])
 
 
 def refused(name: str, settings: list[str]) -> str:
@@ -94,8 +94,8 @@ def refused(name: str, settings: list[str]) -> str:
     try:
         recipe = load(name, settings)
         with init_empty_weights():
-            assert recipe.shape is not None
-            LM(recipe.shape, recipe.objective.parts(recipe.shape))
+            assert recipe.model is not None
+            LM(recipe.model, recipe.objective.heads(recipe.model))
     except UserError as refusal:
         return str(refusal)
     return ""
@@ -188,4 +188,4 @@ def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
 def test_it_happens_when_the_recipe_is_read() -> None:
     with pytest.raises(UserError, match=r"objective mlm .* a causal decoder cannot: set shape\.causal=false"):
         load("gpt", ["objective=mlm"])
-    assert load("gpt", ["objective=mlm", "shape.causal=false"]).shape == replace(load("gpt").shape, causal=False)
+    assert load("gpt", ["objective=mlm", "shape.causal=false"]).model == replace(load("gpt").model, causal=False)

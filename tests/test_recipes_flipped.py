@@ -43,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of DPO that trains an adapter, and so keeps files of every kind."""
     place = tmp_path_factory.mktemp("flipped")
     tokenizer = train(["the otter paints a red boat " * 9], "byte-bpe", 300)
-    shape = ModelConfig(vocab=tokenizer.vocab.size, width=16, depth=1, heads=2, context=64)
-    save_model(LM(shape, {"lm": LMHead(shape)}), tokenizer, place / "base")
+    config = ModelConfig(vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
+    save_model(LM(config, {"lm": LMHead(config)}), tokenizer, place / "base")
     pairs = [{"prompt": f"the {i}", "chosen": "otter", "rejected": f"boat {i}"} for i in range(24)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     settings = [f"start={place / 'base'}", f"source.path={place / 'pairs.jsonl'}", "length.steps=2", "batch.rows=8",

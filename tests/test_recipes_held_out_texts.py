@@ -105,7 +105,7 @@ def test_ppo_records_answers_to_held_out_prompts_with_rewards(folder: Path) -> N
 
 
 def test_dpo_says_when_both_answers_become_less_likely() -> None:
-    [sentence] = DPO().remarks({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
+    [sentence] = DPO().notes({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
     assert sentence.startswith("Both answers became less likely than under the reference on held-out comparisons")
     assert "the preferred by 2 nats, the rejected by 5" in sentence
-    assert DPO().remarks({"valid/chosen": 0.5, "valid/rejected": -5.0}) == []
+    assert DPO().notes({"valid/chosen": 0.5, "valid/rejected": -5.0}) == []

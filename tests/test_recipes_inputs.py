@@ -174,14 +174,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     kinds: dict[str, tuple[Objective, bool]] = {
         "policy": (CausalLM(), True), "reward": (CausalLM() + RewardModeling(), True), "encoder": (MLM(), False),
-        "teacher": (Classification(classes=("bad", "good")), False),
+        "teacher": (Classification(class_names=("bad", "good")), False),
     }  # fmt: skip
     for kind, (objective, causal) in kinds.items():
         for seed in (0, 1):
             torch.manual_seed(seed)
-            shape = left if causal else both
+            config = left if causal else both
             facts = {"classes": ["bad", "good"]} if kind == "teacher" else {}
-            save_model(LM(shape, objective.parts(shape)), tokenizer, folder / f"{kind}-{seed}", facts)
+            save_model(LM(config, objective.heads(config)), tokenizer, folder / f"{kind}-{seed}", facts)
     rows = [{"prompt": f"otter{i}", "chosen": "boat", "rejected": "lamp"} for i in range(24)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     labels = [{"text": f"otter {i}", "label": "good" if i % 2 else "bad"} for i in range(30)]

@@ -72,8 +72,8 @@ def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(cla
 def test_two_ways_at_once_are_refused() -> None:
     with pytest.raises(UserError, match="both spare padding"):
         load("classify", ["batch.pack=64", "batch.sort=5"])
-    assert BatchConfig(pack="auto").laid(0, packs=True) == BatchConfig(pack=0, sort=0)
-    assert BatchConfig(pack="auto").room == 0
+    assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == BatchConfig(pack_to_length=0, group_by_length=0)
+    assert BatchConfig(pack_to_length="auto").packed_length == 0
 
 
 @pytest.mark.parametrize("recipe", ["semi_supervised", "weak"])
@@ -97,7 +97,7 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
     }
     run(load(recipe, [*other[recipe], *settings]), tmp_path / "run", lambda _: None)
     batch = load(str(tmp_path / "run")).batch
-    assert batch.pack == 32 or batch.sort  # nothing is padded to the longest of all
+    assert batch.pack_to_length == 32 or batch.group_by_length  # nothing is padded to the longest of all
 
 
 def test_a_refused_recipe_leaves_the_one_that_began_the_run(tmp_path: Path) -> None:

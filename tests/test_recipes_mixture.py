@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def material(folder: Path, place: Path, **settings: object) -> RunData:
     paths = (str(folder / "a"), str(folder / "z"))
-    source = DataConfig(path=paths, held_out=0.3, **settings)  # type: ignore[arg-type]
+    source = DataConfig(path=paths, validation_fraction=0.3, **settings)  # type: ignore[arg-type]
     return RunData(source, Tokenizer.load(folder / "tok"), place, echo=lambda _: None)
 
 
@@ -46,26 +46,26 @@ def share_of_a(source: Source, indices: np.ndarray, tokenizer: Tokenizer) -> flo
 
 def test_the_shares_are_the_stated_ones_in_training_and_in_held_out_text(folder: Path, tmp_path: Path) -> None:
     mixed = material(folder, tmp_path, weights=(3.0, 1.0))
-    cut = examples.build_datasets(WindowsConfig(length=32), mixed, load("gpt").objective)
+    cut = examples.build_datasets(WindowsConfig(max_length=32), mixed, load("gpt").objective)
     _, indices = cut.train.order(seed=0, positions=np.arange(64))
     assert share_of_a(cut.train, indices, mixed.tokenizer) == 0.75
     assert cut.valid is not None
     assert share_of_a(cut.valid, np.arange(len(cut.valid)), mixed.tokenizer) == pytest.approx(0.75, abs=0.06)
-    parts = [WindowsConfig(length=32).cut(part, load("gpt").objective) for part in mixed.parts()]
+    parts = [WindowsConfig(max_length=32).build(part, load("gpt").objective) for part in mixed.parts()]
     assert cut.bytes_per_target == pytest.approx(0.75 * parts[0].bytes_per_target + 0.25 * parts[1].bytes_per_target)
     assert cut.counts["documents"] == sum(p.counts["documents"] for p in parts)
 
 
 def test_without_weights_each_path_gives_what_it_holds(folder: Path, tmp_path: Path) -> None:
     plain = material(folder, tmp_path)
-    cut = examples.build_datasets(WindowsConfig(length=32), plain, load("gpt").objective)
+    cut = examples.build_datasets(WindowsConfig(max_length=32), plain, load("gpt").objective)
     assert share_of_a(cut.train, np.arange(len(cut.train)), plain.tokenizer) == pytest.approx(0.25, abs=0.1)
 
 
 def test_one_weight_too_few_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source.weights has 1 numbers for the 2 paths"):
         examples.build_datasets(
-            WindowsConfig(length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective
+            WindowsConfig(max_length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective
         )
 
 

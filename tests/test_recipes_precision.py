@@ -126,9 +126,13 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
         settings = [f"start={make(start, precision).directory}", f"source.path={folder / records}"]
         settings += [setting.format(**runs) for setting in more]
     else:
-        shape = published(name).shape
-        assert shape is not None
-        sizes = SMALL | ({"shape.encoder": 2} if shape.encoder else {}) | ({} if shape.depth else {"shape.depth": 0})
+        config = published(name).model
+        assert config is not None
+        sizes = (
+            SMALL
+            | ({"shape.encoder": 2} if config.num_encoder_layers else {})
+            | ({} if config.num_layers else {"shape.depth": 0})
+        )
         settings = [f"{field}={value}" for field, value in sizes.items()]
         settings += [f"source.path={folder / 'text'}"]
         own = published(name).tokenizer.algorithm == "word"

@@ -35,15 +35,15 @@ ABOUT = {"gpt3": 175e9, "bert-base": 110e6, "bert-large": 340e6}  # as the paper
 
 def on_meta(name: str, pooler: bool = False) -> int:
     """Parameters of a published shape with its head, built where nothing is stored."""
-    shape = PRESETS[name]
+    config = PRESETS[name]
     with torch.device("meta"):
-        parts = {"lm": LMHead(shape)} | ({"next": pooled(shape.width, 2)} if pooler else {})
-        return sum(p.numel() for p in LM(shape, parts).parameters())
+        parts = {"lm": LMHead(config)} | ({"next": pooled(config.hidden_size, 2)} if pooler else {})
+        return sum(p.numel() for p in LM(config, parts).parameters())
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_are_those_of_the_released_checkpoint(name: str) -> None:
-    assert on_meta(name) == PRESETS[name].parameters() == COUNTS[name]
+    assert on_meta(name) == PRESETS[name].num_parameters() == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", ABOUT)
@@ -81,8 +81,8 @@ def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
     assert published(name) == published(f"{name}:tiny")
     for size in sizes:
         recipe = load(f"{name}:{size}")
-        assert recipe.name.startswith(name) and recipe.shape is not None
-        check_pattern(recipe.objective, recipe.shape)
+        assert recipe.name.startswith(name) and recipe.model is not None
+        check_pattern(recipe.objective, recipe.model)
         again = config_io.from_dict(Recipe, config_io.to_dict(recipe))
         assert again == recipe
 

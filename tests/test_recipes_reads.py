@@ -95,7 +95,7 @@ def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways
 
 def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> None:
     made = make("lstm", "objective=mlm", "shape.causal=false", "shape.heads=1", "segment=pieces")
-    assert reads_of(load_evaluated_model(made.directory).model.shape) == "masked"
+    assert reads_of(load_evaluated_model(made.directory).model.config) == "masked"
 
 
 def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
     left, both = make("roberta", "objective=causal"), make("roberta")
     on = make("roberta", "objective=causal", "shape=null", f"start={both.directory}")
     assert (
-        load_evaluated_model(on.directory).model.shape.causal
+        load_evaluated_model(on.directory).model.config.causal
         and json.loads((on.model / "firth.json").read_text())["family"] is None
     )
     with pytest.raises(UserError, match=r"a causal decoder cannot: start from the recipe roberta \(an encoder\)"):

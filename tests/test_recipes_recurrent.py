@@ -62,7 +62,7 @@ def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path
     done = run(plan, tmp_path / "tuned", echo=said.append)
     assert "drops lm; adds classes" in "\n".join(said)
     tuned = load_model(done.model)
-    assert tuned.shape.recurrent == "lstm"
+    assert tuned.config.rnn_type == "lstm"
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
     with pytest.raises(UserError, match="left-to-right LSTM cannot"):
         run(
@@ -76,12 +76,12 @@ def test_a_run_writes_as_its_engine_does_without_a_cache(runs: Path) -> None:
     model, tokenizer = load_model(runs / "lstm" / "model"), Tokenizer.load(runs / "lstm")
     engine = Engine(model, tokenizer, stops=())
     prompts = [tokenizer.encode(text) for text in ("The king", "A dog barked at")]
-    answers = engine.generate(prompts, Sampling(max_new=6, temperature=0))
+    answers = engine.generate(prompts, Sampling(max_new_tokens=6, temperature=0))
     for prompt, answer in zip(prompts, answers, strict=True):
         row = prompt.tolist()
         for token in answer.tokens:
             state = model({"tokens": torch.tensor([row])})[:, -1]
-            assert token == int(model.parts["lm"](state).argmax())
+            assert token == int(model.heads["lm"](state).argmax())
             row.append(int(token))
     options = [tokenizer.encode(" king"), tokenizer.encode(" dog barked")]
     apart = engine.score([prompts[0]] * 2, options)
@@ -203,11 +203,11 @@ def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str]
 
 def test_two_directions_take_what_an_encoder_takes() -> None:
     assert (
-        load("lstm", ["shape.causal=false", "objective=mlm", "segment=pieces"]).shape.noun
+        load("lstm", ["shape.causal=false", "objective=mlm", "segment=pieces"]).model.description
         == "an LSTM in two directions"
     )
     for name in ("word2vec", "lstm", "elmo"):
-        assert load(f"{name}:published").source.path == ()
+        assert load(f"{name}:published").data.path == ()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ BODY = {"vocab": 300, "width": 32, "depth": 1, "heads": 2, "context": 64}
 SHAPES = {
     "gpt2": ModelConfig(**BODY),
     "rotary": ModelConfig(**BODY, position="rotary"),
-    "roberta": ModelConfig(**BODY, causal=False, segments=2),
-    "bart": ModelConfig(**BODY, encoder=1, decoder_start="eos"),
+    "roberta": ModelConfig(**BODY, causal=False, type_vocab_size=2),
+    "bart": ModelConfig(**BODY, num_encoder_layers=1, decoder_start_token="eos"),
 }
 PARTS = {"gpt2": "causal", "rotary": "causal", "roberta": "mlm", "bart": "denoise"}
 """Shape -> the objective of its heads."""
@@ -56,8 +56,8 @@ def base(place: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         tokenizer = train([TEXT], "byte-bpe", 300)
         torch.manual_seed(0)
-        shape = SHAPES[name]
-        save_model(LM(shape, objective(PARTS[name])().parts(shape)), tokenizer, place / name)
+        config = SHAPES[name]
+        save_model(LM(config, objective(PARTS[name])().parts(config)), tokenizer, place / name)
         return place / name
 
     return make
@@ -88,7 +88,7 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     assert run(load(recipe, [*common, *tight]), tmp_path / "tight", quiet).steps == 1
     lines: list[str] = []
     short = run(load(recipe, [*common, *["segment.answer=64"] * ("answer" in fits)]), tmp_path / "open", lines.append)
-    kept = load(str(short.directory)).segment
+    kept = load(str(short.directory)).examples
     assert {field: getattr(kept, field) for field in fits} == fits
     assert run(load(str(short.directory)), short.directory, quiet).steps == 1
     for field, value in fits.items():
@@ -101,15 +101,15 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
 def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
     model, lines = LM(SHAPES["gpt2"], {}), list[str]()
     found = limit_lengths(
-        RolloutsConfig(max_new=20), RolloutsConfig(), PrefixTuning(), model, model.shape, 0, lines.append
+        RolloutsConfig(max_new_tokens=20), RolloutsConfig(), PrefixTuning(), model, model.config, 0, lines.append
     )
-    assert found == RolloutsConfig(max_new=20, longest=28) and len(lines) == 1
+    assert found == RolloutsConfig(max_new_tokens=20, max_tokens=28) and len(lines) == 1
     assert (
-        limit_lengths(RolloutsConfig(), RolloutsConfig(), FullFinetuning(), model, model.shape, 0, lines.append)
+        limit_lengths(RolloutsConfig(), RolloutsConfig(), FullFinetuning(), model, model.config, 0, lines.append)
         == RolloutsConfig()
     )
     with pytest.raises(UserError, match=r"lower adapt\.tokens$"):
-        limit_lengths(RolloutsConfig(), RolloutsConfig(), PrefixTuning(), model, model.shape, 0, quiet)
+        limit_lengths(RolloutsConfig(), RolloutsConfig(), PrefixTuning(), model, model.config, 0, quiet)
 
 
 @pytest.mark.parametrize("adapt", ["adapt=prefix", "adapt=prompt"])
@@ -117,7 +117,7 @@ def test_rotary_positions_bound_no_row(adapt: str, place: Path, base: Callable[[
     settings = [f"source.path={place / 'text.txt'}", f"start={base('rotary')}", adapt, "length.steps=1", "batch.rows=8",
                 "precision=fp32", "checks.examples=8", "samples=[]", "shape=null", "segment.length=80"]  # fmt: skip
     done = run(load("gpt2", settings), tmp_path, quiet)
-    assert load(str(done.directory)).segment.length == 80  # type: ignore[attr-defined]
+    assert load(str(done.directory)).examples.length == 80  # type: ignore[attr-defined]
 
 
 def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[
         with pytest.raises(UserError, match=r"^segment\.length=55: .* set segment\.length=54$"):
             run(load("gpt2", [*common, *more, "segment.length=55"]), tmp_path / "no", quiet)
         done = run(load("gpt2", [*common, *more]), tmp_path / more[0], quiet)
-        assert load(str(done.directory)).segment.length == 54  # type: ignore[attr-defined]
+        assert load(str(done.directory)).examples.length == 54  # type: ignore[attr-defined]

@@ -218,7 +218,7 @@ def test_choices(make: Make, folder: Path) -> None:
         rows.append({"text": "the film was", "options": options, "label": options.index(good)})
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("choose", f"source={folder}/choices.jsonl", "source.held_out=0.2")
-    assert load_model(done.model).parts["choice"].weight.shape == (1, 32)
+    assert load_model(done.model).heads["choice"].weight.shape == (1, 32)
     said = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
     assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
     assert [len(row["probabilities"]) for row in said[:2]] == [2, 3]
@@ -338,11 +338,11 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
         row = "\t".join(cells.get(name, "a film") for name in head.split("\t")) if head else 'gj04\t1\t\ta "film'
         path.write_text((head + "\n" if head else "") + (row + "\n") * 3)
         recipe = load(f"glue:{task}", [f"source={path}"])
-        material = RunData(recipe.source, Tokenizer.load(tokens(folder)), tmp_path)
-        settled = recipe.segment.settle(recipe.objective, material)
-        cut = recipe.segment.cut(material, settled)
+        data = RunData(recipe.data, Tokenizer.load(tokens(folder)), tmp_path)
+        settled = recipe.examples.configure_objective(recipe.objective, data)
+        cut = recipe.examples.build(data, settled)
         assert len(cut.train) == 3, task
-        assert settled.classes == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
+        assert settled.class_names == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
         assert ("segments" in cut.train[0]) == (task not in ("sst2", "cola"))
 
 

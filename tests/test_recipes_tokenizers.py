@@ -33,10 +33,10 @@ def quiet(_: str) -> None:
     """Progress that no test reads."""
 
 
-def save(directory: Path, tokenizer: Tokenizer, shape: ModelConfig, objective: Objective, name: str = "") -> Path:
+def save(directory: Path, tokenizer: Tokenizer, config: ModelConfig, objective: Objective, name: str = "") -> Path:
     torch.manual_seed(0)
     facts = {"classes": ["bad", "good"]} if isinstance(objective, Classification) else {}
-    save_model(LM(shape, objective.parts(shape)), tokenizer, directory, facts)
+    save_model(LM(config, objective.heads(config)), tokenizer, directory, facts)
     return directory
 
 
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(folder / name / "policy", tokenizer, left, CausalLM())
         save(folder / name / "reward", tokenizer, left, CausalLM() + RewardModeling())
         save(folder / name / "encoder", tokenizer, both, MLM())
-        save(folder / name / "teacher", tokenizer, both, Classification(classes=("bad", "good")))
+        save(folder / name / "teacher", tokenizer, both, Classification(class_names=("bad", "good")))
     prompts = [{"prompt": f"Who paints {i}?", "completion": "The otter."} for i in range(24)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     labels = [{"text": f"the otter paints {i}", "label": "good" if i % 2 else "bad"} for i in range(24)]
@@ -118,7 +118,7 @@ def adapted(place: Path) -> Path:
 
 def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: Path, tmp_path: Path) -> None:
     """The base has the same shape, so every matrix fits."""
-    assert load_evaluated_model(adapted).model.shape.vocab
+    assert load_evaluated_model(adapted).model.config.vocab_size
     data = [f"source.path={place / 'prompts.jsonl'}", f"adapt.start={adapted}", "adapt.kind=lora"]
     said = refused("instruct", [*data, f"start={place / 'theirs' / 'policy'}"], tmp_path / "run")
     assert said.startswith(f"the adapter {adapted}")

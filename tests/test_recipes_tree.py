@@ -32,7 +32,7 @@ def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None
 
 
 def test_a_sum_of_objectives_is_a_list() -> None:
-    both = NSP() + MLM(rate=0.2)
+    both = NSP() + MLM(mlm_probability=0.2)
     told = config_io.to_dict(both)
     assert [one["kind"] for one in told] == ["nsp", "mlm"]
     built = config_io.from_dict(Objective, told)
@@ -41,15 +41,15 @@ def test_a_sum_of_objectives_is_a_list() -> None:
 
 
 def test_derived_numbers_follow_an_override() -> None:
-    assert load("gpt").shape.hidden == 4 * 192
-    assert load("gpt", ["shape.width=128", "shape.heads=2"]).shape.hidden == 4 * 128
+    assert load("gpt").model.intermediate_size == 4 * 192
+    assert load("gpt", ["shape.width=128", "shape.heads=2"]).model.intermediate_size == 4 * 128
 
 
 def test_yaml_numbers_that_look_like_text() -> None:
     """YAML 1.1 reads 1e-5 as a string."""
-    assert load("gpt", ["optimizer.rate=1e-5"]).optimizer.rate == 1e-5
-    assert load("gpt", ["source.path=mine/"]).source.path == ("mine/",)
-    assert load("gpt", ["source.path=[a, b]"]).source.path == ("a", "b")
+    assert load("gpt", ["optimizer.rate=1e-5"]).optimizer.lr == 1e-5
+    assert load("gpt", ["source.path=mine/"]).data.path == ("mine/",)
+    assert load("gpt", ["source.path=[a, b]"]).data.path == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> 
 
 def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
     plain = load("bert")
-    assert load("bert", ["objective.rate=0.2"]).objective == NSP() + MLM(rate=0.2, masks=10)
+    assert load("bert", ["objective.rate=0.2"]).objective == NSP() + MLM(mlm_probability=0.2, num_maskings=10)
     both = load("bert", ["objective=[nsp, mlm]", "objective.follows=0.4", "objective.rate=0.2"]).objective
-    assert both == NSP(follows=0.4) + MLM(rate=0.2)
+    assert both == NSP(follows=0.4) + MLM(mlm_probability=0.2)
     assert load("bert") == plain
     one = load("bert", ["objective.kind=mlm", "segment=pieces"]).objective
     assert one == MLM()
@@ -152,7 +152,7 @@ def test_a_setting_that_no_addend_has_or_several_is_refused_by_name(settings: li
 
 @pytest.mark.parametrize("field", ["steps", "seconds", "flops"])
 def test_a_length_on_the_command_line_replaces_the_recipes(field: str) -> None:
-    length = load("gpt", [f"length.{field}=70"]).length
+    length = load("gpt", [f"length.{field}=70"]).budget
     assert {name: getattr(length, name) for name in ("steps", "seconds", "flops") if getattr(length, name)} == {
         field: 70
     }
@@ -168,10 +168,10 @@ def test_two_lengths_on_the_command_line_are_refused() -> None:
 def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> None:
     """The corpus of the recipe would name the language in the card of a model that never read it."""
     recipe = load("gpt", ["source.path=mine.txt"])
-    assert (recipe.source.path, recipe.source.corpus) == (("mine.txt",), "")
-    assert load("gpt", ["source=mine.txt"]).source == recipe.source
+    assert (recipe.data.path, recipe.data.corpus) == (("mine.txt",), "")
+    assert load("gpt", ["source=mine.txt"]).data == recipe.data
     (tmp_path / "recipe.yaml").write_text(config_io.write_yaml(recipe))
-    other = load(str(tmp_path), ["source.corpus=brown"]).source
+    other = load(str(tmp_path), ["source.corpus=brown"]).data
     assert (other.path, other.corpus) == ((), "brown")
     with pytest.raises(UserError, match=r"source\.path and source\.corpus are set together"):
         load("gpt", ["source.path=mine.txt", "source.corpus=brown"])
@@ -180,8 +180,8 @@ def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize("written", ["source: {path: [mine.txt], corpus: shakespeare}", "source: {path: [mine.txt]}"])
 def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal\nsegment: windows\n{written}\n")
-    shape = decoder_config(50, 32, 1)
-    model = LM(shape, CausalLM().parts(shape))
+    config = decoder_config(50, 32, 1)
+    model = LM(config, CausalLM().heads(config))
     text = model_card.text(model_card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
     front = yaml.safe_load(text.split("---")[1])
     assert "language" not in front and "`mine.txt`" in text and "shakespeare:" not in text

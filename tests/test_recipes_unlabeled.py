@@ -30,8 +30,8 @@ def write(file: Path, texts: list[str]) -> str:
 
 def cut(folder: Path, tokenizer: Tokenizer, others: str, lines: list[str], **source: object) -> DatasetSplits:
     text = DataConfig(path=(write(folder / "labeled.jsonl", TEXTS),), **source)  # type: ignore[arg-type]
-    return PartiallyLabeledConfig(others=(others,)).cut(
-        RunData(text, tokenizer, folder, echo=lines.append), Consistency(classes=("a", "b"))
+    return PartiallyLabeledConfig(unlabeled_path=(others,)).build(
+        RunData(text, tokenizer, folder, echo=lines.append), Consistency(class_names=("a", "b"))
     )
 
 

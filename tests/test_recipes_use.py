@@ -35,10 +35,10 @@ STRICT = (
 """A template that refuses a dialogue without whole exchanges, as Mistral's does."""
 
 
-def random_model(shape: ModelConfig, **parts: torch.nn.Module) -> LM:
+def random_model(config: ModelConfig, **parts: torch.nn.Module) -> LM:
     """A model with drawn weights."""
     torch.manual_seed(0)
-    model = LM(shape, parts or {"lm": LMHead(shape)})
+    model = LM(config, parts or {"lm": LMHead(config)})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -69,7 +69,7 @@ def test_chat_outgrows_context_in_whole_exchanges(talker: Path, tokenizer: Token
 
 def test_chat_keeps_room_for_every_answer(talker: Path) -> None:
     """-n 60 and short lines in 128 tokens: each answer of a model that never stops has 60 tokens (case 32)."""
-    talk = Conversation(talker, Sampling(temperature=0, max_new=60))
+    talk = Conversation(talker, Sampling(temperature=0, max_new_tokens=60))
     talk.opened.engine.stops = frozenset()
     for i in range(6):
         list(talk.answer(f"Who paints the boat {i}?"))
@@ -82,7 +82,7 @@ def test_chat_keeps_room_for_every_answer(talker: Path) -> None:
 
 
 def test_chat_keeps_its_system_turn(talker: Path) -> None:
-    talk = Conversation(talker, Sampling(temperature=0, max_new=40), system="Be kind.")
+    talk = Conversation(talker, Sampling(temperature=0, max_new_tokens=40), system="Be kind.")
     for _ in range(5):
         list(talk.answer("Who paints the boat at dawn?"))
     assert talk.dropped > 0
@@ -91,7 +91,7 @@ def test_chat_keeps_its_system_turn(talker: Path) -> None:
 
 
 def test_chat_refuses_a_long_line_and_goes_on(talker: Path) -> None:
-    talk = Conversation(talker, Sampling(temperature=0, max_new=20))
+    talk = Conversation(talker, Sampling(temperature=0, max_new_tokens=20))
     list(talk.answer("Who paints?"))
     before = list(talk.messages)
     with pytest.raises(
@@ -107,7 +107,7 @@ def test_chat_refuses_a_long_line_and_goes_on(talker: Path) -> None:
 
 def test_chat_refuses_an_answer_as_long_as_the_context(talker: Path) -> None:
     with pytest.raises(UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --tokens"):
-        Conversation(talker, Sampling(max_new=128))
+        Conversation(talker, Sampling(max_new_tokens=128))
 
 
 # A decoder that is tuned on dialogues, and scored by what it writes
@@ -150,7 +150,7 @@ def test_tuned_model_stops_where_pad_is_eos(tuned: Path) -> None:
     tokens, mask = chat.encode(opened.tokenizer, messages)
     assert opened.tokenizer.vocab.eos in tokens[mask]
     prompt, _ = chat.encode(opened.tokenizer, messages[:1], open=True)
-    [answer] = opened.engine.generate([prompt], Sampling(temperature=0, max_new=40))
+    [answer] = opened.engine.generate([prompt], Sampling(temperature=0, max_new_tokens=40))
     assert answer.finish == "stop" and answer.text.strip() == "The otter paints the boat."
 
 
@@ -213,7 +213,7 @@ def test_a_decoder_predicts_a_numbered_row_for_each_record(tuned: Path) -> None:
     assert [row.get("answer") for row in rows] == [ROWS[0]["completion"], None, ROWS[2]["completion"], ""]
     assert [row.get("finish") for row in rows] == ["stop", None, "stop", "context"]
     prompt, _ = chat.encode(opened.tokenizer, [{"role": "user", "content": ROWS[0]["prompt"]}], open=True)
-    [answer] = opened.engine.generate([prompt], Sampling(temperature=0, max_new=40))
+    [answer] = opened.engine.generate([prompt], Sampling(temperature=0, max_new_tokens=40))
     assert rows[0]["probability"] == pytest.approx(float(np.exp(answer.logprobs.sum())), abs=1e-5)
     dialogues = tuned / "m.jsonl"
     turns = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "x"}] for row in ROWS]
@@ -231,7 +231,7 @@ def test_a_plain_decoder_reads_running_text_and_answers_a_line(talker: Path, tok
     opened = open_engine(talker)
     [answer] = opened.engine.generate(
         [encode_prompt(tokenizer, "Who paints the boat?", opened.model)],
-        Sampling(temperature=0, max_new=256, stop=("\n",)),
+        Sampling(temperature=0, max_new_tokens=256, stop_strings=("\n",)),
     )
     assert row == {"row": 1, "answer": answer.text.strip(), "probability": row["probability"], "finish": answer.finish}
 
@@ -254,7 +254,7 @@ def test_whether_a_model_was_trained_on_dialogues(
     """As firth.json says, which may say anything."""
     facts = {} if objective is None else {"objective": objective}
     save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path, facts)
-    assert load_evaluated_model(tmp_path).talks is talks
+    assert load_evaluated_model(tmp_path).is_chat_model is talks
 
 
 def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
         compare(
             ["gpt"],
             settings,
-            ComparisonConfig(Budget(flops=1e9), (1.0,), 1, "none"),
+            ComparisonConfig(Budget(max_flops=1e9), (1.0,), 1, "none"),
             tmp_path / "e",
             echo=lambda _: None,
         )
@@ -79,16 +79,16 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
         ("gpt", f"tokenizer.path={place / 'tokenizer'}", 290),
         ("gpt", f"embeddings={place / 'given'}", 290),
     ):
-        shape = load(str(place / name / "recipe.yaml") if name != "gpt" else name, [setting]).shape
-        assert shape is not None and shape.vocab == count, (name, setting)
+        config = load(str(place / name / "recipe.yaml") if name != "gpt" else name, [setting]).model
+        assert config is not None and config.vocab_size == count, (name, setting)
 
 
 def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
     for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
-        made = load("classify", [f"shape={shape}", "tokenizer.size=500"]).shape
-        assert made is not None and made.vocab == 500
-    made = load("classify", ["shape={width: 32, depth: 1, heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).shape
-    assert made is not None and made.vocab == 290
+        made = load("classify", [f"shape={shape}", "tokenizer.size=500"]).model
+        assert made is not None and made.vocab_size == 500
+    made = load("classify", ["shape={width: 32, depth: 1, heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).model
+    assert made is not None and made.vocab_size == 290
     small = [*BODY, f"source.path={place / 'text.txt'}", "tokenizer.size=4000"]
     done = run(load("gpt", small), tmp_path / "small", lambda _: None)
     ids = yaml.safe_load((done.directory / "recipe.yaml").read_text())["shape"]["vocab"]
@@ -97,7 +97,7 @@ def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
 
 def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
     """A published recipe gives way to the start; what a user wrote does not, and the sentence names the cure."""
-    assert load("gpt", [f"start={place / 'given'}"]).shape is None
+    assert load("gpt", [f"start={place / 'given'}"]).model is None
     on = [f"source.path={place / 'text.txt'}", *BODY[5:], f"start={place / 'given'}"]
     assert run(load("gpt", on), tmp_path / "on", lambda _: None).steps == 1
     said = refused("gpt", [*on, "shape.width=96"], tmp_path / "a")

@@ -54,22 +54,29 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
         encoder_config(vocab=70, width=32, depth=2, heads=2),
         encoder_decoder_config(vocab=70, width=32, depth=2, heads=2),
         ModelConfig(
-            vocab=70, width=32, depth=1, heads=4, kv_heads=2, hidden=40, position="rotary", activation="swiglu"
+            vocab_size=70,
+            hidden_size=32,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=40,
+            position="rotary",
+            activation="swiglu",
         ),
     ],
 )
-def test_a_step_costs_what_torch_counts(shape: ModelConfig) -> None:
+def test_a_step_costs_what_torch_counts(config: ModelConfig) -> None:
     torch.manual_seed(0)
     objective = CausalLM()
-    model = LM(shape, objective.parts(shape))
+    model = LM(config, objective.heads(config))
     batch: Batch = {"tokens": torch.randint(1, 70, (2, 12)), "labels": torch.randint(1, 70, (2, 12))}
     batch["labels"][:, :5] = IGNORE  # where it narrows, the last block is run for 7 of 12
-    if shape.encoder:
+    if config.num_encoder_layers:
         batch["source_tokens"] = torch.randint(1, 70, (2, 9))
     counted = work(batch)
     assert (counted.positions, counted.pairs) == (24, 2 * 12 * 12)  # no fields: all see all
     assert supervised_positions(batch["labels"]) == 14
     # The counter knows plain products only: no fused attention kernel on the CPU, no head that works in chunks.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.parts["lm"](supervised(objective.run(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
-    assert counter.get_total_flops() == objective.run_flops(model, batch) + objective.loss_flops(model, batch)
+        model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
+    assert counter.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)

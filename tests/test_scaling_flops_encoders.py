@@ -22,15 +22,15 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import Batch
 
 VOCAB = Vocab(size=70, roles={"cls": 2, "sep": 3, "mask": 4}, special=np.arange(70) < 5)
-PLAIN = replace(bert(70, 32, 3, 4, context=40), hidden=48)
+PLAIN = replace(bert(70, 32, 3, 4, context=40), intermediate_size=48)
 
 
-def case(objective: Objective, shape: ModelConfig) -> tuple[LM, Batch]:
+def case(objective: Objective, config: ModelConfig) -> tuple[LM, Batch]:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    shown = [objective.view({"tokens": VOCAB.frame(rng.integers(5, 70, 20))}, VOCAB, rng) for _ in range(4)]
-    return LM(shape, objective.parts(shape)), collate(
-        shown, {*objective.targets.values(), *objective.measures.values()}
+    shown = [objective.build_example({"tokens": VOCAB.frame(rng.integers(5, 70, 20))}, VOCAB, rng) for _ in range(4)]
+    return LM(config, objective.heads(config)), collate(
+        shown, {*objective.labels.values(), *objective.metrics.values()}
     )
 
 
@@ -39,34 +39,36 @@ def counter() -> FlopCounterMode:
 
 
 @pytest.mark.parametrize(
-    "shape", [replace(PLAIN, embed=12), replace(PLAIN, embed=12, groups=1)], ids=["narrow", "shared"]
+    "shape",
+    [replace(PLAIN, embedding_size=12), replace(PLAIN, embedding_size=12, num_layer_groups=1)],
+    ids=["narrow", "shared"],
 )
-def test_narrow_tables_and_shared_blocks(shape: ModelConfig) -> None:
+def test_narrow_tables_and_shared_blocks(config: ModelConfig) -> None:
     objective = MLM()
-    model, batch = case(objective, shape)
+    model, batch = case(objective, config)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
-        model.parts["lm"](supervised(objective.run(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
-    assert count.get_total_flops() == objective.run_flops(model, batch) + objective.loss_flops(model, batch)
+        model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
+    assert count.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, replace(PLAIN, embed=12)], ids=["wide", "narrow"])
-def test_both_models_of_electra(shape: ModelConfig) -> None:
-    objective = RTD(size=0.5)
-    model, batch = case(objective, shape)
+@pytest.mark.parametrize("shape", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["wide", "narrow"])
+def test_both_models_of_electra(config: ModelConfig) -> None:
+    objective = RTD(generator_size=0.5)
+    model, batch = case(objective, config)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
-        terms = objective.loss(model, objective.run(model, batch), batch)
+        terms = objective.loss(model, objective.forward(model, batch), batch)
         (terms["generator"] + terms["replaced"]).backward()
-    found = objective.run_flops(model, batch) + objective.loss_flops(model, batch)
+    found = objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
     assert count.get_total_flops() == found
-    assert found > 1.2 * MLM().run_flops(model, batch)
+    assert found > 1.2 * MLM().forward_flops(model, batch)
 
 
 def test_the_span_boundary_head() -> None:
     """The vocabulary's product is counted by hand: it is made in chunks, which the counter does not see through."""
     objective = SBO()
-    model, batch = case(MLM(noise="geometric") + objective, replace(PLAIN, embed=12))
+    model, batch = case(MLM(noise="geometric") + objective, replace(PLAIN, embedding_size=12))
     count = int((batch["boundary"] >= 0).sum())
     around = torch.randn(count, 3 * 32, requires_grad=True)
     with counter() as counted:
-        (model.parts["boundary"](around) @ model.tokens.weight.T).sum().backward()
+        (model.heads["boundary"](around) @ model.tokens.weight.T).sum().backward()
     assert count > 5 and counted.get_total_flops() == objective.loss_flops(model, batch)

@@ -81,11 +81,11 @@ def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeyp
 def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
     questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    coder = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=330, sentinels=4)
-    shape = encoder_decoder_config(coder.vocab.size, 32, 1, heads=2, context=64)
+    tokenizer = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=330, sentinels=4)
+    config = encoder_decoder_config(tokenizer.vocab.size, 32, 1, heads=2, context=64)
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)})
-    save_model(model, coder, tmp_path / "model")
+    model = LM(config, {"lm": LMHead(config)})
+    save_model(model, tokenizer, tmp_path / "model")
     found = evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")
     assert (found["items"], found["exact_match"], found["commonest"], found["commonest_accuracy"]) == (
         4,
@@ -94,20 +94,22 @@ def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
         1.0,
     )
     # Made to say it: position by position the decoder is asked for one piece of the answer.
-    wanted = [*coder.encode("Texas").tolist(), coder.vocab.eos]
+    wanted = [*tokenizer.encode("Texas").tolist(), tokenizer.vocab.eos]
     adam = torch.optim.Adam(model.parameters(), 1e-2)
-    source = torch.as_tensor([[*coder.encode(row["prompt"]).tolist(), coder.vocab.eos] for row in questions])
+    source = torch.as_tensor([[*tokenizer.encode(row["prompt"]).tolist(), tokenizer.vocab.eos] for row in questions])
     for _ in range(60):
         adam.zero_grad()
         reach = torch.arange(len(wanted)).expand(4, -1)
-        tokens = torch.tensor([[coder.vocab.pad, *wanted[:-1]]] * 4)
+        tokens = torch.tensor([[tokenizer.vocab.pad, *wanted[:-1]]] * 4)
         hidden = model({"source_tokens": source, "tokens": tokens, "looks": reach, "appears": reach})
-        logits = model.parts["lm"](hidden)
+        logits = model.heads["lm"](hidden)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(wanted * 4)).backward()
         adam.step()
-    save_model(model, coder, tmp_path / "model")
+    save_model(model, tokenizer, tmp_path / "model")
     assert evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")["exact_match"] == 1.0
-    causal = LM(decoder_config(coder.vocab.size, 32, 1), {"lm": LMHead(decoder_config(coder.vocab.size, 32, 1))})
-    save_model(causal, coder, tmp_path / "causal")
+    causal = LM(
+        decoder_config(tokenizer.vocab.size, 32, 1), {"lm": LMHead(decoder_config(tokenizer.vocab.size, 32, 1))}
+    )
+    save_model(causal, tokenizer, tmp_path / "causal")
     found = evaluate(tmp_path / "causal", [str(tmp_path / "test.jsonl")], task="answers")
     assert (found["items"], found["exact_match"]) == (4, 0.0)

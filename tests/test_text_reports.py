@@ -125,8 +125,8 @@ def test_a_vectors_file_has_one_field_for_a_word(algorithm: str, tmp_path: Path)
     words = ["otter", "baker", "pilot\u00a0boat", "tailor\u2009coat", "river", "drum\u3000map", "caf\u00e9"]
     rng = random.Random(0)
     tokenizer = train([" ".join(rng.choice(words) for _ in range(900))], algorithm, 420)
-    shape = decoder_config(tokenizer.vocab.size, 64, 1)
-    word_vectors.write(LM(shape, {"lm": LMHead(shape)}), tokenizer, tmp_path / "a.vec")
+    config = decoder_config(tokenizer.vocab.size, 64, 1)
+    word_vectors.write(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path / "a.vec")
     head, *rows, last = (tmp_path / "a.vec").read_text("utf-8").split("\n")
     count, width = map(int, head.split())
     assert last == "" and len(rows) == count == len(tokenizer.vocab.ordinary)
@@ -139,7 +139,7 @@ def test_sentinels_are_named_in_order(tokenizers: dict[str, Tokenizer]) -> None:
     """transformers#14282: a collator's sentinels were not the tokenizer's `<extra_id_0>`, `<extra_id_1>`, ..."""
     tokenizer = tokenizers["byte-bpe"]
     ids = tokenizer.encode(sentences(60)[:900])
-    seen = SpanCorruption().view({"tokens": ids}, tokenizer.vocab, np.random.default_rng(0))
+    seen = SpanCorruption().build_example({"tokens": ids}, tokenizer.vocab, np.random.default_rng(0))
     source, target = (
         [name for i in row if i >= 0 and (name := tokenizer.token(int(i))).startswith("<extra_id_")]
         for row in (seen["source_tokens"], seen["labels"])
@@ -152,4 +152,4 @@ def test_more_spans_than_sentinels_name_the_cure(tokenizers: dict[str, Tokenizer
     tokenizer = tokenizers["byte-bpe"]
     ids = np.resize(tokenizer.encode(sentences(60)), 2048)
     with pytest.raises(UserError, match=r"102 dropped spans take 103 sentinels .* has 100: .*--sentinels 204"):
-        SpanCorruption().view({"tokens": ids}, tokenizer.vocab, np.random.default_rng(0))
+        SpanCorruption().build_example({"tokens": ids}, tokenizer.vocab, np.random.default_rng(0))

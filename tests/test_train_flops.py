@@ -32,8 +32,8 @@ class Dies(Chains):
 def run(directory: Path, source: Chains) -> TrainingResult:
     torch.set_num_threads(1)
     return train(
-        small_model(), Scored(), small_batches(source), directory, length=Budget(flops=ENOUGH),
-        optimizer=OptimizerConfig(rate=0.01), schedule=Schedule("linear", warmup=0.1), told=NullReporter(),
+        small_model(), Scored(), small_batches(source), directory, length=Budget(max_flops=ENOUGH),
+        optimizer=OptimizerConfig(lr=0.01), schedule=Schedule("linear", warmup_ratio=0.1), told=NullReporter(),
         plan=TrainerConfig(save_every=2, precision="fp32"),
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_it_ends_with_the_step_that_reaches_them_and_the_rate_follows_the_count(
     ]
     assert [row["flops"] for row in log[:3]] == [sum(steps[: n + 1]) for n in range(3)]
     middle = (counts[-3] + counts[-2]) / 2 / ENOUGH
-    assert log[-2]["rate"] == pytest.approx(0.01 * Schedule("linear", warmup=0.1).factor(middle))
+    assert log[-2]["rate"] == pytest.approx(0.01 * Schedule("linear", warmup_ratio=0.1).factor(middle))
 
 
 def test_killed_and_run_again_it_equals_the_uninterrupted_run(tmp_path: Path) -> None:

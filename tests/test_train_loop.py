@@ -186,8 +186,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_is_the_same(tmp_path: P
 
 
 def test_looking_more_often_changes_no_weight(tmp_path: Path) -> None:
-    often = TrainerConfig(evaluate_every=1, save_every=1, log_every=5, precision="fp32")
-    never = TrainerConfig(evaluate_every=0, save_every=0, precision="fp32")
+    often = TrainerConfig(eval_every=1, save_every=1, log_every=5, precision="fp32")
+    never = TrainerConfig(eval_every=0, save_every=0, precision="fp32")
     small_run(tmp_path / "often", 6, often)
     small_run(tmp_path / "never", 6, never)
     a, b = (load(tmp_path / n / "checkpoints" / "step-000006") for n in ("often", "never"))
@@ -226,10 +226,10 @@ def run_badly(directory: Path, bad: frozenset[int], steps: int, limit: int = 10)
     objective = Sometimes()
     object.__setattr__(objective, "bad", bad)
     object.__setattr__(objective, "calls", [])
-    plan = TrainerConfig(save_every=0, bad_steps=limit, precision="fp32")
+    plan = TrainerConfig(save_every=0, max_bad_steps=limit, precision="fp32")
     return train(
         small_model(dropout=0.0), objective, small_batches(Chains(), accumulate=1), directory,
-        length=Budget(steps=steps), schedule=Schedule("constant", warmup=0.0), plan=plan, told=NullReporter(),
+        length=Budget(max_steps=steps), schedule=Schedule("constant", warmup_ratio=0.0), plan=plan, told=NullReporter(),
     )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
     batches = small_batches(Chains())
     batches.objective = Silent()
     with pytest.raises(UserError, match=r"asks nothing.*field 'labels' \(loss term 'tokens'\)"):
-        train(small_model(), Silent(), batches, tmp_path, length=Budget(steps=2), told=NullReporter())
+        train(small_model(), Silent(), batches, tmp_path, length=Budget(max_steps=2), told=NullReporter())
 
 
 def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,18 +275,18 @@ def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("firth.train.trainer.time.perf_counter", clock)
     found = train(
-        small_model(), Scored(), small_batches(), tmp_path, length=Budget(seconds=0.3), evaluate=slow,
-        plan=TrainerConfig(evaluate_every=5), told=NullReporter(),
+        small_model(), Scored(), small_batches(), tmp_path, length=Budget(max_seconds=0.3), evaluate=slow,
+        plan=TrainerConfig(eval_every=5), told=NullReporter(),
     )  # fmt: skip
     assert 0.3 <= found.seconds < 0.35
     assert 14 <= found.step <= 16  # two looks at the clock in a step
-    assert found.metrics["rate"] < 0.2 * OptimizerConfig().rate  # the schedule has come to its end
+    assert found.metrics["rate"] < 0.2 * OptimizerConfig().lr  # the schedule has come to its end
 
 
 def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = train(
         small_model(dropout=0.0), Scored(), small_batches(Chains()), tmp_path, name="chains",
-        length=Budget(steps=60), optimizer=OptimizerConfig(rate=0.01), told=LineReporter("chains", every=0.0),
+        length=Budget(max_steps=60), optimizer=OptimizerConfig(lr=0.01), told=LineReporter("chains", every=0.0),
         evaluate=lambda model, _: validate(model, Scored(), small_batches(Chains()).once(), bytes_per_target=2.0),
     )  # fmt: skip
     log = rows(tmp_path)
@@ -382,7 +382,7 @@ def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytes
                 Scored(),
                 small_batches(Chains()),
                 tmp_path,
-                length=Budget(steps=steps),
+                length=Budget(max_steps=steps),
                 told=NullReporter(),
             )
     assert not list((tmp_path / "checkpoints").glob("*"))
@@ -390,8 +390,8 @@ def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytes
 
 def test_a_rate_that_ruins_the_model_is_no_success(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ends at step 4 on a loss .* not finite \(\d in a row\)|has made the weight"):
-        train(small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(steps=4),
-              optimizer=OptimizerConfig(rate=1e30), schedule=Schedule("constant", warmup=0.0), told=NullReporter())  # fmt: skip
+        train(small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(max_steps=4),
+              optimizer=OptimizerConfig(lr=1e30), schedule=Schedule("constant", warmup_ratio=0.0), told=NullReporter())  # fmt: skip
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
@@ -409,15 +409,15 @@ def test_a_measurement_that_is_not_finite_is_no_success(name: str, value: str, t
     says = rf"step 4: the held-out {name} is {value}, while all weights are finite, so this model is not saved"
     with pytest.raises(UserError, match=says):
         train(
-            small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(steps=6), told=NullReporter(),
-            plan=TrainerConfig(evaluate_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
+            small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(max_steps=6), told=NullReporter(),
+            plan=TrainerConfig(eval_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
         )  # fmt: skip
     assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == ["step-000002"]
 
 
 def test_an_infinite_perplexity_of_a_finite_loss_is_kept(tmp_path: Path) -> None:
     found = train(
-        small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(steps=1), told=NullReporter(),
+        small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(max_steps=1), told=NullReporter(),
         evaluate=lambda model, step: {"loss": 1000.0, "perplexity": float("inf")},
     )  # fmt: skip
     assert found.metrics["valid/loss"] == 1000.0

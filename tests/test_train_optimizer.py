@@ -18,8 +18,8 @@ from firth.types import UserError
 
 def tiny() -> LM:
     torch.manual_seed(0)
-    shape = decoder_config(vocab=40, width=32, depth=2)
-    return LM(shape, CausalLM().parts(shape))
+    config = decoder_config(vocab=40, width=32, depth=2)
+    return LM(config, CausalLM().heads(config))
 
 
 def with_spectrum(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
     torch.manual_seed(4)
     layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])
     before = [m.weight.detach().clone() for m in layers]
-    mover = Mover(OptimizerConfig(rate=0.01, weight_decay=0.5, momentum=0.9), layers)
+    mover = Mover(OptimizerConfig(lr=0.01, weight_decay=0.5, momentum=0.9), layers)
     grads = [torch.randn(64, 64) for _ in layers]
     for m, g in zip(layers, grads, strict=True):
         m.weight.grad = g.clone()
@@ -98,7 +98,7 @@ def test_momentum_is_nesterov() -> None:
     layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
     first, second = torch.randn(8, 8), torch.randn(8, 8)
     with kernels.forced({"muon": "fp32"}):
-        mover = Mover(OptimizerConfig(rate=0.1, weight_decay=0.0, momentum=0.9), layer)
+        mover = Mover(OptimizerConfig(lr=0.1, weight_decay=0.0, momentum=0.9), layer)
     for g in (first, second):
         before = layer[0].weight.detach().clone()
         layer[0].weight.grad = g.clone()
@@ -111,7 +111,7 @@ def test_momentum_is_nesterov() -> None:
 def test_adamw_is_its_formula() -> None:
     torch.manual_seed(5)
     model = tiny()
-    mover = Mover(OptimizerConfig("adamw", rate=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
+    mover = Mover(OptimizerConfig("adamw", lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
     mean = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
     square = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
     for t in (1, 2, 3):
@@ -123,23 +123,23 @@ def test_adamw_is_its_formula() -> None:
             mean[p.name] = 0.8 * mean[p.name] + 0.2 * g
             square[p.name] = 0.9 * square[p.name] + 0.1 * g * g
             step = (mean[p.name] / (1 - 0.8**t)) / ((square[p.name] / (1 - 0.9**t)).sqrt() + 1e-6)
-            expected[p.name] = w * (1 - 0.005 * p.decay) - 0.005 * step
+            expected[p.name] = w * (1 - 0.005 * p.weight_decay) - 0.005 * step
         mover.move(0.5)
         for p in mover.placed:
             assert torch.allclose(p.parameter, expected[p.name], atol=1e-6), p.name
 
 
 def test_who_gets_what() -> None:
-    spec = OptimizerConfig(rate=0.02, embedding_rate=0.3, rest_rate=0.004, weight_decay=0.1)
+    spec = OptimizerConfig(lr=0.02, embedding_lr=0.3, scalar_lr=0.004, weight_decay=0.1)
     by_name = {p.name: p for p in param_groups(spec, tiny())}
     q, table, head = (by_name[n] for n in ("trunk.blocks.0.attention.q.weight", "tokens.weight", "parts.lm.weight"))
-    assert (q.muon, q.rate, q.decay) == (True, 0.02, 0.1)
-    assert (table.muon, table.rate, table.decay) == (False, 0.3, 0.0)
-    assert (head.muon, head.rate, head.decay) == (False, 0.004, 0.1)
-    shape = encoder_decoder_config(vocab=40, width=32, depth=1)
-    for p in param_groups(spec, LM(shape, CausalLM().parts(shape))):
+    assert (q.muon, q.lr, q.weight_decay) == (True, 0.02, 0.1)
+    assert (table.muon, table.lr, table.weight_decay) == (False, 0.3, 0.0)
+    assert (head.muon, head.lr, head.weight_decay) == (False, 0.004, 0.1)
+    config = encoder_decoder_config(vocab=40, width=32, depth=1)
+    for p in param_groups(spec, LM(config, CausalLM().heads(config))):
         if p.parameter.ndim < 2 or "relative" in p.name:
-            assert (p.muon, p.rate, p.decay) == (False, 0.004, 0.0), p.name
+            assert (p.muon, p.lr, p.weight_decay) == (False, 0.004, 0.0), p.name
         elif "blocks" in p.name:
             assert p.muon, p.name
     assert not any(p.muon for p in param_groups(OptimizerConfig("adamw"), tiny()))
@@ -147,16 +147,16 @@ def test_who_gets_what() -> None:
 
 def test_a_tied_head_is_a_table() -> None:
     torch.manual_seed(0)
-    shape = replace(decoder_config(vocab=40, width=32, depth=1), tied=True)
-    tied = LM(shape, CausalLM().parts(shape))
-    placed = param_groups(OptimizerConfig(embedding_rate=0.5), tied)
+    config = replace(decoder_config(vocab=40, width=32, depth=1), tie_embeddings=True)
+    tied = LM(config, CausalLM().heads(config))
+    placed = param_groups(OptimizerConfig(embedding_lr=0.5), tied)
     assert [p.name for p in placed if p.parameter.shape == (40, 32)] == ["tokens.weight"]
-    assert next(p for p in placed if p.name == "tokens.weight").decay == 0
+    assert next(p for p in placed if p.name == "tokens.weight").weight_decay == 0
 
 
 def test_clipping_scales_all_gradients_together() -> None:
     model = tiny()
-    mover = Mover(OptimizerConfig(clip=1.0), model)
+    mover = Mover(OptimizerConfig(max_grad_norm=1.0), model)
     for p in mover.parameters:
         p.grad = torch.randn_like(p)
     whole = torch.cat([p.grad.flatten() for p in mover.parameters])
@@ -191,6 +191,6 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"optimizer.beta2=1.0 must be at least 0 and below 1"):
         OptimizerConfig(beta2=1.0)
     with pytest.raises(UserError, match=r"optimizer\.rate=nan must be finite, above 0"):
-        OptimizerConfig(rate=float("nan"))
+        OptimizerConfig(lr=float("nan"))
     with pytest.raises(UserError, match="nothing to train"):
         Mover(OptimizerConfig(), tiny().requires_grad_(False))

@@ -60,8 +60,8 @@ def small_run(
     directory: Path, source: Source, evaluate: Callable[[LM, int], dict[str, float]] | None = None
 ) -> TrainingResult:
     """Six steps of seven examples, each with a checkpoint."""
-    plan = TrainerConfig(save_every=1, evaluate_every=1 if evaluate else 0, precision="fp32")
-    return train(small_model(), small_batches().objective, small_batches(source), directory, length=Budget(steps=6),
+    plan = TrainerConfig(save_every=1, eval_every=1 if evaluate else 0, precision="fp32")
+    return train(small_model(), small_batches().objective, small_batches(source), directory, length=Budget(max_steps=6),
                  plan=plan, told=NullReporter(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
 
 

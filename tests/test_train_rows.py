@@ -24,7 +24,7 @@ from firth.types import Batch
 
 BETAS, EPS = (0.9, 0.98), 1e-8
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(60) < 4)
-OBJECTIVE = Classification(classes=("a", "b"))
+OBJECTIVE = Classification(class_names=("a", "b"))
 
 
 @pytest.fixture(params=KERNEL.measure())
@@ -81,18 +81,18 @@ def batches() -> Iterator[Batch]:
     rng = np.random.default_rng(1)
     while True:
         texts = [{"tokens": rng.integers(4, 40, rng.integers(2, 9)), "label": int(rng.integers(2))} for _ in range(4)]
-        yield collate([OBJECTIVE.view(text, VOCAB, rng) for text in texts], {"class"})
+        yield collate([OBJECTIVE.build_example(text, VOCAB, rng) for text in texts], {"class"})
 
 
 def model() -> LM:
     torch.manual_seed(0)
-    shape = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
-    return LM(shape, OBJECTIVE.parts(shape))
+    config = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
+    return LM(config, OBJECTIVE.heads(config))
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_a_mover_moves_and_clips_alike(clip: float, way: str) -> None:
-    plan = OptimizerConfig(name="adamw", rate=1e-2, clip=clip)
+    plan = OptimizerConfig(name="adamw", lr=1e-2, max_grad_norm=clip)
     one, other = model(), model()
     movers = [Mover(plan, one, sparse=True), Mover(plan, other)]
     assert list(movers[0].rows) == ["tokens.weight"]
@@ -112,7 +112,7 @@ def test_a_mover_moves_and_clips_alike(clip: float, way: str) -> None:
 
 def test_a_resumed_mover_goes_on_bit_for_bit(way: str) -> None:
     """Whichever of the two wrote the state."""
-    plan = OptimizerConfig(name="adamw", rate=1e-2)
+    plan = OptimizerConfig(name="adamw", lr=1e-2)
     going = model()
     mover, stream = Mover(plan, going, sparse=True), batches()
 
@@ -139,10 +139,10 @@ def test_a_resumed_mover_goes_on_bit_for_bit(way: str) -> None:
 
 
 def test_a_table_that_a_head_shares_is_left_as_it_is() -> None:
-    shape = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
-    assert shape.tied
-    assert not untied_embeddings(LM(shape, MLM().parts(shape)))
+    config = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
+    assert config.tie_embeddings
+    assert not untied_embeddings(LM(config, MLM().heads(config)))
     assert not untied_embeddings(nn.Linear(2, 2))
     assert len(untied_embeddings(model())) == 1
     words = word_vector_config(60, 8)
-    assert len(untied_embeddings(LM(words, Word2Vec().parts(words)))) == 2
+    assert len(untied_embeddings(LM(words, Word2Vec().heads(words)))) == 2

@@ -48,7 +48,7 @@ def short_run(
 
     return train(
         model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world), directory,
-        length=Budget(steps=steps), optimizer=OptimizerConfig("adamw", rate=1e-3), schedule=Schedule("constant", warmup=0.0),
+        length=Budget(max_steps=steps), optimizer=OptimizerConfig("adamw", lr=1e-3), schedule=Schedule("constant", warmup_ratio=0.0),
         plan=TrainerConfig(save_every=0, precision="fp32"), evaluate=held_out, ranks=ranks, told=NullReporter(),
     )  # fmt: skip
 

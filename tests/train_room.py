@@ -52,7 +52,7 @@ class OnPolicy(Chains):
         if step % 3:
             return {}
         with torch.no_grad():
-            logits = model.parts["lm"](model({"tokens": torch.as_tensor(self.said)[None]}))[0]
+            logits = model.heads["lm"](model({"tokens": torch.as_tensor(self.said)[None]}))[0]
         self.said = torch.multinomial(logits.softmax(-1), 1)[:, 0].numpy()
         return {"sum": float(self.said.sum())}
 
@@ -69,24 +69,26 @@ class OnPolicy(Chains):
 class Scored(CausalLM):
     """With a measure beside the loss."""
 
-    measures = {"accuracy": "labels"}  # noqa: RUF012
+    metrics = {"accuracy": "labels"}  # noqa: RUF012
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, labels = supervised(outputs["hidden"], batch["labels"])
         with torch.no_grad():
-            right = num_correct(model.parts["lm"](states), labels)
+            right = num_correct(model.heads["lm"](states), labels)
         return super().loss(model, outputs, batch) | {"accuracy": right}
 
 
 def small_model(dropout: float = 0.1, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    shape = replace(decoder_config(vocab=40, width=32, depth=2, heads=2), dropout=dropout)
-    return LM(shape, Scored().parts(shape))
+    config = replace(decoder_config(vocab=40, width=32, depth=2, heads=2), dropout=dropout)
+    return LM(config, Scored().heads(config))
 
 
 def small_batches(source: Source | None = None, accumulate: int = 2, rank: int = 0, world: int = 1) -> Batches:
     source = source or OnPolicy()
-    return Batches(source, Scored(), VOCAB, rows=7, seed=3, accumulate=accumulate, rank=rank, world=world)
+    return Batches(
+        source, Scored(), VOCAB, batch_size=7, seed=3, gradient_accumulation_steps=accumulate, rank=rank, world=world
+    )
 
 
 def small_run(
@@ -94,12 +96,12 @@ def small_run(
 ) -> TrainingResult:
     """A whole run: dropout, an on-policy source, uneven micro-batches, Muon and AdamW, held-out measurements."""
     torch.set_num_threads(1)
-    held_out = Batches(Chains(), Scored(), VOCAB, rows=9, seed=4)
+    held_out = Batches(Chains(), Scored(), VOCAB, batch_size=9, seed=4)
     return train(
         small_model() if model is None else model, Scored(), small_batches(), directory,
-        length=Budget(steps=steps), optimizer=OptimizerConfig(rate=0.01), schedule=Schedule(warmup=0.1),
-        plan=plan or TrainerConfig(save_every=3, evaluate_every=10, keep=2, precision="fp32"), recipe=recipe, told=NullReporter(),
-        evaluate=lambda model, _: validate(model, Scored(), held_out.once(), bytes_per_target=2.0),
+        length=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), schedule=Schedule(warmup_ratio=0.1),
+        plan=plan or TrainerConfig(save_every=3, eval_every=10, keep=2, precision="fp32"), recipe=recipe, told=NullReporter(),
+        evaluate=lambda model, _: validate(model, Scored(), held_out.all_batches(), bytes_per_target=2.0),
     )  # fmt: skip
 
 
@@ -132,5 +134,5 @@ def stuck_in_process(directory: str) -> None:
     torch.set_num_threads(1)
     train(
         small_model(), Scored(), small_batches(Stuck(Path(directory))), Path(directory),
-        length=Budget(steps=9), plan=TrainerConfig(save_every=1, keep=5, precision="fp32"), told=NullReporter(),
+        length=Budget(max_steps=9), plan=TrainerConfig(save_every=1, keep=5, precision="fp32"), told=NullReporter(),
     )  # fmt: skip

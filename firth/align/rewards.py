@@ -197,7 +197,7 @@ class PreferencePairs(Source):
         self.comparisons = list(comparisons)
 
     @property
-    def families(self) -> np.ndarray:
+    def group_ids(self) -> np.ndarray:
         keys = [content_key(" ".join(map(str, one.chosen.prompt.tolist()))) for one in self.comparisons]
         return np.array(keys, np.uint64)
 

@@ -59,18 +59,25 @@ class RolloutConfig:
     the reference costs. unfinished: the judge's score for an answer without a stop token; None leaves it to the judge.
     """
 
-    answers: int = 64
-    group: int = 1
+    rollout_size: int = 64
+    num_generations: int = 1
     steps: int = 8
-    max_new: int = 48
-    beta: float = 0.05
-    unfinished: float | None = None
+    max_new_tokens: int = 48
+    kl_coef: float = 0.05
+    unfinished_score: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new < 1:
-            raise UserError(f"max_new is {self.max_new}: an answer has at least 1 token")
-        if self.answers < 1 or self.group < 1 or self.steps < 1 or self.answers % self.group:
-            raise UserError(f"{self.answers} answers a phase cannot be shared out in groups of {self.group}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new is {self.max_new_tokens}: an answer has at least 1 token")
+        if (
+            self.rollout_size < 1
+            or self.num_generations < 1
+            or self.steps < 1
+            or self.rollout_size % self.num_generations
+        ):
+            raise UserError(
+                f"{self.rollout_size} answers a phase cannot be shared out in groups of {self.num_generations}"
+            )
 
 
 def explained_variance(followed: np.ndarray, values: np.ndarray) -> float:
@@ -113,14 +120,14 @@ class RolloutSource(Source):
         if not prompts:
             raise UserError("there are no prompts to answer")
         phase = phase or RolloutConfig()
-        longest, room = max(map(len, prompts)), reference.context - phase.max_new
+        longest, room = max(map(len, prompts)), reference.context - phase.max_new_tokens
         if longest > room:
             raise UserError(
-                f"a prompt of {longest} tokens and an answer of {phase.max_new} do not fit the {reference.context} positions of "
+                f"a prompt of {longest} tokens and an answer of {phase.max_new_tokens} do not fit the {reference.context} positions of "
                 f"the model: leave out prompts of more than {max(room, 0)} tokens, or lower max_new"
             )
-        self.prompts, self.coder, self.judge, self.reference = prompts, tokenizer, judge, reference
-        reference.restrict(tokenizer.vocab)
+        self.prompts, self.tokenizer, self.judge, self.reference = prompts, tokenizer, judge, reference
+        reference.restrict_vocab(tokenizer.vocab)
         self.phase, self.credit, self.truth = phase, credit or GAE(), truth
         self.stops, self.seed, self.rows, self.critic = stops, seed, rows, critic
         self.number = -1
@@ -131,7 +138,7 @@ class RolloutSource(Source):
         self._told = np.zeros((len(PER_TOKEN), 0), np.float32)
 
     def __len__(self) -> int:
-        return self.phase.answers
+        return self.phase.rollout_size
 
     def __getitem__(self, index: int) -> Example:
         if self.number < 0:
@@ -162,20 +169,20 @@ class RolloutSource(Source):
         """Phase `number` takes the place of the present one, which stays where the judge fails."""
         prompts = self._asked(number)
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        engine = Engine(model, self.coder, self.stops, rows=self.rows)
-        written = engine.generate(prompts, Sampling(max_new=self.phase.max_new, seed=seed))
+        engine = Engine(model, self.tokenizer, self.stops, rows=self.rows)
+        written = engine.generate(prompts, Sampling(max_new_tokens=self.phase.max_new_tokens, seed=seed))
         samples = [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
-        score = score_rollouts(self.judge, samples, self.coder)
-        truth = score_rollouts(self.truth, samples, self.coder).mean() if self.truth else nan
+        score = score_rollouts(self.judge, samples, self.tokenizer)
+        truth = score_rollouts(self.truth, samples, self.tokenizer).mean() if self.truth else nan
         self.number, self.samples = number, samples
         finished = np.array([s.finished for s in self.samples])
-        if self.phase.unfinished is not None:
-            score = np.where(finished, score, self.phase.unfinished)
+        if self.phase.unfinished_score is not None:
+            score = np.where(finished, score, self.phase.unfinished_score)
         now = self._read(model)
         real, old, reference = now["real"], now["old"], now["reference"]
-        rewards = np.where(real, -self.phase.beta * (old - reference), 0.0)
+        rewards = np.where(real, -self.phase.kl_coef * (old - reference), 0.0)
         rewards[np.arange(len(real)), real.sum(1) - 1] += score
-        advantage, returns = self.credit(rewards, now["values"], real, self.phase.group)
+        advantage, returns = self.credit(rewards, now["values"], real, self.phase.num_generations)
         self._store(real, now | {"advantage": advantage, "returns": returns})
         followed = discounted_returns(rewards)[real]
         found = {
@@ -195,9 +202,9 @@ class RolloutSource(Source):
 
     def _asked(self, number: int) -> list[np.ndarray]:
         """The prompts of a phase, each `group` times."""
-        count = self.phase.answers // self.phase.group
+        count = self.phase.rollout_size // self.phase.num_generations
         _, index = epoch_permutation(len(self.prompts), self.seed, np.arange(count) + count * number)
-        return [self.prompts[i] for i in index.tolist() for _ in range(self.phase.group)]
+        return [self.prompts[i] for i in index.tolist() for _ in range(self.phase.num_generations)]
 
     def _read(self, model: LM) -> dict[str, np.ndarray]:
         """What policy and reference say of each sampled token: (N, T) float64 each, and `real`."""
@@ -220,8 +227,8 @@ class RolloutSource(Source):
         with attention_pattern_of(model), attention_pattern_of(self.reference):
             hidden, frozen = model(batch), self.reference(batch)[asked]
             states = hidden[asked]
-            ours: LMHead = model.parts["lm"]  # type: ignore[assignment]
-            theirs: LMHead = self.reference.parts["lm"]  # type: ignore[assignment]
+            ours: LMHead = model.heads["lm"]  # type: ignore[assignment]
+            theirs: LMHead = self.reference.heads["lm"]  # type: ignore[assignment]
             told: dict[str, list[Tensor]] = {"old": [], "reference": [], "kl": [], "entropy": []}
             for at in range(0, len(labels), CHUNK):
                 here = slice(at, at + CHUNK)
@@ -269,5 +276,7 @@ class RolloutSource(Source):
         for (asked, answered), end, finished in zip(self._lengths, ends, state["finished"], strict=True):
             prompt, answer = np.split(self._tokens[end - asked - answered : end], [asked])
             self.samples.append(
-                Rollout(prompt, answer, IncrementalDecoder(self.coder, prompt).text(answer.tolist()), bool(finished))
+                Rollout(
+                    prompt, answer, IncrementalDecoder(self.tokenizer, prompt).text(answer.tolist()), bool(finished)
+                )
             )

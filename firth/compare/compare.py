@@ -80,14 +80,14 @@ class ComparisonConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compute.steps:
+        if self.compute.max_steps:
             raise UserError("steps of two recipes are not equally dear: compare them by --seconds or --flops")
         if not self.shares:
             raise UserError("--shares is empty: give at least one share of the compute, as in 0.25,0.5,1")
 
     def length(self, share: float) -> Budget:
         """A share of the compute."""
-        return Budget(seconds=self.compute.seconds * share, flops=self.compute.flops * share)
+        return Budget(max_seconds=self.compute.max_seconds * share, max_flops=self.compute.max_flops * share)
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
@@ -119,17 +119,17 @@ class ComparisonRun:
 
     def pretraining(self, name: str, share: float, seed: int) -> Recipe:
         """A contender's run."""
-        return dataclasses.replace(self.contenders[name], name=name, length=self.terms.length(share), seed=seed)
+        return dataclasses.replace(self.contenders[name], name=name, budget=self.terms.length(share), seed=seed)
 
     def finetuning(self, name: str, seed: int, start: str = "") -> Recipe:
         """Its finetuning from a run, or from random weights; the answer is read where its objective has it read."""
         contender = self.contenders[name]
-        assert contender.shape is not None and self.drawn is not None
-        at = readout_of(contender.shape, contender.objective.reads())
+        assert contender.model is not None and self.drawn is not None
+        at = readout_of(contender.model, contender.objective.attention_pattern())
         return dataclasses.replace(
-            self.probe, objective=Classification(classes=self.drawn.classes, at=at), source=self.drawn.source(seed), start=start,
-            segment=dataclasses.replace(self.drawn.cut, length=min(self.drawn.cut.length, contender.shape.context)),
-            shape=None if start else dataclasses.replace(contender.shape, memory=0),
+            self.probe, objective=Classification(class_names=self.drawn.classes, position=at), data=self.drawn.source(seed), init_from=start,
+            examples=dataclasses.replace(self.drawn.cut, max_length=min(self.drawn.cut.max_length, contender.model.max_positions)),
+            model=None if start else dataclasses.replace(contender.model, memory_length=0),
             tokenizer=contender.tokenizer, seed=seed,
         )  # fmt: skip
 
@@ -147,9 +147,9 @@ def compare(
     echo(
         f"{sum(share > 0 for _, share, _ in plan)} runs, each then asked and finetuned"
         + (
-            f": {sum(share for _, share, _ in plan) * terms.compute.seconds / 60:.0f} minutes of pretraining"
-            if terms.compute.seconds
-            else f": {number(sum(share for _, share, _ in plan) * terms.compute.flops, 3)} FLOPs of pretraining"
+            f": {sum(share for _, share, _ in plan) * terms.compute.max_seconds / 60:.0f} minutes of pretraining"
+            if terms.compute.max_seconds
+            else f": {number(sum(share for _, share, _ in plan) * terms.compute.max_flops, 3)} FLOPs of pretraining"
         )
     )
     done: list[Score] = []
@@ -157,7 +157,7 @@ def compare(
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
         echo(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
         done.append(train_once(arena, name, share, seed, done))
-    return write_comparison(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.seconds > 0)
+    return write_comparison(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.max_seconds > 0)
 
 
 def train_once(arena: ComparisonRun, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
@@ -239,18 +239,20 @@ def units(arena: ComparisonRun) -> Iterator[tuple[str, float, int]]:
 
 def facts(arena: ComparisonRun) -> dict[str, str]:
     """What they had in common, for the report."""
-    source, compute = next(iter(arena.contenders.values())).source, arena.terms.compute
+    source, compute = next(iter(arena.contenders.values())).data, arena.terms.compute
     told = {
         "text": ", ".join(source.path) or source.corpus,
         "tokenizer": f"{arena.tokenizer.vocab.size:,} ids, trained once for all",
-        "compute": f"{number(compute.flops)} FLOPs" if compute.flops else f"{compute.seconds:g} seconds of training",
+        "compute": f"{number(compute.max_flops)} FLOPs"
+        if compute.max_flops
+        else f"{compute.max_seconds:g} seconds of training",
         "seeds": str(arena.terms.seeds),
         "hidden tokens": f"{len(arena.hidden)}, in held-out text; the commonest token alone gets {arena.floor:.3f}",
     }
     if arena.drawn:
         told["probe"] = (
             f"{arena.drawn.name}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
-            f"{arena.drawn.tested} records tested, {arena.probe.length.steps} steps of finetuning; the commonest class alone "
+            f"{arena.drawn.tested} records tested, {arena.probe.budget.max_steps} steps of finetuning; the commonest class alone "
             f"gets {arena.drawn.commonest:.3f}"
         )
     return told
@@ -269,7 +271,7 @@ def prepare(
         checkpoint=CheckpointConfig(every=0, keep=1),
     )
     first, *others = loaded
-    plan, source = loaded[first].tokenizer, loaded[first].source
+    plan, source = loaded[first].tokenizer, loaded[first].data
     shared = {
         "text": config_io.to_dict(source), "tokenizer": config_io.to_dict(plan), "finetuning": config_io.to_dict(probe),
         "probe": terms.probe, "number of labels": terms.labels, "compute": asdict(terms.compute),
@@ -277,23 +279,23 @@ def prepare(
     _same_terms(out, shared)
     for name in others:
         if loaded[name].tokenizer != plan:
-            echo(f"{name} takes the tokenizer of {first}: {plan.algorithm} of {plan.size:,} ids")
+            echo(f"{name} takes the tokenizer of {first}: {plan.algorithm} of {plan.vocab_size:,} ids")
     paths = source.paths(echo)
     drawn = None
     if terms.probe != NONE:
-        if not isinstance(probe.segment, LabeledConfig):
+        if not isinstance(probe.examples, LabeledConfig):
             raise UserError("the probe reads records with a class: probe.segment must be labelled")
         drawn = draw_probe(
-            terms.probe, probe.segment, source, paths, labels=terms.labels, seeds=terms.seeds, folder=out / "probe",
+            terms.probe, probe.examples, source, paths, labels=terms.labels, seeds=terms.seeds, folder=out / "probe",
             echo=echo,
         )  # fmt: skip
     tokenizer = tokenizer_of(loaded[first], out, echo, sentinels=max(map(sentinels_of, loaded.values())))
-    source = dataclasses.replace(source, store=str(out / "data"))
+    source = dataclasses.replace(source, cache_dir=str(out / "data"))
     contenders = {
         name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
     }
     learnt, held = RunData(source, tokenizer, out, echo=echo).stores()
-    longest = min(LONGEST, *(c.shape.context - 2 for c in contenders.values() if c.shape is not None))
+    longest = min(LONGEST, *(c.model.max_positions - 2 for c in contenders.values() if c.model is not None))
     hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
     return ComparisonRun(
         terms, out, tokenizer, contenders, hidden, cloze.most_frequent_baseline(learnt, hidden), probe, drawn
@@ -311,7 +313,7 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
     for name in names:
         label = labels[name]
         bare = recipes.load(name)
-        if bare.shape is None or bare.start:
+        if bare.model is None or bare.init_from:
             raise UserError(f"{name} {GOES_ON}")
         if label in loaded:
             raise UserError(f"{label} is named twice: compare different recipes")
@@ -320,13 +322,13 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
             loaded[label] = recipes.load(name, [*common, *own])
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
-        if loaded[label].start:
+        if loaded[label].init_from:
             raise UserError(f"{name} {GOES_ON}")
     if not loaded:
         raise UserError("name the recipes to compare, for example: firth compare roberta gpt --seconds 60")
     first, *rest = loaded
     for other in rest:
-        if loaded[other].source != loaded[first].source:
+        if loaded[other].data != loaded[first].data:
             raise UserError(
                 f"{first} and {other} read different texts: give both one with source.path=FILES or source.corpus=NAME"
             )
@@ -356,23 +358,28 @@ def _fitted(
 ) -> Recipe:
     """The recipe on the common text with the common tokenizer. What would fail later fails here, under its name: the text
     is cut, one example is shown, and the model is built without memory."""
-    assert recipe.shape is not None
-    shape = dataclasses.replace(recipe.shape, vocab=tokenizer.vocab.size)
+    assert recipe.model is not None
+    config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab.size)
     try:
         check_vocab(recipe, tokenizer)
-        check_pattern(recipe.objective, shape)
+        check_pattern(recipe.objective, config)
         if probed:
-            check_pattern(Classification(classes=("a", "b"), at=readout_of(shape, recipe.objective.reads())), shape)
-        material = RunData(source, tokenizer, out, rows=recipe.batch.rows, echo=echo)
-        shown = examples.build_datasets(recipe.segment, material, recipe.objective).train[0]
-        recipe.objective.view(shown, tokenizer.vocab, np.random.default_rng(0))
+            check_pattern(
+                Classification(
+                    class_names=("a", "b"), position=readout_of(config, recipe.objective.attention_pattern())
+                ),
+                config,
+            )
+        data = RunData(source, tokenizer, out, batch_size=recipe.batch.size, echo=echo)
+        shown = examples.build_datasets(recipe.examples, data, recipe.objective).train[0]
+        recipe.objective.build_example(shown, tokenizer.vocab, np.random.default_rng(0))
         with torch.device("meta"):
-            model = LM(shape, recipe.objective.parts(shape))
+            model = LM(config, recipe.objective.heads(config))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     echo(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     return dataclasses.replace(
-        recipe, shape=shape, source=source, tokenizer=TokenizerConfig(path=str(out / "tokenizer")), samples=(),
+        recipe, model=config, data=source, tokenizer=TokenizerConfig(path=str(out / "tokenizer")), sample_prompts=(),
         evaluation=dataclasses.replace(recipe.evaluation, every=0),
         checkpoint=dataclasses.replace(recipe.checkpoint, keep=1),
     )  # fmt: skip

@@ -61,7 +61,9 @@ class ProbeDataset:
 
     def source(self, seed: int) -> DataConfig:
         """What a seed learns from and is tested on."""
-        return DataConfig(path=(str(self.folder / f"train-{seed}.jsonl"),), valid=(str(self.folder / "test.jsonl"),))
+        return DataConfig(
+            path=(str(self.folder / f"train-{seed}.jsonl"),), validation_path=(str(self.folder / "test.jsonl"),)
+        )
 
 
 def draw_probe(
@@ -87,8 +89,8 @@ def draw_probe(
     else:
         named = catalog.paths(probe, echo) if probe in catalog.CATALOGUE else [probe]
     records = _records(named, cut)
-    documents = {d.name for d in readers.documents(paths, field=source.field, split=source.split)}
-    own = not source.valid and not documents.isdisjoint(name for name, _ in records)
+    documents = {d.name for d in readers.documents(paths, field=source.text_field, split=source.split_by)}
+    own = not source.validation_path and not documents.isdisjoint(name for name, _ in records)
     names = {name for name, _ in records}
     held = held_out_of(source, paths).names if own else {name for name in names if place(name) < APART}
     known = [row for name, row in records if name not in held]
@@ -98,14 +100,14 @@ def draw_probe(
             f"{probe}: of {len(records)} records, {len(apart)} are to be tested on and {len(known)} to be learnt from, and "
             f"{labels} labels are asked: give more records, or fewer --labels"
         )
-    classes = tuple(sorted({_class(row[cut.label]) for _, row in records}))
+    classes = tuple(sorted({_class(row[cut.label_field]) for _, row in records}))
     if len(classes) < 2:
         raise UserError(f"{probe}: every record has the class {classes[0]!r}: there is nothing to tell apart")
     _write(folder / "test.jsonl", apart)
     for seed in range(seeds):
         some = np.random.default_rng((seed, DRAW)).permutation(len(known))[:labels]
         _write(folder / f"train-{seed}.jsonl", [known[i] for i in some])
-    commonest = Counter(_class(row[cut.label]) for row in apart).most_common(1)[0][1] / len(apart)
+    commonest = Counter(_class(row[cut.label_field]) for row in apart).most_common(1)[0][1] / len(apart)
     return ProbeDataset(probe, cut, classes, len(apart), commonest, folder)
 
 
@@ -144,10 +146,10 @@ def _records(paths: Sequence[str], cut: LabeledConfig) -> list[tuple[str, dict[s
     found = []
     for file, name in readers.files(paths).items():
         for where, record in readers.records([glob.escape(str(file))]):
-            readers.text_field(record, cut.text, where)
-            if not isinstance(record.get(cut.label), str | int):
+            readers.text_field(record, cut.text_field, where)
+            if not isinstance(record.get(cut.label_field), str | int):
                 raise UserError(
-                    f"{where}: the field {cut.label!r} should hold a class; the record has {', '.join(record)}"
+                    f"{where}: the field {cut.label_field!r} should hold a class; the record has {', '.join(record)}"
                 )
             found.append((str(record.get("name") or name + where.removeprefix(str(file))), record))
     return found

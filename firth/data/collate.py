@@ -37,15 +37,15 @@ class BuildsExamples(Protocol):
     example epochs take turns with (0: each has its own)."""
 
     @property
-    def targets(self) -> Mapping[str, str]: ...
+    def labels(self) -> Mapping[str, str]: ...
 
     @property
-    def measures(self) -> Mapping[str, str]: ...
+    def metrics(self) -> Mapping[str, str]: ...
 
     @property
-    def copies(self) -> int: ...
+    def num_copies(self) -> int: ...
 
-    def view_many(
+    def build_examples(
         self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]: ...
 
@@ -67,35 +67,42 @@ class Batches:
         objective: BuildsExamples,
         vocab: Vocab,
         *,
-        rows: int,
+        batch_size: int,
         seed: int,
-        accumulate: int = 1,
-        pack: int = 0,
-        sort: int = 0,
+        gradient_accumulation_steps: int = 1,
+        pack_to_length: int = 0,
+        group_by_length: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         if not len(source):
             raise UserError(f"there is nothing to train on: {dict(source.counts)}")
-        if rows < accumulate * world:
-            raise UserError(f"{rows} rows a step cannot be shared by {world} ranks of {accumulate} micro-batches each")
-        sizes = source.sizes if sort else None
-        if sort and sizes is None:
+        if batch_size < gradient_accumulation_steps * world:
+            raise UserError(
+                f"{batch_size} rows a step cannot be shared by {world} ranks of {gradient_accumulation_steps} micro-batches each"
+            )
+        sizes = source.lengths if group_by_length else None
+        if group_by_length and sizes is None:
             raise UserError("the lengths of these examples are not known before they are read: set batch.sort=0")
-        self.sizes, self.sort = sizes, sort
+        self.sizes, self.group_by_length = sizes, group_by_length
         self._dealt = (-1, np.zeros((0, 0), np.int64))
         self.source, self.objective, self.vocab = source, objective, vocab
-        self.rows, self.seed, self.accumulate, self.pack = rows, seed, accumulate, pack
+        self.batch_size, self.seed, self.gradient_accumulation_steps, self.pack_to_length = (
+            batch_size,
+            seed,
+            gradient_accumulation_steps,
+            pack_to_length,
+        )
         self.rank, self.world = rank, world
         self._draws = ExampleRNG(seed, "view")
-        self._asked = frozenset({*objective.targets.values(), *objective.measures.values()}) | LABEL_FIELDS
+        self._asked = frozenset({*objective.labels.values(), *objective.metrics.values()}) | LABEL_FIELDS
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, `accumulate` of them."""
-        cells = self.world * self.accumulate
-        cuts = [self.rows * c // cells for c in range(cells + 1)]
-        first = self.rank * self.accumulate
-        return [self.batch(step, cuts[c], cuts[c + 1]) for c in range(first, first + self.accumulate)]
+        cells = self.world * self.gradient_accumulation_steps
+        cuts = [self.batch_size * c // cells for c in range(cells + 1)]
+        first = self.rank * self.gradient_accumulation_steps
+        return [self.batch(step, cuts[c], cuts[c + 1]) for c in range(first, first + self.gradient_accumulation_steps)]
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Examples start..stop of a step as one batch."""
@@ -103,35 +110,35 @@ class Batches:
 
     def positions(self, step: int) -> np.ndarray:
         """Which examples of the run a step reads, by their position in it: (rows,)."""
-        if not self.sort or self.sizes is None:
-            return np.arange(self.rows) + step * self.rows
-        number, within = divmod(step, self.sort)
+        if not self.group_by_length or self.sizes is None:
+            return np.arange(self.batch_size) + step * self.batch_size
+        number, within = divmod(step, self.group_by_length)
         if number != self._dealt[0]:
-            span = np.arange(self.sort * self.rows) + number * self.sort * self.rows
+            span = np.arange(self.group_by_length * self.batch_size) + number * self.group_by_length * self.batch_size
             sizes = self.sizes[self.source.order(self.seed, span)[1]]
-            self._dealt = number, span[length_grouped_batches(sizes, self.sort, self.seed, number)]
+            self._dealt = number, span[length_grouped_batches(sizes, self.group_by_length, self.seed, number)]
         return self._dealt[1][within]
 
-    def once(self) -> Iterator[Batch]:
+    def all_batches(self) -> Iterator[Batch]:
         """Every example of the source once, in the source's own order, `rows` at a time: what an evaluation reads.
 
         Each rank takes every `world`-th batch; draws and windows are those of epoch 0.
         """
-        for start in range(self.rank * self.rows, len(self.source), self.world * self.rows):
-            index = np.arange(start, min(start + self.rows, len(self.source)))
+        for start in range(self.rank * self.batch_size, len(self.source), self.world * self.batch_size):
+            index = np.arange(start, min(start + self.batch_size, len(self.source)))
             yield self._assemble(np.zeros_like(index), index)
 
     def shown(self, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
         """What the objective makes of these examples in these epochs, as yet in no batch."""
-        copies = self.objective.copies
+        copies = self.objective.num_copies
         drawn = (epochs % copies if copies else epochs).tolist()
         examples = self.source.in_epochs(self.seed, epochs, indices)
         streams = list(zip(drawn, indices.tolist(), strict=True))
-        return self.objective.view_many(examples, self.vocab, self._draws, streams)
+        return self.objective.build_examples(examples, self.vocab, self._draws, streams)
 
     def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
         shown = self.shown(epochs, indices)
-        return pack(shown, self.pack, self._asked) if self.pack else collate(shown, self._asked)
+        return pack(shown, self.pack_to_length, self._asked) if self.pack_to_length else collate(shown, self._asked)
 
 
 def collate(examples: Sequence[Example], asked: Collection[str] = LABEL_FIELDS) -> Batch:

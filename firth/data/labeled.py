@@ -45,11 +45,11 @@ class TextFields(RecordFields):
     """text: of the text; label: of what is told of it; pair: of a second text, if there is one. absent: labels which say
     that there is none ("-" where the annotators of SNLI and MNLI do not agree): such records are left out, and counted."""
 
-    text: str = "text"
-    label: str = "label"
-    pair: str = ""
-    columns: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
+    text_field: str = "text"
+    label_field: str = "label"
+    text_pair_field: str = ""
+    column_names: tuple[str, ...] = ()
+    missing_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class OptionFields(RecordFields):
     """options: of their list, or a field for each. begin: of a text that every option begins with (SWAG's sent2). label: of
     the right option's place, or of the option itself."""
 
-    text: str = "text"
-    label: str = "label"
-    options: tuple[str, ...] = ("options",)
-    begin: str = ""
-    columns: tuple[str, ...] = ()
+    text_field: str = "text"
+    label_field: str = "label"
+    option_fields: tuple[str, ...] = ("options",)
+    option_prefix_field: str = ""
+    column_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TagFields(RecordFields):
     """words, tags: of their lists, or two of CoNLL's `columns`."""
 
-    words: str = "tokens"
-    tags: str = "tags"
-    columns: tuple[str, ...] = ()
+    words_field: str = "tokens"
+    tags_field: str = "tags"
+    column_names: tuple[str, ...] = ()
 
 
 class TextRecords(Records):
@@ -83,9 +83,12 @@ class TextRecords(Records):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
         asked: bool = True,
     ) -> None:  # fmt: skip
-        self._fields, self._label = [fields.text, fields.pair] if fields.pair else [fields.text], fields.label
-        self.asked, self._absent = asked, fields.absent
-        super().__init__(paths, tokenizer, length, names=fields.columns)
+        self._fields, self._label = (
+            [fields.text_field, fields.text_pair_field] if fields.text_pair_field else [fields.text_field],
+            fields.label_field,
+        )
+        self.asked, self._absent = asked, fields.missing_labels
+        super().__init__(paths, tokenizer, length, names=fields.column_names)
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -160,12 +163,12 @@ class LabeledTexts(TextRecords):
         check_known_classes("label", "record", self._unknown, self._tally["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         return counted(self.classes, self._number[self._columns["label"].some(indices)]) if self.asked else {}
 
     @property
-    def remarks(self) -> Sequence[str]:
-        return [*super().remarks, *empty("class", self.paths, self.per_class(np.arange(len(self))))]
+    def notes(self) -> Sequence[str]:
+        return [*super().notes, *empty("class", self.paths, self.class_counts(np.arange(len(self))))]
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -199,7 +202,7 @@ class UnlabeledTexts(LabeledTexts):
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.lines)
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         return {}
 
     @property
@@ -248,8 +251,8 @@ class MultipleChoiceRecords(TextRecords):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: OptionFields = OptionFields(), *,
         asked: bool = True,
     ) -> None:  # fmt: skip
-        self._options, self._begin = fields.options, fields.begin
-        texts = TextFields(fields.text, fields.label, columns=fields.columns)
+        self._options, self._begin = fields.option_fields, fields.option_prefix_field
+        texts = TextFields(fields.text_field, fields.label_field, column_names=fields.column_names)
         super().__init__(paths, tokenizer, length, texts, asked=asked)
         self.most = max(len(self._columns["lengths"][i]) for i in range(len(self)))
 
@@ -312,22 +315,22 @@ class TaggedSentences(Records):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TagFields = TagFields(), *,
         classes: Sequence[str] = (), asked: bool = True, keep: bool = False,
     ) -> None:  # fmt: skip
-        self._words, self._tags = fields.words, fields.tags
+        self._words, self._tags = fields.words_field, fields.tags_field
         self._known, self._unknown, self.asked = ClassNumbering(classes), "", asked
         self.written: list[tuple[list[str], list[str]]] | None = [] if keep else None
-        super().__init__(paths, tokenizer, length, names=fields.columns)
+        super().__init__(paths, tokenizer, length, names=fields.column_names)
         check_known_classes("tag", "tag", self._unknown, self._tally["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
         if asked and not classes:
             check_scheme(self.classes)
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         tags = self._columns["tags"].some(indices)
         return counted(self.classes, self._number[tags[tags != IGNORE]]) if self.asked else {}
 
     @property
-    def remarks(self) -> Sequence[str]:
-        return [*super().remarks, *empty("tag", self.paths, self.per_class(np.arange(len(self))))]
+    def notes(self) -> Sequence[str]:
+        return [*super().notes, *empty("tag", self.paths, self.class_counts(np.arange(len(self))))]
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)

@@ -89,7 +89,7 @@ class QuestionRecords(Records):
         context, right = self._contexts[self._contexts_of[number]], self._rights[number]
         return QuestionWindow(context.tobytes().decode(), tuple(json.loads(right.tobytes())))
 
-    def beside(self, index: int) -> Mapping[str, Any]:
+    def metadata(self, index: int) -> Mapping[str, Any]:
         """The question of a window, and where its tokens stand in the passage."""
         return {"asked": self.asked_of(self._owners[index]), "offsets": self.offsets(index)}
 

@@ -165,7 +165,7 @@ class Records(Source):
         return {"examples": self._size, **{name: n for name, n in self._tally.items() if n}}
 
     @property
-    def remarks(self) -> Sequence[str]:
+    def notes(self) -> Sequence[str]:
         return [
             notes_of(kind, self._tally[kind], place, self.limits.get(kind, self.length), self.said)
             for kind, place in self._first.items()
@@ -182,17 +182,17 @@ class Records(Source):
         return REMARKS
 
     @property
-    def sizes(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray:
         """Numbers of each example in all its columns."""
         return np.sum([column.lengths for column in self._columns.values()], 0)
 
     @property
-    def owners(self) -> np.ndarray:
+    def record_ids(self) -> np.ndarray:
         """Which record, from 0, each example is of: (n,)."""
         return np.array(self._owners)
 
     @property
-    def families(self) -> np.ndarray:
+    def group_ids(self) -> np.ndarray:
         return np.array(self._groups, np.uint64)
 
     def note(self, kind: str) -> None:

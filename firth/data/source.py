@@ -35,30 +35,30 @@ class Source:
         return {"examples": len(self)}
 
     @property
-    def remarks(self) -> Sequence[str]:
+    def notes(self) -> Sequence[str]:
         """Whole sentences on what was cut, left out or missing, with the place of the first."""
         return ()
 
     @property
-    def families(self) -> np.ndarray:
+    def group_ids(self) -> np.ndarray:
         """Which examples belong together, (n,) uint64: those of one `content_key` are held out together, or not at all."""
         return np.array([content_key(str(i)) for i in range(len(self))], np.uint64)
 
     @property
-    def owners(self) -> np.ndarray:
+    def record_ids(self) -> np.ndarray:
         """Which record, from 0, each example is of: (n,)."""
         return np.arange(len(self))
 
-    def beside(self, index: int) -> Mapping[str, Any]:
+    def metadata(self, index: int) -> Mapping[str, Any]:
         """What an example's tokens do not say and a measure needs: the passage of a window, and where its tokens stand."""
         return {}
 
     @property
-    def sizes(self) -> np.ndarray | None:
+    def lengths(self) -> np.ndarray | None:
         """How long each example is (n,), in a unit of the source's own; None where that is not known before it is read."""
         return None
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         """How many answers of each class some examples have, the classes with none among them; {} without classes."""
         return {}
 
@@ -143,30 +143,30 @@ class MixtureSource(Source):
         return total
 
     @property
-    def remarks(self) -> Sequence[str]:
-        return list(dict.fromkeys(remark for source in self.sources for remark in source.remarks))
+    def notes(self) -> Sequence[str]:
+        return list(dict.fromkeys(remark for source in self.sources for remark in source.notes))
 
     @property
-    def sizes(self) -> np.ndarray | None:
-        parts = [source.sizes for source in self.sources]
+    def lengths(self) -> np.ndarray | None:
+        parts = [source.lengths for source in self.sources]
         known = [sizes for sizes in parts if sizes is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
 
     @property
-    def owners(self) -> np.ndarray:
-        parts = [source.owners for source in self.sources]
+    def record_ids(self) -> np.ndarray:
+        parts = [source.record_ids for source in self.sources]
         first = np.cumsum([0, *(int(part.max(initial=-1)) + 1 for part in parts)])
         return np.concatenate([part + start for part, start in zip(parts, first[:-1], strict=True)])
 
     @property
-    def families(self) -> np.ndarray:
-        return np.concatenate([source.families for source in self.sources])
+    def group_ids(self) -> np.ndarray:
+        return np.concatenate([source.group_ids for source in self.sources])
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         total: dict[str, int] = {}
         for source, start in zip(self.sources, self._starts[:-1], strict=True):
             mine = indices[(indices >= start) & (indices < start + len(source))] - start
-            for name, n in source.per_class(mine).items():
+            for name, n in source.class_counts(mine).items():
                 total[name] = total.get(name, 0) + n
         return total
 
@@ -177,9 +177,9 @@ class MixtureSource(Source):
         which, within = self._at(index)
         return self.sources[which][within]
 
-    def beside(self, index: int) -> Mapping[str, Any]:
+    def metadata(self, index: int) -> Mapping[str, Any]:
         which, within = self._at(index)
-        return self.sources[which].beside(within)
+        return self.sources[which].metadata(within)
 
     def _at(self, index: int) -> tuple[int, int]:
         """The source of an example, and its number there."""
@@ -234,26 +234,26 @@ class WrappedSource(Source):
         return self.source.counts
 
     @property
-    def remarks(self) -> Sequence[str]:
-        return self.source.remarks
+    def notes(self) -> Sequence[str]:
+        return self.source.notes
 
     @property
-    def families(self) -> np.ndarray:
-        return self.source.families
+    def group_ids(self) -> np.ndarray:
+        return self.source.group_ids
 
     @property
-    def owners(self) -> np.ndarray:
-        return self.source.owners
+    def record_ids(self) -> np.ndarray:
+        return self.source.record_ids
 
-    def beside(self, index: int) -> Mapping[str, Any]:
-        return self.source.beside(index)
+    def metadata(self, index: int) -> Mapping[str, Any]:
+        return self.source.metadata(index)
 
     @property
-    def sizes(self) -> np.ndarray | None:
-        return self.source.sizes
+    def lengths(self) -> np.ndarray | None:
+        return self.source.lengths
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
-        return self.source.per_class(indices)
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
+        return self.source.class_counts(indices)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -332,27 +332,27 @@ class SubsetSource(Source):
         return {**self.source.counts, "examples": len(self)}
 
     @property
-    def remarks(self) -> Sequence[str]:
-        return self.source.remarks
+    def notes(self) -> Sequence[str]:
+        return self.source.notes
 
     @property
-    def sizes(self) -> np.ndarray | None:
-        sizes = self.source.sizes
+    def lengths(self) -> np.ndarray | None:
+        sizes = self.source.lengths
         return None if sizes is None else sizes[self.indices]
 
     @property
-    def owners(self) -> np.ndarray:
-        return self.source.owners[self.indices]
+    def record_ids(self) -> np.ndarray:
+        return self.source.record_ids[self.indices]
 
     @property
-    def families(self) -> np.ndarray:
-        return self.source.families[self.indices]
+    def group_ids(self) -> np.ndarray:
+        return self.source.group_ids[self.indices]
 
-    def beside(self, index: int) -> Mapping[str, Any]:
-        return self.source.beside(int(self.indices[index]))
+    def metadata(self, index: int) -> Mapping[str, Any]:
+        return self.source.metadata(int(self.indices[index]))
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
-        return self.source.per_class(self.indices[indices])
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
+        return self.source.class_counts(self.indices[indices])
 
     def __len__(self) -> int:
         return len(self.indices)

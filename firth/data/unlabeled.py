@@ -18,7 +18,7 @@ class UnlabeledSource(WrappedSource):
     def counts(self) -> Mapping[str, int]:
         return {"unlabelled": len(self)}
 
-    def per_class(self, indices: np.ndarray) -> Mapping[str, int]:
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         return {}
 
     def __getitem__(self, index: int) -> Example:

@@ -177,11 +177,13 @@ class _Walk:
     # 2
 
     def pretrained(self) -> dict[str, RunResult]:
-        source = DataConfig(path=(self.file("train"),), valid=(self.file("valid"),), store=str(self.out / "stores"))
+        source = DataConfig(
+            path=(self.file("train"),), validation_path=(self.file("valid"),), cache_dir=str(self.out / "stores")
+        )
         plan = TokenizerConfig(path=str(self.out / "tokenizer"))
         done = {}
         for name, recipe in self.size.pretraining(self.tokenizer.vocab.size).items():
-            here = dataclasses.replace(recipe, name=name, source=source, tokenizer=plan, seed=self.seed)
+            here = dataclasses.replace(recipe, name=name, data=source, tokenizer=plan, seed=self.seed)
             done[name] = run(here, self.out / name, echo=self.echo)
             found = self.once(f"samples-{name}", functools.partial(self.before_and_after, name, here))
             for sample in found["samples"][:1]:
@@ -192,7 +194,7 @@ class _Walk:
         """The same prompts answered by the untrained and the trained model."""
         after = open_run(self.out / name)
         torch.manual_seed(self.seed)
-        untrained = LM(after.model.shape, recipe.objective.parts(after.model.shape))
+        untrained = LM(after.model.config, recipe.objective.heads(after.model.config))
         before = LoadedModel(untrained, self.tokenizer, Engine(untrained, self.tokenizer))
         prompts = self.prompts(name)
         answers = [self.answers(name, opened, prompts) for opened in (before, after)]
@@ -229,37 +231,37 @@ class _Walk:
                 [self.tokenizer.vocab.eos],
             )
             ids.append(np.concatenate(parts).astype(np.int32))
-        short = dataclasses.replace(sampling, max_new=12)
+        short = dataclasses.replace(sampling, max_new_tokens=12)
         return [c.text for c in opened.engine.generate(ids, short)]
 
     def legible(self, longest: int) -> Sampling:
         """How a sample for a reader is drawn: somewhat below temperature 1, without the long tail."""
-        return Sampling(max_new=longest, temperature=0.7, min_p=0.05, seed=self.seed)
+        return Sampling(max_new_tokens=longest, temperature=0.7, min_p=0.05, seed=self.seed)
 
     # 3
 
     def classified(self) -> None:
-        source = DataConfig(path=(self.file("labelled-train"),), valid=(self.file("labelled-valid"),))
+        source = DataConfig(path=(self.file("labelled-train"),), validation_path=(self.file("labelled-valid"),))
         base = self.size.classify(finetuning.classification())
-        shape = load_model(self.families["encoder"].model).shape
+        config = load_model(self.families["encoder"].model).config
         plan = TokenizerConfig(path=str(self.out / "tokenizer"))
         for name, begins in (
             ("classify-pretrained", {"start": str(self.out / "encoder")}),
-            ("classify-scratch", {"shape": shape}),
+            ("classify-scratch", {"shape": config}),
         ):
-            recipe = dataclasses.replace(base, name=name, source=source, seed=self.seed, tokenizer=plan, **begins)
+            recipe = dataclasses.replace(base, name=name, data=source, seed=self.seed, tokenizer=plan, **begins)
             done = run(recipe, self.out / name, echo=self.echo)
             self.echo(f"  {name}: {done.metrics['valid/accuracy']:.1%} of the held-out passages right")
 
     # 4
 
     def tuned(self) -> Path:
-        source = DataConfig(path=(self.file("dialogues-train"),), valid=(self.file("dialogues-valid"),))
+        source = DataConfig(path=(self.file("dialogues-train"),), validation_path=(self.file("dialogues-valid"),))
         recipe = dataclasses.replace(
             self.size.instruct(post_training.sft()),
             name="instruct",
-            source=source,
-            start=str(self.out / "decoder"),
+            data=source,
+            init_from=str(self.out / "decoder"),
             seed=self.seed,
         )
         run(recipe, self.out / "instruct", echo=self.echo)
@@ -296,18 +298,18 @@ class _Walk:
         return FunctionReward(SCORERS[self.material.scorer])
 
     def drawn(self, model: LM, prompts: Sequence[np.ndarray], seed: int) -> list[Rollout]:
-        sampling = Sampling(max_new=self.size.answer, seed=seed)
+        sampling = Sampling(max_new_tokens=self.size.answer, seed=seed)
         written = Engine(model, self.tokenizer).generate(prompts, sampling)
         return [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
 
     def rewarded(self) -> Path:
         self.once("preferences", self.preferences)
-        source = DataConfig(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        source = DataConfig(path=(self.file("preferences-train"),), validation_path=(self.file("preferences-valid"),))
         recipe = dataclasses.replace(
             self.size.reward(post_training.reward_model()),
             name="reward",
-            source=source,
-            start=str(self.instructed),
+            data=source,
+            init_from=str(self.instructed),
             seed=self.seed,
         )
         done = run(recipe, self.out / "reward", echo=self.echo)
@@ -343,11 +345,11 @@ class _Walk:
         prompts = DataConfig(path=(self.file("dialogues-train"),))
         ppo = dataclasses.replace(
             self.size.ppo(post_training.ppo(), reward=str(self.reward), scorer=f"firth.demo.scorers:{self.material.scorer}"),
-            name="ppo", source=prompts, start=start, seed=self.seed,
+            name="ppo", data=prompts, init_from=start, seed=self.seed,
         )  # fmt: skip
-        pairs = DataConfig(path=(self.file("preferences-train"),), valid=(self.file("preferences-valid"),))
+        pairs = DataConfig(path=(self.file("preferences-train"),), validation_path=(self.file("preferences-valid"),))
         dpo = dataclasses.replace(
-            self.size.dpo(post_training.dpo()), name="dpo", source=pairs, start=start, seed=self.seed
+            self.size.dpo(post_training.dpo()), name="dpo", data=pairs, init_from=start, seed=self.seed
         )
         for recipe in (ppo, dpo):
             run(recipe, self.out / recipe.name, echo=self.echo)
@@ -365,7 +367,7 @@ class _Walk:
         prompts = [self.prompt(row["prompt"]) for row in held]
         judge = RewardModel(load_model(self.reward / "model"))
         judge = judge.normalised(self.drawn(reference, prompts, self.seed + 9))
-        phase = RolloutConfig(answers=len(prompts), max_new=self.size.answer, steps=1)
+        phase = RolloutConfig(rollout_size=len(prompts), max_new_tokens=self.size.answer, steps=1)
         models: Facts = {}
         texts: dict[str, list[str]] = {}
         for name in ("instruct", "ppo", "dpo"):

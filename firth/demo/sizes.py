@@ -57,52 +57,55 @@ class DemoSize:
         checkpoint = CheckpointConfig(every=100, keep=1)
         return {
             "encoder": dataclasses.replace(
-                roberta("small"), objective=MLM(rate=0.3), shape=encoder_config(**of), segment=ChunksConfig(length=96),
-                batch=BatchConfig(rows=24, pack=96), optimizer=OptimizerConfig(embedding_rate=4e-3, rest_rate=2e-3),
-                length=Budget(steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
+                roberta("small"), objective=MLM(mlm_probability=0.3), model=encoder_config(**of), examples=ChunksConfig(max_length=96),
+                batch=BatchConfig(size=24, pack_to_length=96), optimizer=OptimizerConfig(embedding_lr=4e-3, scalar_lr=2e-3),
+                budget=Budget(max_steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "encoder-decoder": dataclasses.replace(
-                t5("small"), shape=encoder_decoder_config(**(of | {"depth": max(1, self.depth - 1)})),
-                segment=ChunksConfig(length=96, frame=False), batch=BatchConfig(rows=24),
-                length=Budget(steps=spans), evaluation=evaluation, checkpoint=checkpoint,
+                t5("small"), model=encoder_decoder_config(**(of | {"depth": max(1, self.depth - 1)})),
+                examples=ChunksConfig(max_length=96, add_special_tokens=False), batch=BatchConfig(size=24),
+                budget=Budget(max_steps=spans), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "decoder": dataclasses.replace(
-                gpt("small"), shape=decoder_config(**of), segment=WindowsConfig(length=128), batch=BatchConfig(rows=24),
-                length=Budget(steps=causal), evaluation=evaluation, checkpoint=checkpoint,
+                gpt("small"), model=decoder_config(**of), examples=WindowsConfig(max_length=128), batch=BatchConfig(size=24),
+                budget=Budget(max_steps=causal), evaluation=evaluation, checkpoint=checkpoint,
             ),
         }  # fmt: skip
 
     def classify(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=LabeledConfig(length=48), batch=BatchConfig(rows=32), length=Budget(steps=self.classify_steps),
-            optimizer=dataclasses.replace(recipe.optimizer, rate=5e-4),
+            recipe, examples=LabeledConfig(max_length=48), batch=BatchConfig(size=32), budget=Budget(max_steps=self.classify_steps),
+            optimizer=dataclasses.replace(recipe.optimizer, lr=5e-4),
             evaluation=EvalConfig(every=max(1, self.classify_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def instruct(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=DialoguesConfig(length=self.context // 2), length=Budget(steps=self.instruct_steps),
+            recipe, examples=DialoguesConfig(max_length=self.context // 2), budget=Budget(max_steps=self.instruct_steps),
             evaluation=EvalConfig(every=max(1, self.instruct_steps // 4), max_examples=200), checkpoint=CheckpointConfig(every=100, keep=1),
         )  # fmt: skip
 
     def reward(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=SampledPreferencesConfig(), length=Budget(steps=self.reward_steps),
+            recipe, examples=SampledPreferencesConfig(), budget=Budget(max_steps=self.reward_steps),
             evaluation=EvalConfig(every=max(1, self.reward_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def dpo(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, segment=RefLogprobsConfig(pairs=SampledPreferencesConfig()), length=Budget(steps=self.dpo_steps),
-            optimizer=dataclasses.replace(recipe.optimizer, rate=1e-4),
+            recipe, examples=RefLogprobsConfig(base=SampledPreferencesConfig()), budget=Budget(max_steps=self.dpo_steps),
+            optimizer=dataclasses.replace(recipe.optimizer, lr=1e-4),
             evaluation=EvalConfig(every=max(1, self.dpo_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
-        segment = RolloutsConfig(answers=64, epochs=2, max_new=self.answer, reward=reward, truth=scorer, beta=0.05,
-                           longest=self.context - self.answer)  # fmt: skip
+        examples = RolloutsConfig(rollout_size=64, num_epochs=2, max_new_tokens=self.answer, reward_model=reward, true_reward_function=scorer, kl_coef=0.05,
+                           max_tokens=self.context - self.answer)  # fmt: skip
         return dataclasses.replace(
-            recipe, segment=segment, length=Budget(steps=self.ppo_steps), checkpoint=CheckpointConfig(every=16, keep=1)
+            recipe,
+            examples=examples,
+            budget=Budget(max_steps=self.ppo_steps),
+            checkpoint=CheckpointConfig(every=16, keep=1),
         )
 
 

@@ -35,7 +35,7 @@ class FoundSpan:
     end: int
     probability: float
     nowhere: float
-    lacking: float = 0.0
+    no_answer_margin: float = 0.0
 
 
 def best(scores: np.ndarray, offsets: np.ndarray, nowhere: int) -> FoundSpan:
@@ -66,7 +66,7 @@ def chosen(windows: Sequence[FoundSpan], context: str, may_lack: bool) -> dict[s
     window that tells it}."""
     top, least = max(windows, key=lambda one: one.score), min(windows, key=lambda one: one.nowhere)
     if may_lack and least.nowhere > top.score:
-        return {"answer": "", "start": -1, "probability": least.lacking}
+        return {"answer": "", "start": -1, "probability": least.no_answer_margin}
     return {"answer": context[top.start : top.end], "start": top.start, "probability": top.probability}
 
 
@@ -75,7 +75,7 @@ def by_question(
 ) -> Iterator[dict[str, Any]]:
     """`chosen` for each question in turn, of the scores of each window (T, 2)."""
     spans = (best(scores, items.offsets(i), nowhere(scores, at)) for i, scores in enumerate(found))
-    for number, windows in groupby(zip(items.owners.tolist(), spans, strict=True), lambda pair: pair[0]):
+    for number, windows in groupby(zip(items.record_ids.tolist(), spans, strict=True), lambda pair: pair[0]):
         yield chosen([span for _, span in windows], items.asked_of(number).context, may_lack)
 
 
@@ -88,8 +88,8 @@ def measured(source: Source, found: Sequence[np.ndarray], may_lack: bool, at: st
     """SQuAD's two measures over the questions of any source of windows, of the scores of each."""
     windows: dict[int, list[FoundSpan]] = {}
     asked = {}
-    for i, (owner, scores) in enumerate(zip(source.owners.tolist(), found, strict=True)):
-        beside = source.beside(i)
+    for i, (owner, scores) in enumerate(zip(source.record_ids.tolist(), found, strict=True)):
+        beside = source.metadata(i)
         asked[owner] = beside["asked"]
         windows.setdefault(owner, []).append(best(scores, beside["offsets"], nowhere(scores, at)))
     told = ((asked[owner], chosen(some, asked[owner].context, may_lack)) for owner, some in windows.items())

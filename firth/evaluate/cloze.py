@@ -62,8 +62,8 @@ def score(model: LM, objective: Objective, asked_of: Sequence[ClozeItem], vocab:
 
     Empty where the objective asks for no token, or there is no item.
     """
-    vocab = vocab.starting(model.shape.decoder_start)
-    shown = [objective.cloze(item.tokens, item.at, vocab) for item in asked_of]
+    vocab = vocab.starting(model.config.decoder_start_token)
+    shown = [objective.hide(item.tokens, item.at, vocab) for item in asked_of]
     examples = [example for example in shown if example is not None]
     if not examples:
         return {}
@@ -72,8 +72,8 @@ def score(model: LM, objective: Objective, asked_of: Sequence[ClozeItem], vocab:
     with attention_pattern_of(model):
         for group in groups(examples, room=8192):
             batch = {name: field.to(device) for name, field in collate(group).items()}
-            states, labels = supervised(objective.run(model, batch)["hidden"], batch["labels"])
-            logits = model.parts["lm"](states).float()  # (N, V)
+            states, labels = supervised(objective.forward(model, batch)["hidden"], batch["labels"])
+            logits = model.heads["lm"](states).float()  # (N, V)
             right += float(num_correct(logits, labels))
             nats += float(F.cross_entropy(logits, labels, reduction="sum"))
     return {"accuracy": right / len(examples), "bits": nats / len(examples) / math.log(2)}

@@ -47,7 +47,7 @@ def evaluate(
 
 
 def measured(
-    subject: EvaluatedModel,
+    evaluated: EvaluatedModel,
     paths: Sequence[str],
     *,
     task: str | None = None,
@@ -56,16 +56,16 @@ def measured(
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """`evaluate`, of a model that is open already and for all tasks but "glue"."""
-    task = default_for(subject, paths) if task is None else task
+    task = default_for(evaluated, paths) if task is None else task
     if not task:
-        parts = ", ".join(subject.model.parts) or "no part"
-        raise UserError(f"{subject.directory}: this model has {parts} and so nothing to measure: name a task")
+        parts = ", ".join(evaluated.model.heads) or "no part"
+        raise UserError(f"{evaluated.directory}: this model has {parts} and so nothing to measure: name a task")
     if task == "likelihood":
-        found = likelihood(subject, paths, limit, progress, say)
+        found = likelihood(evaluated, paths, limit, progress, say)
     elif task in TASKS:
-        here, other = glue.sets(subject.recipe, paths)
-        found = TASKS[task].run(subject, here, progress, say, limit) if here else {}
-        found |= glue.renamed(TASKS[task].run(subject, other, progress, say, limit)) if other else {}
+        here, other = glue.sets(evaluated.recipe, paths)
+        found = TASKS[task].run(evaluated, here, progress, say, limit) if here else {}
+        found |= glue.renamed(TASKS[task].run(evaluated, other, progress, say, limit)) if other else {}
     else:
         raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue, objective")
     return {"task": task} | _noted(limit) | found

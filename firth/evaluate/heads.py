@@ -48,7 +48,7 @@ def _one(field: str, part: str) -> Callable[[LM, Objective, Outputs, Batch], lis
 
     def read(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
         states, right = supervised(outputs["hidden"], batch[field])
-        scores = model.parts[part](states).float().cpu().numpy()
+        scores = model.heads[part](states).float().cpu().numpy()
         return list(zip(right.cpu().numpy(), scores, strict=True))
 
     return read
@@ -62,12 +62,12 @@ def _choice(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> 
 def _tags(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
     states, right = supervised(outputs["hidden"], batch["tags"])
     ends = np.cumsum((batch["tags"] != IGNORE).sum(-1).cpu().numpy())[:-1]
-    scores = model.parts["tags"](states).float().cpu().numpy()
+    scores = model.heads["tags"](states).float().cpu().numpy()
     return list(zip(np.split(right.cpu().numpy(), ends), np.split(scores, ends), strict=True))
 
 
 def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
-    scores = model.parts["span"](outputs["hidden"]).float().cpu().numpy()  # (B, T, 2)
+    scores = model.heads["span"](outputs["hidden"]).float().cpu().numpy()  # (B, T, 2)
     right = np.stack([(batch[field] != IGNORE).int().argmax(-1).cpu().numpy() for field in ("starts", "ends")], -1)
     lengths = [scores.shape[1]] * len(scores)
     if "appears" in batch:
@@ -78,7 +78,7 @@ def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> li
 def _classified(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
     right, said = np.array([r for r, _ in found]), np.array([s.argmax() for _, s in found])
     out = {"macro_f1": metrics.macro_f1(right, said), "matthews": metrics.matthews(right, said)}
-    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(objective.classes) == 2 else {})
+    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(objective.class_names) == 2 else {})
 
 
 def _scored(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
@@ -87,7 +87,7 @@ def _scored(found: Sequence[HeadOutput], objective: Objective, source: Source) -
 
 
 def _tagged(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
-    classes = objective.classes
+    classes = objective.class_names
     if not has_spans(classes):
         return {}
     told = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in found]
@@ -97,7 +97,7 @@ def _tagged(found: Sequence[HeadOutput], objective: Objective, source: Source) -
 def _spanned(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
     """By the text, over all windows of a question, as `firth evaluate` has it."""
     spans = addend(objective, QuestionAnswering)
-    return answer_spans.measured(source, [scores for _, scores in found], bool(spans.unanswerable), spans.at)
+    return answer_spans.measured(source, [scores for _, scores in found], bool(spans.has_unanswerable), spans.position)
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,15 @@ def readings(
     model: LM, objective: Objective, part: str, examples: Iterable[Example], vocab: Vocab
 ) -> Iterator[HeadOutput]:
     """What the head says of examples, in their order; their views must draw nothing."""
-    if "mixture" in model.parts:
+    if "mixture" in model.heads:
         objective = LayerMixture() + objective
     rng, device = np.random.default_rng(0), model.tokens.weight.device
-    answers = {*objective.targets.values(), *objective.measures.values()}
-    shown = (objective.view(example, vocab, rng) for example in examples)
+    answers = {*objective.labels.values(), *objective.metrics.values()}
+    shown = (objective.build_example(example, vocab, rng) for example in examples)
     with attention_pattern_of(model):
         for group in groups(shown, room=8192):
             batch = {name: field.to(device) for name, field in collate(group, answers).items()}
-            yield from HEADS[part].read(model, objective, objective.run(model, batch), batch)
+            yield from HEADS[part].read(model, objective, objective.forward(model, batch), batch)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

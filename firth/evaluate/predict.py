@@ -44,37 +44,37 @@ def predict(
     say: told what was cut, mended or doubtful. Raises UserError where the model has no head of a task, and for records that do
     not fit it.
     """
-    subject = load_evaluated_model(directory)
-    task = served(subject)
-    assert task.tell is not None and task.wanted is not None
+    evaluated = load_evaluated_model(directory)
+    task = served(evaluated)
+    assert task.predict is not None and task.input_schema is not None
     with tempfile.TemporaryDirectory() as folder:
-        found = read_inputs(file, stdin, form, task.wanted(subject), Path(folder))
+        found = read_inputs(file, stdin, form, task.input_schema(evaluated), Path(folder))
         for remark in found.remarks:
             say(remark)
         with found.named():
             told: Iterator[dict[str, Any]] = iter(())
             if any(found.told):
-                items = task.source(subject, [str(found.path)], asked=False)
-                for remark in task.remarks(items):
+                items = task.load(evaluated, [str(found.path)], asked=False)
+                for remark in task.notes(items):
                     say(found.shown(remark))
-                told = task.tell(subject, items, progress)
+                told = task.predict(evaluated, items, progress)
             for row, there in zip(found.rows, found.told, strict=True):
                 yield row | (next(told) if there else {})
             next(told, None)  # the model is left in the mode it was in
 
 
-def served(subject: EvaluatedModel) -> Task:
+def served(evaluated: EvaluatedModel) -> Task:
     """The task that a model is asked; UserError where it is none that gives a row for each record."""
-    name, shape = default(subject), subject.model.shape
-    written = name == "likelihood" and subject.model.speaks and not shape.latent
+    name, config = default(evaluated), evaluated.model.config
+    written = name == "likelihood" and evaluated.model.has_lm_head and not config.latent_size
     # A decoder goes on from whatever stands before; of encoder-decoders those of others, and not what a run has pretrained.
-    if written and (not subject.recipe if shape.encoder else reads_of(shape) == "causal"):
+    if written and (not evaluated.recipe if config.num_encoder_layers else reads_of(config) == "causal"):
         name = GENERATION.name
-    if name not in TASKS or TASKS[name].tell is None:
-        there = ", ".join(subject.model.parts) or "no part"
-        other = "generate" if shape.latent else "fill" if "lm" in subject.model.parts else "embed"
+    if name not in TASKS or TASKS[name].predict is None:
+        there = ", ".join(evaluated.model.heads) or "no part"
+        other = "generate" if config.latent_size else "fill" if "lm" in evaluated.model.heads else "embed"
         raise UserError(
-            f"{subject.directory}: this model has {there} and no task's head: finetune it (firth train classify, regress, "
+            f"{evaluated.directory}: this model has {there} and no task's head: finetune it (firth train classify, regress, "
             f"choose, tag, answer, instruct or text_to_text); as it is, it serves `firth {other}`"
         )
     return TASKS[name]

@@ -42,12 +42,12 @@ class EvaluatedModel:
     model: LM
     tokenizer: Tokenizer
     directory: Path
-    place: Path
+    model_directory: Path
 
     @property
     def vocab(self) -> Vocab:
         """The tokenizer's ids and roles, as the model reads them."""
-        return self.tokenizer.vocab.starting(self.model.shape.decoder_start)
+        return self.tokenizer.vocab.starting(self.model.config.decoder_start_token)
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
@@ -57,7 +57,7 @@ class EvaluatedModel:
         return found if isinstance(found, dict) else {}
 
     @property
-    def segment(self) -> Mapping[str, Any]:
+    def examples(self) -> Mapping[str, Any]:
         """How the recipe cuts text: its settings, empty where it says none."""
         found = self.recipe.get("segment")
         while isinstance(found, dict) and isinstance(found.get("of"), dict):  # partly labelled, voted on
@@ -74,10 +74,10 @@ class EvaluatedModel:
         return settings
 
     @cached_property
-    def talks(self) -> bool:
+    def is_chat_model(self) -> bool:
         """Whether prompts are written to it by the chat template: its run was trained on the answers in dialogues. A model of
         others, whose run is not known, brings a template of its own."""
-        found = self.recipe.get("objective", metadata_of(self.place).get("objective"))
+        found = self.recipe.get("objective", metadata_of(self.model_directory).get("objective"))
         names = [
             str(one.get("kind") if isinstance(one, dict) else one)
             for one in (found if isinstance(found, list) else [found])
@@ -91,7 +91,7 @@ class EvaluatedModel:
     def context(self) -> int:
         """The longest row to read: what training read, which may be shorter than what the shape is meant for."""
         longest: int = self.model.context
-        return min(longest, int(self.segment.get("length", longest)))
+        return min(longest, int(self.examples.get("length", longest)))
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +109,8 @@ def load_evaluated_model(directory: Path) -> EvaluatedModel:
     else:
         model = load_model(place)
     tokenizer = load_tokenizer(place)
-    check_vocab_fits(tokenizer, model.shape, f"{place}")
-    model.restrict(tokenizer.vocab)
+    check_vocab_fits(tokenizer, model.config, f"{place}")
+    model.restrict_vocab(tokenizer.vocab)
     return EvaluatedModel(model, tokenizer, directory, place)
 
 
@@ -137,33 +137,33 @@ class Task:
     """
 
     name: str
-    source: Callable[..., Any]
-    answer: Callable[[EvaluatedModel, Any, Progress], Answers]
+    load: Callable[..., Any]
+    respond: Callable[[EvaluatedModel, Any, Progress], Answers]
     metrics: Mapping[str, Metric]
-    commonest: bool = False
-    tell: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
-    wanted: Callable[[EvaluatedModel], InputSchema] | None = None
-    remarks: Callable[[Any], Sequence[str]] = lambda items: items.remarks
-    more: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
+    majority_baseline: bool = False
+    predict: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
+    input_schema: Callable[[EvaluatedModel], InputSchema] | None = None
+    notes: Callable[[Any], Sequence[str]] = lambda items: items.remarks
+    extra_metrics: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
     def run(
-        self, subject: EvaluatedModel, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
+        self, evaluated: EvaluatedModel, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
     ) -> dict[str, Any]:
         """The number of items, all metrics, and the interval of each as `NAME_interval`. say: is told the remarks. limit: only
         the first so many records of the files are read."""
         with first_records(limit):
-            items = self.source(subject, paths)
-        for remark in self.remarks(items):
+            items = self.load(evaluated, paths)
+        for remark in self.notes(items):
             say(remark)
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
-        columns = self.answer(subject, items, progress)
+        columns = self.respond(evaluated, items, progress)
         right: Sequence[Any] = columns[0]
         out: dict[str, Any] = {"items": len(right)}
-        for name, metric in {**self.metrics, **self.more(items)}.items():
+        for name, metric in {**self.metrics, **self.extra_metrics(items)}.items():
             out[name] = metric(*columns)
             out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
-        if self.commonest:
+        if self.majority_baseline:
             label, count = Counter(right).most_common(1)[0]
             out |= {"commonest": label, "commonest_accuracy": count / len(right)}
         return out

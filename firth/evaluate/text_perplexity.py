@@ -30,19 +30,19 @@ MASKED_LIMIT = 16384
 """Tokens that a masked model is asked unless told otherwise: each costs a row of its own."""
 
 
-def reads_of(shape: ModelConfig) -> ScoringMode:
+def reads_of(config: ModelConfig) -> ScoringMode:
     """As its objective had it read, which a run writes into its shape: an encoder-decoder reads halves, what is causal reads
     so; of the others those read masked whose head transforms first, as BERT's line does, which have a vector of their own
     for what they are asked, as XLNet, or which read from both ends. UserError for a model that gives a text no likelihood."""
-    if shape.latent:
+    if config.latent_size:
         raise UserError(
             "a variational autoencoder only bounds the likelihood of a text: its ELBO is among its run's held-out measures "
             "(`firth evaluate RUN` without files)"
         )
-    if shape.encoder:
+    if config.num_encoder_layers:
         return "halves"
-    masked = shape.head == "transform" or shape.query or shape.recurrent
-    return "masked" if masked and not (shape.causal or shape.prefix_lm) else "causal"
+    masked = config.lm_head == "transform" or config.mask_embedding or config.rnn_type
+    return "masked" if masked and not (config.causal or config.prefix_lm) else "causal"
 
 
 def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
@@ -71,22 +71,22 @@ MENDED = {
 
 
 def likelihood(
-    subject: EvaluatedModel, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
+    evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the files' documents, with an interval where there are enough blocks.
 
     With a limit, no more tokens are asked, in pieces evenly spread over the text; "share" says how much of it that is. say: told what was
     mended or left out of the files.
     """
-    model, tokenizer = subject.model, subject.tokenizer
-    if not model.speaks:
+    model, tokenizer = evaluated.model, evaluated.tokenizer
+    if not model.has_lm_head:
         raise UserError(
-            f"{subject.directory}: no vocabulary head reads this model's states, so no text is likely or unlikely to it"
+            f"{evaluated.directory}: no vocabulary head reads this model's states, so no text is likely or unlikely to it"
         )
-    reads = reads_of(model.shape)
-    opens = reads == "causal" and not model.shape.prefix_lm  # whose texts are bare
-    bos, every = leading(subject.place, tokenizer) if opens else (None, False)
-    context = subject.context
+    reads = reads_of(model.config)
+    opens = reads == "causal" and not model.config.prefix_lm  # whose texts are bare
+    bos, every = leading(evaluated.model_directory, tokenizer) if opens else (None, False)
+    context = evaluated.context
     counts = ReadStats()
     whole = [read(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
@@ -102,10 +102,10 @@ def likelihood(
 
     def show(document: TokenizedDocument) -> Iterator[Example]:
         if reads == "causal":
-            return strided(document, context, bos, every, model.shape.prefix_lm)
+            return strided(document, context, bos, every, model.config.prefix_lm)
         if reads == "masked":
-            return one_at_a_time(document, context, tokenizer.vocab, model.shape.query)
-        return halves(document, context, tokenizer.vocab.starting(model.shape.decoder_start))
+            return one_at_a_time(document, context, tokenizer.vocab, model.config.mask_embedding)
+        return halves(document, context, tokenizer.vocab.starting(model.config.decoder_start_token))
 
     asked = sum(len(d.tokens) for d in chosen)
     done, results, left = 0, [], limit

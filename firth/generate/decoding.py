@@ -64,7 +64,7 @@ class DecodingBatch:
         latents: Tensor | None = None,
     ):  # fmt: skip
         self.model, self.sampling = model, sampling
-        self.head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+        self.head: LMHead = model.heads["lm"]  # type: ignore[assignment]
         self.device = model.tokens.weight.device
         batch: Batch = {}
         if start is not None:
@@ -76,12 +76,14 @@ class DecodingBatch:
         self.next = batch["positions"][:, -1:] + 1
         self.written = 0
         # Every number that this batch will draw with: (rows, max_new).
-        self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new)).to(self.device)
-        self.cache = model.cache(len(prompts), self.seen.shape[1] + sampling.max_new)
+        self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new_tokens)).to(
+            self.device
+        )
+        self.cache = model.make_cache(len(prompts), self.seen.shape[1] + sampling.max_new_tokens)
         newest = torch.zeros_like(self.seen, dtype=torch.bool)
         newest[:, -1] = True
         self.state = model(batch, self.cache, latent=latents, wanted=newest)[:, -1]  # (rows, width)
-        self.cache.write_on()
+        self.cache.start_decoding()
         self.decoder = NativeDecoder.of(model, self.cache)
         """The compiled step; None: torch's operators are used."""
 
@@ -92,7 +94,7 @@ class DecodingBatch:
         tokens = np.stack([np.concatenate((np.full(most - len(r), r[0]), r)) for r in rows]).astype(np.int64)
         when = np.stack([np.arange(most) - (most - len(r)) for r in rows])
         place = torch.from_numpy(when.clip(0)).to(self.device)
-        moment = place * (not self.model.shape.prefix_lm)  # a prefix language model reads its prompt both ways
+        moment = place * (not self.model.config.prefix_lm)  # a prefix language model reads its prompt both ways
         appears = moment.masked_fill(torch.from_numpy(when < 0).to(self.device), NEVER)
         shown = torch.from_numpy(tokens).to(self.device)
         return {"tokens": shown, "positions": place, "looks": moment, "appears": appears}
@@ -101,14 +103,14 @@ class DecodingBatch:
         """Write one token in every row; return the tokens and their log-probabilities."""
         logits = self._logits().float()
         options = logits
-        if self.sampling.repetition != 1:
-            options = repetition_penalty(options, self.seen, self.sampling.repetition)
+        if self.sampling.repetition_penalty != 1:
+            options = repetition_penalty(options, self.seen, self.sampling.repetition_penalty)
         if self.sampling.greedy:
             token = options.max(-1, keepdim=True).indices  # argmax takes half as long again
         else:
             token = draw(filtered(options, self.sampling), self.uniform[:, self.written])[:, None]
         logprob = logits.gather(-1, token)[:, 0] - logits.logsumexp(-1)
-        self.seen = torch.cat((self.seen, token), 1) if self.sampling.repetition != 1 else token
+        self.seen = torch.cat((self.seen, token), 1) if self.sampling.repetition_penalty != 1 else token
         self.written += 1
         return token[:, 0].tolist(), logprob.tolist()
 

@@ -35,7 +35,7 @@ def embed(
     kept = [tokens[: length - 1 - framed] for tokens in found]
     rows = [vocab.frame(tokens) if framed else np.append(tokens, vocab.eos) for tokens in kept]
     cut = [i for i, (a, b) in enumerate(zip(kept, found, strict=True)) if len(a) < len(b)]
-    out = np.zeros((len(rows), model.shape.width), np.float32)
+    out = np.zeros((len(rows), model.config.hidden_size), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with attention_pattern_of(model):
         while order:
@@ -47,8 +47,8 @@ def embed(
 
 def _means(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
     device = model.tokens.weight.device
-    batch = rectangle(rows, device, causal=model.shape.causal and not model.shape.encoder)
-    if model.shape.encoder:
+    batch = rectangle(rows, device, causal=model.config.causal and not model.config.num_encoder_layers)
+    if model.config.num_encoder_layers:
         hidden = model.encode({f"source_{name}": field for name, field in batch.items()})
     else:
         hidden = model(batch)

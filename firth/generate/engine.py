@@ -49,11 +49,11 @@ class Engine:
         self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, rows: int = 64,
         weights: str | None = None,
     ):  # fmt: skip
-        self.model, self.coder, self.rows = model if weights is None else quantize(model, weights), tokenizer, rows
+        self.model, self.tokenizer, self.rows = model if weights is None else quantize(model, weights), tokenizer, rows
         vocab = tokenizer.vocab
-        self.model.restrict(vocab)
+        self.model.restrict_vocab(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
-        self.start = vocab.starting(model.shape.decoder_start).start if model.shape.encoder else None
+        self.start = vocab.starting(model.config.decoder_start_token).start if model.config.num_encoder_layers else None
         self.device = model.tokens.weight.device
 
     def generate(
@@ -118,7 +118,7 @@ class Engine:
         for i, prompt in enumerate(prompts):
             self._fits(f"prompt {i}", len(prompt), len(prompt))
             shown = prompt if self.start is None else prompt[:0]
-            answers.append(StreamingOutput(self.coder, shown, sampling, self.stops, self.room(prompt)))
+            answers.append(StreamingOutput(self.tokenizer, shown, sampling, self.stops, self.room(prompt)))
         return answers
 
     def _write(
@@ -159,7 +159,7 @@ class Engine:
         read = len(prompt) + max(map(len, options)) - 1
         self._fits("the prompt with its longest option", len(prompt), read)
         with attention_pattern_of(self.model):
-            cache = self.model.cache(1, read)
+            cache = self.model.make_cache(1, read)
             whole = rectangle([prompt], self.device, prompts=self._both([prompt]))
             hidden = self.model(whole, cache)[:, -1:].expand(len(options), -1, -1)
             if read > len(prompt):
@@ -179,11 +179,11 @@ class Engine:
 
     def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
         """The k likeliest tokens for each mask written in the text: a masked model's verb (`firth.generate.fill_mask`)."""
-        return fill(self.model, self.coder, text, k)
+        return fill(self.model, self.tokenizer, text, k)
 
     def _both(self, prompts: Sequence[np.ndarray]) -> list[int] | None:
         """How many tokens of each prompt are read both ways, if the model is one that does."""
-        return [len(prompt) for prompt in prompts] if self.model.shape.prefix_lm else None
+        return [len(prompt) for prompt in prompts] if self.model.config.prefix_lm else None
 
     def _fits(self, what: str, prompt: int, read: int) -> None:
         """Refuse what the model cannot read."""
@@ -211,7 +211,7 @@ class Engine:
 
     def _read(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
         """Summed log p(labels) per row of hidden (rows, T, width): (rows,), IGNORE adding nothing."""
-        head: LMHead = self.model.parts["lm"]  # type: ignore[assignment]
+        head: LMHead = self.model.heads["lm"]  # type: ignore[assignment]
         at = labels != IGNORE
         out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         out[at] = head.log_probs(hidden[at], labels[at])

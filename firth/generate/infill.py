@@ -59,16 +59,16 @@ def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -
     """
     gaps = len(shown.marks) - 1
     stops = [*engine.stops, int(shown.marks[-1])]
-    writer = Engine(engine.model, engine.coder, stops=stops, rows=engine.rows)
+    writer = Engine(engine.model, engine.tokenizer, stops=stops, rows=engine.rows)
     room = (MAX_SPAN_TOKENS + 1) * gaps + 1
-    greedy = writer.generate([shown.prompt], Sampling(temperature=0, max_new=room))
-    drawn = writer.generate([shown.prompt] * SAMPLES, Sampling(max_new=room, seed=seed))
+    greedy = writer.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=room))
+    drawn = writer.generate([shown.prompt] * SAMPLES, Sampling(max_new_tokens=room, seed=seed))
     found: list[dict[str, Candidate]] = [{} for _ in range(gaps)]
     for answer in (*greedy, *drawn):
         for gap, (start, stop) in enumerate(_spans(answer.tokens, shown.marks, answer.finish == "stop")):
             tokens = answer.tokens[start:stop].tolist()
             chance = float(np.exp(answer.logprobs[start : stop + 1].sum(dtype=np.float64)))
-            text = engine.coder.decode(tokens).strip()
+            text = engine.tokenizer.decode(tokens).strip()
             one = Candidate(tokens[0] if tokens else -1, text, chance)
             found[gap][text] = max(found[gap].get(text, one), one, key=lambda c: c.probability)
     return [sorted(some.values(), key=lambda c: -c.probability)[:k] for some in found]
@@ -102,7 +102,7 @@ def _spans(tokens: np.ndarray, marks: np.ndarray, ended: bool) -> list[tuple[int
 def rewrite(engine: Engine, shown: InfillPrompt) -> Completion:
     """Return the whole text as a denoising model writes it, greedily."""
     longest = 2 * len(shown.prompt) + MAX_SPAN_TOKENS
-    return engine.generate([shown.prompt], Sampling(temperature=0, max_new=longest))[0]
+    return engine.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=longest))[0]
 
 
 def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> list[list[Candidate]]:
@@ -116,24 +116,24 @@ def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> li
         pieces: Token ids of the text between its gaps.
         k: How many candidates to return for each gap.
     """
-    model, coder = engine.model, engine.coder
-    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
-    begin = np.array([coder.vocab.bos] if "bos" in coder.vocab.roles else [], np.int32)
-    allowed = torch.zeros(model.shape.vocab, dtype=torch.bool)
-    allowed[coder.vocab.ordinary] = True
+    model, tokenizer = engine.model, engine.tokenizer
+    head: LMHead = model.heads["lm"]  # type: ignore[assignment]
+    begin = np.array([tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles else [], np.int32)
+    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    allowed[tokenizer.vocab.ordinary] = True
     found = []
     with attention_pattern_of(model):
         for gap in range(1, len(pieces)):
             left, right = np.concatenate((begin, *pieces[:gap])), np.concatenate(pieces[gap:])
-            logits = torch.zeros(model.shape.vocab)
+            logits = torch.zeros(model.config.vocab_size)
             for row, at, side in ((left, -1, 0), (right, 0, 1)):
                 if len(row):
                     states = model(rectangle([row], engine.device))[0, at].chunk(2)[side]
                     logits = logits + head(states).float().log_softmax(-1).cpu()
-            best = logits.masked_fill(~allowed, float("-inf")).softmax(-1).topk(min(k, len(coder.vocab.ordinary)))
+            best = logits.masked_fill(~allowed, float("-inf")).softmax(-1).topk(min(k, len(tokenizer.vocab.ordinary)))
             found.append(
                 [
-                    Candidate(i, coder.token(i), p)
+                    Candidate(i, tokenizer.token(i), p)
                     for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 ]
             )

@@ -115,35 +115,35 @@ class NativeDecoder:
 
     def __init__(self, model: LM, cache: KVCache):
         self.library = native.library()
-        shape = model.shape
-        head: Any = model.parts["lm"] if "lm" in model.parts else None  # noqa: SIM401
-        _need(type(model.trunk) is TransformerStack and not shape.linformer, "its blocks are not attention")
-        _need(shape.position in POSITIONS, f"position {shape.position}")
+        config = model.config
+        head: Any = model.heads["lm"] if "lm" in model.heads else None  # noqa: SIM401
+        _need(type(model.stack) is TransformerStack and not config.linformer_k, "its blocks are not attention")
+        _need(config.position in POSITIONS, f"position {config.position}")
         _need(type(head) in (LMHead, Int8LMHead), "its head is another")
-        _need(cache.shown is not None and bool(cache.keys), "nothing has been read yet")
+        _need(cache.decoding_mask is not None and bool(cache.keys), "nothing has been read yet")
         _need("document" not in cache.source, "the source has several documents")
         self.model, self.cache, self.head = model, cache, head
-        self.trunk: TransformerStack = model.trunk  # type: ignore[assignment]
+        self.stack: TransformerStack = model.stack  # type: ignore[assignment]
         self.held: list[Any] = []
         """What the structures point to."""
         dtypes = {x.dtype for pair in (cache.keys, cache.values) for x in pair}
         dtypes |= {x.dtype for pair in cache.cross for x in pair}
         _need(len(dtypes) == 1 and dtypes <= KINDS.keys(), "its keys and values are of several kinds")
-        self.layers = (_Layer * self.trunk.depth)()
-        for i, block in enumerate(self.trunk.layers()):
+        self.layers = (_Layer * self.stack.depth)()
+        for i, block in enumerate(self.stack.layers()):
             self._layer(self.layers[i], block, i)
         self.direct = self._head_is_a_map(head)
         """Whether the vocabulary head is a product alone, which is computed here as well."""
         tiles = FEW_ROWS.choice() == "tiles" and bool(self.library.has_tiles())
         cosine, sine = self._angles()
         self.structure = _Model(
-            ctypes.addressof(self.layers), self.trunk.depth, shape.width, shape.heads, shape.kv_heads, shape.head_width,
-            shape.hidden, shape.norm_at == "post", ACTIVATIONS[self.trunk.layers()[0].mlp.activation], KINDS[dtypes.pop()],
-            tiles, self.trunk.layers()[0].attention.scale, shape.norm_eps if shape.qk_norm else -1.0, cosine, sine,
-            self._norm(self.trunk.norm), self._map(head.matrix, head) if self.direct else _Map(),
+            ctypes.addressof(self.layers), self.stack.depth, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
+            config.intermediate_size, config.norm_placement == "post", ACTIVATIONS[self.stack.layers()[0].mlp.activation], KINDS[dtypes.pop()],
+            tiles, self.stack.layers()[0].attention.scale, config.norm_eps if config.qk_norm else -1.0, cosine, sine,
+            self._norm(self.stack.norm), self._map(head.matrix, head) if self.direct else _Map(),
         )  # fmt: skip
         _need(cache.rows <= MAX_ROWS, "too many rows")
-        weights = sum(p.numel() for p in model.trunk.parameters()) + sum(b.numel() for b in model.trunk.buffers())
+        weights = sum(p.numel() for p in model.stack.parameters()) + sum(b.numel() for b in model.stack.buffers())
         _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are quicker by matrix instructions")
         source = cache.source.get("appears")
         self.source = None if source is None else (source < NEVER).expand(cache.rows, -1).contiguous()
@@ -162,14 +162,14 @@ class NativeDecoder:
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the logits (rows, vocab) float32 of the new tokens (rows, 1) at their positions (rows, 1)."""
         cache, model = self.cache, self.model
-        fields = fields_of({"tokens": tokens, "positions": positions}, "", cache.length, model.ahead())
+        fields = fields_of({"tokens": tokens, "positions": positions}, "", cache.length, model.num_virtual_tokens())
         places = fields["positions"].long().expand(cache.rows, -1).contiguous()
-        x = self.trunk.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
+        x = self.stack.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
         logits = x.new_empty(cache.rows, self.structure.head.output) if self.direct else None
         bias = None
-        if self.trunk.relative is not None:
-            bias = self.trunk.relative(places, cache.note("positions", places))[:, :, 0].float().contiguous()
-        shown = cache.shown if cache.gaps else None
+        if self.stack.relative is not None:
+            bias = self.stack.relative(places, cache.append_field("positions", places))[:, :, 0].float().contiguous()
+        shown = cache.decoding_mask if cache.gaps else None
         step = _Step(
             x.data_ptr(), native.address(logits), places.data_ptr(), native.address(shown), native.address(bias),
             0 if bias is None or len(bias) == 1 else bias[0].numel(), native.address(self.source), cache.rows, cache.length,
@@ -241,10 +241,10 @@ class NativeDecoder:
 
     def _angles(self) -> tuple[int | None, int | None]:
         """Where the cosines and sines of all positions that this cache can reach are."""
-        if self.model.shape.position != "rotary":
+        if self.model.config.position != "rotary":
             return None, None
-        reach = torch.arange(self.cache.capacity + self.model.ahead() + 1)[None]
-        cos, sin = rope_angles(reach, self.model.shape)
+        reach = torch.arange(self.cache.capacity + self.model.num_virtual_tokens() + 1)[None]
+        cos, sin = rope_angles(reach, self.model.config)
         return self._pointer(cos[0, :, 0]), self._pointer(sin[0, :, 0])
 
     def _head_is_a_map(self, head: Any) -> bool:
@@ -295,20 +295,20 @@ FEW_ROWS = kernels.Kernel("few-rows", {way: partial(_rows_workload, way) for way
 
 def _workload(way: str) -> kernels.Workload:
     """A token of 4 rows by a decoder of 4 layers, 256 wide."""
-    shape = decoder_shape(vocab=1024, width=256, depth=4, heads=4)
+    config = decoder_shape(vocab=1024, width=256, depth=4, heads=4)
     with torch.random.fork_rng(devices=[]):
-        model = LM(shape, {"lm": LMHead(shape)}).eval()
+        model = LM(config, {"lm": LMHead(config)}).eval()
     tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)
     with torch.no_grad():
-        cache = model.cache(4, 32)
+        cache = model.make_cache(4, 32)
         model({"tokens": tokens.expand(-1, 16)}, cache)
-        cache.write_on()
+        cache.start_decoding()
     step = NativeDecoder(model, cache) if way == "native" else None
 
     @torch.no_grad()
     def work() -> None:
         if step is None:
-            model.parts["lm"](model({"tokens": tokens, "positions": positions}, cache)[:, -1])
+            model.heads["lm"](model({"tokens": tokens, "positions": positions}, cache)[:, -1])
         else:
             step(tokens, positions)
         cache.length = 16

@@ -230,21 +230,21 @@ class Int8LMHead(nn.Module):
 
     def __init__(self, head: LMHead, matrix: Int8Linear):
         super().__init__()
-        self.shape, self.softcap, self.head, self.matrix = head.shape, head.softcap, head, matrix
+        self.config, self.softcap, self.head, self.matrix = head.config, head.softcap, head, matrix
         head.weight, head.bias = None, None  # type: ignore[assignment]
 
-    def restrict(self, absent: Tensor | None) -> None:
+    def restrict_vocab(self, absent: Tensor | None) -> None:
         """Give no probability to some ids (n,), as `Vocabulary.restrict` does."""
-        self.head.restrict(absent)
+        self.head.restrict_vocab(absent)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., width) -> logits (..., vocab)."""
         return self._capped(self.head.transform(hidden))
 
     def _capped(self, read: Tensor) -> Tensor:
-        return self.finish(self.matrix(read))
+        return self.to_logits(self.matrix(read))
 
-    def finish(self, logits: Tensor) -> Tensor:
+    def to_logits(self, logits: Tensor) -> Tensor:
         """Return products (..., vocab) as logits, in place: capped, absent ids left out."""
         if self.softcap:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -286,19 +286,19 @@ def quantize(model: LM, weights: str) -> LM:
         raise UserError(
             f"weights={weights} needs a CPU and a torch with oneDNN, and this model is on {device}: take bf16"
         )
-    if model.shape.recurrent:
-        raise UserError(f"weights={weights} is for attention, and this model is {model.shape.noun}: take bf16")
+    if model.config.rnn_type:
+        raise UserError(f"weights={weights} is for attention, and this model is {model.config.description}: take bf16")
     if adapted(model):
         raise UserError(
             f"weights={weights} rounds a model's own weights: fold its adapters into them first (lora.fold)"
         )
     twin, digits = _twin(model, torch.float32), DIGITS[weights]
     tokens: Any = twin.tokens
-    table = None if model.shape.characters else quantize_rows(tokens.weight)
-    if "lm" in twin.parts:
-        head: Any = twin.parts["lm"]
-        whole = table if table is not None and model.shape.tied else quantize_rows(head.weight)
-        twin.parts["lm"] = Int8LMHead(head, Int8Linear.of(*whole, head.bias, digits))
+    table = None if model.config.max_characters else quantize_rows(tokens.weight)
+    if "lm" in twin.heads:
+        head: Any = twin.heads["lm"]
+        whole = table if table is not None and model.config.tie_embeddings else quantize_rows(head.weight)
+        twin.heads["lm"] = Int8LMHead(head, Int8Linear.of(*whole, head.bias, digits))
     if table is not None:
         twin.tokens = Int8Embedding(*table)  # type: ignore[assignment]
     _lower(twin, digits)

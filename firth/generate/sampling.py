@@ -41,19 +41,19 @@ class Sampling(Ranged, section="sampling"):
     seed + r.
     """
 
-    max_new: TokenCount = 128
+    max_new_tokens: TokenCount = 128
     temperature: NonNegativeFloat = 1.0
     top_k: NonNegativeInt = 0
     top_p: ShareAboveZero = 1.0
     min_p: Share = 0.0
-    repetition: PositiveFloat = 1.0
-    stop: tuple[str, ...] = ()
+    repetition_penalty: PositiveFloat = 1.0
+    stop_strings: tuple[str, ...] = ()
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(self.stop):
-            raise UserError(f"sampling.stop={list(self.stop)} must be texts that are not empty")
+        if not all(self.stop_strings):
+            raise UserError(f"sampling.stop={list(self.stop_strings)} must be texts that are not empty")
 
     @property
     def greedy(self) -> bool:

@@ -42,26 +42,26 @@ class IncrementalDecoder:
     A character left unfinished at that end is completed by, and so belongs to, the continuation.
     """
 
-    def __init__(self, coder: Tokenizer, prompt: np.ndarray) -> None:
-        self.coder = coder
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray) -> None:
+        self.tokenizer = tokenizer
         self.tokens = [int(t) for t in prompt[-8:]]
-        self.skip = len(coder.decode(self.tokens).rstrip(HALF)) if self.tokens else 0
+        self.skip = len(tokenizer.decode(self.tokens).rstrip(HALF)) if self.tokens else 0
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add to the prompt."""
-        return self.coder.decode([*self.tokens, *tokens])[self.skip :]
+        return self.tokenizer.decode([*self.tokens, *tokens])[self.skip :]
 
 
 class StreamingOutput:
     """The answer of one row as it grows: its tokens, its text and whether it has ended."""
 
-    def __init__(self, coder: Tokenizer, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
-        self.stop, self.stops, self.room = sampling.stop, stops, room
-        self.limit = min(room, sampling.max_new)
+    def __init__(self, tokenizer: Tokenizer, before: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
+        self.stop, self.stops, self.room = sampling.stop_strings, stops, room
+        self.limit = min(room, sampling.max_new_tokens)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Finish | None = None
-        self.before = IncrementalDecoder(coder, before)
+        self.before = IncrementalDecoder(tokenizer, before)
         self.cut: int | None = None
 
     def take(self, token: int, logprob: float) -> None:

@@ -41,7 +41,7 @@ class WordTokenizer(Protocol):
 @torch.no_grad()
 def table(model: LM) -> Tensor:
     """The vector of every token: (vocab, table width) float32."""
-    ids = torch.arange(model.shape.vocab, device=model.tokens.weight.device)
+    ids = torch.arange(model.config.vocab_size, device=model.tokens.weight.device)
     found: Tensor = model.tokens(ids).float()
     return found
 
@@ -86,15 +86,15 @@ def load_embeddings(model: LM, directory: Path) -> str:
     Raises UserError where widths or vocabularies differ, or either model spells its tokens.
     """
     theirs = load_model(directory)
-    here, there = model.shape, theirs.shape
-    if here.characters or there.characters:
+    here, there = model.config, theirs.config
+    if here.max_characters or there.max_characters:
         raise UserError(f"cannot take embeddings from {directory}: a model that spells its tokens has no table of them")
-    if (here.vocab, here.table_width) != (there.vocab, there.table_width):
+    if (here.vocab_size, here.embedding_dim) != (there.vocab_size, there.embedding_dim):
         raise UserError(
-            f"cannot take embeddings from {directory}: they are {there.vocab} vectors of {there.table_width} numbers, and "
-            f"this model has {here.vocab} of {here.table_width}: set shape.width={there.table_width} and leave the tokenizer theirs"
+            f"cannot take embeddings from {directory}: they are {there.vocab_size} vectors of {there.embedding_dim} numbers, and "
+            f"this model has {here.vocab_size} of {here.embedding_dim}: set shape.width={there.embedding_dim} and leave the tokenizer theirs"
         )
     mine, given = model.tokens.weight, theirs.tokens.weight
     scale = float(mine.square().mean().sqrt() / given.square().mean().sqrt().clamp(min=1e-12))
     mine.copy_(given * scale)
-    return f"{there.vocab:,} token vectors from {directory}, scaled by {scale:.3g}"
+    return f"{there.vocab_size:,} token vectors from {directory}, scaled by {scale:.3g}"

@@ -18,7 +18,7 @@ it reads is finite and meant for nobody, so a right-padded causal batch is still
 
 >>> import torch
 >>> when = torch.arange(3)[None]
->>> AttentionMask.lower(when, when).causal
+>>> AttentionMask.from_times(when, when).is_causal
 True
 """
 
@@ -51,15 +51,15 @@ class AttentionMask:
     `mask` leaves them out; 0 where all stay.
     """
 
-    causal: bool = False
+    is_causal: bool = False
     mask: Tensor | None = None
-    below: bool = False
-    blind: Tensor | None = None
-    block: BlockMask | None = None
-    keys: int = 0
+    lower_triangular: bool = False
+    empty_rows: Tensor | None = None
+    block_mask: BlockMask | None = None
+    num_keys: int = 0
 
     @staticmethod
-    def lower(
+    def from_times(
         looks: Tensor,
         appears: Tensor,
         document: Tensor | None = None,
@@ -93,7 +93,7 @@ class AttentionMask:
         if everything:
             return AttentionMask()
         if causal:
-            return AttentionMask(causal=True)
+            return AttentionMask(is_causal=True)
         if same:
             return _masked(ever[:, None, None, :])
         if flex is None:
@@ -108,7 +108,7 @@ class AttentionMask:
             return seen[batch, 0, query, key]
 
         block = create_block_mask(visible, len(looks), None, queries, keys, device=looks.device)
-        return AttentionMask(block=block, blind=~seen.any(-1, keepdim=True))
+        return AttentionMask(block_mask=block, empty_rows=~seen.any(-1, keepdim=True))
 
 
 EVEN_KEYS = 16
@@ -128,8 +128,8 @@ def _masked(seen: Tensor, below: bool = False, keys: int = 0) -> AttentionMask:
     blind = ~seen.any(-1, keepdim=True)
     seen = seen[..., :keys].contiguous() if keys else seen
     if blind.device.type == "cpu" and not bool(blind.any()):
-        return AttentionMask(mask=seen, below=below, keys=keys)
-    return AttentionMask(mask=seen | blind, blind=blind, keys=keys)
+        return AttentionMask(mask=seen, lower_triangular=below, num_keys=keys)
+    return AttentionMask(mask=seen | blind, empty_rows=blind, num_keys=keys)
 
 
 def mask_from_times(
@@ -235,31 +235,47 @@ def _way(q: Tensor, k: Tensor) -> AttentionKernel:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sees: AttentionMask, scale: float, bias: Tensor | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale q k' + bias) v over what is seen: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
 
     bias: (B or 1, H, T, S), added to the scores and given a gradient.
     """
     groups = q.shape[1] // k.shape[1]
-    if sees.keys:
-        bias = None if bias is None else bias[..., : sees.keys]
+    if attention_mask.num_keys:
+        bias = None if bias is None else bias[..., : attention_mask.num_keys]
     if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets leave fp32 here and there
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    way = _way(q, k) if sees.block is None else KERNELS["sdpa"]
+    way = _way(q, k) if attention_mask.block_mask is None else KERNELS["sdpa"]
     if way.rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out = blocked_attention.attend(
-            q, k, v, scale, sees.causal, sees.below, sees.mask, bias, dropout, way.rows, way.compiled
+            q,
+            k,
+            v,
+            scale,
+            attention_mask.is_causal,
+            attention_mask.lower_triangular,
+            attention_mask.mask,
+            bias,
+            dropout,
+            way.rows,
+            way.compiled,
         )
-    elif sees.block is not None:
+    elif attention_mask.block_mask is not None:
         flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
-        out = flex(q, k, v, block_mask=sees.block, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]
+        out = flex(q, k, v, block_mask=attention_mask.block_mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]
     else:
-        mask, causal = sees.mask, sees.causal
-        if sees.keys:
-            k, v = k[:, :, : sees.keys], v[:, :, : sees.keys]
+        mask, causal = attention_mask.mask, attention_mask.is_causal
+        if attention_mask.num_keys:
+            k, v = k[:, :, : attention_mask.num_keys], v[:, :, : attention_mask.num_keys]
         if bias is not None:
             if causal:
                 mask, causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), False
@@ -267,7 +283,7 @@ def attend(
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
-    return out if sees.blind is None else out.masked_fill(sees.blind, 0)
+    return out if attention_mask.empty_rows is None else out.masked_fill(attention_mask.empty_rows, 0)
 
 
 class KVCache:
@@ -284,25 +300,27 @@ class KVCache:
         self.fields: dict[str, Tensor] = {}
         self.cross: list[tuple[Tensor, Tensor]] = []
         self.source: dict[str, Tensor] = {}
-        self.across: AttentionMask | None = None
-        self.shown: Tensor | None = None
+        self.cross_mask: AttentionMask | None = None
+        self.decoding_mask: Tensor | None = None
         self.gaps = False
 
-    def write_on(self) -> None:
+    def start_decoding(self) -> None:
         """From here on each row grows by one token a pass, which sees all of its row that is not padding.
 
         Nothing about the new tokens need be noted or lowered any more, which would take longer than a block.
         """
-        self.shown = torch.ones(self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["appears"].device)
-        self.shown[:, 0, 0, : self.length] = self.fields["appears"][:, : self.length] < NEVER
-        self.gaps = not bool(self.shown.all())
+        self.decoding_mask = torch.ones(
+            self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["appears"].device
+        )
+        self.decoding_mask[:, 0, 0, : self.length] = self.fields["appears"][:, : self.length] < NEVER
+        self.gaps = not bool(self.decoding_mask.all())
 
-    def latest(self) -> AttentionMask:
+    def next_mask(self) -> AttentionMask:
         """What the next token of each row sees, after `write_on`: all slots, itself too, but those of padding."""
-        assert self.shown is not None
-        return AttentionMask(mask=self.shown[..., : self.length + 1] if self.gaps else None)
+        assert self.decoding_mask is not None
+        return AttentionMask(mask=self.decoding_mask[..., : self.length + 1] if self.gaps else None)
 
-    def note(self, name: str, value: Tensor) -> Tensor:
+    def append_field(self, name: str, value: Tensor) -> Tensor:
         """Store a field (B or 1, T) of the new tokens; return that field of all tokens: (B, length + T)."""
         end = self.length + value.shape[-1]
         if end > self.capacity:
@@ -338,4 +356,7 @@ class KVCache:
         self.cross = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.cross]
         self.fields = {n: x.index_select(0, rows) for n, x in self.fields.items()}
         self.source = {n: x.index_select(0, rows) for n, x in self.source.items()}
-        self.across, self.shown = None, None if self.shown is None else self.shown.index_select(0, rows)
+        self.cross_mask, self.decoding_mask = (
+            None,
+            None if self.decoding_mask is None else self.decoding_mask.index_select(0, rows),
+        )

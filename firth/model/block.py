@@ -67,13 +67,13 @@ class PositionSubset:
     """The tokens of each row that ask, where the others are only read: index (B, W), each once; their rotary turns."""
 
     index: Tensor
-    turns: tuple[Tensor, Tensor] | None
+    rope: tuple[Tensor, Tensor] | None
 
-    def pick(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """x (B, T, width) -> (B, W, width)."""
         return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
 
-    def spread(self, x: Tensor, length: int) -> Tensor:
+    def scatter(self, x: Tensor, length: int) -> Tensor:
         """Back to their places, with zeros elsewhere: (B, W, width) -> (B, length, width)."""
         index = self.index[..., None].expand(-1, -1, x.shape[-1])
         return x.new_zeros(len(x), length, x.shape[-1]).scatter(1, index, x)
@@ -86,54 +86,56 @@ class AttentionContext:
     and what each has of its own: the keys and values (KV, V, D) of a trained prefix that stand before those of the row.
     narrow: who asks, where not all do; `sees` is of these then."""
 
-    sees: AttentionMask
-    turns: tuple[Tensor, Tensor] | None = None
+    mask: AttentionMask
+    rope: tuple[Tensor, Tensor] | None = None
     rotation: Tensor | None = None
     bias: Tensor | None = None
     cache: KVCache | None = None
-    apart: DistanceIndex | None = None
+    distances: DistanceIndex | None = None
     slots: LinformerSlots | None = None
-    front: tuple[Tensor, Tensor] | None = None
-    narrow: PositionSubset | None = None
+    prefix_kv: tuple[Tensor, Tensor] | None = None
+    subset: PositionSubset | None = None
 
-    def asking(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor) -> Tensor:
         """What of x (B, T, width) asks."""
-        return x if self.narrow is None else self.narrow.pick(x)
+        return x if self.subset is None else self.subset.gather(x)
 
 
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values. x (B, T, width), memory (B, S, width) -> (B, T, width)."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_width, self.qk_norm, self.eps = shape.head_width, shape.qk_norm, shape.norm_eps
-        self.scale = shape.head_width**-0.5 if shape.score_scale else 1.0
-        self.dropout = shape.dropout
-        self.heads, self.kv_heads = shape.heads, shape.kv_heads
-        self.distance = RelativeDistance(shape, Linear) if shape.position == "xlnet" else None
-        bias = shape.bias and self.distance is None  # XLNet's offsets stand in their place
-        self.q_gain = nn.Parameter(torch.ones(shape.head_width)) if shape.qk_weight else None
-        self.k_gain = nn.Parameter(torch.ones(shape.head_width)) if shape.qk_weight else None
-        self.q = Linear(shape.width, shape.heads * shape.head_width, bias=bias)
-        self.k = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
-        self.v = Linear(shape.width, shape.kv_heads * shape.head_width, bias=bias)
-        self.o = Linear(shape.heads * shape.head_width, shape.width, bias=bias and shape.bias_at != "qkv")
+        self.head_width, self.qk_norm, self.eps = config.head_dim, config.qk_norm, config.norm_eps
+        self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        self.dropout = config.dropout
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.distance = RelativeDistance(config, Linear) if config.position == "xlnet" else None
+        bias = config.bias and self.distance is None  # XLNet's offsets stand in their place
+        self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
+        self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
+        self.q = Linear(config.hidden_size, config.num_heads * config.head_dim, bias=bias)
+        self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o = Linear(
+            config.num_heads * config.head_dim, config.hidden_size, bias=bias and config.bias_location != "qkv"
+        )
         self.joined: nn.Module | None = None
         """q, k and v as one map, where they have been lowered."""
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_width)  # unflatten says the same and takes three times as long
 
-    def memorize(self, memory: Tensor, reading: AttentionContext | None = None) -> tuple[Tensor, Tensor]:
+    def memorize(self, memory: Tensor, context: AttentionContext | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: two of (B, KV, S, D)."""
-        turned = None if reading is None else reading.turns
-        if self.k_gain is None and (reading is None or reading.rotation is None) and can_join(memory, (self.k, self.v)):
+        turned = None if context is None else context.rope
+        if self.k_gain is None and (context is None or context.rotation is None) and can_join(memory, (self.k, self.v)):
             joined, eps = joint_projection(memory, (self.k, self.v)), self.eps if self.qk_norm else -1.0
             return heads(joined, turned, eps, 0, self.kv_heads, self.head_width)[1:]
-        k = self._place(self.k(memory), reading, self.k_gain)
+        k = self._place(self.k(memory), context, self.k_gain)
         return k.transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
 
-    def _place(self, x: Tensor, reading: AttentionContext | None, gain: Tensor | None) -> Tensor:
+    def _place(self, x: Tensor, context: AttentionContext | None, gain: Tensor | None) -> Tensor:
         """Queries or keys, split into heads, turned to their positions and made unit RMS, as the shape says.
 
         Without a gain (head_width,) the norm commutes with turning, and is done with it; with one it comes before.
@@ -141,56 +143,56 @@ class Attention(nn.Module):
         x, eps = self._heads(x), self.eps if self.qk_norm else -1.0
         if gain is not None:
             x, eps = unit_rms(x, eps) * gain, -1.0
-        if reading is not None and reading.rotation is not None:
-            return rotated(x, reading.rotation, eps)
-        if reading is not None and reading.turns is not None:
-            return turn(x, *reading.turns, eps)
+        if context is not None and context.rotation is not None:
+            return rotated(x, context.rotation, eps)
+        if context is not None and context.rope is not None:
+            return turn(x, *context.rope, eps)
         return unit_rms(x, eps) if eps >= 0 else x
 
-    def _read(self, x: Tensor, reading: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of x, placed: (B, heads, T, D), and two of (B, KV, T, D)."""
         joined = joint_projection(x, (self.q, self.k, self.v)) if self.joined is None else self.joined(x)
-        if self.q_gain is None and reading.rotation is None:
+        if self.q_gain is None and context.rotation is None:
             eps = self.eps if self.qk_norm else -1.0
-            return heads(joined, reading.turns, eps, self.heads, self.kv_heads, self.head_width)
+            return heads(joined, context.rope, eps, self.heads, self.kv_heads, self.head_width)
         values = self.kv_heads * self.head_width
         placed, v = joined.split((joined.shape[-1] - values, values), -1)
         gains = None
         if self.q_gain is not None and self.k_gain is not None:
             each = ((self.q_gain, self.heads), (self.k_gain, self.kv_heads))
             gains = torch.cat([gain.expand(count, -1) for gain, count in each])
-        both = self._place(placed, reading, gains).transpose(1, 2)
+        both = self._place(placed, context, gains).transpose(1, 2)
         q, k = both.split((self.heads, self.kv_heads), 1)
         return q, k, self._heads(v).transpose(1, 2)
 
     def forward(
         self,
         x: Tensor,
-        reading: AttentionContext,
+        context: AttentionContext,
         memory: tuple[Tensor, Tensor] | None = None,
         before: Tensor | None = None,
     ) -> Tensor:
         """memory: keys and values made elsewhere. before (B, M, width): states that stand in front of x and are read."""
-        if memory is None and reading.cache is not None and reading.narrow is None:
-            q, k, v = self._read(x, reading)
-            k, v = reading.cache.extend(*_behind(reading.front, k, v))
-        elif memory is None and before is None and reading.narrow is None and can_join(x, (self.q, self.k, self.v)):
-            q, k, v = self._read(x, reading)
-            k, v = _behind(reading.front, k, v)
+        if memory is None and context.cache is not None and context.subset is None:
+            q, k, v = self._read(x, context)
+            k, v = context.cache.extend(*_behind(context.prefix_kv, k, v))
+        elif memory is None and before is None and context.subset is None and can_join(x, (self.q, self.k, self.v)):
+            q, k, v = self._read(x, context)
+            k, v = _behind(context.prefix_kv, k, v)
         else:
-            mine = reading if reading.narrow is None else replace(reading, turns=reading.narrow.turns)
-            q = self._place(self.q(reading.asking(x)), mine, self.q_gain).transpose(1, 2)
+            mine = context if context.subset is None else replace(context, rope=context.subset.rope)
+            q = self._place(self.q(context.queries(x)), mine, self.q_gain).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
-            k, v = _behind(reading.front, *self.memorize(whole, reading)) if memory is None else memory
-            if memory is None and reading.cache is not None:
-                k, v = reading.cache.extend(k, v)
-        if reading.slots is not None:
-            k, v = (reading.slots.mix(each, side) for side, each in enumerate((k, v)))
-        bias = reading.bias
-        if self.distance is not None and reading.apart is not None:
-            q, bias = self.distance(q, reading.apart, self.scale)
+            k, v = _behind(context.prefix_kv, *self.memorize(whole, context)) if memory is None else memory
+            if memory is None and context.cache is not None:
+                k, v = context.cache.extend(k, v)
+        if context.slots is not None:
+            k, v = (context.slots.mix(each, side) for side, each in enumerate((k, v)))
+        bias = context.bias
+        if self.distance is not None and context.distances is not None:
+            q, bias = self.distance(q, context.distances, self.scale)
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, reading.sees, self.scale, bias, dropout)
+        out = attend(q, k, v, context.mask, self.scale, bias, dropout)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -207,13 +209,13 @@ def _behind(front: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) for a gated activation."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.activation = GATED.get(shape.activation, shape.activation)
-        bias = shape.bias and shape.bias_at == "all"
-        self.up = Linear(shape.width, shape.hidden, bias=bias)
-        self.gate = Linear(shape.width, shape.hidden, bias=bias) if shape.gated else None
-        self.down = Linear(shape.hidden, shape.width, bias=bias)
+        self.activation = GATED.get(config.activation, config.activation)
+        bias = config.bias and config.bias_location == "all"
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=bias) if config.gated else None
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.joined: nn.Module | None = None
         """gate and up as one map, where they have been lowered."""
 
@@ -239,18 +241,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of a trunk, or several that share its weights; `cross` adds attention to an encoder's memory."""
 
-    def __init__(self, shape: ModelConfig, layer: int, cross: bool):
+    def __init__(self, config: ModelConfig, layer: int, cross: bool):
         super().__init__()
-        self.post = shape.norm_at == "post"
+        self.post = config.norm_placement == "post"
         self.attention_norm = (
-            make_norm(shape, to_maps=not self.post) if shape.first_norm or layer > 0 else nn.Identity()
+            make_norm(config, to_maps=not self.post) if config.first_attention_norm or layer > 0 else nn.Identity()
         )
-        self.attention = Attention(shape)
-        self.cross_norm = make_norm(shape, to_maps=not self.post) if cross else None
-        self.cross = Attention(shape) if cross else None
-        self.mlp_norm = make_norm(shape, to_maps=not self.post)
-        self.mlp = MLP(shape)
-        self.drop = Dropout(shape.dropout) if shape.dropout else nn.Identity()
+        self.attention = Attention(config)
+        self.cross_norm = make_norm(config, to_maps=not self.post) if cross else None
+        self.cross = Attention(config) if cross else None
+        self.mlp_norm = make_norm(config, to_maps=not self.post)
+        self.mlp = MLP(config)
+        self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def crossing(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-attention's keys and values of an encoder's memory (B, S, width)."""
@@ -260,7 +262,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        reading: AttentionContext,
+        context: AttentionContext,
         across: AttentionContext | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
         before: Tensor | None = None,
@@ -270,26 +272,26 @@ class Block(nn.Module):
         Returns the states of the tokens that ask, which are all of them but where `reading.narrow` says.
         """
         if self.post:
-            x = self.attention_norm(reading.asking(x) + self.drop(self.attention(x, reading, None, before)))
+            x = self.attention_norm(context.queries(x) + self.drop(self.attention(x, context, None, before)))
             if self.cross is not None and self.cross_norm is not None and across is not None:
                 x = self.cross_norm(x + self.drop(self.cross(x, across, memory)))
             return self.mlp_norm(x + self.drop(self.mlp(x)))
         past = None if before is None else self.attention_norm(before)
-        x = reading.asking(x) + self.drop(self.attention(self.attention_norm(x), reading, None, past))
+        x = context.queries(x) + self.drop(self.attention(self.attention_norm(x), context, None, past))
         if self.cross is not None and self.cross_norm is not None and across is not None:
             x = x + self.drop(self.cross(self.cross_norm(x), across, memory))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
-def initialize(module: nn.Module, shape: ModelConfig) -> None:
+def initialize(module: nn.Module, config: ModelConfig) -> None:
     """Fill a module's matrices as the shape says; offsets and the projections of zero_init with zeros."""
     for name, child in module.named_modules():
         if type(child) is Linear:
             last = name.rpartition(".")[2]
             residual = last in ("o", "down")
-            std = shape.init or child.in_features**-0.5
-            if last == "q" and not shape.score_scale:  # the scale of the scores is in the weight, as in T5
-                std *= shape.head_width**-0.5
-            nn.init.normal_(child.weight, std=0.0 if residual and shape.zero_init else std)
+            std = config.init_std or child.in_features**-0.5
+            if last == "q" and not config.scale_attention:  # the scale of the scores is in the weight, as in T5
+                std *= config.head_dim**-0.5
+            nn.init.normal_(child.weight, std=0.0 if residual and config.zero_init else std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)

@@ -5,9 +5,9 @@ filters of 1 to 7 bytes are laid over them and the greatest answer of each is ta
 2015) and a linear map follow. Words that end alike so begin alike, before anything is learnt of either.
 
 >>> from firth.model.config import ModelConfig
->>> shape = ModelConfig(vocab=2, width=8, depth=1, heads=1, characters=7, filters=64, tied=False)
+>>> shape = ModelConfig(vocab_size=2, hidden_size=8, num_layers=1, num_heads=1, max_characters=7, char_filters=64, tie_embeddings=False)
 >>> embedding = CharacterCNN(shape)
->>> embedding.spell(["un", "fair"])
+>>> embedding.set_token_characters(["un", "fair"])
 >>> embedding.spelling[0].tolist()
 [257, 118, 111, 258, 0, 0, 0]
 >>> embedding(torch.tensor([[0, 1, 0]])).shape
@@ -40,22 +40,22 @@ class CharacterCNN(nn.Module):
 
     spelling: Tensor
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.longest = shape.characters
-        self.register_buffer("spelling", torch.zeros(shape.vocab, shape.characters, dtype=torch.int16))
+        self.longest = config.max_characters
+        self.register_buffer("spelling", torch.zeros(config.vocab_size, config.max_characters, dtype=torch.int16))
         self.weight = nn.Parameter(torch.empty(LETTERS, LETTER))
         nn.init.uniform_(self.weight, -1, 1)
-        self.filters = nn.ModuleList(nn.Conv1d(LETTER, shape.filters * n // 64, size) for size, n in WINDOWS)
-        self.highways = nn.ModuleList(nn.Linear(shape.filters, 2 * shape.filters) for _ in range(2))
-        self.down = nn.Linear(shape.filters, shape.table_width)
+        self.filters = nn.ModuleList(nn.Conv1d(LETTER, config.char_filters * n // 64, size) for size, n in WINDOWS)
+        self.highways = nn.ModuleList(nn.Linear(config.char_filters, 2 * config.char_filters) for _ in range(2))
+        self.down = nn.Linear(config.char_filters, config.embedding_dim)
         for layer in (*self.highways, self.down):
-            nn.init.normal_(layer.weight, std=shape.filters**-0.5)
+            nn.init.normal_(layer.weight, std=config.char_filters**-0.5)
             nn.init.zeros_(layer.bias)
         for highway in self.highways:  # begin by carrying, not by changing (ELMo)
-            nn.init.constant_(highway.bias.data[shape.filters :], -2.0)  # type: ignore[index]
+            nn.init.constant_(highway.bias.data[config.char_filters :], -2.0)  # type: ignore[index]
 
-    def spell(self, pieces: Sequence[str]) -> None:
+    def set_token_characters(self, pieces: Sequence[str]) -> None:
         """Learn how each id is written; of a long piece the first bytes are kept."""
         rows = []
         for piece in pieces:

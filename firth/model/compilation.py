@@ -53,5 +53,5 @@ def compile_blocks(model: LM) -> None:
     if not trunks:
         raise UserError("compile=true compiles blocks of attention, and this model has none: set compile=false")
     _try(next(model.parameters()).device)
-    for trunk in trunks:
-        trunk.through = _compiled()
+    for stack in trunks:
+        stack.through = _compiled()

@@ -19,9 +19,9 @@ The published families are points in this space, not classes:
     ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
     word2vec    depth=0
 
->>> decoder_config(vocab=8192, width=384, depth=6).parameters()
+>>> decoder_config(vocab=8192, width=384, depth=6).num_parameters()
 16908288
->>> ModelConfig(vocab=100, width=30, depth=1, heads=4)
+>>> ModelConfig(vocab_size=100, hidden_size=30, num_layers=1, num_heads=4)
 Traceback (most recent call last):
     ...
 firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change one of them, or state shape.head_width
@@ -122,63 +122,63 @@ class ModelConfig(Ranged, section="shape"):
     with `filters` filters, a multiple of 64 (`firth.model.characters`). A depth of 0 is the embeddings alone.
     """
 
-    vocab: TokenIds
-    width: Width
-    depth: Layers
-    heads: Heads
-    kv_heads: OptionalHeads = 0
-    head_width: OptionalWidth = 0
-    hidden: OptionalWidth = 0
-    context: TokenCount = 1024
-    embed: OptionalWidth = 0
-    embed_scale: PositiveFloat = 1.0
-    groups: Layers = 0
-    encoder: Layers = 0
-    decoder_start: Literal["pad", "eos"] = "pad"
+    vocab_size: TokenIds
+    hidden_size: Width
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: OptionalHeads = 0
+    head_dim: OptionalWidth = 0
+    intermediate_size: OptionalWidth = 0
+    max_positions: TokenCount = 1024
+    embedding_size: OptionalWidth = 0
+    embedding_scale: PositiveFloat = 1.0
+    num_layer_groups: Layers = 0
+    num_encoder_layers: Layers = 0
+    decoder_start_token: Literal["pad", "eos"] = "pad"
     causal: bool = True
     prefix_lm: bool = False
     norm: Literal["layer", "rms"] = "layer"
-    norm_at: Literal["pre", "post"] = "pre"
+    norm_placement: Literal["pre", "post"] = "pre"
     norm_weight: bool = True
     norm_bias: bool = True
     norm_eps: Annotated[float, Range(gt=0, lt=1)] = 1e-5
-    embed_norm: bool = False
-    first_norm: bool = True
+    embedding_norm: bool = False
+    first_attention_norm: bool = True
     position: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
-    rotary_theta: PositiveFloat = 10000.0
-    rotary_sign: Annotated[int, Range(ge=-1, le=1)] = 1
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
-    rotary_factor: PositiveFloat = 1.0
-    rotary_low: PositiveFloat = 1.0
-    rotary_high: PositiveFloat = 4.0
-    rotary_original: PositiveInt = 8192
-    buckets: Annotated[int, Range(ge=2, le=65536)] = 32
-    distance: TokenCount = 128
-    memory: OptionalTokenCount = 0
-    query: bool = False
+    rope_theta: PositiveFloat = 10000.0
+    rope_sign: Annotated[int, Range(ge=-1, le=1)] = 1
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: PositiveFloat = 1.0
+    rope_low_freq_factor: PositiveFloat = 1.0
+    rope_high_freq_factor: PositiveFloat = 4.0
+    rope_original_max_positions: PositiveInt = 8192
+    relative_buckets: Annotated[int, Range(ge=2, le=65536)] = 32
+    relative_max_distance: TokenCount = 128
+    memory_length: OptionalTokenCount = 0
+    mask_embedding: bool = False
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
-    bias_at: Literal["all", "attention", "qkv"] = "all"
-    score_scale: bool = True
+    bias_location: Literal["all", "attention", "qkv"] = "all"
+    scale_attention: bool = True
     qk_norm: bool = False
-    qk_weight: bool = False
-    segments: Types = 0
+    qk_norm_weight: bool = False
+    type_vocab_size: Types = 0
     dropout: ShareBelowOne = 0.0
-    tied: bool = True
-    head: Literal["linear", "transform"] = "linear"
-    head_bias: bool = False
-    head_scale: PositiveFloat = 1.0
-    softcap: NonNegativeFloat = 0.0
-    linformer: OptionalTokenCount = 0
+    tie_embeddings: bool = True
+    lm_head: Literal["linear", "transform"] = "linear"
+    lm_head_bias: bool = False
+    lm_head_scale: PositiveFloat = 1.0
+    logit_softcap: NonNegativeFloat = 0.0
+    linformer_k: OptionalTokenCount = 0
     linformer_sharing: Literal["headwise", "key-value", "layerwise"] = "layerwise"
-    latent: OptionalWidth = 0
-    init: NonNegativeFloat = 0.02
+    latent_size: OptionalWidth = 0
+    init_std: NonNegativeFloat = 0.02
     zero_init: bool = False
-    recurrent: Literal["", "rnn", "gru", "lstm"] = ""
-    apart: bool = False
-    skip: bool = False
-    characters: Types = 0
-    filters: Width = 512
+    rnn_type: Literal["", "rnn", "gru", "lstm"] = ""
+    separate_directions: bool = False
+    rnn_residual: bool = False
+    max_characters: Types = 0
+    char_filters: Width = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,15 +188,15 @@ class ModelConfig(Ranged, section="shape"):
                 object.__setattr__(self, name, value)
 
         check_fields(self)
-        fill("kv_heads", self.heads)
-        fill("head_width", self.width // self.heads)
-        fill("hidden", self.stream if self.recurrent else 4 * self.width)
+        fill("kv_heads", self.num_heads)
+        fill("head_width", self.hidden_size // self.num_heads)
+        fill("hidden", self.direction_size if self.rnn_type else 4 * self.hidden_size)
         check_combinations(self)
 
     @property
-    def stream(self) -> int:
+    def direction_size(self) -> int:
         """Width of what a recurrent direction hands on."""
-        return self.width if self.causal else self.width // 2
+        return self.hidden_size if self.causal else self.hidden_size // 2
 
     @property
     def gated(self) -> bool:
@@ -204,61 +204,63 @@ class ModelConfig(Ranged, section="shape"):
         return self.activation in GATED
 
     @property
-    def table_width(self) -> int:
+    def embedding_dim(self) -> int:
         """Width of the embedding tables."""
-        return self.embed or (self.width // 2 if self.apart else self.width)
+        return self.embedding_size or (self.hidden_size // 2 if self.separate_directions else self.hidden_size)
 
     @property
-    def noun(self) -> str:
+    def description(self) -> str:
         """What one would call it."""
-        if not self.depth:
+        if not self.num_layers:
             return "a table of word vectors"
-        if self.recurrent:
-            name = self.recurrent.upper()
-            article = "a" if self.recurrent == "gru" else "an"
-            both = f"{article} {name} in two directions" + " apart" * self.apart
+        if self.rnn_type:
+            name = self.rnn_type.upper()
+            article = "a" if self.rnn_type == "gru" else "an"
+            both = f"{article} {name} in two directions" + " apart" * self.separate_directions
             return f"a left-to-right {name}" if self.causal else both
-        if self.encoder:
-            return "a variational autoencoder" if self.latent else "an encoder-decoder"
-        if self.linformer:
+        if self.num_encoder_layers:
+            return "a variational autoencoder" if self.latent_size else "an encoder-decoder"
+        if self.linformer_k:
             return "a Linformer"
         if self.prefix_lm:
             return "a prefix language model"
         if self.causal:
             return "a causal decoder"
-        return "an encoder" if self.head == "transform" or self.query else "a decoder that may read both ways"
+        return (
+            "an encoder" if self.lm_head == "transform" or self.mask_embedding else "a decoder that may read both ways"
+        )
 
     @property
-    def honours(self) -> frozenset[AttentionPattern]:
+    def supported_patterns(self) -> frozenset[AttentionPattern]:
         """The ways of reading that the trunk can do."""
-        if not self.depth:
+        if not self.num_layers:
             return frozenset({"any", "alone"})
-        if self.recurrent and not self.causal:
+        if self.rnn_type and not self.causal:
             # Stacks that are apart have both read all of a text by its ends.
-            return frozenset({"any", "both", "apart"} if self.apart else {"any", "both"})
-        if self.encoder:
-            return frozenset({"any", "latent" if self.latent else "source"})
-        if self.linformer:
+            return frozenset({"any", "both", "apart"} if self.separate_directions else {"any", "both"})
+        if self.num_encoder_layers:
+            return frozenset({"any", "latent" if self.latent_size else "source"})
+        if self.linformer_k:
             return frozenset({"any", "both"})
         return frozenset({"any", "left"} if self.causal else {"any", "left", "both", "free", "prefix"})
 
     @property
-    def packs(self) -> bool:
+    def packable(self) -> bool:
         """Whether a row may hold several documents that do not see each other."""
-        return not self.linformer and not self.latent
+        return not self.linformer_k and not self.latent_size
 
     @property
-    def narrows(self) -> bool:
+    def supports_subset(self) -> bool:
         """Whether the last block can be run for some tokens of a row alone."""
-        return not (self.recurrent or self.linformer or self.encoder) and self.depth > 0
+        return not (self.rnn_type or self.linformer_k or self.num_encoder_layers) and self.num_layers > 0
 
     @property
-    def projections(self) -> tuple[int, int]:
+    def linformer_projections(self) -> tuple[int, int]:
         """Layers and sides (keys, values) that a Linformer projects apart."""
-        layers = 1 if self.linformer_sharing == "layerwise" else self.depth
+        layers = 1 if self.linformer_sharing == "layerwise" else self.num_layers
         return layers, 1 + (self.linformer_sharing == "headwise")
 
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
         return num_parameters(self)
 
@@ -268,9 +270,9 @@ def decoder_config(
 ) -> ModelConfig:
     """The default decoder, a NanoChat: what learns fastest here per second (docs/results.md). heads 0: width / 64."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context, hidden=hidden,
-        norm="rms", norm_weight=False, norm_bias=False, norm_eps=1e-6, embed_norm=True, position="rotary",
-        rotary_sign=-1, activation="relu2", bias=False, qk_norm=True, tied=False, softcap=15.0, init=0.0, zero_init=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads or max(1, width // 64), max_positions=context, intermediate_size=hidden,
+        norm="rms", norm_weight=False, norm_bias=False, norm_eps=1e-6, embedding_norm=True, position="rotary",
+        rope_sign=-1, activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, logit_softcap=15.0, init_std=0.0, zero_init=True,
     )  # fmt: skip
 
 
@@ -279,9 +281,9 @@ def encoder_config(
 ) -> ModelConfig:
     """The default encoder, a ModernBERT with full attention in every layer."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=heads or max(1, width // 64), context=context,
-        hidden=hidden or 2 * width, causal=False, norm_bias=False, embed_norm=True, first_norm=False, position="rotary",
-        activation="geglu", bias=False, head="transform", head_bias=True, init=0.0, zero_init=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads or max(1, width // 64), max_positions=context,
+        intermediate_size=hidden or 2 * width, causal=False, norm_bias=False, embedding_norm=True, first_attention_norm=False, position="rotary",
+        activation="geglu", bias=False, lm_head="transform", lm_head_bias=True, init_std=0.0, zero_init=True,
     )  # fmt: skip
 
 
@@ -290,9 +292,9 @@ def encoder_decoder_config(
 ) -> ModelConfig:
     """The default encoder-decoder, a T5 v1.1 with `depth` blocks on each side."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads or max(1, width // 64), context=context,
-        hidden=hidden or 2 * width, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
-        activation="geglu_tanh", bias=False, score_scale=False, tied=False, init=0.0, zero_init=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_encoder_layers=depth, num_heads=heads or max(1, width // 64), max_positions=context,
+        intermediate_size=hidden or 2 * width, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+        activation="geglu_tanh", bias=False, scale_attention=False, tie_embeddings=False, init_std=0.0, zero_init=True,
     )  # fmt: skip
 
 
@@ -301,8 +303,8 @@ def recurrent_config(
 ) -> ModelConfig:
     """The default recurrent language model: embeddings, layers from left to right, and a head tied to the embeddings."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=1, context=context, norm_at="post", position="none",
-        recurrent=kind, head_bias=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=1, max_positions=context, norm_placement="post", position="none",
+        rnn_type=kind, lm_head_bias=True,
     )  # fmt: skip
 
 
@@ -310,5 +312,12 @@ def word_vector_config(vocab: int, width: int) -> ModelConfig:
     """A vector for each word and nothing else: what word2vec learns."""
     # From 0.3 rare words keep much of what they began as; from 0.003 all vectors point one way for long.
     return ModelConfig(
-        vocab=vocab, width=width, depth=0, heads=1, norm_at="post", position="none", causal=False, init=0.1
+        vocab_size=vocab,
+        hidden_size=width,
+        num_layers=0,
+        num_heads=1,
+        norm_placement="post",
+        position="none",
+        causal=False,
+        init_std=0.1,
     )

@@ -1,7 +1,7 @@
 """Which numbers and choices make no architecture: every refusal of a `Shape`, in one sentence each.
 
 >>> from firth.model.config import ModelConfig
->>> ModelConfig(vocab=100, width=32, depth=1, heads=4, rotary_sign=0)
+>>> ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=4, rope_sign=0)
 Traceback (most recent call last):
     ...
 firth.types.UserError: shape.rotary_sign=0 must be 1 or -1
@@ -31,107 +31,117 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_fields(shape: ModelConfig) -> None:
+def check_fields(config: ModelConfig) -> None:
     """Raise a UserError for a field that is wrong whatever the others say."""
     for name, choices in CHOICES.items():
-        if getattr(shape, name) not in choices:
-            raise UserError(f"shape.{name}={getattr(shape, name)!r} is not one of {', '.join(choices)}")
-    if not shape.head_width and shape.width % shape.heads:
+        if getattr(config, name) not in choices:
+            raise UserError(f"shape.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
+    if not config.head_dim and config.hidden_size % config.num_heads:
         raise UserError(
-            f"shape.width={shape.width} is not a multiple of shape.heads={shape.heads}: "
+            f"shape.width={config.hidden_size} is not a multiple of shape.heads={config.num_heads}: "
             "change one of them, or state shape.head_width"
         )
 
 
-def check_combinations(shape: ModelConfig) -> None:
+def check_combinations(config: ModelConfig) -> None:
     """Raise a UserError for fields that do not fit each other."""
-    if shape.heads % shape.kv_heads:
-        raise UserError(f"shape.heads={shape.heads} is not a multiple of shape.kv_heads={shape.kv_heads}")
-    if shape.position == "rotary" and shape.head_width % 2:
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(f"shape.heads={config.num_heads} is not a multiple of shape.kv_heads={config.num_kv_heads}")
+    if config.position == "rotary" and config.head_dim % 2:
+        raise UserError(f"rotary positions turn pairs of numbers, and a head of {config.head_dim} is odd: make it even")
+    if config.position in SINUSOIDAL and config.embedding_dim % 2:
         raise UserError(
-            f"rotary positions turn pairs of numbers, and a head of {shape.head_width} is odd: make it even"
+            f"sinusoidal positions come in pairs, and a width of {config.embedding_dim} is odd: make it even"
         )
-    if shape.position in SINUSOIDAL and shape.table_width % 2:
-        raise UserError(f"sinusoidal positions come in pairs, and a width of {shape.table_width} is odd: make it even")
-    if shape.embed and shape.tied and shape.head == "linear":
+    if config.embedding_size and config.tie_embeddings and config.lm_head == "linear":
         raise UserError(
-            f"a linear head of width {shape.width} cannot be tied to tables of shape.embed={shape.embed}: "
+            f"a linear head of width {config.hidden_size} cannot be tied to tables of shape.embed={config.embedding_size}: "
             "set shape.head=transform or shape.tied=false"
         )
-    if shape.groups > min(shape.depth, shape.encoder or shape.depth):
-        raise UserError(f"shape.groups={shape.groups} is more than there are layers: make it at most shape.depth")
-    if shape.groups and not shape.first_norm:
+    if config.num_layer_groups > min(config.num_layers, config.num_encoder_layers or config.num_layers):
+        raise UserError(
+            f"shape.groups={config.num_layer_groups} is more than there are layers: make it at most shape.depth"
+        )
+    if config.num_layer_groups and not config.first_attention_norm:
         raise UserError(
             "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
         )
-    if shape.position == "xlnet" and (
-        shape.width % 2 or shape.encoder or shape.kv_heads != shape.heads or shape.qk_norm
+    if config.position == "xlnet" and (
+        config.hidden_size % 2 or config.num_encoder_layers or config.num_kv_heads != config.num_heads or config.qk_norm
     ):
         raise UserError(
-            f"position xlnet needs an even shape.width (it is {shape.width}), encoder=0 ({shape.encoder}), as many "
-            f"kv_heads as heads ({shape.kv_heads} of {shape.heads}) and qk_norm=false ({str(shape.qk_norm).lower()})"
+            f"position xlnet needs an even shape.width (it is {config.hidden_size}), encoder=0 ({config.num_encoder_layers}), as many "
+            f"kv_heads as heads ({config.num_kv_heads} of {config.num_heads}) and qk_norm=false ({str(config.qk_norm).lower()})"
         )
-    if shape.memory and shape.position != "xlnet":
+    if config.memory_length and config.position != "xlnet":
         raise UserError(
-            f"shape.memory={shape.memory} needs positions that reach back before a row, which "
-            f"shape.position={shape.position!r} does not: set shape.position=xlnet, or shape.memory=0"
+            f"shape.memory={config.memory_length} needs positions that reach back before a row, which "
+            f"shape.position={config.position!r} does not: set shape.position=xlnet, or shape.memory=0"
         )
-    if shape.linformer and (
-        shape.recurrent
-        or shape.causal
-        or shape.encoder
-        or shape.position in ("t5", "mpnet", "xlnet")
-        or shape.linformer > shape.context
+    if config.linformer_k and (
+        config.rnn_type
+        or config.causal
+        or config.num_encoder_layers
+        or config.position in ("t5", "mpnet", "xlnet")
+        or config.linformer_k > config.max_positions
     ):
         raise UserError(
-            f"shape.linformer={shape.linformer} mixes a whole row of at most shape.context={shape.context} tokens into as many "
+            f"shape.linformer={config.linformer_k} mixes a whole row of at most shape.context={config.max_positions} tokens into as many "
             "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
         )
-    if shape.prefix_lm and (shape.causal or shape.encoder or shape.recurrent or shape.linformer or not shape.depth):
+    if config.prefix_lm and (
+        config.causal or config.num_encoder_layers or config.rnn_type or config.linformer_k or not config.num_layers
+    ):
         raise UserError(
             "shape.prefix_lm reads a text both ways and writes on in the same row: set shape.causal=false and leave out "
             "shape.encoder, shape.recurrent and shape.linformer"
         )
-    if shape.latent and not shape.encoder:
-        raise UserError(f"shape.latent={shape.latent} stands between an encoder and a decoder: set shape.encoder")
-    if shape.qk_weight and not shape.qk_norm:
+    if config.latent_size and not config.num_encoder_layers:
+        raise UserError(f"shape.latent={config.latent_size} stands between an encoder and a decoder: set shape.encoder")
+    if config.qk_norm_weight and not config.qk_norm:
         raise UserError("shape.qk_weight is the gain of shape.qk_norm: set shape.qk_norm=true, or leave it out")
-    if shape.rotary_high <= shape.rotary_low:
-        raise UserError(f"shape.rotary_high={shape.rotary_high} must be above shape.rotary_low={shape.rotary_low}")
-    if shape.rotary_sign not in (1, -1):
-        raise UserError(f"shape.rotary_sign={shape.rotary_sign} must be 1 or -1")
-    if shape.recurrent:
-        _refuse_blocks(shape)
-    elif shape.apart or shape.skip:
+    if config.rope_high_freq_factor <= config.rope_low_freq_factor:
+        raise UserError(
+            f"shape.rotary_high={config.rope_high_freq_factor} must be above shape.rotary_low={config.rope_low_freq_factor}"
+        )
+    if config.rope_sign not in (1, -1):
+        raise UserError(f"shape.rotary_sign={config.rope_sign} must be 1 or -1")
+    if config.rnn_type:
+        _refuse_blocks(config)
+    elif config.separate_directions or config.rnn_residual:
         raise UserError("shape.apart and shape.skip are for recurrent layers: set shape.recurrent, or leave them out")
-    if not shape.depth and (shape.encoder or shape.recurrent):
+    if not config.num_layers and (config.num_encoder_layers or config.rnn_type):
         raise UserError("shape.depth=0 leaves the embeddings alone: leave out shape.encoder and shape.recurrent too")
-    if shape.characters and (shape.tied or shape.characters < 7 or shape.filters < 64 or shape.filters % 64):
+    if config.max_characters and (
+        config.tie_embeddings or config.max_characters < 7 or config.char_filters < 64 or config.char_filters % 64
+    ):
         raise UserError(
             "a model that spells its tokens has no table to tie its head to, reads at least 7 bytes of each, and has "
             "64, 128, 192 ... filters: set shape.tied=false, shape.characters=16 and shape.filters=512"
         )
 
 
-def _refuse_blocks(shape: ModelConfig) -> None:
+def _refuse_blocks(config: ModelConfig) -> None:
     """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
     still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
-             "qk_norm": False, "qk_weight": False, "zero_init": False, "bias": True, "bias_at": "all", "kv_heads": shape.heads,
-             "head_width": shape.width // shape.heads}  # fmt: skip
+             "qk_norm": False, "qk_weight": False, "zero_init": False, "bias": True, "bias_at": "all", "kv_heads": config.num_heads,
+             "head_width": config.hidden_size // config.num_heads}  # fmt: skip
     for name, value in still.items():
-        if getattr(shape, name) != value:
+        if getattr(config, name) != value:
             raise UserError(
-                f"shape.{name}={getattr(shape, name)} means nothing to recurrent layers: set it to {value}, "
+                f"shape.{name}={getattr(config, name)} means nothing to recurrent layers: set it to {value}, "
                 "or begin from the recipe lstm"
             )
-    if shape.position in ("rotary", "t5"):
-        raise UserError(f"{shape.position} positions are for attention: set shape.position=none (or learned)")
-    if shape.causal and shape.apart:
+    if config.position in ("rotary", "t5"):
+        raise UserError(f"{config.position} positions are for attention: set shape.position=none (or learned)")
+    if config.causal and config.separate_directions:
         raise UserError("shape.apart is for two directions, and shape.causal=true is one: set shape.causal=false")
-    if shape.width % 2 and not shape.causal:
-        raise UserError(f"two directions share the width, and shape.width={shape.width} is odd: make it even")
-    if shape.hidden < shape.stream or (shape.hidden > shape.stream and shape.recurrent != "lstm"):
+    if config.hidden_size % 2 and not config.causal:
+        raise UserError(f"two directions share the width, and shape.width={config.hidden_size} is odd: make it even")
+    if config.intermediate_size < config.direction_size or (
+        config.intermediate_size > config.direction_size and config.rnn_type != "lstm"
+    ):
         raise UserError(
-            f"shape.hidden={shape.hidden} cells hand on {shape.stream} numbers in each direction, and only an LSTM "
+            f"shape.hidden={config.intermediate_size} cells hand on {config.direction_size} numbers in each direction, and only an LSTM "
             "projects more cells to fewer: leave shape.hidden out"
         )

@@ -70,41 +70,41 @@ def linear(rows: int, inputs: int, outputs: int) -> float:
     return BOTH * rows * inputs * outputs
 
 
-def stack_flops(shape: ModelConfig, work: Work) -> float:
+def stack_flops(config: ModelConfig, work: Work) -> float:
     """FLOPs of the model without its head, forward and backward: the one place that knows what an architecture costs."""
-    if shape.recurrent:
-        return BOTH * work.positions * recurrent_products(shape)
-    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    ends, both = 2 * shape.width * queries, 2 * shape.width * keys  # q and o; k and v
-    mlp = shape.width * shape.hidden * (3 if shape.gated else 2)
+    if config.rnn_type:
+        return BOTH * work.positions * recurrent_products(config)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    ends, both = 2 * config.hidden_size * queries, 2 * config.hidden_size * keys  # q and o; k and v
+    mlp = config.hidden_size * config.intermediate_size * (3 if config.gated else 2)
     # Scores, and the values weighed by them; XLNet scores the distance too.
-    seen = (3 if shape.position == "xlnet" else 2) * queries
-    mixed = work.positions * shape.linformer * (seen + 2 * keys)
-    total: float = shape.depth * (work.positions * (ends + both + mlp) + (mixed or work.pairs * seen))
+    seen = (3 if config.position == "xlnet" else 2) * queries
+    mixed = work.positions * config.linformer_k * (seen + 2 * keys)
+    total: float = config.num_layers * (work.positions * (ends + both + mlp) + (mixed or work.pairs * seen))
     total -= work.spared * (ends + mlp) + work.spared_pairs * seen  # in the last block
-    total += (work.positions + work.source_positions) * shape.embed * shape.width
-    if shape.encoder:
-        total += shape.encoder * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
+    total += (work.positions + work.source_positions) * config.embedding_size * config.hidden_size
+    if config.num_encoder_layers:
+        total += config.num_encoder_layers * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
         told, seeing = work.source_positions, work.crossing_pairs
-        if shape.latent:
+        if config.latent_size:
             told, seeing = work.rows * VECTORS, work.positions * VECTORS
-            total += work.rows * shape.latent * shape.width * (2 + VECTORS)
-        total += shape.depth * (work.positions * ends + told * both + seeing * seen)
-    total += work.memory.cost(shape.depth, ends + both + mlp, both, seen)
+            total += work.rows * config.latent_size * config.hidden_size * (2 + VECTORS)
+        total += config.num_layers * (work.positions * ends + told * both + seeing * seen)
+    total += work.memory.cost(config.num_layers, ends + both + mlp, both, seen)
     return BOTH * total
 
 
-def with_prefix(work: Work, batch: Batch, shape: ModelConfig, prefix: int, prompt: int) -> Work:
+def with_prefix(work: Work, batch: Batch, config: ModelConfig, prefix: int, prompt: int) -> Work:
     """The work with trained positions before every text (`firth.model.prefix`): so many keys that every token sees, and so
     many tokens more, which see one another and, in an encoder, their text."""
-    side = "source_" if shape.encoder else ""
+    side = "source_" if config.num_encoder_layers else ""
     _, _, document = _rows(batch, side)
     texts = int((document.amax(-1).clamp(min=1) if f"{side}document" in batch else torch.ones(len(document))).sum())
-    read = work.source_positions if shape.encoder else work.positions
-    causal = shape.causal and not shape.encoder
+    read = work.source_positions if config.num_encoder_layers else work.positions
+    causal = config.causal and not config.num_encoder_layers
     more = prompt * read + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * read + texts * prompt**2
     seen = work.pairs + prefix * work.positions
-    if shape.encoder:
+    if config.num_encoder_layers:
         return dataclasses.replace(
             work, pairs=seen, source_positions=read + texts * prompt, source_pairs=work.source_pairs + more,
             crossing_pairs=work.crossing_pairs + prompt * work.positions,
@@ -136,11 +136,11 @@ def trained_share(model: nn.Module) -> float:
     return (3 * (own + low) + (1 + back) * frozen) / (3 * whole) if whole else 1.0
 
 
-def head_flops(shape: ModelConfig, asked: int) -> float:
+def head_flops(config: ModelConfig, asked: int) -> float:
     """FLOPs of the vocabulary head, forward and backward, where it runs at so many positions."""
-    if shape.head == "transform":
-        return linear(asked, shape.table_width, shape.vocab + shape.width)
-    return linear(asked, shape.width, shape.vocab)
+    if config.lm_head == "transform":
+        return linear(asked, config.embedding_dim, config.vocab_size + config.hidden_size)
+    return linear(asked, config.hidden_size, config.vocab_size)
 
 
 def work(batch: Batch, wanted: Tensor | None = None) -> Work:

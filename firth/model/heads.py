@@ -17,38 +17,38 @@ from firth.types import UserError
 class LMHead(nn.Module):
     """Hidden states (..., width) -> logits (..., vocab). `LM` replaces `weight` by the token embedding if tied."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        if shape.tied and shape.apart:
+        if config.tie_embeddings and config.separate_directions:
             raise UserError(
-                f"a vocabulary head reads {shape.width} numbers and the embeddings of shape.apart have {shape.table_width}: "
+                f"a vocabulary head reads {config.hidden_size} numbers and the embeddings of shape.apart have {config.embedding_dim}: "
                 "set shape.tied=false, or take objective bilm, whose two readers have a half each"
             )
-        self.shape = shape
-        self.softcap, self.scale = shape.softcap, shape.head_scale
-        self.act = ACTIVATIONS[GATED.get(shape.activation, shape.activation)]
-        transform = shape.head == "transform"
-        read = self.reads(shape)
-        self.dense = nn.Linear(shape.width, read, bias=shape.bias) if transform else None
-        self.norm = make_norm(shape, read) if transform else None
-        self.weight = nn.Parameter(torch.empty(shape.vocab, read))
-        self.bias = nn.Parameter(torch.zeros(shape.vocab)) if shape.head_bias else None
+        self.config = config
+        self.softcap, self.scale = config.logit_softcap, config.lm_head_scale
+        self.act = ACTIVATIONS[GATED.get(config.activation, config.activation)]
+        transform = config.lm_head == "transform"
+        read = self.reads(config)
+        self.dense = nn.Linear(config.hidden_size, read, bias=config.bias) if transform else None
+        self.norm = make_norm(config, read) if transform else None
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, read))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head_bias else None
         self.register_buffer("absent", None, persistent=False)
         self.absent: Tensor | None
-        nn.init.normal_(self.weight, std=shape.init or 0.001)
+        nn.init.normal_(self.weight, std=config.init_std or 0.001)
         if self.dense is not None:
-            nn.init.normal_(self.dense.weight, std=shape.init or shape.width**-0.5)
+            nn.init.normal_(self.dense.weight, std=config.init_std or config.hidden_size**-0.5)
             if self.dense.bias is not None:
                 nn.init.zeros_(self.dense.bias)
 
-    def restrict(self, absent: Tensor | None) -> None:
+    def restrict_vocab(self, absent: Tensor | None) -> None:
         """Give no probability to some ids (n,); the others share all of it. None: every id has some."""
         self.absent = absent
 
     @staticmethod
-    def reads(shape: ModelConfig) -> int:
+    def reads(config: ModelConfig) -> int:
         """Width of what the matrix is multiplied with."""
-        return shape.table_width if shape.head == "transform" else shape.width
+        return config.embedding_dim if config.lm_head == "transform" else config.hidden_size
 
     @property
     def matrix(self) -> Tensor:
@@ -63,9 +63,9 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         # In one piece: what reads a row of logits then takes a tenth of the time.
-        return self.finish(project(self.transform(hidden), self.matrix, self.bias).contiguous())
+        return self.to_logits(project(self.transform(hidden), self.matrix, self.bias).contiguous())
 
-    def finish(self, logits: Tensor) -> Tensor:
+    def to_logits(self, logits: Tensor) -> Tensor:
         """Return products (..., vocab) as logits, which may be changed in place without gradients: capped, absent ids left out."""
         if self.softcap and torch.is_grad_enabled():
             logits = self.softcap * torch.tanh(logits / self.softcap)

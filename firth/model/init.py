@@ -17,7 +17,7 @@ down to the entropy of single tokens, 6.4. Counting the answers says as much bef
 >>> counts = torch.arange(50.0)
 >>> init_head_from_frequencies(model, counts, lambda: model({"tokens": torch.arange(50)[None]})[0])
 True
->>> p = model.parts["lm"](model({"tokens": torch.tensor([[3]])})).softmax(-1)[0, 0]
+>>> p = model.heads["lm"](model({"tokens": torch.tensor([[3]])})).softmax(-1)[0, 0]
 >>> bool((p - (counts + 1) / (counts + 1).sum()).abs().max() < 2e-3)
 True
 """
@@ -45,7 +45,7 @@ def init_head_from_frequencies(model: LM, counts: Tensor, read: Callable[[], Ten
 
     read: runs the model on some examples and returns hidden states at asked positions, (N, width).
     """
-    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+    head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     counts = counts.to(head.weight) + 1
     offsets = (counts / counts.sum()).log()
     offsets -= (offsets.max() + offsets.min()) / 2  # as small as they can be: a softmax does not mind, a soft cap does

@@ -6,7 +6,7 @@ The decoder sees nothing else of the source, so z is all it knows. Bowman's z is
 Transformer has none, and cross-attends to the latent's vectors instead (as OPTIMUS' "memory" does, Li 2020).
 
 >>> import torch
->>> latent = Latent(ModelConfig(vocab=9, width=8, depth=1, heads=2, encoder=1, latent=3))
+>>> latent = Latent(ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, num_encoder_layers=1, latent_size=3))
 >>> mean, log_variance = latent.read(torch.ones(2, 5, 8), torch.zeros(2, 5))
 >>> mean.shape, latent.write(mean).shape
 (torch.Size([2, 3]), torch.Size([2, 4, 8]))
@@ -24,12 +24,12 @@ from firth.types import NEVER
 class Latent(nn.Module):
     """The two maps: states -> posterior, z -> memory."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.posterior = nn.Linear(shape.width, 2 * shape.latent)
-        self.memory = nn.Linear(shape.latent, VECTORS * shape.width)
+        self.posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
+        self.memory = nn.Linear(config.latent_size, VECTORS * config.hidden_size)
         nn.init.normal_(self.posterior.weight, std=0.02)  # q begins near the prior: the first steps owe no KL
-        nn.init.normal_(self.memory.weight, std=shape.latent**-0.5)
+        nn.init.normal_(self.memory.weight, std=config.latent_size**-0.5)
         for linear in (self.posterior, self.memory):
             nn.init.zeros_(linear.bias)
 

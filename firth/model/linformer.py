@@ -10,7 +10,7 @@ Two things the paper leaves open. Slots begin as windows of neighbouring tokens:
 where random mixtures cancel each other. A row of n tokens uses the first n rows of E, and its slots are multiplied by
 sqrt(context / n), or the empty ones would drown them. Together: 61% -> 70% of held-out questions told, from 300 sentences.
 
->>> shape = ModelConfig(vocab=9, width=8, depth=1, heads=2, causal=False, context=16, linformer=4)
+>>> shape = ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, causal=False, max_positions=16, linformer_k=4)
 >>> slots = Linformer(shape).at(6, AttentionMask())
 >>> slots.of(layer=0).mix(torch.ones(3, 2, 6, 4), side=0).shape
 torch.Size([3, 2, 4, 4])
@@ -31,19 +31,19 @@ from firth.types import UserError
 class Linformer(nn.Module):
     """The projections of a trunk: weight (layers or 1, 2 or 1, context, k). All heads share them (section 4)."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape.projections, shape.context, shape.linformer))
-        tokens = torch.arange(shape.context)
+        self.weight = nn.Parameter(torch.empty(*config.linformer_projections, config.max_positions, config.linformer_k))
+        tokens = torch.arange(config.max_positions)
         with torch.no_grad():  # the slots of a full row vary as its tokens do
             self.weight.zero_()
-            self.weight[..., tokens, tokens * shape.linformer // shape.context] = (
-                shape.linformer / shape.context
+            self.weight[..., tokens, tokens * config.linformer_k // config.max_positions] = (
+                config.linformer_k / config.max_positions
             ) ** 0.5
 
-    def at(self, length: int, sees: AttentionMask) -> LinformerSlots:
+    def at(self, length: int, mask: AttentionMask) -> LinformerSlots:
         """The projections of rows of `length` tokens. UserError for what a Linformer cannot read."""
-        if sees.causal or sees.block is not None or (sees.mask is not None and sees.mask.shape[2] > 1):
+        if mask.is_causal or mask.block_mask is not None or (mask.mask is not None and mask.mask.shape[2] > 1):
             raise UserError(
                 "a Linformer mixes all tokens of a row before anyone looks, so every position must see the whole row: "
                 "it cannot read from left to right, in another order, or several documents in a row (set batch.pack=0)"
@@ -54,10 +54,10 @@ class Linformer(nn.Module):
                 f"a row of {length} tokens is longer than shape.context={context}, the number of positions that this "
                 "Linformer projects: cut the rows or train with a longer context"
             )
-        real = None if sees.mask is None else sees.mask.mT
+        real = None if mask.mask is None else mask.mask.mT
         count = self.weight.new_tensor(length) if real is None else real.sum(2, keepdim=True).clamp(min=1)
         return LinformerSlots(
-            self.weight[:, :, :length], real, (context / count).sqrt(), AttentionMask(blind=sees.blind)
+            self.weight[:, :, :length], real, (context / count).sqrt(), AttentionMask(empty_rows=mask.empty_rows)
         )
 
 
@@ -69,7 +69,7 @@ class LinformerSlots:
     weight: Tensor
     real: Tensor | None
     scale: Tensor
-    sees: AttentionMask
+    mask: AttentionMask
 
     def of(self, layer: int) -> LinformerSlots:
         """Those of one layer."""

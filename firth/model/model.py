@@ -40,37 +40,51 @@ if TYPE_CHECKING:
 class LM(nn.Module):
     """A language model without its head. parts: name -> module; parts["lm"] is tied to the embedding if the shape says so."""
 
-    def __init__(self, shape: ModelConfig, parts: Mapping[str, nn.Module]):
+    def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module]):
         super().__init__()
-        self.shape = shape
-        learned = shape.position in LEARNED
+        self.config = config
+        learned = config.position in LEARNED
         self.tokens: nn.Embedding | CharacterCNN
-        self.tokens = CharacterCNN(shape) if shape.characters else nn.Embedding(shape.vocab, shape.table_width)
-        self.places = nn.Embedding(shape.context, shape.table_width) if learned else None
-        self.source_places = nn.Embedding(shape.context, shape.table_width) if learned and shape.encoder else None
-        added = shape.segments and shape.position != "xlnet"  # which tells segments apart in its blocks
-        self.segments = nn.Embedding(shape.segments, shape.table_width) if added else None
-        self.query = nn.Parameter(torch.randn(shape.table_width) * (shape.init or 0.02)) if shape.query else None
-        self.encoder = TransformerStack(shape, shape.encoder, cross=False, both_ways=True) if shape.encoder else None
-        self.trunk: TransformerStack | RecurrentStack
-        if shape.recurrent:
-            self.trunk = RecurrentStack(shape)
+        self.tokens = (
+            CharacterCNN(config) if config.max_characters else nn.Embedding(config.vocab_size, config.embedding_dim)
+        )
+        self.places = nn.Embedding(config.max_positions, config.embedding_dim) if learned else None
+        self.source_places = (
+            nn.Embedding(config.max_positions, config.embedding_dim) if learned and config.num_encoder_layers else None
+        )
+        added = config.type_vocab_size and config.position != "xlnet"  # which tells segments apart in its blocks
+        self.segments = nn.Embedding(config.type_vocab_size, config.embedding_dim) if added else None
+        self.query = (
+            nn.Parameter(torch.randn(config.embedding_dim) * (config.init_std or 0.02))
+            if config.mask_embedding
+            else None
+        )
+        self.encoder = (
+            TransformerStack(config, config.num_encoder_layers, cross=False, both_ways=True)
+            if config.num_encoder_layers
+            else None
+        )
+        self.stack: TransformerStack | RecurrentStack
+        if config.rnn_type:
+            self.stack = RecurrentStack(config)
         else:
-            self.trunk = TransformerStack(shape, shape.depth, cross=shape.encoder > 0, both_ways=not shape.causal)
-        self.latent = Latent(shape) if shape.latent else None
+            self.stack = TransformerStack(
+                config, config.num_layers, cross=config.num_encoder_layers > 0, both_ways=not config.causal
+            )
+        self.latent = Latent(config) if config.latent_size else None
         for child in self.children():
-            initialize(child, shape)
-        for table in (*self.tables().values(), self.source_places):
+            initialize(child, config)
+        for table in (*self.embedding_tables().values(), self.source_places):
             if table is not None:
-                nn.init.normal_(table.weight, std=shape.init or (0.02 if shape.tied else 1.0))
-        self.parts = nn.ModuleDict(dict(parts))
+                nn.init.normal_(table.weight, std=config.init_std or (0.02 if config.tie_embeddings else 1.0))
+        self.heads = nn.ModuleDict(dict(parts))
         self.tie()
 
     def tie(self) -> None:
         """Make one Parameter, with one gradient, of what is shared: the head's matrix if tied, and the tables of guests."""
-        if self.shape.tied and "lm" in self.parts:
-            self.parts["lm"].weight = self.tokens.weight
-        for part in self.parts.values():
+        if self.config.tie_embeddings and "lm" in self.heads:
+            self.heads["lm"].weight = self.tokens.weight
+        for part in self.heads.values():
             if isinstance(part, LM):
                 part.join(self)
 
@@ -78,57 +92,57 @@ class LM(nn.Module):
         """Be a part of another model; what that means for what they share."""
         self.tie()
 
-    def shared(self) -> dict[str, str]:
+    def shared_parameters(self) -> dict[str, str]:
         """Names of tensors that are others by a second name -> the first name, under which they are saved."""
         first: dict[int, str] = {}
         every = self.named_parameters(remove_duplicate=False)
         return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
-    def trunks(self) -> list[TransformerStack]:
+    def stacks(self) -> list[TransformerStack]:
         """The stacks of blocks that it has: an encoder's, its own."""
-        return [trunk for trunk in (self.encoder, self.trunk) if isinstance(trunk, TransformerStack)]
+        return [stack for stack in (self.encoder, self.stack) if isinstance(stack, TransformerStack)]
 
-    def tables(self) -> dict[str, nn.Embedding | None]:
+    def embedding_tables(self) -> dict[str, nn.Embedding | None]:
         """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
-        tokens = None if self.shape.characters else self.tokens
+        tokens = None if self.config.max_characters else self.tokens
         return {"tokens": tokens, "places": self.places, "segments": self.segments}  # type: ignore[dict-item]
 
-    def spell(self, pieces: Sequence[str]) -> None:
+    def set_token_characters(self, pieces: Sequence[str]) -> None:
         """Tell how each token is written, to a model that reads that; one with a table of tokens has no need of it."""
-        if self.shape.characters:
-            self.tokens.spell(pieces)  # type: ignore[operator]
+        if self.config.max_characters:
+            self.tokens.set_token_characters(pieces)  # type: ignore[operator]
 
-    def restrict(self, vocab: Vocab) -> None:
+    def restrict_vocab(self, vocab: Vocab) -> None:
         """Give no probability to ids that a tokenizer does not have, wherever a vocabulary head of this model is read.
 
         A table is often wider than its tokenizer (padded to a multiple of 64), and a tokenizer's numbering may have holes.
         Such ids are never drawn nor chosen, and the probabilities of the others add up to 1. Every place where a model and
         its tokenizer meet calls this (`Engine`, `open_subject`, a run).
         """
-        ids = vocab.absent(self.shape.vocab)
+        ids = vocab.absent(self.config.vocab_size)
         absent = torch.from_numpy(ids).to(self.tokens.weight.device) if len(ids) else None
-        for name, part in self.parts.items():
+        for name, part in self.heads.items():
             if name == "lm":
                 part.restrict(absent)  # type: ignore[operator]
             elif isinstance(part, LM):
-                part.restrict(vocab)
+                part.restrict_vocab(vocab)
 
     @property
-    def speaks(self) -> bool:
+    def has_lm_head(self) -> bool:
         """Whether a vocabulary head reads its states; that of a BiLM reads one half of them after the other."""
-        return "lm" in self.parts and bool(self.parts["lm"].shape.width == self.shape.width)  # type: ignore[union-attr]
+        return "lm" in self.heads and bool(self.heads["lm"].shape.width == self.config.hidden_size)  # type: ignore[union-attr]
 
     @property
     def prefix(self) -> PrefixEncoder | None:
         """The trained keys and values that stand before every text, if there are any."""
-        return self.parts["prefix"] if "prefix" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401
+        return self.heads["prefix"] if "prefix" in self.heads else None  # type: ignore[return-value]  # noqa: SIM401
 
     @property
     def prompt(self) -> PromptEmbedding | None:
         """The trained vectors that stand before every text, if there are any."""
-        return self.parts["prompt"] if "prompt" in self.parts else None  # type: ignore[return-value]  # noqa: SIM401
+        return self.heads["prompt"] if "prompt" in self.heads else None  # type: ignore[return-value]  # noqa: SIM401
 
-    def ahead(self, source: bool = False) -> int:
+    def num_virtual_tokens(self, source: bool = False) -> int:
         """How many trained positions stand before every text of the trunk, or of the encoder, and move it on."""
         prefix, prompt = self.prefix, self.prompt
         read = 0 if prefix is None or source else prefix.tokens
@@ -137,7 +151,7 @@ class LM(nn.Module):
     @property
     def context(self) -> int:
         """The longest text that is read."""
-        return self.shape.context - max(self.ahead(), self.ahead(source=True))
+        return self.config.max_positions - max(self.num_virtual_tokens(), self.num_virtual_tokens(source=True))
 
     def embed(self, fields: Batch, source: bool = False, front: Tensor | None = None) -> Tensor:
         """Token, position and segment vectors added up: fields (B, T) -> (B, T, table width). source: for the encoder.
@@ -146,8 +160,8 @@ class LM(nn.Module):
         """
         places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
-        if self.shape.embed_scale != 1:
-            x = x * self.shape.embed_scale
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if front is not None:
             x = torch.cat((front.to(x.dtype).expand(len(x), -1, -1), x[:, len(front) :]), 1)
         if self.query is not None and "appears" in fields:
@@ -156,15 +170,15 @@ class LM(nn.Module):
         positions = fields["positions"]
         if places is not None:
             # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
-            reach = self.shape.context - self.ahead(source)
-            if positions.shape[-1] > reach and int(positions.amax()) >= self.shape.context:
+            reach = self.config.max_positions - self.num_virtual_tokens(source)
+            if positions.shape[-1] > reach and int(positions.amax()) >= self.config.max_positions:
                 raise UserError(
-                    f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.shape.context}, "
+                    f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.config.max_positions}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
             x = x + places(positions)
-        if self.shape.position in SINUSOIDAL:
-            waves = sinusoidal(positions, self.shape.table_width, self.shape.position == "sinusoidal")
+        if self.config.position in SINUSOIDAL:
+            waves = sinusoidal(positions, self.config.embedding_dim, self.config.position == "sinusoidal")
             x = x + waves.to(x.dtype)
         if self.segments is not None:
             given = fields.get("segments")
@@ -182,7 +196,7 @@ class LM(nn.Module):
     def _remembered(self, batch: Batch) -> tuple[Tensor, Batch]:
         """The encoder's memory (B, N + S, width) of the source behind its prompt, and what is known of its tokens."""
         assert self.encoder is not None
-        fields = prefixed_fields(batch, "source_", ahead=self.ahead(source=True))
+        fields = prefixed_fields(batch, "source_", ahead=self.num_virtual_tokens(source=True))
         front = None
         if self.prompt is not None:
             front, fields = self.prompt.before(fields, causal=False)
@@ -212,10 +226,10 @@ class LM(nn.Module):
         will be read; what no one wants need not be made, and may be zeros.
         """
         begins = cache is None or not cache.length
-        fields = prefixed_fields(batch, "", 0 if cache is None else cache.length, self.ahead())
+        fields = prefixed_fields(batch, "", 0 if cache is None else cache.length, self.num_virtual_tokens())
         length, front = fields["tokens"].shape[-1], None
         if self.prompt is not None and self.encoder is None and begins:
-            front, fields = self.prompt.before(fields, self.shape.causal)
+            front, fields = self.prompt.before(fields, self.config.causal)
         memory, source = None, None
         if self.encoder is not None and cache is not None and cache.source:
             source = cache.source
@@ -226,30 +240,30 @@ class LM(nn.Module):
             memory, whole = self._remembered(batch)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
             source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
-        past = self.before(batch)
+        past = self.row_memory(batch)
         if self.prefix is not None and begins:
             past = self.prefix.past()
         x = self.embed(fields, front=front)
-        if self.shape.recurrent:
-            hidden = self.trunk(x, fields, cache, kept)
+        if self.config.rnn_type:
+            hidden = self.stack(x, fields, cache, kept)
         else:
             if wanted is not None:
                 wanted = F.pad(wanted.flatten(0, -2), (x.shape[1] - length, 0))
-            hidden = self.trunk(x, fields, cache, memory, source, past, kept, wanted)
+            hidden = self.stack(x, fields, cache, memory, source, past, kept, wanted)
         if front is not None:
             hidden = hidden[:, -length:]
             if kept is not None:
                 kept[:] = [states[:, -length:] for states in kept]
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
-    def layers(self, batch: Batch) -> Tensor:
+    def all_hidden_states(self, batch: Batch) -> Tensor:
         """What went into the trunk and what each of its layers handed on: (depth + 1, ..., T, width)."""
         kept: list[Tensor] = []
         self(batch, None, kept)
         return torch.stack(kept).unflatten(1, batch["tokens"].shape[:-1])
 
     @torch.no_grad()
-    def before(self, batch: Batch) -> RowMemory | None:
+    def row_memory(self, batch: Batch) -> RowMemory | None:
         """Read the tokens that stand before the rows, without gradient (Dai 2019, section 3.2); None where there are none.
 
         `memory_tokens` (..., M) end where their row begins: positions -M to -1, padding aside. Every token of the row
@@ -260,9 +274,9 @@ class LM(nn.Module):
         """
         if "memory_tokens" not in batch or not batch["memory_tokens"].shape[-1]:
             return None
-        if self.shape.position != "xlnet":
+        if self.config.position != "xlnet":
             raise UserError(
-                f"the batch has tokens before its rows, and position {self.shape.position!r} has no place for them"
+                f"the batch has tokens before its rows, and position {self.config.position!r} has no place for them"
             )
         fields = prefixed_fields(batch, "memory_")
         tokens = fields["tokens"]
@@ -270,16 +284,20 @@ class LM(nn.Module):
         slots = torch.arange(tokens.shape[-1], device=tokens.device)
         fields["positions"] = slots - there.sum(-1, keepdim=True)
         # Read as the model reads any text: a causal one from left to right.
-        looks = slots.expand_as(tokens) if self.shape.causal else torch.zeros_like(tokens)
+        looks = slots.expand_as(tokens) if self.config.causal else torch.zeros_like(tokens)
         read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
-        states: list[Tensor] = self.trunk.entering(self.embed(read), read)  # type: ignore[operator]
+        states: list[Tensor] = self.stack.block_inputs(self.embed(read), read)  # type: ignore[operator]
         return RowMemory(fields | {"appears": torch.where(there, ALWAYS, NEVER).int()}, states)
 
-    def cache(self, rows: int, capacity: int) -> KVCache:
+    def make_cache(self, rows: int, capacity: int) -> KVCache:
         """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""
-        if self.shape.linformer:
+        if self.config.linformer_k:
             raise UserError("a Linformer reads whole rows, and cannot write token by token: take a decoder for that")
-        return RecurrentCache(rows, capacity) if self.shape.recurrent else KVCache(rows, capacity + self.ahead())
+        return (
+            RecurrentCache(rows, capacity)
+            if self.config.rnn_type
+            else KVCache(rows, capacity + self.num_virtual_tokens())
+        )
 
 
 class TiedSubmodel(LM):
@@ -290,8 +308,8 @@ class TiedSubmodel(LM):
 
     def join(self, host: LM) -> None:
         """Read with the host's tables from here on. UserError if they are not as large."""
-        for name, table in host.tables().items():
-            own = self.tables()[name]
+        for name, table in host.embedding_tables().items():
+            own = self.embedding_tables()[name]
             if own is None or table is None:
                 if own is not table:
                     raise UserError(f"a guest and its host must both have {name}, or neither")

@@ -46,9 +46,9 @@ class RMSNorm(_Norm):
     center = False
 
 
-def make_norm(shape: ModelConfig, width: int = 0, to_maps: bool = False) -> nn.Module:
+def make_norm(config: ModelConfig, width: int = 0, to_maps: bool = False) -> nn.Module:
     """The norm that a shape asks for, over `width` numbers (0: its own width). to_maps: as in `RMSNorm`."""
-    width = width or shape.width
-    if shape.norm == "layer":
-        return LayerNorm(width, shape.norm_weight, shape.norm_bias, shape.norm_eps, to_maps)
-    return RMSNorm(width, shape.norm_weight, False, shape.norm_eps, to_maps)
+    width = width or config.hidden_size
+    if config.norm == "layer":
+        return LayerNorm(width, config.norm_weight, config.norm_bias, config.norm_eps, to_maps)
+    return RMSNorm(width, config.norm_weight, False, config.norm_eps, to_maps)

@@ -31,55 +31,62 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 """Recurrent cells -> the linear maps in one."""
 
 
-def num_parameters(shape: ModelConfig) -> int:
+def num_parameters(config: ModelConfig) -> int:
     """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-    table, each = shape.table_width, shape.norm_weight + (shape.norm_bias and shape.norm == "layer")
-    norm = each * shape.width
-    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    offsets = (queries + 2 * keys + shape.width * (shape.bias_at != "qkv")) * shape.bias
-    attention = shape.width * (2 * queries + 2 * keys) + offsets + 2 * shape.head_width * shape.qk_weight
-    if shape.position == "xlnet":
-        attention += shape.width * queries + 2 * queries + 3 * queries * (shape.segments > 0)
+    table, each = config.embedding_dim, config.norm_weight + (config.norm_bias and config.norm == "layer")
+    norm = each * config.hidden_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    offsets = (queries + 2 * keys + config.hidden_size * (config.bias_location != "qkv")) * config.bias
+    attention = config.hidden_size * (2 * queries + 2 * keys) + offsets + 2 * config.head_dim * config.qk_norm_weight
+    if config.position == "xlnet":
+        attention += config.hidden_size * queries + 2 * queries + 3 * queries * (config.type_vocab_size > 0)
         attention -= offsets
-    inner = shape.hidden * (2 if shape.gated else 1)
-    mlp = shape.width * (inner + shape.hidden) + (inner + shape.width) * (shape.bias and shape.bias_at == "all")
-    block = attention + mlp + 2 * norm
-    trunks = [shape.depth] + ([shape.encoder] if shape.encoder else [])
-    total = spelling_parameters(shape) if shape.characters else shape.vocab * table
-    if shape.recurrent:
-        total += recurrent_products(shape) + 2 * shape.depth * (2 - shape.causal) * cells(shape)
-    for depth in () if shape.recurrent else trunks:
-        total += (shape.groups or depth) * block
-        total += norm * ((shape.norm_at == "pre") - (not shape.first_norm)) + each * table * shape.embed_norm
-        total += shape.width * (table + shape.bias) * (shape.embed > 0)
-        total += shape.heads * shape.buckets * (shape.position in BIASED)
-    total += (shape.groups or shape.depth) * (attention + norm) * (shape.encoder > 0)
-    total += table * (shape.context * (shape.position in LEARNED) * len(trunks) + shape.query)
-    total += table * shape.segments * (shape.position != "xlnet")
-    total += math.prod(shape.projections) * shape.context * shape.linformer
-    if shape.latent:
-        total += 2 * shape.latent * (shape.width + 1) + VECTORS * shape.width * (shape.latent + 1)
-    transform = shape.head == "transform"
-    read = table if shape.apart else shape.width
-    total += shape.vocab * (shape.head_bias + (table if transform else read) * (not shape.tied))
-    return total + (read + shape.bias + each) * table * transform
-
-
-def cells(shape: ModelConfig) -> int:
-    """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
-    return GATES[shape.recurrent] * shape.hidden
-
-
-def recurrent_products(shape: ModelConfig) -> int:
-    """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
-    one = cells(shape) * (shape.table_width + shape.stream) + shape.stream * shape.hidden * (
-        shape.hidden > shape.stream
+    inner = config.intermediate_size * (2 if config.gated else 1)
+    mlp = config.hidden_size * (inner + config.intermediate_size) + (inner + config.hidden_size) * (
+        config.bias and config.bias_location == "all"
     )
-    return shape.depth * (2 - shape.causal) * one
+    block = attention + mlp + 2 * norm
+    trunks = [config.num_layers] + ([config.num_encoder_layers] if config.num_encoder_layers else [])
+    total = spelling_parameters(config) if config.max_characters else config.vocab_size * table
+    if config.rnn_type:
+        total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * cells(config)
+    for depth in () if config.rnn_type else trunks:
+        total += (config.num_layer_groups or depth) * block
+        total += (
+            norm * ((config.norm_placement == "pre") - (not config.first_attention_norm))
+            + each * table * config.embedding_norm
+        )
+        total += config.hidden_size * (table + config.bias) * (config.embedding_size > 0)
+        total += config.num_heads * config.relative_buckets * (config.position in BIASED)
+    total += (config.num_layer_groups or config.num_layers) * (attention + norm) * (config.num_encoder_layers > 0)
+    total += table * (config.max_positions * (config.position in LEARNED) * len(trunks) + config.mask_embedding)
+    total += table * config.type_vocab_size * (config.position != "xlnet")
+    total += math.prod(config.linformer_projections) * config.max_positions * config.linformer_k
+    if config.latent_size:
+        total += 2 * config.latent_size * (config.hidden_size + 1) + VECTORS * config.hidden_size * (
+            config.latent_size + 1
+        )
+    transform = config.lm_head == "transform"
+    read = table if config.separate_directions else config.hidden_size
+    total += config.vocab_size * (config.lm_head_bias + (table if transform else read) * (not config.tie_embeddings))
+    return total + (read + config.bias + each) * table * transform
 
 
-def spelling_parameters(shape: ModelConfig) -> int:
+def cells(config: ModelConfig) -> int:
+    """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
+    return GATES[config.rnn_type] * config.intermediate_size
+
+
+def recurrent_products(config: ModelConfig) -> int:
+    """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
+    one = cells(config) * (
+        config.embedding_dim + config.direction_size
+    ) + config.direction_size * config.intermediate_size * (config.intermediate_size > config.direction_size)
+    return config.num_layers * (2 - config.causal) * one
+
+
+def spelling_parameters(config: ModelConfig) -> int:
     """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
-    convolved = sum((size * LETTER + 1) * shape.filters * share // 64 for size, share in WINDOWS)
-    highways = 2 * 2 * (shape.filters + 1) * shape.filters
-    return LETTERS * LETTER + convolved + highways + (shape.filters + 1) * shape.table_width
+    convolved = sum((size * LETTER + 1) * config.char_filters * share // 64 for size, share in WINDOWS)
+    highways = 2 * 2 * (config.char_filters + 1) * config.char_filters
+    return LETTERS * LETTER + convolved + highways + (config.char_filters + 1) * config.embedding_dim

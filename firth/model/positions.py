@@ -35,27 +35,29 @@ def sinusoid_frequencies(positions: Tensor, width: int) -> Tensor:
     return positions[..., None].float() * rates
 
 
-def rope_angles(positions: Tensor, shape: ModelConfig) -> tuple[Tensor, Tensor]:
+def rope_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos (B, T, 1, head_width), both halves alike, and sin (B, T, 1, head_width / 2) of the rotary angles (Su 2021)."""
-    pairs = torch.arange(0, shape.head_width, 2, device=positions.device, dtype=torch.float32) / shape.head_width
-    angles = positions[:, :, None, None].float() * scaled_frequencies(shape.rotary_theta**-pairs, shape)
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angles = positions[:, :, None, None].float() * scaled_frequencies(config.rope_theta**-pairs, config)
     cos = angles.cos()
-    return torch.cat((cos, cos), -1), angles.sin() * shape.rotary_sign
+    return torch.cat((cos, cos), -1), angles.sin() * config.rope_sign
 
 
-def scaled_frequencies(rates: Tensor, shape: ModelConfig) -> Tensor:
+def scaled_frequencies(rates: Tensor, config: ModelConfig) -> Tensor:
     """The rates of turning of a model that is read beyond the rows it was trained on (`Shape.rotary_scaling`).
 
     All `rotary_factor` times as slow (Chen 2023, position interpolation), or only the slow ones (Llama 3.1): by how often
     each comes round within the rows of the training.
     """
-    if shape.rotary_scaling == "none":
+    if config.rope_scaling == "none":
         return rates
-    slow = rates / shape.rotary_factor
-    if shape.rotary_scaling == "linear":
+    slow = rates / config.rope_factor
+    if config.rope_scaling == "linear":
         return slow
-    rounds = shape.rotary_original * rates / (2 * math.pi)
-    kept = ((rounds - shape.rotary_low) / (shape.rotary_high - shape.rotary_low)).clamp(0, 1)
+    rounds = config.rope_original_max_positions * rates / (2 * math.pi)
+    kept = (
+        (rounds - config.rope_low_freq_factor) / (config.rope_high_freq_factor - config.rope_low_freq_factor)
+    ).clamp(0, 1)
     return kept * rates + (1 - kept) * slow
 
 
@@ -94,10 +96,10 @@ def relative_bucket(distance_to: Tensor, buckets: int, distance: int, both_ways:
 class RelativeBias(nn.Module):
     """T5's bias on the scores: one learned number per (bucket, head), shared by all blocks of a trunk."""
 
-    def __init__(self, shape: ModelConfig, both_ways: bool):
+    def __init__(self, config: ModelConfig, both_ways: bool):
         super().__init__()
-        self.distance, self.both_ways = shape.distance, both_ways
-        self.weight = nn.Parameter(torch.zeros(shape.buckets, shape.heads))
+        self.distance, self.both_ways = config.relative_max_distance, both_ways
+        self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.num_heads))
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions of the queries (B, T) and of the keys (B, S) -> bias (B, heads, T, S)."""

@@ -99,17 +99,17 @@ class PromptEmbedding(nn.Module):
         return vectors, {name: torch.cat((said[name].to(x.dtype), x), -1) for name, x in fields.items()}
 
 
-def refuse(shape: ModelConfig, what: str) -> None:
+def refuse(config: ModelConfig, what: str) -> None:
     """Raise a UserError if nothing can stand before the texts of a shape."""
     lacking = ""
-    if shape.recurrent or not shape.depth:
+    if config.rnn_type or not config.num_layers:
         lacking = "has no attention"
-    if shape.linformer:
+    if config.linformer_k:
         lacking = "projects whole rows"
-    if shape.position == "xlnet":
+    if config.position == "xlnet":
         lacking = "reads distances to every token and has a memory of its own"
     if lacking:
         raise UserError(
-            f"adapt={what} puts trained positions before a text, which {shape.noun} cannot read, for it {lacking}: "
+            f"adapt={what} puts trained positions before a text, which {config.description} cannot read, for it {lacking}: "
             "take adapt=lora, or a model with learned, rotary, sinusoidal or T5's positions"
         )

@@ -17,7 +17,7 @@
     bart-base, bart-large   139 M, 406 M      Lewis 2019, section 2.1 (base) and 5 (large)
     llama-7b                6.7 B             Touvron 2023, table 2
 
->>> f"{PRESETS['gpt2-xl'].parameters():,}"
+>>> f"{PRESETS['gpt2-xl'].num_parameters():,}"
 '1,557,611,200'
 """
 
@@ -30,12 +30,22 @@ from firth.model.config import ModelConfig
 
 def gpt(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> ModelConfig:
     """GPT: a decoder with the norm after each branch, learned positions, a tied head (Radford 2018)."""
-    return ModelConfig(vocab=vocab, width=width, depth=depth, heads=heads, context=context, norm_at="post", dropout=0.1)
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_layers=depth,
+        num_heads=heads,
+        max_positions=context,
+        norm_placement="post",
+        dropout=0.1,
+    )
 
 
 def gpt2(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> ModelConfig:
     """GPT-2: the norm before each branch and one more at the end (Radford 2019, section 2.3)."""
-    return ModelConfig(vocab=vocab, width=width, depth=depth, heads=heads, context=context, dropout=0.1)
+    return ModelConfig(
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, max_positions=context, dropout=0.1
+    )
 
 
 def transformer_xl(
@@ -50,7 +60,7 @@ def transformer_xl(
     is not told.
     """
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=heads, head_width=head_width, context=context, norm="rms",
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, head_dim=head_width, max_positions=context, norm="rms",
         norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
     )  # fmt: skip
 
@@ -60,24 +70,24 @@ def llama(
 ) -> ModelConfig:
     """Llama: RMSNorm, SwiGLU, rotary positions, no biases, a head of its own (Touvron 2023, section 2.2)."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden, context=context, norm="rms",
-        norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tied=False,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=hidden, max_positions=context, norm="rms",
+        norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False,
     )  # fmt: skip
 
 
 def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, segments: int = 2) -> ModelConfig:
     """BERT: an encoder with the norm after each branch, learned positions and segments (Devlin 2019, section 3)."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, segments=segments,
-        norm_at="post", norm_eps=1e-12, embed_norm=True, activation="gelu", dropout=0.1, head="transform", head_bias=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, max_positions=context, causal=False, type_vocab_size=segments,
+        norm_placement="post", norm_eps=1e-12, embedding_norm=True, activation="gelu", dropout=0.1, lm_head="transform", lm_head_bias=True,
     )  # fmt: skip
 
 
 def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> ModelConfig:
     """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=heads, context=context, causal=False, norm_at="post", norm_eps=1e-12,
-        position="xlnet", query=True, segments=2, memory=memory, activation="gelu", dropout=0.1, head_bias=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, max_positions=context, causal=False, norm_placement="post", norm_eps=1e-12,
+        position="xlnet", mask_embedding=True, type_vocab_size=2, memory_length=memory, activation="gelu", dropout=0.1, lm_head_bias=True,
     )  # fmt: skip
 
 
@@ -89,28 +99,28 @@ def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) ->
 def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> ModelConfig:
     """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
     like = bert(vocab, width, depth, heads)
-    return replace(like, embed=128, groups=1, activation="gelu_tanh")
+    return replace(like, embedding_size=128, num_layer_groups=1, activation="gelu_tanh")
 
 
 def electra(width: int, heads: int, embed: int = 0) -> ModelConfig:
     """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
-    return replace(bert(30522, width, 12, heads), embed=embed)
+    return replace(bert(30522, width, 12, heads), embedding_size=embed)
 
 
 def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> ModelConfig:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, head_width=head_width, hidden=hidden,
-        context=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
-        score_scale=False, head_scale=width**-0.5, dropout=0.1, init=0.0,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_encoder_layers=depth, num_heads=heads, head_dim=head_width, intermediate_size=hidden,
+        max_positions=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
+        scale_attention=False, lm_head_scale=width**-0.5, dropout=0.1, init_std=0.0,
     )  # fmt: skip
 
 
 def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> ModelConfig:
     """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, encoder=depth, heads=heads, context=context, decoder_start="eos",
-        norm_at="post", embed_norm=True, activation="gelu", dropout=0.1, head_bias=True,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_encoder_layers=depth, num_heads=heads, max_positions=context, decoder_start_token="eos",
+        norm_placement="post", embedding_norm=True, activation="gelu", dropout=0.1, lm_head_bias=True,
     )  # fmt: skip
 
 

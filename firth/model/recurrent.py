@@ -60,15 +60,17 @@ def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def cells(shape: ModelConfig) -> nn.RNNBase:
+def cells(config: ModelConfig) -> nn.RNNBase:
     """One layer in one direction: (B, T, table width) -> (B, T, stream)."""
-    projected = {"proj_size": shape.stream} if shape.hidden > shape.stream else {}
-    layer = CELLS[shape.recurrent](shape.table_width, shape.hidden, batch_first=True, **projected)
+    projected = {"proj_size": config.direction_size} if config.intermediate_size > config.direction_size else {}
+    layer = CELLS[config.rnn_type](config.embedding_dim, config.intermediate_size, batch_first=True, **projected)
     for name, p in layer.named_parameters():
         if name.startswith("bias"):
             nn.init.zeros_(p)
-            if shape.recurrent == "lstm" and name.startswith("bias_ih"):
-                nn.init.ones_(p.data[shape.hidden : 2 * shape.hidden])  # torch's order is input, forget, cell, output
+            if config.rnn_type == "lstm" and name.startswith("bias_ih"):
+                nn.init.ones_(
+                    p.data[config.intermediate_size : 2 * config.intermediate_size]
+                )  # torch's order is input, forget, cell, output
     return layer
 
 
@@ -134,7 +136,7 @@ class RecurrentCache(KVCache):
         super().__init__(rows, capacity)
         self.layers: dict[int, tuple[Tensor, ...]] = {}
 
-    def write_on(self) -> None:
+    def start_decoding(self) -> None:
         """Nothing needs be noted: the states are all there is."""
 
     def select(self, rows: Tensor) -> None:
@@ -145,21 +147,21 @@ class RecurrentCache(KVCache):
 class RecurrentLayer(nn.Module):
     """One recurrent layer, in one direction or two."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ahead: nn.RNNBase = cells(shape)
-        self.back: nn.RNNBase | None = None if shape.causal else cells(shape)
+        self.ahead: nn.RNNBase = cells(config)
+        self.back: nn.RNNBase | None = None if config.causal else cells(config)
 
 
 class RecurrentStack(nn.Module):
     """`depth` recurrent layers: the trunk of a Shape with `recurrent`. Dropout as in Zaremba 2014: on what goes into the
     first layer and on what comes out of each."""
 
-    def __init__(self, shape: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.shape = shape
-        self.layers = nn.ModuleList(RecurrentLayer(shape) for _ in range(shape.depth))
-        self.drop = nn.Dropout(shape.dropout) if shape.dropout else nn.Identity()
+        self.config = config
+        self.layers = nn.ModuleList(RecurrentLayer(config) for _ in range(config.num_layers))
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def stack(self) -> list[RecurrentLayer]:
         """The layers, typed."""
@@ -169,12 +171,12 @@ class RecurrentStack(nn.Module):
         self, x: Tensor, fields: Batch, cache: RecurrentCache | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         """x: embeddings (B, T, table width) -> (B, T, width). kept: takes what went in and what each layer handed on."""
-        runs = RowRuns.of(fields, x, exact=cache is not None or not self.shape.causal)
+        runs = RowRuns.of(fields, x, exact=cache is not None or not self.config.causal)
         if cache is not None and len(runs.lengths) != len(x):
             raise UserError("rows that a recurrent model goes on with hold one document each: leave out `document`")
         x = runs.enter(self.drop(x))
-        ahead, back = x, runs.reverse(x) if self.shape.apart else x
-        whole = torch.cat((x, x), -1) if self.shape.apart else x
+        ahead, back = x, runs.reverse(x) if self.config.separate_directions else x
+        whole = torch.cat((x, x), -1) if self.config.separate_directions else x
         for i, layer in enumerate(self.stack()):
             if kept is not None:
                 kept.append(runs.leave(whole))
@@ -182,7 +184,7 @@ class RecurrentStack(nn.Module):
             if layer.back is None:
                 ahead = whole = self._handed(i, forward, ahead)
                 continue
-            if self.shape.apart:
+            if self.config.separate_directions:
                 ahead, back = self._handed(i, forward, ahead), self._handed(i, run_layer(layer.back, back)[0], back)
                 whole = torch.cat((ahead, runs.reverse(back)), -1)
             else:
@@ -198,7 +200,7 @@ class RecurrentStack(nn.Module):
     def _handed(self, i: int, out: Tensor, into: Tensor) -> Tensor:
         """What a layer hands on: with `skip`, what it was given too."""
         out = self.drop(out)
-        return out + into if self.shape.skip and i else out
+        return out + into if self.config.rnn_residual and i else out
 
     def _read(self, layer: nn.RNNBase, x: Tensor, i: int, runs: RowRuns, cache: RecurrentCache | None) -> Tensor:
         """One direction of a layer; with a cache, from the states it left behind and to those it leaves."""
@@ -207,11 +209,11 @@ class RecurrentStack(nn.Module):
             out = run_layer(layer, x)[0]
             return out
         held = cache.layers.get(i)
-        given = None if held is None else held if self.shape.recurrent == "lstm" else held[0]
+        given = None if held is None else held if self.config.rnn_type == "lstm" else held[0]
         if runs.at is None:
             out, state = run_layer(layer, x, given)
         else:  # the last state of each row is wanted, which is not that of its last slot
             packed, state = run_layer(layer, pack_padded_sequence(x, runs.lengths.cpu(), True, False), given)
             out = pad_packed_sequence(packed, True)[0]
-        cache.layers[i] = state if self.shape.recurrent == "lstm" else (state,)
+        cache.layers[i] = state if self.config.rnn_type == "lstm" else (state,)
         return out

@@ -74,16 +74,18 @@ COLUMNS = per_dtype("distance", _ways(), 8, 3, 128, 255)
 class RelativeDistance(nn.Module):
     """What one block knows of distances and segments. The offsets are (heads * head_width,) as biases are."""
 
-    def __init__(self, shape: ModelConfig, linear: type[nn.Linear]):
+    def __init__(self, config: ModelConfig, linear: type[nn.Linear]):
         super().__init__()
-        inner = shape.heads * shape.head_width
-        self.head_width = shape.head_width
-        self.r = linear(shape.width, inner, bias=False)
+        inner = config.num_heads * config.head_dim
+        self.head_width = config.head_dim
+        self.r = linear(config.hidden_size, inner, bias=False)
         self.content, self.place = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
-        told = shape.segments > 0
+        told = config.type_vocab_size > 0
         self.segment = nn.Parameter(torch.zeros(inner)) if told else None
         self.kinds = (
-            nn.Parameter(torch.randn(2, shape.heads, shape.head_width) * (shape.init or 0.02)) if told else None
+            nn.Parameter(torch.randn(2, config.num_heads, config.head_dim) * (config.init_std or 0.02))
+            if told
+            else None
         )
 
     def _offset(self, offset: Tensor, q: Tensor) -> Tensor:

@@ -59,20 +59,22 @@ class TransformerStack(nn.Module):
     through: what passes a block's input through it where gradients are wanted (`firth.model.compilation`).
     """
 
-    recompute = False
+    gradient_checkpointing = False
     through: Callable[..., Tensor] | None = None
 
-    def __init__(self, shape: ModelConfig, depth: int, cross: bool, both_ways: bool):
+    def __init__(self, config: ModelConfig, depth: int, cross: bool, both_ways: bool):
         super().__init__()
-        self.shape = shape
-        self.embed_norm = make_norm(shape, shape.table_width) if shape.embed_norm else nn.Identity()
-        self.project = Linear(shape.embed, shape.width, bias=shape.bias) if shape.embed else None
+        self.config = config
+        self.embed_norm = make_norm(config, config.embedding_dim) if config.embedding_norm else nn.Identity()
+        self.project = (
+            Linear(config.embedding_size, config.hidden_size, bias=config.bias) if config.embedding_size else None
+        )
         self.depth = depth
-        self.blocks = nn.ModuleList(Block(shape, layer, cross) for layer in range(shape.groups or depth))
-        self.norm = make_norm(shape) if shape.norm_at == "pre" else nn.Identity()
-        self.relative = RelativeBias(shape, both_ways) if shape.position in BIASED else None
-        self.linformer = Linformer(shape) if shape.linformer else None
-        self.drop = Dropout(shape.dropout) if shape.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layer_groups or depth))
+        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
+        self.relative = RelativeBias(config, both_ways) if config.position in BIASED else None
+        self.linformer = Linformer(config) if config.linformer_k else None
+        self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
         """The block of each layer, first to last; a shared one comes several times."""
@@ -100,7 +102,7 @@ class TransformerStack(nn.Module):
             kept = [] if kept is None else kept
             kept.append(x)
             return self.norm(x)
-        reading = self.reading(fields, cache, past)
+        context = self.context(fields, cache, past)
         across: AttentionContext | None = None
         layers = self.layers()
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
@@ -114,16 +116,16 @@ class TransformerStack(nn.Module):
                 made = cache.cross
             crossed = made
         last = None
-        if wanted is not None and self.shape.narrows and (cache is None or not cache.length) and kept is None:
+        if wanted is not None and self.config.supports_subset and (cache is None or not cache.length) and kept is None:
             index = subset_positions(wanted)
-            last = None if index is None else replace(self.reading(fields, None, past, index), cache=cache)
+            last = None if index is None else replace(self.context(fields, None, past, index), cache=cache)
         learning = cache is None and torch.is_grad_enabled()
-        again = self.recompute and learning
+        again = self.gradient_checkpointing and learning
         for layer, (block, crossing) in enumerate(zip(layers, crossed, strict=True)):
-            here = reading if last is None or layer < len(layers) - 1 else last
+            here = context if last is None or layer < len(layers) - 1 else last
             here = here if here.slots is None else replace(here, slots=here.slots.of(layer))
             if past is not None and past.pairs:
-                here = replace(here, front=past.pairs[layer])
+                here = replace(here, prefix_kv=past.pairs[layer])
             earlier = past.states[layer] if past is not None and past.states else None
             if kept is not None:
                 kept.append(x)
@@ -137,21 +139,21 @@ class TransformerStack(nn.Module):
         x = self.norm(x)
         if kept is not None:
             kept.append(x)
-        return x if last is None or last.narrow is None else last.narrow.spread(x, fields["tokens"].shape[1])
+        return x if last is None or last.subset is None else last.subset.scatter(x, fields["tokens"].shape[1])
 
     def enter(self, x: Tensor) -> Tensor:
         """Embeddings (B, T, table width) as the first block takes them: (B, T, width)."""
         x = self.drop(self.embed_norm(x))
         return x if self.project is None else self.project(x)
 
-    def entering(self, x: Tensor, fields: Batch) -> list[Tensor]:
+    def block_inputs(self, x: Tensor, fields: Batch) -> list[Tensor]:
         """The states (B, T, width) that enter each block; the last block itself need not be run."""
-        reading, out = self.reading(fields, None), [self.enter(x)]
+        context, out = self.context(fields, None), [self.enter(x)]
         for block in self.layers()[:-1]:
-            out.append(block(out[-1], reading))
+            out.append(block(out[-1], context))
         return out
 
-    def reading(
+    def context(
         self, fields: Batch, cache: KVCache | None, past: RowMemory | None = None, index: Tensor | None = None
     ) -> AttentionContext:
         """What the blocks share: who sees whom among these tokens and those before them, and where each stands.
@@ -159,16 +161,16 @@ class TransformerStack(nn.Module):
         index (B, W): the tokens that ask, where not all do.
         """
         positions = fields["positions"]
-        angles = rope_angles(positions, self.shape) if self.shape.position == "rotary" else None
-        if cache is not None and cache.shown is not None:
+        angles = rope_angles(positions, self.config) if self.config.position == "rotary" else None
+        if cache is not None and cache.decoding_mask is not None:
             # Noting takes time, of which a token has little: only for those who ask where the earlier ones stand.
-            asked = self.relative is not None or self.shape.position == "xlnet"
-            known = {n: cache.note(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
+            asked = self.relative is not None or self.config.position == "xlnet"
+            known = {n: cache.append_field(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
             bias = None if self.relative is None else self.relative(positions, known["positions"])
             # One product a layer in place of seven calls, as long as the calls are what costs.
             turned = None if angles is None or cache.rows > FEW else rotation(*angles)
             angles = angles if turned is None else None
-            return AttentionContext(cache.latest(), angles, turned, bias, cache, self.apart(fields, known))
+            return AttentionContext(cache.next_mask(), angles, turned, bias, cache, self.apart(fields, known))
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
         looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
         document = fields.get("document")
@@ -177,7 +179,7 @@ class TransformerStack(nn.Module):
         if past is not None:
             keys = {name: with_memory(past.fields, name, value) for name, value in keys.items()}
         if cache is not None:
-            keys = {name: cache.note(name, value) for name, value in keys.items()}
+            keys = {name: cache.append_field(name, value) for name, value in keys.items()}
         narrow, flex, asking = None, self.flex, fields
         if index is not None:
             asking = {
@@ -186,44 +188,46 @@ class TransformerStack(nn.Module):
                 if n in ("positions", "segments")
             }
             narrow, flex = (
-                PositionSubset(index, None if angles is None else rope_angles(asking["positions"], self.shape)),
+                PositionSubset(index, None if angles is None else rope_angles(asking["positions"], self.config)),
                 False,
             )
             looks, document = looks.gather(1, index), None if document is None else document.gather(1, index)
-        sees = AttentionMask.lower(looks, keys["appears"], document, keys.get("document"), flex, keys.get("leaves"))
+        mask = AttentionMask.from_times(
+            looks, keys["appears"], document, keys.get("document"), flex, keys.get("leaves")
+        )
         if self.linformer is not None:
-            slots = self.linformer.at(positions.shape[-1], sees)
-            return AttentionContext(slots.sees, angles, slots=slots)
-        if sees.keys:
-            keys = {name: value[..., : sees.keys] for name, value in keys.items()}
+            slots = self.linformer.at(positions.shape[-1], mask)
+            return AttentionContext(slots.mask, angles, slots=slots)
+        if mask.num_keys:
+            keys = {name: value[..., : mask.num_keys] for name, value in keys.items()}
         bias = None if self.relative is None else self.relative(asking["positions"], keys["positions"])
-        return AttentionContext(sees, angles, None, bias, cache, self.apart(asking, keys), narrow=narrow)
+        return AttentionContext(mask, angles, None, bias, cache, self.apart(asking, keys), subset=narrow)
 
     def apart(self, fields: Batch, keys: Batch) -> DistanceIndex | None:
         """How far apart queries and keys stand, for blocks that ask (XLNet's)."""
-        if self.shape.position != "xlnet":
+        if self.config.position != "xlnet":
             return None
-        index, table = distance_index(fields["positions"], keys["positions"], self.shape.width)
-        told = "segments" in fields and self.shape.segments
+        index, table = distance_index(fields["positions"], keys["positions"], self.config.hidden_size)
+        told = "segments" in fields and self.config.type_vocab_size
         return DistanceIndex(
             index, table, fields["segments"][:, :, None] != keys["segments"][:, None, :] if told else None
         )
 
     def crossing(self, fields: Batch, source: Batch, cache: KVCache | None) -> AttentionMask:
         """Which tokens of the source these tokens see: all of their document's. Lowered once where a row is written."""
-        writing = cache is not None and cache.shown is not None
-        if cache is not None and writing and cache.across is not None:
-            return cache.across
+        writing = cache is not None and cache.decoding_mask is not None
+        if cache is not None and writing and cache.cross_mask is not None:
+            return cache.cross_mask
         whenever = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
-        sees = AttentionMask.lower(
+        mask = AttentionMask.from_times(
             whenever, source["appears"], fields.get("document"), source.get("document"), self.flex
         )
         if cache is not None and writing:
-            cache.across = sees
-        return sees
+            cache.cross_mask = mask
+        return mask
 
     @property
     def flex(self) -> bool | None:
         """Whether to make block masks, which can carry neither a bias nor dropout. None: where they pay."""
-        biased = self.relative is not None or self.shape.position == "xlnet"
-        return False if biased or (self.training and self.shape.dropout) else None
+        biased = self.relative is not None or self.config.position == "xlnet"
+        return False if biased or (self.training and self.config.dropout) else None

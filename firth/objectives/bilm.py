@@ -31,21 +31,21 @@ class BiLM(Objective):
     """Predict the next token from the left and the previous one from the right: {"tokens"}, and "document" where several.
 
     >>> vocab = Vocab(size=10, roles={}, special=np.zeros(10, bool))
-    >>> seen = BiLM().view({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(0))
+    >>> seen = BiLM().build_example({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["next"].tolist(), seen["previous"].tolist()
     ([5, 6, 7], [6, 7, -100], [-100, 5, 6])
     """
 
-    targets: ClassVar[dict[str, str]] = {"forward": "next", "backward": "previous"}
-    keeps: ClassVar[bool] = True
+    labels: ClassVar[dict[str, str]] = {"forward": "next", "backward": "previous"}
+    keeps_fields: ClassVar[bool] = True
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "apart"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"lm": LMHead(one_reader(shape))}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(one_reader(config))}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         after, before = np.full(len(tokens), IGNORE), np.full(len(tokens), IGNORE)
         after[:-1], before[1:] = tokens[1:], tokens[:-1]
@@ -63,9 +63,9 @@ class BiLM(Objective):
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         asked = flops.supervised_positions(batch["next"]) + flops.supervised_positions(batch["previous"])
-        return flops.head_flops(one_reader(model.shape), asked)
+        return flops.head_flops(one_reader(model.config), asked)
 
 
-def one_reader(shape: ModelConfig) -> ModelConfig:
+def one_reader(config: ModelConfig) -> ModelConfig:
     """The shape of one of the two language models, whose head this is."""
-    return replace(shape, width=shape.table_width, head_width=0, apart=False, causal=True)
+    return replace(config, hidden_size=config.embedding_dim, head_dim=0, separate_directions=False, causal=True)

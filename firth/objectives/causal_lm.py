@@ -19,15 +19,15 @@ class CausalLM(TokenObjective):
 
     >>> from firth.tokenizer.vocab import Vocab
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
-    >>> seen = CausalLM().view({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
+    >>> seen = CausalLM().build_example({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["looks"].tolist()
     ([5, 6, 7], [6, 7, 8], [0, 1, 2])
     """
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         shown = (
             {"tokens": tokens[:-1], "labels": tokens[1:]}
@@ -41,7 +41,7 @@ class CausalLM(TokenObjective):
             shown |= {"document": document[:-1], "labels": labels}
         return shown
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         """What stands behind the token cannot be shown."""
         begin = [vocab.roles["bos"]] if "bos" in vocab.roles else []
         shown = np.concatenate((begin, tokens[:at])).astype(tokens.dtype)

@@ -35,16 +35,16 @@ READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "both", "last":
 """Where an answer is read -> how the text has to be read for it; "auto" is settled by the shape."""
 
 
-def readout_of(shape: ModelConfig, reads: AttentionPattern = "any") -> Readout:
+def readout_of(config: ModelConfig, reads: AttentionPattern = "any") -> Readout:
     """Where a class is read off a model of this shape that has learnt to read a text so.
 
     >>> from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
     >>> [readout_of(make(vocab=9, width=64, depth=1)) for make in (encoder_config, decoder_config, encoder_decoder_config)]
     ['first', 'last', 'answer']
     """
-    if "source" in shape.honours:
+    if "source" in config.supported_patterns:
         return "answer"
-    return "first" if "both" in shape.honours and reads != "left" else "last"
+    return "first" if "both" in config.supported_patterns and reads != "left" else "last"
 
 
 def classification_head(width: int, count: int) -> nn.Linear:
@@ -80,20 +80,20 @@ class ReadoutObjective(Objective):
 
     asks: ClassVar[tuple[str, ...]] = ("class",)
 
-    at: Readout | Literal["auto"] = "auto"
+    position: Readout | Literal["auto"] = "auto"
 
     @property
     def place(self) -> Readout:
         """Where the answer is read; at the first token while no shape is known."""
-        return "first" if self.at == "auto" else self.at
+        return "first" if self.position == "auto" else self.position
 
-    def reads(self) -> AttentionPattern:
-        return READOUTS[self.at]
+    def attention_pattern(self) -> AttentionPattern:
+        return READOUTS[self.position]
 
-    def fitted(self, shape: ModelConfig) -> Objective:
-        return dataclasses.replace(self, at=readout_of(shape)) if self.at == "auto" else self
+    def for_model(self, config: ModelConfig) -> Objective:
+        return dataclasses.replace(self, position=readout_of(config)) if self.position == "auto" else self
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def needed_positions(self, batch: Batch) -> Tensor | None:
         return functools.reduce(torch.logical_or, (batch[name] != IGNORE for name in self.asks))
 
 
@@ -108,65 +108,72 @@ class Classification(ReadoutObjective):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 6, 2]), "label": 1}
-    >>> seen = Classification(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))
+    >>> seen = Classification(class_names=("bad", "good")).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["class"].tolist()
     ([1, 5, 6, 2], [1, -100, -100, -100])
-    >>> Classification(weights="balanced").told(lambda: DataStats(("ham", "spam"), (90, 10))).weights
+    >>> Classification(class_weights="balanced").with_stats(lambda: DataStats(("ham", "spam"), (90, 10))).weights
     (0.5555555555555556, 5.0)
     """
 
-    targets: ClassVar[dict[str, str]] = {"class": "class"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "class"}
+    labels: ClassVar[dict[str, str]] = {"class": "class"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "class"}
 
-    classes: tuple[str, ...] = ()
-    smoothing: ShareBelowOne = 0.0
-    weights: tuple[NonNegativeFloat, ...] | Literal["balanced"] = ()
+    class_names: tuple[str, ...] = ()
+    label_smoothing: ShareBelowOne = 0.0
+    class_weights: tuple[NonNegativeFloat, ...] | Literal["balanced"] = ()
     head: Literal["linear", "family"] = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights and self.weights != "balanced" and self.classes and len(self.weights) != len(self.classes):
-            raise UserError(f"there are {len(self.weights)} weights for {len(self.classes)} classes: give one for each")
+        if (
+            self.class_weights
+            and self.class_weights != "balanced"
+            and self.class_names
+            and len(self.class_weights) != len(self.class_names)
+        ):
+            raise UserError(
+                f"there are {len(self.class_weights)} weights for {len(self.class_names)} classes: give one for each"
+            )
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
-        named = self if self.classes else dataclasses.replace(self, classes=known().classes)
-        if self.weights != "balanced":
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+        named = self if self.class_names else dataclasses.replace(self, class_names=known().class_names)
+        if self.class_weights != "balanced":
             return named
-        counts = known().counts
+        counts = known().class_counts
         share = sum(counts) / len(counts)
-        return dataclasses.replace(named, weights=tuple(share / n if n else 0.0 for n in counts))
+        return dataclasses.replace(named, class_weights=tuple(share / n if n else 0.0 for n in counts))
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "label"})
 
-    def lacks(self, shape: ModelConfig) -> str:
+    def missing_from(self, config: ModelConfig) -> str:
         # XLNet's, T5's and BART's classes read their answer where none of our places is.
-        elsewhere = shape.encoder or shape.position == "xlnet"
-        named = any(headed.part == "classes" for family in families_of(shape) for headed in family.headed)
+        elsewhere = config.num_encoder_layers or config.position == "xlnet"
+        named = any(headed.part == "classes" for family in families_of(config) for headed in family.heads)
         if self.head == "linear" or (named and not elsewhere):
             return ""
         return "no class of transformers reads a text with it as firth does, so set objective.head=linear"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        count = len(self.classes)
-        theirs = head_of(families_of(shape), "classes", shape, count) if self.head == "family" else None
-        return {"classes": theirs or classification_head(shape.width, count)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        count = len(self.class_names)
+        theirs = head_of(families_of(config), "classes", config, count) if self.head == "family" else None
+        return {"classes": theirs or classification_head(config.hidden_size, count)}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return ask_at_position("class", example["label"], example, self.place, vocab)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, wanted = supervised(outputs["hidden"], batch["class"])
-        scores = model.parts["classes"](states)  # (N, classes)
+        scores = model.heads["classes"](states)  # (N, classes)
         return {
-            "class": choice_loss(scores, wanted, self.smoothing, self.weighing(scores.device)),
+            "class": choice_loss(scores, wanted, self.label_smoothing, self.weighing(scores.device)),
             "accuracy": num_correct(scores, wanted),
         }
 
     def weighing(self, device: torch.device) -> Tensor | None:
         """What each class counts, (classes,); None where all count 1."""
-        if self.weights == "balanced":
+        if self.class_weights == "balanced":
             raise UserError(
                 "weights=balanced needs the number of examples of each class, which this data does not tell"
             )
-        return torch.tensor(self.weights, device=device) if self.weights else None
+        return torch.tensor(self.class_weights, device=device) if self.class_weights else None

@@ -48,16 +48,16 @@ def texts(rows: list[np.ndarray], vocab: Vocab) -> Example:
 class PooledObjective(Objective):
     """What both share. at: a text's representation is the "mean" of its states or the "first" of them, at [CLS]."""
 
-    lays: ClassVar[frozenset[str]] = frozenset()
+    output_fields: ClassVar[frozenset[str]] = frozenset()
 
-    at: Literal["mean", "first"] = "mean"
+    position: Literal["mean", "first"] = "mean"
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "both"
 
     def represent(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Unit vectors: hidden (..., T, width) -> (..., width) float32."""
-        states = hidden[..., 0, :] if self.at == "first" else average(hidden, batch.get("appears"))
+        states = hidden[..., 0, :] if self.position == "first" else average(hidden, batch.get("appears"))
         return F.normalize(states.float(), dim=-1)
 
 
@@ -72,20 +72,20 @@ class Contrastive(PooledObjective):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"first": np.array([5]), "second": np.array([6, 7]), "other": np.array([8, 8])}
-    >>> seen = Contrastive().view(example, vocab, np.random.default_rng(0))
+    >>> seen = Contrastive().build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["similar"].tolist()
     ([[1, 5, 2, 0], [1, 6, 7, 2], [1, 8, 8, 2]], [1, 0])
     """
 
-    targets: ClassVar[dict[str, str]] = {"contrastive": "similar"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "similar", "nearer": "compared", "alignment": "alike"}
+    labels: ClassVar[dict[str, str]] = {"contrastive": "similar"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "similar", "nearer": "compared", "alignment": "alike"}
 
     margin: Annotated[float, Range(gt=0, le=2)] = 1.0
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "segments", "label"} if "label" in given else {"first", "second", "other"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if "first" in example:
             seen = texts([example["first"], example["second"], example["other"]], vocab)
             similar = np.array([1, 0])
@@ -120,28 +120,28 @@ class InfoNCE(PooledObjective):
     the measure to look at is that of held-out pairs.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
-    >>> InfoNCE().view({"tokens": np.array([1, 5, 6, 2])}, vocab, np.random.default_rng(0))["tokens"].tolist()
+    >>> InfoNCE().build_example({"tokens": np.array([1, 5, 6, 2])}, vocab, np.random.default_rng(0))["tokens"].tolist()
     [[1, 5, 6, 2], [1, 5, 6, 2]]
     """
 
-    targets: ClassVar[dict[str, str]] = {"infonce": "text"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "text", "alignment": "text"}
-    whole: ClassVar[bool] = True
+    labels: ClassVar[dict[str, str]] = {"infonce": "text"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "text", "alignment": "text"}
+    needs_full_batch: ClassVar[bool] = True
 
-    views: Literal["dropout", "neighbours"] = "dropout"
+    num_views: Literal["dropout", "neighbours"] = "dropout"
     temperature: PositiveFloat = 0.05
 
-    def lacks(self, shape: ModelConfig) -> str:
-        same = self.views == "dropout" and not shape.dropout
+    def missing_from(self, config: ModelConfig) -> str:
+        same = self.num_views == "dropout" and not config.dropout
         return (
             "two views of a text differ by dropout alone, and shape.dropout is 0: set shape.dropout=0.1" if same else ""
         )
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens"} if self.views == "dropout" else {"first", "second"})
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        return frozenset({"tokens"} if self.num_views == "dropout" else {"first", "second"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        if self.views == "dropout":
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        if self.num_views == "dropout":
             seen = layout.group([{"tokens": example["tokens"]}] * 2)
         else:
             seen = texts([example["first"], example["second"]], vocab)

@@ -37,7 +37,7 @@ class Denoising(TokenObjective):
 
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(10) < 3,
     ...               spelling=tuple(b" a" if i != 5 else b"!" for i in range(10)))
-    >>> seen = Denoising().view({"tokens": np.array([3, 4, 5, 6, 7, 8])}, vocab, np.random.default_rng(4))
+    >>> seen = Denoising().build_example({"tokens": np.array([3, 4, 5, 6, 7, 8])}, vocab, np.random.default_rng(4))
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
     source_tokens [6, 7, 8, 3, 2, 1]
     tokens [0, 3, 4, 5, 6, 7, 8]
@@ -47,7 +47,7 @@ class Denoising(TokenObjective):
     added_tokens: ClassVar[int] = 1  # the stop token
 
     noises: tuple[Damage, ...] = ("permutation", "infilling")
-    rate: OpenShare = 0.3
+    noise_density: OpenShare = 0.3
     layout: Seq2SeqLayout = "seq2seq"
 
     def __post_init__(self) -> None:
@@ -59,15 +59,15 @@ class Denoising(TokenObjective):
     def text_units(self) -> frozenset[str]:
         return frozenset({"sentences"} if "permutation" in self.noises else ())
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "source" if self.layout == "seq2seq" else "prefix"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        damaged = corrupt(self.noises, tokens, vocab, self.rate, rng)
+        damaged = corrupt(self.noises, tokens, vocab, self.noise_density, rng)
         return layout.layout_of(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
+    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
         """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The answer
         is the whole text."""
         behind = pieces[1:]
@@ -75,7 +75,7 @@ class Denoising(TokenObjective):
             behind = [np.insert(piece, 0, vocab.mask) for piece in behind]
         return InfillPrompt(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         """The token is masked, or gone where that is the damage; asked when the answer has come to its place."""
         gone = np.arange(len(tokens)) == at
         shown = tokens[~gone] if self.noises == ("deletion",) else np.where(gone, vocab.mask, tokens)

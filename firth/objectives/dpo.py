@@ -59,29 +59,29 @@ class DPO(Objective):
     """
 
     beta: PositiveFloat = 0.1
-    smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
     dropout: bool = False
 
-    lays: ClassVar[frozenset[str]] = frozenset()
-    precomputed: ClassVar[frozenset[str]] = frozenset({"reference"})
-    targets: ClassVar[dict[str, str]] = {"dpo": "preferred"}
-    measures: ClassVar[dict[str, str]] = {
+    output_fields: ClassVar[frozenset[str]] = frozenset()
+    precomputed_fields: ClassVar[frozenset[str]] = frozenset({"reference"})
+    labels: ClassVar[dict[str, str]] = {"dpo": "preferred"}
+    metrics: ClassVar[dict[str, str]] = {
         "accuracy": "preferred",
         "margin": "preferred",
         "chosen": "preferred",
         "rejected": "preferred",
     }
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"lm": LMHead(shape)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(config)}
 
-    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
         """Say it where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
         split = "valid/" if "valid/chosen" in metrics else ""
         chosen, rejected = (metrics.get(f"{split}{name}", 0.0) for name in ("chosen", "rejected"))
@@ -94,11 +94,11 @@ class DPO(Objective):
             "the model nearer to the reference."
         ]
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         frozen = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
         return build_comparison(example) | frozen
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def needed_positions(self, batch: Batch) -> Tensor | None:
         return batch["labels"] != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class DPO(Objective):
         wrong = choice_loss(-self.beta * gain, preferred)
         chosen, rejected = gain.detach().sum(0)
         return {
-            "dpo": (1 - self.smoothing) * right + self.smoothing * wrong,
+            "dpo": (1 - self.label_smoothing) * right + self.label_smoothing * wrong,
             "accuracy": num_correct(gain.detach(), preferred),
             "margin": self.beta * (chosen - rejected),
             "chosen": chosen,

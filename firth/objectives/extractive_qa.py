@@ -40,50 +40,50 @@ class QuestionAnswering(Objective):
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
     >>> example = {"tokens": np.array([1, 5, 2, 6, 7, 2]), "start": 3, "end": 4}
-    >>> seen = QuestionAnswering().view(example, vocab, np.random.default_rng(0))
+    >>> seen = QuestionAnswering().build_example(example, vocab, np.random.default_rng(0))
     >>> seen["starts"].tolist(), seen["ends"].tolist()
     ([-100, -100, -100, 1, -100, -100], [-100, -100, -100, -100, 1, -100])
     """
 
-    targets: ClassVar[dict[str, str]] = {"span": "starts"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "ends"}
+    labels: ClassVar[dict[str, str]] = {"span": "starts"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "ends"}
 
-    at: Literal["auto", "first", "last"] = "auto"
-    unanswerable: bool | None = None
+    position: Literal["auto", "first", "last"] = "auto"
+    has_unanswerable: bool | None = None
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
-        if self.unanswerable is not None:
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+        if self.has_unanswerable is not None:
             return self
-        return dataclasses.replace(self, unanswerable=known().unanswerable)
+        return dataclasses.replace(self, has_unanswerable=known().has_unanswerable)
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "start", "end"})
 
-    def reads(self) -> AttentionPattern:
-        return READOUTS[self.at]
+    def attention_pattern(self) -> AttentionPattern:
+        return READOUTS[self.position]
 
     @property
     def place(self) -> Literal["first", "last"]:
         """Which token says so; the first while no shape is known."""
-        return "last" if self.at == "last" else "first"
+        return "last" if self.position == "last" else "first"
 
-    def fitted(self, shape: ModelConfig) -> Objective:
-        if self.at != "auto":
+    def for_model(self, config: ModelConfig) -> Objective:
+        if self.position != "auto":
             return self
-        return dataclasses.replace(self, at="last" if readout_of(shape) == "last" else "first")
+        return dataclasses.replace(self, position="last" if readout_of(config) == "last" else "first")
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"span": classification_head(shape.width, 2)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"span": classification_head(config.hidden_size, 2)}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shown = {name: example[name] for name in ("tokens", "segments") if name in example}
         n = len(shown["tokens"])
-        nowhere = n - 1 if self.at == "last" else 0
-        order = layout.causal(n) if self.at == "last" else {}
+        nowhere = n - 1 if self.position == "last" else 0
+        order = layout.causal(n) if self.position == "last" else {}
         return shown | {f"{end}s": _told(n, example[end], nowhere) for end in ("start", "end")} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        scores = model.parts["span"](outputs["hidden"]).float()  # (B, T, 2)
+        scores = model.heads["span"](outputs["hidden"]).float()  # (B, T, 2)
         text = texts(batch)
         loss, right = torch.zeros((), device=scores.device), torch.ones((), dtype=torch.bool, device=scores.device)
         for side, field in enumerate(("starts", "ends")):

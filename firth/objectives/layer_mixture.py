@@ -5,7 +5,7 @@ layer and a scale, and the model learns nothing. Lower layers know more of gramm
 task finds what it needs.
 
 >>> from firth.objectives.token_classification import TokenClassification
->>> (LayerMixture() + TokenClassification()).targets
+>>> (LayerMixture() + TokenClassification()).labels
 {'tags': 'tags'}
 """
 
@@ -32,30 +32,30 @@ class LayerMixture(Objective):
     frozen: the model is read without gradient and without dropout, so that it stays what it was.
     """
 
-    keeps: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
+    keeps_fields: ClassVar[bool] = True
+    standalone: ClassVar[bool] = False
 
     frozen: bool = True
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset()
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"mixture": ScalarMix(shape.depth + 1)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"mixture": ScalarMix(config.num_layers + 1)}
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
         learning = model.training
         model.train(learning and not self.frozen)
         with torch.no_grad() if self.frozen else nullcontext():
-            states = model.layers(batch)  # (depth + 1, ..., T, width)
+            states = model.all_hidden_states(batch)  # (depth + 1, ..., T, width)
         model.train(learning)
-        return {"hidden": model.parts["mixture"](states)}
+        return {"hidden": model.heads["mixture"](states)}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {}
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
-        whole = super().run_flops(model, batch)
+    def forward_flops(self, model: LM, batch: Batch) -> float:
+        whole = super().forward_flops(model, batch)
         # A model whose weights are frozen themselves is counted so by the loop (`firth.model.flops.trained_share`).
-        learns = any(p.requires_grad for p in model.trunk.parameters())
+        learns = any(p.requires_grad for p in model.stack.parameters())
         return whole / 3 if self.frozen and learns else whole

@@ -36,57 +36,57 @@ class MLM(TokenObjective):
     example, drawn once (BERT: 10); what else is drawn for a copy (whether its pair belongs together) is fixed with it.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1, "cls": 2, "sep": 3}, special=np.arange(10) < 4)
-    >>> seen = MLM(rate=0.5, masked=1.0, random=0.0).view(
+    >>> seen = MLM(mlm_probability=0.5, mask_fraction=1.0, random_fraction=0.0).build_example(
     ...     {"tokens": np.array([2, 5, 6, 7, 8, 3])}, vocab, np.random.default_rng(2))
     >>> seen["tokens"].tolist(), seen["labels"].tolist()
     ([2, 1, 6, 1, 8, 3], [-100, 5, -100, 7, -100, -100])
     """
 
-    keeps: ClassVar[bool] = True
+    keeps_fields: ClassVar[bool] = True
 
-    rate: OpenShare = 0.15
+    mlm_probability: OpenShare = 0.15
     noise: Kind = "iid"
-    masked: Share = 0.8
-    random: Share = 0.1
-    alike: bool = False
-    masks: NonNegativeInt = 0
+    mask_fraction: Share = 0.8
+    random_fraction: Share = 0.1
+    whole_span_replacement: bool = False
+    num_maskings: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.masked + self.random > 1:
+        if self.mask_fraction + self.random_fraction > 1:
             raise UserError(
-                f"mlm: masked={self.masked} and random={self.random} are shares of the same tokens: make them at most 1 together"
+                f"mlm: masked={self.mask_fraction} and random={self.random_fraction} are shares of the same tokens: make them at most 1 together"
             )
 
     @property
-    def copies(self) -> int:
-        return self.masks
+    def num_copies(self) -> int:
+        return self.num_maskings
 
     @property
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "both"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        at = NOISES[self.noise](tokens, vocab, self.rate, rng).nonzero()[0]
+        at = NOISES[self.noise](tokens, vocab, self.mlm_probability, rng).nonzero()[0]
         kind = rng.random(len(at))
-        if self.alike:
+        if self.whole_span_replacement:
             kind = kind[(np.diff(at, prepend=-1) != 1).cumsum() - 1]
         labels, shown = np.empty_like(tokens), tokens.copy()
         labels.fill(IGNORE)
         labels[at] = tokens[at]
-        shown[at] = apply_mask_tokens(tokens[at], vocab, self.masked, self.random, kind, rng)
+        shown[at] = apply_mask_tokens(tokens[at], vocab, self.mask_fraction, self.random_fraction, kind, rng)
         return example | {"tokens": shown, "labels": labels}
 
-    def view_many(
+    def build_examples(
         self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
         """Return `view` of many examples: the same numbers are drawn for each, and all else is done to all of them at once."""
-        if self.noise != "iid" or self.alike or type(self).view is not MLM.view:
-            return super().view_many(examples, vocab, draws, streams)
+        if self.noise != "iid" or self.whole_span_replacement or type(self).build_example is not MLM.build_example:
+            return super().build_examples(examples, vocab, draws, streams)
         tokens = np.concatenate([example["tokens"] for example in examples])
         lengths = np.array([len(example["tokens"]) for example in examples])
         ends, room = np.cumsum(lengths), lengths // 2 + 8  # draws for hidden tokens: six times as many as they are
@@ -96,14 +96,14 @@ class MLM(TokenObjective):
         for stream, low, high in zip(streams, starts.tolist(), stops.tolist(), strict=True):
             draws.at(*stream).random(out=drawn[low:high])
         for_each = np.repeat(starts - ends + lengths, lengths) + np.arange(len(tokens))
-        at = np.flatnonzero((drawn[for_each] < self.rate) > vocab.special[tokens])
+        at = np.flatnonzero((drawn[for_each] < self.mlm_probability) > vocab.special[tokens])
         owner = ends.searchsorted(at, "right")
         hidden = np.bincount(owner, minlength=len(examples))
         first = np.cumsum(hidden) - hidden
         place = np.arange(len(at)) - first[owner] + (starts + lengths)[owner]
         kind = drawn[np.minimum(place, stops[owner] - 1)]
-        masked = kind < self.masked
-        others = np.flatnonzero((kind < self.masked + self.random) > masked)
+        masked = kind < self.mask_fraction
+        others = np.flatnonzero((kind < self.mask_fraction + self.random_fraction) > masked)
         owners = owner[others]
         random = np.bincount(owners, minlength=len(examples))
         place = np.arange(len(others)) - (np.cumsum(random) - random)[owners] + (starts + lengths + hidden)[owners]
@@ -116,10 +116,10 @@ class MLM(TokenObjective):
             for example, low, high in zip(examples, (ends - lengths).tolist(), ends.tolist(), strict=True)
         ]
         for i in np.flatnonzero(hidden + random > room).tolist():
-            made[i] = self.view(examples[i], vocab, draws.at(*streams[i]))
+            made[i] = self.build_example(examples[i], vocab, draws.at(*streams[i]))
         return made
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         shown = vocab.frame(tokens)
         labels = np.full(len(shown), IGNORE)
         labels[at + 1], shown[at + 1] = tokens[at], vocab.mask

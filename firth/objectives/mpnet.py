@@ -37,39 +37,41 @@ class MPNet(TokenObjective):
     masked, random: shares of the stand-ins that are [MASK] and some other token; the rest is the token itself.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1}, special=np.arange(10) < 2)
-    >>> objective = MPNet(rate=0.5, masked=1.0, random=0.0)
-    >>> seen = objective.view({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
+    >>> objective = MPNet(mlm_probability=0.5, mask_fraction=1.0, random_fraction=0.0)
+    >>> seen = objective.build_example({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
     >>> for name in ("tokens", "positions", "labels"): print(name, seen[name].tolist())
     tokens [5, 6, 7, 8, 1, 1, 1, 1]
     positions [0, 1, 2, 3, 0, 2, 0, 2]
     labels [-100, -100, -100, -100, -100, -100, 5, 7]
     """
 
-    rate: OpenShare = 0.15
+    mlm_probability: OpenShare = 0.15
     noise: Kind = "count"
-    masked: Share = 0.8
-    random: Share = 0.1
+    mask_fraction: Share = 0.8
+    random_fraction: Share = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.masked + self.random > 1:
+        if self.mask_fraction + self.random_fraction > 1:
             raise UserError(
-                f"mpnet: masked={self.masked} and random={self.random} are shares of the same tokens: make them at most 1 together"
+                f"mpnet: masked={self.mask_fraction} and random={self.random_fraction} are shares of the same tokens: make them at most 1 together"
             )
 
     @property
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "free"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.rate, rng)))
-        stands = apply_mask_tokens(tokens[order], vocab, self.masked, self.random, rng.random(len(order)), rng)
+        order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.mlm_probability, rng)))
+        stands = apply_mask_tokens(
+            tokens[order], vocab, self.mask_fraction, self.random_fraction, rng.random(len(order)), rng
+        )
         return layout.permuted(example, order, stands, compensated=True)
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         framed, mask = {"tokens": vocab.frame(tokens)}, np.array([vocab.mask], tokens.dtype)
         return layout.permuted(framed, np.array([at + 1]), mask, compensated=True)

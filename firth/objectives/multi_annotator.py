@@ -33,28 +33,28 @@ class MultiAnnotator(Classification):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "votes": np.array([1, 0, 1]), "label": 1}
-    >>> MultiAnnotator(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))["votes"].tolist()
+    >>> MultiAnnotator(class_names=("bad", "good")).build_example(example, vocab, np.random.default_rng(0))["votes"].tolist()
     [1, 0, 1]
     """
 
-    targets: ClassVar[dict[str, str]] = {"votes": "votes"}
-    packs: ClassVar[bool] = False
+    labels: ClassVar[dict[str, str]] = {"votes": "votes"}
+    packable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.smoothing or self.weights:
+        if self.label_smoothing or self.class_weights:
             raise UserError("weak: its loss has no softmax to smooth or to weigh: leave out smoothing and weights")
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "label", "votes"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        seen = super().view(example, vocab, rng)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        seen = super().build_example(example, vocab, rng)
         return seen | {"votes": np.asarray(example.get("votes", [example["label"]]), np.int64)}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, answers = supervised(outputs["hidden"], batch["class"])
-        scores = model.parts["classes"](states).float()  # (B, C)
+        scores = model.heads["classes"](states).float()  # (B, C)
         votes = batch["votes"]  # (B, K)
         # The loss is linear in the labels: what counts is how many say c, and how many say something else.
         given = (votes != IGNORE).sum(-1, keepdim=True)

@@ -38,47 +38,49 @@ class MultipleChoice(Objective):
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
     >>> example = {"options": [{"tokens": np.array([5, 6, 7])}, {"tokens": np.array([5, 8])}], "label": 1}
-    >>> seen = MultipleChoice(options=3).view(example, vocab, np.random.default_rng(0))
+    >>> seen = MultipleChoice(max_options=3).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["absent"].tolist(), int(seen["choice"])
     ([[5, 6, 7], [5, 8, 0], [5, 6, 7]], [False, False, True], 1)
     """
 
-    targets: ClassVar[dict[str, str]] = {"choice": "choice"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "choice"}
-    packs: ClassVar[bool] = False
-    lays: ClassVar[frozenset[str]] = frozenset()
+    labels: ClassVar[dict[str, str]] = {"choice": "choice"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "choice"}
+    packable: ClassVar[bool] = False
+    output_fields: ClassVar[frozenset[str]] = frozenset()
 
-    options: NonNegativeInt = 0
-    at: Literal["auto", "first", "last"] = "auto"
+    max_options: NonNegativeInt = 0
+    position: Literal["auto", "first", "last"] = "auto"
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"options", "label"})
 
-    def reads(self) -> AttentionPattern:
-        return READOUTS[self.at]
+    def attention_pattern(self) -> AttentionPattern:
+        return READOUTS[self.position]
 
-    def fitted(self, shape: ModelConfig) -> Objective:
-        if self.at != "auto":
+    def for_model(self, config: ModelConfig) -> Objective:
+        if self.position != "auto":
             return self
-        return dataclasses.replace(self, at="last" if readout_of(shape) == "last" else "first")
+        return dataclasses.replace(self, position="last" if readout_of(config) == "last" else "first")
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
-        return self if self.options else dataclasses.replace(self, options=known().options)
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+        return self if self.max_options else dataclasses.replace(self, max_options=known().max_options)
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"choice": classification_head(shape.width, 1)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"choice": classification_head(config.hidden_size, 1)}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        rows = [row | (layout.causal(len(row["tokens"])) if self.at == "last" else {}) for row in example["options"]]
-        most = self.options or len(rows)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        rows = [
+            row | (layout.causal(len(row["tokens"])) if self.position == "last" else {}) for row in example["options"]
+        ]
+        most = self.max_options or len(rows)
         if not 2 <= len(rows) <= most:
             raise UserError(f"a question of {len(rows)} options does not fit a group of 2 to {most}: set `options`")
         absent = np.arange(most) >= len(rows)
         shown = layout.group(rows + rows[:1] * (most - len(rows)))
         return shown | {"absent": absent, "choice": np.int64(example["label"])}
 
-    def wanted(self, batch: Batch) -> Tensor | None:
-        if self.at == "last":
+    def needed_positions(self, batch: Batch) -> Tensor | None:
+        if self.position == "last":
             return last(batch)
         first = torch.zeros_like(batch["tokens"], dtype=torch.bool)
         first[..., 0] = True
@@ -87,8 +89,8 @@ class MultipleChoice(Objective):
     def scores(self, model: LM, outputs: Outputs, batch: Batch) -> Tensor:
         """One number for each option, (B, K) float32; minus infinity for one that is not there."""
         hidden = outputs["hidden"]
-        states = last_state(hidden, batch) if self.at == "last" else hidden[..., 0, :]  # (B, K, width)
-        found: Tensor = model.parts["choice"](states)[..., 0].float()
+        states = last_state(hidden, batch) if self.position == "last" else hidden[..., 0, :]  # (B, K, width)
+        found: Tensor = model.heads["choice"](states)[..., 0].float()
         return found.masked_fill(batch["absent"], float("-inf"))
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -25,20 +25,20 @@ class NSP(SentencePairObjective):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"first": np.array([5]), "second": np.array([6, 7]), "other": np.array([8])}
-    >>> seen = NSP(follows=1.0).view(example, vocab, np.random.default_rng(0))
+    >>> seen = NSP(follows=1.0).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["next"].tolist()
     ([1, 5, 2, 6, 7, 2], [0, -100, -100, -100, -100, -100])
     """
 
-    targets: ClassVar[dict[str, str]] = {"next": "next"}
-    measures: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
+    labels: ClassVar[dict[str, str]] = {"next": "next"}
+    metrics: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
     asks: ClassVar[str] = "next"
 
     follows: Share = 0.5
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"first", "second", "other"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         stranger = bool(rng.random() >= self.follows)
         return self.laid(example["first"], example["other" if stranger else "second"], stranger, vocab)

@@ -55,12 +55,12 @@ class DataStats:
     and standard deviation of the numbers to be told. options: the most that a question has. unanswerable: whether some
     question has no answer."""
 
-    classes: tuple[str, ...] = ()
-    counts: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
     mean: float = 0.0
-    spread: float = 1.0
-    options: int = 0
-    unanswerable: bool = False
+    std: float = 1.0
+    max_options: int = 0
+    has_unanswerable: bool = False
 
 
 class Objective(Ranged, section="objective"):
@@ -85,31 +85,31 @@ class Objective(Ranged, section="objective"):
     those are computed without dropout, and two passes of the same weights must agree.
     """
 
-    targets: ClassVar[dict[str, str]] = {}
-    measures: ClassVar[dict[str, str]] = {}
-    whole: ClassVar[bool] = False
-    packs: ClassVar[bool] = True
-    lays: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    keeps: ClassVar[bool] = False
-    sentinels: ClassVar[int] = 0
-    alone: ClassVar[bool] = True
-    borrows: ClassVar[frozenset[str]] = frozenset()
-    precomputed: ClassVar[frozenset[str]] = frozenset()
+    labels: ClassVar[dict[str, str]] = {}
+    metrics: ClassVar[dict[str, str]] = {}
+    needs_full_batch: ClassVar[bool] = False
+    packable: ClassVar[bool] = True
+    output_fields: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    keeps_fields: ClassVar[bool] = False
+    num_sentinels: ClassVar[int] = 0
+    standalone: ClassVar[bool] = True
+    required_heads: ClassVar[frozenset[str]] = frozenset()
+    precomputed_fields: ClassVar[frozenset[str]] = frozenset()
     added_tokens: ClassVar[int] = 0
     dropout: bool = True
-    ratios: ClassVar[dict[str, tuple[str, str]]] = {}
-    classes: tuple[str, ...] = ()
+    metric_ratios: ClassVar[dict[str, tuple[str, str]]] = {}
+    class_names: tuple[str, ...] = ()
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
         """The objective with what its data knows, which is read only if it is asked for; most ask nothing."""
         return self
 
-    def fitted(self, shape: ModelConfig) -> Objective:
+    def for_model(self, config: ModelConfig) -> Objective:
         """The objective as it suits a shape, where it leaves that open (where an answer is read)."""
         return self
 
     @property
-    def copies(self) -> int:
+    def num_copies(self) -> int:
         """How many views each example has, which epochs take turns with; 0: a new one at every visit."""
         return 0
 
@@ -118,51 +118,51 @@ class Objective(Ranged, section="objective"):
         """What `view` looks for in a text: "words", "names", "sentences"; a run reports where it does not find them."""
         return frozenset()
 
-    def addends(self) -> tuple[Objective, ...]:
+    def components(self) -> tuple[Objective, ...]:
         """The objectives that it is the sum of, in the order of their views."""
         return (self,)
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         """The fields that `view` reads of an example with the fields `given`; a recipe whose segment gives fewer is refused."""
         return frozenset({"tokens"})
 
-    def hands_on(self, given: frozenset[str]) -> frozenset[str]:
+    def outputs(self, given: frozenset[str]) -> frozenset[str]:
         """The fields of what `view` makes of such an example, as far as another objective may count on them."""
-        own = self.lays.union(self.targets.values(), self.measures.values())
-        return own | given if self.keeps else own
+        own = self.output_fields.union(self.labels.values(), self.metrics.values())
+        return own | given if self.keeps_fields else own
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
         return "any"
 
-    def lacks(self, shape: ModelConfig) -> str:
+    def missing_from(self, config: ModelConfig) -> str:
         """What else a shape lacks to be trained so, and the setting that mends it; empty where nothing."""
         return ""
 
-    def scheduled(self, step: int) -> Objective:
+    def at_step(self, step: int) -> Objective:
         """The objective as it stands at a step of training: a weight that ramps up is a function of the step alone.
 
         Training alone asks; held-out text is always scored by the objective as the recipe states it.
         """
         return self
 
-    def finish(self, model: LM) -> None:
+    def finalize(self, model: LM) -> None:
         """What is done to a trained model before it is exported: a head that learnt in units of its own is put into the
         data's."""
 
-    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
         """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
         return []
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """What it adds to the model: a head, a generator, a value head."""
         return {}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         """What is shown and what is asked: a pure function of (example, rng), NumPy only, on the CPU."""
         return example
 
-    def view_many(
+    def build_examples(
         self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
         """Return `view` of many examples, all at once where that is faster.
@@ -173,30 +173,30 @@ class Objective(Ranged, section="objective"):
             draws: Gives the generator of each example.
             streams: The epoch and the index of each example, which its generator goes by.
         """
-        return [self.view(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
+        return [self.build_example(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def needed_positions(self, batch: Batch) -> Tensor | None:
         """Where the loss reads a state, (..., T) bool: others need not be made. None: it may be anywhere."""
         return None
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
         """How the model reads the batch; hidden: (..., T, width)."""
-        return {"hidden": model(batch, wanted=self.wanted(batch))}
+        return {"hidden": model(batch, wanted=self.needed_positions(batch))}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """One SUM (not mean) per term of `targets` and `measures`."""
         raise NotImplementedError(type(self).__name__)
 
-    def writer(self, model: LM) -> LM:
+    def lm_model(self, model: LM) -> LM:
         """The model whose vocabulary head answers `labels`, if one does: this one, or one among its parts."""
         return model
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
         """How one hidden token of a bare text (n,) is asked: `labels` hold tokens[at] alone, and what is shown is all that
         the objective lets a model see of the rest. None for an objective that asks for no token."""
         return None
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
+    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
         """Return how a text with gaps is shown to a model that writes what is missing; None: it does not learn to.
 
         Args:
@@ -208,13 +208,13 @@ class Objective(Ranged, section="objective"):
         """
         return None
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
+    def forward_flops(self, model: LM, batch: Batch) -> float:
         """What `run` costs, forward and backward (`firth.model.flops`). To be said anew where it is not one pass."""
-        work, prefix, prompt = forward_work(model, batch, self.wanted(batch)), model.prefix, model.prompt
+        work, prefix, prompt = forward_work(model, batch, self.needed_positions(batch)), model.prefix, model.prompt
         if prefix is not None or prompt is not None:
             counts = (0 if part is None else part.tokens for part in (prefix, prompt))
-            work = flops.with_prefix(work, batch, model.shape, *counts)
-        return flops.stack_flops(model.shape, work)
+            work = flops.with_prefix(work, batch, model.config, *counts)
+        return flops.stack_flops(model.config, work)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         """What `loss` costs beside that: the heads it runs. Those of a few rows are nothing; a vocabulary's counts."""
@@ -233,102 +233,104 @@ class Sum(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = "+".join(name_of(type(one)) for one in self.addends())
+        names = "+".join(name_of(type(one)) for one in self.components())
         apart = "train with one of them, or with one after the other (start=RUN)"
-        shared = self.first.targets.keys() & self.second.targets.keys()
+        shared = self.first.labels.keys() & self.second.labels.keys()
         if shared:
             raise UserError(f"cannot add {names}: two of them have the loss term {sorted(shared)[0]!r}; {apart}")
-        readers = [o for o in (self.first, self.second) if type(o).run is not Objective.run]
+        readers = [o for o in (self.first, self.second) if type(o).forward is not Objective.forward]
         if len(readers) == 2 and not any(isinstance(o, Sum) for o in readers):
             raise UserError(f"cannot add {names}: each runs the model in a way of its own; {apart}")
-        if len({self.first.reads(), self.second.reads()} - {"any"}) == 2:
-            ways = f"{PATTERN_DESCRIPTIONS[self.first.reads()]}, the other {PATTERN_DESCRIPTIONS[self.second.reads()]}"
+        if len({self.first.attention_pattern(), self.second.attention_pattern()} - {"any"}) == 2:
+            ways = f"{PATTERN_DESCRIPTIONS[self.first.attention_pattern()]}, the other {PATTERN_DESCRIPTIONS[self.second.attention_pattern()]}"
             raise UserError(f"cannot add {names}: one {ways}; {apart}")
-        object.__setattr__(self, "targets", self.first.targets | self.second.targets)
-        object.__setattr__(self, "measures", self.first.measures | self.second.measures)
-        object.__setattr__(self, "alone", self.first.alone or self.second.alone)
-        object.__setattr__(self, "borrows", self.first.borrows | self.second.borrows)
-        object.__setattr__(self, "precomputed", self.first.precomputed | self.second.precomputed)
+        object.__setattr__(self, "labels", self.first.labels | self.second.labels)
+        object.__setattr__(self, "metrics", self.first.metrics | self.second.metrics)
+        object.__setattr__(self, "standalone", self.first.standalone or self.second.standalone)
+        object.__setattr__(self, "required_heads", self.first.required_heads | self.second.required_heads)
+        object.__setattr__(self, "precomputed_fields", self.first.precomputed_fields | self.second.precomputed_fields)
         object.__setattr__(self, "dropout", self.first.dropout and self.second.dropout)
-        object.__setattr__(self, "whole", self.first.whole or self.second.whole)
-        object.__setattr__(self, "packs", self.first.packs and self.second.packs)
-        object.__setattr__(self, "ratios", self.first.ratios | self.second.ratios)
-        object.__setattr__(self, "classes", self.first.classes or self.second.classes)
+        object.__setattr__(self, "needs_full_batch", self.first.needs_full_batch or self.second.needs_full_batch)
+        object.__setattr__(self, "packable", self.first.packable and self.second.packable)
+        object.__setattr__(self, "metric_ratios", self.first.metric_ratios | self.second.metric_ratios)
+        object.__setattr__(self, "class_names", self.first.class_names or self.second.class_names)
 
-    def addends(self) -> tuple[Objective, ...]:
-        return self.first.addends() + self.second.addends()
+    def components(self) -> tuple[Objective, ...]:
+        return self.first.components() + self.second.components()
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
-        return Sum(self.first.told(known), self.second.told(known))
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+        return Sum(self.first.with_stats(known), self.second.with_stats(known))
 
-    def fitted(self, shape: ModelConfig) -> Objective:
-        return Sum(self.first.fitted(shape), self.second.fitted(shape))
+    def for_model(self, config: ModelConfig) -> Objective:
+        return Sum(self.first.for_model(config), self.second.for_model(config))
 
     @property
-    def copies(self) -> int:
-        return max(self.first.copies, self.second.copies)
+    def num_copies(self) -> int:
+        return max(self.first.num_copies, self.second.num_copies)
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        laid = self.first.hands_on(given)
-        return self.first.needs(given) | (self.second.needs(laid) - laid)
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+        laid = self.first.outputs(given)
+        return self.first.inputs(given) | (self.second.inputs(laid) - laid)
 
-    def hands_on(self, given: frozenset[str]) -> frozenset[str]:
-        return self.second.hands_on(self.first.hands_on(given))
+    def outputs(self, given: frozenset[str]) -> frozenset[str]:
+        return self.second.outputs(self.first.outputs(given))
 
-    def reads(self) -> AttentionPattern:
-        first = self.first.reads()
-        return self.second.reads() if first == "any" else first
+    def attention_pattern(self) -> AttentionPattern:
+        first = self.first.attention_pattern()
+        return self.second.attention_pattern() if first == "any" else first
 
-    def lacks(self, shape: ModelConfig) -> str:
-        return self.first.lacks(shape) or self.second.lacks(shape)
+    def missing_from(self, config: ModelConfig) -> str:
+        return self.first.missing_from(config) or self.second.missing_from(config)
 
-    def scheduled(self, step: int) -> Objective:
-        return dataclasses.replace(self, first=self.first.scheduled(step), second=self.second.scheduled(step))
+    def at_step(self, step: int) -> Objective:
+        return dataclasses.replace(self, first=self.first.at_step(step), second=self.second.at_step(step))
 
-    def finish(self, model: LM) -> None:
-        self.first.finish(model)
-        self.second.finish(model)
+    def finalize(self, model: LM) -> None:
+        self.first.finalize(model)
+        self.second.finalize(model)
 
-    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
-        return self.first.remarks(metrics) + self.second.remarks(metrics)
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
+        return self.first.notes(metrics) + self.second.notes(metrics)
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return self.first.parts(shape) | self.second.parts(shape)
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return self.first.heads(config) | self.second.heads(config)
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return self.second.view(self.first.view(example, vocab, rng), vocab, rng)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        return self.second.build_example(self.first.build_example(example, vocab, rng), vocab, rng)
 
     @property
     def _reader(self) -> Objective:
         """The one of the two that runs the model."""
-        return self.first if type(self.second).run is Objective.run else self.second
+        return self.first if type(self.second).forward is Objective.forward else self.second
 
-    def wanted(self, batch: Batch) -> Tensor | None:
-        first, second = self.first.wanted(batch), self.second.wanted(batch)
+    def needed_positions(self, batch: Batch) -> Tensor | None:
+        first, second = self.first.needed_positions(batch), self.second.needed_positions(batch)
         return None if first is None or second is None else first | second
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
         reader = self._reader
-        return super().run(model, batch) if type(reader).run is Objective.run else reader.run(model, batch)
+        return (
+            super().forward(model, batch) if type(reader).forward is Objective.forward else reader.forward(model, batch)
+        )
 
-    def writer(self, model: LM) -> LM:
-        return self._reader.writer(model)
+    def lm_model(self, model: LM) -> LM:
+        return self._reader.lm_model(model)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
-        asked_ = self.second.cloze(tokens, at, vocab)
-        return self.first.cloze(tokens, at, vocab) if asked_ is None else asked_
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
+        asked_ = self.second.hide(tokens, at, vocab)
+        return self.first.hide(tokens, at, vocab) if asked_ is None else asked_
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
-        shown = self.second.show_gaps(pieces, vocab)
-        return self.first.show_gaps(pieces, vocab) if shown is None else shown
+    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
+        shown = self.second.build_infill(pieces, vocab)
+        return self.first.build_infill(pieces, vocab) if shown is None else shown
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
+    def forward_flops(self, model: LM, batch: Batch) -> float:
         reader = self._reader
-        own = type(reader).run is Objective.run
-        return super().run_flops(model, batch) if own else reader.run_flops(model, batch)
+        own = type(reader).forward is Objective.forward
+        return super().forward_flops(model, batch) if own else reader.forward_flops(model, batch)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return self.first.loss_flops(model, batch) + self.second.loss_flops(model, batch)
@@ -337,12 +339,12 @@ class Sum(Objective):
 class TokenObjective(Objective):
     """Cross-entropy on `labels`: the loss of MLM, causal and prefix LM, span corruption, denoising and SFT alike."""
 
-    targets: ClassVar[dict[str, str]] = {"tokens": "labels"}
+    labels: ClassVar[dict[str, str]] = {"tokens": "labels"}
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"lm": LMHead(shape)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(config)}
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def needed_positions(self, batch: Batch) -> Tensor | None:
         return batch["labels"] != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -354,7 +356,7 @@ class TokenObjective(Objective):
 
 def forward_work(model: LM, batch: Batch, wanted: Tensor | None) -> flops.Work:
     """What one pass over a batch is to the model, whose last block is run for the wanted (..., T) alone where that pays."""
-    index = None if wanted is None or not model.shape.narrows else subset_positions(wanted.flatten(0, -2))
+    index = None if wanted is None or not model.config.supports_subset else subset_positions(wanted.flatten(0, -2))
     if wanted is None or index is None:
         return flops.work(batch)
     run = torch.zeros_like(wanted.flatten(0, -2)).scatter(-1, index, True)
@@ -366,14 +368,14 @@ def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
 
     hidden (..., T, width), labels (..., T) with IGNORE where nothing is asked. Returns a scalar.
     """
-    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+    head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     return head.nll(*supervised(hidden, labels))
 
 
 def vocabulary_flops(model: LM, labels: Tensor) -> float:
     """What the vocabulary head costs at the positions that are asked, in `token_loss` or `log_probs`."""
-    whole = flops.head_flops(model.shape, flops.supervised_positions(labels))
-    return whole if model.parts["lm"].weight.requires_grad else whole * 2 / 3
+    whole = flops.head_flops(model.config, flops.supervised_positions(labels))
+    return whole if model.heads["lm"].weight.requires_grad else whole * 2 / 3
 
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,7 +389,7 @@ def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_probs(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
     """log p(label) at every asked position, 0 elsewhere: (..., T) float32. Keeps the graph."""
-    head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+    head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     states, wanted = supervised(hidden, labels)
     out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     return out.masked_scatter(labels != IGNORE, head.log_probs(states, wanted))

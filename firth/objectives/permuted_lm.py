@@ -40,7 +40,7 @@ class PLM(TokenObjective):
     XLNet's span-based choice. order: in which order, at "random" or that of the text ("identity").
 
     >>> vocab = Vocab(size=10, roles={"mask": 1}, special=np.arange(10) < 2)
-    >>> seen = PLM(k=3).view({"tokens": np.array([4, 5, 6, 7, 8, 9])}, vocab, np.random.default_rng(0))
+    >>> seen = PLM(k=3).build_example({"tokens": np.array([4, 5, 6, 7, 8, 9])}, vocab, np.random.default_rng(0))
     >>> for name in ("tokens", "positions", "labels"): print(name, seen[name].tolist())
     tokens [4, 5, 6, 7, 8, 9, 1, 1]
     positions [0, 1, 2, 3, 4, 5, 3, 2]
@@ -55,14 +55,14 @@ class PLM(TokenObjective):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "free"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         asked = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))
         order = rng.permutation(asked) if self.order == "random" else asked
         return layout.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         return layout.permuted({"tokens": tokens}, np.array([at]), np.array([vocab.mask], tokens.dtype))

@@ -49,18 +49,18 @@ def value_head(width: int) -> nn.Linear:
 
 def has_critic(model: LM) -> bool:
     """Whether the model estimates values, with a critic or with a head on its own trunk."""
-    return "critic" in model.parts or "value" in model.parts
+    return "critic" in model.heads or "value" in model.heads
 
 
 def critic_states(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
     """The states that the value head reads: those of the critic, or `hidden` where the policy's trunk serves it."""
-    states: Tensor = model.parts["critic"](batch) if "critic" in model.parts else hidden
+    states: Tensor = model.heads["critic"](batch) if "critic" in model.heads else hidden
     return states
 
 
 def values(model: LM, states: Tensor) -> Tensor:
     """The value of each state: (..., width) -> (...) float32."""
-    head: nn.Module = model.parts["critic"].parts["value"] if "critic" in model.parts else model.parts["value"]  # type: ignore[index, assignment]
+    head: nn.Module = model.heads["critic"].parts["value"] if "critic" in model.heads else model.heads["value"]  # type: ignore[index, assignment]
     found: Tensor = head(states)[..., 0].float()
     return found
 
@@ -72,9 +72,9 @@ def start_critic(model: LM, weights: LM, mean: float = 0.0, scale: float = 1.0) 
     Returns:
         False, with nothing changed, if the model has no critic or the shapes differ.
     """
-    if "critic" not in model.parts:
+    if "critic" not in model.heads:
         return False
-    critic: LM = model.parts["critic"]  # type: ignore[assignment]
+    critic: LM = model.heads["critic"]  # type: ignore[assignment]
     mine, theirs = (
         {name: tensor for name, tensor in one.state_dict().items() if not name.startswith("parts.")}
         for one in (critic, weights)
@@ -83,9 +83,9 @@ def start_critic(model: LM, weights: LM, mean: float = 0.0, scale: float = 1.0) 
         return False
     for name, tensor in mine.items():
         tensor.copy_(theirs[name])
-    if "reward" in weights.parts:
-        head: nn.Linear = critic.parts["value"]  # type: ignore[assignment]
-        head.weight.copy_(weights.parts["reward"].weight / scale)  # type: ignore[arg-type, operator]
+    if "reward" in weights.heads:
+        head: nn.Linear = critic.heads["value"]  # type: ignore[assignment]
+        head.weight.copy_(weights.heads["reward"].weight / scale)  # type: ignore[arg-type, operator]
         head.bias.fill_(-mean / scale)
     return True
 
@@ -110,20 +110,20 @@ class PPO(Objective):
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True])}
     >>> drawn |= {name: np.array([0.0, 0.1, 0.2], np.float32) for name in PER_TOKEN}
-    >>> seen = PPO().view(drawn, vocab, np.random.default_rng(0))
+    >>> seen = PPO().build_example(drawn, vocab, np.random.default_rng(0))
     >>> seen["labels"].tolist(), [round(float(x), 1) for x in seen["old"]]
     ([6, 7], [0.1, 0.2])
     """
 
-    clip: PositiveFloat = 0.2
-    clip_value: NonNegativeFloat = 0.2
-    value: NonNegativeFloat = 0.1
+    clip_range: PositiveFloat = 0.2
+    value_clip_range: NonNegativeFloat = 0.2
+    value_coef: NonNegativeFloat = 0.1
     critic: Literal["own", "shared"] = "own"
     dropout: bool = False
 
-    precomputed: ClassVar[frozenset[str]] = frozenset({"old", "reference", "values"})
-    targets: ClassVar[dict[str, str]] = {"policy": "labels", "value": "labels"}
-    measures: ClassVar[dict[str, str]] = {
+    precomputed_fields: ClassVar[frozenset[str]] = frozenset({"old", "reference", "values"})
+    labels: ClassVar[dict[str, str]] = {"policy": "labels", "value": "labels"}
+    metrics: ClassVar[dict[str, str]] = {
         "kl_per_token": "labels",
         "moved": "labels",
         "entropy": "labels",
@@ -131,34 +131,34 @@ class PPO(Objective):
         "value_error": "labels",
     }
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "mask", *PER_TOKEN})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        value: dict[str, nn.Module] = {"value": value_head(shape.width)}
-        parts: dict[str, nn.Module] = {"lm": LMHead(shape)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        value: dict[str, nn.Module] = {"value": value_head(config.hidden_size)}
+        parts: dict[str, nn.Module] = {"lm": LMHead(config)}
         if self.critic == "shared":
             return parts | value
         with torch.random.fork_rng(devices=[]):  # its weights will be copied: the policy's draws do not depend on it
-            return parts | {"critic": LM(shape, value)}
+            return parts | {"critic": LM(config, value)}
 
-    def finish(self, model: LM) -> None:
+    def finalize(self, model: LM) -> None:
         """The exported model is the policy alone: a critic is of use to its own run only, and as large."""
-        if "critic" in model.parts:
-            del model.parts["critic"]
+        if "critic" in model.heads:
+            del model.heads["critic"]
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
-        outputs = super().run(model, batch)
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        outputs = super().forward(model, batch)
         return outputs | {"critic": critic_states(model, outputs["hidden"], batch)}
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
-        own = flops.stack_flops(model.shape, flops.work(batch)) if "critic" in model.parts else 0.0
-        return super().run_flops(model, batch) + own
+    def forward_flops(self, model: LM, batch: Batch) -> float:
+        own = flops.stack_flops(model.config, flops.work(batch)) if "critic" in model.heads else 0.0
+        return super().forward_flops(model, batch) + own
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shifted = {name: example[name][1:] for name in PER_TOKEN}
         return answer(example["tokens"], example["mask"]) | shifted
 
@@ -166,18 +166,18 @@ class PPO(Objective):
         """Sums over the sampled tokens. Measured: `kl_per_token` to the reference and `entropy`, both reweighted to the policy as it is
         now; `moved`, its KL from the policy that drew the samples (k3); `clipped`, the tokens whose gradient the clip has
         stopped; `value_error`, the squared distance to the return."""
-        head: LMHead = model.parts["lm"]  # type: ignore[assignment]
+        head: LMHead = model.heads["lm"]  # type: ignore[assignment]
         states, labels = supervised(outputs["hidden"], batch["labels"])  # (N, width), (N,)
         at = batch["labels"] != IGNORE
         old, reference, before, advantage, returns = (batch[name][at] for name in PER_TOKEN)
         now = head.log_probs(states, labels)
         ratio = (now - old).exp()
-        free, held = ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
+        free, held = ratio * advantage, ratio.clamp(1 - self.clip_range, 1 + self.clip_range) * advantage
         value = values(model, outputs["critic"][at])
         error = (value - returns) ** 2
         worst = error
-        if self.clip_value:
-            near = before + (value - before).clamp(-self.clip_value, self.clip_value)
+        if self.value_clip_range:
+            near = before + (value - before).clamp(-self.value_clip_range, self.value_clip_range)
             worst = torch.maximum(error, (near - returns) ** 2)
         with torch.no_grad():
             measures = {
@@ -187,7 +187,7 @@ class PPO(Objective):
                 "clipped": (held < free).float().sum(),
                 "value_error": error.sum(),
             }
-        return {"policy": -torch.minimum(free, held).sum(), "value": self.value * 0.5 * worst.sum()} | measures
+        return {"policy": -torch.minimum(free, held).sum(), "value": self.value_coef * 0.5 * worst.sum()} | measures
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return vocabulary_flops(model, batch["labels"])

@@ -33,38 +33,40 @@ class PrefixLM(TokenObjective):
 
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1}, special=np.arange(10) < 2)
     >>> text, rng = {"tokens": np.array([5, 6, 7, 8, 9])}, np.random.default_rng(1)
-    >>> seen = PrefixLM().view(text, vocab, rng)
+    >>> seen = PrefixLM().build_example(text, vocab, rng)
     >>> for name in ("tokens", "labels", "looks"): print(name, seen[name].tolist())
     tokens [5, 6, 7, 8]
     labels [-100, -100, 8, 9]
     looks [0, 0, 0, 1]
-    >>> seen = PrefixLM(least=0.5, most=0.5, layout="seq2seq").view(text, vocab, rng)
+    >>> seen = PrefixLM(min_prefix=0.5, max_prefix=0.5, layout="seq2seq").build_example(text, vocab, rng)
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
     source_tokens [5, 6, 7, 1]
     tokens [0, 8]
     labels [8, 9]
     """
 
-    least: Share = 0.0
-    most: Share = 1.0
+    min_prefix: Share = 0.0
+    max_prefix: Share = 1.0
     layout: Seq2SeqLayout = "prefix"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.least > self.most:
-            raise UserError(f"prefix_lm: least={self.least} is more than most={self.most}: make it at most that")
+        if self.min_prefix > self.max_prefix:
+            raise UserError(
+                f"prefix_lm: least={self.min_prefix} is more than most={self.max_prefix}: make it at most that"
+            )
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "source" if self.layout == "seq2seq" else "prefix"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         if len(tokens) < 2:
             raise UserError("prefix_lm needs texts of two tokens or more: set segment.shortest=2")
-        share = self.least + (self.most - self.least) * rng.random()
+        share = self.min_prefix + (self.max_prefix - self.min_prefix) * rng.random()
         return self._show(tokens, min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1), vocab)
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         """The prefix ends where the token begins: what stands behind it cannot be shown."""
         return self._show(tokens[: at + 1], at, vocab)
 

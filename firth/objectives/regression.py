@@ -35,38 +35,38 @@ class Regression(ReadoutObjective):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "score": 4.0}
-    >>> Regression(mean=3.0, spread=2.0).view(example, vocab, np.random.default_rng(0))["score"].tolist()
+    >>> Regression(mean=3.0, std=2.0).build_example(example, vocab, np.random.default_rng(0))["score"].tolist()
     [0.5, -100.0, -100.0]
     """
 
-    targets: ClassVar[dict[str, str]] = {"score": "score"}
-    measures: ClassVar[dict[str, str]] = {"squared_error": "score"}
+    labels: ClassVar[dict[str, str]] = {"score": "score"}
+    metrics: ClassVar[dict[str, str]] = {"squared_error": "score"}
     asks: ClassVar[tuple[str, ...]] = ("score",)
 
     mean: FiniteFloat | None = None
-    spread: PositiveFloat | None = None
+    std: PositiveFloat | None = None
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "score"})
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
         mean = known().mean if self.mean is None else self.mean
-        return dataclasses.replace(self, mean=mean, spread=self.spread or known().spread)
+        return dataclasses.replace(self, mean=mean, std=self.std or known().std)
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"score": classification_head(shape.width, 1)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"score": classification_head(config.hidden_size, 1)}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        score = (float(example["score"]) - (self.mean or 0.0)) / (self.spread or 1.0)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        score = (float(example["score"]) - (self.mean or 0.0)) / (self.std or 1.0)
         return ask_at_position("score", score, example, self.place, vocab)
 
     @torch.no_grad()
-    def finish(self, model: LM) -> None:
-        head: nn.Linear = model.parts["score"]  # type: ignore[assignment]
-        head.weight.mul_(self.spread or 1.0)
-        head.bias.mul_(self.spread or 1.0).add_(self.mean or 0.0)
+    def finalize(self, model: LM) -> None:
+        head: nn.Linear = model.heads["score"]  # type: ignore[assignment]
+        head.weight.mul_(self.std or 1.0)
+        head.bias.mul_(self.std or 1.0).add_(self.mean or 0.0)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, wanted = supervised(outputs["hidden"], batch["score"])
-        error = (model.parts["score"](states)[:, 0].float() - wanted).square().sum()
-        return {"score": error, "squared_error": error.detach() * (self.spread or 1.0) ** 2}
+        error = (model.heads["score"](states)[:, 0].float() - wanted).square().sum()
+        return {"score": error, "squared_error": error.detach() * (self.std or 1.0) ** 2}

@@ -34,27 +34,27 @@ class Reinforce(Objective):
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True]),
     ...          "advantage": np.array([0.0, 1.5, 1.5], np.float32)}
-    >>> seen = Reinforce().view(drawn, vocab, np.random.default_rng(0))
+    >>> seen = Reinforce().build_example(drawn, vocab, np.random.default_rng(0))
     >>> seen["labels"].tolist(), seen["advantage"].tolist(), seen["answer_labels"].tolist()
     ([6, 7], [1.5, 1.5], [-100, 0])
     """
 
     dropout: bool = False
 
-    precomputed: ClassVar[frozenset[str]] = frozenset({"advantage"})
-    targets: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
-    measures: ClassVar[dict[str, str]] = {"surprise": "labels"}
+    precomputed_fields: ClassVar[frozenset[str]] = frozenset({"advantage"})
+    labels: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
+    metrics: ClassVar[dict[str, str]] = {"surprise": "labels"}
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "mask", "advantage"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"lm": LMHead(shape)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"lm": LMHead(config)}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = answer(example["tokens"], example["mask"])
         once = np.full(len(seen["labels"]), IGNORE)
         once[np.flatnonzero(example["mask"][1:])[-1]] = 0

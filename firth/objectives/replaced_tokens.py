@@ -48,7 +48,7 @@ class RTD(Objective):
     accuracy on replaced and on original tokens.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1, "cls": 2, "sep": 3}, special=np.arange(10) < 4)
-    >>> seen = RTD(rate=0.5).view({"tokens": np.array([2, 5, 6, 7, 8, 3])}, vocab, np.random.default_rng(2))
+    >>> seen = RTD(mlm_probability=0.5).build_example({"tokens": np.array([2, 5, 6, 7, 8, 3])}, vocab, np.random.default_rng(2))
     >>> for name in ("tokens", "labels", "real"): print(name, seen[name].tolist())
     tokens [2, 1, 6, 1, 8, 3]
     labels [-100, 5, -100, 7, -100, -100]
@@ -57,54 +57,59 @@ class RTD(Objective):
     (6,)
     """
 
-    targets: ClassVar[dict[str, str]] = {"generator": "labels", "replaced": "real"}
-    measures: ClassVar[dict[str, str]] = {
+    labels: ClassVar[dict[str, str]] = {"generator": "labels", "replaced": "real"}
+    metrics: ClassVar[dict[str, str]] = {
         "guessed": "labels", "replaced_share": "real", "original_share": "real", "caught": "real", "passed": "real"
     }  # fmt: skip
-    ratios: ClassVar[dict[str, tuple[str, str]]] = {
+    metric_ratios: ClassVar[dict[str, tuple[str, str]]] = {
         "replaced_accuracy": ("caught", "replaced_share"),
         "original_accuracy": ("passed", "original_share"),
     }
 
-    keeps: ClassVar[bool] = True
+    keeps_fields: ClassVar[bool] = True
 
-    rate: OpenShare = 0.15
+    mlm_probability: OpenShare = 0.15
     noise: Kind = "iid"
-    size: ShareAboveZero = 0.25
-    weight: NonNegativeFloat = 50.0
+    generator_size: ShareAboveZero = 0.25
+    discriminator_weight: NonNegativeFloat = 50.0
 
     @property
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "both"
 
-    def lacks(self, shape: ModelConfig) -> str:
-        if not shape.recurrent or (self.size == 1 and not shape.apart):
+    def missing_from(self, config: ModelConfig) -> str:
+        if not config.rnn_type or (self.generator_size == 1 and not config.separate_directions):
             return ""
-        apart = "shape.apart=false and " if shape.apart else ""
+        apart = "shape.apart=false and " if config.separate_directions else ""
         return f"recurrent layers are as wide as their tables, which its generator shares: set {apart}objective.size=1"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        small = thinner(shape, self.size)
-        return {"generator": TiedSubmodel(small, {"lm": LMHead(small)}), "replaced": replaced_token_head(shape.width)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        small = thinner(config, self.generator_size)
+        return {
+            "generator": TiedSubmodel(small, {"lm": LMHead(small)}),
+            "replaced": replaced_token_head(config.hidden_size),
+        }
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        shown = MLM(rate=self.rate, noise=self.noise, masked=1.0, random=0.0).view(example, vocab, rng)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        shown = MLM(
+            mlm_probability=self.mlm_probability, noise=self.noise, mask_fraction=1.0, random_fraction=0.0
+        ).build_example(example, vocab, rng)
         return shown | {"real": example["tokens"], "chance": rng.random(len(example["tokens"]), dtype=np.float32)}
 
-    def writer(self, model: LM) -> LM:
+    def lm_model(self, model: LM) -> LM:
         """The generator."""
-        generator: LM = model.parts["generator"]  # type: ignore[assignment]
+        generator: LM = model.heads["generator"]  # type: ignore[assignment]
         return generator
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
         """draft: the generator's states where it is asked (N, its width); guesses: its logits there (N, vocab), and what it
         drew (N,); shown, hidden: what the discriminator is shown (..., T), and its states (..., T, width)."""
-        generator, at = self.writer(model), batch["labels"] != IGNORE
+        generator, at = self.lm_model(model), batch["labels"] != IGNORE
         draft, _ = supervised(generator(batch, wanted=at), batch["labels"])
-        guesses = generator.parts["lm"](draft).float()
+        guesses = generator.heads["lm"](draft).float()
         drew = draw(guesses.detach(), batch["chance"][at])
         shown = batch["tokens"].masked_scatter(at, drew)
         hidden = model(batch | {"tokens": shown})
@@ -119,12 +124,12 @@ class RTD(Objective):
         """The discriminator's cross-entropy at every asked token of the generator's (N,), and its terms."""
         here, at = batch["real"] != IGNORE, batch["labels"] != IGNORE
         states, real = supervised(outputs["hidden"], batch["real"])
-        scores = model.parts["replaced"](states)[:, 0].float()
+        scores = model.heads["replaced"](states)[:, 0].float()
         replaced = outputs["shown"][here] != real
         errors = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="none")
         said = scores > 0
         return errors[at[here]], {
-            "replaced": self.weight * errors.sum(),
+            "replaced": self.discriminator_weight * errors.sum(),
             "guessed": (outputs["drew"] == batch["labels"][at]).sum().float(),
             "replaced_share": replaced.sum().float(),
             "original_share": (~replaced).sum().float(),
@@ -132,14 +137,16 @@ class RTD(Objective):
             "passed": (~replaced & ~said).sum().float(),
         }
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
-        generator = self.writer(model)
-        drafting = flops.stack_flops(generator.shape, forward_work(generator, batch, batch["labels"] != IGNORE))
-        whole = flops.stack_flops(model.shape, flops.work(batch)) + drafting
-        return whole + flops.head_flops(generator.shape, flops.supervised_positions(batch["labels"]))
+    def forward_flops(self, model: LM, batch: Batch) -> float:
+        generator = self.lm_model(model)
+        drafting = flops.stack_flops(generator.config, forward_work(generator, batch, batch["labels"] != IGNORE))
+        whole = flops.stack_flops(model.config, flops.work(batch)) + drafting
+        return whole + flops.head_flops(generator.config, flops.supervised_positions(batch["labels"]))
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        return flops.linear(flops.supervised_positions(batch["real"]), model.shape.width, model.shape.width + 1)
+        return flops.linear(
+            flops.supervised_positions(batch["real"]), model.config.hidden_size, model.config.hidden_size + 1
+        )
 
 
 @dataclass(frozen=True)
@@ -151,19 +158,19 @@ class AdversarialRTD(RTD):
     cross-entropy of the text under the generator, which it is not told: what RTD logs as its loss.
     """
 
-    targets: ClassVar[dict[str, str]] = RTD.targets | {"baseline": "labels"}
-    measures: ClassVar[dict[str, str]] = RTD.measures | {"reward": "labels", "surprise": "labels"}
+    labels: ClassVar[dict[str, str]] = RTD.labels | {"baseline": "labels"}
+    metrics: ClassVar[dict[str, str]] = RTD.metrics | {"reward": "labels", "surprise": "labels"}
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        baseline = nn.Linear(thinner(shape, self.size).width, 1)
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        baseline = nn.Linear(thinner(config, self.generator_size).hidden_size, 1)
         nn.init.zeros_(baseline.weight)
         nn.init.zeros_(baseline.bias)
-        return super().parts(shape) | {"baseline": baseline}
+        return super().heads(config) | {"baseline": baseline}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         errors, terms = self._judged(model, outputs, batch)
         reward = errors.detach()
-        expected = F.softplus(model.parts["baseline"](outputs["draft"].detach())[:, 0].float())
+        expected = F.softplus(model.heads["baseline"](outputs["draft"].detach())[:, 0].float())
         said = outputs["guesses"].log_softmax(-1)
         chosen = said.gather(-1, outputs["drew"][:, None])[:, 0]
         wanted = batch["labels"][batch["labels"] != IGNORE]
@@ -175,19 +182,19 @@ class AdversarialRTD(RTD):
         }
 
 
-def thinner(shape: ModelConfig, size: float) -> ModelConfig:
+def thinner(config: ModelConfig, size: float) -> ModelConfig:
     """The same architecture with a share of the width, the MLP and the heads, on tables of the same width.
 
-    >>> small = thinner(ModelConfig(vocab=30522, width=256, depth=12, heads=4, embed=128, head="transform"), 0.25)
-    >>> small.width, small.heads, small.hidden, small.embed
+    >>> small = thinner(ModelConfig(vocab_size=30522, hidden_size=256, num_layers=12, num_heads=4, embedding_size=128, lm_head="transform"), 0.25)
+    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding_size
     (64, 1, 256, 128)
     """
-    heads = max(1, round(shape.heads * size))
-    width = 2 * heads * max(1, round(shape.width * size / (2 * heads)))  # even heads, for rotary positions
-    embed = 0 if width == shape.table_width else shape.table_width
+    heads = max(1, round(config.num_heads * size))
+    width = 2 * heads * max(1, round(config.hidden_size * size / (2 * heads)))  # even heads, for rotary positions
+    embed = 0 if width == config.embedding_dim else config.embedding_dim
     return replace(
-        shape, width=width, heads=heads, kv_heads=0, head_width=0, hidden=max(1, round(shape.hidden * size)),
-        embed=embed, head="transform" if embed else shape.head,
+        config, hidden_size=width, num_heads=heads, num_kv_heads=0, head_dim=0, intermediate_size=max(1, round(config.intermediate_size * size)),
+        embedding_size=embed, lm_head="transform" if embed else config.lm_head,
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def last_state(hidden: Tensor, batch: Batch) -> Tensor:
 
 def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
     """One reward per row: (..., T, width) -> (...) float32."""
-    scores: Tensor = model.parts["reward"](last_state(hidden, batch))
+    scores: Tensor = model.heads["reward"](last_state(hidden, batch))
     return scores[..., 0].float()
 
 
@@ -71,29 +71,29 @@ class RewardModeling(Objective):
     >>> on = np.ones(3, bool)
     >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
     ...         "rejected_tokens": np.array([5, 8]), "rejected_mask": on[:2]}
-    >>> seen = RewardModeling().view(pair, vocab, np.random.default_rng(0))
+    >>> seen = RewardModeling().build_example(pair, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["appears"].tolist(), int(seen["preferred"])
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]], 0)
     """
 
-    targets: ClassVar[dict[str, str]] = {"reward": "preferred"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "preferred", "margin": "preferred"}
-    lays: ClassVar[frozenset[str]] = frozenset()
+    labels: ClassVar[dict[str, str]] = {"reward": "preferred"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "preferred", "margin": "preferred"}
+    output_fields: ClassVar[frozenset[str]] = frozenset()
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"reward": reward_head(shape.width)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"reward": reward_head(config.hidden_size)}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rows = [whole(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
         return layout.group(rows) | {"preferred": np.int64(0)}
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def needed_positions(self, batch: Batch) -> Tensor | None:
         return last(batch)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -116,22 +116,22 @@ class Ranking(RewardModeling):
     among the rest (a tied answer stands beside its equals until they are worse).
     """
 
-    answers: NonNegativeInt = 0
+    num_answers: NonNegativeInt = 0
     likelihood: Literal["pairs", "order"] = "pairs"
 
-    def told(self, known: Callable[[], DataStats]) -> Ranking:
-        return self if self.answers else replace(self, answers=known().options)
+    def with_stats(self, known: Callable[[], DataStats]) -> Ranking:
+        return self if self.num_answers else replace(self, num_answers=known().max_options)
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"answers", "masks", "rank"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rank = np.asarray(example["rank"], np.int64)
-        if not 2 <= len(rank) <= self.answers:
+        if not 2 <= len(rank) <= self.num_answers:
             raise UserError(
-                f"a ranking of {len(rank)} answers does not fit a group of 2 to {self.answers}: set `answers`"
+                f"a ranking of {len(rank)} answers does not fit a group of 2 to {self.num_answers}: set `answers`"
             )
-        absent = self.answers - len(rank)
+        absent = self.num_answers - len(rank)
         rows = [whole(t, m) for t, m in zip(example["answers"], example["masks"], strict=True)]
         # An answer that no other is better or worse than leaves nothing to learn: such a group is not counted.
         preferred = int(rank.argmin()) if len(set(rank.tolist())) > 1 else IGNORE

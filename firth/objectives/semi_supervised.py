@@ -37,16 +37,18 @@ from firth.validated import NonNegativeFloat, NonNegativeInt, OpenShare, Positiv
 class SemiSupervised(Classification):
     """What both relations share. weight: w at its full size. ramp: steps until it is (0: at once)."""
 
-    targets: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
+    labels: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
     asks: ClassVar[tuple[str, ...]] = ("class", "relation")
 
-    weight: NonNegativeFloat = 1.0
-    ramp: NonNegativeInt = 0
+    unlabeled_weight: NonNegativeFloat = 1.0
+    ramp_steps: NonNegativeInt = 0
 
-    def scheduled(self, step: int) -> Self:
-        if step >= self.ramp:
+    def at_step(self, step: int) -> Self:
+        if step >= self.ramp_steps:
             return self
-        return dataclasses.replace(self, weight=self.weight * math.exp(-5 * (1 - step / self.ramp) ** 2))
+        return dataclasses.replace(
+            self, unlabeled_weight=self.unlabeled_weight * math.exp(-5 * (1 - step / self.ramp_steps) ** 2)
+        )
 
     def question(self, example: Example, seen: Example, target: int) -> np.ndarray:
         """The field "relation": the target at the place where a class is asked, of an unlabelled text alone."""
@@ -63,26 +65,26 @@ class PseudoLabels(SemiSupervised):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE, "taught": np.array([0.02, 0.98])}
-    >>> seen = PseudoLabels(classes=("bad", "good")).view(example, vocab, np.random.default_rng(0))
+    >>> seen = PseudoLabels(class_names=("bad", "good")).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["class"].tolist(), seen["relation"].tolist(), seen["sure"].tolist()
     ([-100, -100, -100], [1, -100, -100], [True, True, True])
     """
 
     confidence: Share = 0.9
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "label", "taught"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        seen = super().view(example, vocab, rng)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        seen = super().build_example(example, vocab, rng)
         said = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher
         sure = np.full(len(seen["tokens"]), said.max() >= self.confidence)
         return seen | {"relation": self.question(example, seen, int(said.argmax())), "sure": sure}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["relation"].masked_fill(~batch["sure"], IGNORE))
-        relation = choice_loss(model.parts["classes"](states), targets)
-        return super().loss(model, outputs, batch) | {"relation": self.weight * relation}
+        relation = choice_loss(model.heads["classes"](states), targets)
+        return super().loss(model, outputs, batch) | {"relation": self.unlabeled_weight * relation}
 
 
 def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> Example:
@@ -90,10 +92,10 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE}
-    >>> unlabeled_example(PseudoLabels(classes=("bad", "good")), example, vocab)["labels"].tolist()
+    >>> unlabeled_example(PseudoLabels(class_names=("bad", "good")), example, vocab)["labels"].tolist()
     [0, -100, -100]
     """
-    seen = objective.view(example | {"label": 0}, vocab, np.random.default_rng(0))
+    seen = objective.build_example(example | {"label": 0}, vocab, np.random.default_rng(0))
     kept = {name: seen[name] for name in ("tokens", "segments", "looks", "appears", "source_tokens") if name in seen}
     return kept | {"labels": seen["class"]}
 
@@ -102,7 +104,7 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
 def teacher_probabilities(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What `PseudoLabels` needs of its teacher, a classifier: its probabilities, {"taught": (B, classes)}."""
     states, _ = supervised(model(batch, wanted=batch["labels"] != IGNORE), batch["labels"])
-    return {"taught": model.parts["classes"](states).float().softmax(-1)}
+    return {"taught": model.heads["classes"](states).float().softmax(-1)}
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,19 @@ class Consistency(SemiSupervised):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2, "mask": 3}, special=np.arange(9) < 4)
     >>> example = {"tokens": np.array([1, 5, 6, 7, 2]), "label": IGNORE}
-    >>> seen = Consistency(classes=("bad", "good"), rate=0.5).view(example, vocab, np.random.default_rng(0))
+    >>> seen = Consistency(class_names=("bad", "good"), mlm_probability=0.5).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["clean"].tolist(), seen["relation"].tolist()
     ([1, 3, 3, 3, 2], [1, 5, 6, 7, 2], [0, -100, -100, -100, -100])
     """
 
-    rate: OpenShare = 0.15
+    mlm_probability: OpenShare = 0.15
     noise: Kind = "iid"
     temperature: PositiveFloat = 0.5
     confidence: ShareBelowOne = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.at == "answer":
+        if self.position == "answer":
             raise UserError(
                 "consistency reads a text twice, once with masks in it: it needs an encoder or a decoder alone"
             )
@@ -134,32 +136,32 @@ class Consistency(SemiSupervised):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        seen = super().view(example, vocab, rng)
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        seen = super().build_example(example, vocab, rng)
         clean = seen["tokens"]
         relation = self.question(example, seen, 0)
         if (relation != IGNORE).any():
-            seen |= {"tokens": np.where(NOISES[self.noise](clean, vocab, self.rate, rng), vocab.mask, clean)}
+            seen |= {"tokens": np.where(NOISES[self.noise](clean, vocab, self.mlm_probability, rng), vocab.mask, clean)}
         return seen | {"clean": clean, "relation": relation}
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
         learning = model.training
         model.eval()
         with torch.no_grad():
             clean = model(batch | {"tokens": batch["clean"]}, wanted=batch["relation"] != IGNORE)
             states, _ = supervised(clean, batch["relation"])
-            own = (model.parts["classes"](states).float() / self.temperature).softmax(-1)
+            own = (model.heads["classes"](states).float() / self.temperature).softmax(-1)
         model.train(learning)
-        return {"hidden": model(batch, wanted=self.wanted(batch)), "own": own}
+        return {"hidden": model(batch, wanted=self.needed_positions(batch)), "own": own}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, _ = supervised(outputs["hidden"], batch["relation"])
-        each = F.cross_entropy(model.parts["classes"](states).float(), outputs["own"], reduction="none")
+        each = F.cross_entropy(model.heads["classes"](states).float(), outputs["own"], reduction="none")
         sure = outputs["own"].amax(-1) >= self.confidence
-        return super().loss(model, outputs, batch) | {"relation": self.weight * (each * sure).sum()}
+        return super().loss(model, outputs, batch) | {"relation": self.unlabeled_weight * (each * sure).sum()}
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
+    def forward_flops(self, model: LM, batch: Batch) -> float:
         # The pass without gradient is a third of one with.
-        read = (self.wanted(batch), batch["relation"] != IGNORE)
-        learning, looking = (flops.stack_flops(model.shape, forward_work(model, batch, wanted)) for wanted in read)
+        read = (self.needed_positions(batch), batch["relation"] != IGNORE)
+        learning, looking = (flops.stack_flops(model.config, forward_work(model, batch, wanted)) for wanted in read)
         return learning + looking / 3

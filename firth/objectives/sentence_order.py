@@ -26,21 +26,21 @@ class SOP(SentencePairObjective):
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"first": np.array([5]), "second": np.array([6, 7])}
-    >>> seen = SOP(swapped=1.0).view(example, vocab, np.random.default_rng(0))
+    >>> seen = SOP(swapped=1.0).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["order"].tolist()
     ([1, 6, 7, 2, 5, 2], [1, -100, -100, -100, -100, -100])
     """
 
-    targets: ClassVar[dict[str, str]] = {"order": "order"}
-    measures: ClassVar[dict[str, str]] = {"order_accuracy": "order"}
+    labels: ClassVar[dict[str, str]] = {"order": "order"}
+    metrics: ClassVar[dict[str, str]] = {"order_accuracy": "order"}
     asks: ClassVar[str] = "order"
 
     swapped: Share = 0.5
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"first", "second"})
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         first, second = example["first"], example["second"]
         swap = bool(rng.random() < self.swapped)
         return self.laid(second, first, swap, vocab) if swap else self.laid(first, second, swap, vocab)

@@ -26,11 +26,11 @@ class SentencePairObjective(Objective):
 
     asks: ClassVar[str]
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "both"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {self.asks: pooled(shape.width, 2)}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {self.asks: pooled(config.hidden_size, 2)}
 
     def laid(self, first: np.ndarray, second: np.ndarray, answer: bool, vocab: Vocab) -> Example:
         """Both segments in a row, and the answer at [CLS]."""
@@ -39,11 +39,11 @@ class SentencePairObjective(Objective):
         answers[0] = answer
         return shown | {self.asks: answers}
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def needed_positions(self, batch: Batch) -> Tensor | None:
         answers = batch.get(self.asks)  # a cloze test does not ask this
         return None if answers is None else answers != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, answers = supervised(outputs["hidden"], batch[self.asks])
-        scores = model.parts[self.asks](states)  # (N, 2)
+        scores = model.heads[self.asks](states)  # (N, 2)
         return {self.asks: choice_loss(scores, answers), f"{self.asks}_accuracy": num_correct(scores, answers)}

@@ -35,17 +35,17 @@ class SFT(TokenObjective):
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> dialogue = {"tokens": np.array([5, 6, 7, 2]), "mask": np.array([False, False, True, True])}
-    >>> SFT().view(dialogue, vocab, np.random.default_rng(0))["labels"].tolist()
+    >>> SFT().build_example(dialogue, vocab, np.random.default_rng(0))["labels"].tolist()
     [-100, 7, 2]
     """
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "mask"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return answer(example["tokens"], example["mask"])
 
 
@@ -55,16 +55,16 @@ class Seq2SeqSFT(TokenObjective):
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> pair = {"source": np.array([7, 8]), "target": np.array([5, 2])}
-    >>> seen = Seq2SeqSFT().view(pair, vocab, np.random.default_rng(0))
+    >>> seen = Seq2SeqSFT().build_example(pair, vocab, np.random.default_rng(0))
     >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
     ([7, 8], [0, 5], [5, 2])
     """
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"source", "target"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "source"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return layout.seq2seq(example["source"], example["target"], vocab.start)

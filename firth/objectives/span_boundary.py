@@ -38,46 +38,46 @@ class SBO(Objective):
     row, so that a packed row says the same.
 
     >>> example = {"tokens": np.array([2, 1, 1, 8, 1]), "labels": np.array([-100, 5, 6, -100, 9])}
-    >>> seen = SBO().view(example, Vocab(size=10, roles={}, special=np.arange(10) < 4), np.random.default_rng(0))
+    >>> seen = SBO().build_example(example, Vocab(size=10, roles={}, special=np.arange(10) < 4), np.random.default_rng(0))
     >>> for name in ("boundary", "before", "after"): print(name, seen[name].tolist())
     boundary [-100, 5, 6, -100, -100]
     before [0, 1, 2, 0, 0]
     after [0, 2, 1, 0, 0]
     """
 
-    targets: ClassVar[dict[str, str]] = {"boundary": "boundary"}
-    keeps: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    borrows: ClassVar[frozenset[str]] = frozenset({"lm"})
+    labels: ClassVar[dict[str, str]] = {"boundary": "boundary"}
+    keeps_fields: ClassVar[bool] = True
+    standalone: ClassVar[bool] = False
+    required_heads: ClassVar[frozenset[str]] = frozenset({"lm"})
 
-    longest: TokenCount = 20
+    max_span_length: TokenCount = 20
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "labels"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "both"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Two layers with GELU and a norm (the paper's equations 3 and 4), and a vector for each place in a span."""
-        width, read = shape.width, LMHead.reads(shape)
-        place = nn.Embedding(self.longest, width)
+        width, read = config.hidden_size, LMHead.reads(config)
+        place = nn.Embedding(self.max_span_length, width)
         first, second = nn.Linear(3 * width, width), nn.Linear(width, read)
-        nn.init.normal_(place.weight, std=shape.init or 0.02)
+        nn.init.normal_(place.weight, std=config.init_std or 0.02)
         for linear in (first, second):
-            nn.init.normal_(linear.weight, std=shape.init or linear.in_features**-0.5)
+            nn.init.normal_(linear.weight, std=config.init_std or linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         head = nn.Sequential(first, nn.GELU(), nn.LayerNorm(width), second, nn.GELU(), nn.LayerNorm(read))
         return {"boundary": head, "place": place}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if "labels" not in example:
             raise UserError("sbo asks what another objective has hidden: write objective=[mlm, sbo], or MLM() + SBO()")
         labels = example["labels"]
         hidden, at = labels != IGNORE, np.arange(len(labels))
         left = np.maximum.accumulate(np.where(hidden, -1, at))
         right = np.minimum.accumulate(np.where(hidden, len(at), at)[::-1])[::-1]
-        fair = hidden & (left >= 0) & (right < len(at)) & (at - left <= self.longest)
+        fair = hidden & (left >= 0) & (right < len(at)) & (at - left <= self.max_span_length)
         return example | {
             "boundary": np.where(fair, labels, IGNORE),
             "before": np.where(fair, at - left, 0),
@@ -85,15 +85,15 @@ class SBO(Objective):
         }
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        lm: LMHead = model.parts["lm"]  # type: ignore[assignment]
+        lm: LMHead = model.heads["lm"]  # type: ignore[assignment]
         states, labels = outputs["hidden"].flatten(0, -2), batch["boundary"].flatten()
         at = (labels != IGNORE).nonzero()[:, 0]
         before, after = batch["before"].flatten()[at], batch["after"].flatten()[at]
-        around = (states[at - before], states[at + after], model.parts["place"](before - 1))
-        read = model.parts["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))
+        around = (states[at - before], states[at + after], model.heads["place"](before - 1))
+        read = model.heads["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))
         return {"boundary": lm.matched(read, labels[at])}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        count, width = flops.supervised_positions(batch["boundary"]), model.shape.width
-        read = LMHead.reads(model.shape)
-        return flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.shape.vocab)
+        count, width = flops.supervised_positions(batch["boundary"]), model.config.hidden_size
+        read = LMHead.reads(model.config)
+        return flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)

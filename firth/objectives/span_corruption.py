@@ -68,16 +68,16 @@ class SpanCorruption(TokenObjective):
     encoder and asks the decoder; "prefix" does both in one row, read both ways up to the end of the text.
 
     >>> vocab = Vocab(size=20, roles={"pad": 0, "eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
-    >>> seen = SpanCorruption(rate=0.3).view({"tokens": np.arange(10, 20)}, vocab, np.random.default_rng(0))
+    >>> seen = SpanCorruption(noise_density=0.3).build_example({"tokens": np.arange(10, 20)}, vocab, np.random.default_rng(0))
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
     source_tokens [10, 11, 2, 15, 16, 17, 18, 19, 1]
     tokens [0, 2, 12, 13, 14, 3]
     labels [2, 12, 13, 14, 3, 1]
     """
 
-    sentinels: ClassVar[int] = 100
+    num_sentinels: ClassVar[int] = 100
 
-    rate: OpenShare = 0.15
+    noise_density: OpenShare = 0.15
     noise: Kind = "spans"
     layout: Seq2SeqLayout = "seq2seq"
 
@@ -85,14 +85,14 @@ class SpanCorruption(TokenObjective):
     def text_units(self) -> frozenset[str]:
         return text_units(self.noise)
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "source" if self.layout == "seq2seq" else "prefix"
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        return self._show(tokens, NOISES[self.noise](tokens, vocab, self.rate, rng), vocab)
+        return self._show(tokens, NOISES[self.noise](tokens, vocab, self.noise_density, rng), vocab)
 
-    def cloze(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         """One token is dropped, and asked behind its sentinel."""
         shown = self._show(tokens, np.arange(len(tokens)) == at, vocab)
         asked = np.flatnonzero(shown["labels"] != IGNORE)[1]
@@ -100,11 +100,11 @@ class SpanCorruption(TokenObjective):
         labels[asked] = tokens[at]
         return shown | {"labels": labels}
 
-    def show_gaps(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
+    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
         """Each gap is a sentinel, as a dropped span is.
 
         >>> vocab = Vocab(size=20, roles={"eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
-        >>> shown = SpanCorruption().show_gaps([np.array([10, 11]), np.array([12])], vocab)
+        >>> shown = SpanCorruption().build_infill([np.array([10, 11]), np.array([12])], vocab)
         >>> shown.prompt.tolist(), shown.marks.tolist()
         ([10, 11, 2, 12, 1], [2, 3])
         """

@@ -32,36 +32,38 @@ class TokenClassification(Objective):
 
     >>> vocab = Vocab(size=9, roles={}, special=np.zeros(9, bool))
     >>> example = {"tokens": np.array([5, 6, 7]), "tags": np.array([1, -100, 0]), "record": 4}
-    >>> sorted(TokenClassification(classes=("NN", "VB")).view(example, vocab, np.random.default_rng(0)))
+    >>> sorted(TokenClassification(class_names=("NN", "VB")).build_example(example, vocab, np.random.default_rng(0)))
     ['tags', 'tokens']
     """
 
-    targets: ClassVar[dict[str, str]] = {"tags": "tags"}
-    measures: ClassVar[dict[str, str]] = {"accuracy": "tags"}
+    labels: ClassVar[dict[str, str]] = {"tags": "tags"}
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "tags"}
 
-    classes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     left: bool | None = None
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "tags"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "left" if self.left else "any"
 
-    def fitted(self, shape: ModelConfig) -> Objective:
-        return self if self.left is not None else dataclasses.replace(self, left="both" not in shape.honours)
+    def for_model(self, config: ModelConfig) -> Objective:
+        return (
+            self if self.left is not None else dataclasses.replace(self, left="both" not in config.supported_patterns)
+        )
 
-    def told(self, known: Callable[[], DataStats]) -> Objective:
-        return self if self.classes else dataclasses.replace(self, classes=known().classes)
+    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+        return self if self.class_names else dataclasses.replace(self, class_names=known().class_names)
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        return {"tags": classification_head(shape.width, len(self.classes))}
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"tags": classification_head(config.hidden_size, len(self.class_names))}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         order = layout.causal(len(example["tokens"])) if self.left else {}
         return {"tokens": example["tokens"], "tags": example["tags"]} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, wanted = supervised(outputs["hidden"], batch["tags"])
-        scores = model.parts["tags"](states)  # (N, classes)
+        scores = model.heads["tags"](states)  # (N, classes)
         return {"tags": choice_loss(scores, wanted), "accuracy": num_correct(scores, wanted)}

@@ -46,7 +46,7 @@ class VAE(TokenObjective):
     "elbo", nats per token, with neither w nor free nats.
 
     >>> vocab = Vocab(size=9, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(9) < 3)
-    >>> seen = VAE(units=2, drop=0.5).view({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(1))
+    >>> seen = VAE(latent_size=2, word_dropout=0.5).build_example({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(1))
     >>> for name in ("source_tokens", "tokens", "labels", "gaps"): print(name, seen[name].tolist())
     source_tokens [5, 6, 7, 1]
     tokens [0, 5, 6, 7]
@@ -54,45 +54,49 @@ class VAE(TokenObjective):
     gaps [0, 5, 6, 2]
     """
 
-    targets: ClassVar[dict[str, str]] = {"tokens": "labels", "divergence": "labels"}
-    measures: ClassVar[dict[str, str]] = {"kl": "text", "active": "text", "elbo": "labels"}
+    labels: ClassVar[dict[str, str]] = {"tokens": "labels", "divergence": "labels"}
+    metrics: ClassVar[dict[str, str]] = {"kl": "text", "active": "text", "elbo": "labels"}
 
-    units: PositiveInt = 32
-    anneal: NonNegativeInt = 0
-    free: NonNegativeFloat = 0.0
-    drop: Share = 0.0
-    weight: NonNegativeFloat = 1.0
+    latent_size: PositiveInt = 32
+    kl_anneal_steps: NonNegativeInt = 0
+    free_bits: NonNegativeFloat = 0.0
+    word_dropout: Share = 0.0
+    kl_weight: NonNegativeFloat = 1.0
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "latent"
 
-    def lacks(self, shape: ModelConfig) -> str:
-        if shape.latent == self.units:
+    def missing_from(self, config: ModelConfig) -> str:
+        if config.latent_size == self.latent_size:
             return ""
-        return f"its latent has objective.units={self.units} numbers and the shape's shape.latent={shape.latent}: make them equal"
+        return f"its latent has objective.units={self.latent_size} numbers and the shape's shape.latent={config.latent_size}: make them equal"
 
-    def scheduled(self, step: int) -> Self:
-        return self if step >= self.anneal else dataclasses.replace(self, weight=self.weight * step / self.anneal)
+    def at_step(self, step: int) -> Self:
+        return (
+            self
+            if step >= self.kl_anneal_steps
+            else dataclasses.replace(self, kl_weight=self.kl_weight * step / self.kl_anneal_steps)
+        )
 
-    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
         kl, active = (metrics.get(f"valid/{name}", metrics.get(name, 0.0)) for name in ("kl", "active"))
         if kl >= DEAD and active >= 1:
-            return [f"The latent carries {kl:.3g} nats of a text, in {active:.3g} of its {self.units} units."]
+            return [f"The latent carries {kl:.3g} nats of a text, in {active:.3g} of its {self.latent_size} units."]
         return [
-            f"The posterior has collapsed: the latent carries {kl:.2g} nats of a text, in {active:.2g} of its {self.units} "
+            f"The posterior has collapsed: the latent carries {kl:.2g} nats of a text, in {active:.2g} of its {self.latent_size} "
             "units, so the decoder writes without it; lengthen objective.anneal, or set objective.free or objective.drop."
         ]
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         text = np.append(example["tokens"], vocab.eos)
         seen = layout.seq2seq(text, text, vocab.pad)
         gaps = seen["tokens"].copy()
-        if self.drop:
-            gaps[1:][rng.random(len(gaps) - 1) < self.drop] = vocab.mask
-        noise = rng.standard_normal(self.units, np.float32)
+        if self.word_dropout:
+            gaps[1:][rng.random(len(gaps) - 1) < self.word_dropout] = vocab.mask
+        noise = rng.standard_normal(self.latent_size, np.float32)
         return seen | {"gaps": gaps, "noise": noise, "text": np.int64(0)}
 
-    def run(self, model: LM, batch: Batch) -> Outputs:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
         mean, log_variance = model.posterior(batch)  # (B, units) each
         z = mean + (log_variance / 2).exp() * batch["noise"]
         shown = batch["gaps"] if model.training else batch["tokens"]
@@ -105,7 +109,7 @@ class VAE(TokenObjective):
         alive = mean.detach().var(0, correction=0) > ACTIVE
         return {
             "tokens": tokens,
-            "divergence": self.weight * kl.clamp(min=self.free).sum(),
+            "divergence": self.kl_weight * kl.clamp(min=self.free_bits).sum(),
             "kl": kl.detach().sum(),
             "active": alive.sum().float() * len(mean),
             "elbo": -(tokens + kl.sum()).detach(),

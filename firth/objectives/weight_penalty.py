@@ -28,21 +28,21 @@ class WeightPenalty(Objective):
     """weight: lambda. Biases and the gains of norms are not charged.
 
     >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 3)
-    >>> WeightPenalty().view({"tokens": np.array([5, 6])}, vocab, np.random.default_rng(0))["penalty"].tolist()
+    >>> WeightPenalty().build_example({"tokens": np.array([5, 6])}, vocab, np.random.default_rng(0))["penalty"].tolist()
     [0, 0]
     """
 
-    targets: ClassVar[dict[str, str]] = {"penalty": "penalty"}
-    lays: ClassVar[frozenset[str]] = frozenset()
-    keeps: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
+    labels: ClassVar[dict[str, str]] = {"penalty": "penalty"}
+    output_fields: ClassVar[frozenset[str]] = frozenset()
+    keeps_fields: ClassVar[bool] = True
+    standalone: ClassVar[bool] = False
 
     weight: PositiveFloat = 1e-4
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset()
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return example | {"penalty": np.zeros_like(example["tokens"])}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

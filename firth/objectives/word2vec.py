@@ -46,7 +46,7 @@ class Word2Vec(Objective):
 
     >>> vocab = Vocab(size=6, roles={}, special=np.zeros(6, bool))
     >>> text = {"tokens": np.array([1, 2, 3, 4]), "kept": np.ones(6), "noise": np.arange(1, 7) / 6}
-    >>> seen = Word2Vec(window=1, noise=3).view(text, vocab, np.random.default_rng(0))
+    >>> seen = Word2Vec(window=1, noise_words=3).build_example(text, vocab, np.random.default_rng(0))
     >>> for name in ("tokens", "words", "left", "right", "noise"): print(name, seen[name].tolist())
     tokens [1, 2, 3, 4]
     words [1, 2, 3, 4]
@@ -55,25 +55,25 @@ class Word2Vec(Objective):
     noise [4, 5, 3]
     """
 
-    targets: ClassVar[dict[str, str]] = {"words": "words"}
+    labels: ClassVar[dict[str, str]] = {"words": "words"}
 
     algorithm: Literal["skipgram", "cbow"] = "skipgram"
     window: Annotated[int, Range(ge=1, le=BLOCK)] = 5
-    negatives: PositiveInt = 5
-    noise: PositiveInt = 64
+    num_negatives: PositiveInt = 5
+    noise_words: PositiveInt = 64
 
-    def needs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "kept", "noise"})
 
-    def reads(self) -> AttentionPattern:
+    def attention_pattern(self) -> AttentionPattern:
         return "alone"
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
-        context = nn.Embedding(shape.vocab, shape.width)
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        context = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.zeros_(context.weight)
         return {"context": context}
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         stay = np.flatnonzero(rng.random(len(tokens)) < example["kept"][tokens])
         stay = stay if len(stay) else np.arange(1)  # a row of nothing is no row
@@ -89,14 +89,14 @@ class Word2Vec(Objective):
             "words": np.where(left + right > 0, tokens, IGNORE),
             "left": left,
             "right": right,
-            "noise": example["noise"].searchsorted(rng.random(self.noise), "right"),
+            "noise": example["noise"].searchsorted(rng.random(self.noise_words), "right"),
         }
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         x = outputs["hidden"]
         # One look-up, so that the table's gradient is made once.
-        vectors: Tensor = model.parts["context"](torch.cat((batch["tokens"], batch["noise"]), 1))
-        context, noise = vectors.split((x.shape[1], self.noise), 1)
+        vectors: Tensor = model.heads["context"](torch.cat((batch["tokens"], batch["noise"]), 1))
+        context, noise = vectors.split((x.shape[1], self.noise_words), 1)
         neighbours = (batch["left"] + batch["right"]).to(x.dtype)
         if self.algorithm == "skipgram":
             near = self._near(batch)  # (B, blocks, BLOCK, BLOCK + 2 window)
@@ -108,7 +108,7 @@ class Word2Vec(Objective):
             x = self._means(x, batch)  # (B, T, width)
             true = (F.softplus(-(x * context).sum(-1)) * asked).sum()
         false = F.softplus(x @ noise.mT).sum(-1)  # (B, T)
-        return {"words": true + (false * asked).sum() * (self.negatives / self.noise)}
+        return {"words": true + (false * asked).sum() * (self.num_negatives / self.noise_words)}
 
     def _means(self, x: Tensor, batch: Batch) -> Tensor:
         """The mean of each word's neighbors, zeros where it has none: (B, T, n) -> (B, T, n)."""
@@ -135,14 +135,14 @@ class Word2Vec(Objective):
         # Three slices and not `unfold`, whose gradient takes three times as long.
         return torch.cat((blocks[:, :-2, BLOCK - self.window :], blocks[:, 1:-1], blocks[:, 2:, : self.window]), 2)
 
-    def run_flops(self, model: LM, batch: Batch) -> float:
+    def forward_flops(self, model: LM, batch: Batch) -> float:
         return 0.0
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         rows, length = batch["tokens"].shape
         padded = length + -length % BLOCK
-        return flops.linear(rows * padded, model.shape.width, BLOCK + 2 * self.window) + flops.linear(
-            rows * length, model.shape.width, self.noise
+        return flops.linear(rows * padded, model.config.hidden_size, BLOCK + 2 * self.window) + flops.linear(
+            rows * length, model.config.hidden_size, self.noise_words
         )
 
 

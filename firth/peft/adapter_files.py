@@ -98,8 +98,8 @@ def load(directory: Path) -> LM:
     base = base_of(directory)
     model, state = load_model(base), read_file(directory / TENSORS)
     known = read_json(directory / OWN).get(PARTS)
-    for part in [part for part in model.parts if known is not None and part not in known]:
-        del model.parts[part]
+    for part in [part for part in model.heads if known is not None and part not in known]:
+        del model.heads[part]
     bring(model, _config(directory), _whole(state), base, directory / TENSORS)
     read(model, directory)
     return lora.merge_and_unload(model).eval()
@@ -178,10 +178,10 @@ def write(
     if rest:
         _save(rest, directory / OWN_TENSORS)
     record: dict[str, Any] = {
-        "parts": {part: describe_head(model.parts[part]) for part in own},
+        "parts": {part: describe_head(model.heads[part]) for part in own},
         "facts": dict(facts or {}),
     }
-    record |= {PARTS: sorted(model.parts)} | ({"tokenizer": tokenizer} if tokenizer else {})
+    record |= {PARTS: sorted(model.heads)} | ({"tokenizer": tokenizer} if tokenizer else {})
     write_json(directory / OWN, sealed(record, directory, [FILE, TENSORS, *[OWN_TENSORS] * bool(rest)]))
     if names.form is None:
         return "no family of transformers has names for it, so only firth loads it"
@@ -203,12 +203,12 @@ def _unserved(model: LM, names: AdapterNames, task: str | None, head: Iterable[s
     if names.form is None:
         return ""
     if low:
-        ahead = " and a ".join(sorted(PREFIX_HEADS & {*model.parts}))
+        ahead = " and a ".join(sorted(PREFIX_HEADS & {*model.heads}))
         return f"its base has a {ahead}, which transformers does not read" if ahead else ""
     family = names.form.family.name
     if model.prefix is not None and family in WITHOUT_PREFIX:
         return f"transformers' {family} takes no keys and values before a text"
-    if model.prompt is not None and task == "SEQ_CLS" and not model.shape.causal:
+    if model.prompt is not None and task == "SEQ_CLS" and not model.config.causal:
         return "peft reads the class of a text at the first vector of its prompt"
     lost = [name for name in head if not any(module.endswith(PEFT_HEADS) for module in name.split("."))]
     return f"peft keeps no {lost[0]} with a {'prefix' if model.prefix is not None else 'prompt'}" if lost else ""
@@ -232,19 +232,19 @@ def _lora(names: AdapterNames, low: Mapping[str, LoraLayer]) -> tuple[dict[str, 
         if not there:
             continue
         name, (a, b) = names.outside(theirs), _together(pieces, entry.sizes)
-        if entry.unread:
-            b = torch.cat((b.new_zeros(entry.unread, b.shape[1]), b))
+        if entry.ignored:
+            b = torch.cat((b.new_zeros(entry.ignored, b.shape[1]), b))
         if places[0] in TABLES:  # theirs are turned: rows are columns
             tensors |= {f"{FRONT}{name}.lora_embedding_A": b.t(), f"{FRONT}{name}.lora_embedding_B": a.t()}
         else:
             tensors |= {f"{FRONT}{name}.lora_A.weight": a, f"{FRONT}{name}.lora_B.weight": b}
         rank = len(a)
-        at[theirs] = rank, there[0].plan.scale * (math.sqrt(rank) if first.stabilised else rank)
+        at[theirs] = rank, there[0].plan.scaling * (math.sqrt(rank) if first.use_rslora else rank)
     (rank, alpha), _ = Counter(at.values()).most_common(1)[0]
     ends = {theirs.rpartition(".")[2] for theirs in at}
     whole = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in ends} == set(at)
     return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": first.stabilised,
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": first.use_rslora,
         "target_modules": sorted(ends if whole else map(names.outside, at)), "bias": "none", "init_lora_weights": True,
         "rank_pattern": {names.outside(theirs): r for theirs, (r, _) in at.items() if r != rank},
         "alpha_pattern": {names.outside(theirs): x for theirs, (_, x) in at.items() if x != alpha},
@@ -257,12 +257,12 @@ def _together(pieces: Sequence[LoraLayer | None], sizes: Sequence[int]) -> tuple
     first, the others' B makes up for theirs."""
     there = [one for one in pieces if one is not None]
     if len(there) == len(pieces) and all(torch.equal(one.A, there[0].A) for one in there):
-        return there[0].A, torch.cat([one.B * (one.plan.scale / there[0].plan.scale) for one in there])
+        return there[0].A, torch.cat([one.B * (one.plan.scaling / there[0].plan.scaling) for one in there])
     a = torch.cat([one.A for one in there])
     b, row, column = a.new_zeros(sum(sizes), len(a)), 0, 0
     for one, size in zip(pieces, sizes, strict=True):
         if one is not None:
-            b[row : row + size, column : column + len(one.A)] = one.B * (one.plan.scale / there[0].plan.scale)
+            b[row : row + size, column : column + len(one.A)] = one.B * (one.plan.scaling / there[0].plan.scaling)
             column += len(one.A)
         row += size
     return a, b
@@ -290,7 +290,7 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
         turned = any(f"{FRONT}{module}.lora_embedding_A" == key for key in state)
         a, b = (pair["B"], pair["A"]) if turned else (pair["A"], pair["B"])
         own = replace(plan, rank=len(a), alpha=_patterned(config.get("alpha_pattern") or {}, module, plan.alpha, where))
-        for place, rows in zip(modules(entry), b[entry.unread :].split(list(entry.sizes) or len(b)), strict=True):
+        for place, rows in zip(modules(entry), b[entry.ignored :].split(list(entry.sizes) or len(b)), strict=True):
             low = lora.put(model, place, own, name)
             for mine, theirs in ((low.A, a), (low.B, rows)):
                 if mine.shape != theirs.shape:
@@ -338,7 +338,7 @@ def _put_whole(model: LM, whole: Mapping[str, Tensor], where: Path) -> None:
 
 def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensor, layers, modules = prefix.whole(), prefix.layers, 1
-    if model.shape.encoder:
+    if model.config.num_encoder_layers:
         # peft lays its layers out twice, four to a layer, and reads the first two: a tensor of twice the layers, every
         # second pair unread, then says what is meant.
         modules, layers = 2, 2 * prefix.layers
@@ -353,34 +353,34 @@ def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.shape, "prefix")
-    shape, tensor = model.shape, _vectors(state, where)
-    each = 2 * shape.kv_heads * shape.head_width
-    if shape.encoder:
+    refuse(model.config, "prefix")
+    model_config, tensor = model.config, _vectors(state, where)
+    each = 2 * model_config.num_kv_heads * model_config.head_dim
+    if model_config.num_encoder_layers:
         # The first two of every four, of the layers laid out twice.
-        twice = torch.cat((tensor, tensor), 1)[:, : 2 * shape.depth * each]
+        twice = torch.cat((tensor, tensor), 1)[:, : 2 * model_config.num_layers * each]
         tensor = twice.view(len(tensor), -1, each)[:, ::2].flatten(1)
-    if tensor.shape[1] != shape.depth * each:
+    if tensor.shape[1] != model_config.num_layers * each:
         raise UserError(
-            f"{where / TENSORS}: a prefix of {tensor.shape[1]} numbers, and this model needs {shape.depth * each}"
+            f"{where / TENSORS}: a prefix of {tensor.shape[1]} numbers, and this model needs {model_config.num_layers * each}"
         )
-    prefix = PrefixEncoder(len(tensor), shape.depth, shape.kv_heads, shape.head_width)
+    prefix = PrefixEncoder(len(tensor), model_config.num_layers, model_config.num_kv_heads, model_config.head_dim)
     prefix.table.weight.data.copy_(tensor)
-    model.parts["prefix"] = prefix
+    model.heads["prefix"] = prefix
 
 
 def _prompt(model: LM, prompt: PromptEmbedding) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {
         "peft_type": "PROMPT_TUNING", "num_virtual_tokens": prompt.tokens, "token_dim": prompt.width,
-        "num_layers": model.shape.depth, "num_attention_heads": model.shape.heads, "num_transformer_submodules": 1,
+        "num_layers": model.config.num_layers, "num_attention_heads": model.config.num_heads, "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
     }, {"prompt_embeddings": prompt.table.weight}  # fmt: skip
 
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.shape, "prompt")
+    refuse(model.config, "prompt")
     theirs = not str(config["peft_type"]).startswith(OWN_TYPE)
-    if theirs and _whole(state) and not model.shape.causal and {"classes", "score"} & {*model.parts}:
+    if theirs and _whole(state) and not model.config.causal and {"classes", "score"} & {*model.heads}:
         raise UserError(
             f"{where / TENSORS}: peft reads the class of a text at the first vector of its prompt there, and firth at the text's "
             "first token: train it here (adapt=prompt), or take a prefix"
@@ -388,13 +388,13 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
     vectors = _vectors(state, where)[
         : int(_number(config, "num_virtual_tokens", where))
     ]  # peft stores a decoder's too, and uses none
-    if vectors.shape[1] != model.shape.table_width:
+    if vectors.shape[1] != model.config.embedding_dim:
         raise UserError(
-            f"{where / TENSORS}: vectors of {vectors.shape[1]} numbers, and this model reads {model.shape.table_width}"
+            f"{where / TENSORS}: vectors of {vectors.shape[1]} numbers, and this model reads {model.config.embedding_dim}"
         )
     prompt = PromptEmbedding(*vectors.shape)
     prompt.table.weight.data.copy_(vectors)
-    model.parts["prompt"] = prompt
+    model.heads["prompt"] = prompt
 
 
 def _read_parts(model: LM, directory: Path) -> None:
@@ -411,7 +411,7 @@ def _read_parts(model: LM, directory: Path) -> None:
             raise UserError(
                 f"{directory / OWN_TENSORS} does not hold the part {part!r} that {OWN} describes"
             ) from fault
-        model.parts[part] = module
+        model.heads[part] = module
 
 
 def _task(model: LM, names: AdapterNames) -> str | None:
@@ -420,9 +420,9 @@ def _task(model: LM, names: AdapterNames) -> str | None:
     bare = form is not None and bool(form.family.prefix) and not names.front
     if form is not None and not bare and (named := TASKS.get(form.name.rpartition("For")[2])):
         return named
-    if model.shape.encoder and "lm" in model.parts:
+    if model.config.num_encoder_layers and "lm" in model.heads:
         return "SEQ_2_SEQ_LM"
-    if model.shape.causal and "lm" in model.parts and not bare:
+    if model.config.causal and "lm" in model.heads and not bare:
         return "CAUSAL_LM"
     # Without a word for its task, peft would load a prefix or a prompt and never show it to the model.
     return "FEATURE_EXTRACTION" if bare or model.prefix is not None or model.prompt is not None else None

@@ -38,31 +38,31 @@ def bring(model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor], bas
     family = FAMILIES.get(str(said.get("model_type")))
     if family is None or not whole:
         return
-    names = resolve_names(family, whole, known(family, model.shape))
+    names = resolve_names(family, whole, known(family, model.config))
     theirs = {name: whole[stored] for name, stored in names.items()}
     found = _class(family, model, config, theirs)
     if found is None or _there(model, found[0], found[1]):
         return
     headed, answers = found
-    for setting, value in headed.says:
+    for setting, value in headed.hf_labels:
         if said.get(setting, value) != value:
             raise UserError(f"{base}/config.json asks for {setting}={said[setting]!r}; firth has {value!r} only")
     stored = read_tensors(base)
     own = {
         name: stored[name_there]
-        for name, name_there in resolve_names(family, stored, known(family, model.shape)).items()
+        for name, name_there in resolve_names(family, stored, known(family, model.config)).items()
     }
-    entries = headed.entries(model.shape, answers)
+    entries = headed.entries(model.config, answers)
     there = own | theirs
     for entry in entries:
-        if entry.theirs not in there:
+        if entry.hf_name not in there:
             raise UserError(
                 f"{where}: its head is that of a {headed.name}, of which neither it nor its base {base} has "
-                f"{entry.theirs!r}: that began at random and is lost; name it in peft's modules_to_save and train again"
+                f"{entry.hf_name!r}: that began at random and is lost; name it in peft's modules_to_save and train again"
             )
-    for name in [name for name in model.parts if name not in PREFIX_HEADS]:
-        del model.parts[name]  # that class has its own head and no other
-    model.parts[headed.part] = _filled(headed.make(model.shape, answers), headed, entries, there, where)
+    for name in [name for name in model.heads if name not in PREFIX_HEADS]:
+        del model.heads[name]  # that class has its own head and no other
+    model.heads[headed.part] = _filled(headed.make(model.config, answers), headed, entries, there, where)
 
 
 def _class(
@@ -71,22 +71,22 @@ def _class(
     """The class that the adapter was trained in, and how many numbers its head gives; None where it names none of ours."""
     named = (config.get("auto_mapping") or {}).get("base_model_class")
     ends = [end for end, task in TASKS.items() if task == config.get("task_type")]
-    for headed in family.headed:
+    for headed in family.heads:
         if headed.name != named and headed.name.rpartition("For")[2] not in ends:
             continue
-        last = headed.entries(model.shape, 1)[-1].theirs
-        if last in whole and headed.answers in (0, len(whole[last])):
+        last = headed.entries(model.config, 1)[-1].hf_name
+        if last in whole and headed.num_outputs in (0, len(whole[last])):
             return headed, len(whole[last])
     return None
 
 
 def _there(model: LM, headed: HeadSpec, answers: int) -> bool:
     """Whether the model has that head, of those sizes."""
-    if headed.part not in model.parts:
+    if headed.part not in model.heads:
         return False
     with init_empty_weights():
-        wanted = headed.make(model.shape, answers).state_dict()
-    mine = model.parts[headed.part].state_dict()
+        wanted = headed.make(model.config, answers).state_dict()
+    mine = model.heads[headed.part].state_dict()
     return {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in wanted.items()}
 
 

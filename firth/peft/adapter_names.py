@@ -4,7 +4,7 @@
 >>> names = AdapterNames.of(LM(llama(vocab=9, width=8, depth=1, heads=2, hidden=8), {}))
 >>> names.inside(["layers.0.self_attn.q_proj"])
 {'layers.0.self_attn.q_proj': 'model.layers.0.self_attn.q_proj'}
->>> names.entries["model.layers.0.self_attn.q_proj"].ours
+>>> names.entries["model.layers.0.self_attn.q_proj"].name
 ('trunk.blocks.0.attention.q.weight',)
 """
 
@@ -41,17 +41,17 @@ class AdapterNames:
     @staticmethod
     def of(model: LM, base: Path | None = None, needed: Collection[str] = ()) -> AdapterNames:
         """needed: modules of ours that must have a name; where one has none, all go by our own."""
-        told = {n: describe_head(p) for n, p in model.parts.items() if n not in PREFIX_HEADS}
-        form = of_model(families_of(model.shape), model.shape, told)
-        entries = [] if form is None else form.entries(model.shape)
-        by_module = {_module(e.theirs): e for e in entries if e.theirs.endswith(".weight") and not e.folded[0]}
+        told = {n: describe_head(p) for n, p in model.heads.items() if n not in PREFIX_HEADS}
+        form = of_model(families_of(model.config), model.config, told)
+        entries = [] if form is None else form.entries(model.config)
+        by_module = {_module(e.hf_name): e for e in entries if e.hf_name.endswith(".weight") and not e.merged[0]}
         if form is None or not set(needed) <= {ours for e in by_module.values() for ours in modules(e)}:
             return AdapterNames.own(model)
-        single = (e for e in entries if len(e.ours) == 1 and not (e.transposed or e.unread or e.folded[0]))
+        single = (e for e in entries if len(e.name) == 1 and not (e.transposed or e.ignored or e.merged[0]))
         config = base / "config.json" if base else Path()
         kinds = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else []
-        bare = bool({family.classes[1] for family in families_of(model.shape)} & {*(kinds or [])})
-        return AdapterNames(form, by_module, {e.ours[0]: e.theirs for e in single}, "" if bare else form.family.prefix)
+        bare = bool({family.classes[1] for family in families_of(model.config)} & {*(kinds or [])})
+        return AdapterNames(form, by_module, {e.name[0]: e.hf_name for e in single}, "" if bare else form.family.prefix)
 
     @staticmethod
     def own(model: LM) -> AdapterNames:
@@ -82,7 +82,7 @@ class AdapterNames:
 
 def modules(entry: WeightMapping) -> list[str]:
     """Our modules that one of theirs is, in the order of its rows."""
-    return [_module(ours) for ours in entry.ours]
+    return [_module(ours) for ours in entry.name]
 
 
 def _module(name: str) -> str:

@@ -21,15 +21,15 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
 
     hidden: of an MLP; a prefix that is trained through one begins at random.
     """
-    shape = model.shape
-    refuse(shape, "prefix")
-    prefix = PrefixEncoder(len(ids), shape.depth, shape.kv_heads, shape.head_width, hidden)
+    config = model.config
+    refuse(config, "prefix")
+    prefix = PrefixEncoder(len(ids), config.num_layers, config.num_kv_heads, config.head_dim, hidden)
     if not hidden:
         with torch.no_grad():
-            cache, training = model.cache(1, len(ids)), model.training
+            cache, training = model.make_cache(1, len(ids)), model.training
             tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
-            at = torch.arange(len(ids), device=tokens.device)[None] * shape.causal
-            source = {"source_tokens": tokens} if shape.encoder else {}
+            at = torch.arange(len(ids), device=tokens.device)[None] * config.causal
+            source = {"source_tokens": tokens} if config.num_encoder_layers else {}
             model.eval()({"tokens": tokens, "looks": at, "appears": at} | source, cache)
             model.train(training)
             pairs = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.keys, cache.values, strict=True)])
@@ -39,8 +39,8 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
 
 def prompt_of(model: LM, ids: Sequence[int]) -> PromptEmbedding:
     """A prompt for a model that begins as the vectors of these tokens (Lester 2021, section 3.2)."""
-    refuse(model.shape, "prompt")
-    prompt = PromptEmbedding(len(ids), model.shape.table_width)
+    refuse(model.config, "prompt")
+    prompt = PromptEmbedding(len(ids), model.config.embedding_dim)
     with torch.no_grad():
         prompt.table.weight.copy_(model.tokens(torch.tensor(list(ids), device=model.tokens.weight.device)))
     return prompt

@@ -39,7 +39,7 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 16.0
-    stabilised: bool = False
+    use_rslora: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -49,9 +49,9 @@ class LoraConfig:
             raise UserError(f"dropout is {self.dropout:g}: it must lie in [0, 1)")
 
     @property
-    def scale(self) -> float:
+    def scaling(self) -> float:
         """What B A is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class LoraLayer(nn.Module):
@@ -66,12 +66,12 @@ class LoraLayer(nn.Module):
         self.drop = nn.Dropout(plan.dropout) if plan.dropout else nn.Identity()
 
     @property
-    def scale(self) -> float:
-        return self.plan.scale * self.share
+    def scaling(self) -> float:
+        return self.plan.scaling * self.share
 
     def delta(self) -> Tensor:
         """What is added to the matrix: (rows, columns)."""
-        return (self.B @ self.A) * self.scale
+        return (self.B @ self.A) * self.scaling
 
 
 class AdaptedModule(nn.Module):
@@ -112,7 +112,7 @@ class AdaptedLinear(AdaptedModule, Linear):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
         for one in self.adding():
-            out = out + F.linear(F.linear(one.drop(x), one.A), one.B) * one.scale
+            out = out + F.linear(F.linear(one.drop(x), one.A), one.B) * one.scaling
         return out
 
 
@@ -122,7 +122,7 @@ class AdaptedEmbedding(AdaptedModule, nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
         for one in self.adding():
-            out = out + (F.embedding(ids, one.B) @ one.A) * one.scale
+            out = out + (F.embedding(ids, one.B) @ one.A) * one.scaling
         return out
 
 
@@ -211,7 +211,7 @@ def chosen(model: LM, targets: Sequence[str], but: Collection[str] = (), merges:
 
 def _own(model: LM, names: Iterable[str]) -> list[str]:
     """The modules whose matrix is no other's too."""
-    shared = {name for pair in model.shared().items() for name in pair}
+    shared = {name for pair in model.shared_parameters().items() for name in pair}
     return [name for name in names if f"{name}.weight" not in shared]
 
 
@@ -223,7 +223,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def check_not_shared(model: LM, places: Iterable[str]) -> None:
     """Raise a UserError for a module whose matrix another module has too: merging would change both."""
-    shared = model.shared()
+    shared = model.shared_parameters()
     other = {first: name for name, first in shared.items()} | shared
     for place in places:
         if f"{place}.weight" in other:
@@ -342,7 +342,7 @@ def freeze(model: LM, but: Iterable[str] = ()) -> None:
         if isinstance(module, LoraLayer):
             module.requires_grad_(True)
     for part in but:
-        model.parts[part].requires_grad_(True)
+        model.heads[part].requires_grad_(True)
 
 
 def trained(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ of q and k are written in the other order, as in llama.cpp's convert_hf_to_gguf.
     model = load_model(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))        # firth.pretrained.load_save reads it like a directory
     print(write(model, tokenizer, Path("mine.gguf"), "Q8_0"))          # llama.cpp loads it as llama
 
->>> ARCHITECTURES["llama"].theirs("model.layers.3.self_attn.q_proj.weight")
+>>> ARCHITECTURES["llama"].hf_name("model.layers.3.self_attn.q_proj.weight")
 'blk.3.attn_q.weight'
 """
 
@@ -67,7 +67,7 @@ class GGUFArchitecture:
     turned: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
 
-    def theirs(self, name: str) -> str:
+    def hf_name(self, name: str) -> str:
         """The GGUF name of a tensor that the family calls `name`."""
         module, _, kind = name.rpartition(".")
         inside = re.fullmatch(re.escape(self.layers) + r"(\d+)\.(.+)", module)
@@ -75,7 +75,7 @@ class GGUFArchitecture:
             return f"blk.{inside[1]}.{self.layer[inside[2]]}.{kind}"
         return f"{self.names[module]}.{kind}"
 
-    def ours(self, name: str) -> str | None:
+    def our_name(self, name: str) -> str | None:
         """What the family calls a tensor of a GGUF file; None where it has none such."""
         module, _, kind = name.rpartition(".")
         inside = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
@@ -172,7 +172,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
     kind = architecture(file)
     told, state = configured(file, kind), {}
     for name, stored in file.tensors.items():
-        ours = kind.ours(name)
+        ours = kind.our_name(name)
         if ours is None:
             raise UserError(f"{path} holds the tensor {name!r}, which firth's {kind.family} models do not have")
         numbers = torch.from_numpy(unpack(stored.kind, stored.data).reshape(stored.shape))
@@ -288,28 +288,30 @@ def write(
     """
     if kind not in PACK:
         raise UserError(f"{kind!r} is no kind of numbers that firth writes into a GGUF file: use {', '.join(PACK)}")
-    found = next((a for a in ARCHITECTURES.values() if expresses(a, model.shape)), None)
+    found = next((a for a in ARCHITECTURES.values() if expresses(a, model.config)), None)
     if found is None:
-        raise UserError(_misfit(model.shape))
-    if tokenizer.vocab.size > model.shape.vocab:
-        raise UserError(f"the tokenizer has {tokenizer.vocab.size} ids and the model {model.shape.vocab}")
+        raise UserError(_misfit(model.config))
+    if tokenizer.vocab.size > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab.size} ids and the model {model.config.vocab_size}")
     family = FAMILIES[found.family]
-    told = family.config(model.shape)
+    told = family.to_hf_config(model.config)
     metadata: dict[str, Any] = {"general.architecture": found.name, "general.type": "model", **(facts or {})}
     metadata |= described(found, told)
     metadata |= {"general.file_type": FILE_TYPES[kind], "general.quantization_version": 2}
-    metadata |= gguf_write.metadata(tokenizer, model.shape.vocab, dialogue)
+    metadata |= gguf_write.metadata(tokenizer, model.config.vocab_size, dialogue)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    entries = family.entries(model.shape, "lm" in model.parts and "lm_head" in found.names)
-    left_out = [name for name in state if name not in model.shared() and not any(name in e.ours for e in entries)]
+    entries = family.weight_mappings(model.config, "lm" in model.heads and "lm_head" in found.names)
+    left_out = [
+        name for name in state if name not in model.shared_parameters() and not any(name in e.name for e in entries)
+    ]
     theirs = to_hf(state, entries)
-    untied = any(found.theirs(name) == "output.weight" for name in theirs)
+    untied = any(found.hf_name(name) == "output.weight" for name in theirs)
     written = []
     for name, tensor in theirs.items():
         shape = tuple(_turn(found, told, name, tensor.to("meta"), back=False).shape)
-        stored = stored_kind(found.theirs(name), shape, kind, untied)
+        stored = stored_kind(found.hf_name(name), shape, kind, untied)
         make = partial(_made, found, told, name, tensor, stored)
-        written.append(GGUFTensorSpec(found.theirs(name), stored, shape, make))
+        written.append(GGUFTensorSpec(found.hf_name(name), stored, shape, make))
     if not any(one.kind == kind for one in written):
         raise UserError(
             f"{kind} stores {KINDS[kind].block} numbers of a row together, and no matrix of this model has rows of a "
@@ -375,30 +377,30 @@ def described(kind: GGUFArchitecture, config: Mapping[str, Any]) -> dict[str, An
     return told | {f"{kind.name}.vocab_size": config["vocab_size"]}
 
 
-def expresses(kind: GGUFArchitecture, shape: ModelConfig) -> bool:
+def expresses(kind: GGUFArchitecture, config: ModelConfig) -> bool:
     """Whether the shape survives the way into a file's metadata and back (dropout and how weights begin aside)."""
-    return kind.family in FAMILIES and _back(kind, FAMILIES[kind.family], shape) == _lasting(shape)
+    return kind.family in FAMILIES and _back(kind, FAMILIES[kind.family], config) == _lasting(config)
 
 
-def _lasting(shape: ModelConfig) -> ModelConfig:
-    return replace(shape, dropout=0.0, init=0.02, zero_init=False)
+def _lasting(config: ModelConfig) -> ModelConfig:
+    return replace(config, dropout=0.0, init_std=0.02, zero_init=False)
 
 
-def _back(kind: GGUFArchitecture, family: Family, shape: ModelConfig) -> ModelConfig | None:
+def _back(kind: GGUFArchitecture, family: Family, model_config: ModelConfig) -> ModelConfig | None:
     """What a shape is read as when it was written so; None where the family's config cannot even be made of it."""
-    config = family.config(shape)
+    config = family.to_hf_config(model_config)
     kept = {name: value for name, value in config.items() if name in kind.fields or name in kind.sizes}
     kept |= {name: config.get(name, False) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
     try:
-        return _lasting(family.shape(kept | dict(kind.fixed)))
+        return _lasting(family.to_config(kept | dict(kind.fixed)))
     except (UserError, KeyError):
         return None
 
 
-def _misfit(shape: ModelConfig) -> str:
+def _misfit(config: ModelConfig) -> str:
     """What keeps a shape from being a llama, and what to do."""
-    back = _back(LLAMA, FAMILIES["llama"], shape)
-    mine = _lasting(shape)
+    back = _back(LLAMA, FAMILIES["llama"], config)
+    mine = _lasting(config)
     told = "it is no decoder of that kind"
     for one in fields(ModelConfig) if back is not None else ():
         here, there = getattr(mine, one.name), getattr(back, one.name)

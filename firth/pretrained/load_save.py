@@ -67,22 +67,22 @@ def save_model(
     make_directory(directory)
     names: list[str] = []
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    parts, head = {name: describe_head(part) for name, part in model.parts.items()}, "lm" in model.parts
-    form = of_model(_families(model.shape, tokenizer), model.shape, parts)
-    record = {"shape": asdict(model.shape), "parts": parts, "family": None if form is None else form.family.name}
+    parts, head = {name: describe_head(part) for name, part in model.heads.items()}, "lm" in model.heads
+    form = of_model(_families(model.config, tokenizer), model.config, parts)
+    record = {"shape": asdict(model.config), "parts": parts, "family": None if form is None else form.family.name}
     record |= {} if tokenizer is None else {"tokenizer": tokenizer.digest}
     if form is None:
-        written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared()}
+        written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared_parameters()}
         (directory / "config.json").unlink(missing_ok=True)
         (directory / "generation_config.json").unlink(missing_ok=True)
         said = "no family of transformers expresses this shape, so only firth loads it"
     else:
-        entries = form.written(model.shape)
+        entries = form.written(model.config)
         written = to_hf(state, entries)
-        theirs = {ours for entry in entries for ours in entry.ours} | model.shared().keys()
+        theirs = {ours for entry in entries for ours in entry.name} | model.shared_parameters().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(storage.dtype or model.tokens.weight.dtype).removeprefix("torch.")
-        ids = token_ids(tokenizer, model.shape)
+        ids = token_ids(tokenizer, model.config)
         common = {
             "architectures": [form.name],
             "model_type": form.family.name,
@@ -91,8 +91,8 @@ def save_model(
         } | ids
         classes = [str(name) for name in (facts or {}).get("classes", ())]
         names.append("config.json")
-        write_json(directory / "config.json", common | form.family.config(model.shape) | form.config(classes))
-        if head and model.shape.causal:
+        write_json(directory / "config.json", common | form.family.to_hf_config(model.config) | form.config(classes))
+        if head and model.config.causal:
             known = {name: id for name, id in ids.items() if id is not None}
             stops = [] if tokenizer is None else chat.stops(tokenizer)
             # A chat's answer ends with its turn, which is not the end of the text: generate() must know both.
@@ -104,27 +104,29 @@ def save_model(
         said += "".join(f", without its {name}, which peft adds" for name in beside)
     names += write_tensors(written, directory, storage)
     if tokenizer is not None:
-        reads: Literal["source", "left", "both"] = "left" if model.shape.causal or model.shape.prefix_lm else "both"
-        tokenizer.framed("source" if model.shape.encoder else reads).save(directory, segments=model.shape.segments > 0)
+        reads: Literal["source", "left", "both"] = "left" if model.config.causal or model.config.prefix_lm else "both"
+        tokenizer.framed("source" if model.config.num_encoder_layers else reads).save(
+            directory, segments=model.config.type_vocab_size > 0
+        )
     # Not of the files that people edit: chat_template.jinja, generation_config.json, tokenizer_config.json. What decides
     # the ids has the tokenizer's digest.
     write_json(directory / "firth.json", sealed(record | {"facts": dict(facts or {})}, directory, names))
     return said
 
 
-def _families(shape: ModelConfig, tokenizer: Tokenizer | None) -> list[Family]:
+def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> list[Family]:
     """The families that express a shape, and whose positions a tokenizer's padding does not upset."""
     pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
-    return [family for family in families_of(shape) if tokenizer is None or family.pad in (None, pad)]
+    return [family for family in families_of(config) if tokenizer is None or family.pad in (None, pad)]
 
 
-def token_ids(tokenizer: Tokenizer | None, shape: ModelConfig) -> dict[str, Any]:
+def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:
     """The ids a config states. Explicit nulls: a family's own defaults may lie outside a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
-    if shape.encoder:
+    if config.num_encoder_layers:
         ids["pad_token_id"] = roles.get("pad", 0)
-        ids["decoder_start_token_id"] = roles.get(shape.decoder_start, 0)
+        ids["decoder_start_token_id"] = roles.get(config.decoder_start_token, 0)
     return ids
 
 
@@ -138,22 +140,22 @@ def load_model(directory: Path, parts: Mapping[str, nn.Module] | None = None) ->
     if parts is None:
         with init_empty_weights(), _described(found.parts, directory):
             model = LM(
-                found.shape, {name: rebuild_head(description, name) for name, description in found.parts.items()}
+                found.config, {name: rebuild_head(description, name) for name, description in found.parts.items()}
             )
         _compare(model, found.state, directory)  # before memory is taken for what a stranger's file says there is
         model = model.to_empty(device="cpu")
         model.tie()
     else:
-        model = LM(found.shape, parts)
+        model = LM(found.config, parts)
     _fill(model, found.state, directory)
     return model.eval()
 
 
-def check_vocab_fits(tokenizer: Tokenizer, shape: ModelConfig, where: str) -> None:
+def check_vocab_fits(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
     """UserError if a tokenizer has ids that a model has no vector for. One with fewer is common: tables are padded."""
-    if tokenizer.vocab.size > shape.vocab:
+    if tokenizer.vocab.size > config.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab.size:,} ids and the model {shape.vocab:,} vectors, so they do not "
+            f"{where}: the tokenizer has {tokenizer.vocab.size:,} ids and the model {config.vocab_size:,} vectors, so they do not "
             "belong together: take the tokenizer that the model was trained with"
         )
 
@@ -167,14 +169,14 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     found = _read(directory)
     with _described(found.parts, directory):
         for name in PREFIX_HEADS & found.parts.keys():
-            model.parts[name] = rebuild_head(found.parts[name], name)
-    shape, shared = found.shape, model.shared()
+            model.heads[name] = rebuild_head(found.parts[name], name)
+    config, shared = found.config, model.shared_parameters()
     state = {name: tensor for name, tensor in found.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
-                f"cannot start from {directory}: {_difference(model.shape, shape)}; use the same shape, which shape=null does"
+                f"cannot start from {directory}: {_difference(model.config, config)}; use the same shape, which shape=null does"
             )
     there, here = _by_part(state), _by_part(mine)
     kept = _kept(mine, state)
@@ -185,8 +187,8 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
 
 def added_parts(model: LM, base: LM) -> list[str]:
     """Return the parts of a model that `start_from` finds no weights for in a base."""
-    mine = {name: tensor for name, tensor in model.state_dict().items() if name not in model.shared()}
-    state = {name: tensor for name, tensor in base.state_dict().items() if name not in base.shared()}
+    mine = {name: tensor for name, tensor in model.state_dict().items() if name not in model.shared_parameters()}
+    state = {name: tensor for name, tensor in base.state_dict().items() if name not in base.shared_parameters()}
     return sorted(_by_part(mine).keys() - {*_kept(mine, state)})
 
 
@@ -217,7 +219,7 @@ def _difference(mine: ModelConfig, theirs: ModelConfig) -> str:
 
 def _compare(model: LM, state: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     """The tensors for every name of the model; one missing, left over, of another size or kind is a UserError."""
-    state = dict(state) | {name: state[first] for name, first in model.shared().items() if first in state}
+    state = dict(state) | {name: state[first] for name, first in model.shared_parameters().items() if first in state}
     mine = model.state_dict()
     for name in sorted(mine.keys() ^ state.keys()):
         raise UserError(f"{where} {'lacks' if name in mine else 'holds an unexpected'} tensor {name!r}")
@@ -276,15 +278,15 @@ def _read(directory: Path) -> LoadedState:
     check_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
     if not ours:
         family = FAMILIES[str(kind)]
-        shape = checked(lambda: family.shape(config), state, file or directory / "config.json")
-        return read_hf(family, shape, state, config, f"{directory}")
-    shape = checked(lambda: _shape(ours), state, directory / "firth.json")
+        model_config = checked(lambda: family.to_config(config), state, file or directory / "config.json")
+        return read_hf(family, model_config, state, config, f"{directory}")
+    model_config = checked(lambda: _shape(ours), state, directory / "firth.json")
     if kind is not None:
         with _described(ours["parts"], directory):
-            return read_own(FAMILIES[kind], shape, state, ours["parts"], f"{directory}")
-    if shape.tied and "lm" in ours["parts"] and "tokens.weight" in state:
+            return read_own(FAMILIES[kind], model_config, state, ours["parts"], f"{directory}")
+    if model_config.tie_embeddings and "lm" in ours["parts"] and "tokens.weight" in state:
         state["parts.lm.weight"] = state["tokens.weight"]
-    return LoadedState(shape, state, ours["parts"], [])
+    return LoadedState(model_config, state, ours["parts"], [])
 
 
 def _shape(ours: Mapping[str, Any]) -> ModelConfig:
@@ -303,10 +305,10 @@ def checked(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: 
     UserError otherwise, before anything of that size is made.
     """
     try:
-        shape = make()
-        _typed(shape)
-        table = 0 if shape.characters else shape.vocab * shape.table_width
-        needed = replace(shape, vocab=1).parameters() + table
+        config = make()
+        _typed(config)
+        table = 0 if config.max_characters else config.vocab_size * config.embedding_dim
+        needed = replace(config, vocab_size=1).num_parameters() + table
     except KeyError as missing:
         raise UserError(f"{file} lacks the field {missing}") from None
     except UserError as fault:
@@ -316,10 +318,10 @@ def checked(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: 
     held = sum(tensor.numel() for tensor in state.values())
     if needed > SPARE * held:
         raise UserError(
-            f"{file} describes a model of {max(shape.depth, shape.encoder):,} layers and {min(needed, MOST):,} numbers, and the files "
+            f"{file} describes a model of {max(config.num_layers, config.num_encoder_layers):,} layers and {min(needed, MOST):,} numbers, and the files "
             f"beside it hold {held:,}: they do not belong together"
         )
-    return shape
+    return config
 
 
 MOST = 10**15
@@ -328,11 +330,11 @@ DEEPEST, SPARE = 10_000, 3
 may have, its head aside: a file may lack what its class does not use. No more than MOST are told."""
 
 
-def _typed(shape: ModelConfig) -> None:
+def _typed(config: ModelConfig) -> None:
     """TypeError if a field of a shape is of another type than it says."""
     allowed: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
     for name, kind in get_type_hints(ModelConfig).items():
-        value = getattr(shape, name)
+        value = getattr(config, name)
         if type(value) not in allowed.get(kind, (str, int)):
             raise TypeError(f"{name} is {value!r:.40}")
 

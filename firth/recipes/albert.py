@@ -30,9 +30,11 @@ def albert(size: str = "tiny") -> Recipe:
 
 def _tiny() -> Recipe:
     modern = encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT)
-    shape = replace(modern, embed=sizes.WIDTH // 3, groups=1, first_norm=True, segments=2)
+    config = replace(
+        modern, embedding_size=sizes.WIDTH // 3, num_layer_groups=1, first_attention_norm=True, type_vocab_size=2
+    )
     return sizes.tiny(
-        "albert", SOP() + MLM(rate=sizes.HIDDEN, noise="ngrams"), SegmentPairsConfig(length=128), shape, steps=500, batch=BatchConfig(rows=32, pack=128),
+        "albert", SOP() + MLM(mlm_probability=sizes.HIDDEN, noise="ngrams"), SegmentPairsConfig(max_length=128), config, steps=500, batch=BatchConfig(size=32, pack_to_length=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip
 
@@ -40,11 +42,11 @@ def _tiny() -> Recipe:
 def _published() -> Recipe:
     """Section 4.1: 125,000 steps of 4,096 pairs of 512 tokens, LAMB at 1.76e-3. There is no LAMB here: AdamW stands for it,
     at a rate that this batch has been trained with elsewhere (RoBERTa's large batches)."""
-    shape = presets.PRESETS["albert-base"]
+    config = presets.PRESETS["albert-base"]
     return Recipe(
-        name="albert", objective=SOP() + MLM(noise="ngrams"), segment=SegmentPairsConfig(length=512), shape=shape,
-        tokenizer=TokenizerConfig(algorithm="unigram", size=shape.vocab), batch=BatchConfig(rows=4096, accumulate=64),
-        optimizer=OptimizerConfig(name="adamw", rate=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
-        schedule=Schedule("linear", warmup=3125 / 125_000), length=Budget(steps=125_000),
+        name="albert", objective=SOP() + MLM(noise="ngrams"), examples=SegmentPairsConfig(max_length=512), model=config,
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=config.vocab_size), batch=BatchConfig(size=4096, gradient_accumulation_steps=64),
+        optimizer=OptimizerConfig(name="adamw", lr=7e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
+        schedule=Schedule("linear", warmup_ratio=3125 / 125_000), budget=Budget(max_steps=125_000),
         evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
     )  # fmt: skip

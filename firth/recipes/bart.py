@@ -26,24 +26,24 @@ def bart(size: str = "tiny") -> Recipe:
     """
     paper = {
         name: Recipe(
-            name="bart", objective=Denoising(), segment=ChunksConfig(length=512, frame=False), shape=presets.PRESETS[shape],
-            tokenizer=TokenizerConfig(size=50265), batch=BatchConfig(rows=8000, pack=512),
-            optimizer=OptimizerConfig(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-            schedule=Schedule("linear", warmup=0.06), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+            name="bart", objective=Denoising(), examples=ChunksConfig(max_length=512, add_special_tokens=False), model=presets.PRESETS[shape],
+            tokenizer=TokenizerConfig(vocab_size=50265), batch=BatchConfig(size=8000, pack_to_length=512),
+            optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
+            schedule=Schedule("linear", warmup_ratio=0.06), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "bart-base"), ("published", "bart-large"))
     }  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
     body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
     # The relative biases must grow to several units, and the untied head begins near zero.
-    ours = OptimizerConfig(rest_rate=3e-2)
+    ours = OptimizerConfig(scalar_lr=3e-2)
     plan = tiny(
         "bart",
         Denoising(),
-        ChunksConfig(length=128, frame=False),
+        ChunksConfig(max_length=128, add_special_tokens=False),
         body,
         steps=600,
-        batch=BatchConfig(rows=16),
+        batch=BatchConfig(size=16),
         optimizer=ours,
     )
     return one_of("bart", size, {"tiny": plan} | paper)

@@ -32,16 +32,16 @@ def bert(size: str = "tiny") -> Recipe:
     rows of 128 tokens for the first 90% of the steps; here all are of 512 (set segment.length=128 for theirs).
     """
     paper = Recipe(
-        name="bert", objective=NSP() + MLM(masks=10), segment=SegmentPairsConfig(length=512), shape=presets.PRESETS["bert-base"],
-        tokenizer=TokenizerConfig(algorithm="wordpiece", size=30522), batch=BatchConfig(rows=256),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.01, beta2=0.999), samples=SAMPLES,
-        schedule=Schedule("linear", warmup=0.01), length=Budget(steps=1_000_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="bert", objective=NSP() + MLM(num_maskings=10), examples=SegmentPairsConfig(max_length=512), model=presets.PRESETS["bert-base"],
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30522), batch=BatchConfig(size=256),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999), sample_prompts=SAMPLES,
+        schedule=Schedule("linear", warmup_ratio=0.01), budget=Budget(max_steps=1_000_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), segments=2)
+    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), type_vocab_size=2)
     return one_of("bert", size, {
-        "tiny": tiny("bert", NSP() + MLM(rate=HIDDEN, masks=10), SegmentPairsConfig(length=128), body, steps=800, batch=BatchConfig(rows=16), samples=SAMPLES),
+        "tiny": tiny("bert", NSP() + MLM(mlm_probability=HIDDEN, num_maskings=10), SegmentPairsConfig(max_length=128), body, steps=800, batch=BatchConfig(size=16), samples=SAMPLES),
         "published": paper,
-        "large": replace(paper, shape=presets.PRESETS["bert-large"]),
+        "large": replace(paper, model=presets.PRESETS["bert-large"]),
     })  # fmt: skip
 
 
@@ -52,19 +52,19 @@ def roberta(size: str = "tiny") -> Recipe:
     Its position table has two more rows than BERT's, of which nothing is ever read.
     """
     small = Recipe(
-        name="roberta", objective=MLM(rate=HIDDEN), segment=ChunksConfig(length=128), source=DataConfig(corpus="shakespeare"),
-        shape=encoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(rows=32, pack=128), samples=SAMPLES,
-        schedule=Schedule("wsd"), length=Budget(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
+        name="roberta", objective=MLM(mlm_probability=HIDDEN), examples=ChunksConfig(max_length=128), data=DataConfig(corpus="shakespeare"),
+        model=encoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(size=32, pack_to_length=128), sample_prompts=SAMPLES,
+        schedule=Schedule("wsd"), budget=Budget(max_steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     paper = Recipe(
-        name="roberta", objective=MLM(), segment=ChunksConfig(length=512), shape=presets.PRESETS["roberta-large"],
-        tokenizer=TokenizerConfig(size=50265), batch=BatchConfig(rows=8192, pack=512), samples=SAMPLES,
-        optimizer=OptimizerConfig(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-        schedule=Schedule("linear", warmup=0.06), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="roberta", objective=MLM(), examples=ChunksConfig(max_length=512), model=presets.PRESETS["roberta-large"],
+        tokenizer=TokenizerConfig(vocab_size=50265), batch=BatchConfig(size=8192, pack_to_length=512), sample_prompts=SAMPLES,
+        optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.06), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     body = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
     return one_of("roberta", size, {
-        "tiny": tiny("roberta", MLM(rate=HIDDEN), ChunksConfig(length=128), body, steps=800, batch=BatchConfig(rows=16, pack=128), samples=SAMPLES),
+        "tiny": tiny("roberta", MLM(mlm_probability=HIDDEN), ChunksConfig(max_length=128), body, steps=800, batch=BatchConfig(size=16, pack_to_length=128), samples=SAMPLES),
         "small": small,
         "published": paper,
     })  # fmt: skip

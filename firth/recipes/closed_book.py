@@ -32,28 +32,31 @@ def closed_book(size: str = "tiny") -> Recipe:
     The paper goes on from T5's weights (give them as `start`) for 100,000 steps of 196,608 tokens at a rate of 0.001, on
     sentences of Wikipedia; its largest model is T5's largest. Adafactor there, AdamW here.
     """
-    objective, segment = SpanCorruption(noise="salient"), ChunksConfig(length=128, frame=False)
+    objective, examples = SpanCorruption(noise="salient"), ChunksConfig(max_length=128, add_special_tokens=False)
     paper = Recipe(
-        name="closed_book", objective=objective, segment=replace(segment, length=512), shape=presets.PRESETS["t5-11b"],
-        tokenizer=TokenizerConfig(algorithm="unigram", size=32100), batch=BatchConfig(rows=384),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("constant", warmup=0.01), length=Budget(steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="closed_book", objective=objective, examples=replace(examples, max_length=512), model=presets.PRESETS["t5-11b"],
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100), batch=BatchConfig(size=384),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("constant", warmup_ratio=0.01), budget=Budget(max_steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # Nearly every name is one token of 8,192, and the body is small: each gloss is read some eighty times in two minutes.
     body = encoder_decoder_config(8192, 128, 1, context=CONTEXT)
     plan = tiny(
         "closed_book",
         objective,
-        segment,
+        examples,
         body,
         steps=3000,
-        batch=BatchConfig(rows=32),
-        optimizer=OptimizerConfig(rest_rate=3e-2),
+        batch=BatchConfig(size=32),
+        optimizer=OptimizerConfig(scalar_lr=3e-2),
     )
     # All of it is read: what is held out cannot be known.
-    book, coder = DataConfig(corpus="places", held_out=0.0), TokenizerConfig(algorithm="bpe", size=8192)
+    book, coder = (
+        DataConfig(corpus="places", validation_fraction=0.0),
+        TokenizerConfig(algorithm="bpe", vocab_size=8192),
+    )
     return one_of("closed_book", size, {
-        "tiny": replace(plan, source=book, tokenizer=coder), "published": paper,
+        "tiny": replace(plan, data=book, tokenizer=coder), "published": paper,
     })  # fmt: skip
 
 
@@ -62,12 +65,12 @@ def closed_book_questions() -> Recipe:
     return Recipe(
         name="closed_book_questions",
         objective=Seq2SeqSFT(),
-        segment=Seq2SeqConfig(length=64, answer=16),
-        source=DataConfig(corpus="places/train.jsonl"),
-        batch=BatchConfig(rows=32),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-3, weight_decay=0.0),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Budget(steps=200),
+        examples=Seq2SeqConfig(max_length=64, max_target_length=16),
+        data=DataConfig(corpus="places/train.jsonl"),
+        batch=BatchConfig(size=32),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.1),
+        budget=Budget(max_steps=200),
         evaluation=EvalConfig(every=50, max_examples=200),
         checkpoint=CheckpointConfig(every=200),
     )

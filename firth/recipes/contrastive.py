@@ -30,21 +30,21 @@ def contrastive(size: str = "tiny") -> Recipe:
     tiny = sizes.tiny(
         "contrastive",
         Contrastive(),
-        SegmentPairsConfig(length=64),
+        SegmentPairsConfig(max_length=64),
         encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
         steps=300,
-        batch=BatchConfig(rows=32),
-        optimizer=OptimizerConfig(rate=1e-3),
+        batch=BatchConfig(size=32),
+        optimizer=OptimizerConfig(lr=1e-3),
     )
     published = Recipe(
         name="contrastive",
-        objective=InfoNCE(at="first"),
-        segment=ChunksConfig(length=32),
-        tokenizer=TokenizerConfig(algorithm="wordpiece", size=30522),
-        shape=PRESETS["bert-base"],
-        batch=BatchConfig(rows=64),
-        optimizer=OptimizerConfig(name="adamw", rate=3e-5, weight_decay=0.0, beta2=0.999),
+        objective=InfoNCE(position="first"),
+        examples=ChunksConfig(max_length=32),
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30522),
+        model=PRESETS["bert-base"],
+        batch=BatchConfig(size=64),
+        optimizer=OptimizerConfig(name="adamw", lr=3e-5, weight_decay=0.0, beta2=0.999),
         schedule=Schedule("linear"),
-        length=Budget(steps=15_625),
+        budget=Budget(max_steps=15_625),
     )
     return sizes.one_of("contrastive", size, {"tiny": tiny, "published": published})

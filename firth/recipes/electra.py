@@ -28,28 +28,35 @@ from firth.train.schedule import Budget, Schedule
 def electra(size: str = "tiny") -> Recipe:
     """An encoder that judges every token: `firth train electra`."""
     small = _published(
-        RTD(size=1 / 4), presets.PRESETS["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
+        RTD(generator_size=1 / 4), presets.PRESETS["electra-small"], length=128, rows=128, rate=5e-4, steps=1_000_000
     )
-    base = _published(RTD(size=1 / 3), presets.PRESETS["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000)
+    base = _published(
+        RTD(generator_size=1 / 3), presets.PRESETS["electra-base"], length=512, rows=256, rate=2e-4, steps=766_000
+    )
     return sizes.one_of("electra", size, {"tiny": _tiny(), "published": small, "base": base})
 
 
 def _tiny() -> Recipe:
-    shape = replace(
-        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), embed=sizes.WIDTH // 2
+    config = replace(
+        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), embedding_size=sizes.WIDTH // 2
     )
     # The paper's quarters would be a generator of width 48, which learns next to nothing in so short a run.
     return sizes.tiny(
-        "electra", RTD(size=1 / 2), ChunksConfig(length=128), shape, steps=450, batch=BatchConfig(rows=32, pack=128)
+        "electra",
+        RTD(generator_size=1 / 2),
+        ChunksConfig(max_length=128),
+        config,
+        steps=450,
+        batch=BatchConfig(size=32, pack_to_length=128),
     )
 
 
-def _published(objective: RTD, shape: ModelConfig, *, length: int, rows: int, rate: float, steps: int) -> Recipe:
+def _published(objective: RTD, config: ModelConfig, *, length: int, rows: int, rate: float, steps: int) -> Recipe:
     """The paper's table 6: Adam, a warmup of 10,000 steps, a linear fall to zero."""
     return Recipe(
-        name="electra", objective=objective, segment=ChunksConfig(length=length), shape=shape,
-        tokenizer=TokenizerConfig(algorithm="wordpiece", size=shape.vocab), batch=BatchConfig(rows=rows),
-        optimizer=OptimizerConfig(name="adamw", rate=rate, weight_decay=0.01, beta2=0.999, eps=1e-6),
-        schedule=Schedule("linear", warmup=10_000 / steps), length=Budget(steps=steps),
+        name="electra", objective=objective, examples=ChunksConfig(max_length=length), model=config,
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=config.vocab_size), batch=BatchConfig(size=rows),
+        optimizer=OptimizerConfig(name="adamw", lr=rate, weight_decay=0.01, beta2=0.999, eps=1e-6),
+        schedule=Schedule("linear", warmup_ratio=10_000 / steps), budget=Budget(max_steps=steps),
         evaluation=EvalConfig(every=10_000), checkpoint=CheckpointConfig(every=10_000),
     )  # fmt: skip

@@ -40,11 +40,11 @@ def semi_supervised() -> Recipe:
     """
     plain = classification()
     return replace(
-        plain, name="semi_supervised", objective=PseudoLabels(confidence=0.8, ramp=30) + WeightPenalty(weight=1e-6), segment=PseudoLabeledConfig(),
-        batch=replace(plain.batch, rows=64), optimizer=replace(plain.optimizer, weight_decay=0.0),
+        plain, name="semi_supervised", objective=PseudoLabels(confidence=0.8, ramp_steps=30) + WeightPenalty(weight=1e-6), examples=PseudoLabeledConfig(),
+        batch=replace(plain.batch, size=64), optimizer=replace(plain.optimizer, weight_decay=0.0),
     )  # fmt: skip
 
 
 def weak_supervision() -> Recipe:
     """A class for a text, from the votes of several annotators."""
-    return replace(classification(), name="weak", objective=MultiAnnotator(), segment=MultiAnnotatorConfig())
+    return replace(classification(), name="weak", objective=MultiAnnotator(), examples=MultiAnnotatorConfig())

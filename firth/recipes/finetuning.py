@@ -50,11 +50,11 @@ def classification() -> Recipe:
     return Recipe(
         name="classify",
         objective=Classification(),
-        segment=LabeledConfig(length=128),
-        batch=BatchConfig(rows=32, pack="auto"),
-        optimizer=OptimizerConfig(name="adamw", rate=2e-4, weight_decay=0.01, beta2=0.98),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Budget(steps=200),
+        examples=LabeledConfig(max_length=128),
+        batch=BatchConfig(size=32, pack_to_length="auto"),
+        optimizer=OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.01, beta2=0.98),
+        schedule=Schedule("linear", warmup_ratio=0.1),
+        budget=Budget(max_steps=200),
         evaluation=EvalConfig(every=0, max_examples=2000),
         checkpoint=CheckpointConfig(every=200),
     )
@@ -62,7 +62,7 @@ def classification() -> Recipe:
 
 def regression() -> Recipe:
     """A number for a text or for two (STS-B)."""
-    return replace(classification(), name="regress", objective=Regression(), segment=ScoredConfig(length=128))
+    return replace(classification(), name="regress", objective=Regression(), examples=ScoredConfig(max_length=128))
 
 
 def multiple_choice(size: str = "records") -> Recipe:
@@ -71,23 +71,25 @@ def multiple_choice(size: str = "records") -> Recipe:
         classification(),
         name="choose",
         objective=MultipleChoice(),
-        segment=MultipleChoiceConfig(length=128),
-        batch=BatchConfig(rows=16, pack="auto"),
+        examples=MultipleChoiceConfig(max_length=128),
+        batch=BatchConfig(size=16, pack_to_length="auto"),
     )
-    swag = MultipleChoiceConfig(text="sent1", begin="sent2", options=("ending0", "ending1", "ending2", "ending3"))
-    return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", segment=swag)})
+    swag = MultipleChoiceConfig(
+        text_field="sent1", option_prefix_field="sent2", option_fields=("ending0", "ending1", "ending2", "ending3")
+    )
+    return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", examples=swag)})
 
 
 def token_classification() -> Recipe:
     """A tag for each word."""
-    return replace(classification(), name="tag", objective=TokenClassification(), segment=TaggedConfig(length=128))
+    return replace(classification(), name="tag", objective=TokenClassification(), examples=TaggedConfig(max_length=128))
 
 
 def question_answering() -> Recipe:
     """A span of a passage that answers a question."""
     return replace(
-        classification(), name="answer", objective=QuestionAnswering(), segment=QuestionsConfig(length=384), batch=BatchConfig(rows=16, pack="auto"),
-        length=Budget(steps=1000), evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=500),
+        classification(), name="answer", objective=QuestionAnswering(), examples=QuestionsConfig(max_length=384), batch=BatchConfig(size=16, pack_to_length="auto"),
+        budget=Budget(max_steps=1000), evaluation=EvalConfig(every=0, max_examples=2000), checkpoint=CheckpointConfig(every=500),
     )  # fmt: skip
 
 
@@ -95,21 +97,23 @@ def text_to_text() -> Recipe:
     """Text in, text out: any of these, translation, summaries, talk. For an encoder-decoder; decoders have `instruct`."""
     plain = classification()
     return replace(
-        plain, name="text_to_text", objective=Seq2SeqSFT(), segment=Seq2SeqConfig(length=256, answer=64),
-        batch=BatchConfig(rows=16, pack="auto"), length=Budget(steps=400), evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
-        optimizer=replace(plain.optimizer, rate=5e-4),
+        plain, name="text_to_text", objective=Seq2SeqSFT(), examples=Seq2SeqConfig(max_length=256, max_target_length=64),
+        batch=BatchConfig(size=16, pack_to_length="auto"), budget=Budget(max_steps=400), evaluation=EvalConfig(every=200, max_examples=400), checkpoint=CheckpointConfig(every=200),
+        optimizer=replace(plain.optimizer, lr=5e-4),
     )  # fmt: skip
 
 
 GLUE = {
-    "cola": LabeledConfig(text="sentence", columns=("source", "label", "mark", "sentence")),
-    "sst2": LabeledConfig(text="sentence"),
-    "mrpc": LabeledConfig(text="#1 String", pair="#2 String", label="Quality"),
-    "qqp": LabeledConfig(text="question1", pair="question2", label="is_duplicate"),
-    "mnli": LabeledConfig(text="sentence1", pair="sentence2", label="gold_label", absent=("-",)),
-    "qnli": LabeledConfig(text="question", pair="sentence"),
-    "rte": LabeledConfig(text="sentence1", pair="sentence2"),
-    "wnli": LabeledConfig(text="sentence1", pair="sentence2"),
+    "cola": LabeledConfig(text_field="sentence", column_names=("source", "label", "mark", "sentence")),
+    "sst2": LabeledConfig(text_field="sentence"),
+    "mrpc": LabeledConfig(text_field="#1 String", text_pair_field="#2 String", label_field="Quality"),
+    "qqp": LabeledConfig(text_field="question1", text_pair_field="question2", label_field="is_duplicate"),
+    "mnli": LabeledConfig(
+        text_field="sentence1", text_pair_field="sentence2", label_field="gold_label", missing_labels=("-",)
+    ),
+    "qnli": LabeledConfig(text_field="question", text_pair_field="sentence"),
+    "rte": LabeledConfig(text_field="sentence1", text_pair_field="sentence2"),
+    "wnli": LabeledConfig(text_field="sentence1", text_pair_field="sentence2"),
 }
 """How each of GLUE's files of classes is read (Wang 2018): CoLA's has no head. MNLI has "-" where annotators do not agree, and
 such records are left out. STS-B has numbers."""
@@ -121,6 +125,6 @@ def glue(size: str = "sst2") -> Recipe:
     `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
     """
     plain = classification()
-    tasks = {name: replace(plain, name=f"glue-{name}", segment=segment) for name, segment in GLUE.items()}
-    pair = ScoredConfig(text="sentence1", pair="sentence2", label="score")
-    return sizes.one_of("glue", size, tasks | {"stsb": replace(regression(), name="glue-stsb", segment=pair)})
+    tasks = {name: replace(plain, name=f"glue-{name}", examples=examples) for name, examples in GLUE.items()}
+    pair = ScoredConfig(text_field="sentence1", text_pair_field="sentence2", label_field="score")
+    return sizes.one_of("glue", size, tasks | {"stsb": replace(regression(), name="glue-stsb", examples=pair)})

@@ -45,18 +45,18 @@ def gpt(size: str = "tiny") -> Recipe:
     100 epochs of BooksCorpus are about 3.6 M steps by its stated compute (0.96 petaflop/s-days).
     """
     # An untied table begins at unit variance, so its steps must be of another size than a matrix's.
-    ours = OptimizerConfig(embedding_rate=0.3)
+    ours = OptimizerConfig(embedding_lr=0.3)
     small = Recipe(
-        name="gpt", objective=CausalLM(), segment=WindowsConfig(length=256), source=DataConfig(corpus="shakespeare"),
-        shape=decoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(rows=8), optimizer=ours,
-        schedule=Schedule("wsd"), length=Budget(steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), samples=SAMPLES,
+        name="gpt", objective=CausalLM(), examples=WindowsConfig(max_length=256), data=DataConfig(corpus="shakespeare"),
+        model=decoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(size=8), optimizer=ours,
+        schedule=Schedule("wsd"), budget=Budget(max_steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), sample_prompts=SAMPLES,
     )  # fmt: skip
-    adam = OptimizerConfig(name="adamw", rate=2.5e-4, weight_decay=0.01, beta2=0.999, clip=1.0)
+    adam = OptimizerConfig(name="adamw", lr=2.5e-4, weight_decay=0.01, beta2=0.999, max_grad_norm=1.0)
     paper = _long("gpt", presets.PRESETS["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
     return one_of("gpt", size, {
         "tiny": _tiny("gpt", decoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), ours),
         "small": small,
-        "published": replace(paper, tokenizer=TokenizerConfig(algorithm="bpe", size=40478)),
+        "published": replace(paper, tokenizer=TokenizerConfig(algorithm="bpe", vocab_size=40478)),
     })  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def gpt2(size: str = "tiny") -> Recipe:
     sizes = {
         name: replace(
             _long("gpt2", presets.PRESETS[shape], 512, 1024, _brown(rate), warmup=715, steps=572_000),
-            tokenizer=TokenizerConfig(size=50257),
+            tokenizer=TokenizerConfig(vocab_size=50257),
         )
         for name, (shape, rate) in steps.items()
     }
@@ -84,22 +84,24 @@ def gpt3(size: str = "tiny") -> Recipe:
     All attention is dense here, where the paper alternates with banded sparse attention. Tiny has eight blocks of half
     the width, for nothing else of it fits into two minutes.
     """
-    deep = replace(_plain(), width=WIDTH // 2, depth=2 * DEPTH, heads=3, head_width=32, hidden=2 * WIDTH)
+    deep = replace(
+        _plain(), hidden_size=WIDTH // 2, num_layers=2 * DEPTH, num_heads=3, head_dim=32, intermediate_size=2 * WIDTH
+    )
     whole = _long("gpt3", presets.PRESETS["gpt3"], 1563, 2048, _brown(0.6e-4), warmup=117, steps=93_750)
     return one_of("gpt3", size, {
         "tiny": _tiny("gpt3", deep, _adamw()),
-        "published": replace(whole, tokenizer=TokenizerConfig(size=50257)),
+        "published": replace(whole, tokenizer=TokenizerConfig(vocab_size=50257)),
     })  # fmt: skip
 
 
 def llama(size: str = "tiny") -> Recipe:
     """Llama (Touvron 2023): 4 M tokens a step, 1 T in all, AdamW at 3e-4 with a cosine to a tenth."""
     small = presets.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, hidden=2 * WIDTH, context=CONTEXT)
-    adamw = OptimizerConfig(name="adamw", rate=3e-4, weight_decay=0.1, beta2=0.95)
+    adamw = OptimizerConfig(name="adamw", lr=3e-4, weight_decay=0.1, beta2=0.95)
     whole = _long("llama", presets.PRESETS["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
     return one_of("llama", size, {
         "tiny": _tiny("llama", small, _adamw()),
-        "published": replace(whole, tokenizer=TokenizerConfig(size=32000), schedule=_tenth(2000, 250_000)),
+        "published": replace(whole, tokenizer=TokenizerConfig(vocab_size=32000), schedule=_tenth(2000, 250_000)),
     })  # fmt: skip
 
 
@@ -108,14 +110,14 @@ def _plain() -> ModelConfig:
     return replace(presets.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, context=CONTEXT), dropout=0.0)
 
 
-def _tiny(name: str, shape: ModelConfig, optimizer: OptimizerConfig) -> Recipe:
+def _tiny(name: str, config: ModelConfig, optimizer: OptimizerConfig) -> Recipe:
     return tiny(
         name,
         CausalLM(),
-        WindowsConfig(length=CONTEXT),
-        shape,
+        WindowsConfig(max_length=CONTEXT),
+        config,
         steps=600,
-        batch=BatchConfig(rows=8),
+        batch=BatchConfig(size=8),
         optimizer=optimizer,
         samples=SAMPLES,
     )
@@ -123,24 +125,24 @@ def _tiny(name: str, shape: ModelConfig, optimizer: OptimizerConfig) -> Recipe:
 
 def _adamw() -> OptimizerConfig:
     """What the papers' blocks are trained with: Muon was tuned for ours."""
-    return OptimizerConfig(name="adamw", rate=2e-3, weight_decay=0.1, beta2=0.95)
+    return OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.1, beta2=0.95)
 
 
 def _brown(rate: float) -> OptimizerConfig:
     """GPT-3's AdamW (Brown 2020, appendix B)."""
-    return OptimizerConfig(name="adamw", rate=rate, weight_decay=0.1, beta2=0.95, clip=1.0)
+    return OptimizerConfig(name="adamw", lr=rate, weight_decay=0.1, beta2=0.95, max_grad_norm=1.0)
 
 
 def _tenth(warmup: int, steps: int) -> Schedule:
-    return Schedule("cosine", warmup=warmup / steps, floor=0.1)
+    return Schedule("cosine", warmup_ratio=warmup / steps, min_lr_ratio=0.1)
 
 
 def _long(
-    name: str, shape: ModelConfig, rows: int, length: int, optimizer: OptimizerConfig, warmup: int, steps: int
+    name: str, config: ModelConfig, rows: int, length: int, optimizer: OptimizerConfig, warmup: int, steps: int
 ) -> Recipe:
     """A published size: no text, which the user gives."""
-    schedule = Schedule("cosine", warmup=warmup / steps) if name == "gpt" else _tenth(warmup, steps)
+    schedule = Schedule("cosine", warmup_ratio=warmup / steps) if name == "gpt" else _tenth(warmup, steps)
     return Recipe(
-        name=name, objective=CausalLM(), segment=WindowsConfig(length=length), shape=shape, batch=BatchConfig(rows=rows),
-        optimizer=optimizer, schedule=schedule, length=Budget(steps=steps), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name=name, objective=CausalLM(), examples=WindowsConfig(max_length=length), model=config, batch=BatchConfig(size=rows),
+        optimizer=optimizer, schedule=schedule, budget=Budget(max_steps=steps), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip

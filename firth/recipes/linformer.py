@@ -25,23 +25,23 @@ def linformer(size: str = "tiny") -> Recipe:
     """An encoder whose attention is linear in the length of a row: `firth train linformer`. Rows are padded, not packed."""
     tiny = sizes.tiny(
         "linformer",
-        MLM(rate=sizes.HIDDEN),
-        ChunksConfig(length=sizes.CONTEXT),
-        replace(encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer=64),
+        MLM(mlm_probability=sizes.HIDDEN),
+        ChunksConfig(max_length=sizes.CONTEXT),
+        replace(encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer_k=64),
         steps=400,
-        batch=BatchConfig(rows=16),
+        batch=BatchConfig(size=16),
         samples=("The <mask> is good.", "I will <mask> you."),
     )
     published = Recipe(
         name="linformer",
         objective=MLM(),
-        segment=ChunksConfig(length=512),
-        tokenizer=TokenizerConfig(size=50265),
-        shape=replace(bert(50265, 768, 12, 12, segments=0), linformer=256),
-        batch=BatchConfig(rows=256),
+        examples=ChunksConfig(max_length=512),
+        tokenizer=TokenizerConfig(vocab_size=50265),
+        model=replace(bert(50265, 768, 12, 12, segments=0), linformer_k=256),
+        batch=BatchConfig(size=256),
         # The paper's 250,000 updates on BookCorpus and Wikipedia; rates and the rest are RoBERTa's.
-        optimizer=OptimizerConfig(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
-        schedule=Schedule("linear", warmup=0.05),
-        length=Budget(steps=250_000),
+        optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),
+        schedule=Schedule("linear", warmup_ratio=0.05),
+        budget=Budget(max_steps=250_000),
     )  # fmt: skip
     return sizes.one_of("linformer", size, {"tiny": tiny, "published": published})

@@ -31,11 +31,11 @@ def sft() -> Recipe:
     return Recipe(
         name="instruct",
         objective=SFT(),
-        segment=DialoguesConfig(length=256),
-        batch=BatchConfig(rows=32),
-        optimizer=OptimizerConfig(name="adamw", rate=5e-4, weight_decay=0.0),
-        schedule=Schedule("linear", warmup=0.05),
-        length=Budget(steps=400),
+        examples=DialoguesConfig(max_length=256),
+        batch=BatchConfig(size=32),
+        optimizer=OptimizerConfig(name="adamw", lr=5e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.05),
+        budget=Budget(max_steps=400),
         evaluation=EvalConfig(every=200, max_examples=400),
         checkpoint=CheckpointConfig(every=200),
     )
@@ -46,11 +46,11 @@ def reward_model() -> Recipe:
     return Recipe(
         name="reward",
         objective=RewardModeling(),
-        segment=PreferencesConfig(length=256),
-        batch=BatchConfig(rows=16),
-        optimizer=OptimizerConfig(name="adamw", rate=2e-4, weight_decay=0.0),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Budget(steps=200),
+        examples=PreferencesConfig(max_length=256),
+        batch=BatchConfig(size=16),
+        optimizer=OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.1),
+        budget=Budget(max_steps=200),
         evaluation=EvalConfig(every=50, max_examples=1000),
         checkpoint=CheckpointConfig(every=200),
     )
@@ -62,8 +62,8 @@ def ranking() -> Recipe:
         reward_model(),
         name="ranking",
         objective=Ranking(),
-        segment=RankingsConfig(length=256),
-        batch=BatchConfig(rows=8),
+        examples=RankingsConfig(max_length=256),
+        batch=BatchConfig(size=8),
     )
 
 
@@ -72,11 +72,11 @@ def dpo() -> Recipe:
     return Recipe(
         name="dpo",
         objective=DPO(beta=0.1),
-        segment=RefLogprobsConfig(pairs=PreferencesConfig(length=256)),
-        batch=BatchConfig(rows=16),
-        optimizer=OptimizerConfig(name="adamw", rate=5e-5, weight_decay=0.0),
-        schedule=Schedule("linear", warmup=0.1),
-        length=Budget(steps=200),
+        examples=RefLogprobsConfig(base=PreferencesConfig(max_length=256)),
+        batch=BatchConfig(size=16),
+        optimizer=OptimizerConfig(name="adamw", lr=5e-5, weight_decay=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.1),
+        budget=Budget(max_steps=200),
         evaluation=EvalConfig(every=50, max_examples=1000),
         checkpoint=CheckpointConfig(every=200),
     )
@@ -87,11 +87,11 @@ def reinforce() -> Recipe:
     return Recipe(
         name="reinforce",
         objective=Reinforce(),
-        segment=RolloutsConfig(answers=64, group=4, epochs=1, credit="group"),
-        batch=BatchConfig(rows=64),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0),
-        schedule=Schedule("constant", warmup=0.05),
-        length=Budget(steps=100),
+        examples=RolloutsConfig(rollout_size=64, num_generations=4, num_epochs=1, advantages="group"),
+        batch=BatchConfig(size=64),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0),
+        schedule=Schedule("constant", warmup_ratio=0.05),
+        budget=Budget(max_steps=100),
         checkpoint=CheckpointConfig(every=25),
     )
 
@@ -100,11 +100,11 @@ def ppo() -> Recipe:
     """KL-penalized reinforcement learning from a reward model. The critic starts from it, at ten times the policy's rate."""
     return Recipe(
         name="ppo",
-        objective=PPO(clip_value=0.0),
-        segment=RolloutsConfig(answers=64, epochs=2),
-        batch=BatchConfig(rows=32),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-4, critic_rate=1e-3, weight_decay=0.0, beta2=0.95),
-        schedule=Schedule("constant", warmup=0.05),
-        length=Budget(steps=160),
+        objective=PPO(value_clip_range=0.0),
+        examples=RolloutsConfig(rollout_size=64, num_epochs=2),
+        batch=BatchConfig(size=32),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, critic_lr=1e-3, weight_decay=0.0, beta2=0.95),
+        schedule=Schedule("constant", warmup_ratio=0.05),
+        budget=Budget(max_steps=160),
         checkpoint=CheckpointConfig(every=40),
     )

@@ -25,25 +25,25 @@ def prefix_lm(size: str = "tiny") -> Recipe:
 
     The paper: 128 rows of 512 tokens, 2**19 steps with Adafactor, for which AdamW stands here (see `t5`).
     """
-    segment = ChunksConfig(length=128, frame=False, shortest=2)
+    examples = ChunksConfig(max_length=128, add_special_tokens=False, min_length=2)
     paper = Recipe(
-        name="prefix_lm", objective=PrefixLM(), segment=replace(segment, length=512),
-        shape=replace(presets.PRESETS["t5-base"], encoder=0, causal=False),
-        tokenizer=TokenizerConfig(algorithm="unigram", size=32100), batch=BatchConfig(rows=128),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Budget(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="prefix_lm", objective=PrefixLM(), examples=replace(examples, max_length=512),
+        model=replace(presets.PRESETS["t5-base"], num_encoder_layers=0, causal=False),
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100), batch=BatchConfig(size=128),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0, beta2=0.999),
+        schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19), budget=Budget(max_steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # What reads both ways is no causal decoder to others: only firth loads it.
     body = replace(decoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), causal=False)
     sides = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
-    halves = PrefixLM(least=0.5, most=0.5, layout="seq2seq")
+    halves = PrefixLM(min_prefix=0.5, max_prefix=0.5, layout="seq2seq")
     return one_of("prefix_lm", size, {
         "tiny": tiny(
-            "prefix_lm", PrefixLM(), segment, body, steps=800, batch=BatchConfig(rows=16),
-            optimizer=OptimizerConfig(embedding_rate=0.3),
+            "prefix_lm", PrefixLM(), examples, body, steps=800, batch=BatchConfig(size=16),
+            optimizer=OptimizerConfig(embedding_lr=0.3),
         ),
         "halves": tiny(
-            "prefix_lm", halves, segment, sides, steps=800, batch=BatchConfig(rows=16), optimizer=OptimizerConfig(rest_rate=3e-2)
+            "prefix_lm", halves, examples, sides, steps=800, batch=BatchConfig(size=16), optimizer=OptimizerConfig(scalar_lr=3e-2)
         ),
         "published": paper,
     })  # fmt: skip

@@ -35,7 +35,7 @@ from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe,
 from firth.train.optimizer import OptimizerConfig
 from firth.train.schedule import Budget, Schedule
 
-WORDS = TokenizerConfig(algorithm="word", size=20_000)
+WORDS = TokenizerConfig(algorithm="word", vocab_size=20_000)
 
 
 def word2vec(size: str = "tiny") -> Recipe:
@@ -44,16 +44,16 @@ def word2vec(size: str = "tiny") -> Recipe:
     published: 1.6 billion words, windows of 5, 300 numbers for each of 692,000 words (Mikolov 2013b, section 3).
     """
     tiny = Recipe(
-        name="word2vec", objective=Word2Vec(), segment=WordWindowsConfig(), source=sizes.TEXT, tokenizer=WORDS,
-        shape=word_vector_config(WORDS.size, 128), batch=BatchConfig(rows=16),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.99, clip=0.0),
-        schedule=Schedule("linear", warmup=0.02), length=Budget(steps=1500),
-        evaluation=EvalConfig(every=500, max_examples=256), checkpoint=CheckpointConfig(every=500), samples=("king", "good", "went", "blood"),
+        name="word2vec", objective=Word2Vec(), examples=WordWindowsConfig(), data=sizes.TEXT, tokenizer=WORDS,
+        model=word_vector_config(WORDS.vocab_size, 128), batch=BatchConfig(size=16),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0, beta2=0.99, max_grad_norm=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.02), budget=Budget(max_steps=1500),
+        evaluation=EvalConfig(every=500, max_examples=256), checkpoint=CheckpointConfig(every=500), sample_prompts=("king", "good", "went", "blood"),
         precision="fp32",
     )  # fmt: skip
     published = replace(
-        tiny, source=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", size=692_000), shape=word_vector_config(692_000, 300),
-        segment=WordWindowsConfig(sample=1e-5), batch=BatchConfig(rows=256), length=Budget(steps=12_000),
+        tiny, data=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", vocab_size=692_000), model=word_vector_config(692_000, 300),
+        examples=WordWindowsConfig(subsampling_threshold=1e-5), batch=BatchConfig(size=256), budget=Budget(max_steps=12_000),
         evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("word2vec", size, {"tiny": tiny, "published": published})
@@ -65,13 +65,13 @@ def lstm(size: str = "tiny") -> Recipe:
     published: one layer of 1,024 cells over embeddings of 512 (Dai and Le 2015, section 4). Here its width is 1,024 both.
     """
     tiny = sizes.tiny(
-        "lstm", CausalLM(), WindowsConfig(length=128), recurrent_config(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
-        steps=600, batch=BatchConfig(rows=16), optimizer=OptimizerConfig(rate=6e-3), samples=("The ", "I think that ", "What is "),
+        "lstm", CausalLM(), WindowsConfig(max_length=128), recurrent_config(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
+        steps=600, batch=BatchConfig(size=16), optimizer=OptimizerConfig(lr=6e-3), samples=("The ", "I think that ", "What is "),
     )  # fmt: skip
     published = replace(
-        tiny, source=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", size=30_000), samples=(),
-        shape=replace(recurrent_config(30_000, 1024, 1, context=400), dropout=0.25), segment=WindowsConfig(length=400),
-        batch=BatchConfig(rows=128), length=Budget(steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
+        tiny, data=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", vocab_size=30_000), sample_prompts=(),
+        model=replace(recurrent_config(30_000, 1024, 1, context=400), dropout=0.25), examples=WindowsConfig(max_length=400),
+        batch=BatchConfig(size=128), budget=Budget(max_steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("lstm", size, {"tiny": tiny, "published": published})
 
@@ -83,14 +83,14 @@ def elmo(size: str = "tiny") -> Recipe:
     epochs (Peters 2018, section 3.4); the softmax is over whole words, as there.
     """
     tiny = sizes.tiny(
-        "elmo", BiLM(), WindowsConfig(length=64), bilm(sizes.VOCAB, 2 * sizes.WIDTH, 2, characters=16, filters=256),
-        steps=500, batch=BatchConfig(rows=32), optimizer=OptimizerConfig(rest_rate=1e-3),
+        "elmo", BiLM(), WindowsConfig(max_length=64), bilm(sizes.VOCAB, 2 * sizes.WIDTH, 2, characters=16, filters=256),
+        steps=500, batch=BatchConfig(size=32), optimizer=OptimizerConfig(scalar_lr=1e-3),
     )  # fmt: skip
     published = replace(
-        tiny, source=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", size=100_000), segment=WindowsConfig(length=20),
-        shape=replace(bilm(100_000, 1024, 2, characters=50, filters=2048, hidden=4096), dropout=0.1, context=400),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-3, weight_decay=0.0), batch=BatchConfig(rows=384),
-        length=Budget(steps=1_000_000), evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
+        tiny, data=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", vocab_size=100_000), examples=WindowsConfig(max_length=20),
+        model=replace(bilm(100_000, 1024, 2, characters=50, filters=2048, hidden=4096), dropout=0.1, max_positions=400),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.0), batch=BatchConfig(size=384),
+        budget=Budget(max_steps=1_000_000), evaluation=EvalConfig(every=5000), checkpoint=CheckpointConfig(every=5000),
     )  # fmt: skip
     return sizes.one_of("elmo", size, {"tiny": tiny, "published": published})
 
@@ -98,16 +98,16 @@ def elmo(size: str = "tiny") -> Recipe:
 def bilm(vocab: int, width: int, depth: int, characters: int, filters: int, hidden: int = 0) -> ModelConfig:
     """ELMo's shape: two stacks apart, over spelled words."""
     return ModelConfig(
-        vocab=vocab, width=width, depth=depth, heads=1, hidden=hidden, context=sizes.CONTEXT, causal=False,
-        norm_at="post", position="none", tied=False, head_bias=True, recurrent="lstm", apart=True, skip=True,
-        characters=characters, filters=filters,
+        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=1, intermediate_size=hidden, max_positions=sizes.CONTEXT, causal=False,
+        norm_placement="post", position="none", tie_embeddings=False, lm_head_bias=True, rnn_type="lstm", separate_directions=True, rnn_residual=True,
+        max_characters=characters, char_filters=filters,
     )  # fmt: skip
 
 
 def token_features() -> Recipe:
     """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train tag_features`."""
     return Recipe(
-        name="tag_features", objective=LayerMixture() + TokenClassification(), segment=TaggedConfig(length=128), batch=BatchConfig(rows=32),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup=0.1),
-        length=Budget(steps=300), evaluation=EvalConfig(max_examples=2000), checkpoint=CheckpointConfig(every=300),
+        name="tag_features", objective=LayerMixture() + TokenClassification(), examples=TaggedConfig(max_length=128), batch=BatchConfig(size=32),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup_ratio=0.1),
+        budget=Budget(max_steps=300), evaluation=EvalConfig(max_examples=2000), checkpoint=CheckpointConfig(every=300),
     )  # fmt: skip

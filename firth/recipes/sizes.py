@@ -42,8 +42,8 @@ def one_of(recipe: str, size: str, sizes: Mapping[str, Recipe]) -> Recipe:
 def tiny(
     name: str,
     objective: Objective,
-    segment: ExamplesConfig,
-    shape: ModelConfig,
+    examples: ExamplesConfig,
+    config: ModelConfig,
     *,
     steps: int,
     batch: BatchConfig,
@@ -52,7 +52,7 @@ def tiny(
 ) -> Recipe:
     """A recipe of the tiny size: Shakespeare's plays, 4,096 subwords, a warm start and a linear fall at the end."""
     return Recipe(
-        name=name, objective=objective, segment=segment, source=TEXT, tokenizer=TokenizerConfig(size=VOCAB), shape=shape,
-        batch=batch, optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), length=Budget(steps=steps),
-        evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), samples=samples,
+        name=name, objective=objective, examples=examples, data=TEXT, tokenizer=TokenizerConfig(vocab_size=VOCAB), model=config,
+        batch=batch, optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), budget=Budget(max_steps=steps),
+        evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), sample_prompts=samples,
     )  # fmt: skip

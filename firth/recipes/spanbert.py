@@ -27,24 +27,24 @@ def spanbert(size: str = "tiny") -> Recipe:
 
 
 def _objective(rate: float) -> Objective:
-    return MLM(rate=rate, noise="geometric", alike=True) + SBO()
+    return MLM(mlm_probability=rate, noise="geometric", whole_span_replacement=True) + SBO()
 
 
 def _tiny() -> Recipe:
     return sizes.tiny(
-        "spanbert", _objective(sizes.HIDDEN), ChunksConfig(length=128), encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
-        steps=500, batch=BatchConfig(rows=32, pack=128),
+        "spanbert", _objective(sizes.HIDDEN), ChunksConfig(max_length=128), encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        steps=500, batch=BatchConfig(size=32, pack_to_length=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip
 
 
 def _published() -> Recipe:
     """Section 4.2: 2.4 M steps of 256 rows of at most 512 tokens, Adam at 1e-4 with 10,000 steps of warmup."""
-    shape = presets.PRESETS["spanbert"]
+    config = presets.PRESETS["spanbert"]
     return Recipe(
-        name="spanbert", objective=_objective(0.15), segment=ChunksConfig(length=512), shape=shape,
-        tokenizer=TokenizerConfig(algorithm="wordpiece", size=shape.vocab), batch=BatchConfig(rows=256),
-        optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
-        schedule=Schedule("linear", warmup=10_000 / 2_400_000), length=Budget(steps=2_400_000),
+        name="spanbert", objective=_objective(0.15), examples=ChunksConfig(max_length=512), model=config,
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=config.vocab_size), batch=BatchConfig(size=256),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.1, beta2=0.999, eps=1e-8),
+        schedule=Schedule("linear", warmup_ratio=10_000 / 2_400_000), budget=Budget(max_steps=2_400_000),
         evaluation=EvalConfig(every=10_000), checkpoint=CheckpointConfig(every=10_000),
     )  # fmt: skip

@@ -26,30 +26,30 @@ def t5(size: str = "tiny") -> Recipe:
     takes AdamW at 1e-4 with a cosine in its place, as its successors did, so that recipe is the paper's in all but this.
     """
     # The relative biases must grow to several units, and the untied head begins near zero.
-    ours = OptimizerConfig(rest_rate=3e-2)
+    ours = OptimizerConfig(scalar_lr=3e-2)
     small = Recipe(
-        name="t5", objective=SpanCorruption(), segment=ChunksConfig(length=256, frame=False), source=DataConfig(corpus="shakespeare"),
-        shape=encoder_decoder_config(vocab=8192, width=384, depth=4, context=512), batch=BatchConfig(rows=16), optimizer=ours,
-        schedule=Schedule("wsd"), length=Budget(steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
+        name="t5", objective=SpanCorruption(), examples=ChunksConfig(max_length=256, add_special_tokens=False), data=DataConfig(corpus="shakespeare"),
+        model=encoder_decoder_config(vocab=8192, width=384, depth=4, context=512), batch=BatchConfig(size=16), optimizer=ours,
+        schedule=Schedule("wsd"), budget=Budget(max_steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
     body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
     sizes = {
         name: Recipe(
-            name="t5", objective=SpanCorruption(), segment=ChunksConfig(length=512, frame=False), shape=presets.PRESETS[shape],
-            tokenizer=TokenizerConfig(algorithm="unigram", size=32100), batch=BatchConfig(rows=128),
-            optimizer=OptimizerConfig(name="adamw", rate=1e-4, weight_decay=0.0, beta2=0.999),
-            schedule=Schedule("cosine", warmup=10_000 / 2**19), length=Budget(steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+            name="t5", objective=SpanCorruption(), examples=ChunksConfig(max_length=512, add_special_tokens=False), model=presets.PRESETS[shape],
+            tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100), batch=BatchConfig(size=128),
+            optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0, beta2=0.999),
+            schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19), budget=Budget(max_steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "t5-base"), ("large", "t5-large"), ("3b", "t5-3b"), ("published", "t5-11b"))
     }  # fmt: skip
     plan = tiny(
         "t5",
         SpanCorruption(),
-        ChunksConfig(length=128, frame=False),
+        ChunksConfig(max_length=128, add_special_tokens=False),
         body,
         steps=800,
-        batch=BatchConfig(rows=16),
+        batch=BatchConfig(size=16),
         optimizer=ours,
     )
     return one_of("t5", size, {"tiny": plan, "small": small} | sizes)

@@ -30,24 +30,24 @@ def vae(size: str = "tiny") -> Recipe:
     body = encoder_decoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH // 2, context=sizes.CONTEXT)
     tiny = sizes.tiny(
         "vae",
-        VAE(units=32, anneal=300, drop=0.4),
-        ChunksConfig(length=32, frame=False),
-        replace(body, latent=32),
+        VAE(latent_size=32, kl_anneal_steps=300, word_dropout=0.4),
+        ChunksConfig(max_length=32, add_special_tokens=False),
+        replace(body, latent_size=32),
         steps=600,
-        batch=BatchConfig(rows=64),
-        optimizer=OptimizerConfig(rest_rate=1e-2),
+        batch=BatchConfig(size=64),
+        optimizer=OptimizerConfig(scalar_lr=1e-2),
         samples=samples,
     )
     published = Recipe(
         name="vae",
-        objective=VAE(units=13, anneal=10_000, drop=0.375),
-        segment=ChunksConfig(length=64, frame=False),
-        tokenizer=TokenizerConfig(size=20_000),
-        shape=replace(encoder_decoder_config(20_000, 512, 2, context=64), latent=13),
-        batch=BatchConfig(rows=32),
+        objective=VAE(latent_size=13, kl_anneal_steps=10_000, word_dropout=0.375),
+        examples=ChunksConfig(max_length=64, add_special_tokens=False),
+        tokenizer=TokenizerConfig(vocab_size=20_000),
+        model=replace(encoder_decoder_config(20_000, 512, 2, context=64), latent_size=13),
+        batch=BatchConfig(size=32),
         optimizer=OptimizerConfig(),
         schedule=Schedule("wsd"),
-        length=Budget(steps=100_000),
-        samples=samples,
+        budget=Budget(max_steps=100_000),
+        sample_prompts=samples,
     )
     return sizes.one_of("vae", size, {"tiny": tiny, "published": published})

@@ -33,15 +33,17 @@ def xlnet(size: str = "tiny") -> Recipe:
     The tiny size asks a third of the tokens, one by one: a short run learns from as much as it is asked.
     """
     paper = Recipe(
-        name="xlnet", objective=PLM(noise="contexts"), segment=WindowsConfig(length=512), shape=presets.PRESETS["xlnet-large"],
-        tokenizer=TokenizerConfig(algorithm="unigram", size=32000), batch=BatchConfig(rows=8192), samples=SAMPLES,
-        optimizer=OptimizerConfig(name="adamw", rate=4e-4, weight_decay=0.01, beta2=0.999, eps=1e-6),
-        schedule=Schedule("linear", warmup=0.08), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="xlnet", objective=PLM(noise="contexts"), examples=WindowsConfig(max_length=512), model=presets.PRESETS["xlnet-large"],
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32000), batch=BatchConfig(size=8192), sample_prompts=SAMPLES,
+        optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.999, eps=1e-6),
+        schedule=Schedule("linear", warmup_ratio=0.08), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), position="xlnet", query=True, memory=128)
+    body = replace(
+        encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), position="xlnet", mask_embedding=True, memory_length=128
+    )
     return one_of("xlnet", size, {
-        "tiny": tiny("xlnet", PLM(k=3), WindowsConfig(length=128), body, steps=500, batch=BatchConfig(rows=16), samples=SAMPLES),
-        "base": replace(paper, shape=presets.PRESETS["xlnet-base"]),
+        "tiny": tiny("xlnet", PLM(k=3), WindowsConfig(max_length=128), body, steps=500, batch=BatchConfig(size=16), samples=SAMPLES),
+        "base": replace(paper, model=presets.PRESETS["xlnet-base"]),
         "published": paper,
     })  # fmt: skip
 
@@ -55,13 +57,13 @@ def mpnet(size: str = "tiny") -> Recipe:
     """
     objective = MPNet(noise="words")
     paper = Recipe(
-        name="mpnet", objective=objective, segment=ChunksConfig(length=512), shape=presets.PRESETS["mpnet-base"],
-        tokenizer=TokenizerConfig(algorithm="wordpiece", size=30527), batch=BatchConfig(rows=8192), samples=SAMPLES,
-        optimizer=OptimizerConfig(name="adamw", rate=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, clip=0.0),
-        schedule=Schedule("linear", warmup=0.048), length=Budget(steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+        name="mpnet", objective=objective, examples=ChunksConfig(max_length=512), model=presets.PRESETS["mpnet-base"],
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30527), batch=BatchConfig(size=8192), sample_prompts=SAMPLES,
+        optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
+        schedule=Schedule("linear", warmup_ratio=0.048), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     body = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
     return one_of("mpnet", size, {
-        "tiny": tiny("mpnet", replace(objective, rate=0.3), ChunksConfig(length=128), body, steps=600, batch=BatchConfig(rows=16), samples=SAMPLES),
+        "tiny": tiny("mpnet", replace(objective, mlm_probability=0.3), ChunksConfig(max_length=128), body, steps=600, batch=BatchConfig(size=16), samples=SAMPLES),
         "published": paper,
     })  # fmt: skip

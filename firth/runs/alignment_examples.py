@@ -58,36 +58,36 @@ from firth.validated import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCou
 class SampledPreferencesConfig(ExamplesConfig):
     """Comparisons of answers that a model of ours has sampled, with the very tokens it wrote (`firth.align.rewards`)."""
 
-    gives: ClassVar[frozenset[str]] = COMPARED
+    base_fields: ClassVar[frozenset[str]] = COMPARED
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         def read(paths: Sequence[str]) -> Source:
             return PreferencePairs([c for path in paths for c in read_preference_pairs(Path(path))])
 
-        return split_records(material, read)
+        return split_records(data, read)
 
 
 @dataclass(frozen=True)
 class RefLogprobsConfig(ExamplesConfig):
     """Comparisons with the log-probabilities that the model they start from gives to both answers: what DPO reads."""
 
-    pairs: ExamplesConfig = PreferencesConfig()
+    base: ExamplesConfig = PreferencesConfig()
 
-    def within(self, context: int) -> ExamplesConfig:
-        return dataclasses.replace(self, pairs=self.pairs.within(context))
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return dataclasses.replace(self, base=self.base.limit_to(context))
 
     @property
-    def given(self) -> frozenset[str]:
-        return self.pairs.given | {"reference"}
+    def fields(self) -> frozenset[str]:
+        return self.base.fields | {"reference"}
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        model = material.frozen(
-            required_model(material.start, "start", "the model that DPO starts from and is held to")
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        model = data.load_frozen(
+            required_model(data.init_from, "start", "the model that DPO starts from and is held to")
         )
-        plain = self.pairs.cut(material, objective)
-        with material.casts():
+        plain = self.base.build(data, objective)
+        with data.autocast():
             known = [
-                precompute(source, model, build_comparison, ref_logprobs, directory=material.directory / "reference" / part)
+                precompute(source, model, build_comparison, ref_logprobs, directory=data.directory / "reference" / part)
                 if source is not None else None
                 for part, source in (("train", plain.train), ("valid", plain.valid))
             ]  # fmt: skip
@@ -99,22 +99,22 @@ class RefLogprobsConfig(ExamplesConfig):
 class RankingsConfig(ExamplesConfig):
     """Records with a prompt and several answers in the order of preference (`firth.data.rankings`)."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
 
-    length: TokenCount = 256
+    max_length: TokenCount = 256
 
-    def within(self, context: int) -> ExamplesConfig:
-        return dataclasses.replace(self, length=min(self.length, context))
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return dataclasses.replace(self, max_length=min(self.max_length, context))
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         def known() -> DataStats:
-            paths = [*material.source.paths(material.echo), *material.source.valid]
-            return DataStats(options=rankings.RankingRecords(paths, material.tokenizer, self.length).most)
+            paths = [*data.config.paths(data.echo), *data.config.validation_path]
+            return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
 
-        return objective.told(known)
+        return objective.with_stats(known)
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: rankings.RankingRecords(paths, material.tokenizer, self.length))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
 
 
 @dataclass(frozen=True)
@@ -130,30 +130,30 @@ class RolloutsConfig(ExamplesConfig):
     counted, and those that leave no room for max_new in the model's context.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
-    wants: ClassVar[frozenset[str]] = frozenset({"mask"})
-    leaves_out: ClassVar[bool] = True
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
+    required_fields: ClassVar[frozenset[str]] = frozenset({"mask"})
+    drops_long_records: ClassVar[bool] = True
 
-    answers: PositiveInt = 64
-    group: PositiveInt = 1
-    epochs: PositiveInt = 2
-    max_new: TokenCount = 48
-    longest: TokenCount = 192
-    beta: NonNegativeFloat = 0.05
-    reward: str = path_field("model", "")
-    scorer: str = ""
-    truth: str = ""
-    unfinished: FiniteFloat | None = None
-    credit: Literal["gae", "group"] = "gae"
+    rollout_size: PositiveInt = 64
+    num_generations: PositiveInt = 1
+    num_epochs: PositiveInt = 2
+    max_new_tokens: TokenCount = 48
+    max_tokens: TokenCount = 192
+    kl_coef: NonNegativeFloat = 0.05
+    reward_model: str = path_field("model", "")
+    reward_function: str = ""
+    true_reward_function: str = ""
+    unfinished_score: FiniteFloat | None = None
+    advantages: Literal["gae", "group"] = "gae"
 
-    def refuse(self, objective: Objective) -> None:
-        read = objective.needs(self.given)
-        if self.credit == "group" and "returns" in read:
+    def check_objective(self, objective: Objective) -> None:
+        read = objective.inputs(self.fields)
+        if self.advantages == "group" and "returns" in read:
             raise UserError(
                 "segment.credit=group compares answers with each other, and the critic of objective ppo would be trained for "
                 "nothing: set segment.credit=gae, or take objective=reinforce"
             )
-        if self.credit == "gae" and "advantage" in read and "returns" not in read:
+        if self.advantages == "gae" and "advantage" in read and "returns" not in read:
             raise UserError(
                 "segment.credit=gae needs the estimates of a critic, which objective reinforce does not have: set "
                 "segment.credit=group, or take objective=ppo"
@@ -161,73 +161,77 @@ class RolloutsConfig(ExamplesConfig):
 
     @property
     def functions(self) -> dict[str, str]:
-        return {name: value for name, value in (("scorer", self.scorer), ("truth", self.truth)) if value}
+        return {
+            name: value
+            for name, value in (("scorer", self.reward_function), ("truth", self.true_reward_function))
+            if value
+        }
 
     def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"longest": text - self.max_new}
+        return {"longest": text - self.max_new_tokens}
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        start = material.frozen(
-            required_model(material.start, "start", "the model that writes the first answers and is held to")
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        start = data.load_frozen(
+            required_model(data.init_from, "start", "the model that writes the first answers and is held to")
         )
-        found, keys = self._prompts(material, start, material.source.paths(material.echo))
-        aside = held_out_keys(keys, 0.0 if material.source.valid else material.source.held_out, len(found))
+        found, keys = self._prompts(data, start, data.config.paths(data.echo))
+        aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
         prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
-        if material.source.valid:
-            held, _ = self._prompts(material, start, material.source.valid)
-        if bool(self.reward) == bool(self.scorer):
+        if data.config.validation_path:
+            held, _ = self._prompts(data, start, data.config.validation_path)
+        if bool(self.reward_model) == bool(self.reward_function):
             raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
-        learned = self._reward_model(material, prompts, start) if self.reward else None
-        judge: RewardFunction = learned or FunctionReward(function(self.scorer))
-        steps, over = divmod(self.answers * self.epochs, material.rows)
+        learned = self._reward_model(data, prompts, start) if self.reward_model else None
+        judge: RewardFunction = learned or FunctionReward(function(self.reward_function))
+        steps, over = divmod(self.rollout_size * self.num_epochs, data.batch_size)
         if over or not steps:
             raise UserError(
-                f"{self.answers} answers for {self.epochs} epochs do not fill steps of batch.rows={material.rows} evenly"
+                f"{self.rollout_size} answers for {self.num_epochs} epochs do not fill steps of batch.rows={data.batch_size} evenly"
             )
         source = OnPolicy(
-            prompts, material.tokenizer, judge, start, seed=material.seed,
+            prompts, data.tokenizer, judge, start, seed=data.seed,
             phase=RolloutConfig(
-                answers=self.answers, group=self.group, steps=steps, max_new=self.max_new, beta=self.beta,
-                unfinished=self.unfinished,
+                rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps, max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef,
+                unfinished_score=self.unfinished_score,
             ),
-            credit=Baseline() if self.credit == "group" else GAE(value_lam=1.0),
-            truth=FunctionReward(function(self.truth)) if self.truth else None, critic=learned,
+            credit=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
+            truth=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None, critic=learned,
         )  # fmt: skip
         shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
-        return DatasetSplits(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new))
+        return DatasetSplits(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new_tokens))
 
-    def _prompts(self, material: RunData, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+    def _prompts(self, data: RunData, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
         """The prompts that fit, with an answer of max_new tokens, into the context, and their keys; how many do not is
         reported."""
-        room = start.context - self.max_new
+        room = start.context - self.max_new_tokens
         if room < 1:
             raise UserError(
-                f"segment.max_new={self.max_new} leaves no room for a prompt in the {start.context} positions of the model: "
+                f"segment.max_new={self.max_new_tokens} leaves no room for a prompt in the {start.context} positions of the model: "
                 "lower segment.max_new"
             )
-        limit = min(self.longest, room)
-        prompts, keys, counts = records.prompts(paths, material.tokenizer, limit)
+        limit = min(self.max_tokens, room)
+        prompts, keys, counts = records.prompts(paths, data.tokenizer, limit)
         if counts.get("too_long"):
             why = (
                 f"segment.longest={limit}"
                 if limit < room
-                else f"{start.context} positions less segment.max_new={self.max_new}"
+                else f"{start.context} positions less segment.max_new={self.max_new_tokens}"
             )
-            material.echo(
+            data.echo(
                 f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
             )
         return prompts, keys
 
-    def _reward_model(self, material: RunData, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
+    def _reward_model(self, data: RunData, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
-        run = model_directory(self.reward)
+        run = model_directory(self.reward_model)
         cure = "train the reward model from the same start as the policy"
-        check_same_tokenizer(material.tokenizer, run, "segment.reward:", cure)
-        judge = RewardModel(material.frozen(run))
+        check_same_tokenizer(data.tokenizer, run, "segment.reward:", cure)
+        judge = RewardModel(data.load_frozen(run))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
-        with material.casts():
-            sampling = Sampling(max_new=self.max_new, seed=material.seed)
-            written = Engine(start, material.tokenizer).generate(some, sampling)
+        with data.autocast():
+            sampling = Sampling(max_new_tokens=self.max_new_tokens, seed=data.seed)
+            written = Engine(start, data.tokenizer).generate(some, sampling)
             return judge.normalised([Rollout.of(p, w) for p, w in zip(some, written, strict=True)])
 
 

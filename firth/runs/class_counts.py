@@ -18,7 +18,7 @@ MOST = 12
 
 def all_of(source: Source) -> Mapping[str, int]:
     """How many answers of each class a source has; {} without classes."""
-    return source.per_class(np.arange(len(source)))
+    return source.class_counts(np.arange(len(source)))
 
 
 def class_summary(train: Source, valid: Source | None) -> str:

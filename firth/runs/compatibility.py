@@ -48,105 +48,118 @@ RECIPE: dict[AttentionPattern, str] = {
 
 
 def check_pattern(
-    objective: Objective, shape: ModelConfig, segment: ExamplesConfig | None = None, fixed: bool = False
+    objective: Objective, config: ModelConfig, examples: ExamplesConfig | None = None, fixed: bool = False
 ) -> None:
     """Raise a UserError that names both, and what would fit, if the shape does not honour what the objective asks.
 
     segment: what else would fit has to be fed by it. fixed: whether the shape is that of the weights to begin from.
     """
-    name, reads = _name(objective), objective.reads()
-    if reads in shape.honours:
-        if lacking := objective.lacks(shape):
+    name, reads = _name(objective), objective.attention_pattern()
+    if reads in config.supported_patterns:
+        if lacking := objective.missing_from(config):
             raise UserError(f"objective {name} cannot be trained with this shape: {lacking}")
         return
-    told = "" if fixed else _settings(objective, shape)
+    told = "" if fixed else _settings(objective, config)
     remedy = f"set {told}" if told else f"{'start' if fixed else 'begin'} from the recipe {RECIPE[reads]}"
-    others = [one for one in _served(shape) if type(one) is not type(objective)]
-    served = [one for one in others if segment is None or _fed(one, segment)] or others
+    others = [one for one in _served(config) if type(one) is not type(objective)]
+    served = [one for one in others if examples is None or _fed(one, examples)] or others
     offered = ", ".join(sorted(_name(one) for one in served))
     raise UserError(
-        f"objective {name} {PATTERN_DESCRIPTIONS[reads]}, which {shape.noun} cannot: {remedy}"
+        f"objective {name} {PATTERN_DESCRIPTIONS[reads]}, which {config.description} cannot: {remedy}"
         + (f", or take an objective that it serves: {offered}" if offered else "")
     )
 
 
-def _served(shape: ModelConfig) -> Iterator[Objective]:
+def _served(config: ModelConfig) -> Iterator[Objective]:
     """The objectives with a way of reading of their own that a shape serves."""
     for name in objectives.OBJECTIVES:
         one: Objective = objectives.find(name)()
-        if one.reads() in shape.honours - {"any"} and one.alone and not one.lacks(shape):
+        if (
+            one.attention_pattern() in config.supported_patterns - {"any"}
+            and one.standalone
+            and not one.missing_from(config)
+        ):
             yield one
 
 
-def _settings(objective: Objective, shape: ModelConfig) -> str:
+def _settings(objective: Objective, config: ModelConfig) -> str:
     """The fewest settings by which a shape comes to serve an objective; empty where it takes another architecture."""
     wanted: dict[AttentionPattern, dict[str, bool | int]] = {
         "left": {"causal": True, "encoder": 0, "latent": 0, "linformer": 0, "apart": False},
         "both": {"causal": False, "encoder": 0, "latent": 0},
         "free": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
         "prefix": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
-        "source": {"causal": True, "encoder": shape.encoder or shape.depth, "latent": 0, "linformer": 0},
+        "source": {
+            "causal": True,
+            "encoder": config.num_encoder_layers or config.num_layers,
+            "latent": 0,
+            "linformer": 0,
+        },
         "apart": {"causal": False, "apart": True},
     }
-    told = config_io.to_dict(shape)
-    changes = {name: value for name, value in wanted.get(objective.reads(), {}).items() if told.get(name) != value}
+    told = config_io.to_dict(config)
+    changes = {
+        name: value for name, value in wanted.get(objective.attention_pattern(), {}).items() if told.get(name) != value
+    }
     try:
         changed: ModelConfig = config_io.from_dict(ModelConfig, told | changes)
     except UserError:
         return ""
-    if objective.reads() not in changed.honours or objective.lacks(changed):
+    if objective.attention_pattern() not in changed.supported_patterns or objective.missing_from(changed):
         return ""
     return _listed(f"shape.{name}={str(value).lower()}" for name, value in changes.items())
 
 
-def check_fields(objective: Objective, segment: ExamplesConfig, shape: ModelConfig | None = None) -> None:
+def check_fields(objective: Objective, examples: ExamplesConfig, config: ModelConfig | None = None) -> None:
     """Raise a UserError if the examples lack what the objective needs, or if it asks nothing of them, or if an addend of it
     loses what another asks. What would fit has to suit the shape, if there is one."""
-    fault = _fault(objective, segment)
-    if not fault and shape is not None and objective.borrows:
+    fault = _fault(objective, examples)
+    if not fault and config is not None and objective.required_heads:
         with init_empty_weights():
-            lent = objective.parts(shape)
-        if lacking := objective.borrows - lent.keys():
-            names = ", ".join(objectives.name_of(type(one)) for one in objective.addends())
+            lent = objective.heads(config)
+        if lacking := objective.required_heads - lent.keys():
+            names = ", ".join(objectives.name_of(type(one)) for one in objective.components())
             raise UserError(
                 f"no addend of the objective [{names}] has the part {_listed(lacking)} that it reads with: add mlm"
             )
     if fault:
-        raise UserError(f"{fault}: {_feeding(objective, segment, shape)}")
-    segment.refuse(objective)
+        raise UserError(f"{fault}: {_feeding(objective, examples, config)}")
+    examples.check_objective(objective)
 
 
-def _fault(objective: Objective, segment: ExamplesConfig) -> str:
+def _fault(objective: Objective, examples: ExamplesConfig) -> str:
     """What is wrong with an objective's food, if anything."""
-    given, asked = segment.given, frozenset[str]()
-    read = frozenset[str]().union(*(one.needs(given) for one in objective.addends()))
-    if segment.wants - read:
-        told = _listed(segment.wants)
-        return f"segment {_name_of(segment)} is for those who read {told}, and objective {_name(objective)} does not"
-    for one in objective.addends():
-        if lacking := one.needs(given) - given:
-            told = f"segment {_name_of(segment)} gives" if given == segment.given else "what stands before it lays out"
-            needed = one.needs(given) if given == segment.given else lacking
+    given, asked = examples.fields, frozenset[str]()
+    read = frozenset[str]().union(*(one.inputs(given) for one in objective.components()))
+    if examples.required_fields - read:
+        told = _listed(examples.required_fields)
+        return f"segment {_name_of(examples)} is for those who read {told}, and objective {_name(objective)} does not"
+    for one in objective.components():
+        if lacking := one.inputs(given) - given:
+            told = (
+                f"segment {_name_of(examples)} gives" if given == examples.fields else "what stands before it lays out"
+            )
+            needed = one.inputs(given) if given == examples.fields else lacking
             return f"objective {_name(one)} needs {_listed(needed)} in an example, and {told} {_listed(given) or 'nothing'}"
-        own = asked | frozenset(one.targets.values())
-        given = one.hands_on(given)
+        own = asked | frozenset(one.labels.values())
+        given = one.outputs(given)
         if lost := own - given:
             return f"objective {_name(one)} lays an example out anew, so that {_listed(lost)} of what stands before it is lost"
-        if twice := asked.intersection(one.targets.values()):
+        if twice := asked.intersection(one.labels.values()):
             return f"objective {_name(one)} asks {_listed(twice)}, which what stands before it asks too"
         asked = own
-    return "" if objective.alone else f"objective {_name(objective)} asks nothing of a text by itself"
+    return "" if objective.standalone else f"objective {_name(objective)} asks nothing of a text by itself"
 
 
-def _fed(objective: Objective, segment: ExamplesConfig) -> bool:
-    return not _fault(objective, segment)
+def _fed(objective: Objective, examples: ExamplesConfig) -> bool:
+    return not _fault(objective, examples)
 
 
-def _feeding(objective: Objective, segment: ExamplesConfig, shape: ModelConfig | None) -> str:
+def _feeding(objective: Objective, examples: ExamplesConfig, config: ModelConfig | None) -> str:
     """What mends it: another segment, or an objective to add it to."""
     if fitting := _segments(objective):
         return f"take {fitting}"
-    if len(objective.addends()) > 1:
+    if len(objective.components()) > 1:
         return "train with one of them, or put them into another order"
     elsewhere = ""
     for name in objectives.OBJECTIVES:
@@ -154,10 +167,10 @@ def _feeding(objective: Objective, segment: ExamplesConfig, shape: ModelConfig |
             both = objectives.find(name)() + objective
         except UserError:
             continue
-        if shape is not None and (both.reads() not in shape.honours or both.lacks(shape)):
+        if config is not None and (both.reads() not in config.supported_patterns or both.lacks(config)):
             continue
         told = f"write objective=[{name}, {_name(objective)}]"
-        if _fed(both, segment):
+        if _fed(both, examples):
             return told
         if not elsewhere and (fitting := _segments(both)):
             elsewhere = f"{told} and take {fitting}"
@@ -166,47 +179,47 @@ def _feeding(objective: Objective, segment: ExamplesConfig, shape: ModelConfig |
 
 def _segments(objective: Objective) -> str:
     """The segments that feed an objective and give the least besides, as one writes them."""
-    fitting = {name: len(kind().given) for name, kind in EXAMPLES.items() if _fed(objective, kind())}
+    fitting = {name: len(kind().fields) for name, kind in EXAMPLES.items() if _fed(objective, kind())}
     return " or ".join(f"segment={name}" for name, n in fitting.items() if n == min(fitting.values()))
 
 
-def check_batching(objective: Objective, shape: ModelConfig, *, pack: int, accumulate: int, ranks: int = 1) -> None:
+def check_batching(objective: Objective, config: ModelConfig, *, pack: int, accumulate: int, ranks: int = 1) -> None:
     """Raise a UserError if a step is packed or cut up in a way that the shape or the objective cannot bear."""
-    if pack and not shape.packs:
+    if pack and not config.packable:
         raise UserError(
-            f"{shape.noun} reads one document a row, and batch.pack={pack} puts several there: set batch.pack=0"
+            f"{config.description} reads one document a row, and batch.pack={pack} puts several there: set batch.pack=0"
         )
-    if objective.whole and accumulate * ranks > 1:
+    if objective.needs_full_batch and accumulate * ranks > 1:
         raise UserError(
             f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
             f"{accumulate} micro-batches would compare only their own: set batch.accumulate=1 and train on one rank"
         )
 
 
-def check_memory(shape: ModelConfig, segment: ExamplesConfig, pack: int) -> None:
+def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> None:
     """Raise a UserError if the shape's memory is asked of rows that have no text before them.
 
     (That positions must reach back before a row, `Shape` says itself.)
     """
-    if shape.memory and pack:
+    if config.memory_length and pack:
         raise UserError(
-            f"shape.memory={shape.memory} needs rows of one text each, and batch.pack={pack} puts several into a row: "
+            f"shape.memory={config.memory_length} needs rows of one text each, and batch.pack={pack} puts several into a row: "
             "set batch.pack=0, or shape.memory=0"
         )
-    if shape.memory and not segment.remembers:
-        told = ", ".join(name for name, kind in EXAMPLES.items() if kind.remembers)
+    if config.memory_length and not examples.gives_memory:
+        told = ", ".join(name for name, kind in EXAMPLES.items() if kind.gives_memory)
         raise UserError(
-            f"shape.memory={shape.memory} needs the tokens that stand before each row, which segment {_name_of(segment)} does "
+            f"shape.memory={config.memory_length} needs the tokens that stand before each row, which segment {_name_of(examples)} does "
             f"not give: set shape.memory=0, or take segment={told}"
         )
 
 
 def limit_lengths(
-    segment: ExamplesConfig,
+    examples: ExamplesConfig,
     usual: ExamplesConfig,
     adapt: PeftConfig,
     base: LM | None,
-    shape: ModelConfig,
+    config: ModelConfig,
     added: int,
     echo: Echo,
 ) -> ExamplesConfig:
@@ -224,46 +237,46 @@ def limit_lengths(
     Raises:
         UserError: The user's own limit is too high; the error names the one that fits.
     """
-    ahead = adapt.ahead(base)
-    own = ahead != FullFinetuning().ahead(base)
-    if shape.position not in LEARNED or (segment.leaves_out and not own):
-        return segment
+    ahead = adapt.virtual_positions(base)
+    own = ahead != FullFinetuning().virtual_positions(base)
+    if config.position not in LEARNED or (examples.drops_long_records and not own):
+        return examples
     if not own:  # records are cut at the context in any case, and counted
-        segment = segment.within(shape.context)
-    return _fit_rows(segment, usual, shape.context - added, ahead, echo, "segment")
+        examples = examples.limit_to(config.max_positions)
+    return _fit_rows(examples, usual, config.max_positions - added, ahead, echo, "segment")
 
 
 def _fit_rows(
-    segment: ExamplesConfig, usual: ExamplesConfig, room: int, ahead: tuple[int, int], echo: Echo, section: str
+    examples: ExamplesConfig, usual: ExamplesConfig, room: int, ahead: tuple[int, int], echo: Echo, section: str
 ) -> ExamplesConfig:
-    usual = usual if type(usual) is type(segment) else type(segment)()
+    usual = usual if type(usual) is type(examples) else type(examples)()
     changed: dict[str, Any] = {}
-    for name, inner in vars(segment).items():
+    for name, inner in vars(examples).items():
         if isinstance(inner, ExamplesConfig):
             changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, echo, f"{section}.{name}")
-    for name, limit in segment.row_limits(room - ahead[0], room - ahead[1]).items():
-        value = getattr(segment, name)
+    for name, limit in examples.row_limits(room - ahead[0], room - ahead[1]).items():
+        value = getattr(examples, name)
         if value <= limit:
             continue
         taken = f", of which {max(ahead)} are before every text" if max(ahead) else ""
         why = f"the model has learned {room} positions for a row{taken}"
-        if limit < 1 or (value != getattr(usual, name) and not segment.leaves_out):
+        if limit < 1 or (value != getattr(usual, name) and not examples.drops_long_records):
             cure = f"set {section}.{name}={limit}" if limit > 0 else "lower adapt.tokens"
             raise UserError(f"{section}.{name}={value}: {why}: {cure}")
         echo(f"{section}.{name} is lowered from {value} to {limit}: {why}")
         changed[name] = limit
-    return dataclasses.replace(segment, **changed) if changed else segment  # type: ignore[type-var]
+    return dataclasses.replace(examples, **changed) if changed else examples  # type: ignore[type-var]
 
 
 def _name(objective: Objective) -> str:
     """As a recipe calls it; the addend that makes the demand, of a sum."""
-    addends = objective.addends()
-    demanding = next((one for one in addends if one.reads() != "any"), addends[-1])
+    addends = objective.components()
+    demanding = next((one for one in addends if one.attention_pattern() != "any"), addends[-1])
     return objectives.name_of(type(demanding))
 
 
-def _name_of(segment: ExamplesConfig) -> str:
-    return next((name for name, kind in EXAMPLES.items() if kind is type(segment)), type(segment).__name__)
+def _name_of(examples: ExamplesConfig) -> str:
+    return next((name for name, kind in EXAMPLES.items() if kind is type(examples)), type(examples).__name__)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -271,7 +284,7 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def check_available_memory(shape: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
+def check_available_memory(config: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
     """Refuse a model that cannot be trained in the memory that is free, before any of it is taken.
 
     Counted are the weights, their gradients and the optimizer's state in fp32 (4 bytes each; AdamW keeps two numbers a
@@ -286,7 +299,7 @@ def check_available_memory(shape: ModelConfig, optimizer: str, full: bool, devic
     Raises:
         UserError: More than is free.
     """
-    count = shape.parameters()
+    count = config.num_parameters()
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
     rooms = [("main memory", each if device.type == "cpu" else 4, memory()[1])]
     if device.type == "cuda":

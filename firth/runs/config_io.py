@@ -39,7 +39,7 @@ class Registry:
     """The classes that may stand in one place, by name; `join` makes one value of a list (objectives: a sum), `part`
     is its inverse."""
 
-    noun: str
+    name: str
     names: Callable[[], Sequence[str]]
     find: Callable[[str], type]
     join: Callable[[Any, Any], Any] | None = None
@@ -237,10 +237,10 @@ def _choose(kinds: Registry, value: Any, where: SourceLocation) -> Any:
     if not isinstance(value, Mapping):
         if dataclasses.is_dataclass(value):  # it has been built
             return value
-        raise UserError(f"{where}: {value!r} does not fit: it should be the name of a kind of {kinds.noun}")
+        raise UserError(f"{where}: {value!r} does not fit: it should be the name of a kind of {kinds.name}")
     name = value.get("kind")
     if name not in names:
-        raise UserError(f"{where}: there is no {kinds.noun} {name!r}{_nearest(str(name), names)}")
+        raise UserError(f"{where}: there is no {kinds.name} {name!r}{_nearest(str(name), names)}")
     return _dataclass(kinds.find(str(name)), {k: v for k, v in value.items() if k != "kind"}, where)
 
 
@@ -363,7 +363,7 @@ def _addend(addends: list[Any], field: str, name: str) -> Any:
     having = [one for one in told if field in fields[one["kind"]]]
     if len(having) == 1:
         return having[0]
-    told_of = f"{name}: the {kinds.noun} is the list [{', '.join(fields)}]"
+    told_of = f"{name}: the {kinds.name} is the list [{', '.join(fields)}]"
     if not having:
         raise UserError(
             f"{told_of}, and none has a field {field!r}{_nearest(field, sorted({f for of in fields.values() for f in of}))}"

@@ -38,7 +38,7 @@ class DatasetSplits:
     valid: Source | None
     bytes_per_target: float = 0.0
     read: Mapping[str, int] = field(default_factory=dict)
-    unheld: str = ""
+    no_validation_reason: str = ""
     texts: HeldOutTexts | None = None
 
     @property
@@ -47,10 +47,10 @@ class DatasetSplits:
         return {**{name: n for name, n in self.read.items() if n}, **self.train.counts}
 
     @property
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What was cut, left out or missing, with the place of the first of each, in whole sentences."""
-        held = self.valid.remarks if self.valid is not None else ()
-        return list(dict.fromkeys((*self.train.remarks, *held, *class_counts.missing_classes(self.train, self.valid))))
+        held = self.valid.notes if self.valid is not None else ()
+        return list(dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.valid))))
 
 
 class ExamplesConfig(Ranged, section="segment"):
@@ -62,16 +62,16 @@ class ExamplesConfig(Ranged, section="segment"):
     leaves_out: whether records that are longer than its limits (`row_limits`) are left out and counted, not cut.
     """
 
-    remembers: ClassVar[bool] = False
+    gives_memory: ClassVar[bool] = False
     reads_documents: ClassVar[bool] = False
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    wants: ClassVar[frozenset[str]] = frozenset()
-    leaves_out: ClassVar[bool] = False
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    required_fields: ClassVar[frozenset[str]] = frozenset()
+    drops_long_records: ClassVar[bool] = False
 
     @property
-    def given(self) -> frozenset[str]:
+    def fields(self) -> frozenset[str]:
         """What it gives as it is set."""
-        return self.gives
+        return self.base_fields
 
     @property
     def text_units(self) -> frozenset[str]:
@@ -79,15 +79,15 @@ class ExamplesConfig(Ranged, section="segment"):
         return frozenset()
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """The most tokens of an example, of records whose lengths vary and are known before the run; 0 elsewhere."""
         return 0
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         """The training source and the held-out one."""
         raise NotImplementedError(type(self).__name__)
 
-    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
         """Yield the texts of each record, with the group that it is held out with (`Records.group`), to train a tokenizer.
 
         None where the segment reads documents and no records.
@@ -95,11 +95,11 @@ class ExamplesConfig(Ranged, section="segment"):
         return None
 
     @property
-    def text_fields(self) -> tuple[Any, ...]:
+    def tokenizer_settings(self) -> tuple[Any, ...]:
         """The settings that `grouped_texts` depends on."""
         return ()
 
-    def within(self, context: int) -> ExamplesConfig:
+    def limit_to(self, context: int) -> ExamplesConfig:
         """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
         return self
 
@@ -117,38 +117,43 @@ class ExamplesConfig(Ranged, section="segment"):
         """
         return {field.name: min(text, source) for field in fields(self) if field.name == "length"}  # type: ignore[arg-type]
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
         return objective
 
-    def refuse(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         """Raise a UserError for an objective that the segment's settings do not suit, though its fields would."""
 
-    def untold(self, paths: Sequence[str], material: RunData) -> Source:
+    def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
         """Records with the same fields and no label, for what learns from these too."""
         raise UserError(
             f"texts without a label are read beside records with a class, and {type(self).__name__} has none"
         )
 
 
-def build_datasets(segment: ExamplesConfig, material: RunData, objective: Objective) -> DatasetSplits:
+def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
     """What a run learns from and is measured on: a mixture of the paths where the source has weights. UserError where all
     that is learnt is of one class."""
-    found = _mixed(segment, material, objective) if material.source.weights else segment.cut(material, objective)
+    found = _mixed(examples, data, objective) if data.config.weights else examples.build(data, objective)
     class_counts.check_several_classes(found.train)
     return found
 
 
-def _mixed(segment: ExamplesConfig, material: RunData, objective: Objective) -> DatasetSplits:
-    cuts = [segment.cut(part, objective) for part in material.parts()]
-    weights = material.source.weights
+def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
+    cuts = [examples.build(part, objective) for part in data.parts()]
+    weights = data.config.weights
     train = MixtureSource([c.train for c in cuts], weights)
     read = {name: sum(c.read.get(name, 0) for c in cuts) for c in cuts for name in c.read}
-    if material.source.valid:  # every part has these files
+    if data.config.validation_path:  # every part has these files
         return DatasetSplits(train, cuts[0].valid, cuts[0].bytes_per_target, read)
     held = [(c.valid, c.bytes_per_target, w) for c, w in zip(cuts, weights, strict=True) if c.valid is not None]
     if not held:
-        return DatasetSplits(train, None, read=read, unheld=next((c.unheld for c in cuts if c.unheld), ""))
+        return DatasetSplits(
+            train,
+            None,
+            read=read,
+            no_validation_reason=next((c.no_validation_reason for c in cuts if c.no_validation_reason), ""),
+        )
     # Held-out text in the same shares, as much of it as the scarcest part allows.
     unit = min(len(valid) / w for valid, _, w in held)
     shown = [spread(valid, max(1, int(unit * w))) for valid, _, w in held]
@@ -161,9 +166,9 @@ def spread(source: Source, count: int) -> Source:
     of one record (the windows of a question) stay together."""
     if len(source) <= count:
         return source
-    whole = np.unique(source.owners)
+    whole = np.unique(source.record_ids)
     some = np.linspace(0, len(whole) - 1, max(1, count * len(whole) // len(source))).round().astype(int)
-    return SubsetSource(source, np.flatnonzero(np.isin(source.owners, whole[some])))
+    return SubsetSource(source, np.flatnonzero(np.isin(source.record_ids, whole[some])))
 
 
 @dataclass(frozen=True)
@@ -171,19 +176,19 @@ class WindowsConfig(ExamplesConfig):
     """Windows of `length` tokens of the running text; the documents in one do not see each other."""
 
     reads_documents: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
+    gives_memory: ClassVar[bool] = True
 
-    length: TokenCount = 256
+    max_length: TokenCount = 256
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = material.stores()
-        held = windows.Windows(valid, self.length, tail=True, memory=material.memory) if valid else None
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        train, valid = data.stores()
+        held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
         # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before;
         # once, if it has one question.
-        once = valid if objective.reads() == "left" and len(objective.targets) == 1 else None
+        once = valid if objective.attention_pattern() == "left" and len(objective.labels) == 1 else None
         ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return DatasetSplits(
-            windows.Windows(train, self.length, memory=material.memory), held, ratio, train.manifest["counts"]
+            windows.Windows(train, self.max_length, memory=data.memory_length), held, ratio, train.manifest["counts"]
         )
 
 
@@ -194,16 +199,16 @@ class ChunksConfig(ExamplesConfig):
 
     reads_documents: ClassVar[bool] = True
 
-    length: TokenCount = 128
-    frame: bool = True
-    shortest: TokenCount = 1
+    max_length: TokenCount = 128
+    add_special_tokens: bool = True
+    min_length: TokenCount = 1
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = material.stores()
-        frame = material.tokenizer.vocab if self.frame else None
-        held = windows.DocumentChunks(valid, self.length, frame, self.shortest) if valid else None
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        train, valid = data.stores()
+        frame = data.tokenizer.vocab if self.add_special_tokens else None
+        held = windows.DocumentChunks(valid, self.max_length, frame, self.min_length) if valid else None
         return DatasetSplits(
-            windows.DocumentChunks(train, self.length, frame, self.shortest), held, read=train.manifest["counts"]
+            windows.DocumentChunks(train, self.max_length, frame, self.min_length), held, read=train.manifest["counts"]
         )
 
 
@@ -212,25 +217,25 @@ class SegmentPairsConfig(ExamplesConfig):
     """Two neighbouring segments and a stranger, together at most `length` tokens: whole sentences, or cut anywhere."""
 
     reads_documents: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
 
-    length: TokenCount = 128
-    sentences: bool = True
+    max_length: TokenCount = 128
+    whole_sentences: bool = True
 
     @property
     def text_units(self) -> frozenset[str]:
-        return frozenset({"pairs"} if self.sentences else ())
+        return frozenset({"pairs"} if self.whole_sentences else ())
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = material.stores()
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        train, valid = data.stores()
         if len(train) < 2:
             raise UserError(
                 "pairs of segments need two documents or more, and there is one to train on: set source.split=blank (or line) if "
-                f"blank lines (or lines) divide the documents of a text, or give more files (source.split is {material.source.split})"
+                f"blank lines (or lines) divide the documents of a text, or give more files (source.split is {data.config.split_by})"
             )
-        whole = material.tokenizer.vocab if self.sentences else None
-        held = windows.SegmentPairs(valid, self.length, whole) if valid and len(valid) > 1 else None
-        return DatasetSplits(windows.SegmentPairs(train, self.length, whole), held, read=train.manifest["counts"])
+        whole = data.tokenizer.vocab if self.whole_sentences else None
+        held = windows.SegmentPairs(valid, self.max_length, whole) if valid and len(valid) > 1 else None
+        return DatasetSplits(windows.SegmentPairs(train, self.max_length, whole), held, read=train.manifest["counts"])
 
 
 @dataclass(frozen=True)
@@ -238,24 +243,27 @@ class WordWindowsConfig(ExamplesConfig):
     """Windows of running text with how often each word stays and is drawn as noise (`firth.data.word_windows`): word2vec."""
 
     reads_documents: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
 
-    length: TokenCount = 512
-    sample: NonNegativeFloat = 1e-3
-    power: NonNegativeFloat = 0.75
+    max_length: TokenCount = 512
+    subsampling_threshold: NonNegativeFloat = 1e-3
+    noise_exponent: NonNegativeFloat = 0.75
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = material.stores()
-        counts = word_windows.WordWindows.count(np.asarray(train.tokens), material.tokenizer.vocab)
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        train, valid = data.stores()
+        counts = word_windows.WordWindows.count(np.asarray(train.tokens), data.tokenizer.vocab)
         if np.diff(train.offsets).max() - train.opened - 1 < 2:
             raise UserError(
                 "every document is a single word, so no word has a neighbor: give longer documents, or set "
-                f"source.split=file (it is {material.source.split})"
+                f"source.split=file (it is {data.config.split_by})"
             )
 
         def shown(store: TokenStore) -> word_windows.WordWindows:
             return word_windows.WordWindows(
-                windows.Windows(store, self.length, ahead=0, tail=True), counts, self.sample, self.power
+                windows.Windows(store, self.max_length, ahead=0, tail=True),
+                counts,
+                self.subsampling_threshold,
+                self.noise_exponent,
             )
 
         return DatasetSplits(shown(train), shown(valid) if valid else None, read=train.manifest["counts"])
@@ -268,23 +276,23 @@ class DialoguesConfig(ExamplesConfig):
     prompt, answer_is: how a question and its answer are made of a record's fields; empty: as the record has them.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
 
-    length: TokenCount = 256
-    prompt: str = ""
-    answer_is: str = ""
+    max_length: TokenCount = 256
+    prompt_template: str = ""
+    completion_template: str = ""
 
     @property
-    def text_fields(self) -> tuple[Any, ...]:
-        return (self.prompt, self.answer_is)
+    def tokenizer_settings(self) -> tuple[Any, ...]:
+        return (self.prompt_template, self.completion_template)
 
-    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt, self.answer_is))
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        forms = (self.prompt, self.answer_is)
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        forms = (self.prompt_template, self.completion_template)
         return split_records(
-            material, lambda paths: records.DialogueRecords(paths, material.tokenizer, self.length, forms=forms)
+            data, lambda paths: records.DialogueRecords(paths, data.tokenizer, self.max_length, forms=forms)
         )
 
 
@@ -295,34 +303,38 @@ class Seq2SeqConfig(ExamplesConfig):
     prompt, answer_is: how both are made of a record's fields, "translate to French: {en}"; empty: as the record has them.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"source", "target"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"source", "target"})
 
-    length: TokenCount = 256
-    answer: TokenCount = 128
-    prompt: str = ""
-    answer_is: str = ""
+    max_length: TokenCount = 256
+    max_target_length: TokenCount = 128
+    prompt_template: str = ""
+    completion_template: str = ""
 
     @property
-    def longest(self) -> int:
-        return max(self.length, self.answer)
+    def max_tokens(self) -> int:
+        return max(self.max_length, self.max_target_length)
 
     def row_limits(self, text: int, source: int) -> dict[str, int]:
         return {"length": source, "answer": text}
 
     @property
-    def text_fields(self) -> tuple[Any, ...]:
-        return (self.prompt, self.answer_is)
+    def tokenizer_settings(self) -> tuple[Any, ...]:
+        return (self.prompt_template, self.completion_template)
 
-    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt, self.answer_is))
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         def read(paths: Sequence[str]) -> Source:
             return records.Seq2SeqRecords(
-                paths, material.tokenizer, self.length, answer=self.answer, forms=(self.prompt, self.answer_is)
+                paths,
+                data.tokenizer,
+                self.max_length,
+                answer=self.max_target_length,
+                forms=(self.prompt_template, self.completion_template),
             )
 
-        return split_records(material, read)
+        return split_records(data, read)
 
 
 COMPARED = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
@@ -333,15 +345,15 @@ COMPARED = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "reject
 class PreferencesConfig(ExamplesConfig):
     """Records with a prompt, a chosen and a rejected answer."""
 
-    gives: ClassVar[frozenset[str]] = COMPARED
+    base_fields: ClassVar[frozenset[str]] = COMPARED
 
-    length: TokenCount = 256
+    max_length: TokenCount = 256
 
-    def within(self, context: int) -> ExamplesConfig:
-        return replace(self, length=min(self.length, context))
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return replace(self, max_length=min(self.max_length, context))
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: records.PreferenceRecords(paths, material.tokenizer, self.length))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
 
 
 def model_directory(path: str | Path) -> Path:
@@ -356,38 +368,38 @@ def required_model(path: str, field: str, what: str) -> Path:
     return model_directory(path)
 
 
-def split_records(material: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
+def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
     """The records to learn from, and the held-out files; without those, the share `source.held_out` of the records."""
-    source = make(material.source.paths(material.echo))
-    if material.source.valid:
-        valid = make(material.source.valid)
-        shared = np.flatnonzero(np.isin(valid.families, source.families))
+    source = make(data.config.paths(data.echo))
+    if data.config.validation_path:
+        valid = make(data.config.validation_path)
+        shared = np.flatnonzero(np.isin(valid.group_ids, source.group_ids))
         if len(shared):
-            material.echo(
+            data.echo(
                 f"{len(shared):,} of {len(valid):,} examples in source.valid have a prompt or text that is trained on too: "
                 f"the first is number {shared[0] + 1:,}"
             )
         return DatasetSplits(source, valid)
-    apart = held_out(source, material)
+    apart = held_out(source, data)
     if apart.any():
         return DatasetSplits(SubsetSource(source, np.flatnonzero(~apart)), SubsetSource(source, np.flatnonzero(apart)))
-    share = material.source.held_out
-    many = len(np.unique(source.owners)) >= MIN_RECORDS
+    share = data.config.validation_fraction
+    many = len(np.unique(source.record_ids)) >= MIN_RECORDS
     why = f"of which source.held_out={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
-    if many and (count := len(np.unique(source.families))) < len(source):
+    if many and (count := len(np.unique(source.group_ids))) < len(source):
         why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
     unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
-    return DatasetSplits(source, None, unheld=unheld if share else "")
+    return DatasetSplits(source, None, no_validation_reason=unheld if share else "")
 
 
-def held_out(source: Source, material: RunData) -> np.ndarray:
+def held_out(source: Source, data: RunData) -> np.ndarray:
     """Which examples of a source are held out (n,): none where others are named, or where there are too few of them."""
-    share = 0.0 if material.source.valid else material.source.held_out
-    return held_out_keys(source.families, share, len(np.unique(source.owners)))
+    share = 0.0 if data.config.validation_path else data.config.validation_fraction
+    return held_out_keys(source.group_ids, share, len(np.unique(source.record_ids)))
 
 
 def training_texts(
-    segment: ExamplesConfig, source: DataConfig, paths: Sequence[str], counts: ReadStats
+    examples: ExamplesConfig, source: DataConfig, paths: Sequence[str], counts: ReadStats
 ) -> Iterator[str]:
     """Yield the texts that a run's tokenizer is trained on: those that the run trains on, and nothing that it holds out.
 
@@ -397,9 +409,9 @@ def training_texts(
         paths: the training files.
         counts: counts the documents and bytes that are yielded.
     """
-    share = 0.0 if source.valid else source.held_out
+    share = 0.0 if source.validation_path else source.validation_fraction
     for part in [[path] for path in paths] if source.weights else [list(paths)]:
-        grouped = segment.grouped_texts(part)
+        grouped = examples.tokenizer_texts(part)
         if grouped is None:
             alone = replace(source, path=tuple(part), weights=())
             for document in documents_of(alone, part, False):
@@ -410,7 +422,7 @@ def training_texts(
             continue
         keys = np.fromiter((content_key(group) for group, _ in grouped), np.uint64)
         held = held_out_keys(keys, share, len(keys))
-        for (_, texts), out in zip(segment.grouped_texts(part) or (), held, strict=True):
+        for (_, texts), out in zip(examples.tokenizer_texts(part) or (), held, strict=True):
             if not out:
                 yield from texts
 

@@ -36,13 +36,13 @@ REPORTS = {
 """Unit that is looked for -> what is reported where it is not found."""
 
 
-def fallbacks(objective: Objective, segment: ExamplesConfig, source: Source, vocab: Vocab) -> list[str]:
+def fallbacks(objective: Objective, examples: ExamplesConfig, source: Source, vocab: Vocab) -> list[str]:
     """Return a sentence for each unit that an objective or a segment looks for and often does not find.
 
     Args:
         source: The examples to learn from, of which SAMPLED_EXAMPLES are looked at.
     """
-    units = frozenset[str]().union(segment.text_units, *(one.text_units for one in objective.addends()))
+    units = frozenset[str]().union(examples.text_units, *(one.text_units for one in objective.components()))
     if not units or vocab.spelling is None or not len(source):
         return []
     some = np.linspace(0, len(source) - 1, min(SAMPLED_EXAMPLES, len(source))).astype(int).tolist()
@@ -57,7 +57,7 @@ def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmenta
     Raises:
         UserError: A run began with, or a recipe asks for, another segmentation than this machine has.
     """
-    if not any("words" in one.text_units for one in objective.addends()):
+    if not any("words" in one.text_units for one in objective.components()):
         return wanted
     here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
     if wanted not in ("auto", here):

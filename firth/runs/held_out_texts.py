@@ -66,9 +66,9 @@ class HeldOutTexts:
         """
         shown = [example for example in self.examples if 0 < len(_prompt(example)) < model.context]
         answers = [self._given(model, tokenizer, example) for example in shown]
-        score = "reward" if self.judge or "reward" in model.parts else "nats above the reference"
-        if model.speaks and "reward" not in model.parts:
-            sampling = Sampling(max_new=self.max_new, temperature=0.8, seed=seed)
+        score = "reward" if self.judge or "reward" in model.heads else "nats above the reference"
+        if model.has_lm_head and "reward" not in model.heads:
+            sampling = Sampling(max_new_tokens=self.max_new, temperature=0.8, seed=seed)
             prompts = [_prompt(example) for example in shown]
             written = Engine(model, tokenizer).generate(prompts, sampling) if prompts else []
             samples = [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
@@ -104,7 +104,7 @@ class HeldOutTexts:
             start, end = _first(mask), int(np.flatnonzero(mask)[-1]) + 1
             samples.append(Rollout(tokens[:start], tokens[start:end], tokenizer.decode(tokens[start:end]), True))
         scores: list[float | None] = [None, None]
-        if "reward" in model.parts:
+        if "reward" in model.heads:
             scores = RewardModel(model)(samples).tolist()
         elif "reference" in example:
             device = model.tokens.weight.device

@@ -66,7 +66,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     if not given.exists():
         raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), load_tokenizer(given)
-    check_vocab_fits(tokenizer, model.shape, f"{given}")
+    check_vocab_fits(tokenizer, model.config, f"{given}")
     file = find(given)
     types = dtypes(given) if file is None else gguf.dtypes(file)
     facts = metadata_of(given)
@@ -99,7 +99,7 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
         raise UserError(f"an export is a directory that holds {FILE} and its card: name it {out.with_suffix('')}")
     size, given = parse_size(shard), model_directory(run)
     model, tokenizer = load_model(given), load_tokenizer(given)
-    check_vocab_fits(tokenizer, model.shape, f"{given}")
+    check_vocab_fits(tokenizer, model.config, f"{given}")
     types = dtypes(given) if find(given) is None else [torch.float32]
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
     facts = metadata_of(given)
@@ -127,8 +127,8 @@ TALKING = {"sft", "dpo", "reinforce", "ppo"}
 def _hf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
     """A directory for transformers, and for sentence-transformers where the model is an encoder."""
     said = save_model(parcel.model, parcel.tokenizer, place, parcel.facts, storage)
-    shape = parcel.model.shape
-    if not (place / "config.json").exists() or shape.causal or shape.encoder:
+    config = parcel.model.config
+    if not (place / "config.json").exists() or config.causal or config.num_encoder_layers:
         return said
     if not copy_files(parcel.given, place):
         sentences(parcel.model, place)
@@ -192,32 +192,32 @@ def sentences(model: LM, place: Path) -> None:
         for i, (name, path, kind) in enumerate(modules)
     ]
     (place / "1_Pooling").mkdir(exist_ok=True)
-    limits = {"max_seq_length": model.shape.context, "do_lower_case": False}
+    limits = {"max_seq_length": model.config.max_positions, "do_lower_case": False}
     write_json(place / SENTENCE, limits | _unpooled(place))
     pooling = {f"pooling_mode_{way}": way == "mean_tokens" for way in ("cls_token", "mean_tokens", "max_tokens")}
-    write_json(place / "1_Pooling" / "config.json", {"word_embedding_dimension": model.shape.width} | pooling)
+    write_json(place / "1_Pooling" / "config.json", {"word_embedding_dimension": model.config.hidden_size} | pooling)
     write_text(place / "modules.json", model_card.pretty(listed))
 
 
 def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
     """What a directory holds, a line each."""
     file = find(given)
-    config, shape = read_json(given / "config.json") if file is None else gguf.config(file), model.shape
+    config, model_config = read_json(given / "config.json") if file is None else gguf.config(file), model.config
     kinds = config.get("architectures")
     named = f" ({', '.join(map(str, kinds))})" if isinstance(kinds, list) else ""
-    family = family_of(shape)
+    family = family_of(model_config)
     kind = config.get("model_type") or (family.name if family else "no family")
     count = sum(p.numel() for p in model.parameters())
-    ids, rows = tokenizer.vocab.size, shape.vocab
+    ids, rows = tokenizer.vocab.size, model_config.vocab_size
     spare = left_out(given) if file is None else []
     unused = [
         p.name for p in sorted(given.glob("*")) if p.is_file() and p.suffix in (".py", ".bin", ".pt", ".h5", ".onnx")
     ]
     padding = f" for {rows:,} vectors: {rows - ids:,} of those are padding" if ids < rows else ""
     return [
-        f"{given}: {kind}{named}, {shape.noun}",
-        f"  {count:,} parameters in {', '.join(str(t).removeprefix('torch.') for t in types)}; context {shape.context:,}",
-        f"  heads: {', '.join(model.parts) or 'none'}",
+        f"{given}: {kind}{named}, {model_config.description}",
+        f"  {count:,} parameters in {', '.join(str(t).removeprefix('torch.') for t in types)}; context {model_config.max_positions:,}",
+        f"  heads: {', '.join(model.heads) or 'none'}",
         f"  tokenizer: {ids:,} ids{padding}; {', '.join(f'{r} {tokenizer.token(i)}' for r, i in tokenizer.vocab.roles.items())}",
         f"  chat template: {_template(tokenizer)}",
         *(
@@ -242,14 +242,14 @@ def _template(tokenizer: Tokenizer) -> str:
 
 def _uses(out: Path, model: LM, talks: bool) -> list[str]:
     """What to type next. talks: whether it has learnt to answer."""
-    place, shape = shlex.quote(str(out)), model.shape
-    if "lm" not in model.parts:
+    place, config = shlex.quote(str(out)), model.config
+    if "lm" not in model.heads:
         return [f"Finetune it:  firth train classify start={place} source.path=labelled.jsonl"]
-    if not (shape.causal or shape.prefix_lm or shape.encoder):
+    if not (config.causal or config.prefix_lm or config.num_encoder_layers):
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
     return (
         [f"Talk with it:  firth chat {place}"]
-        if talks and not shape.encoder
+        if talks and not config.num_encoder_layers
         else [f'Let it write:  firth generate {place} "..."']
     )
 

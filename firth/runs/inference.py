@@ -62,17 +62,17 @@ class LoadedModel:
         prompts = [encode_prompt(self.tokenizer, text, self.model) for text in texts]
         return [c.text for c in self.engine.generate(prompts, sampling)]
 
-    def suits(self, text: str) -> bool:
+    def supports(self, text: str) -> bool:
         """Whether the model can do what a text asks of it: only some fill gaps, and only some have a latent."""
         if MASK in text:
-            return self.fills
-        return self.model.shape.latent > 0 or not (TO in text or PRIOR in text)
+            return self.can_fill
+        return self.model.config.latent_size > 0 or not (TO in text or PRIOR in text)
 
     @property
-    def fills(self) -> bool:
+    def can_fill(self) -> bool:
         """Whether the model fills gaps: by a mask, by writing what is missing, or from both ends."""
-        return "lm" in self.model.parts and (
-            not generates_left_to_right(self.model.shape) or self._show_gaps([NOTHING] * 2) is not None
+        return "lm" in self.model.heads and (
+            not generates_left_to_right(self.model.config) or self._show_gaps([NOTHING] * 2) is not None
         )
 
     def sample(self, text: str, sampling: Sampling) -> str:
@@ -84,7 +84,7 @@ class LoadedModel:
         if TO in text:
             first, _, second = text.partition(TO)
             return "\n".join(self.between(first, second, 5, sampling))
-        if self.model.speaks:
+        if self.model.has_lm_head:
             return self.continue_text([text], sampling)[0]
         # A recipe's words need not stand in a user's text: that is no reason to end a run.
         return self.near(text, 8) if word_vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
@@ -101,16 +101,16 @@ class LoadedModel:
         Raises:
             UserError: There is no gap in the text, or the model fills none.
         """
-        roles, shape = self.tokenizer.vocab.roles, self.model.shape
+        roles, config = self.tokenizer.vocab.roles, self.model.config
         own = self.tokenizer.token(roles["mask"]) if "mask" in roles else MASK
         text = text.replace(own, MASK)
         if MASK not in text:
             raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
-        if not self.fills:
+        if not self.can_fill:
             raise UserError("this model fills no gaps")
-        if not generates_left_to_right(shape) and not shape.apart:
+        if not generates_left_to_right(config) and not config.separate_directions:
             gaps = self.engine.fill(text.replace(MASK, own), top)
-        elif shape.apart:
+        elif config.separate_directions:
             gaps = infill.fill_two_way(self.engine, infill.split_gaps(self.tokenizer, text, MASK), top)
         else:
             shown = self._show_gaps(infill.split_gaps(self.tokenizer, text, MASK))
@@ -129,12 +129,12 @@ class LoadedModel:
         and has a mask, else for what its tokenizer has: T5's sentinels, or BART's mask."""
         vocab = self.tokenizer.vocab
         if self.objective is not None:
-            return self.objective.show_gaps(pieces, vocab)
-        if not self.model.shape.encoder or self.model.shape.latent:
+            return self.objective.build_infill(pieces, vocab)
+        if not self.model.config.num_encoder_layers or self.model.config.latent_size:
             return None
-        if "mask" in vocab.roles and (self.model.shape.decoder_start == "eos" or len(vocab.sentinels) < 2):
-            return Denoising().show_gaps(pieces, vocab)
-        return SpanCorruption().show_gaps(pieces, vocab) if len(vocab.sentinels) > 1 else None
+        if "mask" in vocab.roles and (self.model.config.decoder_start_token == "eos" or len(vocab.sentinels) < 2):
+            return Denoising().build_infill(pieces, vocab)
+        return SpanCorruption().build_infill(pieces, vocab) if len(vocab.sentinels) > 1 else None
 
     def between(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts on the straight line between the latents of two texts, their own two included."""
@@ -145,7 +145,9 @@ class LoadedModel:
 
     def prior(self, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts whose latents are drawn from the prior."""
-        chance = np.random.default_rng(sampling.seed).standard_normal((count, self.model.shape.latent), np.float32)
+        chance = np.random.default_rng(sampling.seed).standard_normal(
+            (count, self.model.config.latent_size), np.float32
+        )
         latents = torch.from_numpy(chance).to(self.engine.device)
         return [written.text for written in self.engine.decode(latents, sampling)]
 
@@ -165,21 +167,21 @@ def encode_prompt(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     """
     ids = tokenizer.encode(text)
     roles = tokenizer.vocab.roles
-    if model.shape.encoder:
+    if model.config.num_encoder_layers:
         return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
-    begins = "bos" in roles and tokenizer.bos is not False and not (model.shape.prefix_lm and len(ids))
+    begins = "bos" in roles and tokenizer.bos is not False and not (model.config.prefix_lm and len(ids))
     return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
 
 
-def generates_left_to_right(shape: ModelConfig) -> bool:
+def generates_left_to_right(config: ModelConfig) -> bool:
     """Whether a model of this shape writes from left to right, so that it can go on from a text."""
-    return shape.latent > 0 or reads_of(shape) != "masked"
+    return config.latent_size > 0 or reads_of(config) != "masked"
 
 
 def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
     """Return `open_model` of a directory; UserError where its model cannot write."""
     opened = open_model(directory, weights, say)
-    if not opened.model.speaks:
+    if not opened.model.has_lm_head:
         raise UserError(
             f"{directory}: no vocabulary head reads this model's states, so it cannot write; {_instead(directory, opened)}"
         )
@@ -195,46 +197,50 @@ def open_model(directory: Path, weights: str | None = None, say: Say = lambda _:
             fp32 and this machine trains in bf16, for the same reason.
         say: Reports what "auto" chooses.
     """
-    subject = load_evaluated_model(directory)
+    evaluated = load_evaluated_model(directory)
     if weights == "auto":
-        stored = subject.model.tokens.weight
+        stored = evaluated.model.tokens.weight
         quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
         weights = "bf16" if quick else None
         if quick:
             say("weights are held in bf16, which is quicker here: --weights fp32 writes in full precision")
-    engine = Engine(subject.model, subject.tokenizer, weights=weights)
-    return LoadedModel(engine.model, subject.tokenizer, engine, objective_in(directory))
+    engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights)
+    return LoadedModel(engine.model, evaluated.tokenizer, engine, objective_in(directory))
 
 
 def _instead(directory: Path, opened: LoadedModel) -> str:
     """Which command serves a model, for one that was asked for something else."""
     model = opened.model
-    if head_of(dict(model.parts)):
+    if head_of(dict(model.heads)):
         return f"use `firth predict {directory} FILE`"
-    if "reward" in model.parts:
+    if "reward" in model.heads:
         return f"use `firth evaluate {directory} FILE`"
-    if _drafter(opened).fills:
+    if _drafter(opened).can_fill:
         return f"use `firth fill {directory} 'a {MASK} text'`"
-    if model.speaks:
+    if model.has_lm_head:
         return f"use `firth generate {directory} 'a text'`"
-    return f"use `firth vectors {directory} WORD`" if not model.shape.depth else f"use `firth embed {directory} FILE`"
+    return (
+        f"use `firth vectors {directory} WORD`"
+        if not model.config.num_layers
+        else f"use `firth embed {directory} FILE`"
+    )
 
 
 def _drafter(opened: LoadedModel) -> LoadedModel:
     """The model whose vocabulary head knows the tokens: of ELECTRA the generator, of others the model itself."""
     if opened.objective is None:
         return opened
-    model = opened.objective.writer(opened.model)
+    model = opened.objective.lm_model(opened.model)
     return opened if model is opened.model else replace(opened, model=model, engine=Engine(model, opened.tokenizer))
 
 
 def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | None) -> list[str]:
     """The neighbours of each word, a line each; and all vectors into a file that gensim reads, if one is named."""
-    subject = load_evaluated_model(directory)
-    opened = LoadedModel(subject.model, subject.tokenizer, Engine(subject.model, subject.tokenizer))
+    evaluated = load_evaluated_model(directory)
+    opened = LoadedModel(evaluated.model, evaluated.tokenizer, Engine(evaluated.model, evaluated.tokenizer))
     lines = [f"{word}: {opened.near(word, top)}" for word in words]
     if out is not None:
-        count, width = word_vectors.write(subject.model, subject.tokenizer, out)
+        count, width = word_vectors.write(evaluated.model, evaluated.tokenizer, out)
         lines.append(f"{out}: {count:,} vectors of {width} numbers, in word2vec's text format")
     return lines
 
@@ -259,8 +265,8 @@ def embed_file(
             there = readers.records([str(got.path)]) if any(got.told) else iter(())
             said = (readers.text_field(record, field, place) for place, record in there)
             texts = [next(said) if told else "" for told in got.told]
-    subject = load_evaluated_model(directory)
-    found, cut = embed(subject.model, subject.tokenizer, texts, length=length or _longest(subject), unit=unit)
+    evaluated = load_evaluated_model(directory)
+    found, cut = embed(evaluated.model, evaluated.tokenizer, texts, length=length or _longest(evaluated), unit=unit)
     if cut:
         say(f"{got.name}: {many(len(cut), 'text')} longer than is read, cut at the end; the first is row {cut[0] + 1}")
     with new_file(out) as partial, partial.open("wb") as bytes_:
@@ -272,17 +278,17 @@ def embed_file(
     return f"{out}: {many(len(found), 'vector')} of {found.shape[1]} numbers"
 
 
-def _longest(subject: EvaluatedModel) -> int:
+def _longest(evaluated: EvaluatedModel) -> int:
     """Tokens that a model was trained to read: what sentence-transformers' own file says, else the run, else the shape."""
-    file = subject.place / "sentence_bert_config.json"
+    file = evaluated.model_directory / "sentence_bert_config.json"
     told = read_json(file)
-    return int(told.get("max_seq_length") or subject.context)
+    return int(told.get("max_seq_length") or evaluated.context)
 
 
 def open_engine(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
     """A model that was trained to write from left to right; UserError with the command that serves another."""
     opened = open_run(directory, weights, say)
-    if not generates_left_to_right(opened.model.shape):
+    if not generates_left_to_right(opened.model.config):
         raise UserError(
             f"{directory}: this model reads a text from both sides, so it does not go on from it; {_instead(directory, opened)}"
         )
@@ -309,7 +315,7 @@ def objective_in(directory: Path) -> Objective | None:
 def objective_of(directory: Path) -> list[str]:
     """The names of the objectives that a run was trained with; none where they are not known."""
     objective = objective_in(directory)
-    return [] if objective is None else [name_of(type(one)) for one in objective.addends()]
+    return [] if objective is None else [name_of(type(one)) for one in objective.components()]
 
 
 def fill_text(directory: Path, text: str, top: int) -> str:
@@ -317,8 +323,8 @@ def fill_text(directory: Path, text: str, top: int) -> str:
     that fills none."""
     opened = open_model(directory)
     drafter = _drafter(opened)
-    if not drafter.fills:
-        left = "reads from left to right, so it " if opened.model.shape.causal else ""
+    if not drafter.can_fill:
+        left = "reads from left to right, so it " if opened.model.config.causal else ""
         raise UserError(f"{directory}: this model {left}fills no gaps; {_instead(directory, opened)}")
     return drafter.fill_gaps(text, top)
 
@@ -334,7 +340,7 @@ def generate_texts(
         UserError: The model does not write, or is given two ends and has no latent.
     """
     opened = open_engine(directory, weights, say)
-    if not opened.model.shape.latent:
+    if not opened.model.config.latent_size:
         if ends is not None:
             raise UserError(
                 f"{directory}: this model has no latent, so nothing lies between two texts: train one with `firth train vae`"
@@ -378,10 +384,12 @@ class Conversation:
         self.opened = open_engine(self.run, self.weights, self.say)
         context = self.opened.model.context
         if self.capped:
-            self.sampling = replace(self.sampling, max_new=max(1, min(self.sampling.max_new, context // 2)))
-        if self.sampling.max_new >= context:
+            self.sampling = replace(
+                self.sampling, max_new_tokens=max(1, min(self.sampling.max_new_tokens, context // 2))
+            )
+        if self.sampling.max_new_tokens >= context:
             raise UserError(
-                f"an answer of {self.sampling.max_new} tokens leaves no room for a question in this model's context of "
+                f"an answer of {self.sampling.max_new_tokens} tokens leaves no room for a question in this model's context of "
                 f"{context}: choose fewer with --tokens"
             )
         if self.system:
@@ -402,12 +410,12 @@ class Conversation:
         first = sum(message["role"] == "system" for message in kept)
         while True:
             prompt, _ = chat.encode(self.opened.tokenizer, [*kept, turn], open=True)
-            if self.opened.engine.room(prompt) >= self.sampling.max_new:
+            if self.opened.engine.room(prompt) >= self.sampling.max_new_tokens:
                 break
             if len(kept) == first:
                 raise PromptTooLongError(
                     f"this line makes a prompt of {len(prompt)} tokens, which leaves no room for an answer of "
-                    f"{self.sampling.max_new} in a context of {self.opened.model.context}: shorten it, or ask for fewer "
+                    f"{self.sampling.max_new_tokens} in a context of {self.opened.model.context}: shorten it, or ask for fewer "
                     "--tokens"
                 )
             del kept[first : first + 2]

@@ -37,19 +37,19 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
         How many answers were counted; 0 where nothing is done: an objective without token labels, or a head that has no
         place for the frequencies (`firth.model.init`).
     """
-    writer = objective.writer(model)
-    if LABELS not in objective.targets.values() or "lm" not in writer.parts:
+    writer = objective.lm_model(model)
+    if LABELS not in objective.labels.values() or "lm" not in writer.heads:
         return 0
-    counts = torch.zeros(model.shape.vocab)
+    counts = torch.zeros(model.config.vocab_size)
     for step in range(STEPS):
-        labels = batches.batch(step, 0, batches.rows)[LABELS]
+        labels = batches.batch(step, 0, batches.batch_size)[LABELS]
         counts += torch.bincount(labels[labels != IGNORE], minlength=len(counts))
         if counts.sum() >= ANSWERS:
             break
-    example = to(batches.batch(0, 0, min(batches.rows, EXAMPLES)), next(model.parameters()).device)
+    example = to(batches.batch(0, 0, min(batches.batch_size, EXAMPLES)), next(model.parameters()).device)
 
     def read() -> torch.Tensor:
-        hidden = objective.run(model, example)["hidden"] if writer is model else writer(example)
+        hidden = objective.forward(model, example)["hidden"] if writer is model else writer(example)
         return supervised(hidden, example[LABELS])[0]
 
     return int(counts.sum()) if init.init_head_from_frequencies(writer, counts, read) else 0

@@ -73,9 +73,9 @@ class RunInputs:
             first: Whether this process makes the tokenizer and the token stores; the other ranks only hash the text.
         """
         inputs = RunInputs(files=dict(recorded(directory).get("files", {})))
-        source = recipe.source
-        given = recipe.tokenizer.path or recipe.start or recipe.embeddings
-        if first and not (given or source.store or has_begun(directory)):
+        source = recipe.data
+        given = recipe.tokenizer.path or recipe.init_from or recipe.init_embeddings_from
+        if first and not (given or source.cache_dir or has_begun(directory)):
             inputs._read_once(recipe, directory, echo)
         if source.corpus:
             inputs.digests["source.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
@@ -86,7 +86,7 @@ class RunInputs:
                 inputs.digests[name] = inputs._of_model(Path(value))
             elif kind == "tokenizer":
                 inputs.digests[name] = Tokenizer.load(value).digest
-        for name, function in recipe.segment.functions.items():
+        for name, function in recipe.examples.functions.items():
             files = [(file.name, inputs._sha256(file)) for file in module_files(function)]
             inputs.functions[f"segment.{name}"] = _hash(files) if files else ""
         return inputs
@@ -137,21 +137,21 @@ class RunInputs:
         Elsewhere the text is hashed alone, at the speed of the disk: what is wrong with the recipe is found before the text is
         read.
         """
-        source = recipe.source
+        source = recipe.data
         paths = source.paths(echo) if source.path or source.corpus else []
-        if not recipe.segment.reads_documents or not paths or any((directory / "data").glob("*/train")):
+        if not recipe.examples.reads_documents or not paths or any((directory / "data").glob("*/train")):
             return
         parts = [[path] for path in paths] if source.weights else [paths]
         for part in parts:
             alone = replace(source, path=tuple(part), weights=())
-            for apart in (False, True) if source.valid else (False,):
+            for apart in (False, True) if source.validation_path else (False,):
                 self.files |= text_of(alone, part, apart, directory).hashes
 
     def _of_files(self, paths: Sequence[str], recipe: Recipe) -> str:
         """Of files in the order in which they are read, and of their names where these decide what is held out."""
-        documents = recipe.segment.reads_documents
+        documents = recipe.examples.reads_documents
         found = readers.files(paths, tabled=not documents)
-        named = documents and (len(found) > 1 or recipe.source.split != "file")
+        named = documents and (len(found) > 1 or recipe.data.split_by != "file")
         return _hash([(name if named else "", self._sha256(path)) for path, name in found.items()])
 
     def _of_model(self, path: Path) -> str:
@@ -193,7 +193,7 @@ def content_hash(recipe: Recipe) -> str:
     return _hash(config_io.to_dict(config_io.without_paths(recipe)))[:16]
 
 
-def recorded_hash(directory: Path, settled: Recipe) -> str:
+def recorded_hash(directory: Path, resolved: Recipe) -> str:
     """The hash of the recipe of a run that has begun, if this recipe is the same but for its paths.
 
     A later version of firth may have more fields: at their defaults they change nothing, so the hash is not made again.
@@ -202,7 +202,7 @@ def recorded_hash(directory: Path, settled: Recipe) -> str:
         UserError: the recipes differ; it names the first field that does. Or recipe.yaml was changed after the run began.
     """
     began, record = load(str(directory)), recorded(directory)
-    theirs, ours = (config_io.to_dict(config_io.without_paths(one)) for one in (began, settled))
+    theirs, ours = (config_io.to_dict(config_io.without_paths(one)) for one in (began, resolved))
     if theirs != ours:
         raise UserError(
             f"{directory} holds a run of another recipe: {config_io.difference(theirs, ours)}; choose another directory with "

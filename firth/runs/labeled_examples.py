@@ -34,19 +34,19 @@ class RecordsConfig(ExamplesConfig):
 
     reader: ClassVar[tables.Reader | None] = None
 
-    length: TokenCount = 128
+    max_length: TokenCount = 128
 
     @property
-    def longest(self) -> int:
-        return self.length
+    def max_tokens(self) -> int:
+        return self.max_length
 
     @property
     def read_fields(self) -> tuple[str, ...]:
         """The fields of a record that hold text, or lists of it."""
         raise NotImplementedError(type(self).__name__)
 
-    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        for place, record in readers.records(paths, columns=self.named, text=type(self).reader):
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+        for place, record in readers.records(paths, columns=self.table_columns, text=type(self).reader):
             values = [(field, record.get(field)) for field in self.read_fields]
             texts = [
                 " ".join(map(str, value)) if isinstance(value, list) else readers.text_field(record, field, place)
@@ -55,16 +55,16 @@ class RecordsConfig(ExamplesConfig):
             yield texts[0], texts
 
     @property
-    def text_fields(self) -> tuple[Any, ...]:
-        return (self.read_fields, self.named)
+    def tokenizer_settings(self) -> tuple[Any, ...]:
+        return (self.read_fields, self.table_columns)
 
     @property
-    def named(self) -> tuple[str, ...]:
+    def table_columns(self) -> tuple[str, ...]:
         """The columns of a table without a head."""
         return ()
 
-    def within(self, context: int) -> ExamplesConfig:
-        return dataclasses.replace(self, length=min(self.length, context))
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return dataclasses.replace(self, max_length=min(self.max_length, context))
 
 
 @dataclass(frozen=True)
@@ -72,128 +72,126 @@ class TextRecordsConfig(labeled.TextFields, RecordsConfig):
     """Records with something told of a text."""
 
     @property
-    def given(self) -> frozenset[str]:
-        return self.gives | {"segments"} if self.pair else self.gives
+    def fields(self) -> frozenset[str]:
+        return self.base_fields | {"segments"} if self.text_pair_field else self.base_fields
 
     @property
     def read_fields(self) -> tuple[str, ...]:
-        return (self.text, self.pair) if self.pair else (self.text,)
+        return (self.text_field, self.text_pair_field) if self.text_pair_field else (self.text_field,)
 
     @property
-    def named(self) -> tuple[str, ...]:
-        return self.columns
+    def table_columns(self) -> tuple[str, ...]:
+        return self.column_names
 
 
 @dataclass(frozen=True)
 class LabeledConfig(TextRecordsConfig):
     """Records with a class, in the field `label`."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
 
-    def _read(self, paths: Sequence[str], material: RunData, classes: Sequence[str] = ()) -> labeled.LabeledTexts:
-        return labeled.LabeledTexts(paths, material.tokenizer, self.length, self, classes=classes)
+    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> labeled.LabeledTexts:
+        return labeled.LabeledTexts(paths, data.tokenizer, self.max_length, self, classes=classes)
 
-    def untold(self, paths: Sequence[str], material: RunData) -> Source:
+    def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
         """Texts of the same fields that nobody labelled; plain text has one a line."""
-        return labeled.UnlabeledTexts(paths, material.tokenizer, self.length, self, asked=False)
+        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, asked=False)
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """The classes are named by the records, unless the recipe names them, and those to learn from are counted."""
 
         @functools.cache
         def known() -> DataStats:
-            found = self._read(material.source.paths(material.echo), material, objective.classes)
-            if material.source.weights:  # what is held out is drawn path by path
-                parts = [
-                    split_records(m, partial(self._read, material=m, classes=found.classes)) for m in material.parts()
-                ]
+            found = self._read(data.config.paths(data.echo), data, objective.class_names)
+            if data.config.weights:  # what is held out is drawn path by path
+                parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.parts()]
                 counts = [list(class_counts.all_of(part.train).values()) for part in parts]
-                return DataStats(classes=found.classes, counts=tuple(np.sum(counts, 0).tolist()))
-            learnt = found.per_class(np.flatnonzero(~held_out(found, material)))
-            return DataStats(classes=found.classes, counts=tuple(learnt.values()))
+                return DataStats(class_names=found.classes, class_counts=tuple(np.sum(counts, 0).tolist()))
+            learnt = found.class_counts(np.flatnonzero(~held_out(found, data)))
+            return DataStats(class_names=found.classes, class_counts=tuple(learnt.values()))
 
-        return objective.told(known)
+        return objective.with_stats(known)
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: self._read(paths, material, objective.classes))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: self._read(paths, data, objective.class_names))
 
 
 @dataclass(frozen=True)
 class ScoredConfig(TextRecordsConfig):
     """Records with a number, in the field `label`; the others as of `labelled`."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
 
-    def _read(self, paths: Sequence[str], material: RunData) -> labeled.ScoredTexts:
-        return labeled.ScoredTexts(paths, material.tokenizer, self.length, self)
+    def _read(self, paths: Sequence[str], data: RunData) -> labeled.ScoredTexts:
+        return labeled.ScoredTexts(paths, data.tokenizer, self.max_length, self)
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Numbers are learnt in units of their own spread, unless the recipe says which."""
 
         @functools.cache
         def known() -> DataStats:
-            scores = self._read(material.source.paths(material.echo), material).scores
-            return DataStats(mean=float(scores.mean()), spread=float(scores.std()) or 1.0)
+            scores = self._read(data.config.paths(data.echo), data).scores
+            return DataStats(mean=float(scores.mean()), std=float(scores.std()) or 1.0)
 
-        return objective.told(known)
+        return objective.with_stats(known)
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: self._read(paths, material))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: self._read(paths, data))
 
 
 @dataclass(frozen=True)
 class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
     """Records with options, one of them right."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"options", "label"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"options", "label"})
 
     @property
     def read_fields(self) -> tuple[str, ...]:
-        return (self.text, *self.options)
+        return (self.text_field, *self.option_fields)
 
     @property
-    def named(self) -> tuple[str, ...]:
-        return self.columns
+    def table_columns(self) -> tuple[str, ...]:
+        return self.column_names
 
-    def _read(self, paths: Sequence[str], material: RunData) -> labeled.MultipleChoiceRecords:
-        return labeled.MultipleChoiceRecords(paths, material.tokenizer, self.length, self)
+    def _read(self, paths: Sequence[str], data: RunData) -> labeled.MultipleChoiceRecords:
+        return labeled.MultipleChoiceRecords(paths, data.tokenizer, self.max_length, self)
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """A group has as many rows as the longest list of options."""
-        paths = [*material.source.paths(material.echo), *material.source.valid]
-        return objective.told(lambda: DataStats(options=self._read(paths, material).most))
+        paths = [*data.config.paths(data.echo), *data.config.validation_path]
+        return objective.with_stats(lambda: DataStats(max_options=self._read(paths, data).most))
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: self._read(paths, material))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: self._read(paths, data))
 
 
 @dataclass(frozen=True)
 class TaggedConfig(labeled.TagFields, RecordsConfig):
     """Records with a tag for each word."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "tags"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "tags"})
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.sentences)
 
     @property
     def read_fields(self) -> tuple[str, ...]:
-        return (self.words,)
+        return (self.words_field,)
 
     @property
-    def named(self) -> tuple[str, ...]:
-        return self.columns
+    def table_columns(self) -> tuple[str, ...]:
+        return self.column_names
 
-    def _read(self, paths: Sequence[str], material: RunData, classes: Sequence[str] = ()) -> labeled.TaggedSentences:
-        return labeled.TaggedSentences(paths, material.tokenizer, self.length, self, classes=classes)
+    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> labeled.TaggedSentences:
+        return labeled.TaggedSentences(paths, data.tokenizer, self.max_length, self, classes=classes)
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """The tags are named by the records to learn from, unless the recipe names them."""
-        return objective.told(
-            lambda: DataStats(classes=self._read(material.source.paths(material.echo), material).classes)
+        return objective.with_stats(
+            lambda: DataStats(class_names=self._read(data.config.paths(data.echo), data).classes)
         )
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: self._read(paths, material, objective.classes))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: self._read(paths, data, objective.class_names))
 
 
 @dataclass(frozen=True)
@@ -201,29 +199,34 @@ class QuestionsConfig(RecordsConfig):
     """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
     question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "segments", "start", "end"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "segments", "start", "end"})
 
-    length: TokenCount = 384
-    stride: TokenCount = 128
-    question: TokenCount = 64
-    context: str = "context"
+    max_length: TokenCount = 384
+    doc_stride: TokenCount = 128
+    max_question_length: TokenCount = 64
+    context_field: str = "context"
 
     @property
     def read_fields(self) -> tuple[str, ...]:
-        return (self.context, "question")
+        return (self.context_field, "question")
 
-    def _read(self, paths: Sequence[str], material: RunData) -> question_answering.QuestionRecords:
+    def _read(self, paths: Sequence[str], data: RunData) -> question_answering.QuestionRecords:
         return question_answering.QuestionRecords(
-            paths, material.tokenizer, self.length, stride=self.stride, question=self.question, context=self.context
+            paths,
+            data.tokenizer,
+            self.max_length,
+            stride=self.doc_stride,
+            question=self.max_question_length,
+            context=self.context_field,
         )
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Whether a question may have no answer at all is what the questions to learn from say."""
-        paths = material.source.paths(material.echo)
-        return objective.told(lambda: DataStats(unanswerable=self._read(paths, material).unanswerable > 0))
+        paths = data.config.paths(data.echo)
+        return objective.with_stats(lambda: DataStats(has_unanswerable=self._read(paths, data).unanswerable > 0))
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: self._read(paths, material))
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: self._read(paths, data))
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {

@@ -54,42 +54,42 @@ def measure(
     """
     if task == "glue":
         return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
-    subject = load_evaluated_model(directory)
-    task = default_for(subject, paths) if task is None else task
-    if task == "likelihood" and (subject.model.shape.latent or not subject.model.speaks):
+    evaluated = load_evaluated_model(directory)
+    task = default_for(evaluated, paths) if task is None else task
+    if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
         task = ""  # a bound, or two models' halves: the objective says what they are worth
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
-        return {"task": OBJECTIVE} | noted | by_objective(subject, paths, limit, say)
-    return tasks.measured(subject, paths, task=task, limit=limit, say=say)
+        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, say)
+    return tasks.measured(evaluated, paths, task=task, limit=limit, say=say)
 
 
-def by_objective(subject: EvaluatedModel, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
+def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
     """Return the terms and measures of a run's own objective on files.
 
     Raises:
         UserError: The directory keeps no recipe, or its model has a task's head, which `firth evaluate` reads without this.
     """
-    where = subject.directory
+    where = evaluated.directory
     if not (where / "recipe.yaml").is_file():
         raise UserError(
-            f"{where}: this model has {', '.join(subject.model.parts) or 'no part'}, and no recipe says how it was trained: "
+            f"{where}: this model has {', '.join(evaluated.model.heads) or 'no part'}, and no recipe says how it was trained: "
             f"name its run directory, or a task that it serves (--task {', '.join(TASKS)})"
         )
-    if part := head_of(dict(subject.model.parts)):
+    if part := head_of(dict(evaluated.model.heads)):
         raise UserError(f"{where}: this model has a head for {part}: leave out --task, and its answers are measured")
     recipe = load(str(where))
-    assert recipe.shape is not None
-    source = replace(recipe.source, path=tuple(paths), valid=tuple(paths), corpus="", weights=(), store="")
+    assert recipe.model is not None
+    source = replace(recipe.data, path=tuple(paths), validation_path=tuple(paths), corpus="", weights=(), cache_dir="")
     with tempfile.TemporaryDirectory() as folder:
-        material = RunData(
-            source, subject.tokenizer, Path(folder), recipe.start, recipe.batch.rows, recipe.seed, lambda _: None,
-            recipe.shape.memory,
+        data = RunData(
+            source, evaluated.tokenizer, Path(folder), recipe.init_from, recipe.batch.size, recipe.seed, lambda _: None,
+            recipe.model.memory_length,
         )  # fmt: skip
-        cut = examples.build_datasets(recipe.segment, material, recipe.objective)
+        cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.valid is None or not len(cut.valid):
             raise UserError(f"{', '.join(paths)}: there is nothing to measure in it")
-        for remark in cut.valid.remarks:
+        for remark in cut.valid.notes:
             say(remark)
         count = len(cut.valid)
         if limit is not None:
@@ -97,5 +97,7 @@ def by_objective(subject: EvaluatedModel, paths: Sequence[str], limit: int | Non
             mean = sum(max(field.size for field in some[i].values()) for i in range(len(some))) / len(some)
             count = max(1, min(count, round(limit / mean)))
         shown = replace(recipe, evaluation=replace(recipe.evaluation, max_examples=count))
-        held = Validator(shown, cut.valid, cut.bytes_per_target, subject.tokenizer, Ranks())
-        return {"examples": len(held.shown), "share": len(held.shown) / len(cut.valid)} | held.measure(subject.model, 0)
+        held = Validator(shown, cut.valid, cut.bytes_per_target, evaluated.tokenizer, Ranks())
+        return {"examples": len(held.shown), "share": len(held.shown) / len(cut.valid)} | held.measure(
+            evaluated.model, 0
+        )

@@ -99,10 +99,16 @@ def pretty(value: Any) -> str:
 
 def text(card: ModelCard) -> str:
     """The card in Markdown, its front matter in YAML."""
-    config, shape = read_json(card.place / "config.json"), card.model.shape
+    config, model_config = read_json(card.place / "config.json"), card.model.config
     task = KINDS[
-        ("source" if shape.encoder else "left" if shape.causal or shape.prefix_lm else "both")
-        if "lm" in card.model.parts
+        (
+            "source"
+            if model_config.num_encoder_layers
+            else "left"
+            if model_config.causal or model_config.prefix_lm
+            else "both"
+        )
+        if "lm" in card.model.heads
         else ""
     ]
     front: dict[str, Any] = {"license": card.licence or "other"}
@@ -126,12 +132,12 @@ def text(card: ModelCard) -> str:
 
 
 def _what(card: ModelCard, config: Mapping[str, Any]) -> str:
-    shape = card.model.shape
+    model_config = card.model.config
     rows = [
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
-        ("layers", f"{shape.encoder} + {shape.depth}" if shape.encoder else f"{shape.depth}"),
-        ("width", f"{shape.width:,}"), ("context", f"{shape.context:,} tokens"), ("vocabulary", f"{shape.vocab:,}"),
-        ("heads besides the trunk", ", ".join(card.model.parts) or "none"), ("numbers", _numbers(card.place, config)),
+        ("layers", f"{model_config.num_encoder_layers} + {model_config.num_layers}" if model_config.num_encoder_layers else f"{model_config.num_layers}"),
+        ("width", f"{model_config.hidden_size:,}"), ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
+        ("heads besides the trunk", ", ".join(card.model.heads) or "none"), ("numbers", _numbers(card.place, config)),
     ]  # fmt: skip
     began = f" It began from {card.base}." if card.base and card.recipe else ""
     return f"{MARK}; {card.said}.{began}\n\n" + _table(("", ""), rows)

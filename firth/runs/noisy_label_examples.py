@@ -29,30 +29,30 @@ from firth.validated import NonNegativeInt, PositiveFloat, PositiveInt, Share
 class WrappingConfig(ExamplesConfig):
     """What another segment reads, seen otherwise, and what is said of it beside."""
 
-    gives: ClassVar[frozenset[str]] = frozenset()
+    base_fields: ClassVar[frozenset[str]] = frozenset()
 
-    of: ExamplesConfig = LabeledConfig()
-
-    @property
-    def given(self) -> frozenset[str]:
-        return self.of.given | self.gives
+    base: ExamplesConfig = LabeledConfig()
 
     @property
-    def longest(self) -> int:
-        return self.of.longest
-
-    def grouped_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
-        return self.of.grouped_texts(paths)
+    def fields(self) -> frozenset[str]:
+        return self.base.fields | self.base_fields
 
     @property
-    def text_fields(self) -> tuple[Any, ...]:
-        return self.of.text_fields
+    def max_tokens(self) -> int:
+        return self.base.max_tokens
 
-    def within(self, context: int) -> ExamplesConfig:
-        return replace(self, of=self.of.within(context))
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
+        return self.base.tokenizer_texts(paths)
 
-    def settle(self, objective: Objective, material: RunData) -> Objective:
-        return self.of.settle(objective, material)
+    @property
+    def tokenizer_settings(self) -> tuple[Any, ...]:
+        return self.base.tokenizer_settings
+
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return replace(self, base=self.base.limit_to(context))
+
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
+        return self.base.configure_objective(objective, data)
 
 
 @dataclass(frozen=True)
@@ -65,41 +65,43 @@ class PartiallyLabeledConfig(WrappingConfig):
         others: Files of texts without a label. Texts that are held out are left out of them.
     """
 
-    few: NonNegativeInt = 0
-    unlabelled: PositiveFloat = 3.0
-    others: tuple[str, ...] = path_field("files", ())
+    num_labeled: NonNegativeInt = 0
+    unlabeled_ratio: PositiveFloat = 3.0
+    unlabeled_path: tuple[str, ...] = path_field("files", ())
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        if bool(self.few) == bool(self.others):
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        if bool(self.num_labeled) == bool(self.unlabeled_path):
             raise UserError(
                 "set one of segment.others=[FILE], files of texts without a label, and segment.few=N, a trial in which N records "
                 "keep their label and the others are read without it"
             )
-        whole = self.of.cut(material, objective)
-        if self.others:
-            parts: list[Source] = [whole.train, self._unlabelled(whole.valid, material)]
-            return replace(whole, train=MixtureSource(parts, [1.0, self.unlabelled]))
-        known, others = choose_labeled(whole.train, self.few, material.seed)
+        whole = self.base.build(data, objective)
+        if self.unlabeled_path:
+            parts: list[Source] = [whole.train, self._unlabelled(whole.valid, data)]
+            return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
+        known, others = choose_labeled(whole.train, self.num_labeled, data.seed)
         if not len(others):
-            raise UserError(f"all {self.few} records keep their label and none is left without: lower segment.few")
-        material.echo(
-            f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (segment.few={self.few})"
+            raise UserError(
+                f"all {self.num_labeled} records keep their label and none is left without: lower segment.few"
+            )
+        data.echo(
+            f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (segment.few={self.num_labeled})"
         )
         parts = [SubsetSource(whole.train, known), UnlabeledSource(SubsetSource(whole.train, others))]
-        return replace(whole, train=MixtureSource(parts, [1.0, self.unlabelled]))
+        return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
 
-    def _unlabelled(self, valid: Source | None, material: RunData) -> Source:
+    def _unlabelled(self, valid: Source | None, data: RunData) -> Source:
         """The texts of `others`, less those whose prompt or text is held out."""
-        texts = self.of.untold(self.others, material)
+        texts = self.base.unlabeled(self.unlabeled_path, data)
         if valid is None:
             return texts
-        held = np.isin(texts.families, valid.families)
+        held = np.isin(texts.group_ids, valid.group_ids)
         if held.all():
             raise UserError(
                 f"all {len(texts):,} texts of segment.others are held out, so none is left to train on: give other files"
             )
         if held.any():
-            material.echo(
+            data.echo(
                 f"{held.sum():,} of {len(texts):,} texts in segment.others are left out: they are held out; the first is number "
                 f"{held.argmax() + 1:,}"
             )
@@ -114,25 +116,25 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
         teacher: The run of a classifier that was trained on the labelled records alone.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"taught"})
-    wants: ClassVar[frozenset[str]] = frozenset({"label"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"taught"})
+    required_fields: ClassVar[frozenset[str]] = frozenset({"label"})
 
     teacher: str = path_field("model", "")
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         what = "the run of `firth train classify` on the labelled records, which gives the pseudo-labels"
         place = required_model(self.teacher, "segment.teacher", what)
         cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
-        check_same_tokenizer(material.tokenizer, place, "segment.teacher:", cure)
-        model = material.frozen(place)
-        plain = super().cut(material, objective)
-        vocab = material.tokenizer.vocab
+        check_same_tokenizer(data.tokenizer, place, "segment.teacher:", cure)
+        model = data.load_frozen(place)
+        plain = super().build(data, objective)
+        vocab = data.tokenizer.vocab
 
         def show(example: Example) -> Example:
             return unlabeled_example(objective, example, vocab)
 
-        with material.casts():
-            known = precompute(plain.train, model, show, teacher_probabilities, directory=material.directory / "taught")
+        with data.autocast():
+            known = precompute(plain.train, model, show, teacher_probabilities, directory=data.directory / "taught")
         return replace(plain, train=known)
 
 
@@ -141,21 +143,21 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
     """A simulation: records with one true label each, which `annotators` simulated ones replace by votes that are right with
     probability `accuracy`; held-out records keep the truth."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"votes"})
-    wants: ClassVar[frozenset[str]] = frozenset({"label"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"votes"})
+    required_fields: ClassVar[frozenset[str]] = frozenset({"label"})
 
-    annotators: PositiveInt = 5
-    accuracy: Share = 0.7
+    num_annotators: PositiveInt = 5
+    annotator_accuracy: Share = 0.7
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        whole = self.of.cut(material, objective)
-        material.echo(
-            f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.annotators} annotators, "
-            f"each right with probability {self.accuracy:g} (segment=voted)"
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        whole = self.base.build(data, objective)
+        data.echo(
+            f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.num_annotators} annotators, "
+            f"each right with probability {self.annotator_accuracy:g} (segment=voted)"
         )
         train = SimulatedAnnotators(
-            whole.train, classes=len(objective.classes), count=self.annotators, accuracy=self.accuracy,
-            seed=material.seed,
+            whole.train, classes=len(objective.class_names), count=self.num_annotators, accuracy=self.annotator_accuracy,
+            seed=data.seed,
         )  # fmt: skip
         return replace(whole, train=train)
 
@@ -164,25 +166,27 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
 class MultiAnnotatorConfig(RecordsConfig):
     """Records with a list of labels in the field `votes`, by as many annotators as there are."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"tokens", "label", "votes"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label", "votes"})
 
-    text: str = "text"
-    votes: str = "labels"
+    text_field: str = "text"
+    labels_field: str = "labels"
 
     @property
     def read_fields(self) -> tuple[str, ...]:
-        return (self.text,)
+        return (self.text_field,)
 
-    def _read(self, paths: Sequence[str], material: RunData, classes: Sequence[str] = ()) -> Voting:
-        return Voting(paths, material.tokenizer, self.length, TextFields(self.text, self.votes), classes=classes)
-
-    def settle(self, objective: Objective, material: RunData) -> Objective:
-        return objective.told(
-            lambda: DataStats(classes=self._read(material.source.paths(material.echo), material).classes)
+    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> Voting:
+        return Voting(
+            paths, data.tokenizer, self.max_length, TextFields(self.text_field, self.labels_field), classes=classes
         )
 
-    def cut(self, material: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(material, lambda paths: self._read(paths, material, objective.classes))
+    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
+        return objective.with_stats(
+            lambda: DataStats(class_names=self._read(data.config.paths(data.echo), data).classes)
+        )
+
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        return split_records(data, lambda paths: self._read(paths, data, objective.class_names))
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {

@@ -42,14 +42,14 @@ from firth.validated import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCo
 class PeftConfig(Ranged, section="adapt"):
     """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
 
-    needs: ClassVar[bool] = True
-    packs: ClassVar[bool] = True
+    needs_base: ClassVar[bool] = True
+    packable: ClassVar[bool] = True
 
-    def settle(self, objective: Objective) -> Objective:
+    def configure_objective(self, objective: Objective) -> Objective:
         """The objective as it reads a model that is adapted so."""
         return objective
 
-    def fits(self, model: LM, base: LM | None) -> None:
+    def check_model(self, model: LM, base: LM | None) -> None:
         """Raise a UserError for a model that cannot be adapted so.
 
         Args:
@@ -57,14 +57,14 @@ class PeftConfig(Ranged, section="adapt"):
             base: The model that it begins from.
         """
 
-    def ahead(self, base: LM | None) -> tuple[int, int]:
+    def virtual_positions(self, base: LM | None) -> tuple[int, int]:
         """Return how many trained positions are before every text, and before every source of an encoder."""
-        return (base.ahead(), base.ahead(source=True)) if base is not None else (0, 0)
+        return (base.num_virtual_tokens(), base.num_virtual_tokens(source=True)) if base is not None else (0, 0)
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
 
-    def finish(
+    def export(
         self,
         model: LM,
         directory: Path,
@@ -81,7 +81,7 @@ class PeftConfig(Ranged, section="adapt"):
 class FullFinetuning(PeftConfig):
     """Everything is trained."""
 
-    needs: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,21 @@ class HeadOnly(PeftConfig):
 
 def _heads(model: LM) -> list[str]:
     """The parts that a head alone can be: neither one with the table of tokens nor before every text."""
-    return [name for name in model.parts if name not in PREFIX_HEADS and (name != "lm" or not model.shape.tied)]
+    return [
+        name for name in model.heads if name not in PREFIX_HEADS and (name != "lm" or not model.config.tie_embeddings)
+    ]
 
 
 @dataclass(frozen=True)
 class FrozenFeatures(HeadOnly):
     """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
 
-    def settle(self, objective: Objective) -> Objective:
+    def configure_objective(self, objective: Objective) -> Objective:
         return add_layer_mixture(objective)
 
-    def fits(self, model: LM, base: LM | None) -> None:
+    def check_model(self, model: LM, base: LM | None) -> None:
         # Whoever writes or scores with a vocabulary head reads the last layer, not the mixture that it was trained on.
-        if "lm" in model.parts:
+        if "lm" in model.heads:
             raise UserError(
                 "adapt=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
                 "take adapt=lora, or an objective with a head of its own, such as classification"
@@ -121,7 +123,7 @@ class FrozenFeatures(HeadOnly):
 
 def add_layer_mixture(objective: Objective, frozen: bool = True) -> Objective:
     """Return the objective on a mixture of all layers. frozen: whether the layers stay as they are (`Mixed.frozen`)."""
-    mixed = any(isinstance(one, LayerMixture) for one in objective.addends())
+    mixed = any(isinstance(one, LayerMixture) for one in objective.components())
     return objective if mixed else LayerMixture(frozen=frozen) + objective
 
 
@@ -131,11 +133,11 @@ class AdapterConfig(PeftConfig):
 
     part: ClassVar[str] = ""
 
-    start: str
+    init_from: str
 
-    def fits(self, model: LM, base: LM | None) -> None:
-        there = sorted(PREFIX_HEADS & {*base.parts}) if base is not None and self.part else []
-        if there and (there != [self.part] or not self.start):
+    def check_model(self, model: LM, base: LM | None) -> None:
+        there = sorted(PREFIX_HEADS & {*base.heads}) if base is not None and self.part else []
+        if there and (there != [self.part] or not self.init_from):
             onward = "go on from it with adapt.start=RUN too, or " if there == [self.part] else ""
             raise UserError(
                 f"adapt={self.part} puts a {self.part} before every text, where the start has a {there[0]} already: {onward}"
@@ -147,18 +149,18 @@ class AdapterConfig(PeftConfig):
         raise NotImplementedError(type(self).__name__)
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        if self.start:
-            place = _adapter_of(self.start)
+        if self.init_from:
+            place = _adapter_of(self.init_from)
             check_adapter(tokenizer, place)
             kind = adapter_files.read(model, place)
             if PEFT_METHODS[kind] is not type(self):
-                raise UserError(f"adapt.start={self.start} holds an adapter of kind {kind}: set adapt.kind={kind}")
+                raise UserError(f"adapt.start={self.init_from} holds an adapter of kind {kind}: set adapt.kind={kind}")
             lora.check_not_shared(model, lora.adapted(model))
         else:
             self.put(model, added, tokenizer, seed)
         lora.freeze(model, [*added, *[self.part] * bool(self.part)])
 
-    def finish(
+    def export(
         self,
         model: LM,
         directory: Path,
@@ -168,7 +170,7 @@ class AdapterConfig(PeftConfig):
         facts: Mapping[str, Any],
     ) -> str:
         if model.prefix is not None:
-            model.parts["prefix"] = model.prefix.settle()
+            model.heads["prefix"] = model.prefix.settle()
         with new_directory(directory) as place:
             said = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
             tokenizer.save(place)
@@ -183,23 +185,23 @@ class LoRA(AdapterConfig):
 
     rank: Annotated[int, Range(ge=1, le=65536)] = 8
     alpha: PositiveFloat = 16.0
-    stabilised: bool = False
+    use_rslora: bool = False
     dropout: ShareBelowOne = 0.0
-    targets: tuple[str, ...] = ("attention.q", "attention.v")
-    start: str = path_field("model", "")
+    target_modules: tuple[str, ...] = ("attention.q", "attention.v")
+    init_from: str = path_field("model", "")
 
     @property
-    def plan(self) -> lora.LoraConfig:
+    def lora_config(self) -> lora.LoraConfig:
         """How each adapter is made."""
-        return lora.LoraConfig(self.rank, self.alpha, self.stabilised, self.dropout)
+        return lora.LoraConfig(self.rank, self.alpha, self.use_rslora, self.dropout)
 
-    def fits(self, model: LM, base: LM | None) -> None:
-        if base is not None and not self.start:
-            for place in lora.chosen(model, self.targets, but=added_parts(model, base), merges=True):
-                lora.check_rank(model, place, self.plan)
+    def check_model(self, model: LM, base: LM | None) -> None:
+        if base is not None and not self.init_from:
+            for place in lora.chosen(model, self.target_modules, but=added_parts(model, base), merges=True):
+                lora.check_rank(model, place, self.lora_config)
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        lora.add(model, self.targets, self.plan, but=[*added, *PREFIX_HEADS])
+        lora.add(model, self.target_modules, self.lora_config, but=[*added, *PREFIX_HEADS])
 
 
 @dataclass(frozen=True)
@@ -209,21 +211,23 @@ class PrefixTuning(AdapterConfig):
 
     part: ClassVar[str] = "prefix"
 
-    tokens: TokenCount = 16
-    hidden: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
-    text: str = ""
-    start: str = path_field("model", "")
+    num_virtual_tokens: TokenCount = 16
+    encoder_hidden_size: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
+    init_text: str = ""
+    init_from: str = path_field("model", "")
 
-    def fits(self, model: LM, base: LM | None) -> None:
-        super().fits(model, base)
-        refuse(model.shape, self.part)
-        _refuse_room(model.shape, self.tokens, self.part)
+    def check_model(self, model: LM, base: LM | None) -> None:
+        super().check_model(model, base)
+        refuse(model.config, self.part)
+        _refuse_room(model.config, self.num_virtual_tokens, self.part)
 
-    def ahead(self, base: LM | None) -> tuple[int, int]:
-        return _positions(self.start, self.tokens), 0
+    def virtual_positions(self, base: LM | None) -> tuple[int, int]:
+        return _positions(self.init_from, self.num_virtual_tokens), 0
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        model.parts["prefix"] = prefix_of(model, _begin(tokenizer, self.text, self.tokens, seed), self.hidden)
+        model.heads["prefix"] = prefix_of(
+            model, _begin(tokenizer, self.init_text, self.num_virtual_tokens, seed), self.encoder_hidden_size
+        )
 
 
 @dataclass(frozen=True)
@@ -232,28 +236,28 @@ class PromptTuning(AdapterConfig):
     at random. Each text of a packed row would need its own, and every row as many as the fullest: they are sorted instead."""
 
     part: ClassVar[str] = "prompt"
-    packs: ClassVar[bool] = False
+    packable: ClassVar[bool] = False
 
-    tokens: TokenCount = 16
-    begin: Literal["tokens", "random"] = "tokens"
-    text: str = ""
-    start: str = path_field("model", "")
+    num_virtual_tokens: TokenCount = 16
+    init: Literal["tokens", "random"] = "tokens"
+    init_text: str = ""
+    init_from: str = path_field("model", "")
 
-    def fits(self, model: LM, base: LM | None) -> None:
-        super().fits(model, base)
-        refuse(model.shape, self.part)
-        _refuse_room(model.shape, self.tokens, self.part)
+    def check_model(self, model: LM, base: LM | None) -> None:
+        super().check_model(model, base)
+        refuse(model.config, self.part)
+        _refuse_room(model.config, self.num_virtual_tokens, self.part)
 
-    def ahead(self, base: LM | None) -> tuple[int, int]:
-        count = _positions(self.start, self.tokens)
+    def virtual_positions(self, base: LM | None) -> tuple[int, int]:
+        count = _positions(self.init_from, self.num_virtual_tokens)
         return (0, count) if base is not None and base.encoder is not None else (count, 0)
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        prompt = prompt_of(model, _begin(tokenizer, self.text, self.tokens, seed))
-        if self.begin == "random":
+        prompt = prompt_of(model, _begin(tokenizer, self.init_text, self.num_virtual_tokens, seed))
+        if self.init == "random":
             prompt.table.reset_parameters()
             prompt.table.weight.data *= model.tokens.weight.data.std()
-        model.parts["prompt"] = prompt
+        model.heads["prompt"] = prompt
 
 
 def _adapter_of(start: str) -> Path:
@@ -267,10 +271,10 @@ def _positions(start: str, tokens: int) -> int:
     return adapter_files.virtual_tokens(_adapter_of(start)) if start else tokens
 
 
-def _refuse_room(shape: ModelConfig, tokens: int, what: str) -> None:
-    if not 0 < tokens < shape.context:
+def _refuse_room(config: ModelConfig, tokens: int, what: str) -> None:
+    if not 0 < tokens < config.max_positions:
         raise UserError(
-            f"adapt.tokens={tokens}: a {what} takes at least 1 of the {shape.context} positions, and not all"
+            f"adapt.tokens={tokens}: a {what} takes at least 1 of the {config.max_positions} positions, and not all"
         )
 
 
@@ -295,7 +299,7 @@ PEFT_METHODS: dict[str, type[PeftConfig]] = {
 
 def check_peft(adapt: PeftConfig, start: str) -> None:
     """Raise a UserError if there is nothing to adapt."""
-    if adapt.needs and not start:
+    if adapt.needs_base and not start:
         name = next(name for name, kind in PEFT_METHODS.items() if kind is type(adapt))
         raise UserError(
             f"adapt={name} trains a little beside a model that is there: say which with start=RUN, or adapt=full"

@@ -63,15 +63,15 @@ class DataConfig(Ranged, section="source"):
     path: tuple[str, ...] = path_field("files", ())
     corpus: str = ""
     weights: tuple[PositiveFloat, ...] = ()
-    field: str = "text"
-    split: str = "file"
-    valid: tuple[str, ...] = path_field("files", ())
-    held_out: ShareBelowOne = 0.05
-    store: str = path_field("place", "")
+    text_field: str = "text"
+    split_by: str = "file"
+    validation_path: tuple[str, ...] = path_field("files", ())
+    validation_fraction: ShareBelowOne = 0.05
+    cache_dir: str = path_field("place", "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, paths in (("path", self.path), ("valid", self.valid)):
+        for name, paths in (("path", self.path), ("valid", self.validation_path)):
             if not all(paths):
                 raise UserError(f"source.{name}={list(paths)} has an empty name, which would be the working directory")
         if self.path:  # a corpus that is not read must not name the language and the license of the model
@@ -95,49 +95,51 @@ class RunData:
     computed once is computed too.
     """
 
-    source: DataConfig
+    config: DataConfig
     tokenizer: Tokenizer
     directory: Path
-    start: str = ""
-    rows: int = 1
+    init_from: str = ""
+    batch_size: int = 1
     seed: int = 0
     echo: Echo = print
-    memory: int = 0
+    memory_length: int = 0
     siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    def frozen(self, directory: Path) -> LM:
+    def load_frozen(self, directory: Path) -> LM:
         """The model of a directory, on the device that the run trains on."""
         return load_model(directory).to(device())
 
-    def casts(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which the run's forward passes run."""
         return precision.casts(self.precision, device())()
 
     def parts(self) -> list[RunData]:
         """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""
-        source = self.source
+        source = self.config
         if len(source.weights) != len(source.path):
             raise UserError(
                 f"source.weights has {len(source.weights)} numbers for the {len(source.path)} paths of source.path: "
                 "give one weight per path"
             )
         return [
-            replace(self, source=replace(source, path=(path,), weights=()), siblings=source.path)
+            replace(self, config=replace(source, path=(path,), weights=()), siblings=source.path)
             for path in source.path
         ]
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """The training and the held-out token store, built where they are not there yet."""
-        paths = self.source.paths(self.echo)
+        paths = self.config.paths(self.echo)
         every = [*paths, *self.siblings]
-        folder = Path(self.source.store or self.directory / "data") / fingerprint(self.source, every, self.tokenizer)
+        folder = Path(self.config.cache_dir or self.directory / "data") / fingerprint(
+            self.config, every, self.tokenizer
+        )
         parts: list[TokenStore | None] = []
         for apart in (False, True):
             place = folder / ("valid" if apart else "train")
             if not place.exists():
-                counts = text_of(self.source, paths, apart, self.directory).counts
-                documents = documents_of(self.source, paths, apart, self._held_elsewhere(), self.directory)
+                counts = text_of(self.config, paths, apart, self.directory).counts
+                documents = documents_of(self.config, paths, apart, self._held_elsewhere(), self.directory)
                 first = next(documents, None)
                 if first is None:
                     if not apart:
@@ -165,20 +167,20 @@ class RunData:
 
     def _held_elsewhere(self) -> frozenset[int]:
         """The documents that are held out of the other paths of a mixture, by their content."""
-        found = [held_out_of(replace(self.source, path=(path,)), [path], self.directory).keys for path in self.siblings]
+        found = [held_out_of(replace(self.config, path=(path,)), [path], self.directory).keys for path in self.siblings]
         return frozenset().union(*found)
 
     def _repeated(self, paths: Sequence[str]) -> list[str]:
         """A sentence on duplicates among the documents, and one on those that are in the held-out files too."""
         lines = []
-        chosen = held_out_of(self.source, paths, self.directory)
+        chosen = held_out_of(self.config, paths, self.directory)
         if chosen.duplicates:
             lines.append(
                 f"duplicates: {chosen.duplicates:,} of {chosen.documents:,} documents have the same content as an earlier one, "
                 f"and are held out with it or not at all; the first is {chosen.first}"
             )
-        if self.source.valid:
-            learned, measured = (text_of(self.source, paths, apart, self.directory) for apart in (False, True))
+        if self.config.validation_path:
+            learned, measured = (text_of(self.config, paths, apart, self.directory) for apart in (False, True))
             held = {content_key(d.text) for d in measured.documents()}
             both = [d.name for d in learned.documents() if content_key(d.text) in held]
             if both:
@@ -192,14 +194,18 @@ class RunData:
 def text_of(source: DataConfig, paths: Sequence[str], apart: bool, directory: Path | None = None) -> ReadOnce:
     """Return the documents that a run trains on and holds some out of, or (apart) is measured on, if other files are named
     for that. directory: of the run, which the temporary copy goes to."""
-    share = None if source.valid or not source.held_out else source.held_out
-    chosen = source.valid if apart and source.valid else paths
-    return read_once(chosen, field=source.field, split=source.split, share=share, directory=directory)
+    share = None if source.validation_path or not source.validation_fraction else source.validation_fraction
+    chosen = source.validation_path if apart and source.validation_path else paths
+    return read_once(chosen, field=source.text_field, split=source.split_by, share=share, directory=directory)
 
 
 def held_out_of(source: DataConfig, paths: Sequence[str], directory: Path | None = None) -> HeldOut:
     """Choose the documents that a run holds out of these files; nothing where files for it are named, or no share is."""
-    return HeldOut() if source.valid or not source.held_out else text_of(source, paths, False, directory).held
+    return (
+        HeldOut()
+        if source.validation_path or not source.validation_fraction
+        else text_of(source, paths, False, directory).held
+    )
 
 
 def documents_of(
@@ -215,10 +221,10 @@ def documents_of(
     single document that is its last share, cut between paragraphs. elsewhere: the content of others that are held out too.
     """
     found = text_of(source, paths, apart, directory)
-    if source.valid:
+    if source.validation_path:
         yield from found.documents()
     elif found.held.documents == 1:
-        yield from _share(next(found.documents()), source.held_out, apart)
+        yield from _share(next(found.documents()), source.validation_fraction, apart)
     else:
         yield from found.documents(apart, elsewhere)
 
@@ -235,7 +241,7 @@ def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
 
 def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) -> str:
     """A short name for these files (paths, sizes, times of change), read in this way, by this tokenizer."""
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in readers.files([*paths, *source.valid])]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in readers.files([*paths, *source.validation_path])]
     how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store", "weights")}
     told = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

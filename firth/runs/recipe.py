@@ -46,12 +46,12 @@ class TokenizerConfig(Ranged, section="tokenizer"):
 
     path: str = config_io.path_field("tokenizer", "")
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
-    size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
+    vocab_size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
     byte_fallback: bool = True
-    sample: PositiveInt = 200_000_000
+    sample_bytes: PositiveInt = 200_000_000
 
 
-DEFAULT_SIZE = TokenizerConfig().size
+DEFAULT_SIZE = TokenizerConfig().vocab_size
 
 GROUPED_STEPS = 50
 """Steps that share their examples out by length, where a recipe leaves it open."""
@@ -66,28 +66,32 @@ class BatchConfig(Ranged, section="batch"):
     steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.shuffle.length_grouped_batches`).
     """
 
-    rows: PositiveInt = 16
-    accumulate: PositiveInt = 1
-    pack: OptionalTokenCount | Literal["auto"] = 0
-    sort: NonNegativeInt = 0
+    size: PositiveInt = 16
+    gradient_accumulation_steps: PositiveInt = 1
+    pack_to_length: OptionalTokenCount | Literal["auto"] = 0
+    group_by_length: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pack != "auto" and self.pack and self.sort:
+        if self.pack_to_length != "auto" and self.pack_to_length and self.group_by_length:
             raise UserError("batch.pack and batch.sort both spare padding: set one of them to 0")
 
     @property
-    def room(self) -> int:
+    def packed_length(self) -> int:
         """Tokens of a packed row; 0 where rows are not packed, or where that is still open."""
-        return 0 if self.pack == "auto" else self.pack
+        return 0 if self.pack_to_length == "auto" else self.pack_to_length
 
-    def laid(self, longest: int, packs: bool) -> BatchConfig:
+    def resolve(self, longest: int, packs: bool) -> BatchConfig:
         """With nothing left open. longest: tokens of an example at most, 0 if that is unknown; packs: whether rows can hold
         several."""
-        if self.pack != "auto":
+        if self.pack_to_length != "auto":
             return self
-        pack = longest if packs and not self.sort else 0
-        return replace(self, pack=pack, sort=self.sort or (0 if pack or not longest else GROUPED_STEPS))
+        pack = longest if packs and not self.group_by_length else 0
+        return replace(
+            self,
+            pack_to_length=pack,
+            group_by_length=self.group_by_length or (0 if pack or not longest else GROUPED_STEPS),
+        )
 
 
 @dataclass(frozen=True)
@@ -147,25 +151,25 @@ class Recipe(Ranged):
 
     name: str
     objective: Objective
-    segment: ExamplesConfig
-    source: DataConfig = DataConfig()
+    examples: ExamplesConfig
+    data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    shape: ModelConfig | None = None
-    start: str = config_io.path_field("model", "")
-    adapt: PeftConfig = FullFinetuning()
-    embeddings: str = config_io.path_field("model", "")
-    unigram: bool = True
+    model: ModelConfig | None = None
+    init_from: str = config_io.path_field("model", "")
+    peft: PeftConfig = FullFinetuning()
+    init_embeddings_from: str = config_io.path_field("model", "")
+    init_head_from_frequencies: bool = True
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = Schedule()
-    length: Budget = field(default_factory=lambda: Budget(steps=1000))
+    budget: Budget = field(default_factory=lambda: Budget(max_steps=1000))
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    samples: tuple[str, ...] = ()
+    sample_prompts: tuple[str, ...] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    segmentation: Literal["auto", "icu", "uax29"] = "auto"
+    word_segmentation: Literal["auto", "icu", "uax29"] = "auto"
     compile: bool = False
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     seed: NonNegativeInt = 0
 
     def hash(self) -> str:
@@ -209,9 +213,9 @@ def published(name: str) -> Recipe:
 
 def _of_tokenizer(recipe: Recipe) -> Recipe:
     """Return a recipe whose model has as many ids as its tokenizer: published tables may be padded (T5's 32,128 rows)."""
-    if recipe.shape is None:
+    if recipe.model is None:
         return recipe
-    return replace(recipe, shape=replace(recipe.shape, vocab=recipe.tokenizer.size))
+    return replace(recipe, model=replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size))
 
 
 ONE_OF = (("length", ("steps", "seconds", "flops")), ("source", ("path", "corpus")))
@@ -306,12 +310,17 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     _fill_vocab(changed, data, names)
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
     recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, said))
-    if not recipe.source.path and {("source",), ("source", "path")} & said.keys():
+    if not recipe.data.path and {("source",), ("source", "path")} & said.keys():
         raise UserError("source.path=[] names no file: name files or directories, or set source.corpus=NAME")
-    check_peft(recipe.adapt, recipe.start)
-    if recipe.shape is not None:
-        check_pattern(recipe.objective, recipe.shape, recipe.segment)
-        check_batching(recipe.objective, recipe.shape, pack=recipe.batch.room, accumulate=recipe.batch.accumulate)
-        check_memory(recipe.shape, recipe.segment, recipe.batch.room)
-    check_fields(recipe.objective, recipe.segment, recipe.shape)
+    check_peft(recipe.peft, recipe.init_from)
+    if recipe.model is not None:
+        check_pattern(recipe.objective, recipe.model, recipe.examples)
+        check_batching(
+            recipe.objective,
+            recipe.model,
+            pack=recipe.batch.packed_length,
+            accumulate=recipe.batch.gradient_accumulation_steps,
+        )
+        check_memory(recipe.model, recipe.examples, recipe.batch.packed_length)
+    check_fields(recipe.objective, recipe.examples, recipe.model)
     return recipe

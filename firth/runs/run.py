@@ -80,7 +80,7 @@ class RunResult:
 
     directory: Path
     steps: int
-    exported: int
+    exported_step: int
     tokens: int
     seconds: float
     flops: float
@@ -106,7 +106,7 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> RunResult:
 def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult:
     """`run` on one rank."""
     tell = echo if ranks.first else _silent
-    if recipe.shape is None and not recipe.start:
+    if recipe.model is None and not recipe.init_from:
         raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {WHOLE}")
     _check_models(recipe)
     make_directory(directory)
@@ -120,131 +120,136 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
         inputs.check(directory)
     _refuse_strangers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    material = RunData(recipe.source, tokenizer, directory, recipe.start, recipe.batch.rows, recipe.seed, tell)
-    settled = _first_alone(
-        ranks, lambda: _settled(recipe, material)
+    data = RunData(recipe.data, tokenizer, directory, recipe.init_from, recipe.batch.size, recipe.seed, tell)
+    resolved = _first_alone(
+        ranks, lambda: _settled(recipe, data)
     )  # classes are read from a corpus that may not be here yet
-    settled = dataclasses.replace(
-        settled,
+    resolved = dataclasses.replace(
+        resolved,
         precision=_precision(recipe, directory, continued, ranks),
-        segmentation=_segmentation(settled, directory, continued),
+        word_segmentation=_segmentation(resolved, directory, continued),
     )
-    assert settled.shape is not None
+    assert resolved.model is not None
     check_batching(
-        settled.objective,
-        settled.shape,
-        pack=settled.batch.room,
-        accumulate=settled.batch.accumulate,
+        resolved.objective,
+        resolved.model,
+        pack=resolved.batch.packed_length,
+        accumulate=resolved.batch.gradient_accumulation_steps,
         ranks=ranks.world,
     )
     check_available_memory(
-        settled.shape, settled.optimizer.name, isinstance(settled.adapt, FullFinetuning), best_device()
+        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), best_device()
     )
-    recipe_hash = recorded_hash(directory, settled) if continued else content_hash(settled)
+    recipe_hash = recorded_hash(directory, resolved) if continued else content_hash(resolved)
     known = inputs.identity(recipe_hash)
     if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
-        tell(f"{settled.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
+        tell(f"{resolved.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
     elif (directory / DONE).exists():
         finished = _finished(directory, known)
         if ranks.first and not (directory / REPORT).exists():
             write_report(run_report(directory), directory / REPORT)
-        tell(f"{settled.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
+        tell(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
         return finished
-    chosen = checkpoint.precision(directory) or precision.choose(settled.precision, best_device())
-    material = dataclasses.replace(material, memory=settled.shape.memory, precision=chosen)
-    cut = _first_alone(ranks, lambda: examples.build_datasets(settled.segment, material, settled.objective))
+    chosen = checkpoint.precision(directory) or precision.choose(resolved.precision, best_device())
+    data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
+    cut = _first_alone(ranks, lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
     shown = (
-        Validator(settled, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
+        Validator(resolved, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
     )
-    fallen_back = fallbacks(settled.objective, settled.segment, cut.train, tokenizer.vocab)
-    for line in (*_begins(settled, cut, shown), *fallen_back):
-        tell(f"{settled.name}: {line}")
-    torch.manual_seed(settled.seed)
-    model = LM(settled.shape, settled.objective.parts(settled.shape))
+    fallen_back = fallbacks(resolved.objective, resolved.examples, cut.train, tokenizer.vocab)
+    for line in (*_begins(resolved, cut, shown), *fallen_back):
+        tell(f"{resolved.name}: {line}")
+    torch.manual_seed(resolved.seed)
+    model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
-    if settled.start:
-        dropped, added = init_from(model, model_directory(settled.start))
+    if resolved.init_from:
+        dropped, added = init_from(model, model_directory(resolved.init_from))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
-        tell(f"{settled.name} starts from {settled.start}" + (f": {'; '.join(changed)}" if changed else ""))
+        tell(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
     else:
-        model.spell([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
-    if settled.embeddings:
-        said = word_vectors.load_embeddings(model, model_directory(settled.embeddings))
-        tell(f"{settled.name} takes {said}; everything else begins at random")
-    model.restrict(tokenizer.vocab)
-    settled.adapt.apply(model, added, tokenizer, settled.seed)
-    for trunk in model.trunks():
-        trunk.recompute = settled.recompute
+        model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
+    if resolved.init_embeddings_from:
+        said = word_vectors.load_embeddings(model, model_directory(resolved.init_embeddings_from))
+        tell(f"{resolved.name} takes {said}; everything else begins at random")
+    model.restrict_vocab(tokenizer.vocab)
+    resolved.peft.apply(model, added, tokenizer, resolved.seed)
+    for stack in model.stacks():
+        stack.gradient_checkpointing = resolved.gradient_checkpointing
     model.to(best_device())
-    if settled.compile:
+    if resolved.compile:
         compile_blocks(model)
     learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
-    tell(f"{settled.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
-    batches = _batches(settled, cut, tokenizer, ranks)
-    if settled.unigram and not settled.start:
-        counted = init_head(model, settled.objective, batches)
+    tell(f"{resolved.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
+    batches = _batches(resolved, cut, tokenizer, ranks)
+    if resolved.init_head_from_frequencies and not resolved.init_from:
+        counted = init_head(model, resolved.objective, batches)
         if counted:
-            tell(f"{settled.name} begins with the frequencies of {counted:,} answers")
+            tell(f"{resolved.name} begins with the frequencies of {counted:,} answers")
     if ranks.first:
         if not continued:
             for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
                 (directory / name).unlink(missing_ok=True)
-        if not continued or load(str(directory)) != settled:  # the same inputs at another path
-            write_text(directory / "recipe.yaml", config_io.write_yaml(settled))
+        if not continued or load(str(directory)) != resolved:  # the same inputs at another path
+            write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         inputs.write(directory, recipe_hash)
-        _samples(settled, model, tokenizer, directory, 0)
-        _held_out_texts(settled, cut, model, material, 0)
+        _samples(resolved, model, tokenizer, directory, 0)
+        _held_out_texts(resolved, cut, model, data, 0)
     if shown is not None:
         shown.refuse_unmeasured(model)
-    evaluation = settled.evaluation
+    evaluation = resolved.evaluation
     try:
         ended = train(
-            model, settled.objective, batches, directory,
-            length=settled.length, optimizer=settled.optimizer, schedule=settled.schedule,
-            plan=TrainerConfig(evaluate_every=evaluation.every, save_every=settled.checkpoint.every, keep=settled.checkpoint.keep,
-                      best=evaluation.best_metric or "loss",
-                      best_last=bool(evaluation.best_metric or evaluation.patience),
+            model, resolved.objective, batches, directory,
+            length=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule,
+            plan=TrainerConfig(eval_every=evaluation.every, save_every=resolved.checkpoint.every, keep=resolved.checkpoint.keep,
+                      best_metric=evaluation.best_metric or "loss",
+                      load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
                       patience=evaluation.patience, precision=chosen),
-            evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=settled.name,
+            evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=resolved.name,
         )  # fmt: skip
     except UserError as error:
         if ranks.first and isinstance(error.__cause__, RewardError):  # it may be corrected, and the run goes on
             dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)
         raise
-    finished = RunResult(directory, ended.step, ended.taken, ended.tokens, ended.seconds, ended.flops, ended.metrics)
+    finished = RunResult(
+        directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
+    )
     if ranks.first:
-        _samples(settled, model, tokenizer, directory, ended.step)
-        _held_out_texts(settled, cut, model, material, ended.step)
+        _samples(resolved, model, tokenizer, directory, ended.step)
+        _held_out_texts(resolved, cut, model, data, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
-            "objective": [name_of(type(one)) for one in settled.objective.addends()],
+            "objective": [name_of(type(one)) for one in resolved.objective.components()],
             "steps": ended.step,
-            "exported": ended.taken,
+            "exported": ended.exported_step,
             "tokens": ended.tokens,
             "metrics": ended.metrics,
         }
-        if settled.objective.classes:
-            facts["classes"] = settled.objective.classes
+        if resolved.objective.class_names:
+            facts["classes"] = resolved.objective.class_names
         if shown is not None:
             write_record(directory / TOLD, shown.told(model))
-        settled.objective.finish(model)
-        kept = settled.adapt.finish(
-            model, directory / "adapter", model_directory(settled.start), added, tokenizer, facts
+        resolved.objective.finalize(model)
+        kept = resolved.peft.export(
+            model, directory / "adapter", model_directory(resolved.init_from), added, tokenizer, facts
         )
         if kept:
-            tell(f"{settled.name}: {directory / 'adapter'} ({kept})")
-        remarks = [*settled.objective.remarks(ended.metrics), *cut.remarks]
+            tell(f"{resolved.name}: {directory / 'adapter'} ({kept})")
+        remarks = [*resolved.objective.notes(ended.metrics), *cut.notes]
         for remark in remarks:
-            tell(f"{settled.name}: {remark}")
-        remarks += [*fallen_back, *([cut.unheld] if cut.unheld else [])]  # which are printed when it begins
+            tell(f"{resolved.name}: {remark}")
+        remarks += [
+            *fallen_back,
+            *([cut.no_validation_reason] if cut.no_validation_reason else []),
+        ]  # which are printed when it begins
         told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
         with new_directory(directory / "model") as place:
             said = save_model(model, tokenizer, place, facts)
             model_card.write(model_card.of_run(directory, place, model, said, facts, told), place / "README.md")
         write_record(directory / DONE, told)
         write_report(run_report(directory), directory / REPORT)
-        tell(f"{settled.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
+        tell(f"{resolved.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
     ranks.wait()
     return finished
 
@@ -256,13 +261,13 @@ def _begins(recipe: Recipe, cut: DatasetSplits, shown: Validator | None) -> list
     best, patience = evaluation.best_metric, evaluation.patience
     if shown is None and (best or patience):
         asked = f"evaluation.best_metric={best}" if best else f"evaluation.patience={patience}"
-        why = f" ({cut.unheld})" if cut.unheld else ""
+        why = f" ({cut.no_validation_reason})" if cut.no_validation_reason else ""
         raise UserError(
             f"{asked} goes by held-out measurements, and nothing is held out{why}: name source.valid=FILES, or raise "
             "source.held_out"
         )
     line = class_counts.class_summary(cut.train, cut.valid)
-    return [line] * bool(line) + [cut.unheld] * bool(cut.unheld)
+    return [line] * bool(line) + [cut.no_validation_reason] * bool(cut.no_validation_reason)
 
 
 def _silent(_: str) -> None:
@@ -281,7 +286,7 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _check_models(recipe: Recipe) -> None:
     """Raise a UserError if a model that a run begins from is not there, or not yet."""
-    for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
+    for name, begins in (("start", recipe.init_from), ("embeddings", recipe.init_embeddings_from)):
         place = Path(begins)
         if begins and not place.exists():
             raise UserError(f"{name}={begins}: there is no such run or model directory, nor a GGUF file")
@@ -291,61 +296,61 @@ def _check_models(recipe: Recipe) -> None:
 
 def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
-    for name, begins in (("start", recipe.start), ("embeddings", recipe.embeddings)):
+    for name, begins in (("start", recipe.init_from), ("embeddings", recipe.init_embeddings_from)):
         if begins:
             cure = "leave out tokenizer.path, and the run takes that one"
             check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
 
 
-def _settled(recipe: Recipe, material: RunData) -> Recipe:
+def _settled(recipe: Recipe, data: RunData) -> Recipe:
     """The recipe with nothing left open: the shape with its vocabulary and how prompts are read, the classes with their
     names."""
-    check_peft(recipe.adapt, recipe.start)
-    shape, base = recipe.shape, None
-    if recipe.start:
-        base = load_model(model_directory(recipe.start))
-        theirs = base.shape
+    check_peft(recipe.peft, recipe.init_from)
+    config, base = recipe.model, None
+    if recipe.init_from:
+        base = load_model(model_directory(recipe.init_from))
+        theirs = base.config
         if (
-            not recipe.segment.remembers or recipe.batch.room
+            not recipe.examples.gives_memory or recipe.batch.packed_length
         ):  # records have nothing before them: finetuned without memory
-            theirs = dataclasses.replace(theirs, memory=0)
-        shape = theirs if shape is None else shape
-    assert shape is not None
-    if recipe.start:
-        check_vocab_fits(material.tokenizer, shape, recipe.start)
+            theirs = dataclasses.replace(theirs, memory_length=0)
+        config = theirs if config is None else config
+    assert config is not None
+    if recipe.init_from:
+        check_vocab_fits(data.tokenizer, config, recipe.init_from)
     else:
-        shape = dataclasses.replace(shape, vocab=material.tokenizer.vocab.size)
-    added = max(one.added_tokens for one in recipe.objective.addends())
-    segment = limit_lengths(recipe.segment, _usual(recipe), recipe.adapt, base, shape, added, material.echo)
-    segment = segment.within(shape.context)
-    objective = recipe.adapt.settle(segment.settle(recipe.objective, material).fitted(shape))
+        config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
+    added = max(one.added_tokens for one in recipe.objective.components())
+    examples = limit_lengths(recipe.examples, _usual(recipe), recipe.peft, base, config, added, data.echo)
+    examples = examples.limit_to(config.max_positions)
+    objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
     with init_empty_weights():
-        kept = objective.parts(shape).keys() & (base.parts.keys() - PREFIX_HEADS if base is not None else ())
-    if kept and base is not None and "mixture" in base.parts:
+        kept = objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS if base is not None else ())
+    if kept and base is not None and "mixture" in base.heads:
         objective = add_layer_mixture(objective, frozen=False)  # the start's head reads it
-    check_pattern(objective, shape, segment, fixed=bool(recipe.start))
-    check_fields(objective, segment, shape)
-    if (reads := objective.reads()) != "any":
+    check_pattern(objective, config, examples, fixed=bool(recipe.init_from))
+    check_fields(objective, examples, config)
+    if (reads := objective.attention_pattern()) != "any":
         # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
-        shape = dataclasses.replace(shape, causal=shape.causal or reads == "left", prefix_lm=reads == "prefix")
-    packs = shape.packs and not shape.memory and objective.packs and recipe.adapt.packs
+        config = dataclasses.replace(config, causal=config.causal or reads == "left", prefix_lm=reads == "prefix")
+    packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
-    batch = recipe.batch.laid(segment.longest, packs)
-    check_memory(shape, segment, batch.room)
+    batch = recipe.batch.resolve(examples.max_tokens, packs)
+    check_memory(config, examples, batch.packed_length)
     with init_empty_weights():
-        model = LM(shape, objective.parts(shape))
-    recipe.adapt.fits(model, base)
-    plan = dataclasses.replace(recipe.tokenizer, size=resolved_size(material.directory))
-    settled = dataclasses.replace(
-        recipe, shape=shape, objective=objective, segment=segment, batch=batch, tokenizer=plan
+        model = LM(config, objective.heads(config))
+    recipe.peft.check_model(model, base)
+    plan = dataclasses.replace(recipe.tokenizer, vocab_size=resolved_size(data.directory))
+    resolved = dataclasses.replace(
+        recipe, model=config, objective=objective, examples=examples, batch=batch, tokenizer=plan
     )
-    whole: Recipe = config_io.absolute_paths(settled)
+    whole: Recipe = config_io.absolute_paths(resolved)
     return whole
 
 
 def _usual(recipe: Recipe) -> ExamplesConfig:
     """The segment of the published recipe of this name; the defaults of its kind where there is none."""
-    return published(recipe.name).segment if recipe.name in RECIPES else type(recipe.segment)()
+    return published(recipe.name).examples if recipe.name in RECIPES else type(recipe.examples)()
 
 
 def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -> Literal["fp32", "bf16"]:
@@ -357,9 +362,9 @@ def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -
 
 def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentation:
     """What `segmentation` comes to: a continued run keeps what it began with, also "auto" where an older version wrote it."""
-    if not continued or recipe.segmentation != "auto":
-        return resolve_segmentation(recipe.objective, recipe.segmentation)
-    before = load(str(directory)).segmentation
+    if not continued or recipe.word_segmentation != "auto":
+        return resolve_segmentation(recipe.objective, recipe.word_segmentation)
+    before = load(str(directory)).word_segmentation
     return before if before == "auto" else resolve_segmentation(recipe.objective, before)
 
 
@@ -383,8 +388,8 @@ def _finished(directory: Path, known: str) -> RunResult:
 
 def _batches(recipe: Recipe, cut: DatasetSplits, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
-        cut.train, recipe.objective, vocab(recipe, tokenizer), rows=recipe.batch.rows, seed=recipe.seed,
-        accumulate=recipe.batch.accumulate, pack=recipe.batch.room, sort=recipe.batch.sort, rank=ranks.rank,
+        cut.train, recipe.objective, vocab(recipe, tokenizer), batch_size=recipe.batch.size, seed=recipe.seed,
+        gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps, pack_to_length=recipe.batch.packed_length, group_by_length=recipe.batch.group_by_length, rank=ranks.rank,
         world=ranks.world,
     )  # fmt: skip
 
@@ -392,11 +397,11 @@ def _batches(recipe: Recipe, cut: DatasetSplits, tokenizer: Tokenizer, ranks: Ra
 def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
     """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
     opened = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
-    sampling = Sampling(max_new=64, temperature=0.8, seed=recipe.seed)
+    sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for prompt in recipe.samples:
-            if not opened.suits(prompt):  # a recipe's own samples need not suit what a user trains it for
+        for prompt in recipe.sample_prompts:
+            if not opened.supports(prompt):  # a recipe's own samples need not suit what a user trains it for
                 continue
             try:
                 text = opened.sample(prompt, sampling)
@@ -404,20 +409,20 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
                 text = f"({error})"
             yield {"step": step, "prompt": prompt, "text": text}
 
-    if recipe.samples:
+    if recipe.sample_prompts:
         _add_rows(directory / "samples.jsonl", step, rows)
 
 
-def _held_out_texts(recipe: Recipe, cut: DatasetSplits, model: LM, material: RunData, step: int) -> None:
+def _held_out_texts(recipe: Recipe, cut: DatasetSplits, model: LM, data: RunData, step: int) -> None:
     """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
-    texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.segment.given)
+    texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.examples.fields)
     if texts is not None:
 
         def rows() -> Iterable[dict[str, Any]]:
-            with material.casts():
-                return texts.rows(model, material.tokenizer, step, recipe.seed)
+            with data.autocast():
+                return texts.rows(model, data.tokenizer, step, recipe.seed)
 
-        _add_rows(material.directory / held_out_texts.FILE, step, rows)
+        _add_rows(data.directory / held_out_texts.FILE, step, rows)
 
 
 def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:

@@ -47,14 +47,14 @@ def tokenizer_of(
     """
     sentinels = sentinels_of(recipe) if sentinels is None else sentinels
     inputs = inputs or RunInputs.read(recipe, directory, echo)
-    own, plan, source = directory / "tokenizer", recipe.tokenizer, recipe.source
-    begins = recipe.start or recipe.embeddings
+    own, plan, source = directory / "tokenizer", recipe.tokenizer, recipe.data
+    begins = recipe.init_from or recipe.init_embeddings_from
     path = plan.path or (str(model_directory(begins)) if begins else "")
     given = load_tokenizer(Path(path)) if path else None
     record: dict[str, Any] = (
         {"digest": given.digest}
         if given is not None
-        else {"text": _text_hash(recipe, inputs, sentinels), "size": plan.size}
+        else {"text": _text_hash(recipe, inputs, sentinels), "size": plan.vocab_size}
     )
     kept = _kept(own, record)
     if kept is not None:
@@ -74,13 +74,13 @@ def tokenizer_of(
         record["resolved_size"] = made.vocab.size
     else:
         train_tokenizer(
-            source.paths(echo), own, algorithm=plan.algorithm, size=plan.size, field=source.field,
-            split=source.split, sample=plan.sample, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
+            source.paths(echo), own, algorithm=plan.algorithm, size=plan.vocab_size, field=source.text_field,
+            split=source.split_by, sample=plan.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
             sentinels=sentinels,
-            texts=lambda counts: training_texts(recipe.segment, source, source.paths(echo), counts),
+            texts=lambda counts: training_texts(recipe.examples, source, source.paths(echo), counts),
         )  # fmt: skip
         made = Tokenizer.load(own)
-        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else plan.size
+        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else plan.vocab_size
     record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
     write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
     return made
@@ -94,11 +94,11 @@ def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: `shape.vocab` is another number. Of a run with a start the weights decide.
     """
-    if recipe.shape is None or recipe.start:
+    if recipe.model is None or recipe.init_from:
         return
-    stated, plan, count = recipe.shape.vocab, recipe.tokenizer, tokenizer.vocab.size
-    trained = not plan.path and not recipe.embeddings
-    if stated != count and not (trained and stated == plan.size):
+    stated, plan, count = recipe.model.vocab_size, recipe.tokenizer, tokenizer.vocab.size
+    trained = not plan.path and not recipe.init_embeddings_from
+    if stated != count and not (trained and stated == plan.vocab_size):
         raise UserError(
             f"shape.vocab={stated} is not the number of ids of the tokenizer, which is {count}: leave shape.vocab out, and it "
             "is taken from there"
@@ -132,13 +132,13 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
 
     It is trained once more to know, which costs little: a text with fewer ids than are asked for is small.
     """
-    plan, source, size = recipe.tokenizer, recipe.source, made.vocab.size
-    if size == plan.size:
+    plan, source, size = recipe.tokenizer, recipe.data, made.vocab.size
+    if size == plan.vocab_size:
         return True
-    texts = training_texts(recipe.segment, source, source.paths(echo), ReadStats())
+    texts = training_texts(recipe.examples, source, source.paths(echo), ReadStats())
     try:
         again = train(
-            texts, plan.algorithm, size, seed=recipe.seed, sample=plan.sample, sentinels=sentinels,
+            texts, plan.algorithm, size, seed=recipe.seed, sample=plan.sample_bytes, sentinels=sentinels,
             byte_fallback=plan.byte_fallback,
         )  # fmt: skip
     except UserError:  # too few for what it needs at least
@@ -161,16 +161,16 @@ def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
 
 def sentinels_of(recipe: Recipe) -> int:
     """Return how many `<extra_id_n>` the recipe's objective needs in a tokenizer."""
-    return max(one.sentinels for one in recipe.objective.addends())
+    return max(one.num_sentinels for one in recipe.objective.components())
 
 
 def _text_hash(recipe: Recipe, inputs: RunInputs, sentinels: int) -> str:
     """A hash of the training text of a tokenizer, and of the settings by which it is read, but for the number of ids."""
-    source, plan = recipe.source, recipe.tokenizer
+    source, plan = recipe.data, recipe.tokenizer
     told = [
         {name: digest for name, digest in inputs.digests.items() if name in ("source.path", "source.corpus")},
-        [source.field, source.split, source.held_out, bool(source.valid), source.weights],
-        [plan.algorithm, plan.sample, plan.byte_fallback, sentinels, recipe.seed],
-        recipe.segment.text_fields,
+        [source.text_field, source.split_by, source.validation_fraction, bool(source.validation_path), source.weights],
+        [plan.algorithm, plan.sample_bytes, plan.byte_fallback, sentinels, recipe.seed],
+        recipe.examples.tokenizer_settings,
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -50,10 +50,10 @@ class Validator:
     @cached_property
     def part(self) -> str:
         """The head whose answers are looked at one by one; empty for most objectives."""
-        shape = self.recipe.shape
-        assert shape is not None
+        config = self.recipe.model
+        assert config is not None
         with torch.device("meta"):  # only their names are wanted
-            return head_of(self.recipe.objective.parts(shape))
+            return head_of(self.recipe.objective.heads(config))
 
     @cached_property
     def shown(self) -> Source:
@@ -66,7 +66,7 @@ class Validator:
         recipe, shared = self.recipe, not self.part
         return Batches(
             self.shown, recipe.objective, vocab(recipe, self.tokenizer),
-            rows=min(recipe.batch.rows, 64), seed=recipe.seed, pack=recipe.batch.room if shared else 0,
+            batch_size=min(recipe.batch.size, 64), seed=recipe.seed, pack_to_length=recipe.batch.packed_length if shared else 0,
             rank=self.ranks.rank if shared else 0, world=self.ranks.world if shared else 1,
         )  # fmt: skip
 
@@ -90,7 +90,7 @@ class Validator:
 
     def told(self, model: LM) -> dict[str, Any]:
         """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""
-        classes = self.recipe.objective.classes
+        classes = self.recipe.objective.class_names
         if self.part not in ("classes", "tags") or len(classes) < 2:
             return {}
         _, readings = self._read(model)
@@ -114,7 +114,7 @@ class Validator:
             readings.extend(HEADS[self.part].read(model, self.recipe.objective, outputs, batch))
 
         found = validate(
-            model, self.recipe.objective, self.batches.once(), bytes_per_target=self.bytes_per_target,
+            model, self.recipe.objective, self.batches.all_batches(), bytes_per_target=self.bytes_per_target,
             reduce=no_reduce if self.part else self.ranks.sum, watch=watch if self.part else None,
         )  # fmt: skip
         return found, readings
@@ -122,4 +122,4 @@ class Validator:
 
 def vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
     """What views know of the tokenizer and of the model."""
-    return tokenizer.vocab if recipe.shape is None else tokenizer.vocab.starting(recipe.shape.decoder_start)
+    return tokenizer.vocab if recipe.model is None else tokenizer.vocab.starting(recipe.model.decoder_start_token)

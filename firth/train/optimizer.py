@@ -50,16 +50,16 @@ class OptimizerConfig(Ranged, section="optimizer"):
     """
 
     name: Literal["muon", "adamw"] = "muon"
-    rate: PositiveFloat = 3e-3
-    embedding_rate: NonNegativeFloat | None = None
-    rest_rate: NonNegativeFloat | None = None
-    critic_rate: NonNegativeFloat | None = None
+    lr: PositiveFloat = 3e-3
+    embedding_lr: NonNegativeFloat | None = None
+    scalar_lr: NonNegativeFloat | None = None
+    critic_lr: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat = 0.1
     beta1: ShareBelowOne = 0.9
     beta2: ShareBelowOne = 0.95
     eps: NonNegativeFloat = 1e-8
     momentum: ShareBelowOne = 0.95
-    clip: NonNegativeFloat = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,8 +78,8 @@ class ParamGroup:
     name: str
     parameter: nn.Parameter
     muon: bool
-    rate: float
-    decay: float
+    lr: float
+    weight_decay: float
 
 
 def param_groups(optimizer: OptimizerConfig, model: nn.Module) -> list[ParamGroup]:
@@ -95,8 +95,8 @@ def param_groups(optimizer: OptimizerConfig, model: nn.Module) -> list[ParamGrou
     layers |= {
         id(m.project.weight) for m in model.modules() if isinstance(m, TransformerStack) and m.project is not None
     }
-    embedding_rate = optimizer.rate if optimizer.embedding_rate is None else optimizer.embedding_rate
-    rest_rate = optimizer.rate if optimizer.rest_rate is None else optimizer.rest_rate
+    embedding_rate = optimizer.lr if optimizer.embedding_lr is None else optimizer.embedding_lr
+    rest_rate = optimizer.lr if optimizer.scalar_lr is None else optimizer.scalar_lr
     low = {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in m.parameters()}
     placed = []
     for name, p in model.named_parameters():
@@ -106,9 +106,9 @@ def param_groups(optimizer: OptimizerConfig, model: nn.Module) -> list[ParamGrou
         matrix = p.ndim == 2 and not table
         hidden = matrix and (id(p) in layers or id(p) in low)
         decays = hidden or (matrix and name.startswith("parts."))
-        rate = embedding_rate if table else optimizer.rate if hidden else rest_rate
-        if optimizer.critic_rate is not None and name.startswith(CRITIC):
-            rate = optimizer.critic_rate
+        rate = embedding_rate if table else optimizer.lr if hidden else rest_rate
+        if optimizer.critic_lr is not None and name.startswith(CRITIC):
+            rate = optimizer.critic_lr
         decay = optimizer.weight_decay if decays else 0.0
         placed.append(ParamGroup(name, p, hidden and optimizer.name == "muon" and id(p) not in low, rate, decay))
     return placed
@@ -135,25 +135,25 @@ class Mover:
         for p in self.placed:
             if id(p.parameter) in tables:
                 tables[id(p.parameter)].sparse = True
-                self.rows[p.name] = SparseAdam(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps), p.rate
+                self.rows[p.name] = SparseAdam(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps), p.lr
             elif p.muon:
-                shapes.setdefault((p.rate, tuple(p.parameter.shape)), []).append(p)
+                shapes.setdefault((p.lr, tuple(p.parameter.shape)), []).append(p)
             else:
-                alike.setdefault((p.rate, p.decay), []).append(p)
+                alike.setdefault((p.lr, p.weight_decay), []).append(p)
         self.stacks = [_Stack(group, optimizer.momentum) for group in shapes.values()]
         self.rates = [rate for rate, _ in alike]
         groups = [{"params": [p.parameter for p in g], "weight_decay": decay} for (_, decay), g in alike.items()]
         self.adam: torch.optim.AdamW | None = None
         if groups:
             betas = (optimizer.beta1, optimizer.beta2)
-            self.adam = torch.optim.AdamW(groups, lr=optimizer.rate, betas=betas, eps=optimizer.eps, fused=True)
+            self.adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the global norm `optimizer.clip`; return the norm they had (a scalar)."""
         grads = [grad for p in self.parameters if (grad := sums(p)) is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
-        if self.optimizer.clip and norm > self.optimizer.clip:
-            torch._foreach_mul_(grads, self.optimizer.clip / norm)
+        if self.optimizer.max_grad_norm and norm > self.optimizer.max_grad_norm:
+            torch._foreach_mul_(grads, self.optimizer.max_grad_norm / norm)
         return norm
 
     def move(self, factor: float) -> None:
@@ -236,6 +236,6 @@ class _Stack:
             grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
             muon.nesterov(grad, momentum, direction, self.looked_through)
         updates = muon.orthogonalize(directions)
-        rate, decay = self.placed[0].rate * factor, self.placed[0].decay
+        rate, decay = self.placed[0].lr * factor, self.placed[0].weight_decay
         for w, update in zip(self.weights, updates, strict=True):
             muon.apply(w, update, 1 - rate * decay, rate * self.scale)

@@ -43,7 +43,7 @@ def run_lock(directory: Path) -> Iterator[None]:
 class StopRequest:
     """Whether someone has asked the run to stop."""
 
-    asked = False
+    requested = False
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def interrupt_handler(say: Callable[[str], None]) -> Iterator[StopRequest]:
         return
 
     def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.asked = True
+        stop.requested = True
         for n in before:
             signal.signal(n, signal.default_int_handler)
         say("stopping: this step is finished and saved first; press Ctrl-C again to stop at once")

@@ -4,7 +4,7 @@ Both are functions of one number, the fraction of the run that has passed, so a 
 seconds or in counted FLOPs (comparisons at equal compute) with the same shapes, and a resumed run needs to remember
 nothing.
 
->>> plan = Schedule("wsd", warmup=0.1, decay=0.2)
+>>> plan = Schedule("wsd", warmup_ratio=0.1, decay_ratio=0.2)
 >>> [round(plan.factor(f), 2) for f in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
 [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
 
@@ -31,23 +31,23 @@ class Budget(Ranged, section="length"):
     FLOPs (`firth.model.flops`) can: it ends with the first step that reaches them.
     """
 
-    steps: NonNegativeInt = 0
-    seconds: NonNegativeFloat = 0.0
-    flops: NonNegativeFloat = 0.0
+    max_steps: NonNegativeInt = 0
+    max_seconds: NonNegativeFloat = 0.0
+    max_flops: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if sum(value > 0 for value in (self.steps, self.seconds, self.flops)) != 1:
+        if sum(value > 0 for value in (self.max_steps, self.max_seconds, self.max_flops)) != 1:
             raise UserError(
-                f"length has steps={self.steps}, seconds={self.seconds:g} and flops={self.flops:g}: "
+                f"length has steps={self.max_steps}, seconds={self.max_seconds:g} and flops={self.max_flops:g}: "
                 "set exactly one of them to more than 0"
             )
 
     def passed(self, step: float, seconds: float, flops: float = 0.0) -> float:
         """The fraction of the run that has passed after these steps, seconds of training and FLOPs, in [0, 1]."""
-        if self.steps:
-            return min(1.0, step / self.steps)
-        return min(1.0, seconds / self.seconds if self.seconds else flops / self.flops)
+        if self.max_steps:
+            return min(1.0, step / self.max_steps)
+        return min(1.0, seconds / self.max_seconds if self.max_seconds else flops / self.max_flops)
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,26 @@ class Schedule(Ranged, section="schedule"):
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup: Share = 0.02
-    decay: Share = 0.4
-    floor: Share = 0.0
+    warmup_ratio: Share = 0.02
+    decay_ratio: Share = 0.4
+    min_lr_ratio: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind not in _FALL:
             raise UserError(f"schedule.kind is {self.kind!r}: use one of {', '.join(_FALL)}")
-        if self.kind == "wsd" and self.warmup + self.decay > 1:
+        if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise UserError(
-                f"schedule.warmup={self.warmup:g} and schedule.decay={self.decay:g} add up to more than the whole run"
+                f"schedule.warmup={self.warmup_ratio:g} and schedule.decay={self.decay_ratio:g} add up to more than the whole run"
             )
 
     def factor(self, passed: float) -> float:
         """What every rate is multiplied by when the fraction `passed` of the run is behind."""
-        if passed < self.warmup:
-            return passed / self.warmup
-        start = 1 - self.decay if self.kind == "wsd" else self.warmup
+        if passed < self.warmup_ratio:
+            return passed / self.warmup_ratio
+        start = 1 - self.decay_ratio if self.kind == "wsd" else self.warmup_ratio
         falling = (passed - start) / (1 - start) if passed > start else 0.0
-        return self.floor + (1 - self.floor) * _FALL[self.kind](min(1.0, falling))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * _FALL[self.kind](min(1.0, falling))
 
 
 _FALL: dict[str, Callable[[float], float]] = {

@@ -32,7 +32,7 @@ def no_reduce(x: Tensor) -> Tensor:
 
 def count_targets(objective: Objective, batches: Sequence[Batch], reduce: Reduce = no_reduce) -> dict[str, Tensor]:
     """Supervised targets per term over all micro-batches and ranks: scalars, float32."""
-    terms = objective.targets | objective.measures
+    terms = objective.labels | objective.metrics
     fields = sorted(set(terms.values()))
     local = torch.stack([sum(((b[f] != IGNORE).sum() for b in batches), torch.zeros(())) for f in fields])
     total = dict(zip(fields, reduce(local.float()), strict=True))
@@ -55,8 +55,8 @@ def step(
     total: dict[str, Tensor] = {}
     for batch in batches:
         with precision():
-            terms = objective.loss(model, objective.run(model, batch), batch)
-        loss = sum((terms[t] * share[t] for t in objective.targets), torch.zeros((), device=share_device(share)))
+            terms = objective.loss(model, objective.forward(model, batch), batch)
+        loss = sum((terms[t] * share[t] for t in objective.labels), torch.zeros((), device=share_device(share)))
         torch.autograd.backward(loss)
         for term, value in terms.items():
             total[term] = total.get(term, 0) + value.detach().float() * share[term]

@@ -69,14 +69,14 @@ class TrainerConfig:
     """
 
     log_every: int = 1
-    evaluate_every: int = 0
+    eval_every: int = 0
     save_every: int = 500
     keep: int = 2
-    best: str = "loss"
-    best_last: bool = False
+    best_metric: str = "loss"
+    load_best_at_end: bool = False
     patience: int = 0
     precision: precision.Precision = "auto"
-    bad_steps: int = 10
+    max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
         for name, least in (("log_every", 0), ("evaluate_every", 0), ("save_every", 0), ("keep", 1), ("bad_steps", 1),
@@ -91,7 +91,7 @@ class TrainingResult:
     ends with (`taken`), which may be the best one and not the last."""
 
     step: int
-    taken: int
+    exported_step: int
     tokens: int
     seconds: float
     flops: float
@@ -148,7 +148,7 @@ class _Run:
         self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
         self.length, self.schedule, self.plan, self.evaluate = length, schedule, plan, evaluate
         self.ranks, self.recipe, self.told = ranks, recipe, told
-        self.rate = optimizer.rate
+        self.rate = optimizer.lr
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas that took different kernels would drift
             kernels.use(json.loads(ranks.from_first(json.dumps(kernels.table() if ranks.first else {}))))
@@ -202,8 +202,8 @@ class _Run:
         if not self._over:
             log = MetricsLog(self.directory, at.step) if self.ranks.first else None
             self.model.train(self.objective.dropout)
-            if self.objective.precomputed and self.objective.dropout and uses_dropout(self.model):
-                fields = ", ".join(sorted(self.objective.precomputed))
+            if self.objective.precomputed_fields and self.objective.dropout and uses_dropout(self.model):
+                fields = ", ".join(sorted(self.objective.precomputed_fields))
                 self.told.say(
                     f"dropout is on here and off where {fields} were computed: the first ratios are not 1 "
                     "(objective.dropout=false turns it off)"
@@ -214,7 +214,7 @@ class _Run:
                 if log is not None:
                     log.close()
         self.model.eval()
-        taken = self._take_best() if self.plan.best_last else at.step
+        taken = self._take_best() if self.plan.load_best_at_end else at.step
         return TrainingResult(at.step, taken, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
 
     def _take_best(self) -> int:
@@ -226,7 +226,7 @@ class _Run:
         training_state.take(saved, self.model)
         self.at.metrics = saved.state["metrics"]
         step = int(saved.state["step"])
-        self.told.say(f"ends with the model of step {step}, the best by held-out {self.plan.best}")
+        self.told.say(f"ends with the model of step {step}, the best by held-out {self.plan.best_metric}")
         return step
 
     def _go_on(self, log: MetricsLog | None) -> None:
@@ -242,9 +242,9 @@ class _Run:
                 if not checked:
                     self._refuse_silence(here)
                     checked = True
-                if at.step + 1 != self.length.steps:
+                if at.step + 1 != self.length.max_steps:
                     prefetcher.begin(at.step + 1)
-                stopping = self._step(here, start, stop.asked)
+                stopping = self._step(here, start, stop.requested)
                 self._after(log, stopping)
 
     def _prepared(self) -> Mapping[str, float]:
@@ -261,7 +261,7 @@ class _Run:
     def _refuse_silence(self, here: list[Batch]) -> None:
         """Training on nothing looks like training: the loss is 0 and no weight moves."""
         counts = count_targets(self.objective, [to(b, self.device) for b in here], self.ranks.sum)
-        for term, target in self.objective.targets.items():
+        for term, target in self.objective.labels.items():
             if not counts[term]:
                 raise UserError(
                     f"the first step asks nothing: no row of it holds a target in the field {target!r} (loss term "
@@ -274,13 +274,13 @@ class _Run:
         tokens, work = 0, 0.0
         for batch in here:
             tokens += flops.real_tokens(batch)
-            work += self.learning * self.objective.run_flops(self.model, batch)
+            work += self.learning * self.objective.forward_flops(self.model, batch)
             work += self.objective.loss_flops(self.model, batch)
         on_device = [to(batch, self.device) for batch in here]
-        means = gradients(self.model, self.objective.scheduled(at.step), on_device, ranks.sum, self.casts)
+        means = gradients(self.model, self.objective.at_step(at.step), on_device, ranks.sum, self.casts)
         ranks.sum_gradients(self.mover.parameters)
         norm = self.mover.clip()
-        values = torch.stack([*(means[t] for t in self.objective.targets), norm])
+        values = torch.stack([*(means[t] for t in self.objective.labels), norm])
         fine = bool(torch.isfinite(values).all())
         took = time.perf_counter() - start
         if ranks.world > 1:  # one clock, one verdict, one will
@@ -307,7 +307,7 @@ class _Run:
             self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         )
         at.metrics |= {"norm": float(norm), "rate": self.rate * factor}
-        if at.in_a_row >= self.plan.bad_steps:
+        if at.in_a_row >= self.plan.max_bad_steps:
             raise UserError(
                 f"{at.in_a_row} steps in a row, the last of them step {at.step}, gave a loss or a gradient that is not "
                 f"finite; lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
@@ -319,10 +319,10 @@ class _Run:
         at, plan = self.at, self.plan
         last = self._passed >= 1
         self._tell(log, last or stopping)
-        if last or stopping or _due(at.step, plan.evaluate_every) or _due(at.step, plan.save_every):
+        if last or stopping or _due(at.step, plan.eval_every) or _due(at.step, plan.save_every):
             self._refuse_not_finite()
         self.score, better = None, False
-        if self.evaluate is not None and (last or _due(at.step, plan.evaluate_every)):
+        if self.evaluate is not None and (last or _due(at.step, plan.eval_every)):
             found = self._measure(self.evaluate)
             self._refuse_not_finite_measure(found)
             better = self._judge(found)
@@ -332,7 +332,7 @@ class _Run:
                 log.row("valid", at.step, at.seconds, at.tokens, found)
             self.told.say(f"step {at.step}  held out: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
         last = self._over
-        if last or stopping or _due(at.step, plan.save_every) or (better and plan.best_last):
+        if last or stopping or _due(at.step, plan.save_every) or (better and plan.load_best_at_end):
             self._save()
         if stopping and not last:
             raise Interrupted(
@@ -374,14 +374,14 @@ class _Run:
 
     def _judge(self, found: Mapping[str, float]) -> bool:
         """Whether a measurement is a new best; its score, of which less is better."""
-        if self.plan.best not in found:
-            if self.plan.best_last:
+        if self.plan.best_metric not in found:
+            if self.plan.load_best_at_end:
                 raise UserError(
-                    f"checks.best={self.plan.best} is not among the held-out measurements: there is {', '.join(found)}"
+                    f"checks.best={self.plan.best_metric} is not among the held-out measurements: there is {', '.join(found)}"
                 )
             return False
-        value = found[self.plan.best]
-        self.score = value if self.plan.best.startswith(LESS_IS_BETTER) else -value
+        value = found[self.plan.best_metric]
+        self.score = value if self.plan.best_metric.startswith(LESS_IS_BETTER) else -value
         better = self.at.best is None or self.score < self.at.best
         self.at.best = self.score if better else self.at.best
         self.at.stale = 0 if better else self.at.stale + 1
@@ -412,7 +412,7 @@ class _Run:
         if log is not None:
             log.row("train", at.step, at.seconds, at.tokens, own)
         passed = self._passed
-        steps = f"/{self.length.steps}" if self.length.steps else ""
+        steps = f"/{self.length.max_steps}" if self.length.max_steps else ""
         left = clock(at.seconds * (1 - passed) / passed)
         self.told.progress(
             passed,

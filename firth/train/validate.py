@@ -45,14 +45,14 @@ def validate(
     for batch in (to(batch, device) for batch in batches):
         for term, n in count_targets(objective, [batch]).items():
             counts[term] = counts.get(term, 0.0) + float(n)
-        outputs = objective.run(model, batch)
+        outputs = objective.forward(model, batch)
         terms = objective.loss(model, outputs, batch)
         if watch is not None:
             watch(outputs, batch)
         for term, value in terms.items():
             sums[term] = sums.get(term, 0.0) + float(value)
     model.train(was)
-    names = sorted(objective.targets | objective.measures)
+    names = sorted(objective.labels | objective.metrics)
     own = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)
     total = reduce(own.to(device) if device.type == "cuda" else own).tolist()
     means = {t: s / max(n, 1.0) for t, s, n in zip(names, *total, strict=True)}
@@ -64,10 +64,10 @@ def validate(
 
 def named(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
     """As metrics.jsonl names them: the terms' sum as "loss", each as "loss/TERM" if there are several, measures, ratios."""
-    targets = [t for t in means if t in objective.targets]
+    targets = [t for t in means if t in objective.labels]
     parts = {f"loss/{t}": means[t] for t in targets} if len(targets) > 1 else {}
-    rest = {t: v for t, v in means.items() if t not in objective.targets}
-    rest |= {t: means[over] / means[under] for t, (over, under) in objective.ratios.items() if means[under]}
+    rest = {t: v for t, v in means.items() if t not in objective.labels}
+    rest |= {t: means[over] / means[under] for t, (over, under) in objective.metric_ratios.items() if means[under]}
     return {"loss": sum(means[t] for t in targets)} | parts | rest
 
 

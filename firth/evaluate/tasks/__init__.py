@@ -45,14 +45,14 @@ WRITTEN = "text_to_text"
 """The objective of a run that writes answers."""
 
 
-def default(subject: EvaluatedModel) -> str:
+def default(evaluated: EvaluatedModel) -> str:
     """The task that a model was trained for, by its run's objective and by its parts; empty where there is none."""
-    if "lm" in subject.model.parts and subject.objective.get("kind") == WRITTEN:
+    if "lm" in evaluated.model.heads and evaluated.objective.get("kind") == WRITTEN:
         return GENERATION.name
-    return next((name for part, name in DEFAULTS.items() if part in subject.model.parts), "")
+    return next((name for part, name in DEFAULTS.items() if part in evaluated.model.heads), "")
 
 
-def default_for(subject: EvaluatedModel, paths: Sequence[str]) -> str:
+def default_for(evaluated: EvaluatedModel, paths: Sequence[str]) -> str:
     """Return the default task of a model for files: "answers" in place of "likelihood" where they hold dialogues.
 
     Args:
@@ -62,8 +62,8 @@ def default_for(subject: EvaluatedModel, paths: Sequence[str]) -> str:
     Raises:
         UserError: The files hold dialogues and the model was not trained on any, or they hold preferences.
     """
-    name = default(subject)
-    found = first_record(paths) if name == "likelihood" and writes_answers(subject) else None
+    name = default(evaluated)
+    found = first_record(paths) if name == "likelihood" and writes_answers(evaluated) else None
     if found is None or "text" in found[1]:
         return name
     place, record = found
@@ -72,7 +72,7 @@ def default_for(subject: EvaluatedModel, paths: Sequence[str]) -> str:
         raise UserError(f"{fields}: choose --task objective for a run of dpo, or evaluate a run of reward")
     if not _is_shaped(messages_of, record):
         return name
-    if not subject.talks:
+    if not evaluated.is_chat_model:
         raise UserError(f"{fields}: choose --task answers to score what the model writes to each prompt")
     return GENERATION.name
 

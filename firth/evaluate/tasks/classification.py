@@ -25,58 +25,62 @@ from firth.pretrained.families.heads import UNNAMED
 from firth.types import Example, UserError
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> LabeledTexts:
+def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> LabeledTexts:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(subject, "classes", "classes", "classify")
-    told, classes = subject.segment, class_names(subject, "classes")
+    needs(evaluated, "classes", "classes", "classify")
+    told, classes = evaluated.examples, class_names(evaluated, "classes")
     if told.get("kind") == "votes":  # what most of them say is right
         fields = TextFields(told.get("text", "text"), told.get("votes", "labels"))
-        return ClassifiedAnnotations(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked)
-    return LabeledTexts(paths, subject.tokenizer, subject.context, TextFields.of(told), classes=classes, asked=asked)
+        return ClassifiedAnnotations(
+            paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=asked
+        )
+    return LabeledTexts(
+        paths, evaluated.tokenizer, evaluated.context, TextFields.of(told), classes=classes, asked=asked
+    )
 
 
-def needs(subject: EvaluatedModel, part: str, what: str, recipe: str) -> None:
+def needs(evaluated: EvaluatedModel, part: str, what: str, recipe: str) -> None:
     """Raise a UserError if a model has no such head."""
-    if part not in subject.model.parts:
+    if part not in evaluated.model.heads:
         raise UserError(
-            f"{subject.directory}: this model has no head for {what}: finetune it with `firth train {recipe}`"
+            f"{evaluated.directory}: this model has no head for {what}: finetune it with `firth train {recipe}`"
         )
 
 
-def class_names(subject: EvaluatedModel, part: str) -> tuple[str, ...]:
+def class_names(evaluated: EvaluatedModel, part: str) -> tuple[str, ...]:
     """The classes in the order of the head's rows: as the model's own files say, else the run's recipe; numbered as
     transformers does (LABEL_0) where a stranger's files name none.
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
-    said = load_save.class_names(subject.place) or subject.objective.get("classes")
-    rows = num_outputs(describe_head(subject.model.parts[part]))
-    strange = not subject.recipe and not (subject.place / "firth.json").is_file()
+    said = load_save.class_names(evaluated.model_directory) or evaluated.objective.get("classes")
+    rows = num_outputs(describe_head(evaluated.model.heads[part]))
+    strange = not evaluated.recipe and not (evaluated.model_directory / "firth.json").is_file()
     if strange and (not said or len(said) != rows):
         return tuple(f"{UNNAMED}{i}" for i in range(rows))
     if not said or len(said) != rows:
         there = "says no names" if not said else f"names {len(said)}"
         raise UserError(
-            f"{subject.directory}: the head has {rows} classes and the run {there}: name the run, not its model/"
+            f"{evaluated.directory}: the head has {rows} classes and the run {there}: name the run, not its model/"
         )
     return tuple(str(name) for name in said)
 
 
-def where(subject: EvaluatedModel) -> Readout:
+def where(evaluated: EvaluatedModel) -> Readout:
     """Where an answer is read: as the run's recipe says, else as suits the shape.
 
     Raises UserError for classifiers of others that read it where none of ours does: XLNet's behind a text that it reads both
     ways, T5's and BART's behind a text that the decoder has read once more.
     """
-    said: Any = subject.objective.get("at", "auto")
-    shape = subject.model.shape
-    ours = bool(subject.objective) or "recipe" in load_save.metadata_of(subject.place)
-    if not ours and (shape.encoder or shape.position == "xlnet"):
+    said: Any = evaluated.objective.get("at", "auto")
+    config = evaluated.model.config
+    ours = bool(evaluated.objective) or "recipe" in load_save.metadata_of(evaluated.model_directory)
+    if not ours and (config.num_encoder_layers or config.position == "xlnet"):
         raise UserError(
-            f"{subject.directory}: this classifier of others reads its answer behind the text, where firth reads none: "
-            f"finetune it here (firth train classify start={subject.directory})"
+            f"{evaluated.directory}: this classifier of others reads its answer behind the text, where firth reads none: "
+            f"finetune it here (firth train classify start={evaluated.directory})"
         )
-    return readout_of(shape) if said == "auto" else said
+    return readout_of(config) if said == "auto" else said
 
 
 def examples(items: Source, progress: Progress) -> Iterator[Example]:
@@ -86,15 +90,15 @@ def examples(items: Source, progress: Progress) -> Iterator[Example]:
         progress((i + 1) / len(items))
 
 
-def read(subject: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[HeadOutput]:
+def read(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[HeadOutput]:
     """What the head says of each text."""
-    objective = Classification(classes=items.classes, at=where(subject))
-    return readings(subject.model, objective, "classes", examples(items, progress), subject.vocab)
+    objective = Classification(class_names=items.classes, position=where(evaluated))
+    return readings(evaluated.model, objective, "classes", examples(items, progress), evaluated.vocab)
 
 
-def answer(subject: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Answers:
     """The class that the head gives the highest score, "" for a tie."""
-    found = list(read(subject, items, progress))
+    found = list(read(evaluated, items, progress))
     names = items.classes
     return [names[int(right)] for right, _ in found], [most_likely(names, scores.tolist()) for _, scores in found]
 
@@ -107,24 +111,24 @@ def more(items: LabeledTexts) -> Mapping[str, Metric]:
     return {"f1": lambda right, said: metrics.f1(np.asarray(right) == name, np.asarray(said) == name)}
 
 
-def texts(subject: EvaluatedModel) -> InputSchema:
+def texts(evaluated: EvaluatedModel) -> InputSchema:
     """One text of each record, which may be a line, or two."""
-    told = TextFields.of(subject.segment)
+    told = TextFields.of(evaluated.examples)
 
     def line(text: str) -> dict[str, Any]:
-        if told.pair:
+        if told.text_pair_field:
             raise UserError(
                 "this task reads two texts of each record, so lines of text are not enough: give JSON lines"
             )
-        return {told.text: text}
+        return {told.text_field: text}
 
-    fields = [told.text, told.pair] if told.pair else [told.text]
-    return InputSchema(told.text, line, lambda record: [record.get(name) for name in fields], told.columns)
+    fields = [told.text_field, told.text_pair_field] if told.text_pair_field else [told.text_field]
+    return InputSchema(told.text_field, line, lambda record: [record.get(name) for name in fields], told.column_names)
 
 
-def tell(subject: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"label", "probability", "probabilities": class -> share}."""
-    for _, scores in read(subject, items, progress):
+    for _, scores in read(evaluated, items, progress):
         shares = [round(float(share), 6) for share in softmax(scores)]
         best = int(np.argmax(shares))
         told = dict(zip(items.classes, shares, strict=True))
@@ -136,8 +140,8 @@ CLASSIFICATION = Task(
     source,
     answer,
     {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1, "matthews": metrics.matthews},
-    commonest=True,
-    tell=tell,
-    wanted=texts,
-    more=more,
+    majority_baseline=True,
+    predict=tell,
+    input_schema=texts,
+    extra_metrics=more,
 )

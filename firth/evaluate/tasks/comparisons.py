@@ -19,14 +19,14 @@ from firth.types import Example, UserError
 SIDES = ("chosen", "rejected")
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
+def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
     """The comparisons of the files, as far as both answers have a place in a row."""
-    if "reward" not in subject.model.parts:
-        raise UserError(f"{subject.directory}: this model has no reward head: train one with `firth train reward`")
-    return PreferenceRecords(paths, subject.tokenizer, subject.context)
+    if "reward" not in evaluated.model.heads:
+        raise UserError(f"{evaluated.directory}: this model has no reward head: train one with `firth train reward`")
+    return PreferenceRecords(paths, evaluated.tokenizer, evaluated.context)
 
 
-def answer(subject: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
     """Which of the two has the higher reward, "" for a tie."""
 
     def shown() -> Iterator[Example]:
@@ -36,10 +36,10 @@ def answer(subject: EvaluatedModel, items: PreferenceRecords, progress: Progress
                 yield whole(pair[f"{side}_tokens"], pair[f"{side}_mask"])
 
     scores: list[float] = []
-    with attention_pattern_of(subject.model):
+    with attention_pattern_of(evaluated.model):
         for group in groups(shown(), room=8192):
-            batch = {name: x.to(subject.device) for name, x in collate(group).items()}
-            scores += rewards(subject.model, subject.model(batch), batch).tolist()
+            batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
+            scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()
             progress(len(scores) / (2 * len(items)))
     said = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
     return ["chosen"] * len(said), said

@@ -37,42 +37,44 @@ LONGEST_TURN = 256
 """Tokens: how long the answer of a decoder is waited for where no right answer is known."""
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> Seq2SeqRecords:
+def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> Seq2SeqRecords:
     """The questions of the files, as the model reads them; UserError for a model that does not write."""
-    shape = subject.model.shape
-    if not writes_answers(subject):
+    config = evaluated.model.config
+    if not writes_answers(evaluated):
         raise UserError(
-            f"{subject.directory}: this model does not write answers: finetune one that does (firth train instruct, or "
+            f"{evaluated.directory}: this model does not write answers: finetune one that does (firth train instruct, or "
             "text_to_text)"
         )
-    if shape.encoder:
+    if config.num_encoder_layers:
         kind = Seq2SeqRecords if asked else CompletionPrompts
-        return kind(paths, subject.tokenizer, subject.context, forms=forms(subject))
-    bos, _ = (None, False) if shape.prefix_lm else leading(subject.place, subject.tokenizer)
+        return kind(paths, evaluated.tokenizer, evaluated.context, forms=forms(evaluated))
+    bos, _ = (None, False) if config.prefix_lm else leading(evaluated.model_directory, evaluated.tokenizer)
     return TextPrompts(
-        paths, subject.tokenizer, subject.model.context, forms=forms(subject), dialogue=subject.talks,
+        paths, evaluated.tokenizer, evaluated.model.context, forms=forms(evaluated), dialogue=evaluated.is_chat_model,
         begin=() if bos is None else (bos,), answered=asked,
     )  # fmt: skip
 
 
-def writes_answers(subject: EvaluatedModel) -> bool:
+def writes_answers(evaluated: EvaluatedModel) -> bool:
     """Whether a model writes from left to right, behind a prompt."""
-    shape = subject.model.shape
-    return subject.model.speaks and not shape.latent and reads_of(shape) != "masked"
+    config = evaluated.model.config
+    return evaluated.model.has_lm_head and not config.latent_size and reads_of(config) != "masked"
 
 
-def forms(subject: EvaluatedModel) -> tuple[str, str]:
+def forms(evaluated: EvaluatedModel) -> tuple[str, str]:
     """How a prompt and an answer are made of a record's fields, as the run's recipe says."""
-    return subject.segment.get("prompt", ""), subject.segment.get("answer_is", "")
+    return evaluated.examples.get("prompt", ""), evaluated.examples.get("answer_is", "")
 
 
 def completions(
-    subject: EvaluatedModel, items: Seq2SeqRecords, longest: int, progress: Progress
+    evaluated: EvaluatedModel, items: Seq2SeqRecords, longest: int, progress: Progress
 ) -> Iterator[Completion]:
     """What the model writes to each prompt, greedily and of at most `longest` tokens; nothing where there is no room."""
-    engine = Engine(subject.model, subject.tokenizer)
-    running = not subject.model.shape.encoder and not subject.talks
-    greedy = Sampling(temperature=0, max_new=min(longest, subject.model.context), stop=("\n",) if running else ())
+    engine = Engine(evaluated.model, evaluated.tokenizer)
+    running = not evaluated.model.config.num_encoder_layers and not evaluated.is_chat_model
+    greedy = Sampling(
+        temperature=0, max_new_tokens=min(longest, evaluated.model.context), stop_strings=("\n",) if running else ()
+    )
     for first in range(0, len(items), AT_ONCE):
         some = [items[i]["source"] for i in range(first, min(first + AT_ONCE, len(items)))]
         written = iter(engine.generate([prompt for prompt in some if engine.room(prompt)], greedy))
@@ -84,17 +86,17 @@ NOTHING = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "contex
 """The answer to a prompt that leaves no room for one."""
 
 
-def answer(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress, longest: int = LONGEST) -> Answers:
+def answer(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress, longest: int = LONGEST) -> Answers:
     """What is right and what the model writes, as text."""
     targets = [items[i]["target"] for i in range(len(items))]
     longest = max(longest, *(len(target) + 1 for target in targets))
-    right = [subject.tokenizer.decode(target) for target in targets]
-    return right, [written.text.strip() for written in completions(subject, items, longest, progress)]
+    right = [evaluated.tokenizer.decode(target) for target in targets]
+    return right, [written.text.strip() for written in completions(evaluated, items, longest, progress)]
 
 
-def wanted(subject: EvaluatedModel) -> InputSchema:
+def wanted(evaluated: EvaluatedModel) -> InputSchema:
     """A prompt, or the fields of which the form of one is made."""
-    form, _ = forms(subject)
+    form, _ = forms(evaluated)
     fields = field_names(form) if form else ["prompt"]
 
     def line(text: str) -> dict[str, Any]:
@@ -109,10 +111,10 @@ def wanted(subject: EvaluatedModel) -> InputSchema:
     )
 
 
-def tell(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"answer", "probability": of its tokens together, "finish": "stop", or "length" or "context" where it was not at its end}."""
-    longest = LONGEST if subject.model.shape.encoder else LONGEST_TURN
-    for found in completions(subject, items, int(subject.segment.get("answer", longest)), progress):
+    longest = LONGEST if evaluated.model.config.num_encoder_layers else LONGEST_TURN
+    for found in completions(evaluated, items, int(evaluated.examples.get("answer", longest)), progress):
         chance = round(float(np.exp(found.logprobs.sum(dtype=np.float64))), 6) if len(found.tokens) else 0.0
         yield {"answer": found.text.strip(), "probability": chance, "finish": found.finish}
 
@@ -123,5 +125,11 @@ def f1(right: Sequence[str], written: Sequence[str]) -> float:
 
 
 GENERATION = Task(
-    "answers", source, answer, {"exact_match": metrics.exact_match, "f1": f1}, commonest=True, tell=tell, wanted=wanted
+    "answers",
+    source,
+    answer,
+    {"exact_match": metrics.exact_match, "f1": f1},
+    majority_baseline=True,
+    predict=tell,
+    input_schema=wanted,
 )

@@ -17,47 +17,56 @@ from firth.objectives.multiple_choice import MultipleChoice
 from firth.types import UserError
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> MultipleChoiceRecords:
+def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> MultipleChoiceRecords:
     """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(subject, "choice", "choices", "choose")
+    needs(evaluated, "choice", "choices", "choose")
     return MultipleChoiceRecords(
-        paths, subject.tokenizer, subject.context, OptionFields.of(subject.segment), asked=asked
+        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), asked=asked
     )
 
 
-def read(subject: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[HeadOutput]:
+def read(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[HeadOutput]:
     """What the head says of each question's options."""
-    objective = MultipleChoice(options=items.most, at="last" if where(subject) == "last" else "first")
-    return readings(subject.model, objective, "choice", examples(items, progress), subject.vocab)
+    objective = MultipleChoice(max_options=items.most, position="last" if where(evaluated) == "last" else "first")
+    return readings(evaluated.model, objective, "choice", examples(items, progress), evaluated.vocab)
 
 
-def answer(subject: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Answers:
     """The place of the right option and of the one with the highest score, as text; "" for a tie."""
     places = [str(place) for place in range(items.most)]
-    found = list(read(subject, items, progress))
+    found = list(read(evaluated, items, progress))
     return [str(int(right)) for right, _ in found], [most_likely(places, scores.tolist()) for _, scores in found]
 
 
-def wanted(subject: EvaluatedModel) -> InputSchema:
+def wanted(evaluated: EvaluatedModel) -> InputSchema:
     """A text and its options: more than a line holds."""
-    told = OptionFields.of(subject.segment)
+    told = OptionFields.of(evaluated.examples)
 
     def line(text: str) -> dict[str, Any]:
         raise UserError("this task reads a text and its options, so lines of text are not enough: give JSON lines")
 
     return InputSchema(
-        told.text, line, lambda record: [record.get(name) for name in (told.text, *told.options)], told.columns
+        told.text_field,
+        line,
+        lambda record: [record.get(name) for name in (told.text_field, *told.option_fields)],
+        told.column_names,
     )
 
 
-def tell(subject: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"choice": the place from 0, "probability", "probabilities": one for each option}."""
-    for i, (_, scores) in enumerate(read(subject, items, progress)):
+    for i, (_, scores) in enumerate(read(evaluated, items, progress)):
         shares = [round(float(share), 6) for share in softmax(scores)][: len(items[i]["options"])]
         best = int(np.argmax(shares))
         yield {"choice": best, "probability": shares[best], "probabilities": shares}
 
 
 MULTIPLE_CHOICE = Task(
-    "multiple_choice", source, answer, {"accuracy": metrics.accuracy}, commonest=True, tell=tell, wanted=wanted
+    "multiple_choice",
+    source,
+    answer,
+    {"accuracy": metrics.accuracy},
+    majority_baseline=True,
+    predict=tell,
+    input_schema=wanted,
 )

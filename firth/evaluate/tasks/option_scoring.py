@@ -30,10 +30,12 @@ class Question:
     right: str
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str]) -> list[Question]:
+def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> list[Question]:
     """The questions of the files; UserError with the file and line of a record that is none."""
-    if reads_of(subject.model.shape) == "masked" or not subject.model.speaks:
-        raise UserError(f"{subject.directory}: this model writes no text, so no option follows a prompt: use a decoder")
+    if reads_of(evaluated.model.config) == "masked" or not evaluated.model.has_lm_head:
+        raise UserError(
+            f"{evaluated.directory}: this model writes no text, so no option follows a prompt: use a decoder"
+        )
     return [question(record, place) for place, record in records(paths)]
 
 
@@ -50,28 +52,28 @@ def question(record: Mapping[str, Any], place: str) -> Question:
     return Question(text, tuple(told), told[at])
 
 
-def cut(subject: EvaluatedModel, text: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+def cut(evaluated: EvaluatedModel, text: str, option: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of the prompt and of the option as it follows the prompt, with one blank between them."""
     text, blank = text.rstrip(), text[len(text.rstrip()) :]
-    whole = subject.tokenizer.encode(text + (blank or " ") + option.lstrip())
-    before = len(subject.tokenizer.encode(text))
+    whole = evaluated.tokenizer.encode(text + (blank or " ") + option.lstrip())
+    before = len(evaluated.tokenizer.encode(text))
     return whole[:before], whole[before:]
 
 
-def answer(subject: EvaluatedModel, items: Sequence[Question], progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: Sequence[Question], progress: Progress) -> Answers:
     """The likeliest option of each question, "" for a tie."""
-    engine = Engine(subject.model, subject.tokenizer)
-    encoder = subject.model.shape.encoder > 0
-    bos, _ = (None, False) if encoder else leading(subject.place, subject.tokenizer)
+    engine = Engine(evaluated.model, evaluated.tokenizer)
+    encoder = evaluated.model.config.num_encoder_layers > 0
+    bos, _ = (None, False) if encoder else leading(evaluated.model_directory, evaluated.tokenizer)
     head = [] if bos is None else [bos]
-    tail = [subject.vocab.eos] if encoder else []
+    tail = [evaluated.vocab.eos] if encoder else []
     said = []
     for done, item in enumerate(items, 1):
-        pairs = [cut(subject, item.prompt, option) for option in item.options]
+        pairs = [cut(evaluated, item.prompt, option) for option in item.options]
         prompts = [np.concatenate((head, before, tail)).astype(np.int32) for before, _ in pairs]
         said.append(most_likely(item.options, engine.score(prompts, [after for _, after in pairs])))
         progress(done / len(items))
     return [item.right for item in items], said
 
 
-OPTION_SCORING = Task("choices", source, answer, {"accuracy": metrics.accuracy}, remarks=lambda items: ())
+OPTION_SCORING = Task("choices", source, answer, {"accuracy": metrics.accuracy}, notes=lambda items: ())

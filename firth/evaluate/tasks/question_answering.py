@@ -16,28 +16,30 @@ from firth.objectives.extractive_qa import QuestionAnswering
 from firth.types import UserError
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> QuestionRecords:
+def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> QuestionRecords:
     """The questions of the files, read in the windows of the run's recipe if it has one."""
-    needs(subject, "span", "spans", "answer")
-    told = subject.segment
+    needs(evaluated, "span", "spans", "answer")
+    told = evaluated.examples
     return QuestionRecords(
-        paths, subject.tokenizer, subject.context, stride=told.get("stride", 128), question=told.get("question", 64),
+        paths, evaluated.tokenizer, evaluated.context, stride=told.get("stride", 128), question=told.get("question", 64),
         context=told.get("context", "context"), asked=asked, keep=True,
     )  # fmt: skip
 
 
-def read(subject: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def read(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """The answer to each question: its text (empty: there is none), its place and how probable it is."""
-    at: Literal["first", "last"] = "last" if where(subject) == "last" else "first"
-    may_lack = subject.objective.get("unanswerable")
+    at: Literal["first", "last"] = "last" if where(evaluated) == "last" else "first"
+    may_lack = evaluated.objective.get("unanswerable")
     may_lack = items.unanswerable > 0 if may_lack is None else may_lack
-    found = readings(subject.model, QuestionAnswering(at=at), "span", examples(items, progress), subject.vocab)
+    found = readings(
+        evaluated.model, QuestionAnswering(position=at), "span", examples(items, progress), evaluated.vocab
+    )
     return by_question(items, (scores for _, scores in found), may_lack, at)
 
 
-def answer(subject: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Answers:
     """Exact match and F1 of each question."""
-    return compared(items, read(subject, items, progress))
+    return compared(items, read(evaluated, items, progress))
 
 
 def compared(items: QuestionRecords, told: Iterator[dict[str, Any]]) -> Answers:
@@ -47,9 +49,9 @@ def compared(items: QuestionRecords, told: Iterator[dict[str, Any]]) -> Answers:
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 
 
-def wanted(subject: EvaluatedModel) -> InputSchema:
+def wanted(evaluated: EvaluatedModel) -> InputSchema:
     """A question and its passage: more than a line holds."""
-    context = subject.segment.get("context", "context")
+    context = evaluated.examples.get("context", "context")
 
     def line(text: str) -> dict[str, Any]:
         raise UserError(
@@ -62,14 +64,14 @@ def wanted(subject: EvaluatedModel) -> InputSchema:
     return InputSchema("question", line, says, passages=True)
 
 
-def tell(subject: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"answer": empty where there is none, "start": its character, "probability": of its two ends in their window}."""
-    for told in read(subject, items, progress):
+    for told in read(evaluated, items, progress):
         yield told | {"probability": round(told["probability"], 6)}
 
 
 QUESTION_ANSWERING = Task(
     "spans", source, answer,
-    {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, tell=tell,
-    wanted=wanted,
+    {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, predict=tell,
+    input_schema=wanted,
 )  # fmt: skip

@@ -16,32 +16,32 @@ from firth.evaluate.tasks.classification import examples, needs, texts, where
 from firth.objectives.regression import Regression
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> ScoredTexts:
+def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> ScoredTexts:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(subject, "score", "numbers", "regress")
-    return ScoredTexts(paths, subject.tokenizer, subject.context, TextFields.of(subject.segment), asked=asked)
+    needs(evaluated, "score", "numbers", "regress")
+    return ScoredTexts(paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), asked=asked)
 
 
-def read(subject: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[HeadOutput]:
+def read(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[HeadOutput]:
     """What the head says of each text."""
-    objective = Regression(at=where(subject), mean=0.0, spread=1.0)
-    return readings(subject.model, objective, "score", examples(items, progress), subject.vocab)
+    objective = Regression(position=where(evaluated), mean=0.0, std=1.0)
+    return readings(evaluated.model, objective, "score", examples(items, progress), evaluated.vocab)
 
 
-def answer(subject: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Answers:
     """The number that the records have and the one that the head tells."""
-    found = list(read(subject, items, progress))
+    found = list(read(evaluated, items, progress))
     return items.scores.tolist(), [float(scores[0]) for _, scores in found]
 
 
-def tell(subject: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"score"}."""
-    for _, scores in read(subject, items, progress):
+    for _, scores in read(evaluated, items, progress):
         yield {"score": round(float(scores[0]), 6)}
 
 
 REGRESSION = Task(
     "regression", source, answer,
-    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, tell=tell,
-    wanted=texts,
+    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, predict=tell,
+    input_schema=texts,
 )  # fmt: skip

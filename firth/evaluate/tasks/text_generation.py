@@ -14,21 +14,21 @@ LONGEST = 200
 """Tokens: the longest text that is waited for."""
 
 
-def translated(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
+def translated(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
     """Counts of n-grams, text by text."""
     overlap_metrics.library("sacrebleu", "sacrebleu")  # before an hour of writing
-    return tuple(overlap_metrics.bleu_counts(*answer(subject, items, progress, LONGEST)))
+    return tuple(overlap_metrics.bleu_counts(*answer(evaluated, items, progress, LONGEST)))
 
 
-def summarised(subject: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
+def summarised(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
     """ROUGE, text by text."""
     overlap_metrics.library("rouge_score.rouge_scorer", "rouge-score")
-    return tuple(overlap_metrics.rouge_scores(*answer(subject, items, progress, LONGEST)))
+    return tuple(overlap_metrics.rouge_scores(*answer(evaluated, items, progress, LONGEST)))
 
 
-TRANSLATION = Task("translation", source, translated, {"bleu": overlap_metrics.bleu}, tell=tell, wanted=wanted)
+TRANSLATION = Task("translation", source, translated, {"bleu": overlap_metrics.bleu}, predict=tell, input_schema=wanted)
 SUMMARIZATION = Task(
     "summaries", source, summarised,
     {name: lambda *columns, at=at: metrics.mean(columns[at]) for at, name in enumerate(overlap_metrics.ROUGE)},
-    tell=tell, wanted=wanted,
+    predict=tell, input_schema=wanted,
 )  # fmt: skip

@@ -23,20 +23,22 @@ NONE = "O"
 """What is said of a word that the model did not see."""
 
 
-def source(subject: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> TaggedSentences:
+def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> TaggedSentences:
     """The sentences of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(subject, "tags", "tags", "tag")
-    fields, classes = TagFields.of(subject.segment), class_names(subject, "tags")
-    return TaggedSentences(paths, subject.tokenizer, subject.context, fields, classes=classes, asked=asked, keep=True)
+    needs(evaluated, "tags", "tags", "tag")
+    fields, classes = TagFields.of(evaluated.examples), class_names(evaluated, "tags")
+    return TaggedSentences(
+        paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=asked, keep=True
+    )
 
 
 def read(
-    subject: EvaluatedModel, items: TaggedSentences, progress: Progress
+    evaluated: EvaluatedModel, items: TaggedSentences, progress: Progress
 ) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """(right, said, how sure) of every sentence of the files, word by word."""
-    shape = subject.model.shape
-    objective = TokenClassification(classes=items.classes, left="both" not in shape.honours)
-    found = readings(subject.model, objective, "tags", examples(items, progress), subject.vocab)
+    config = evaluated.model.config
+    objective = TokenClassification(class_names=items.classes, left="both" not in config.supported_patterns)
+    found = readings(evaluated.model, objective, "tags", examples(items, progress), evaluated.vocab)
     yield from by_word(items, (scores for _, scores in found))
     next(found, None)  # the model is left in the mode it was in
 
@@ -44,7 +46,7 @@ def read(
 def by_word(items: TaggedSentences, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """`read`, of anybody's scores: of each example one (words asked, tags)."""
     assert items.written is not None
-    owners, at = items.owners.tolist(), 0
+    owners, at = items.record_ids.tolist(), 0
     for number, (words, tags) in enumerate(items.written):
         said, sure = [NONE] * len(words), [0.0] * len(words)
         if at < len(owners) and owners[at] == number:
@@ -55,9 +57,9 @@ def by_word(items: TaggedSentences, found: Iterator[np.ndarray]) -> Iterator[tup
         yield to_bio2(tags) if has_spans(tags) else tags, said, sure
 
 
-def answer(subject: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Answers:
+def answer(evaluated: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Answers:
     """Of each sentence: words, words right, names there, names said, names right."""
-    return counted(items, read(subject, items, progress))
+    return counted(items, read(evaluated, items, progress))
 
 
 def counted(items: TaggedSentences, told: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
@@ -83,24 +85,30 @@ def more(items: TaggedSentences) -> Mapping[str, Metric]:
     return {name: of(name) for name in ("precision", "recall", "f1")} if has_spans(items.classes) else {}
 
 
-def wanted(subject: EvaluatedModel) -> InputSchema:
+def wanted(evaluated: EvaluatedModel) -> InputSchema:
     """Words: of a list, of CoNLL's columns, or of a line, parted by blanks."""
-    told = TagFields.of(subject.segment)
+    told = TagFields.of(evaluated.examples)
 
     def says(record: dict[str, Any]) -> Sequence[Any]:
-        words = record.get(told.words)
+        words = record.get(told.words_field)
         return words if isinstance(words, list) else [None]
 
     return InputSchema(
-        told.words, lambda text: {told.words: text.split()}, says, told.columns, tags=class_names(subject, "tags")
+        told.words_field,
+        lambda text: {told.words_field: text.split()},
+        says,
+        told.column_names,
+        tags=class_names(evaluated, "tags"),
     )
 
 
-def tell(subject: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Iterator[dict[str, Any]]:
+def tell(evaluated: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"tokens", "tags", "probabilities": of each tag}."""
     assert items.written is not None
-    for (words, _), (_, said, sure) in zip(items.written, read(subject, items, progress), strict=True):
+    for (words, _), (_, said, sure) in zip(items.written, read(evaluated, items, progress), strict=True):
         yield {"tokens": words, "tags": said, "probabilities": sure}
 
 
-TOKEN_CLASSIFICATION = Task("tagging", source, answer, {"accuracy": _share}, tell=tell, wanted=wanted, more=more)
+TOKEN_CLASSIFICATION = Task(
+    "tagging", source, answer, {"accuracy": _share}, predict=tell, input_schema=wanted, extra_metrics=more
+)

@@ -35,11 +35,11 @@ FAMILIES: dict[str, Family] = {
 """`model_type` of a config.json -> the family."""
 
 
-def families_of(shape: ModelConfig) -> list[Family]:
+def families_of(config: ModelConfig) -> list[Family]:
     """The families that express a shape exactly: a body of BERT's is also one of ELECTRA's."""
-    return [family for family in FAMILIES.values() if family.expresses(shape)]
+    return [family for family in FAMILIES.values() if family.supports(config)]
 
 
-def family_of(shape: ModelConfig) -> Family | None:
+def family_of(config: ModelConfig) -> Family | None:
     """The first of them, or None."""
-    return next(iter(families_of(shape)), None)
+    return next(iter(families_of(config)), None)

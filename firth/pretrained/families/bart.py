@@ -21,17 +21,17 @@ UNREAD = 2
 """Rows in front of a table of positions."""
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
-    sides = {"encoder": shape.encoder, "decoder": shape.depth}
+    sides = {"encoder": model_config.num_encoder_layers, "decoder": model_config.num_layers}
     return {
-        "vocab_size": shape.vocab, "d_model": shape.width, "max_position_embeddings": shape.context,
+        "vocab_size": model_config.vocab_size, "d_model": model_config.hidden_size, "max_position_embeddings": model_config.max_positions,
         **{f"{side}_layers": depth for side, depth in sides.items()},
-        **{f"{side}_attention_heads": shape.heads for side in sides},
-        **{f"{side}_ffn_dim": shape.hidden for side in sides},
-        "activation_function": theirs.get(shape.activation, shape.activation), "dropout": shape.dropout,
-        "attention_dropout": shape.dropout, "activation_dropout": 0.0, "scale_embedding": False, "init_std": 0.02,
-        "is_encoder_decoder": True, "tie_word_embeddings": shape.tied,
+        **{f"{side}_attention_heads": model_config.num_heads for side in sides},
+        **{f"{side}_ffn_dim": model_config.intermediate_size for side in sides},
+        "activation_function": theirs.get(model_config.activation, model_config.activation), "dropout": model_config.dropout,
+        "attention_dropout": model_config.dropout, "activation_dropout": 0.0, "scale_embedding": False, "init_std": 0.02,
+        "is_encoder_decoder": True, "tie_word_embeddings": model_config.tie_embeddings,
         "forced_eos_token_id": None, "forced_bos_token_id": None,
     }  # fmt: skip
 
@@ -44,20 +44,20 @@ def shape(config: dict[str, Any]) -> ModelConfig:
         raise UserError("config.json asks for scaled or untied embeddings, which firth's BART does not have")
     act = activation(config.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["d_model"], encoder=config["encoder_layers"],
-        depth=config["decoder_layers"], heads=config["encoder_attention_heads"], hidden=config["encoder_ffn_dim"],
-        context=config["max_position_embeddings"], norm_at="post", embed_norm=True, activation=act,  # type: ignore[arg-type]
-        dropout=config.get("dropout", 0.1), head_bias=True, decoder_start="eos",
+        vocab_size=config["vocab_size"], hidden_size=config["d_model"], num_encoder_layers=config["encoder_layers"],
+        num_layers=config["decoder_layers"], num_heads=config["encoder_attention_heads"], intermediate_size=config["encoder_ffn_dim"],
+        max_positions=config["max_position_embeddings"], norm_placement="post", embedding_norm=True, activation=act,  # type: ignore[arg-type]
+        dropout=config.get("dropout", 0.1), lm_head_bias=True, decoder_start_token="eos",
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "shared"}, "", "model.", bias=False)
     for ours, theirs, places, depth in (
-        ("encoder.", "model.encoder.", "source_places", shape.encoder),
-        ("trunk.", "model.decoder.", "places", shape.depth),
+        ("encoder.", "model.encoder.", "source_places", config.num_encoder_layers),
+        ("trunk.", "model.decoder.", "places", config.num_layers),
     ):
-        out.append(WeightMapping(f"{theirs}embed_positions.weight", (f"{places}.weight",), unread=UNREAD))
+        out.append(WeightMapping(f"{theirs}embed_positions.weight", (f"{places}.weight",), ignored=UNREAD))
         out += both({"embed_norm": "layernorm_embedding"}, ours, theirs, bias=True)
         block = {f"attention.{x}": f"self_attn.{y}" for x, y in MAPS.items()} | {
             "attention_norm": "self_attn_layer_norm", "mlp.up": "fc1", "mlp.down": "fc2", "mlp_norm": "final_layer_norm",
@@ -68,7 +68,13 @@ def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
         for i in range(depth):
             out += both(block, f"{ours}blocks.{i}.", f"{theirs}layers.{i}.", bias=True)
     return (
-        out + [WeightMapping("final_logits_bias", ("parts.lm.bias",), folded=((shape.vocab,), (1, shape.vocab)))] * head
+        out
+        + [
+            WeightMapping(
+                "final_logits_bias", ("parts.lm.bias",), merged=((config.vocab_size,), (1, config.vocab_size))
+            )
+        ]
+        * head
     )
 
 
@@ -78,9 +84,9 @@ FAMILY = Family(
     "bart", ("BartForConditionalGeneration", "BartModel"), config, shape, entries, "model.",
     spare=r"embed_tokens\.weight$|\.version$", tied=r"^lm_head\.weight$",
     unused=r"^classification_head\.|^qa_outputs\.|^final_logits_bias$",
-    headed=(
+    heads=(
         HeadSpec("BartForSequenceClassification", "classes", bert.pooler,
                {"0": "classification_head.dense", "2": "classification_head.out_proj"}),
-        HeadSpec("BartForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("BartForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, num_outputs=2),
     ),
 )  # fmt: skip

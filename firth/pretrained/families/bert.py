@@ -19,15 +19,15 @@ from firth.types import UserError
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
-        "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads, "intermediate_size": shape.hidden,
-        "hidden_act": theirs.get(shape.activation, shape.activation), "hidden_dropout_prob": shape.dropout,
-        "attention_probs_dropout_prob": shape.dropout, "max_position_embeddings": shape.context,
-        "type_vocab_size": shape.segments, "layer_norm_eps": shape.norm_eps, "initializer_range": 0.02,
-        "tie_word_embeddings": shape.tied,
+        "vocab_size": model_config.vocab_size, "hidden_size": model_config.hidden_size, "num_hidden_layers": model_config.num_layers,
+        "num_attention_heads": model_config.num_heads, "intermediate_size": model_config.intermediate_size,
+        "hidden_act": theirs.get(model_config.activation, model_config.activation), "hidden_dropout_prob": model_config.dropout,
+        "attention_probs_dropout_prob": model_config.dropout, "max_position_embeddings": model_config.max_positions,
+        "type_vocab_size": model_config.type_vocab_size, "layer_norm_eps": model_config.norm_eps, "initializer_range": 0.02,
+        "tie_word_embeddings": model_config.tie_embeddings,
     }  # fmt: skip
 
 
@@ -36,14 +36,14 @@ def shape(config: dict[str, Any]) -> ModelConfig:
     if not config["type_vocab_size"]:
         raise UserError("config.json has type_vocab_size=0, and the code of its family adds the vector of a segment")
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"], hidden=config["intermediate_size"],
+        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"], intermediate_size=config["intermediate_size"],
         causal=False,
-        context=config["max_position_embeddings"], segments=config["type_vocab_size"], norm_at="post",
-        norm_eps=config.get("layer_norm_eps", 1e-12), embed_norm=True,
+        max_positions=config["max_position_embeddings"], type_vocab_size=config["type_vocab_size"], norm_placement="post",
+        norm_eps=config.get("layer_norm_eps", 1e-12), embedding_norm=True,
         activation=activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
-        dropout=config.get("hidden_dropout_prob", 0.1), head="transform", head_bias=True,
-        tied=config.get("tie_word_embeddings", True),
+        dropout=config.get("hidden_dropout_prob", 0.1), lm_head="transform", lm_head_bias=True,
+        tie_embeddings=config.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
@@ -51,11 +51,11 @@ def tables(prefix: str, unread: int = 0) -> list[WeightMapping]:
     """The three tables and the norm behind them, as BERT's descendants name them too. unread: rows before position 0."""
     embeddings = {"tokens": "word_embeddings", "segments": "token_type_embeddings"}
     out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
-    out.append(WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), unread=unread))
+    out.append(WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), ignored=unread))
     return out + both({"trunk.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
 
 
-def layers(shape: ModelConfig, prefix: str) -> list[WeightMapping]:
+def layers(config: ModelConfig, prefix: str) -> list[WeightMapping]:
     """The blocks."""
     block = {
         "attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
@@ -63,26 +63,26 @@ def layers(shape: ModelConfig, prefix: str) -> list[WeightMapping]:
         "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
     layer = f"{prefix}encoder.layer."
-    return [e for i in range(shape.depth) for e in both(block, f"trunk.blocks.{i}.", f"{layer}{i}.", bias=True)]
+    return [e for i in range(config.num_layers) for e in both(block, f"trunk.blocks.{i}.", f"{layer}{i}.", bias=True)]
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = tables("bert.") + layers(shape, "bert.")
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = tables("bert.") + layers(config, "bert.")
     if head:
         transform = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
         out += both(transform, "parts.lm.", "cls.predictions.", bias=True)
         out.append(WeightMapping("cls.predictions.bias", ("parts.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "parts.lm", "cls.predictions.", bias=True) * (not shape.tied)
+        out += both({"": "decoder"}, "parts.lm", "cls.predictions.", bias=True) * (not config.tie_embeddings)
     return out
 
 
-def pooler(shape: ModelConfig, answers: int) -> nn.Module:
-    return pooled(shape.width, answers)
+def pooler(config: ModelConfig, answers: int) -> nn.Module:
+    return pooled(config.hidden_size, answers)
 
 
-def plain(shape: ModelConfig, answers: int) -> nn.Module:
-    return linear(shape.width, answers)
+def plain(config: ModelConfig, answers: int) -> nn.Module:
+    return linear(config.hidden_size, answers)
 
 
 def tasks(
@@ -92,11 +92,11 @@ def tasks(
     of several -> theirs. With a single label theirs is a regression."""
     reader = f"{name}ForSequenceClassification"
     return (
-        HeadSpec(reader, "score", make, text, answers=1),
+        HeadSpec(reader, "score", make, text, num_outputs=1),
         HeadSpec(reader, "classes", make, text),
-        HeadSpec(f"{name}ForMultipleChoice", "choice", make, option, answers=1),
+        HeadSpec(f"{name}ForMultipleChoice", "choice", make, option, num_outputs=1),
         HeadSpec(f"{name}ForTokenClassification", "tags", plain, {"": "classifier"}),
-        HeadSpec(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, num_outputs=2),
     )
 
 
@@ -108,9 +108,9 @@ FAMILY = Family(
     spare=r"position_ids$", tied=r"^cls\.predictions\.decoder\.",
     unused=r"^bert\.pooler\.|^cls\.|^classifier\.|^qa_outputs\.",
     renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
-    headed=(
-        HeadSpec("BertForPreTraining", "next", pooler, NEXT, answers=2, lm=True),
-        HeadSpec("BertForNextSentencePrediction", "next", pooler, NEXT, answers=2),
+    heads=(
+        HeadSpec("BertForPreTraining", "next", pooler, NEXT, num_outputs=2, lm=True),
+        HeadSpec("BertForNextSentencePrediction", "next", pooler, NEXT, num_outputs=2),
         *tasks("Bert", POOLED, POOLED),
     ),
 )  # fmt: skip

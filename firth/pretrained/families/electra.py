@@ -20,32 +20,32 @@ ACTIVATIONS = {"gelu": "gelu"}
 """transformers applies GELU in the generator's head whatever the config says, so no other is the same model."""
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
-    return {**bert.config(shape), "embedding_size": shape.table_width}
+def config(model_config: ModelConfig) -> dict[str, Any]:
+    return {**bert.config(model_config), "embedding_size": model_config.embedding_dim}
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:
     activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act")
     narrow = config["embedding_size"]
     found = bert.shape({"type_vocab_size": 2, "max_position_embeddings": 512} | config)
-    if narrow == found.width:
+    if narrow == found.hidden_size:
         return found
-    return replace(found, embed=narrow)
+    return replace(found, embedding_size=narrow)
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = bert.tables("electra.") + bert.layers(shape, "electra.")
-    if shape.embed:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = bert.tables("electra.") + bert.layers(config, "electra.")
+    if config.embedding_size:
         out += both({"trunk.project": "embeddings_project"}, "", "electra.", bias=True)
     if head:
         out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "generator_predictions.", bias=True)
         out.append(WeightMapping("generator_lm_head.bias", ("parts.lm.bias",)))
-        out += [WeightMapping("generator_lm_head.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out += [WeightMapping("generator_lm_head.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 
-def through_gelu(shape: ModelConfig, answers: int) -> nn.Module:
-    return pooled(shape.width, answers, nn.GELU)
+def through_gelu(config: ModelConfig, answers: int) -> nn.Module:
+    return pooled(config.hidden_size, answers, nn.GELU)
 
 
 SUMMARY = {"0": "sequence_summary.summary", "2": "classifier"}
@@ -55,8 +55,8 @@ FAMILY = Family(
     "electra", ("ElectraForMaskedLM", "ElectraModel"), config, shape, entries, "electra.",
     spare=r"position_ids$", tied=r"^generator_lm_head\.weight$",
     unused=r"^generator_|^discriminator_|^sequence_summary\.|^classifier\.|^qa_outputs\.",
-    headed=(
-        HeadSpec("ElectraForPreTraining", "replaced", through_gelu, REPLACED, answers=1),
+    heads=(
+        HeadSpec("ElectraForPreTraining", "replaced", through_gelu, REPLACED, num_outputs=1),
         *bert.tasks("Electra", {"0": "classifier.dense", "2": "classifier.out_proj"}, SUMMARY, through_gelu),
     ),
 )  # fmt: skip

@@ -29,12 +29,12 @@ class WeightMapping:
     when read. folded: the shape that the result has with us, and the one it has with them, where those differ.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
+    hf_name: str
+    name: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     transposed: bool = False
-    unread: int = 0
-    folded: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    ignored: int = 0
+    merged: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,20 +50,20 @@ class HeadSpec:
     name: str
     part: str
     make: Callable[[ModelConfig, int], nn.Module]
-    maps: dict[str, str]
-    answers: int = 0
+    weights: dict[str, str]
+    num_outputs: int = 0
     lm: bool = False
     prefix: str | None = None
-    says: tuple[tuple[str, Any], ...] = ()
+    hf_labels: tuple[tuple[str, Any], ...] = ()
 
-    def entries(self, shape: ModelConfig, answers: int) -> list[WeightMapping]:
+    def entries(self, config: ModelConfig, answers: int) -> list[WeightMapping]:
         """The head's tensors; the last has a row for each answer."""
         with init_empty_weights():
-            names = list(self.make(shape, answers).state_dict())
+            names = list(self.make(config, answers).state_dict())
         out = []
         for name in names:
             module, _, kind = name.rpartition(".")
-            out.append(WeightMapping(f"{self.maps[module]}.{kind}", (f"parts.{self.part}.{name}",)))
+            out.append(WeightMapping(f"{self.weights[module]}.{kind}", (f"parts.{self.part}.{name}",)))
         return out
 
 
@@ -82,42 +82,42 @@ class Family:
 
     name: str
     classes: tuple[str, str]
-    config: Callable[[ModelConfig], dict[str, Any]]
-    shape: Callable[[dict[str, Any]], ModelConfig]
-    entries: Callable[[ModelConfig, bool], list[WeightMapping]]
+    to_hf_config: Callable[[ModelConfig], dict[str, Any]]
+    to_config: Callable[[dict[str, Any]], ModelConfig]
+    weight_mappings: Callable[[ModelConfig, bool], list[WeightMapping]]
     prefix: str
     spare: str = r"$^"
     tied: str = r"$^"
     unused: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
-    headed: tuple[HeadSpec, ...] = ()
+    heads: tuple[HeadSpec, ...] = ()
     pad: int | None = None
 
-    def expresses(self, shape: ModelConfig) -> bool:
+    def supports(self, config: ModelConfig) -> bool:
         """Whether this family's config says all that the shape says (how weights are initialised aside)."""
         try:
-            back = self.shape(self.config(shape))
+            back = self.to_config(self.to_hf_config(config))
         except UserError:
             return False
-        return replace(back, init=shape.init, zero_init=shape.zero_init) == shape
+        return replace(back, init_std=config.init_std, zero_init=config.zero_init) == config
 
 
 def to_hf(state: dict[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
     """Our tensors under the family's names."""
     out = {}
     for entry in entries:
-        parts = [state[name] for name in entry.ours]
+        parts = [state[name] for name in entry.name]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         whole = whole.t() if entry.transposed else whole
-        if entry.unread:
-            whole = torch.cat((whole.new_zeros(entry.unread, *whole.shape[1:]), whole))
-        out[entry.theirs] = (whole.reshape(entry.folded[1]) if entry.folded[1] else whole).contiguous()
+        if entry.ignored:
+            whole = torch.cat((whole.new_zeros(entry.ignored, *whole.shape[1:]), whole))
+        out[entry.hf_name] = (whole.reshape(entry.merged[1]) if entry.merged[1] else whole).contiguous()
     return out
 
 
 def without_prefix(family: Family, names: Iterable[str]) -> bool:
     """Whether a file was saved from the trunk alone, without what its classes put in front of its names."""
-    prefixes = (family.prefix, *(headed.prefix for headed in family.headed if headed.prefix is not None))
+    prefixes = (family.prefix, *(headed.prefix for headed in family.heads if headed.prefix is not None))
     return not any(name.startswith(prefixes) for name in names)
 
 
@@ -128,7 +128,7 @@ def resolve_names(family: Family, names: Iterable[str], known: Container[str]) -
     but not where that would hide what stands outside of it, such as a head.
     """
     found = list(names)
-    others = [headed.prefix for headed in family.headed if headed.prefix is not None]
+    others = [headed.prefix for headed in family.heads if headed.prefix is not None]
     alone = without_prefix(family, found)
     out: dict[str, str] = {}
     for name in found:
@@ -152,13 +152,13 @@ def from_hf(state: Mapping[str, Tensor], entries: Iterable[WeightMapping]) -> di
     """
     out: dict[str, Tensor] = {}
     for entry in entries:
-        if entry.theirs not in state:
+        if entry.hf_name not in state:
             continue
-        whole = state[entry.theirs][entry.unread :]
-        whole = whole.reshape(entry.folded[0]) if entry.folded[0] else whole
+        whole = state[entry.hf_name][entry.ignored :]
+        whole = whole.reshape(entry.merged[0]) if entry.merged[0] else whole
         whole = whole.t() if entry.transposed else whole
-        pieces = [whole] if len(entry.ours) == 1 else whole.split(list(entry.sizes))
-        out |= dict(zip(entry.ours, pieces, strict=True))
+        pieces = [whole] if len(entry.name) == 1 else whole.split(list(entry.sizes))
+        out |= dict(zip(entry.name, pieces, strict=True))
     return out
 
 
@@ -216,16 +216,16 @@ def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
     return found.theta
 
 
-def ropes(shape: ModelConfig) -> dict[str, Any]:
+def ropes(config: ModelConfig) -> dict[str, Any]:
     """The rotary fields for versions 5 and 4."""
-    said: dict[str, Any] = {"rope_type": "default" if shape.rotary_scaling == "none" else shape.rotary_scaling}
-    if shape.rotary_scaling != "none":
-        said["factor"] = shape.rotary_factor
-    if shape.rotary_scaling == "llama3":
-        said |= {"low_freq_factor": shape.rotary_low, "high_freq_factor": shape.rotary_high}
-        said["original_max_position_embeddings"] = shape.rotary_original
-    old = {"rope_scaling": said} if shape.rotary_scaling != "none" else {}
-    return {"rope_parameters": said | {"rope_theta": shape.rotary_theta}, "rope_theta": shape.rotary_theta} | old
+    said: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
+    if config.rope_scaling != "none":
+        said["factor"] = config.rope_factor
+    if config.rope_scaling == "llama3":
+        said |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
+        said["original_max_position_embeddings"] = config.rope_original_max_positions
+    old = {"rope_scaling": said} if config.rope_scaling != "none" else {}
+    return {"rope_parameters": said | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta} | old
 
 
 def both(pairs: dict[str, str], ours: str, theirs: str, bias: bool, weight: bool = True) -> list[WeightMapping]:

@@ -12,32 +12,32 @@ ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "si
 """What they call gelu is its tanh form."""
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     return {
-        "vocab_size": shape.vocab, "n_embd": shape.width, "n_layer": shape.depth, "n_head": shape.heads,
-        "n_positions": shape.context, "n_ctx": shape.context, "afn": theirs.get(shape.activation, shape.activation),
-        "resid_pdrop": shape.dropout, "embd_pdrop": shape.dropout, "attn_pdrop": shape.dropout,
-        "layer_norm_epsilon": shape.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": True,
+        "vocab_size": model_config.vocab_size, "n_embd": model_config.hidden_size, "n_layer": model_config.num_layers, "n_head": model_config.num_heads,
+        "n_positions": model_config.max_positions, "n_ctx": model_config.max_positions, "afn": theirs.get(model_config.activation, model_config.activation),
+        "resid_pdrop": model_config.dropout, "embd_pdrop": model_config.dropout, "attn_pdrop": model_config.dropout,
+        "layer_norm_epsilon": model_config.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": True,
     }  # fmt: skip
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["n_embd"], depth=config["n_layer"], heads=config["n_head"],
-        context=config["n_positions"], norm_at="post", norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        vocab_size=config["vocab_size"], hidden_size=config["n_embd"], num_layers=config["n_layer"], num_heads=config["n_head"],
+        max_positions=config["n_positions"], norm_placement="post", norm_eps=config.get("layer_norm_epsilon", 1e-5),
         activation=activation(config.get("afn", "gelu"), ACTIVATIONS, "afn"),  # type: ignore[arg-type]
         dropout=config.get("resid_pdrop", 0.1),
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     tables = {"tokens": "tokens_embed", "places": "positions_embed"}
-    return both(tables, "", "transformer.", bias=False) + gpt2.blocks(shape)
+    return both(tables, "", "transformer.", bias=False) + gpt2.blocks(config)
 
 
 FAMILY = Family(
     "openai-gpt", ("OpenAIGPTLMHeadModel", "OpenAIGPTModel"), config, shape, entries, "transformer.",
     spare=r"attn\.bias$|position_ids$", tied=r"^lm_head\.weight$", unused=r"^score\.|^multiple_choice_head\.",
-    headed=gpt2.scored("OpenAIGPT"),
+    heads=gpt2.scored("OpenAIGPT"),
 )  # fmt: skip

@@ -32,11 +32,11 @@ from firth.pretrained.families.family import Family, HeadSpec, WeightMapping
 from firth.types import UserError
 
 
-def head_of(families: Iterable[Family], part: str, shape: ModelConfig, answers: int) -> nn.Module | None:
+def head_of(families: Iterable[Family], part: str, config: ModelConfig, answers: int) -> nn.Module | None:
     """The head by which transformers' class for a task reads a trunk of this shape; None where no family has such a class."""
-    found = (headed for family in families for headed in family.headed if headed.part == part)
+    found = (headed for family in families for headed in family.heads if headed.part == part)
     headed = next(found, None)
-    return None if headed is None else headed.make(shape, headed.answers or answers)
+    return None if headed is None else headed.make(config, headed.num_outputs or answers)
 
 
 @dataclass(frozen=True)
@@ -52,42 +52,46 @@ class ExportForm:
     def name(self) -> str:
         return self.headed.name if self.headed else self.family.classes[0 if self.lm else 1]
 
-    def parts(self, shape: ModelConfig) -> dict[str, nn.Module]:
+    def parts(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Its heads by our names, as modules that hold nothing."""
         with init_empty_weights():
-            parts: dict[str, nn.Module] = {"lm": LMHead(shape)} if self.lm else {}
-            return parts | ({self.headed.part: self.headed.make(shape, self.answers)} if self.headed else {})
+            parts: dict[str, nn.Module] = {"lm": LMHead(config)} if self.lm else {}
+            return parts | ({self.headed.part: self.headed.make(config, self.answers)} if self.headed else {})
 
     @property
     def named(self) -> set[str]:
         """Its heads, by our names."""
         return ({"lm"} if self.lm else set()) | ({self.headed.part} if self.headed else set())
 
-    def own(self, shape: ModelConfig) -> list[WeightMapping]:
+    def own(self, config: ModelConfig) -> list[WeightMapping]:
         """The tensors of its heads; a tied matrix is none."""
-        trunk = {entry.theirs for entry in self.family.entries(shape, False)}
-        lm = [e for e in self.family.entries(shape, self.lm) if e.theirs not in trunk and not copied(e, shape)]
-        return lm + (self.headed.entries(shape, self.answers) if self.headed else [])
+        trunk = {entry.hf_name for entry in self.family.weight_mappings(config, False)}
+        lm = [
+            e for e in self.family.weight_mappings(config, self.lm) if e.hf_name not in trunk and not copied(e, config)
+        ]
+        return lm + (self.headed.entries(config, self.answers) if self.headed else [])
 
-    def entries(self, shape: ModelConfig) -> list[WeightMapping]:
+    def entries(self, config: ModelConfig) -> list[WeightMapping]:
         """All of its tensors, with the family's prefix."""
-        return self.family.entries(shape, self.lm) + (self.headed.entries(shape, self.answers) if self.headed else [])
+        return self.family.weight_mappings(config, self.lm) + (
+            self.headed.entries(config, self.answers) if self.headed else []
+        )
 
-    def written(self, shape: ModelConfig) -> list[WeightMapping]:
+    def written(self, config: ModelConfig) -> list[WeightMapping]:
         """All of its tensors as this class spells them."""
         if self.headed is None or self.headed.prefix is None:
-            return self.entries(shape)
+            return self.entries(config)
         ours, theirs = self.family.prefix, self.headed.prefix
-        trunk = [e for e in self.family.entries(shape, self.lm) if e.theirs.startswith(ours)]
-        turned = {e: replace(e, theirs=theirs + e.theirs.removeprefix(ours)) for e in trunk}
-        return [turned.get(entry, entry) for entry in self.entries(shape)]
+        trunk = [e for e in self.family.weight_mappings(config, self.lm) if e.hf_name.startswith(ours)]
+        turned = {e: replace(e, hf_name=theirs + e.hf_name.removeprefix(ours)) for e in trunk}
+        return [turned.get(entry, entry) for entry in self.entries(config)]
 
     def config(self, names: Sequence[str]) -> dict[str, Any]:
         """What its config says besides the family's. names: of the classes, as many as there are answers, or none."""
         if self.headed is None:
             return {}
-        said = dict(self.headed.says)
-        if not self.headed.answers or self.answers == 1:
+        said = dict(self.headed.hf_labels)
+        if not self.headed.num_outputs or self.answers == 1:
             known = names if len(names) == self.answers else [f"{UNNAMED}{i}" for i in range(self.answers)]
             said["id2label"] = {str(i): name for i, name in enumerate(known)}
             said["label2id"] = {name: i for i, name in enumerate(known)}
@@ -107,51 +111,51 @@ def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     return () if all(name == f"{UNNAMED}{i}" for i, name in enumerate(names)) else names
 
 
-def of_model(families: Iterable[Family], shape: ModelConfig, parts: Mapping[str, Description]) -> ExportForm | None:
+def of_model(families: Iterable[Family], config: ModelConfig, parts: Mapping[str, Description]) -> ExportForm | None:
     """The class that says the most of a model's parts; the first of those that say as much. None where no family is."""
     best: ExportForm | None = None
     lm = "lm" in parts
     for family in families:
-        for form in (ExportForm(family, lm), *_headed(family, shape, parts)):
+        for form in (ExportForm(family, lm), *_headed(family, config, parts)):
             if best is None or (form.headed is not None) > (best.headed is not None):
                 best = form
     return best
 
 
-def _headed(family: Family, shape: ModelConfig, parts: Mapping[str, Description]) -> list[ExportForm]:
+def _headed(family: Family, config: ModelConfig, parts: Mapping[str, Description]) -> list[ExportForm]:
     out = []
-    for headed in family.headed:
+    for headed in family.heads:
         answers = num_outputs(parts.get(headed.part, {}))
         form = ExportForm(family, headed.lm, headed, answers)
-        fits = headed.lm == ("lm" in parts) and answers and headed.answers in (0, answers)
-        if fits and describe_head(form.parts(shape)[headed.part]) == parts[headed.part]:
+        fits = headed.lm == ("lm" in parts) and answers and headed.num_outputs in (0, answers)
+        if fits and describe_head(form.parts(config)[headed.part]) == parts[headed.part]:
             out.append(form)
     return out
 
 
-def copied(entry: WeightMapping, shape: ModelConfig) -> bool:
+def copied(entry: WeightMapping, config: ModelConfig) -> bool:
     """Whether a tensor is the tied matrix by its second name, which a file may hold or not (T5 v1.1's head)."""
-    return shape.tied and entry.ours == (HEAD,)
+    return config.tie_embeddings and entry.name == (HEAD,)
 
 
-def untied(family: Family, shape: ModelConfig, names: Iterable[str]) -> str | None:
+def untied(family: Family, config: ModelConfig, names: Iterable[str]) -> str | None:
     """The tensor by which a file says that its head is not tied after all: it differs from the table. None without one."""
-    entries = family.entries(replace(shape, tied=False), True) if shape.tied else []
-    return next((entry.theirs for entry in entries if entry.ours == (HEAD,) and entry.theirs in names), None)
+    entries = family.weight_mappings(replace(config, tie_embeddings=False), True) if config.tie_embeddings else []
+    return next((entry.hf_name for entry in entries if entry.name == (HEAD,) and entry.hf_name in names), None)
 
 
 HEAD = "parts.lm.weight"
 
 
-def known(family: Family, shape: ModelConfig) -> set[str]:
+def known(family: Family, config: ModelConfig) -> set[str]:
     """Every name that a class of this family has."""
-    forms = [ExportForm(family, True), *(ExportForm(family, h.lm, h, h.answers or 1) for h in family.headed)]
-    return {entry.theirs for form in forms for entry in form.entries(shape)}
+    forms = [ExportForm(family, True), *(ExportForm(family, h.lm, h, h.num_outputs or 1) for h in family.heads)]
+    return {entry.hf_name for form in forms for entry in form.entries(config)}
 
 
 def of_file(
     family: Family,
-    shape: ModelConfig,
+    model_config: ModelConfig,
     sizes: Mapping[str, Sequence[int]],
     config: Mapping[str, Any],
     alone: bool,
@@ -164,11 +168,11 @@ def of_file(
     not looked after here: a file that is not whole is of the class that it says, and lacks something.
     """
     forms = [ExportForm(family, True), ExportForm(family, False)]
-    for headed in family.headed:
-        rows = next(iter(sizes.get(headed.entries(shape, 1)[-1].theirs, ())), headed.answers or 2)
-        if headed.answers in (0, rows):
+    for headed in family.heads:
+        rows = next(iter(sizes.get(headed.entries(model_config, 1)[-1].hf_name, ())), headed.num_outputs or 2)
+        if headed.num_outputs in (0, rows):
             forms.append(ExportForm(family, headed.lm, headed, rows))
-    own = {form: {entry.theirs for entry in form.own(shape)} for form in forms}
+    own = {form: {entry.hf_name for entry in form.own(model_config)} for form in forms}
     there = {form: len(own[form] & sizes.keys()) for form in forms}
     said = config.get("architectures")
     said = said if type(said) is list else []
@@ -185,7 +189,7 @@ def of_file(
         form = forms[0]
     else:
         form = max(whole, key=lambda form: there[form])
-    for field, value in () if form.headed is None else form.headed.says:
+    for field, value in () if form.headed is None else form.headed.hf_labels:
         if config.get(field, value) != value:
             raise UserError(f"{where}/config.json asks for {field}={config[field]!r}; firth has {value!r} only")
     return form

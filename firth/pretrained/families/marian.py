@@ -24,9 +24,13 @@ PLAIN = {
 }  # fmt: skip
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
-    own = {"scale_embedding": shape.embed_scale != 1, "decoder_vocab_size": shape.vocab, "forced_eos_token_id": None}
-    return bart.config(shape) | own | PLAIN
+def config(model_config: ModelConfig) -> dict[str, Any]:
+    own = {
+        "scale_embedding": model_config.embedding_scale != 1,
+        "decoder_vocab_size": model_config.vocab_size,
+        "forced_eos_token_id": None,
+    }
+    return bart.config(model_config) | own | PLAIN
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:
@@ -38,13 +42,13 @@ def shape(config: dict[str, Any]) -> ModelConfig:
     scaled = config.get("scale_embedding", False)
     body = bart.shape(config | {"scale_embedding": False, "activation_function": "gelu"})
     return replace(
-        body, position="marian", embed_norm=False, activation=act, decoder_start="pad",  # type: ignore[arg-type]
-        embed_scale=width**0.5 if scaled else 1.0,
+        body, position="marian", embedding_norm=False, activation=act, decoder_start_token="pad",  # type: ignore[arg-type]
+        embedding_scale=width**0.5 if scaled else 1.0,
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
-    return [entry for entry in bart.entries(shape, head) if not entry.theirs.endswith(ABSENT)]
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    return [entry for entry in bart.entries(config, head) if not entry.hf_name.endswith(ABSENT)]
 
 
 ABSENT = ("embed_positions.weight", "layernorm_embedding.weight", "layernorm_embedding.bias")

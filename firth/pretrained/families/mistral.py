@@ -13,8 +13,8 @@ from firth.pretrained.families import llama
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
-    return {**llama.config(shape), "sliding_window": None}
+def config(model_config: ModelConfig) -> dict[str, Any]:
+    return {**llama.config(model_config), "sliding_window": None}
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:

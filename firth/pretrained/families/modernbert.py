@@ -16,22 +16,22 @@ from firth.types import UserError
 ACTIVATIONS = {"gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh", "silu": "swiglu"}
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
-    rope = {"rope_type": "default", "rope_theta": shape.rotary_theta}
+    rope = {"rope_type": "default", "rope_theta": model_config.rope_theta}
     return {
-        "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads, "intermediate_size": shape.hidden,
-        "hidden_activation": theirs.get(shape.activation, shape.activation),
-        "classifier_activation": theirs.get(shape.activation, shape.activation),
-        "max_position_embeddings": shape.context, "norm_eps": shape.norm_eps, "norm_bias": shape.norm_bias,
-        "attention_bias": shape.bias, "mlp_bias": shape.bias, "classifier_bias": shape.bias,
-        "decoder_bias": shape.head_bias, "attention_dropout": shape.dropout, "mlp_dropout": shape.dropout,
-        "embedding_dropout": shape.dropout, "layer_types": ["full_attention"] * shape.depth,
+        "vocab_size": model_config.vocab_size, "hidden_size": model_config.hidden_size, "num_hidden_layers": model_config.num_layers,
+        "num_attention_heads": model_config.num_heads, "intermediate_size": model_config.intermediate_size,
+        "hidden_activation": theirs.get(model_config.activation, model_config.activation),
+        "classifier_activation": theirs.get(model_config.activation, model_config.activation),
+        "max_position_embeddings": model_config.max_positions, "norm_eps": model_config.norm_eps, "norm_bias": model_config.norm_bias,
+        "attention_bias": model_config.bias, "mlp_bias": model_config.bias, "classifier_bias": model_config.bias,
+        "decoder_bias": model_config.lm_head_bias, "attention_dropout": model_config.dropout, "mlp_dropout": model_config.dropout,
+        "embedding_dropout": model_config.dropout, "layer_types": ["full_attention"] * model_config.num_layers,
         "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
-        "global_rope_theta": shape.rotary_theta, "local_rope_theta": shape.rotary_theta,
+        "global_rope_theta": model_config.rope_theta, "local_rope_theta": model_config.rope_theta,
         "global_attn_every_n_layers": 1, "local_attention": 128, "initializer_range": 0.02,
-        "tie_word_embeddings": shape.tied,
+        "tie_word_embeddings": model_config.tie_embeddings,
     }  # fmt: skip
 
 
@@ -47,34 +47,36 @@ def shape(config: dict[str, Any]) -> ModelConfig:
     old = {"rope_theta": config.get("global_rope_theta", 160000.0)}  # as version 4 says it
     act = activation(config.get("hidden_activation", "gelu"), ACTIVATIONS, "hidden_activation")
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["hidden_size"], depth=depth, heads=config["num_attention_heads"],
-        hidden=config["intermediate_size"], context=config["max_position_embeddings"], causal=False,
-        norm_bias=config.get("norm_bias", False), norm_eps=config.get("norm_eps", 1e-5), embed_norm=True,
-        first_norm=False, position="rotary", rotary_theta=theta(old | config, 160000.0, "full_attention"),
+        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=depth, num_heads=config["num_attention_heads"],
+        intermediate_size=config["intermediate_size"], max_positions=config["max_position_embeddings"], causal=False,
+        norm_bias=config.get("norm_bias", False), norm_eps=config.get("norm_eps", 1e-5), embedding_norm=True,
+        first_attention_norm=False, position="rotary", rope_theta=theta(old | config, 160000.0, "full_attention"),
         activation=act, bias=config.get("attention_bias", False),  # type: ignore[arg-type]
-        dropout=config.get("mlp_dropout", 0.0), head="transform", head_bias=config.get("decoder_bias", True),
-        tied=config.get("tie_word_embeddings", True),
+        dropout=config.get("mlp_dropout", 0.0), lm_head="transform", lm_head_bias=config.get("decoder_bias", True),
+        tie_embeddings=config.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "embeddings.tok_embeddings"}, "", "model.", bias=False)
-    out += both({"trunk.embed_norm": "embeddings.norm", "trunk.norm": "final_norm"}, "", "model.", bias=shape.norm_bias)
-    for i in range(shape.depth):
+    out += both(
+        {"trunk.embed_norm": "embeddings.norm", "trunk.norm": "final_norm"}, "", "model.", bias=config.norm_bias
+    )
+    for i in range(config.num_layers):
         ours, theirs = f"trunk.blocks.{i}.", f"model.layers.{i}."
         norms = {"mlp_norm": "mlp_norm"} | ({"attention_norm": "attn_norm"} if i else {})
-        out += both(norms, ours, theirs, bias=shape.norm_bias)
-        out += both({"attention.o": "attn.Wo", "mlp.down": "mlp.Wo"}, ours, theirs, bias=shape.bias)
-        for kind in ["weight", "bias"][: 1 + shape.bias]:
+        out += both(norms, ours, theirs, bias=config.norm_bias)
+        out += both({"attention.o": "attn.Wo", "mlp.down": "mlp.Wo"}, ours, theirs, bias=config.bias)
+        for kind in ["weight", "bias"][: 1 + config.bias]:
             stacked = tuple(f"{ours}attention.{x}.{kind}" for x in "qkv")
-            out.append(WeightMapping(f"{theirs}attn.Wqkv.{kind}", stacked, (shape.heads * shape.head_width,) * 3))
+            out.append(WeightMapping(f"{theirs}attn.Wqkv.{kind}", stacked, (config.num_heads * config.head_dim,) * 3))
             gated = (f"{ours}mlp.gate.{kind}", f"{ours}mlp.up.{kind}")
-            out.append(WeightMapping(f"{theirs}mlp.Wi.{kind}", gated, (shape.hidden,) * 2))
+            out.append(WeightMapping(f"{theirs}mlp.Wi.{kind}", gated, (config.intermediate_size,) * 2))
     if head:
-        out += both({"dense": "dense"}, "parts.lm.", "head.", bias=shape.bias)
-        out += both({"norm": "norm"}, "parts.lm.", "head.", bias=shape.norm_bias)
-        out += [WeightMapping("decoder.bias", ("parts.lm.bias",))] * shape.head_bias
-        out += [WeightMapping("decoder.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out += both({"dense": "dense"}, "parts.lm.", "head.", bias=config.bias)
+        out += both({"norm": "norm"}, "parts.lm.", "head.", bias=config.norm_bias)
+        out += [WeightMapping("decoder.bias", ("parts.lm.bias",))] * config.lm_head_bias
+        out += [WeightMapping("decoder.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 
@@ -83,20 +85,20 @@ FIRST = (("classifier_pooling", "cls"),)
 HEAD = {"0": "head.dense", "2": "head.norm", "3": "classifier"}
 
 
-def predicted(shape: ModelConfig, answers: int) -> nn.Module:
+def predicted(config: ModelConfig, answers: int) -> nn.Module:
     """The head of all its classes: a dense layer, the activation, a norm, and a linear map."""
-    first = linear(shape.width, shape.width, shape.bias)
-    return nn.Sequential(first, ACTS[shape.activation], make_norm(shape), linear(shape.width, answers))
+    first = linear(config.hidden_size, config.hidden_size, config.bias)
+    return nn.Sequential(first, ACTS[config.activation], make_norm(config), linear(config.hidden_size, answers))
 
 
 FAMILY = Family(
     "modernbert", ("ModernBertForMaskedLM", "ModernBertModel"), config, shape, entries, "model.",
     spare=r"inv_freq$", tied=r"^decoder\.weight$", unused=r"^head\.|^decoder\.|^classifier\.",
-    headed=(
-        HeadSpec("ModernBertForSequenceClassification", "score", predicted, HEAD, answers=1, says=FIRST),
-        HeadSpec("ModernBertForSequenceClassification", "classes", predicted, HEAD, says=FIRST),
-        HeadSpec("ModernBertForMultipleChoice", "choice", predicted, HEAD, answers=1, says=FIRST),
+    heads=(
+        HeadSpec("ModernBertForSequenceClassification", "score", predicted, HEAD, num_outputs=1, hf_labels=FIRST),
+        HeadSpec("ModernBertForSequenceClassification", "classes", predicted, HEAD, hf_labels=FIRST),
+        HeadSpec("ModernBertForMultipleChoice", "choice", predicted, HEAD, num_outputs=1, hf_labels=FIRST),
         HeadSpec("ModernBertForTokenClassification", "tags", predicted, HEAD),
-        HeadSpec("ModernBertForQuestionAnswering", "span", predicted, HEAD, answers=2),
+        HeadSpec("ModernBertForQuestionAnswering", "span", predicted, HEAD, num_outputs=2),
     ),
 )  # fmt: skip

@@ -20,13 +20,13 @@ BUCKETS = 32
 """Theirs looks into 32 buckets whatever the config says."""
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads, "intermediate_size": shape.hidden, "hidden_act": shape.activation,
-        "hidden_dropout_prob": shape.dropout, "attention_probs_dropout_prob": shape.dropout,
-        "max_position_embeddings": shape.context + PADDED, "relative_attention_num_buckets": shape.buckets,
-        "layer_norm_eps": shape.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": shape.tied,
+        "vocab_size": model_config.vocab_size, "hidden_size": model_config.hidden_size, "num_hidden_layers": model_config.num_layers,
+        "num_attention_heads": model_config.num_heads, "intermediate_size": model_config.intermediate_size, "hidden_act": model_config.activation,
+        "hidden_dropout_prob": model_config.dropout, "attention_probs_dropout_prob": model_config.dropout,
+        "max_position_embeddings": model_config.max_positions + PADDED, "relative_attention_num_buckets": model_config.relative_buckets,
+        "layer_norm_eps": model_config.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": model_config.tie_embeddings,
     }  # fmt: skip
 
 
@@ -35,30 +35,30 @@ def shape(config: dict[str, Any]) -> ModelConfig:
     if buckets != BUCKETS:
         raise UserError(f"config.json asks for relative_attention_num_buckets={buckets}; MPNet's code reads {BUCKETS}")
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["hidden_size"], depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"], hidden=config["intermediate_size"], causal=False,
-        context=config["max_position_embeddings"] - PADDED, norm_at="post", norm_eps=config.get("layer_norm_eps", 1e-12),
-        embed_norm=True, position="mpnet", buckets=buckets, dropout=config.get("hidden_dropout_prob", 0.1),
+        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"], intermediate_size=config["intermediate_size"], causal=False,
+        max_positions=config["max_position_embeddings"] - PADDED, norm_placement="post", norm_eps=config.get("layer_norm_eps", 1e-12),
+        embedding_norm=True, position="mpnet", relative_buckets=buckets, dropout=config.get("hidden_dropout_prob", 0.1),
         activation=activation(config.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act"),  # type: ignore[arg-type]
-        head="transform", head_bias=True, tied=config.get("tie_word_embeddings", True),
+        lm_head="transform", lm_head_bias=True, tie_embeddings=config.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "word_embeddings"}, "", "mpnet.embeddings.", bias=False)
-    out.append(WeightMapping("mpnet.embeddings.position_embeddings.weight", ("places.weight",), unread=PADDED))
+    out.append(WeightMapping("mpnet.embeddings.position_embeddings.weight", ("places.weight",), ignored=PADDED))
     out += both({"trunk.embed_norm": "LayerNorm"}, "", "mpnet.embeddings.", bias=True)
     out.append(WeightMapping("mpnet.encoder.relative_attention_bias.weight", ("trunk.relative.weight",)))
     block = {f"attention.{x}": f"attention.attn.{x}" for x in "qkvo"} | {
         "attention_norm": "attention.LayerNorm", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
         "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
-    for i in range(shape.depth):
+    for i in range(config.num_layers):
         out += both(block, f"trunk.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
     if head:
         out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
         out.append(WeightMapping("lm_head.bias", ("parts.lm.bias",)))
-        if not shape.tied:  # then theirs takes its offset for another one too, and looks for it
+        if not config.tie_embeddings:  # then theirs takes its offset for another one too, and looks for it
             out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True)
     return out
 
@@ -67,7 +67,7 @@ FAMILY = Family(
     "mpnet", ("MPNetForMaskedLM", "MPNetModel"), config, shape, entries, "mpnet.",
     spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
     unused=r"^mpnet\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
-    headed=bert.tasks(
+    heads=bert.tasks(
         "MPNet", {"0": "classifier.dense", "2": "classifier.out_proj"}, {"0": "mpnet.pooler.dense", "2": "classifier"}
     ),
 )  # fmt: skip

@@ -22,16 +22,20 @@ def windowless(config: dict[str, Any]) -> dict[str, Any]:
     return said | {"mlp_bias": False}
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
-    return {**llama.config(shape), "use_sliding_window": False, "layer_types": ["full_attention"] * shape.depth}
+def config(model_config: ModelConfig) -> dict[str, Any]:
+    return {
+        **llama.config(model_config),
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * model_config.num_layers,
+    }
 
 
 def shape2(config: dict[str, Any]) -> ModelConfig:
-    return replace(llama.shape(windowless(config) | {"attention_bias": True}), bias_at="qkv")
+    return replace(llama.shape(windowless(config) | {"attention_bias": True}), bias_location="qkv")
 
 
 def shape3(config: dict[str, Any]) -> ModelConfig:
-    return replace(llama.shape({"head_dim": 128} | windowless(config)), qk_norm=True, qk_weight=True)
+    return replace(llama.shape({"head_dim": 128} | windowless(config)), qk_norm=True, qk_norm_weight=True)
 
 
 QWEN2 = llama.kin("qwen2", "Qwen2", config, shape2)

@@ -19,26 +19,30 @@ from firth.types import UserError
 PAD = 1
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
-    return {**bert.config(shape), "max_position_embeddings": shape.context + PAD + 1, "pad_token_id": PAD}
+def config(model_config: ModelConfig) -> dict[str, Any]:
+    return {
+        **bert.config(model_config),
+        "max_position_embeddings": model_config.max_positions + PAD + 1,
+        "pad_token_id": PAD,
+    }
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:
     check_supported(config, {"pad_token_id": PAD})
     found = bert.shape(config)
     activation(config.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act")  # their head has GELU whatever it says
-    if found.segments != 1:
-        raise UserError(f"a RoBERTa has one segment, and config.json has type_vocab_size={found.segments}")
-    return replace(found, context=found.context - PAD - 1)
+    if found.type_vocab_size != 1:
+        raise UserError(f"a RoBERTa has one segment, and config.json has type_vocab_size={found.type_vocab_size}")
+    return replace(found, max_positions=found.max_positions - PAD - 1)
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = bert.tables("roberta.", PAD + 1) + bert.layers(shape, "roberta.")
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = bert.tables("roberta.", PAD + 1) + bert.layers(config, "roberta.")
     if head:
         out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
         out.append(WeightMapping("lm_head.bias", ("parts.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True) * (not shape.tied)
+        out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True) * (not config.tie_embeddings)
     return out
 
 
@@ -46,13 +50,13 @@ FAMILY = Family(
     "roberta", ("RobertaForMaskedLM", "RobertaModel"), config, shape, entries, "roberta.",
     spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
     unused=r"^roberta\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
-    headed=bert.tasks(
+    heads=bert.tasks(
         "Roberta", {"0": "classifier.dense", "2": "classifier.out_proj"},
         {"0": "roberta.pooler.dense", "2": "classifier"},
     ),
     pad=PAD,
 )  # fmt: skip
 
-XLM = replace(FAMILY, name="xlm-roberta", classes=("XLMRobertaForMaskedLM", "XLMRobertaModel"), headed=tuple(
-    replace(headed, name=f"XLM{headed.name}") for headed in FAMILY.headed
+XLM = replace(FAMILY, name="xlm-roberta", classes=("XLMRobertaForMaskedLM", "XLMRobertaModel"), heads=tuple(
+    replace(headed, name=f"XLM{headed.name}") for headed in FAMILY.heads
 ))  # fmt: skip

@@ -27,38 +27,41 @@ ACTIVATIONS = {
 }
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
-        "vocab_size": shape.vocab, "d_model": shape.width, "d_kv": shape.head_width, "d_ff": shape.hidden,
-        "num_layers": shape.encoder, "num_decoder_layers": shape.depth, "num_heads": shape.heads,
-        "relative_attention_num_buckets": shape.buckets, "relative_attention_max_distance": shape.distance,
-        "feed_forward_proj": theirs.get(shape.activation, shape.activation), "dropout_rate": shape.dropout,
-        "layer_norm_epsilon": shape.norm_eps, "n_positions": shape.context, "is_encoder_decoder": True,
-        "tie_word_embeddings": shape.head_scale != 1, "firth_tied": shape.tied,
+        "vocab_size": model_config.vocab_size, "d_model": model_config.hidden_size, "d_kv": model_config.head_dim, "d_ff": model_config.intermediate_size,
+        "num_layers": model_config.num_encoder_layers, "num_decoder_layers": model_config.num_layers, "num_heads": model_config.num_heads,
+        "relative_attention_num_buckets": model_config.relative_buckets, "relative_attention_max_distance": model_config.relative_max_distance,
+        "feed_forward_proj": theirs.get(model_config.activation, model_config.activation), "dropout_rate": model_config.dropout,
+        "layer_norm_epsilon": model_config.norm_eps, "n_positions": model_config.max_positions, "is_encoder_decoder": True,
+        "tie_word_embeddings": model_config.lm_head_scale != 1, "firth_tied": model_config.tie_embeddings,
     }  # fmt: skip
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["d_model"], head_width=config["d_kv"], hidden=config["d_ff"],
-        encoder=config["num_layers"], depth=config.get("num_decoder_layers") or config["num_layers"],
-        heads=config["num_heads"], context=config.get("n_positions", 512), norm="rms", norm_bias=False,
+        vocab_size=config["vocab_size"], hidden_size=config["d_model"], head_dim=config["d_kv"], intermediate_size=config["d_ff"],
+        num_encoder_layers=config["num_layers"], num_layers=config.get("num_decoder_layers") or config["num_layers"],
+        num_heads=config["num_heads"], max_positions=config.get("n_positions", 512), norm="rms", norm_bias=False,
         norm_eps=config.get("layer_norm_epsilon", 1e-6), position="t5",
-        buckets=config.get("relative_attention_num_buckets", 32),
-        distance=config.get("relative_attention_max_distance", 128), bias=False, score_scale=False,
+        relative_buckets=config.get("relative_attention_num_buckets", 32),
+        relative_max_distance=config.get("relative_attention_max_distance", 128), bias=False, scale_attention=False,
         activation=activation(config.get("feed_forward_proj", "relu"), ACTIVATIONS, "feed_forward_proj"),  # type: ignore[arg-type]
-        dropout=config.get("dropout_rate", 0.1), tied=config.get("firth_tied", config.get("tie_word_embeddings", True)),
-        head_scale=config["d_model"] ** -0.5 if scaled else 1.0,
+        dropout=config.get("dropout_rate", 0.1), tie_embeddings=config.get("firth_tied", config.get("tie_word_embeddings", True)),
+        lm_head_scale=config["d_model"] ** -0.5 if scaled else 1.0,
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "shared"}, "", "", bias=False)
     maps = {x: x for x in "qkvo"}
-    up = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if shape.gated else {"up": "wi", "down": "wo"}
-    for ours, theirs, depth in (("encoder.", "encoder.", shape.encoder), ("trunk.", "decoder.", shape.depth)):
+    up = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if config.gated else {"up": "wi", "down": "wo"}
+    for ours, theirs, depth in (
+        ("encoder.", "encoder.", config.num_encoder_layers),
+        ("trunk.", "decoder.", config.num_layers),
+    ):
         out += both({"norm": "final_layer_norm"}, ours, theirs, bias=False)
         relative = f"{theirs}block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         out.append(WeightMapping(relative, (f"{ours}relative.weight",)))
@@ -72,7 +75,7 @@ def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
             out += both(up, f"{a}mlp.", f"{b}{last}.DenseReluDense.", bias=False)
             out += both({"attention_norm": "0.layer_norm", "mlp_norm": f"{last}.layer_norm"}, a, b, bias=False)
     return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (
-        head and (not shape.tied or shape.head_scale == 1)
+        head and (not config.tie_embeddings or config.lm_head_scale == 1)
     )
 
 
@@ -80,10 +83,10 @@ FAMILY = Family(
     "t5", ("T5ForConditionalGeneration", "T5Model"), config, shape, entries, "",
     spare=r"embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$", tied=r"^lm_head\.weight$",
     unused=r"^lm_head\.|^classification_head\.|^qa_outputs\.|^classifier\.",
-    headed=(
+    heads=(
         HeadSpec("T5ForSequenceClassification", "classes", bert.pooler,
                {"0": "classification_head.dense", "2": "classification_head.out_proj"}, prefix="transformer."),
-        HeadSpec("T5ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("T5ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, num_outputs=2),
     ),
 )  # fmt: skip
 
@@ -92,6 +95,6 @@ def never_scaled(config: dict[str, Any]) -> ModelConfig:
     return shape(config | {"scale_decoder_outputs": False})
 
 
-MT5 = replace(FAMILY, name="mt5", shape=never_scaled, classes=("MT5ForConditionalGeneration", "MT5Model"), headed=tuple(
-    replace(headed, name=f"M{headed.name}") for headed in FAMILY.headed
+MT5 = replace(FAMILY, name="mt5", to_config=never_scaled, classes=("MT5ForConditionalGeneration", "MT5Model"), heads=tuple(
+    replace(headed, name=f"M{headed.name}") for headed in FAMILY.heads
 ))  # fmt: skip

@@ -21,14 +21,14 @@ from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, ac
 from firth.types import UserError
 
 
-def config(shape: ModelConfig) -> dict[str, Any]:
+def config(model_config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
-        "vocab_size": shape.vocab, "d_model": shape.width, "n_layer": shape.depth, "n_head": shape.heads,
-        "d_head": shape.head_width, "d_inner": shape.hidden, "ff_activation": theirs.get(shape.activation, shape.activation),
-        "attn_type": "uni" if shape.causal else "bi", "layer_norm_eps": shape.norm_eps, "dropout": shape.dropout,
-        "mem_len": shape.memory or None, "clamp_len": -1, "same_length": False, "bi_data": False,
-        "initializer_range": 0.02, "tie_word_embeddings": shape.tied, "firth_context": shape.context,
+        "vocab_size": model_config.vocab_size, "d_model": model_config.hidden_size, "n_layer": model_config.num_layers, "n_head": model_config.num_heads,
+        "d_head": model_config.head_dim, "d_inner": model_config.intermediate_size, "ff_activation": theirs.get(model_config.activation, model_config.activation),
+        "attn_type": "uni" if model_config.causal else "bi", "layer_norm_eps": model_config.norm_eps, "dropout": model_config.dropout,
+        "mem_len": model_config.memory_length or None, "clamp_len": -1, "same_length": False, "bi_data": False,
+        "initializer_range": 0.02, "tie_word_embeddings": model_config.tie_embeddings, "firth_context": model_config.max_positions,
     }  # fmt: skip
 
 
@@ -39,45 +39,45 @@ def shape(config: dict[str, Any]) -> ModelConfig:
                 f"config.json asks for {field}={config[field]!r}; firth has XLNet with {field}={plain!r} only"
             )
     return ModelConfig(
-        vocab=config["vocab_size"], width=config["d_model"], depth=config["n_layer"], heads=config["n_head"],
-        hidden=config["d_inner"], context=config.get("firth_context", 512), causal=config.get("attn_type", "bi") == "uni",
-        norm_at="post", norm_eps=config.get("layer_norm_eps", 1e-12), position="xlnet", query=True, segments=2,
-        memory=config.get("mem_len") or 0, dropout=config.get("dropout", 0.1), head_bias=True,
+        vocab_size=config["vocab_size"], hidden_size=config["d_model"], num_layers=config["n_layer"], num_heads=config["n_head"],
+        intermediate_size=config["d_inner"], max_positions=config.get("firth_context", 512), causal=config.get("attn_type", "bi") == "uni",
+        norm_placement="post", norm_eps=config.get("layer_norm_eps", 1e-12), position="xlnet", mask_embedding=True, type_vocab_size=2,
+        memory_length=config.get("mem_len") or 0, dropout=config.get("dropout", 0.1), lm_head_bias=True,
         activation=activation(config.get("ff_activation", "gelu"), ACTIVATIONS, "ff_activation"),  # type: ignore[arg-type]
-        tied=config.get("tie_word_embeddings", True),
+        tie_embeddings=config.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
-def entries(shape: ModelConfig, head: bool) -> list[WeightMapping]:
+def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = [
         WeightMapping("transformer.word_embedding.weight", ("tokens.weight",)),
-        WeightMapping("transformer.mask_emb", ("query",), folded=((shape.width,), (1, 1, shape.width))),
+        WeightMapping("transformer.mask_emb", ("query",), merged=((config.hidden_size,), (1, 1, config.hidden_size))),
     ]
-    heads, inner = (shape.heads, shape.head_width), shape.heads * shape.head_width
-    apart = ((shape.width, inner), (shape.width, *heads))
+    heads, inner = (config.num_heads, config.head_dim), config.num_heads * config.head_dim
+    apart = ((config.hidden_size, inner), (config.hidden_size, *heads))
     names = {"place": "r_r_bias", "segment": "r_s_bias", "content": "r_w_bias"}
     rest = {
         "attention_norm": "rel_attn.layer_norm", "mlp.up": "ff.layer_1", "mlp.down": "ff.layer_2",
         "mlp_norm": "ff.layer_norm",
     }  # fmt: skip
-    for i in range(shape.depth):
+    for i in range(config.num_layers):
         a, b = f"trunk.blocks.{i}.", f"transformer.layer.{i}."
         for name in "qkv":
             out.append(
-                WeightMapping(f"{b}rel_attn.{name}", (f"{a}attention.{name}.weight",), transposed=True, folded=apart)
+                WeightMapping(f"{b}rel_attn.{name}", (f"{a}attention.{name}.weight",), transposed=True, merged=apart)
             )
-        out.append(WeightMapping(f"{b}rel_attn.o", (f"{a}attention.o.weight",), folded=apart))
+        out.append(WeightMapping(f"{b}rel_attn.o", (f"{a}attention.o.weight",), merged=apart))
         far = f"{a}attention.distance."
-        out.append(WeightMapping(f"{b}rel_attn.r", (f"{far}r.weight",), transposed=True, folded=apart))
+        out.append(WeightMapping(f"{b}rel_attn.r", (f"{far}r.weight",), transposed=True, merged=apart))
         out += [
-            WeightMapping(f"{b}rel_attn.{theirs}", (far + ours,), folded=((inner,), heads))
+            WeightMapping(f"{b}rel_attn.{theirs}", (far + ours,), merged=((inner,), heads))
             for ours, theirs in names.items()
         ]
         out.append(WeightMapping(f"{b}rel_attn.seg_embed", (f"{far}kinds",)))
         out += both(rest, a, b, bias=True)
     if head:
         out.append(WeightMapping("lm_loss.bias", ("parts.lm.bias",)))
-        out += [WeightMapping("lm_loss.weight", ("parts.lm.weight",))] * (not shape.tied)
+        out += [WeightMapping("lm_loss.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 
@@ -87,11 +87,11 @@ SUMMARY = {"0": "sequence_summary.summary", "2": "logits_proj"}
 FAMILY = Family(
     "xlnet", ("XLNetLMHeadModel", "XLNetModel"), config, shape, entries, "transformer.", tied=r"^lm_loss\.weight$",
     unused=r"^lm_loss\.|^sequence_summary\.|^logits_proj\.|^classifier\.|^qa_outputs\.|_logits\.|^answer_class\.",
-    headed=(
-        HeadSpec("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, answers=1, says=LAST),
-        HeadSpec("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, says=LAST),
-        HeadSpec("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, answers=1, says=LAST),
+    heads=(
+        HeadSpec("XLNetForSequenceClassification", "score", bert.pooler, SUMMARY, num_outputs=1, hf_labels=LAST),
+        HeadSpec("XLNetForSequenceClassification", "classes", bert.pooler, SUMMARY, hf_labels=LAST),
+        HeadSpec("XLNetForMultipleChoice", "choice", bert.pooler, SUMMARY, num_outputs=1, hf_labels=LAST),
         HeadSpec("XLNetForTokenClassification", "tags", bert.plain, {"": "classifier"}),
-        HeadSpec("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, answers=2),
+        HeadSpec("XLNetForQuestionAnsweringSimple", "span", bert.plain, {"": "qa_outputs"}, num_outputs=2),
     ),
 )  # fmt: skip
