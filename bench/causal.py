@@ -185,7 +185,9 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(seed)
     objective = CausalLM()
-    config = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LENGTH)
+    config = decoder_config(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=LENGTH
+    )
     vocab = Vocab(size=VOCAB, roles={"pad": 0, "bos": 2, "eos": 3}, special=np.arange(VOCAB) < 107)
     return (
         LM(config, objective.heads(config)),
@@ -217,9 +219,9 @@ def firth_run(
     model, objective, batches = made
     with tempfile.TemporaryDirectory() as directory:
         train(
-            model, objective, batches, Path(directory), length=Budget(max_steps=1_000_000), told=NullReporter(),
+            model, objective, batches, Path(directory), budget=Budget(max_steps=1_000_000), reporter=NullReporter(),
             optimizer=OptimizerConfig(name=optimizer), schedule=Schedule("constant", warmup_ratio=0), evaluate=evaluate,
-            plan=TrainerConfig(eval_every=share, save_every=0),
+            config=TrainerConfig(eval_every=share, save_every=0),
         )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def base(results: Path) -> Path:
     file = {name: str(material / f"{name}.jsonl") for name in
             ("train", "valid", "dialogues-train", "dialogues-valid", "preferences-train", "preferences-valid")}  # fmt: skip
     if not (tokenizer_at / "merges.json").exists():
-        train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", size=SIZE.vocab)
+        train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab)
     tokenizer = Tokenizer.load(tokenizer_at)
     made = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
     text = DataConfig(path=(file["train"],), validation_path=(file["valid"],), cache_dir=str(out / "stores"))
@@ -212,8 +212,8 @@ def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
     batches = Batches(source, objective, bases.tokenizer.vocab, batch_size=ROWS, seed=seed)
     optimizer = replace(post_training.ppo().optimizer, critic_lr=arm.rate)
     train(
-        model, objective, batches, directory, length=Budget(max_steps=steps), optimizer=optimizer,
-        schedule=Schedule("constant", warmup_ratio=0.05), plan=TrainerConfig(save_every=20, keep=1), recipe=name,
+        model, objective, batches, directory, budget=Budget(max_steps=steps), optimizer=optimizer,
+        schedule=Schedule("constant", warmup_ratio=0.05), config=TrainerConfig(save_every=20, keep=1), recipe=name,
     )  # fmt: skip
     return model
 

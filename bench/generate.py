@@ -129,7 +129,9 @@ def own_decoder() -> Any:
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    config = decoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=CONTEXT)
+    config = decoder_config(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=CONTEXT
+    )
     model = LM(config, {"lm": LMHead(config)}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)

@@ -229,7 +229,7 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     length, rows, depth = (PAIR, PAIRS, SHALLOW) if arm.pairs else (LENGTH, ROWS, DEPTH)
     if arm.small:
         source = some(source, SMALL)
-    config = replace(encoder_config(VOCAB, WIDTH, depth, context=length), type_vocab_size=2 * arm.pairs)
+    config = replace(encoder_config(VOCAB, WIDTH, depth, max_positions=length), type_vocab_size=2 * arm.pairs)
     theirs = catalog.fetch("minilm", echo=print) if arm.rate else None
     torch.manual_seed(seed)
     if theirs is not None:
@@ -243,9 +243,9 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     before, started = arm.scores(model, arm.objective, given), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, arm.objective, batches, Path(folder), length=Budget(max_steps=max(2, round(arm.steps * scale))),
+            model, arm.objective, batches, Path(folder), budget=Budget(max_steps=max(2, round(arm.steps * scale))),
             optimizer=OptimizerConfig("adamw", lr=arm.rate) if arm.rate else OptimizerConfig(),
-            schedule=Schedule("linear", warmup_ratio=0.1) if arm.rate else Schedule("wsd"), plan=TrainerConfig(save_every=0), told=NullReporter(),
+            schedule=Schedule("linear", warmup_ratio=0.1) if arm.rate else Schedule("wsd"), config=TrainerConfig(save_every=0), reporter=NullReporter(),
         )  # fmt: skip
     return {
         "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,

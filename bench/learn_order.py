@@ -168,9 +168,9 @@ def one(objective: SentencePairObjective, seed: int) -> dict[str, Any]:
     before, started = scores(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, objective, batches, Path(folder), length=Budget(max_steps=STEPS),
+            model, objective, batches, Path(folder), budget=Budget(max_steps=STEPS),
             optimizer=OptimizerConfig("adamw", lr=RATE, weight_decay=0.01, beta2=0.98),
-            schedule=Schedule("linear", warmup_ratio=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
+            schedule=Schedule("linear", warmup_ratio=0.1), config=TrainerConfig(save_every=0), reporter=NullReporter(),
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
     last = [row["loss"] for row in rows if row["split"] == "train"][-LAST:]

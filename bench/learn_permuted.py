@@ -65,7 +65,7 @@ HELD = 256
 GAPS = 768
 """Held-out texts of which one token is hidden."""
 
-BODY = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+BODY = encoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT)
 FAR = replace(BODY, position="xlnet", mask_embedding=True)
 CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
     "xlnet": (PLM(k=3), replace(FAR, memory_length=MEMORY), WindowsConfig(LENGTH)),
@@ -158,7 +158,9 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     if given.run:
         if not (results / "tokenizer").exists():
-            train_tokenizer(TEXT.paths(print), results / "tokenizer", algorithm="byte-bpe", size=VOCAB, echo=print)
+            train_tokenizer(
+                TEXT.paths(print), results / "tokenizer", algorithm="byte-bpe", vocab_size=VOCAB, echo=print
+            )
         left = given.limit
         for seed in SEEDS:
             for name in given.only:

@@ -121,7 +121,7 @@ def done(place: Place, name: str, seed: int, made: Recipe) -> tuple[Path, dict[s
 
 def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     source = DataConfig(corpus="shakespeare", cache_dir=str(place.results / "stores"))
-    body = encoder_config(4096, 128, 3, heads=2, context=128)
+    body = encoder_config(4096, 128, 3, num_heads=2, max_positions=128)
     pairs, pieces = SegmentPairsConfig(max_length=64), ChunksConfig(max_length=34)
     tokenizer = ""
     for name, objective, examples, config, optimizer in (
@@ -204,7 +204,7 @@ def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    body = replace(encoder_decoder_config(4096, 128, 2, heads=2, context=64), latent_size=32)
+    body = replace(encoder_decoder_config(4096, 128, 2, num_heads=2, max_positions=64), latent_size=32)
     anneal = place.steps(250).max_steps or 0
     for name, objective, optimizer in (
         ("untrained", VAE(), STILL),
@@ -223,7 +223,7 @@ def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     source = DataConfig(corpus="shakespeare", cache_dir=str(place.results / "stores"))
-    body = encoder_config(4096, 128, 3, heads=2, context=256)
+    body = encoder_config(4096, 128, 3, num_heads=2, max_positions=256)
     tokenizer = ""
     for name, config, optimizer in (
         ("untrained", replace(body, linformer_k=64), STILL),

@@ -71,7 +71,7 @@ def coder(results: Path, corpus: str, algorithm: str, size: int) -> str:
 
     where = results / f"tokenizer-{corpus}"
     if not (where / "tokenizer.json").exists():
-        train_tokenizer(catalog.paths(corpus, quiet), where, algorithm=algorithm, size=size, sentinels=100)
+        train_tokenizer(catalog.paths(corpus, quiet), where, algorithm=algorithm, vocab_size=size, num_sentinels=100)
     return str(where)
 
 

@@ -41,7 +41,7 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    config = encoder_config(vocab=1000, width=256, depth=2, heads=4, context=max(LENGTHS))
+    config = encoder_config(vocab_size=1000, hidden_size=256, num_layers=2, num_heads=4, max_positions=max(LENGTHS))
     if contender == "linformer":
         config = replace(config, linformer_k=SLOTS)
     if contender == "written out":
@@ -78,7 +78,7 @@ def check() -> None:
     from firth.model.model import LM
 
     torch.manual_seed(0)
-    config = encoder_config(vocab=1000, width=64, depth=2, heads=2, context=64)
+    config = encoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2, max_positions=64)
     full, short = LM(config, {}), LM(replace(config, linformer_k=64), {})
     short.load_state_dict(full.state_dict() | {"trunk.linformer.weight": torch.eye(64)[None, None]})
     for module in (full, short):

@@ -266,7 +266,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     tokenizer = small()
     size = tokenizer.vocab.size
     file = folder / "file.gguf"
-    config = llama(size, 128, 3, 4, 256, context=512, kv_heads=2)
+    config = llama(size, 128, 3, 4, 256, max_positions=512, num_kv_heads=2)
     for kind in PACK:
         gguf.write(random(config), tokenizer, file, kind)
         yield texts(f"llama, random, {kind}", file, arguments.new)

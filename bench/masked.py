@@ -160,7 +160,14 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(0)
     objective = MLM()
-    config = encoder_config(vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, context=LONGEST, hidden=8 * WIDTH // 3)
+    config = encoder_config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_layers=DEPTH,
+        num_heads=HEADS,
+        max_positions=LONGEST,
+        intermediate_size=8 * WIDTH // 3,
+    )
     if bert:
         config = ModelConfig(
             vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=LONGEST, norm_placement="post", norm_eps=1e-12,

@@ -54,7 +54,7 @@ def made(folder: Path) -> list[Path]:
     from firth.pretrained.load_save import save_model
     from firth.tokenizer.train import train
 
-    tokenizer = train(list(topics.values())[:60], "byte-bpe", size=1000, seed=0)
+    tokenizer = train(list(topics.values())[:60], "byte-bpe", vocab_size=1000, seed=0)
     size: dict[str, int] = {"vocab": tokenizer.vocab.size, "width": 64, "depth": 2, "heads": 4, "context": 128}
     shapes = {
         "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def real(batch: dict[str, torch.Tensor], side: str) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    tokenizer = train(topics.values(), "byte-bpe", size=8192, seed=0, sentinels=100)
+    tokenizer = train(topics.values(), "byte-bpe", vocab_size=8192, seed=0, num_sentinels=100)
     vocab = tokenizer.vocab
     long = [Document(f"{copy}:{name}", text) for copy in range(20) for name, text in topics.items()]
     store = TokenStore.build(long, tokenizer, folder / "long")

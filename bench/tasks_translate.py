@@ -48,7 +48,7 @@ def short(row: Row) -> bool:
 
 def shape(vocab: int) -> ModelConfig:
     """Both sides' shape."""
-    return encoder_decoder_config(vocab, WIDTH, 2, context=2 * LENGTH)
+    return encoder_decoder_config(vocab, WIDTH, 2, max_positions=2 * LENGTH)
 
 
 def pretrained(results: Path, train: Path, quick: bool) -> Path:
@@ -58,7 +58,13 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
         rows = [json.loads(line) for line in train.open(encoding="utf-8")]
         texts = (row[language] for row in rows for language in LANGUAGES)
         train_tokenizer(
-            [str(train)], coder, algorithm="unigram", size=VOCAB, texts=texts, sentinels=100, echo=lambda _: None
+            [str(train)],
+            coder,
+            algorithm="unigram",
+            vocab_size=VOCAB,
+            texts=texts,
+            num_sentinels=100,
+            echo=lambda _: None,
         )
     steps = 4 if quick else 600
     settings = [

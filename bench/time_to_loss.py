@@ -284,8 +284,8 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
         if not adamw:
             init_head(model, objective, batches)
         train(
-            model, objective, batches, Path(directory), length=Budget(max_seconds=clock.seconds), optimizer=optimizer,
-            schedule=schedule, plan=TrainerConfig(eval_every=1, save_every=0), evaluate=evaluate, told=NullReporter(),
+            model, objective, batches, Path(directory), budget=Budget(max_seconds=clock.seconds), optimizer=optimizer,
+            schedule=schedule, config=TrainerConfig(eval_every=1, save_every=0), evaluate=evaluate, reporter=NullReporter(),
         )  # fmt: skip
     if not clock.curve or clock.curve[-1][1] != clock.step:  # the loop's own clock does not count its log
         clock.step -= 1

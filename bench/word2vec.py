@@ -88,9 +88,9 @@ def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
     model, objective, batches = made(algorithm)
     with tempfile.TemporaryDirectory() as directory:
         train(
-            model, objective, batches, Path(directory), length=Budget(max_steps=1_000_000), told=NullReporter(),
+            model, objective, batches, Path(directory), budget=Budget(max_steps=1_000_000), reporter=NullReporter(),
             optimizer=word2vec().optimizer, schedule=Schedule("constant", warmup_ratio=0), evaluate=evaluate,
-            plan=TrainerConfig(eval_every=SHARE, save_every=0, precision="fp32"),
+            config=TrainerConfig(eval_every=SHARE, save_every=0, precision="fp32"),
         )  # fmt: skip
 
 

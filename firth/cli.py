@@ -192,7 +192,7 @@ def tokenizer_train(
     from firth.runs.prepare import train_tokenizer
 
     train_tokenizer(
-        paths, out, algorithm=algorithm, size=size, field=field, sample=sample, seed=seed, sentinels=sentinels,
+        paths, out, algorithm=algorithm, vocab_size=size, text_field=field, sample_bytes=sample, seed=seed, num_sentinels=sentinels,
         byte_fallback=byte_fallback, echo=typer.echo,
     )  # fmt: skip
     typer.echo(f"See what it learnt:  firth tokenizer show {shlex.quote(str(out))} some words")

@@ -21,7 +21,7 @@ TEXTS = [text for text in topics.values() if len(text) > 400][:40]
 @functools.cache
 def tokenizer() -> Tokenizer:
     """600 byte-level subwords of Python's help, with eight sentinels."""
-    return train(TEXTS, "byte-bpe", size=600, seed=0, sentinels=8)
+    return train(TEXTS, "byte-bpe", vocab_size=600, seed=0, num_sentinels=8)
 
 
 def documents(n: int = 30, longest: int = 3000) -> list[Document]:

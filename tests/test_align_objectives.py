@@ -89,7 +89,7 @@ def causal(n: int) -> dict[str, torch.Tensor]:
 
 
 def test_text_to_text_learns_from_encoder_to_decoder() -> None:
-    config = encoder_decoder_config(vocab=V, width=32, depth=1, heads=2, context=32)
+    config = encoder_decoder_config(vocab_size=V, hidden_size=32, num_layers=1, num_heads=2, max_positions=32)
     torch.manual_seed(0)
     model = LM(config, Seq2SeqSFT().heads(config))
     rows = [{"source": np.array([50 + i, 51]), "target": np.array([70 + i, 3])} for i in range(4)]

@@ -37,10 +37,12 @@ from firth.types import UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
 SHAPES: dict[str, Callable[[int], ModelConfig]] = {
-    "gpt": lambda vocab: presets.gpt(vocab, 32, 2, 2, context=64),
-    "gpt2": lambda vocab: presets.gpt2(vocab, 32, 2, 2, context=64),
-    "bert": lambda vocab: presets.bert(vocab, 32, 2, 2, context=64),
-    "llama": lambda vocab: replace(decoder_config(vocab=vocab, width=32, depth=2, heads=2, context=64), dropout=0.1),
+    "gpt": lambda vocab: presets.gpt(vocab, 32, 2, 2, max_positions=64),
+    "gpt2": lambda vocab: presets.gpt2(vocab, 32, 2, 2, max_positions=64),
+    "bert": lambda vocab: presets.bert(vocab, 32, 2, 2, max_positions=64),
+    "llama": lambda vocab: replace(
+        decoder_config(vocab_size=vocab, hidden_size=32, num_layers=2, num_heads=2, max_positions=64), dropout=0.1
+    ),
 }
 ROLLOUTS = (
     "segment.answers=16", "segment.epochs=1", "batch.rows=16", "segment.max_new=6", "segment.scorer=builtins:len",
@@ -153,7 +155,7 @@ def test_dropout_on_is_reported(
 
 
 def test_a_model_without_dropout_has_nothing_to_report() -> None:
-    config = decoder_config(vocab=20, width=32, depth=1, heads=2)
+    config = decoder_config(vocab_size=20, hidden_size=32, num_layers=1, num_heads=2)
     model = LM(config, {"lm": LMHead(config)})
     assert not uses_dropout(model)
     lora.add(model, ["attention.q"], lora.LoraConfig(dropout=0.1))

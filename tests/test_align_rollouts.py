@@ -38,7 +38,7 @@ from firth.train.step import step
 from firth.types import UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = decoder_config(vocab=VOCAB.size, width=32, depth=1, heads=2, context=32)
+SHAPE = decoder_config(vocab_size=VOCAB.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=32)
 truth = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8)
 """The toy's true reward: how many of eight letters are vowels."""
 
@@ -370,7 +370,7 @@ def annotated(model: LM, count: int, **where: object) -> tuple[PrecomputedSource
     source = PreferencePairs(
         [PreferencePair(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(count)]
     )
-    return precompute(source, model, build_comparison, ref_logprobs, rows=2, **where), source  # type: ignore[arg-type]
+    return precompute(source, model, build_comparison, ref_logprobs, batch_size=2, **where), source  # type: ignore[arg-type]
 
 
 def test_annotation_is_what_the_model_says_of_each_example() -> None:

@@ -101,7 +101,7 @@ def test_dpo_is_that_of_trl(
     loss = theirs.compute_loss(policy, theirs.data_collator(pairs))
     loss.backward()
 
-    annotated = precompute(source, ours_frozen, build_comparison, ref_logprobs, rows=4)
+    annotated = precompute(source, ours_frozen, build_comparison, ref_logprobs, batch_size=4)
     objective = DPO(beta=beta)
     # Two micro-batches of unequal content, which must not matter.
     batches = Batches(

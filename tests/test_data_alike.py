@@ -92,7 +92,9 @@ def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
 
 
 def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
-    config = encoder_config(vocab=tokenizer().vocab.size, width=32, depth=1, heads=2, context=32)
+    config = encoder_config(
+        vocab_size=tokenizer().vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=32
+    )
     torch.manual_seed(0)
     model = LM(config, OBJECTIVE.heads(config)).eval()
     torch.nn.init.normal_(model.heads["classes"].weight, std=1.0)

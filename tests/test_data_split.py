@@ -82,7 +82,7 @@ SHAPES: dict[str, tuple[ExamplesConfig, Row]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train(["what is the answer of a film ? good bad " * 9], "byte-bpe", size=400)
+    return train(["what is the answer of a film ? good bad " * 9], "byte-bpe", vocab_size=400)
 
 
 def material(tokenizer: Tokenizer, folder: Path, path: str, **source: Any) -> tuple[RunData, list[str]]:

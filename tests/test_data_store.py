@@ -122,7 +122,7 @@ def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path:
 
     with pytest.raises(Stop):
         TokenStore.build(cut_short(25), tokenizer(), tmp_path / "again")
-    another = train(TEXTS[:5], "byte-bpe", size=400, seed=0, sentinels=2)
+    another = train(TEXTS[:5], "byte-bpe", vocab_size=400, seed=0, num_sentinels=2)
     made = TokenStore.build(documents(), another, tmp_path / "again")
     assert another.decode(body(made, 7)) == documents()[7].text
 
@@ -153,7 +153,7 @@ def test_one_builder_at_a_time(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     made = store(tmp_path)
-    another = train(TEXTS[:5], "byte-bpe", size=400, seed=0)
+    another = train(TEXTS[:5], "byte-bpe", vocab_size=400, seed=0)
     with pytest.raises(UserError, match="another tokenizer"):
         TokenStore.open(tmp_path / "store", another)
     with pytest.raises(UserError, match="exists already"):
@@ -366,7 +366,7 @@ def test_pairs_are_neighbours_and_a_stranger_of_the_same_length(tmp_path: Path) 
 
 def test_a_wordpiece_like_store_without_bos(tmp_path: Path) -> None:
     """T5 has no bos: documents are text and eos, and pieces are still the bare text."""
-    t = train(TEXTS[:5], "byte-bpe", size=400, seed=0)
+    t = train(TEXTS[:5], "byte-bpe", vocab_size=400, seed=0)
     vocab = t.vocab
     roles = {role: i for role, i in vocab.roles.items() if role != "bos"}
     t.__dict__["vocab"] = type(vocab)(vocab.size, roles, vocab.special, vocab.sentinels, vocab.spelling)
@@ -441,7 +441,7 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
     counts = ReadStats()
     some = list(readers.documents([str(tmp_path)], counts=counts))
-    made = TokenStore.build(some, tokenizer(), tmp_path / "store", counts=counts.rows)
+    made = TokenStore.build(some, tokenizer(), tmp_path / "store", stats=counts.rows)
     assert len(made) == 2
     assert made.manifest["counts"]["nul"] == 1
     assert made.manifest["counts"]["empty"] == 2

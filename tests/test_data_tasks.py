@@ -247,7 +247,7 @@ def test_answers_of_other_shapes(tmp_path: Path) -> None:
 def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
     """The characters of these tokens begin at the blank before their word: "baker" is at 49, not " baker" at 48."""
     context = "In Leeds the otter paints the boat at dawn and a baker sells some bread.  "
-    tokenizer = train([context], algorithm, size=400, sentinels=0)
+    tokenizer = train([context], algorithm, vocab_size=400, num_sentinels=0)
     answers = [("baker", 49), (" baker", 48), ("baker ", 49)]
     records = [
         {"context": context, "question": "who?", "answers": [{"text": text, "start": start}]} for text, start in answers

@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Saved:
     def make(parts: dict[str, nn.Module], recipe: dict[str, Any], classes: tuple[str, ...] = ()) -> Path:
         coder = tokenizer()
         torch.manual_seed(0)
-        model = LM(encoder_config(coder.vocab.size, 64, 1, heads=2, context=64), parts)
+        model = LM(encoder_config(coder.vocab.size, 64, 1, num_heads=2, max_positions=64), parts)
         place = tmp_path / f"run-{recipe['segment']['kind']}"
         save_model(model, coder, place / "model", {"recipe": "0", "classes": classes})
         (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -237,7 +237,7 @@ def test_the_probability_of_no_answer_is_its_own(reader: Path, tmp_path: Path) -
     coder = tokenizer()
     head = classification_head(64, 2)
     nn.init.zeros_(head.weight)
-    model = LM(encoder_config(coder.vocab.size, 64, 1, heads=2, context=64), {"span": head})
+    model = LM(encoder_config(coder.vocab.size, 64, 1, num_heads=2, max_positions=64), {"span": head})
     save_model(model, coder, reader / "model", {"recipe": "0"})
     file = squad(tmp_path / "a.json", {"id": "q1", "question": "Who?", "answers": []})
     [row] = predict(reader, str(file), io.BytesIO())
@@ -254,7 +254,7 @@ def writer(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     def make(segment: dict[str, Any]) -> Path:
         coder = tokenizer()
         torch.manual_seed(0)
-        config = encoder_decoder_config(coder.vocab.size, 64, 1, heads=2, context=48)
+        config = encoder_decoder_config(coder.vocab.size, 64, 1, num_heads=2, max_positions=48)
         model = LM(config, Seq2SeqSFT().heads(config))
         save_model(model, coder, tmp_path / "run" / "model", {"recipe": "0"})
         told = {
@@ -356,7 +356,7 @@ def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -
     whole = QuestionRecords([str(windows(tmp_path / "a.json", 6))], tokenizer(), 32, question=8, stride=8)
     half = SubsetSource(whole, np.flatnonzero(whole.record_ids >= 6))  # four of six passages, of three questions each
     assert len(whole) > 40 and len(np.unique(half.record_ids)) == 12
-    config = encoder_config(600, 32, 1, heads=2, context=64)
+    config = encoder_config(600, 32, 1, num_heads=2, max_positions=64)
     recipe = replace(load("answer", []), model=config, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
     shown = Validator(recipe, half, 0.0, tokenizer(), Ranks()).shown
     some = np.unique(shown.record_ids)

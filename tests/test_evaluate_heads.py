@@ -170,7 +170,7 @@ def test_the_glue_score() -> None:
 def test_a_stranger_s_classifier_that_reads_elsewhere_is_refused(tmp_path: Path) -> None:
     """XLNet's, T5's and BART's classes read their answer where none of ours does; firth's own of that shape answer."""
     coder = tokenizer()
-    config = encoder_decoder_config(coder.vocab.size, 32, 1, heads=2, context=32)
+    config = encoder_decoder_config(coder.vocab.size, 32, 1, num_heads=2, max_positions=32)
     model = LM(config, {"classes": classification_head(32, 2)})
     for name, facts in (("theirs", {}), ("ours", {"recipe": "0"})):
         save_model(model, coder, tmp_path / name, {"classes": ["bad", "good"], **facts})

@@ -173,7 +173,9 @@ HARD = [
 
 @pytest.mark.parametrize("algorithm", ["bpe", "byte-bpe", "wordpiece", "unigram"])
 def test_sizes_add_up_to_the_bytes_of_the_text(algorithm):
-    tokenizer = train(["the quick brown fox jumps over the lazy dog, plain words " * 20], algorithm, 300, sentinels=2)
+    tokenizer = train(
+        ["the quick brown fox jumps over the lazy dog, plain words " * 20], algorithm, 300, num_sentinels=2
+    )
     for text in HARD:
         found = read(tokenizer, text)
         assert found.tokens.tolist() == tokenizer.encode(text).tolist()
@@ -184,7 +186,7 @@ def test_sizes_add_up_to_the_bytes_of_the_text(algorithm):
 
 
 def test_sizes_say_where_the_bytes_are():
-    tokenizer = train(["ab ab ab"], "byte-bpe", 400, sentinels=0)
+    tokenizer = train(["ab ab ab"], "byte-bpe", 400, num_sentinels=0)
     found = read(tokenizer, "ab é ab")
     words = [(tokenizer.decode([t]), int(n)) for t, n in zip(found.tokens, found.sizes, strict=True)]
     assert words[0] == ("ab", 2)
@@ -196,8 +198,8 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     """A model that knows nothing pays log2(vocab) per token, so its bits per byte follow from the counts alone."""
     text = "the quick brown fox jumps over the lazy dog " * 10
     for size in (300, 340):
-        tokenizer = train([text], "byte-bpe", size, sentinels=0)
-        config = decoder_config(tokenizer.vocab.size, 64, 1, context=32)
+        tokenizer = train([text], "byte-bpe", size, num_sentinels=0)
+        config = decoder_config(tokenizer.vocab.size, 64, 1, max_positions=32)
         model = LM(config, {"lm": LMHead(config)})
         torch.nn.init.zeros_(model.heads["lm"].weight)
         found = read(tokenizer, text)

@@ -31,7 +31,7 @@ TEXT = "the king is dead, long live the queen; the fool speaks and nobody listen
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train([TEXT * 3], "byte-bpe", 330, sentinels=4)
+    return train([TEXT * 3], "byte-bpe", 330, num_sentinels=4)
 
 
 def saved(directory, tokenizer, make, facts=None, parts=("lm",)):
@@ -96,7 +96,7 @@ def test_who_reads_bos_and_where(tmp_path, tokenizer):
     assert leading(tmp_path, tokenizer) == (None, False)
     (tmp_path / "firth.json").write_text("{}")
     assert leading(tmp_path, tokenizer) == (bos, False)
-    framing = train([TEXT], "byte-bpe", 330, sentinels=0)
+    framing = train([TEXT], "byte-bpe", 330, num_sentinels=0)
     framing.engine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     assert leading(tmp_path, framing) == (bos, True)
     config = tmp_path / "tokenizer_config.json"
@@ -188,7 +188,7 @@ def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, toke
 def test_classification_is_what_training_measures(tmp_path, tokenizer):
     """A head trained by the one step until it knows the difference; its logged accuracy is the evaluated one."""
     objective = Classification(class_names=("fool", "queen"))
-    config = encoder_config(tokenizer.vocab.size, 64, 1, context=32)
+    config = encoder_config(tokenizer.vocab.size, 64, 1, max_positions=32)
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     rng = np.random.default_rng(0)

@@ -41,15 +41,15 @@ MORE = 46
 """Rows of the table that no token has."""
 
 SHAPES: dict[str, Callable[[int], ModelConfig]] = {
-    "softcap": lambda vocab: decoder_config(vocab, 32, 1, 2, context=64),
+    "softcap": lambda vocab: decoder_config(vocab, 32, 1, 2, max_positions=64),
     "tied": lambda vocab: ModelConfig(vocab, 32, 1, 2, max_positions=64),
-    "t5": lambda vocab: encoder_decoder_config(vocab, 32, 1, 2, context=64),
+    "t5": lambda vocab: encoder_decoder_config(vocab, 32, 1, 2, max_positions=64),
 }
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train([TEXT], "byte-bpe", 330, sentinels=4)
+    return train([TEXT], "byte-bpe", 330, num_sentinels=4)
 
 
 def twins(make: Callable[[int], ModelConfig], size: int) -> tuple[LM, LM]:
@@ -92,7 +92,7 @@ def test_wide_tables_write_and_score_as_exact_ones(tokenizer: Tokenizer, name: s
 
 
 def test_masks_are_filled_with_tokens_alone(tokenizer: Tokenizer) -> None:
-    one, other = twins(lambda vocab: encoder_config(vocab, 32, 1, 2, context=64), tokenizer.vocab.size)
+    one, other = twins(lambda vocab: encoder_config(vocab, 32, 1, 2, max_positions=64), tokenizer.vocab.size)
     text = f"the {tokenizer.token(tokenizer.vocab.mask)} is dead"
     [found], [expected] = (Engine(m, tokenizer).fill(text, 400) for m in (other, one))
     assert [c.token for c in found] == [c.token for c in expected]
@@ -156,7 +156,7 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
 
 def test_replaced_tokens_are_drawn_from_tokens_alone(tokenizer: Tokenizer) -> None:
     """ELECTRA's generator, whose head is a part of another model."""
-    config = replace(encoder_config(tokenizer.vocab.size + MORE, 32, 1, 2, context=64), embedding_size=32)
+    config = replace(encoder_config(tokenizer.vocab.size + MORE, 32, 1, 2, max_positions=64), embedding_size=32)
     objective = RTD(mlm_probability=0.5, generator_size=1.0)
     torch.manual_seed(0)
     model = LM(config, objective.heads(config)).eval()
@@ -193,7 +193,7 @@ def test_holes_in_the_numbering_are_never_written() -> None:
 def test_unused_pieces_of_gguf_files_are_no_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """llama.cpp names what fills up a table [PAD330], of the type "unused"."""
     file = tmp_path / "wide.gguf"
-    _, wide = twins(lambda vocab: llama(vocab, 64, 1, 2, 96, context=64), tokenizer.vocab.size)
+    _, wide = twins(lambda vocab: llama(vocab, 64, 1, 2, 96, max_positions=64), tokenizer.vocab.size)
     gguf.write(wide, tokenizer, file, "F32")
     names = metadata(tokenizer, wide.config.vocab_size, False)["tokenizer.ggml.tokens"]
     assert names[-1] == f"[PAD{wide.config.vocab_size - 1}]"

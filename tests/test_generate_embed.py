@@ -46,7 +46,7 @@ def expected(directory: Path, texts: list[str], length: int, unit: bool) -> np.n
 @pytest.mark.parametrize("unit", [True, False])
 def test_mean_pooling_is_theirs(tmp_path: Path, tokenizer: Tokenizer, unit: bool) -> None:
     torch.manual_seed(0)
-    model = LM(bert(tokenizer.vocab.size, 32, 2, 2, context=64), {}).eval()
+    model = LM(bert(tokenizer.vocab.size, 32, 2, 2, max_positions=64), {}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -82,7 +82,7 @@ def test_every_kind_of_model_embeds_alike_in_any_batch(make: Any, tokenizer: Tok
 
 
 def test_the_command_writes_numpy_and_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    save_model(LM(bert(tokenizer.vocab.size, 32, 1, 2, context=64), {}), tokenizer, tmp_path / "model")
+    save_model(LM(bert(tokenizer.vocab.size, 32, 1, 2, max_positions=64), {}), tokenizer, tmp_path / "model")
     (tmp_path / "a.csv").write_text("title,text\n1,a man\n2,a song\n")
     for out, given in (("a.npy", str(tmp_path / "a.csv")), ("a.jsonl", "-")):
         said = CliRunner().invoke(
@@ -95,7 +95,7 @@ def test_the_command_writes_numpy_and_json(tmp_path: Path, tokenizer: Tokenizer)
 
 def test_texts_of_nothing_have_finite_vectors_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """An empty text embeds to a finite vector, and a long one between others changes neither (case 30)."""
-    save_model(LM(bert(tokenizer.vocab.size, 32, 1, 2, context=64), {}), tokenizer, tmp_path / "model")
+    save_model(LM(bert(tokenizer.vocab.size, 32, 1, 2, max_positions=64), {}), tokenizer, tmp_path / "model")
     texts = ["a man sings", "", "   ", "a man sings a song. " * 60, "\u200b", "a man sings"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     done = CliRunner().invoke(

@@ -18,7 +18,7 @@ from firth.types import UserError
 
 V = ByteCoder.vocab.size
 SHAPES = {
-    "nanochat": decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
+    "nanochat": decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "gpt2": ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "sinusoidal, post-norm, grouped": ModelConfig(
         vocab_size=V,
@@ -30,7 +30,7 @@ SHAPES = {
         position="sinusoidal",
         norm_placement="post",
     ),
-    "t5": encoder_decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
+    "t5": encoder_decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
 }
 DECODERS = [name for name in SHAPES if name != "t5"]
 
@@ -100,7 +100,7 @@ def test_a_row_does_not_feel_its_neighbours(model: LM) -> None:
     for i, row in enumerate(rows):
         [alone] = engine(model).generate([row], Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=40 + i))
         assert np.array_equal(alone.tokens, together[i].tokens)
-    small = Engine(model, ByteCoder(), stops=(), rows=2).generate(rows, sampling)
+    small = Engine(model, ByteCoder(), stops=(), batch_size=2).generate(rows, sampling)
     assert [a.tokens.tolist() for a in small] == [a.tokens.tolist() for a in together]
 
 
@@ -211,7 +211,7 @@ def test_a_stream_is_the_text_of_generate(model: LM) -> None:
 
 
 def test_default_stops_are_end_of_text_and_end_of_turn() -> None:
-    tokenizer = train(["the cat sat"] * 9, "byte-bpe", size=400)
+    tokenizer = train(["the cat sat"] * 9, "byte-bpe", vocab_size=400)
     ends = {tokenizer.id("</s>"), tokenizer.id("<|im_end|>")}
     assert Engine(random_model(SHAPES["gpt2"]), tokenizer).stops == ends
 
@@ -220,7 +220,7 @@ def test_default_stops_are_end_of_text_and_end_of_turn() -> None:
 
 
 def test_fill_offers_what_the_model_says_at_each_mask() -> None:
-    config = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
+    config = encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
     model = random_model(config)
     text = "the <mask> sat<mask>"
     tokens = masked(ByteCoder(), text)
@@ -242,7 +242,7 @@ def test_fill_offers_what_the_model_says_at_each_mask() -> None:
 @pytest.mark.parametrize("algorithm", ["bpe", "byte-bpe", "wordpiece", "unigram"])
 def test_a_continuation_joins_its_prompt_whatever_the_tokenizer(algorithm: str) -> None:
     text = "the quick brown fox jumps over the lazy dog and the slow dog sleeps under the old oak tree by the river"
-    tokenizer = train([text] * 20, algorithm, size=400)
+    tokenizer = train([text] * 20, algorithm, vocab_size=400)
     tokens = tokenizer.encode(text)
     whole = tokenizer.decode(tokens)
     assert len(tokens) > 15

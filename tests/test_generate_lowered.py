@@ -28,7 +28,7 @@ from firth.types import UserError
 
 V = ByteCoder.vocab.size
 SHAPES = {
-    "nanochat": decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
+    "nanochat": decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "gpt2, biases, tied": ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "llama, gated, grouped": ModelConfig(
         vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64, norm="rms", norm_bias=False, position="rotary",
@@ -39,7 +39,7 @@ SHAPES = {
         activation="swiglu", bias_location="qkv", qk_norm=True, qk_norm_weight=True,
     ),
     "albert's sharing": ModelConfig(vocab_size=V, hidden_size=32, num_layers=3, num_heads=2, num_layer_groups=1, embedding_size=16, max_positions=64, tie_embeddings=False),
-    "t5": encoder_decoder_config(vocab=V, width=32, depth=2, heads=2, context=64),
+    "t5": encoder_decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
 }  # fmt: skip
 INT8 = list(DIGITS)
 
@@ -242,7 +242,7 @@ def test_scoring_a_text_agrees_with_the_logits() -> None:
 
 
 def test_a_masked_model_fills_with_int8() -> None:
-    config = encoder_config(vocab=V, width=32, depth=2, heads=2, context=64)
+    config = encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
     model = random_model(config)
     text = f"ab{ByteCoder().token(ByteCoder.vocab.mask)}cd"
     [plain], [int8] = (engine(model, w).fill(text, 5) for w in ("fp32", "int8"))
@@ -310,7 +310,9 @@ def test_the_command_line_lowers_and_refuses(quick: str, tmp_path: Path, monkeyp
     """By default in what this machine is quickest at, which is printed where it is not what is stored."""
     monkeypatch.setattr(precision, "choose", lambda wanted, device: quick)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
-    config = decoder_config(vocab=tokenizer.vocab.size, width=32, depth=1, heads=2, context=64)
+    config = decoder_config(
+        vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64
+    )
     save_model(random_model(config), tokenizer, tmp_path)
     words = ["to be", "--temperature", "0", "-n", "8"]
     usual, same, int8, refused = (

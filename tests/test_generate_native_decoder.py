@@ -43,9 +43,9 @@ SHAPES = {
     "no position, first norm left out": ModelConfig(**BASE, position="none", first_attention_norm=False, activation="relu"),
     "wide heads": ModelConfig(**(BASE | {"width": 256, "heads": 2}), position="rotary"),
     "heads of 32": ModelConfig(**(BASE | {"width": 64, "heads": 2}), position="rotary"),
-    "heads of 64": decoder_config(vocab=V, width=128, depth=2, heads=2, context=64),
-    "t5": encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64),
-    "t5, scaled head": replace(encoder_decoder_config(vocab=V, width=48, depth=2, heads=4, context=64), lm_head_scale=0.125),
+    "heads of 64": decoder_config(vocab_size=V, hidden_size=128, num_layers=2, num_heads=2, max_positions=64),
+    "t5": encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64),
+    "t5, scaled head": replace(encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64), lm_head_scale=0.125),
     "bart": ModelConfig(**BASE, num_encoder_layers=2, norm_placement="post", embedding_norm=True, activation="gelu", lm_head_bias=True, decoder_start_token="eos"),
     "marian": ModelConfig(**BASE, num_encoder_layers=2, norm_placement="post", position="marian", activation="relu", embedding_scale=48**0.5),
 }  # fmt: skip
@@ -208,7 +208,11 @@ def test_an_adapter_that_is_not_folded_is_left_to_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [ModelConfig(**BASE, position="xlnet", mask_embedding=True), recurrent_config(vocab=V, width=48, depth=2)]
+    "shape",
+    [
+        ModelConfig(**BASE, position="xlnet", mask_embedding=True),
+        recurrent_config(vocab_size=V, hidden_size=48, num_layers=2),
+    ],
 )
 def test_other_architectures_are_left_to_torch(config: ModelConfig) -> None:
     model = random_model(config)

@@ -30,7 +30,11 @@ from firth.types import IGNORE, UserError
 
 V = ByteCoder.vocab.size
 SHAPES = {
-    "rotary": replace(decoder_config(vocab=V, width=32, depth=2, heads=2, context=64), causal=False, prefix_lm=True),
+    "rotary": replace(
+        decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
+        causal=False,
+        prefix_lm=True,
+    ),
     "t5": ModelConfig(
         vocab_size=V,
         hidden_size=32,
@@ -41,7 +45,9 @@ SHAPES = {
         causal=False,
         prefix_lm=True,
     ),
-    "an encoder's body": replace(encoder_config(vocab=V, width=32, depth=2, heads=2, context=64), prefix_lm=True),
+    "an encoder's body": replace(
+        encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64), prefix_lm=True
+    ),
 }
 CPU = torch.device("cpu")
 

@@ -156,7 +156,9 @@ def made(config: ModelConfig) -> LM:
 def test_cached_equals_uncached(position: str, source: bool) -> None:
     """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
     make = encoder_decoder_config if source else decoder_config
-    model = made(replace(make(50, 32, 2, heads=4, context=64), position=position, num_kv_heads=2, zero_init=False))
+    model = made(
+        replace(make(50, 32, 2, num_heads=4, max_positions=64), position=position, num_kv_heads=2, zero_init=False)
+    )
     lengths, more = [6, 3, 1], 4
     tokens = torch.randint(50, (3, 10))
     extra = {}
@@ -186,7 +188,7 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 
 @torch.inference_mode()
 def test_cache_keeps_chosen_rows() -> None:
-    model = made(replace(encoder_decoder_config(50, 32, 2, heads=4), zero_init=False))
+    model = made(replace(encoder_decoder_config(50, 32, 2, num_heads=4), zero_init=False))
     when = torch.arange(5).expand(3, 5)
     batch = {
         "tokens": torch.randint(50, (3, 5)),

@@ -69,9 +69,9 @@ SHAPES = {
     "t5-v1.0": T5,
     "t5-v1.1": replace(T5, activation="geglu_tanh", lm_head_scale=1.0, tie_embeddings=False),
     "t5-v1.1-tied": replace(T5, activation="geglu_tanh", lm_head_scale=1.0),
-    "nanochat": replace(decoder_config(61, 32, 2, heads=4, context=40), num_kv_heads=2, zero_init=False),
-    "modernbert": replace(encoder_config(61, 32, 2, heads=4, context=40), zero_init=False),
-    "modernbert-silu": replace(encoder_config(61, 32, 2, heads=4, context=40), zero_init=False, activation="swiglu"),
+    "nanochat": replace(decoder_config(61, 32, 2, num_heads=4, max_positions=40), num_kv_heads=2, zero_init=False),
+    "modernbert": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40), zero_init=False),
+    "modernbert-silu": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40), zero_init=False, activation="swiglu"),
 }  # fmt: skip
 MARIAN_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
 AUTO = {
@@ -353,7 +353,7 @@ def test_every_family_has_its_place() -> None:
 def test_transformers_ends_an_answer_where_we_do(end: str, tmp_path: Path) -> None:
     """At the end of a text and at the end of a turn: the model is made to say it, and says it first on its n-th word."""
     coder = tokenizer()
-    model = built(replace(decoder_config(coder.vocab.size, 32, 2, heads=4, context=64), zero_init=False))
+    model = built(replace(decoder_config(coder.vocab.size, 32, 2, num_heads=4, max_positions=64), zero_init=False))
     prompt, greedy = coder.encode("What is a module?"), Sampling(max_new_tokens=12, temperature=0)
     [unending] = Engine(model, coder, stops=()).generate([prompt], greedy)
     words = unending.tokens.tolist()

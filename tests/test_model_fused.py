@@ -171,7 +171,10 @@ def test_head_under_autocast_and_without_gradients(make: object) -> None:
 def test_a_tied_matrix_gets_both_gradients() -> None:
     """The finite difference of the loss along a random direction of the tied matrix."""
     config = replace(
-        decoder_config(vocab=20, width=16, depth=1, heads=2), tie_embeddings=True, zero_init=False, init_std=0.3
+        decoder_config(vocab_size=20, hidden_size=16, num_layers=1, num_heads=2),
+        tie_embeddings=True,
+        zero_init=False,
+        init_std=0.3,
     )
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)}).double()
@@ -195,7 +198,7 @@ def test_a_tied_matrix_gets_both_gradients() -> None:
 
 def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
     for config in (
-        decoder_config(50, 32, 2, heads=2), encoder_config(50, 32, 2, heads=2), ModelConfig(50, 32, 2, 4),
+        decoder_config(50, 32, 2, num_heads=2), encoder_config(50, 32, 2, num_heads=2), ModelConfig(50, 32, 2, 4),
         ModelConfig(50, 32, 2, 4, num_kv_heads=2, num_encoder_layers=3, position="t5", activation="swiglu", tie_embeddings=False, lm_head_bias=True),
         ModelConfig(50, 32, 2, 4, norm_placement="post", embedding_norm=True, type_vocab_size=2, lm_head="transform", lm_head_bias=True, first_attention_norm=False),
     ):  # fmt: skip

@@ -26,19 +26,19 @@ from firth.types import UserError
 TOKENIZER = train(["to be, or not to be: that is the question " * 20], "byte-bpe", 400)
 SIZE = TOKENIZER.vocab.size
 SHAPES = {
-    "llama": llama(SIZE, 64, 2, 4, 96, context=64),
+    "llama": llama(SIZE, 64, 2, 4, 96, max_positions=64),
     "llama, grouped and tied": replace(
-        llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), tie_embeddings=True, rope_theta=5e5
+        llama(SIZE, 64, 2, 4, 96, max_positions=64, num_kv_heads=2), tie_embeddings=True, rope_theta=5e5
     ),
-    "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, context=64), bias=True, head_dim=16),
+    "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, max_positions=64), bias=True, head_dim=16),
     "llama, biased in attention alone": replace(
-        llama(SIZE, 64, 2, 4, 96, context=64), bias=True, bias_location="attention"
+        llama(SIZE, 64, 2, 4, 96, max_positions=64), bias=True, bias_location="attention"
     ),
-    "qwen2": replace(llama(SIZE, 64, 2, 4, 96, context=64, kv_heads=2), bias=True, bias_location="qkv"),
+    "qwen2": replace(llama(SIZE, 64, 2, 4, 96, max_positions=64, num_kv_heads=2), bias=True, bias_location="qkv"),
     "qwen3": replace(
-        llama(SIZE, 64, 2, 4, 96, context=64), qk_norm=True, qk_norm_weight=True, head_dim=32, tie_embeddings=True
+        llama(SIZE, 64, 2, 4, 96, max_positions=64), qk_norm=True, qk_norm_weight=True, head_dim=32, tie_embeddings=True
     ),
-    "gpt2": gpt2(SIZE, 64, 2, 4, context=64),
+    "gpt2": gpt2(SIZE, 64, 2, 4, max_positions=64),
 }
 
 
@@ -75,7 +75,7 @@ def test_an_encoder_goes_without_its_head(tmp_path):
     words = tmp_path / "vocab.txt"
     words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "##ing"]))
     tokenizer = Tokenizer.load(words)
-    model, file = written(tmp_path, bert(tokenizer.vocab.size, 64, 2, 4, context=32), tokenizer=tokenizer)
+    model, file = written(tmp_path, bert(tokenizer.vocab.size, 64, 2, 4, max_positions=32), tokenizer=tokenizer)
     back = load_model(file)
     assert not back.heads
     with attention_pattern_of(model), attention_pattern_of(back):

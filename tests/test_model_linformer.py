@@ -72,7 +72,7 @@ def test_the_slots_of_a_short_row_vary_as_those_of_a_long_one() -> None:
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
-    config = replace(encoder_config(60, 32, 3, heads=2, context=12), linformer_k=4, linformer_sharing=sharing)
+    config = replace(encoder_config(60, 32, 3, num_heads=2, max_positions=12), linformer_k=4, linformer_sharing=sharing)
     model = LM(config, MLM().heads(config))
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
     assert (

@@ -22,13 +22,13 @@ from firth.peft import lora
 from firth.peft.lora import LoraConfig
 from firth.types import UserError
 
-DECODER = replace(decoder_config(50, 64, 2, heads=2, context=40), tie_embeddings=True)
+DECODER = replace(decoder_config(50, 64, 2, num_heads=2, max_positions=40), tie_embeddings=True)
 SHAPES: dict[str, ModelConfig] = {
     "decoder": DECODER,
     "untied": replace(DECODER, tie_embeddings=False),
-    "encoder": encoder_config(50, 64, 2, heads=2, context=40),
-    "encoder-decoder": encoder_decoder_config(50, 64, 2, heads=2, context=40),
-    "shared": replace(bert(50, 64, 3, 2, context=40), num_layer_groups=1, embedding_size=16),
+    "encoder": encoder_config(50, 64, 2, num_heads=2, max_positions=40),
+    "encoder-decoder": encoder_decoder_config(50, 64, 2, num_heads=2, max_positions=40),
+    "shared": replace(bert(50, 64, 3, 2, max_positions=40), num_layer_groups=1, embedding_size=16),
 }
 EVERYWHERE = ("blocks.*", "parts.lm")
 
@@ -98,7 +98,7 @@ def test_the_product_is_what_the_paper_says(target: str) -> None:
 
 def test_the_published_number_of_parameters() -> None:
     """RoBERTa-base, q and v, r = 8: 0.3 M (Hu 2021, table 2), which is 294,912."""
-    config = bert(50265, 768, 12, 12, segments=1)
+    config = bert(50265, 768, 12, 12, type_vocab_size=1)
     with torch.device("meta"):
         model = LM(config, {})
         lora.add(model, ["attention.q", "attention.v"], LoraConfig(rank=8))

@@ -41,9 +41,9 @@ BERT = ModelConfig(
 )  # fmt: skip
 SHAPES = {
     "bert": BERT,
-    "encoder": encoder_config(vocab=40, width=64, depth=2, heads=2, context=32),
-    "decoder": decoder_config(vocab=40, width=64, depth=2, heads=2, context=32),
-    "t5": encoder_decoder_config(vocab=40, width=64, depth=1, heads=2, context=32),
+    "encoder": encoder_config(vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, max_positions=32),
+    "decoder": decoder_config(vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, max_positions=32),
+    "t5": encoder_decoder_config(vocab_size=40, hidden_size=64, num_layers=1, num_heads=2, max_positions=32),
     "mpnet": replace(BERT, position="mpnet"),
     "xlnet": replace(BERT, position="xlnet", mask_embedding=True, memory_length=8),
 }

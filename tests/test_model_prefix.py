@@ -23,12 +23,12 @@ from firth.types import ALWAYS, NEVER, Example, UserError
 
 LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_positions=40, tie_embeddings=False)
 SHAPES: dict[str, ModelConfig] = {
-    "rotary": decoder_config(50, 64, 2, heads=2, context=40),
+    "rotary": decoder_config(50, 64, 2, num_heads=2, max_positions=40),
     "learned": LEARNED,
     "relative": replace(LEARNED, position="t5", relative_buckets=8, relative_max_distance=16),
-    "encoder": encoder_config(50, 64, 2, heads=2, context=40),
+    "encoder": encoder_config(50, 64, 2, num_heads=2, max_positions=40),
     "bert": replace(LEARNED, causal=False, norm_placement="post", type_vocab_size=2),
-    "encoder-decoder": encoder_decoder_config(50, 64, 2, heads=2, context=40),
+    "encoder-decoder": encoder_decoder_config(50, 64, 2, num_heads=2, max_positions=40),
 }
 KINDS = {"prefix": prefix_of, "prompt": prompt_of}
 IDS = [7, 3, 9]

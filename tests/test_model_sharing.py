@@ -22,7 +22,7 @@ ALBERT = ModelConfig(
     vocab_size=61, hidden_size=32, num_layers=6, num_heads=4, max_positions=40, embedding_size=12, num_layer_groups=1, causal=False, norm_placement="post", type_vocab_size=2,
     embedding_norm=True, lm_head="transform", lm_head_bias=True,
 )  # fmt: skip
-ENCODER = replace(encoder_config(61, 64, 3, context=40), zero_init=False)
+ENCODER = replace(encoder_config(61, 64, 3, max_positions=40), zero_init=False)
 SHAPES = {
     "albert": ALBERT,
     "two groups": replace(ALBERT, num_layer_groups=2, norm_placement="pre", norm="rms", bias=False),

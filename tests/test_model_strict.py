@@ -24,19 +24,19 @@ from firth.pretrained.families import FAMILIES, families_of, family_of
 from firth.pretrained.load_save import init_from, left_out, load_model, save_model
 from firth.types import UserError
 
-BERT = presets.bert(61, 32, 1, 4, context=40)
-GPT2 = presets.gpt2(61, 32, 1, 4, context=40)
-LLAMA = presets.llama(61, 32, 1, 4, 48, context=40, kv_heads=2)
+BERT = presets.bert(61, 32, 1, 4, max_positions=40)
+GPT2 = presets.gpt2(61, 32, 1, 4, max_positions=40)
+LLAMA = presets.llama(61, 32, 1, 4, 48, max_positions=40, num_kv_heads=2)
 QWEN3 = replace(LLAMA, head_dim=10, qk_norm=True, qk_norm_weight=True)
 QWEN2 = replace(LLAMA, bias=True, bias_location="qkv")
 T5 = presets.t5(61, 32, 1, 4, 8, 48)
 SHAPES = {
     "bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "t5": T5,
     "roberta": replace(BERT, type_vocab_size=1), "distilbert": replace(BERT, type_vocab_size=0),
-    "openai-gpt": presets.gpt(61, 32, 1, 4, context=40), "bart": presets.bart(61, 32, 1, 4, context=40),
-    "xlnet": presets.xlnet(61, 32, 1, 4), "mpnet": presets.mpnet(61, 32, 1, 4, context=40),
+    "openai-gpt": presets.gpt(61, 32, 1, 4, max_positions=40), "bart": presets.bart(61, 32, 1, 4, max_positions=40),
+    "xlnet": presets.xlnet(61, 32, 1, 4), "mpnet": presets.mpnet(61, 32, 1, 4, max_positions=40),
     "albert": replace(BERT, embedding_size=12, num_layer_groups=1), "electra": replace(BERT, embedding_size=12),
-    "modernbert": replace(encoder_config(61, 32, 2, heads=4, context=40)),
+    "modernbert": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40)),
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
     """Rows of Hoffmann 2022, table A9: the width of the MLP is four times the model's throughout."""
     config = presets.transformer_xl(width, depth, heads, head_width)
     assert abs(config.num_parameters() - millions * 1e6) < 0.7e6
-    tiny = presets.transformer_xl(32, 2, 4, 10, vocab=61)
+    tiny = presets.transformer_xl(32, 2, 4, 10, vocab_size=61)
     assert sum(p.numel() for p in LM(tiny, {"lm": LMHead(tiny)}).parameters()) == tiny.num_parameters()
     assert 69.5e9 < presets.PRESETS["chinchilla"].num_parameters() < 70.5e9
 

@@ -337,8 +337,8 @@ def run(directory: Path, steps: int) -> LM:
     batches = Batches(Chains(), objective, VOCAB, batch_size=6, seed=3, gradient_accumulation_steps=2)
     held = Batches(Chains(), objective, VOCAB, batch_size=9, seed=4)
     told = train(
-        model, objective, batches, directory, length=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), recipe="r",
-        plan=TrainerConfig(save_every=2, eval_every=3, precision="fp32"), told=NullReporter(),
+        model, objective, batches, directory, budget=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), recipe="r",
+        config=TrainerConfig(save_every=2, eval_every=3, precision="fp32"), reporter=NullReporter(),
         evaluate=lambda m, _: validate(m, objective, held.all_batches()),
     )  # fmt: skip
     assert {"valid/replaced_accuracy", "original_accuracy", "guessed"} <= told.metrics.keys()
@@ -359,7 +359,7 @@ def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
     objective = RTD(mlm_probability=0.5)
-    model = LM(config := encoder_config(60, 64, 2, context=64), objective.heads(config))
+    model = LM(config := encoder_config(60, 64, 2, max_positions=64), objective.heads(config))
     batches = Batches(Chains(), objective, VOCAB, batch_size=20, seed=3)
     assert init_head(model, objective, batches) > 10_000
     labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])

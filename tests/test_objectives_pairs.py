@@ -65,7 +65,7 @@ def test_what_shows_is_learnt_and_holds_in_other_documents(
     ]
     sources = [SegmentPairs(each, 48) for each in stores]
     torch.manual_seed(0)
-    config = replace(encoder_config(tokenizer.vocab.size, 64, 2, context=48), type_vocab_size=2)
+    config = replace(encoder_config(tokenizer.vocab.size, 64, 2, max_positions=48), type_vocab_size=2)
     model = LM(config, objective.heads(config))
 
     def held_out() -> float:
@@ -76,7 +76,7 @@ def test_what_shows_is_learnt_and_holds_in_other_documents(
     assert held_out() < 0.65
     batches = Batches(sources[0], objective, tokenizer.vocab, batch_size=32, seed=0, pack_to_length=48)
     train(
-        model, objective, batches, tmp_path / "run", length=Budget(max_steps=STEPS[type(objective)]), optimizer=OptimizerConfig("adamw", lr=1e-3),
-        schedule=Schedule("linear", warmup_ratio=0.1), plan=TrainerConfig(save_every=0), told=NullReporter(),
+        model, objective, batches, tmp_path / "run", budget=Budget(max_steps=STEPS[type(objective)]), optimizer=OptimizerConfig("adamw", lr=1e-3),
+        schedule=Schedule("linear", warmup_ratio=0.1), config=TrainerConfig(save_every=0), reporter=NullReporter(),
     )  # fmt: skip
     assert held_out() > most - 0.08

@@ -168,7 +168,7 @@ CASED = (
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram", "wordpiece", "bpe"])
 def test_facts_are_names_and_dates(algorithm: str) -> None:
-    tokenizer = train([CASED] * 30, algorithm, size=400, sentinels=0)
+    tokenizer = train([CASED] * 30, algorithm, vocab_size=400, num_sentinels=0)
     tokens = tokenizer.encode(CASED)
     runs = facts(tokens, tokenizer.vocab)
     found = [tokenizer.decode(tokens[runs == i]).strip() for i in range(1, runs.max() + 1)]
@@ -176,7 +176,7 @@ def test_facts_are_names_and_dates(algorithm: str) -> None:
 
 
 def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
-    tokenizer = train([CASED] * 30, "unigram", size=400, sentinels=20)
+    tokenizer = train([CASED] * 30, "unigram", vocab_size=400, num_sentinels=20)
     vocab, tokens = tokenizer.vocab, tokenizer.encode(CASED)
     runs = facts(tokens, vocab)
     rng = np.random.default_rng(0)
@@ -243,7 +243,7 @@ def test_t5_has_our_loss_on_the_same_corrupted_text(noise: Kind, tmp_path: Path)
 
 def a_bart() -> LM:
     """Every parameter random, so that an exchanged table shows."""
-    model = built(Denoising(), bart(100, 32, 2, 4, context=64))
+    model = built(Denoising(), bart(100, 32, 2, 4, max_positions=64))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -26,7 +26,7 @@ from firth.types import IGNORE, Example, UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 
-TINY = bert(100, 32, 2, 2, context=64)
+TINY = bert(100, 32, 2, 2, max_positions=64)
 
 
 def question(rng: np.random.Generator) -> Example:
@@ -218,7 +218,10 @@ def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> 
 
 
 def test_an_answer_is_read_where_the_shape_can() -> None:
-    made = [make(vocab=9, width=64, depth=1) for make in (encoder_config, decoder_config, encoder_decoder_config)]
+    made = [
+        make(vocab_size=9, hidden_size=64, num_layers=1)
+        for make in (encoder_config, decoder_config, encoder_decoder_config)
+    ]
     assert [Classification().for_model(config).attention_pattern() for config in made] == ["both", "left", "source"]
     assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == ["both", "left"]
     assert [TokenClassification().for_model(config).attention_pattern() for config in made[:2]] == ["any", "left"]

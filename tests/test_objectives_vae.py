@@ -32,7 +32,9 @@ from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = replace(encoder_decoder_config(VOCAB.size, 32, 1, heads=2, context=32), latent_size=4, zero_init=False)
+SHAPE = replace(
+    encoder_decoder_config(VOCAB.size, 32, 1, num_heads=2, max_positions=32), latent_size=4, zero_init=False
+)
 ASKED = {"labels", "text"}
 
 

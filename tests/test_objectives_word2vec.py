@@ -75,9 +75,9 @@ def ours(text: np.ndarray, seed: int, place: Path) -> np.ndarray:
     model = LM(config, objective.heads(config))
     source = WordWindows(Sentences(text), WordWindows.count(text.ravel(), vocab), sample=SAMPLE, power=0.75)
     train(
-        model, objective, Batches(source, objective, vocab, batch_size=2, seed=seed), place, told=NullReporter(),
-        length=Budget(max_steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
-        plan=TrainerConfig(save_every=0, precision="fp32"),
+        model, objective, Batches(source, objective, vocab, batch_size=2, seed=seed), place, reporter=NullReporter(),
+        budget=Budget(max_steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
+        config=TrainerConfig(save_every=0, precision="fp32"),
     )  # fmt: skip
     return word_vectors.table(model).numpy()
 

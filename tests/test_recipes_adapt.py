@@ -315,7 +315,7 @@ def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
 def test_trained_positions_are_counted() -> None:
     """A prompt costs what as many more tokens in front cost; a prefix only the looking at it."""
     for make in (decoder_config, encoder_config):
-        config = make(50, 64, 2, heads=2)
+        config = make(50, 64, 2, num_heads=2)
         model, objective = LM(config, {"lm": LMHead(config)}), CausalLM()
         texts, longer = (
             [{"tokens": np.arange(n), "labels": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3)

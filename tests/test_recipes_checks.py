@@ -33,7 +33,9 @@ WORDS = ("fine", "lovely", "warm", "dull", "cold", "grim")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     (folder / "text.txt").write_text("\n\n".join(f"a {w} film, and a {v} film" for w in WORDS for v in WORDS))
-    train_tokenizer([str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", size=300, echo=lambda _: None)
+    train_tokenizer(
+        [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, echo=lambda _: None
+    )
     return folder / "tok"
 
 

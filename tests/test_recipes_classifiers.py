@@ -27,8 +27,11 @@ TEXTS = [f"the {word} fox number {i}" for i in range(20) for word in ("good", "b
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda v: bert(width=32, depth=1, heads=2, vocab=v, context=32), "BertForSequenceClassification"),
-        (lambda v: encoder_config(v, 32, 1, heads=2, context=32), "ModernBertForSequenceClassification"),
+        (
+            lambda v: bert(hidden_size=32, num_layers=1, num_heads=2, vocab_size=v, max_positions=32),
+            "BertForSequenceClassification",
+        ),
+        (lambda v: encoder_config(v, 32, 1, num_heads=2, max_positions=32), "ModernBertForSequenceClassification"),
     ],
 )
 def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_path: Path) -> None:
@@ -58,10 +61,10 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
 def test_a_family_that_reads_elsewhere_is_refused() -> None:
     """And a shape of no family, whose linear head stays."""
     family = Classification(class_names=("a", "b"), head="family")
-    assert "set objective.head=linear" in family.missing_from(encoder_decoder_config(64, 32, 1, heads=2))
+    assert "set objective.head=linear" in family.missing_from(encoder_decoder_config(64, 32, 1, num_heads=2))
     assert "set objective.head=linear" in family.missing_from(
-        decoder_config(64, 32, 1, heads=2)
+        decoder_config(64, 32, 1, num_heads=2)
     )  # NanoChat has no class of texts
-    assert not Classification(class_names=("a", "b")).missing_from(decoder_config(64, 32, 1, heads=2))
+    assert not Classification(class_names=("a", "b")).missing_from(decoder_config(64, 32, 1, num_heads=2))
     with pytest.raises(UserError, match="head"):
         load("classify", ["objective.head=pooled"])

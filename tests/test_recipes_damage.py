@@ -186,7 +186,7 @@ def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text('{"prompt": [], "completion": []}\n' * 3)
     data = [f"source.path={tmp_path / 'a.jsonl'}", f"start={whole}", "length.steps=1"]
     ends_in_a_sentence(lambda: run(load("instruct", data), tmp_path / "run", quiet), r"a\.jsonl")
-    words = train(["low lower lowest " * 20], "wordpiece", size=300, seed=0)
+    words = train(["low lower lowest " * 20], "wordpiece", vocab_size=300, seed=0)
     config = ModelConfig(
         vocab_size=words.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=16, causal=True
     )

@@ -43,7 +43,7 @@ def built(kind: str) -> tuple[LM, Tokenizer]:
     coder = tokenizer()
     make = {"decoder": decoder_config, "encoder": encoder_config, "both": encoder_decoder_config}[kind]
     torch.manual_seed(0)
-    config = make(coder.vocab.size, 32, 2, heads=4, context=64)
+    config = make(coder.vocab.size, 32, 2, num_heads=4, max_positions=64)
     model = LM(config, {"lm": LMHead(config)})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -486,7 +486,7 @@ def test_what_to_do_with_an_export_is_what_its_run_has_learnt(trained: Path, tmp
 def test_four_bits_go_out_and_come_back(tmp_path: Path) -> None:
     coder = tokenizer()
     torch.manual_seed(0)
-    config = llama(coder.vocab.size, 32, 1, 2, 64, context=32)
+    config = llama(coder.vocab.size, 32, 1, 2, 64, max_positions=32)
     save_model(LM(config, {"lm": LMHead(config)}).eval(), coder, tmp_path / "run")
     said: list[str] = []
     export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=said.append)

@@ -39,7 +39,7 @@ PAIRS = "100% of the texts have no end of a sentence, so their pairs fall back o
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train([text * 9 for text in TEXTS.values()], "byte-bpe", 500, sentinels=20)
+    return train([text * 9 for text in TEXTS.values()], "byte-bpe", 500, num_sentinels=20)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("families")
     (place / "text.txt").write_text("\n".join(SENTENCES) + "\n")
     (place / "held.txt").write_text("\n".join(SENTENCES[::7]) + "\n")
-    train(SENTENCES, "byte-bpe", 340, sentinels=6).save(place / "tokenizer")
+    train(SENTENCES, "byte-bpe", 340, num_sentinels=6).save(place / "tokenizer")
     for name, settings in RUNS.items():
         shared = [
             f"source.path={place / 'text.txt'}", f"source.valid={place / 'held.txt'}", "source.corpus=", "source.split=line",
@@ -122,7 +122,7 @@ def test_a_bare_model_directory_fills_as_its_run(runs: Path, name: str) -> None:
 def test_a_foreign_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path) -> None:
     """What nobody says is read from the shape: BART's answers begin behind eos."""
     tokenizer = open_run(runs / "bart").tokenizer
-    config = bart_shape(tokenizer.vocab.size, 32, 1, 2, context=64)
+    config = bart_shape(tokenizer.vocab.size, 32, 1, 2, max_positions=64)
     save_model(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
     text = "The <mask> sells the boat."

@@ -107,7 +107,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write("sampled", lambda i: texts_of | {"tokens": ids, "finished": ends})
     asked = [{"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)]
     write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
-    train_tokenizer([str(texts)], folder / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None)
+    train_tokenizer(
+        [str(texts)], folder / "tok", algorithm="byte-bpe", vocab_size=400, num_sentinels=100, echo=lambda _: None
+    )
     tokenizer = Tokenizer.load(folder / "tok")
     for name, config, objective in (
         ("left", SHAPES["left"], objectives.find("ppo")()),

@@ -23,15 +23,19 @@ from firth.runs.recipe import load
 from firth.types import UserError
 
 SHAPES = {
-    "a causal decoder": decoder_config(vocab=10, width=64, depth=1),
-    "an encoder": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1),  # two views differ by it
-    "an encoder-decoder": encoder_decoder_config(vocab=10, width=64, depth=1),
-    "a Linformer": replace(encoder_config(vocab=10, width=64, depth=1), dropout=0.1, linformer_k=8),
-    "a variational autoencoder": replace(encoder_decoder_config(vocab=10, width=64, depth=1), latent_size=32),
+    "a causal decoder": decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
+    "an encoder": replace(
+        encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1
+    ),  # two views differ by it
+    "an encoder-decoder": encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
+    "a Linformer": replace(encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1, linformer_k=8),
+    "a variational autoencoder": replace(
+        encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1), latent_size=32
+    ),
     "a left-to-right LSTM": load("lstm").model,
     "an LSTM in two directions": replace(load("lstm").model, causal=False, dropout=0.1),
     "a decoder that may read both ways": replace(
-        decoder_config(vocab=10, width=64, depth=1), causal=False, dropout=0.1
+        decoder_config(vocab_size=10, hidden_size=64, num_layers=1), causal=False, dropout=0.1
     ),
     "an LSTM in two directions apart": replace(load("elmo").model, dropout=0.1),
     "a table of word vectors": load("word2vec").model,

@@ -167,10 +167,10 @@ def test_a_recipe_edited_in_the_run_is_refused(folder: Path) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of one tokenizer and shape, two of each kind, and records."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = train([words(i) for i in range(1, 9)], "byte-bpe", size=400)
+    tokenizer = train([words(i) for i in range(1, 9)], "byte-bpe", vocab_size=400)
     left, both = (
-        decoder_config(tokenizer.vocab.size, 32, 1, context=64),
-        encoder_config(tokenizer.vocab.size, 32, 1, context=64),
+        decoder_config(tokenizer.vocab.size, 32, 1, max_positions=64),
+        encoder_config(tokenizer.vocab.size, 32, 1, max_positions=64),
     )
     kinds: dict[str, tuple[Objective, bool]] = {
         "policy": (CausalLM(), True), "reward": (CausalLM() + RewardModeling(), True), "encoder": (MLM(), False),
@@ -224,7 +224,7 @@ def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> N
     shutil.copytree(models / f"{kind}-1", tmp_path / kind)
     if field == "tokenizer.path":
         run(recipe, tmp_path / "run", quiet)  # the weights are no input here
-        train([words(i) + " lantern" for i in range(1, 9)], "byte-bpe", size=390).save(tmp_path / kind)
+        train([words(i) + " lantern" for i in range(1, 9)], "byte-bpe", vocab_size=390).save(tmp_path / kind)
         (tmp_path / kind / "firth.json").unlink()
     with pytest.raises(UserError, match=rf"began with another content of {field}"):
         run(recipe, tmp_path / "run", quiet)

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / letter).mkdir()
         for i in range(files):
             (folder / letter / f"{i}.txt").write_text(f"{WORDS[letter]}{'x' * (i % 7)} " * 40)
-    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", size=400, echo=lambda _: None)
+    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", vocab_size=400, echo=lambda _: None)
     return folder
 
 

@@ -64,7 +64,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [" ".join(turned[i : i + 9]).capitalize() for i in range(0, 300, 9)]
         (place / "text" / f"{number}.txt").write_text(". ".join(lines))
     train_tokenizer(
-        [str(place / "text")], place / "tok", algorithm="byte-bpe", size=400, sentinels=100, echo=lambda _: None
+        [str(place / "text")],
+        place / "tok",
+        algorithm="byte-bpe",
+        vocab_size=400,
+        num_sentinels=100,
+        echo=lambda _: None,
     )
 
     def write(name: str, record: Callable[[int, list[str]], object]) -> None:

@@ -118,7 +118,7 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
         run(load("lstm", [*taken, "shape.width=32"]), tmp_path / "other", said.append)
     with pytest.raises(UserError, match="spells its tokens"):
         run(load("lstm", [*taken[1:], f"embeddings={runs}/elmo", "shape.width=16"]), tmp_path / "third", said.append)
-    train(["other words " * 90], "byte-bpe", size=300, sentinels=0).save(tmp_path / "stranger")
+    train(["other words " * 90], "byte-bpe", vocab_size=300, num_sentinels=0).save(tmp_path / "stranger")
     stranger = [*taken, "shape.width=16", f"tokenizer.path={tmp_path / 'stranger'}"]
     with pytest.raises(UserError, match="another tokenizer"):
         run(load("lstm", stranger), tmp_path / "fourth", said.append)
@@ -144,7 +144,7 @@ def test_elmo_spells_with_its_tokenizer(runs: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram", "word"])
 def test_a_word_s_tag_stands_at_its_first_token(algorithm: str, files: Path) -> None:
-    tokenizer = train([TEXT * 5], algorithm, 400 if algorithm != "word" else 140, sentinels=3)
+    tokenizer = train([TEXT * 5], algorithm, 400 if algorithm != "word" else 140, num_sentinels=3)
     source = TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 200)
     example = source[0]
     at = np.flatnonzero(example["tags"] != IGNORE)
@@ -159,7 +159,7 @@ def test_a_word_s_tag_stands_at_its_first_token(algorithm: str, files: Path) -> 
 
 
 def test_records_that_are_not_tagged_sentences_are_refused(tmp_path: Path, files: Path) -> None:
-    tokenizer = train([TEXT], "word", 140, sentinels=3)
+    tokenizer = train([TEXT], "word", 140, num_sentinels=3)
     for row, said in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"bad.jsonl.*{said}"):
@@ -169,7 +169,7 @@ def test_records_that_are_not_tagged_sentences_are_refused(tmp_path: Path, files
 
 
 def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
-    tokenizer = train(["the The cat , cat zebra THE"], "word", 112, sentinels=100)
+    tokenizer = train(["the The cat , cat zebra THE"], "word", 112, num_sentinels=100)
     assert tokenizer.pieces("The cat, a zebra") == ["the", "cat", ",", "<unk>", "zebra"]
     assert tokenizer.vocab.size == 111
     assert tokenizer.vocab.starts(tokenizer.encode("The cat, a zebra")).all()

@@ -72,7 +72,7 @@ def tokens(folder: Path) -> Path:
 
     if not (folder / "tok").exists():
         train_tokenizer(
-            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", size=300, echo=lambda _: None
+            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, echo=lambda _: None
         )
     return folder / "tok"
 

@@ -49,10 +49,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "theirs": "zulu yankee xray whisky victor uniform tango",
     }
     for name, text in texts.items():
-        tokenizer = train([f"{text} {text[i:]}" for i in range(30)], "byte-bpe", size=SIZE)
+        tokenizer = train([f"{text} {text[i:]}" for i in range(30)], "byte-bpe", vocab_size=SIZE)
         tokenizer.save(folder / name / "tokenizer")
         size = tokenizer.vocab.size
-        left, both = decoder_config(size, 32, 1, context=64), encoder_config(size, 32, 1, context=64)
+        left, both = decoder_config(size, 32, 1, max_positions=64), encoder_config(size, 32, 1, max_positions=64)
         save(folder / name / "policy", tokenizer, left, CausalLM())
         save(folder / name / "reward", tokenizer, left, CausalLM() + RewardModeling())
         save(folder / name / "encoder", tokenizer, both, MLM())

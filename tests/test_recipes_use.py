@@ -46,20 +46,20 @@ def random_model(config: ModelConfig, **parts: torch.nn.Module) -> LM:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train([TEXT], "byte-bpe", 340, sentinels=4)
+    return train([TEXT], "byte-bpe", 340, num_sentinels=4)
 
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A decoder with a context of 128."""
     place = tmp_path_factory.mktemp("talker")
-    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=128)), tokenizer, place)
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=128)), tokenizer, place)
     return place
 
 
 def test_chat_outgrows_context_in_whole_exchanges(talker: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Six turns in 128 tokens behind a template that wants user and assistant in turn (case 25)."""
-    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=128)), tokenizer, tmp_path)
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=128)), tokenizer, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(STRICT)
     lines = "".join(f"Who paints the boat at dawn number {i}, and who holds the map?\n" for i in range(6))
     done = CliRunner().invoke(app, ["chat", str(tmp_path), "-n", "12", "--temperature", "0"], input=lines)
@@ -124,7 +124,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     """A run of `instruct` on ROWS, from a model of others whose pad is its eos, with a chat template of its own."""
     place = tmp_path_factory.mktemp("tuned")
     base = place / "base"
-    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, base)
+    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, base)
     (base / "firth.json").rename(base / "kept.json")
     (base / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\n' }}"
@@ -253,12 +253,14 @@ def test_whether_a_model_was_trained_on_dialogues(
 ) -> None:
     """As firth.json says, which may say anything."""
     facts = {} if objective is None else {"objective": objective}
-    save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path, facts)
+    save_model(
+        random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, tmp_path, facts
+    )
     assert load_evaluated_model(tmp_path).is_chat_model is talks
 
 
 def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_model(random_model(encoder_config(tokenizer.vocab.size, 32, 1, 2, context=64)), tokenizer, tmp_path)
+    save_model(random_model(encoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     for command, instead in (
         (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train instruct"),

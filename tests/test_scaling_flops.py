@@ -50,9 +50,9 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        decoder_config(vocab=70, width=32, depth=2, heads=2),
-        encoder_config(vocab=70, width=32, depth=2, heads=2),
-        encoder_decoder_config(vocab=70, width=32, depth=2, heads=2),
+        decoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),
+        encoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),
+        encoder_decoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),
         ModelConfig(
             vocab_size=70,
             hidden_size=32,

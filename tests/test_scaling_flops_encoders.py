@@ -22,7 +22,7 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import Batch
 
 VOCAB = Vocab(size=70, roles={"cls": 2, "sep": 3, "mask": 4}, special=np.arange(70) < 5)
-PLAIN = replace(bert(70, 32, 3, 4, context=40), intermediate_size=48)
+PLAIN = replace(bert(70, 32, 3, 4, max_positions=40), intermediate_size=48)
 
 
 def case(objective: Objective, config: ModelConfig) -> tuple[LM, Batch]:

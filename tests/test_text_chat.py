@@ -85,9 +85,9 @@ def llama_engine() -> Engine:
 
 
 ENGINES = {
-    "byte-bpe": lambda: train([PROSE], "byte-bpe", 420, sentinels=0).engine,
+    "byte-bpe": lambda: train([PROSE], "byte-bpe", 420, num_sentinels=0).engine,
     "bpe": lambda: train([PROSE], "bpe", 380).engine,
-    "wordpiece": lambda: train([PROSE], "wordpiece", 120, sentinels=0).engine,
+    "wordpiece": lambda: train([PROSE], "wordpiece", 120, num_sentinels=0).engine,
     "unigram": lambda: train([PROSE], "unigram", 380).engine,
     "llama": llama_engine,
 }
@@ -95,7 +95,7 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def own() -> Tokenizer:
-    return train([PROSE], "byte-bpe", 420, sentinels=0)
+    return train([PROSE], "byte-bpe", 420, num_sentinels=0)
 
 
 def mirrored(tokenizer: Tokenizer, directory: Path):
@@ -110,7 +110,7 @@ def mirrored(tokenizer: Tokenizer, directory: Path):
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram"])
 @pytest.mark.parametrize("open", [False, True])
 def test_transformers_writes_the_same_dialogue(tmp_path, algorithm, open):
-    tokenizer = train([PROSE], algorithm, 420, sentinels=3)
+    tokenizer = train([PROSE], algorithm, 420, num_sentinels=3)
     peer = mirrored(tokenizer, tmp_path)
     for messages in DIALOGUES:
         wanted = peer.apply_chat_template(messages, add_generation_prompt=open, return_dict=False)

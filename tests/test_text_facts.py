@@ -81,8 +81,8 @@ def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeyp
 def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
     questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    tokenizer = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", size=330, sentinels=4)
-    config = encoder_decoder_config(tokenizer.vocab.size, 32, 1, heads=2, context=64)
+    tokenizer = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", vocab_size=330, num_sentinels=4)
+    config = encoder_decoder_config(tokenizer.vocab.size, 32, 1, num_heads=2, max_positions=64)
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
     save_model(model, tokenizer, tmp_path / "model")

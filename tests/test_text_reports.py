@@ -61,7 +61,7 @@ def sentences(count: int) -> str:
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
     sizes = {"byte-bpe": 600, "unigram": 700, "wordpiece": 400}
-    return {name: train([sentences(400)], name, size, sentinels=100) for name, size in sizes.items()}
+    return {name: train([sentences(400)], name, size, num_sentinels=100) for name, size in sizes.items()}
 
 
 def test_a_text_shorter_than_a_window_is_refused(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def trained():
-    return {algorithm: train([*PROSE, SPELLED * 50], algorithm, 1000, sentinels=3) for algorithm in ALGORITHMS}
+    return {algorithm: train([*PROSE, SPELLED * 50], algorithm, 1000, num_sentinels=3) for algorithm in ALGORITHMS}
 
 
 @pytest.fixture(params=ALGORITHMS)
@@ -120,7 +120,7 @@ def test_known_characters_blanks_and_lines_come_back_from_unigram(trained, text)
 
 def train_tabs() -> Tokenizer:
     if not TABS:
-        TABS.append(train([*PROSE, SPELLED + "\t" * 40], "unigram", 1000, sentinels=0))
+        TABS.append(train([*PROSE, SPELLED + "\t" * 40], "unigram", 1000, num_sentinels=0))
     return TABS[0]
 
 

@@ -77,7 +77,9 @@ CORPORA = {
 @pytest.mark.parametrize("algorithm", FORMS)
 def test_merges_and_their_counts_are_those_of_a_direct_implementation(algorithm, corpus):
     spell, join, form = FORMS[algorithm]
-    tokenizer = train(CORPORA[corpus], algorithm, 700 if corpus == "prose" else 330, sentinels=3, byte_fallback=False)
+    tokenizer = train(
+        CORPORA[corpus], algorithm, 700 if corpus == "prose" else 330, num_sentinels=3, byte_fallback=False
+    )
     words = count_words(tokenizer.engine, reservoir(CORPORA[corpus], 10**9, 0))
     letters = sorted(set("".join(words)))
     if algorithm == "byte-bpe":
@@ -109,12 +111,12 @@ def test_the_same_text_and_seed_give_the_same_file(algorithm):
         )
         found.add(out.stdout)
     assert len(found) == 1
-    assert train(TOPICS[:40], algorithm, 1500, seed=4, sample=100_000).digest not in found.pop()
+    assert train(TOPICS[:40], algorithm, 1500, seed=4, sample_bytes=100_000).digest not in found.pop()
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return {algorithm: train(LITTLE, algorithm, 1000, sentinels=100) for algorithm in ALGORITHMS}
+    return {algorithm: train(LITTLE, algorithm, 1000, num_sentinels=100) for algorithm in ALGORITHMS}
 
 
 LETTERS = sorted({c for text in LITTLE for c in text if not c.isspace()})
@@ -238,7 +240,7 @@ def test_what_cannot_be_trained_is_one_sentence():
     with pytest.raises(
         UserError, match=r"at least 363 ids for its 107 control tokens .* or take fewer sentinels than 100"
     ):
-        train(LITTLE, "byte-bpe", 300, sentinels=100)
+        train(LITTLE, "byte-bpe", 300, num_sentinels=100)
     with pytest.raises(UserError, match=r"at least .* characters, not 100"):
         train(LITTLE, "bpe", 100, byte_fallback=False)
     with pytest.raises(UserError, match="at least 8 ids for its 7 control tokens and one word, not 7"):

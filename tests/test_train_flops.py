@@ -32,9 +32,9 @@ class Dies(Chains):
 def run(directory: Path, source: Chains) -> TrainingResult:
     torch.set_num_threads(1)
     return train(
-        small_model(), Scored(), small_batches(source), directory, length=Budget(max_flops=ENOUGH),
-        optimizer=OptimizerConfig(lr=0.01), schedule=Schedule("linear", warmup_ratio=0.1), told=NullReporter(),
-        plan=TrainerConfig(save_every=2, precision="fp32"),
+        small_model(), Scored(), small_batches(source), directory, budget=Budget(max_flops=ENOUGH),
+        optimizer=OptimizerConfig(lr=0.01), schedule=Schedule("linear", warmup_ratio=0.1), reporter=NullReporter(),
+        config=TrainerConfig(save_every=2, precision="fp32"),
     )  # fmt: skip
 
 

@@ -229,7 +229,7 @@ def run_badly(directory: Path, bad: frozenset[int], steps: int, limit: int = 10)
     plan = TrainerConfig(save_every=0, max_bad_steps=limit, precision="fp32")
     return train(
         small_model(dropout=0.0), objective, small_batches(Chains(), accumulate=1), directory,
-        length=Budget(max_steps=steps), schedule=Schedule("constant", warmup_ratio=0.0), plan=plan, told=NullReporter(),
+        budget=Budget(max_steps=steps), schedule=Schedule("constant", warmup_ratio=0.0), config=plan, reporter=NullReporter(),
     )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
     batches = small_batches(Chains())
     batches.objective = Silent()
     with pytest.raises(UserError, match=r"asks nothing.*field 'labels' \(loss term 'tokens'\)"):
-        train(small_model(), Silent(), batches, tmp_path, length=Budget(max_steps=2), told=NullReporter())
+        train(small_model(), Silent(), batches, tmp_path, budget=Budget(max_steps=2), reporter=NullReporter())
 
 
 def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +275,8 @@ def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("firth.train.trainer.time.perf_counter", clock)
     found = train(
-        small_model(), Scored(), small_batches(), tmp_path, length=Budget(max_seconds=0.3), evaluate=slow,
-        plan=TrainerConfig(eval_every=5), told=NullReporter(),
+        small_model(), Scored(), small_batches(), tmp_path, budget=Budget(max_seconds=0.3), evaluate=slow,
+        config=TrainerConfig(eval_every=5), reporter=NullReporter(),
     )  # fmt: skip
     assert 0.3 <= found.seconds < 0.35
     assert 14 <= found.step <= 16  # two looks at the clock in a step
@@ -286,7 +286,7 @@ def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
 def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = train(
         small_model(dropout=0.0), Scored(), small_batches(Chains()), tmp_path, name="chains",
-        length=Budget(max_steps=60), optimizer=OptimizerConfig(lr=0.01), told=LineReporter("chains", every=0.0),
+        budget=Budget(max_steps=60), optimizer=OptimizerConfig(lr=0.01), reporter=LineReporter("chains", every=0.0),
         evaluate=lambda model, _: validate(model, Scored(), small_batches(Chains()).once(), bytes_per_target=2.0),
     )  # fmt: skip
     log = rows(tmp_path)
@@ -382,16 +382,16 @@ def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytes
                 Scored(),
                 small_batches(Chains()),
                 tmp_path,
-                length=Budget(max_steps=steps),
-                told=NullReporter(),
+                budget=Budget(max_steps=steps),
+                reporter=NullReporter(),
             )
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_a_rate_that_ruins_the_model_is_no_success(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ends at step 4 on a loss .* not finite \(\d in a row\)|has made the weight"):
-        train(small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(max_steps=4),
-              optimizer=OptimizerConfig(lr=1e30), schedule=Schedule("constant", warmup_ratio=0.0), told=NullReporter())  # fmt: skip
+        train(small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=4),
+              optimizer=OptimizerConfig(lr=1e30), schedule=Schedule("constant", warmup_ratio=0.0), reporter=NullReporter())  # fmt: skip
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
@@ -409,15 +409,15 @@ def test_a_measurement_that_is_not_finite_is_no_success(name: str, value: str, t
     says = rf"step 4: the held-out {name} is {value}, while all weights are finite, so this model is not saved"
     with pytest.raises(UserError, match=says):
         train(
-            small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(max_steps=6), told=NullReporter(),
-            plan=TrainerConfig(eval_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
+            small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=6), reporter=NullReporter(),
+            config=TrainerConfig(eval_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
         )  # fmt: skip
     assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == ["step-000002"]
 
 
 def test_an_infinite_perplexity_of_a_finite_loss_is_kept(tmp_path: Path) -> None:
     found = train(
-        small_model(), Scored(), small_batches(Chains()), tmp_path, length=Budget(max_steps=1), told=NullReporter(),
+        small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=1), reporter=NullReporter(),
         evaluate=lambda model, step: {"loss": 1000.0, "perplexity": float("inf")},
     )  # fmt: skip
     assert found.metrics["valid/loss"] == 1000.0

@@ -18,7 +18,7 @@ from firth.types import UserError
 
 def tiny() -> LM:
     torch.manual_seed(0)
-    config = decoder_config(vocab=40, width=32, depth=2)
+    config = decoder_config(vocab_size=40, hidden_size=32, num_layers=2)
     return LM(config, CausalLM().heads(config))
 
 
@@ -136,7 +136,7 @@ def test_who_gets_what() -> None:
     assert (q.muon, q.lr, q.weight_decay) == (True, 0.02, 0.1)
     assert (table.muon, table.lr, table.weight_decay) == (False, 0.3, 0.0)
     assert (head.muon, head.lr, head.weight_decay) == (False, 0.004, 0.1)
-    config = encoder_decoder_config(vocab=40, width=32, depth=1)
+    config = encoder_decoder_config(vocab_size=40, hidden_size=32, num_layers=1)
     for p in param_groups(spec, LM(config, CausalLM().heads(config))):
         if p.parameter.ndim < 2 or "relative" in p.name:
             assert (p.muon, p.lr, p.weight_decay) == (False, 0.004, 0.0), p.name
@@ -147,7 +147,7 @@ def test_who_gets_what() -> None:
 
 def test_a_tied_head_is_a_table() -> None:
     torch.manual_seed(0)
-    config = replace(decoder_config(vocab=40, width=32, depth=1), tie_embeddings=True)
+    config = replace(decoder_config(vocab_size=40, hidden_size=32, num_layers=1), tie_embeddings=True)
     tied = LM(config, CausalLM().heads(config))
     placed = param_groups(OptimizerConfig(embedding_lr=0.5), tied)
     assert [p.name for p in placed if p.parameter.shape == (40, 32)] == ["tokens.weight"]

@@ -61,8 +61,8 @@ def small_run(
 ) -> TrainingResult:
     """Six steps of seven examples, each with a checkpoint."""
     plan = TrainerConfig(save_every=1, eval_every=1 if evaluate else 0, precision="fp32")
-    return train(small_model(), small_batches().objective, small_batches(source), directory, length=Budget(max_steps=6),
-                 plan=plan, told=NullReporter(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
+    return train(small_model(), small_batches().objective, small_batches(source), directory, budget=Budget(max_steps=6),
+                 config=plan, reporter=NullReporter(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def batches() -> Iterator[Batch]:
 
 def model() -> LM:
     torch.manual_seed(0)
-    config = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
+    config = encoder_config(vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=16)
     return LM(config, OBJECTIVE.heads(config))
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_mover_goes_on_bit_for_bit(way: str) -> None:
 
 
 def test_a_table_that_a_head_shares_is_left_as_it_is() -> None:
-    config = encoder_config(vocab=60, width=32, depth=1, heads=2, context=16)
+    config = encoder_config(vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=16)
     assert config.tie_embeddings
     assert not untied_embeddings(LM(config, MLM().heads(config)))
     assert not untied_embeddings(nn.Linear(2, 2))

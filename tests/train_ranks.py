@@ -48,8 +48,8 @@ def short_run(
 
     return train(
         model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world), directory,
-        length=Budget(max_steps=steps), optimizer=OptimizerConfig("adamw", lr=1e-3), schedule=Schedule("constant", warmup_ratio=0.0),
-        plan=TrainerConfig(save_every=0, precision="fp32"), evaluate=held_out, ranks=ranks, told=NullReporter(),
+        budget=Budget(max_steps=steps), optimizer=OptimizerConfig("adamw", lr=1e-3), schedule=Schedule("constant", warmup_ratio=0.0),
+        config=TrainerConfig(save_every=0, precision="fp32"), evaluate=held_out, ranks=ranks, reporter=NullReporter(),
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class Scored(CausalLM):
 
 def small_model(dropout: float = 0.1, seed: int = 0) -> LM:
     torch.manual_seed(seed)
-    config = replace(decoder_config(vocab=40, width=32, depth=2, heads=2), dropout=dropout)
+    config = replace(decoder_config(vocab_size=40, hidden_size=32, num_layers=2, num_heads=2), dropout=dropout)
     return LM(config, Scored().heads(config))
 
 
@@ -99,8 +99,8 @@ def small_run(
     held_out = Batches(Chains(), Scored(), VOCAB, batch_size=9, seed=4)
     return train(
         small_model() if model is None else model, Scored(), small_batches(), directory,
-        length=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), schedule=Schedule(warmup_ratio=0.1),
-        plan=plan or TrainerConfig(save_every=3, eval_every=10, keep=2, precision="fp32"), recipe=recipe, told=NullReporter(),
+        budget=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), schedule=Schedule(warmup_ratio=0.1),
+        config=plan or TrainerConfig(save_every=3, eval_every=10, keep=2, precision="fp32"), recipe=recipe, reporter=NullReporter(),
         evaluate=lambda model, _: validate(model, Scored(), held_out.all_batches(), bytes_per_target=2.0),
     )  # fmt: skip
 
@@ -134,5 +134,5 @@ def stuck_in_process(directory: str) -> None:
     torch.set_num_threads(1)
     train(
         small_model(), Scored(), small_batches(Stuck(Path(directory))), Path(directory),
-        length=Budget(max_steps=9), plan=TrainerConfig(save_every=1, keep=5, precision="fp32"), told=NullReporter(),
+        budget=Budget(max_steps=9), config=TrainerConfig(save_every=1, keep=5, precision="fp32"), reporter=NullReporter(),
     )  # fmt: skip

@@ -49,10 +49,10 @@ class PrecomputedSource(WrappedSource):
 def precompute(
     source: Source,
     model: LM,
-    show: BuildComparison,
+    build: BuildComparison,
     fields: Fields,
     *,
-    rows: int = 16,
+    batch_size: int = 16,
     directory: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PrecomputedSource:
@@ -65,14 +65,14 @@ def precompute(
     of one shape for all examples. directory: where to keep them; none keeps them in memory. progress is told how many
     examples are done.
     """
-    store = _Store(directory, len(source), fingerprint(source, model, show) if directory else "")
+    store = _Store(directory, len(source), fingerprint(source, model, build) if directory else "")
     while store.done < len(source):
-        stop = min(store.done + rows * CHUNK, len(source))
+        stop = min(store.done + batch_size * CHUNK, len(source))
         index = np.arange(store.done, stop)
-        shown = [show(source[int(i)]) for i in index]
+        shown = [build(source[int(i)]) for i in index]
         order = np.argsort([-e["tokens"].shape[-1] for e in shown], kind="stable")
-        for first in range(0, len(order), rows):
-            at = order[first : first + rows]
+        for first in range(0, len(order), batch_size):
+            at = order[first : first + batch_size]
             device = model.tokens.weight.device
             batch = {name: field.to(device) for name, field in collate([shown[i] for i in at]).items()}
             with attention_pattern_of(model):

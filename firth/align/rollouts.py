@@ -169,7 +169,7 @@ class RolloutSource(Source):
         """Phase `number` takes the place of the present one, which stays where the judge fails."""
         prompts = self._asked(number)
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        engine = Engine(model, self.tokenizer, self.stops, rows=self.rows)
+        engine = Engine(model, self.tokenizer, self.stops, batch_size=self.rows)
         written = engine.generate(prompts, Sampling(max_new_tokens=self.phase.max_new_tokens, seed=seed))
         samples = [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
         score = score_rollouts(self.judge, samples, self.tokenizer)

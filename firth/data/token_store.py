@@ -160,7 +160,7 @@ class TokenStore:
         tokenizer: Tokenizer,
         directory: Path | str,
         *,
-        counts: Callable[[], Mapping[str, int]] = dict,
+        stats: Callable[[], Mapping[str, int]] = dict,
         progress: Callable[[int], None] | None = None,
         workers: int | None = None,
     ) -> TokenStore:
@@ -181,7 +181,7 @@ class TokenStore:
         try:
             with _Build(directory, tokenizer, cores() if workers is None else workers) as build:
                 build.extend(documents, progress or _silent)
-                build.finish(counts())
+                build.finish(stats())
         except OSError as error:
             if error.errno not in FULL:
                 raise

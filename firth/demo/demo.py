@@ -168,8 +168,8 @@ class _Walk:
         if not (place / "merges.json").exists():
             plans = self.size.pretraining(self.size.vocab).values()
             train_tokenizer(
-                [self.file("train")], place, algorithm="byte-bpe", size=self.size.vocab, seed=self.seed, echo=self.echo,
-                sentinels=max(map(sentinels_of, plans)),
+                [self.file("train")], place, algorithm="byte-bpe", vocab_size=self.size.vocab, seed=self.seed, echo=self.echo,
+                num_sentinels=max(map(sentinels_of, plans)),
             )  # fmt: skip
         self.echo(inspection.report(place, WORDS, first=12))
         return Tokenizer.load(place)

@@ -46,10 +46,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, rows: int = 64,
+        self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, batch_size: int = 64,
         weights: str | None = None,
     ):  # fmt: skip
-        self.model, self.tokenizer, self.rows = model if weights is None else quantize(model, weights), tokenizer, rows
+        self.model, self.tokenizer, self.rows = (
+            model if weights is None else quantize(model, weights),
+            tokenizer,
+            batch_size,
+        )
         vocab = tokenizer.vocab
         self.model.restrict_vocab(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))

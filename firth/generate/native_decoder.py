@@ -295,7 +295,7 @@ FEW_ROWS = kernels.Kernel("few-rows", {way: partial(_rows_workload, way) for way
 
 def _workload(way: str) -> kernels.Workload:
     """A token of 4 rows by a decoder of 4 layers, 256 wide."""
-    config = decoder_shape(vocab=1024, width=256, depth=4, heads=4)
+    config = decoder_shape(vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4)
     with torch.random.fork_rng(devices=[]):
         model = LM(config, {"lm": LMHead(config)}).eval()
     tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)

@@ -19,7 +19,7 @@ The published families are points in this space, not classes:
     ELMo        recurrent="lstm", apart, skip, hidden=4096, characters=50, filters=2048, causal off, tied off
     word2vec    depth=0
 
->>> decoder_config(vocab=8192, width=384, depth=6).num_parameters()
+>>> decoder_config(vocab_size=8192, hidden_size=384, num_layers=6).num_parameters()
 16908288
 >>> ModelConfig(vocab_size=100, hidden_size=30, num_layers=1, num_heads=4)
 Traceback (most recent call last):
@@ -266,54 +266,73 @@ class ModelConfig(Ranged, section="shape"):
 
 
 def decoder_config(
-    vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int = 0,
+    max_positions: int = 1024,
+    intermediate_size: int = 0,
 ) -> ModelConfig:
     """The default decoder, a NanoChat: what learns fastest here per second (docs/results.md). heads 0: width / 64."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads or max(1, width // 64), max_positions=context, intermediate_size=hidden,
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads or max(1, hidden_size // 64), max_positions=max_positions, intermediate_size=intermediate_size,
         norm="rms", norm_weight=False, norm_bias=False, norm_eps=1e-6, embedding_norm=True, position="rotary",
         rope_sign=-1, activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, logit_softcap=15.0, init_std=0.0, zero_init=True,
     )  # fmt: skip
 
 
 def encoder_config(
-    vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int = 0,
+    max_positions: int = 1024,
+    intermediate_size: int = 0,
 ) -> ModelConfig:
     """The default encoder, a ModernBERT with full attention in every layer."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads or max(1, width // 64), max_positions=context,
-        intermediate_size=hidden or 2 * width, causal=False, norm_bias=False, embedding_norm=True, first_attention_norm=False, position="rotary",
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads or max(1, hidden_size // 64), max_positions=max_positions,
+        intermediate_size=intermediate_size or 2 * hidden_size, causal=False, norm_bias=False, embedding_norm=True, first_attention_norm=False, position="rotary",
         activation="geglu", bias=False, lm_head="transform", lm_head_bias=True, init_std=0.0, zero_init=True,
     )  # fmt: skip
 
 
 def encoder_decoder_config(
-    vocab: int, width: int, depth: int, heads: int = 0, context: int = 1024, hidden: int = 0
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int = 0,
+    max_positions: int = 1024,
+    intermediate_size: int = 0,
 ) -> ModelConfig:
     """The default encoder-decoder, a T5 v1.1 with `depth` blocks on each side."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_encoder_layers=depth, num_heads=heads or max(1, width // 64), max_positions=context,
-        intermediate_size=hidden or 2 * width, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads or max(1, hidden_size // 64), max_positions=max_positions,
+        intermediate_size=intermediate_size or 2 * hidden_size, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
         activation="geglu_tanh", bias=False, scale_attention=False, tie_embeddings=False, init_std=0.0, zero_init=True,
     )  # fmt: skip
 
 
 def recurrent_config(
-    vocab: int, width: int, depth: int, kind: Literal["rnn", "gru", "lstm"] = "lstm", context: int = 1024
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    rnn_type: Literal["rnn", "gru", "lstm"] = "lstm",
+    max_positions: int = 1024,
 ) -> ModelConfig:
     """The default recurrent language model: embeddings, layers from left to right, and a head tied to the embeddings."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=1, max_positions=context, norm_placement="post", position="none",
-        rnn_type=kind, lm_head_bias=True,
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=1, max_positions=max_positions, norm_placement="post", position="none",
+        rnn_type=rnn_type, lm_head_bias=True,
     )  # fmt: skip
 
 
-def word_vector_config(vocab: int, width: int) -> ModelConfig:
+def word_vector_config(vocab_size: int, hidden_size: int) -> ModelConfig:
     """A vector for each word and nothing else: what word2vec learns."""
     # From 0.3 rare words keep much of what they began as; from 0.003 all vectors point one way for long.
     return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=width,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
         num_layers=0,
         num_heads=1,
         norm_placement="post",

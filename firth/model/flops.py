@@ -11,7 +11,7 @@ and on what; it adds up what stands here: `trunk` for a forward and backward pas
 vocabulary head, `linear` for a map of its own.
 
 >>> from firth.model.config import decoder_config
->>> shape = decoder_config(vocab=8192, width=384, depth=6)
+>>> shape = decoder_config(vocab_size=8192, hidden_size=384, num_layers=6)
 >>> f"{stack_flops(shape, Work(positions=4096, pairs=4096 * 128)) + head_flops(shape, 4096):.3g}"
 '3.53e+11'
 """

@@ -11,7 +11,7 @@ down to the entropy of single tokens, 6.4. Counting the answers says as much bef
 
 >>> from firth.model.heads import LMHead
 >>> from firth.model.config import decoder_config
->>> shape = decoder_config(vocab=50, width=384, depth=1)
+>>> shape = decoder_config(vocab_size=50, hidden_size=384, num_layers=1)
 >>> _ = torch.manual_seed(0)
 >>> model = LM(shape, {"lm": LMHead(shape)})
 >>> counts = torch.arange(50.0)

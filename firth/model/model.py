@@ -6,7 +6,7 @@ tokens, the others are free.
 
 >>> import torch
 >>> from firth.model.config import decoder_config
->>> model = LM(decoder_config(vocab=50, width=64, depth=1), {})
+>>> model = LM(decoder_config(vocab_size=50, hidden_size=64, num_layers=1), {})
 >>> model({"tokens": torch.tensor([[3, 4, 5], [6, 7, 8]])}).shape
 torch.Size([2, 3, 64])
 """
@@ -215,9 +215,9 @@ class LM(nn.Module):
         self,
         batch: Batch,
         cache: KVCache | None = None,
-        kept: list[Tensor] | None = None,
+        hidden_states: list[Tensor] | None = None,
         latent: Tensor | None = None,
-        wanted: Tensor | None = None,
+        needed: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of `tokens`: (..., T, width). With a cache, `tokens` are the new ones only.
 
@@ -245,15 +245,15 @@ class LM(nn.Module):
             past = self.prefix.past()
         x = self.embed(fields, front=front)
         if self.config.rnn_type:
-            hidden = self.stack(x, fields, cache, kept)
+            hidden = self.stack(x, fields, cache, hidden_states)
         else:
-            if wanted is not None:
-                wanted = F.pad(wanted.flatten(0, -2), (x.shape[1] - length, 0))
-            hidden = self.stack(x, fields, cache, memory, source, past, kept, wanted)
+            if needed is not None:
+                needed = F.pad(needed.flatten(0, -2), (x.shape[1] - length, 0))
+            hidden = self.stack(x, fields, cache, memory, source, past, hidden_states, needed)
         if front is not None:
             hidden = hidden[:, -length:]
-            if kept is not None:
-                kept[:] = [states[:, -length:] for states in kept]
+            if hidden_states is not None:
+                hidden_states[:] = [states[:, -length:] for states in hidden_states]
         return hidden.unflatten(0, batch["tokens"].shape[:-1])
 
     def all_hidden_states(self, batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """How many parameters a shape has, exactly, and the numbers and names that this rests on.
 
 >>> from firth.model.config import decoder_config
->>> num_parameters(decoder_config(vocab=8192, width=384, depth=6))
+>>> num_parameters(decoder_config(vocab_size=8192, hidden_size=384, num_layers=6))
 16908288
 """
 

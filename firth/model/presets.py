@@ -28,28 +28,33 @@ from dataclasses import replace
 from firth.model.config import ModelConfig
 
 
-def gpt(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> ModelConfig:
+def gpt(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
     """GPT: a decoder with the norm after each branch, learned positions, a tied head (Radford 2018)."""
     return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        num_layers=depth,
-        num_heads=heads,
-        max_positions=context,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
         norm_placement="post",
         dropout=0.1,
     )
 
 
-def gpt2(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> ModelConfig:
+def gpt2(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 1024) -> ModelConfig:
     """GPT-2: the norm before each branch and one more at the end (Radford 2019, section 2.3)."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, max_positions=context, dropout=0.1
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        dropout=0.1,
     )
 
 
 def transformer_xl(
-    width: int, depth: int, heads: int, head_width: int, vocab: int = 32000, context: int = 2048
+    hidden_size: int, num_layers: int, num_heads: int, head_dim: int, vocab_size: int = 32000, max_positions: int = 2048
 ) -> ModelConfig:
     """Gopher's form: RMSNorm before each branch, relative positions as in Transformer-XL, a tied table of 32,000
     (Rae 2021, section 2.1; Hoffmann 2022, section 4.1).
@@ -60,66 +65,90 @@ def transformer_xl(
     is not told.
     """
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, head_dim=head_width, max_positions=context, norm="rms",
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim, max_positions=max_positions, norm="rms",
         norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
     )  # fmt: skip
 
 
 def llama(
-    vocab: int, width: int, depth: int, heads: int, hidden: int, context: int = 2048, kv_heads: int = 0
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    intermediate_size: int,
+    max_positions: int = 2048,
+    num_kv_heads: int = 0,
 ) -> ModelConfig:
     """Llama: RMSNorm, SwiGLU, rotary positions, no biases, a head of its own (Touvron 2023, section 2.2)."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=hidden, max_positions=context, norm="rms",
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, intermediate_size=intermediate_size, max_positions=max_positions, norm="rms",
         norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False,
     )  # fmt: skip
 
 
-def bert(vocab: int, width: int, depth: int, heads: int, context: int = 512, segments: int = 2) -> ModelConfig:
+def bert(
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    max_positions: int = 512,
+    type_vocab_size: int = 2,
+) -> ModelConfig:
     """BERT: an encoder with the norm after each branch, learned positions and segments (Devlin 2019, section 3)."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, max_positions=context, causal=False, type_vocab_size=segments,
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions, causal=False, type_vocab_size=type_vocab_size,
         norm_placement="post", norm_eps=1e-12, embedding_norm=True, activation="gelu", dropout=0.1, lm_head="transform", lm_head_bias=True,
     )  # fmt: skip
 
 
-def xlnet(vocab: int, width: int, depth: int, heads: int, context: int = 512, memory: int = 384) -> ModelConfig:
+def xlnet(
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    max_positions: int = 512,
+    memory_length: int = 384,
+) -> ModelConfig:
     """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_heads=heads, max_positions=context, causal=False, norm_placement="post", norm_eps=1e-12,
-        position="xlnet", mask_embedding=True, type_vocab_size=2, memory_length=memory, activation="gelu", dropout=0.1, lm_head_bias=True,
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions, causal=False, norm_placement="post", norm_eps=1e-12,
+        position="xlnet", mask_embedding=True, type_vocab_size=2, memory_length=memory_length, activation="gelu", dropout=0.1, lm_head_bias=True,
     )  # fmt: skip
 
 
-def mpnet(vocab: int, width: int, depth: int, heads: int, context: int = 512) -> ModelConfig:
+def mpnet(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
     """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
-    return replace(bert(vocab, width, depth, heads, context, segments=0), position="mpnet")
+    return replace(
+        bert(vocab_size, hidden_size, num_layers, num_heads, max_positions, type_vocab_size=0), position="mpnet"
+    )
 
 
-def albert(width: int, depth: int, heads: int, vocab: int = 30000) -> ModelConfig:
+def albert(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 30000) -> ModelConfig:
     """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
-    like = bert(vocab, width, depth, heads)
+    like = bert(vocab_size, hidden_size, num_layers, num_heads)
     return replace(like, embedding_size=128, num_layer_groups=1, activation="gelu_tanh")
 
 
-def electra(width: int, heads: int, embed: int = 0) -> ModelConfig:
+def electra(hidden_size: int, num_heads: int, embedding_size: int = 0) -> ModelConfig:
     """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
-    return replace(bert(30522, width, 12, heads), embedding_size=embed)
+    return replace(bert(30522, hidden_size, 12, num_heads), embedding_size=embedding_size)
 
 
-def t5(vocab: int, width: int, depth: int, heads: int, head_width: int, hidden: int) -> ModelConfig:
+def t5(
+    vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, head_dim: int, intermediate_size: int
+) -> ModelConfig:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_encoder_layers=depth, num_heads=heads, head_dim=head_width, intermediate_size=hidden,
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads, head_dim=head_dim, intermediate_size=intermediate_size,
         max_positions=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
-        scale_attention=False, lm_head_scale=width**-0.5, dropout=0.1, init_std=0.0,
+        scale_attention=False, lm_head_scale=hidden_size**-0.5, dropout=0.1, init_std=0.0,
     )  # fmt: skip
 
 
-def bart(vocab: int, width: int, depth: int, heads: int, context: int = 1024) -> ModelConfig:
+def bart(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 1024) -> ModelConfig:
     """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=width, num_layers=depth, num_encoder_layers=depth, num_heads=heads, max_positions=context, decoder_start_token="eos",
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads, max_positions=max_positions, decoder_start_token="eos",
         norm_placement="post", embedding_norm=True, activation="gelu", dropout=0.1, lm_head_bias=True,
     )  # fmt: skip
 
@@ -130,13 +159,13 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt2-medium": gpt2(50257, 1024, 24, 16),
     "gpt2-large": gpt2(50257, 1280, 36, 20),
     "gpt2-xl": gpt2(50257, 1600, 48, 25),
-    "gpt3": gpt2(50257, 12288, 96, 96, context=2048),
+    "gpt3": gpt2(50257, 12288, 96, 96, max_positions=2048),
     "chinchilla": transformer_xl(8192, 80, 64, 128),
     "bert-base": bert(30522, 768, 12, 12),
     "bert-large": bert(30522, 1024, 24, 16),
-    "roberta-base": bert(50265, 768, 12, 12, segments=1),
-    "roberta-large": bert(50265, 1024, 24, 16, segments=1),
-    "distilbert-base": bert(30522, 768, 6, 12, segments=0),
+    "roberta-base": bert(50265, 768, 12, 12, type_vocab_size=1),
+    "roberta-large": bert(50265, 1024, 24, 16, type_vocab_size=1),
+    "distilbert-base": bert(30522, 768, 6, 12, type_vocab_size=0),
     "xlnet-base": xlnet(32000, 768, 12, 12),
     "xlnet-large": xlnet(32000, 1024, 24, 16),
     "mpnet-base": mpnet(30527, 768, 12, 12),
@@ -145,7 +174,7 @@ PRESETS: dict[str, ModelConfig] = {
     "albert-large": albert(1024, 24, 16),
     "albert-xlarge": albert(2048, 24, 16),
     "albert-xxlarge": albert(4096, 12, 64),
-    "electra-small": electra(256, 4, embed=128),
+    "electra-small": electra(256, 4, embedding_size=128),
     "electra-base": electra(768, 12),
     "t5-small": t5(32128, 512, 6, 8, 64, 2048),
     "t5-base": t5(32128, 768, 12, 12, 64, 3072),

@@ -11,7 +11,7 @@ read plain rectangles.
 
 >>> import torch
 >>> from firth.model.config import recurrent_config
->>> trunk = RecurrentStack(recurrent_config(vocab=9, width=8, depth=2))
+>>> trunk = RecurrentStack(recurrent_config(vocab_size=9, hidden_size=8, num_layers=2))
 >>> x, fields = torch.randn(1, 5, 8), {"document": torch.tensor([[1, 1, 2, 2, 2]])}
 >>> alone = trunk(x[:, 2:], {"document": torch.ones(1, 3)})
 >>> torch.allclose(trunk(x, fields)[:, 2:], alone, atol=1e-6)

@@ -5,7 +5,7 @@ block makes keys and values of all tokens, and everything else at those that are
 
 >>> import torch
 >>> from firth.model.config import encoder_config
->>> trunk, tokens = TransformerStack(encoder_config(vocab=9, width=64, depth=1), 1, cross=False, both_ways=True), torch.tensor([[3, 4, 5]])
+>>> trunk, tokens = TransformerStack(encoder_config(vocab_size=9, hidden_size=64, num_layers=1), 1, cross=False, both_ways=True), torch.tensor([[3, 4, 5]])
 >>> x, fields = torch.randn(1, 3, 64), {"tokens": tokens, "positions": torch.arange(3)[None]}
 >>> trunk(x, fields, wanted=torch.tensor([[True, False, False]])).abs().sum(-1).gt(0).tolist()
 [[True, False, False]]
@@ -88,9 +88,9 @@ class TransformerStack(nn.Module):
         cache: KVCache | None = None,
         memory: Tensor | None = None,
         source: Batch | None = None,
-        past: RowMemory | None = None,
-        kept: list[Tensor] | None = None,
-        wanted: Tensor | None = None,
+        row_memory: RowMemory | None = None,
+        hidden_states: list[Tensor] | None = None,
+        needed: Tensor | None = None,
     ) -> Tensor:
         """x: embeddings (B, T, table width); fields: (B, T) each; memory (B, S, width) with the source's fields.
 
@@ -99,10 +99,10 @@ class TransformerStack(nn.Module):
         """
         x = self.enter(x)
         if not self.blocks:  # word vectors: nobody sees anybody, and there is nothing to lower
-            kept = [] if kept is None else kept
-            kept.append(x)
+            hidden_states = [] if hidden_states is None else hidden_states
+            hidden_states.append(x)
             return self.norm(x)
-        context = self.context(fields, cache, past)
+        context = self.context(fields, cache, row_memory)
         across: AttentionContext | None = None
         layers = self.layers()
         crossed: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
@@ -116,29 +116,36 @@ class TransformerStack(nn.Module):
                 made = cache.cross
             crossed = made
         last = None
-        if wanted is not None and self.config.supports_subset and (cache is None or not cache.length) and kept is None:
-            index = subset_positions(wanted)
-            last = None if index is None else replace(self.context(fields, None, past, index), cache=cache)
+        if (
+            needed is not None
+            and self.config.supports_subset
+            and (cache is None or not cache.length)
+            and hidden_states is None
+        ):
+            index = subset_positions(needed)
+            last = None if index is None else replace(self.context(fields, None, row_memory, index), cache=cache)
         learning = cache is None and torch.is_grad_enabled()
         again = self.gradient_checkpointing and learning
         for layer, (block, crossing) in enumerate(zip(layers, crossed, strict=True)):
             here = context if last is None or layer < len(layers) - 1 else last
             here = here if here.slots is None else replace(here, slots=here.slots.of(layer))
-            if past is not None and past.pairs:
-                here = replace(here, prefix_kv=past.pairs[layer])
-            earlier = past.states[layer] if past is not None and past.states else None
-            if kept is not None:
-                kept.append(x)
+            if row_memory is not None and row_memory.pairs:
+                here = replace(here, prefix_kv=row_memory.pairs[layer])
+            earlier = row_memory.states[layer] if row_memory is not None and row_memory.states else None
+            if hidden_states is not None:
+                hidden_states.append(x)
             through = block if self.through is None or not learning else partial(self.through, block)
             if again:
                 x = checkpoint(through, x, here, across, crossing, earlier, use_reentrant=False)
             else:
                 x = through(x, here, across, crossing, earlier)
         if cache is not None:
-            cache.advance(fields["tokens"].shape[1] + (0 if past is None else past.fields["appears"].shape[1]))
+            cache.advance(
+                fields["tokens"].shape[1] + (0 if row_memory is None else row_memory.fields["appears"].shape[1])
+            )
         x = self.norm(x)
-        if kept is not None:
-            kept.append(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
         return x if last is None or last.subset is None else last.subset.scatter(x, fields["tokens"].shape[1])
 
     def enter(self, x: Tensor) -> Tensor:

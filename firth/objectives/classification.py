@@ -39,7 +39,7 @@ def readout_of(config: ModelConfig, reads: AttentionPattern = "any") -> Readout:
     """Where a class is read off a model of this shape that has learnt to read a text so.
 
     >>> from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
-    >>> [readout_of(make(vocab=9, width=64, depth=1)) for make in (encoder_config, decoder_config, encoder_decoder_config)]
+    >>> [readout_of(make(vocab_size=9, hidden_size=64, num_layers=1)) for make in (encoder_config, decoder_config, encoder_decoder_config)]
     ['first', 'last', 'answer']
     """
     if "source" in config.supported_patterns:
@@ -135,11 +135,11 @@ class Classification(ReadoutObjective):
                 f"there are {len(self.class_weights)} weights for {len(self.class_names)} classes: give one for each"
             )
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
-        named = self if self.class_names else dataclasses.replace(self, class_names=known().class_names)
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
+        named = self if self.class_names else dataclasses.replace(self, class_names=stats().class_names)
         if self.class_weights != "balanced":
             return named
-        counts = known().class_counts
+        counts = stats().class_counts
         share = sum(counts) / len(counts)
         return dataclasses.replace(named, class_weights=tuple(share / n if n else 0.0 for n in counts))
 

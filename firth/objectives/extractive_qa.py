@@ -51,10 +51,10 @@ class QuestionAnswering(Objective):
     position: Literal["auto", "first", "last"] = "auto"
     has_unanswerable: bool | None = None
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
         if self.has_unanswerable is not None:
             return self
-        return dataclasses.replace(self, has_unanswerable=known().has_unanswerable)
+        return dataclasses.replace(self, has_unanswerable=stats().has_unanswerable)
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "start", "end"})

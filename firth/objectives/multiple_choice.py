@@ -62,8 +62,8 @@ class MultipleChoice(Objective):
             return self
         return dataclasses.replace(self, position="last" if readout_of(config) == "last" else "first")
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
-        return self if self.max_options else dataclasses.replace(self, max_options=known().max_options)
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
+        return self if self.max_options else dataclasses.replace(self, max_options=stats().max_options)
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"choice": classification_head(config.hidden_size, 1)}

@@ -100,7 +100,7 @@ class Objective(Ranged, section="objective"):
     metric_ratios: ClassVar[dict[str, tuple[str, str]]] = {}
     class_names: tuple[str, ...] = ()
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
         """The objective with what its data knows, which is read only if it is asked for; most ask nothing."""
         return self
 
@@ -258,8 +258,8 @@ class Sum(Objective):
     def components(self) -> tuple[Objective, ...]:
         return self.first.components() + self.second.components()
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
-        return Sum(self.first.with_stats(known), self.second.with_stats(known))
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
+        return Sum(self.first.with_stats(stats), self.second.with_stats(stats))
 
     def for_model(self, config: ModelConfig) -> Objective:
         return Sum(self.first.for_model(config), self.second.for_model(config))

@@ -49,9 +49,9 @@ class Regression(ReadoutObjective):
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "score"})
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
-        mean = known().mean if self.mean is None else self.mean
-        return dataclasses.replace(self, mean=mean, std=self.std or known().std)
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
+        mean = stats().mean if self.mean is None else self.mean
+        return dataclasses.replace(self, mean=mean, std=self.std or stats().std)
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"score": classification_head(config.hidden_size, 1)}

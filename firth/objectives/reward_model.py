@@ -119,8 +119,8 @@ class Ranking(RewardModeling):
     num_answers: NonNegativeInt = 0
     likelihood: Literal["pairs", "order"] = "pairs"
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Ranking:
-        return self if self.num_answers else replace(self, num_answers=known().max_options)
+    def with_stats(self, stats: Callable[[], DataStats]) -> Ranking:
+        return self if self.num_answers else replace(self, num_answers=stats().max_options)
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"answers", "masks", "rank"})

@@ -53,8 +53,8 @@ class TokenClassification(Objective):
             self if self.left is not None else dataclasses.replace(self, left="both" not in config.supported_patterns)
         )
 
-    def with_stats(self, known: Callable[[], DataStats]) -> Objective:
-        return self if self.class_names else dataclasses.replace(self, class_names=known().class_names)
+    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
+        return self if self.class_names else dataclasses.replace(self, class_names=stats().class_names)
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"tags": classification_head(config.hidden_size, len(self.class_names))}

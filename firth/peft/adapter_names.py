@@ -1,7 +1,7 @@
 """What the modules of a model are called in its family's own class, where peft's files look for them.
 
 >>> from firth.model.presets import llama
->>> names = AdapterNames.of(LM(llama(vocab=9, width=8, depth=1, heads=2, hidden=8), {}))
+>>> names = AdapterNames.of(LM(llama(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8), {}))
 >>> names.inside(["layers.0.self_attn.q_proj"])
 {'layers.0.self_attn.q_proj': 'model.layers.0.self_attn.q_proj'}
 >>> names.entries["model.layers.0.self_attn.q_proj"].name

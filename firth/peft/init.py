@@ -1,7 +1,7 @@
 """What trained positions begin as: the states of given tokens in the model (Li & Liang 2021, section 7.4; Lester 2021, 3.2).
 
 >>> from firth.model.config import decoder_config
->>> model = LM(decoder_config(vocab=9, width=64, depth=1), {})
+>>> model = LM(decoder_config(vocab_size=9, hidden_size=64, num_layers=1), {})
 >>> torch.equal(prompt_of(model, [3, 4]).table.weight, model.tokens.weight[3:5])
 True
 """

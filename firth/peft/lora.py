@@ -8,7 +8,7 @@ may lie on one model, each with a share (`use`); `merge` adds them to the weight
 that were there, from a copy that it kept; `fold` merges for good and leaves a plain model.
 
 >>> from firth.model.config import decoder_config
->>> model = LM(decoder_config(vocab=50, width=64, depth=2), {})
+>>> model = LM(decoder_config(vocab_size=50, hidden_size=64, num_layers=2), {})
 >>> add(model, ["attention.q", "v"], LoraConfig(rank=4))
 ['trunk.blocks.0.attention.q', 'trunk.blocks.0.attention.v', 'trunk.blocks.1.attention.q', 'trunk.blocks.1.attention.v']
 >>> freeze(model), trained(model)

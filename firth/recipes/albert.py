@@ -29,7 +29,7 @@ def albert(size: str = "tiny") -> Recipe:
 
 
 def _tiny() -> Recipe:
-    modern = encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT)
+    modern = encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, max_positions=sizes.CONTEXT)
     config = replace(
         modern, embedding_size=sizes.WIDTH // 3, num_layer_groups=1, first_attention_norm=True, type_vocab_size=2
     )

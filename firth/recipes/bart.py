@@ -34,7 +34,7 @@ def bart(size: str = "tiny") -> Recipe:
         for name, shape in (("base", "bart-base"), ("published", "bart-large"))
     }  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
-    body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, max_positions=CONTEXT)
     # The relative biases must grow to several units, and the untied head begins near zero.
     ours = OptimizerConfig(scalar_lr=3e-2)
     plan = tiny(

@@ -37,7 +37,7 @@ def bert(size: str = "tiny") -> Recipe:
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999), sample_prompts=SAMPLES,
         schedule=Schedule("linear", warmup_ratio=0.01), budget=Budget(max_steps=1_000_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), type_vocab_size=2)
+    body = replace(encoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT), type_vocab_size=2)
     return one_of("bert", size, {
         "tiny": tiny("bert", NSP() + MLM(mlm_probability=HIDDEN, num_maskings=10), SegmentPairsConfig(max_length=128), body, steps=800, batch=BatchConfig(size=16), samples=SAMPLES),
         "published": paper,
@@ -53,7 +53,7 @@ def roberta(size: str = "tiny") -> Recipe:
     """
     small = Recipe(
         name="roberta", objective=MLM(mlm_probability=HIDDEN), examples=ChunksConfig(max_length=128), data=DataConfig(corpus="shakespeare"),
-        model=encoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(size=32, pack_to_length=128), sample_prompts=SAMPLES,
+        model=encoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512), batch=BatchConfig(size=32, pack_to_length=128), sample_prompts=SAMPLES,
         schedule=Schedule("wsd"), budget=Budget(max_steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     paper = Recipe(
@@ -62,7 +62,7 @@ def roberta(size: str = "tiny") -> Recipe:
         optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
         schedule=Schedule("linear", warmup_ratio=0.06), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+    body = encoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT)
     return one_of("roberta", size, {
         "tiny": tiny("roberta", MLM(mlm_probability=HIDDEN), ChunksConfig(max_length=128), body, steps=800, batch=BatchConfig(size=16, pack_to_length=128), samples=SAMPLES),
         "small": small,

@@ -40,7 +40,7 @@ def closed_book(size: str = "tiny") -> Recipe:
         schedule=Schedule("constant", warmup_ratio=0.01), budget=Budget(max_steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # Nearly every name is one token of 8,192, and the body is small: each gloss is read some eighty times in two minutes.
-    body = encoder_decoder_config(8192, 128, 1, context=CONTEXT)
+    body = encoder_decoder_config(8192, 128, 1, max_positions=CONTEXT)
     plan = tiny(
         "closed_book",
         objective,

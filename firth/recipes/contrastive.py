@@ -31,7 +31,7 @@ def contrastive(size: str = "tiny") -> Recipe:
         "contrastive",
         Contrastive(),
         SegmentPairsConfig(max_length=64),
-        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, max_positions=sizes.CONTEXT),
         steps=300,
         batch=BatchConfig(size=32),
         optimizer=OptimizerConfig(lr=1e-3),

@@ -38,7 +38,8 @@ def electra(size: str = "tiny") -> Recipe:
 
 def _tiny() -> Recipe:
     config = replace(
-        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), embedding_size=sizes.WIDTH // 2
+        encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, max_positions=sizes.CONTEXT),
+        embedding_size=sizes.WIDTH // 2,
     )
     # The paper's quarters would be a generator of width 48, which learns next to nothing in so short a run.
     return sizes.tiny(

@@ -48,13 +48,13 @@ def gpt(size: str = "tiny") -> Recipe:
     ours = OptimizerConfig(embedding_lr=0.3)
     small = Recipe(
         name="gpt", objective=CausalLM(), examples=WindowsConfig(max_length=256), data=DataConfig(corpus="shakespeare"),
-        model=decoder_config(vocab=8192, width=384, depth=6, context=512), batch=BatchConfig(size=8), optimizer=ours,
+        model=decoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512), batch=BatchConfig(size=8), optimizer=ours,
         schedule=Schedule("wsd"), budget=Budget(max_steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), sample_prompts=SAMPLES,
     )  # fmt: skip
     adam = OptimizerConfig(name="adamw", lr=2.5e-4, weight_decay=0.01, beta2=0.999, max_grad_norm=1.0)
     paper = _long("gpt", presets.PRESETS["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
     return one_of("gpt", size, {
-        "tiny": _tiny("gpt", decoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), ours),
+        "tiny": _tiny("gpt", decoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT), ours),
         "small": small,
         "published": replace(paper, tokenizer=TokenizerConfig(algorithm="bpe", vocab_size=40478)),
     })  # fmt: skip
@@ -96,7 +96,7 @@ def gpt3(size: str = "tiny") -> Recipe:
 
 def llama(size: str = "tiny") -> Recipe:
     """Llama (Touvron 2023): 4 M tokens a step, 1 T in all, AdamW at 3e-4 with a cosine to a tenth."""
-    small = presets.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, hidden=2 * WIDTH, context=CONTEXT)
+    small = presets.llama(VOCAB, WIDTH, DEPTH, WIDTH // 64, intermediate_size=2 * WIDTH, max_positions=CONTEXT)
     adamw = OptimizerConfig(name="adamw", lr=3e-4, weight_decay=0.1, beta2=0.95)
     whole = _long("llama", presets.PRESETS["llama-7b"], 2048, 2048, adamw, warmup=2000, steps=250_000)
     return one_of("llama", size, {
@@ -107,7 +107,7 @@ def llama(size: str = "tiny") -> Recipe:
 
 def _plain() -> ModelConfig:
     """GPT-2's blocks at the tiny size, without dropout: two minutes are less than an epoch."""
-    return replace(presets.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, context=CONTEXT), dropout=0.0)
+    return replace(presets.gpt2(VOCAB, WIDTH, DEPTH, WIDTH // 64, max_positions=CONTEXT), dropout=0.0)
 
 
 def _tiny(name: str, config: ModelConfig, optimizer: OptimizerConfig) -> Recipe:

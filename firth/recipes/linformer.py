@@ -27,7 +27,7 @@ def linformer(size: str = "tiny") -> Recipe:
         "linformer",
         MLM(mlm_probability=sizes.HIDDEN),
         ChunksConfig(max_length=sizes.CONTEXT),
-        replace(encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT), linformer_k=64),
+        replace(encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, max_positions=sizes.CONTEXT), linformer_k=64),
         steps=400,
         batch=BatchConfig(size=16),
         samples=("The <mask> is good.", "I will <mask> you."),
@@ -37,7 +37,7 @@ def linformer(size: str = "tiny") -> Recipe:
         objective=MLM(),
         examples=ChunksConfig(max_length=512),
         tokenizer=TokenizerConfig(vocab_size=50265),
-        model=replace(bert(50265, 768, 12, 12, segments=0), linformer_k=256),
+        model=replace(bert(50265, 768, 12, 12, type_vocab_size=0), linformer_k=256),
         batch=BatchConfig(size=256),
         # The paper's 250,000 updates on BookCorpus and Wikipedia; rates and the rest are RoBERTa's.
         optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),

@@ -34,8 +34,8 @@ def prefix_lm(size: str = "tiny") -> Recipe:
         schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19), budget=Budget(max_steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     # What reads both ways is no causal decoder to others: only firth loads it.
-    body = replace(decoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), causal=False)
-    sides = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    body = replace(decoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT), causal=False)
+    sides = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, max_positions=CONTEXT)
     halves = PrefixLM(min_prefix=0.5, max_prefix=0.5, layout="seq2seq")
     return one_of("prefix_lm", size, {
         "tiny": tiny(

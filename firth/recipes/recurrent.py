@@ -65,12 +65,12 @@ def lstm(size: str = "tiny") -> Recipe:
     published: one layer of 1,024 cells over embeddings of 512 (Dai and Le 2015, section 4). Here its width is 1,024 both.
     """
     tiny = sizes.tiny(
-        "lstm", CausalLM(), WindowsConfig(max_length=128), recurrent_config(sizes.VOCAB, 256, 2, context=sizes.CONTEXT),
+        "lstm", CausalLM(), WindowsConfig(max_length=128), recurrent_config(sizes.VOCAB, 256, 2, max_positions=sizes.CONTEXT),
         steps=600, batch=BatchConfig(size=16), optimizer=OptimizerConfig(lr=6e-3), samples=("The ", "I think that ", "What is "),
     )  # fmt: skip
     published = replace(
         tiny, data=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", vocab_size=30_000), sample_prompts=(),
-        model=replace(recurrent_config(30_000, 1024, 1, context=400), dropout=0.25), examples=WindowsConfig(max_length=400),
+        model=replace(recurrent_config(30_000, 1024, 1, max_positions=400), dropout=0.25), examples=WindowsConfig(max_length=400),
         batch=BatchConfig(size=128), budget=Budget(max_steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
     )  # fmt: skip
     return sizes.one_of("lstm", size, {"tiny": tiny, "published": published})

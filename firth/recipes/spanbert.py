@@ -32,7 +32,7 @@ def _objective(rate: float) -> Objective:
 
 def _tiny() -> Recipe:
     return sizes.tiny(
-        "spanbert", _objective(sizes.HIDDEN), ChunksConfig(max_length=128), encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, context=sizes.CONTEXT),
+        "spanbert", _objective(sizes.HIDDEN), ChunksConfig(max_length=128), encoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH, max_positions=sizes.CONTEXT),
         steps=500, batch=BatchConfig(size=32, pack_to_length=128),
         samples=("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?"),
     )  # fmt: skip

@@ -29,11 +29,11 @@ def t5(size: str = "tiny") -> Recipe:
     ours = OptimizerConfig(scalar_lr=3e-2)
     small = Recipe(
         name="t5", objective=SpanCorruption(), examples=ChunksConfig(max_length=256, add_special_tokens=False), data=DataConfig(corpus="shakespeare"),
-        model=encoder_decoder_config(vocab=8192, width=384, depth=4, context=512), batch=BatchConfig(size=16), optimizer=ours,
+        model=encoder_decoder_config(vocab_size=8192, hidden_size=384, num_layers=4, max_positions=512), batch=BatchConfig(size=16), optimizer=ours,
         schedule=Schedule("wsd"), budget=Budget(max_steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
     )  # fmt: skip
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
-    body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, context=CONTEXT)
+    body = encoder_decoder_config(VOCAB, WIDTH, DEPTH // 2, max_positions=CONTEXT)
     sizes = {
         name: Recipe(
             name="t5", objective=SpanCorruption(), examples=ChunksConfig(max_length=512, add_special_tokens=False), model=presets.PRESETS[shape],

@@ -27,7 +27,7 @@ def vae(size: str = "tiny") -> Recipe:
     words kept, 20,000 words); his trunks are LSTMs of one layer.
     """
     samples = ("<prior>", "I will go with you. <to> What is the matter?")
-    body = encoder_decoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH // 2, context=sizes.CONTEXT)
+    body = encoder_decoder_config(sizes.VOCAB, sizes.WIDTH, sizes.DEPTH // 2, max_positions=sizes.CONTEXT)
     tiny = sizes.tiny(
         "vae",
         VAE(latent_size=32, kl_anneal_steps=300, word_dropout=0.4),
@@ -43,7 +43,7 @@ def vae(size: str = "tiny") -> Recipe:
         objective=VAE(latent_size=13, kl_anneal_steps=10_000, word_dropout=0.375),
         examples=ChunksConfig(max_length=64, add_special_tokens=False),
         tokenizer=TokenizerConfig(vocab_size=20_000),
-        model=replace(encoder_decoder_config(20_000, 512, 2, context=64), latent_size=13),
+        model=replace(encoder_decoder_config(20_000, 512, 2, max_positions=64), latent_size=13),
         batch=BatchConfig(size=32),
         optimizer=OptimizerConfig(),
         schedule=Schedule("wsd"),

@@ -39,7 +39,10 @@ def xlnet(size: str = "tiny") -> Recipe:
         schedule=Schedule("linear", warmup_ratio=0.08), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
     body = replace(
-        encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT), position="xlnet", mask_embedding=True, memory_length=128
+        encoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT),
+        position="xlnet",
+        mask_embedding=True,
+        memory_length=128,
     )
     return one_of("xlnet", size, {
         "tiny": tiny("xlnet", PLM(k=3), WindowsConfig(max_length=128), body, steps=500, batch=BatchConfig(size=16), samples=SAMPLES),
@@ -62,7 +65,7 @@ def mpnet(size: str = "tiny") -> Recipe:
         optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
         schedule=Schedule("linear", warmup_ratio=0.048), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
     )  # fmt: skip
-    body = encoder_config(VOCAB, WIDTH, DEPTH, context=CONTEXT)
+    body = encoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT)
     return one_of("mpnet", size, {
         "tiny": tiny("mpnet", replace(objective, mlm_probability=0.3), ChunksConfig(max_length=128), body, steps=600, batch=BatchConfig(size=16), samples=SAMPLES),
         "published": paper,

@@ -5,7 +5,7 @@ segment does not feed.
 >>> from firth.objectives.masked_lm import MLM
 >>> from firth.objectives.next_sentence import NSP
 >>> from firth.runs.examples import ChunksConfig
->>> check_pattern(MLM(), decoder_config(vocab=10, width=64, depth=1))  # doctest: +ELLIPSIS
+>>> check_pattern(MLM(), decoder_config(vocab_size=10, hidden_size=64, num_layers=1))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ...
 firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false, ...

@@ -147,7 +147,7 @@ class RunData:
                     parts.append(None)
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
-                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, counts=counts.rows)
+                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, stats=counts.rows)
                 kind = "held out" if apart else "to learn from"
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
@@ -259,12 +259,12 @@ def train_tokenizer(
     out: Path,
     *,
     algorithm: str,
-    size: int,
-    field: str = "text",
-    split: str = "file",
-    sample: int = 200_000_000,
+    vocab_size: int,
+    text_field: str = "text",
+    split_by: str = "file",
+    sample_bytes: int = 200_000_000,
     seed: int = 0,
-    sentinels: int = 0,
+    num_sentinels: int = 0,
     byte_fallback: bool = True,
     echo: Echo = print,
     texts: Callable[[ReadStats], Iterator[str]] | None = None,
@@ -272,9 +272,9 @@ def train_tokenizer(
     """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`). texts: what to train
     on in place of the files' documents; it counts them."""
     counts = ReadStats()
-    plain = (d.text for d in readers.documents(paths, field=field, split=split, counts=counts))
+    plain = (d.text for d in readers.documents(paths, field=text_field, split=split_by, counts=counts))
     tokenizer = train(
-        _nonempty(plain if texts is None else texts(counts), paths), algorithm, size, seed=seed, sample=sample, sentinels=sentinels,
+        _nonempty(plain if texts is None else texts(counts), paths), algorithm, vocab_size, seed=seed, sample_bytes=sample_bytes, num_sentinels=num_sentinels,
         byte_fallback=byte_fallback, echo=echo,
     )  # fmt: skip
     tokenizer.save(out)

@@ -201,8 +201,8 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     try:
         ended = train(
             model, resolved.objective, batches, directory,
-            length=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule,
-            plan=TrainerConfig(eval_every=evaluation.every, save_every=resolved.checkpoint.every, keep=resolved.checkpoint.keep,
+            budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule,
+            config=TrainerConfig(eval_every=evaluation.every, save_every=resolved.checkpoint.every, keep=resolved.checkpoint.keep,
                       best_metric=evaluation.best_metric or "loss",
                       load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
                       patience=evaluation.patience, precision=chosen),

@@ -74,9 +74,9 @@ def tokenizer_of(
         record["resolved_size"] = made.vocab.size
     else:
         train_tokenizer(
-            source.paths(echo), own, algorithm=plan.algorithm, size=plan.vocab_size, field=source.text_field,
-            split=source.split_by, sample=plan.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
-            sentinels=sentinels,
+            source.paths(echo), own, algorithm=plan.algorithm, vocab_size=plan.vocab_size, text_field=source.text_field,
+            split_by=source.split_by, sample_bytes=plan.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
+            num_sentinels=sentinels,
             texts=lambda counts: training_texts(recipe.examples, source, source.paths(echo), counts),
         )  # fmt: skip
         made = Tokenizer.load(own)
@@ -138,7 +138,7 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
     texts = training_texts(recipe.examples, source, source.paths(echo), ReadStats())
     try:
         again = train(
-            texts, plan.algorithm, size, seed=recipe.seed, sample=plan.sample_bytes, sentinels=sentinels,
+            texts, plan.algorithm, size, seed=recipe.seed, sample_bytes=plan.sample_bytes, num_sentinels=sentinels,
             byte_fallback=plan.byte_fallback,
         )  # fmt: skip
     except UserError:  # too few for what it needs at least

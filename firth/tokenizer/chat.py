@@ -5,7 +5,7 @@ Template pieces and content are encoded separately, so whatever a user writes st
 the assistant says *and on the `<|im_end|>` that ends its turn*: a model never asked for its stop token never stops.
 
 >>> from firth.tokenizer.train import train
->>> t = train(["user assistant hello there " * 9], "byte-bpe", size=400, sentinels=0)
+>>> t = train(["user assistant hello there " * 9], "byte-bpe", vocab_size=400, num_sentinels=0)
 >>> tokens, mask = encode(t, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}])
 >>> t.token(tokens[mask][-1]), t.decode(tokens[mask])
 ('<|im_end|>', 'there')

@@ -4,7 +4,7 @@ The rule: user text can never become a control token. `encode` never yields a sp
 contains; control tokens are placed by id, by layouts and by `firth.tokenizer.chat`.
 
 >>> from firth.tokenizer.train import train
->>> t = train(["low lower lowest slow " * 9], "byte-bpe", size=400, sentinels=0)
+>>> t = train(["low lower lowest slow " * 9], "byte-bpe", vocab_size=400, num_sentinels=0)
 >>> t.decode(t.encode("slow <mask> lower"))
 'slow <mask> lower'
 >>> t.vocab.mask in t.encode("slow <mask> lower")

@@ -18,7 +18,7 @@ then characters in the order of their code points, then what is learnt. (Left to
 `##e` in the order of a hash table that differs in each process, and so breaks ties by chance.) Words are counted by all cores
 (`firth.tokenizer.word_counts`), and merges are learned from the counts (`firth.tokenizer.merges`).
 
->>> t = train(["low lower lowest " * 9], "bpe", size=24, byte_fallback=False)
+>>> t = train(["low lower lowest " * 9], "bpe", vocab_size=24, byte_fallback=False)
 >>> t.pieces("lowest")
 ['lowe', 's', 't</w>']
 """
@@ -65,11 +65,11 @@ LETTERS = 250
 def train(
     texts: Iterable[str],
     algorithm: str,
-    size: int,
+    vocab_size: int,
     *,
     seed: int = 0,
-    sample: int = 200_000_000,
-    sentinels: int = 0,
+    sample_bytes: int = 200_000_000,
+    num_sentinels: int = 0,
     byte_fallback: bool = True,
     echo: Callable[[str], None] = lambda _: None,
 ) -> Tokenizer:
@@ -96,25 +96,25 @@ def train(
         known = ", ".join((*ALGORITHMS, WHOLE))
         raise UserError(f"there is no tokenizer algorithm {algorithm!r}; use one of {known}")
     control = [BERT.get(token, token) if algorithm == "wordpiece" else token for token in CONTROL]
-    control += [f"<extra_id_{i}>" for i in range(sentinels)]
+    control += [f"<extra_id_{i}>" for i in range(num_sentinels)]
     bytes_ = BYTES if byte_fallback and algorithm in FALLBACK else []
     engine = blank(algorithm, control[1], bool(bytes_))
-    pieces = list(reservoir(texts, sample, seed))
+    pieces = list(reservoir(texts, sample_bytes, seed))
     words = count_all(engine, pieces)
     if not words:
         raise UserError("there is no text to train a tokenizer on: every document is empty")
-    letters, rare = _letters(algorithm, words, size - len(control) - len(bytes_), bool(bytes_))
+    letters, rare = _letters(algorithm, words, vocab_size - len(control) - len(bytes_), bool(bytes_))
     forms = {"bpe": [c + END for c in letters], "wordpiece": [ON + c for c in letters]}.get(algorithm, [])
     first = [*control, *bytes_, *letters, *forms]
-    if size < len(first):
+    if vocab_size < len(first):
         alphabet = "" if algorithm == WHOLE else f" and {len(bytes_) or len(letters)} {_alphabet(algorithm, bytes_)}"
         raise UserError(
             f"a {algorithm} tokenizer of this text needs at least {len(first)} ids for its {len(control)} control tokens"
-            f"{alphabet or ' and one word'}, not {size}: raise the size"
+            f"{alphabet or ' and one word'}, not {vocab_size}: raise the size"
             + (", or train without byte fallback" if bytes_ else "")
-            + (f", or take fewer sentinels than {sentinels}" if sentinels else "")
+            + (f", or take fewer sentinels than {num_sentinels}" if num_sentinels else "")
         )
-    tokenizer = _learn(engine, algorithm, size, control, bytes_, letters, rare, first, words)
+    tokenizer = _learn(engine, algorithm, vocab_size, control, bytes_, letters, rare, first, words)
     doubtful = algorithm == WHOLE or (rare and not bytes_)  # elsewhere nothing is unknown, and measuring takes seconds
     if doubtful and (share := unknown_share(tokenizer, pieces)):
         echo(f"{share:.2%} of the tokens of the training text are {control[1]}: {_cure(algorithm, len(rare))}")

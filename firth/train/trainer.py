@@ -105,15 +105,15 @@ def train(
     batches: Batches,
     directory: Path,
     *,
-    length: Budget,
+    budget: Budget,
     optimizer: OptimizerConfig | None = None,
     schedule: Schedule | None = None,
-    plan: TrainerConfig | None = None,
+    config: TrainerConfig | None = None,
     evaluate: Evaluate | None = None,
     ranks: Ranks | None = None,
     recipe: str = "",
     name: str = "",
-    told: ProgressReporter | None = None,
+    reporter: ProgressReporter | None = None,
 ) -> TrainingResult:
     """Train `model` in place, or go on where the directory's last checkpoint is. Leaves the model in eval mode.
 
@@ -125,9 +125,9 @@ def train(
     keep_freed_memory()
     flush_denormals()
     with ranks.together(), run_lock(directory) if ranks.first else nullcontext():
-        told = (told or make_reporter(name or directory.name)) if ranks.first else NullReporter()
-        run = _Run(model, objective, batches, directory, length, optimizer or OptimizerConfig(), schedule or Schedule(),
-                   plan or TrainerConfig(), evaluate, ranks, recipe, told)  # fmt: skip
+        reporter = (reporter or make_reporter(name or directory.name)) if ranks.first else NullReporter()
+        run = _Run(model, objective, batches, directory, budget, optimizer or OptimizerConfig(), schedule or Schedule(),
+                   config or TrainerConfig(), evaluate, ranks, recipe, reporter)  # fmt: skip
         try:
             return run.whole()
         except OSError as error:
@@ -135,7 +135,7 @@ def train(
                 raise
             raise UserError(f"{directory}: the disk is full; free some room and run the same command again") from error
         finally:
-            told.close()
+            reporter.close()
 
 
 class _Run:
