@@ -23,8 +23,8 @@ from firth.runs.recipe_names import RECIPES
 from firth.train.schedule import Budget
 
 BODY = (
-    "shape.width=128", "shape.depth=3", "shape.heads=2", "shape.hidden=256", "gpt.shape.hidden=512",
-    "prefix_lm.shape.hidden=512", "source.held_out=0.1",
+    "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256", "gpt.shape.hidden=512",
+    "prefix_lm.shape.hidden=512", "data.validation_fraction=0.1",
     "t5.shape.depth=2", "t5.shape.encoder=2", "bart.shape.depth=2", "bart.shape.encoder=2", "probe.length.steps=60",
 )  # fmt: skip
 """Two blocks on each side weigh what three do; an ungated MLP is twice as wide as a gated one."""
@@ -46,7 +46,7 @@ CONTESTS = {
     "encoders": Contest(("roberta", "bert", "albert", "spanbert", "electra", "xlnet", "mpnet"), BODY, 6e12, (1.0,)),
     "writers": Contest(("gpt", "prefix_lm", "t5", "bart"), BODY, 6e12, (1.0,)),
     "others": Contest(("contrastive", "linformer"), BODY, 6e12, (1.0,)),
-    "lstm": Contest(("gpt", "lstm"), ("source.held_out=0.1",), 8e12, (0.1, 0.3, 1.0), "none"),
+    "lstm": Contest(("gpt", "lstm"), ("data.validation_fraction=0.1",), 8e12, (0.1, 0.3, 1.0), "none"),
 }
 
 

@@ -51,7 +51,7 @@ def clocked(name: str, results: Path) -> dict[str, Any]:
     """CLOCK steps of a recipe, which is not the beginning of any: steps and seconds of training."""
     before, cpu, clock = busy(), time.process_time(), time.perf_counter()
     tokenizer = [f"tokenizer.path={path}" for path in (results / name / "tokenizer",) if path.exists()]
-    settings = [f"length.steps={CLOCK}", "checks.every=0", "checks.save=0", "samples=[]", *tokenizer]
+    settings = [f"max_steps={CLOCK}", "evaluation.every=0", "checkpoint.every=0", "sample_prompts=[]", *tokenizer]
     done = run(load(name, settings), results / "clock" / name, echo=lambda _: None)
     dirty = others(before, busy(), time.process_time() - cpu, time.perf_counter() - clock)
     return {"steps": done.steps, "seconds": done.seconds, "others": dirty}
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--clock", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
-    parser.add_argument("--set", nargs="+", default=[], help="settings for all, such as length.steps=2: a try")
+    parser.add_argument("--set", nargs="+", default=[], help="settings for all, such as max_steps=2: a try")
     parser.add_argument("--results", type=Path, default=Path("runs/learn_recipes"))
     given = parser.parse_args()
     assert set(NAMES) <= set(RECIPES), "a recipe is gone"

@@ -40,7 +40,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 RESULTS = Path("runs/learn_recurrent")
 WIDTH = 128
 LABELS, SCORED = 500, 2000
-TOKENIZER = ("tokenizer.algorithm=word", "tokenizer.size=10000")
+TOKENIZER = ("tokenizer.algorithm=word", "tokenizer.vocab_size=10000")
 READER = f"{{width: {WIDTH}, depth: 1, heads: 1, norm_at: post, position: none, recurrent: lstm, dropout: 0.1}}"
 SPELLER = (
     f"{{width: {2 * WIDTH}, depth: 2, heads: 1, norm_at: post, position: none, recurrent: lstm, causal: false, "
@@ -78,10 +78,10 @@ def stage(name: str, recipe: str, seed: int, steps: int, settings: Sequence[str]
     """One run, or what there is of it."""
     common = (
         f"seed={seed}",
-        f"length.steps={steps}",
-        "checks.save=1000",
-        "samples=[]",
-        f"checks.every={max(steps // 2, 1)}",
+        f"max_steps={steps}",
+        "checkpoint.every=1000",
+        "sample_prompts=[]",
+        f"evaluation.every={max(steps // 2, 1)}",
     )
     return run(load(recipe, [*common, *settings]), RESULTS / f"{name}-{steps}-{seed}", echo=print)
 
@@ -102,23 +102,23 @@ Steps = Callable[[int], int]
 
 def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
     """A classifier from nothing, from vectors, from the whole language model."""
-    bare = (f"source.path={data()}/bare.jsonl",)
+    bare = (f"data.path={data()}/bare.jsonl",)
     w2v = stage(
-        "vectors", "word2vec", seed, steps(600), [*bare, *TOKENIZER, f"shape.width={WIDTH}", "segment.length=256"]
+        "vectors", "word2vec", seed, steps(600), [*bare, *TOKENIZER, f"model.hidden_size={WIDTH}", "examples.max_length=256"]
     )
-    shape = (f"shape={READER}", f"tokenizer.path={w2v.directory}")
-    lm = stage("lm", "lstm", seed, steps(800), [*bare, *shape, "segment.length=64", "batch.rows=32"])
+    shape = (f"model={READER}", f"tokenizer.path={w2v.directory}")
+    lm = stage("lm", "lstm", seed, steps(800), [*bare, *shape, "examples.max_length=64", "batch.size=32"])
     found = {"lm, held-out loss": lm.metrics["valid/loss"]}
     task = (
-        f"source.path={data()}/few.jsonl",
-        f"source.valid={data()}/scored.jsonl",
-        "objective.at=last",
-        "segment.length=48",
+        f"data.path={data()}/few.jsonl",
+        f"data.validation_path={data()}/scored.jsonl",
+        "objective.position=last",
+        "examples.max_length=48",
     )
     begins = {
-        "nothing": [*shape, "optimizer.rate=2e-3"],
-        "word vectors": [*shape, f"embeddings={w2v.directory}", "optimizer.rate=2e-3"],
-        "the whole LM": [f"start={lm.directory}"],
+        "nothing": [*shape, "optimizer.lr=2e-3"],
+        "word vectors": [*shape, f"init_embeddings_from={w2v.directory}", "optimizer.lr=2e-3"],
+        "the whole LM": [f"init_from={lm.directory}"],
     }
     for name, start in begins.items():
         done = stage(f"headlines-{name.replace(' ', '_')}", "classify", seed, steps(200), [*task, *start])
@@ -127,21 +127,21 @@ def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
 
 
 def brown_vectors(seed: int, steps: Steps, algorithm: str = "skipgram") -> RunResult:
-    settings = (f"source.path={data()}/text", *TOKENIZER, f"shape.width={WIDTH}", f"objective.algorithm={algorithm}")
+    settings = (f"data.path={data()}/text", *TOKENIZER, f"model.hidden_size={WIDTH}", f"objective.algorithm={algorithm}")
     return stage(f"brown-{algorithm}", "word2vec", seed, steps(1200), settings)
 
 
 def tags_study(seed: int, steps: Steps) -> dict[str, float]:
     """Tags read off frozen states."""
     found, words = {}, brown_vectors(seed, steps)
-    spelled = (f"shape={SPELLER}", f"tokenizer.path={words.directory}")
-    text = f"source.path={data()}/text"
-    elmo = stage("elmo", "elmo", seed, steps(500), [text, *spelled, "segment.length=64", "batch.rows=16"])
+    spelled = (f"model={SPELLER}", f"tokenizer.path={words.directory}")
+    text = f"data.path={data()}/text"
+    elmo = stage("elmo", "elmo", seed, steps(500), [text, *spelled, "examples.max_length=64", "batch.size=16"])
     for way in ("forward", "backward"):
         found[f"elmo {way}, held-out loss"] = elmo.metrics[f"valid/loss/{way}"]
-    task = (f"source.path={data()}/tagged.jsonl", f"source.valid={data()}/scored_tags.jsonl", "segment.length=64")
-    for name, start in (("an untrained ELMo", spelled[:2]), ("word vectors", (f"start={words.directory}",)),
-                        ("ELMo", (f"start={elmo.directory}",))):  # fmt: skip
+    task = (f"data.path={data()}/tagged.jsonl", f"data.validation_path={data()}/scored_tags.jsonl", "examples.max_length=64")
+    for name, start in (("an untrained ELMo", spelled[:2]), ("word vectors", (f"init_from={words.directory}",)),
+                        ("ELMo", (f"init_from={elmo.directory}",))):  # fmt: skip
         done = stage(f"tags-{name.replace(' ', '_')}", "tag_features", seed, steps(300), [*task, *start])
         found[f"tags from {name}, accuracy"] = done.metrics["valid/accuracy"]
     return found
@@ -151,7 +151,7 @@ def kinds_study(seed: int, steps: Steps) -> dict[str, float]:
     """The tiny `lstm` with each recurrence, on Shakespeare: held-out bits a byte."""
     found = {}
     for kind in ("rnn", "gru", "lstm"):
-        done = stage(f"kind-{kind}", "lstm", seed, steps(300), [f"shape.recurrent={kind}"])
+        done = stage(f"kind-{kind}", "lstm", seed, steps(300), [f"model.rnn_type={kind}"])
         found[f"{kind}, bits a byte"] = done.metrics["valid/bits_per_byte"]
     return found
 

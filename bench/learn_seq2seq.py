@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "denoise: permutation": ["bart", "objective.noises=[permutation]"],
     "denoise: rotation": ["bart", "objective.noises=[rotation]"],
     "denoise: permutation, infilling": ["bart"],
-    "prefix LM, two sides": ["prefix_lm:halves", "objective.least=0", "objective.most=1"],
+    "prefix LM, two sides": ["prefix_lm:halves", "objective.min_prefix=0", "objective.max_prefix=1"],
     "prefix LM, one row": ["prefix_lm"],
 }
 """Row of the table -> recipe and settings."""
@@ -75,24 +75,24 @@ def coder(results: Path, corpus: str, algorithm: str, size: int) -> str:
     return str(where)
 
 
-NOTHING = ["optimizer.rate=1e-12", "optimizer.embedding_rate=0", "optimizer.rest_rate=0", "length.steps=1"]
+NOTHING = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_lr=0", "max_steps=1"]
 """Settings with which a model is scored as it was born."""
 
 
 def objective(name: str, seed: int, results: Path, scale: float) -> dict[str, Any]:
     """Pretrained, untrained and downstream losses of an objective."""
     work = results / "work" / f"{name.replace(' ', '-').replace(':', '')}-{seed}"
-    shared = [f"tokenizer.path={coder(results, 'shakespeare', 'byte-bpe', 4096)}", f"source.store={results / 'stores'}"]
+    shared = [f"tokenizer.path={coder(results, 'shakespeare', 'byte-bpe', 4096)}", f"data.cache_dir={results / 'stores'}"]
     recipe = OBJECTIVES[name]
     steps, tuned = max(2, round(STEPS * scale)), max(2, round(TUNED * scale))
-    learnt = train(recipe, seed, work / "trained", [*shared, "checks.every=0", f"length.steps={steps}"])
-    born = train(recipe, seed, work / "untrained", [*shared, "checks.every=0", *NOTHING])
+    learnt = train(recipe, seed, work / "trained", [*shared, "evaluation.every=0", f"max_steps={steps}"])
+    born = train(recipe, seed, work / "untrained", [*shared, "evaluation.every=0", *NOTHING])
     one_row = name.endswith("one row")
     half = [
-        "prefix_lm" if one_row else "prefix_lm:halves", "objective.least=0.5", "objective.most=0.5", *shared,
-        f"length.steps={tuned}", "optimizer.rate=1e-3", "checks.every=0",
+        "prefix_lm" if one_row else "prefix_lm:halves", "objective.min_prefix=0.5", "objective.max_prefix=0.5", *shared,
+        f"max_steps={tuned}", "optimizer.lr=1e-3", "evaluation.every=0",
     ]  # fmt: skip
-    after = train(half, seed, work / "tuned", ["shape=null", f"start={work / 'trained'}"])
+    after = train(half, seed, work / "tuned", ["model=null", f"init_from={work / 'trained'}"])
     sides = "one row" if one_row else "two sides"  # what starts from nothing is the same for all
     scratch = train(half, seed, results / "work" / f"scratch-{sides.replace(' ', '-')}-{seed}", [])
     return {
@@ -107,16 +107,16 @@ def closed_book(name: str, seed: int, results: Path, scale: float) -> dict[str, 
     from firth.evaluate.evaluate import evaluate
 
     work = results / "work" / f"{name.replace(' ', '-')}-{seed}"
-    shared = [f"tokenizer.path={coder(results, 'places', 'bpe', 8192)}", "checks.every=0"]
+    shared = [f"tokenizer.path={coder(results, 'places', 'bpe', 8192)}", "evaluation.every=0"]
     steps = max(2, round(READ * scale))
     noise = BOOKS[name]
-    how = [f"objective.noise={noise}", f"length.steps={steps}"] if noise else NOTHING
+    how = [f"objective.noise_words={noise}", f"max_steps={steps}"] if noise else NOTHING
     read = train(["closed_book"], seed, work / "read", [*shared, *how])
     asked = [
-        f"start={work / 'read'}",
-        f"length.steps={max(2, round(ASKED * scale))}",
-        "checks.every=0",
-        "source.held_out=0",
+        f"init_from={work / 'read'}",
+        f"max_steps={max(2, round(ASKED * scale))}",
+        "evaluation.every=0",
+        "data.validation_fraction=0",
     ]
     tuned = train(["closed_book_questions"], seed, work / "asked", asked)
     found = {

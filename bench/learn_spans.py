@@ -44,9 +44,9 @@ ARMS = {
     "masked spans + SBO": f"[{{kind: mlm, rate: {HIDDEN}, noise: geometric, alike: true}}, sbo]",
 }
 TUNED = (
-    "optimizer={name: adamw, rate: 0.0001, rest_rate: 0.0005, weight_decay: 0.01, beta2: 0.98}",
-    "schedule={kind: linear, warmup: 0.1}",
-    "checks.every=0", "checks.save=0",
+    "optimizer={name: adamw, lr: 0.0001, scalar_lr: 0.0005, weight_decay: 0.01, beta2: 0.98}",
+    "schedule={kind: linear, warmup_ratio: 0.1}",
+    "evaluation.every=0", "checkpoint.every=0",
 )  # fmt: skip
 
 
@@ -69,9 +69,9 @@ def read_on(arm: str, seed: int, scale: float) -> tuple[Path, dict[str, float]]:
     train, test = bare()
     place = RESULTS / f"{arm.replace(' ', '-')}-{seed}"
     settings = (
-        f"start={start}", "shape=null", "samples=[]", f"objective={ARMS[arm]}", f"segment.length={LENGTH}",
-        f"source={{path: ['{train}'], valid: ['{test}']}}", f"batch={{rows: {ROWS}, pack: {LENGTH}}}", f"seed={seed}",
-        f"length.steps={max(2, round(STEPS * scale))}", *TUNED,
+        f"init_from={start}", "model=null", "sample_prompts=[]", f"objective={ARMS[arm]}", f"examples.max_length={LENGTH}",
+        f"data={{path: ['{train}'], valid: ['{test}']}}", f"batch={{rows: {ROWS}, pack: {LENGTH}}}", f"seed={seed}",
+        f"max_steps={max(2, round(STEPS * scale))}", *TUNED,
     )  # fmt: skip
     made = load("spanbert", settings)
     model = run(made, place, say).model
@@ -87,9 +87,9 @@ def one(arm: str, seed: int, scale: float) -> dict[str, float]:
     start, found = read_on(arm, seed, scale)
     train, test = halves("ner", JOBS["ner"], quick=False)
     settings = [
-        *JOBS["ner"].settings, f"source={train}", "source.held_out=0", f"start={start}", f"seed={seed}",
-        f"objective.classes={json.dumps(classes(JOBS['ner'], (train, test)))}", f"batch.rows={TAGGED}",
-        f"length.steps={max(2, round(TAGGING * scale))}", *TUNED,
+        *JOBS["ner"].settings, f"data={train}", "data.validation_fraction=0", f"init_from={start}", f"seed={seed}",
+        f"objective.class_names={json.dumps(classes(JOBS['ner'], (train, test)))}", f"batch.size={TAGGED}",
+        f"max_steps={max(2, round(TAGGING * scale))}", *TUNED,
     ]  # fmt: skip
     place = RESULTS / f"{arm.replace(' ', '-')}-{seed}-names"
     run(load("tag", settings), place, say)

@@ -61,7 +61,7 @@ DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 def own(_: Path, quick: bool) -> Path:
     """Our own pretrained encoder, made once."""
     steps = 4 if quick else 1600
-    settings = ["source.corpus=brown", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}", "samples=[]"]
+    settings = ["data.corpus=brown", f"max_steps={steps}", "evaluation.every=0", f"checkpoint.every={steps}", "sample_prompts=[]"]
     return run(load("roberta", settings), RESULTS / "own", say).model
 
 
@@ -94,28 +94,28 @@ class Job:
 
 
 JOBS = {
-    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=48",)),
-    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("segment.length=64",)),
+    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("examples.max_length=48",)),
+    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("examples.max_length=64",)),
     "vitaminc": Job(
         "vitaminc/vitaminc.jsonl", "classify", ("accuracy", "macro_f1"), 120, 24,
-        ("segment.text=evidence", "segment.pair=claim", "segment.length=128"), lambda i, row: row["page"],
+        ("examples.text_field=evidence", "examples.text_pair_field=claim", "examples.max_length=128"), lambda i, row: row["page"],
     ),
-    "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 160, 16, ("segment.length=96",)),
+    "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 160, 16, ("examples.max_length=96",)),
     "speech": Job(
-        "brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("segment.length=64",), lambda i, row: row["document"],
+        "brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("examples.max_length=64",), lambda i, row: row["document"],
         rates=RATES | {"minilm": 5e-4, "trainer": 5e-4},  # 470 tags: at 1e-4 both stop half-way
     ),
     "squad": Job(
         "squad/train.jsonl", "answer", ("exact_match", "f1"), 80, 12,
-        ("segment.length=256", "segment.stride=96", "segment.question=48"), tested="squad/test.jsonl",
+        ("examples.max_length=256", "examples.doc_stride=96", "examples.max_question_length=48"), tested="squad/test.jsonl",
     ),
-    "conll": Job("", "tag", ("f1", "accuracy"), 120, 32, ("segment.length=64",), rates=RATES | {"minilm": 5e-4, "trainer": 5e-4}),
-    "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("segment.length=96",)),
-    "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 30, 4, ("segment.length=192",)),
+    "conll": Job("", "tag", ("f1", "accuracy"), 120, 32, ("examples.max_length=64",), rates=RATES | {"minilm": 5e-4, "trainer": 5e-4}),
+    "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("examples.max_length=96",)),
+    "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 30, 4, ("examples.max_length=192",)),
     "translate": Job(
         "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 240, 48,
-        (f"segment.length={tasks_translate.LENGTH}", f"segment.answer={tasks_translate.LENGTH}", "segment.prompt='{en}'",
-         "segment.answer_is='{es}'"), lambda i, row: row["en"], ("scratch", "own", "trainer"),
+        (f"examples.max_length={tasks_translate.LENGTH}", f"examples.max_target_length={tasks_translate.LENGTH}", "examples.prompt_template='{en}'",
+         "examples.completion_template='{es}'"), lambda i, row: row["en"], ("scratch", "own", "trainer"),
         kept=tasks_translate.short, apart=tasks_translate.LANGUAGES, rates={"scratch": 2e-3, "own": 2e-3, "trainer": 2e-3},
         own=lambda train, quick: tasks_translate.pretrained(RESULTS, train, quick), measured=tasks_translate.measured,
     ),
@@ -198,19 +198,19 @@ def ours(name: str, job: Job, arm: str, seed: int, quick: bool) -> Row:
     train, test = halves(name, job, quick)
     start = str(catalog.fetch("minilm", say) if arm == "minilm" else job.own(train, quick))
     settings = [
-        *job.settings, f"source={train}", "source.held_out=0", f"batch.rows={job.rows}", f"seed={seed}",
-        f"length.steps={4 if quick else job.steps}", f"optimizer.rate={job.rates[arm]}", f"optimizer.weight_decay={DECAY}",
-        f"optimizer.beta2={BETA2}", f"schedule.warmup={WARMUP}", "checks.save=0",
+        *job.settings, f"data={train}", "data.validation_fraction=0", f"batch.size={job.rows}", f"seed={seed}",
+        f"max_steps={4 if quick else job.steps}", f"optimizer.lr={job.rates[arm]}", f"optimizer.weight_decay={DECAY}",
+        f"optimizer.beta2={BETA2}", f"schedule.warmup_ratio={WARMUP}", "checkpoint.every=0",
     ]  # fmt: skip
     if job.recipe == "tag":
-        settings.append(f"objective.classes={json.dumps(classes(job, (train, test)))}")
+        settings.append(f"objective.class_names={json.dumps(classes(job, (train, test)))}")
     if "loss" in job.scores:
-        settings += [f"source.valid=[{test}]", "checks.every=0", f"checks.examples={TESTED}"]
+        settings += [f"data.validation_path=[{test}]", "evaluation.every=0", f"evaluation.max_examples={TESTED}"]
     if arm == "scratch":  # the shape and the tokenizer of our own, and none of its weights
         shape = json.loads((Path(start) / "firth.json").read_text("utf-8"))["shape"]
-        settings += [f"tokenizer.path={start}", f"shape={json.dumps(shape | {'vocab': None})}"]
+        settings += [f"tokenizer.path={start}", f"model={json.dumps(shape | {'vocab': None})}"]
     else:
-        settings.append(f"start={start}")
+        settings.append(f"init_from={start}")
     place_ = RESULTS / "runs" / f"{name}-{arm}-{seed}"
     done = run(load(job.recipe, settings), place_, say)
     found = job.measured(place_, test, done)

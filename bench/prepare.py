@@ -83,7 +83,7 @@ def prepare(some: list[Document]) -> Callable[[], str]:
         with folder:
             directory = Path(folder.name) / "run"
             directory.mkdir()
-            recipe = load("gpt", [f"source.path={texts}", f"tokenizer.size={SIZE}"])
+            recipe = load("gpt", [f"data.path={texts}", f"tokenizer.vocab_size={SIZE}"])
             inputs = RunInputs.read(recipe, directory, _silent)
             tokenizer = tokenizer_of(recipe, directory, _silent, inputs)
             stores = RunData(recipe.data, tokenizer, directory, echo=_silent).stores()

@@ -5,7 +5,7 @@
 
 The records are read by our own readers with MiniLM's tokenizer (whose ids are transformers' own: tests/test_text_foreign), so
 both sides see the same rows: words' first pieces, windows of a passage, [CLS] text [SEP] option [SEP]. A row is what it is in
-`batch.rows` of ours: a text, a sentence, a window of a question, a question with all its options. The model, its head, the
+`batch.size` of ours: a text, a sentence, a window of a question, a question with all its options. The model, its head, the
 padding collator, the loop and the prediction are transformers', in fp32 as they come; the scores are those of
 `firth.evaluate` on its logits. Tokens are those that are no padding, counted batch by batch as ours are.
 """

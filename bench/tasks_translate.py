@@ -68,9 +68,9 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
         )
     steps = 4 if quick else 600
     settings = [
-        "source.corpus=brown", f"tokenizer.path={coder}", f"shape={json.dumps(to_dict(shape(VOCAB)))}",
-        f"segment.length={LENGTH}", "batch.rows=64", f"length.steps={steps}", "checks.every=0", f"checks.save={steps}",
-        "samples=[]",
+        "data.corpus=brown", f"tokenizer.path={coder}", f"model={json.dumps(to_dict(shape(VOCAB)))}",
+        f"examples.max_length={LENGTH}", "batch.size=64", f"max_steps={steps}", "evaluation.every=0", f"checkpoint.every={steps}",
+        "sample_prompts=[]",
     ]  # fmt: skip
     return run(load("t5", settings), results / "own-translate", lambda _: None).model
 

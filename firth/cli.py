@@ -213,7 +213,7 @@ def tokenizer_show(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file or a run directory.")],
-    settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example batch.rows=64.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example batch.size=64.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run directory; runs/NAME by default, or RECIPE if that is one.")
     ] = None,
@@ -260,7 +260,7 @@ def compare(
 ) -> None:
     """Compare recipes: one text, one tokenizer, equal compute, the same probe, over seeds; run it again to go on.
 
-    Pretraining shows in a probe of the same kind of text: give both of your own with source.path=FILES --probe FILE.jsonl.
+    Pretraining shows in a probe of the same kind of text: give both of your own with data.path=FILES --probe FILE.jsonl.
     """
     from firth.compare.compare import ComparisonConfig, parse_shares
     from firth.compare.compare import compare as contest

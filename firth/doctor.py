@@ -254,7 +254,7 @@ def _memory() -> DoctorRow:
     value = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}"
     if free < 2e9:
         return DoctorRow(
-            "memory", value, "a 14 M model at 16 x 256 tokens wants 2 GB: close something, or lower batch.rows", False
+            "memory", value, "a 14 M model at 16 x 256 tokens wants 2 GB: close something, or lower batch.size", False
         )
     return DoctorRow("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
 

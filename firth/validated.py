@@ -6,7 +6,7 @@
 >>> Batch(rows=0)
 Traceback (most recent call last):
 ...
-firth.types.UserError: batch.rows=0 must be at least 1
+firth.types.UserError: batch.size=0 must be at least 1
 """
 
 from __future__ import annotations

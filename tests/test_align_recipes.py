@@ -45,12 +45,12 @@ SHAPES: dict[str, Callable[[int], ModelConfig]] = {
     ),
 }
 ROLLOUTS = (
-    "segment.answers=16", "segment.epochs=1", "batch.rows=16", "segment.max_new=6", "segment.scorer=builtins:len",
+    "examples.rollout_size=16", "examples.num_epochs=1", "batch.size=16", "examples.max_new_tokens=6", "examples.reward_function=builtins:len",
 )  # fmt: skip
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "dpo": ("batch.rows=16", "checks.examples=8"),
+    "dpo": ("batch.size=16", "evaluation.max_examples=8"),
     "ppo": ROLLOUTS,
-    "reinforce": (*ROLLOUTS, "segment.group=4"),
+    "reinforce": (*ROLLOUTS, "examples.num_generations=4"),
 }
 Rows = dict[str, dict[str, float]]
 
@@ -77,7 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assignments(place: Path, name: str, *more: str, shape: str = "gpt2") -> list[str]:
     records = place / ("pairs.jsonl" if name == "dpo" else "prompts.jsonl")
-    plain = (f"start={place / shape}", f"source.path={records}", "length.steps=1", "optimizer.rate=1e-9")
+    plain = (f"init_from={place / shape}", f"data.path={records}", "max_steps=1", "optimizer.lr=1e-9")
     return [*plain, *SETTINGS[name], *more]
 
 
@@ -132,7 +132,7 @@ def test_first_ratio_is_one(
     place: Path, tmp_path: Path, old: list[float], name: str, precision: str, layout: str
 ) -> None:
     """First loss ln 2, first ratio 1 and no KL, in both precisions, padded with LoRA and packed without."""
-    more = ("batch.pack=48",) if layout == "packed" else ("adapt.kind=lora", "adapt.dropout=0.1")
+    more = ("batch.pack_to_length=48",) if layout == "packed" else ("peft.kind=lora", "peft.dropout=0.1")
     rows = first_rows(place, tmp_path, name, f"precision={precision}", *more)
     assert faults(name, rows, old, TOLERANCE[precision]) == {}
 
@@ -186,8 +186,8 @@ def test_reference_is_kept_per_precision(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "cure"),
     [
-        ("ppo", "segment.credit=group", "segment.credit=gae"),
-        ("reinforce", "segment.credit=gae", "segment.credit=group"),
+        ("ppo", "examples.advantages=group", "examples.advantages=gae"),
+        ("reinforce", "examples.advantages=gae", "examples.advantages=group"),
     ],
 )
 def test_credit_that_does_not_suit_the_objective_is_refused(place: Path, name: str, setting: str, cure: str) -> None:
@@ -210,7 +210,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_reward_that_is_not_finite_is_named(place: Path, rewards: Path, value: str) -> None:
     rewards.write_text(f"def brief(text):\n    return float('{value}')\n")
     with pytest.raises(UserError) as error:
-        first_rows(place, rewards.parent / "run", "ppo", f"segment.scorer={rewards.stem}:brief")
+        first_rows(place, rewards.parent / "run", "ppo", f"examples.reward_function={rewards.stem}:brief")
     assert re.match(rf"the reward returned {value} for the prompt 'user\\n.+' and the answer '", str(error.value))
     assert "rate" not in str(error.value)
 
@@ -223,7 +223,7 @@ def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards
     recipe = load(
         "reinforce",
         assignments(
-            place, "reinforce", f"segment.scorer={rewards.stem}:brief", "length.steps=3", "optimizer.rate=1e-3"
+            place, "reinforce", f"examples.reward_function={rewards.stem}:brief", "max_steps=3", "optimizer.lr=1e-3"
         ),
     )
     with pytest.raises(
@@ -245,7 +245,7 @@ def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field:
     """Unless it raised, and was corrected; the function that the recipe names is the same each time."""
     rewards.write_text("def brief(text):\n    return -len(text)\n")
     name = f"segment.{field}={rewards.stem}:brief"
-    recipe, out = load("reinforce", assignments(place, "reinforce", name, "length.steps=2")), rewards.parent / "run"
+    recipe, out = load("reinforce", assignments(place, "reinforce", name, "max_steps=2")), rewards.parent / "run"
     run(recipe, out, lambda line: None)
     run(recipe, out, lambda line: None)
     text = rewards.read_text()
@@ -288,7 +288,7 @@ def test_rewards_that_are_all_alike_move_nothing(place: Path, rewards: Path) -> 
     """Advantages are 0 and the loss is 0; with beta 0 the weights stay bit for bit."""
     rewards.write_text("def constant(text):\n    return 1.0\n")
     out = rewards.parent / "run"
-    more = (f"segment.scorer={rewards.stem}:constant", "segment.beta=0", "optimizer.rate=1e-2")
+    more = (f"examples.reward_function={rewards.stem}:constant", "examples.kl_coef=0", "optimizer.lr=1e-2")
     rows = first_rows(place, out, "reinforce", *more)
     assert rows["train"]["loss"] == 0
     before, after = load_model(place / "gpt2").state_dict(), load_model(out / "model").state_dict()
@@ -304,16 +304,16 @@ def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
     some = [" ".join(WORDS[:2])] * 4 + [" ".join(WORDS * 2)] * 3
     records.write_text("\n".join(json.dumps({"prompt": text}) for text in some))
     lines: list[str] = []
-    more = (f"source.path={records}", "segment.max_new=40")
+    more = (f"data.path={records}", "examples.max_new_tokens=40")
     run(load("ppo", assignments(place, "ppo", *more)), tmp_path / "run", lines.append)
     assert any(
-        line == "3 of 7 prompts are left out: longer than 24 tokens (64 positions less segment.max_new=40)"
+        line == "3 of 7 prompts are left out: longer than 24 tokens (64 positions less examples.max_new_tokens=40)"
         for line in lines
     )
     with pytest.raises(UserError, match="no prompt of at most 2 tokens"):
-        first_rows(place, tmp_path / "none", "ppo", f"source.path={records}", "segment.max_new=62")
+        first_rows(place, tmp_path / "none", "ppo", f"data.path={records}", "examples.max_new_tokens=62")
     with pytest.raises(UserError, match=r"segment\.max_new=64 leaves no room for a prompt in the 64 positions"):
-        first_rows(place, tmp_path / "room", "ppo", f"source.path={records}", "segment.max_new=64")
+        first_rows(place, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
 
 
 # ---- rankings
@@ -325,13 +325,13 @@ def test_rankings_train_a_reward_model_in_one_command(place: Path, tmp_path: Pat
     some = [" ".join(rng.choice(WORDS, 5)) for _ in range(60)]
     rows = [{"prompt": some[i], "answers": some[i + 1 : i + 3 + i % 3]} for i in range(40)]
     (tmp_path / "rankings.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    plain = [f"start={place / 'gpt2'}", f"source.path={tmp_path / 'rankings.jsonl'}", "length.steps=3", "batch.rows=8"]
+    plain = [f"init_from={place / 'gpt2'}", f"data.path={tmp_path / 'rankings.jsonl'}", "max_steps=3", "batch.size=8"]
     out = tmp_path / "ranking"
     done = run(load("ranking", plain), out, lambda line: None)
     assert load(str(out)).objective == Ranking(num_answers=4)
     assert "reward" in load_model(out / "model").heads and np.isfinite(done.metrics["valid/accuracy"])
-    short = load("ranking", [*plain, "objective.answers=3"])
+    short = load("ranking", [*plain, "objective.num_answers=3"])
     with pytest.raises(UserError, match="a ranking of 4 answers does not fit a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
-    more = (f"segment.reward={out}", "segment.scorer=")
+    more = (f"examples.reward_model={out}", "examples.reward_function=")
     assert np.isfinite(first_rows(place, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

@@ -37,7 +37,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"text": "it sinks", "options": ["up", "down"], "label": 1},
     ],
 }  # fmt: skip
-SETTINGS = {"answer": ["segment.length=48", "segment.stride=16", "segment.question=12"]}
+SETTINGS = {"answer": ["examples.max_length=48", "examples.doc_stride=16", "examples.max_question_length=12"]}
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from firth import cli
 
 FIRTH = [sys.executable, "-m", "firth"]
-SMALL = ["tokenizer.size=500", "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64",
-         "segment.length=32", "batch.rows=4", "length.steps=3", "checks.every=2", "checks.examples=8"]  # fmt: skip
+SMALL = ["tokenizer.vocab_size=500", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64",
+         "examples.max_length=32", "batch.size=4", "max_steps=3", "evaluation.every=2", "evaluation.max_examples=8"]  # fmt: skip
 
 
 def firth(*arguments: str, code: int = 0, stdin: str | None = None) -> str:
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     out = folder.parent / "run-gpt"
-    said = firth("train", "gpt", "source.corpus=", f"source.path={folder}", *SMALL, "--out", str(out))
+    said = firth("train", "gpt", "data.corpus=", f"data.path={folder}", *SMALL, "--out", str(out))
     assert "held out" in said and "parameters" in said
     return out
 
@@ -59,7 +59,7 @@ def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
 
 def test_the_run_again_does_nothing_and_another_recipe_is_refused(run: Path, folder: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    arguments = ["train", "gpt", "source.corpus=", f"source.path={folder}", *SMALL, "--out", str(run)]
+    arguments = ["train", "gpt", "data.corpus=", f"data.path={folder}", *SMALL, "--out", str(run)]
     firth(*arguments)
     assert (run / "metrics.jsonl").read_bytes() == before
     assert "another recipe" in firth(*arguments, "seed=5", code=2)
@@ -84,8 +84,8 @@ def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path) -> No
     [
         (["train", "nosuch"], "no recipe 'nosuch'"),
         (["train", "gpt", "batch.row=3"], "did you mean 'rows'"),
-        (["train", "gpt", "source.corpus=", "--out", "NEW"], "source.path"),
-        (["train", "gpt", "source.corpus=", "source.path=/no/such/place", "--out", "NEW"], "/no/such/place"),
+        (["train", "gpt", "data.corpus=", "--out", "NEW"], "data.path"),
+        (["train", "gpt", "data.corpus=", "data.path=/no/such/place", "--out", "NEW"], "/no/such/place"),
         (["generate", "/no/such/run", "x"], "no model"),
         (["tokenizer", "show", "/no/such/run"], "no tokenizer"),
         (["fetch", "nosuch"], "nosuch"),
@@ -150,9 +150,9 @@ def test_the_tokenizer_commands(folder: Path, tmp_path: Path) -> None:
 def test_an_empty_folder_and_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no text" in firth(
-        "train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "a"), code=2
+        "train", "gpt", "data.corpus=", f"data.path={tmp_path / 'empty'}", "--out", str(tmp_path / "a"), code=2
     )
     (tmp_path / "empty" / "a.txt").write_text("")
     assert "empty" in firth(
-        "train", "gpt", "source.corpus=", f"source.path={tmp_path / 'empty'}", "--out", str(tmp_path / "b"), code=2
+        "train", "gpt", "data.corpus=", f"data.path={tmp_path / 'empty'}", "--out", str(tmp_path / "b"), code=2
     )

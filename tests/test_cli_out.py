@@ -16,17 +16,17 @@ from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
 from firth.types import UserError
 
-TINY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.kv_heads=1", "shape.head_width=0", "tokenizer.size=300",
-        "segment.length=16", "length.steps=1", "samples=[]"]  # fmt: skip
+TINY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=0", "tokenizer.vocab_size=300",
+        "examples.max_length=16", "max_steps=1", "sample_prompts=[]"]  # fmt: skip
 COMMANDS = {
-    "train": ["train", "gpt", *TINY, "source.path={text}", "--out", "{out}"],
+    "train": ["train", "gpt", *TINY, "data.path={text}", "--out", "{out}"],
     "export": ["export", "{model}", "{out}"],
     "import": ["import", "{model}", "{out}"],
     "vectors": ["vectors", "{model}", "--out", "{out}"],
     "predict": ["predict", "{model}", "{text}", "--out", "{out}"],
     "embed": ["embed", "{model}", "{text}", "--out", "{out}"],
     "tokenizer": ["tokenizer", "train", "{text}", "--size", "300", "--out", "{out}"],
-    "compare": ["compare", "gpt", "source.path={text}", "--flops", "1e6", "--probe", "none", "--out", "{out}"],
+    "compare": ["compare", "gpt", "data.path={text}", "--flops", "1e6", "--probe", "none", "--out", "{out}"],
     "demo": ["demo", "--text", "{text}", "--size", "tiny", "--out", "{out}"],
 }
 

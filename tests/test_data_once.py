@@ -57,7 +57,7 @@ def opened(folder: Path) -> Counter[int]:
 @pytest.mark.parametrize("given", [False, True])
 def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -> None:
     """It opened each five times. With a tokenizer that is there already, the text is hashed before it is read."""
-    settings = [f"source.path={folder}", "tokenizer.size=400", "source.held_out=0.2"]
+    settings = [f"data.path={folder}", "tokenizer.vocab_size=400", "data.validation_fraction=0.2"]
     if given:
         tokenizer_of(load("gpt", settings), tmp_path / "first", lambda _: None)
         settings.append(f"tokenizer.path={tmp_path / 'first' / 'tokenizer'}")
@@ -81,7 +81,7 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
 
 
 def test_another_rank_hashes_the_text_and_does_not_read_it(folder: Path, tmp_path: Path) -> None:
-    recipe = load("gpt", [f"source.path={folder}", "tokenizer.size=400"])
+    recipe = load("gpt", [f"data.path={folder}", "tokenizer.vocab_size=400"])
     alone = RunInputs.read(recipe, tmp_path, lambda _: None, first=False)
     assert not text_cache._kept
     assert alone == RunInputs.read(recipe, tmp_path, lambda _: None)

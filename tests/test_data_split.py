@@ -207,7 +207,7 @@ def test_documents_in_named_held_out_files_are_reported(tokenizer: Tokenizer, tm
              (("learnt", range(10)), ("held", range(8, 12)))]  # fmt: skip
     made, said = material(tokenizer, tmp_path, paths[0], valid=(paths[1],))
     made.stores()
-    assert any("2 documents in source.path have the content of a document in source.valid" in line for line in said)
+    assert any("2 documents in data.path have the content of a document in data.validation_path" in line for line in said)
 
 
 @pytest.mark.parametrize("kind", ["documents", "records"])
@@ -232,7 +232,7 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(kind: str, marked: str, t
         rows = [{"prompt": text, "completion": sign} for text, sign in zip(texts, signs, strict=True)]
         path, recipe = str(tmp_path / "records.jsonl"), "instruct"
         Path(path).write_text("\n".join(map(json.dumps, rows)))
-    settings = [f"source.path={path}", "source.held_out=0.2", "tokenizer.size=400", "tokenizer.algorithm=wordpiece"]
+    settings = [f"data.path={path}", "data.validation_fraction=0.2", "tokenizer.vocab_size=400", "tokenizer.algorithm=wordpiece"]
     made = tokenizer_of(load(recipe, settings), tmp_path / "run", lambda _: None)
     assert any("%" in token for token in made.engine.get_vocab()) == (marked == "trained on")
 

@@ -90,7 +90,7 @@ def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> 
             # What was sampled may be cut into other pieces than its text is; where it is not, it is the same row.
             if rows[owner]["finished"][side] and ids.tolist() == ours[asked:-1].tolist():
                 assert theirs[: len(ours)].tolist() == ours.tolist()
-    settings = [f"start={start}", f"source.path={file}", "length.steps=1", "batch.rows=4", "checks.every=0"]
+    settings = [f"init_from={start}", f"data.path={file}", "max_steps=1", "batch.size=4", "evaluation.every=0"]
     run(load("reward", settings), tmp_path / "reward", echo=lambda _: None)
     assert (tmp_path / "reward" / "model" / "model.safetensors").exists()
 

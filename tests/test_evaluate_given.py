@@ -336,10 +336,10 @@ def test_checks_of_answers_are_squad_s_by_question(tmp_path: Path) -> None:
     tokenizer().save(tmp_path / "tok")
     train, valid = windows(tmp_path / "train.json", 8), windows(tmp_path / "valid.json", 5)
     settings = [
-        f"source={train}", f"source.valid={valid}", f"tokenizer.path={tmp_path}/tok", "shape.width=32", "shape.depth=1",
-        "shape.heads=2", "shape.context=64", "shape.causal=false", "shape.segments=2", "precision=fp32",
-        "segment.length=32", "segment.question=8", "segment.stride=8", "length.steps=60", "checks.every=20", "checks.save=0",
-        "checks.best=exact_match", "batch.rows=16", "optimizer.rate=1e-2",
+        f"data={train}", f"data.validation_path={valid}", f"tokenizer.path={tmp_path}/tok", "model.hidden_size=32", "model.num_layers=1",
+        "model.num_heads=2", "model.max_positions=64", "model.causal=false", "model.type_vocab_size=2", "precision=fp32",
+        "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8", "max_steps=60", "evaluation.every=20", "checkpoint.every=0",
+        "evaluation.best_metric=exact_match", "batch.size=16", "optimizer.lr=1e-2",
     ]  # fmt: skip
     said: list[str] = []
     done = run(load("answer", settings), tmp_path / "run", said.append)

@@ -135,8 +135,8 @@ def test_a_shape_that_cannot_do_it_is_refused() -> None:
 
 
 SMALL = [
-    "length.steps=2", "batch.rows=4", "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64",
-    "segment.length=32", "tokenizer.size=400", "samples=[Once]",
+    "max_steps=2", "batch.size=4", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64",
+    "examples.max_length=32", "tokenizer.vocab_size=400", "sample_prompts=[Once]",
 ]  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
     """From the recipe to the commands: the run says it in the shape of what it exports, and a later run unsays it."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS[:12]), "utf-8")
-    given = [f"source.path={text}", *SMALL]
+    given = [f"data.path={text}", *SMALL]
     run(load("prefix_lm", given), tmp_path / "run", echo=lambda _: None)
     opened = open_engine(tmp_path / "run")
     assert opened.model.config.prefix_lm
@@ -156,6 +156,6 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
         assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["reads"] == "causal" and not found["bos"]
-    again = load("prefix_lm", [*given, "objective=causal", f"start={tmp_path / 'run'}"])
+    again = load("prefix_lm", [*given, "objective=causal", f"init_from={tmp_path / 'run'}"])
     run(again, tmp_path / "left", echo=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.prefix_lm

@@ -250,7 +250,7 @@ def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> N
 
 
 def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds an adapter and no model: start from its base, with adapt.start="):
+    with pytest.raises(UserError, match=r"holds an adapter and no model: start from its base, with peft.init_from="):
         load_model(written(tmp_path))
 
 

@@ -155,9 +155,9 @@ def test_a_run_learns_the_same_and_goes_on_bit_for_bit(tmp_path: Path, monkeypat
     torch._dynamo.reset()
     text = tmp_path / "a.txt"
     text.write_text("The king saw the queen . The queen saw a dog .\n" * 200)
-    told = [f"source.path={text}", "tokenizer.size=400", "shape.width=32", "shape.depth=2", "shape.heads=2",
-            "segment.length=32", "batch.rows=4", "checks.every=0", "checks.examples=8", "checks.save=3",
-            "length.steps=6", "precision=fp32", "samples=['The ']"]  # fmt: skip
+    told = [f"data.path={text}", "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
+            "examples.max_length=32", "batch.size=4", "evaluation.every=0", "evaluation.max_examples=8", "checkpoint.every=3",
+            "max_steps=6", "precision=fp32", "sample_prompts=['The ']"]  # fmt: skip
     for name, more in (("plain", []), ("whole", ["compile=true"])):
         run(load("gpt", [*told, *more]), tmp_path / name, echo=lambda _: None)
     plain, whole = (

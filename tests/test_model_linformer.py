@@ -114,7 +114,7 @@ def test_what_it_cannot_read_is_refused() -> None:
     for fields in ({"looks": when, "appears": when}, {"document": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
         with pytest.raises(UserError, match="every position must see the whole row"):
             model({"tokens": tokens(1, 6), **fields})
-    with pytest.raises(UserError, match=r"13 tokens is longer than shape.context=12"):
+    with pytest.raises(UserError, match=r"13 tokens is longer than model.max_positions=12"):
         LM(replace(FULL, linformer_k=4, position="rotary"), {})({"tokens": tokens(1, 13)})
     with pytest.raises(UserError, match="cannot write token by token"):
         model.make_cache(1, 8)
@@ -126,8 +126,8 @@ def test_what_it_cannot_read_is_refused() -> None:
 def test_recipes_that_ask_for_it_are_refused_when_read() -> None:
     with pytest.raises(UserError, match="which a Linformer cannot"):
         load("linformer", ["objective=causal"])
-    with pytest.raises(UserError, match=r"a Linformer reads one document a row, and batch.pack=256"):
-        load("linformer", ["batch.pack=256"])
+    with pytest.raises(UserError, match=r"a Linformer reads one document a row, and batch.pack_to_length=256"):
+        load("linformer", ["batch.pack_to_length=256"])
 
 
 def test_it_costs_what_torch_counts() -> None:

@@ -262,10 +262,10 @@ def test_what_is_refused() -> None:
         model = LM(config, {})
         for kind, make in KINDS.items():
             with pytest.raises(
-                UserError, match=f"adapt={kind} puts trained positions before a text, which .* cannot read"
+                UserError, match=f"peft={kind} puts trained positions before a text, which .* cannot read"
             ):
                 make(model, IDS)
     model = made(LEARNED)
     assert model.context == 37
-    with pytest.raises(UserError, match=r"longer than shape.context=40"):
+    with pytest.raises(UserError, match=r"longer than model.max_positions=40"):
         model({"tokens": torch.zeros(1, 38, dtype=torch.long)})

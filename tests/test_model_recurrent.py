@@ -229,13 +229,13 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"qk_norm": True}, "shape.qk_norm=True means nothing to recurrent layers"),
-        ({"norm_at": "pre"}, "shape.norm_at='?pre'?"),
-        ({"encoder": 2}, "shape.encoder=2"),
+        ({"qk_norm": True}, "model.qk_norm=True means nothing to recurrent layers"),
+        ({"norm_at": "pre"}, "model.norm_placement='?pre'?"),
+        ({"encoder": 2}, "model.num_encoder_layers=2"),
         ({"position": "rotary"}, "rotary positions are for attention"),
-        ({"apart": True}, "shape.causal=false"),
+        ({"apart": True}, "model.causal=false"),
         ({"causal": False, "width": 17, "head_width": 17, "hidden": 0}, "make it even"),
-        ({"hidden": 12}, "leave shape.hidden out"),
+        ({"hidden": 12}, "leave model.intermediate_size out"),
         ({"recurrent": "gru", "hidden": 24}, "only an LSTM"),
         ({"recurrent": "", "skip": True}, "recurrent layers"),
         ({"characters": 8}, "tied=false"),

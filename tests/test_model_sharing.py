@@ -89,10 +89,10 @@ def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"head": "linear"}, "cannot be tied to tables of shape.embed=12"),
-        ({"groups": 7}, "shape.groups=7 is more than there are layers"),
+        ({"head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
+        ({"groups": 7}, "model.num_layer_groups=7 is more than there are layers"),
         ({"first_norm": False}, "cannot differ in their first norm"),
-        ({"embed": -1}, "shape.embed=-1 must be at least 0"),
+        ({"embed": -1}, "model.embedding_size=-1 must be at least 0"),
         ({"embed": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
     ],
 )

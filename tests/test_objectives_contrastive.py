@@ -137,17 +137,17 @@ def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infon
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"2 micro-batches would compare only their own: set batch.accumulate=1"):
+    with pytest.raises(UserError, match=r"2 micro-batches would compare only their own: set batch.gradient_accumulation_steps=1"):
         check_batching(InfoNCE(), SHAPE, pack=0, accumulate=2)
     with pytest.raises(UserError, match="train on one rank"):
         check_batching(InfoNCE(), SHAPE, pack=0, accumulate=1, ranks=2)
     check_batching(Contrastive(), SHAPE, pack=0, accumulate=2)
-    with pytest.raises(UserError, match=r"infonce cannot be trained with this shape: .* set shape.dropout=0.1"):
+    with pytest.raises(UserError, match=r"infonce cannot be trained with this shape: .* set model.dropout=0.1"):
         load("contrastive", ["objective=infonce"])
     with pytest.raises(UserError, match=r"batch\.accumulate=1"):
-        load("contrastive:published", ["batch.accumulate=2"])
+        load("contrastive:published", ["batch.gradient_accumulation_steps=2"])
     with pytest.raises(UserError, match="reads a text from both sides"):
-        load("contrastive", ["shape.causal=true"])
+        load("contrastive", ["model.causal=true"])
     with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
         pack(shown(Contrastive(), triple, 3), 64, asked(Contrastive()))
 

@@ -466,7 +466,7 @@ def test_a_decoder_is_refused() -> None:
 
 def test_settings_of_rtd_that_mean_nothing_are_refused() -> None:
     for bad in (0.0, 1.5):
-        with pytest.raises(UserError, match=r"objective.size=.* must be above 0 and at most 1"):
+        with pytest.raises(UserError, match=r"objective.generator_size=.* must be above 0 and at most 1"):
             RTD(generator_size=bad)
-    with pytest.raises(UserError, match=r"objective.longest=0 must be at least 1"):
+    with pytest.raises(UserError, match=r"objective.max_span_length=0 must be at least 1"):
         SBO(max_span_length=0)

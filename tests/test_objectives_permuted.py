@@ -527,18 +527,18 @@ def test_a_memory_that_nobody_can_give_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"shape\.memory=64 needs rows of one text each, and batch\.pack=128 .* batch\.pack=0"
     ):
-        load("xlnet", ["shape.memory=64", "batch.pack=128"])
+        load("xlnet", ["model.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"shape\.memory=64 .* segment pieces does not give: set shape.memory=0, or take segment=windows",
+        match=r"shape\.memory=64 .* segment pieces does not give: set model.memory_length=0, or take examples=windows",
     ):
-        load("xlnet", ["shape.memory=64", "segment=pieces"])
+        load("xlnet", ["model.memory_length=64", "examples=chunks"])
     with pytest.raises(UserError, match=r"shape\.memory=64 needs positions that reach back .*'rotary'"):
-        load("bert", ["shape.memory=64"])
+        load("bert", ["model.memory_length=64"])
     with pytest.raises(
         UserError, match="objective plm reads a text in an order of its own, which a causal decoder cannot"
     ):
-        load("xlnet", ["shape.causal=true"])
+        load("xlnet", ["model.causal=true"])
     shown = PLM().build_example({"tokens": text(9), "memory_tokens": text(4)}, VOCAB, np.random.default_rng(0))
     with pytest.raises(UserError, match="cannot be packed"):
         pack([shown], 64)
@@ -674,10 +674,10 @@ def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
         json.dumps({"text": f"the {'king' if i % 2 else 'queen'} did walk", "label": "ab"[i % 2]}) for i in range(24)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    small = ["shape.width=32", "shape.heads=2", "shape.depth=2", "shape.head_width=0", "shape.hidden=48", "shape.kv_heads=0",
-             "tokenizer.size=400", "length.steps=2", "batch.rows=4", "checks.every=0"]  # fmt: skip
-    first = run(load("xlnet", [*small, f"source.path={plays}"]), tmp_path / "first", echo=lambda _: None)
+    small = ["model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.head_dim=0", "model.intermediate_size=48", "model.num_kv_heads=0",
+             "tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0"]  # fmt: skip
+    first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", echo=lambda _: None)
     assert load_model(first.model).config.memory_length == 128
-    told = [f"start={tmp_path / 'first'}", f"source.path={tmp_path / 'rows.jsonl'}", "length.steps=2", "batch.pack=64"]
+    told = [f"init_from={tmp_path / 'first'}", f"data.path={tmp_path / 'rows.jsonl'}", "max_steps=2", "batch.pack_to_length=64"]
     second = run(load("classify", told), tmp_path / "second", echo=lambda _: None)
     assert load_model(second.model).config.memory_length == 0

@@ -222,10 +222,10 @@ def test_an_answer_is_read_where_the_shape_can() -> None:
         make(vocab_size=9, hidden_size=64, num_layers=1)
         for make in (encoder_config, decoder_config, encoder_decoder_config)
     ]
-    assert [Classification().for_model(config).attention_pattern() for config in made] == ["both", "left", "source"]
-    assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == ["both", "left"]
-    assert [TokenClassification().for_model(config).attention_pattern() for config in made[:2]] == ["any", "left"]
-    assert [MultipleChoice().for_model(config).attention_pattern() for config in made[:2]] == ["both", "left"]
+    assert [Classification().for_model(config).attention_pattern() for config in made] == ["bidirectional", "causal", "seq2seq"]
+    assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == ["bidirectional", "causal"]
+    assert [TokenClassification().for_model(config).attention_pattern() for config in made[:2]] == ["any", "causal"]
+    assert [MultipleChoice().for_model(config).attention_pattern() for config in made[:2]] == ["bidirectional", "causal"]
     for objective in (QuestionAnswering(), TokenClassification(), MultipleChoice()):
         assert objective.for_model(made[2]).attention_pattern() not in made[2].supported_patterns
     assert Classification(position="last").for_model(made[0]) == Classification(position="last")

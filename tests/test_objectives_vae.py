@@ -190,8 +190,8 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
         words = [f"word{(number * i) % 17}" for i in range(1, 60)]
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
     small = ["width=32", "heads=2", "depth=1", "encoder=1", "head_width=0", "kv_heads=0", "hidden=48"]
-    settings = ["tokenizer.size=400", "length.steps=2", "batch.rows=4", "checks.every=0", "checks.examples=8"]
-    recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"source.path={tmp_path}"])
+    settings = ["tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0", "evaluation.max_examples=8"]
+    recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"data.path={tmp_path}"])
     done = run(recipe, tmp_path / "run", echo=lambda _: None)
     assert done.metrics["valid/elbo"] == pytest.approx(
         -done.metrics["valid/loss/tokens"] - done.metrics["valid/loss/divergence"], abs=1e-4
@@ -210,11 +210,11 @@ def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
         check_pattern(VAE(latent_size=4), replace(SHAPE, latent_size=0))
     with pytest.raises(UserError, match="which a variational autoencoder cannot"):
         check_pattern(SpanCorruption(), SHAPE)
-    with pytest.raises(UserError, match=r"objective.units=7 numbers and the shape's shape.latent=4"):
+    with pytest.raises(UserError, match=r"objective.latent_size=7 numbers and the shape's model.latent_size=4"):
         check_pattern(VAE(latent_size=7), SHAPE)
     with pytest.raises(UserError, match="stands between an encoder and a decoder"):
         replace(SHAPE, num_encoder_layers=0)
-    with pytest.raises(UserError, match=r"objective.drop=1.5 must be"):
+    with pytest.raises(UserError, match=r"objective.word_dropout=1.5 must be"):
         VAE(latent_size=4, word_dropout=1.5)
     with pytest.raises(UserError, match="make them equal"):
-        load("vae", ["objective.units=8"])
+        load("vae", ["objective.latent_size=8"])

@@ -95,21 +95,21 @@ def test_a_class_without_a_range_would_be_found() -> None:
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("source.held_out=-1", "source.held_out=-1.0 must be at least 0 and below 1"),
-        ("tokenizer.sample=-1", "tokenizer.sample=-1 must be at least 1"),
-        ("length.flops=nan", "length.flops=nan must be finite, at least 0"),
-        ("length.seconds=.inf", "length.seconds=inf must be finite, at least 0"),
-        ("optimizer.rate=0", "optimizer.rate=0.0 must be above 0"),
-        ("segment.length=0", "segment.length=0 must be at least 1 and at most 1073741823"),
-        ("batch.accumulate=0", "batch.accumulate=0 must be at least 1"),
-        ("batch.pack=-1", "batch.pack=-1 must be at least 0 and at most 1073741823"),
-        ("source.weights=[1, -1]", "source.weights=[1.0, -1.0] must be above 0"),
-        ("shape.depth=-1", "shape.depth=-1 must be at least 0 and at most 10000"),
+        ("data.validation_fraction=-1", "data.validation_fraction=-1.0 must be at least 0 and below 1"),
+        ("tokenizer.sample_bytes=-1", "tokenizer.sample_bytes=-1 must be at least 1"),
+        ("max_flops=nan", "max_flops=nan must be finite, at least 0"),
+        ("max_seconds=.inf", "max_seconds=inf must be finite, at least 0"),
+        ("optimizer.lr=0", "optimizer.lr=0.0 must be above 0"),
+        ("examples.max_length=0", "examples.max_length=0 must be at least 1 and at most 1073741823"),
+        ("batch.gradient_accumulation_steps=0", "batch.gradient_accumulation_steps=0 must be at least 1"),
+        ("batch.pack_to_length=-1", "batch.pack_to_length=-1 must be at least 0 and at most 1073741823"),
+        ("data.weights=[1, -1]", "data.weights=[1.0, -1.0] must be above 0"),
+        ("model.num_layers=-1", "model.num_layers=-1 must be at least 0 and at most 10000"),
         ("seed=-1", "seed=-1 must be at least 0"),
-        (f"length.steps={MAX_INT + 1}", f"length.steps={MAX_INT + 1} must be at least 0 and at most {MAX_INT}"),
-        ("batch.rows=true", "batch.rows: True does not fit: it should be a number, at least 1"),
-        ("source.path=[]", "source.path=[] names no file: name files or directories, or set source.corpus=NAME"),
-        ("source.path=", "source.path=[''] has an empty name, which would be the working directory"),
+        (f"max_steps={MAX_INT + 1}", f"max_steps={MAX_INT + 1} must be at least 0 and at most {MAX_INT}"),
+        ("batch.size=true", "batch.size: True does not fit: it should be a number, at least 1"),
+        ("data.path=[]", "data.path=[] names no file: name files or directories, or set data.corpus=NAME"),
+        ("data.path=", "data.path=[''] has an empty name, which would be the working directory"),
     ],
 )
 def test_a_setting_out_of_range_is_one_sentence(setting: str, told: str) -> None:
@@ -125,21 +125,21 @@ def test_a_file_out_of_range_names_its_line(tmp_path: Path) -> None:
         load(str(path))
     assert str(caught.value) == f"{path}:5: objective.1.rate=1.5 must be above 0 and below 1"
     with pytest.raises(UserError) as caught:
-        load(str(path), ["objective.rate=2"])
+        load(str(path), ["objective.mlm_probability=2"])
     assert str(caught.value) == "objective.1.rate=2.0 must be above 0 and below 1"
     with pytest.raises(UserError) as caught:
-        load(str(path), ["objective.rate=0.2", "batch.rows=0"])
-    assert str(caught.value) == "batch.rows=0 must be at least 1"
+        load(str(path), ["objective.mlm_probability=0.2", "batch.size=0"])
+    assert str(caught.value) == "batch.size=0 must be at least 1"
     path.write_text("name: x\nobjective: mlm\nsegment: pieces\nbatch: {pack: 4, sort: 4}\n")
     with pytest.raises(UserError) as caught:  # fields that do not fit each other have a line, too
         load(str(path))
-    assert str(caught.value).startswith(f"{path}:4: batch.pack and batch.sort")
+    assert str(caught.value).startswith(f"{path}:4: batch.pack_to_length and batch.group_by_length")
 
 
 def test_a_number_out_of_range_is_refused_in_python() -> None:
-    with pytest.raises(UserError, match=r"^batch.rows=0 must be at least 1$"):
+    with pytest.raises(UserError, match=r"^batch.size=0 must be at least 1$"):
         BatchConfig(size=0)
-    with pytest.raises(UserError, match=r"^batch.sort=-1 must be at least 0$"):
+    with pytest.raises(UserError, match=r"^batch.group_by_length=-1 must be at least 0$"):
         dataclasses.replace(BatchConfig(), group_by_length=-1)
     with pytest.raises(UserError, match=r"^sampling.top_p=0 must be above 0 and at most 1$"):
         Sampling(top_p=0)
@@ -150,8 +150,8 @@ def test_a_number_out_of_range_is_refused_in_python() -> None:
 def test_a_part_of_a_shape_names_the_cure() -> None:
     """One sentence, and not from field to field to a causal model."""
     with pytest.raises(UserError) as caught:
-        load("classify", ["shape.width=64"])
+        load("classify", ["model.hidden_size=64"])
     said = str(caught.value)
     assert said.startswith("shape lacks depth, heads, for the recipe 'classify' has no shape of its own")
-    assert "start=RUN" in said and "causal: false" in said
-    assert load("classify", ["shape={vocab: 100, width: 32, depth: 1, heads: 2, causal: false}"]).model is not None
+    assert "init_from=RUN" in said and "causal: false" in said
+    assert load("classify", ["model={vocab_size: 100, hidden_size: 32, num_layers: 1, num_heads: 2, causal: false}"]).model is not None

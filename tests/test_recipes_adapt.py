@@ -42,10 +42,10 @@ WORDS = "the king and the queen of the sea had a ship with no sail and a crown o
     " ", "\n"
 ).splitlines()
 SHAPE = [
-    "shape.width=32", "shape.depth=2", "shape.heads=2", "shape.kv_heads=2", "shape.head_width=0", "shape.hidden=48",
-    "shape.context=64",
+    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=0", "model.intermediate_size=48",
+    "model.max_positions=64",
 ]  # fmt: skip
-SMALL = ["batch.rows=8", "precision=fp32", "checks.every=0", "checks.examples=16", "samples=[]"]
+SMALL = ["batch.size=8", "precision=fp32", "evaluation.every=0", "evaluation.max_examples=16", "sample_prompts=[]"]
 
 
 def quiet(_: str) -> None:
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [{"text": line[: 30 + i % 50], "label": "salt" if "salt" in line[: 30 + i % 50] else "none"}
                for i, line in enumerate(lines)]  # fmt: skip
     (folder / "records.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    common = [f"source.path={folder / 'text.txt'}", "tokenizer.size=400", "length.steps=4", "segment.length=24"]
+    common = [f"data.path={folder / 'text.txt'}", "tokenizer.vocab_size=400", "max_steps=4", "examples.max_length=24"]
     for name, recipe in (("decoder", "llama"), ("encoder", "roberta")):
         run(load(recipe, [*common, *SHAPE, *SMALL]), folder / name, quiet)
     return folder
@@ -70,14 +70,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(place: Path, start: str, *more: str, steps: int = 6) -> list[str]:
     data = "records.jsonl" if start == "encoder" else "text.txt"
     return [
-        *SMALL, f"source.path={place / data}", f"start={place / start}", f"length.steps={steps}", "checks.save=3",
-        "segment.length=24", "optimizer.name=adamw", *more,
+        *SMALL, f"data.path={place / data}", f"init_from={place / start}", f"max_steps={steps}", "checkpoint.every=3",
+        "examples.max_length=24", "optimizer.name=adamw", *more,
     ]  # fmt: skip
 
 
 def recipe(place: Path, start: str, *more: str) -> Recipe:
     settled = settings(place, start, *more)
-    return load("classify" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["shape=null"]))
+    return load("classify" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["model=null"]))
 
 
 CASES = [
@@ -105,7 +105,7 @@ def made(place: Path) -> Made:
 
 
 def measured(place: Path, start: str, kind: str) -> Recipe:
-    return recipe(place, start, f"adapt={kind}", f"source.valid={records_of(place, start)}", "checks.examples=1000")
+    return recipe(place, start, f"peft={kind}", f"data.validation_path={records_of(place, start)}", "evaluation.max_examples=1000")
 
 
 def records_of(place: Path, start: str) -> str:
@@ -187,7 +187,7 @@ def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     transformers.logging.set_verbosity_error()
     for kind in ("lora", "prefix", "prompt"):
-        run(recipe(place, "decoder", f"adapt={kind}", "optimizer.rate=0.05"), tmp_path / kind, quiet)
+        run(recipe(place, "decoder", f"peft={kind}", "optimizer.lr=0.05"), tmp_path / kind, quiet)
         base = transformers.AutoModelForCausalLM.from_pretrained(place / "decoder" / "model").eval()
         there = peft.PeftModel.from_pretrained(base, tmp_path / kind / "adapter").eval()
         tokens = torch.arange(9)[None] * 7 % 300
@@ -210,12 +210,12 @@ def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
 
     (On one batch of 8 rows the loss may rise while that of the held-out text falls.)
     """
-    texts = [f"source.valid={place / 'text.txt'}", "checks.examples=1000", "optimizer.rate=0.001"]
-    one = run(recipe(place, "decoder", "adapt=lora", "adapt.rank=3", *texts), tmp_path / "one", quiet)
+    texts = [f"data.validation_path={place / 'text.txt'}", "evaluation.max_examples=1000", "optimizer.lr=0.001"]
+    one = run(recipe(place, "decoder", "peft=lora", "peft.rank=3", *texts), tmp_path / "one", quiet)
     onward = {
-        "two": recipe(place, "decoder", "adapt=lora", f"adapt.start={tmp_path / 'one'}", *texts),
-        "merged": recipe(place, str(tmp_path / "one"), "adapt=lora", *texts),
-        "base": recipe(place, "decoder", *texts, "optimizer.rate=1e-12", "optimizer.embedding_rate=0"),
+        "two": recipe(place, "decoder", "peft=lora", f"peft.init_from={tmp_path / 'one'}", *texts),
+        "merged": recipe(place, str(tmp_path / "one"), "peft=lora", *texts),
+        "base": recipe(place, "decoder", *texts, "optimizer.lr=1e-12", "optimizer.embedding_lr=0"),
     }
     ends = {name: run(plan, tmp_path / name, quiet) for name, plan in onward.items()}
     config = json.loads((tmp_path / "two" / "adapter" / "adapter_config.json").read_text())
@@ -224,8 +224,8 @@ def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
     assert rows["two"] == pytest.approx(rows["merged"], abs=1e-5) and abs(rows["two"] - rows["base"]) > 1e-4
     held_out = {name: end.metrics["valid/loss"] for name, end in ends.items()}
     assert max(held_out["two"], one.metrics["valid/loss"]) < held_out["base"]
-    with pytest.raises(UserError, match=r"holds an adapter of kind lora: set adapt.kind=lora"):
-        run(recipe(place, "decoder", "adapt=prefix", f"adapt.start={tmp_path / 'one'}"), tmp_path / "three", quiet)
+    with pytest.raises(UserError, match=r"holds an adapter of kind lora: set peft.kind=lora"):
+        run(recipe(place, "decoder", "peft=prefix", f"peft.init_from={tmp_path / 'one'}"), tmp_path / "three", quiet)
 
 
 def test_recomputing_changes_no_bit(place: Path, made: Made, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_recomputing_changes_no_bit(place: Path, made: Made, tmp_path: Path) -> 
 
 
 def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) -> None:
-    plan = recipe(place, "decoder", "adapt=lora")
+    plan = recipe(place, "decoder", "peft=lora")
     run(plan, tmp_path, quiet)
     (tmp_path / "done.json").unlink()
     for later in (tmp_path / "checkpoints").glob("step-000006"):
@@ -258,8 +258,8 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
 def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
     plain = load("gpt")
     assert plain.peft == FullFinetuning()
-    assert load("classify", ["start=x", "adapt=lora"]).peft == LoRA()
-    full = load("classify", ["start=x", "adapt.kind=lora", "adapt.rank=4", "adapt.targets=[blocks.*]"])
+    assert load("classify", ["init_from=x", "peft=lora"]).peft == LoRA()
+    full = load("classify", ["init_from=x", "peft.kind=lora", "peft.rank=4", "peft.target_modules=[blocks.*]"])
     assert full.peft == LoRA(rank=4, target_modules=("blocks.*",))
     assert config_io.from_dict(type(full), yaml.safe_load(config_io.write_yaml(full))) == full
 
@@ -267,15 +267,15 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["adapt=lora", "start="], "adapt=lora trains a little beside a model that is there: say which with start=RUN"),
-        (["adapt=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
+        (["peft=lora", "init_from="], "peft=lora trains a little beside a model that is there: say which with init_from=RUN"),
+        (["peft=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
         (
-            ["adapt=lora", "adapt.rank=33"],
+            ["peft=lora", "peft.rank=33"],
             "rank 33 is larger than the matrix trunk.blocks.0.attention.q, which is 32 x 32",
         ),
-        (["adapt=lora", "adapt.targets=query"], "no matrix of this model is called 'query'; there is tokens, "),
-        (["adapt=prefix", "adapt.tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
-        (["adapt=frozen", "objective=rtd"], "each runs the model in a way of its own"),
+        (["peft=lora", "peft.target_modules=query"], "no matrix of this model is called 'query'; there is tokens, "),
+        (["peft=prefix", "peft.num_virtual_tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
+        (["peft=frozen", "objective=rtd"], "each runs the model in a way of its own"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(place: Path, tmp_path: Path, more: list[str], said: str) -> None:
@@ -285,18 +285,18 @@ def test_what_cannot_be_adapted_is_refused(place: Path, tmp_path: Path, more: li
 
 def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Path) -> None:
     small = [
-        "shape.width=32",
-        "shape.depth=1",
-        "shape.context=64",
-        "tokenizer.size=400",
-        "segment.length=24",
-        "length.steps=1",
+        "model.hidden_size=32",
+        "model.num_layers=1",
+        "model.max_positions=64",
+        "tokenizer.vocab_size=400",
+        "examples.max_length=24",
+        "max_steps=1",
     ]
-    run(load("lstm", [f"source.path={place / 'text.txt'}", *SMALL, *small]), tmp_path / "lstm", quiet)
+    run(load("lstm", [f"data.path={place / 'text.txt'}", *SMALL, *small]), tmp_path / "lstm", quiet)
     with pytest.raises(
-        UserError, match=r"adapt=prefix puts trained positions before a text, which .* has no attention"
+        UserError, match=r"peft=prefix puts trained positions before a text, which .* has no attention"
     ):
-        run(load("lstm", [*settings(place, "decoder", "adapt=prefix"), f"start={tmp_path / 'lstm'}", "shape=null"]),
+        run(load("lstm", [*settings(place, "decoder", "peft=prefix"), f"init_from={tmp_path / 'lstm'}", "model=null"]),
             tmp_path / "no", quiet)  # fmt: skip
 
 

@@ -21,17 +21,17 @@ from firth.types import UserError
 
 WORDS = ["the", "king", "queen", "of", "sea", "had", "a", "ship", "with", "no", "sail", "and", "crown", "salt"]
 SMALL = [
-    "batch.rows=4", "precision=fp32", "checks.save=1000", "checks.examples=16", "samples=[]", "length.steps=1",
-    "segment.length=24",
+    "batch.size=4", "precision=fp32", "checkpoint.every=1000", "evaluation.max_examples=16", "sample_prompts=[]", "max_steps=1",
+    "examples.max_length=24",
 ]  # fmt: skip
-SHAPE = ["shape.width=32", "shape.depth=2", "shape.heads=2", "shape.context=64"]
+SHAPE = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.max_positions=64"]
 BASES = {
-    "gpt": ["shape.kv_heads=2", "shape.hidden=48"], "gpt2": [], "roberta": [], "t5": ["shape.encoder=2"],
-    "bert": ["source.split=blank"], "bart": ["shape.encoder=2"],
+    "gpt": ["model.num_kv_heads=2", "model.intermediate_size=48"], "gpt2": [], "roberta": [], "t5": ["model.num_encoder_layers=2"],
+    "bert": ["data.split_by=blank"], "bart": ["model.num_encoder_layers=2"],
 }  # fmt: skip
 """Recipe -> what else its shape needs. The table of tokens is the vocabulary head's of gpt2 and roberta."""
-RATE = ["optimizer.name=adamw", "optimizer.rate=0.05"]
-STILL = ["optimizer.rate=1e-12", "optimizer.embedding_rate=0", "optimizer.rest_rate=0", "optimizer.weight_decay=0"]
+RATE = ["optimizer.name=adamw", "optimizer.lr=0.05"]
+STILL = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_lr=0", "optimizer.weight_decay=0"]
 """A step that changes nothing: what is measured after it is what was there before."""
 
 CASES = [
@@ -71,7 +71,7 @@ def base(place: Path) -> Callable[[str], Path]:
             shutil.copytree(make("gpt2") / "model", place / name)
             (place / name / "firth.json").unlink()
             return place / name
-        settings = [f"source.path={place / 'text.txt'}", "tokenizer.size=400", *SMALL, *SHAPE, *BASES[name]]
+        settings = [f"data.path={place / 'text.txt'}", "tokenizer.vocab_size=400", *SMALL, *SHAPE, *BASES[name]]
         return run(load(name, settings), place / name, quiet).directory
 
     return make
@@ -79,9 +79,9 @@ def base(place: Path) -> Callable[[str], Path]:
 
 def recipe(place: Path, task: str, start: Path, *more: str) -> Recipe:
     data = place / ("records.jsonl" if task == "classify" else "text.txt")
-    settings = [*SMALL, *RATE, f"source.path={data}", f"source.valid={data}", f"start={start}", *more]
-    settings += ["source.split=blank"] * (task == "bert")
-    return load(task, [*settings, *["shape=null"] * (task != "classify")])
+    settings = [*SMALL, *RATE, f"data.path={data}", f"data.validation_path={data}", f"init_from={start}", *more]
+    settings += ["data.split_by=blank"] * (task == "bert")
+    return load(task, [*settings, *["model=null"] * (task != "classify")])
 
 
 def states(model: LM) -> torch.Tensor:
@@ -109,8 +109,8 @@ def answer(directory: Path, task: str, place: Path) -> object:
 def test_a_run_opens_again_and_starts_the_next(
     place: Path, base: Callable[[str], Path], tmp_path: Path, name: str, task: str, kind: str, targets: str
 ) -> None:
-    adapt = [f"adapt.kind={kind}", *[f"adapt.targets={targets}"] * bool(targets)]
-    adapt += ["adapt.tokens=3"] * (kind in ("prefix", "prompt"))
+    adapt = [f"peft.kind={kind}", *[f"peft.target_modules={targets}"] * bool(targets)]
+    adapt += ["peft.num_virtual_tokens=3"] * (kind in ("prefix", "prompt"))
     one = run(recipe(place, task, base(name), *adapt), tmp_path / "one", quiet)
     whole = load_evaluated_model(one.directory).model
     answer(one.directory, task, place)
@@ -120,7 +120,7 @@ def test_a_run_opens_again_and_starts_the_next(
         assert part.state_dict().keys() == whole.state_dict().keys()
         torch.testing.assert_close(states(part), states(whole), atol=1e-5, rtol=0)
         assert answer(one.directory / "adapter", task, place) == answer(one.model, task, place)
-        onward.append(recipe(place, task, base(name), *STILL, f"adapt.kind={kind}", f"adapt.start={one.directory}"))
+        onward.append(recipe(place, task, base(name), *STILL, f"peft.kind={kind}", f"peft.init_from={one.directory}"))
     for i, plan in enumerate(onward):
         again = run(plan, tmp_path / f"next-{i}", quiet)
         assert again.metrics["valid/loss"] == pytest.approx(one.metrics["valid/loss"], abs=1e-5)
@@ -129,12 +129,12 @@ def test_a_run_opens_again_and_starts_the_next(
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("gpt2", ["adapt.kind=lora", "adapt.targets=[norm]"], r"is called 'norm'; there is places, attention.q, "),
-        ("gpt2", ["adapt.kind=lora", "adapt.targets=[bias]"], r"is called 'bias'; there is places, attention.q, "),
-        ("gpt2", ["adapt.kind=lora", "adapt.targets=[tokens]"],
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"is called 'norm'; there is places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"is called 'bias'; there is places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[tokens]"],
          r"tokens shares its matrix with parts.lm, .* out of the adapter's targets; there is places, attention.q, "),
-        ("gpt2", ["adapt.kind=lora", "adapt.targets=[parts.lm]"], r"parts.lm shares its matrix with tokens, "),
-        ("gpt", ["adapt=frozen"], r"a mixture of all layers, which a vocabulary head does not read"),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[parts.lm]"], r"parts.lm shares its matrix with tokens, "),
+        ("gpt", ["peft=frozen"], r"a mixture of all layers, which a vocabulary head does not read"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written_is_refused_before_data_is_read(
@@ -147,9 +147,9 @@ def test_what_cannot_be_written_is_refused_before_data_is_read(
 
 def test_an_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
     """LoRA leaves the prefix of its start as it is, and a second prefix is refused."""
-    prefix = ["adapt.kind=prefix", "adapt.tokens=3"]
+    prefix = ["peft.kind=prefix", "peft.num_virtual_tokens=3"]
     one = run(recipe(place, "gpt2", base("gpt2"), *prefix), tmp_path / "one", quiet).directory
-    two = run(recipe(place, "gpt2", one, "adapt=lora"), tmp_path / "two", quiet).directory
+    two = run(recipe(place, "gpt2", one, "peft=lora"), tmp_path / "two", quiet).directory
     before, after, part = (load_evaluated_model(place).model for place in (one, two, two / "adapter"))
     assert torch.equal(before.prefix.whole(), after.prefix.whole())  # type: ignore[union-attr]
     torch.testing.assert_close(states(part), states(after), atol=1e-5, rtol=0)
@@ -157,6 +157,6 @@ def test_an_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], 
     config = json.loads((two / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "FIRTH_LORA"  # peft's base would read no prefix
     with pytest.raises(
-        UserError, match=r"where the start has a prefix already: go on from it with adapt.start=RUN too"
+        UserError, match=r"where the start has a prefix already: go on from it with peft.init_from=RUN too"
     ):
         run(recipe(place, "gpt2", one, *prefix), tmp_path / "no", quiet)

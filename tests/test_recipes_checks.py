@@ -22,9 +22,9 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 SHAPE = (
-    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false",
-    "shape.segments=2", "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "checks.save=0",
-    "length.steps=2",
+    "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=96", "model.causal=false",
+    "model.type_vocab_size=2", "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3", "checkpoint.every=0",
+    "max_steps=2",
 )  # fmt: skip
 WORDS = ("fine", "lovely", "warm", "dull", "cold", "grim")
 
@@ -56,16 +56,16 @@ def test_text_to_text_from_nothing_reads_its_own_fields(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.csv").write_text("en,fr\n" + "".join(f"a {w} film,une {v} chose\n" for w in WORDS for v in WORDS))
     shape = [one for one in SHAPE if "causal" not in one and "segments" not in one]
-    for source, *forms in (["a.jsonl"], ["b.csv", "segment.prompt=to French: {en}", "segment.answer_is={fr}"]):
+    for source, *forms in (["a.jsonl"], ["b.csv", "examples.prompt_template=to French: {en}", "examples.completion_template={fr}"]):
         said: list[str] = []
         recipe = load(
             "text_to_text",
             [
                 *shape,
-                "shape.encoder=1",
-                "tokenizer.size=400",
-                f"source={tmp_path / source}",
-                "segment.length=32",
+                "model.num_encoder_layers=1",
+                "tokenizer.vocab_size=400",
+                f"data={tmp_path / source}",
+                "examples.max_length=32",
                 *forms,
             ],
         )
@@ -82,7 +82,7 @@ def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path)
     held = next(i for i in range(60) if content_key(texts[i]) < 0.2 * 2**64)
     file = reviews(tmp_path / "a.csv", [*plain[:held], "odd", *plain[held + 1 :]])
     done, said = trained(
-        "classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.2", "objective.weights=balanced"
+        "classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "objective.class_weights=balanced"
     )
     [line] = [line for line in said if "classes: " in line]
     assert "odd 0 (and 1 held out)" in line
@@ -95,18 +95,18 @@ def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path)
 def test_one_class_is_nothing_to_learn(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good"] * 30)
     with pytest.raises(UserError, match="all that there is to learn from is of one class, 'good'"):
-        trained("classify", tmp_path / "run", tokens, f"source={file}")
+        trained("classify", tmp_path / "run", tokens, f"data={file}")
     (tmp_path / "a.conll").write_text("a O\nfilm O\n\n" * 30)
     with pytest.raises(UserError, match="all that there is to learn from is of one class, 'O'"):
-        trained("tag", tmp_path / "run", tokens, f"source={tmp_path / 'a.conll'}")
+        trained("tag", tmp_path / "run", tokens, f"data={tmp_path / 'a.conll'}")
 
 
 def test_classes_of_a_mixture(tmp_path: Path, tokens: Path) -> None:
     """Ham in one file and spam in the other: each alone has one class, and both together two."""
     files = [reviews(tmp_path / "a.csv", ["ham"] * 40), reviews(tmp_path / "b.csv", ["spam"] * 30)]
     _, said = trained(
-        "classify", tmp_path / "run", tokens, f"source.path=[{files[0]}, {files[1]}]", "source.weights=[1, 1]",
-        "objective.weights=balanced",
+        "classify", tmp_path / "run", tokens, f"data.path=[{files[0]}, {files[1]}]", "data.weights=[1, 1]",
+        "objective.class_weights=balanced",
     )  # fmt: skip
     [line] = [line for line in said if "classes: " in line]
     counts = [int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("ham", "spam")]
@@ -120,56 +120,56 @@ def test_a_tag_of_the_held_out_files_alone_is_no_class(tmp_path: Path, tokens: P
     (tmp_path / "b.conll").write_text("a O\ngrim B-BAD\n\ngrim B-BAD\n\n")
     with pytest.raises(UserError, match=r"b\.conll:1: the tag B-BAD is none of .*nor is that of 1 more tag"):
         trained(
-            "tag", tmp_path / "run", tokens, f"source={tmp_path / 'a.conll'}", f"source.valid={tmp_path / 'b.conll'}"
+            "tag", tmp_path / "run", tokens, f"data={tmp_path / 'a.conll'}", f"data.validation_path={tmp_path / 'b.conll'}"
         )
 
 
-@pytest.mark.parametrize("settings", [("checks.best=accuracy",), ("checks.every=1", "checks.patience=2")])
+@pytest.mark.parametrize("settings", [("evaluation.best_metric=accuracy",), ("evaluation.every=1", "evaluation.patience=2")])
 def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings: tuple[str, ...]) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
     why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, fewer than 20"
     with pytest.raises(UserError, match=why):
-        trained("classify", tmp_path / "run", tokens, f"source={file}", *settings)
+        trained("classify", tmp_path / "run", tokens, f"data={file}", *settings)
     with pytest.raises(UserError, match=r"nothing is held out: name source\.valid=FILES"):
-        trained("classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0", *settings)
+        trained("classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0", *settings)
 
 
 def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
-    done, said = trained("classify", tmp_path / "run", tokens, f"source={file}")
+    done, said = trained("classify", tmp_path / "run", tokens, f"data={file}")
     assert sum("nothing is held out of 8 examples, fewer than 20" in line for line in said) == 1
     assert "nothing is held out of 8 examples" in (done.directory / "report.html").read_text()
-    _, said = trained("classify", tmp_path / "quiet", tokens, f"source={file}", "source.held_out=0")
+    _, said = trained("classify", tmp_path / "quiet", tokens, f"data={file}", "data.validation_fraction=0")
     assert not any("nothing is held out" in line for line in said)
     file = reviews(tmp_path / "b.csv", ["good", "bad"] * 11)
-    _, said = trained("classify", tmp_path / "few", tokens, f"source={file}", "source.held_out=0.0001")
+    _, said = trained("classify", tmp_path / "few", tokens, f"data={file}", "data.validation_fraction=0.0001")
     assert any(
-        "nothing is held out of 22 examples, of which source.held_out=0.0001 comes to none" in line for line in said
+        "nothing is held out of 22 examples, of which data.validation_fraction=0.0001 comes to none" in line for line in said
     )
 
 
 def test_a_report_that_was_never_written_is_when_the_command_is_given_again(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
-    done, _ = trained("classify", tmp_path / "run", tokens, f"source={file}")
+    done, _ = trained("classify", tmp_path / "run", tokens, f"data={file}")
     report = done.directory / "report.html"
     report.unlink()  # killed behind done.json
-    trained("classify", tmp_path / "run", tokens, f"source={file}")
+    trained("classify", tmp_path / "run", tokens, f"data={file}")
     assert "accuracy" in report.read_text("utf-8")
 
 
 def test_a_measurement_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     with pytest.raises(UserError, match=r"checks\.best=f2 is not among the held-out measurements: there is loss, .*f1"):
-        trained("classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.2", "checks.best=f2")
+        trained("classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "evaluation.best_metric=f2")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_looking_for_the_measurement_changes_nothing(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
-    settings = [f"source={file}", "source.held_out=0.2", "shape.dropout=0.2"]
+    settings = [f"data={file}", "data.validation_fraction=0.2", "model.dropout=0.2"]
     found = [
         trained("classify", tmp_path / str(i), tokens, *settings, *more)[0].metrics["loss"]
-        for i, more in enumerate(((), ("checks.best=accuracy",)))
+        for i, more in enumerate(((), ("evaluation.best_metric=accuracy",)))
     ]
     rows = [json.loads((tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()[0])["loss"] for i in range(2)]
     assert rows[0] == rows[1] and len(found) == 2
@@ -178,8 +178,8 @@ def test_looking_for_the_measurement_changes_nothing(tmp_path: Path, tokens: Pat
 def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     done, _ = trained(
-        "classify", tmp_path / "run", tokens, f"source={file}", "source.held_out=0.3", "checks.every=1", "checks.best=loss",
-        "checks.patience=2", "length.steps=9", "optimizer.rate=1.0", "schedule.kind=constant", "schedule.warmup=0",
+        "classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.3", "evaluation.every=1", "evaluation.best_metric=loss",
+        "evaluation.patience=2", "max_steps=9", "optimizer.lr=1.0", "schedule.kind=constant", "schedule.warmup_ratio=0",
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = {row["step"]: row["loss"] for row in rows if row["split"] == "valid"}
@@ -192,7 +192,7 @@ def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Pa
     assert f"The exported model is that of step {best}, the best of {len(held)} checks" in page
     assert f"held-out text, exported step {best}" in page and "did not fall" not in page
     assert f"the model of step {best}, the best check" in (done.model / "README.md").read_text()
-    again, _ = trained("classify", tmp_path / "last", tokens, f"source={file}", "source.held_out=0.3", "length.steps=2")
+    again, _ = trained("classify", tmp_path / "last", tokens, f"data={file}", "data.validation_fraction=0.3", "max_steps=2")
     assert again.exported_step == again.steps == held_out_measures(again.directory)["step"]
 
 
@@ -213,9 +213,9 @@ def test_checks_of_questions_are_squad_s_own(tmp_path: Path, tokens: Path) -> No
     (tmp_path / "a.json").write_text(squad(40))
     (tmp_path / "b.json").write_text(squad(16))
     done, _ = trained(
-        "answer", tmp_path / "run", tokens, f"source={tmp_path / 'a.json'}", f"source.valid={tmp_path / 'b.json'}",
-        "segment.length=20", "segment.question=8", "segment.stride=4", "checks.best=exact_match", "length.steps=12",
-        "checks.every=6", "schedule.warmup=0",
+        "answer", tmp_path / "run", tokens, f"data={tmp_path / 'a.json'}", f"data.validation_path={tmp_path / 'b.json'}",
+        "examples.max_length=20", "examples.max_question_length=8", "examples.doc_stride=4", "evaluation.best_metric=exact_match", "max_steps=12",
+        "evaluation.every=6", "schedule.warmup_ratio=0",
     )  # fmt: skip
     found = evaluate(done.directory, [str(tmp_path / "b.json")])
     for name in ("exact_match", "f1"):
@@ -258,7 +258,7 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
     (tmp_path / "cola.tsv").write_text("".join(f"gj\t{i % 2}\t\ta {WORDS[i % 6]} film\n" for i in range(40)))
     dev = [str(tmp_path / f"dev_{name}.tsv") for name in ("matched", "mismatched")]
     mnli, said = trained(
-        "glue:mnli", tmp_path / "mnli", tokens, f"source={tmp_path / 'train.tsv'}", f"source.valid=[{dev[0]}, {dev[1]}]"
+        "glue:mnli", tmp_path / "mnli", tokens, f"data={tmp_path / 'train.tsv'}", f"data.validation_path=[{dev[0]}, {dev[1]}]"
     )
     assert any(
         f"10 records have no label and were left out; the first is {tmp_path / 'train.tsv'}:5" in one for one in said
@@ -267,8 +267,8 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
         "glue:cola",
         tmp_path / "cola",
         tokens,
-        f"source={tmp_path / 'cola.tsv'}",
-        f"source.valid={tmp_path / 'cola.tsv'}",
+        f"data={tmp_path / 'cola.tsv'}",
+        f"data.validation_path={tmp_path / 'cola.tsv'}",
     )
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta fine film\n1\ta dull film\n")
     asked = list(predict(cola.directory, str(tmp_path / "test.tsv"), io.StringIO()))
@@ -290,8 +290,8 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
 
 def test_weights_that_are_neither_numbers_nor_balanced() -> None:
     with pytest.raises(UserError, match=r"objective\.weights: 'balancd' does not fit: it should be .*'balanced'"):
-        load("classify", ["objective.weights=balancd"])
-    assert isinstance(load("classify", ["objective.weights=balanced"]), Recipe)
+        load("classify", ["objective.class_weights=balancd"])
+    assert isinstance(load("classify", ["objective.class_weights=balanced"]), Recipe)
 
 
 def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, tokens: Path) -> None:
@@ -300,7 +300,7 @@ def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, t
     (folder / "a.txt").write_bytes(b"a fine film, and a dull film\n\n" * 20 + b"caf\xe9 au lait")
     reviews(folder / "b.csv", ["good", "bad"])
     said: list[str] = []
-    recipe = load("gpt", [f"source={folder}"])
+    recipe = load("gpt", [f"data={folder}"])
     RunData(recipe.data, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
     assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
     [line] = [line for line in said if "passed over" in line]

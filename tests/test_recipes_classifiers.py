@@ -42,8 +42,8 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
     (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps({"text": t, "label": t.split()[1]}) + "\n" for t in TEXTS), "utf-8"
     )
-    told = [f"start={tmp_path / 'start'}", f"source={tmp_path / 'mine.jsonl'}", "objective.head=family",
-            "segment.length=24", "length.steps=4", "batch.rows=8", "checks.examples=8"]  # fmt: skip
+    told = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
+            "examples.max_length=24", "max_steps=4", "batch.size=8", "evaluation.max_examples=8"]  # fmt: skip
     done = run(load("classify", told), tmp_path / "run", echo=lambda _: None)
     said: list[str] = []
     export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)

@@ -30,8 +30,8 @@ from firth.types import UserError
 
 FLOPS = 5e7
 SMALL = (
-    "shape.width=16", "shape.heads=1", "shape.head_width=16", "shape.hidden=32", "shape.depth=1", "segment.length=24", "batch.rows=2",
-    "batch.pack=0", "tokenizer.size=400", "precision=fp32", "source.held_out=0.2",
+    "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32", "model.num_layers=1", "examples.max_length=24", "batch.size=2",
+    "batch.pack_to_length=0", "tokenizer.vocab_size=400", "precision=fp32", "data.validation_fraction=0.2",
     "probe.precision=fp32", "probe.length.steps=3", "probe.batch.rows=4",
 )  # fmt: skip
 WORDS = ["king", "queen", "war", "fool", "lord", "sea", "dead", "speak", "laugh", "again", "every", "while"]
@@ -61,7 +61,7 @@ def terms(records: Path | str, **changes: object) -> ComparisonConfig:
 
 
 def contest(out: Path, records: Path, names: tuple[str, ...] = ("roberta", "t5"), **changes: object) -> str:
-    settings = [*SMALL, f"source.path={records}"]
+    settings = [*SMALL, f"data.path={records}"]
     return compare(names, settings, terms(records, **changes), out, echo=lambda _: None)
 
 
@@ -194,9 +194,9 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     records: Path, tmp_path: Path
 ) -> None:
     shape = [setting for setting in SMALL if setting.startswith("shape.")]
-    t5 = load("t5", [*shape, "shape.encoder=1", "tokenizer.size=400"])
+    t5 = load("t5", [*shape, "model.num_encoder_layers=1", "tokenizer.vocab_size=400"])
     recipe = load("classify", [
-        f"source.path={records}", "tokenizer.size=400", "objective.at=answer", "length.steps=4", "precision=fp32",
+        f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip
     ended = run(replace(recipe, model=t5.model), tmp_path / "run", echo=lambda _: None)
     share = recipe.data.validation_fraction * 2**64
@@ -213,19 +213,19 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     (("roberta", "roberta"), (), {}, "roberta is named twice"),
     ((), (), {}, "name the recipes to compare"),
     (("gpt", "roberta"), ("objective=mlm",), {}, "gpt: objective mlm reads a text from both sides, which a causal decoder cannot"),
-    (("roberta",), ("source.path=nowhere.txt",), {}, "nowhere.txt: there is no such file"),
+    (("roberta",), ("data.path=nowhere.txt",), {}, "nowhere.txt: there is no such file"),
     (("roberta",), (), {"probe": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
     (("roberta",), (), {"labels": 10_000}, "10000 labels are asked: give more records, or fewer --labels"),
     (("roberta",), ("probe.segment.label=tone",), {}, "the field 'tone' should hold a class; the record has text, label"),
     (("roberta",), ("probe.batch.row=4",), {}, "there is no field 'row' in Batch"),
-    (("roberta", "gpt"), ("segment.length=100000",), {}, "gpt: .*too few for one window"),
+    (("roberta", "gpt"), ("examples.max_length=100000",), {}, "gpt: .*too few for one window"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_trained(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     names: tuple[str, ...], settings: tuple[str, ...], changes: dict[str, object], said: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(arena, "run", lambda *_, **__: pytest.fail("something was trained"))
-    before = [*SMALL, f"source.path={records}", *settings]
+    before = [*SMALL, f"data.path={records}", *settings]
     with pytest.raises(UserError, match=said):
         compare(names, before, terms(records, **changes), tmp_path / "out", echo=lambda _: None)
 
@@ -243,7 +243,7 @@ def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory
     with pytest.raises(UserError, match="too few for one window"):
         compare(
             ("gpt",),
-            [*SMALL, f"source.path={records}", "segment.length=100000"],
+            [*SMALL, f"data.path={records}", "examples.max_length=100000"],
             terms(records),
             tmp_path / "out",
             print,
@@ -364,7 +364,7 @@ def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Pa
 
 
 def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
-    settings = [*SMALL, f"source.path={records}", "gpt.shape.hidden=48", "probe.optimizer.rate=1e-3"]
+    settings = [*SMALL, f"data.path={records}", "gpt.shape.hidden=48", "probe.optimizer.rate=1e-3"]
     ready = arena.prepare(("roberta", "gpt"), settings, terms(records), tmp_path, lambda _: None)
     shapes = {name: recipe.model for name, recipe in ready.contenders.items()}
     assert (shapes["roberta"].intermediate_size, shapes["gpt"].intermediate_size) == (32, 48)

@@ -25,8 +25,8 @@ from firth.tokenizer.train import train
 from firth.train.logging import keep_until
 from firth.types import UserError
 
-TINY = ["shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=32", "segment.length=16", "batch.rows=4", "length.steps=4",
-        "tokenizer.size=300", "precision=fp32", "samples=[the cat]"]  # fmt: skip
+TINY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=32", "examples.max_length=16", "batch.size=4", "max_steps=4",
+        "tokenizer.vocab_size=300", "precision=fp32", "sample_prompts=[the cat]"]  # fmt: skip
 
 
 def quiet(_: str) -> None:
@@ -38,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     place = tmp_path_factory.mktemp("damage")
     (place / "a.txt").write_text("".join(f"the cat sat on mat {i} and saw dog {i * i}.\n\n" for i in range(200)))
-    run(load("llama", [*TINY, f"source.path={place / 'a.txt'}", "source.split=blank"]), place / "run", quiet)
+    run(load("llama", [*TINY, f"data.path={place / 'a.txt'}", "data.split_by=blank"]), place / "run", quiet)
     return place / "run"
 
 
@@ -128,7 +128,7 @@ def test_an_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_of_nothing_are_refused(whole: Path) -> None:
-    for setting in ("segment.length=0", "batch.accumulate=0"):
+    for setting in ("examples.max_length=0", "batch.gradient_accumulation_steps=0"):
         ends_in_a_sentence(lambda setting=setting: load(str(whole), [setting]), f"{setting} must be at least 1")
 
 
@@ -173,7 +173,7 @@ def test_recipes_that_are_damaged(there: Path) -> None:
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tmp_path: Path) -> None:
     """0.4 terabytes of weights, with gradients and Muon's momentum 1.2: no such memory is taken."""
-    settings = ["shape.width=32768", "shape.heads=64", "shape.depth=10", "shape.hidden=131072"]
+    settings = ["model.hidden_size=32768", "model.num_heads=64", "model.num_layers=10", "model.intermediate_size=131072"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ends_in_a_sentence(
         lambda: run(load(str(whole), settings), tmp_path / "run", quiet),
@@ -184,7 +184,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tm
 
 def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": [], "completion": []}\n' * 3)
-    data = [f"source.path={tmp_path / 'a.jsonl'}", f"start={whole}", "length.steps=1"]
+    data = [f"data.path={tmp_path / 'a.jsonl'}", f"init_from={whole}", "max_steps=1"]
     ends_in_a_sentence(lambda: run(load("instruct", data), tmp_path / "run", quiet), r"a\.jsonl")
     words = train(["low lower lowest " * 20], "wordpiece", vocab_size=300, seed=0)
     config = ModelConfig(

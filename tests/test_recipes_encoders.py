@@ -83,14 +83,14 @@ def test_sizes_that_do_not_exist_are_told() -> None:
 
 
 SMALL = [
-    "shape.width=32", "shape.heads=2", "shape.depth=2", "shape.hidden=48", "length.steps=3", "batch.rows=4",
-    "batch.pack=64", "segment.length=48", "tokenizer.size=400", "checks.every=2", "checks.examples=4", "checks.save=2",
+    "model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.intermediate_size=48", "max_steps=3", "batch.size=4",
+    "batch.pack_to_length=64", "examples.max_length=48", "tokenizer.vocab_size=400", "evaluation.every=2", "evaluation.max_examples=4", "checkpoint.every=2",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("spanbert", []), ("albert", ["shape.embed=16"]), ("electra", ["shape.embed=16"]),
+    [("spanbert", []), ("albert", ["model.embedding_size=16"]), ("electra", ["model.embedding_size=16"]),
      ("electra", ["objective.kind=adversarial_rtd"])],
     ids=["spanbert", "albert", "electra", "adversarial"],
 )  # fmt: skip
@@ -99,7 +99,7 @@ def test_a_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path:
     text.mkdir()
     for i, words in enumerate(TEXTS[:12]):
         (text / f"{i}.txt").write_text(words[:900], encoding="utf-8")
-    recipe = load(name, [*SMALL, *more, f"source.path={text}", "source.held_out=0.3"])
+    recipe = load(name, [*SMALL, *more, f"data.path={text}", "data.validation_fraction=0.3"])
     done = run(recipe, tmp_path / "run", echo=lambda _: None)
     assert done.steps == 3 and any(metric.startswith("valid/") for metric in done.metrics)
     model = load_model(done.model)

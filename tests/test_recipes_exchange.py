@@ -33,8 +33,8 @@ from firth.types import UserError
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
 
-TINY = ["tokenizer.size=500", "shape.width=32", "shape.depth=1", "shape.heads=1", "segment.length=32", "batch.rows=4",
-        "length.steps=3", "checks.every=0", "checks.examples=8", "samples=[]"]  # fmt: skip
+TINY = ["tokenizer.vocab_size=500", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "examples.max_length=32", "batch.size=4",
+        "max_steps=3", "evaluation.every=0", "evaluation.max_examples=8", "sample_prompts=[]"]  # fmt: skip
 AUTO = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "both": "AutoModelForSeq2SeqLM"}
 
 
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> Path:
     """A run of three steps."""
     paths = ",".join(str(folder / f"{i}.txt") for i in range(12))
-    plan = load("gpt", ["source.corpus=", f"source.path=[{paths}]", *TINY, "shape.context=64", 'samples=["The quick"]'])
+    plan = load("gpt", ["data.corpus=", f"data.path=[{paths}]", *TINY, "model.max_positions=64", 'sample_prompts=["The quick"]'])
     run(plan, folder.parent / "run-card", echo=lambda _: None)
     return folder.parent / "run-card"
 
@@ -132,7 +132,7 @@ def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, t
     again = Tokenizer.load(tmp_path)
     assert again.digest == tokenizer.digest
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
-    assert again.framed("both").definition == again.definition
+    assert again.framed("bidirectional").definition == again.definition
 
 
 def test_numbers_too_large_for_fp16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -
     )
     theirs.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
-    few = [f"start={tmp_path / 'bert'}", f"source.path={folder / 'labelled.jsonl'}", "length.steps=2", "batch.rows=4"]
+    few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labelled.jsonl'}", "max_steps=2", "batch.size=4"]
     done = run(load("classify", few), tmp_path / "run", echo=lambda _: None)
     config = load_model(done.model).config
     assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)
@@ -218,7 +218,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_and_a_smaller_one_is_told(
         import_model(tmp_path / "short", tmp_path / "no", echo=said.append)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
         run(
-            load("gpt", [f"start={tmp_path / 'short'}", "shape=null", "source.corpus=pydoc"]),
+            load("gpt", [f"init_from={tmp_path / 'short'}", "model=null", "data.corpus=pydoc"]),
             tmp_path / "run",
             lambda _: None,
         )
@@ -266,7 +266,7 @@ def test_the_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_card_names_the_licence_of_a_corpus(tmp_path: Path) -> None:
-    plan = load("roberta", ["source.corpus=pydoc", *TINY])
+    plan = load("roberta", ["data.corpus=pydoc", *TINY])
     done = run(plan, tmp_path / "run", echo=lambda _: None)
     text = (done.model / "README.md").read_text()
     assert "licence: PSF" in text and yaml.safe_load(text.split("---")[1])["language"] == "en"
@@ -297,7 +297,7 @@ def test_who_puts_bos_before_a_text(said: bool | None, framing: bool, begins: bo
     model, tokenizer = built("decoder")
     save_model(model, tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
-    (tokenizer.framed("left") if framing else tokenizer).save(tmp_path)
+    (tokenizer.framed("causal") if framing else tokenizer).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(config | ({} if said is None else {"add_bos_token": said}))

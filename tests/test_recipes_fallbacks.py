@@ -107,8 +107,8 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
     (tmp_path / "a.txt").write_text("\n\n".join(f"船{n}走了。" * 30 for n in range(30)), "utf-8")
     changes = [
-        f"source.path={tmp_path}/a.txt", "source.split=blank", "objective.noise=words", "tokenizer.size=300",
-        "shape.width=16", "shape.depth=1", "shape.heads=2", "segment.length=32", "length.steps=1", "batch.rows=2",
+        f"data.path={tmp_path}/a.txt", "data.split_by=blank", "objective.noise_words=words", "tokenizer.vocab_size=300",
+        "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "examples.max_length=32", "max_steps=1", "batch.size=2",
     ]  # fmt: skip
     lines: list[str] = []
     run(load("roberta", changes), tmp_path / "run", echo=lines.append)

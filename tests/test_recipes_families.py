@@ -28,14 +28,14 @@ from firth.types import UserError
 
 SENTENCES = [f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot", "clerk") for b in ("paints", "sells", "hides")
              for c in ("at dawn", "in Leeds", "after supper", "by the mill", "with care")]  # fmt: skip
-BODY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.hidden=64", "shape.context=64"]
+BODY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.intermediate_size=64", "model.max_positions=64"]
 RUNS = {
-    "t5": [*BODY, "shape.encoder=1", "segment.length=32"],
-    "bart": [*BODY, "shape.encoder=1", "segment.length=32"],
-    "vae": [*BODY, "shape.encoder=1", "segment.length=32", "objective.units=4", "shape.latent=4"],
-    "elmo": ["shape.width=32", "shape.filters=64", "segment.length=32"],
-    "electra": [*BODY, "shape.embed=16", "segment.length=32", "objective.rate=0.4"],
-    "word2vec": ["shape.width=32", "segment.length=64"],
+    "t5": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32"],
+    "bart": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32"],
+    "vae": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32", "objective.latent_size=4", "model.latent_size=4"],
+    "elmo": ["model.hidden_size=32", "model.char_filters=64", "examples.max_length=32"],
+    "electra": [*BODY, "model.embedding_size=16", "examples.max_length=32", "objective.mlm_probability=0.4"],
+    "word2vec": ["model.hidden_size=32", "examples.max_length=64"],
 }
 
 
@@ -48,9 +48,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(SENTENCES, "byte-bpe", 340, num_sentinels=6).save(place / "tokenizer")
     for name, settings in RUNS.items():
         shared = [
-            f"source.path={place / 'text.txt'}", f"source.valid={place / 'held.txt'}", "source.corpus=", "source.split=line",
-            f"tokenizer.path={place / 'tokenizer'}", "length.steps=2", "batch.rows=8", "batch.pack=0", "checks.every=0",
-            "precision=fp32", "unigram=false",
+            f"data.path={place / 'text.txt'}", f"data.validation_path={place / 'held.txt'}", "data.corpus=", "data.split_by=line",
+            f"tokenizer.path={place / 'tokenizer'}", "max_steps=2", "batch.size=8", "batch.pack_to_length=0", "evaluation.every=0",
+            "precision=fp32", "init_head_from_frequencies=false",
         ]  # fmt: skip
         run(load(name, [*shared, *settings]), place / name, echo=lambda _: None)
     return place

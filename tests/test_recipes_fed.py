@@ -43,10 +43,10 @@ from firth.types import UserError
 WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
 SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
 SHAPES: dict[AttentionPattern, ModelConfig] = {
-    "any": encoder_config(**SIZES), "both": replace(encoder_config(**SIZES), dropout=0.1), "left": decoder_config(**SIZES),
-    "free": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "source": encoder_decoder_config(**SIZES),
+    "any": encoder_config(**SIZES), "bidirectional": replace(encoder_config(**SIZES), dropout=0.1), "causal": decoder_config(**SIZES),
+    "permuted": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "seq2seq": encoder_decoder_config(**SIZES),
     "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
-    "apart": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "alone": word_vector_config(400, 16),
+    "bidirectional_separate": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "none": word_vector_config(400, 16),
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class Place:
     def cut(self, name: str, objective: Objective, config: ModelConfig) -> tuple[DatasetSplits, Objective]:
         """Its examples, as a run cuts them, and the objective that knows them."""
         file = next(path for path in sorted(self.folder.glob("*.*")) if name in path.stem.split("-"))
-        start = str(self.folder / ("left" if config.causal else "classifier"))
+        start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "taught" else "")
         data = RunData(source, self.tokenizer, place, start, batch_size=2, echo=lambda _: None)
@@ -112,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     )
     tokenizer = Tokenizer.load(folder / "tok")
     for name, config, objective in (
-        ("left", SHAPES["left"], objectives.find("ppo")()),
+        ("causal", SHAPES["causal"], objectives.find("ppo")()),
         ("classifier", SHAPES["any"], Classification(class_names=("a", "b")) + MLM()),
     ):
         torch.manual_seed(0)
@@ -135,15 +135,15 @@ def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
-    cut, _ = place.cut(name, Classification(class_names=("a", "b")), SHAPES["left"])
-    cut.train.prepare(LM(SHAPES["left"], objectives.find("ppo")().parts(SHAPES["left"])), 0)
+    cut, _ = place.cut(name, Classification(class_names=("a", "b")), SHAPES["causal"])
+    cut.train.prepare(LM(SHAPES["causal"], objectives.find("ppo")().parts(SHAPES["causal"])), 0)
     for i in range(len(cut.train)):
         missing = place.segment(name).fields - cut.train[i].keys()
         assert missing <= {"taught"} and not missing, (name, i, missing)
 
 
 def test_comparisons_with_a_reference_say_that_nothing_is_held_out(place: Place) -> None:
-    cut, _ = place.cut("referenced", objectives.find("dpo")(), SHAPES["left"])
+    cut, _ = place.cut("referenced", objectives.find("dpo")(), SHAPES["causal"])
     assert cut.valid is None and "nothing is held out of 12" in cut.no_validation_reason
 
 

@@ -146,12 +146,12 @@ def test_what_a_refusal_says_to_do_can_be_done(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "objective", "remedy"),
     [
-        ("t5", "mlm", "set shape.causal=false and shape.encoder=0"),
-        ("gpt", "span_corruption", "set shape.encoder=4"),
-        ("linformer", "causal", "set shape.causal=true and shape.linformer=0"),
-        ("elmo", "causal", "set shape.apart=false and shape.causal=true"),
-        ("vae", "denoise", "set shape.latent=0"),
-        ("lstm", "bilm", "set shape.apart=true and shape.causal=false"),
+        ("t5", "mlm", "set model.causal=false and model.num_encoder_layers=0"),
+        ("gpt", "span_corruption", "set model.num_encoder_layers=4"),
+        ("linformer", "causal", "set model.causal=true and model.linformer_k=0"),
+        ("elmo", "causal", "set model.separate_directions=false and model.causal=true"),
+        ("vae", "denoise", "set model.latent_size=0"),
+        ("lstm", "bilm", "set model.separate_directions=true and model.causal=false"),
         ("word2vec", "mlm", "begin from the recipe roberta (an encoder)"),
         ("gpt", "word2vec", "begin from the recipe word2vec (a table of vectors)"),
     ],
@@ -164,11 +164,11 @@ def test_a_remedy_is_made_for_the_shape_at_hand(name: str, objective: str, remed
 
 
 def test_a_generator_of_recurrent_layers_is_as_wide_as_these() -> None:
-    both = ["objective=rtd", "shape.causal=false"]
+    both = ["objective=rtd", "model.causal=false"]
     assert "cannot be trained with this shape" in refused("lstm", both)
-    assert "set objective.size=1" in refused("lstm", both)
-    assert not refused("lstm", [*both, "objective.size=1"])
-    assert "set shape.apart=false and objective.size=1" in refused("elmo", ["objective=rtd"])
+    assert "set objective.generator_size=1" in refused("lstm", both)
+    assert not refused("lstm", [*both, "objective.generator_size=1"])
+    assert "set model.separate_directions=false and objective.generator_size=1" in refused("elmo", ["objective=rtd"])
 
 
 def test_a_refusal_of_what_a_run_starts_from_offers_another_start() -> None:
@@ -192,4 +192,4 @@ def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
 def test_it_happens_when_the_recipe_is_read() -> None:
     with pytest.raises(UserError, match=r"objective mlm .* a causal decoder cannot: set shape\.causal=false"):
         load("gpt", ["objective=mlm"])
-    assert load("gpt", ["objective=mlm", "shape.causal=false"]).model == replace(load("gpt").model, causal=False)
+    assert load("gpt", ["objective=mlm", "model.causal=false"]).model == replace(load("gpt").model, causal=False)

@@ -47,8 +47,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(LM(config, {"lm": LMHead(config)}), tokenizer, place / "base")
     pairs = [{"prompt": f"the {i}", "chosen": "otter", "rejected": f"boat {i}"} for i in range(24)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    settings = [f"start={place / 'base'}", f"source.path={place / 'pairs.jsonl'}", "length.steps=2", "batch.rows=8",
-                "adapt=lora", "checks.save=1", "samples=[the otter]", "precision=fp32"]  # fmt: skip
+    settings = [f"init_from={place / 'base'}", f"data.path={place / 'pairs.jsonl'}", "max_steps=2", "batch.size=8",
+                "peft=lora", "checkpoint.every=1", "sample_prompts=[the otter]", "precision=fp32"]  # fmt: skip
     run(load("dpo", settings), place / "run", quiet)
     row = {"class": "a", "examples": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5}
     table = {"classes": ["a", "b"], "confusion": [[1, 1], [0, 2]], "per_class": [row, row | {"class": "b"}]}

@@ -13,7 +13,7 @@ from firth.report.run_report import run_report
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
 
-SMALL = ["batch.rows=4", "length.steps=2", "checks.every=0", "checks.save=0"]
+SMALL = ["batch.size=4", "max_steps=2", "evaluation.every=0", "checkpoint.every=0"]
 
 
 def silent(_: str) -> None:
@@ -37,14 +37,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in rows)
     )
     small = [
-        "tokenizer.size=450",
-        "shape.width=32",
-        "shape.depth=1",
-        "shape.heads=1",
-        "shape.context=64",
-        "segment.length=32",
+        "tokenizer.vocab_size=450",
+        "model.hidden_size=32",
+        "model.num_layers=1",
+        "model.num_heads=1",
+        "model.max_positions=64",
+        "examples.max_length=32",
     ]
-    base = ["source.corpus=", f"source.path={folder / 'text.txt'}", "source.split=blank", *small, *SMALL]
+    base = ["data.corpus=", f"data.path={folder / 'text.txt'}", "data.split_by=blank", *small, *SMALL]
     run(load("gpt", base), folder / "gpt", echo=silent)
     return folder
 
@@ -53,7 +53,7 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
     """Train a recipe from the decoder; return the run and its rows of held-out texts."""
     recipe = load(
         name,
-        [f"start={folder / 'gpt'}", f"source.path={folder / records}", "source.held_out=0.3", *SMALL, *assignments],
+        [f"init_from={folder / 'gpt'}", f"data.path={folder / records}", "data.validation_fraction=0.3", *SMALL, *assignments],
     )
     done = run(recipe, folder / name, echo=silent)
     rows = [json.loads(line) for line in (done.directory / "held_out_texts.jsonl").read_text("utf-8").splitlines()]
@@ -73,7 +73,7 @@ def test_instruction_tuning_records_answers_and_references(folder: Path) -> None
 
 
 def test_a_reward_model_records_the_scores_of_both_answers(folder: Path) -> None:
-    _, rows = trained(folder, "reward", "pairs.jsonl", "optimizer.rate=0.01")
+    _, rows = trained(folder, "reward", "pairs.jsonl", "optimizer.lr=0.01")
     before, after = rows[:8], rows[8:]
     for row in rows:
         assert [answer["name"] for answer in row["answers"]] == ["preferred", "rejected"]
@@ -86,7 +86,7 @@ def test_a_reward_model_records_the_scores_of_both_answers(folder: Path) -> None
 def test_dpo_records_log_ratios_that_begin_at_zero(folder: Path, precision: str) -> None:
     if (folder / "dpo").exists():
         (folder / "dpo").rename(folder / "dpo-before")
-    _, rows = trained(folder, "dpo", "pairs.jsonl", "optimizer.rate=0.01", f"precision={precision}")
+    _, rows = trained(folder, "dpo", "pairs.jsonl", "optimizer.lr=0.01", f"precision={precision}")
     for row in rows:
         assert [answer["name"] for answer in row["answers"]] == ["model", "preferred", "rejected"]
         assert row["score"] == "nats above the reference" and row["answers"][0]["score"] is None
@@ -96,7 +96,7 @@ def test_dpo_records_log_ratios_that_begin_at_zero(folder: Path, precision: str)
 
 
 def test_ppo_records_answers_to_held_out_prompts_with_rewards(folder: Path) -> None:
-    settings = ["segment.scorer=builtins:len", "segment.answers=8", "segment.epochs=1", "segment.max_new=8"]
+    settings = ["examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.num_epochs=1", "examples.max_new_tokens=8"]
     done, rows = trained(folder, "ppo", "chat.jsonl", *settings)
     for row in rows:
         [answer] = row["answers"]

@@ -32,9 +32,9 @@ from firth.tokenizer.train import train
 from firth.types import UserError
 
 SMALL = [
-    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.kv_heads=2", "shape.head_width=0", "shape.hidden=48",
-    "shape.context=64", "segment.length=24", "batch.rows=4", "length.steps=4", "checks.save=2", "checks.every=0", "samples=[]",
-    "tokenizer.size=420",
+    "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=0", "model.intermediate_size=48",
+    "model.max_positions=64", "examples.max_length=24", "batch.size=4", "max_steps=4", "checkpoint.every=2", "evaluation.every=0", "sample_prompts=[]",
+    "tokenizer.vocab_size=420",
 ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").mkdir()
     for i in range(6):
         (folder / "texts" / f"{i}.txt").write_text(words(i + 1))
-    run(load("gpt", [*SMALL, f"source.path={folder / 'texts'}", "source.held_out=0.2"]), folder / "run", quiet)
+    run(load("gpt", [*SMALL, f"data.path={folder / 'texts'}", "data.validation_fraction=0.2"]), folder / "run", quiet)
     return folder
 
 
@@ -75,7 +75,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 
 
 def again(folder: Path, *settings: str, said: list[str] | None = None) -> RunResult:
-    recipe = load("gpt", [*SMALL, f"source.path={folder / 'texts'}", "source.held_out=0.2", *settings])
+    recipe = load("gpt", [*SMALL, f"data.path={folder / 'texts'}", "data.validation_fraction=0.2", *settings])
     return run(recipe, folder / "run", quiet if said is None else said.append)
 
 
@@ -107,7 +107,7 @@ def test_other_text_is_refused(folder: Path, change: Callable[[Path], None], sta
     assert "\n" not in str(error.value)
     assert {p: p.read_bytes() for p in (folder / "run" / "tokenizer").iterdir()} == again_first
     with pytest.raises(UserError, match=r"began with another content of source\.path"):
-        again(folder, f"source.valid={folder / 'texts'}")
+        again(folder, f"data.validation_path={folder / 'texts'}")
 
 
 def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, folder: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, fol
     for file in (folder / "moved" / "texts").iterdir():
         os.utime(file, (1, 1))
     (folder / "texts").symlink_to(folder / "moved" / "texts")
-    done = again(folder, f"source.path={folder / 'moved' / 'texts'}")
+    done = again(folder, f"data.path={folder / 'moved' / 'texts'}")
     assert done.steps == 4 and all(torch.equal(whole[n], t) for n, t in read_tensors(done.model).items())
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
     assert recipe["source"]["path"] == [str(folder / "moved" / "texts")]
@@ -128,7 +128,7 @@ def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, fol
 
 
 def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again(folder, f"source.path={folder / 'texts'}")
+    again(folder, f"data.path={folder / 'texts'}")
     recipe = load(str(folder / "run"))
     first = RunInputs.read(recipe, folder / "run", quiet)
     first.write(folder / "run", "hash")
@@ -144,9 +144,9 @@ def test_a_run_without_a_record_of_its_inputs_is_refused(folder: Path) -> None:
 
 def test_other_settings_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(UserError, match=r"a run of another recipe: batch\.rows is 4 there and 8 here; choose another"):
-        again(folder, "batch.rows=8")
+        again(folder, "batch.size=8")
     with pytest.raises(UserError, match=r"began without source\.valid, which this recipe sets"):
-        again(folder, f"source.valid={folder / 'texts' / '0.txt'}")
+        again(folder, f"data.validation_path={folder / 'texts' / '0.txt'}")
 
 
 def test_a_recipe_edited_in_the_run_is_refused(folder: Path) -> None:
@@ -191,22 +191,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
     """Field -> recipe, settings, the model that it names."""
-    pairs, labels = f"source.path={folder / 'pairs.jsonl'}", f"source.path={folder / 'labels.jsonl'}"
-    ppo = [pairs, "segment.answers=4", "segment.epochs=1", "segment.max_new=2"]
-    taught = f"segment={{kind: taught, teacher: {folder / 'teacher'}, few: 4}}"
-    begin = [f"start={folder / 'encoder'}", "objective=pseudo_labels", taught]
+    pairs, labels = f"data.path={folder / 'pairs.jsonl'}", f"data.path={folder / 'labels.jsonl'}"
+    ppo = [pairs, "examples.rollout_size=4", "examples.num_epochs=1", "examples.max_new_tokens=2"]
+    taught = f"examples={{kind: taught, teacher: {folder / 'teacher'}, few: 4}}"
+    begin = [f"init_from={folder / 'encoder'}", "objective=pseudo_labels", taught]
     return {
-        "start": ("dpo", [pairs, f"start={folder / 'policy'}"], "policy"),
-        "segment.reward": ("ppo", [*ppo, f"start={folder / 'policy'}", f"segment.reward={folder / 'reward'}"], "reward"),
-        "segment.teacher": ("semi_supervised", [labels, *begin], "teacher"),
-        "embeddings": ("classify", [labels, f"embeddings={folder / 'encoder'}", "shape.width=32", "shape.depth=1",
-                                    "shape.heads=2", "shape.causal=false", "shape.context=64"], "encoder"),
-        "tokenizer.path": ("classify", [labels, f"tokenizer.path={folder / 'encoder'}", "shape.width=32", "shape.depth=1",
-                                        "shape.heads=2", "shape.causal=false", "shape.context=64"], "encoder"),
+        "start": ("dpo", [pairs, f"init_from={folder / 'policy'}"], "policy"),
+        "examples.reward_model": ("ppo", [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"], "reward"),
+        "examples.teacher": ("semi_supervised", [labels, *begin], "teacher"),
+        "embeddings": ("classify", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
+                                    "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
+        "tokenizer.path": ("classify", [labels, f"tokenizer.path={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
+                                        "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["start", "segment.reward", "segment.teacher", "embeddings", "tokenizer.path"])
+@pytest.mark.parametrize("field", ["start", "examples.reward_model", "examples.teacher", "embeddings", "tokenizer.path"])
 def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> None:
     """Between two starts of one run the weights are replaced by others of the same shape and tokenizer."""
     for kind in ("policy", "reward", "encoder", "teacher"):
@@ -214,7 +214,7 @@ def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> N
     for name in ("pairs", "labels"):
         shutil.copy(models / f"{name}.jsonl", tmp_path)
     name, settings, kind = cases(tmp_path)[field]
-    common = ["batch.rows=4", "length.steps=2", "checks.every=0", "checks.save=1", "samples=[]", "precision=fp32"]
+    common = ["batch.size=4", "max_steps=2", "evaluation.every=0", "checkpoint.every=1", "sample_prompts=[]", "precision=fp32"]
     recipe = load(name, [*settings, *common])
     run(recipe, tmp_path / "run", quiet)
     for file in (tmp_path / kind).iterdir():
@@ -232,7 +232,7 @@ def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> N
     with pytest.raises(UserError, match=rf"began with another content of {field}"):
         run(recipe, tmp_path / "run", quiet)
     shutil.rmtree(tmp_path / kind)
-    if field == "segment.reward":
+    if field == "examples.reward_model":
         with pytest.raises(UserError, match=rf"began with a {field} that is not there any more"):
             run(recipe, tmp_path / "run", quiet)
 
@@ -240,11 +240,11 @@ def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> N
 def test_a_tokenizer_that_a_failed_run_left_is_made_again(finished: Path, tmp_path: Path) -> None:
     """Its text and its settings were others: recipe.yaml said unigram of 450 ids, and the file was BPE of 366."""
     (tmp_path / "text.txt").write_text(words(5, 400))
-    failed = load("gpt", [*SMALL, f"source.path={tmp_path / 'text.txt'}", "segment.length=999"])
+    failed = load("gpt", [*SMALL, f"data.path={tmp_path / 'text.txt'}", "examples.max_length=999"])
     with pytest.raises(UserError):
         run(failed, tmp_path / "run", quiet)
     left = Tokenizer.load(tmp_path / "run" / "tokenizer")
-    settings = [*SMALL, f"source.path={finished / 'texts'}", "tokenizer.algorithm=unigram", "tokenizer.size=410"]
+    settings = [*SMALL, f"data.path={finished / 'texts'}", "tokenizer.algorithm=unigram", "tokenizer.vocab_size=410"]
     said: list[str] = []
     run(load("gpt", settings), tmp_path / "run", said.append)
     made = Tokenizer.load(tmp_path / "run" / "tokenizer")
@@ -263,15 +263,15 @@ def test_a_tokenizer_of_the_ids_there_are_is_the_same(algorithm: str, finished: 
 
     Unigram is asked for 286 ids here and finds 284, so its recipe keeps the 8,192.
     """
-    settings = [f"source.path={finished / 'texts'}", f"tokenizer.algorithm={algorithm}"]
-    first = tokenizer_of(load("gpt", [*settings, "tokenizer.size=8192"]), tmp_path / "first", quiet)
+    settings = [f"data.path={finished / 'texts'}", f"tokenizer.algorithm={algorithm}"]
+    first = tokenizer_of(load("gpt", [*settings, "tokenizer.vocab_size=8192"]), tmp_path / "first", quiet)
     size = first.vocab.size
     resolved = resolved_size(tmp_path / "first")
     assert size < 8192 and resolved == (8192 if algorithm == "unigram" else size)
-    again = tokenizer_of(load("gpt", [*settings, f"tokenizer.size={resolved}"]), tmp_path / "again", quiet)
+    again = tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "again", quiet)
     assert again.digest == first.digest and resolved_size(tmp_path / "again") == resolved
     said: list[str] = []
-    tokenizer_of(load("gpt", [*settings, f"tokenizer.size={resolved}"]), tmp_path / "first", said.append)
+    tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "first", said.append)
     assert not said
 
 
@@ -289,7 +289,7 @@ def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, mo
     """recipe.yaml leaves nothing open; the directory continues itself; the file repeats the run bit for bit elsewhere."""
     shutil.copytree(finished / "texts", tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
-    settings = [*(s for s in SMALL if "size" not in s), "tokenizer.size=8192", "source.path=texts", "precision=auto"]
+    settings = [*(s for s in SMALL if "size" not in s), "tokenizer.vocab_size=8192", "data.path=texts", "precision=auto"]
     firth("train", "gpt", *settings, "--out", "run")
     recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
     size = Tokenizer.load("run/tokenizer").vocab.size
@@ -304,7 +304,7 @@ def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, mo
     assert "going on from step-000002" in out and not (tmp_path / "texts" / "runs").exists()
     monkeypatch.chdir(tmp_path)
     assert "would change its recipe: choose another directory with --out" in firth("train", "run", "seed=5", code=2)
-    firth("train", "run", "seed=4", "length.steps=1", "--out", "other")
+    firth("train", "run", "seed=4", "max_steps=1", "--out", "other")
     firth("train", "run/recipe.yaml", "--out", "again")
     assert Path("again/recipe.yaml").read_bytes() == Path("run/recipe.yaml").read_bytes()
     for directory in ("run", "again"):

@@ -13,9 +13,9 @@ from firth.runs.run import run
 from firth.types import UserError
 
 TINY = [
-    "source.held_out=0.2", "length.steps=3", "batch.rows=4", "tokenizer.size=400", "segment.length=24", "checks.save=0",
+    "data.validation_fraction=0.2", "max_steps=3", "batch.size=4", "tokenizer.vocab_size=400", "examples.max_length=24", "checkpoint.every=0",
 ]  # fmt: skip
-ENCODER = "shape={width: 32, depth: 1, heads: 2, causal: false, context: 64}"
+ENCODER = "model={hidden_size: 32, num_layers: 1, num_heads: 2, causal: false, max_positions: 64}"
 
 
 def settled(folder: Path, name: str, *settings: str) -> dict[str, object]:
@@ -46,9 +46,9 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "settings", "pack", "sort"),
     [
         ("classify", [ENCODER], 24, 0),
-        ("classify", [ENCODER, "batch.pack=0"], 0, 0),
-        ("classify", [ENCODER, "batch.sort=7"], 0, 7),
-        ("classify", ["shape={width: 32, depth: 1, heads: 2, causal: false, context: 64, linformer: 8}"], 0, GROUPED_STEPS),
+        ("classify", [ENCODER, "batch.pack_to_length=0"], 0, 0),
+        ("classify", [ENCODER, "batch.group_by_length=7"], 0, 7),
+        ("classify", ["model={hidden_size: 32, num_layers: 1, num_heads: 2, causal: false, max_positions: 64, linformer_k: 8}"], 0, GROUPED_STEPS),
         ("choose", [ENCODER], 0, GROUPED_STEPS),
     ],
 )  # fmt: skip
@@ -56,14 +56,14 @@ def test_what_is_left_open_is_settled(
     name: str, settings: list[str], pack: int, sort: int, classes: Path, options: Path, tmp_path: Path
 ) -> None:
     source = options if name == "choose" else classes
-    batch = settled(tmp_path / "run", name, f"source={source}", *settings)
+    batch = settled(tmp_path / "run", name, f"data={source}", *settings)
     assert (batch["pack"], batch["sort"]) == (pack, sort)
 
 
 def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(classes: Path, tmp_path: Path) -> None:
-    settled(tmp_path / "base", "classify", f"source={classes}", ENCODER)
-    start = f"start={tmp_path / 'base' / 'model'}"
-    batch = settled(tmp_path / "prompt", "classify", f"source={classes}", start, "adapt=prompt", "adapt.tokens=2")
+    settled(tmp_path / "base", "classify", f"data={classes}", ENCODER)
+    start = f"init_from={tmp_path / 'base' / 'model'}"
+    batch = settled(tmp_path / "prompt", "classify", f"data={classes}", start, "peft=prompt", "peft.num_virtual_tokens=2")
     assert (batch["pack"], batch["sort"]) == (0, GROUPED_STEPS)
     again = run(load(str(tmp_path / "prompt")), tmp_path / "prompt", lambda _: None)
     assert again.steps == 3
@@ -71,7 +71,7 @@ def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(cla
 
 def test_two_ways_at_once_are_refused() -> None:
     with pytest.raises(UserError, match="both spare padding"):
-        load("classify", ["batch.pack=64", "batch.sort=5"])
+        load("classify", ["batch.pack_to_length=64", "batch.group_by_length=5"])
     assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == BatchConfig(pack_to_length=0, group_by_length=0)
     assert BatchConfig(pack_to_length="auto").packed_length == 0
 
@@ -81,19 +81,19 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
     rows = [{"text": f"word {'again ' * (i % 9)}", "label": "ab"[i % 2]} for i in range(160)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = "shape={width: 32, depth: 1, heads: 1, causal: false, context: 64}"
+    shape = "model={hidden_size: 32, num_layers: 1, num_heads: 1, causal: false, max_positions: 64}"
     settings = [
-        f"source={file}",
-        "tokenizer.size=400",
+        f"data={file}",
+        "tokenizer.vocab_size=400",
         shape,
-        "length.steps=2",
-        "batch.rows=8",
-        "checks.save=0",
-        "segment.of.length=32",
+        "max_steps=2",
+        "batch.size=8",
+        "checkpoint.every=0",
+        "examples.base.length=32",
     ]
     other = {
-        "semi_supervised": ["segment=partly", "segment.few=40", "objective=consistency"],
-        "weak": ["segment=voted"],
+        "semi_supervised": ["examples=partially_labeled", "examples.num_labeled=40", "objective=consistency"],
+        "weak": ["examples=simulated_annotators"],
     }
     run(load(recipe, [*other[recipe], *settings]), tmp_path / "run", lambda _: None)
     batch = load(str(tmp_path / "run")).batch
@@ -103,8 +103,8 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
 def test_a_refused_recipe_leaves_the_one_that_began_the_run(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"word {i}", "label": "ab"[i % 2]}) + "\n" for i in range(40)))
-    shape = "shape={width: 32, depth: 1, heads: 1, causal: false, context: 64}"
-    settings = [f"source={file}", "tokenizer.size=400", shape, "length.steps=4", "batch.rows=8", "checks.save=2"]
+    shape = "model={hidden_size: 32, num_layers: 1, num_heads: 1, causal: false, max_positions: 64}"
+    settings = [f"data={file}", "tokenizer.vocab_size=400", shape, "max_steps=4", "batch.size=8", "checkpoint.every=2"]
     directory = tmp_path / "run"
     run(load("classify", settings), directory, lambda _: None)
     (directory / "done.json").unlink()  # as if it had been killed

@@ -63,16 +63,16 @@ def test_without_weights_each_path_gives_what_it_holds(folder: Path, tmp_path: P
 
 
 def test_one_weight_too_few_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"source.weights has 1 numbers for the 2 paths"):
+    with pytest.raises(UserError, match=r"data.weights has 1 numbers for the 2 paths"):
         examples.build_datasets(
             WindowsConfig(max_length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective
         )
 
 
 def test_a_recipe_with_weights_runs_and_goes_on(folder: Path, tmp_path: Path) -> None:
-    settings = [f"source.path=[{folder / 'a'}, {folder / 'z'}]", "source.weights=[1, 2]", "tokenizer.size=400",
-                "shape.width=32", "shape.depth=1", "shape.heads=1", "shape.context=64", "segment.length=32",
-                "batch.rows=6", "length.steps=4", "checks.every=2", "checks.examples=20", "samples=[]"]  # fmt: skip
+    settings = [f"data.path=[{folder / 'a'}, {folder / 'z'}]", "data.weights=[1, 2]", "tokenizer.vocab_size=400",
+                "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64", "examples.max_length=32",
+                "batch.size=6", "max_steps=4", "evaluation.every=2", "evaluation.max_examples=20", "sample_prompts=[]"]  # fmt: skip
     done = run(load("gpt", settings), tmp_path / "run", echo=lambda _: None)
     assert np.isfinite(done.metrics["valid/bits_per_byte"])
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["source"]["weights"] == [1.0, 2.0]

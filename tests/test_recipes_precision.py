@@ -23,11 +23,11 @@ TEXT = "the king and queen of all that land did walk by night with many a fool w
 WORDS = TEXT.split()
 
 FEW = (
-    "length.steps=2", "batch.rows=4", "checks.every=0", "checks.save=1", "checks.examples=4", "checks.best=",
+    "max_steps=2", "batch.size=4", "evaluation.every=0", "checkpoint.every=1", "evaluation.max_examples=4", "evaluation.best_metric=",
 )  # fmt: skip
 
 SMALL = {
-    "shape.width": 32, "shape.heads": 2, "shape.depth": 2, "shape.head_width": 0, "shape.kv_heads": 0, "shape.hidden": 48,
+    "model.hidden_size": 32, "model.num_heads": 2, "model.num_layers": 2, "model.head_dim": 0, "model.num_kv_heads": 0, "model.intermediate_size": 48,
 }  # fmt: skip
 
 TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -36,18 +36,18 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "choose": ("bert", "choices.jsonl", ()),
     "tag": ("bert", "tagged.jsonl", ()),
     "tag_features": ("elmo", "tagged.jsonl", ()),
-    "answer": ("bert", "questions.jsonl", ("segment.length=64", "segment.stride=16", "segment.question=16")),
+    "answer": ("bert", "questions.jsonl", ("examples.max_length=64", "examples.doc_stride=16", "examples.max_question_length=16")),
     "text_to_text": ("t5", "dialogues.jsonl", ()),
     "glue": ("bert", "sentences.tsv", ()),
-    "semi_supervised": ("bert", "labeled.jsonl", ("segment.few=8", "segment.teacher={classify}")),
+    "semi_supervised": ("bert", "labeled.jsonl", ("examples.num_labeled=8", "examples.teacher={classify}")),
     "weak": ("bert", "votes.jsonl", ()),
     "closed_book_questions": ("closed_book", "dialogues.jsonl", ()),
     "instruct": ("gpt", "dialogues.jsonl", ()),
     "reward": ("gpt", "preferences.jsonl", ()),
     "ranking": ("gpt", "rankings.jsonl", ()),
     "dpo": ("gpt", "preferences.jsonl", ()),
-    "reinforce": ("gpt", "dialogues.jsonl", ("segment.scorer=builtins:len", "segment.answers=8", "segment.max_new=6")),
-    "ppo": ("gpt", "dialogues.jsonl", ("segment.reward={reward}", "segment.answers=8", "segment.max_new=6")),
+    "reinforce": ("gpt", "dialogues.jsonl", ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6")),
+    "ppo": ("gpt", "dialogues.jsonl", ("examples.reward_model={reward}", "examples.rollout_size=8", "examples.max_new_tokens=6")),
 }
 """Recipe -> the recipe of the run that it starts from, its records, and its settings."""
 
@@ -128,21 +128,21 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
     if name in TUNED:
         start, records, more = TUNED[name]
         runs = {key: make(key, precision).directory for key in ("classify", "reward") if f"{{{key}}}" in "".join(more)}
-        settings = [f"start={make(start, precision).directory}", f"source.path={folder / records}"]
+        settings = [f"init_from={make(start, precision).directory}", f"data.path={folder / records}"]
         settings += [setting.format(**runs) for setting in more]
     else:
         config = published(name).model
         assert config is not None
         sizes = (
             SMALL
-            | ({"shape.encoder": 2} if config.num_encoder_layers else {})
-            | ({} if config.num_layers else {"shape.depth": 0})
+            | ({"model.num_encoder_layers": 2} if config.num_encoder_layers else {})
+            | ({} if config.num_layers else {"model.num_layers": 0})
         )
         settings = [f"{field}={value}" for field, value in sizes.items()]
-        settings += [f"source.path={folder / 'text'}"]
+        settings += [f"data.path={folder / 'text'}"]
         own = published(name).tokenizer.algorithm == "word"
-        settings += ["tokenizer.size=400"] if own else [f"tokenizer.path={folder / 'tok'}"]
-    return load(name, [*FEW, *settings, f"precision={precision}", "samples=[]"])
+        settings += ["tokenizer.vocab_size=400"] if own else [f"tokenizer.path={folder / 'tok'}"]
+    return load(name, [*FEW, *settings, f"precision={precision}", "sample_prompts=[]"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

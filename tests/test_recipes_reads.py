@@ -17,13 +17,13 @@ from firth.runs.run import RunResult, run
 from firth.types import UserError
 
 SMALL = (
-    "shape.width=32",
-    "shape.heads=2",
-    "tokenizer.size=400",
-    "length.steps=1",
-    "batch.rows=4",
-    "batch.pack=0",
-    "checks.save=0",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "tokenizer.vocab_size=400",
+    "max_steps=1",
+    "batch.size=4",
+    "batch.pack_to_length=0",
+    "checkpoint.every=0",
 )
 Make = Callable[..., RunResult]
 
@@ -44,21 +44,21 @@ def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     def one(*settings: str) -> RunResult:
         if settings not in made:
             name, *rest = settings
-            recipe = load(name, [*SMALL, f"source.path={folder}", *rest])
+            recipe = load(name, [*SMALL, f"data.path={folder}", *rest])
             made[settings] = run(recipe, tmp_path_factory.mktemp("run"), echo=lambda _: None)
         return made[settings]
 
     return one
 
 
-BILM = ("lstm", "objective=bilm", "shape.causal=false", "shape.apart=true", "shape.heads=1")
+BILM = ("lstm", "objective=bilm", "model.causal=false", "model.separate_directions=true", "model.num_heads=1")
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ("roberta", "objective=nsp", "segment=pairs", "shape.segments=2"),
-        ("vae", "shape.latent=0", "objective=denoise"),
+        ("roberta", "objective=nsp", "examples=segment_pairs", "model.type_vocab_size=2"),
+        ("vae", "model.latent_size=0", "objective=denoise"),
         BILM,
     ],
 )
@@ -94,17 +94,17 @@ def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways
 
 
 def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> None:
-    made = make("lstm", "objective=mlm", "shape.causal=false", "shape.heads=1", "segment=pieces")
+    made = make("lstm", "objective=mlm", "model.causal=false", "model.num_heads=1", "examples=chunks")
     assert reads_of(load_evaluated_model(made.directory).model.config) == "masked"
 
 
 def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
     """And one that reads both ways may be made to read to the left, but not the other way about."""
     left, both = make("roberta", "objective=causal"), make("roberta")
-    on = make("roberta", "objective=causal", "shape=null", f"start={both.directory}")
+    on = make("roberta", "objective=causal", "model=null", f"init_from={both.directory}")
     assert (
         load_evaluated_model(on.directory).model.config.causal
         and json.loads((on.model / "firth.json").read_text())["family"] is None
     )
     with pytest.raises(UserError, match=r"a causal decoder cannot: start from the recipe roberta \(an encoder\)"):
-        make("roberta", "shape=null", f"start={left.directory}")
+        make("roberta", "model=null", f"init_from={left.directory}")

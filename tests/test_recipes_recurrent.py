@@ -21,7 +21,7 @@ from firth.tokenizer.train import train
 from firth.types import IGNORE, UserError
 
 TEXT = "The king loved the queen . A dog barked at a cat ! The queen saw a dog , and the king saw a cat .\n"
-FEW = ["length.steps=2", "checks.every=0", "checks.examples=8", "checks.save=2", "batch.rows=4", "precision=fp32"]
+FEW = ["max_steps=2", "evaluation.every=0", "evaluation.max_examples=8", "checkpoint.every=2", "batch.size=4", "precision=fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each recipe, two steps long."""
     folder = tmp_path_factory.mktemp("runs")
-    text = [f"source.path={files}/*.txt", *FEW]
-    bytes_ = ["tokenizer.size=400"]
+    text = [f"data.path={files}/*.txt", *FEW]
+    bytes_ = ["tokenizer.vocab_size=400"]
     small = {
-        "word2vec": ["shape.width=16", "tokenizer.size=200", "segment.length=64", "samples=[king]"],
-        "lstm": ["shape.width=16", "segment.length=16", "samples=['The ']", *bytes_],
-        "elmo": ["shape.width=16", "shape.filters=64", "segment.length=16", *bytes_],
+        "word2vec": ["model.hidden_size=16", "tokenizer.vocab_size=200", "examples.max_length=64", "sample_prompts=[king]"],
+        "lstm": ["model.hidden_size=16", "examples.max_length=16", "sample_prompts=['The ']", *bytes_],
+        "elmo": ["model.hidden_size=16", "model.char_filters=64", "examples.max_length=16", *bytes_],
     }
     for name, changes in small.items():
         run(load(name, [*text, *changes]), folder / name, echo=lambda _: None)
@@ -56,9 +56,9 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
-    """Dai and Le 2015: `firth train classify start=RUN`."""
+    """Dai and Le 2015: `firth train classify init_from=RUN`."""
     said: list[str] = []
-    plan = load("classify", [f"start={runs}/lstm", f"source.path={files}/labelled.jsonl", *FEW])
+    plan = load("classify", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
     done = run(plan, tmp_path / "tuned", echo=said.append)
     assert "drops lm; adds classes" in "\n".join(said)
     tuned = load_model(done.model)
@@ -66,7 +66,7 @@ def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
     with pytest.raises(UserError, match="left-to-right LSTM cannot"):
         run(
-            load("classify", [f"start={runs}/lstm", "objective.at=first", f"source.path={files}/labelled.jsonl"]),
+            load("classify", [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"]),
             tmp_path / "no",
             said.append,
         )
@@ -103,9 +103,9 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     assert written["king"] == pytest.approx(model.tokens.weight[tokenizer.id("king")].detach().numpy(), abs=1e-5)
 
     said: list[str] = []
-    taken = [f"embeddings={runs}/word2vec", f"source.path={files}/*.txt", "segment.length=16", *FEW, "samples=[]"]
+    taken = [f"init_embeddings_from={runs}/word2vec", f"data.path={files}/*.txt", "examples.max_length=16", *FEW, "sample_prompts=[]"]
     done = run(
-        load("lstm", [*taken, "shape.width=16", "optimizer.rate=1e-12", "length.steps=1"]),
+        load("lstm", [*taken, "model.hidden_size=16", "optimizer.lr=1e-12", "max_steps=1"]),
         tmp_path / "lstm",
         said.append,
     )
@@ -115,17 +115,17 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     assert torch.allclose(alike, torch.ones(()), atol=1e-4)
     assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
     with pytest.raises(UserError, match=r"set shape\.width=16"):
-        run(load("lstm", [*taken, "shape.width=32"]), tmp_path / "other", said.append)
+        run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", said.append)
     with pytest.raises(UserError, match="spells its tokens"):
-        run(load("lstm", [*taken[1:], f"embeddings={runs}/elmo", "shape.width=16"]), tmp_path / "third", said.append)
+        run(load("lstm", [*taken[1:], f"init_embeddings_from={runs}/elmo", "model.hidden_size=16"]), tmp_path / "third", said.append)
     train(["other words " * 90], "byte-bpe", vocab_size=300, num_sentinels=0).save(tmp_path / "stranger")
-    stranger = [*taken, "shape.width=16", f"tokenizer.path={tmp_path / 'stranger'}"]
+    stranger = [*taken, "model.hidden_size=16", f"tokenizer.path={tmp_path / 'stranger'}"]
     with pytest.raises(UserError, match="another tokenizer"):
         run(load("lstm", stranger), tmp_path / "fourth", said.append)
 
 
 def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
-    plan = load("tag_features", [f"start={runs}/elmo", f"source.path={files}/tagged.jsonl", *FEW, "length.steps=40"])
+    plan = load("tag_features", [f"init_from={runs}/elmo", f"data.path={files}/tagged.jsonl", *FEW, "max_steps=40"])
     done = run(plan, tmp_path / "tags", echo=lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.6
     before, after = load_model(runs / "elmo" / "model"), load_model(done.model)
@@ -183,11 +183,11 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["lstm", "shape.causal=false"], "objective causal reads a text from left to right, which an LSTM in two"),
+        (["lstm", "model.causal=false"], "objective causal reads a text from left to right, which an LSTM in two"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (
-            ["lstm", "objective={kind: span_corruption, layout: prefix}", "shape.causal=false"],
+            ["lstm", "objective={kind: span_corruption, layout: prefix}", "model.causal=false"],
             "reads a prompt both ways and writes on in one row",
         ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str]
 
 def test_two_directions_take_what_an_encoder_takes() -> None:
     assert (
-        load("lstm", ["shape.causal=false", "objective=mlm", "segment=pieces"]).model.description
+        load("lstm", ["model.causal=false", "objective=mlm", "examples=chunks"]).model.description
         == "an LSTM in two directions"
     )
     for name in ("word2vec", "lstm", "elmo"):
@@ -217,22 +217,22 @@ def test_two_directions_take_what_an_encoder_takes() -> None:
         (
             "A heron counts the rain. " * 3,
             [],
-            "17 that .* segment.sample=0.001 keeps about 1.5; .* set segment.sample=0",
+            "17 that .* examples.subsampling_threshold=0.001 keeps about 1.5; .* set examples.subsampling_threshold=0",
         ),
-        ("heron\nrain\nboat\nmill\n" * 9, ["source.split=line"], "single word, so no word has a neighbor"),
+        ("heron\nrain\nboat\nmill\n" * 9, ["data.split_by=line"], "single word, so no word has a neighbor"),
     ],
 )
 def test_word2vec_on_too_little_text_names_the_cause(
     text: str, changes: list[str], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text(text)
-    plan = ["word2vec", f"source.path={tmp_path}/a.txt", "shape.width=8", "length.steps=1", "batch.rows=2"]
+    plan = ["word2vec", f"data.path={tmp_path}/a.txt", "model.hidden_size=8", "max_steps=1", "batch.size=2"]
     with pytest.raises(UserError, match=message):
         run(load(plan[0], [*plan[1:], *changes]), tmp_path / "run", echo=lambda _: None)
 
 
 def test_word2vec_trains_on_a_short_text_with_every_word(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A heron counts the rain. " * 3)
-    changes = [f"source.path={tmp_path}/a.txt", "shape.width=8", "length.steps=1", "batch.rows=2", "segment.sample=0"]
+    changes = [f"data.path={tmp_path}/a.txt", "model.hidden_size=8", "max_steps=1", "batch.size=2", "examples.subsampling_threshold=0"]
     finished = run(load("word2vec", changes), tmp_path / "run", echo=lambda _: None)
     assert np.isfinite(list(finished.metrics.values())).all()

@@ -64,15 +64,15 @@ def base(place: Path) -> Callable[[str], Path]:
 
 
 CASES = [
-    ("gpt2", "gpt2", "adapt=prefix", {"length": 48}),
-    ("gpt2", "gpt2", "adapt=prompt", {"length": 48}),
-    ("gpt2", "gpt2", "adapt=full", {"length": 64}),
-    ("roberta", "roberta", "adapt=prompt", {"length": 48}),
-    ("roberta", "classify", "adapt=prefix", {"length": 48}),
-    ("bart", "bart", "adapt=prefix", {"length": 47}),
-    ("bart", "bart", "adapt=full", {"length": 63}),
-    ("bart", "text_to_text", "adapt=prefix", {"length": 64, "answer": 48}),
-    ("bart", "text_to_text", "adapt=prompt", {"length": 48, "answer": 64}),
+    ("gpt2", "gpt2", "peft=prefix", {"length": 48}),
+    ("gpt2", "gpt2", "peft=prompt", {"length": 48}),
+    ("gpt2", "gpt2", "peft=full", {"length": 64}),
+    ("roberta", "roberta", "peft=prompt", {"length": 48}),
+    ("roberta", "classify", "peft=prefix", {"length": 48}),
+    ("bart", "bart", "peft=prefix", {"length": 47}),
+    ("bart", "bart", "peft=full", {"length": 63}),
+    ("bart", "text_to_text", "peft=prefix", {"length": 64, "answer": 48}),
+    ("bart", "text_to_text", "peft=prompt", {"length": 48, "answer": 64}),
 ]
 
 
@@ -81,13 +81,13 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     name: str, recipe: str, adapt: str, fits: dict[str, int], place: Path, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = place / ("rows.jsonl" if recipe in ("classify", "text_to_text") else "text.txt")
-    common = [f"source.path={data}", f"start={base(name)}", adapt, "length.steps=1", "batch.rows=8", "precision=fp32",
-              "checks.examples=8", "samples=[]", *["shape=null"] * (recipe not in ("classify", "text_to_text"))]  # fmt: skip
-    common += ["segment.prompt={prompt}", "segment.answer_is={answer}"] * (recipe == "text_to_text")
+    common = [f"data.path={data}", f"init_from={base(name)}", adapt, "max_steps=1", "batch.size=8", "precision=fp32",
+              "evaluation.max_examples=8", "sample_prompts=[]", *["model=null"] * (recipe not in ("classify", "text_to_text"))]  # fmt: skip
+    common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (recipe == "text_to_text")
     tight = [f"segment.{field}={value}" for field, value in fits.items()]
     assert run(load(recipe, [*common, *tight]), tmp_path / "tight", quiet).steps == 1
     lines: list[str] = []
-    short = run(load(recipe, [*common, *["segment.answer=64"] * ("answer" in fits)]), tmp_path / "open", lines.append)
+    short = run(load(recipe, [*common, *["examples.max_target_length=64"] * ("answer" in fits)]), tmp_path / "open", lines.append)
     kept = load(str(short.directory)).examples
     assert {field: getattr(kept, field) for field in fits} == fits
     assert run(load(str(short.directory)), short.directory, quiet).steps == 1
@@ -112,23 +112,23 @@ def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
         limit_lengths(RolloutsConfig(), RolloutsConfig(), PrefixTuning(), model, model.config, 0, quiet)
 
 
-@pytest.mark.parametrize("adapt", ["adapt=prefix", "adapt=prompt"])
+@pytest.mark.parametrize("adapt", ["peft=prefix", "peft=prompt"])
 def test_rotary_positions_bound_no_row(adapt: str, place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
-    settings = [f"source.path={place / 'text.txt'}", f"start={base('rotary')}", adapt, "length.steps=1", "batch.rows=8",
-                "precision=fp32", "checks.examples=8", "samples=[]", "shape=null", "segment.length=80"]  # fmt: skip
+    settings = [f"data.path={place / 'text.txt'}", f"init_from={base('rotary')}", adapt, "max_steps=1", "batch.size=8",
+                "precision=fp32", "evaluation.max_examples=8", "sample_prompts=[]", "model=null", "examples.max_length=80"]  # fmt: skip
     done = run(load("gpt2", settings), tmp_path, quiet)
     assert load(str(done.directory)).examples.length == 80  # type: ignore[attr-defined]
 
 
 def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
     """A run that goes on from an adapter counts that one's positions, and a LoRA on it too."""
-    common = [f"source.path={place / 'text.txt'}", "length.steps=1", "batch.rows=8", "precision=fp32", "samples=[]",
-              "checks.examples=8", "shape=null"]  # fmt: skip
-    first = [f"start={base('gpt2')}", "adapt.kind=prefix", "adapt.tokens=10"]
+    common = [f"data.path={place / 'text.txt'}", "max_steps=1", "batch.size=8", "precision=fp32", "sample_prompts=[]",
+              "evaluation.max_examples=8", "model=null"]  # fmt: skip
+    first = [f"init_from={base('gpt2')}", "peft.kind=prefix", "peft.num_virtual_tokens=10"]
     one = run(load("gpt2", [*common, *first]), tmp_path / "one", quiet).directory
-    onward = (["adapt.kind=prefix", f"adapt.start={one}", f"start={base('gpt2')}"], ["adapt=lora", f"start={one}"])
+    onward = (["peft.kind=prefix", f"peft.init_from={one}", f"init_from={base('gpt2')}"], ["peft=lora", f"init_from={one}"])
     for more in onward:
         with pytest.raises(UserError, match=r"^segment\.length=55: .* set segment\.length=54$"):
-            run(load("gpt2", [*common, *more, "segment.length=55"]), tmp_path / "no", quiet)
+            run(load("gpt2", [*common, *more, "examples.max_length=55"]), tmp_path / "no", quiet)
         done = run(load("gpt2", [*common, *more]), tmp_path / more[0], quiet)
         assert load(str(done.directory)).examples.length == 54  # type: ignore[attr-defined]

@@ -21,8 +21,8 @@ from firth.runs.run import RunResult, run
 from firth.types import UserError
 
 SHAPE = (
-    "shape.width=32", "shape.depth=1", "shape.heads=2", "shape.context=96", "shape.causal=false",
-    "tokenizer.size=300", "batch.rows=16", "precision=fp32", "optimizer.rate=5e-3", "shape.segments=2",
+    "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=96", "model.causal=false",
+    "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3", "model.type_vocab_size=2",
 )  # fmt: skip
 GOOD, BAD = ("fine", "lovely", "warm"), ("dull", "cold", "grim")
 Make = Callable[..., tuple[RunResult, Path]]
@@ -58,7 +58,7 @@ def make(folder: Path) -> Make:
         key = key or name
         if key not in made:
             recipe: Recipe = load(
-                name, [*SHAPE, f"length.steps={steps}", "checks.save=0", *settings, f"tokenizer.path={tokens(folder)}"]
+                name, [*SHAPE, f"max_steps={steps}", "checkpoint.every=0", *settings, f"tokenizer.path={tokens(folder)}"]
             )
             place = folder / key
             made[key] = run(recipe, place, echo=lambda _: None), place
@@ -79,7 +79,7 @@ def tokens(folder: Path) -> Path:
 
 def classified(make: Make, folder: Path) -> tuple[RunResult, Path]:
     return make(
-        "classify", f"source={folder}/reviews.csv", "segment.text=review", "segment.label=stars", "source.held_out=0.2"
+        "classify", f"data={folder}/reviews.csv", "examples.text_field=review", "examples.label_field=stars", "data.validation_fraction=0.2"
     )
 
 
@@ -149,8 +149,8 @@ def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> Non
 
 def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "reviews.csv"
-    settings = ["shape={width: 32, depth: 1, heads: 2, context: 96, causal: false}", "length.steps=1"]
-    recipe = load("classify", [*settings, f"source={path}", "segment.text=reviews", "segment.label=stars"])
+    settings = ["model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}", "max_steps=1"]
+    recipe = load("classify", [*settings, f"data={path}", "examples.text_field=reviews", "examples.label_field=stars"])
     with pytest.raises(UserError, match=r"reviews\.csv:2: there is no field 'reviews'; did you mean 'review'\?"):
         run(recipe, tmp_path / "run", lambda _: None)
 
@@ -158,16 +158,16 @@ def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path)
 def test_one_document_has_no_pairs(folder: Path, tmp_path: Path) -> None:
     """BERT's pairs need two documents; the message names the setting that makes them."""
     (tmp_path / "one.txt").write_text(" ".join(text for text, _ in reviews(40)))
-    settings = [*SHAPE, "length.steps=1", f"tokenizer.path={tokens(folder)}", f"source={tmp_path / 'one.txt'}"]
+    settings = [*SHAPE, "max_steps=1", f"tokenizer.path={tokens(folder)}", f"data={tmp_path / 'one.txt'}"]
     with pytest.raises(UserError, match=r"two documents or more.*set source\.split=blank"):
         run(load("bert", settings), tmp_path / "run", lambda _: None)
 
 
 def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
-    shape = "shape={width: 32, depth: 1, heads: 2, context: 96, causal: false}"
-    settings = [shape, f"source={folder}/reviews.csv", "tokenizer.size=400", "length.steps=1", "checks.save=0"]
+    shape = "model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}"
+    settings = [shape, f"data={folder}/reviews.csv", "tokenizer.vocab_size=400", "max_steps=1", "checkpoint.every=0"]
     done = run(
-        load("classify", [*settings, "segment.text=review", "segment.label=stars"]), tmp_path / "run", lambda _: None
+        load("classify", [*settings, "examples.text_field=review", "examples.label_field=stars"]), tmp_path / "run", lambda _: None
     )
     assert done.steps == 1
     [vocabulary] = (tmp_path / "run" / "tokenizer").glob("tokenizer.json")
@@ -183,12 +183,12 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
     )
     settings = [
         *SHAPE,
-        f"source={tmp_path}/long.csv",
+        f"data={tmp_path}/long.csv",
         f"tokenizer.path={tokens(folder)}",
-        "length.steps=2",
-        "source.held_out=0",
+        "max_steps=2",
+        "data.validation_fraction=0",
     ]
-    run(load("classify", [*settings, "segment.length=500"]), tmp_path / "run", lambda _: None)
+    run(load("classify", [*settings, "examples.max_length=500"]), tmp_path / "run", lambda _: None)
     done = json.loads((tmp_path / "run" / "done.json").read_text())
     assert done["counts"]["cut"] == 1
     assert done["remarks"] == [
@@ -196,13 +196,13 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
     ]
     assert "long.csv:22" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(UserError, match=r"set checks\.every"):
-        load("classify", ["checks.patience=2"])
+        load("classify", ["evaluation.patience=2"])
 
 
 def test_numbers_are_told_in_their_own_units(make: Make, folder: Path) -> None:
     rows = [{"text": text, "label": 900.0 if label == "good" else 700.0} for text, label in reviews(120)]
     (folder / "prices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done, place = make("regress", f"source={folder}/prices.jsonl", "source.held_out=0.2")
+    done, place = make("regress", f"data={folder}/prices.jsonl", "data.validation_fraction=0.2")
     assert done.metrics["valid/pearson"] > 0.95
     said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
     assert np.sqrt(np.mean((np.array(said) - [row["label"] for row in rows]) ** 2)) < 30
@@ -217,7 +217,7 @@ def test_choices(make: Make, folder: Path) -> None:
         options = [BAD[i % 3], good, BAD[(i + 1) % 3]][: 2 + i % 2]
         rows.append({"text": "the film was", "options": options, "label": options.index(good)})
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done, place = make("choose", f"source={folder}/choices.jsonl", "source.held_out=0.2")
+    done, place = make("choose", f"data={folder}/choices.jsonl", "data.validation_fraction=0.2")
     assert load_model(done.model).heads["choice"].weight.shape == (1, 32)
     said = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
     assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
@@ -231,7 +231,7 @@ def test_tags(make: Make, folder: Path) -> None:
         words = text.replace(",", " ,").split()
         sentences.append("\n".join(f"{w} {'I-GOOD' if w in GOOD else 'I-BAD' if w in BAD else 'O'}" for w in words))
     (folder / "tags.conll").write_text("\n\n".join(sentences) + "\n")
-    done, place = make("tag", f"source={folder}/tags.conll", "source.held_out=0.2")
+    done, place = make("tag", f"data={folder}/tags.conll", "data.validation_fraction=0.2")
     assert done.metrics["valid/f1"] > 0.95
     found = evaluate(place, [str(folder / "tags.conll")])
     assert found["task"] == "tagging" and found["f1"] > 0.95 and found["items"] == 120
@@ -253,8 +253,8 @@ def test_answers(make: Make, folder: Path) -> None:
         paragraphs.append({"context": context, "qas": asked})
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     done, place = make(
-        "answer", f"source={folder}/squad.json", "segment.length=32", "segment.question=8", "segment.stride=8",
-        "source.held_out=0.2", "batch.pack=64", steps=80,
+        "answer", f"data={folder}/squad.json", "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
+        "data.validation_fraction=0.2", "batch.pack_to_length=64", steps=80,
     )  # fmt: skip
     assert done.metrics["valid/accuracy"] > 0.9
     found = evaluate(place, [str(folder / "squad.json")])
@@ -267,12 +267,12 @@ def test_answers(make: Make, folder: Path) -> None:
 def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
     """A rate that ruins what was learnt: the last model is worse than the best one."""
     settings = [
-        *SHAPE, f"source={folder}/reviews.csv", "segment.text=review", "segment.label=stars", "source.held_out=0.2",
-        f"tokenizer.path={tokens(folder)}", "checks.every=5", "checks.save=0", "length.steps=400", "optimizer.rate=2e-2",
+        *SHAPE, f"data={folder}/reviews.csv", "examples.text_field=review", "examples.label_field=stars", "data.validation_fraction=0.2",
+        f"tokenizer.path={tokens(folder)}", "evaluation.every=5", "checkpoint.every=0", "max_steps=400", "optimizer.lr=2e-2",
         "schedule.kind=constant",
     ]  # fmt: skip
     done = run(
-        load("classify", [*settings, "checks.best=accuracy", "checks.patience=3"]), tmp_path / "run", lambda _: None
+        load("classify", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
     )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = [(row["accuracy"], row["step"]) for row in rows if row["split"] == "valid"]
@@ -281,18 +281,18 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
     assert done.metrics["valid/accuracy"] == best
     assert [accuracy for accuracy, _ in held].index(best) == len(held) - 4
     again = run(
-        load("classify", [*settings, "checks.best=accuracy", "checks.patience=3"]), tmp_path / "run", lambda _: None
+        load("classify", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
     )
     assert again == done
     with pytest.raises(UserError, match=r"checks\.best=recall is not among the held-out measurements: there is loss"):
-        run(load("classify", [*settings, "checks.best=recall"]), tmp_path / "no", lambda _: None)
+        run(load("classify", [*settings, "evaluation.best_metric=recall"]), tmp_path / "no", lambda _: None)
 
 
 def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
     settings = [
-        f"source={folder}/reviews.csv", "segment.prompt=is it good? {review}", "segment.answer_is={stars}",
-        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "shape.encoder=1", "shape.context=96",
-        "length.steps=2", "checks.save=0", "precision=fp32", "segment.length=64",
+        f"data={folder}/reviews.csv", "examples.prompt_template=is it good? {review}", "examples.completion_template={stars}",
+        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "model.num_encoder_layers=1", "model.max_positions=96",
+        "max_steps=2", "checkpoint.every=0", "precision=fp32", "examples.max_length=64",
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
     assert done.steps == 2
@@ -304,16 +304,16 @@ def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"reviews\.csv:2: the form .* does not fit this record: \{rating\} is not the name of a field"
     ):
-        run(load("text_to_text", [*settings, "segment.answer_is={rating}"]), tmp_path / "no", lambda _: None)
+        run(load("text_to_text", [*settings, "examples.completion_template={rating}"]), tmp_path / "no", lambda _: None)
 
 
-@pytest.mark.parametrize("shape", ["shape.causal=true", "shape.encoder=1"])
+@pytest.mark.parametrize("shape", ["model.causal=true", "model.num_encoder_layers=1"])
 def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Path, shape: str) -> None:
     rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(120))]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
-        *SHAPE[:4], *SHAPE[5:9], shape, f"tokenizer.path={tokens(folder)}", "checks.save=0",
-        f"source={tmp_path}/pairs.jsonl", "segment.pair=other", "length.steps=40", "source.held_out=0.2",
+        *SHAPE[:4], *SHAPE[5:9], shape, f"tokenizer.path={tokens(folder)}", "checkpoint.every=0",
+        f"data={tmp_path}/pairs.jsonl", "examples.text_pair_field=other", "max_steps=40", "data.validation_fraction=0.2",
     ]  # fmt: skip
     done = run(load("classify", settings), tmp_path / "run", lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.9
@@ -337,7 +337,7 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
         path = tmp_path / f"{task}.tsv"
         row = "\t".join(cells.get(name, "a film") for name in head.split("\t")) if head else 'gj04\t1\t\ta "film'
         path.write_text((head + "\n" if head else "") + (row + "\n") * 3)
-        recipe = load(f"glue:{task}", [f"source={path}"])
+        recipe = load(f"glue:{task}", [f"data={path}"])
         data = RunData(recipe.data, Tokenizer.load(tokens(folder)), tmp_path)
         settled = recipe.examples.configure_objective(recipe.objective, data)
         cut = recipe.examples.build(data, settled)
@@ -351,42 +351,42 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
     _, teacher = classified(make, folder)
     others = folder / "more.csv"
     others.write_text("review\n" + "".join(f'"{text}"\n' for text, _ in reviews(60, 2)))
-    settings = [*SHAPE, "length.steps=2", "batch.rows=8", f"tokenizer.path={tokens(folder)}"]
+    settings = [*SHAPE, "max_steps=2", "batch.size=8", f"tokenizer.path={tokens(folder)}"]
     settings += [
-        f"source={folder}/reviews.csv",
-        "source.held_out=0",
-        "segment.of.text=review",
-        "segment.of.label=stars",
+        f"data={folder}/reviews.csv",
+        "data.validation_fraction=0",
+        "examples.base.text=review",
+        "examples.base.label=stars",
     ]
     heard: list[str] = []
     done = run(
-        load("semi_supervised", [*settings, f"segment.teacher={teacher}", f"segment.others=[{others}]"]),
+        load("semi_supervised", [*settings, f"examples.teacher={teacher}", f"examples.unlabeled_path=[{others}]"]),
         tmp_path / "run", heard.append,
     )  # fmt: skip
     counts = json.loads((done.directory / "done.json").read_text())["counts"]
     assert (counts["examples"], counts["unlabelled"]) == (120, 60)
     with pytest.raises(UserError, match=r"set one of segment\.others=.* and segment\.few="):
-        run(load("semi_supervised", [*settings, f"segment.teacher={teacher}"]), tmp_path / "none", lambda _: None)
+        run(load("semi_supervised", [*settings, f"examples.teacher={teacher}"]), tmp_path / "none", lambda _: None)
     with pytest.raises(UserError, match=r"lacks `segment\.teacher`: the run of `firth train classify`"):
-        run(load("semi_supervised", [*settings, f"segment.others=[{others}]"]), tmp_path / "alone", lambda _: None)
-    trial = ["segment=partly", "segment.few=40", "objective=consistency"]
+        run(load("semi_supervised", [*settings, f"examples.unlabeled_path=[{others}]"]), tmp_path / "alone", lambda _: None)
+    trial = ["examples=partially_labeled", "examples.num_labeled=40", "objective=consistency"]
     run(load("semi_supervised", [*trial, *settings]), tmp_path / "trial", heard.append)
-    assert "a trial: 40 of 120 records keep their label (segment.few=40)" in heard
+    assert "a trial: 40 of 120 records keep their label (examples.num_labeled=40)" in heard
 
 
 def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_path: Path) -> None:
-    settings = [*SHAPE, "length.steps=2", "batch.rows=8", f"tokenizer.path={tokens(folder)}"]
-    clean = [f"source={folder}/reviews.csv", "source.held_out=0"]
+    settings = [*SHAPE, "max_steps=2", "batch.size=8", f"tokenizer.path={tokens(folder)}"]
+    clean = [f"data={folder}/reviews.csv", "data.validation_fraction=0"]
     with pytest.raises(
-        UserError, match=r"reviews\.csv:2: .*train `classify` on records with one label, or set segment=voted"
+        UserError, match=r"reviews\.csv:2: .*train `classify` on records with one label, or set examples=simulated_annotators"
     ):
         run(
-            load("weak", [*settings, *clean, "segment.text=review", "segment.votes=stars"]),
+            load("weak", [*settings, *clean, "examples.text_field=review", "examples.labels_field=stars"]),
             tmp_path / "a",
             lambda _: None,
         )
     heard: list[str] = []
-    fields = ["segment=voted", "segment.of.text=review", "segment.of.label=stars"]
+    fields = ["examples=simulated_annotators", "examples.base.text=review", "examples.base.label=stars"]
     run(load("weak", [*settings, *clean, *fields]), tmp_path / "b", heard.append)
     assert any(
         line.startswith("a simulation: the labels of 120 records are replaced by the votes of 5") for line in heard
@@ -395,7 +395,7 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
     rows = [{"text": text, "labels": [label, label, "bad"]} for text, label in reviews(40)]
     voted.write_text("".join(json.dumps(row) + "\n" for row in rows))
     heard.clear()
-    run(load("weak", [*settings, f"source={voted}"]), tmp_path / "c", heard.append)
+    run(load("weak", [*settings, f"data={voted}"]), tmp_path / "c", heard.append)
     assert not any("simulation" in line for line in heard)
     listed = CliRunner().invoke(app, ["list"]).output
     assert "weak: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed

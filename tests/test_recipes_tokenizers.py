@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(name: str, settings: list[str], out: Path) -> str:
     with pytest.raises(UserError, match="another tokenizer") as error:
-        run(load(name, [*settings, "length.steps=2", "precision=fp32", "batch.rows=8", "samples=[]"]), out, quiet)
+        run(load(name, [*settings, "max_steps=2", "precision=fp32", "batch.size=8", "sample_prompts=[]"]), out, quiet)
     said = str(error.value)
     assert "\n" not in said and "checkpoints" not in {path.name for path in out.iterdir()}
     return said
@@ -74,30 +74,30 @@ def refused(name: str, settings: list[str], out: Path) -> str:
 
 def test_reward_model_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
     """It would score the policy's ids as if they were its own (trl#1674, #3595, #6952)."""
-    data = [f"source.path={place / 'prompts.jsonl'}", f"start={place / 'ours' / 'policy'}", "segment.answers=8"]
-    reward = f"segment.reward={place / 'theirs' / 'reward'}"
-    said = refused("ppo", [*data, reward, "segment.epochs=1", "segment.max_new=4"], tmp_path / "run")
-    assert said.startswith("segment.reward:")
+    data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={place / 'ours' / 'policy'}", "examples.rollout_size=8"]
+    reward = f"examples.reward_model={place / 'theirs' / 'reward'}"
+    said = refused("ppo", [*data, reward, "examples.num_epochs=1", "examples.max_new_tokens=4"], tmp_path / "run")
+    assert said.startswith("examples.reward_model:")
 
 
 def test_teacher_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
-    data = [f"source.path={place / 'labels.jsonl'}", f"start={place / 'ours' / 'encoder'}"]
+    data = [f"data.path={place / 'labels.jsonl'}", f"init_from={place / 'ours' / 'encoder'}"]
     of = "of: {kind: partly, few: 4}"
-    taught = f"segment={{kind: taught, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
+    taught = f"examples={{kind: taught, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
     said = refused("classify", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
-    assert said.startswith("segment.teacher:")
+    assert said.startswith("examples.teacher:")
 
 
 @pytest.mark.parametrize("field", ["start", "embeddings"])
 def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, field: str) -> None:
-    settings = [f"source.path={place / 'labels.jsonl'}", f"tokenizer.path={place / 'theirs' / 'tokenizer'}"]
+    settings = [f"data.path={place / 'labels.jsonl'}", f"tokenizer.path={place / 'theirs' / 'tokenizer'}"]
     shape = (
         [
-            "shape.causal=false",
-            "shape.width=32",
-            "shape.depth=1",
-            "shape.heads=2",
-            "shape.context=64",
+            "model.causal=false",
+            "model.hidden_size=32",
+            "model.num_layers=1",
+            "model.num_heads=2",
+            "model.max_positions=64",
         ]
         if field == "embeddings"
         else []
@@ -119,8 +119,8 @@ def adapted(place: Path) -> Path:
 def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: Path, tmp_path: Path) -> None:
     """The base has the same shape, so every matrix fits."""
     assert load_evaluated_model(adapted).model.config.vocab_size
-    data = [f"source.path={place / 'prompts.jsonl'}", f"adapt.start={adapted}", "adapt.kind=lora"]
-    said = refused("instruct", [*data, f"start={place / 'theirs' / 'policy'}"], tmp_path / "run")
+    data = [f"data.path={place / 'prompts.jsonl'}", f"peft.init_from={adapted}", "peft.kind=lora"]
+    said = refused("instruct", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
     assert said.startswith(f"the adapter {adapted}")
     moved = tmp_path / "moved"
     shutil.copytree(adapted, moved)
@@ -157,6 +157,6 @@ def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_pat
         load_evaluated_model(mixed)
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", echo=quiet)
-    data = [f"source.path={place / 'prompts.jsonl'}", f"start={mixed}", "length.steps=2"]
+    data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={mixed}", "max_steps=2"]
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         run(load("instruct", data), tmp_path / "run", quiet)

@@ -42,14 +42,14 @@ def test_a_sum_of_objectives_is_a_list() -> None:
 
 def test_derived_numbers_follow_an_override() -> None:
     assert load("gpt").model.intermediate_size == 4 * 192
-    assert load("gpt", ["shape.width=128", "shape.heads=2"]).model.intermediate_size == 4 * 128
+    assert load("gpt", ["model.hidden_size=128", "model.num_heads=2"]).model.intermediate_size == 4 * 128
 
 
 def test_yaml_numbers_that_look_like_text() -> None:
     """YAML 1.1 reads 1e-5 as a string."""
-    assert load("gpt", ["optimizer.rate=1e-5"]).optimizer.lr == 1e-5
-    assert load("gpt", ["source.path=mine/"]).data.path == ("mine/",)
-    assert load("gpt", ["source.path=[a, b]"]).data.path == ("a", "b")
+    assert load("gpt", ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
+    assert load("gpt", ["data.path=mine/"]).data.path == ("mine/",)
+    assert load("gpt", ["data.path=[a, b]"]).data.path == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_missing_field_and_a_bad_setting() -> None:
     with pytest.raises(UserError, match="needs the field 'objective'"):
         config_io.from_dict(Recipe, {"name": "x"})
     with pytest.raises(UserError, match="field=value"):
-        load("gpt", ["batch.rows"])
+        load("gpt", ["batch.size"])
     with pytest.raises(UserError, match=r"batch\.rwos|no field 'rwos'"):
         load("gpt", ["batch.rwos=3"])
 
@@ -100,10 +100,10 @@ def test_recipes_are_values() -> None:
 
 
 def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
-    recipe = load("ppo", ["start=runs/a", "segment.reward=/b", "source.path=[x/*.txt, ~/y]", "adapt=lora"])
+    recipe = load("ppo", ["init_from=runs/a", "examples.reward_model=/b", "data.path=[x/*.txt, ~/y]", "peft=lora"])
     found = {name: (kind, value) for name, kind, value in config_io.paths(recipe)}
     assert found == {
-        "start": ("model", "runs/a"), "segment.reward": ("model", "/b"), "source.path": ("files", ("x/*.txt", "~/y")),
+        "start": ("model", "runs/a"), "examples.reward_model": ("model", "/b"), "data.path": ("files", ("x/*.txt", "~/y")),
     }  # fmt: skip
     whole = config_io.absolute_paths(recipe)
     assert whole.source.path == (str(Path.cwd() / "x/*.txt"), str(Path.home() / "y"))
@@ -111,29 +111,29 @@ def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
     assert config_io.absolute_paths(whole) == whole
     bare = config_io.without_paths(whole)
     assert bare == config_io.without_paths(recipe) and not list(config_io.paths(bare))
-    assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["start=runs/a", "seed=3"]))
+    assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["init_from=runs/a", "seed=3"]))
 
 
 def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> None:
     """Fields that came later, at their defaults, change nothing."""
-    recipe = load("gpt", ["batch.rows=4"])
+    recipe = load("gpt", ["batch.size=4"])
     older = yaml.safe_load(config_io.write_yaml(recipe))
     del older["batch"]["sort"], older["recompute"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
     RunInputs().write(tmp_path, "the hash it had")
     assert recorded_hash(tmp_path, recipe) == "the hash it had"
-    for changed in ("batch.sort=8", "recompute=true", "batch.rows=5"):
+    for changed in ("batch.group_by_length=8", "gradient_checkpointing=true", "batch.size=5"):
         with pytest.raises(UserError, match=changed.partition("=")[0]):
-            recorded_hash(tmp_path, load("gpt", ["batch.rows=4", changed]))
+            recorded_hash(tmp_path, load("gpt", ["batch.size=4", changed]))
 
 
 def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
     plain = load("bert")
-    assert load("bert", ["objective.rate=0.2"]).objective == NSP() + MLM(mlm_probability=0.2, num_maskings=10)
-    both = load("bert", ["objective=[nsp, mlm]", "objective.follows=0.4", "objective.rate=0.2"]).objective
+    assert load("bert", ["objective.mlm_probability=0.2"]).objective == NSP() + MLM(mlm_probability=0.2, num_maskings=10)
+    both = load("bert", ["objective=[nsp, mlm]", "objective.follows=0.4", "objective.mlm_probability=0.2"]).objective
     assert both == NSP(follows=0.4) + MLM(mlm_probability=0.2)
     assert load("bert") == plain
-    one = load("bert", ["objective.kind=mlm", "segment=pieces"]).objective
+    one = load("bert", ["objective.kind=mlm", "examples=chunks"]).objective
     assert one == MLM()
 
 
@@ -141,7 +141,7 @@ def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
     ("settings", "said"),
     [
         (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
-        (["objective=[mlm, rtd]", "objective.rate=0.2"], "mlm and rtd have a field 'rate': write objective=\\[...\\]"),
+        (["objective=[mlm, rtd]", "objective.mlm_probability=0.2"], "mlm and rtd have a field 'rate': write objective=\\[...\\]"),
         (["samples.rate=0.2"], "samples"),
     ],
 )
@@ -160,21 +160,21 @@ def test_a_length_on_the_command_line_replaces_the_recipes(field: str) -> None:
 
 def test_two_lengths_on_the_command_line_are_refused() -> None:
     with pytest.raises(UserError, match=r"length\.steps and length\.seconds are set together"):
-        load("gpt", ["length.seconds=70", "length.steps=6"])
+        load("gpt", ["max_seconds=70", "max_steps=6"])
     with pytest.raises(UserError, match="exactly one of them"):
-        load("gpt", ["length.steps=0"])
+        load("gpt", ["max_steps=0"])
 
 
 def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> None:
     """The corpus of the recipe would name the language in the card of a model that never read it."""
-    recipe = load("gpt", ["source.path=mine.txt"])
+    recipe = load("gpt", ["data.path=mine.txt"])
     assert (recipe.data.path, recipe.data.corpus) == (("mine.txt",), "")
-    assert load("gpt", ["source=mine.txt"]).data == recipe.data
+    assert load("gpt", ["data=mine.txt"]).data == recipe.data
     (tmp_path / "recipe.yaml").write_text(config_io.write_yaml(recipe))
-    other = load(str(tmp_path), ["source.corpus=brown"]).data
+    other = load(str(tmp_path), ["data.corpus=brown"]).data
     assert (other.path, other.corpus) == ((), "brown")
     with pytest.raises(UserError, match=r"source\.path and source\.corpus are set together"):
-        load("gpt", ["source.path=mine.txt", "source.corpus=brown"])
+        load("gpt", ["data.path=mine.txt", "data.corpus=brown"])
 
 
 @pytest.mark.parametrize("written", ["source: {path: [mine.txt], corpus: shakespeare}", "source: {path: [mine.txt]}"])

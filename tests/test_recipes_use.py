@@ -136,8 +136,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
         config |= {key: config[key.replace("pad", "eos")] for key in ("pad_token", "pad_token_id") if key in config}
         (base / name).write_text(json.dumps(config))
     (place / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
-    settings = [f"start={base}", f"source.path={place / 'd.jsonl'}", "source.held_out=0", "length.steps=120", "batch.rows=8",
-                "segment.length=64", "optimizer.rate=1e-2", "checks.every=0", "precision=fp32"]  # fmt: skip
+    settings = [f"init_from={base}", f"data.path={place / 'd.jsonl'}", "data.validation_fraction=0", "max_steps=120", "batch.size=8",
+                "examples.max_length=64", "optimizer.lr=1e-2", "evaluation.every=0", "precision=fp32"]  # fmt: skip
     run(load("instruct", settings), place / "run", echo=lambda _: None)
     return place
 

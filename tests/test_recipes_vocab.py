@@ -17,8 +17,8 @@ from firth.types import UserError
 TEXT = "\n".join(
     f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot") for b in ("paints", "sells") for c in ("at dawn", "in Leeds")
 )  # fmt: skip
-BODY = ["shape.width=32", "shape.depth=1", "shape.heads=1", "shape.hidden=64", "shape.context=32", "segment.length=16",
-        "length.steps=1", "batch.rows=4", "checks.every=0", "source.held_out=0", "precision=fp32"]  # fmt: skip
+BODY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.intermediate_size=64", "model.max_positions=32", "examples.max_length=16",
+        "max_steps=1", "batch.size=4", "evaluation.every=0", "data.validation_fraction=0", "precision=fp32"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vocab")
     (folder / "text.txt").write_text(TEXT)
     train([TEXT], "byte-bpe", 290).save(folder / "tokenizer")
-    for name, setting in (("trained", "tokenizer.size=300"), ("given", f"tokenizer.path={folder / 'tokenizer'}")):
-        run(load("gpt", [*BODY, f"source.path={folder / 'text.txt'}", setting]), folder / name, lambda _: None)
+    for name, setting in (("trained", "tokenizer.vocab_size=300"), ("given", f"tokenizer.path={folder / 'tokenizer'}")):
+        run(load("gpt", [*BODY, f"data.path={folder / 'text.txt'}", setting]), folder / name, lambda _: None)
     return folder
 
 
@@ -40,19 +40,19 @@ def refused(name: str, settings: list[str], out: Path) -> str:
 
 def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
     """On the command line, in a whole shape, in a user's file; of a trained and of a given tokenizer."""
-    text, given = f"source.path={place / 'text.txt'}", f"tokenizer.path={place / 'tokenizer'}"
-    said = "shape.vocab={} is not the number of ids of the tokenizer, which is {}: leave shape.vocab out, and it is taken from there"
-    assert refused("gpt", [*BODY, text, "tokenizer.size=300", "shape.vocab=10"], tmp_path / "a") == said.format(10, 300)
-    assert refused("gpt", [*BODY, text, given, "shape.vocab=4096"], tmp_path / "b") == said.format(4096, 290)
-    whole = "shape={vocab: 10, width: 32, depth: 1, heads: 1, context: 32}"
+    text, given = f"data.path={place / 'text.txt'}", f"tokenizer.path={place / 'tokenizer'}"
+    said = "model.vocab_size={} is not the number of ids of the tokenizer, which is {}: leave model.vocab_size out, and it is taken from there"
+    assert refused("gpt", [*BODY, text, "tokenizer.vocab_size=300", "model.vocab_size=10"], tmp_path / "a") == said.format(10, 300)
+    assert refused("gpt", [*BODY, text, given, "model.vocab_size=4096"], tmp_path / "b") == said.format(4096, 290)
+    whole = "model={vocab_size: 10, hidden_size: 32, num_layers: 1, num_heads: 1, max_positions: 32}"
     assert refused("gpt", [*BODY[5:], text, given, whole], tmp_path / "c") == said.format(10, 290)
     recipe = yaml.safe_load((place / "given" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"shape": recipe["shape"] | {"vocab": 8192}}))
     assert refused(str(mine), [], tmp_path / "d") == said.format(8192, 290)
-    settings = [*BODY[:6], text, "source.split=line", "tokenizer.size=300", "gpt.shape.vocab=10"]
+    settings = [*BODY[:6], text, "data.split_by=line", "tokenizer.vocab_size=300", "gpt.shape.vocab=10"]
     with pytest.raises(
-        UserError, match=r"^gpt: shape.vocab=10 is not the number of ids of the tokenizer, which is 300"
+        UserError, match=r"^gpt: model.vocab_size=10 is not the number of ids of the tokenizer, which is 300"
     ):
         compare(
             ["gpt"],
@@ -72,12 +72,12 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
         weights = [one / "model" / "model.safetensors" for one in (place / name, tmp_path / name)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     for name, setting, count in (
-        ("trained", "tokenizer.size=280", 280),
+        ("trained", "tokenizer.vocab_size=280", 280),
         ("trained", f"tokenizer.path={place / 'tokenizer'}", 290),
         ("given", "tokenizer.path=", 290),
-        ("gpt", "tokenizer.size=280", 280),
+        ("gpt", "tokenizer.vocab_size=280", 280),
         ("gpt", f"tokenizer.path={place / 'tokenizer'}", 290),
-        ("gpt", f"embeddings={place / 'given'}", 290),
+        ("gpt", f"init_embeddings_from={place / 'given'}", 290),
     ):
         config = load(str(place / name / "recipe.yaml") if name != "gpt" else name, [setting]).model
         assert config is not None and config.vocab_size == count, (name, setting)
@@ -85,11 +85,11 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
     for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
-        made = load("classify", [f"shape={shape}", "tokenizer.size=500"]).model
+        made = load("classify", [f"model={shape}", "tokenizer.vocab_size=500"]).model
         assert made is not None and made.vocab_size == 500
-    made = load("classify", ["shape={width: 32, depth: 1, heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).model
+    made = load("classify", ["model={hidden_size: 32, num_layers: 1, num_heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).model
     assert made is not None and made.vocab_size == 290
-    small = [*BODY, f"source.path={place / 'text.txt'}", "tokenizer.size=4000"]
+    small = [*BODY, f"data.path={place / 'text.txt'}", "tokenizer.vocab_size=4000"]
     done = run(load("gpt", small), tmp_path / "small", lambda _: None)
     ids = yaml.safe_load((done.directory / "recipe.yaml").read_text())["shape"]["vocab"]
     assert ids < 4000  # a text with fewer than the recipe and its tokenizer have
@@ -97,29 +97,29 @@ def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
 
 def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
     """A published recipe gives way to the start; what a user wrote does not, and the sentence names the cure."""
-    assert load("gpt", [f"start={place / 'given'}"]).model is None
-    on = [f"source.path={place / 'text.txt'}", *BODY[5:], f"start={place / 'given'}"]
+    assert load("gpt", [f"init_from={place / 'given'}"]).model is None
+    on = [f"data.path={place / 'text.txt'}", *BODY[5:], f"init_from={place / 'given'}"]
     assert run(load("gpt", on), tmp_path / "on", lambda _: None).steps == 1
-    said = refused("gpt", [*on, "shape.width=96"], tmp_path / "a")
-    assert said.endswith("shape.width is 32 there and 96 here; use the same shape, which shape=null does")
+    said = refused("gpt", [*on, "model.hidden_size=96"], tmp_path / "a")
+    assert said.endswith("model.hidden_size is 32 there and 96 here; use the same shape, which model=null does")
     assert run(load(str(place / "trained" / "recipe.yaml"), on), tmp_path / "b", lambda _: None).steps == 1
     recipe = yaml.safe_load((place / "trained" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"shape": recipe["shape"] | {"hidden": 96}}))
     said = refused(str(mine), on, tmp_path / "c")
-    assert said.endswith("shape.hidden is 64 there and 96 here; use the same shape, which shape=null does")
-    assert run(load(str(mine), [*on, "shape=null"]), tmp_path / "c", lambda _: None).steps == 1
-    said = refused("classify", [*on, "shape.dropout=0.1"], tmp_path / "d")
+    assert said.endswith("model.intermediate_size is 64 there and 96 here; use the same shape, which model=null does")
+    assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
+    said = refused("classify", [*on, "model.dropout=0.1"], tmp_path / "d")
     assert said == (
-        f"shape lacks width, depth, heads: the shape of a run with a start is that of {place / 'given'}, so leave out shape.dropout"
+        f"shape lacks width, depth, heads: the shape of a run with a start is that of {place / 'given'}, so leave out model.dropout"
     )
 
 
-@pytest.mark.parametrize("settings", [["shape=null"], []])
+@pytest.mark.parametrize("settings", [["model=null"], []])
 def test_neither_a_shape_nor_a_start_is_refused_first(settings: list[str], tmp_path: Path) -> None:
     """Before any text is read."""
     said = refused("gpt" if settings else "classify", settings, tmp_path / "none")
-    assert "has neither a shape nor a start: begin from a model with start=RUN, or give a whole shape" in said
+    assert "has neither a shape nor a start: begin from a model with init_from=RUN, or give a whole shape" in said
     assert not (tmp_path / "none").exists()
 
 
@@ -136,5 +136,5 @@ def test_a_start_without_a_model_names_the_cure(place: Path, tmp_path: Path) -> 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    said = refused("gpt", [*BODY, f"source.path={tmp_path / 'empty.txt'}"], tmp_path / "out")
+    said = refused("gpt", [*BODY, f"data.path={tmp_path / 'empty.txt'}"], tmp_path / "out")
     assert said == f"{tmp_path / 'empty.txt'}: there is no text here: every document is empty"

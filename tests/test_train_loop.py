@@ -245,7 +245,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> No
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 5, .* lower optimizer.rate"):
+    with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 5, .* lower optimizer.lr"):
         run_badly(tmp_path, frozenset({0, 2, 3, 4}), steps=9, limit=3)
 
 
@@ -375,7 +375,7 @@ def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(trainer.Mover, "move", update)
     for steps in (1, 4):
         with pytest.raises(
-            UserError, match=r"the optimizer has made the weight '.*' infinite or NaN.*lower optimizer.rate"
+            UserError, match=r"the optimizer has made the weight '.*' infinite or NaN.*lower optimizer.lr"
         ):
             train(
                 small_model(),

@@ -74,8 +74,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = [
-    "shape.width=32", "shape.heads=2", "shape.depth=1", "shape.hidden=48", "length.steps=5", "batch.rows=4", "samples=[]",
-    "segment.length=48", "tokenizer.size=400", "checks.every=1", "checks.examples=8", "checks.save=5", "precision=fp32",
+    "model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "model.intermediate_size=48", "max_steps=5", "batch.size=4", "sample_prompts=[]",
+    "examples.max_length=48", "tokenizer.vocab_size=400", "evaluation.every=1", "evaluation.max_examples=8", "checkpoint.every=5", "precision=fp32",
 ]  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def test_losses_do_not_depend_on_the_thread(
     name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BERT's pairs draw in the thread while held-out pairs are drawn by the main thread."""
-    more = ["shape.embed=16"] if name == "electra" else []
-    recipe = load(name, [*SMALL, *more, f"source.path={text}", "source.held_out=0.3"])
+    more = ["model.embedding_size=16"] if name == "electra" else []
+    recipe = load(name, [*SMALL, *more, f"data.path={text}", "data.validation_fraction=0.3"])
     begun: list[int] = []
     begin = Prefetcher.begin
     monkeypatch.setattr(Prefetcher, "begin", lambda self, step: (begun.append(step), begin(self, step)))

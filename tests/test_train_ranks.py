@@ -22,9 +22,9 @@ WORDS = (
     "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord! "
 )
 SMALL = [
-    "train", "gpt", "shape.width=32", "shape.heads=2", "shape.depth=1", "shape.context=32", "segment.length=16",
-    "tokenizer.size=400", "length.steps=2", "batch.rows=8", "checks.every=0", "checks.save=1", "samples=[]",
-    "precision=fp32", "source.held_out=0.1",
+    "train", "gpt", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "model.max_positions=32", "examples.max_length=16",
+    "tokenizer.vocab_size=400", "max_steps=2", "batch.size=8", "evaluation.every=0", "checkpoint.every=1", "sample_prompts=[]",
+    "precision=fp32", "data.validation_fraction=0.1",
 ]  # fmt: skip
 
 
@@ -48,11 +48,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         return {
             "name": name,
             "world": world,
-            "arguments": [*SMALL, f"source.path={text}", "--out", str(folder / name), *more],
+            "arguments": [*SMALL, f"data.path={text}", "--out", str(folder / name), *more],
         } | how
 
     jobs = [
-        job("one", 1), job("accumulate", 1, "batch.accumulate=2"), job("two", 2, hook="slow_first"),
+        job("one", 1), job("accumulate", 1, "batch.gradient_accumulation_steps=2"), job("two", 2, hook="slow_first"),
         job("fails", 2, hook="failing_first"),
         job("stopped", 2, hook="stopped_second", patience=1, env={"FIRTH_RANK_TIMEOUT": "1"}),
         job("killed", 2, hook="killed_in_save"), job("killed again", 2) | {"arguments": job("killed", 2)["arguments"]},

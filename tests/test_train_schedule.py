@@ -40,7 +40,7 @@ def test_a_length_is_steps_seconds_or_flops() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"schedule.kind is 'cosin'"):
         Schedule("cosin")
-    with pytest.raises(UserError, match=r"schedule.warmup=100 must be at least 0 and at most 1"):
+    with pytest.raises(UserError, match=r"schedule.warmup_ratio=100 must be at least 0 and at most 1"):
         Schedule(warmup_ratio=100)
     with pytest.raises(UserError, match="more than the whole run"):
         Schedule("wsd", warmup_ratio=0.5, decay_ratio=0.6)

@@ -258,6 +258,6 @@ def read_preference_pairs(path: Path) -> list[PreferencePair]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{n}: not a comparison of answers that firth sampled, with their tokens ({error}): delete the file to "
-                "make it anew, or read its texts with segment=preferences"
+                "make it anew, or read its texts with examples=preferences"
             ) from error
     return found

@@ -1,7 +1,7 @@
 """The arena: recipes that learn from one text, with one tokenizer and equal compute, and are then asked the same.
 
     firth compare roberta electra gpt t5 --flops 4e12 --seeds 3
-    firth compare gpt lstm source.path=mine/ --seconds 120 --probe none
+    firth compare gpt lstm data.path=mine/ --seconds 120 --probe none
 
 Every recipe is trained from nothing for each share of the compute and each seed. Each is then finetuned on the same labels
 (`Classification`, read where the shape has it read), beside the same shape from random numbers; asked for the same hidden
@@ -330,7 +330,7 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
     for other in rest:
         if loaded[other].data != loaded[first].data:
             raise UserError(
-                f"{first} and {other} read different texts: give both one with source.path=FILES or source.corpus=NAME"
+                f"{first} and {other} read different texts: give both one with data.path=FILES or data.corpus=NAME"
             )
     return loaded
 

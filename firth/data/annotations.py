@@ -48,7 +48,7 @@ class AnnotatedTexts(LabeledTexts):
         if type(given) is not list or not given:
             raise UserError(
                 f"the field {self._label!r} must be a list of one label or more, by several annotators, and is {given!r}: train "
-                "`classify` on records with one label, or set segment=voted to simulate annotators of them"
+                "`classify` on records with one label, or set examples=simulated_annotators to simulate annotators of them"
             )
         return [self.number(value) for value in given]
 

@@ -76,14 +76,14 @@ class Batches:
         world: int = 1,
     ) -> None:
         if not len(source):
-            raise UserError(f"there is nothing to train on: {dict(source.counts)}")
+            raise UserError(f"there is nothing to train on: {dict(data.counts)}")
         if batch_size < gradient_accumulation_steps * world:
             raise UserError(
                 f"{batch_size} rows a step cannot be shared by {world} ranks of {gradient_accumulation_steps} micro-batches each"
             )
         sizes = source.lengths if group_by_length else None
         if group_by_length and sizes is None:
-            raise UserError("the lengths of these examples are not known before they are read: set batch.sort=0")
+            raise UserError("the lengths of these examples are not known before they are read: set batch.group_by_length=0")
         self.sizes, self.group_by_length = sizes, group_by_length
         self._dealt = (-1, np.zeros((0, 0), np.int64))
         self.source, self.objective, self.vocab = source, objective, vocab
@@ -184,7 +184,7 @@ def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABE
             laid[side + "positions"] = places.spread(places.within, lead, 0, np.int32)
     if MEMORY + "tokens" in examples[0]:
         raise UserError(
-            "rows with memory cannot be packed, for each has one text before it: set batch.pack=0 or shape.memory=0"
+            "rows with memory cannot be packed, for each has one text before it: set batch.pack_to_length=0 or model.memory_length=0"
         )
     for name in examples[0].keys() - laid.keys():
         raise UserError(f"the field {name!r} has no token axis, so these examples cannot be packed: set pack to 0")

@@ -379,7 +379,7 @@ class TaggedSentences(Records):
         if self._known.open:
             raise UserError(
                 f"the field {self._tags!r} holds {bad!r}, and names of tags are wanted: write them, or say what the numbers "
-                "mean by objective.classes=[O, B-..., I-...]"
+                "mean by objective.class_names=[O, B-..., I-...]"
             )
         numbers = [self._known.number(tag) if type(tag) is int else None for tag in tags]
         if None in numbers:
@@ -408,7 +408,7 @@ def check_known_classes(
         more = f", nor {'is that' if count == 2 else 'are those'} of {count - 1:,} more {of}{'s' if count > 2 else ''}"
         raise UserError(
             f"{first['unknown']}: the {what} {name} is none of the classes ({', '.join(classes)}){more if count > 1 else ''}; "
-            "mend or remove it, or train with objective.classes that name it"
+            "mend or remove it, or train with objective.class_names that name it"
         )
 
 

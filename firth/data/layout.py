@@ -87,7 +87,7 @@ def memory_fields(example: Example) -> Example:
 def seq2seq(source: np.ndarray, target: np.ndarray, start: int) -> Example:
     """Source to the encoder; the decoder is shown the target moved right behind `start` (T5: the pad token).
 
-    >>> seen = seq2seq(np.array([7, 8]), np.array([5, 6]), start=0)
+    >>> seen = seq2seq(np.array([7, 8]), np.array([5, 6]), init_from=0)
     >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
     ([7, 8], [0, 5], [5, 6])
     """

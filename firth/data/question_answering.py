@@ -69,7 +69,7 @@ class QuestionRecords(Records):
         self._latest: tuple[str, tuple[np.ndarray, np.ndarray]] = ("", (np.zeros(0), np.zeros((0, 2))))
         if length < question + 8:
             raise UserError(
-                f"segment.length={length} leaves no room for a passage behind a question of {question} tokens"
+                f"examples.max_length={length} leaves no room for a passage behind a question of {question} tokens"
             )
         super().__init__(paths, tokenizer, length)
         self._contexts.close()

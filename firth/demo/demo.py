@@ -246,8 +246,8 @@ class _Walk:
         config = load_model(self.families["encoder"].model).config
         plan = TokenizerConfig(path=str(self.out / "tokenizer"))
         for name, begins in (
-            ("classify-pretrained", {"start": str(self.out / "encoder")}),
-            ("classify-scratch", {"shape": config}),
+            ("classify-pretrained", {"init_from": str(self.out / "encoder")}),
+            ("classify-scratch", {"model": config}),
         ):
             recipe = dataclasses.replace(base, name=name, data=source, seed=self.seed, tokenizer=plan, **begins)
             done = run(recipe, self.out / name, echo=self.echo)

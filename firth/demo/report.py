@@ -246,5 +246,5 @@ def commands(out: Path, material: DemoText) -> list[Command]:
         Command("Continue a text", f"firth generate {out}/decoder {shlex.quote(next(iter(material.samples), 'The '))}"),
         Command("Fill a gap", f"firth fill {out}/encoder 'I will <mask> it.'"),
         Command("The same walk on your own text", "firth demo --text MY_FOLDER --out my-demo"),
-        Command("Pretrain a decoder on your own text", "firth train gpt:small source.path=MY_FOLDER --out runs/mine"),
+        Command("Pretrain a decoder on your own text", "firth train gpt:small data.path=MY_FOLDER --out runs/mine"),
     ]

@@ -51,7 +51,7 @@ class DemoSize:
 
     def pretraining(self, vocab: int) -> dict[str, Recipe]:
         """The three families, smallest shapes that still show what each learns."""
-        of = {"vocab": vocab, "width": self.width, "depth": self.depth, "context": self.context}
+        of = {"vocab_size": vocab, "hidden_size": self.width, "num_layers": self.depth, "max_positions": self.context}
         mlm, spans, causal = self.steps
         evaluation = EvalConfig(every=max(50, causal // 4), max_examples=128)
         checkpoint = CheckpointConfig(every=100, keep=1)
@@ -62,7 +62,7 @@ class DemoSize:
                 budget=Budget(max_steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "encoder-decoder": dataclasses.replace(
-                t5("small"), model=encoder_decoder_config(**(of | {"depth": max(1, self.depth - 1)})),
+                t5("small"), model=encoder_decoder_config(**(of | {"num_layers": max(1, self.depth - 1)})),
                 examples=ChunksConfig(max_length=96, add_special_tokens=False), batch=BatchConfig(size=24),
                 budget=Budget(max_steps=spans), evaluation=evaluation, checkpoint=checkpoint,
             ),

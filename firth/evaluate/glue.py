@@ -6,7 +6,7 @@
 
 AX is no task of the score. MNLI's two development sets are two numbers of one task. WNLI's is among them, as on the board.
 
-    firth train glue:mnli start=MODEL source=MNLI/train.tsv "source.valid=[MNLI/dev_matched.tsv, MNLI/dev_mismatched.tsv]"
+    firth train glue:mnli init_from=MODEL data=MNLI/train.tsv "data.validation_path=[MNLI/dev_matched.tsv, MNLI/dev_mismatched.tsv]"
     firth evaluate runs/glue-mnli MNLI/dev_matched.tsv MNLI/dev_mismatched.tsv      accuracy and accuracy_mismatched
     firth evaluate runs/glue-cola runs/glue-mnli runs/glue-rte --task glue          the score of these runs' development files
 """
@@ -66,7 +66,7 @@ def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping[str, Any]]) -> dict[str, Any]:
-    """The score of several runs, each measured on the files that its recipe holds out (`source.valid`), and what it is made of.
+    """The score of several runs, each measured on the files that its recipe holds out (`data.validation_path`), and what it is made of.
 
     Raises UserError for a run of no GLUE recipe, one without such files, and two runs of one task.
     """
@@ -79,7 +79,7 @@ def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping
             raise UserError(f"{run}: this is no run of a GLUE recipe (glue:{', glue:'.join(NUMBERS)})")
         files = recipe["source"]["valid"]
         if not files:
-            raise UserError(f"{run}: this run held out no development file: train it with source.valid=dev.tsv")
+            raise UserError(f"{run}: this run held out no development file: train it with data.validation_path=dev.tsv")
         if task in found:
             raise UserError(f"{run}: there is another run of {task}, and the score has one of each task")
         numbers = measure(run, files)

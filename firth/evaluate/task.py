@@ -59,9 +59,9 @@ class EvaluatedModel:
     @property
     def examples(self) -> Mapping[str, Any]:
         """How the recipe cuts text: its settings, empty where it says none."""
-        found = self.recipe.get("segment")
-        while isinstance(found, dict) and isinstance(found.get("of"), dict):  # partly labelled, voted on
-            found = found["of"]
+        found = self.recipe.get("examples")
+        while isinstance(found, dict) and isinstance(found.get("base"), dict):  # partly labelled, voted on
+            found = found["base"]
         return found if isinstance(found, dict) else {}
 
     @property
@@ -91,7 +91,7 @@ class EvaluatedModel:
     def context(self) -> int:
         """The longest row to read: what training read, which may be shorter than what the shape is meant for."""
         longest: int = self.model.context
-        return min(longest, int(self.examples.get("length", longest)))
+        return min(longest, int(self.examples.get("max_length", longest)))
 
     @property
     def device(self) -> torch.device:

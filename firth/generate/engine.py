@@ -13,7 +13,7 @@ candidates for each mask. With `generate` and `stream`, these are the verbs that
 Decoders and encoder-decoders write alike: the prompt of an encoder-decoder goes to its encoder, and its decoder
 begins at the token that `Shape.decoder_start` says (T5: pad; BART: the stop token). A model that was trained as a prefix
 language model (`Shape.prefix_lm`) reads the whole prompt both ways, here as there. What a model can read is
-`shape.context`: a longer prompt is refused, and an answer that reaches the end of the context finishes there
+`model.max_positions`: a longer prompt is refused, and an answer that reaches the end of the context finishes there
 ("context"). Nothing slides out of sight unasked. Ids that the tokenizer does not have are never written nor scored, however
 wide the model's table (`LM.restrict`).
 """
@@ -197,7 +197,7 @@ class Engine:
         if read > context:
             raise UserError(
                 f"{what} has {read} tokens and this model reads at most {context}: shorten it, "
-                "or use a model with a longer shape.context"
+                "or use a model with a longer model.max_positions"
             )
 
     def _log_probs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -92,7 +92,7 @@ def load_embeddings(model: LM, directory: Path) -> str:
     if (here.vocab_size, here.embedding_dim) != (there.vocab_size, there.embedding_dim):
         raise UserError(
             f"cannot take embeddings from {directory}: they are {there.vocab_size} vectors of {there.embedding_dim} numbers, and "
-            f"this model has {here.vocab_size} of {here.embedding_dim}: set shape.width={there.embedding_dim} and leave the tokenizer theirs"
+            f"this model has {here.vocab_size} of {here.embedding_dim}: set model.hidden_size={there.embedding_dim} and leave the tokenizer theirs"
         )
     mine, given = model.tokens.weight, theirs.tokens.weight
     scale = float(mine.square().mean().sqrt() / given.square().mean().sqrt().clamp(min=1e-12))

@@ -24,7 +24,7 @@ The published families are points in this space, not classes:
 >>> ModelConfig(vocab_size=100, hidden_size=30, num_layers=1, num_heads=4)
 Traceback (most recent call last):
     ...
-firth.types.UserError: shape.width=30 is not a multiple of shape.heads=4: change one of them, or state shape.head_width
+firth.types.UserError: model.hidden_size=30 is not a multiple of model.num_heads=4: change one of them, or state model.head_dim
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from firth.validated import (
     TokenCount,
 )
 
-AttentionPattern = Literal["any", "left", "both", "free", "prefix", "source", "apart", "alone", "latent"]
+AttentionPattern = Literal["any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"]
 """How an objective has a text read:
 
     any      however the trunk does
-    left     each token sees what stands before it
-    both     each token sees all of it
-    free     in an order of the objective's own (a permutation)
+    causal   each token sees what stands before it
+    bidirectional  each token sees all of it
+    permuted in an order of the objective's own (a permutation)
     prefix   a prompt both ways, and what follows it from left to right
-    source   a source by an encoder, and an answer to it from left to right
-    apart    from left to right and from right to left, by two readers who do not meet
-    alone    each token by itself
+    seq2seq  a source by an encoder, and an answer to it from left to right
+    bidirectional_separate  from left to right and from right to left, by two readers who do not meet
+    none     each token by itself
     latent   a source by an encoder and itself again by a decoder, with nothing but a latent between the two
 """
 
@@ -71,7 +71,7 @@ TokenIds = Annotated[int, Range(ge=1, lt=1 << 31)]
 
 
 @dataclass(frozen=True)
-class ModelConfig(Ranged, section="shape"):
+class ModelConfig(Ranged, section="model"):
     """Everything about an architecture; the defaults are GPT-2's. Raises UserError when the numbers do not fit.
 
     vocab: number of token ids. width: size of a hidden state. depth: number of blocks in the trunk.
@@ -188,9 +188,9 @@ class ModelConfig(Ranged, section="shape"):
                 object.__setattr__(self, name, value)
 
         check_fields(self)
-        fill("kv_heads", self.num_heads)
-        fill("head_width", self.hidden_size // self.num_heads)
-        fill("hidden", self.direction_size if self.rnn_type else 4 * self.hidden_size)
+        fill("num_kv_heads", self.num_heads)
+        fill("head_dim", self.hidden_size // self.num_heads)
+        fill("intermediate_size", self.direction_size if self.rnn_type else 4 * self.hidden_size)
         check_combinations(self)
 
     @property
@@ -234,15 +234,15 @@ class ModelConfig(Ranged, section="shape"):
     def supported_patterns(self) -> frozenset[AttentionPattern]:
         """The ways of reading that the trunk can do."""
         if not self.num_layers:
-            return frozenset({"any", "alone"})
+            return frozenset({"any", "none"})
         if self.rnn_type and not self.causal:
             # Stacks that are apart have both read all of a text by its ends.
-            return frozenset({"any", "both", "apart"} if self.separate_directions else {"any", "both"})
+            return frozenset({"any", "bidirectional", "bidirectional_separate"} if self.separate_directions else {"any", "bidirectional"})
         if self.num_encoder_layers:
-            return frozenset({"any", "latent" if self.latent_size else "source"})
+            return frozenset({"any", "latent" if self.latent_size else "seq2seq"})
         if self.linformer_k:
-            return frozenset({"any", "both"})
-        return frozenset({"any", "left"} if self.causal else {"any", "left", "both", "free", "prefix"})
+            return frozenset({"any", "bidirectional"})
+        return frozenset({"any", "causal"} if self.causal else {"any", "causal", "bidirectional", "permuted", "prefix"})
 
     @property
     def packable(self) -> bool:

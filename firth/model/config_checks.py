@@ -4,7 +4,7 @@
 >>> ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=4, rope_sign=0)
 Traceback (most recent call last):
     ...
-firth.types.UserError: shape.rotary_sign=0 must be 1 or -1
+firth.types.UserError: model.rope_sign=0 must be 1 or -1
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def check_fields(config: ModelConfig) -> None:
             raise UserError(f"shape.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
     if not config.head_dim and config.hidden_size % config.num_heads:
         raise UserError(
-            f"shape.width={config.hidden_size} is not a multiple of shape.heads={config.num_heads}: "
-            "change one of them, or state shape.head_width"
+            f"model.hidden_size={config.hidden_size} is not a multiple of model.num_heads={config.num_heads}: "
+            "change one of them, or state model.head_dim"
         )
 
 
 def check_combinations(config: ModelConfig) -> None:
     """Raise a UserError for fields that do not fit each other."""
     if config.num_heads % config.num_kv_heads:
-        raise UserError(f"shape.heads={config.num_heads} is not a multiple of shape.kv_heads={config.num_kv_heads}")
+        raise UserError(f"model.num_heads={config.num_heads} is not a multiple of model.num_kv_heads={config.num_kv_heads}")
     if config.position == "rotary" and config.head_dim % 2:
         raise UserError(f"rotary positions turn pairs of numbers, and a head of {config.head_dim} is odd: make it even")
     if config.position in SINUSOIDAL and config.embedding_dim % 2:
@@ -55,28 +55,28 @@ def check_combinations(config: ModelConfig) -> None:
         )
     if config.embedding_size and config.tie_embeddings and config.lm_head == "linear":
         raise UserError(
-            f"a linear head of width {config.hidden_size} cannot be tied to tables of shape.embed={config.embedding_size}: "
-            "set shape.head=transform or shape.tied=false"
+            f"a linear head of width {config.hidden_size} cannot be tied to tables of model.embedding_size={config.embedding_size}: "
+            "set model.lm_head=transform or model.tie_embeddings=false"
         )
     if config.num_layer_groups > min(config.num_layers, config.num_encoder_layers or config.num_layers):
         raise UserError(
-            f"shape.groups={config.num_layer_groups} is more than there are layers: make it at most shape.depth"
+            f"model.num_layer_groups={config.num_layer_groups} is more than there are layers: make it at most model.num_layers"
         )
     if config.num_layer_groups and not config.first_attention_norm:
         raise UserError(
-            "layers that share a block cannot differ in their first norm: set shape.first_norm=true or shape.groups=0"
+            "layers that share a block cannot differ in their first norm: set model.first_attention_norm=true or model.num_layer_groups=0"
         )
     if config.position == "xlnet" and (
         config.hidden_size % 2 or config.num_encoder_layers or config.num_kv_heads != config.num_heads or config.qk_norm
     ):
         raise UserError(
-            f"position xlnet needs an even shape.width (it is {config.hidden_size}), encoder=0 ({config.num_encoder_layers}), as many "
+            f"position xlnet needs an even model.hidden_size (it is {config.hidden_size}), encoder=0 ({config.num_encoder_layers}), as many "
             f"kv_heads as heads ({config.num_kv_heads} of {config.num_heads}) and qk_norm=false ({str(config.qk_norm).lower()})"
         )
     if config.memory_length and config.position != "xlnet":
         raise UserError(
-            f"shape.memory={config.memory_length} needs positions that reach back before a row, which "
-            f"shape.position={config.position!r} does not: set shape.position=xlnet, or shape.memory=0"
+            f"model.memory_length={config.memory_length} needs positions that reach back before a row, which "
+            f"model.position={config.position!r} does not: set model.position=xlnet, or model.memory_length=0"
         )
     if config.linformer_k and (
         config.rnn_type
@@ -86,38 +86,38 @@ def check_combinations(config: ModelConfig) -> None:
         or config.linformer_k > config.max_positions
     ):
         raise UserError(
-            f"shape.linformer={config.linformer_k} mixes a whole row of at most shape.context={config.max_positions} tokens into as many "
+            f"model.linformer_k={config.linformer_k} mixes a whole row of at most model.max_positions={config.max_positions} tokens into as many "
             "slots at most: it needs causal=false, encoder=0, and a position other than t5, mpnet and xlnet"
         )
     if config.prefix_lm and (
         config.causal or config.num_encoder_layers or config.rnn_type or config.linformer_k or not config.num_layers
     ):
         raise UserError(
-            "shape.prefix_lm reads a text both ways and writes on in the same row: set shape.causal=false and leave out "
-            "shape.encoder, shape.recurrent and shape.linformer"
+            "model.prefix_lm reads a text both ways and writes on in the same row: set model.causal=false and leave out "
+            "model.num_encoder_layers, model.rnn_type and model.linformer_k"
         )
     if config.latent_size and not config.num_encoder_layers:
-        raise UserError(f"shape.latent={config.latent_size} stands between an encoder and a decoder: set shape.encoder")
+        raise UserError(f"model.latent_size={config.latent_size} stands between an encoder and a decoder: set model.num_encoder_layers")
     if config.qk_norm_weight and not config.qk_norm:
-        raise UserError("shape.qk_weight is the gain of shape.qk_norm: set shape.qk_norm=true, or leave it out")
+        raise UserError("model.qk_norm_weight is the gain of model.qk_norm: set model.qk_norm=true, or leave it out")
     if config.rope_high_freq_factor <= config.rope_low_freq_factor:
         raise UserError(
-            f"shape.rotary_high={config.rope_high_freq_factor} must be above shape.rotary_low={config.rope_low_freq_factor}"
+            f"model.rope_high_freq_factor={config.rope_high_freq_factor} must be above model.rope_low_freq_factor={config.rope_low_freq_factor}"
         )
     if config.rope_sign not in (1, -1):
-        raise UserError(f"shape.rotary_sign={config.rope_sign} must be 1 or -1")
+        raise UserError(f"model.rope_sign={config.rope_sign} must be 1 or -1")
     if config.rnn_type:
         _refuse_blocks(config)
     elif config.separate_directions or config.rnn_residual:
-        raise UserError("shape.apart and shape.skip are for recurrent layers: set shape.recurrent, or leave them out")
+        raise UserError("model.separate_directions and model.rnn_residual are for recurrent layers: set model.rnn_type, or leave them out")
     if not config.num_layers and (config.num_encoder_layers or config.rnn_type):
-        raise UserError("shape.depth=0 leaves the embeddings alone: leave out shape.encoder and shape.recurrent too")
+        raise UserError("model.num_layers=0 leaves the embeddings alone: leave out model.num_encoder_layers and model.rnn_type too")
     if config.max_characters and (
         config.tie_embeddings or config.max_characters < 7 or config.char_filters < 64 or config.char_filters % 64
     ):
         raise UserError(
             "a model that spells its tokens has no table to tie its head to, reads at least 7 bytes of each, and has "
-            "64, 128, 192 ... filters: set shape.tied=false, shape.characters=16 and shape.filters=512"
+            "64, 128, 192 ... filters: set model.tie_embeddings=false, model.max_characters=16 and model.char_filters=512"
         )
 
 
@@ -133,15 +133,15 @@ def _refuse_blocks(config: ModelConfig) -> None:
                 "or begin from the recipe lstm"
             )
     if config.position in ("rotary", "t5"):
-        raise UserError(f"{config.position} positions are for attention: set shape.position=none (or learned)")
+        raise UserError(f"{config.position} positions are for attention: set model.position=none (or learned)")
     if config.causal and config.separate_directions:
-        raise UserError("shape.apart is for two directions, and shape.causal=true is one: set shape.causal=false")
+        raise UserError("model.separate_directions is for two directions, and model.causal=true is one: set model.causal=false")
     if config.hidden_size % 2 and not config.causal:
-        raise UserError(f"two directions share the width, and shape.width={config.hidden_size} is odd: make it even")
+        raise UserError(f"two directions share the width, and model.hidden_size={config.hidden_size} is odd: make it even")
     if config.intermediate_size < config.direction_size or (
         config.intermediate_size > config.direction_size and config.rnn_type != "lstm"
     ):
         raise UserError(
-            f"shape.hidden={config.intermediate_size} cells hand on {config.direction_size} numbers in each direction, and only an LSTM "
-            "projects more cells to fewer: leave shape.hidden out"
+            f"model.intermediate_size={config.intermediate_size} cells hand on {config.direction_size} numbers in each direction, and only an LSTM "
+            "projects more cells to fewer: leave model.intermediate_size out"
         )

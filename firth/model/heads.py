@@ -21,8 +21,8 @@ class LMHead(nn.Module):
         super().__init__()
         if config.tie_embeddings and config.separate_directions:
             raise UserError(
-                f"a vocabulary head reads {config.hidden_size} numbers and the embeddings of shape.apart have {config.embedding_dim}: "
-                "set shape.tied=false, or take objective bilm, whose two readers have a half each"
+                f"a vocabulary head reads {config.hidden_size} numbers and the embeddings of model.separate_directions have {config.embedding_dim}: "
+                "set model.tie_embeddings=false, or take objective bilm, whose two readers have a half each"
             )
         self.config = config
         self.softcap, self.scale = config.logit_softcap, config.lm_head_scale

@@ -46,12 +46,12 @@ class Linformer(nn.Module):
         if mask.is_causal or mask.block_mask is not None or (mask.mask is not None and mask.mask.shape[2] > 1):
             raise UserError(
                 "a Linformer mixes all tokens of a row before anyone looks, so every position must see the whole row: "
-                "it cannot read from left to right, in another order, or several documents in a row (set batch.pack=0)"
+                "it cannot read from left to right, in another order, or several documents in a row (set batch.pack_to_length=0)"
             )
         context = self.weight.shape[2]
         if length > context:
             raise UserError(
-                f"a row of {length} tokens is longer than shape.context={context}, the number of positions that this "
+                f"a row of {length} tokens is longer than model.max_positions={context}, the number of positions that this "
                 "Linformer projects: cut the rows or train with a longer context"
             )
         real = None if mask.mask is None else mask.mask.mT

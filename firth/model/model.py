@@ -173,7 +173,7 @@ class LM(nn.Module):
             reach = self.config.max_positions - self.num_virtual_tokens(source)
             if positions.shape[-1] > reach and int(positions.amax()) >= self.config.max_positions:
                 raise UserError(
-                    f"a row of {int(positions.amax()) + 1} tokens is longer than shape.context={self.config.max_positions}, "
+                    f"a row of {int(positions.amax()) + 1} tokens is longer than model.max_positions={self.config.max_positions}, "
                     "the number of positions this model has learned: cut the rows or train with a longer context"
                 )
             x = x + places(positions)
@@ -188,7 +188,7 @@ class LM(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """The encoder's memory of the source: (..., S, width)."""
         if self.encoder is None:
-            raise UserError("this model has no encoder: shape.encoder is 0")
+            raise UserError("this model has no encoder: model.num_encoder_layers is 0")
         memory, _ = self._remembered(batch)
         own = memory[:, memory.shape[1] - batch["source_tokens"].shape[-1] :]
         return own.unflatten(0, batch["source_tokens"].shape[:-1])
@@ -205,7 +205,7 @@ class LM(nn.Module):
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent of each source: two of (..., latent)."""
         if self.latent is None:
-            raise UserError("this model has no latent: shape.latent is 0")
+            raise UserError("this model has no latent: model.latent_size is 0")
         fields = prefixed_fields(batch, "source_")
         mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("appears"))
         lead = batch["source_tokens"].shape[:-1]

@@ -110,6 +110,6 @@ def refuse(config: ModelConfig, what: str) -> None:
         lacking = "reads distances to every token and has a memory of its own"
     if lacking:
         raise UserError(
-            f"adapt={what} puts trained positions before a text, which {config.description} cannot read, for it {lacking}: "
-            "take adapt=lora, or a model with learned, rotary, sinusoidal or T5's positions"
+            f"peft={what} puts trained positions before a text, which {config.description} cannot read, for it {lacking}: "
+            "take peft=lora, or a model with learned, rotary, sinusoidal or T5's positions"
         )

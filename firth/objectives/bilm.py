@@ -40,7 +40,7 @@ class BiLM(Objective):
     keeps_fields: ClassVar[bool] = True
 
     def attention_pattern(self) -> AttentionPattern:
-        return "apart"
+        return "bidirectional_separate"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(one_reader(config))}

@@ -25,7 +25,7 @@ class CausalLM(TokenObjective):
     """
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left"
+        return "causal"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

@@ -31,7 +31,7 @@ from firth.types import IGNORE, Batch, Example, Outputs, UserError
 from firth.validated import NonNegativeFloat, ShareBelowOne
 
 Readout = Literal["first", "last", "answer"]
-READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "both", "last": "left", "answer": "source"}
+READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "bidirectional", "last": "causal", "answer": "seq2seq"}
 """Where an answer is read -> how the text has to be read for it; "auto" is settled by the shape."""
 
 
@@ -42,9 +42,9 @@ def readout_of(config: ModelConfig, reads: AttentionPattern = "any") -> Readout:
     >>> [readout_of(make(vocab_size=9, hidden_size=64, num_layers=1)) for make in (encoder_config, decoder_config, encoder_decoder_config)]
     ['first', 'last', 'answer']
     """
-    if "source" in config.supported_patterns:
+    if "seq2seq" in config.supported_patterns:
         return "answer"
-    return "first" if "both" in config.supported_patterns and reads != "left" else "last"
+    return "first" if "bidirectional" in config.supported_patterns and reads != "causal" else "last"
 
 
 def classification_head(width: int, count: int) -> nn.Linear:

@@ -53,7 +53,7 @@ class PooledObjective(Objective):
     position: Literal["mean", "first"] = "mean"
 
     def attention_pattern(self) -> AttentionPattern:
-        return "both"
+        return "bidirectional"
 
     def represent(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Unit vectors: hidden (..., T, width) -> (..., width) float32."""
@@ -134,7 +134,7 @@ class InfoNCE(PooledObjective):
     def missing_from(self, config: ModelConfig) -> str:
         same = self.num_views == "dropout" and not config.dropout
         return (
-            "two views of a text differ by dropout alone, and shape.dropout is 0: set shape.dropout=0.1" if same else ""
+            "two views of a text differ by dropout alone, and model.dropout is 0: set model.dropout=0.1" if same else ""
         )
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:

@@ -60,7 +60,7 @@ class Denoising(TokenObjective):
         return frozenset({"sentences"} if "permutation" in self.noises else ())
 
     def attention_pattern(self) -> AttentionPattern:
-        return "source" if self.layout == "seq2seq" else "prefix"
+        return "seq2seq" if self.layout == "seq2seq" else "prefix"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

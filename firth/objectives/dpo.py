@@ -76,7 +76,7 @@ class DPO(Objective):
         return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left"
+        return "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}
@@ -90,7 +90,7 @@ class DPO(Objective):
         where = "held-out" if split else "training"
         return [
             f"Both answers became less likely than under the reference on {where} comparisons: the preferred by "
-            f"{-chosen:.3g} nats, the rejected by {-rejected:.3g}. A larger objective.beta or a lower optimizer.rate keeps "
+            f"{-chosen:.3g} nats, the rejected by {-rejected:.3g}. A larger objective.beta or a lower optimizer.lr keeps "
             "the model nearer to the reference."
         ]
 

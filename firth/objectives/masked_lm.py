@@ -67,7 +67,7 @@ class MLM(TokenObjective):
         return text_units(self.noise)
 
     def attention_pattern(self) -> AttentionPattern:
-        return "both"
+        return "bidirectional"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

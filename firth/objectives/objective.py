@@ -37,13 +37,13 @@ from firth.types import IGNORE, Batch, Example, Outputs, UserError
 from firth.validated import Ranged
 
 PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
-    "left": "reads a text from left to right",
-    "both": "reads a text from both sides",
-    "free": "reads a text in an order of its own",
+    "causal": "reads a text from left to right",
+    "bidirectional": "reads a text from both sides",
+    "permuted": "reads a text in an order of its own",
     "prefix": "reads a prompt both ways and writes on in one row",
-    "source": "reads a source and writes an answer",
-    "apart": "reads a text from left to right and from right to left, by two readers who do not meet",
-    "alone": "reads each token by itself",
+    "seq2seq": "reads a source and writes an answer",
+    "bidirectional_separate": "reads a text from left to right and from right to left, by two readers who do not meet",
+    "none": "reads each token by itself",
     "latent": "squeezes a text through a latent",
 }
 """A way of reading -> what an objective does that asks for it."""
@@ -234,7 +234,7 @@ class Sum(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = "+".join(name_of(type(one)) for one in self.components())
-        apart = "train with one of them, or with one after the other (start=RUN)"
+        apart = "train with one of them, or with one after the other (init_from=RUN)"
         shared = self.first.labels.keys() & self.second.labels.keys()
         if shared:
             raise UserError(f"cannot add {names}: two of them have the loss term {sorted(shared)[0]!r}; {apart}")

@@ -56,7 +56,7 @@ class PLM(TokenObjective):
         return text_units(self.noise)
 
     def attention_pattern(self) -> AttentionPattern:
-        return "free"
+        return "permuted"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

@@ -9,7 +9,7 @@ estimate (`values`), the advantage and the return. With ratio = p(token) / p_old
 
 The penalty beta * KL(p || p_ref) is inside the reward, token by token (the source subtracts it), not in the loss.
 The critic is a model of its own, as large as the policy (Ouyang 2022, appendix C.4): `start_critic` gives it the weights
-of the reward model, and `optimizer.critic_rate` is its learning rate. critic="shared" is a linear head on the policy's
+of the reward model, and `optimizer.critic_lr` is its learning rate. critic="shared" is a linear head on the policy's
 own trunk: half the memory, and measured to learn next to nothing (docs/results.md).
 
 Differences from the original: no entropy bonus, as in InstructGPT; estimates of KL are of the non-negative kind (Schulman
@@ -135,7 +135,7 @@ class PPO(Objective):
         return frozenset({"tokens", "mask", *PER_TOKEN})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left"
+        return "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         value: dict[str, nn.Module] = {"value": value_head(config.hidden_size)}

@@ -57,12 +57,12 @@ class PrefixLM(TokenObjective):
             )
 
     def attention_pattern(self) -> AttentionPattern:
-        return "source" if self.layout == "seq2seq" else "prefix"
+        return "seq2seq" if self.layout == "seq2seq" else "prefix"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         if len(tokens) < 2:
-            raise UserError("prefix_lm needs texts of two tokens or more: set segment.shortest=2")
+            raise UserError("prefix_lm needs texts of two tokens or more: set examples.min_length=2")
         share = self.min_prefix + (self.max_prefix - self.min_prefix) * rng.random()
         return self._show(tokens, min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1), vocab)
 

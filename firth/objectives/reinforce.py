@@ -49,7 +49,7 @@ class Reinforce(Objective):
         return frozenset({"tokens", "mask", "advantage"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left"
+        return "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}

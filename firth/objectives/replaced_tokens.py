@@ -78,13 +78,13 @@ class RTD(Objective):
         return text_units(self.noise)
 
     def attention_pattern(self) -> AttentionPattern:
-        return "both"
+        return "bidirectional"
 
     def missing_from(self, config: ModelConfig) -> str:
         if not config.rnn_type or (self.generator_size == 1 and not config.separate_directions):
             return ""
-        apart = "shape.apart=false and " if config.separate_directions else ""
-        return f"recurrent layers are as wide as their tables, which its generator shares: set {apart}objective.size=1"
+        apart = "model.separate_directions=false and " if config.separate_directions else ""
+        return f"recurrent layers are as wide as their tables, which its generator shares: set {apart}objective.generator_size=1"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         small = thinner(config, self.generator_size)

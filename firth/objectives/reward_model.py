@@ -84,7 +84,7 @@ class RewardModeling(Objective):
         return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left"
+        return "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"reward": reward_head(config.hidden_size)}

@@ -27,7 +27,7 @@ class SentencePairObjective(Objective):
     asks: ClassVar[str]
 
     def attention_pattern(self) -> AttentionPattern:
-        return "both"
+        return "bidirectional"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {self.asks: pooled(config.hidden_size, 2)}

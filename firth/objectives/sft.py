@@ -43,7 +43,7 @@ class SFT(TokenObjective):
         return frozenset({"tokens", "mask"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left"
+        return "causal"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return answer(example["tokens"], example["mask"])
@@ -64,7 +64,7 @@ class Seq2SeqSFT(TokenObjective):
         return frozenset({"source", "target"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "source"
+        return "seq2seq"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return layout.seq2seq(example["source"], example["target"], vocab.start)

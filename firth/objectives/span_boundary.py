@@ -56,7 +56,7 @@ class SBO(Objective):
         return frozenset({"tokens", "labels"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "both"
+        return "bidirectional"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Two layers with GELU and a norm (the paper's equations 3 and 4), and a vector for each place in a span."""

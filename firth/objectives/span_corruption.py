@@ -56,7 +56,7 @@ def _refuse_many(runs: int, sentinels: np.ndarray) -> None:
         raise UserError(
             f"{runs} dropped spans take {runs + 1} sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}: "
             f"train one with `firth tokenizer train --sentinels {max(100, 2 * runs)}` (or leave out tokenizer.path), or "
-            "give shorter texts (segment.length)"
+            "give shorter texts (examples.max_length)"
         )
 
 
@@ -86,7 +86,7 @@ class SpanCorruption(TokenObjective):
         return text_units(self.noise)
 
     def attention_pattern(self) -> AttentionPattern:
-        return "source" if self.layout == "seq2seq" else "prefix"
+        return "seq2seq" if self.layout == "seq2seq" else "prefix"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]

@@ -46,11 +46,11 @@ class TokenClassification(Objective):
         return frozenset({"tokens", "tags"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "left" if self.left else "any"
+        return "causal" if self.left else "any"
 
     def for_model(self, config: ModelConfig) -> Objective:
         return (
-            self if self.left is not None else dataclasses.replace(self, left="both" not in config.supported_patterns)
+            self if self.left is not None else dataclasses.replace(self, left="bidirectional" not in config.supported_patterns)
         )
 
     def with_stats(self, stats: Callable[[], DataStats]) -> Objective:

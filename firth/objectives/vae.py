@@ -69,7 +69,7 @@ class VAE(TokenObjective):
     def missing_from(self, config: ModelConfig) -> str:
         if config.latent_size == self.latent_size:
             return ""
-        return f"its latent has objective.units={self.latent_size} numbers and the shape's shape.latent={config.latent_size}: make them equal"
+        return f"its latent has objective.latent_size={self.latent_size} numbers and the shape's model.latent_size={config.latent_size}: make them equal"
 
     def at_step(self, step: int) -> Self:
         return (
@@ -84,7 +84,7 @@ class VAE(TokenObjective):
             return [f"The latent carries {kl:.3g} nats of a text, in {active:.3g} of its {self.latent_size} units."]
         return [
             f"The posterior has collapsed: the latent carries {kl:.2g} nats of a text, in {active:.2g} of its {self.latent_size} "
-            "units, so the decoder writes without it; lengthen objective.anneal, or set objective.free or objective.drop."
+            "units, so the decoder writes without it; lengthen objective.kl_anneal_steps, or set objective.free_bits or objective.word_dropout."
         ]
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:

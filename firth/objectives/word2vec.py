@@ -66,7 +66,7 @@ class Word2Vec(Objective):
         return frozenset({"tokens", "kept", "noise"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "alone"
+        return "none"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         context = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -84,7 +84,7 @@ def base_of(directory: Path) -> Path:
             return base / "model" if (base / "model").is_dir() else base
     raise UserError(
         f"{directory / FILE} names the base {said!r}, which is no directory here: give the model's directory as start= "
-        "and the adapter as adapt.start="
+        "and the adapter as peft.init_from="
     )
 
 
@@ -383,7 +383,7 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
     if theirs and _whole(state) and not model.config.causal and {"classes", "score"} & {*model.heads}:
         raise UserError(
             f"{where / TENSORS}: peft reads the class of a text at the first vector of its prompt there, and firth at the text's "
-            "first token: train it here (adapt=prompt), or take a prefix"
+            "first token: train it here (peft=prompt), or take a prefix"
         )
     vectors = _vectors(state, where)[
         : int(_number(config, "num_virtual_tokens", where))

@@ -104,8 +104,8 @@ def save_model(
         said += "".join(f", without its {name}, which peft adds" for name in beside)
     names += write_tensors(written, directory, storage)
     if tokenizer is not None:
-        reads: Literal["source", "left", "both"] = "left" if model.config.causal or model.config.prefix_lm else "both"
-        tokenizer.framed("source" if model.config.num_encoder_layers else reads).save(
+        reads: Literal["seq2seq", "causal", "bidirectional"] = "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
+        tokenizer.framed("seq2seq" if model.config.num_encoder_layers else reads).save(
             directory, segments=model.config.type_vocab_size > 0
         )
     # Not of the files that people edit: chat_template.jinja, generation_config.json, tokenizer_config.json. What decides
@@ -176,7 +176,7 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     for name, tensor in mine.items():
         if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
-                f"cannot start from {directory}: {_difference(model.config, config)}; use the same shape, which shape=null does"
+                f"cannot start from {directory}: {_difference(model.config, config)}; use the same shape, which model=null does"
             )
     there, here = _by_part(state), _by_part(mine)
     kept = _kept(mine, state)
@@ -267,7 +267,7 @@ def _read(directory: Path) -> LoadedState:
     if file is not None:
         config, ours = gguf.config(file), {}
     elif not config and (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} holds an adapter and no model: start from its base, with adapt.start={directory}")
+        raise UserError(f"{directory} holds an adapter and no model: start from its base, with peft.init_from={directory}")
     elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
     check_no_foreign_code(config, directory / "config.json")

@@ -3,7 +3,7 @@
     firth train albert             one block of width 192 passed four times, on Shakespeare: 134 s on two cores, held-out nats of
                                    hidden tokens from 6.56 (word frequencies) to 5.15; the order of sentences is not learnt (0.60,
                                    untrained 0.59)
-    firth train albert:published   ALBERT-base: 12 M parameters; say source.path=FILES
+    firth train albert:published   ALBERT-base: 12 M parameters; say data.path=FILES
 
 What was measured of it is in docs/results.md. Masks are n-grams of up to three whole words (section 4.1).
 """

@@ -3,7 +3,7 @@
 firth train bart              tiny: Shakespeare, 600 steps, 166 s on two cores: held-out nats a token of the mended text from 6.33
                               (word frequencies) to 4.29
 firth train bart objective.noises=[deletion]                                one damage alone, as in the paper's table 1
-firth train bart:published source.path=BOOKS_NEWS_AND_STORIES
+firth train bart:published data.path=BOOKS_NEWS_AND_STORIES
 """
 
 from __future__ import annotations

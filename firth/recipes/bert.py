@@ -4,7 +4,7 @@ firth train bert              tiny: Shakespeare, 800 steps, 136 s on two cores: 
                               frequencies) to 4.29; the next sentence is not learnt (0.60, untrained 0.59)
 firth train roberta           the same without sentence pairs, masks drawn anew at each visit: from 6.35 to 4.41 in 125 s
 firth train roberta:small     11 M parameters
-firth train bert:published source.path=BOOKS_AND_WIKIPEDIA
+firth train bert:published data.path=BOOKS_AND_WIKIPEDIA
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bert(size: str = "tiny") -> Recipe:
     """Next sentence prediction and masked words together, ten fixed maskings of the text (Devlin 2019).
 
     The paper (appendix A.2): 256 rows of 512 tokens, 1 M steps, Adam at 1e-4 after 10,000 steps, a linear fall. It reads
-    rows of 128 tokens for the first 90% of the steps; here all are of 512 (set segment.length=128 for theirs).
+    rows of 128 tokens for the first 90% of the steps; here all are of 512 (set examples.max_length=128 for theirs).
     """
     paper = Recipe(
         name="bert", objective=NSP() + MLM(num_maskings=10), examples=SegmentPairsConfig(max_length=512), model=presets.PRESETS["bert-base"],

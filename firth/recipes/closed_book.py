@@ -2,12 +2,12 @@
 
 firth train closed_book                                             tiny: 1,100 places of WordNet, 138 s on two cores: nats of what is
                                                                     hidden, in training, from 4.60 to 0.34
-firth train closed_book_questions start=runs/closed_book            questions about three quarters of them: 38% are then answered
+firth train closed_book_questions init_from=runs/closed_book            questions about three quarters of them: 38% are then answered
                                                                     exactly, and 12% of those about the others (three seeds)
 firth evaluate runs/closed_book_questions "$(firth fetch places | tail -1)/test.jsonl" --task answers
 
-`objective.noise=spans` in the first command hides any tokens: the comparison of Guu 2020 and Roberts 2020. The same with
-source.corpus=people and people/train.jsonl asks who and when.
+`objective.noise_words=spans` in the first command hides any tokens: the comparison of Guu 2020 and Roberts 2020. The same with
+data.corpus=people and people/train.jsonl asks who and when.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     firth train contrastive        pairs of Shakespeare, from random weights: 300 steps, 92 s on two cores; the neighbour of a held-out
                                    piece is nearer than a stranger in 70% (64% untrained), beyond the margin in 63% (50%)
-    firth train contrastive:published start=BERT_BASE source.path=mine/sentences.txt source.split=line
-    firth train contrastive:published start=RUN_OF_AN_ENCODER source.path=mine/sentences.txt source.split=line
+    firth train contrastive:published init_from=BERT_BASE data.path=mine/sentences.txt data.split_by=line
+    firth train contrastive:published init_from=RUN_OF_AN_ENCODER data.path=mine/sentences.txt data.split_by=line
 
 The published size says BERT-Base's shape, for a run without a start; a start brings its own.
 

@@ -3,7 +3,7 @@
     firth train electra             four blocks of width 192 on Shakespeare, 450 steps, 169 s on two cores: the
                                     generator's held-out loss from 6.29 to 5.10; 11% of what it replaced is told from the
                                     text, and 1% of the text taken for it
-    firth train electra:published   ELECTRA-small: 14 M parameters, without the generator; say source.path=FILES
+    firth train electra:published   ELECTRA-small: 14 M parameters, without the generator; say data.path=FILES
     firth train electra:base        ELECTRA-base: 110 M
     firth train electra objective.kind=adversarial_rtd      the generator paid for fooling the other (appendix F)
 

@@ -3,19 +3,19 @@
 Few labels and many texts without one: a classifier of the labelled records is the teacher, and its classes of the texts that
 it is sure of are learned like labels (pseudo-labels).
 
-    firth train classify start=runs/bert source=labelled.csv --out runs/teacher
-    firth train semi_supervised start=runs/bert source=labelled.csv segment.teacher=runs/teacher segment.others=[more.txt]
+    firth train classify init_from=runs/bert data=labelled.csv --out runs/teacher
+    firth train semi_supervised init_from=runs/bert data=labelled.csv examples.teacher=runs/teacher examples.unlabeled_path=[more.txt]
 
 `more.txt` has one text a line; a table or JSON lines will do too. A trial of the method on records that all have a label is
-`segment.few=100` in place of `segment.others`: 100 keep theirs. `objective=consistency segment=partly` needs no teacher: the
+`examples.num_labeled=100` in place of `examples.unlabeled_path`: 100 keep theirs. `objective=consistency examples=partially_labeled` needs no teacher: the
 model must judge a text alike when words are masked. It was worse than the labelled records alone with every seed.
 
 Several labels for each record, some of them wrong: all votes are learned from.
 
-    firth train weak start=runs/bert source.path=voted.jsonl              records {"text", "labels": [...]}
-    firth train weak start=runs/bert source=labelled.csv segment=voted    a simulation: the labels are replaced by votes
+    firth train weak init_from=runs/bert data.path=voted.jsonl              records {"text", "labels": [...]}
+    firth train weak init_from=runs/bert data=labelled.csv examples=simulated_annotators    a simulation: the labels are replaced by votes
 
-The simulation has `segment.annotators=5` annotators who are right with probability `segment.accuracy=0.7`.
+The simulation has `examples.num_annotators=5` annotators who are right with probability `examples.annotator_accuracy=0.7`.
 
 Baselines: `classify` on the labelled records alone, and `firth train weak objective=classification`, which reads the majority of
 the same votes. The measurements are in docs/results.md.

@@ -1,26 +1,26 @@
 """Tasks over files: a class, a number, a choice, tags, a span of a passage, or text for a text.
 
-    firth train classify start=runs/bert source=reviews.csv segment.text=review segment.label=stars
-    firth train classify start=MODEL source=pairs.csv segment.text=premise segment.pair=hypothesis
-    firth train regress  start=MODEL source=pairs.tsv segment.text=sentence1 segment.pair=sentence2 segment.label=score
-    firth train choose   start=MODEL source=questions.jsonl                    {"text", "options": [...], "label"}
-    firth train tag      start=MODEL source=train.conll source.valid=dev.conll
-    firth train answer   start=MODEL source=train-v1.1.json source.valid=dev-v1.1.json
-    firth train text_to_text start=runs/t5 source=pairs.csv "segment.prompt=translate to French: {en}" "segment.answer_is={fr}"
-    firth train glue:mrpc start=MODEL source=MRPC/train.tsv source.valid=MRPC/dev.tsv
+    firth train classify init_from=runs/bert data=reviews.csv examples.text_field=review examples.label_field=stars
+    firth train classify init_from=MODEL data=pairs.csv examples.text_field=premise examples.text_pair_field=hypothesis
+    firth train regress  init_from=MODEL data=pairs.tsv examples.text_field=sentence1 examples.text_pair_field=sentence2 examples.label_field=score
+    firth train choose   init_from=MODEL data=questions.jsonl                    {"text", "options": [...], "label"}
+    firth train tag      init_from=MODEL data=train.conll data.validation_path=dev.conll
+    firth train answer   init_from=MODEL data=train-v1.1.json data.validation_path=dev-v1.1.json
+    firth train text_to_text init_from=runs/t5 data=pairs.csv "examples.prompt_template=translate to French: {en}" "examples.completion_template={fr}"
+    firth train glue:mrpc init_from=MODEL data=MRPC/train.tsv data.validation_path=MRPC/dev.tsv
     firth evaluate runs/glue-mrpc runs/glue-cola --task glue
 
 Whatever is wrong with a file is said with its line, and counted. Records whose label says that there is none (SNLI's "-") are
-left out where they are told: "segment.absent=['-']".
+left out where they are told: "examples.missing_labels=['-']".
 
-Without start=MODEL they begin from nothing: shape={width: 192, depth: 4, heads: 3, causal: false}. An encoder
+Without init_from=MODEL they begin from nothing: model={hidden_size: 192, num_layers: 4, num_heads: 3, causal: false}. An encoder
 answers at [CLS], a decoder at its last token, an encoder-decoder at the first that it would write.
 
 The examples of a step are packed into rows as long as the longest may be, and do not see one another; where they cannot be
-(the options of a question, a prompt before each text), steps are made of examples of like length (`batch.pack`, `batch.sort`).
+(the options of a question, a prompt before each text), steps are made of examples of like length (`batch.pack_to_length`, `batch.group_by_length`).
 
-    checks.every=50 checks.best=f1 checks.patience=3     the best of the checks is exported, and three that are no better end it
-    objective.weights=balanced objective.smoothing=0.1   every class counts the same; a tenth of each label is spread over all
+    evaluation.every=50 evaluation.best_metric=f1 evaluation.patience=3     the best of the checks is exported, and three that are no better end it
+    objective.class_weights=balanced objective.label_smoothing=0.1   every class counts the same; a tenth of each label is spread over all
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ such records are left out. STS-B has numbers."""
 
 
 def glue(size: str = "sst2") -> Recipe:
-    """GLUE by its task: `firth train glue:cola`; for MNLI source.valid is either of its two development sets, or both.
+    """GLUE by its task: `firth train glue:cola`; for MNLI data.validation_path is either of its two development sets, or both.
 
     `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
     """

@@ -6,17 +6,17 @@
     firth train gpt3            92 s, to 2.35
     firth train llama           109 s, to 2.21
     firth train gpt:small       17 M parameters, the one that the benchmarks train
-    firth train gpt:published source.path=BOOKS
+    firth train gpt:published data.path=BOOKS
 
 The tiny sizes of gpt2, gpt3 and llama have the blocks of their papers, so that four generations of decoders can be
 compared on one's own text (docs/results.md: one seed so far): `firth compare gpt gpt2 llama --seconds 120`.
 
 A small text that is read many times is soon overfitted; two keys delay that, for about a third more time a step:
 
-    firth train gpt source.path=BOOK length.steps=800 shape.dropout=0.1 optimizer.weight_decay=1 checks.best=loss
+    firth train gpt data.path=BOOK max_steps=800 model.dropout=0.1 optimizer.weight_decay=1 evaluation.best_metric=loss
 
 Two plays read 9.2 times: held-out loss 5.48 at the end with the two keys and 5.85 without (three seeds), but 5.33 with or without
-after a third of the run: `checks.best` keeps the better model. Five plays read 7.9 times: 4.76 against 5.08 (three seeds), and
+after a third of the run: `evaluation.best_metric` keeps the better model. Five plays read 7.9 times: 4.76 against 5.08 (three seeds), and
 4.76 against 4.79 at the best measurement. An encoder learns more slowly with them (`roberta`, 9.0 times, two seeds: 5.77
 against 5.54).
 """

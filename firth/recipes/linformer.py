@@ -2,7 +2,7 @@
 
     firth train linformer       masked tokens of Shakespeare, rows of 256 tokens in 64 slots: 400 steps, 138 s on two cores, held-out loss
                                 from 6.40 (word frequencies) to 5.20
-    firth train linformer:published source.path=mine/  the paper's: RoBERTa-Base, rows of 512 tokens, k = 256
+    firth train linformer:published data.path=mine/  the paper's: RoBERTa-Base, rows of 512 tokens, k = 256
 
 What was measured of them is in docs/results.md; time and memory against full attention are in `bench/linformer.py`.
 """

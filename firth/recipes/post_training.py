@@ -1,11 +1,11 @@
 """What is done to a model that writes: instruction tuning, a reward model, DPO, REINFORCE, PPO. (Other tasks: `tasks`.)
 
-    firth train instruct start=runs/gpt source.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
-    firth train reward start=runs/instruct source.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
-    firth train ranking start=runs/instruct source.path=rankings.jsonl           {"prompt", "answers"}, the best first
-    firth train dpo start=runs/instruct source.path=preferences.jsonl
-    firth train ppo start=runs/instruct segment.reward=runs/reward source.path=dialogues.jsonl
-    firth train reinforce start=runs/instruct segment.scorer=my.module:score source.path=dialogues.jsonl
+    firth train instruct init_from=runs/gpt data.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
+    firth train reward init_from=runs/instruct data.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
+    firth train ranking init_from=runs/instruct data.path=rankings.jsonl           {"prompt", "answers"}, the best first
+    firth train dpo init_from=runs/instruct data.path=preferences.jsonl
+    firth train ppo init_from=runs/instruct examples.reward_model=runs/reward data.path=dialogues.jsonl
+    firth train reinforce init_from=runs/instruct examples.reward_function=my.module:score data.path=dialogues.jsonl
 
 AdamW at a small rate: Muon's even steps help a model that starts from nothing, and undo one that does not.
 """

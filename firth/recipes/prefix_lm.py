@@ -3,7 +3,7 @@
 firth train prefix_lm                 tiny: Shakespeare, 800 steps, 161 s on two cores: held-out nats a token of the rest from 6.33
                                       (word frequencies) to 4.35
 firth train prefix_lm:halves          the first half to an encoder, the second from a decoder
-firth train prefix_lm:published source.path=C4
+firth train prefix_lm:published data.path=C4
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@
 and what is done with them:
 
     firth vectors runs/word2vec king --out vectors.txt
-    firth train lstm embeddings=runs/word2vec shape.width=128                     its vectors, all else at random
-    firth train classify start=runs/lstm source.path=labelled.jsonl
-    firth train tag_features start=runs/elmo source.path=tagged.jsonl             frozen, a mixture of its layers
+    firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128                     its vectors, all else at random
+    firth train classify init_from=runs/lstm data.path=labelled.jsonl
+    firth train tag_features init_from=runs/elmo data.path=tagged.jsonl             frozen, a mixture of its layers
 
-Vectors are taken over as they are, so shape.width must be theirs: 128 of the tiny word2vec. The text is
-Shakespeare's plays unless `source.path` says another; one seed (docs/results.md).
+Vectors are taken over as they are, so model.hidden_size must be theirs: 128 of the tiny word2vec. The text is
+Shakespeare's plays unless `data.path` says another; one seed (docs/results.md).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Tiny recipes read one text with one kind of tokenizer and have one body (four blocks of width 192), so that what differs
 between two of them is what their papers changed; each takes about two minutes on two cores. A published size says no
-text: give it yours with source.path=FILES.
+text: give it yours with data.path=FILES.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     firth train spanbert             four blocks of width 192 on Shakespeare, 500 steps, three minutes on two cores: held-out nats of
                                      hidden tokens from 6.48 (word frequencies) to 5.35, and from their span's ends to 5.92
-    firth train spanbert:published   BERT-large: 340 M parameters; say source.path=FILES
+    firth train spanbert:published   BERT-large: 340 M parameters; say data.path=FILES
 
 What was measured of it is in docs/results.md. Single segments and no NSP, as in the paper.
 """

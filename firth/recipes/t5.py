@@ -3,7 +3,7 @@
 firth train t5                tiny: Shakespeare, 800 steps, 122 s on two cores: held-out nats a token of what was dropped from 5.70
                               (word frequencies) to 4.44
 firth train t5:small          17 M parameters
-firth train t5:published source.path=C4
+firth train t5:published data.path=C4
 """
 
 from __future__ import annotations

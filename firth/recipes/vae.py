@@ -1,6 +1,6 @@
 """A text VAE (Bowman 2016): sentences through a Gaussian latent, with an annealed KL and word dropout.
 
-    firth train vae source.path=mine/     on Shakespeare: held-out ELBO from -6.30 to -4.90 nats a token in 600 steps, of which the
+    firth train vae data.path=mine/     on Shakespeare: held-out ELBO from -6.30 to -4.90 nats a token in 600 steps, of which the
                                           latent carries 0.9 nats a text; 127 s on two cores
 
 The samples are texts drawn from the prior, and those on the straight line between two. The report says how many nats the

@@ -3,7 +3,7 @@
     firth train xlnet             tiny: Shakespeare, loss of the tokens asked from 6.38 (word frequencies) to 4.65 in 500 steps,
                                   162 s on two cores
     firth train mpnet             the same from 6.34 to 4.35 in 600 steps, 149 s
-    firth train xlnet:published source.path=BOOKS_WIKIPEDIA_AND_WEB
+    firth train xlnet:published data.path=BOOKS_WIKIPEDIA_AND_WEB
 
 `firth fill` asks a trained MPNet as it asks BERT, and an XLNet by queries that nobody sees, as it was trained.
 """

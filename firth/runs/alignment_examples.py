@@ -82,7 +82,7 @@ class RefLogprobsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         model = data.load_frozen(
-            required_model(data.init_from, "start", "the model that DPO starts from and is held to")
+            required_model(data.init_from, "init_from", "the model that DPO starts from and is held to")
         )
         plain = self.base.build(data, objective)
         with data.autocast():
@@ -150,20 +150,20 @@ class RolloutsConfig(ExamplesConfig):
         read = objective.inputs(self.fields)
         if self.advantages == "group" and "returns" in read:
             raise UserError(
-                "segment.credit=group compares answers with each other, and the critic of objective ppo would be trained for "
-                "nothing: set segment.credit=gae, or take objective=reinforce"
+                "examples.advantages=group compares answers with each other, and the critic of objective ppo would be trained for "
+                "nothing: set examples.advantages=gae, or take objective=reinforce"
             )
         if self.advantages == "gae" and "advantage" in read and "returns" not in read:
             raise UserError(
-                "segment.credit=gae needs the estimates of a critic, which objective reinforce does not have: set "
-                "segment.credit=group, or take objective=ppo"
+                "examples.advantages=gae needs the estimates of a critic, which objective reinforce does not have: set "
+                "examples.advantages=group, or take objective=ppo"
             )
 
     @property
     def functions(self) -> dict[str, str]:
         return {
             name: value
-            for name, value in (("scorer", self.reward_function), ("truth", self.true_reward_function))
+            for name, value in (("reward_function", self.reward_function), ("true_reward_function", self.true_reward_function))
             if value
         }
 
@@ -172,7 +172,7 @@ class RolloutsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         start = data.load_frozen(
-            required_model(data.init_from, "start", "the model that writes the first answers and is held to")
+            required_model(data.init_from, "init_from", "the model that writes the first answers and is held to")
         )
         found, keys = self._prompts(data, start, data.config.paths(data.echo))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
@@ -180,13 +180,13 @@ class RolloutsConfig(ExamplesConfig):
         if data.config.validation_path:
             held, _ = self._prompts(data, start, data.config.validation_path)
         if bool(self.reward_model) == bool(self.reward_function):
-            raise UserError("rollouts need one judge: set segment.reward=RUN or segment.scorer=module:function")
+            raise UserError("rollouts need one judge: set examples.reward_model=RUN or examples.reward_function=module:function")
         learned = self._reward_model(data, prompts, start) if self.reward_model else None
         judge: RewardFunction = learned or FunctionReward(function(self.reward_function))
         steps, over = divmod(self.rollout_size * self.num_epochs, data.batch_size)
         if over or not steps:
             raise UserError(
-                f"{self.rollout_size} answers for {self.num_epochs} epochs do not fill steps of batch.rows={data.batch_size} evenly"
+                f"{self.rollout_size} answers for {self.num_epochs} epochs do not fill steps of batch.size={data.batch_size} evenly"
             )
         source = OnPolicy(
             prompts, data.tokenizer, judge, start, seed=data.seed,
@@ -206,16 +206,16 @@ class RolloutsConfig(ExamplesConfig):
         room = start.context - self.max_new_tokens
         if room < 1:
             raise UserError(
-                f"segment.max_new={self.max_new_tokens} leaves no room for a prompt in the {start.context} positions of the model: "
-                "lower segment.max_new"
+                f"examples.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {start.context} positions of the model: "
+                "lower examples.max_new_tokens"
             )
         limit = min(self.max_tokens, room)
         prompts, keys, counts = records.prompts(paths, data.tokenizer, limit)
         if counts.get("too_long"):
             why = (
-                f"segment.longest={limit}"
+                f"examples.max_prompt_length={limit}"
                 if limit < room
-                else f"{start.context} positions less segment.max_new={self.max_new_tokens}"
+                else f"{start.context} positions less examples.max_new_tokens={self.max_new_tokens}"
             )
             data.echo(
                 f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
@@ -226,7 +226,7 @@ class RolloutsConfig(ExamplesConfig):
         """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
         run = model_directory(self.reward_model)
         cure = "train the reward model from the same start as the policy"
-        check_same_tokenizer(data.tokenizer, run, "segment.reward:", cure)
+        check_same_tokenizer(data.tokenizer, run, "examples.reward_model:", cure)
         judge = RewardModel(data.load_frozen(run))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
         with data.autocast():
@@ -279,8 +279,8 @@ def _search_working_directory() -> str:
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
-    "sampled": SampledPreferencesConfig,
-    "referenced": RefLogprobsConfig,
+    "sampled_preferences": SampledPreferencesConfig,
+    "ref_logprobs": RefLogprobsConfig,
     "rankings": RankingsConfig,
     "rollouts": RolloutsConfig,
 }

@@ -51,5 +51,5 @@ def check_several_classes(train: Source) -> None:
     if found and len(some) < 2:
         raise UserError(
             f"all that there is to learn from is of one class, {some[0] if some else 'none'!r}, so that there is nothing to tell "
-            "apart: add records of another class, or name the field of the label (segment.label)"
+            "apart: add records of another class, or name the field of the label (examples.label_field)"
         )

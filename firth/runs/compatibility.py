@@ -8,11 +8,11 @@ segment does not feed.
 >>> check_pattern(MLM(), decoder_config(vocab_size=10, hidden_size=64, num_layers=1))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ...
-firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set shape.causal=false, ...
+firth.types.UserError: objective mlm reads a text from both sides, which a causal decoder cannot: set model.causal=false, ...
 >>> check_fields(NSP() + MLM(), ChunksConfig())
 Traceback (most recent call last):
 ...
-firth.types.UserError: objective nsp needs first, other and second in an example, and segment pieces gives tokens: take segment=pairs
+firth.types.UserError: objective nsp needs first, other and second in an example, and segment pieces gives tokens: take examples=segment_pairs
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ EXAMPLES = examples.EXAMPLES | labeled_examples.EXAMPLES | noisy_label_examples.
 """Name in a recipe -> class."""
 
 RECIPE: dict[AttentionPattern, str] = {
-    "left": "gpt (a decoder)", "both": "roberta (an encoder)", "free": "xlnet (an encoder)",
-    "prefix": "prefix_lm (attention both ways)", "source": "t5 (an encoder-decoder)",
-    "apart": "elmo (two LSTMs)", "alone": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
+    "causal": "gpt (a decoder)", "bidirectional": "roberta (an encoder)", "permuted": "xlnet (an encoder)",
+    "prefix": "prefix_lm (attention both ways)", "seq2seq": "t5 (an encoder-decoder)",
+    "bidirectional_separate": "elmo (two LSTMs)", "none": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
 }  # fmt: skip
 """A way of reading -> a recipe whose shape serves it."""
 
@@ -85,17 +85,17 @@ def _served(config: ModelConfig) -> Iterator[Objective]:
 def _settings(objective: Objective, config: ModelConfig) -> str:
     """The fewest settings by which a shape comes to serve an objective; empty where it takes another architecture."""
     wanted: dict[AttentionPattern, dict[str, bool | int]] = {
-        "left": {"causal": True, "encoder": 0, "latent": 0, "linformer": 0, "apart": False},
-        "both": {"causal": False, "encoder": 0, "latent": 0},
-        "free": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
-        "prefix": {"causal": False, "encoder": 0, "latent": 0, "linformer": 0},
-        "source": {
+        "causal": {"causal": True, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0, "separate_directions": False},
+        "bidirectional": {"causal": False, "num_encoder_layers": 0, "latent_size": 0},
+        "permuted": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
+        "prefix": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
+        "seq2seq": {
             "causal": True,
-            "encoder": config.num_encoder_layers or config.num_layers,
-            "latent": 0,
-            "linformer": 0,
+            "num_encoder_layers": config.num_encoder_layers or config.num_layers,
+            "latent_size": 0,
+            "linformer_k": 0,
         },
-        "apart": {"causal": False, "apart": True},
+        "bidirectional_separate": {"causal": False, "separate_directions": True},
     }
     told = config_io.to_dict(config)
     changes = {
@@ -107,7 +107,7 @@ def _settings(objective: Objective, config: ModelConfig) -> str:
         return ""
     if objective.attention_pattern() not in changed.supported_patterns or objective.missing_from(changed):
         return ""
-    return _listed(f"shape.{name}={str(value).lower()}" for name, value in changes.items())
+    return _listed(f"model.{name}={str(value).lower()}" for name, value in changes.items())
 
 
 def check_fields(objective: Objective, examples: ExamplesConfig, config: ModelConfig | None = None) -> None:
@@ -180,19 +180,19 @@ def _feeding(objective: Objective, examples: ExamplesConfig, config: ModelConfig
 def _segments(objective: Objective) -> str:
     """The segments that feed an objective and give the least besides, as one writes them."""
     fitting = {name: len(kind().fields) for name, kind in EXAMPLES.items() if _fed(objective, kind())}
-    return " or ".join(f"segment={name}" for name, n in fitting.items() if n == min(fitting.values()))
+    return " or ".join(f"examples={name}" for name, n in fitting.items() if n == min(fitting.values()))
 
 
 def check_batching(objective: Objective, config: ModelConfig, *, pack: int, accumulate: int, ranks: int = 1) -> None:
     """Raise a UserError if a step is packed or cut up in a way that the shape or the objective cannot bear."""
     if pack and not config.packable:
         raise UserError(
-            f"{config.description} reads one document a row, and batch.pack={pack} puts several there: set batch.pack=0"
+            f"{config.description} reads one document a row, and batch.pack_to_length={pack} puts several there: set batch.pack_to_length=0"
         )
     if objective.needs_full_batch and accumulate * ranks > 1:
         raise UserError(
             f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
-            f"{accumulate} micro-batches would compare only their own: set batch.accumulate=1 and train on one rank"
+            f"{accumulate} micro-batches would compare only their own: set batch.gradient_accumulation_steps=1 and train on one rank"
         )
 
 
@@ -203,14 +203,14 @@ def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> No
     """
     if config.memory_length and pack:
         raise UserError(
-            f"shape.memory={config.memory_length} needs rows of one text each, and batch.pack={pack} puts several into a row: "
-            "set batch.pack=0, or shape.memory=0"
+            f"model.memory_length={config.memory_length} needs rows of one text each, and batch.pack_to_length={pack} puts several into a row: "
+            "set batch.pack_to_length=0, or model.memory_length=0"
         )
     if config.memory_length and not examples.gives_memory:
         told = ", ".join(name for name, kind in EXAMPLES.items() if kind.gives_memory)
         raise UserError(
-            f"shape.memory={config.memory_length} needs the tokens that stand before each row, which segment {_name_of(examples)} does "
-            f"not give: set shape.memory=0, or take segment={told}"
+            f"model.memory_length={config.memory_length} needs the tokens that stand before each row, which segment {_name_of(examples)} does "
+            f"not give: set model.memory_length=0, or take examples={told}"
         )
 
 
@@ -243,7 +243,7 @@ def limit_lengths(
         return examples
     if not own:  # records are cut at the context in any case, and counted
         examples = examples.limit_to(config.max_positions)
-    return _fit_rows(examples, usual, config.max_positions - added, ahead, echo, "segment")
+    return _fit_rows(examples, usual, config.max_positions - added, ahead, echo, "examples")
 
 
 def _fit_rows(
@@ -261,7 +261,7 @@ def _fit_rows(
         taken = f", of which {max(ahead)} are before every text" if max(ahead) else ""
         why = f"the model has learned {room} positions for a row{taken}"
         if limit < 1 or (value != getattr(usual, name) and not examples.drops_long_records):
-            cure = f"set {section}.{name}={limit}" if limit > 0 else "lower adapt.tokens"
+            cure = f"set {section}.{name}={limit}" if limit > 0 else "lower peft.num_virtual_tokens"
             raise UserError(f"{section}.{name}={value}: {why}: {cure}")
         echo(f"{section}.{name} is lowered from {value} to {limit}: {why}")
         changed[name] = limit
@@ -308,5 +308,5 @@ def check_available_memory(config: ModelConfig, optimizer: str, full: bool, devi
         if count * size > free:
             raise UserError(
                 f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "
-                f"and {free / 1e9:,.1f} GB of {name} are free: lower shape.width, shape.depth or the vocabulary"
+                f"and {free / 1e9:,.1f} GB of {name} are free: lower model.hidden_size, model.num_layers or the vocabulary"
             )

@@ -1,7 +1,7 @@
 """A typed tree of frozen dataclasses, read from YAML and written back: the grammar of a recipe.
 
 A dataclass is its own schema: a field's annotation says what may stand there. Where one of several classes may
-stand, the annotation is a base class and the YAML says which by `kind` (`objective: {kind: mlm, rate: 0.15}`, or
+stand, the annotation is a base class and the YAML says which by `kind` (`objective: {kind: mlm, mlm_probability: 0.15}`, or
 `objective: mlm` when nothing else is set, or a list for a sum: `[nsp, mlm]`). A value that does not fit, or a
 field that does not exist, is a UserError with the field, the file and line, and the nearest name that does exist.
 
@@ -105,7 +105,7 @@ def _is_data(value: Any) -> bool:
 
 
 def difference(first: Any, second: Any, where: str = "") -> str:
-    """Name the first field in which two trees of plain data differ: "batch.rows is 16 there and 8 here"; "" where none does."""
+    """Name the first field in which two trees of plain data differ: "batch.size is 16 there and 8 here"; "" where none does."""
     if first == second:
         return ""
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
@@ -318,16 +318,16 @@ def write_yaml(value: Any) -> str:
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """`batch.rows=64` laid over plain data; values are read as YAML, so `path=[a, b]` and `start=null` work.
+    """`batch.size=64` laid over plain data; values are read as YAML, so `path=[a, b]` and `init_from=null` work.
 
-    >>> override({"batch": {"rows": 16, "pack": 0}}, ["batch.rows=64"])
+    >>> override({"batch": {"rows": 16, "pack": 0}}, ["batch.size=64"])
     {'batch': {'rows': 64, 'pack': 0}}
     """
     result: dict[str, Any] = _copy(data)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise UserError(f"{assignment!r} is no setting: write field=value, for example batch.rows=64")
+            raise UserError(f"{assignment!r} is no setting: write field=value, for example batch.size=64")
         *parents, last = name.split(".")
         place = result
         for parent in parents:

@@ -53,7 +53,7 @@ class DatasetSplits:
         return list(dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.valid))))
 
 
-class ExamplesConfig(Ranged, section="segment"):
+class ExamplesConfig(Ranged, section="examples"):
     """One way to cut the material. Subclasses are frozen dataclasses.
 
     remembers: whether it gives the tokens before each row, which a model with memory reads. reads_documents: whether it cuts
@@ -115,7 +115,7 @@ class ExamplesConfig(Ranged, section="segment"):
             text: The most tokens of a row of the model, of an encoder-decoder's decoder.
             source: The most tokens of a row of its encoder; as `text` where it has none.
         """
-        return {field.name: min(text, source) for field in fields(self) if field.name == "length"}  # type: ignore[arg-type]
+        return {field.name: min(text, source) for field in fields(self) if field.name == "max_length"}  # type: ignore[arg-type]
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
@@ -185,7 +185,7 @@ class WindowsConfig(ExamplesConfig):
         held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
         # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before;
         # once, if it has one question.
-        once = valid if objective.attention_pattern() == "left" and len(objective.labels) == 1 else None
+        once = valid if objective.attention_pattern() == "causal" and len(objective.labels) == 1 else None
         ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return DatasetSplits(
             windows.Windows(train, self.max_length, memory=data.memory_length), held, ratio, train.manifest["counts"]
@@ -230,8 +230,8 @@ class SegmentPairsConfig(ExamplesConfig):
         train, valid = data.stores()
         if len(train) < 2:
             raise UserError(
-                "pairs of segments need two documents or more, and there is one to train on: set source.split=blank (or line) if "
-                f"blank lines (or lines) divide the documents of a text, or give more files (source.split is {data.config.split_by})"
+                "pairs of segments need two documents or more, and there is one to train on: set data.split_by=blank (or line) if "
+                f"blank lines (or lines) divide the documents of a text, or give more files (data.split_by is {data.config.split_by})"
             )
         whole = data.tokenizer.vocab if self.whole_sentences else None
         held = windows.SegmentPairs(valid, self.max_length, whole) if valid and len(valid) > 1 else None
@@ -255,7 +255,7 @@ class WordWindowsConfig(ExamplesConfig):
         if np.diff(train.offsets).max() - train.opened - 1 < 2:
             raise UserError(
                 "every document is a single word, so no word has a neighbor: give longer documents, or set "
-                f"source.split=file (it is {data.config.split_by})"
+                f"data.split_by=file (it is {data.config.split_by})"
             )
 
         def shown(store: TokenStore) -> word_windows.WordWindows:
@@ -315,7 +315,7 @@ class Seq2SeqConfig(ExamplesConfig):
         return max(self.max_length, self.max_target_length)
 
     def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"length": source, "answer": text}
+        return {"max_length": source, "max_target_length": text}
 
     @property
     def tokenizer_settings(self) -> tuple[Any, ...]:
@@ -369,14 +369,14 @@ def required_model(path: str, field: str, what: str) -> Path:
 
 
 def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
-    """The records to learn from, and the held-out files; without those, the share `source.held_out` of the records."""
+    """The records to learn from, and the held-out files; without those, the share `data.validation_fraction` of the records."""
     source = make(data.config.paths(data.echo))
     if data.config.validation_path:
         valid = make(data.config.validation_path)
         shared = np.flatnonzero(np.isin(valid.group_ids, source.group_ids))
         if len(shared):
             data.echo(
-                f"{len(shared):,} of {len(valid):,} examples in source.valid have a prompt or text that is trained on too: "
+                f"{len(shared):,} of {len(valid):,} examples in data.validation_path have a prompt or text that is trained on too: "
                 f"the first is number {shared[0] + 1:,}"
             )
         return DatasetSplits(source, valid)
@@ -385,7 +385,7 @@ def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> Dat
         return DatasetSplits(SubsetSource(source, np.flatnonzero(~apart)), SubsetSource(source, np.flatnonzero(apart)))
     share = data.config.validation_fraction
     many = len(np.unique(source.record_ids)) >= MIN_RECORDS
-    why = f"of which source.held_out={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
+    why = f"of which data.validation_fraction={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
     if many and (count := len(np.unique(source.group_ids))) < len(source):
         why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
     unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
@@ -429,11 +429,11 @@ def training_texts(
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "windows": WindowsConfig,
-    "pieces": ChunksConfig,
-    "pairs": SegmentPairsConfig,
-    "words": WordWindowsConfig,
+    "chunks": ChunksConfig,
+    "segment_pairs": SegmentPairsConfig,
+    "word_windows": WordWindowsConfig,
     "dialogues": DialoguesConfig,
-    "prompted": Seq2SeqConfig,
+    "seq2seq": Seq2SeqConfig,
     "preferences": PreferencesConfig,
 }
 """Name in a recipe -> class."""

@@ -63,8 +63,8 @@ def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmenta
     if wanted not in ("auto", here):
         cure = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
         raise UserError(
-            f"segmentation={wanted}, and this machine finds words by {here}, which would hide other words: {cure}, or set "
-            "segmentation=auto for a new run"
+            f"word_segmentation={wanted}, and this machine finds words by {here}, which would hide other words: {cure}, or set "
+            "word_segmentation=auto for a new run"
         )
     return here
 

@@ -3,7 +3,7 @@ modules of scorers.
 
 A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
 
-    {"recipe": "9f2c...", "recipe_file": "sha256...", "inputs": {"source.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
+    {"recipe": "9f2c...", "recipe_file": "sha256...", "inputs": {"data.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
      "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}, "digest": "of the rest"}
 
 A directory with checkpoints or a finished run goes on only if all of them are as they were; the recipe is compared without
@@ -78,7 +78,7 @@ class RunInputs:
         if first and not (given or source.cache_dir or has_begun(directory)):
             inputs._read_once(recipe, directory, echo)
         if source.corpus:
-            inputs.digests["source.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
+            inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
         for name, kind, value in config_io.paths(recipe):
             if kind == "files":
                 inputs.digests[name] = inputs._of_files(value, recipe)

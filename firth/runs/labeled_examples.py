@@ -1,6 +1,6 @@
 """Segments of records with a label: labelled, scored, chosen, tagged, questions.
 
-    firth train classify start=runs/bert source=mine.csv segment.text=review segment.label=stars
+    firth train classify init_from=runs/bert data=mine.csv examples.text_field=review examples.label_field=stars
 
 Each reads JSONL, Parquet, CSV and TSV (tagged: CoNLL's columns too, questions: SQuAD's JSON), with the fields that it is
 told; `columns` names those of a table without a head. What only the data knows (the classes, how many examples each has,
@@ -230,6 +230,6 @@ class QuestionsConfig(RecordsConfig):
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
-    "labelled": LabeledConfig, "scored": ScoredConfig, "chosen": MultipleChoiceConfig, "tagged": TaggedConfig, "questions": QuestionsConfig,
+    "labeled": LabeledConfig, "scored": ScoredConfig, "multiple_choice": MultipleChoiceConfig, "tagged": TaggedConfig, "questions": QuestionsConfig,
 }  # fmt: skip
 """Name in a recipe -> class."""

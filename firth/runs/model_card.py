@@ -30,7 +30,7 @@ from firth.model.model import LM
 from firth.runs import config_io
 from firth.runs.recipe import load
 
-KINDS = {"left": "text-generation", "both": "fill-mask", "source": "text2text-generation", "": "feature-extraction"}
+KINDS = {"causal": "text-generation", "bidirectional": "fill-mask", "seq2seq": "text2text-generation", "": "feature-extraction"}
 """How a model with a vocabulary head reads, or that it has none -> what model hubs call its task."""
 MARK = "Made with firth"
 HEAD = 4096
@@ -68,11 +68,11 @@ def of_run(
         return of_directory(run, place, model, said, facts)
     check_recipe(run)
     given = config_io.to_dict(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
-    recipe, start = nameless(given), given.get("start") or ""
+    recipe, start = nameless(given), given.get("init_from") or ""
     rows = run / "samples.jsonl"
     samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")
     licence, language = _stated(Path(start)) if start else ("", "")
-    source = _at(recipe, "source") or {}
+    source = _at(recipe, "data") or {}
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
     return ModelCard(
         place, model, said, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
@@ -102,11 +102,11 @@ def text(card: ModelCard) -> str:
     config, model_config = read_json(card.place / "config.json"), card.model.config
     task = KINDS[
         (
-            "source"
+            "seq2seq"
             if model_config.num_encoder_layers
-            else "left"
+            else "causal"
             if model_config.causal or model_config.prefix_lm
-            else "both"
+            else "bidirectional"
         )
         if "lm" in card.model.heads
         else ""
@@ -147,7 +147,7 @@ def _training(card: ModelCard) -> list[str]:
     if not card.recipe:
         came = f"from `{card.base}`" if card.base else "from elsewhere"
         return [f"## Training\n\nThis model came {came}; what it was trained on is for its own card to say."]
-    source = _at(card.recipe, "source") or {}
+    source = _at(card.recipe, "data") or {}
     corpus = str(source.get("corpus") or "")
     known = CATALOGUE.get(corpus.partition("/")[0])
     if source.get("path") or known is None:

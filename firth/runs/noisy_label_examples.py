@@ -72,7 +72,7 @@ class PartiallyLabeledConfig(WrappingConfig):
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         if bool(self.num_labeled) == bool(self.unlabeled_path):
             raise UserError(
-                "set one of segment.others=[FILE], files of texts without a label, and segment.few=N, a trial in which N records "
+                "set one of examples.unlabeled_path=[FILE], files of texts without a label, and examples.num_labeled=N, a trial in which N records "
                 "keep their label and the others are read without it"
             )
         whole = self.base.build(data, objective)
@@ -82,10 +82,10 @@ class PartiallyLabeledConfig(WrappingConfig):
         known, others = choose_labeled(whole.train, self.num_labeled, data.seed)
         if not len(others):
             raise UserError(
-                f"all {self.num_labeled} records keep their label and none is left without: lower segment.few"
+                f"all {self.num_labeled} records keep their label and none is left without: lower examples.num_labeled"
             )
         data.echo(
-            f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (segment.few={self.num_labeled})"
+            f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (examples.num_labeled={self.num_labeled})"
         )
         parts = [SubsetSource(whole.train, known), UnlabeledSource(SubsetSource(whole.train, others))]
         return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
@@ -98,11 +98,11 @@ class PartiallyLabeledConfig(WrappingConfig):
         held = np.isin(texts.group_ids, valid.group_ids)
         if held.all():
             raise UserError(
-                f"all {len(texts):,} texts of segment.others are held out, so none is left to train on: give other files"
+                f"all {len(texts):,} texts of examples.unlabeled_path are held out, so none is left to train on: give other files"
             )
         if held.any():
             data.echo(
-                f"{held.sum():,} of {len(texts):,} texts in segment.others are left out: they are held out; the first is number "
+                f"{held.sum():,} of {len(texts):,} texts in examples.unlabeled_path are left out: they are held out; the first is number "
                 f"{held.argmax() + 1:,}"
             )
         return UnlabeledSource(SubsetSource(texts, np.flatnonzero(~held))) if held.any() else texts
@@ -123,9 +123,9 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         what = "the run of `firth train classify` on the labelled records, which gives the pseudo-labels"
-        place = required_model(self.teacher, "segment.teacher", what)
+        place = required_model(self.teacher, "examples.teacher", what)
         cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
-        check_same_tokenizer(data.tokenizer, place, "segment.teacher:", cure)
+        check_same_tokenizer(data.tokenizer, place, "examples.teacher:", cure)
         model = data.load_frozen(place)
         plain = super().build(data, objective)
         vocab = data.tokenizer.vocab
@@ -153,7 +153,7 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
         whole = self.base.build(data, objective)
         data.echo(
             f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.num_annotators} annotators, "
-            f"each right with probability {self.annotator_accuracy:g} (segment=voted)"
+            f"each right with probability {self.annotator_accuracy:g} (examples=simulated_annotators)"
         )
         train = SimulatedAnnotators(
             whole.train, classes=len(objective.class_names), count=self.num_annotators, accuracy=self.annotator_accuracy,
@@ -190,9 +190,9 @@ class MultiAnnotatorConfig(RecordsConfig):
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
-    "partly": PartiallyLabeledConfig,
-    "taught": PseudoLabeledConfig,
-    "voted": SimulatedAnnotatorsConfig,
-    "votes": MultiAnnotatorConfig,
+    "partially_labeled": PartiallyLabeledConfig,
+    "pseudo_labeled": PseudoLabeledConfig,
+    "simulated_annotators": SimulatedAnnotatorsConfig,
+    "multi_annotator": MultiAnnotatorConfig,
 }
 """Name in a recipe -> class."""

@@ -1,14 +1,14 @@
 """How much of a pretrained model a run trains: the `adapt` of a recipe.
 
     full      everything (the default)
-    head      the task's head alone, on the last layer (`adapt=head`)
+    head      the task's head alone, on the last layer (`peft=head`)
     frozen    the same on a learnt mixture of all layers (Peters 2018, ELMo)
     lora      thin products added to chosen matrices (Hu 2021), and the heads that the start has not
     prefix    keys and values before every text (Li & Liang 2021), and those heads
     prompt    vectors before every text (Lester 2021), and those heads
 
-    firth train classify start=runs/bert source.path=labelled.jsonl adapt=lora
-    firth train instruct start=runs/gpt source.path=dialogues.jsonl adapt.kind=lora adapt.rank=16 adapt.targets='[blocks.*]'
+    firth train classify init_from=runs/bert data.path=labelled.jsonl peft=lora
+    firth train instruct init_from=runs/gpt data.path=dialogues.jsonl peft.kind=lora peft.rank=16 peft.target_modules='[blocks.*]'
 
 The last three leave `adapter/` in the run directory, in peft's format, beside `model/`, which holds a LoRA's weights merged,
 and a prefix or a prompt as a part of the model (which transformers alone does not read: it takes peft and `adapter/`).
@@ -39,7 +39,7 @@ from firth.types import UserError
 from firth.validated import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
 
 
-class PeftConfig(Ranged, section="adapt"):
+class PeftConfig(Ranged, section="peft"):
     """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
 
     needs_base: ClassVar[bool] = True
@@ -92,8 +92,8 @@ class HeadOnly(PeftConfig):
         parts = _heads(model)
         if not parts:
             raise UserError(
-                "adapt=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
-                "with the table of tokens: take adapt=lora or adapt=prompt"
+                "peft=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
+                "with the table of tokens: take peft=lora or peft=prompt"
             )
         lora.freeze(model, parts)
 
@@ -116,8 +116,8 @@ class FrozenFeatures(HeadOnly):
         # Whoever writes or scores with a vocabulary head reads the last layer, not the mixture that it was trained on.
         if "lm" in model.heads:
             raise UserError(
-                "adapt=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
-                "take adapt=lora, or an objective with a head of its own, such as classification"
+                "peft=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
+                "take peft=lora, or an objective with a head of its own, such as classification"
             )
 
 
@@ -138,9 +138,9 @@ class AdapterConfig(PeftConfig):
     def check_model(self, model: LM, base: LM | None) -> None:
         there = sorted(PREFIX_HEADS & {*base.heads}) if base is not None and self.part else []
         if there and (there != [self.part] or not self.init_from):
-            onward = "go on from it with adapt.start=RUN too, or " if there == [self.part] else ""
+            onward = "go on from it with peft.init_from=RUN too, or " if there == [self.part] else ""
             raise UserError(
-                f"adapt={self.part} puts a {self.part} before every text, where the start has a {there[0]} already: {onward}"
+                f"peft={self.part} puts a {self.part} before every text, where the start has a {there[0]} already: {onward}"
                 "begin from the start's own base"
             )
 
@@ -154,7 +154,7 @@ class AdapterConfig(PeftConfig):
             check_adapter(tokenizer, place)
             kind = adapter_files.read(model, place)
             if PEFT_METHODS[kind] is not type(self):
-                raise UserError(f"adapt.start={self.init_from} holds an adapter of kind {kind}: set adapt.kind={kind}")
+                raise UserError(f"peft.init_from={self.init_from} holds an adapter of kind {kind}: set peft.kind={kind}")
             lora.check_not_shared(model, lora.adapted(model))
         else:
             self.put(model, added, tokenizer, seed)
@@ -274,7 +274,7 @@ def _positions(start: str, tokens: int) -> int:
 def _refuse_room(config: ModelConfig, tokens: int, what: str) -> None:
     if not 0 < tokens < config.max_positions:
         raise UserError(
-            f"adapt.tokens={tokens}: a {what} takes at least 1 of the {config.max_positions} positions, and not all"
+            f"peft.num_virtual_tokens={tokens}: a {what} takes at least 1 of the {config.max_positions} positions, and not all"
         )
 
 
@@ -284,7 +284,7 @@ def _begin(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
         ids = [int(i) for i in tokenizer.encode(text)]
         if not ids:
             raise UserError(
-                f"adapt.text={text!r} has no tokens to begin with: give words, or leave it out for drawn tokens"
+                f"peft.init_text={text!r} has no tokens to begin with: give words, or leave it out for drawn tokens"
             )
         return (ids * (count // len(ids) + 1))[:count]
     ordinary = np.flatnonzero(~tokenizer.vocab.special)
@@ -302,5 +302,5 @@ def check_peft(adapt: PeftConfig, start: str) -> None:
     if adapt.needs_base and not start:
         name = next(name for name, kind in PEFT_METHODS.items() if kind is type(adapt))
         raise UserError(
-            f"adapt={name} trains a little beside a model that is there: say which with start=RUN, or adapt=full"
+            f"peft={name} trains a little beside a model that is there: say which with init_from=RUN, or peft=full"
         )

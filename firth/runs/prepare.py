@@ -47,7 +47,7 @@ MENDED = {
 
 
 @dataclass(frozen=True)
-class DataConfig(Ranged, section="source"):
+class DataConfig(Ranged, section="data"):
     """Where a run's text or records are.
 
     path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place, or
@@ -71,9 +71,9 @@ class DataConfig(Ranged, section="source"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, paths in (("path", self.path), ("valid", self.validation_path)):
+        for name, paths in (("path", self.path), ("validation_path", self.validation_path)):
             if not all(paths):
-                raise UserError(f"source.{name}={list(paths)} has an empty name, which would be the working directory")
+                raise UserError(f"data.{name}={list(paths)} has an empty name, which would be the working directory")
         if self.path:  # a corpus that is not read must not name the language and the license of the model
             object.__setattr__(self, "corpus", "")
 
@@ -82,7 +82,7 @@ class DataConfig(Ranged, section="source"):
         if self.path:
             return list(self.path)
         if not self.corpus:
-            raise UserError("the recipe says no text: set source.path=FILES or source.corpus=NAME (see `firth list`)")
+            raise UserError("the recipe says no text: set data.path=FILES or data.corpus=NAME (see `firth list`)")
         return catalog.paths(self.corpus, echo)
 
 
@@ -119,7 +119,7 @@ class RunData:
         source = self.config
         if len(source.weights) != len(source.path):
             raise UserError(
-                f"source.weights has {len(source.weights)} numbers for the {len(source.path)} paths of source.path: "
+                f"data.weights has {len(data.weights)} numbers for the {len(data.path)} paths of data.path: "
                 "give one weight per path"
             )
         return [
@@ -185,7 +185,7 @@ class RunData:
             both = [d.name for d in learned.documents() if content_key(d.text) in held]
             if both:
                 lines.append(
-                    f"{len(both):,} documents in source.path have the content of a document in source.valid, so they are "
+                    f"{len(both):,} documents in data.path have the content of a document in data.validation_path, so they are "
                     f"trained on and measured; the first is {both[0]}"
                 )
         return lines
@@ -242,7 +242,7 @@ def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
 def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) -> str:
     """A short name for these files (paths, sizes, times of change), read in this way, by this tokenizer."""
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in readers.files([*paths, *source.validation_path])]
-    how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "store", "weights")}
+    how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "cache_dir", "weights")}
     told = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

@@ -1,9 +1,9 @@
 """A run is one expression: a frozen, typed tree that says everything the run depends on.
 
-    Recipe(name="gpt", objective=CausalLM(), segment=Windows(length=256), source=Text(corpus="shakespeare"), ...)
+    Recipe(name="gpt", objective=CausalLM(), examples=Windows(length=256), data=Text(corpus="shakespeare"), ...)
 
 The same tree in YAML is what `firth train mine.yaml` reads and what every run directory keeps as `recipe.yaml`;
-running that file again repeats the run. `firth train gpt batch.rows=64 source.path=mine/` starts from a published
+running that file again repeats the run. `firth train gpt batch.size=64 data.path=mine/` starts from a published
 recipe (a function in this room, see `RECIPES`) and changes fields.
 """
 
@@ -74,7 +74,7 @@ class BatchConfig(Ranged, section="batch"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pack_to_length != "auto" and self.pack_to_length and self.group_by_length:
-            raise UserError("batch.pack and batch.sort both spare padding: set one of them to 0")
+            raise UserError("batch.pack_to_length and batch.group_by_length both spare padding: set one of them to 0")
 
     @property
     def packed_length(self) -> int:
@@ -192,7 +192,7 @@ config_io.REGISTRIES[PeftConfig] = config_io.Registry(
     "way to adapt", lambda: list(PEFT_METHODS), PEFT_METHODS.__getitem__
 )
 config_io.SHORT_FORMS[DataConfig] = "path"
-config_io.REGISTRIES[ExamplesConfig] = config_io.Registry("segment", lambda: list(EXAMPLES), EXAMPLES.__getitem__)
+config_io.REGISTRIES[ExamplesConfig] = config_io.Registry("kind of examples", lambda: list(EXAMPLES), EXAMPLES.__getitem__)
 
 
 def published(name: str) -> Recipe:
@@ -218,12 +218,12 @@ def _of_tokenizer(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size))
 
 
-ONE_OF = (("length", ("steps", "seconds", "flops")), ("source", ("path", "corpus")))
+ONE_OF = (("budget", ("max_steps", "max_seconds", "max_flops")), ("data", ("path", "corpus")))
 """Fields of which one is set: the one that the user sets replaces what the recipe has of the others."""
 
 
 def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Remove the fields that an assignment replaces: `length.seconds=70` in a recipe of 600 steps leaves the seconds."""
+    """Remove the fields that an assignment replaces: `max_seconds=70` in a recipe of 600 steps leaves the seconds."""
     names = {one.partition("=")[0] for one in assignments}
     for parent, fields in ONE_OF:
         inner = data.get(parent)
@@ -240,14 +240,14 @@ def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
 
 
 WHOLE = (
-    "begin from a model with start=RUN, or give a whole shape, for an encoder "
-    "shape='{width: 128, depth: 2, heads: 2, causal: false}'"
+    "begin from a model with init_from=RUN, or give a whole shape, for an encoder "
+    "model='{hidden_size: 128, num_layers: 2, num_heads: 2, causal: false}'"
 )
 """What cures a recipe without a shape."""
 
 
 def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collection[str]) -> None:
-    """Set the shape's number of ids where the user leaves it open: to that of a given tokenizer, else to `tokenizer.size`.
+    """Set the shape's number of ids where the user leaves it open: to that of a given tokenizer, else to `tokenizer.vocab_size`.
 
     It is open where it is not there or null, and where the recipe had the size of its own tokenizer and assignments choose
     another tokenizer. Any other number is checked against the tokenizer when the run begins (`check_vocab`).
@@ -257,21 +257,21 @@ def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collect
         data: The recipe without them.
         names: The fields that the assignments set.
     """
-    shape, plan = changed.get("shape"), _mapping(changed.get("tokenizer"))
-    if not isinstance(shape, dict):
+    model, plan = changed.get("model"), _mapping(changed.get("tokenizer"))
+    if not isinstance(model, dict):
         return
-    before, size = _mapping(data.get("shape")).get("vocab"), _mapping(data.get("tokenizer")).get("size", DEFAULT_SIZE)
-    follows = before == size and "shape.vocab" not in names and "shape" not in names
-    chosen = any(one.split(".")[0] in ("tokenizer", "embeddings", "start") for one in names)
-    if shape.get("vocab") is not None and not (follows and chosen):
+    before, size = _mapping(data.get("model")).get("vocab_size"), _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_SIZE)
+    follows = before == size and "model.vocab_size" not in names and "model" not in names
+    chosen = any(one.split(".")[0] in ("tokenizer", "init_embeddings_from", "init_from") for one in names)
+    if model.get("vocab_size") is not None and not (follows and chosen):
         return
-    path, begins = plan.get("path"), changed.get("start") or changed.get("embeddings")
+    path, begins = plan.get("path"), changed.get("init_from") or changed.get("init_embeddings_from")
     given = Path(path) if path else model_directory(begins) if begins else None
-    size = plan.get("size", DEFAULT_SIZE)
+    size = plan.get("vocab_size", DEFAULT_SIZE)
     if given is not None:
         with suppress(UserError):  # a tokenizer that is not there is refused when the run begins
             size = Tokenizer.load(given).vocab.size
-    shape["vocab"] = size if isinstance(size, int) and size > 0 else DEFAULT_SIZE  # a wrong size has its own sentence
+    model["vocab_size"] = size if isinstance(size, int) and size > 0 else DEFAULT_SIZE  # a wrong size has its own sentence
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -294,14 +294,14 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         data, file = config_io.to_dict(published(name)), False
     changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
-    if "start" in names and changed.get("start") and not file and not any(n.split(".")[0] == "shape" for n in names):
-        changed["shape"] = None  # the model to begin from has one; the published one is nobody's wish
-    if data.get("shape") is None and isinstance(changed.get("shape"), dict):
-        missing = [one for one in ("width", "depth", "heads") if one not in changed["shape"]]
-        if missing and changed.get("start"):
+    if "init_from" in names and changed.get("init_from") and not file and not any(n.split(".")[0] == "model" for n in names):
+        changed["model"] = None  # the model to begin from has one; the published one is nobody's wish
+    if data.get("model") is None and isinstance(changed.get("model"), dict):
+        missing = [one for one in ("hidden_size", "num_layers", "num_heads") if one not in changed["model"]]
+        if missing and changed.get("init_from"):
             raise UserError(
-                f"shape lacks {', '.join(missing)}: the shape of a run with a start is that of {changed['start']}, so leave out "
-                f"{', '.join(sorted(n for n in names if n.startswith('shape')))}"
+                f"the model lacks {', '.join(missing)}: a run with init_from has the model config of {changed['init_from']}, so leave out "
+                f"{', '.join(sorted(n for n in names if n.startswith('model')))}"
             )
         if missing:
             raise UserError(
@@ -310,8 +310,8 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     _fill_vocab(changed, data, names)
     said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
     recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, said))
-    if not recipe.data.path and {("source",), ("source", "path")} & said.keys():
-        raise UserError("source.path=[] names no file: name files or directories, or set source.corpus=NAME")
+    if not recipe.data.path and {("data",), ("data", "path")} & said.keys():
+        raise UserError("data.path=[] names no file: name files or directories, or set data.corpus=NAME")
     check_peft(recipe.peft, recipe.init_from)
     if recipe.model is not None:
         check_pattern(recipe.objective, recipe.model, recipe.examples)

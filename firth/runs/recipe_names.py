@@ -24,19 +24,19 @@ RECIPES = {
     "closed_book": "firth.recipes.closed_book:closed_book",
     "contrastive": "firth.recipes.contrastive:contrastive",
     "vae": "firth.recipes.vae:vae",
-    "classify": "firth.recipes.finetuning:classify",
-    "regress": "firth.recipes.finetuning:regress",
-    "choose": "firth.recipes.finetuning:choose",
-    "tag": "firth.recipes.finetuning:tag",
-    "tag_features": "firth.recipes.recurrent:tag_features",
-    "answer": "firth.recipes.finetuning:answer",
+    "classification": "firth.recipes.finetuning:classification",
+    "regression": "firth.recipes.finetuning:regression",
+    "multiple_choice": "firth.recipes.finetuning:multiple_choice",
+    "token_classification": "firth.recipes.finetuning:token_classification",
+    "token_features": "firth.recipes.recurrent:token_features",
+    "question_answering": "firth.recipes.finetuning:question_answering",
     "text_to_text": "firth.recipes.finetuning:text_to_text",
     "glue": "firth.recipes.finetuning:glue",
     "semi_supervised": "firth.recipes.few_labels:semi_supervised",
-    "weak": "firth.recipes.few_labels:weak",
+    "weak_supervision": "firth.recipes.few_labels:weak_supervision",
     "closed_book_questions": "firth.recipes.closed_book:closed_book_questions",
-    "instruct": "firth.recipes.post_training:instruct",
-    "reward": "firth.recipes.post_training:reward",
+    "sft": "firth.recipes.post_training:sft",
+    "reward_model": "firth.recipes.post_training:reward_model",
     "ranking": "firth.recipes.post_training:ranking",
     "dpo": "firth.recipes.post_training:dpo",
     "reinforce": "firth.recipes.post_training:reinforce",
@@ -45,7 +45,7 @@ RECIPES = {
 """Name on the command line -> the function that returns the recipe."""
 
 NEEDS = {
-    "semi_supervised": "records {text, label}; segment.others=[FILE] of texts without a label; segment.teacher=RUN of classify",
-    "weak": "records {text, labels: [of several annotators]}; segment=voted simulates annotators of records {text, label}",
+    "semi_supervised": "records {text, label}; examples.unlabeled_path=[FILE] of texts without a label; examples.teacher=RUN of classification",
+    "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates annotators of records {text, label}",
 }
 """Name -> what a recipe reads that its name does not say."""

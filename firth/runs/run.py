@@ -263,8 +263,8 @@ def _begins(recipe: Recipe, cut: DatasetSplits, shown: Validator | None) -> list
         asked = f"evaluation.best_metric={best}" if best else f"evaluation.patience={patience}"
         why = f" ({cut.no_validation_reason})" if cut.no_validation_reason else ""
         raise UserError(
-            f"{asked} goes by held-out measurements, and nothing is held out{why}: name source.valid=FILES, or raise "
-            "source.held_out"
+            f"{asked} goes by held-out measurements, and nothing is held out{why}: name data.validation_path=FILES, or raise "
+            "data.validation_fraction"
         )
     line = class_counts.class_summary(cut.train, cut.valid)
     return [line] * bool(line) + [cut.no_validation_reason] * bool(cut.no_validation_reason)
@@ -286,7 +286,7 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _check_models(recipe: Recipe) -> None:
     """Raise a UserError if a model that a run begins from is not there, or not yet."""
-    for name, begins in (("start", recipe.init_from), ("embeddings", recipe.init_embeddings_from)):
+    for name, begins in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
         place = Path(begins)
         if begins and not place.exists():
             raise UserError(f"{name}={begins}: there is no such run or model directory, nor a GGUF file")
@@ -296,7 +296,7 @@ def _check_models(recipe: Recipe) -> None:
 
 def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
-    for name, begins in (("start", recipe.init_from), ("embeddings", recipe.init_embeddings_from)):
+    for name, begins in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
         if begins:
             cure = "leave out tokenizer.path, and the run takes that one"
             check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
@@ -332,7 +332,7 @@ def _settled(recipe: Recipe, data: RunData) -> Recipe:
     check_fields(objective, examples, config)
     if (reads := objective.attention_pattern()) != "any":
         # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
-        config = dataclasses.replace(config, causal=config.causal or reads == "left", prefix_lm=reads == "prefix")
+        config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
     packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.resolve(examples.max_tokens, packs)

@@ -89,10 +89,10 @@ def tokenizer_of(
 def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Refuse a number of ids in a recipe that is not its tokenizer's.
 
-    A tokenizer that is trained may have fewer ids than `tokenizer.size`, where the text is small: a shape of that size follows.
+    A tokenizer that is trained may have fewer ids than `tokenizer.vocab_size`, where the text is small: a shape of that size follows.
 
     Raises:
-        UserError: `shape.vocab` is another number. Of a run with a start the weights decide.
+        UserError: `model.vocab_size` is another number. Of a run with a start the weights decide.
     """
     if recipe.model is None or recipe.init_from:
         return
@@ -100,13 +100,13 @@ def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
     trained = not plan.path and not recipe.init_embeddings_from
     if stated != count and not (trained and stated == plan.vocab_size):
         raise UserError(
-            f"shape.vocab={stated} is not the number of ids of the tokenizer, which is {count}: leave shape.vocab out, and it "
+            f"model.vocab_size={stated} is not the number of ids of the tokenizer, which is {count}: leave model.vocab_size out, and it "
             "is taken from there"
         )
 
 
 def resolved_size(directory: Path) -> int:
-    """Return `tokenizer.size` as the resolved recipe of a run has it: the ids that there are.
+    """Return `tokenizer.vocab_size` as the resolved recipe of a run has it: the ids that there are.
 
     Where the algorithm makes another tokenizer when it is asked for these (the characters it knows depend on the size), it is
     the size that was asked for, so that the recipe repeats the run.
@@ -168,7 +168,7 @@ def _text_hash(recipe: Recipe, inputs: RunInputs, sentinels: int) -> str:
     """A hash of the training text of a tokenizer, and of the settings by which it is read, but for the number of ids."""
     source, plan = recipe.data, recipe.tokenizer
     told = [
-        {name: digest for name, digest in inputs.digests.items() if name in ("source.path", "source.corpus")},
+        {name: digest for name, digest in inputs.digests.items() if name in ("data.path", "data.corpus")},
         [source.text_field, source.split_by, source.validation_fraction, bool(source.validation_path), source.weights],
         [plan.algorithm, plan.sample_bytes, plan.byte_fallback, sentinels, recipe.seed],
         recipe.examples.tokenizer_settings,

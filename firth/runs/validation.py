@@ -39,7 +39,7 @@ MOST = 12
 
 @dataclass(frozen=True, eq=False)
 class Validator:
-    """`checks.examples` held-out examples, spread over all; the same each time, and always shown alike."""
+    """`evaluation.max_examples` held-out examples, spread over all; the same each time, and always shown alike."""
 
     recipe: Recipe
     source: Source
@@ -76,7 +76,7 @@ class Validator:
         return found | (HEADS[self.part].measures(readings, self.recipe.objective, self.shown) if self.part else {})
 
     def refuse_unmeasured(self, model: LM) -> None:
-        """Raise a UserError if `checks.best` is none of the measurements: it is asked of a few examples, before a run begins."""
+        """Raise a UserError if `evaluation.best_metric` is none of the measurements: it is asked of a few examples, before a run begins."""
         best = self.recipe.evaluation.best_metric
         if best:
             evaluation = replace(self.recipe.evaluation, max_examples=FEW)
@@ -85,7 +85,7 @@ class Validator:
                 found = few.measure(model, 0)
             if best not in found:
                 raise UserError(
-                    f"checks.best={best} is not among the held-out measurements: there is {', '.join(found)}"
+                    f"evaluation.best_metric={best} is not among the held-out measurements: there is {', '.join(found)}"
                 )
 
     def told(self, model: LM) -> dict[str, Any]:

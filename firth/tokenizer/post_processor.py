@@ -19,7 +19,7 @@ from tokenizers import processors
 
 from firth.types import UserError
 
-Reads = Literal["both", "left", "source"]
+Reads = Literal["bidirectional", "causal", "seq2seq"]
 
 
 def has_no_template(definition: str) -> str:
@@ -54,8 +54,8 @@ def framed(definition: str, roles: Mapping[str, str], reads: Reads, bos: bool | 
     roles: role -> token. bos: whether bos stands before a decoder's texts; None: yes, where there is one.
     """
     engine = engine_of(definition)
-    first, last = {"both": ("cls", "sep"), "left": ("bos", ""), "source": ("", "eos")}[reads]
-    if frames(engine) or (reads == "left" and bos is False) or not {first, last} - {""} <= roles.keys():
+    first, last = {"bidirectional": ("cls", "sep"), "causal": ("bos", ""), "seq2seq": ("", "eos")}[reads]
+    if frames(engine) or (reads == "causal" and bos is False) or not {first, last} - {""} <= roles.keys():
         return definition
     before, after = roles.get(first, ""), roles.get(last, "")
     pair = [before, "$A", after, "$B:1", after and f"{after}:1"]

@@ -4,7 +4,7 @@
         model.safetensors      the weights that are trained, by name
         frozen.safetensors     a hash of the others (only if there are others)
         optimizer.safetensors  momenta and second moments, by the weight's name
-        source.safetensors     what an on-policy source remembers (only if it remembers something)
+        data.safetensors     what an on-policy source remembers (only if it remembers something)
         state.json             step, tokens, seconds, random states
         manifest.json          size and SHA-256 of each file, layout, recipe, and the digest of itself
 

@@ -10,7 +10,7 @@ metrics.jsonl has one JSON object per line:
 step: optimizer steps behind, this one included. seconds: of training, without evaluation and checkpoints. tokens: real
 ones read so far. flops: counted work so far (`firth.model.flops`). loss: the sum of the objective's terms, each a mean
 over what it asked in this step (not smoothed). With several terms each is there as `loss/TERM`; measures stand under
-their own names. norm: of the gradient before clipping. rate: `optimizer.rate` times the schedule's factor. skipped: steps
+their own names. norm: of the gradient before clipping. rate: `optimizer.lr` times the schedule's factor. skipped: steps
 without a finite gradient so far. A number that is not finite is null. A row of the split rollouts tells of the answers
 that the model wrote just before that step.
 crc: a checksum of the row (`firth.io.json_files.row_line`), by which a damaged row is refused; every row has one.

@@ -149,7 +149,7 @@ class Mover:
             self.adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to the global norm `optimizer.clip`; return the norm they had (a scalar)."""
+        """Scale the gradients down to the global norm `optimizer.max_grad_norm`; return the norm they had (a scalar)."""
         grads = [grad for p in self.parameters if (grad := sums(p)) is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
         if self.optimizer.max_grad_norm and norm > self.optimizer.max_grad_norm:

@@ -24,7 +24,7 @@ from firth.validated import NonNegativeFloat, NonNegativeInt, Ranged, Share
 
 
 @dataclass(frozen=True)
-class Budget(Ranged, section="length"):
+class Budget(Ranged, section="budget"):
     """How long to train: `steps` optimizer steps, `seconds` of wall time, or `flops` of counted work; exactly one is set.
 
     A run measured in seconds depends on the speed of its machine, so it cannot be repeated bit for bit. One measured in
@@ -70,7 +70,7 @@ class Schedule(Ranged, section="schedule"):
             raise UserError(f"schedule.kind is {self.kind!r}: use one of {', '.join(_FALL)}")
         if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise UserError(
-                f"schedule.warmup={self.warmup_ratio:g} and schedule.decay={self.decay_ratio:g} add up to more than the whole run"
+                f"schedule.warmup_ratio={self.warmup_ratio:g} and schedule.decay_ratio={self.decay_ratio:g} add up to more than the whole run"
             )
 
     def factor(self, passed: float) -> float:

@@ -310,7 +310,7 @@ class _Run:
         if at.in_a_row >= self.plan.max_bad_steps:
             raise UserError(
                 f"{at.in_a_row} steps in a row, the last of them step {at.step}, gave a loss or a gradient that is not "
-                f"finite; lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
+                f"finite; lower optimizer.lr (now {self.rate:g}) or lengthen schedule.warmup_ratio, and begin anew"
             )
         return asked
 
@@ -346,7 +346,7 @@ class _Run:
         """
         at = self.at
         name = training_state.not_finite(self.model)
-        advice = f"lower optimizer.rate (now {self.rate:g}) or lengthen schedule.warmup, and begin anew"
+        advice = f"lower optimizer.lr (now {self.rate:g}) or lengthen schedule.warmup_ratio, and begin anew"
         if name:
             raise UserError(
                 f"step {at.step}: the optimizer has made the weight {name!r} infinite or NaN, so this model is not saved; "
@@ -369,7 +369,7 @@ class _Run:
             raise UserError(
                 f"step {self.at.step}: the held-out {names[0]} is {found[names[0]]}, while all weights are finite, so "
                 "this model is not saved: check the held-out records for numbers too large for the model, set "
-                f"precision=fp32 if it is bf16, or lower optimizer.rate (now {self.rate:g}) and begin anew"
+                f"precision=fp32 if it is bf16, or lower optimizer.lr (now {self.rate:g}) and begin anew"
             )
 
     def _judge(self, found: Mapping[str, float]) -> bool:
@@ -377,7 +377,7 @@ class _Run:
         if self.plan.best_metric not in found:
             if self.plan.load_best_at_end:
                 raise UserError(
-                    f"checks.best={self.plan.best_metric} is not among the held-out measurements: there is {', '.join(found)}"
+                    f"evaluation.best_metric={self.plan.best_metric} is not among the held-out measurements: there is {', '.join(found)}"
                 )
             return False
         value = found[self.plan.best_metric]

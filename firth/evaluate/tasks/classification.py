@@ -29,8 +29,8 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(evaluated, "classes", "classes", "classify")
     told, classes = evaluated.examples, class_names(evaluated, "classes")
-    if told.get("kind") == "votes":  # what most of them say is right
-        fields = TextFields(told.get("text", "text"), told.get("votes", "labels"))
+    if told.get("kind") == "multi_annotator":  # what most of them say is right
+        fields = TextFields(told.get("text_field", "text"), told.get("labels_field", "labels"))
         return ClassifiedAnnotations(
             paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=asked
         )
@@ -53,7 +53,7 @@ def class_names(evaluated: EvaluatedModel, part: str) -> tuple[str, ...]:
 
     Raises UserError where neither says, or not as many as the head has rows.
     """
-    said = load_save.class_names(evaluated.model_directory) or evaluated.objective.get("classes")
+    said = load_save.class_names(evaluated.model_directory) or evaluated.objective.get("class_names")
     rows = num_outputs(describe_head(evaluated.model.heads[part]))
     strange = not evaluated.recipe and not (evaluated.model_directory / "firth.json").is_file()
     if strange and (not said or len(said) != rows):
@@ -72,13 +72,13 @@ def where(evaluated: EvaluatedModel) -> Readout:
     Raises UserError for classifiers of others that read it where none of ours does: XLNet's behind a text that it reads both
     ways, T5's and BART's behind a text that the decoder has read once more.
     """
-    said: Any = evaluated.objective.get("at", "auto")
+    said: Any = evaluated.objective.get("position", "auto")
     config = evaluated.model.config
     ours = bool(evaluated.objective) or "recipe" in load_save.metadata_of(evaluated.model_directory)
     if not ours and (config.num_encoder_layers or config.position == "xlnet"):
         raise UserError(
             f"{evaluated.directory}: this classifier of others reads its answer behind the text, where firth reads none: "
-            f"finetune it here (firth train classify start={evaluated.directory})"
+            f"finetune it here (firth train classify init_from={evaluated.directory})"
         )
     return readout_of(config) if said == "auto" else said
 

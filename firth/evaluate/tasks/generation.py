@@ -63,7 +63,7 @@ def writes_answers(evaluated: EvaluatedModel) -> bool:
 
 def forms(evaluated: EvaluatedModel) -> tuple[str, str]:
     """How a prompt and an answer are made of a record's fields, as the run's recipe says."""
-    return evaluated.examples.get("prompt", ""), evaluated.examples.get("answer_is", "")
+    return evaluated.examples.get("prompt_template", ""), evaluated.examples.get("completion_template", "")
 
 
 def completions(
@@ -114,7 +114,7 @@ def wanted(evaluated: EvaluatedModel) -> InputSchema:
 def tell(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """{"answer", "probability": of its tokens together, "finish": "stop", or "length" or "context" where it was not at its end}."""
     longest = LONGEST if evaluated.model.config.num_encoder_layers else LONGEST_TURN
-    for found in completions(evaluated, items, int(evaluated.examples.get("answer", longest)), progress):
+    for found in completions(evaluated, items, int(evaluated.examples.get("max_target_length", longest)), progress):
         chance = round(float(np.exp(found.logprobs.sum(dtype=np.float64))), 6) if len(found.tokens) else 0.0
         yield {"answer": found.text.strip(), "probability": chance, "finish": found.finish}
 

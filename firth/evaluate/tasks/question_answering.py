@@ -21,15 +21,15 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     needs(evaluated, "span", "spans", "answer")
     told = evaluated.examples
     return QuestionRecords(
-        paths, evaluated.tokenizer, evaluated.context, stride=told.get("stride", 128), question=told.get("question", 64),
-        context=told.get("context", "context"), asked=asked, keep=True,
+        paths, evaluated.tokenizer, evaluated.context, stride=told.get("doc_stride", 128), question=told.get("max_question_length", 64),
+        context=told.get("context_field", "context"), asked=asked, keep=True,
     )  # fmt: skip
 
 
 def read(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
     """The answer to each question: its text (empty: there is none), its place and how probable it is."""
     at: Literal["first", "last"] = "last" if where(evaluated) == "last" else "first"
-    may_lack = evaluated.objective.get("unanswerable")
+    may_lack = evaluated.objective.get("has_unanswerable")
     may_lack = items.unanswerable > 0 if may_lack is None else may_lack
     found = readings(
         evaluated.model, QuestionAnswering(position=at), "span", examples(items, progress), evaluated.vocab
@@ -51,7 +51,7 @@ def compared(items: QuestionRecords, told: Iterator[dict[str, Any]]) -> Answers:
 
 def wanted(evaluated: EvaluatedModel) -> InputSchema:
     """A question and its passage: more than a line holds."""
-    context = evaluated.examples.get("context", "context")
+    context = evaluated.examples.get("context_field", "context")
 
     def line(text: str) -> dict[str, Any]:
         raise UserError(
