@@ -244,7 +244,7 @@ STUDIES: dict[str, Callable[[Place, int], Iterator[tuple[str, dict[str, float]]]
     "few": few,
     "weak": weak,
     "vae": vae,
-    "linformer": linformer,
+    "linformer_k": linformer,
 }
 
 

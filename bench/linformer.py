@@ -42,7 +42,7 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     config = encoder_config(vocab_size=1000, hidden_size=256, num_layers=2, num_heads=4, max_positions=max(LENGTHS))
-    if contender == "linformer":
+    if contender == "linformer_k":
         config = replace(config, linformer_k=SLOTS)
     if contender == "written out":
         kernels.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})

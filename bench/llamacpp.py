@@ -274,7 +274,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     biased = replace(config, bias=True, tie_embeddings=True, rope_theta=50000.0, num_kv_heads=4)
     gguf.write(random(biased), tokenizer, file, "F32")
     yield texts("llama, tied and biased, F32", file, arguments.new)
-    for name, more in (("qwen2", {"bias": True, "bias_at": "qkv"}), ("qwen3", {"qk_norm": True, "qk_weight": True})):
+    for name, more in (("qwen2", {"bias": True, "bias_location": "qkv"}), ("qwen3", {"qk_norm": True, "qk_norm_weight": True})):
         made: dict[str, Any] = more
         gguf.write(random(replace(config, **made)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)

@@ -55,7 +55,7 @@ def made(folder: Path) -> list[Path]:
     from firth.tokenizer.train import train
 
     tokenizer = train(list(topics.values())[:60], "byte-bpe", vocab_size=1000, seed=0)
-    size: dict[str, int] = {"vocab": tokenizer.vocab.size, "width": 64, "depth": 2, "heads": 4, "context": 128}
+    size: dict[str, int] = {"vocab_size": tokenizer.vocab.size, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_positions": 128}
     shapes = {
         "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),

@@ -74,5 +74,5 @@ def test_without_sentences_nothing_changes_and_a_text_of_one_sentence_is_cut_any
 
 
 def test_recipes_take_whole_sentences() -> None:
-    assert load("bert").examples.sentences and load("albert").examples.sentences
-    assert not load("albert", ["examples.whole_sentences=false"]).examples.sentences
+    assert load("bert").examples.whole_sentences and load("albert").examples.whole_sentences
+    assert not load("albert", ["examples.whole_sentences=false"]).examples.whole_sentences

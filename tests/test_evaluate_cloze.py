@@ -27,7 +27,7 @@ from firth.types import IGNORE
 
 ROLES = {"pad": 0, "eos": 1, "mask": 2, "cls": 3, "sep": 4, "bos": 5}
 VOCAB = Vocab(size=60, roles=ROLES, special=np.arange(60) < 12, sentinels=np.arange(6, 12))
-SIZES = {"vocab": 60, "width": 64, "depth": 1}
+SIZES = {"vocab_size": 60, "hidden_size": 64, "num_layers": 1}
 ASKED: dict[str, tuple[Objective, ModelConfig]] = {
     "causal": (CausalLM(), decoder_config(**SIZES)),
     "mlm": (MLM(), encoder_config(**SIZES)),

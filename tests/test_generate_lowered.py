@@ -112,7 +112,7 @@ def dequantised(model: LM) -> LM:
     twin = copy.deepcopy(model)
     maps = {"q", "k", "v", "o", "up", "gate", "down"}
     names = {f"{n}.weight" for n, _ in twin.named_modules() if n.rpartition(".")[2] in maps}
-    names |= {"tokens.weight", "parts.lm.weight", "trunk.project.weight", "encoder.project.weight"}
+    names |= {"tokens.weight", "heads.lm.weight", "trunk.project.weight", "encoder.project.weight"}
     with torch.no_grad():
         for name, p in twin.named_parameters():
             if name in names:

@@ -23,7 +23,7 @@ from firth.peft import lora
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is found")
 
 V = 61
-BASE = {"vocab": V, "width": 48, "depth": 3, "heads": 4, "context": 64}
+BASE = {"vocab_size": V, "hidden_size": 48, "num_layers": 3, "num_heads": 4, "max_positions": 64}
 SHAPES = {
     "gpt2": ModelConfig(**BASE),
     "bias in attention": ModelConfig(**BASE, bias_location="attention"),
@@ -41,8 +41,8 @@ SHAPES = {
     "post-norm, sinusoidal, grouped": ModelConfig(**BASE, num_kv_heads=2, position="sinusoidal", norm_placement="post"),
     "shared blocks, narrow table": ModelConfig(**BASE, num_layer_groups=1, embedding_size=16, lm_head="transform"),
     "no position, first norm left out": ModelConfig(**BASE, position="none", first_attention_norm=False, activation="relu"),
-    "wide heads": ModelConfig(**(BASE | {"width": 256, "heads": 2}), position="rotary"),
-    "heads of 32": ModelConfig(**(BASE | {"width": 64, "heads": 2}), position="rotary"),
+    "wide heads": ModelConfig(**(BASE | {"hidden_size": 256, "num_heads": 2}), position="rotary"),
+    "heads of 32": ModelConfig(**(BASE | {"hidden_size": 64, "num_heads": 2}), position="rotary"),
     "heads of 64": decoder_config(vocab_size=V, hidden_size=128, num_layers=2, num_heads=2, max_positions=64),
     "t5": encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64),
     "t5, scaled head": replace(encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64), lm_head_scale=0.125),

@@ -25,7 +25,7 @@ peft = pytest.importorskip("peft", reason="the oracle; installed with the test e
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 40, "intermediate_size": 48}
 BERT = ModelConfig(
     **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu", lm_head="transform",
     lm_head_bias=True,
@@ -34,7 +34,7 @@ LLAMA = ModelConfig(
     **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"context": 512}, num_encoder_layers=2, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+    **SIZES | {"max_positions": 512}, num_encoder_layers=2, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
 )  # fmt: skip
 SHAPES = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, num_layers=3)}
@@ -45,7 +45,7 @@ THEIRS = {
     "llama": ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"], "t5": ["q", "v", "wo"], "t5-odd": ["k"],
 }  # fmt: skip
 OURS = {
-    "bert": ["q", "mlp.up", "tokens"], "gpt2": ["attention.o", "mlp.*"], "llama": ["blocks.*", "tokens", "parts.lm"],
+    "bert": ["q", "mlp.up", "tokens"], "gpt2": ["attention.o", "mlp.*"], "llama": ["blocks.*", "tokens", "heads.lm"],
     "t5": ["cross.q", "mlp.*"], "t5-odd": ["q", "v"],
 }  # fmt: skip
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -180,7 +180,7 @@ def test_separate_adapters_lie_side_by_side_in_one_matrix_of_theirs(targets: lis
 
 def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> None:
     model = base("gpt2", tmp_path)  # whose head is its table
-    lora.add(model, ["parts.lm", "q"], LoraConfig(rank=2))
+    lora.add(model, ["heads.lm", "q"], LoraConfig(rank=2))
     for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     assert "only firth" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")

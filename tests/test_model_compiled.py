@@ -35,7 +35,7 @@ from firth.types import Batch, UserError
 VOCAB = Vocab(
     size=60, roles={"pad": 0, "bos": 1, "eos": 2, "mask": 3}, special=np.arange(60) < 14, sentinels=np.arange(4, 14)
 )
-SIZE: Any = {"vocab": 60, "width": 32, "depth": 3, "heads": 2, "context": 64}
+SIZE: Any = {"vocab_size": 60, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "max_positions": 64}
 BERT = ModelConfig(
     **SIZE, norm_placement="post", embedding_norm=True, type_vocab_size=2, activation="gelu", causal=False
 )

@@ -22,7 +22,7 @@ from firth.types import NEVER, UserError
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
 
-SIZES = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48}
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 40, "intermediate_size": 48}
 BERT = ModelConfig(
     **SIZES,
     causal=False,
@@ -38,7 +38,7 @@ LLAMA = ModelConfig(
     **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"context": 512}, num_encoder_layers=3, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
+    **SIZES | {"max_positions": 512}, num_encoder_layers=3, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
 )  # fmt: skip
 BART = ModelConfig(

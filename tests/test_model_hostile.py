@@ -239,18 +239,18 @@ def test_a_config_that_is_none(text: str, says: str, given: Path) -> None:
 
 
 FACTS = {
-    "an absurd part": ({"parts": {"x": {"kind": "linear", "in": 10**9, "out": 10**9, "bias": True}}}, "lacks|unexpected"),
-    "a part of words": ({"parts": {"x": {"kind": "linear", "in": "a", "out": 1, "bias": True}}}, "cannot be rebuilt"),
-    "a part that is none": ({"parts": {"x": 3}}, "cannot be rebuilt"),
-    "an unknown part": ({"parts": {"x": {"kind": "eval", "of": "import os"}}}, "cannot be rebuilt"),
-    "parts that are none": ({"parts": []}, "describes no model"),
-    "a deep chain": ('{"family": "gpt2", "shape": {}, "parts": {"x": ' + '{"kind": "chain", "of": [' * 5000 + "]}" * 5000 + "}}",
+    "an absurd part": ({"heads": {"x": {"kind": "linear", "in": 10**9, "out": 10**9, "bias": True}}}, "lacks|unexpected"),
+    "a part of words": ({"heads": {"x": {"kind": "linear", "in": "a", "out": 1, "bias": True}}}, "cannot be rebuilt"),
+    "a part that is none": ({"heads": {"x": 3}}, "cannot be rebuilt"),
+    "an unknown part": ({"heads": {"x": {"kind": "eval", "of": "import os"}}}, "cannot be rebuilt"),
+    "parts that are none": ({"heads": []}, "describes no model"),
+    "a deep chain": ('{"family": "gpt2", "config": {}, "heads": {"x": ' + '{"kind": "chain", "of": [' * 5000 + "]}" * 5000 + "}}",
                      "cannot be rebuilt|not JSON"),
-    "a shape of words": ({"shape": {"vocab": "many", "width": 1, "depth": 1, "heads": 1}}, "describes no model"),
-    "a shape that lacks a field": ({"shape": {}}, "describes no model"),
-    "no shape": ({"shape": None}, "describes no model"),
-    "a field of tomorrow": ({"shape": {"colour": 1}}, "newer version"),
-    "a deep guest": ({"parts": {"x": {"kind": "guest", "parts": {}, "shape": {"vocab": 9, "width": 8, "depth": 10**8, "heads": 1}}}},
+    "a shape of words": ({"config": {"vocab_size": "many", "hidden_size": 1, "num_layers": 1, "num_heads": 1}}, "describes no model"),
+    "a shape that lacks a field": ({"config": {}}, "describes no model"),
+    "no shape": ({"config": None}, "describes no model"),
+    "a field of tomorrow": ({"config": {"colour": 1}}, "newer version"),
+    "a deep guest": ({"heads": {"x": {"kind": "guest", "heads": {}, "config": {"vocab_size": 9, "hidden_size": 8, "num_layers": 10**8, "num_heads": 1}}}},
                      "cannot be rebuilt"),
 }  # fmt: skip
 

@@ -118,9 +118,9 @@ def test_what_it_cannot_read_is_refused() -> None:
         LM(replace(FULL, linformer_k=4, position="rotary"), {})({"tokens": tokens(1, 13)})
     with pytest.raises(UserError, match="cannot write token by token"):
         model.make_cache(1, 8)
-    for bad in ({"causal": True}, {"encoder": 1}, {"position": "t5"}, {"linformer": 13}):
+    for bad in ({"causal": True}, {"num_encoder_layers": 1}, {"position": "t5"}, {"linformer_k": 13}):
         with pytest.raises(UserError, match=r"shape\.linformer=\d+ mixes a whole row"):
-            replace(FULL, **{"linformer": 4} | bad)
+            replace(FULL, **{"linformer_k": 4} | bad)
 
 
 def test_recipes_that_ask_for_it_are_refused_when_read() -> None:

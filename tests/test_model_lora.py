@@ -30,7 +30,7 @@ SHAPES: dict[str, ModelConfig] = {
     "encoder-decoder": encoder_decoder_config(50, 64, 2, num_heads=2, max_positions=40),
     "shared": replace(bert(50, 64, 3, 2, max_positions=40), num_layer_groups=1, embedding_size=16),
 }
-EVERYWHERE = ("blocks.*", "parts.lm")
+EVERYWHERE = ("blocks.*", "heads.lm")
 
 
 def made(config: ModelConfig, seed: int = 0) -> LM:
@@ -83,7 +83,7 @@ def test_an_adapter_begins_as_nothing_and_merged_equals_unmerged(name: str) -> N
     torch.testing.assert_close(logits(folded), moved, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("target", ["tokens", "parts.lm", "attention.q"])
+@pytest.mark.parametrize("target", ["tokens", "heads.lm", "attention.q"])
 def test_the_product_is_what_the_paper_says(target: str) -> None:
     """h = W x + scale B A x, written out on the weights of a plain model; on tables and heads too."""
     model, plain = made(SHAPES["untied"]), made(SHAPES["untied"])
@@ -189,7 +189,7 @@ def _adapted(model: LM) -> LM:
 
 def test_what_is_refused() -> None:
     model = made(DECODER)
-    with pytest.raises(UserError, match=r"is called 'query'; there is tokens, attention.q, attention.k, .*, parts.lm$"):
+    with pytest.raises(UserError, match=r"is called 'query'; there is tokens, attention.q, attention.k, .*, heads.lm$"):
         lora.add(model, ["query"], LoraConfig())
     with pytest.raises(
         UserError, match=r"rank 65 is larger than the matrix trunk.blocks.0.attention.q, which is 64 x 64"
@@ -199,6 +199,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="an adapter 'default' on tokens"):
         lora.add(model, ["tokens"], LoraConfig())
     with pytest.raises(
-        UserError, match=r"tokens shares its matrix with parts.lm, .* there is attention.q, attention.k, "
+        UserError, match=r"tokens shares its matrix with heads.lm, .* there is attention.q, attention.k, "
     ):
         lora.merge(model)

@@ -93,7 +93,7 @@ def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
         model.zero_grad()
         (model(rows) * real[..., None]).square().sum().backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert float(found[0][f"parts.{kind}.table.weight"].abs().max()) > 0
+    assert float(found[0][f"heads.{kind}.table.weight"].abs().max()) > 0
     for n, g in found[0].items():
         torch.testing.assert_close(found[1][n], g, atol=1e-10, rtol=1e-9, msg=n)
 

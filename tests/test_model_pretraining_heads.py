@@ -66,7 +66,7 @@ def loaded(model: LM, directory: Path, kind: str) -> torch.nn.Module:
     assert json.loads((directory / "config.json").read_text())["architectures"] == [kind]
     theirs, info = getattr(transformers, kind).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["mismatched_keys"]
-    assert all(name.startswith("parts.") for name in info["unexpected_keys"])
+    assert all(name.startswith("heads.") for name in info["unexpected_keys"])
     return theirs.eval()
 
 
@@ -194,7 +194,7 @@ def test_we_load_their_classes_with_their_heads(kind: str, parts: set[str], tmp_
 def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Path) -> None:
     model = built(NSP() + MLM(), BERT)
     save_model(model, None, tmp_path)
-    old = {"bert.pooler.dense": "parts.next.0", "cls.seq_relationship": "parts.next.2"}
+    old = {"bert.pooler.dense": "heads.next.0", "cls.seq_relationship": "heads.next.2"}
     stored = {}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         stem, _, last = name.rpartition(".")

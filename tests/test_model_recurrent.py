@@ -29,7 +29,7 @@ VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 1)
 
 
 def shape_of(kind: str, **changes: Any) -> ModelConfig:
-    return dataclasses.replace(recurrent_config(40, 16, 2, kind), **{"hidden": 0} | changes)  # type: ignore[arg-type]
+    return dataclasses.replace(recurrent_config(40, 16, 2, kind), **{"intermediate_size": 0} | changes)  # type: ignore[arg-type]
 
 
 def with_our_weights(theirs: nn.RNNBase, ours: RecurrentStack) -> nn.RNNBase:
@@ -230,17 +230,17 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
     ("changes", "said"),
     [
         ({"qk_norm": True}, "model.qk_norm=True means nothing to recurrent layers"),
-        ({"norm_at": "pre"}, "model.norm_placement='?pre'?"),
-        ({"encoder": 2}, "model.num_encoder_layers=2"),
+        ({"norm_placement": "pre"}, "model.norm_placement='?pre'?"),
+        ({"num_encoder_layers": 2}, "model.num_encoder_layers=2"),
         ({"position": "rotary"}, "rotary positions are for attention"),
-        ({"apart": True}, "model.causal=false"),
-        ({"causal": False, "width": 17, "head_width": 17, "hidden": 0}, "make it even"),
-        ({"hidden": 12}, "leave model.intermediate_size out"),
-        ({"recurrent": "gru", "hidden": 24}, "only an LSTM"),
-        ({"recurrent": "", "skip": True}, "recurrent layers"),
-        ({"characters": 8}, "tied=false"),
-        ({"characters": 8, "tied": False, "filters": 100}, "64, 128"),
-        ({"recurrent": "elman"}, "not one of"),
+        ({"separate_directions": True}, "model.causal=false"),
+        ({"causal": False, "hidden_size": 17, "head_dim": 17, "intermediate_size": 0}, "make it even"),
+        ({"intermediate_size": 12}, "leave model.intermediate_size out"),
+        ({"rnn_type": "gru", "intermediate_size": 24}, "only an LSTM"),
+        ({"rnn_type": "", "rnn_residual": True}, "recurrent layers"),
+        ({"max_characters": 8}, "tied=false"),
+        ({"max_characters": 8, "tie_embeddings": False, "char_filters": 100}, "64, 128"),
+        ({"rnn_type": "elman"}, "not one of"),
     ],
 )
 def test_what_recurrent_layers_cannot_do_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -90,10 +90,10 @@ def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
     ("changes", "said"),
     [
         ({"head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
-        ({"groups": 7}, "model.num_layer_groups=7 is more than there are layers"),
-        ({"first_norm": False}, "cannot differ in their first norm"),
-        ({"embed": -1}, "model.embedding_size=-1 must be at least 0"),
-        ({"embed": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
+        ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than there are layers"),
+        ({"first_attention_norm": False}, "cannot differ in their first norm"),
+        ({"embedding_size": -1}, "model.embedding_size=-1 must be at least 0"),
+        ({"embedding_size": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, object], said: str) -> None:
@@ -112,13 +112,13 @@ def test_every_parameter_has_one_place() -> None:
     placed = param_groups(OptimizerConfig(), model)
     assert len({id(p.parameter) for p in placed}) == len(placed) == len(list(model.parameters()))
     kinds = {p.name: (p.muon, p.weight_decay > 0) for p in placed}
-    assert kinds["trunk.project.weight"] == kinds["parts.generator.trunk.project.weight"] == (True, True)
+    assert kinds["trunk.project.weight"] == kinds["heads.generator.trunk.project.weight"] == (True, True)
     assert (
-        kinds["trunk.blocks.0.mlp.up.weight"] == kinds["parts.generator.trunk.blocks.0.mlp.up.weight"] == (True, True)
+        kinds["trunk.blocks.0.mlp.up.weight"] == kinds["heads.generator.trunk.blocks.0.mlp.up.weight"] == (True, True)
     )
     assert kinds["tokens.weight"] == (False, False)
-    assert kinds["parts.generator.parts.lm.dense.weight"] == kinds["parts.replaced.0.weight"] == (False, True)
-    assert not {"parts.generator.tokens.weight", "parts.generator.parts.lm.weight"} & kinds.keys()
+    assert kinds["heads.generator.heads.lm.dense.weight"] == kinds["heads.replaced.0.weight"] == (False, True)
+    assert not {"heads.generator.tokens.weight", "heads.generator.heads.lm.weight"} & kinds.keys()
     assert not any(name.startswith("trunk.blocks.1") for name in kinds)
 
 

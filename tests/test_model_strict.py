@@ -250,7 +250,7 @@ def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path)
     model = LM(config, {part: make()})
     assert save_model(model, None, tmp_path) == f"transformers loads it as {name}"
     stored = load_file(tmp_path / "model.safetensors")
-    assert any(key.startswith(f"parts.{part}") for key in stored) == ("For" not in name)
+    assert any(key.startswith(f"heads.{part}") for key in stored) == ("For" not in name)
     for _ in range(2):
         again = load_model(tmp_path)
         assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())

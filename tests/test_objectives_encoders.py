@@ -255,13 +255,13 @@ def test_neither_model_has_a_gradient_from_the_other(objective: RTD) -> None:
     def moved(term: str) -> set[str]:
         return set(gradients(model, objective.loss(model, objective.forward(model, batch), batch)[term]))
 
-    assert not any(name.startswith(("parts.generator", "parts.baseline")) for name in moved("replaced"))
-    assert {"trunk.project.weight", "parts.replaced.2.weight"} <= moved("replaced")
+    assert not any(name.startswith(("heads.generator", "heads.baseline")) for name in moved("replaced"))
+    assert {"trunk.project.weight", "heads.replaced.2.weight"} <= moved("replaced")
     own = moved("generator")
     assert tables <= own
-    assert all(name.startswith("parts.generator") for name in own - tables)
+    assert all(name.startswith("heads.generator") for name in own - tables)
     if "baseline" in objective.labels:
-        assert moved("baseline") == {"parts.baseline.weight", "parts.baseline.bias"}
+        assert moved("baseline") == {"heads.baseline.weight", "heads.baseline.bias"}
 
 
 def test_the_generator_is_a_masked_language_model() -> None:

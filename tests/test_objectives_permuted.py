@@ -47,7 +47,7 @@ VOCAB = Vocab(
     size=61, roles={"pad": 0, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4}, special=np.arange(61) < 5,
     spelling=tuple(b"\n" if i < 5 else b" a" if i % 2 else b"a" for i in range(61)),
 )  # fmt: skip
-BODY = {"vocab": 61, "width": 32, "depth": 2, "heads": 4, "context": 40, "hidden": 48, "causal": False}
+BODY = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 40, "intermediate_size": 48, "causal": False}
 XLNET = ModelConfig(
     **BODY, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2, activation="gelu", lm_head_bias=True,
 )  # fmt: skip
@@ -514,7 +514,7 @@ def test_a_step_with_memory_is_a_pure_function_of_its_number(tmp_path: Path) -> 
     ways[0].batches(0)
     late = [way.batches(5) for way in ways]
     assert all(torch.equal(a, b) for a, b in zip(late[0][0].values(), late[1][0].values(), strict=True))
-    model = built(ModelConfig(**BODY | {"vocab": tokenizer().vocab.size}, position="xlnet", memory_length=16))
+    model = built(ModelConfig(**BODY | {"vocab_size": tokenizer().vocab.size}, position="xlnet", memory_length=16))
     found = []
     for batches in (late[0], late[2]):
         model.zero_grad()
@@ -610,7 +610,7 @@ def test_published_sizes_are_those_of_transformers(name: str, kind: str, setting
 def test_a_gap_is_a_query_that_nobody_sees() -> None:
     """`fill` and a pseudo-likelihood ask an XLNet as PLM does: a query at the gap, and no [MASK] that others see."""
     coder = tokenizer()
-    model = built(ModelConfig(**BODY | {"vocab": coder.vocab.size}, position="xlnet", mask_embedding=True))
+    model = built(ModelConfig(**BODY | {"vocab_size": coder.vocab.size}, position="xlnet", mask_embedding=True))
     mask = coder.token(coder.vocab.mask)
     [found] = fill(model, coder, f"What is a {mask} in Python?", k=3)
     words = coder.vocab.frame(
@@ -632,7 +632,7 @@ def test_a_decoder_with_relative_positions_writes_what_it_would_read() -> None:
     """The engine's cache serves position="xlnet" as any other: rows of other lengths beside it, and options of one prompt."""
     coder = tokenizer()
     config = ModelConfig(
-        **BODY | {"vocab": coder.vocab.size, "causal": True}, position="xlnet", mask_embedding=True, memory_length=8
+        **BODY | {"vocab_size": coder.vocab.size, "causal": True}, position="xlnet", mask_embedding=True, memory_length=8
     )
     model = built(config)
     prompts = [coder.encode("What is a module?"), coder.encode("In Python")]

@@ -159,7 +159,7 @@ def theirs(parts: dict[str, torch.nn.Module], cls: str, head: dict[str, str], tm
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     bare = LM(TINY, {})
-    bare.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("parts.")})
+    bare.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("heads.")})
     save_model(bare, None, tmp_path)
     other = getattr(transformers, cls).from_pretrained(tmp_path, **config).eval()
     for name, ours in head.items():

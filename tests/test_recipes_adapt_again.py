@@ -37,10 +37,10 @@ STILL = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_lr=
 CASES = [
     ("gpt", "gpt", "lora", "['*']"), ("gpt", "gpt", "prompt", ""), ("gpt2", "gpt2", "lora", "[all-linear, places]"),
     ("gpt2", "gpt2", "prefix", ""), ("gpt2", "classify", "lora", "[tokens, places]"),
-    ("foreign", "classify", "prefix", ""), ("roberta", "roberta", "lora", "[parts.lm.dense]"),
+    ("foreign", "classify", "prefix", ""), ("roberta", "roberta", "lora", "[heads.lm.dense]"),
     ("roberta", "classify", "lora", "[tokens, blocks.*]"), ("roberta", "classify", "frozen", ""),
     ("t5", "t5", "lora", "['*']"), ("t5", "t5", "prefix", ""), ("t5", "classify", "prompt", ""),
-    ("bert", "bert", "lora", "[blocks.*, parts.next.0]"), ("bert", "classify", "prefix", ""), ("bert", "bert", "prompt", ""),
+    ("bert", "bert", "lora", "[blocks.*, heads.next.0]"), ("bert", "classify", "prefix", ""), ("bert", "bert", "prompt", ""),
     ("bart", "bart", "lora", "['*']"), ("bart", "bart", "prompt", ""), ("bart", "classify", "lora", "[tokens, blocks.*]"),
 ]  # fmt: skip
 
@@ -132,8 +132,8 @@ def test_a_run_opens_again_and_starts_the_next(
         ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"is called 'norm'; there is places, attention.q, "),
         ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"is called 'bias'; there is places, attention.q, "),
         ("gpt2", ["peft.kind=lora", "peft.target_modules=[tokens]"],
-         r"tokens shares its matrix with parts.lm, .* out of the adapter's targets; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[parts.lm]"], r"parts.lm shares its matrix with tokens, "),
+         r"tokens shares its matrix with heads.lm, .* out of the adapter's targets; there is places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its matrix with tokens, "),
         ("gpt", ["peft=frozen"], r"a mixture of all layers, which a vocabulary head does not read"),
     ],
 )  # fmt: skip

@@ -370,7 +370,7 @@ def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
     assert (shapes["roberta"].intermediate_size, shapes["gpt"].intermediate_size) == (32, 48)
     assert shapes["roberta"].vocab_size == shapes["gpt"].vocab_size == ready.tokenizer.vocab.size
     assert ready.probe.optimizer.lr == 1e-3
-    assert [ready.finetuning(name, 0).objective.at for name in ("roberta", "gpt")] == ["first", "last"]
+    assert [ready.finetuning(name, 0).objective.position for name in ("roberta", "gpt")] == ["first", "last"]
     assert ready.finetuning("gpt", 0) == ready.finetuning("gpt", 0) != ready.finetuning("gpt", 1)
 
 

@@ -41,11 +41,11 @@ from firth.train.step import step
 from firth.types import UserError
 
 WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
-SIZES = {"vocab": 400, "width": 32, "depth": 1, "heads": 2, "context": 160}
+SIZES = {"vocab_size": 400, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 160}
 SHAPES: dict[AttentionPattern, ModelConfig] = {
     "any": encoder_config(**SIZES), "bidirectional": replace(encoder_config(**SIZES), dropout=0.1), "causal": decoder_config(**SIZES),
     "permuted": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "seq2seq": encoder_decoder_config(**SIZES),
-    "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
+    "latent_size": replace(encoder_decoder_config(**SIZES), latent_size=32),
     "bidirectional_separate": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "none": word_vector_config(400, 16),
 }  # fmt: skip
 

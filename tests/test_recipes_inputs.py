@@ -293,7 +293,7 @@ def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, mo
     firth("train", "gpt", *settings, "--out", "run")
     recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
     size = Tokenizer.load("run/tokenizer").vocab.size
-    assert recipe["tokenizer"]["size"] == recipe["shape"]["vocab"] == size < 8192
+    assert recipe["tokenizer"]["vocab_size"] == recipe["model"]["vocab_size"] == size < 8192
     assert recipe["precision"] in ("fp32", "bf16")
     assert recipe["source"]["path"] == [str(tmp_path / "texts")] and recipe["source"]["corpus"] == ""
     whole = read_tensors(Path("run/model"))

@@ -23,7 +23,7 @@ from firth.tokenizer.train import train
 from firth.types import UserError
 
 TEXT = ("the otter paints a red boat near the old stone bridge and sings all day long " * 30 + "\n\n") * 6
-BODY = {"vocab": 300, "width": 32, "depth": 1, "heads": 2, "context": 64}
+BODY = {"vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 64}
 SHAPES = {
     "gpt2": ModelConfig(**BODY),
     "rotary": ModelConfig(**BODY, position="rotary"),

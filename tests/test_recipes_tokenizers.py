@@ -138,7 +138,7 @@ def test_adapter_of_peft_is_compared_by_its_tokens(place: Path, adapted: Path, t
     theirs = tmp_path / "theirs"
     shutil.copytree(adapted, theirs)
     (theirs / "firth.json").unlink()
-    (theirs / "parts.safetensors").unlink(missing_ok=True)
+    (theirs / "heads.safetensors").unlink(missing_ok=True)
     tokenizer = Tokenizer.load(place / "ours" / "policy")
     tokenizer.save(theirs)
     assert load_evaluated_model(theirs).tokenizer.digest == tokenizer.digest

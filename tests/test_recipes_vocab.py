@@ -48,7 +48,7 @@ def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
     assert refused("gpt", [*BODY[5:], text, given, whole], tmp_path / "c") == said.format(10, 290)
     recipe = yaml.safe_load((place / "given" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
-    mine.write_text(yaml.safe_dump(recipe | {"shape": recipe["shape"] | {"vocab": 8192}}))
+    mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"vocab_size": 8192}}))
     assert refused(str(mine), [], tmp_path / "d") == said.format(8192, 290)
     settings = [*BODY[:6], text, "data.split_by=line", "tokenizer.vocab_size=300", "gpt.shape.vocab=10"]
     with pytest.raises(
@@ -67,7 +67,7 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
     """Its recipe has the real number of ids, and so has one with another tokenizer or another size."""
     for name, count in (("trained", 300), ("given", 290)):
         file = place / name / "recipe.yaml"
-        assert yaml.safe_load(file.read_text())["shape"]["vocab"] == count
+        assert yaml.safe_load(file.read_text())["model"]["vocab_size"] == count
         assert run(load(str(file)), tmp_path / name, lambda _: None).steps == 1
         weights = [one / "model" / "model.safetensors" for one in (place / name, tmp_path / name)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -91,7 +91,7 @@ def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
     assert made is not None and made.vocab_size == 290
     small = [*BODY, f"data.path={place / 'text.txt'}", "tokenizer.vocab_size=4000"]
     done = run(load("gpt", small), tmp_path / "small", lambda _: None)
-    ids = yaml.safe_load((done.directory / "recipe.yaml").read_text())["shape"]["vocab"]
+    ids = yaml.safe_load((done.directory / "recipe.yaml").read_text())["model"]["vocab_size"]
     assert ids < 4000  # a text with fewer than the recipe and its tokenizer have
 
 
@@ -105,7 +105,7 @@ def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
     assert run(load(str(place / "trained" / "recipe.yaml"), on), tmp_path / "b", lambda _: None).steps == 1
     recipe = yaml.safe_load((place / "trained" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
-    mine.write_text(yaml.safe_dump(recipe | {"shape": recipe["shape"] | {"hidden": 96}}))
+    mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"intermediate_size": 96}}))
     said = refused(str(mine), on, tmp_path / "c")
     assert said.endswith("model.intermediate_size is 64 there and 96 here; use the same shape, which model=null does")
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1

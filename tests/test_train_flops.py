@@ -45,7 +45,7 @@ def test_it_ends_with_the_step_that_reaches_them_and_the_rate_follows_the_count(
     assert counts[-2] < ENOUGH <= counts[-1] == done.flops
     batches, model = small_batches(Chains()), small_model()
     steps = [
-        sum(Scored().run_flops(model, b) + Scored().loss_flops(model, b) for b in batches.batches(s)) for s in range(3)
+        sum(Scored().forward_flops(model, b) + Scored().loss_flops(model, b) for b in batches.batches(s)) for s in range(3)
     ]
     assert [row["flops"] for row in log[:3]] == [sum(steps[: n + 1]) for n in range(3)]
     middle = (counts[-3] + counts[-2]) / 2 / ENOUGH

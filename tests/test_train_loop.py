@@ -173,7 +173,7 @@ def test_another_recipe_or_model_is_refused(tmp_path: Path) -> None:
         small_run(tmp_path, 4, recipe="other")
     model = small_model()
     model.parts["extra"] = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"'parts.extra.bias' is on one side only"):
+    with pytest.raises(UserError, match=r"'heads.extra.bias' is on one side only"):
         small_run(tmp_path, 4, model=model)
 
 
@@ -287,7 +287,7 @@ def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = train(
         small_model(dropout=0.0), Scored(), small_batches(Chains()), tmp_path, name="chains",
         budget=Budget(max_steps=60), optimizer=OptimizerConfig(lr=0.01), reporter=LineReporter("chains", every=0.0),
-        evaluate=lambda model, _: validate(model, Scored(), small_batches(Chains()).once(), bytes_per_target=2.0),
+        evaluate=lambda model, _: validate(model, Scored(), small_batches(Chains()).all_batches(), bytes_per_target=2.0),
     )  # fmt: skip
     log = rows(tmp_path)
     assert log[0]["loss"] > 3
@@ -323,10 +323,10 @@ def test_rows_after_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> 
 def test_validation_is_the_mean_over_all_that_is_asked() -> None:
     model = small_model(dropout=0.5)
     model.train()
-    whole = validate(model, Scored(), [*small_batches(Chains()).once()])
+    whole = validate(model, Scored(), [*small_batches(Chains()).all_batches()])
     assert model.training
     one_by_one = validate(
-        model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, rows=1, seed=0).once()
+        model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, rows=1, seed=0).all_batches()
     )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)

@@ -43,7 +43,7 @@ def short_run(
     directory: Path, ranks: Ranks, model: LM, steps: int, objective: Scored, accumulate: int
 ) -> TrainingResult:
     def held_out(model: LM, _: int) -> dict[str, float]:
-        batches = small_batches(Chains(), rank=ranks.rank, world=ranks.world).once()
+        batches = small_batches(Chains(), rank=ranks.rank, world=ranks.world).all_batches()
         return validate(model, objective, batches, reduce=ranks.sum)
 
     return train(

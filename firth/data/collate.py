@@ -76,7 +76,7 @@ class Batches:
         world: int = 1,
     ) -> None:
         if not len(source):
-            raise UserError(f"there is nothing to train on: {dict(data.counts)}")
+            raise UserError(f"there is nothing to train on: {dict(source.counts)}")
         if batch_size < gradient_accumulation_steps * world:
             raise UserError(
                 f"{batch_size} rows a step cannot be shared by {world} ranks of {gradient_accumulation_steps} micro-batches each"

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from firth.model.config import ModelConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "decoder_start": ("pad", "eos"),
-    "bias_at": ("all", "attention", "qkv"),
-    "rotary_scaling": ("none", "linear", "llama3"),
-    "recurrent": ("", *GATES),
+    "decoder_start_token": ("pad", "eos"),
+    "bias_location": ("all", "attention", "qkv"),
+    "rope_scaling": ("none", "linear", "llama3"),
+    "rnn_type": ("", *GATES),
     "norm": ("layer", "rms"),
-    "norm_at": ("pre", "post"),
+    "norm_placement": ("pre", "post"),
     "position": ("learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
-    "head": ("linear", "transform"),
+    "lm_head": ("linear", "transform"),
     "linformer_sharing": ("headwise", "key-value", "layerwise"),
 }
 
@@ -35,7 +35,7 @@ def check_fields(config: ModelConfig) -> None:
     """Raise a UserError for a field that is wrong whatever the others say."""
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
-            raise UserError(f"shape.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
+            raise UserError(f"model.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
     if not config.head_dim and config.hidden_size % config.num_heads:
         raise UserError(
             f"model.hidden_size={config.hidden_size} is not a multiple of model.num_heads={config.num_heads}: "
@@ -123,13 +123,13 @@ def check_combinations(config: ModelConfig) -> None:
 
 def _refuse_blocks(config: ModelConfig) -> None:
     """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
-    still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_at": "post", "score_scale": True,
-             "qk_norm": False, "qk_weight": False, "zero_init": False, "bias": True, "bias_at": "all", "kv_heads": config.num_heads,
+    still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_placement": "post", "score_scale": True,
+             "qk_norm": False, "qk_weight": False, "zero_init": False, "bias": True, "bias_location": "all", "kv_heads": config.num_heads,
              "head_width": config.hidden_size // config.num_heads}  # fmt: skip
     for name, value in still.items():
         if getattr(config, name) != value:
             raise UserError(
-                f"shape.{name}={getattr(config, name)} means nothing to recurrent layers: set it to {value}, "
+                f"model.{name}={getattr(config, name)} means nothing to recurrent layers: set it to {value}, "
                 "or begin from the recipe lstm"
             )
     if config.position in ("rotary", "t5"):

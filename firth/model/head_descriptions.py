@@ -77,11 +77,11 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
         "hidden": m.hidden,
     },
     PromptEmbedding: lambda m: {"kind": "prompt", "tokens": m.tokens, "width": m.width},
-    LMHead: lambda m: {"kind": "vocabulary", "shape": asdict(m.shape)},
+    LMHead: lambda m: {"kind": "vocabulary", "config": asdict(m.config)},
     TiedSubmodel: lambda m: {
-        "kind": "guest", "shape": asdict(m.shape), "parts": {n: describe_head(p) for n, p in m.parts.items()}
+        "kind": "guest", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}
     },
-    LM: lambda m: {"kind": "model", "shape": asdict(m.shape), "parts": {n: describe_head(p) for n, p in m.parts.items()}},
+    LM: lambda m: {"kind": "model", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}},
 }  # fmt: skip
 
 REBUILD: dict[str, Callable[[Description], nn.Module]] = {
@@ -99,7 +99,7 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "mixture": lambda d: ScalarMix(d["layers"]),
     "prefix": lambda d: PrefixEncoder(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
     "prompt": lambda d: PromptEmbedding(d["tokens"], d["width"]),
-    "vocabulary": lambda d: LMHead(ModelConfig(**d["shape"])),
-    "guest": lambda d: TiedSubmodel(ModelConfig(**d["shape"]), {n: rebuild_head(p, n) for n, p in d["parts"].items()}),
-    "model": lambda d: LM(ModelConfig(**d["shape"]), {n: rebuild_head(p, n) for n, p in d["parts"].items()}),
+    "vocabulary": lambda d: LMHead(ModelConfig(**d["config"])),
+    "guest": lambda d: TiedSubmodel(ModelConfig(**d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}),
+    "model": lambda d: LM(ModelConfig(**d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}),
 }

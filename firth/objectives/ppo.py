@@ -76,7 +76,7 @@ def start_critic(model: LM, weights: LM, mean: float = 0.0, scale: float = 1.0) 
         return False
     critic: LM = model.heads["critic"]  # type: ignore[assignment]
     mine, theirs = (
-        {name: tensor for name, tensor in one.state_dict().items() if not name.startswith("parts.")}
+        {name: tensor for name, tensor in one.state_dict().items() if not name.startswith("heads.")}
         for one in (critic, weights)
     )
     if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:

@@ -2,7 +2,7 @@
 
     adapter_config.json           what it is, of which base
     adapter_model.safetensors     base_model.model.NAME.lora_A.weight ...; or prompt_embeddings, (V, ...), alone
-    firth.json, parts.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts,
+    firth.json, heads.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts,
                                   the content hashes of these files,
                                   the digest of the base's tokenizer
 
@@ -46,7 +46,7 @@ from firth.pretrained.load_save import load_model
 from firth.types import UserError
 
 FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OWN, OWN_TENSORS = "firth.json", "parts.safetensors"
+OWN, OWN_TENSORS = "firth.json", "heads.safetensors"
 PARTS = "model_parts"
 """The field of firth.json with the names of all parts of the model that the adapter was trained on."""
 FRONT = "base_model.model."
@@ -149,7 +149,7 @@ def write(
     make_directory(directory)
     low = lora.lora_layers(model, name)
     names = AdapterNames.of(model, base, low)
-    heads = tuple(f"parts.{part}." for part in parts)
+    heads = tuple(f"heads.{part}." for part in parts)
     state = {n: t for n, t in model.state_dict().items() if n.startswith(heads)} if heads else {}
     theirs = {n: names.tensors[n] for n in state if n in names.tensors}
     if theirs:  # whoever has the head has the class with the head
@@ -173,12 +173,12 @@ def write(
     write_json(directory / FILE, config | told)
     _save(tensors, directory / TENSORS)
     rest = {n: t for n, t in state.items() if n not in theirs}
-    own = [part for part in parts if any(n.startswith(f"parts.{part}.") for n in rest)]
+    own = [part for part in parts if any(n.startswith(f"heads.{part}.") for n in rest)]
     (directory / OWN_TENSORS).unlink(missing_ok=True)
     if rest:
         _save(rest, directory / OWN_TENSORS)
     record: dict[str, Any] = {
-        "parts": {part: describe_head(model.heads[part]) for part in own},
+        "heads": {part: describe_head(model.heads[part]) for part in own},
         "facts": dict(facts or {}),
     }
     record |= {PARTS: sorted(model.heads)} | ({"tokenizer": tokenizer} if tokenizer else {})
@@ -399,11 +399,11 @@ def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
 
 def _read_parts(model: LM, directory: Path) -> None:
     """The heads that an adapter of firth's was trained with."""
-    told = read_json(directory / OWN).get("parts", {})
+    told = read_json(directory / OWN).get("heads", {})
     state = read_file(directory / OWN_TENSORS) if told else {}
     check_finite(state, directory)
     for part, description in told.items():
-        front = f"parts.{part}."
+        front = f"heads.{part}."
         module = rebuild_head(description, part)
         try:
             module.load_state_dict({n.removeprefix(front): t for n, t in state.items() if n.startswith(front)})

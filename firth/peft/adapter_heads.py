@@ -93,7 +93,7 @@ def _there(model: LM, headed: HeadSpec, answers: int) -> bool:
 def _filled(
     module: nn.Module, headed: HeadSpec, entries: list[WeightMapping], there: Mapping[str, Tensor], where: Path
 ) -> nn.Module:
-    front = f"parts.{headed.part}."
+    front = f"heads.{headed.part}."
     state = {name.removeprefix(front): tensor for name, tensor in from_hf(there, entries).items()}
     try:
         module.load_state_dict(state)

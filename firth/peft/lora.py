@@ -182,7 +182,7 @@ def adaptable(model: LM, but: Collection[str] = ()) -> list[str]:
         name
         for name, module in model.named_modules()
         if (type(module) in ADAPTED or isinstance(module, AdaptedModule))
-        and not any(name == f"parts.{part}" or name.startswith(f"parts.{part}.") for part in but)
+        and not any(name == f"heads.{part}" or name.startswith(f"heads.{part}.") for part in but)
     ]
 
 

@@ -69,7 +69,7 @@ def save_model(
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     parts, head = {name: describe_head(part) for name, part in model.heads.items()}, "lm" in model.heads
     form = of_model(_families(model.config, tokenizer), model.config, parts)
-    record = {"shape": asdict(model.config), "parts": parts, "family": None if form is None else form.family.name}
+    record = {"config": asdict(model.config), "heads": parts, "family": None if form is None else form.family.name}
     record |= {} if tokenizer is None else {"tokenizer": tokenizer.digest}
     if form is None:
         written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared_parameters()}
@@ -174,13 +174,13 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     state = {name: tensor for name, tensor in found.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
-        if not name.startswith("parts.") and (name not in state or state[name].shape != tensor.shape):
+        if not name.startswith("heads.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
                 f"cannot start from {directory}: {_difference(model.config, config)}; use the same shape, which model=null does"
             )
     there, here = _by_part(state), _by_part(mine)
     kept = _kept(mine, state)
-    fill = {n: t for n, t in state.items() if not n.startswith("parts.")} | {n: state[n] for p in kept for n in here[p]}
+    fill = {n: t for n, t in state.items() if not n.startswith("heads.")} | {n: state[n] for p in kept for n in here[p]}
     _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, directory)
     return sorted(there.keys() - set(kept)), sorted(here.keys() - set(kept))
 
@@ -203,7 +203,7 @@ def _kept(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
 def _by_part(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     parts: dict[str, list[str]] = {}
     for name in state:
-        if name.startswith("parts."):
+        if name.startswith("heads."):
             parts.setdefault(name.split(".")[1], []).append(name)
     return parts
 
@@ -282,21 +282,21 @@ def _read(directory: Path) -> LoadedState:
         return read_hf(family, model_config, state, config, f"{directory}")
     model_config = checked(lambda: _shape(ours), state, directory / "firth.json")
     if kind is not None:
-        with _described(ours["parts"], directory):
-            return read_own(FAMILIES[kind], model_config, state, ours["parts"], f"{directory}")
-    if model_config.tie_embeddings and "lm" in ours["parts"] and "tokens.weight" in state:
-        state["parts.lm.weight"] = state["tokens.weight"]
-    return LoadedState(model_config, state, ours["parts"], [])
+        with _described(ours["heads"], directory):
+            return read_own(FAMILIES[kind], model_config, state, ours["heads"], f"{directory}")
+    if model_config.tie_embeddings and "lm" in ours["heads"] and "tokens.weight" in state:
+        state["heads.lm.weight"] = state["tokens.weight"]
+    return LoadedState(model_config, state, ours["heads"], [])
 
 
 def _shape(ours: Mapping[str, Any]) -> ModelConfig:
     """The shape in firth.json."""
-    unknown = sorted(ours["shape"].keys() - {field.name for field in fields(ModelConfig)})
+    unknown = sorted(ours["config"].keys() - {field.name for field in fields(ModelConfig)})
     if unknown:
         raise UserError(f"firth.json has the unknown shape field {unknown[0]!r}: it is of a newer version")
-    if type(ours["parts"]) is not dict:
+    if type(ours["heads"]) is not dict:
         raise TypeError("its parts are no object")
-    return ModelConfig(**ours["shape"])
+    return ModelConfig(**ours["config"])
 
 
 def checked(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path) -> ModelConfig:

@@ -168,7 +168,7 @@ class RunInputs:
         tokens = formats.find(place)
         files += [tokens] if tokens is not None else []
         ours = read_json(place / "firth.json")
-        shape = {name: ours.get(name) for name in ("shape", "parts", "family")}
+        shape = {name: ours.get(name) for name in ("config", "heads", "family")}
         return _hash([[(file.name, self._sha256(file)) for file in files if file.is_file()], shape])
 
     def _sha256(self, file: Path) -> str:

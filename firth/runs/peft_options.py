@@ -181,7 +181,7 @@ class AdapterConfig(PeftConfig):
 @dataclass(frozen=True)
 class LoRA(AdapterConfig):
     """rank, alpha, stabilised, dropout: `firth.peft.lora.LoraConfig`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
-    (all maps of all blocks, also `all-linear`), `tokens`, `parts.lm`."""
+    (all maps of all blocks, also `all-linear`), `tokens`, `heads.lm`."""
 
     rank: Annotated[int, Range(ge=1, le=65536)] = 8
     alpha: PositiveFloat = 16.0

@@ -119,7 +119,7 @@ class RunData:
         source = self.config
         if len(source.weights) != len(source.path):
             raise UserError(
-                f"data.weights has {len(data.weights)} numbers for the {len(data.path)} paths of data.path: "
+                f"data.weights has {len(source.weights)} numbers for the {len(source.path)} paths of data.path: "
                 "give one weight per path"
             )
         return [

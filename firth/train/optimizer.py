@@ -5,10 +5,10 @@ Muon (`firth.train.muon`) moves hidden matrices, AdamW (Loshchilov & Hutter 2019
     weight                        optimizer   rate             decay
     blocks.3.attention.q.weight   muon        rate             weight_decay
     tokens.weight (tied or not)   adamw       embedding_rate   none
-    parts.lm.weight (untied)      adamw       rest_rate        weight_decay
+    heads.lm.weight (untied)      adamw       rest_rate        weight_decay
     norms, biases, scalars        adamw       rest_rate        none
     ...q.low.default.A, ...B      adamw       rate             weight_decay      (LoRA)
-    parts.critic.* (PPO)          as above    critic_rate      as above
+    heads.critic.* (PPO)          as above    critic_rate      as above
 
 Rates. An orthogonal matrix of m rows and n columns has root-mean-square entries of 1 / sqrt(max(m, n)); Muon's update
 is multiplied by 0.2 sqrt(max(m, n)), so an entry moves by about 0.2 of the rate, as under AdamW (Liu et al. 2025,
@@ -43,7 +43,7 @@ class OptimizerConfig(Ranged, section="optimizer"):
 
     rate: of hidden matrices under "muon", of everything under "adamw", where the schedule's factor is 1.
     embedding_rate, rest_rate: of embedding tables, and of heads, norms and biases; None means `rate`.
-    critic_rate: of every weight of PPO's critic (`parts.critic`); None means as the policy's.
+    critic_rate: of every weight of PPO's critic (`heads.critic`); None means as the policy's.
     weight_decay: decoupled, times the rate; on hidden matrices and untied heads only.
     beta1, beta2, eps: AdamW's. momentum: Muon's.
     clip: the global norm that gradients are scaled down to; 0 leaves them alone.
@@ -67,7 +67,7 @@ class OptimizerConfig(Ranged, section="optimizer"):
             raise UserError(f"optimizer.name is {self.name!r}: use muon or adamw")
 
 
-CRITIC = "parts.critic."
+CRITIC = "heads.critic."
 """How the names of a critic's weights begin (`firth.objectives.ppo`)."""
 
 
@@ -105,7 +105,7 @@ def param_groups(optimizer: OptimizerConfig, model: nn.Module) -> list[ParamGrou
         table = id(p) in tables
         matrix = p.ndim == 2 and not table
         hidden = matrix and (id(p) in layers or id(p) in low)
-        decays = hidden or (matrix and name.startswith("parts."))
+        decays = hidden or (matrix and name.startswith("heads."))
         rate = embedding_rate if table else optimizer.lr if hidden else rest_rate
         if optimizer.critic_lr is not None and name.startswith(CRITIC):
             rate = optimizer.critic_lr
@@ -205,7 +205,7 @@ class Mover:
 
 def untied_embeddings(model: nn.Module) -> list[nn.Embedding]:
     """The tables on a CPU whose rows are looked up and whose weight nothing else has: of tokens, and parts that are a table."""
-    parts = getattr(model, "parts", nn.ModuleDict())
+    parts = getattr(model, "heads", nn.ModuleDict())
     tables = [child for name, child in model.named_children() if name == "tokens"] + list(parts.children())
     count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [t for t in tables if type(t) is nn.Embedding and t.weight.device.type == "cpu" and count[id(t.weight)] == 1]

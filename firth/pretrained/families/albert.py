@@ -55,10 +55,10 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
         theirs = f"albert.encoder.albert_layer_groups.{i}.albert_layers.0."
         out += both(block, f"trunk.blocks.{i}.", theirs, bias=True)
     if head:
-        out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "predictions.", bias=True)
-        out.append(WeightMapping("predictions.bias", ("parts.lm.bias",)))
+        out += both({"dense": "dense", "norm": "LayerNorm"}, "heads.lm.", "predictions.", bias=True)
+        out.append(WeightMapping("predictions.bias", ("heads.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "parts.lm", "predictions.", bias=True) * (not config.tie_embeddings)
+        out += both({"": "decoder"}, "heads.lm", "predictions.", bias=True) * (not config.tie_embeddings)
     return out
 
 

@@ -71,7 +71,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
         out
         + [
             WeightMapping(
-                "final_logits_bias", ("parts.lm.bias",), merged=((config.vocab_size,), (1, config.vocab_size))
+                "final_logits_bias", ("heads.lm.bias",), merged=((config.vocab_size,), (1, config.vocab_size))
             )
         ]
         * head

@@ -70,10 +70,10 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = tables("bert.") + layers(config, "bert.")
     if head:
         transform = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
-        out += both(transform, "parts.lm.", "cls.predictions.", bias=True)
-        out.append(WeightMapping("cls.predictions.bias", ("parts.lm.bias",)))
+        out += both(transform, "heads.lm.", "cls.predictions.", bias=True)
+        out.append(WeightMapping("cls.predictions.bias", ("heads.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "parts.lm", "cls.predictions.", bias=True) * (not config.tie_embeddings)
+        out += both({"": "decoder"}, "heads.lm", "cls.predictions.", bias=True) * (not config.tie_embeddings)
     return out
 
 

@@ -44,9 +44,9 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     for i in range(config.num_layers):
         out += both(block, f"trunk.blocks.{i}.", f"distilbert.transformer.layer.{i}.", bias=True)
     if head:
-        out += both({"dense": "vocab_transform", "norm": "vocab_layer_norm"}, "parts.lm.", "", bias=True)
-        out.append(WeightMapping("vocab_projector.bias", ("parts.lm.bias",)))
-        out += [WeightMapping("vocab_projector.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
+        out += both({"dense": "vocab_transform", "norm": "vocab_layer_norm"}, "heads.lm.", "", bias=True)
+        out.append(WeightMapping("vocab_projector.bias", ("heads.lm.bias",)))
+        out += [WeightMapping("vocab_projector.weight", ("heads.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 

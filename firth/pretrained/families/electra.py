@@ -38,9 +38,9 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     if config.embedding_size:
         out += both({"trunk.project": "embeddings_project"}, "", "electra.", bias=True)
     if head:
-        out += both({"dense": "dense", "norm": "LayerNorm"}, "parts.lm.", "generator_predictions.", bias=True)
-        out.append(WeightMapping("generator_lm_head.bias", ("parts.lm.bias",)))
-        out += [WeightMapping("generator_lm_head.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
+        out += both({"dense": "dense", "norm": "LayerNorm"}, "heads.lm.", "generator_predictions.", bias=True)
+        out.append(WeightMapping("generator_lm_head.bias", ("heads.lm.bias",)))
+        out += [WeightMapping("generator_lm_head.weight", ("heads.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 

@@ -63,7 +63,7 @@ class HeadSpec:
         out = []
         for name in names:
             module, _, kind = name.rpartition(".")
-            out.append(WeightMapping(f"{self.weights[module]}.{kind}", (f"parts.{self.part}.{name}",)))
+            out.append(WeightMapping(f"{self.weights[module]}.{kind}", (f"heads.{self.part}.{name}",)))
         return out
 
 

@@ -43,7 +43,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     return (
         out
         + blocks(config)
-        + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (head and not config.tie_embeddings)
+        + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
     )
 
 

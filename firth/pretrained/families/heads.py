@@ -5,7 +5,7 @@
     BertForPreTraining                and parts {"lm", "next"}
     BertForSequenceClassification     and parts {"classes"}, of BERT's own form: a pooler, tanh, a linear map
 
-A model is of the class that says most of its parts; what that leaves is saved as `parts.*`, which others ignore. A file
+A model is of the class that says most of its parts; what that leaves is saved as `heads.*`, which others ignore. A file
 is of the class that its config names, or of one with more parts whose tensors are all there (released BERTs call
 themselves BertForMaskedLM and hold the other head too). A file that names no class is judged by its tensors.
 
@@ -144,7 +144,7 @@ def untied(family: Family, config: ModelConfig, names: Iterable[str]) -> str | N
     return next((entry.hf_name for entry in entries if entry.name == (HEAD,) and entry.hf_name in names), None)
 
 
-HEAD = "parts.lm.weight"
+HEAD = "heads.lm.weight"
 
 
 def known(family: Family, config: ModelConfig) -> set[str]:

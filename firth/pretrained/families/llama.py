@@ -64,7 +64,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
         for ours, theirs in gains.items():
             out.append(WeightMapping(f"model.layers.{i}.self_attn.{theirs}.weight", (f"trunk.blocks.{i}.{ours}",)))
         out += both(norms, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
-    return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (head and not config.tie_embeddings)
+    return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
 
 
 def kin(

@@ -73,10 +73,10 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
             gated = (f"{ours}mlp.gate.{kind}", f"{ours}mlp.up.{kind}")
             out.append(WeightMapping(f"{theirs}mlp.Wi.{kind}", gated, (config.intermediate_size,) * 2))
     if head:
-        out += both({"dense": "dense"}, "parts.lm.", "head.", bias=config.bias)
-        out += both({"norm": "norm"}, "parts.lm.", "head.", bias=config.norm_bias)
-        out += [WeightMapping("decoder.bias", ("parts.lm.bias",))] * config.lm_head_bias
-        out += [WeightMapping("decoder.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
+        out += both({"dense": "dense"}, "heads.lm.", "head.", bias=config.bias)
+        out += both({"norm": "norm"}, "heads.lm.", "head.", bias=config.norm_bias)
+        out += [WeightMapping("decoder.bias", ("heads.lm.bias",))] * config.lm_head_bias
+        out += [WeightMapping("decoder.weight", ("heads.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 

@@ -56,10 +56,10 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     for i in range(config.num_layers):
         out += both(block, f"trunk.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
     if head:
-        out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
-        out.append(WeightMapping("lm_head.bias", ("parts.lm.bias",)))
+        out += both({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
+        out.append(WeightMapping("lm_head.bias", ("heads.lm.bias",)))
         if not config.tie_embeddings:  # then theirs takes its offset for another one too, and looks for it
-            out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True)
+            out += both({"": "decoder"}, "heads.lm", "lm_head.", bias=True)
     return out
 
 

@@ -45,7 +45,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     }  # fmt: skip
     for i in range(config.num_layers):
         out += both(maps, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
-    return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (head and not config.tie_embeddings)
+    return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
 
 
 FAMILY = Family(

@@ -39,8 +39,8 @@ class LoadedState:
 def read_own(
     family: Family, config: ModelConfig, state: Mapping[str, Tensor], parts: dict[str, Description], where: str
 ) -> LoadedState:
-    """What we wrote as a class of a family: what that has no name for stands under ours, `parts.*`."""
-    ours = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
+    """What we wrote as a class of a family: what that has no name for stands under ours, `heads.*`."""
+    ours = {name: tensor for name, tensor in state.items() if name.startswith("heads.")}
     names = resolve_names(family, state.keys() - ours.keys(), known(family, config))
     form = of_model([family], config, parts)
     if form is None:
@@ -97,6 +97,6 @@ def _mapped(
         if not found.keys() | ours.keys() >= set(entry.name) and not copied(entry, config):
             raise UserError(f"{where} lacks tensor {entry.hf_name!r} of a {form.name}")
     if config.tie_embeddings and form.lm:
-        found["parts.lm.weight"] = found["tokens.weight"]
+        found["heads.lm.weight"] = found["tokens.weight"]
     nothing = f"{family.spare}|{family.tied}" if config.tie_embeddings else family.spare
     return found, sorted(names[name] for name in unread if not re.search(nothing, name))

@@ -39,10 +39,10 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.tables("roberta.", PAD + 1) + bert.layers(config, "roberta.")
     if head:
-        out += both({"dense": "dense", "norm": "layer_norm"}, "parts.lm.", "lm_head.", bias=True)
-        out.append(WeightMapping("lm_head.bias", ("parts.lm.bias",)))
+        out += both({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
+        out.append(WeightMapping("lm_head.bias", ("heads.lm.bias",)))
         # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "parts.lm", "lm_head.", bias=True) * (not config.tie_embeddings)
+        out += both({"": "decoder"}, "heads.lm", "lm_head.", bias=True) * (not config.tie_embeddings)
     return out
 
 

@@ -74,7 +74,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
                 out += both({"cross_norm": "1.layer_norm"}, a, b, bias=False)
             out += both(up, f"{a}mlp.", f"{b}{last}.DenseReluDense.", bias=False)
             out += both({"attention_norm": "0.layer_norm", "mlp_norm": f"{last}.layer_norm"}, a, b, bias=False)
-    return out + [WeightMapping("lm_head.weight", ("parts.lm.weight",))] * (
+    return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (
         head and (not config.tie_embeddings or config.lm_head_scale == 1)
     )
 

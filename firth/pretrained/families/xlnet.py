@@ -76,8 +76,8 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
         out.append(WeightMapping(f"{b}rel_attn.seg_embed", (f"{far}kinds",)))
         out += both(rest, a, b, bias=True)
     if head:
-        out.append(WeightMapping("lm_loss.bias", ("parts.lm.bias",)))
-        out += [WeightMapping("lm_loss.weight", ("parts.lm.weight",))] * (not config.tie_embeddings)
+        out.append(WeightMapping("lm_loss.bias", ("heads.lm.bias",)))
+        out += [WeightMapping("lm_loss.weight", ("heads.lm.weight",))] * (not config.tie_embeddings)
     return out
 
 
