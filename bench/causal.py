@@ -1,6 +1,6 @@
 """Training speed of a causal language model: 6 layers, width 384, vocabulary 8192, 16 rows of 256 tokens, CPU.
 
-    python -m bench.causal                 # nine rounds of all contenders, a table for docs/results.md
+    python -m bench.causal                 # nine rounds of all contenders, a table for docs/results/index.md
     python -m bench.causal --check         # equal sizes, equal tokens, first losses near ln 8192; no timing
 
 Contenders: transformers' `Trainer` on a `GPT2LMHeadModel` as it comes (only the size, the batch and dropout are

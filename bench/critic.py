@@ -4,7 +4,7 @@
     python -m bench.critic --only shared reward          # some of the arms
     python -m bench.critic --seeds 0                     # one of the seeds
     python -m bench.critic --ceiling reward              # a critic fitted offline on ten times the rollouts of that arm
-    python -m bench.critic --table                       # markdown for docs/results.md, of what is there
+    python -m bench.critic --table                       # markdown for docs/results/index.md, of what is there
 
 The demo's models (Shakespeare, 1.1 M parameters): a decoder, instruction tuning, 700 comparisons, a reward model; then
 100 steps of PPO (25 phases) for each arm and seed. Every base model is a run and every arm a file: a stopped command continues.
@@ -111,11 +111,11 @@ def base(results: Path) -> Path:
     run(replace(made, name="decoder", data=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
     talk = DataConfig(path=(file["dialogues-train"],), validation_path=(file["dialogues-valid"],))
     run(
-        replace(SIZE.instruct(post_training.sft()), name="instruct", data=talk, init_from=str(out / "decoder")),
-        out / "instruct",
+        replace(SIZE.instruct(post_training.sft()), name="sft", data=talk, init_from=str(out / "decoder")),
+        out / "sft",
     )
     if not Path(file["preferences-valid"]).exists():
-        model = load_model(out / "instruct" / "model")
+        model = load_model(out / "sft" / "model")
         for part, count in (("train", SIZE.comparisons), ("valid", SIZE.held_comparisons)):
             prompts = asked(tokenizer, Path(file[f"dialogues-{part}"]))[:count]
             first, second = (drawn(model, tokenizer, prompts, seed) for seed in (1, 100_001))
@@ -126,7 +126,7 @@ def base(results: Path) -> Path:
             write_preference_pairs(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
     pairs = DataConfig(path=(file["preferences-train"],), validation_path=(file["preferences-valid"],))
     run(
-        replace(SIZE.reward(post_training.reward_model()), name="reward", data=pairs, init_from=str(out / "instruct")),
+        replace(SIZE.reward(post_training.reward_model()), name="reward", data=pairs, init_from=str(out / "sft")),
         out / "reward",
     )
     return out
@@ -181,7 +181,7 @@ class Bases:
 
     @cached_property
     def start(self) -> LM:
-        return load_model(self.directory / "instruct" / "model")
+        return load_model(self.directory / "sft" / "model")
 
     @cached_property
     def judge(self) -> RewardModel:
@@ -207,7 +207,7 @@ def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
     objective = PPO(critic=arm.critic, value_clip_range=arm.clip_value)
     torch.manual_seed(seed)
     model = LM(bases.start.config, objective.heads(bases.start.config))
-    init_from(model, bases.directory / "instruct" / "model")
+    init_from(model, bases.directory / "sft" / "model")
     source = bases.source(arm, seed, directory / "phases")
     batches = Batches(source, objective, bases.tokenizer.vocab, batch_size=ROWS, seed=seed)
     optimizer = replace(post_training.ppo().optimizer, critic_lr=arm.rate)

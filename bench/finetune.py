@@ -144,7 +144,7 @@ def trainer(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **c
 
 
 def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): what `firth train classify init_from=MINILM` builds; batch: how its rows are laid."""
+    """(model, objective, batches): what `firth train classification init_from=MINILM` builds; batch: how its rows are laid."""
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.classification import Classification

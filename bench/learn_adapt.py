@@ -3,10 +3,10 @@
     python -m bench.learn_adapt                          # all that is not there yet; about 30 minutes on one thread
     python -m bench.learn_adapt --only lora prefix       # some of: full lora prefix prompt head frozen
     python -m bench.learn_adapt --sets sarcasm           # some of the sets: sarcasm, sentiment
-    python -m bench.learn_adapt --table                  # markdown for docs/results.md, of what is there
+    python -m bench.learn_adapt --table                  # markdown for docs/results/index.md, of what is there
     python -m bench.learn_adapt --scale 0.03 --results runs/try     # a trial of everything in a minute or two
 
-Every run is a recipe in a directory of its own under runs/learn_adapt, as `firth train classify` makes them, and every peer
+Every run is a recipe in a directory of its own under runs/learn_adapt, as `firth train classification` makes them, and every peer
 a file: stopped at any moment, the same command goes on. Both sides begin from the same weights, read the same 1,920 records
 (the seed draws them and their order), make the same steps of 32 at the same rate of AdamW with the same schedule, read the
 class off [CLS] by one linear map, and answer the same 600 held-out records. Ours runs in the precision that it chooses by

@@ -1,4 +1,4 @@
-"""ELECTRA's figure on Shakespeare, and the Transformer against the LSTM: `firth compare` with the settings of docs/results.md.
+"""ELECTRA's figure on Shakespeare, and the Transformer against the LSTM: `firth compare` with the settings of docs/results/index.md.
 
     python -m bench.learn_compare electra       about 20 minutes on two cores: masked, replaced, next, dropped tokens
     python -m bench.learn_compare encoders      every encoder's objective at a third of that a time, 3 seeds: 40 minutes on one thread

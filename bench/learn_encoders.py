@@ -2,7 +2,7 @@
 
     python -m bench.learn_encoders --run --threads 2             # every arm, three seeds; resumable (about 30 minutes)
     python -m bench.learn_encoders --run --limit 4               # in pieces: at most four new runs, then stop
-    python -m bench.learn_encoders --table                       # markdown for docs/results.md
+    python -m bench.learn_encoders --table                       # markdown for docs/results/index.md
     python -m bench.learn_encoders --run --only nsp sop --scale 3     # some arms, three times as long
 
 Width 128 and 2,048 subwords; steps, rates and batches are the same for the arms of a question. Pairs are of the Brown

@@ -4,7 +4,7 @@ real text: does it learn, and from what? CPU.
     python -m bench.learn_order --run              # from MiniLM, three seeds; about four minutes each on a free core
     python -m bench.learn_order --run --only nsp   # one of the two
     python -m bench.learn_order --run --oracles    # what counting alone tells: seconds
-    python -m bench.learn_order --table            # markdown for docs/results.md
+    python -m bench.learn_order --table            # markdown for docs/results/index.md
 
 Text: paragraphs of the Brown corpus of at most 64 tokens, cut at the end of a sentence, so that both segments are whole
 sentences as ALBERT's are. A tenth of the 500 samples is held out whole, and every held-out pair is scored.

@@ -3,7 +3,7 @@
     python -m bench.learn_permuted --run               # every contender, three seeds; resumable
     python -m bench.learn_permuted --run --limit 2     # in pieces: at most two new runs, then stop
     python -m bench.learn_permuted --run --only mlm    # some of them
-    python -m bench.learn_permuted --table             # markdown for docs/results.md
+    python -m bench.learn_permuted --table             # markdown for docs/results/index.md
 
 All have the body of the tiny recipes and read rows of 64 tokens of Shakespeare's plays, 16 a step; a third of the tokens
 is asked, twice what the papers ask, for what is asked is what a short run learns from (causal: all of them):

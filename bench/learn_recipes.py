@@ -3,7 +3,7 @@
     python -m bench.learn_recipes --run                  # all, one after the other: about 45 minutes on two cores; resumable
     python -m bench.learn_recipes --run --only bert t5   # some
     python -m bench.learn_recipes --clock --only gpt     # 80 steps of some, to time those that ran beside other work
-    python -m bench.learn_recipes --table                # markdown for docs/results.md
+    python -m bench.learn_recipes --table                # markdown for docs/results/index.md
 
 Beside each the same model at its beginning: a rate of zero for one step, the same tokenizer and the same held-out text.
 That is no model of nothing: it begins with the frequencies of its answers (`firth.runs.init_head`). Seconds are of the whole

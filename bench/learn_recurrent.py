@@ -2,7 +2,7 @@
 
     python -m bench.learn_recurrent              20 minutes on two cores, three seeds
     python -m bench.learn_recurrent --only words some of: headlines tags words kinds
-    python -m bench.learn_recurrent --table      markdown for docs/results.md
+    python -m bench.learn_recurrent --table      markdown for docs/results/index.md
     python -m bench.learn_recurrent --quick      one seed and a twentieth of the steps: a check that it works
 
 headlines   is it satire? (`firth fetch sarcasm`) 500 labels, 2,000 others to be scored on, and the rest as bare text, on which
@@ -121,7 +121,7 @@ def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
         "the whole LM": [f"init_from={lm.directory}"],
     }
     for name, start in begins.items():
-        done = stage(f"headlines-{name.replace(' ', '_')}", "classify", seed, steps(200), [*task, *start])
+        done = stage(f"headlines-{name.replace(' ', '_')}", "classification", seed, steps(200), [*task, *start])
         found[f"headlines from {name}, accuracy"] = done.metrics["valid/accuracy"]
     return found
 

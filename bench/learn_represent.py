@@ -2,7 +2,7 @@
 
     python -m bench.learn_represent                      # all that is not there yet; about 20 minutes on two threads
     python -m bench.learn_represent --only few weak      # some of: contrastive few weak vae linformer
-    python -m bench.learn_represent --table              # markdown for docs/results.md, of what is there
+    python -m bench.learn_represent --table              # markdown for docs/results/index.md, of what is there
     python -m bench.learn_represent --scale 0.02 --results runs/try     # a trial of everything in a minute or two
 
 Every run is a recipe in a directory of its own under runs/learn_represent, as `firth train` makes them: stopped at any

@@ -1,4 +1,4 @@
-"""What prefix LM, span corruption, BART's noises and salient spans learn: recorded runs, and their rows for docs/results.md.
+"""What prefix LM, span corruption, BART's noises and salient spans learn: recorded runs, and their rows for docs/results/index.md.
 
     python -m bench.learn_seq2seq --run                 # everything, three seeds; resumable
     python -m bench.learn_seq2seq --run --limit 4       # in pieces: at most four new runs, then stop

@@ -1,7 +1,7 @@
 """Are spans and their ends worth anything for a task about spans? MiniLM read on, then names tagged: SpanBERT's claim. CPU.
 
     python -m bench.learn_spans --run       # three seeds: half an hour on one thread; resumable
-    python -m bench.learn_spans --table     # markdown for docs/results.md
+    python -m bench.learn_spans --table     # markdown for docs/results/index.md
 
 Contracts of `firth fetch ner_finance`, a tenth held out. MiniLM reads the others without their tags for STEPS steps (masks are
 drawn token by token, or as spans, or as spans whose tokens are also guessed from their ends alone: SBO), 30% hidden in all;
@@ -92,7 +92,7 @@ def one(arm: str, seed: int, scale: float) -> dict[str, float]:
         f"max_steps={max(2, round(TAGGING * scale))}", *TUNED,
     ]  # fmt: skip
     place = RESULTS / f"{arm.replace(' ', '-')}-{seed}-names"
-    run(load("tag", settings), place, say)
+    run(load("token_classification", settings), place, say)
     return found | {"F1": evaluate(place, [str(test)])["f1"]}
 
 

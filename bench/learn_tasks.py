@@ -2,7 +2,7 @@
 
     python -m bench.learn_tasks --run                      # every arm, three seeds; resumable: two and a half hours on one thread
     python -m bench.learn_tasks --run --only sarcasm ner   # some tasks; --limit 3 stops after three new runs
-    python -m bench.learn_tasks --table                    # markdown for docs/results.md
+    python -m bench.learn_tasks --table                    # markdown for docs/results/index.md
     python -m bench.learn_tasks --run --quick              # a check: one seed, four steps
 
     sarcasm, reviews       two classes of one sentence         accuracy
@@ -94,10 +94,10 @@ class Job:
 
 
 JOBS = {
-    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classify", ("accuracy",), 120, 32, ("examples.max_length=48",)),
-    "reviews": Job("sentiment/sentiment.jsonl", "classify", ("accuracy",), 120, 32, ("examples.max_length=64",)),
+    "sarcasm": Job("sarcasm/sarcasm.jsonl", "classification", ("accuracy",), 120, 32, ("examples.max_length=48",)),
+    "reviews": Job("sentiment/sentiment.jsonl", "classification", ("accuracy",), 120, 32, ("examples.max_length=64",)),
     "vitaminc": Job(
-        "vitaminc/vitaminc.jsonl", "classify", ("accuracy", "macro_f1"), 120, 24,
+        "vitaminc/vitaminc.jsonl", "classification", ("accuracy", "macro_f1"), 120, 24,
         ("examples.text_field=evidence", "examples.text_pair_field=claim", "examples.max_length=128"), lambda i, row: row["page"],
     ),
     "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 160, 16, ("examples.max_length=96",)),
@@ -110,8 +110,8 @@ JOBS = {
         ("examples.max_length=256", "examples.doc_stride=96", "examples.max_question_length=48"), tested="squad/test.jsonl",
     ),
     "conll": Job("", "tag", ("f1", "accuracy"), 120, 32, ("examples.max_length=64",), rates=RATES | {"minilm": 5e-4, "trainer": 5e-4}),
-    "quartz": Job("quartz/quartz.jsonl", "choose", ("accuracy",), 120, 12, ("examples.max_length=96",)),
-    "logiqa": Job("logiqa/logiqa.jsonl", "choose", ("accuracy",), 30, 4, ("examples.max_length=192",)),
+    "quartz": Job("quartz/quartz.jsonl", "multiple_choice", ("accuracy",), 120, 12, ("examples.max_length=96",)),
+    "logiqa": Job("logiqa/logiqa.jsonl", "multiple_choice", ("accuracy",), 30, 4, ("examples.max_length=192",)),
     "translate": Job(
         "multiemo/multiemo.jsonl", "text_to_text", ("chrf", "bleu", "loss"), 240, 48,
         (f"examples.max_length={tasks_translate.LENGTH}", f"examples.max_target_length={tasks_translate.LENGTH}", "examples.prompt_template='{en}'",
@@ -181,7 +181,7 @@ def say(_: str) -> None:
 
 
 NAMED: Mapping[str, Callable[[Row], list[str]]] = {
-    "classify": lambda row: [str(row["label"])], "tag": lambda row: row["tags"],
+    "classification": lambda row: [str(row["label"])], "tag": lambda row: row["tags"],
 }  # fmt: skip
 
 

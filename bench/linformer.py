@@ -1,6 +1,6 @@
 """Linformer beside full attention, from 512 to 16,384 tokens: time and memory of a forward and backward pass.
 
-    python -m bench.linformer                    # every length, a table for docs/results.md; about five minutes
+    python -m bench.linformer                    # every length, a table for docs/results/index.md; about five minutes
     python -m bench.linformer --check            # equal outputs under identity projections; no timing
     python -m bench.linformer --longest 2048     # fewer lengths
 
@@ -80,7 +80,7 @@ def check() -> None:
     torch.manual_seed(0)
     config = encoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2, max_positions=64)
     full, short = LM(config, {}), LM(replace(config, linformer_k=64), {})
-    short.load_state_dict(full.state_dict() | {"trunk.linformer.weight": torch.eye(64)[None, None]})
+    short.load_state_dict(full.state_dict() | {"stack.linformer.weight": torch.eye(64)[None, None]})
     for module in (full, short):
         for name, p in module.named_parameters():
             if name.endswith(("o.weight", "down.weight")):

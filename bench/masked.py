@@ -1,6 +1,6 @@
 """Masked language modelling on sentences of varied length: useful tokens per second, CPU.
 
-    python -m bench.masked                 # nine rounds, a table for docs/results.md
+    python -m bench.masked                 # nine rounds, a table for docs/results/index.md
     python -m bench.masked --check         # equal sizes, equal sentences, first losses near ln 8192; no timing
 
 A sentence is [CLS], about 25 tokens on average and at most 126, [SEP]; a step is 64 sentences; the model has 6 layers

@@ -3,7 +3,7 @@
     python -m bench.pipeline
 
 The text is Python's own help (in every installation, 465 kB), its tokens repeated to 2 M; sentences are its lines and
-sentences by themselves, 27 tokens on average as in BERT's day. The bar (docs/results.md): 5 M tokens a second for causal
+sentences by themselves, 27 tokens on average as in BERT's day. The bar (docs/results/index.md): 5 M tokens a second for causal
 language modelling, 1 M for masked (1.5 M packed), so that no accelerator of the size that we train on waits for its input.
 """
 

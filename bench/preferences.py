@@ -121,7 +121,7 @@ def theirs(turn: Turn, task: Task, **chosen: Any) -> None:
 
 
 def firth_parts(task: Task) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): what `firth train reward` and `firth train dpo` build."""
+    """(model, objective, batches): what `firth train reward_model` and `firth train dpo` build."""
     from firth.align.precompute import precompute
     from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
     from firth.data.collate import Batches

@@ -1,6 +1,6 @@
 """transformers' Trainer on the tasks of `bench.learn_tasks`: the arm "trainer", one entry of PEERS for each recipe.
 
-    lesson = Lesson(train, test, load("tag", settings).segment, classes, steps=80, rows=16, rate=1e-4, seed=0)
+    lesson = Lesson(train, test, load("token_classification", settings).segment, classes, steps=80, rows=16, rate=1e-4, seed=0)
     taught("tag", lesson, "runs/trainer")       {"f1", "accuracy", ..., "seconds", "tokens", "tested"}: a number each
 
 The records are read by our own readers with MiniLM's tokenizer (whose ids are transformers' own: tests/test_text_foreign), so
@@ -200,7 +200,7 @@ def offered(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Mu
 
 
 PEERS: Mapping[str, Peer] = {
-    "classify": Peer(
+    "classification": Peer(
         "AutoModelForSequenceClassification", "DataCollatorWithPadding", TASKS["classification"], labelled,
         lambda example: ids(example) | {"labels": int(example["label"])},
         lambda examples, said: list(said), chosen(lambda examples: examples.classes),
@@ -214,7 +214,7 @@ PEERS: Mapping[str, Peer] = {
         "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["spans"], windows, window, both_ends,
         lambda examples, logits: question_answering.compared(examples, answer_spans.by_question(examples, iter(logits), may_lack=False)),
     ),
-    "choose": Peer(
+    "multiple_choice": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,
         lambda examples, said: list(said), chosen(lambda examples: [str(place) for place in range(examples.most)]),
     ),

@@ -3,7 +3,7 @@
     python -m bench.time_to_loss --tune plain --seconds 60        # the peers' small grid; likewise adamw, firth
     python -m bench.time_to_loss --run --seconds 180              # every contender, three seeds; resumable
     python -m bench.time_to_loss --run --seconds 180 --limit 4    # in pieces: at most four new runs, then stop
-    python -m bench.time_to_loss --table --seconds 180            # markdown for docs/results.md
+    python -m bench.time_to_loss --table --seconds 180            # markdown for docs/results/index.md
 
 All train a decoder of 6 layers and width 384 on Shakespeare's plays (a byte-level BPE of 8192, windows of 256) and are
 scored on the same windows of held-out plays:
@@ -74,7 +74,7 @@ TUNED = {
     "plain": Settings(rate=1e-3, warmup=0.05, rows=2),
     "adamw": Settings(rate=1e-3, warmup=0.05, rows=2),
 }
-"""The best of `--tune`; the whole grid is in docs/results.md."""
+"""The best of `--tune`; the whole grid is in docs/results/index.md."""
 
 GRID: dict[str, tuple[float, ...]] = {
     "rate": (5e-4, 1e-3, 2e-3, 4e-3),

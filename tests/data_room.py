@@ -37,10 +37,10 @@ class Counting(Source):
     """Examples of random lengths whose tokens tell which example they are: i, i, i, ..."""
 
     def __init__(self, n: int, longest: int = 20) -> None:
-        self.lengths = np.random.default_rng(0).integers(2, longest + 1, n)
+        self.token_counts = np.random.default_rng(0).integers(2, longest + 1, n)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.token_counts)
 
     def __getitem__(self, index: int) -> Example:
-        return {"tokens": np.full(self.lengths[index], 1 + index, np.int32)}
+        return {"tokens": np.full(self.token_counts[index], 1 + index, np.int32)}

@@ -23,7 +23,7 @@ from firth.types import IGNORE, Example
 
 PASSAGE = "The play was written by Anne Lee in the year 1901. " + "It was shown in many towns of the north. " * 6
 RECORDS: dict[str, list[dict[str, Any]]] = {
-    "classify": [{"text": "a fine film", "label": "good"}, {"text": "dull", "label": "bad"}] * 2,
+    "classification": [{"text": "a fine film", "label": "good"}, {"text": "dull", "label": "bad"}] * 2,
     "tag": [
         {"tokens": ["Anne", "Lee", "of", "Shropshire", "wrote"], "tags": ["B-PER", "I-PER", "O", "B-LOC", "O"]},
         {"tokens": ["Unbelievably", "so"], "tags": ["O", "O"]},
@@ -32,7 +32,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"context": "Anne Lee wrote it in 1901.", "question": "Who wrote it?", "answers": [{"text": "Anne Lee", "start": 0}]},
         {"context": PASSAGE, "question": "When?", "answers": [{"text": "1901", "start": PASSAGE.index("1901")}]},
     ],
-    "choose": [
+    "multiple_choice": [
         {"text": "it grows", "options": ["up and up", "down"], "label": 0},
         {"text": "it sinks", "options": ["up", "down"], "label": 1},
     ],
@@ -104,7 +104,7 @@ def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, tokenizer: Tok
         assert (
             theirs.decode(rows[0]["input_ids"][rows[0]["start_positions"] : rows[0]["end_positions"] + 1]) == "anne lee"
         )
-    if recipe == "choose":
+    if recipe == "multiple_choice":
         first = RECORDS[recipe][0]
         both = theirs([first["text"]] * 2, first["options"])
         assert [rows[0][name] for name in ("input_ids", "token_type_ids")] == [
@@ -120,7 +120,7 @@ def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, tokenizer: Tok
             if b is not None and a != b
         ]
         assert [i for i, tag in enumerate(rows[0]["labels"]) if tag != IGNORE] == at
-    if recipe == "classify":
+    if recipe == "classification":
         assert rows[0]["input_ids"] == theirs("a fine film")["input_ids"]
     collator = getattr(transformers, peer.collator)(theirs)
     batch = collator(rows[:2])

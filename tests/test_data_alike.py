@@ -22,11 +22,11 @@ from firth.types import Example, UserError
 
 
 class Sized(Counting):
-    """Counting, with its lengths told."""
+    """Counting, with known lengths."""
 
     @property
-    def sizes(self) -> np.ndarray:
-        return self.lengths
+    def lengths(self) -> np.ndarray:
+        return self.token_counts
 
     def __getitem__(self, index: int) -> Example:
         return super().__getitem__(index) | {"label": index % 3}

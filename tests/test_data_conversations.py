@@ -1,4 +1,4 @@
-"""Every row of docs/records.md is read as the page says, or rejected with the sentence that the page has."""
+"""Every row of docs/reference/data-formats.md is read as the page says, or rejected with the sentence that the page has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from firth.data.records import DialogueRecords, PreferenceRecords, Seq2SeqRecord
 from firth.tokenizer.chat import Message
 from firth.types import UserError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "records.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "data-formats.md").read_text("utf-8")
 
 
 def rows_of(title: str) -> list[list[str]]:
@@ -43,8 +43,8 @@ def written(messages: list[Message], as_role: str = "") -> list[str]:
 
 
 READERS = {
-    "classify": LabeledTexts, "regress": ScoredTexts, "choose": MultipleChoiceRecords, "tag": TaggedSentences, "answer": partial(QuestionRecords, question=16),
-    "weak": partial(AnnotatedTexts, fields=TextFields(label_field="labels")),
+    "classification": LabeledTexts, "regression": ScoredTexts, "multiple_choice": MultipleChoiceRecords, "token_classification": TaggedSentences, "question_answering": partial(QuestionRecords, question=16),
+    "weak_supervision": partial(AnnotatedTexts, fields=TextFields(label_field="labels")),
 }  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(kind: str, marked: str, t
         )
     else:
         rows = [{"prompt": text, "completion": sign} for text, sign in zip(texts, signs, strict=True)]
-        path, recipe = str(tmp_path / "records.jsonl"), "instruct"
+        path, recipe = str(tmp_path / "records.jsonl"), "sft"
         Path(path).write_text("\n".join(map(json.dumps, rows)))
     settings = [f"data.path={path}", "data.validation_fraction=0.2", "tokenizer.vocab_size=400", "tokenizer.algorithm=wordpiece"]
     made = tokenizer_of(load(recipe, settings), tmp_path / "run", lambda _: None)

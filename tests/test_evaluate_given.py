@@ -70,7 +70,7 @@ def tagger(saved: Saved) -> Path:
 @pytest.fixture
 def reader(saved: Saved) -> Path:
     recipe = {
-        "objective": {"kind": "spans", "at": "first", "unanswerable": True},
+        "objective": {"kind": "question_answering", "at": "first", "unanswerable": True},
         "segment": {"kind": "questions", "length": 48, "question": 8, "stride": 16},
     }
     return saved({"span": classification_head(64, 2)}, recipe)
@@ -258,7 +258,7 @@ def writer(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         model = LM(config, Seq2SeqSFT().heads(config))
         save_model(model, coder, tmp_path / "run" / "model", {"recipe": "0"})
         told = {
-            "objective": {"kind": "text_to_text"},
+            "objective": {"kind": "seq2seq"},
             "segment": {"kind": "prompted", "length": 32, "answer": 5} | segment,
         }
         (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(told))
@@ -300,7 +300,7 @@ def test_text_to_text_of_prompts_and_dialogues(writer: Callable[..., Path]) -> N
 
 
 def test_votes_are_measured_by_their_majority(saved: Saved, tmp_path: Path) -> None:
-    recipe = {"objective": {"kind": "weak", "at": "first"}, "segment": {"kind": "votes", "length": 32, "votes": "said"}}
+    recipe = {"objective": {"kind": "multi_annotator", "at": "first"}, "segment": {"kind": "votes", "length": 32, "votes": "said"}}
     place = saved({"classes": classification_head(64, 2)}, recipe, ("bad", "good"))
     (tmp_path / "v.jsonl").write_text(
         '{"text": "a film", "said": ["good", "bad", "good"]}\n{"text": "a film", "said": ["bad"]}\n{"text": "a film", "label": "bad"}\n'
@@ -342,7 +342,7 @@ def test_checks_of_answers_are_squad_s_by_question(tmp_path: Path) -> None:
         "evaluation.best_metric=exact_match", "batch.size=16", "optimizer.lr=1e-2",
     ]  # fmt: skip
     said: list[str] = []
-    done = run(load("answer", settings), tmp_path / "run", said.append)
+    done = run(load("question_answering", settings), tmp_path / "run", said.append)
     found = evaluate(tmp_path / "run", [str(valid)])
     assert found["items"] == 15
     for name in ("exact_match", "f1"):
@@ -357,7 +357,7 @@ def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -
     half = SubsetSource(whole, np.flatnonzero(whole.record_ids >= 6))  # four of six passages, of three questions each
     assert len(whole) > 40 and len(np.unique(half.record_ids)) == 12
     config = encoder_config(600, 32, 1, num_heads=2, max_positions=64)
-    recipe = replace(load("answer", []), model=config, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
+    recipe = replace(load("question_answering", []), model=config, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
     shown = Validator(recipe, half, 0.0, tokenizer(), Ranks()).shown
     some = np.unique(shown.record_ids)
     assert 4 <= len(some) <= 8

@@ -112,7 +112,7 @@ def test_rows_are_as_long_as_training_read_them(tmp_path, tokenizer):
     saved(tmp_path, tokenizer, decoder_config)
     (tmp_path / "a.txt").write_text(TEXT)
     whole = evaluate(tmp_path, [str(tmp_path / "a.txt")])
-    (tmp_path / "recipe.yaml").write_text("objective: causal\nsegment: {kind: windows, length: 8}\n")
+    (tmp_path / "recipe.yaml").write_text("objective: causal_lm\nsegment: {kind: windows, length: 8}\n")
     short = evaluate(tmp_path, [str(tmp_path / "a.txt")])
     assert (whole["context"], short["context"]) == (32, 8)
     assert short["tokens"] == whole["tokens"]

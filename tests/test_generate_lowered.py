@@ -112,7 +112,7 @@ def dequantised(model: LM) -> LM:
     twin = copy.deepcopy(model)
     maps = {"q", "k", "v", "o", "up", "gate", "down"}
     names = {f"{n}.weight" for n, _ in twin.named_modules() if n.rpartition(".")[2] in maps}
-    names |= {"tokens.weight", "heads.lm.weight", "trunk.project.weight", "encoder.project.weight"}
+    names |= {"tokens.weight", "heads.lm.weight", "stack.project.weight", "encoder.project.weight"}
     with torch.no_grad():
         for name, p in twin.named_parameters():
             if name in names:
@@ -170,7 +170,7 @@ def test_a_row_does_not_feel_its_neighbours(model: LM, weights: str) -> None:
     attention changed at most, over 24 models: 5e-4 and 0.024.
     """
     twin = quantize(model, weights)
-    [layer] = [m for n, m in twin.named_modules() if n == "trunk.blocks.0.mlp.down"]
+    [layer] = [m for n, m in twin.named_modules() if n == "stack.blocks.0.mlp.down"]
     x = torch.randn(4, layer.weight.shape[1])
     x[2] *= 1000
     assert torch.equal(layer(x)[:2], layer(x[:2]))
@@ -308,7 +308,7 @@ def test_a_head_has_no_matrix_of_its_own_left() -> None:
 @pytest.mark.parametrize("quick", ["fp32", "bf16"])
 def test_the_command_line_lowers_and_refuses(quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default in what this machine is quickest at, which is printed where it is not what is stored."""
-    monkeypatch.setattr(precision, "choose", lambda wanted, device: quick)
+    monkeypatch.setattr(precision, "multiple_choice", lambda wanted, device: quick)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
     config = decoder_config(
         vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64

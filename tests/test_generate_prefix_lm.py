@@ -156,6 +156,6 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
         assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["reads"] == "causal" and not found["bos"]
-    again = load("prefix_lm", [*given, "objective=causal", f"init_from={tmp_path / 'run'}"])
+    again = load("prefix_lm", [*given, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
     run(again, tmp_path / "left", echo=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.prefix_lm

@@ -20,36 +20,34 @@ BELOW = {
     "types": (),
     "io": ("types",),
     "kernels": ("types", "io"),
-    "ranges": ("types",),
-    "gguf": ("types", "io"),
-    "text": ("types", "io", "gguf"),
-    "data": ("types", "io", "text"),
-    "model": (
-        "types",
-        "io",
-        "kernels",
-        "ranges",
-        "gguf",
-        "text.chat",
-        "text.to_gguf",
-    ),  # what a model's files say of its tokenizer
-    "objectives": ("types", "io", "kernels", "ranges", "text", "data", "model", "scaling.flops"),
-    "train": ("types", "io", "kernels", "ranges", "text", "data", "model", "objectives.objective", "scaling.flops"),
-    "generate": ("types", "io", "kernels", "ranges", "text", "data", "model"),
-    "align": ("types", "io", "text", "data", "model", "objectives", "generate"),
-    "evaluate": ("types", "io", "text", "data", "model", "objectives", "generate"),
-    "serve": ("types", "io", "text", "data", "model", "objectives", "generate"),
-    "scaling": ("types", "model"),
+    "validated": ("types",),
+    "tokenizer": ("types", "io"),
+    "corpora": ("types", "io", "tokenizer"),
+    "data": ("types", "io", "tokenizer", "corpora"),
+    "model": ("types", "io", "kernels", "validated"),
+    "pretrained": ("types", "io", "tokenizer", "model"),
+    "peft": ("types", "io", "model", "pretrained"),
+    "objectives": ("types", "kernels", "validated", "tokenizer", "data", "model", "pretrained"),
+    "train": ("types", "io", "kernels", "validated", "data", "model", "peft", "objectives.objective"),
+    "generate": ("types", "io", "kernels", "validated", "tokenizer", "data", "model", "pretrained", "peft"),
+    "align": ("types", "io", "tokenizer", "data", "model", "objectives", "generate"),
+    "evaluate": ("types", "io", "tokenizer", "corpora", "data", "model", "pretrained", "peft", "objectives", "generate"),
     "report": ("types", "io"),
-    "doctor": ("types", "openmp", "io", "kernels", "text", "data", "model", "objectives.word2vec", "train", "generate"),
+    "doctor": ("types", "openmp", "kernels", "model", "objectives.word2vec", "train", "generate"),
 }
 """Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
 
-ABOVE = {"recipes": ("cli", "demo"), "demo": ("cli",), "cli": ()}
+ABOVE = {
+    "runs": ("recipes", "compare", "demo", "cli"),
+    "recipes": ("compare", "demo", "cli"),
+    "compare": ("demo", "cli"),
+    "demo": ("cli",),
+    "cli": (),
+}
 """Rooms that may import everything -> the rooms that they may not."""
 
 LEARNERS = ("torch", "safetensors")
-TORCH_FREE = ("types", "gguf", "text", "cli", "report")
+TORCH_FREE = ("types", "tokenizer", "corpora", "cli", "report")
 ORACLES = {
     "transformers", "peft", "trl", "sklearn", "scipy", "lm_eval", "openai", "accelerate", "datasets", "sentencepiece",
     "gensim", "pytest",
@@ -107,8 +105,8 @@ def faults(module: str, source: str) -> list[str]:
             out.append(f"{where}, an oracle: tests and benchmarks only")
         if outer == "firth":
             target = room_of(one.name)
-            if target == "recipes" and room not in ("recipes", "demo", "cli"):
-                out.append(f"{where}: only cli and demo know recipes")
+            if target in ABOVE and room not in ABOVE:
+                out.append(f"{where}: {target} is above {room}")
             elif room in ABOVE and target in ABOVE[room]:
                 out.append(f"{where}: {target} is above {room}")
             elif room in BELOW and not one.typing and target not in (room, "firth"):
@@ -119,7 +117,7 @@ def faults(module: str, source: str) -> list[str]:
             if room in TORCH_FREE and (room != "cli" or one.top):
                 out.append(f"{where}: {room} must start without it")
             if room == "data" and module != "firth.data.collate":
-                out.append(f"{where}: in data only batch.py makes tensors")
+                out.append(f"{where}: in data only collate.py makes tensors")
     return out
 
 

@@ -195,7 +195,7 @@ def test_blocks_of_few_bits_are_read(tmp_path):
     container.write(file, found.metadata, tensors)
     back = load_model(file)
     assert torch.equal(back.tokens.weight, torch.from_numpy(want["token_embd.weight"]))
-    down = back.state_dict()["trunk.blocks.1.mlp.down.weight"]
+    down = back.state_dict()["stack.blocks.1.mlp.down.weight"]
     assert torch.equal(down, torch.from_numpy(want["blk.1.ffn_down.weight"]))
 
 

@@ -43,7 +43,7 @@ def test_identity_projections_are_full_attention(sharing: str, body: ModelConfig
     full = LM(body, {})
     short = LM(replace(body, linformer_k=12, linformer_sharing=sharing), {})
     state = full.state_dict()
-    state["trunk.linformer.weight"] = torch.eye(12).expand_as(short.stack.linformer.weight)
+    state["stack.linformer.weight"] = torch.eye(12).expand_as(short.stack.linformer.weight)
     short.load_state_dict(state)
     batch = {"tokens": tokens(3, 12)}
     torch.testing.assert_close(short(batch), full(batch), rtol=0, atol=1e-4)
@@ -125,7 +125,7 @@ def test_what_it_cannot_read_is_refused() -> None:
 
 def test_recipes_that_ask_for_it_are_refused_when_read() -> None:
     with pytest.raises(UserError, match="which a Linformer cannot"):
-        load("linformer", ["objective=causal"])
+        load("linformer", ["objective=causal_lm"])
     with pytest.raises(UserError, match=r"a Linformer reads one document a row, and batch.pack_to_length=256"):
         load("linformer", ["batch.pack_to_length=256"])
 

@@ -192,7 +192,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(UserError, match=r"is called 'query'; there is tokens, attention.q, attention.k, .*, heads.lm$"):
         lora.add(model, ["query"], LoraConfig())
     with pytest.raises(
-        UserError, match=r"rank 65 is larger than the matrix trunk.blocks.0.attention.q, which is 64 x 64"
+        UserError, match=r"rank 65 is larger than the matrix stack.blocks.0.attention.q, which is 64 x 64"
     ):
         lora.add(model, ["q"], LoraConfig(rank=65))
     lora.add(model, ["tokens"], LoraConfig())

@@ -63,7 +63,7 @@ def laid(objective: Objective, how: str, n: int = 7) -> Batch:
 
 def learnt(model: LM, objective: Objective, batch: Batch, wanted: torch.Tensor | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    terms = objective.loss(model, {"hidden": model(batch, wanted=wanted)}, batch)
+    terms = objective.loss(model, {"hidden": model(batch, needed=wanted)}, batch)
     sum(terms[t] for t in objective.labels).backward()  # type: ignore[union-attr]
     return terms | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -97,7 +97,7 @@ def test_loss_and_gradients_are_those_of_the_whole_block(name: str, how: str, fr
     assert plain.keys() == narrow.keys()
     for term in plain:
         torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5, msg=term)
-    hidden = model(batch, wanted=wanted)
+    hidden = model(batch, needed=wanted)
     torch.testing.assert_close(hidden[wanted], model(batch)[wanted], rtol=1e-5, atol=1e-5)
     if config.supports_subset and how == "padded":
         assert not hidden[~wanted].any(), "what no one wanted was made"
@@ -178,7 +178,7 @@ def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, mon
     found: dict[float, dict[str, torch.Tensor]] = {}
     ran: dict[float, float] = {}
     for worth in (0.0, transformer.MAX_SUBSET_SHARE):
-        monkeypatch.setattr(transformer, "WORTH", worth)
+        monkeypatch.setattr(transformer, "MAX_SUBSET_SHARE", worth)
         model.zero_grad()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             terms = objective.loss(model, objective.forward(model, batch), batch)

@@ -54,7 +54,7 @@ def test_a_shared_block_is_the_same_block_again_and_again() -> None:
     state = shared.state_dict()
     for name in plain.state_dict():
         parts = name.split(".")
-        if parts[:2] == ["trunk", "blocks"]:
+        if parts[:2] == ["stack", "blocks"]:
             parts[2] = str(int(parts[2]) // 3)
         plain.state_dict()[name].copy_(state[".".join(parts)])
     tokens = torch.randint(0, 61, (3, 17))
@@ -112,14 +112,14 @@ def test_every_parameter_has_one_place() -> None:
     placed = param_groups(OptimizerConfig(), model)
     assert len({id(p.parameter) for p in placed}) == len(placed) == len(list(model.parameters()))
     kinds = {p.name: (p.muon, p.weight_decay > 0) for p in placed}
-    assert kinds["trunk.project.weight"] == kinds["heads.generator.trunk.project.weight"] == (True, True)
+    assert kinds["stack.project.weight"] == kinds["heads.generator.stack.project.weight"] == (True, True)
     assert (
-        kinds["trunk.blocks.0.mlp.up.weight"] == kinds["heads.generator.trunk.blocks.0.mlp.up.weight"] == (True, True)
+        kinds["stack.blocks.0.mlp.up.weight"] == kinds["heads.generator.stack.blocks.0.mlp.up.weight"] == (True, True)
     )
     assert kinds["tokens.weight"] == (False, False)
     assert kinds["heads.generator.heads.lm.dense.weight"] == kinds["heads.replaced.0.weight"] == (False, True)
     assert not {"heads.generator.tokens.weight", "heads.generator.heads.lm.weight"} & kinds.keys()
-    assert not any(name.startswith("trunk.blocks.1") for name in kinds)
+    assert not any(name.startswith("stack.blocks.1") for name in kinds)
 
 
 def test_a_guest_reads_with_its_hosts_tables() -> None:

@@ -256,7 +256,7 @@ def test_neither_model_has_a_gradient_from_the_other(objective: RTD) -> None:
         return set(gradients(model, objective.loss(model, objective.forward(model, batch), batch)[term]))
 
     assert not any(name.startswith(("heads.generator", "heads.baseline")) for name in moved("replaced"))
-    assert {"trunk.project.weight", "heads.replaced.2.weight"} <= moved("replaced")
+    assert {"stack.project.weight", "heads.replaced.2.weight"} <= moved("replaced")
     own = moved("generator")
     assert tables <= own
     assert all(name.startswith("heads.generator") for name in own - tables)

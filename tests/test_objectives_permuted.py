@@ -679,5 +679,5 @@ def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", echo=lambda _: None)
     assert load_model(first.model).config.memory_length == 128
     told = [f"init_from={tmp_path / 'first'}", f"data.path={tmp_path / 'rows.jsonl'}", "max_steps=2", "batch.pack_to_length=64"]
-    second = run(load("classify", told), tmp_path / "second", echo=lambda _: None)
+    second = run(load("classification", told), tmp_path / "second", echo=lambda _: None)
     assert load_model(second.model).config.memory_length == 0

@@ -150,8 +150,8 @@ def test_a_number_out_of_range_is_refused_in_python() -> None:
 def test_a_part_of_a_shape_names_the_cure() -> None:
     """One sentence, and not from field to field to a causal model."""
     with pytest.raises(UserError) as caught:
-        load("classify", ["model.hidden_size=64"])
+        load("classification", ["model.hidden_size=64"])
     said = str(caught.value)
     assert said.startswith("shape lacks depth, heads, for the recipe 'classify' has no shape of its own")
     assert "init_from=RUN" in said and "causal: false" in said
-    assert load("classify", ["model={vocab_size: 100, hidden_size: 32, num_layers: 1, num_heads: 2, causal: false}"]).model is not None
+    assert load("classification", ["model={vocab_size: 100, hidden_size: 32, num_layers: 1, num_heads: 2, causal: false}"]).model is not None

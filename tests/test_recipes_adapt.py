@@ -77,7 +77,7 @@ def settings(place: Path, start: str, *more: str, steps: int = 6) -> list[str]:
 
 def recipe(place: Path, start: str, *more: str) -> Recipe:
     settled = settings(place, start, *more)
-    return load("classify" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["model=null"]))
+    return load("classification" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["model=null"]))
 
 
 CASES = [
@@ -117,7 +117,7 @@ def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: s
     """Killed behind its third step, it goes on from there, from a checkpoint of what is trained alone."""
     directory = made(start, kind)
     saved = checkpoint.load(directory / "checkpoints" / "step-000003")
-    assert not any(name.startswith("trunk.") and ".low." not in name for name in saved.files["model"])
+    assert not any(name.startswith("stack.") and ".low." not in name for name in saved.files["model"])
     shutil.copytree(saved.path, tmp_path / "checkpoints" / saved.path.name)
     for name in ("recipe.yaml", "inputs.json"):
         shutil.copy(directory / name, tmp_path)
@@ -126,7 +126,7 @@ def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: s
     assert whole.state_dict().keys() == killed.state_dict().keys() and not lora.adapted(whole)
     assert all(torch.equal(x, killed.state_dict()[n]) for n, x in whole.state_dict().items())
     base = load_model(place / start / "model").state_dict()
-    same = [torch.equal(x, base[n]) for n, x in whole.state_dict().items() if n.startswith("trunk.")]
+    same = [torch.equal(x, base[n]) for n, x in whole.state_dict().items() if n.startswith("stack.")]
     assert all(same) == (kind != "lora")
     again = load(str(directory))
     assert type(again.peft) is PEFT_METHODS[kind] and again == load(str(tmp_path))
@@ -173,7 +173,7 @@ def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: P
     assert losses[-1] < losses[0]
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert moved == trained and not any(n.startswith("trunk.") and ".low." not in n for n in moved)
+    assert moved == trained and not any(n.startswith("stack.") and ".low." not in n for n in moved)
 
 
 def states(model: LM) -> torch.Tensor:
@@ -258,8 +258,8 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
 def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
     plain = load("gpt")
     assert plain.peft == FullFinetuning()
-    assert load("classify", ["init_from=x", "peft=lora"]).peft == LoRA()
-    full = load("classify", ["init_from=x", "peft.kind=lora", "peft.rank=4", "peft.target_modules=[blocks.*]"])
+    assert load("classification", ["init_from=x", "peft=lora"]).peft == LoRA()
+    full = load("classification", ["init_from=x", "peft.kind=lora", "peft.rank=4", "peft.target_modules=[blocks.*]"])
     assert full.peft == LoRA(rank=4, target_modules=("blocks.*",))
     assert config_io.from_dict(type(full), yaml.safe_load(config_io.write_yaml(full))) == full
 
@@ -271,7 +271,7 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
         (["peft=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
         (
             ["peft=lora", "peft.rank=33"],
-            "rank 33 is larger than the matrix trunk.blocks.0.attention.q, which is 32 x 32",
+            "rank 33 is larger than the matrix stack.blocks.0.attention.q, which is 32 x 32",
         ),
         (["peft=lora", "peft.target_modules=query"], "no matrix of this model is called 'query'; there is tokens, "),
         (["peft=prefix", "peft.num_virtual_tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
@@ -303,7 +303,7 @@ def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Pat
 def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
     model = load_model(place / "decoder" / "model")
     assert flops.trained_share(model) == 1
-    maps = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("trunk."))
+    maps = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("stack."))
     lora.add(model, ["q"], lora.LoraConfig(rank=2))
     low = 2 * 2 * (32 + 32)
     lora.freeze(model)

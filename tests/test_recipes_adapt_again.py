@@ -36,12 +36,12 @@ STILL = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_lr=
 
 CASES = [
     ("gpt", "gpt", "lora", "['*']"), ("gpt", "gpt", "prompt", ""), ("gpt2", "gpt2", "lora", "[all-linear, places]"),
-    ("gpt2", "gpt2", "prefix", ""), ("gpt2", "classify", "lora", "[tokens, places]"),
-    ("foreign", "classify", "prefix", ""), ("roberta", "roberta", "lora", "[heads.lm.dense]"),
-    ("roberta", "classify", "lora", "[tokens, blocks.*]"), ("roberta", "classify", "frozen", ""),
-    ("t5", "t5", "lora", "['*']"), ("t5", "t5", "prefix", ""), ("t5", "classify", "prompt", ""),
-    ("bert", "bert", "lora", "[blocks.*, heads.next.0]"), ("bert", "classify", "prefix", ""), ("bert", "bert", "prompt", ""),
-    ("bart", "bart", "lora", "['*']"), ("bart", "bart", "prompt", ""), ("bart", "classify", "lora", "[tokens, blocks.*]"),
+    ("gpt2", "gpt2", "prefix", ""), ("gpt2", "classification", "lora", "[tokens, places]"),
+    ("foreign", "classification", "prefix", ""), ("roberta", "roberta", "lora", "[heads.lm.dense]"),
+    ("roberta", "classification", "lora", "[tokens, blocks.*]"), ("roberta", "classification", "frozen", ""),
+    ("t5", "t5", "lora", "['*']"), ("t5", "t5", "prefix", ""), ("t5", "classification", "prompt", ""),
+    ("bert", "bert", "lora", "[blocks.*, heads.next.0]"), ("bert", "classification", "prefix", ""), ("bert", "bert", "prompt", ""),
+    ("bart", "bart", "lora", "['*']"), ("bart", "bart", "prompt", ""), ("bart", "classification", "lora", "[tokens, blocks.*]"),
 ]  # fmt: skip
 
 
@@ -78,10 +78,10 @@ def base(place: Path) -> Callable[[str], Path]:
 
 
 def recipe(place: Path, task: str, start: Path, *more: str) -> Recipe:
-    data = place / ("records.jsonl" if task == "classify" else "text.txt")
+    data = place / ("records.jsonl" if task == "classification" else "text.txt")
     settings = [*SMALL, *RATE, f"data.path={data}", f"data.validation_path={data}", f"init_from={start}", *more]
     settings += ["data.split_by=blank"] * (task == "bert")
-    return load(task, [*settings, *["model=null"] * (task != "classify")])
+    return load(task, [*settings, *["model=null"] * (task != "classification")])
 
 
 def states(model: LM) -> torch.Tensor:
@@ -94,7 +94,7 @@ def states(model: LM) -> torch.Tensor:
 
 def answer(directory: Path, task: str, place: Path) -> object:
     """Return what the command for a directory's task answers."""
-    if task == "classify":
+    if task == "classification":
         valid = [str(place / "records.jsonl")]
         return json.loads(evaluate_run(directory, valid, task=None, limit=20, as_json=True))["accuracy"]
     opened = open_model(directory)

@@ -82,7 +82,7 @@ def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path)
     held = next(i for i in range(60) if content_key(texts[i]) < 0.2 * 2**64)
     file = reviews(tmp_path / "a.csv", [*plain[:held], "odd", *plain[held + 1 :]])
     done, said = trained(
-        "classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "objective.class_weights=balanced"
+        "classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "objective.class_weights=balanced"
     )
     [line] = [line for line in said if "classes: " in line]
     assert "odd 0 (and 1 held out)" in line
@@ -95,7 +95,7 @@ def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path)
 def test_one_class_is_nothing_to_learn(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good"] * 30)
     with pytest.raises(UserError, match="all that there is to learn from is of one class, 'good'"):
-        trained("classify", tmp_path / "run", tokens, f"data={file}")
+        trained("classification", tmp_path / "run", tokens, f"data={file}")
     (tmp_path / "a.conll").write_text("a O\nfilm O\n\n" * 30)
     with pytest.raises(UserError, match="all that there is to learn from is of one class, 'O'"):
         trained("tag", tmp_path / "run", tokens, f"data={tmp_path / 'a.conll'}")
@@ -105,7 +105,7 @@ def test_classes_of_a_mixture(tmp_path: Path, tokens: Path) -> None:
     """Ham in one file and spam in the other: each alone has one class, and both together two."""
     files = [reviews(tmp_path / "a.csv", ["ham"] * 40), reviews(tmp_path / "b.csv", ["spam"] * 30)]
     _, said = trained(
-        "classify", tmp_path / "run", tokens, f"data.path=[{files[0]}, {files[1]}]", "data.weights=[1, 1]",
+        "classification", tmp_path / "run", tokens, f"data.path=[{files[0]}, {files[1]}]", "data.weights=[1, 1]",
         "objective.class_weights=balanced",
     )  # fmt: skip
     [line] = [line for line in said if "classes: " in line]
@@ -129,20 +129,20 @@ def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
     why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, fewer than 20"
     with pytest.raises(UserError, match=why):
-        trained("classify", tmp_path / "run", tokens, f"data={file}", *settings)
+        trained("classification", tmp_path / "run", tokens, f"data={file}", *settings)
     with pytest.raises(UserError, match=r"nothing is held out: name source\.valid=FILES"):
-        trained("classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0", *settings)
+        trained("classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0", *settings)
 
 
 def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
-    done, said = trained("classify", tmp_path / "run", tokens, f"data={file}")
+    done, said = trained("classification", tmp_path / "run", tokens, f"data={file}")
     assert sum("nothing is held out of 8 examples, fewer than 20" in line for line in said) == 1
     assert "nothing is held out of 8 examples" in (done.directory / "report.html").read_text()
-    _, said = trained("classify", tmp_path / "quiet", tokens, f"data={file}", "data.validation_fraction=0")
+    _, said = trained("classification", tmp_path / "quiet", tokens, f"data={file}", "data.validation_fraction=0")
     assert not any("nothing is held out" in line for line in said)
     file = reviews(tmp_path / "b.csv", ["good", "bad"] * 11)
-    _, said = trained("classify", tmp_path / "few", tokens, f"data={file}", "data.validation_fraction=0.0001")
+    _, said = trained("classification", tmp_path / "few", tokens, f"data={file}", "data.validation_fraction=0.0001")
     assert any(
         "nothing is held out of 22 examples, of which data.validation_fraction=0.0001 comes to none" in line for line in said
     )
@@ -150,17 +150,17 @@ def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> 
 
 def test_a_report_that_was_never_written_is_when_the_command_is_given_again(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
-    done, _ = trained("classify", tmp_path / "run", tokens, f"data={file}")
+    done, _ = trained("classification", tmp_path / "run", tokens, f"data={file}")
     report = done.directory / "report.html"
     report.unlink()  # killed behind done.json
-    trained("classify", tmp_path / "run", tokens, f"data={file}")
+    trained("classification", tmp_path / "run", tokens, f"data={file}")
     assert "accuracy" in report.read_text("utf-8")
 
 
 def test_a_measurement_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     with pytest.raises(UserError, match=r"checks\.best=f2 is not among the held-out measurements: there is loss, .*f1"):
-        trained("classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "evaluation.best_metric=f2")
+        trained("classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "evaluation.best_metric=f2")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -168,7 +168,7 @@ def test_looking_for_the_measurement_changes_nothing(tmp_path: Path, tokens: Pat
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     settings = [f"data={file}", "data.validation_fraction=0.2", "model.dropout=0.2"]
     found = [
-        trained("classify", tmp_path / str(i), tokens, *settings, *more)[0].metrics["loss"]
+        trained("classification", tmp_path / str(i), tokens, *settings, *more)[0].metrics["loss"]
         for i, more in enumerate(((), ("evaluation.best_metric=accuracy",)))
     ]
     rows = [json.loads((tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()[0])["loss"] for i in range(2)]
@@ -178,7 +178,7 @@ def test_looking_for_the_measurement_changes_nothing(tmp_path: Path, tokens: Pat
 def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     done, _ = trained(
-        "classify", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.3", "evaluation.every=1", "evaluation.best_metric=loss",
+        "classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.3", "evaluation.every=1", "evaluation.best_metric=loss",
         "evaluation.patience=2", "max_steps=9", "optimizer.lr=1.0", "schedule.kind=constant", "schedule.warmup_ratio=0",
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -192,7 +192,7 @@ def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Pa
     assert f"The exported model is that of step {best}, the best of {len(held)} checks" in page
     assert f"held-out text, exported step {best}" in page and "did not fall" not in page
     assert f"the model of step {best}, the best check" in (done.model / "README.md").read_text()
-    again, _ = trained("classify", tmp_path / "last", tokens, f"data={file}", "data.validation_fraction=0.3", "max_steps=2")
+    again, _ = trained("classification", tmp_path / "last", tokens, f"data={file}", "data.validation_fraction=0.3", "max_steps=2")
     assert again.exported_step == again.steps == held_out_measures(again.directory)["step"]
 
 
@@ -290,8 +290,8 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
 
 def test_weights_that_are_neither_numbers_nor_balanced() -> None:
     with pytest.raises(UserError, match=r"objective\.weights: 'balancd' does not fit: it should be .*'balanced'"):
-        load("classify", ["objective.class_weights=balancd"])
-    assert isinstance(load("classify", ["objective.class_weights=balanced"]), Recipe)
+        load("classification", ["objective.class_weights=balancd"])
+    assert isinstance(load("classification", ["objective.class_weights=balanced"]), Recipe)
 
 
 def test_what_is_mended_or_passed_over_in_running_text_is_said(tmp_path: Path, tokens: Path) -> None:

@@ -44,7 +44,7 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
     )
     told = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
             "examples.max_length=24", "max_steps=4", "batch.size=8", "evaluation.max_examples=8"]  # fmt: skip
-    done = run(load("classify", told), tmp_path / "run", echo=lambda _: None)
+    done = run(load("classification", told), tmp_path / "run", echo=lambda _: None)
     said: list[str] = []
     export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
     assert name in said[0]
@@ -67,4 +67,4 @@ def test_a_family_that_reads_elsewhere_is_refused() -> None:
     )  # NanoChat has no class of texts
     assert not Classification(class_names=("a", "b")).missing_from(decoder_config(64, 32, 1, num_heads=2))
     with pytest.raises(UserError, match="head"):
-        load("classify", ["objective.head=pooled"])
+        load("classification", ["objective.head=pooled"])

@@ -195,7 +195,7 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
 ) -> None:
     shape = [setting for setting in SMALL if setting.startswith("shape.")]
     t5 = load("t5", [*shape, "model.num_encoder_layers=1", "tokenizer.vocab_size=400"])
-    recipe = load("classify", [
+    recipe = load("classification", [
         f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip
     ended = run(replace(recipe, model=t5.model), tmp_path / "run", echo=lambda _: None)
@@ -209,7 +209,7 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
 
 @pytest.mark.parametrize(("names", "settings", "changes", "said"), [
     (("roberta", "nobody"), (), {}, "there is no recipe 'nobody'"),
-    (("roberta", "classify"), (), {}, "classify goes on from another run, and what is compared begins from nothing"),
+    (("roberta", "classification"), (), {}, "classify goes on from another run, and what is compared begins from nothing"),
     (("roberta", "roberta"), (), {}, "roberta is named twice"),
     ((), (), {}, "name the recipes to compare"),
     (("gpt", "roberta"), ("objective=mlm",), {}, "gpt: objective mlm reads a text from both sides, which a causal decoder cannot"),

@@ -185,7 +185,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tm
 def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": [], "completion": []}\n' * 3)
     data = [f"data.path={tmp_path / 'a.jsonl'}", f"init_from={whole}", "max_steps=1"]
-    ends_in_a_sentence(lambda: run(load("instruct", data), tmp_path / "run", quiet), r"a\.jsonl")
+    ends_in_a_sentence(lambda: run(load("sft", data), tmp_path / "run", quiet), r"a\.jsonl")
     words = train(["low lower lowest " * 20], "wordpiece", vocab_size=300, seed=0)
     config = ModelConfig(
         vocab_size=words.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=16, causal=True

@@ -69,7 +69,7 @@ def test_the_settings_of_tasks_are_settings() -> None:
     lines = [re.split(" {2,}", line.strip())[0] for line in text.splitlines() if re.match(r" +\w+\.\w+=", line)]
     assert len(lines) == 2
     for line in lines:
-        load("classify", shlex.split(line))
+        load("classification", shlex.split(line))
 
 
 def test_a_field_of_text_holds_what_was_typed() -> None:

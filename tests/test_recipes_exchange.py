@@ -187,7 +187,7 @@ def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -
     theirs.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
     few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labelled.jsonl'}", "max_steps=2", "batch.size=4"]
-    done = run(load("classify", few), tmp_path / "run", echo=lambda _: None)
+    done = run(load("classification", few), tmp_path / "run", echo=lambda _: None)
     config = load_model(done.model).config
     assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)
     assert Tokenizer.load(done.model).digest == Tokenizer.load(tmp_path / "bert").digest
@@ -196,7 +196,7 @@ def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -
     other = [*few, f"tokenizer.path={folder}"]
     tokenizer().save(folder)
     with pytest.raises(UserError, match=r"has another tokenizer than this run.*leave out tokenizer\.path"):
-        run(load("classify", other), tmp_path / "other", echo=lambda _: None)
+        run(load("classification", other), tmp_path / "other", echo=lambda _: None)
     mine = Tokenizer.load(tmp_path / "bert").vocab.mask
     import_model(tmp_path / "bert", tmp_path / "in", echo=lambda _: None)
     assert mine == 103 and len(fill_text(tmp_path / "in", "a <mask> text", 2).split("   ")) == 2

@@ -66,7 +66,7 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
 
 
 def test_instruction_tuning_records_answers_and_references(folder: Path) -> None:
-    _, rows = trained(folder, "instruct", "chat.jsonl")
+    _, rows = trained(folder, "sft", "chat.jsonl")
     for row in rows:
         assert [answer["name"] for answer in row["answers"]] == ["model", "reference"]
         assert row["answers"][1]["text"].startswith("The ")

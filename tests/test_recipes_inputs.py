@@ -199,9 +199,9 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
         "start": ("dpo", [pairs, f"init_from={folder / 'policy'}"], "policy"),
         "examples.reward_model": ("ppo", [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"], "reward"),
         "examples.teacher": ("semi_supervised", [labels, *begin], "teacher"),
-        "embeddings": ("classify", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
+        "embeddings": ("classification", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
                                     "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
-        "tokenizer.path": ("classify", [labels, f"tokenizer.path={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
+        "tokenizer.path": ("classification", [labels, f"tokenizer.path={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
                                         "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
     }  # fmt: skip
 

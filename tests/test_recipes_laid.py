@@ -45,25 +45,25 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "settings", "pack", "sort"),
     [
-        ("classify", [ENCODER], 24, 0),
-        ("classify", [ENCODER, "batch.pack_to_length=0"], 0, 0),
-        ("classify", [ENCODER, "batch.group_by_length=7"], 0, 7),
-        ("classify", ["model={hidden_size: 32, num_layers: 1, num_heads: 2, causal: false, max_positions: 64, linformer_k: 8}"], 0, GROUPED_STEPS),
-        ("choose", [ENCODER], 0, GROUPED_STEPS),
+        ("classification", [ENCODER], 24, 0),
+        ("classification", [ENCODER, "batch.pack_to_length=0"], 0, 0),
+        ("classification", [ENCODER, "batch.group_by_length=7"], 0, 7),
+        ("classification", ["model={hidden_size: 32, num_layers: 1, num_heads: 2, causal: false, max_positions: 64, linformer_k: 8}"], 0, GROUPED_STEPS),
+        ("multiple_choice", [ENCODER], 0, GROUPED_STEPS),
     ],
 )  # fmt: skip
 def test_what_is_left_open_is_settled(
     name: str, settings: list[str], pack: int, sort: int, classes: Path, options: Path, tmp_path: Path
 ) -> None:
-    source = options if name == "choose" else classes
+    source = options if name == "multiple_choice" else classes
     batch = settled(tmp_path / "run", name, f"data={source}", *settings)
     assert (batch["pack"], batch["sort"]) == (pack, sort)
 
 
 def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(classes: Path, tmp_path: Path) -> None:
-    settled(tmp_path / "base", "classify", f"data={classes}", ENCODER)
+    settled(tmp_path / "base", "classification", f"data={classes}", ENCODER)
     start = f"init_from={tmp_path / 'base' / 'model'}"
-    batch = settled(tmp_path / "prompt", "classify", f"data={classes}", start, "peft=prompt", "peft.num_virtual_tokens=2")
+    batch = settled(tmp_path / "prompt", "classification", f"data={classes}", start, "peft=prompt", "peft.num_virtual_tokens=2")
     assert (batch["pack"], batch["sort"]) == (0, GROUPED_STEPS)
     again = run(load(str(tmp_path / "prompt")), tmp_path / "prompt", lambda _: None)
     assert again.steps == 3
@@ -71,7 +71,7 @@ def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(cla
 
 def test_two_ways_at_once_are_refused() -> None:
     with pytest.raises(UserError, match="both spare padding"):
-        load("classify", ["batch.pack_to_length=64", "batch.group_by_length=5"])
+        load("classification", ["batch.pack_to_length=64", "batch.group_by_length=5"])
     assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == BatchConfig(pack_to_length=0, group_by_length=0)
     assert BatchConfig(pack_to_length="auto").packed_length == 0
 
@@ -106,10 +106,10 @@ def test_a_refused_recipe_leaves_the_one_that_began_the_run(tmp_path: Path) -> N
     shape = "model={hidden_size: 32, num_layers: 1, num_heads: 1, causal: false, max_positions: 64}"
     settings = [f"data={file}", "tokenizer.vocab_size=400", shape, "max_steps=4", "batch.size=8", "checkpoint.every=2"]
     directory = tmp_path / "run"
-    run(load("classify", settings), directory, lambda _: None)
+    run(load("classification", settings), directory, lambda _: None)
     (directory / "done.json").unlink()  # as if it had been killed
     began = (directory / "recipe.yaml").read_bytes()
     with pytest.raises(UserError, match="another recipe"):
-        run(load("classify", [*settings, "seed=5"]), directory, lambda _: None)
+        run(load("classification", [*settings, "seed=5"]), directory, lambda _: None)
     assert (directory / "recipe.yaml").read_bytes() == began
-    run(load("classify", settings), directory, lambda _: None)
+    run(load("classification", settings), directory, lambda _: None)

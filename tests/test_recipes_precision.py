@@ -31,9 +31,9 @@ SMALL = {
 }  # fmt: skip
 
 TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "classify": ("bert", "labeled.jsonl", ()),
-    "regress": ("bert", "scored.jsonl", ()),
-    "choose": ("bert", "choices.jsonl", ()),
+    "classification": ("bert", "labeled.jsonl", ()),
+    "regression": ("bert", "scored.jsonl", ()),
+    "multiple_choice": ("bert", "choices.jsonl", ()),
     "tag": ("bert", "tagged.jsonl", ()),
     "tag_features": ("elmo", "tagged.jsonl", ()),
     "answer": ("bert", "questions.jsonl", ("examples.max_length=64", "examples.doc_stride=16", "examples.max_question_length=16")),
@@ -42,7 +42,7 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "semi_supervised": ("bert", "labeled.jsonl", ("examples.num_labeled=8", "examples.teacher={classify}")),
     "weak": ("bert", "votes.jsonl", ()),
     "closed_book_questions": ("closed_book", "dialogues.jsonl", ()),
-    "instruct": ("gpt", "dialogues.jsonl", ()),
+    "sft": ("gpt", "dialogues.jsonl", ()),
     "reward": ("gpt", "preferences.jsonl", ()),
     "ranking": ("gpt", "rankings.jsonl", ()),
     "dpo": ("gpt", "preferences.jsonl", ()),
@@ -127,7 +127,7 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
     """The recipe, made smaller: nothing but sizes differs."""
     if name in TUNED:
         start, records, more = TUNED[name]
-        runs = {key: make(key, precision).directory for key in ("classify", "reward") if f"{{{key}}}" in "".join(more)}
+        runs = {key: make(key, precision).directory for key in ("classification", "reward") if f"{{{key}}}" in "".join(more)}
         settings = [f"init_from={make(start, precision).directory}", f"data.path={folder / records}"]
         settings += [setting.format(**runs) for setting in more]
     else:

@@ -58,7 +58,7 @@ BILM = ("lstm", "objective=bilm", "model.causal=false", "model.separate_directio
     "settings",
     [
         ("roberta", "objective=nsp", "examples=segment_pairs", "model.type_vocab_size=2"),
-        ("vae", "model.latent_size=0", "objective=denoise"),
+        ("vae", "model.latent_size=0", "objective=denoising"),
         BILM,
     ],
 )
@@ -79,7 +79,7 @@ def test_a_bilm_is_told_apart_from_a_model_that_writes(make: Make, folder: Path)
 
 
 def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways(make: Make, folder: Path) -> None:
-    left, both = make("roberta", "objective=causal"), make("roberta")
+    left, both = make("roberta", "objective=causal_lm"), make("roberta")
     assert json.loads((both.model / "config.json").read_text())["architectures"] == ["ModernBertForMaskedLM"]
     assert json.loads((left.model / "firth.json").read_text())["family"] is None
     assert not (left.model / "config.json").exists()
@@ -100,8 +100,8 @@ def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> N
 
 def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
     """And one that reads both ways may be made to read to the left, but not the other way about."""
-    left, both = make("roberta", "objective=causal"), make("roberta")
-    on = make("roberta", "objective=causal", "model=null", f"init_from={both.directory}")
+    left, both = make("roberta", "objective=causal_lm"), make("roberta")
+    on = make("roberta", "objective=causal_lm", "model=null", f"init_from={both.directory}")
     assert (
         load_evaluated_model(on.directory).model.config.causal
         and json.loads((on.model / "firth.json").read_text())["family"] is None

@@ -56,9 +56,9 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
-    """Dai and Le 2015: `firth train classify init_from=RUN`."""
+    """Dai and Le 2015: `firth train classification init_from=RUN`."""
     said: list[str] = []
-    plan = load("classify", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
+    plan = load("classification", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
     done = run(plan, tmp_path / "tuned", echo=said.append)
     assert "drops lm; adds classes" in "\n".join(said)
     tuned = load_model(done.model)
@@ -66,7 +66,7 @@ def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
     with pytest.raises(UserError, match="left-to-right LSTM cannot"):
         run(
-            load("classify", [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"]),
+            load("classification", [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"]),
             tmp_path / "no",
             said.append,
         )
@@ -125,7 +125,7 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
 
 
 def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
-    plan = load("tag_features", [f"init_from={runs}/elmo", f"data.path={files}/tagged.jsonl", *FEW, "max_steps=40"])
+    plan = load("token_features", [f"init_from={runs}/elmo", f"data.path={files}/tagged.jsonl", *FEW, "max_steps=40"])
     done = run(plan, tmp_path / "tags", echo=lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.6
     before, after = load_model(runs / "elmo" / "model"), load_model(done.model)
@@ -191,9 +191,9 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
             "reads a prompt both ways and writes on in one row",
         ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
-        (["word2vec", "objective=causal"], "which a table of word vectors cannot"),
+        (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),
         (["bert", "objective=bilm"], "two readers who do not meet"),
-        (["elmo", "objective=causal"], "which an LSTM in two directions apart cannot"),
+        (["elmo", "objective=causal_lm"], "which an LSTM in two directions apart cannot"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str], said: str) -> None:

@@ -68,7 +68,7 @@ CASES = [
     ("gpt2", "gpt2", "peft=prompt", {"length": 48}),
     ("gpt2", "gpt2", "peft=full", {"length": 64}),
     ("roberta", "roberta", "peft=prompt", {"length": 48}),
-    ("roberta", "classify", "peft=prefix", {"length": 48}),
+    ("roberta", "classification", "peft=prefix", {"length": 48}),
     ("bart", "bart", "peft=prefix", {"length": 47}),
     ("bart", "bart", "peft=full", {"length": 63}),
     ("bart", "text_to_text", "peft=prefix", {"length": 64, "answer": 48}),
@@ -80,9 +80,9 @@ CASES = [
 def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     name: str, recipe: str, adapt: str, fits: dict[str, int], place: Path, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    data = place / ("rows.jsonl" if recipe in ("classify", "text_to_text") else "text.txt")
+    data = place / ("rows.jsonl" if recipe in ("classification", "text_to_text") else "text.txt")
     common = [f"data.path={data}", f"init_from={base(name)}", adapt, "max_steps=1", "batch.size=8", "precision=fp32",
-              "evaluation.max_examples=8", "sample_prompts=[]", *["model=null"] * (recipe not in ("classify", "text_to_text"))]  # fmt: skip
+              "evaluation.max_examples=8", "sample_prompts=[]", *["model=null"] * (recipe not in ("classification", "text_to_text"))]  # fmt: skip
     common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (recipe == "text_to_text")
     tight = [f"segment.{field}={value}" for field, value in fits.items()]
     assert run(load(recipe, [*common, *tight]), tmp_path / "tight", quiet).steps == 1

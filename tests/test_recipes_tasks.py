@@ -79,7 +79,7 @@ def tokens(folder: Path) -> Path:
 
 def classified(make: Make, folder: Path) -> tuple[RunResult, Path]:
     return make(
-        "classify", f"data={folder}/reviews.csv", "examples.text_field=review", "examples.label_field=stars", "data.validation_fraction=0.2"
+        "classification", f"data={folder}/reviews.csv", "examples.text_field=review", "examples.label_field=stars", "data.validation_fraction=0.2"
     )
 
 
@@ -150,7 +150,7 @@ def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> Non
 def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "reviews.csv"
     settings = ["model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}", "max_steps=1"]
-    recipe = load("classify", [*settings, f"data={path}", "examples.text_field=reviews", "examples.label_field=stars"])
+    recipe = load("classification", [*settings, f"data={path}", "examples.text_field=reviews", "examples.label_field=stars"])
     with pytest.raises(UserError, match=r"reviews\.csv:2: there is no field 'reviews'; did you mean 'review'\?"):
         run(recipe, tmp_path / "run", lambda _: None)
 
@@ -167,7 +167,7 @@ def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path,
     shape = "model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}"
     settings = [shape, f"data={folder}/reviews.csv", "tokenizer.vocab_size=400", "max_steps=1", "checkpoint.every=0"]
     done = run(
-        load("classify", [*settings, "examples.text_field=review", "examples.label_field=stars"]), tmp_path / "run", lambda _: None
+        load("classification", [*settings, "examples.text_field=review", "examples.label_field=stars"]), tmp_path / "run", lambda _: None
     )
     assert done.steps == 1
     [vocabulary] = (tmp_path / "run" / "tokenizer").glob("tokenizer.json")
@@ -188,7 +188,7 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
         "max_steps=2",
         "data.validation_fraction=0",
     ]
-    run(load("classify", [*settings, "examples.max_length=500"]), tmp_path / "run", lambda _: None)
+    run(load("classification", [*settings, "examples.max_length=500"]), tmp_path / "run", lambda _: None)
     done = json.loads((tmp_path / "run" / "done.json").read_text())
     assert done["counts"]["cut"] == 1
     assert done["remarks"] == [
@@ -196,13 +196,13 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
     ]
     assert "long.csv:22" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(UserError, match=r"set checks\.every"):
-        load("classify", ["evaluation.patience=2"])
+        load("classification", ["evaluation.patience=2"])
 
 
 def test_numbers_are_told_in_their_own_units(make: Make, folder: Path) -> None:
     rows = [{"text": text, "label": 900.0 if label == "good" else 700.0} for text, label in reviews(120)]
     (folder / "prices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done, place = make("regress", f"data={folder}/prices.jsonl", "data.validation_fraction=0.2")
+    done, place = make("regression", f"data={folder}/prices.jsonl", "data.validation_fraction=0.2")
     assert done.metrics["valid/pearson"] > 0.95
     said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
     assert np.sqrt(np.mean((np.array(said) - [row["label"] for row in rows]) ** 2)) < 30
@@ -217,7 +217,7 @@ def test_choices(make: Make, folder: Path) -> None:
         options = [BAD[i % 3], good, BAD[(i + 1) % 3]][: 2 + i % 2]
         rows.append({"text": "the film was", "options": options, "label": options.index(good)})
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done, place = make("choose", f"data={folder}/choices.jsonl", "data.validation_fraction=0.2")
+    done, place = make("multiple_choice", f"data={folder}/choices.jsonl", "data.validation_fraction=0.2")
     assert load_model(done.model).heads["choice"].weight.shape == (1, 32)
     said = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
     assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
@@ -231,7 +231,7 @@ def test_tags(make: Make, folder: Path) -> None:
         words = text.replace(",", " ,").split()
         sentences.append("\n".join(f"{w} {'I-GOOD' if w in GOOD else 'I-BAD' if w in BAD else 'O'}" for w in words))
     (folder / "tags.conll").write_text("\n\n".join(sentences) + "\n")
-    done, place = make("tag", f"data={folder}/tags.conll", "data.validation_fraction=0.2")
+    done, place = make("token_classification", f"data={folder}/tags.conll", "data.validation_fraction=0.2")
     assert done.metrics["valid/f1"] > 0.95
     found = evaluate(place, [str(folder / "tags.conll")])
     assert found["task"] == "tagging" and found["f1"] > 0.95 and found["items"] == 120
@@ -253,7 +253,7 @@ def test_answers(make: Make, folder: Path) -> None:
         paragraphs.append({"context": context, "qas": asked})
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     done, place = make(
-        "answer", f"data={folder}/squad.json", "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
+        "question_answering", f"data={folder}/squad.json", "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
         "data.validation_fraction=0.2", "batch.pack_to_length=64", steps=80,
     )  # fmt: skip
     assert done.metrics["valid/accuracy"] > 0.9
@@ -272,7 +272,7 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
         "schedule.kind=constant",
     ]  # fmt: skip
     done = run(
-        load("classify", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
+        load("classification", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
     )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = [(row["accuracy"], row["step"]) for row in rows if row["split"] == "valid"]
@@ -281,11 +281,11 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
     assert done.metrics["valid/accuracy"] == best
     assert [accuracy for accuracy, _ in held].index(best) == len(held) - 4
     again = run(
-        load("classify", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
+        load("classification", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
     )
     assert again == done
     with pytest.raises(UserError, match=r"checks\.best=recall is not among the held-out measurements: there is loss"):
-        run(load("classify", [*settings, "evaluation.best_metric=recall"]), tmp_path / "no", lambda _: None)
+        run(load("classification", [*settings, "evaluation.best_metric=recall"]), tmp_path / "no", lambda _: None)
 
 
 def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Pa
         *SHAPE[:4], *SHAPE[5:9], shape, f"tokenizer.path={tokens(folder)}", "checkpoint.every=0",
         f"data={tmp_path}/pairs.jsonl", "examples.text_pair_field=other", "max_steps=40", "data.validation_fraction=0.2",
     ]  # fmt: skip
-    done = run(load("classify", settings), tmp_path / "run", lambda _: None)
+    done = run(load("classification", settings), tmp_path / "run", lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.9
     assert evaluate(tmp_path / "run", [str(tmp_path / "pairs.jsonl")])["accuracy"] > 0.9
 
@@ -367,7 +367,7 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
     assert (counts["examples"], counts["unlabelled"]) == (120, 60)
     with pytest.raises(UserError, match=r"set one of segment\.others=.* and segment\.few="):
         run(load("semi_supervised", [*settings, f"examples.teacher={teacher}"]), tmp_path / "none", lambda _: None)
-    with pytest.raises(UserError, match=r"lacks `segment\.teacher`: the run of `firth train classify`"):
+    with pytest.raises(UserError, match=r"lacks `segment\.teacher`: the run of `firth train classification`"):
         run(load("semi_supervised", [*settings, f"examples.unlabeled_path=[{others}]"]), tmp_path / "alone", lambda _: None)
     trial = ["examples=partially_labeled", "examples.num_labeled=40", "objective=consistency"]
     run(load("semi_supervised", [*trial, *settings]), tmp_path / "trial", heard.append)
@@ -381,13 +381,13 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
         UserError, match=r"reviews\.csv:2: .*train `classify` on records with one label, or set examples=simulated_annotators"
     ):
         run(
-            load("weak", [*settings, *clean, "examples.text_field=review", "examples.labels_field=stars"]),
+            load("weak_supervision", [*settings, *clean, "examples.text_field=review", "examples.labels_field=stars"]),
             tmp_path / "a",
             lambda _: None,
         )
     heard: list[str] = []
     fields = ["examples=simulated_annotators", "examples.base.text=review", "examples.base.label=stars"]
-    run(load("weak", [*settings, *clean, *fields]), tmp_path / "b", heard.append)
+    run(load("weak_supervision", [*settings, *clean, *fields]), tmp_path / "b", heard.append)
     assert any(
         line.startswith("a simulation: the labels of 120 records are replaced by the votes of 5") for line in heard
     )
@@ -395,7 +395,7 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
     rows = [{"text": text, "labels": [label, label, "bad"]} for text, label in reviews(40)]
     voted.write_text("".join(json.dumps(row) + "\n" for row in rows))
     heard.clear()
-    run(load("weak", [*settings, f"data={voted}"]), tmp_path / "c", heard.append)
+    run(load("weak_supervision", [*settings, f"data={voted}"]), tmp_path / "c", heard.append)
     assert not any("simulation" in line for line in heard)
     listed = CliRunner().invoke(app, ["list"]).output
     assert "weak: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed

@@ -84,7 +84,7 @@ def test_teacher_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) ->
     data = [f"data.path={place / 'labels.jsonl'}", f"init_from={place / 'ours' / 'encoder'}"]
     of = "of: {kind: partly, few: 4}"
     taught = f"examples={{kind: taught, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
-    said = refused("classify", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
+    said = refused("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
     assert said.startswith("examples.teacher:")
 
 
@@ -103,7 +103,7 @@ def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, fiel
         else []
     )
     begin = f"{field}={place / 'ours' / 'encoder'}"
-    assert refused("classify", [*settings, *shape, begin], tmp_path / "run").startswith(f"{field}:")
+    assert refused("classification", [*settings, *shape, begin], tmp_path / "run").startswith(f"{field}:")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: P
     """The base has the same shape, so every matrix fits."""
     assert load_evaluated_model(adapted).model.config.vocab_size
     data = [f"data.path={place / 'prompts.jsonl'}", f"peft.init_from={adapted}", "peft.kind=lora"]
-    said = refused("instruct", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
+    said = refused("sft", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
     assert said.startswith(f"the adapter {adapted}")
     moved = tmp_path / "moved"
     shutil.copytree(adapted, moved)
@@ -159,4 +159,4 @@ def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_pat
         export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", echo=quiet)
     data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={mixed}", "max_steps=2"]
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
-        run(load("instruct", data), tmp_path / "run", quiet)
+        run(load("sft", data), tmp_path / "run", quiet)

@@ -138,7 +138,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     (place / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     settings = [f"init_from={base}", f"data.path={place / 'd.jsonl'}", "data.validation_fraction=0", "max_steps=120", "batch.size=8",
                 "examples.max_length=64", "optimizer.lr=1e-2", "evaluation.every=0", "precision=fp32"]  # fmt: skip
-    run(load("instruct", settings), place / "run", echo=lambda _: None)
+    run(load("sft", settings), place / "run", echo=lambda _: None)
     return place
 
 
@@ -263,7 +263,7 @@ def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path:
     save_model(random_model(encoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     for command, instead in (
-        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train instruct"),
+        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train sft"),
         (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "it serves `firth fill`"),
     ):
         done = CliRunner().invoke(app, command)

@@ -85,9 +85,9 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
     for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
-        made = load("classify", [f"model={shape}", "tokenizer.vocab_size=500"]).model
+        made = load("classification", [f"model={shape}", "tokenizer.vocab_size=500"]).model
         assert made is not None and made.vocab_size == 500
-    made = load("classify", ["model={hidden_size: 32, num_layers: 1, num_heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).model
+    made = load("classification", ["model={hidden_size: 32, num_layers: 1, num_heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).model
     assert made is not None and made.vocab_size == 290
     small = [*BODY, f"data.path={place / 'text.txt'}", "tokenizer.vocab_size=4000"]
     done = run(load("gpt", small), tmp_path / "small", lambda _: None)
@@ -109,7 +109,7 @@ def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
     said = refused(str(mine), on, tmp_path / "c")
     assert said.endswith("model.intermediate_size is 64 there and 96 here; use the same shape, which model=null does")
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
-    said = refused("classify", [*on, "model.dropout=0.1"], tmp_path / "d")
+    said = refused("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
     assert said == (
         f"shape lacks width, depth, heads: the shape of a run with a start is that of {place / 'given'}, so leave out model.dropout"
     )
@@ -118,7 +118,7 @@ def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [["model=null"], []])
 def test_neither_a_shape_nor_a_start_is_refused_first(settings: list[str], tmp_path: Path) -> None:
     """Before any text is read."""
-    said = refused("gpt" if settings else "classify", settings, tmp_path / "none")
+    said = refused("gpt" if settings else "classification", settings, tmp_path / "none")
     assert "has neither a shape nor a start: begin from a model with init_from=RUN, or give a whole shape" in said
     assert not (tmp_path / "none").exists()
 

@@ -132,7 +132,7 @@ def test_adamw_is_its_formula() -> None:
 def test_who_gets_what() -> None:
     spec = OptimizerConfig(lr=0.02, embedding_lr=0.3, scalar_lr=0.004, weight_decay=0.1)
     by_name = {p.name: p for p in param_groups(spec, tiny())}
-    q, table, head = (by_name[n] for n in ("trunk.blocks.0.attention.q.weight", "tokens.weight", "heads.lm.weight"))
+    q, table, head = (by_name[n] for n in ("stack.blocks.0.attention.q.weight", "tokens.weight", "heads.lm.weight"))
     assert (q.muon, q.lr, q.weight_decay) == (True, 0.02, 0.1)
     assert (table.muon, table.lr, table.weight_decay) == (False, 0.3, 0.0)
     assert (head.muon, head.lr, head.weight_decay) == (False, 0.004, 0.1)

@@ -218,7 +218,7 @@ def write_preference_pairs(
     {"prompt": "Who paints?", "chosen": "The otter.", "rejected": "Who?", "margin": 0.7, "tokens": {"prompt": [...], "chosen":
     [...], "rejected": [...]}, "finished": {"chosen": true, "rejected": false}}
 
-    `firth train reward` and `dpo` encode the three texts anew, with the stop token behind both answers. The segment "sampled"
+    `firth train reward_model` and `dpo` encode the three texts anew, with the stop token behind both answers. The segment "sampled"
     reads the tokens (`read_comparisons`), which are exactly what was sampled.
 
     Args:

@@ -263,7 +263,7 @@ def prepare(
 ) -> ComparisonRun:
     """Read the recipes, refuse what does not fit, make the tokenizer, the token stores and the probe's files."""
     loaded = _loaded(names, [s for s in settings if not s.startswith(PROBE)])
-    probe = recipes.load("classify", [s.removeprefix(PROBE) for s in settings if s.startswith(PROBE)])
+    probe = recipes.load("classification", [s.removeprefix(PROBE) for s in settings if s.startswith(PROBE)])
     probe = dataclasses.replace(
         probe,
         name="probe",

@@ -61,7 +61,7 @@ def write_comparison(
         text="\n\n".join(words),
         facts=dict(facts),
         commands=(Command(f"Finetune {whole[0].recipe}, the first of the table, on labels of your own",
-                          f"firth train classify init_from={best} data.path=labelled.jsonl"),),
+                          f"firth train classification init_from={best} data.path=labelled.jsonl"),),
     )  # fmt: skip
     write_report(page, out / "report.html")
     return "\n".join([table, "", *words, "", f"report: {out / 'report.html'}   every figure: {out / 'results.json'}"])

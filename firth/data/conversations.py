@@ -1,4 +1,4 @@
-r"""Read a record of any usual shape as a dialogue, a prompt, or a preference. `docs/records.md` has the table of the shapes.
+r"""Read a record of any usual shape as a dialogue, a prompt, or a preference. `docs/reference/data-formats.md` has the table of the shapes.
 
 Every field that carries text to the model in a known format is read with the meaning that the format gives it, or the record
 is rejected with a sentence that names the field. Nothing is dropped. `firth.tokenizer.chat` encodes the messages.

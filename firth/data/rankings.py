@@ -1,4 +1,4 @@
-"""Several answers to one prompt in the order of preference, for a reward model. `docs/records.md` has the shapes.
+"""Several answers to one prompt in the order of preference, for a reward model. `docs/reference/data-formats.md` has the shapes.
 
 >>> prompt, answers, rank = ranking({"prompt": "Hi", "answers": ["No", "Hello", "Hey"], "ranks": [2, 1, 1]})
 >>> [answer[0]["content"] for answer in answers], rank

@@ -14,7 +14,7 @@ encoding, memory stays small, and what was cut or left out is known before the f
 
 The first of each is named, with its file and line (`remarks`).
 
-`docs/records.md` has the shapes of dialogues, prompts and preferences (`firth.data.conversations`). A record of another
+`docs/reference/data-formats.md` has the shapes of dialogues, prompts and preferences (`firth.data.conversations`). A record of another
 shape is an error with file and line.
 """
 

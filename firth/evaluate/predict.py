@@ -74,7 +74,7 @@ def served(evaluated: EvaluatedModel) -> Task:
         there = ", ".join(evaluated.model.heads) or "no part"
         other = "generate" if config.latent_size else "fill" if "lm" in evaluated.model.heads else "embed"
         raise UserError(
-            f"{evaluated.directory}: this model has {there} and no task's head: finetune it (firth train classify, regress, "
+            f"{evaluated.directory}: this model has {there} and no task's head: finetune it (firth train classification, regress, "
             f"choose, tag, answer, instruct or text_to_text); as it is, it serves `firth {other}`"
         )
     return TASKS[name]

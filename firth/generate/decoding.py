@@ -82,7 +82,7 @@ class DecodingBatch:
         self.cache = model.make_cache(len(prompts), self.seen.shape[1] + sampling.max_new_tokens)
         newest = torch.zeros_like(self.seen, dtype=torch.bool)
         newest[:, -1] = True
-        self.state = model(batch, self.cache, latent=latents, wanted=newest)[:, -1]  # (rows, width)
+        self.state = model(batch, self.cache, latent=latents, needed=newest)[:, -1]  # (rows, width)
         self.cache.start_decoding()
         self.decoder = NativeDecoder.of(model, self.cache)
         """The compiled step; None: torch's operators are used."""

@@ -178,7 +178,7 @@ class NativeDecoder:
         self.library.decode(ctypes.addressof(self.structure), ctypes.addressof(step), native.threads())
         cache.advance(1)
         if logits is not None:
-            return self.head.finish(logits)
+            return self.head.to_logits(logits)
         weight = model.tokens.weight
         return self.head(x.to(weight.dtype) if weight.is_floating_point() else x).float()
 

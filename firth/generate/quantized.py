@@ -7,7 +7,7 @@
     int8            one byte: each output has a step of its own, and its weights are whole multiples of it, -127 to 127.
                     What they are multiplied with keeps 15 bits: as two digits, each a product of whole numbers
     int8-dynamic    the same weights; what they are multiplied with is rounded to 8 bits as well, between the least and
-                    the largest number of a token: half of the products, and most of the error (docs/results.md)
+                    the largest number of a token: half of the products, and most of the error (docs/results/index.md)
 
 All the maps of the blocks, the vocabulary head and the table of tokens are lowered; norms, places and biases are not.
 A decoder that writes token by token reads these weights by a compiled step where there is one (`firth.generate.native_decoder`): what

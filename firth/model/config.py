@@ -273,7 +273,7 @@ def decoder_config(
     max_positions: int = 1024,
     intermediate_size: int = 0,
 ) -> ModelConfig:
-    """The default decoder, a NanoChat: what learns fastest here per second (docs/results.md). heads 0: width / 64."""
+    """The default decoder, a NanoChat: what learns fastest here per second (docs/results/index.md). heads 0: width / 64."""
     return ModelConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads or max(1, hidden_size // 64), max_positions=max_positions, intermediate_size=intermediate_size,
         norm="rms", norm_weight=False, norm_bias=False, norm_eps=1e-6, embedding_norm=True, position="rotary",

@@ -124,7 +124,7 @@ def trained_share(model: nn.Module) -> float:
     for name, p in model.named_parameters():
         room, _, rest = name.partition(".")
         back |= p.requires_grad and (room != "parts" or rest.startswith(("prefix.", "prompt.")))
-        if p.ndim < 2 or room not in ("trunk", "encoder", "latent"):
+        if p.ndim < 2 or room not in ("stack", "encoder", "latent"):
             continue
         if ".low." in rest:
             low += p.numel()

@@ -33,7 +33,7 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 
 CONSTANT = 0.5
-"""The number that all vectors share, as a share of the others' length (docs/decisions.md has what was tried)."""
+"""The number that all vectors share, as a share of the others' length (docs/decisions/index.md has what was tried)."""
 
 STEADY = 4.0
 """How many standard deviations it must arrive with at the head, to serve as a constant there."""

@@ -123,7 +123,7 @@ class LM(nn.Module):
         absent = torch.from_numpy(ids).to(self.tokens.weight.device) if len(ids) else None
         for name, part in self.heads.items():
             if name == "lm":
-                part.restrict(absent)  # type: ignore[operator]
+                part.restrict_vocab(absent)  # type: ignore[operator]
             elif isinstance(part, LM):
                 part.restrict_vocab(vocab)
 

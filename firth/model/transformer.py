@@ -7,7 +7,7 @@ block makes keys and values of all tokens, and everything else at those that are
 >>> from firth.model.config import encoder_config
 >>> trunk, tokens = TransformerStack(encoder_config(vocab_size=9, hidden_size=64, num_layers=1), 1, cross=False, both_ways=True), torch.tensor([[3, 4, 5]])
 >>> x, fields = torch.randn(1, 3, 64), {"tokens": tokens, "positions": torch.arange(3)[None]}
->>> trunk(x, fields, wanted=torch.tensor([[True, False, False]])).abs().sum(-1).gt(0).tolist()
+>>> trunk(x, fields, needed=torch.tensor([[True, False, False]])).abs().sum(-1).gt(0).tolist()
 [[True, False, False]]
 """
 

@@ -46,7 +46,7 @@ def build_comparison(example: Example) -> Example:
 @torch.no_grad()
 def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What DPO needs of its frozen reference: the summed log-probability of each answer, {"reference": (B, 2)}."""
-    hidden = model(batch, wanted=batch["labels"] != IGNORE)
+    hidden = model(batch, needed=batch["labels"] != IGNORE)
     return {"reference": log_probs(model, hidden, batch["labels"]).sum(-1)}
 
 

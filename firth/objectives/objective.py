@@ -181,7 +181,7 @@ class Objective(Ranged, section="objective"):
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
         """How the model reads the batch; hidden: (..., T, width)."""
-        return {"hidden": model(batch, wanted=self.needed_positions(batch))}
+        return {"hidden": model(batch, needed=self.needed_positions(batch))}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """One SUM (not mean) per term of `targets` and `measures`."""

@@ -10,7 +10,7 @@ estimate (`values`), the advantage and the return. With ratio = p(token) / p_old
 The penalty beta * KL(p || p_ref) is inside the reward, token by token (the source subtracts it), not in the loss.
 The critic is a model of its own, as large as the policy (Ouyang 2022, appendix C.4): `start_critic` gives it the weights
 of the reward model, and `optimizer.critic_lr` is its learning rate. critic="shared" is a linear head on the policy's
-own trunk: half the memory, and measured to learn next to nothing (docs/results.md).
+own trunk: half the memory, and measured to learn next to nothing (docs/results/index.md).
 
 Differences from the original: no entropy bonus, as in InstructGPT; estimates of KL are of the non-negative kind (Schulman
 2020, "Approximating KL divergence", k3).

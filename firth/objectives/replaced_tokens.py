@@ -108,7 +108,7 @@ class RTD(Objective):
         """draft: the generator's states where it is asked (N, its width); guesses: its logits there (N, vocab), and what it
         drew (N,); shown, hidden: what the discriminator is shown (..., T), and its states (..., T, width)."""
         generator, at = self.lm_model(model), batch["labels"] != IGNORE
-        draft, _ = supervised(generator(batch, wanted=at), batch["labels"])
+        draft, _ = supervised(generator(batch, needed=at), batch["labels"])
         guesses = generator.heads["lm"](draft).float()
         drew = draw(guesses.detach(), batch["chance"][at])
         shown = batch["tokens"].masked_scatter(at, drew)

@@ -103,7 +103,7 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
 @torch.no_grad()
 def teacher_probabilities(model: LM, batch: Batch) -> dict[str, Tensor]:
     """What `PseudoLabels` needs of its teacher, a classifier: its probabilities, {"taught": (B, classes)}."""
-    states, _ = supervised(model(batch, wanted=batch["labels"] != IGNORE), batch["labels"])
+    states, _ = supervised(model(batch, needed=batch["labels"] != IGNORE), batch["labels"])
     return {"taught": model.heads["classes"](states).float().softmax(-1)}
 
 
@@ -148,11 +148,11 @@ class Consistency(SemiSupervised):
         learning = model.training
         model.eval()
         with torch.no_grad():
-            clean = model(batch | {"tokens": batch["clean"]}, wanted=batch["relation"] != IGNORE)
+            clean = model(batch | {"tokens": batch["clean"]}, needed=batch["relation"] != IGNORE)
             states, _ = supervised(clean, batch["relation"])
             own = (model.heads["classes"](states).float() / self.temperature).softmax(-1)
         model.train(learning)
-        return {"hidden": model(batch, wanted=self.needed_positions(batch)), "own": own}
+        return {"hidden": model(batch, needed=self.needed_positions(batch)), "own": own}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, _ = supervised(outputs["hidden"], batch["relation"])

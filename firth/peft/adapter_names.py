@@ -5,7 +5,7 @@
 >>> names.inside(["layers.0.self_attn.q_proj"])
 {'layers.0.self_attn.q_proj': 'model.layers.0.self_attn.q_proj'}
 >>> names.entries["model.layers.0.self_attn.q_proj"].name
-('trunk.blocks.0.attention.q.weight',)
+('stack.blocks.0.attention.q.weight',)
 """
 
 from __future__ import annotations

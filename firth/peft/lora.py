@@ -10,7 +10,7 @@ that were there, from a copy that it kept; `fold` merges for good and leaves a p
 >>> from firth.model.config import decoder_config
 >>> model = LM(decoder_config(vocab_size=50, hidden_size=64, num_layers=2), {})
 >>> add(model, ["attention.q", "v"], LoraConfig(rank=4))
-['trunk.blocks.0.attention.q', 'trunk.blocks.0.attention.v', 'trunk.blocks.1.attention.q', 'trunk.blocks.1.attention.v']
+['stack.blocks.0.attention.q', 'stack.blocks.0.attention.v', 'stack.blocks.1.attention.q', 'stack.blocks.1.attention.v']
 >>> freeze(model), trained(model)
 (None, 2048)
 """

@@ -5,7 +5,7 @@
                                    untrained 0.59)
     firth train albert:published   ALBERT-base: 12 M parameters; say data.path=FILES
 
-What was measured of it is in docs/results.md. Masks are n-grams of up to three whole words (section 4.1).
+What was measured of it is in docs/results/index.md. Masks are n-grams of up to three whole words (section 4.1).
 """
 
 from __future__ import annotations

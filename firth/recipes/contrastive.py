@@ -7,7 +7,7 @@
 
 The published size says BERT-Base's shape, for a run without a start; a start brings its own.
 
-What was measured of them is in docs/results.md.
+What was measured of them is in docs/results/index.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     firth train electra:base        ELECTRA-base: 110 M
     firth train electra objective.kind=adversarial_rtd      the generator paid for fooling the other (appendix F)
 
-What was measured of it is in docs/results.md. What is saved is an ElectraForPreTraining (of the published shapes),
+What was measured of it is in docs/results/index.md. What is saved is an ElectraForPreTraining (of the published shapes),
 with the generator beside it.
 """
 

@@ -3,7 +3,7 @@
 Few labels and many texts without one: a classifier of the labelled records is the teacher, and its classes of the texts that
 it is sure of are learned like labels (pseudo-labels).
 
-    firth train classify init_from=runs/bert data=labelled.csv --out runs/teacher
+    firth train classification init_from=runs/bert data=labelled.csv --out runs/teacher
     firth train semi_supervised init_from=runs/bert data=labelled.csv examples.teacher=runs/teacher examples.unlabeled_path=[more.txt]
 
 `more.txt` has one text a line; a table or JSON lines will do too. A trial of the method on records that all have a label is
@@ -12,13 +12,13 @@ model must judge a text alike when words are masked. It was worse than the label
 
 Several labels for each record, some of them wrong: all votes are learned from.
 
-    firth train weak init_from=runs/bert data.path=voted.jsonl              records {"text", "labels": [...]}
-    firth train weak init_from=runs/bert data=labelled.csv examples=simulated_annotators    a simulation: the labels are replaced by votes
+    firth train weak_supervision init_from=runs/bert data.path=voted.jsonl              records {"text", "labels": [...]}
+    firth train weak_supervision init_from=runs/bert data=labelled.csv examples=simulated_annotators    a simulation: the labels are replaced by votes
 
 The simulation has `examples.num_annotators=5` annotators who are right with probability `examples.annotator_accuracy=0.7`.
 
-Baselines: `classify` on the labelled records alone, and `firth train weak objective=classification`, which reads the majority of
-the same votes. The measurements are in docs/results.md.
+Baselines: `classify` on the labelled records alone, and `firth train weak_supervision objective=classification`, which reads the majority of
+the same votes. The measurements are in docs/results/index.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from firth.runs.recipe import Recipe
 def semi_supervised() -> Recipe:
     """A class for a text, from few labels and a teacher's pseudo-labels of other texts; a penalty replaces weight decay.
 
-    Confidence and ramp are those that were measured (docs/results.md): above the labels alone with each of three seeds.
+    Confidence and ramp are those that were measured (docs/results/index.md): above the labels alone with each of three seeds.
     """
     plain = classification()
     return replace(

@@ -1,11 +1,11 @@
 """Tasks over files: a class, a number, a choice, tags, a span of a passage, or text for a text.
 
-    firth train classify init_from=runs/bert data=reviews.csv examples.text_field=review examples.label_field=stars
-    firth train classify init_from=MODEL data=pairs.csv examples.text_field=premise examples.text_pair_field=hypothesis
-    firth train regress  init_from=MODEL data=pairs.tsv examples.text_field=sentence1 examples.text_pair_field=sentence2 examples.label_field=score
-    firth train choose   init_from=MODEL data=questions.jsonl                    {"text", "options": [...], "label"}
-    firth train tag      init_from=MODEL data=train.conll data.validation_path=dev.conll
-    firth train answer   init_from=MODEL data=train-v1.1.json data.validation_path=dev-v1.1.json
+    firth train classification init_from=runs/bert data=reviews.csv examples.text_field=review examples.label_field=stars
+    firth train classification init_from=MODEL data=pairs.csv examples.text_field=premise examples.text_pair_field=hypothesis
+    firth train regression  init_from=MODEL data=pairs.tsv examples.text_field=sentence1 examples.text_pair_field=sentence2 examples.label_field=score
+    firth train multiple_choice   init_from=MODEL data=questions.jsonl                    {"text", "options": [...], "label"}
+    firth train token_classification      init_from=MODEL data=train.conll data.validation_path=dev.conll
+    firth train question_answering   init_from=MODEL data=train-v1.1.json data.validation_path=dev-v1.1.json
     firth train text_to_text init_from=runs/t5 data=pairs.csv "examples.prompt_template=translate to French: {en}" "examples.completion_template={fr}"
     firth train glue:mrpc init_from=MODEL data=MRPC/train.tsv data.validation_path=MRPC/dev.tsv
     firth evaluate runs/glue-mrpc runs/glue-cola --task glue
@@ -48,7 +48,7 @@ def classification() -> Recipe:
     at 2e-4, 0.857 and 0.811 at 5e-4. BERT-base wants a fifth of it, a tiny encoder of one's own up to ten times as much.
     """
     return Recipe(
-        name="classify",
+        name="classification",
         objective=Classification(),
         examples=LabeledConfig(max_length=128),
         batch=BatchConfig(size=32, pack_to_length="auto"),
@@ -62,14 +62,14 @@ def classification() -> Recipe:
 
 def regression() -> Recipe:
     """A number for a text or for two (STS-B)."""
-    return replace(classification(), name="regress", objective=Regression(), examples=ScoredConfig(max_length=128))
+    return replace(classification(), name="regression", objective=Regression(), examples=ScoredConfig(max_length=128))
 
 
 def multiple_choice(size: str = "records") -> Recipe:
     """One of several options; choose:swag reads SWAG's four endings (Zellers 2018)."""
     plain = replace(
         classification(),
-        name="choose",
+        name="multiple_choice",
         objective=MultipleChoice(),
         examples=MultipleChoiceConfig(max_length=128),
         batch=BatchConfig(size=16, pack_to_length="auto"),
@@ -77,7 +77,7 @@ def multiple_choice(size: str = "records") -> Recipe:
     swag = MultipleChoiceConfig(
         text_field="sent1", option_prefix_field="sent2", option_fields=("ending0", "ending1", "ending2", "ending3")
     )
-    return sizes.one_of("choose", size, {"records": plain, "swag": replace(plain, name="swag", examples=swag)})
+    return sizes.one_of("multiple_choice", size, {"records": plain, "swag": replace(plain, name="swag", examples=swag)})
 
 
 def token_classification() -> Recipe:

@@ -9,7 +9,7 @@
     firth train gpt:published data.path=BOOKS
 
 The tiny sizes of gpt2, gpt3 and llama have the blocks of their papers, so that four generations of decoders can be
-compared on one's own text (docs/results.md: one seed so far): `firth compare gpt gpt2 llama --seconds 120`.
+compared on one's own text (docs/results/index.md: one seed so far): `firth compare gpt gpt2 llama --seconds 120`.
 
 A small text that is read many times is soon overfitted; two keys delay that, for about a third more time a step:
 

@@ -4,7 +4,7 @@
                                 from 6.40 (word frequencies) to 5.20
     firth train linformer:published data.path=mine/  the paper's: RoBERTa-Base, rows of 512 tokens, k = 256
 
-What was measured of them is in docs/results.md; time and memory against full attention are in `bench/linformer.py`.
+What was measured of them is in docs/results/index.md; time and memory against full attention are in `bench/linformer.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is done to a model that writes: instruction tuning, a reward model, DPO, REINFORCE, PPO. (Other tasks: `tasks`.)
 
-    firth train instruct init_from=runs/gpt data.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
-    firth train reward init_from=runs/instruct data.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
+    firth train sft init_from=runs/gpt data.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
+    firth train reward_model init_from=runs/instruct data.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
     firth train ranking init_from=runs/instruct data.path=rankings.jsonl           {"prompt", "answers"}, the best first
     firth train dpo init_from=runs/instruct data.path=preferences.jsonl
     firth train ppo init_from=runs/instruct examples.reward_model=runs/reward data.path=dialogues.jsonl
@@ -29,7 +29,7 @@ from firth.train.schedule import Budget, Schedule
 def sft() -> Recipe:
     """Answers to instructions, the stop token inside the mask."""
     return Recipe(
-        name="instruct",
+        name="sft",
         objective=SFT(),
         examples=DialoguesConfig(max_length=256),
         batch=BatchConfig(size=32),

@@ -10,11 +10,11 @@ and what is done with them:
 
     firth vectors runs/word2vec king --out vectors.txt
     firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128                     its vectors, all else at random
-    firth train classify init_from=runs/lstm data.path=labelled.jsonl
-    firth train tag_features init_from=runs/elmo data.path=tagged.jsonl             frozen, a mixture of its layers
+    firth train classification init_from=runs/lstm data.path=labelled.jsonl
+    firth train token_features init_from=runs/elmo data.path=tagged.jsonl             frozen, a mixture of its layers
 
 Vectors are taken over as they are, so model.hidden_size must be theirs: 128 of the tiny word2vec. The text is
-Shakespeare's plays unless `data.path` says another; one seed (docs/results.md).
+Shakespeare's plays unless `data.path` says another; one seed (docs/results/index.md).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORDS = TokenizerConfig(algorithm="word", vocab_size=20_000)
 
 
 def word2vec(size: str = "tiny") -> Recipe:
-    """A vector for each word, from the company it keeps: `firth train word2vec`. What was measured: docs/results.md.
+    """A vector for each word, from the company it keeps: `firth train word2vec`. What was measured: docs/results/index.md.
 
     published: 1.6 billion words, windows of 5, 300 numbers for each of 692,000 words (Mikolov 2013b, section 3).
     """
@@ -60,7 +60,7 @@ def word2vec(size: str = "tiny") -> Recipe:
 
 
 def lstm(size: str = "tiny") -> Recipe:
-    """A language model with an LSTM where others have attention: `firth train lstm`. What was measured: docs/results.md.
+    """A language model with an LSTM where others have attention: `firth train lstm`. What was measured: docs/results/index.md.
 
     published: one layer of 1,024 cells over embeddings of 512 (Dai and Le 2015, section 4). Here its width is 1,024 both.
     """
@@ -77,7 +77,7 @@ def lstm(size: str = "tiny") -> Recipe:
 
 
 def elmo(size: str = "tiny") -> Recipe:
-    """Two language models, one from each side, over words that are spelled: `firth train elmo`. What was measured: docs/results.md.
+    """Two language models, one from each side, over words that are spelled: `firth train elmo`. What was measured: docs/results/index.md.
 
     published: two layers of 4,096 cells that hand on 512 numbers, 2,048 filters over 50 bytes, a billion words for ten
     epochs (Peters 2018, section 3.4); the softmax is over whole words, as there.
@@ -105,7 +105,7 @@ def bilm(vocab: int, width: int, depth: int, characters: int, filters: int, hidd
 
 
 def token_features() -> Recipe:
-    """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train tag_features`."""
+    """A tag for each word from a pretrained model that stays as it is, by a mixture of its layers: `firth train token_features`."""
     return Recipe(
         name="tag_features", objective=LayerMixture() + TokenClassification(), examples=TaggedConfig(max_length=128), batch=BatchConfig(size=32),
         optimizer=OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0, beta2=0.98), schedule=Schedule("linear", warmup_ratio=0.1),

@@ -27,7 +27,7 @@ VOCAB, WIDTH, DEPTH, CONTEXT = 4096, 192, 4, 256
 HIDDEN = 0.3
 """Share of the tokens that tiny masked recipes hide: more answers a step, and a start that is sooner past word frequencies than
 with BERT's 15% (`roberta`, 800 steps: held-out loss 4.42 against 4.85, though fewer hidden are easier to guess; on Brown after
-600 steps 15% was worth less than nothing: docs/results.md). Large models want more than 15% too (Wettig 2023)."""
+600 steps 15% was worth less than nothing: docs/results/index.md). Large models want more than 15% too (Wettig 2023)."""
 
 TEXT = DataConfig(corpus="shakespeare")
 

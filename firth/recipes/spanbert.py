@@ -4,7 +4,7 @@
                                      hidden tokens from 6.48 (word frequencies) to 5.35, and from their span's ends to 5.92
     firth train spanbert:published   BERT-large: 340 M parameters; say data.path=FILES
 
-What was measured of it is in docs/results.md. Single segments and no NSP, as in the paper.
+What was measured of it is in docs/results/index.md. Single segments and no NSP, as in the paper.
 """
 
 from __future__ import annotations

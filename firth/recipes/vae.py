@@ -4,7 +4,7 @@
                                           latent carries 0.9 nats a text; 127 s on two cores
 
 The samples are texts drawn from the prior, and those on the straight line between two. The report says how many nats the
-latent carries, and whether the posterior has collapsed. What was measured of it is in docs/results.md.
+latent carries, and whether the posterior has collapsed. What was measured of it is in docs/results/index.md.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def mpnet(size: str = "tiny") -> Recipe:
 
     The paper (base, section 3.1 and appendix): 8,192 rows of 512 tokens, 500,000 steps, Adam at 6e-4 after 24,000 steps, a
     linear fall, 15% asked, BERT's vocabulary. The tiny size asks 30% and has rotary positions: with the paper's, which are
-    learnt one by one, masked models too stay at word frequencies for the length of a short run (docs/results.md).
+    learnt one by one, masked models too stay at word frequencies for the length of a short run (docs/results/index.md).
     """
     objective = MPNet(noise="words")
     paper = Recipe(

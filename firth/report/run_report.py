@@ -283,7 +283,7 @@ def read_samples(path: Path) -> list[TextSample]:
 def objectives(recipe: str) -> list[str]:
     """Names of the objectives in a recipe's YAML.
 
-    >>> objectives("objective: [nsp, {kind: mlm, rate: 0.2}]"), objectives("objective: causal"), objectives("")
+    >>> objectives("objective: [nsp, {kind: mlm, rate: 0.2}]"), objectives("objective: causal_lm"), objectives("")
     (['nsp', 'mlm'], ['causal'], [])
     """
     found = parse_yaml(recipe, "recipe.yaml")[0]

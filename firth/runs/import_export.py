@@ -244,7 +244,7 @@ def _uses(out: Path, model: LM, talks: bool) -> list[str]:
     """What to type next. talks: whether it has learnt to answer."""
     place, config = shlex.quote(str(out)), model.config
     if "lm" not in model.heads:
-        return [f"Finetune it:  firth train classify init_from={place} data.path=labelled.jsonl"]
+        return [f"Finetune it:  firth train classification init_from={place} data.path=labelled.jsonl"]
     if not (config.causal or config.prefix_lm or config.num_encoder_layers):
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
     return (

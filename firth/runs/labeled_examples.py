@@ -1,6 +1,6 @@
 """Segments of records with a label: labelled, scored, chosen, tagged, questions.
 
-    firth train classify init_from=runs/bert data=mine.csv examples.text_field=review examples.label_field=stars
+    firth train classification init_from=runs/bert data=mine.csv examples.text_field=review examples.label_field=stars
 
 Each reads JSONL, Parquet, CSV and TSV (tagged: CoNLL's columns too, questions: SQuAD's JSON), with the fields that it is
 told; `columns` names those of a table without a head. What only the data knows (the classes, how many examples each has,

@@ -7,8 +7,8 @@
     prefix    keys and values before every text (Li & Liang 2021), and those heads
     prompt    vectors before every text (Lester 2021), and those heads
 
-    firth train classify init_from=runs/bert data.path=labelled.jsonl peft=lora
-    firth train instruct init_from=runs/gpt data.path=dialogues.jsonl peft.kind=lora peft.rank=16 peft.target_modules='[blocks.*]'
+    firth train classification init_from=runs/bert data.path=labelled.jsonl peft=lora
+    firth train sft init_from=runs/gpt data.path=dialogues.jsonl peft.kind=lora peft.rank=16 peft.target_modules='[blocks.*]'
 
 The last three leave `adapter/` in the run directory, in peft's format, beside `model/`, which holds a LoRA's weights merged,
 and a prefix or a prompt as a part of the model (which transformers alone does not read: it takes peft and `adapter/`).

@@ -222,6 +222,25 @@ ONE_OF = (("budget", ("max_steps", "max_seconds", "max_flops")), ("data", ("path
 """Fields of which one is set: the one that the user sets replaces what the recipe has of the others."""
 
 
+SHORT_KEYS = ("max_steps", "max_seconds", "max_flops")
+"""Fields of `budget` that may be written without it: `max_steps=500` is `budget.max_steps=500`."""
+
+
+def _expand_assignment(assignment: str) -> str:
+    """Return an assignment with the full name of its field."""
+    return f"budget.{assignment}" if assignment.partition("=")[0] in SHORT_KEYS else assignment
+
+
+def _expand_keys(data: dict[str, Any], lines: dict[tuple[str, ...], str]) -> dict[str, Any]:
+    """Return the fields of a YAML file with short keys moved into `budget`; `lines` gets the lines of the long ones."""
+    short = {name: data[name] for name in SHORT_KEYS if name in data}
+    if not short:
+        return data
+    lines |= {("budget", name): lines[name,] for name in short if (name,) in lines}
+    rest = {name: value for name, value in data.items() if name not in short}
+    return rest | {"budget": {**_mapping(rest.get("budget")), **short}}
+
+
 def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Remove the fields that an assignment replaces: `max_seconds=70` in a recipe of 600 steps leaves the seconds."""
     names = {one.partition("=")[0] for one in assignments}
@@ -289,9 +308,11 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     lines: dict[tuple[str, ...], str] = {}
     if path.suffix in (".yaml", ".yml") or path.exists():
         data, lines = config_io.read_yaml(path)
+        data = _expand_keys(data, lines)
         file = True
     else:
         data, file = config_io.to_dict(published(name)), False
+    assignments = [_expand_assignment(one) for one in assignments]
     changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
     if "init_from" in names and changed.get("init_from") and not file and not any(n.split(".")[0] == "model" for n in names):

@@ -39,7 +39,7 @@ class Budget(Ranged, section="budget"):
         super().__post_init__()
         if sum(value > 0 for value in (self.max_steps, self.max_seconds, self.max_flops)) != 1:
             raise UserError(
-                f"length has steps={self.max_steps}, seconds={self.max_seconds:g} and flops={self.max_flops:g}: "
+                f"the budget has max_steps={self.max_steps}, max_seconds={self.max_seconds:g} and max_flops={self.max_flops:g}: "
                 "set exactly one of them to more than 0"
             )
 

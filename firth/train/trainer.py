@@ -79,7 +79,7 @@ class TrainerConfig:
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("log_every", 0), ("evaluate_every", 0), ("save_every", 0), ("keep", 1), ("bad_steps", 1),
+        for name, least in (("log_every", 0), ("eval_every", 0), ("save_every", 0), ("keep", 1), ("max_bad_steps", 1),
                             ("patience", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")

@@ -27,7 +27,7 @@ from firth.types import Example, UserError
 
 def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> LabeledTexts:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(evaluated, "classes", "classes", "classify")
+    needs(evaluated, "classes", "classes", "classification")
     told, classes = evaluated.examples, class_names(evaluated, "classes")
     if told.get("kind") == "multi_annotator":  # what most of them say is right
         fields = TextFields(told.get("text_field", "text"), told.get("labels_field", "labels"))
@@ -78,7 +78,7 @@ def where(evaluated: EvaluatedModel) -> Readout:
     if not ours and (config.num_encoder_layers or config.position == "xlnet"):
         raise UserError(
             f"{evaluated.directory}: this classifier of others reads its answer behind the text, where firth reads none: "
-            f"finetune it here (firth train classify init_from={evaluated.directory})"
+            f"finetune it here (firth train classification init_from={evaluated.directory})"
         )
     return readout_of(config) if said == "auto" else said
 

@@ -42,7 +42,7 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     config = evaluated.model.config
     if not writes_answers(evaluated):
         raise UserError(
-            f"{evaluated.directory}: this model does not write answers: finetune one that does (firth train instruct, or "
+            f"{evaluated.directory}: this model does not write answers: finetune one that does (firth train sft, or "
             "text_to_text)"
         )
     if config.num_encoder_layers:

@@ -19,7 +19,7 @@ from firth.types import UserError
 
 def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> MultipleChoiceRecords:
     """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(evaluated, "choice", "choices", "choose")
+    needs(evaluated, "choice", "choices", "multiple_choice")
     return MultipleChoiceRecords(
         paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), asked=asked
     )

@@ -45,7 +45,7 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.tables("albert.")
-    out += both({"trunk.project": "embedding_hidden_mapping_in"}, "", "albert.encoder.", bias=True)
+    out += both({"stack.project": "embedding_hidden_mapping_in"}, "", "albert.encoder.", bias=True)
     block = {
         "attention.q": "attention.query", "attention.k": "attention.key", "attention.v": "attention.value",
         "attention.o": "attention.dense", "attention_norm": "attention.LayerNorm", "mlp.up": "ffn",
@@ -53,7 +53,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     }  # fmt: skip
     for i in range(config.num_layer_groups):
         theirs = f"albert.encoder.albert_layer_groups.{i}.albert_layers.0."
-        out += both(block, f"trunk.blocks.{i}.", theirs, bias=True)
+        out += both(block, f"stack.blocks.{i}.", theirs, bias=True)
     if head:
         out += both({"dense": "dense", "norm": "LayerNorm"}, "heads.lm.", "predictions.", bias=True)
         out.append(WeightMapping("predictions.bias", ("heads.lm.bias",)))

@@ -55,14 +55,14 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "shared"}, "", "model.", bias=False)
     for ours, theirs, places, depth in (
         ("encoder.", "model.encoder.", "source_places", config.num_encoder_layers),
-        ("trunk.", "model.decoder.", "places", config.num_layers),
+        ("stack.", "model.decoder.", "places", config.num_layers),
     ):
         out.append(WeightMapping(f"{theirs}embed_positions.weight", (f"{places}.weight",), ignored=UNREAD))
         out += both({"embed_norm": "layernorm_embedding"}, ours, theirs, bias=True)
         block = {f"attention.{x}": f"self_attn.{y}" for x, y in MAPS.items()} | {
             "attention_norm": "self_attn_layer_norm", "mlp.up": "fc1", "mlp.down": "fc2", "mlp_norm": "final_layer_norm",
         }  # fmt: skip
-        if ours == "trunk.":
+        if ours == "stack.":
             block |= {f"cross.{x}": f"encoder_attn.{y}" for x, y in MAPS.items()}
             block["cross_norm"] = "encoder_attn_layer_norm"
         for i in range(depth):

@@ -52,7 +52,7 @@ def tables(prefix: str, unread: int = 0) -> list[WeightMapping]:
     embeddings = {"tokens": "word_embeddings", "segments": "token_type_embeddings"}
     out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
     out.append(WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), ignored=unread))
-    return out + both({"trunk.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
+    return out + both({"stack.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
 
 
 def layers(config: ModelConfig, prefix: str) -> list[WeightMapping]:
@@ -63,7 +63,7 @@ def layers(config: ModelConfig, prefix: str) -> list[WeightMapping]:
         "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
     layer = f"{prefix}encoder.layer."
-    return [e for i in range(config.num_layers) for e in both(block, f"trunk.blocks.{i}.", f"{layer}{i}.", bias=True)]
+    return [e for i in range(config.num_layers) for e in both(block, f"stack.blocks.{i}.", f"{layer}{i}.", bias=True)]
 
 
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:

@@ -36,13 +36,13 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     tables = {"tokens": "word_embeddings", "places": "position_embeddings"}
     out = both(tables, "", "distilbert.embeddings.", bias=False)
-    out += both({"trunk.embed_norm": "LayerNorm"}, "", "distilbert.embeddings.", bias=True)
+    out += both({"stack.embed_norm": "LayerNorm"}, "", "distilbert.embeddings.", bias=True)
     block = {f"attention.{x}": f"attention.{x}_lin" for x in "qkv"} | {
         "attention.o": "attention.out_lin", "attention_norm": "sa_layer_norm", "mlp.up": "ffn.lin1",
         "mlp.down": "ffn.lin2", "mlp_norm": "output_layer_norm",
     }  # fmt: skip
     for i in range(config.num_layers):
-        out += both(block, f"trunk.blocks.{i}.", f"distilbert.transformer.layer.{i}.", bias=True)
+        out += both(block, f"stack.blocks.{i}.", f"distilbert.transformer.layer.{i}.", bias=True)
     if head:
         out += both({"dense": "vocab_transform", "norm": "vocab_layer_norm"}, "heads.lm.", "", bias=True)
         out.append(WeightMapping("vocab_projector.bias", ("heads.lm.bias",)))

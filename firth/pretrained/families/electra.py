@@ -36,7 +36,7 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.tables("electra.") + bert.layers(config, "electra.")
     if config.embedding_size:
-        out += both({"trunk.project": "embeddings_project"}, "", "electra.", bias=True)
+        out += both({"stack.project": "embeddings_project"}, "", "electra.", bias=True)
     if head:
         out += both({"dense": "dense", "norm": "LayerNorm"}, "heads.lm.", "generator_predictions.", bias=True)
         out.append(WeightMapping("generator_lm_head.bias", ("heads.lm.bias",)))

@@ -39,7 +39,7 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "wte", "places": "wpe"}, "", "transformer.", bias=False)
-    out += both({"trunk.norm": "ln_f"}, "", "transformer.", bias=True)
+    out += both({"stack.norm": "ln_f"}, "", "transformer.", bias=True)
     return (
         out
         + blocks(config)
@@ -51,7 +51,7 @@ def blocks(config: ModelConfig) -> list[WeightMapping]:
     """The blocks, as GPT names them too."""
     out: list[WeightMapping] = []
     for i in range(config.num_layers):
-        ours, theirs = f"trunk.blocks.{i}.", f"transformer.h.{i}."
+        ours, theirs = f"stack.blocks.{i}.", f"transformer.h.{i}."
         out += both({"attention_norm": "ln_1", "mlp_norm": "ln_2"}, ours, theirs, bias=True)
         for kind in ("weight", "bias"):
             turned = kind == "weight"  # Conv1D stores (in, out)

@@ -48,7 +48,7 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 
 
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = both({"tokens": "embed_tokens", "trunk.norm": "norm"}, "", "model.", bias=False)
+    out = both({"tokens": "embed_tokens", "stack.norm": "norm"}, "", "model.", bias=False)
     maps = {
         "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
         "attention.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
@@ -60,10 +60,10 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     for i in range(config.num_layers):
         for ours, theirs in maps.items():
             bias = config.bias and ours.rpartition(".")[2] in biased
-            out += both({ours: theirs}, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=bias)
+            out += both({ours: theirs}, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=bias)
         for ours, theirs in gains.items():
-            out.append(WeightMapping(f"model.layers.{i}.self_attn.{theirs}.weight", (f"trunk.blocks.{i}.{ours}",)))
-        out += both(norms, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
+            out.append(WeightMapping(f"model.layers.{i}.self_attn.{theirs}.weight", (f"stack.blocks.{i}.{ours}",)))
+        out += both(norms, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=False)
     return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
 
 

@@ -60,10 +60,10 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "embeddings.tok_embeddings"}, "", "model.", bias=False)
     out += both(
-        {"trunk.embed_norm": "embeddings.norm", "trunk.norm": "final_norm"}, "", "model.", bias=config.norm_bias
+        {"stack.embed_norm": "embeddings.norm", "stack.norm": "final_norm"}, "", "model.", bias=config.norm_bias
     )
     for i in range(config.num_layers):
-        ours, theirs = f"trunk.blocks.{i}.", f"model.layers.{i}."
+        ours, theirs = f"stack.blocks.{i}.", f"model.layers.{i}."
         norms = {"mlp_norm": "mlp_norm"} | ({"attention_norm": "attn_norm"} if i else {})
         out += both(norms, ours, theirs, bias=config.norm_bias)
         out += both({"attention.o": "attn.Wo", "mlp.down": "mlp.Wo"}, ours, theirs, bias=config.bias)

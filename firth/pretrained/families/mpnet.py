@@ -47,14 +47,14 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = both({"tokens": "word_embeddings"}, "", "mpnet.embeddings.", bias=False)
     out.append(WeightMapping("mpnet.embeddings.position_embeddings.weight", ("places.weight",), ignored=PADDED))
-    out += both({"trunk.embed_norm": "LayerNorm"}, "", "mpnet.embeddings.", bias=True)
-    out.append(WeightMapping("mpnet.encoder.relative_attention_bias.weight", ("trunk.relative.weight",)))
+    out += both({"stack.embed_norm": "LayerNorm"}, "", "mpnet.embeddings.", bias=True)
+    out.append(WeightMapping("mpnet.encoder.relative_attention_bias.weight", ("stack.relative.weight",)))
     block = {f"attention.{x}": f"attention.attn.{x}" for x in "qkvo"} | {
         "attention_norm": "attention.LayerNorm", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
         "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
     for i in range(config.num_layers):
-        out += both(block, f"trunk.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
+        out += both(block, f"stack.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
     if head:
         out += both({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
         out.append(WeightMapping("lm_head.bias", ("heads.lm.bias",)))

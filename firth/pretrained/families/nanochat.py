@@ -44,7 +44,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
         "attention.o": "self_attn.o_proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
     }  # fmt: skip
     for i in range(config.num_layers):
-        out += both(maps, f"trunk.blocks.{i}.", f"model.layers.{i}.", bias=False)
+        out += both(maps, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=False)
     return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
 
 

@@ -60,14 +60,14 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
     up = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if config.gated else {"up": "wi", "down": "wo"}
     for ours, theirs, depth in (
         ("encoder.", "encoder.", config.num_encoder_layers),
-        ("trunk.", "decoder.", config.num_layers),
+        ("stack.", "decoder.", config.num_layers),
     ):
         out += both({"norm": "final_layer_norm"}, ours, theirs, bias=False)
         relative = f"{theirs}block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         out.append(WeightMapping(relative, (f"{ours}relative.weight",)))
         for i in range(depth):
             a, b = f"{ours}blocks.{i}.", f"{theirs}block.{i}.layer."
-            last = 2 if ours == "trunk." else 1
+            last = 2 if ours == "stack." else 1
             out += both(maps, f"{a}attention.", f"{b}0.SelfAttention.", bias=False)
             if last == 2:
                 out += both(maps, f"{a}cross.", f"{b}1.EncDecAttention.", bias=False)

@@ -61,7 +61,7 @@ def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
         "mlp_norm": "ff.layer_norm",
     }  # fmt: skip
     for i in range(config.num_layers):
-        a, b = f"trunk.blocks.{i}.", f"transformer.layer.{i}."
+        a, b = f"stack.blocks.{i}.", f"transformer.layer.{i}."
         for name in "qkv":
             out.append(
                 WeightMapping(f"{b}rel_attn.{name}", (f"{a}attention.{name}.weight",), transposed=True, merged=apart)
